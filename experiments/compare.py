@@ -1,0 +1,423 @@
+"""The main job: methods x retentions on one model and one set of questions, side by side.
+
+The outer loop runs over batches of questions, the inner one over cells (a method at a retention),
+so that the vision tower sees every image once, and an interrupted run has the same questions
+answered by every cell.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.compressor import Compressor
+from tokenprune.errors import UserError
+from tokenprune.experiments import data, plots
+from tokenprune.experiments.data import Question
+from tokenprune.experiments.results import (
+    Cell,
+    Failure,
+    Journal,
+    RunFolder,
+    answers_frame,
+    check_writable,
+    code_fingerprint,
+    environment,
+    files_fingerprint,
+)
+from tokenprune.experiments.statistics import OVERALL, summarise
+from tokenprune.models import testbed
+from tokenprune.models.adapter import Adapter
+from tokenprune.tokens import Signal
+
+__all__ = ["Outcome", "Report", "Request", "Runner", "cells", "compare", "run"]
+
+METHODS = ("uniform", "random", "fastv", "globalcom2")
+RETENTION = (1.0, 0.5, 0.25, 0.1)
+TESTBED_QUESTIONS = 500
+
+Report = Callable[[int, int, str], None]
+"""Called with answers in the journal, answers in all (0: not known yet), and what is being done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to compare.
+
+    Attributes:
+        model: A testbed's name, a Hub id or a local folder.
+        methods: Specs such as ``globalcom2:alpha=0.3,tau=5``.
+        retention: Shares of patch tokens to keep, each in (0, 1].
+        questions: How many; None for 500 of the testbed's or for all of ``data``.
+        data: JSON lines with your own questions (`data.read_jsonl`); None for the testbed's.
+        batch_size: Questions answered at once; None for 50 on a testbed, otherwise 4.
+        seed: Draws the testbed's questions and the bootstrap samples.
+        device: None for CUDA where there is one, otherwise the CPU.
+        dtype: As in `tokenprune.load`.
+        out: Folder of the run; None for one in ``runs/`` named after the request.
+        max_new_tokens: Longest answer.
+    """
+
+    model: str = "testbed-next"
+    methods: Sequence[str] = METHODS
+    retention: Sequence[float] = RETENTION
+    questions: int | None = None
+    data: Path | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+    out: Path | None = None
+    max_new_tokens: int = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a comparison ended.
+
+    Attributes:
+        status: ``complete``, ``failed`` (some cell could not be finished) or ``interrupted``.
+        folder: Where everything was written.
+        answered, wanted: Answers in the journal, and answers in a complete one.
+        new: Answers this call added.
+        summary: As in ``summary.csv``.
+        failures: Cell to why it failed, in the order of the cells.
+    """
+
+    status: str
+    folder: RunFolder
+    answered: int
+    wanted: int
+    new: int
+    summary: pd.DataFrame
+    failures: dict[Cell, Failure] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """What answers questions: a model, or a stand-in for tests."""
+
+    def encode(self, images: Sequence[Image.Image], signals: frozenset[Signal]) -> Sequence[Any]:
+        """Run the vision tower once; one encoding for every image."""
+
+    def answer(
+        self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        """Answer one batch; for every prompt its ``answer`` and the figures of its ledger."""
+
+
+@dataclass(frozen=True)
+class ModelRunner:
+    """Greedy answers of a loaded model."""
+
+    adapter: Adapter
+    max_new_tokens: int
+
+    def encode(self, images: Sequence[Image.Image], signals: frozenset[Signal]) -> Sequence[Any]:
+        return self.adapter.encode(images, signals)
+
+    def answer(
+        self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        inputs = self.adapter.assemble(images, prompts)
+        with tp.compress(self.adapter.model, compressor) as trace:
+            ids = self.adapter.model.generate(
+                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+            )
+        texts = self.adapter.decode(ids, inputs)
+        return [
+            {
+                "answer": text,
+                "patch_tokens": ledger.patch_tokens,
+                "kept_patches": ledger.kept_patches,
+                "separators": ledger.separators,
+                "kept_separators": ledger.kept_separators,
+                "text_tokens": ledger.text_tokens,
+                "layer_average": ledger.layer_average,
+                "kv_bytes": ledger.kv_bytes,
+                "flops": ledger.flops,
+                "selector_flops": ledger.selector_flops,
+                "uncompressed_flops": ledger.uncompressed_flops,
+            }
+            for text, ledger in zip(texts, trace.ledgers, strict=True)
+        ]
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def run(
+    runner: Runner,
+    cells: Iterable[Cell],
+    questions: Sequence[Question],
+    journal: Journal,
+    *,
+    batch_size: int,
+    report: Report = lambda *_: None,
+) -> None:
+    """Add to ``journal`` every answer that it lacks.
+
+    Each image is encoded once, however many cells and questions need it.  A cell that raises is
+    entered as failed and left alone until the next run; the others go on.
+    """
+    todo = {cell.key: cell for cell in cells}
+    signals = frozenset[Signal]().union(
+        *(cell.compressor.signals for cell in todo.values() if cell.compressor)
+    )
+    batches = _batches(questions, batch_size)
+    last_use = {p.id: i for i, batch in enumerate(batches) for item in batch for p in item.images}
+    encoded: dict[str, Any] = {}
+    broken: set[str] = set()
+    warned: set[tuple[str, str]] = set()
+    total = len(todo) * len(questions)
+
+    for index, batch in enumerate(batches):
+        lacking = [
+            key
+            for key in todo
+            if key not in broken and any((key, item.id) not in journal.answers for item in batch)
+        ]
+        if lacking:
+            report(len(journal.answers), total, "vision tower")
+            with _noting_failure(journal, lacking, broken):
+                new = {p.id: p for item in batch for p in item.images if p.id not in encoded}
+                pictures = [picture.open() for picture in new.values()]
+                found = runner.encode(pictures, signals) if new else []
+                encoded.update(zip(new, found, strict=True))
+        for key in lacking:
+            if key in broken:
+                continue
+            report(len(journal.answers), total, str(todo[key]))
+            # A whole batch even if some of its answers are there already: the same batches give
+            # the same answers to the last bit, whether the run was interrupted or not.
+            with _noting_failure(journal, [key], broken), _warning_once(key, warned):
+                records = runner.answer(
+                    todo[key].compressor,
+                    [[encoded[picture.id] for picture in item.images] for item in batch],
+                    [item.question for item in batch],
+                )
+                ids = (item.id for item in batch)
+                journal.add(key, dict(zip(ids, records, strict=True)))
+        encoded = {name: value for name, value in encoded.items() if last_use[name] > index}
+    report(len(journal.answers), total, "")
+
+
+def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Cut into batches, with questions about the same image brought together."""
+    first: dict[str, int] = {}
+    for item in questions:
+        first.setdefault(item.image_id, len(first))
+    ordered = sorted(questions, key=lambda item: first[item.image_id])
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+@contextmanager
+def _noting_failure(journal: Journal, keys: Sequence[str], broken: set[str]) -> Iterator[None]:
+    """Enter an exception of the block into the journal, for all cells ``keys``, and go on."""
+    try:
+        yield
+    except Exception as error:
+        failure = Failure.of(error)
+    else:
+        return
+    # Here the traceback no longer holds on to the tensors of a batch that was too large.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for key in keys:
+        journal.fail(key, failure)
+        broken.add(key)
+
+
+@contextmanager
+def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
+    """Let through the first warning of each category of a cell, not one for every image size."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        known = (key, warning.category.__name__)
+        if known not in warned:
+            warned.add(known)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def compare(request: Request, report: Report = lambda *_: None) -> Outcome:
+    """Do what is asked, or what is left of it if it was begun before.
+
+    Raises:
+        UserError: Bad input, found before the model answers a question.
+    """
+    _check_numbers(request)
+    columns = cells(request.methods, request.retention)
+    check_writable(request.out or Path("runs"))
+    report(0, 0, "checking the questions")
+    questions = _questions(request)
+    report(0, 0, f"loading {request.model}")
+    adapter = tp.load(request.model, device=_device(request), dtype=request.dtype)
+    for cell in columns:
+        if cell.compressor:
+            adapter.check(cell.compressor)
+    data.check_placeholders(questions, adapter.image_token)
+
+    experiment = _experiment(request, columns, questions, adapter)
+    path = request.out or Path("runs") / _folder_name(experiment)
+    folder = RunFolder.open(path, experiment, _details(request, adapter))
+    embedded = request.model in testbed.names()
+    wanted = len({cell.key for cell in columns}) * len(questions)
+    status = "failed"
+    failures: dict[Cell, Failure] = {}
+    try:
+        with Journal(folder.journal) as journal:
+            before = len(journal.answers)
+            try:
+                run(
+                    ModelRunner(adapter, request.max_new_tokens),
+                    columns,
+                    questions,
+                    journal,
+                    batch_size=request.batch_size or (50 if embedded else 4),
+                    report=report,
+                )
+                status = "failed" if journal.failures else "complete"
+            except KeyboardInterrupt:
+                status = "interrupted"
+            report(len(journal.answers), wanted, "tables and plots")
+            failures = {
+                cell: journal.failures[cell.key] for cell in columns if cell.key in journal.failures
+            }
+            answers = answers_frame(request.model, columns, questions, journal)
+            summary = summarise(answers, seed=request.seed)
+            folder.write_tables(answers, summary)
+            if status != "interrupted":
+                _draw(folder, request.model, summary)
+    finally:
+        folder.close(status, [{"cell": str(c), **asdict(f)} for c, f in failures.items()])
+    return Outcome(
+        status=status,
+        folder=folder,
+        answered=len(journal.answers),
+        wanted=wanted,
+        new=len(journal.answers) - before,
+        summary=summary,
+        failures=failures,
+    )
+
+
+def cells(methods: Iterable[str], retention: Iterable[float]) -> list[Cell]:
+    """The uncompressed model, then every method at every retention, most tokens first.
+
+    Raises:
+        UserError: An unknown method or option, or a retention outside (0, 1].
+    """
+    ratios = sorted(set(retention), reverse=True)
+    chosen = [Cell(tp.parse(spec, retention=ratio)) for spec in methods for ratio in ratios]
+    distinct = {repr(cell.compressor): cell for cell in chosen}
+    return [Cell(), *distinct.values()]
+
+
+def _check_numbers(request: Request) -> None:
+    for name in ("questions", "batch_size", "max_new_tokens"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} must be at least 1, got {value}.")
+    if request.seed < 0:
+        raise UserError(f"--seed must not be negative, got {request.seed}.")
+    for name in ("methods", "retention"):
+        if not getattr(request, name):
+            raise UserError(f"--{name} needs at least one value.")
+    for value in request.retention:
+        if not 0 < value <= 1:
+            raise UserError(
+                f"retention must be larger than 0 and at most 1 (the share of patch tokens kept), "
+                f"got {value:g}{f'; for {value:g} % write {value / 100:g}' if value > 1 else ''}."
+            )
+
+
+def _questions(request: Request) -> list[Question]:
+    if request.data is None:
+        return data.testbed_questions(request.questions or TESTBED_QUESTIONS, request.seed)
+    return data.read_jsonl(request.data, request.questions)
+
+
+def _device(request: Request) -> str:
+    return request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
+    if not summary["accuracy"].notna().any():
+        return
+    per_kind = summary["n"][summary["kind"] != OVERALL].dropna()
+    count = int(summary["n"].max())
+    note = "bars and band: 95 % confidence intervals"
+    title = f"Accuracy of {Path(model).name} with fewer visual tokens"
+    figure = plots.accuracy(summary, title, f"{count} questions; {note}")
+    plots.save(figure, folder.path / "plots" / "accuracy")
+    if len(per_kind):
+        low, high = int(per_kind.min()), int(per_kind.max())
+        each = f"{low}" if low == high else f"{low} to {high}"
+        figure = plots.accuracy_by_kind(summary, title, f"{each} questions a panel; {note}")
+        plots.save(figure, folder.path / "plots" / "accuracy-by-kind")
+
+
+def _experiment(
+    request: Request, columns: Sequence[Cell], questions: Sequence[Question], adapter: Adapter
+) -> dict[str, Any]:
+    """All that the answers depend on; two runs may share a folder only if this is equal."""
+    details = environment()
+    config = adapter.model.config
+    compressors = [cell.compressor for cell in columns if cell.compressor]
+    return {
+        "model": request.model,
+        "methods": list(dict.fromkeys(compressor.label for compressor in compressors)),
+        "retention": list(dict.fromkeys(compressor.retention for compressor in compressors)),
+        "questions": len(questions),
+        "data": data.fingerprint(questions),
+        "seed": request.seed,
+        "device": adapter.device.type,
+        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "max_new_tokens": request.max_new_tokens,
+        **files_fingerprint(adapter.path),
+        "revision": getattr(config, "_commit_hash", None),
+        "code": code_fingerprint(compressors),
+        "torch": details["versions"]["torch"],
+        "transformers": details["versions"]["transformers"],
+    }
+
+
+def _details(request: Request, adapter: Adapter) -> dict[str, Any]:
+    """What else a reader of the manifest will want to know."""
+    device = adapter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "command": sys.argv,
+        "request": asdict(request) | {"data": str(request.data), "out": str(request.out)},
+        "device_name": name,
+        **environment(),
+    }
+
+
+def _folder_name(experiment: dict[str, Any]) -> str:
+    """Readable, and different for different experiments, so that none is refused its folder."""
+    methods = "+".join(experiment["methods"])
+    if len(methods) > 60:
+        methods = f"{len(experiment['methods'])}-methods"
+    parts = [Path(experiment["model"]).name, methods, f"{experiment['questions']}-questions"]
+    digest = hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
+    return re.sub(r"[^\w.+=-]+", "-", "_".join([*parts, digest[:8]]))

@@ -1,0 +1,236 @@
+"""Questions with known answers: your own from a JSON-lines file, or the testbed's held-out ones."""
+
+import hashlib
+import json
+import os
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from tokenprune.errors import UserError
+
+__all__ = [
+    "Picture",
+    "Question",
+    "check_placeholders",
+    "fingerprint",
+    "normalise",
+    "read_jsonl",
+    "testbed_questions",
+]
+
+_FIELDS = 'each line is an object such as {"image": "cat.png", "question": "…", "answer": "…"}'
+_QUOTES = "‘’“”«»"
+# Not all of `string.punctuation`: "-5", "5%" and "$5" are not "5".
+_SURROUNDING = "".join(set(string.punctuation) - set("+-%$#&@")) + _QUOTES + string.whitespace
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image by name; a file is opened only when it is needed.
+
+    Attributes:
+        id: Equal for equal sources; what is encoded once and what statistics are clustered by.
+        source: A file, or the image itself.
+    """
+
+    id: str
+    source: Path | Image.Image
+
+    def open(self) -> Image.Image:
+        """The image in RGB, turned upright.  Raises `UserError` if it cannot be decoded."""
+        if isinstance(self.source, Image.Image):
+            return self.source.convert("RGB")
+        try:
+            with Image.open(self.source) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except FileNotFoundError:
+            raise UserError(f"there is no image {str(self.source)!r}; check the path.") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"cannot decode the image {str(self.source)!r} ({error}); replace the file or "
+                "remove its questions."
+            ) from error
+
+    def digest(self) -> str:
+        """SHA-256 of the file, or of the pixels of an image in memory."""
+        if isinstance(self.source, Path):
+            return hashlib.sha256(self.source.read_bytes()).hexdigest()
+        header = f"{self.source.mode} {self.source.size} ".encode()
+        return hashlib.sha256(header + self.source.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A question about one or more images, and its true answer.
+
+    Attributes:
+        id: Unique in a data set.
+        images: In the order the model sees them.
+        kind: What accuracies are broken down by.
+    """
+
+    id: str
+    images: tuple[Picture, ...]
+    question: str
+    answer: str
+    kind: str = "other"
+
+    @property
+    def image_id(self) -> str:
+        """Names the images; questions that share it are not independent of each other."""
+        return " ".join(picture.id for picture in self.images)
+
+
+def normalise(answer: str) -> str:
+    """What two answers are compared by: no case, no surrounding punctuation, single spaces.
+
+    >>> normalise(" Yes.") == normalise("yes")
+    True
+    >>> normalise("-5") == normalise("5")
+    False
+    """
+    folded = " ".join(answer.casefold().split())
+    return folded.strip(_SURROUNDING) or folded
+
+
+def testbed_questions(count: int, seed: int) -> list[Question]:
+    """The first ``count`` held-out questions of the testbed; five in a row share an image."""
+    from tokenprune.models.testbed import scenes
+
+    pictures: dict[str, Picture] = {}
+    return [
+        Question(
+            item.id,
+            (pictures.setdefault(item.image_id, Picture(item.image_id, item.image)),),
+            item.question,
+            item.answer,
+            item.kind,
+        )
+        for item in scenes.questions(count, seed=seed, split="test")
+    ]
+
+
+def read_jsonl(path: Path, count: int | None = None) -> list[Question]:
+    """The questions of a JSON-lines file, the first ``count`` of them or all.
+
+    Every line has ``image`` (a path) or ``images`` (a list of paths), ``question`` and ``answer``,
+    and may have ``kind`` and ``id``.  Paths are relative to the file.  Other fields and blank lines
+    are passed over.  Every image is decoded once to see that it can be.
+
+    Raises:
+        UserError: The file cannot be read or is empty, a line is malformed (its number is given),
+            an image is missing or broken, or there are fewer than ``count`` questions.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the data file {str(path)!r}: {error.strerror}. Expected JSON lines; "
+            f"{_FIELDS}."
+        ) from error
+    questions: list[Question] = []
+    pictures: dict[str, Picture] = {}
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if len(questions) == count:
+            break
+        try:
+            item = _question(line, number, path.parent, pictures)
+            if item.id in seen:
+                raise UserError(f"the id {item.id!r} was given on line {seen[item.id]} already.")
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        seen[item.id] = number
+        questions.append(item)
+    if not questions:
+        raise UserError(f"{path} holds no question; {_FIELDS}.")
+    if count is not None and len(questions) < count:
+        raise UserError(
+            f"{path} holds {len(questions)} questions, fewer than the {count} asked for; ask for "
+            "at most as many, or leave --questions out to use all."
+        )
+    return questions
+
+
+def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Picture]) -> Question:
+    """Read one line; ``pictures`` are those met so far, and is added to."""
+    try:
+        fields = json.loads(line)
+    except UnicodeDecodeError:
+        raise UserError("this is not UTF-8; save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"this is not JSON ({error.msg} at column {error.colno}); {_FIELDS}."
+        ) from None
+    if not isinstance(fields, dict):
+        raise UserError(f"expected an object, got {type(fields).__name__}; {_FIELDS}.")
+    missing = [name for name in ("question", "answer") if name not in fields]
+    if "image" not in fields and "images" not in fields:
+        missing.insert(0, "image")
+    if missing:
+        names = " and ".join(repr(name) for name in missing)
+        raise UserError(f"the field{'s' * (len(missing) > 1)} {names} is missing; {_FIELDS}.")
+    if "image" in fields and "images" in fields:
+        raise UserError("give either 'image' or 'images', not both.")
+    paths = fields["images"] if "images" in fields else [fields["image"]]
+    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+        raise UserError("'image' must be a path and 'images' a non-empty list of paths.")
+
+    # The identity is of the place, not of the spelling: "./a.png" and "a.png" are one image.
+    names = [Path(os.path.normpath(name)).as_posix() for name in paths]
+    for name in names:
+        if name not in pictures:
+            pictures[name] = Picture(name, folder / name)
+            pictures[name].open()
+    return Question(
+        id=_text(fields, "id", f"line-{number}"),
+        images=tuple(pictures[name] for name in names),
+        question=_text(fields, "question"),
+        answer=_text(fields, "answer"),
+        kind=_text(fields, "kind", "other"),
+    )
+
+
+def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
+    value = fields.get(name, default)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name!r} must be a non-empty text or a number, got {value!r}.")
+    return value
+
+
+def check_placeholders(questions: Iterable[Question], placeholder: str) -> None:
+    """Raise `UserError` unless every question that marks the places of its images marks all.
+
+    A question without any ``placeholder`` is fine: its images then come before the text.
+    """
+    for item in questions:
+        places = item.question.count(placeholder)
+        if places not in (0, len(item.images)):
+            raise UserError(
+                f"the question {item.id!r} has {places} image placeholders {placeholder!r} for "
+                f"{len(item.images)} image{'s' * (len(item.images) != 1)}; write one for each "
+                "image, or none to have the images in front of the text."
+            )
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """SHA-256 of everything the answers depend on: texts, and the images' content."""
+    digests = {
+        picture.id: picture.digest()
+        for picture in {p.id: p for item in questions for p in item.images}.values()
+    }
+    total = hashlib.sha256()
+    for item in questions:
+        images = [digests[picture.id] for picture in item.images]
+        record = [item.id, images, item.question, item.answer, item.kind]
+        total.update(json.dumps(record).encode())
+    return total.hexdigest()

@@ -1,0 +1,491 @@
+"""One run, one folder: a manifest, an append-only journal, and tables made from the journal.
+
+``manifest.json``    what was asked, with what, and how it ended; written first
+``answers.jsonl``    the journal, one line per answer or failure, appended as they come
+``answers.parquet``  tidy: one row per model, method, parameters, retention and question
+``summary.csv``      one row per method, retention and question kind (`statistics.summarise`)
+``plots/``
+
+The journal is the truth: whatever else is in the folder can be made again from it.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import pandas as pd
+
+import tokenprune
+from tokenprune.compressor import Compressor
+from tokenprune.errors import UserError
+from tokenprune.experiments.data import Question, normalise
+
+__all__ = [
+    "Cell",
+    "Failure",
+    "Journal",
+    "RunFolder",
+    "answers_frame",
+    "check_writable",
+    "code_fingerprint",
+    "environment",
+    "files_fingerprint",
+    "git_state",
+    "replace_file",
+]
+
+UNCOMPRESSED = "uncompressed"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of a comparison: a method at a retention, or the uncompressed model (None)."""
+
+    compressor: Compressor | None = None
+
+    @property
+    def key(self) -> str:
+        """What the journal files answers under.
+
+        Every method at R = 1 is the uncompressed model, so these cells share their answers.
+        """
+        if self.compressor is None or self.compressor.retention == 1:
+            return UNCOMPRESSED
+        return repr(self.compressor)
+
+    @property
+    def method(self) -> str:
+        return UNCOMPRESSED if self.compressor is None else self.compressor.name
+
+    @property
+    def label(self) -> str:
+        """Method and the options that differ from its defaults."""
+        return UNCOMPRESSED if self.compressor is None else self.compressor.label
+
+    @property
+    def retention(self) -> float:
+        return 1.0 if self.compressor is None else self.compressor.retention
+
+    @property
+    def parameters(self) -> str:
+        """Every option but the retention, as ``name=value`` pairs."""
+        if self.compressor is None:
+            return ""
+        return ", ".join(
+            f"{item.name}={getattr(self.compressor, item.name)!r}"
+            for item in dataclasses.fields(self.compressor)
+            if item.name != "retention"
+        )
+
+    def __str__(self) -> str:
+        return self.label if self.compressor is None else f"{self.label} at {self.retention:g}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell could not be finished: the error's last line, and the whole traceback."""
+
+    error: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        lines = traceback.format_exception(error)
+        message = str(error).strip().splitlines()
+        last = f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+        return cls(last, "".join(lines))
+
+
+# --- the journal ----------------------------------------------------------------------------------
+
+
+class Journal:
+    """Answers and failures by cell key, kept in a file that is only ever appended to.
+
+    A line that a crash cut short is passed over when the file is read, so its answer is missing
+    and computed again.  If an answer stands in the file twice, the first one counts.
+
+    Attributes:
+        answers: (cell key, question id) to the answer's record.
+        failures: Cell key to the failure, of cells whose last entry is one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answers: dict[tuple[str, str], dict[str, Any]] = {}
+        self.failures: dict[str, Failure] = {}
+        self._file: BinaryIO | None = None
+        self._read()
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        for line in self.path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+                cell = record.pop("cell")
+                if "error" in record:
+                    self.failures[cell] = Failure(record["error"], record["traceback"])
+                else:
+                    self.answers.setdefault((cell, record.pop("question")), record)
+                    self.failures.pop(cell, None)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+
+    def __enter__(self) -> "Journal":
+        # Unbuffered: what one `write` hands over is in the file when it returns, whole.
+        self._file = self.path.open("ab", buffering=0)
+        try:
+            _lock(self._file)
+            self.answers.clear()
+            self.failures.clear()
+            self._read()  # again: another process may have written until we had the lock
+            if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+                self._file.write(b"\n")  # so that the next line does not continue a torn one
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def add(self, cell: str, records: Mapping[str, dict[str, Any]]) -> None:
+        """Append the answers of ``cell``, question id to record, unless they are there already."""
+        new = {q: r for q, r in records.items() if (cell, q) not in self.answers}
+        self._append({"cell": cell, "question": q, **r} for q, r in new.items())
+        self.answers.update({(cell, q): r for q, r in new.items()})
+        self.failures.pop(cell, None)
+
+    def fail(self, cell: str, failure: Failure) -> None:
+        """Append that ``cell`` failed."""
+        self._append([{"cell": cell, **dataclasses.asdict(failure)}])
+        self.failures[cell] = failure
+
+    def _append(self, records: Iterable[dict[str, Any]]) -> None:
+        assert self._file is not None, "use the journal in a with statement to write"
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        view = memoryview(text.encode("utf-8", "backslashreplace"))
+        while view:  # a full disk or a pipe may take a part only
+            view = view[self._file.write(view) or 0 :]
+
+
+def _lock(file: BinaryIO) -> None:
+    """Hold ``file`` for this process alone, where the system can; it lets go when it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs in one folder would waste time, not double rows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        folder = Path(file.name).parent
+        raise UserError(
+            f"another process is writing to {folder}; wait until it ends or choose another --out."
+        ) from None
+    except OSError:  # a network file system without locks
+        return
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+@dataclass
+class RunFolder:
+    """A run's folder, new or taken up again.
+
+    Attributes:
+        path: The folder.
+        manifest: What ``manifest.json`` holds.
+    """
+
+    path: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic, repr=False)
+
+    @classmethod
+    def open(
+        cls, path: Path, experiment: Mapping[str, Any], details: Mapping[str, Any]
+    ) -> "RunFolder":
+        """Create the folder of ``experiment``, or take up the one that holds it.
+
+        Args:
+            experiment: All that the answers depend on; JSON-serialisable.
+            details: What else the manifest should tell, e.g. versions and command line.
+
+        Raises:
+            UserError: The folder cannot be written, holds another experiment, or holds files that
+                are not a run's.
+        """
+        check_writable(path)
+        folder = cls(path, _read_manifest(path))
+        experiment = json.loads(json.dumps(experiment))
+        if folder.manifest:
+            differences = list(_differences(folder.manifest["experiment"], experiment))
+            if differences:
+                raise UserError(
+                    f"{path} holds another experiment ({'; '.join(differences)}); choose another "
+                    "--out, or ask for the same again to resume it."
+                )
+        folder.manifest |= {"status": "running", "experiment": experiment, **details}
+        sessions = folder.manifest.setdefault("sessions", [])
+        sessions.append({"started": _now(), "status": "running"})
+        folder.manifest["failures"] = []
+        folder.write_manifest()
+        return folder
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "answers.jsonl"
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all sessions together."""
+        return float(sum(session.get("seconds", 0.0) for session in self.manifest["sessions"]))
+
+    def write_manifest(self) -> None:
+        """Write ``manifest.json`` in one step."""
+        with replace_file(self.path / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def write_tables(self, answers: pd.DataFrame, summary: pd.DataFrame) -> None:
+        """Write ``answers.parquet`` and ``summary.csv``, each in one step."""
+        with replace_file(self.path / "answers.parquet") as temporary:
+            answers.to_parquet(temporary, index=False)
+        with replace_file(self.path / "summary.csv") as temporary:
+            summary.to_csv(temporary, index=False)
+
+    def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Enter into the manifest how this session ended."""
+        seconds = round(time.monotonic() - self._started, 3)
+        self.manifest["sessions"][-1] |= {"ended": _now(), "seconds": seconds, "status": status}
+        self.manifest |= {"status": status, "seconds": round(self.seconds, 3)}
+        self.manifest["failures"] = list(failures)
+        self.write_manifest()
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` unless ``path`` is, or can be made, a folder we can write files to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the output folder {str(path)!r} ({error.strerror}); choose another "
+            "with --out."
+        ) from error
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` at the end of the block, if nothing went wrong.
+
+    Readers see the old file or the new one, never half of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not file.exists():
+        if any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise UserError(
+                f"{path} holds files but no manifest.json, so it is not the folder of a run; "
+                "choose another --out."
+            )
+        return {}
+    try:
+        manifest = json.loads(file.read_text())
+        manifest["experiment"].keys(), manifest["sessions"].append  # noqa: B018
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is not a run's manifest; choose another --out.") from None
+    return dict(manifest)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Say field by field what differs; fingerprints only that they do."""
+    for name in [*here, *(name for name in there if name not in here)]:
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif old != new:
+            if isinstance(old, str) and isinstance(new, str) and len(old) == len(new) == 64:
+                yield f"other {name}"
+            else:
+                yield f"{name}: {_say(old)} there, {_say(new)} here"
+
+
+def _say(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- the tidy table -------------------------------------------------------------------------------
+
+
+def answers_frame(
+    model: str, cells: Sequence[Cell], questions: Sequence[Question], journal: Journal
+) -> pd.DataFrame:
+    """One row per cell and question that has an answer, or whose cell failed (without answer).
+
+    ``correct`` and ``agrees`` (the same answer as the uncompressed model's) compare normalised
+    texts and are missing where there is no answer to compare.
+    """
+    rows = []
+    for cell in cells:
+        shared = {
+            "model": model,
+            "method": cell.method,
+            "label": cell.label,
+            "parameters": cell.parameters,
+            "retention": cell.retention,
+        }
+        failed = cell.key in journal.failures
+        for item in questions:
+            record = journal.answers.get((cell.key, item.id))
+            if record is None and not failed:
+                continue
+            full = journal.answers.get((UNCOMPRESSED, item.id))
+            answer = None if record is None else normalise(record["answer"])
+            rows.append(
+                {
+                    **shared,
+                    "question_id": item.id,
+                    "image_id": item.image_id,
+                    "kind": item.kind,
+                    "question": item.question,
+                    "truth": item.answer,
+                    "answer": None,
+                    "correct": None if answer is None else answer == normalise(item.answer),
+                    "agrees": None
+                    if answer is None or full is None
+                    else answer == normalise(full["answer"]),
+                    "status": "failed" if record is None else "ok",
+                    **dict.fromkeys(_COUNTS),
+                    **(record or {}),
+                }
+            )
+    types = {"correct": "boolean", "agrees": "boolean"} | dict.fromkeys(_COUNTS, "Float64")
+    return pd.DataFrame(rows).astype(types | dict.fromkeys(_WHOLE, "Int64"))
+
+
+_WHOLE = (
+    "patch_tokens",
+    "kept_patches",
+    "separators",
+    "kept_separators",
+    "text_tokens",
+    "kv_bytes",
+)
+_COUNTS = (*_WHOLE, "layer_average", "flops", "selector_flops", "uncompressed_flops")
+
+
+# --- what a result depends on ---------------------------------------------------------------------
+
+_PROCESSOR = ("*processor*.json", "tokenizer*", "vocab*", "merges*", "*tokens*.json", "*.jinja")
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
+
+
+def files_fingerprint(folder: Path | None) -> dict[str, str | None]:
+    """SHA-256 of a model's weights and config, and of its processor's files (None: no folder)."""
+    return {
+        "weights": _hash_files(folder, _WEIGHTS),
+        "processor": _hash_files(folder, _PROCESSOR),
+    }
+
+
+def _hash_files(folder: Path | None, patterns: Iterable[str]) -> str | None:
+    if folder is None:
+        return None
+    total = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        total.update(path.name.encode())
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def code_fingerprint(compressors: Iterable[Compressor]) -> str:
+    """SHA-256 of the source the answers depend on: the core, the adapters and these methods."""
+    root = Path(tokenprune.__file__).parent
+    files = {*root.glob("[!_]*.py"), *(root / "models").glob("*.py")} - {root / "cli.py"}
+    files.add(root / "experiments" / "compare.py")
+    for compressor in compressors:
+        for part in compressor.stages():
+            try:
+                files.add(Path(inspect.getsourcefile(type(part)) or ""))
+            except TypeError:  # defined at a prompt
+                continue
+    total = hashlib.sha256()
+    for content in sorted(file.read_bytes() for file in files if file.is_file()):
+        total.update(hashlib.sha256(content).digest())
+    return total.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions of everything that could matter, the platform and the state of the source."""
+    packages = ("tokenprune", "torch", "torchvision", "transformers", "accelerate", "numpy")
+    extra = ("pandas", "scipy", "pillow", "safetensors", "scikit-learn", "timm")
+    return {
+        "versions": {name: _version(name) for name in (*packages, *extra)},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": git_state(Path(tokenprune.__file__).parent),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout whose files are in ``folder``, and whether it has changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not merely below some repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,7 @@
+"""Adapters: one file per model family, and the embedded trained testbeds."""
+
+if __name__ != "tokenprune.models":
+    raise ImportError(
+        f"{__file__} was imported as {__name__!r}; its name is 'tokenprune.models'. "
+        "Install the checkout (pip install -e .) and import 'tokenprune.models'."
+    )

@@ -1,0 +1,59 @@
+"""FastV: from layer K on, drop the visual tokens that the last prompt token ignores."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import Allocator, TopK
+from tokenprune.compressor import ScoringCompressor, Stage
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+
+@register("fastv")
+@dataclass(frozen=True, kw_only=True)
+class FastV(ScoringCompressor):
+    """Rank by the attention that the last prompt token pays in layer K - 1, mean over heads.
+
+    The K layers 0 .. K-1 run at full length.  The kept set is fixed at prefill, survivors keep
+    their position ids, and the layers before K cache the full prompt.
+
+    Args:
+        layer: K, counted from 0: tokens are dropped in front of decoder layer K.  Paper: 2.
+    """
+
+    allocator: Allocator = field(default_factory=lambda: TopK(rounding="half-even"))
+    layer: Annotated[int, Field(ge=1)] = 2
+
+    stage = Stage.LLM
+    card = Card(
+        paper="An Image is Worth 1/2 Tokens After Layer 2",
+        arxiv="2403.06764",
+        code="https://github.com/pkunlp-icler/FastV (d165972)",
+        verified="fastv",
+        deviations=(
+            "The visual span comes from the placeholders; the official scripts hard-code it.",
+            "Every row of a batch is ranked by its own attention; officially row 0 ranks for all.",
+            "Separators are not ranked; the separator policy decides about them.",
+            "The paper speaks of attention received from all tokens; like the official code, this "
+            "takes the last prompt token's row only.",
+        ),
+    )
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @property
+    def row(self) -> Signal:
+        """The attention row that ranks."""
+        return Signal("llm_attention", self.layer - 1)
+
+    @property
+    def own_signals(self) -> frozenset[Signal]:
+        return frozenset({self.row})
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens[self.row]

@@ -1,0 +1,96 @@
+"""GlobalCom²: the thumbnail commands how many tokens each crop keeps, and which.
+
+Paper:  https://arxiv.org/abs/2501.05179 (AAAI 2026)
+Code:   https://github.com/xuyang-liu16/GlobalCom2, llava/model/llava_arch.py (96b2d00)
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import Allocator, ThumbnailCommand
+from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
+from tokenprune.primitives import normalise, project_thumbnail, top_per_view
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Kind, Signal, VisualTokens
+
+
+@register("globalcom2")
+@dataclass(frozen=True, kw_only=True)
+class GlobalCom2(Compressor):
+    """Keep the thumbnail's top ``R * N`` and of crop ``j`` the top ``r_j * N_j`` tokens.
+
+    The crops' ratios ``r_j`` come from the allocator (`ThumbnailCommand`).  A crop token's
+    holistic score is ``alpha * s^G + (1 - alpha) * s^L``: the thumbnail's score at its place in
+    the image, and the score in its own crop, each normalised over the crop.
+
+    Args:
+        alpha: Weight of the thumbnail's view of a crop token.  Paper: 0.5.
+        tau: Temperature of the allocation.  The paper's 10 suits sums of raw logits; with 49-token
+            views or softmaxed scores it is nearly uniform.
+        score: ``cls_logits`` (raw, as in the official code), ``cls_attention`` (softmaxed), or
+            ``received`` (mean attention received, for towers without CLS such as SigLIP).
+        layer: Encoder layer of the score.  Official: the last one, whose input is what the
+            projector gets.
+        normalisation: ``l2`` (official code), ``minmax`` or ``none`` (the paper's bare formula).
+        allocator: Default: `ThumbnailCommand` with this `tau`, `score` and `layer`.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    tau: Annotated[float, Field(gt=0)] = 10.0
+    score: Literal["cls_logits", "cls_attention", "received"] = "cls_logits"
+    layer: int = -1
+    normalisation: Literal["l2", "minmax", "none"] = "l2"
+    allocator: Allocator | None = None
+
+    card = Card(
+        paper="Global Compression Commander (GlobalCom²)",
+        arxiv="2501.05179",
+        code="https://github.com/xuyang-liu16/GlobalCom2 (96b2d00)",
+        verified="globalcom2",
+        deviations=(
+            "Tokens stay at their true place in sequence order; officially the thumbnail is "
+            "emitted in score order and tokens of padded crops slip into wrong rows.",
+            "Every image of a batch is scored by itself; officially image 0's scores serve all.",
+            "The canvas is unpadded as Hugging Face does (its processor counts so), and rows of "
+            "padding have no separator.",
+            "An image with a single view is cut to R as well; officially it is not compressed.",
+            "R = 1 keeps everything; the formula of r_j would still thin out poor crops.",
+            "Scores are ranked in float32, whatever the model's dtype.",
+        ),
+    )
+
+    @property
+    def saliency(self) -> Signal:
+        """The score every view is ranked by."""
+        return Signal(self.score, self.layer)
+
+    @property
+    def allocation(self) -> Allocator:
+        """How many tokens each view keeps."""
+        return self.allocator or ThumbnailCommand(self.tau, self.saliency)
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return self.allocation.signals | {self.saliency}
+
+    def holistic(self, tokens: VisualTokens) -> Tensor:
+        """(N,) the thumbnail's own scores, and the holistic scores of the crops."""
+        layout, local = tokens.layout, tokens[self.saliency].float()
+        scores, crop = local.clone(), (layout.kind == Kind.CROP)
+        if layout.grid == (0, 0) or 0 in layout.canvas_shape:
+            return scores
+        guide, view = project_thumbnail(layout, local)[crop], layout.view[crop]
+        scores[crop] = self.alpha * normalise(guide, view, layout.views, self.normalisation) + (
+            1 - self.alpha
+        ) * normalise(local[crop], view, layout.views, self.normalisation)
+        return scores
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores = self.holistic(tokens)
+        counts = self.allocation.counts(tokens, scores, self.retention)
+        warn_about_empty_views(self, tokens.layout, counts)
+        return Selection(top_per_view(tokens.layout, scores, counts.to(torch.int64)))

@@ -1,0 +1,28 @@
+"""Uniform: evenly spaced tokens of every view.  The baseline without any signal.
+
+There is no single official definition; this is the exact-count, centred form
+``floor((i + 0.5) * n / T)``, ``i < T``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenprune.budget import Proportional
+from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
+from tokenprune.primitives import evenly_spaced
+from tokenprune.registry import Card, register
+from tokenprune.tokens import VisualTokens
+
+
+@register("uniform")
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Compressor):
+    """Keep ``floor(R * P)`` evenly spaced patch tokens, shared out over the views."""
+
+    card = Card(paper="Evenly spaced tokens (baseline)")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        counts = Proportional().counts(tokens, torch.empty(0), self.retention)
+        warn_about_empty_views(self, tokens.layout, counts)
+        return Selection(evenly_spaced(tokens.layout, counts))

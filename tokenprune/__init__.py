@@ -1,0 +1,72 @@
+"""Plug in, run and compare visual-token compression methods for vision-language models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+# Loaded on first use, so that `import tokenprune` and `tokenprune --help` stay quick.
+_HOME = {
+    "Chain": "compressor",
+    "Compressor": "compressor",
+    "ScoringCompressor": "compressor",
+    "Selection": "compressor",
+    "Stage": "compressor",
+    "create": "compressor",
+    "parse": "compressor",
+    "compress": "engine",
+    "load": "models.adapter",
+    "Card": "registry",
+    "register": "registry",
+    "Signal": "tokens",
+    "TokenLayout": "tokens",
+    "VisualTokens": "tokens",
+}
+
+if TYPE_CHECKING:
+    from tokenprune.compressor import (
+        Chain,
+        Compressor,
+        ScoringCompressor,
+        Selection,
+        Stage,
+        create,
+        parse,
+    )
+    from tokenprune.engine import compress
+    from tokenprune.models.adapter import load
+    from tokenprune.registry import Card, register
+    from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+__all__ = [
+    "Card",
+    "Chain",
+    "Compressor",
+    "ScoringCompressor",
+    "Selection",
+    "Signal",
+    "Stage",
+    "TokenLayout",
+    "VisualTokens",
+    "available",
+    "compress",
+    "create",
+    "load",
+    "parse",
+    "register",
+]
+
+
+def available() -> list[str]:
+    """Names of all registered strategies."""
+    from tokenprune.registry import strategies
+
+    return strategies.names()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"tokenprune.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'tokenprune' has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""``python -m tokenprune`` is the console script ``tokenprune``."""
+
+from tokenprune.cli import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The few attention rows a method needs, at O(N·d), whatever attention kernel the model runs.
+
+The queries and keys come from the projections that run anyway (forward hooks); one row times all
+keys costs a thousandth of the layer.  No module is switched to eager attention.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+__all__ = ["Projections", "attention_received", "cls_row", "decoder_row", "projections"]
+
+CHUNK = 128  # queries whose attention exists at the same time in `attention_received`
+
+
+@dataclass
+class Projections:
+    """Queries and keys of one vision attention module, (views, tokens, heads * head_dim)."""
+
+    heads: int
+    scale: float
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Both as (views, heads, tokens, head_dim) in float32."""
+        if self.query is None or self.key is None:
+            raise RuntimeError("the vision tower was not run while its projections were tapped")
+        pattern = "v n (h d) -> v h n d"
+        return (
+            rearrange(self.query, pattern, h=self.heads).float(),
+            rearrange(self.key, pattern, h=self.heads).float(),
+        )
+
+
+@contextmanager
+def projections(attention: nn.Module) -> Iterator[Projections]:
+    """While open, what ``attention.q_proj`` and ``attention.k_proj`` return is kept.
+
+    Args:
+        attention: A vision attention module with ``q_proj``, ``k_proj``, ``num_heads`` and
+            ``scale`` (CLIP's and SigLIP's in ``transformers``).
+    """
+    tapped = Projections(heads=int(attention.num_heads), scale=float(attention.scale))  # type: ignore[arg-type]
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, args, output: setattr(tapped, name, output.detach())
+
+    handles = [
+        attention.get_submodule("q_proj").register_forward_hook(keep("query")),
+        attention.get_submodule("k_proj").register_forward_hook(keep("key")),
+    ]
+    try:
+        yield tapped
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cls_row(tapped: Projections, *, softmax: bool) -> Tensor:
+    """Row of the CLS token (entry 0) over the patches, mean over heads.
+
+    Args:
+        tapped: What one attention layer computed.
+        softmax: Normalise over all keys, CLS included; else the scaled products themselves.
+
+    Returns:
+        (views, patches) float32.
+    """
+    query, key = tapped.split()
+    row = torch.einsum("vhd,vhnd->vhn", query[:, :, 0], key) * tapped.scale
+    if softmax:
+        row = row.softmax(-1)
+    return row.mean(1)[:, 1:]
+
+
+def attention_received(tapped: Projections) -> Tensor:
+    """Mean attention that every token receives from all tokens, over heads and queries.
+
+    Computed for `CHUNK` queries at a time: nothing of size N×N is kept.
+
+    Returns:
+        (views, tokens) float32.
+    """
+    query, key = tapped.split()
+    total = query.new_zeros(query.shape[0], query.shape[2])
+    for part in query.split(CHUNK, dim=2):
+        logits = part @ key.transpose(-1, -2) * tapped.scale
+        total += logits.softmax(-1).sum((1, 2))
+    return total / (query.shape[1] * query.shape[2])
+
+
+def decoder_row(
+    attention: nn.Module,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    query_slots: Tensor,
+    visible: Tensor,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Attention that one query per row of the batch pays to every key, mean over heads.
+
+    Args:
+        attention: A Llama-like attention module of ``transformers`` (``q_proj``, ``k_proj``,
+            grouped-query or not, ``q_norm``/``k_norm`` where it has them).
+        hidden: (B, M, D) its input, already normalised.
+        rotary: cos and sin, (B or 1, M, head_dim).
+        query_slots: (B,) which of the M entries asks.
+        visible: (B, K) bool, keys the query may look at; K >= M with cached keys in front.
+        keys: (B, kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
+
+    Returns:
+        (B, K) float32 softmaxed rows.
+    """
+    batch = torch.arange(len(hidden), device=hidden.device)
+    dim = int(attention.head_dim)  # type: ignore[arg-type]
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
+
+    def heads(name: str, states: Tensor) -> Tensor:
+        projected = attention.get_submodule(f"{name}_proj")(states)
+        out = rearrange(projected, "b n (h d) -> b n h d", d=dim)
+        norm = getattr(attention, f"{name}_norm", None)
+        return rearrange(norm(out) if norm is not None else out, "b n h d -> b h n d")
+
+    asking = hidden[batch, query_slots][:, None]
+    at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
+    query = heads("q", asking)
+    query, _ = rotate(query, query, *at)
+    if keys is None:
+        keys = heads("k", hidden)
+        keys, _ = rotate(keys, keys, cos, sin)
+    # The query heads of a group become rows of one product: the keys are never repeated.
+    grouped = rearrange(query, "b (g r) 1 d -> b g r d", g=keys.shape[1])
+    logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
+    logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+    return logits.softmax(-1).mean((1, 2))

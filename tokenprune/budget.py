@@ -1,0 +1,157 @@
+"""From a retention ratio to integers: how many tokens in all, and how many each view keeps."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import UserError, unknown
+from tokenprune.primitives import region_sums
+from tokenprune.tokens import Kind, Signal, VisualTokens
+
+__all__ = ["ALLOCATORS", "Allocator", "Proportional", "ThumbnailCommand", "TopK", "budget"]
+
+Rounding = Literal["floor", "half-even", "half-up", "ceil"]
+
+
+def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
+    """How many of ``tokens`` are kept, at least one of a non-empty sequence.
+
+    The product is taken exactly, from the decimal that was written: ``0.29`` of 100 is 29, where
+    ``int(100 * 0.29)`` gives 28.
+    """
+    exact = tokens * Fraction(str(retention))
+    rounded = {
+        "floor": math.floor,
+        "half-even": round,
+        "half-up": lambda x: math.floor(x + Fraction(1, 2)),
+        "ceil": math.ceil,
+    }[rounding](exact)
+    return min(tokens, max(1, rounded))
+
+
+class Allocator(ABC):
+    """Decides how many patch tokens each view keeps, whatever ranks them inside the view."""
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """Signals the allocator itself looks at."""
+        return frozenset()
+
+    @abstractmethod
+    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
+        """(V,) int64 tokens to keep in each view, on the CPU or on the device of the features.
+
+        Args:
+            tokens: The packed sequence.
+            scores: (N,) score of every entry, higher is kept first; NaN at separators.
+            retention: R in (0, 1].
+        """
+
+
+@dataclass(frozen=True)
+class Proportional(Allocator):
+    """Every view keeps the same share; the total is exactly the rounded ``R * P``.
+
+    What rounding leaves over goes to the views with the largest remainder, earlier views first.
+    """
+
+    rounding: Rounding = "floor"
+
+    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
+        sizes = tokens.layout.view_sizes
+        total = budget(sum(sizes), retention, self.rounding)
+        quotas = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
+        counts = [math.floor(quota) for quota in quotas]
+        by_remainder = sorted(range(len(sizes)), key=lambda v: (counts[v] - quotas[v], v))
+        for view in by_remainder[: total - sum(counts)]:
+            counts[view] += 1
+        return torch.tensor(counts)
+
+
+@dataclass(frozen=True)
+class TopK(Allocator):
+    """No borders between views: the ``R * P`` highest scores of the whole sequence."""
+
+    rounding: Rounding = "floor"
+
+    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
+        patches = tokens.layout.patches
+        total = budget(len(patches), retention, self.rounding)
+        order = scores[patches].float().argsort(descending=True, stable=True)
+        kept = tokens.layout.view[patches[order[:total]]]
+        return torch.bincount(kept, minlength=tokens.layout.views)
+
+
+@dataclass(frozen=True)
+class ThumbnailCommand(Allocator):
+    """GlobalCom²: the thumbnail decides how much of the budget each crop gets.
+
+    With ``S_j`` the sum of the thumbnail's scores over the region of crop ``j`` (of ``n``),
+    ``sigma = softmax((S - max S) / tau)`` and ``r_j = min(R * (1 + sigma_j - mean sigma), 1)``,
+    crop ``j`` keeps ``trunc(r_j * N_j)`` of its ``N_j`` unpadded tokens and the thumbnail
+    ``trunc(R * N)``.
+
+    Source: arXiv 2501.05179, section on adaptive compression; official
+    ``llava/model/llava_arch.py``, ``generate_scale_for_crop_features`` (commit 96b2d00), whose
+    1e-8 in the softmax and float64 arithmetic are kept: ``r_j * N_j`` can lie within 1e-6 of an
+    integer.
+
+    Args:
+        tau: Temperature.  The paper's 10 is meant for sums of raw logits.
+        signal: The thumbnail's scores.
+    """
+
+    tau: float = 10.0
+    signal: Signal = Signal("cls_logits")
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset({self.signal})
+
+    def ratios(self, tokens: VisualTokens, retention: float) -> Tensor:
+        """(n,) float64 retention ratio of each crop."""
+        layout = tokens.layout
+        thumbnail = tokens[self.signal][layout.kind == Kind.THUMBNAIL]
+        richness = region_sums(thumbnail.reshape(layout.view_shape).double(), layout.grid)
+        weight = ((richness - richness.max()) / self.tau).exp()
+        sigma = weight / (weight.sum() + 1e-8)
+        return (retention * (1 + sigma - sigma.mean())).clamp(max=1.0)
+
+    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
+        sizes = tokens.layout.view_sizes
+        if tokens.layout.grid == (0, 0):
+            return Proportional().counts(tokens, scores, retention)
+        ratios = self.ratios(tokens, retention)
+        crops = (ratios * torch.tensor(sizes[1:], device=ratios.device)).long()
+        thumbnail = torch.tensor([budget(sizes[0], retention)], device=ratios.device)
+        return torch.cat([thumbnail, crops])
+
+
+ALLOCATORS: dict[str, type[Allocator]] = {
+    "proportional": Proportional,
+    "topk": TopK,
+    "globalcom2": ThumbnailCommand,
+}
+
+
+def allocator(name: str) -> Allocator:
+    """The allocator called ``name``, with its defaults."""
+    if name not in ALLOCATORS:
+        raise unknown("allocator", name, ALLOCATORS)
+    return ALLOCATORS[name]()
+
+
+def check_retention(retention: float) -> None:
+    """Raise `UserError` unless ``retention`` lies in (0, 1]."""
+    if not 0 < retention <= 1:
+        raise UserError(
+            f"retention must be larger than 0 and at most 1 (the share of patch tokens kept), "
+            f"got {retention!r}."
+        )

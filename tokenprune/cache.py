@@ -1,0 +1,158 @@
+"""A KV-cache layer that knows that its prompt was shortened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from tokenprune.errors import UserError
+
+__all__ = ["PrunedLayer", "adopt", "is_pruned"]
+
+
+class PrunedLayer(DynamicLayer):
+    """A dynamic cache layer with fewer entries than tokens seen.
+
+    To `generate` it reports the uncompressed length, so that ids, masks and positions are counted
+    as if nothing had been dropped; to the mask factory it reports the physical length, with the
+    dropped entries as an offset (as a sliding window would).  The state of each row lives here, on
+    the cache, so that beam reordering, batch selection and interleaved generations just work.
+
+    Attributes:
+        valid: (B, K) bool, which physical entries are not padding, including entries announced by
+            `expect` that the attention module has not written yet.
+        dropped: Columns removed so far.
+        cut: How many selections this layer lies behind; layers with the same count share a mask.
+        shift: (B, 1) how far the position ids of later tokens move back.
+        extra: (B, 1) how much further they move from this layer on, or None.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, layer: DynamicLayer, valid: Tensor) -> None:
+        super().__init__()
+        self.__dict__.update(layer.__dict__)
+        self.valid = valid[:, : self._physical()]
+        self.dropped = 0
+        self.cut = 0
+        self.shift = torch.zeros(len(valid), 1, dtype=torch.long, device=valid.device)
+        self.extra: Tensor | None = None
+        self.window: int | None = getattr(layer, "sliding_window", None)
+
+    def _physical(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def expect(self, valid: Tensor, dropped: int = 0) -> None:
+        """Announce the entries of the next `update`; again, to take back what was announced.
+
+        Args:
+            valid: (B, q) bool, which of the new entries are real.
+            dropped: How many columns have been left out of them since the last announcement.
+        """
+        new = valid.to(self.valid.device)
+        self.valid = torch.cat([self.valid[:, : self._physical()], new], dim=1)
+        self.dropped += dropped
+        if self.window is not None and self.dropped + self.valid.shape[1] > self.window:
+            raise UserError(
+                f"the sequence grew beyond the model's sliding window of {self.window} tokens, "
+                "which compression does not support; shorten the prompt or the generation."
+            )
+
+    def mask(self) -> Tensor:
+        """(B, dropped + K) bool mask as `create_causal_mask` wants it for this layer."""
+        gap = self.valid.new_zeros(len(self.valid), self.dropped)
+        return torch.cat([gap, self.valid], dim=1)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append; raises `UserError` if nobody announced the entries."""
+        if self._physical() + key_states.shape[-2] != self.valid.shape[1]:
+            raise UserError(
+                "this KV cache holds a compressed prompt; continue it inside "
+                "`with tokenprune.compress(model, ...)`, or start again with a new cache."
+            )
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, dropped ones included."""
+        return self.dropped + self._physical()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(key length, offset): the physical entries, behind those that were dropped."""
+        return self._physical() + query_length, self.dropped
+
+    def reset(self) -> None:
+        """Forget everything, as a new cache."""
+        super().reset()
+        self.valid, self.dropped, self.cut = self.valid[:, :0], 0, 0
+        self.shift, self.extra = torch.zeros_like(self.shift), None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens."""
+        super().crop(tokens_to_remove)
+        self.valid = self.valid[:, : self._physical()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of ``beam_idx``."""
+        super().reorder_cache(beam_idx)
+        self._rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self._rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)
+        self._rows(torch.arange(len(self.valid)).repeat_interleave(repeats))
+
+    def _rows(self, index: Tensor) -> None:
+        index = index.to(self.valid.device)
+        self.valid, self.shift = self.valid[index], self.shift[index]
+        self.extra = None if self.extra is None else self.extra[index]
+
+
+def is_pruned(cache: Cache | None) -> bool:
+    """Whether ``cache`` holds a compressed prompt."""
+    return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+
+
+def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:
+    """Replace the layers of ``cache`` in place by `PrunedLayer`; what they hold stays.
+
+    Args:
+        cache: A dynamic cache.
+        valid: (B, K) bool for the entries held so far; a layer with fewer takes the first ones.
+        layers: Number of decoder layers, for caches that create theirs lazily.
+
+    Raises:
+        UserError: The cache is static, quantised or otherwise not a plain dynamic one.
+    """
+    while len(cache.layers) < layers:
+        cache.layers.append(DynamicLayer())
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, DynamicLayer) or cache.is_compileable:
+            raise UserError(
+                f"compression works with dynamic KV caches, got a layer of type "
+                f"{type(layer).__name__}; use cache_implementation='dynamic' or DynamicCache()."
+            )
+        if not isinstance(layer, PrunedLayer):
+            window = getattr(layer, "sliding_window", None)
+            if window is not None and valid.shape[1] > window:
+                raise UserError(
+                    f"the prompt has {valid.shape[1]} tokens, more than the model's sliding window "
+                    f"of {window}, which compression does not support."
+                )
+            cache.layers[index] = PrunedLayer(layer, valid.to(_device(layer, valid)))
+    return cache.layers  # type: ignore[return-value]
+
+
+def _device(layer: DynamicLayer, valid: Tensor) -> torch.device:
+    return layer.keys.device if layer.is_initialized else valid.device

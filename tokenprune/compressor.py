@@ -1,0 +1,349 @@
+"""The contract: one image's packed visual tokens in, sorted indices out."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from typing import Any, ClassVar, Literal, get_type_hints
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from tokenprune import budget
+from tokenprune.budget import Allocator, Proportional
+from tokenprune.errors import RetentionWarning, UserError, unknown
+from tokenprune.primitives import top_per_view
+from tokenprune.registry import Card, strategies
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+__all__ = [
+    "Chain",
+    "Compressor",
+    "ScoringCompressor",
+    "Selection",
+    "Separators",
+    "Stage",
+    "create",
+    "parse",
+]
+
+Separators = Literal["all", "rows", "none"]
+
+
+class Stage(StrEnum):
+    """Where a compressor acts."""
+
+    ENCODER = "encoder"
+    PRE_LLM = "pre_llm"
+    LLM = "llm"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What is left of N entries.
+
+    Attributes:
+        keep: (M,) int64 sorted, unique indices into the N entries.
+        features: (M, D) new features of the kept entries where dropped ones were merged into
+            them, else None.
+    """
+
+    keep: Tensor
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor(ABC):
+    """A compression method.  Its fields are its hyper-parameters and make up its `repr`.
+
+    Subclasses are frozen, keyword-only dataclasses that implement `select`.  They see ONE image at
+    a time as `VisualTokens`: never a batch, a padding mask, a hook or a model class.
+
+    Attributes:
+        retention: R in (0, 1], kept patch tokens / patch tokens.
+        separators: Which separators stay: ``all`` (as in the official LLaVA-NeXT methods),
+            ``rows`` (those of canvas rows that keep a token) or ``none``.  They are never part of
+            R, and the ledger shows them apart.
+        positions: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps the
+            position ids of the full one.  ``auto`` is ``compact`` before the language model and
+            ``original`` inside it, as the official codes do.
+    """
+
+    retention: float
+    separators: Separators = "all"
+    positions: Literal["auto", "compact", "original"] = "auto"
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[Stage] = Stage.PRE_LLM
+    card: ClassVar[Card] = Card()
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = _validated(type(self), item.name, getattr(self, item.name))
+            object.__setattr__(self, item.name, value)
+        budget.check_retention(self.retention)
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Choose among the patch tokens; the core adds the separators afterwards."""
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """What the strategy needs to see besides features and layout; nothing else is computed."""
+        return frozenset()
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Decoder layers in front of which an ``llm`` strategy selects, ascending."""
+        return ()
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether survivors keep the position ids of the full prompt."""
+        default = "original" if self.stage is Stage.LLM else "compact"
+        return (default if self.positions == "auto" else self.positions) == "original"
+
+    @property
+    def label(self) -> str:
+        """The spec string that rebuilds the method apart from its retention, for tables."""
+        plain = {
+            item.name: item.default_factory()
+            if item.default_factory is not dataclasses.MISSING
+            else item.default
+            for item in dataclasses.fields(self)
+        }
+        changed = {
+            name: getattr(self, name)
+            for name, default in plain.items()
+            if name != "retention" and getattr(self, name) != default
+        }
+        options = ",".join(f"{name}={_spell(value)}" for name, value in changed.items())
+        return f"{self.name or type(self).__name__}{':' if options else ''}{options}"
+
+    def stages(self) -> Iterator[Compressor]:
+        """The compressors this one runs, in order (itself, unless it is a `Chain`)."""
+        yield self
+
+    def flops(self, tokens: VisualTokens) -> float:
+        """FLOPs of `select` beyond the signals; the default is what sorting N scores is worth: 0.
+
+        Strategies with N×N similarities override it.
+        """
+        return 0.0
+
+    def __call__(self, tokens: VisualTokens) -> Selection:
+        """`select` plus the separators, checked.  This is what the engine runs.
+
+        Raises:
+            UserError: The strategy broke the contract (unsorted, repeated, out of range, empty, or
+                features of the wrong shape).
+        """
+        if self.retention == 1:  # nothing to choose, whatever a formula makes of it
+            chosen = Selection(tokens.layout.patches)
+        else:
+            chosen = self.select(tokens)
+            _check(self, tokens, chosen)
+        keep = chosen.keep
+        extra = _separators(tokens.layout, keep, self.separators)
+        if not len(extra):
+            return chosen
+        both, order = torch.cat([keep, extra.to(keep.device)]).sort()
+        if chosen.features is None:
+            return Selection(both)
+        merged = torch.cat([chosen.features, tokens.features[extra]])[order]
+        return Selection(both, merged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringCompressor(Compressor):
+    """The common case: score every token, an allocator says how many each view keeps.
+
+    Attributes:
+        allocator: An `Allocator` or its name (``proportional``, ``topk``, ``globalcom2``).
+    """
+
+    allocator: Allocator = field(default_factory=Proportional)
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """(N,) scores, higher is kept first; values at separators are ignored."""
+
+    @property
+    def own_signals(self) -> frozenset[Signal]:
+        """Signals that `score` looks at."""
+        return frozenset()
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return self.own_signals | self.allocator.signals
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores = self.score(tokens)
+        counts = self.allocator.counts(tokens, scores, self.retention)
+        warn_about_empty_views(self, tokens.layout, counts)
+        return Selection(top_per_view(tokens.layout, scores, counts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Compressor):
+    """Several compressors one after the other, e.g. one before and one inside the LLM.
+
+    Each acts on what the one before it left; `retention` is the product of theirs.
+    """
+
+    parts: tuple[Compressor, ...] = ()
+    name: ClassVar[str] = "chain"
+
+    @classmethod
+    def of(cls, *parts: Compressor) -> Chain:
+        """The chain of ``parts``.  Raises `UserError` unless they are in the order they act in."""
+        order = [list(Stage).index(part.stage) for part in parts]
+        if not parts or order != sorted(order) or order.count(1) > 1:
+            raise UserError(
+                f"a chain takes at most one pre_llm strategy followed by llm ones, got "
+                f"{[f'{part.name} ({part.stage})' for part in parts]}."
+            )
+        retention = 1.0
+        for part in parts:
+            retention *= part.retention
+        return cls(parts=parts, retention=retention)
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return frozenset().union(*(part.signals for part in self.parts))
+
+    @property
+    def label(self) -> str:
+        return " + ".join(f"{part.label}@{part.retention:g}" for part in self.parts)
+
+    def stages(self) -> Iterator[Compressor]:
+        for part in self.parts:
+            yield from part.stages()
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        raise UserError("a chain acts in several places; run it with tokenprune.compress.")
+
+
+def create(name: str, **fields: Any) -> Compressor:
+    """Build a registered strategy; values may be strings, as from a command line.
+
+    Raises:
+        UnknownNameError: No such strategy or field (with the nearest names).
+        UserError: A value is not of the field's type or outside its range.
+    """
+    cls: type[Compressor] = strategies.get(name)
+    known = [item.name for item in dataclasses.fields(cls)]
+    for given in fields:
+        if given not in known:
+            raise unknown(f"option of {name}", given, known)
+    if "retention" not in fields:
+        raise UserError(f"{name} needs a retention in (0, 1], e.g. retention=0.25.")
+    return cls(**fields)
+
+
+def parse(spec: str, **fields: Any) -> Compressor:
+    """Build a strategy from ``name`` or ``name:field=value,field=value``.
+
+    Raises:
+        UserError: As `create`, or the text is not of that form.
+    """
+    name, _, options = spec.partition(":")
+    given: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(
+                f"cannot read {option!r} in {spec!r}; write name:field=value,field=value."
+            )
+        given[key.strip()] = value.strip()
+    return create(name.strip(), **{**fields, **given})
+
+
+def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Tensor) -> None:
+    """Say so once per geometry when a view that has tokens keeps none."""
+    if counts.is_cuda:  # not worth waiting for the device; the ledger shows it per view
+        return
+    empty = [
+        view
+        for view, (size, count) in enumerate(zip(layout.view_sizes, counts.tolist(), strict=True))
+        if size and not count
+    ]
+    if empty:
+        warnings.warn(
+            f"{strategy.name}: retention {strategy.retention:g} of {sum(layout.view_sizes)} patch "
+            f"tokens keeps {int(counts.sum())}, and nothing of view"
+            f"{'s' if len(empty) > 1 else ''} {', '.join(map(str, empty))} of {layout.views}.",
+            RetentionWarning,
+            stacklevel=2,
+        )
+
+
+def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor:
+    """(S,) indices of the separators that stay."""
+    stays = layout.is_separator
+    if policy == "none":
+        stays = torch.zeros_like(stays)
+    elif policy == "rows" and layout.canvas_shape[0]:
+        rows = torch.zeros(layout.canvas_shape[0] + 1, dtype=torch.bool, device=keep.device)
+        rows[layout.canvas_row[keep]] = True
+        rows[-1] = False  # where the -1 of thumbnail tokens went
+        stays = stays & rows[layout.canvas_row]
+    return stays.nonzero().squeeze(1)
+
+
+def _check(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> None:
+    keep, who = chosen.keep, strategy.name or type(strategy).__name__
+    if keep.ndim != 1 or keep.dtype != torch.int64 or not len(keep):
+        raise UserError(
+            f"{who} must return a non-empty 1-D int64 tensor of indices, got {keep.dtype} of "
+            f"shape {tuple(keep.shape)}."
+        )
+    # One reduction, hence one wait for the device, for all three conditions.
+    bad = (keep.diff() <= 0).any() | (keep[0] < 0) | (keep[-1] >= len(tokens))
+    if bad | tokens.layout.is_separator[keep.clamp(0, len(tokens) - 1)].any():
+        raise UserError(
+            f"{who} must return sorted, unique indices of patch tokens in [0, {len(tokens)}); "
+            "separators are added by the core."
+        )
+    shape = (len(keep), tokens.features.shape[1])
+    if chosen.features is not None and tuple(chosen.features.shape) != shape:
+        raise UserError(
+            f"{who} must return features of shape {shape}, one row per kept token, got "
+            f"{tuple(chosen.features.shape)}."
+        )
+
+
+@cache
+def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(cls, include_extras=True)
+    names = [item.name for item in dataclasses.fields(cls)]
+    plain = ConfigDict(arbitrary_types_allowed=True)
+    result = {}
+    for name in names:
+        try:
+            result[name] = TypeAdapter(hints[name], config=plain)
+        except Exception:  # a BaseModel or dataclass brings its own configuration
+            result[name] = TypeAdapter(hints[name])
+    return result
+
+
+def _validated(cls: type, name: str, value: Any) -> Any:
+    if name == "allocator" and isinstance(value, str):
+        return budget.allocator(value)
+    try:
+        return _adapters(cls)[name].validate_python(value)
+    except ValidationError as error:
+        said = "; ".join(item["msg"] for item in error.errors())
+        called = getattr(cls, "name", "") or cls.__name__
+        raise UserError(f"{called}: {name}={value!r} is not valid: {said}.") from None
+
+
+def _spell(value: Any) -> str:
+    named = {type(v()): k for k, v in budget.ALLOCATORS.items()}
+    return named.get(type(value), str(value)) if isinstance(value, Allocator) else f"{value}"

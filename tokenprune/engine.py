@@ -1,0 +1,738 @@
+"""Runs a compressor inside an unmodified Hugging Face model.
+
+A context manager installs hooks and always removes them, so that the user's own
+``model.generate(**inputs)`` stays as it is:
+
+* `observing` notes the geometry and signals of every image while the model encodes it;
+* a pre-hook on the language model drops columns of the prompt (``pre_llm``) and packs the ragged
+  batch to the right, padding on the left;
+* pre-hooks on the decoder layers do the same between two layers (``llm``) and hand every layer
+  behind the cut the mask, rotary embedding and positions of what is left;
+* a hook behind the language model spreads the hidden states over the original columns again, so
+  that logits, labels and loss keep their shape.
+
+What must outlive a forward lives on the KV cache (`tokenprune.cache`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from tokenprune.attention import decoder_row
+from tokenprune.cache import PrunedLayer, adopt, is_pruned
+from tokenprune.compressor import Compressor, Stage, parse
+from tokenprune.errors import UserError, unknown
+from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
+from tokenprune.observe import observing
+from tokenprune.registry import adapters
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+if TYPE_CHECKING:
+    from tokenprune.models.adapter import Adapter
+
+__all__ = ["Chosen", "Trace", "adapter_of", "compress"]
+
+Kwargs = dict[str, Any]
+_active: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """One selection that was made.
+
+    Attributes:
+        row: Row of the batch.
+        image: How many images come before in that row.
+        stage: Where.
+        layer: Decoder layer in front of which it was made, or None.
+        layout: Geometry of the image's full packed sequence.
+        keep: (M,) indices into it.
+    """
+
+    row: int
+    image: int
+    stage: Stage
+    layer: int | None
+    layout: TokenLayout
+    keep: Tensor
+
+
+class Trace:
+    """What the latest prefill inside a `compress` context did.
+
+    Attributes:
+        selections: Every selection, in the order made.
+    """
+
+    def __init__(self) -> None:
+        self.selections: list[Chosen] = []
+        self._account: Callable[[], list[Ledger]] = list
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """The account of every row of the batch."""
+        return self._account()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The account of the only prompt.  Raises `UserError` unless there was exactly one."""
+        found = self.ledgers
+        if len(found) != 1:
+            raise UserError(
+                f"the latest prefill had {len(found)} prompts; use trace.ledgers, one per row."
+            )
+        return found[0]
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter for ``model``, found by its class or a parent class.
+
+    Raises:
+        UnknownNameError: No adapter knows the class.
+    """
+    known = [adapters.get(name) for name in adapters.names()]
+    hosts = {host: cls for cls in known for host in cls.hosts}
+    for parent in type(model).__mro__:
+        if parent.__name__ in hosts:
+            found: Adapter = hosts[parent.__name__](model)
+            return found
+    raise unknown("model class with an adapter", type(model).__name__, hosts)
+
+
+@contextmanager
+def compress(
+    model: nn.Module, compressor: Compressor | str | None, **fields: Any
+) -> Iterator[Trace]:
+    """Run ``compressor`` inside ``model`` while the context is open.
+
+    Args:
+        model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
+        compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
+            to run uncompressed and only keep the account.
+        **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
+
+    Yields:
+        The `Trace` of the latest prefill.
+
+    Raises:
+        UserError: The model lacks what the compressor needs, or already runs inside a context.
+    """
+    adapter = adapter_of(model)
+    if isinstance(compressor, str):
+        compressor = parse(compressor, **fields)
+    elif fields:
+        raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+    if compressor is not None:
+        adapter.check(compressor)
+    if adapter.base in _active:
+        raise UserError(
+            "this model already runs inside a compress context; leave it first, or combine the "
+            "strategies with Chain.of(...)."
+        )
+    session = _Session(adapter, compressor)
+    _active.add(adapter.base)
+    try:
+        with session.installed():
+            yield session.trace
+    finally:
+        _active.discard(adapter.base)
+
+
+@dataclass(eq=False)
+class _Span:
+    """The visual tokens of one image that are still there.
+
+    Attributes:
+        columns: (M,) their columns in the prompt.
+        index: (M,) their indices in the image's full packed sequence.
+        tokens: What is known of them.
+        whole: What was known of all.
+    """
+
+    row: int
+    image: int
+    columns: Tensor
+    index: Tensor
+    tokens: VisualTokens
+    whole: VisualTokens
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One forward of the language model: B rows, S columns of the prompt in M slots.
+
+    Attributes:
+        columns: (B, M) column in each slot, -1 for padding; rising along a row once packed.
+        positions: (B, M) position ids of the slots.
+        query: (B,) column of the last prompt token, whose attention ranks.
+        ids: (B, S) input ids, where known.
+        layers: The layers of the KV cache, or none without one.
+        spans: The images.
+        tally: For every row, the visual tokens each decoder layer processes.
+        spent: (B,) FLOPs of choosing, per row.
+        order: (B, M) slot in which each slot's content was before the latest packing.
+        rotary: cos and sin behind the latest cut.
+        masks: Masks behind cuts, by the number of cuts in front.
+    """
+
+    columns: Tensor
+    positions: Tensor
+    query: Tensor
+    ids: Tensor | None
+    cache: Cache | None
+    layers: list[PrunedLayer]
+    spans: list[_Span]
+    tally: list[list[int]]
+    spent: list[float]
+    width: int
+    packed: bool = False
+    cuts: int = 0
+    order: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    tapped: dict[int, Kwargs] = field(default_factory=dict)
+
+    @property
+    def real(self) -> Tensor:
+        """(B, M) which slots are not padding."""
+        return self.columns >= 0
+
+    def slots(self, span: _Span) -> Tensor:
+        """(M,) where the span's tokens lie now."""
+        if not self.packed:
+            return span.columns
+        return torch.searchsorted(self.columns[span.row].contiguous(), span.columns)
+
+    def repack(self, states: Tensor) -> Tensor:
+        """(B, M, ...) ``states`` in the order of the latest packing."""
+        assert self.order is not None
+        order = self.order.to(states.device)
+        return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class _Session:
+    """The hooks of one open context."""
+
+    def __init__(self, adapter: Adapter, compressor: Compressor | None) -> None:
+        self.adapter = adapter
+        self.trace = Trace()
+        self.retention = compressor.retention if compressor is not None else 1.0
+        self.signals = compressor.signals if compressor is not None else frozenset()
+        stages = list(compressor.stages()) if compressor is not None else []
+        self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
+        self.inside = {cut: part for part in stages for cut in part.cuts}
+        self.shape = DecoderShape.of(adapter.language_model.config)
+        self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
+        self.placeholders: dict[str, Tensor] = {}
+        self.ids: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.current: _Pass | None = None
+        # Without a KV cache the whole prefix runs again for every new token: the selection made
+        # for the prompt is reused, else the newest token would rank.
+        self.memory: list[tuple[Tensor, int, Tensor, Tensor]] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        adapter = self.adapter
+        hooks: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (adapter.base, self._begin),
+            (adapter.language_model, self._enter),
+            *(
+                (layer, functools.partial(self._layer, index))
+                for index, layer in enumerate(adapter.decoder_layers)
+            ),
+        ]
+        if adapter.model is not adapter.base:
+            hooks.append((adapter.model, self._labels))
+        for index in {signal.layer for signal in self.signals if signal.in_llm}:
+            attention = adapter.decoder_layers[index].get_submodule("self_attn")
+            hooks.append((attention, functools.partial(self._attention, index)))
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
+        ]
+        handles.append(adapter.language_model.register_forward_hook(self._leave))
+        try:
+            with observing(adapter, self.signals, self.seen):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.current = None
+            self.memory.clear()
+
+    # -- what the caller passed ------------------------------------------------------------------
+
+    def _labels(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+        self.labels = _argument(module, args, kwargs, "labels")
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+        self.ids = _argument(module, args, kwargs, "input_ids")
+        embeds = _argument(module, args, kwargs, "inputs_embeds")
+        encoded = _argument(module, args, kwargs, "mm_encoder_outputs") or {}
+        for modality, calls in self.seen.items():
+            calls.clear()
+            if encoded.get(modality) is not None:
+                calls.append(list(encoded[modality].pooler_output))
+        for modality, token in self.adapter.placeholders.items():
+            if self.ids is not None:
+                self.placeholders[modality] = self.ids == token
+            elif embeds is not None:
+                table = self.adapter.model.get_input_embeddings()
+                like = table(torch.tensor(token, device=embeds.device))
+                self.placeholders[modality] = (embeds == like).all(-1)
+
+    def _find_spans(self) -> list[_Span]:
+        """The visual tokens of this forward, image by image, in the order of the placeholders."""
+        spans: list[_Span] = []
+        for modality, calls in self.seen.items():
+            features = [feature for call in calls for feature in call]
+            if not features:
+                continue
+            where = self.placeholders[modality].nonzero().cpu()
+            if len(where) != sum(map(len, features)):
+                raise UserError(
+                    f"this forward has {len(where)} {modality} placeholders but "
+                    f"{sum(map(len, features))} visual tokens; an image split over several "
+                    "forwards (prefill_chunk_size) is not supported under compression."
+                )
+            for feature, place in zip(features, where.split([*map(len, features)]), strict=True):
+                record = getattr(feature, "visual", None)
+                if record is None:
+                    raise UserError(
+                        f"the {modality} features were not encoded inside this context, so their "
+                        "layout is unknown; pass pixel_values, or features from adapter.assemble "
+                        "(prefill_chunk_size is not supported under compression)."
+                    )
+                row = int(place[0, 0])
+                layout = record.layout.to(feature.device)
+                tokens = replace(record, features=feature, layout=layout)
+                spans.append(
+                    _Span(
+                        row=row,
+                        image=sum(other.row == row for other in spans),
+                        columns=place[:, 1].to(feature.device),
+                        index=torch.arange(len(feature), device=feature.device),
+                        tokens=tokens,
+                        whole=tokens,
+                    )
+                )
+        return spans
+
+    # -- in front of the language model ----------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
+        self.current = None
+        labels, self.labels = self.labels, None
+        embeds = _argument(module, args, kwargs, "inputs_embeds")
+        if embeds is None:  # the language model is used by itself
+            return None
+        changed = dict(kwargs)
+        cache = changed.get("past_key_values")
+        spans, continued = self._find_spans(), is_pruned(cache)
+        work = bool(self.before or self.inside) and bool(spans)
+        if self.ids is None and not spans and not continued and embeds.shape[1] > 1:
+            self._warn_blind()
+        if work or continued:
+            mask = changed.get("attention_mask")
+            if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+                raise UserError(
+                    "compression needs the 2-D attention mask, not a prepared 4-D one; static and "
+                    "compiled KV caches are not supported."
+                )
+            use_cache = changed.get("use_cache")
+            if cache is None and (module.config.use_cache if use_cache is None else use_cache):
+                cache = changed["past_key_values"] = DynamicCache(config=module.config)
+        state = self._start(embeds, changed, spans, labels)
+        if work or continued:
+            self.current = state
+            self._join_cache(state, changed, cache, continued)
+        if spans:
+            self.trace.selections = []
+            self._charge_vision(state)
+        for part in self.before if spans else []:
+            embeds = self._shorten(state, part, embeds, changed)
+        self._count(state, 0)
+        if spans or not (continued or cache is not None and cache.get_seq_length()):
+            self._open_account(state, embeds)
+        return args, changed
+
+    def _start(
+        self, embeds: Tensor, changed: Kwargs, spans: list[_Span], labels: Tensor | None
+    ) -> _Pass:
+        (rows, width), device = embeds.shape[:2], embeds.device
+        mask, cache = changed.get("attention_mask"), changed.get("past_key_values")
+        column = torch.arange(width, device=device).expand(rows, -1)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            columns = torch.where(mask[:, -width:].to(device).bool(), column, -1)
+        else:
+            columns = column
+        positions = changed.get("position_ids")
+        if positions is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            positions = column + seen
+        query = columns.amax(1)
+        if labels is not None:
+            # Teacher forcing: the last prompt token asks, not the last token of the answer.
+            answered = labels.to(device) != -100
+            first = answered.int().argmax(1)
+            query = torch.where(answered.any(1), (first - 1).clamp(min=0), query)
+        return _Pass(
+            columns=columns,
+            positions=positions.to(device).expand(rows, -1),
+            query=query,
+            ids=self.ids,
+            cache=None,
+            layers=[],
+            spans=spans,
+            tally=[[0] * self.shape.layers for _ in range(rows)],
+            spent=[0.0] * rows,
+            width=width,
+        )
+
+    def _join_cache(
+        self, state: _Pass, changed: Kwargs, cache: Cache | None, continued: bool
+    ) -> None:
+        """Announce the new entries to the KV cache; continue behind what was compressed before."""
+        if cache is None:
+            return
+        mask = changed.get("attention_mask")
+        held = cache.get_seq_length()
+        past = state.real.new_ones(len(state.columns), held)
+        if mask is not None and not continued:
+            past = mask[:, :held].to(past.device).bool()
+        state.cache = cache
+        state.layers = adopt(cache, past, self.shape.layers)
+        for layer in state.layers:
+            layer.expect(state.real)
+        if continued:
+            first = state.layers[0]
+            state.positions = state.positions - first.shift.to(state.positions.device)
+            changed.update(attention_mask=first.mask().long(), position_ids=state.positions)
+
+    def _shorten(
+        self, state: _Pass, part: Compressor, embeds: Tensor, changed: Kwargs
+    ) -> Tensor:
+        """Drop columns of the prompt: (B, M, D) embeddings of what is left."""
+        keep, width = state.real, embeds.shape[1]
+        gone = False
+        for span in state.spans:
+            chosen = part(span.tokens)
+            state.spent[span.row] += part.flops(span.tokens)
+            if chosen.features is not None:
+                embeds = embeds.clone()
+                slots = state.slots(span)[chosen.keep]
+                embeds[span.row, slots] = chosen.features.to(embeds.dtype)
+            gone |= self._narrow(state, span, chosen.keep, keep, Stage.PRE_LLM, None)
+        changed["inputs_embeds"] = embeds
+        if not gone:
+            return embeds
+        shift = self._pack(state, keep, part.keeps_positions)
+        embeds = state.repack(embeds)
+        for layer in state.layers:
+            layer.expect(state.real, width - embeds.shape[1])
+            layer.shift = layer.shift + shift.to(layer.shift.device)
+        mask = state.layers[0].mask() if state.layers else state.real
+        changed.update(
+            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=state.positions
+        )
+        return embeds
+
+    def _narrow(
+        self,
+        state: _Pass,
+        span: _Span,
+        chosen: Tensor,
+        keep: Tensor,
+        stage: Stage,
+        layer: int | None,
+    ) -> bool:
+        """Take what was not chosen out of the span and of ``keep`` (B, M); whether any was."""
+        gone = len(chosen) < len(span.columns)
+        if gone:
+            slots = state.slots(span)
+            keep[span.row, slots] = False
+            keep[span.row, slots[chosen]] = True
+            span.index, span.columns = span.index[chosen], span.columns[chosen]
+            span.tokens = span.tokens.take(chosen)
+        layout = span.whole.layout
+        self.trace.selections.append(
+            Chosen(span.row, span.image, stage, layer, layout, span.index)
+        )
+        return gone
+
+    def _pack(self, state: _Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
+        """Move the kept slots of every row to the right; (B, 1) positions each row lost."""
+        lost = state.real & ~keep
+        width = int(keep.sum(1).max())  # the one wait for the device
+        # A stable sort puts what goes in front and leaves what stays in order behind it.
+        state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
+        if not keeps_positions:
+            state.positions = state.positions - lost.cumsum(1)
+        state.positions = state.positions.gather(1, state.order)
+        state.columns = torch.where(keep, state.columns, -1).gather(1, state.order)
+        state.packed = True
+        shift = lost.sum(1, keepdim=True)
+        return torch.zeros_like(shift) if keeps_positions else shift
+
+    # -- between decoder layers ------------------------------------------------------------------
+
+    def _attention(self, index: int, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+        if self.current is not None and self.current.spans:
+            self.current.tapped[index] = {
+                name: _argument(module, args, kwargs, name)
+                for name in ("hidden_states", "position_embeddings")
+            }
+
+    def _layer(
+        self, index: int, module: nn.Module, args: Any, kwargs: Kwargs
+    ) -> tuple[Any, Kwargs] | None:
+        state = self.current
+        if state is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if state.spans and index in self.inside:
+            hidden = self._cut(state, index, hidden, kwargs)
+        behind = state.cuts
+        if state.layers:
+            behind = state.layers[index].cut - state.layers[0].cut
+        if not behind:
+            return None
+        changed = {**kwargs, **self._surroundings(state, index, behind, hidden, kwargs)}
+        if args:
+            return (hidden, *args[1:]), changed
+        return args, {**changed, "hidden_states": hidden}
+
+    def _cut(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+        """Select in front of decoder layer ``index``: (B, M, D) hidden states of what is left."""
+        part, width = self.inside[index], hidden.shape[1]
+        rows = self._rows(state, part)
+        state.tapped.clear()
+        keep, gone = state.real, False
+        for span in state.spans:
+            slots = state.slots(span).to(hidden.device)
+            signals = {name: row[span.row, slots.to(row.device)] for name, row in rows.items()}
+            tokens = replace(
+                span.tokens,
+                features=hidden[span.row, slots],
+                layout=span.tokens.layout.to(hidden.device),
+                signals={**span.tokens.signals, **signals},
+            )
+            chosen = self._recall(state, span, index)
+            if chosen is None:
+                result = part(tokens)
+                state.spent[span.row] += part.flops(tokens)
+                if result.features is not None:
+                    hidden = hidden.clone()
+                    hidden[span.row, slots[result.keep]] = result.features.to(hidden.dtype)
+                chosen = result.keep.to(span.columns.device)
+                self._remember(state, span, index, chosen)
+            gone |= self._narrow(state, span, chosen, keep, Stage.LLM, index)
+        if not gone:
+            return hidden
+        shift = self._pack(state, keep, part.keeps_positions)
+        state.cuts += 1
+        state.masks.clear()
+        hidden = state.repack(hidden)
+        if part.keeps_positions:
+            cos, sin = state.rotary or kwargs["position_embeddings"]
+            rows_of = len(hidden)
+            state.rotary = (
+                state.repack(cos.expand(rows_of, -1, -1)),
+                state.repack(sin.expand(rows_of, -1, -1)),
+            )
+        else:
+            state.rotary = self.adapter.language_model.rotary_emb(hidden, state.positions)
+        for layer in state.layers[index:]:
+            layer.expect(state.real, width - hidden.shape[1])
+            layer.cut += 1
+            if not part.keeps_positions:
+                more = shift.to(layer.valid.device)
+                layer.extra = more if layer.extra is None else layer.extra + more
+        self._count(state, index)
+        return hidden
+
+    def _surroundings(
+        self, state: _Pass, index: int, behind: int, hidden: Tensor, kwargs: Kwargs
+    ) -> Kwargs:
+        """Mask, rotary embedding and position ids of a layer behind a cut."""
+        language = self.adapter.language_model
+        layer = state.layers[index] if state.layers else None
+        positions, rotary = state.positions, state.rotary
+        if rotary is None:  # a later forward: the cut was made at prefill
+            positions, rotary = kwargs["position_ids"], kwargs["position_embeddings"]
+            if layer is not None and layer.extra is not None:
+                positions = positions - layer.extra.to(positions.device)
+                rotary = language.rotary_emb(hidden, positions)
+        if behind not in state.masks:
+            state.masks[behind] = create_causal_mask(
+                config=language.config,
+                inputs_embeds=hidden,
+                attention_mask=(state.real if layer is None else layer.mask()).long(),
+                past_key_values=state.cache,
+                position_ids=positions,
+                layer_idx=index,
+            )
+        mask = state.masks[behind]
+        return {
+            "attention_mask": None if mask is None else mask.to(hidden.device),
+            "position_ids": positions,
+            "position_embeddings": tuple(table.to(hidden.device) for table in rotary),
+        }
+
+    @torch.no_grad()
+    def _rows(self, state: _Pass, part: Compressor) -> dict[Signal, Tensor]:
+        """(B, M) the attention rows over the current slots that ``part`` asks for."""
+        rows = {}
+        for signal in part.signals:
+            if not signal.in_llm:
+                continue
+            tapped = state.tapped[signal.layer]
+            hidden = tapped["hidden_states"]
+            device, count = hidden.device, hidden.shape[1]
+            columns, query = state.columns.to(device), state.query.to(device)
+            visible = (columns >= 0) & (columns <= query[:, None])
+            slot = torch.arange(count, device=device)
+            asking = torch.where(visible, slot, 0).amax(1)
+            keys = None
+            if state.layers:
+                layer = state.layers[signal.layer]
+                keys = layer.keys
+                visible = torch.cat([layer.valid[:, :-count].to(device), visible], 1)
+            cos, sin = tapped["position_embeddings"]
+            attention = self.adapter.decoder_layers[signal.layer].get_submodule("self_attn")
+            rotary = cos.to(device), sin.to(device)
+            row = decoder_row(attention, hidden, rotary, asking, visible, keys)
+            rows[signal] = row[:, -count:]
+            self._charge_row(state, count, recomputed=keys is None)
+        return rows
+
+    def _recall(self, state: _Pass, span: _Span, index: int) -> Tensor | None:
+        """What was chosen when this very prompt ran before, without a KV cache."""
+        if state.cache is None and state.ids is not None:
+            for feature, cut, ids, chosen in self.memory:
+                same = feature is span.whole.features and cut == index
+                if same and torch.equal(state.ids[span.row, : len(ids)], ids):
+                    return chosen
+        return None
+
+    def _remember(self, state: _Pass, span: _Span, index: int, chosen: Tensor) -> None:
+        if state.cache is None and state.ids is not None:
+            here = {id(other.whole.features) for other in state.spans}
+            self.memory = [entry for entry in self.memory if id(entry[0]) in here]
+            self.memory.append((span.whole.features, index, state.ids[span.row], chosen))
+
+    # -- behind the language model ---------------------------------------------------------------
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        state, self.current = self.current, None
+        if state is None or not state.packed:
+            return None
+        hidden = output[0]
+        # A dropped column shows what the last kept column before it shows, as its successor
+        # would be predicted from there.
+        column = torch.arange(state.width, device=state.columns.device)
+        column = column.expand(len(state.columns), -1).contiguous()
+        slot = torch.searchsorted(state.columns.contiguous(), column, right=True) - 1
+        slot = slot.clamp(min=0).to(hidden.device)[..., None]
+        spread = hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
+        if isinstance(output, tuple):
+            return (spread, *output[1:])
+        output.last_hidden_state = spread
+        return output
+
+    # -- the account -----------------------------------------------------------------------------
+
+    def _count(self, state: _Pass, start: int) -> None:
+        """Note how many visual tokens the layers from ``start`` on process."""
+        for row, layers in enumerate(state.tally):
+            count = sum(len(span.columns) for span in state.spans if span.row == row)
+            layers[start:] = [count] * (len(layers) - start)
+
+    def _charge_vision(self, state: _Pass) -> None:
+        for span in state.spans:
+            layout = span.whole.layout
+            keys = layout.view_shape[0] * layout.view_shape[1] + int(self.adapter.has_cls)
+            for signal in self.signals:
+                if not signal.in_llm:
+                    queries = keys if signal.name == "received" else 1
+                    products = 2 * layout.views * queries * keys * self.adapter.vision_width
+                    state.spent[span.row] += products
+
+    def _charge_row(self, state: _Pass, count: int, *, recomputed: bool) -> None:
+        shape = self.shape
+        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        flops = 2 * shape.hidden * query + 2 * count * query
+        flops += 2 * count * shape.hidden * key if recomputed else 0
+        for row in {span.row for span in state.spans}:
+            state.spent[row] += flops
+
+    def _open_account(self, state: _Pass, embeds: Tensor) -> None:
+        """Let the trace tell what this prefill did; read later, so that nothing waits here."""
+        wholes = [(span.row, span.whole.layout) for span in state.spans]
+        full = [
+            sum(len(layout) for row, layout in wholes if row == index)
+            for index in range(len(state.tally))
+        ]
+        real, size = state.real.sum(1), embeds.element_size()
+        entering = [layers[0] for layers in state.tally]
+
+        def account() -> list[Ledger]:
+            ledgers = []
+            for row, total in enumerate(real.tolist()):
+                text = total - entering[row]
+                spans = [span for span in state.spans if span.row == row]
+                before = [span.whole.layout for span in spans]
+                after = [layout.take(s.index) for layout, s in zip(before, spans, strict=True)]
+                tokens = [text + visual for visual in state.tally[row]]
+                key = 2 * self.shape.kv_heads * self.shape.head_dim * size
+                full_flops = prefill_flops([text + full[row]] * self.shape.layers, self.shape)
+                ledgers.append(
+                    Ledger(
+                        requested=self.retention,
+                        patch_tokens=sum(len(layout.patches) for layout in before),
+                        kept_patches=sum(len(layout.patches) for layout in after),
+                        separators=sum(int(layout.is_separator.sum()) for layout in before),
+                        kept_separators=sum(int(layout.is_separator.sum()) for layout in after),
+                        kept_per_view=tuple(layout.view_sizes for layout in after),
+                        text_tokens=text,
+                        visual_per_layer=tuple(state.tally[row]),
+                        kv_bytes=sum(tokens) * key,
+                        flops=prefill_flops(tokens, self.shape) + state.spent[row],
+                        selector_flops=state.spent[row],
+                        uncompressed_flops=full_flops,
+                    )
+                )
+            return ledgers
+
+        self.trace._account = account
+
+    def _warn_blind(self) -> None:
+        warnings.warn(
+            "inputs_embeds that already contain visual features cannot be told from text, so "
+            "nothing is compressed; pass input_ids with pixel_values instead.",
+            stacklevel=2,
+        )
+
+
+def _argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:
+    """The argument ``name`` of a forward, given by position or by name."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = [
+        parameter.name
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
+    ]
+    return dict(zip(names, args, strict=False)).get(name)

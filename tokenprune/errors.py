@@ -1,0 +1,28 @@
+"""Errors a user can act on.  Each carries a finished sentence: what was wrong, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["RetentionWarning", "UnknownNameError", "UserError", "unknown"]
+
+
+class UserError(ValueError):
+    """Bad input, found before compute was spent."""
+
+
+class UnknownNameError(UserError, LookupError):
+    """A name that nothing is registered under."""
+
+
+class RetentionWarning(UserWarning):
+    """The requested retention leaves a view without a single token."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """The error for an unknown ``name``, with the nearest known names and the whole list."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return UnknownNameError(f"no {what} is called {name!r}.{hint} Known: {', '.join(known)}.")

@@ -1,0 +1,88 @@
+"""What a compression really cost: tokens, FLOPs, KV bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DecoderShape", "Ledger", "prefill_flops"]
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder that its cost depends on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """Read from the text config of a ``transformers`` model."""
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+
+
+def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
+    """FLOPs of a prefill in which layer ``l`` processes ``tokens[l]`` tokens.
+
+    Per layer ``2n(4d² + 3dm) + 4n²d`` for ``n`` tokens, width ``d`` and MLP width ``m``, the
+    projections adjusted for grouped-query attention; non-causal count of the attention products,
+    as in the efficiency tables of the GlobalCom² repository (LLaVA-NeXT-7B, 2880 tokens: 41.7
+    TFLOPs).
+    """
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    linear = 2 * shape.hidden * (2 * query + 2 * key_value + 3 * shape.intermediate)
+    return float(sum(n * linear + 4 * n * n * query for n in tokens))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The account of one prompt's prefill.
+
+    Attributes:
+        requested: R as asked for.
+        patch_tokens, kept_patches: Patch tokens before compression, and entering the last layer.
+        separators, kept_separators: The same for separators.
+        kept_per_view: For every image, the patch tokens each of its views keeps at the end.
+        text_tokens: Tokens of the prompt that are not visual.
+        visual_per_layer: Visual tokens (separators included) that each decoder layer processed.
+        kv_bytes: Size of the KV cache after the prefill.
+        flops: Prefill FLOPs of the decoder, layer by layer, plus `selector_flops`.
+        selector_flops: What choosing cost: attention rows and the strategy's own arithmetic.
+        uncompressed_flops: Prefill FLOPs of the decoder on the full prompt.
+    """
+
+    requested: float
+    patch_tokens: int
+    kept_patches: int
+    separators: int
+    kept_separators: int
+    kept_per_view: tuple[tuple[int, ...], ...]
+    text_tokens: int
+    visual_per_layer: tuple[int, ...]
+    kv_bytes: int
+    flops: float
+    selector_flops: float
+    uncompressed_flops: float
+
+    @property
+    def realised(self) -> float:
+        """Kept patch tokens / patch tokens (1 without an image)."""
+        return self.kept_patches / self.patch_tokens if self.patch_tokens else 1.0
+
+    @property
+    def layer_average(self) -> float:
+        """Visual tokens processed by a decoder layer on average."""
+        return sum(self.visual_per_layer) / len(self.visual_per_layer)

@@ -1,0 +1,133 @@
+"""Shared maths of the strategies: small, vectorised, without a view of any model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tokenprune.tokens import Kind, TokenLayout
+
+__all__ = ["evenly_spaced", "normalise", "project_thumbnail", "region_sums", "top_per_view"]
+
+
+def _rank_in_group(group: Tensor) -> Tensor:
+    """(P,) how many earlier entries have the same group."""
+    order = group.argsort(stable=True)
+    grouped = group[order]
+    index = torch.arange(len(group), device=group.device)
+    first = torch.searchsorted(grouped, grouped)
+    rank = torch.empty_like(index)
+    rank[order] = index - first
+    return rank
+
+
+def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts[v]`` highest-scored patch tokens of every view ``v``.
+
+    Ranks in float32 and breaks ties by position, so that the result does not depend on the
+    backend; bfloat16 scores tie often.
+
+    Args:
+        layout: Geometry of the N entries.
+        scores: (N,) higher is kept first; values at separators are ignored.
+        counts: (V,) int64.
+
+    Returns:
+        (M,) sorted indices into the N entries.
+    """
+    patches = layout.patches
+    order = scores[patches].float().argsort(descending=True, stable=True)
+    ranked = patches[order]
+    view = layout.view[ranked]
+    kept = ranked[_rank_in_group(view) < counts.to(view.device)[view]]
+    return kept.sort().values
+
+
+def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
+    """``counts[v]`` evenly spaced patch tokens of every view, in the middle of equal intervals.
+
+    Of ``n`` tokens of which ``T`` are kept, those at ``floor((i + 0.5) * n / T)``, ``i < T``.
+
+    Returns:
+        (M,) sorted indices into the N entries.
+    """
+    sizes = torch.tensor(layout.view_sizes)
+    counts = counts.to(sizes.device)
+    view = torch.arange(len(sizes)).repeat_interleave(counts)
+    slot = (2 * _rank_in_group(view) + 1) * sizes[view] // (2 * counts[view])
+    # A view's patches need not be neighbours in the sequence: crops share canvas rows.
+    order = layout.patches[layout.view[layout.patches].argsort(stable=True)]
+    first = sizes.cumsum(0) - sizes
+    return order[(first[view] + slot).to(order.device)].sort().values
+
+
+def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Sum of a thumbnail's scores over the region each crop covers, crops in row-major order.
+
+    Cells are ``side // n`` wide; the last row and column of cells take what is left over
+    (official GlobalCom² code, ``generate_scale_for_crop_features``).
+
+    Args:
+        scores: (H, W).
+        grid: (rows, columns) of crops.
+
+    Returns:
+        (rows * columns,) in the dtype of ``scores``.
+    """
+    cell = [
+        (torch.arange(side, device=scores.device) // max(side // cells, 1)).clamp(max=cells - 1)
+        for side, cells in zip(scores.shape, grid, strict=True)
+    ]
+    region = cell[0][:, None] * grid[1] + cell[1][None, :]
+    sums = scores.new_zeros(grid[0] * grid[1])
+    return sums.index_add_(0, region.flatten(), scores.flatten())
+
+
+def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
+    """The thumbnail's scores where each crop token lies (bilinear, ``align_corners=False``).
+
+    The thumbnail is the whole image stretched to one view, so it maps onto the unpadded canvas.
+
+    Args:
+        layout: Geometry of the N entries.
+        scores: (N,) per-entry scores.
+
+    Returns:
+        (N,) NaN outside the crops.
+    """
+    thumbnail = rearrange(
+        scores[layout.kind == Kind.THUMBNAIL],
+        "(h w) -> 1 1 h w",
+        h=layout.view_shape[0],
+        w=layout.view_shape[1],
+    )
+    canvas = F.interpolate(thumbnail, layout.canvas_shape, mode="bilinear", align_corners=False)
+    crop = layout.kind == Kind.CROP
+    values = canvas[0, 0, layout.canvas_row.clamp(min=0), layout.canvas_col.clamp(min=0)]
+    return torch.where(crop, values, torch.nan)
+
+
+def normalise(
+    scores: Tensor, view: Tensor, views: int, how: Literal["l2", "minmax", "none"] = "l2"
+) -> Tensor:
+    """Bring the scores of every view to a common scale.
+
+    Args:
+        scores: (P,).
+        view: (P,) view of each entry.
+        views: Number of views.
+        how: ``l2`` divides by the view's Euclidean norm (at least 1e-12), ``minmax`` maps the
+            view to [0, 1], ``none`` changes nothing.
+    """
+    if how == "none":
+        return scores
+    if how == "l2":
+        squares = scores.new_zeros(views).index_add_(0, view, scores.square())
+        return scores / squares.sqrt().clamp(min=1e-12)[view]
+    low = scores.new_full((views,), torch.inf).scatter_reduce(0, view, scores, "amin")
+    high = scores.new_full((views,), -torch.inf).scatter_reduce(0, view, scores, "amax")
+    return (scores - low[view]) / (high - low).clamp(min=1e-12)[view]

@@ -1,0 +1,294 @@
+"""What a strategy sees: one image's packed visual sequence and its geometry."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import UserError
+
+__all__ = ["Kind", "Signal", "TokenLayout", "VisualTokens", "unpadded_box"]
+
+
+class Kind(IntEnum):
+    """What an entry of the packed sequence is."""
+
+    THUMBNAIL = 0
+    CROP = 1
+    FRAME = 2
+    SEPARATOR = 3
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Something a strategy needs to see besides the features.
+
+    Attributes:
+        name: ``cls_logits`` (scaled query-key products of the vision tower's CLS token, mean over
+            heads, before the softmax), ``cls_attention`` (the same after the softmax over all
+            keys), ``received`` (mean attention a patch receives from all queries; needs no CLS),
+            or ``llm_attention`` (row of the last prompt token in a decoder layer, softmaxed, mean
+            over heads).
+        layer: Index of the encoder or decoder layer; negative counts from the end.
+    """
+
+    name: Literal["cls_logits", "cls_attention", "received", "llm_attention"]
+    layer: int = -1
+
+    @property
+    def in_llm(self) -> bool:
+        """Whether the language model provides it (otherwise the vision tower does)."""
+        return self.name == "llm_attention"
+
+    @property
+    def needs_cls(self) -> bool:
+        """Whether the vision tower must have a CLS token."""
+        return self.name.startswith("cls")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Geometry of each of the N entries of a packed sequence, known from the image size alone.
+
+    Attributes:
+        kind: (N,) `Kind` of the entry.
+        view: (N,) view it belongs to, 0 is the first (the thumbnail where there is one); -1 for a
+            separator.
+        row, col: (N,) place in its view; -1 for a separator.
+        canvas_row, canvas_col: (N,) place on the unpadded crop canvas; -1 where there is none.  A
+            separator carries the canvas row it ends.
+        grid: (rows, columns) of the crop grid, (0, 0) without crops.
+        view_shape: (rows, columns) of patches in a view.
+        canvas_shape: (rows, columns) of the unpadded crop canvas, (0, 0) without crops.
+    """
+
+    kind: Tensor
+    view: Tensor
+    row: Tensor
+    col: Tensor
+    canvas_row: Tensor
+    canvas_col: Tensor
+    grid: tuple[int, int]
+    view_shape: tuple[int, int]
+    canvas_shape: tuple[int, int]
+
+    @classmethod
+    def anyres(
+        cls,
+        grid: tuple[int, int],
+        view_shape: tuple[int, int],
+        box: tuple[int, int, int, int],
+        *,
+        newlines: bool = True,
+    ) -> TokenLayout:
+        """Thumbnail patches, then the unpadded canvas row by row, a separator after each row.
+
+        Args:
+            grid: (rows, columns) of crops.
+            view_shape: (rows, columns) of patches in every view.
+            box: (top, bottom, left, right) of the unpadded canvas in patches, ends exclusive.
+            newlines: Whether a separator ends each canvas row.
+        """
+        height, width = view_shape
+        top, bottom, left, right = box
+        rows, cols = bottom - top, right - left
+        thumb = torch.arange(height * width)
+        stride = cols + int(newlines)
+        canvas = torch.arange(rows * stride)
+        canvas_row, canvas_col = canvas // max(stride, 1), canvas % max(stride, 1)
+        separator = canvas_col == cols
+        y, x = canvas_row + top, canvas_col + left
+        none = torch.full_like(thumb, -1)
+
+        def patches_only(values: Tensor) -> Tensor:
+            return values.masked_fill(separator, -1)
+
+        return cls(
+            kind=torch.cat(
+                [
+                    torch.full_like(thumb, Kind.THUMBNAIL),
+                    torch.where(separator, int(Kind.SEPARATOR), int(Kind.CROP)),
+                ]
+            ),
+            view=torch.cat(
+                [torch.zeros_like(thumb), patches_only(1 + (y // height) * grid[1] + x // width)]
+            ),
+            row=torch.cat([thumb // width, patches_only(y % height)]),
+            col=torch.cat([thumb % width, patches_only(x % width)]),
+            canvas_row=torch.cat([none, canvas_row]),
+            canvas_col=torch.cat([none, patches_only(canvas_col)]),
+            grid=grid,
+            view_shape=view_shape,
+            canvas_shape=(rows, cols),
+        )
+
+    @classmethod
+    def single(cls, view_shape: tuple[int, int], *, newline: bool = True) -> TokenLayout:
+        """One view without crops, row by row, and one separator at the very end."""
+        height, width = view_shape
+        index = torch.arange(height * width + int(newline))
+        separator = index == height * width
+        none = torch.full_like(index, -1)
+        return cls(
+            kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.THUMBNAIL)),
+            view=torch.zeros_like(index).masked_fill(separator, -1),
+            row=(index // width).masked_fill(separator, -1),
+            col=(index % width).masked_fill(separator, -1),
+            canvas_row=none,
+            canvas_col=none,
+            grid=(0, 0),
+            view_shape=view_shape,
+            canvas_shape=(0, 0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @cached_property
+    def is_separator(self) -> Tensor:
+        """(N,) bool."""
+        return self.kind == Kind.SEPARATOR
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(P,) indices of the patch tokens."""
+        return (~self.is_separator).nonzero().squeeze(1)
+
+    @property
+    def views(self) -> int:
+        """How many views the image was cut into, also those without a token left."""
+        return 1 + self.grid[0] * self.grid[1] if self.grid != (0, 0) else self.frames
+
+    @cached_property
+    def frames(self) -> int:
+        """How many views there are when there is no crop grid."""
+        return int(self.view.max()) + 1 if len(self) else 0
+
+    @cached_property
+    def view_sizes(self) -> tuple[int, ...]:
+        """Patch tokens of each view."""
+        return tuple(torch.bincount(self.view[self.patches], minlength=self.views).tolist())
+
+    def take(self, index: Tensor) -> TokenLayout:
+        """The layout of the entries at ``index`` (M,); grid and shapes stay."""
+        return replace(
+            self,
+            **{
+                name: getattr(self, name)[index]
+                for name in ("kind", "view", "row", "col", "canvas_row", "canvas_col")
+            },
+        )
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout on ``device``."""
+        if self.kind.device == torch.device(device):
+            return self
+        moved = replace(
+            self,
+            **{
+                name: getattr(self, name).to(device)
+                for name in ("kind", "view", "row", "col", "canvas_row", "canvas_col")
+            },
+        )
+        # Host-side counts are known already; asking the device again would wait for it.
+        moved.__dict__["view_sizes"] = self.view_sizes
+        moved.__dict__["frames"] = self.frames
+        moved.__dict__["patches"] = self.patches.to(device)
+        return moved
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """ONE image's (or video's) packed visual sequence of N entries, and what is known of each.
+
+    Attributes:
+        layout: Geometry of the N entries.
+        features: (N, D) what the language model receives.
+        signals: Whatever the strategy declared in `Compressor.signals`; each (N,), NaN at
+            separators where the signal exists for patches only.
+        fingerprint: Some of the image's pixels, from which `seed` derives.
+    """
+
+    layout: TokenLayout
+    features: Tensor
+    signals: Mapping[Signal, Tensor] = field(default_factory=dict)
+    fingerprint: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in {"features": self.features, **self.signals}.items():
+            if len(value) != len(self.layout):
+                raise UserError(
+                    f"{name} has {len(value)} entries but the layout has {len(self.layout)}; "
+                    "all signals are aligned to the packed sequence."
+                )
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __getitem__(self, signal: Signal) -> Tensor:
+        """(N,) the signal, on the device of the features."""
+        if signal not in self.signals:
+            raise UserError(
+                f"{signal} was not provided. Name it in the strategy's `signals`; provided here: "
+                f"{', '.join(map(str, self.signals)) or 'none'}."
+            )
+        return self.signals[signal].to(self.features.device)
+
+    @property
+    def seed(self) -> int:
+        """Seed of this image for strategies that draw at random.
+
+        It depends on the pixels alone, so it is the same in every batch and for every beam.
+        """
+        if self.fingerprint is None:
+            return 0
+        return zlib.crc32(self.fingerprint.float().cpu().contiguous().numpy().tobytes())
+
+    def take(self, index: Tensor) -> VisualTokens:
+        """The entries at ``index`` (M,)."""
+        return replace(
+            self,
+            layout=self.layout.take(index),
+            features=self.features[index],
+            signals={
+                name: value[index.to(value.device)] for name, value in self.signals.items()
+            },
+        )
+
+
+def unpadded_box(
+    image_size: tuple[int, int],
+    canvas: tuple[int, int],
+    rule: Literal["hf", "llava"] = "hf",
+) -> tuple[int, int, int, int]:
+    """Part of the padded canvas that the image covers.
+
+    Args:
+        image_size: (height, width) of the original image in pixels.
+        canvas: (rows, columns) of patches of all crops together.
+        rule: How the covered extent becomes an integer.  ``hf`` truncates after rounding to seven
+            digits (``unpad_image`` of ``transformers``' LLaVA-NeXT, which the processor counts
+            with too); ``llava`` truncates only (``llava_arch.py`` of LLaVA).  They differ by two
+            rows or columns where the product is an integer up to float error.
+
+    Returns:
+        (top, bottom, left, right) in patches, ends exclusive.
+    """
+    (height, width), (rows, cols) = image_size, canvas
+    digits = 7 if rule == "hf" else None
+
+    def extent(value: float) -> int:
+        return int(round(value, digits) if digits is not None else value)
+
+    if width / height > cols / rows:
+        pad = (rows - extent(height * (cols / width))) // 2
+        return pad, rows - pad, 0, cols
+    pad = (cols - extent(width * (rows / height))) // 2
+    return 0, rows, pad, cols - pad
