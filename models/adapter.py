@@ -230,14 +230,10 @@ class Adapter(ABC):
         lists = _nested(images, len(prompts))
         texts = [self.prompt(q, len(some)) for q, some in zip(prompts, lists, strict=True)]
         flat = [image.convert("RGB") for some in lists for image in some]
-        batch = self.processor(
-            images=flat or None, text=texts, padding=True, return_tensors="pt"
-        )
+        batch = self.processor(images=flat or None, text=texts, padding=True, return_tensors="pt")
         return batch.to(self.device, self.model.dtype)
 
-    def encode(
-        self, images: Sequence[Image], signals: Iterable[Signal] = ()
-    ) -> list[VisualTokens]:
+    def encode(self, images: Sequence[Image], signals: Iterable[Signal] = ()) -> list[VisualTokens]:
         """Run the vision tower once over ``images``.
 
         Returns:

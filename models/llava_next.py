@@ -79,12 +79,13 @@ class LlavaNext(Adapter):
         config = LlavaNextConfig(
             text_config=text,
             vision_config=vision,
-            image_token_id=63,
+            image_token_index=63,
             image_grid_pinpoints=[[12, 24], [24, 12], [24, 24], [12, 36], [36, 12]],
             image_seq_length=16,
         )
-        config.eos_token_id, config.pad_token_id = 2, 0
-        return LlavaNextForConditionalGeneration(config).eval()
+        model = LlavaNextForConditionalGeneration(config)
+        model.eval()
+        return model
 
     def dummy_images(self, sizes: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Tensor]:
         """Random ``pixel_values`` and ``image_sizes`` for images of ``sizes`` (height, width)."""

@@ -129,7 +129,8 @@ def decoder_row(
         projected = attention.get_submodule(f"{name}_proj")(states)
         out = rearrange(projected, "b n (h d) -> b n h d", d=dim)
         norm = getattr(attention, f"{name}_norm", None)
-        return rearrange(norm(out) if norm is not None else out, "b n h d -> b h n d")
+        normed: Tensor = out if norm is None else norm(out)
+        return normed.transpose(1, 2)
 
     asking = hidden[batch, query_slots][:, None]
     at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
@@ -142,4 +143,5 @@ def decoder_row(
     grouped = rearrange(query, "b (g r) 1 d -> b g r d", g=keys.shape[1])
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
     logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
-    return logits.softmax(-1).mean((1, 2))
+    row: Tensor = logits.softmax(-1).mean((1, 2))
+    return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -17,6 +18,7 @@ from tokenprune.tokens import Kind, Signal, VisualTokens
 
 __all__ = ["ALLOCATORS", "Allocator", "Proportional", "ThumbnailCommand", "TopK", "budget"]
 
+CLS_LOGITS = Signal("cls_logits")  # of the last encoder layer
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
 
 
@@ -27,13 +29,13 @@ def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
     ``int(100 * 0.29)`` gives 28.
     """
     exact = tokens * Fraction(str(retention))
-    rounded = {
+    rounders: dict[Rounding, Callable[[Fraction], int]] = {
         "floor": math.floor,
         "half-even": round,
-        "half-up": lambda x: math.floor(x + Fraction(1, 2)),
+        "half-up": lambda number: math.floor(number + Fraction(1, 2)),
         "ceil": math.ceil,
-    }[rounding](exact)
-    return min(tokens, max(1, rounded))
+    }
+    return min(tokens, max(1, rounders[rounding](exact)))
 
 
 class Allocator(ABC):
@@ -109,7 +111,7 @@ class ThumbnailCommand(Allocator):
     """
 
     tau: float = 10.0
-    signal: Signal = Signal("cls_logits")
+    signal: Signal = CLS_LOGITS
 
     @property
     def signals(self) -> frozenset[Signal]:

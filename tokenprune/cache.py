@@ -34,7 +34,7 @@ class PrunedLayer(DynamicLayer):
     is_compileable = False
 
     def __init__(self, layer: DynamicLayer, valid: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.__dict__.update(layer.__dict__)
         self.valid = valid[:, : self._physical()]
         self.dropped = 0
@@ -44,7 +44,9 @@ class PrunedLayer(DynamicLayer):
         self.window: int | None = getattr(layer, "sliding_window", None)
 
     def _physical(self) -> int:
-        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        if self.keys is None or not self.keys.numel():
+            return 0
+        return self.keys.shape[-2]
 
     def expect(self, valid: Tensor, dropped: int = 0) -> None:
         """Announce the entries of the next `update`; again, to take back what was announced.
@@ -100,7 +102,7 @@ class PrunedLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of ``beam_idx``."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -150,9 +152,6 @@ def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:
                     f"the prompt has {valid.shape[1]} tokens, more than the model's sliding window "
                     f"of {window}, which compression does not support."
                 )
-            cache.layers[index] = PrunedLayer(layer, valid.to(_device(layer, valid)))
+            device = valid.device if layer.keys is None else layer.keys.device
+            cache.layers[index] = PrunedLayer(layer, valid.to(device))
     return cache.layers  # type: ignore[return-value]
-
-
-def _device(layer: DynamicLayer, valid: Tensor) -> torch.device:
-    return layer.keys.device if layer.is_initialized else valid.device

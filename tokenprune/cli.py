@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -174,38 +176,47 @@ def compare(
 
 @app.command("list")
 def list_() -> None:
-    """List methods and models."""
+    """List methods and models.
+
+    Verified methods choose the same tokens as the authors' own code.
+    """
     from tokenprune.models import testbed
     from tokenprune.registry import adapters, strategies
 
-    table = Table("method", "acts", "looks at", "paper", "official code", title="Methods")
+    table = _table("method", "acts", "looks at", "paper", "verified", title="Methods")
     for name in strategies.names():
         cls = strategies.get(name)
         paper = f"{cls.card.paper}, arXiv {cls.card.arxiv}" if cls.card.arxiv else cls.card.paper
-        verified = "reproduced" if cls.card.verified else "no vectors" if cls.card.code else "-"
+        verified = "yes" if cls.card.verified else "no" if cls.card.code else "-"
         table.add_row(name, _PLACES.get(cls.stage, cls.stage), _needs(name), paper, verified)
     console = Console()
     console.print(table)
 
-    table = Table("model", "adapter", "model class", title="Models")
+    table = _table("model", "adapter", "model class", title="Models")
+    embedded = {name: _architecture(testbed.path(name)) for name in testbed.names()}
     for name in adapters.names():
-        cls = adapters.get(name)
-        for embedded in testbed.names():
-            if testbed.architecture(embedded) in cls.hosts:
-                table.add_row(embedded, name, testbed.architecture(embedded))
-        for host in cls.hosts:
-            table.add_row("any Hub id or local folder", name, host)
+        hosts = adapters.get(name).hosts
+        for own, host in embedded.items():
+            if host in hosts:
+                table.add_row(own, name, host)
+        table.add_row("any Hub id or local folder", name, "\n".join(hosts))
     console.print(table)
     raise typer.Exit(OK)
 
 
-_PLACES = {"encoder": "in the encoder", "pre_llm": "before the LLM", "llm": "inside the LLM"}
+_PLACES = {"encoder": "in encoder", "pre_llm": "before LLM", "llm": "inside LLM"}
 
 
 def _needs(name: str) -> str:
     """What the strategy looks at with its default options."""
     signals = sorted(tokenprune.create(name, retention=0.5).signals, key=repr)
     return ", ".join(dict.fromkeys(item.name for item in signals)) or "-"
+
+
+def _architecture(folder: Path) -> str:
+    """Name of the model class, without loading anything."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config["architectures"][0])
 
 
 # --- reading what was typed -----------------------------------------------------------------------
@@ -333,16 +344,15 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
     overall = rows[rows["kind"] == OVERALL]
     unit, scale = _flops_unit(overall["uncompressed_flops"].max())
 
-    table = Table(
-        caption="accuracy with 95 % confidence interval; same: answers that equal the uncompressed "
-        "model's; tokens: visual, mean over decoder layers; FLOPs: prefill of the decoder and the "
-        "selection itself",
-        caption_justify="left",
-        padding=(0, 1),
+    table = _table(
+        title="All questions",
+        caption="Accuracy in % with its 95 % confidence interval. Same: answers in % that equal "
+        "the uncompressed model's. Tokens: visual ones with separators, mean over decoder layers. "
+        "FLOPs: prefill of the decoder, selection included; of all: relative to uncompressed.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
-    for name in ("accuracy", "same", "tokens", unit, ""):
+    for name in ("accuracy", "same", "tokens", unit, "of all"):
         table.add_column(name, justify="right", no_wrap=True)
     for retention, group in overall.groupby("retention", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
@@ -351,7 +361,7 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
                 share = row["flops"] / row["uncompressed_flops"]
                 figures = [
                     _accuracy(row, decimals=1),
-                    _percent(row["agreement"], 1),
+                    f"{100 * row['agreement']:.1f}",
                     f"{row['layer_average']:.1f}",
                     f"{row['flops'] / scale:.3g}",
                     _percent(share, 0),
@@ -366,7 +376,7 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
 
 def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
-    table = Table(title="accuracy in % by kind of question", padding=(0, 1))
+    table = _table(title="Accuracy in % by kind of question")
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
     for kind in kinds:
@@ -381,6 +391,18 @@ def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
     return table
 
 
+def _table(*columns: str, **options: Any) -> Table:
+    return Table(
+        *columns,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="dim",
+        **options,
+    )
+
+
 def _accuracy(row: pd.Series, decimals: int) -> str:
     """Accuracy in percent and its interval."""
     if row["status"] != "ok":
@@ -392,8 +414,6 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
 
 
 def _percent(share: float, decimals: int | None) -> str:
-    if share != share:  # missing
-        return "-"
     number = f"{100 * share:.3g}" if decimals is None else f"{100 * share:.{decimals}f}"
     return f"{number} %"
 

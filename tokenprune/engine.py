@@ -197,11 +197,11 @@ class _Pass:
     tally: list[list[int]]
     spent: list[float]
     width: int
+    order: Tensor
     packed: bool = False
     cuts: int = 0
-    order: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
-    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    masks: dict[int, Any] = field(default_factory=dict)
     tapped: dict[int, Kwargs] = field(default_factory=dict)
 
     @property
@@ -217,7 +217,6 @@ class _Pass:
 
     def repack(self, states: Tensor) -> Tensor:
         """(B, M, ...) ``states`` in the order of the latest packing."""
-        assert self.order is not None
         order = self.order.to(states.device)
         return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
 
@@ -307,7 +306,9 @@ class _Session:
                     f"{sum(map(len, features))} visual tokens; an image split over several "
                     "forwards (prefill_chunk_size) is not supported under compression."
                 )
-            for feature, place in zip(features, where.split([*map(len, features)]), strict=True):
+            for feature, place in zip(
+                features, where.split([len(one) for one in features]), strict=True
+            ):
                 record = getattr(feature, "visual", None)
                 if record is None:
                     raise UserError(
@@ -352,8 +353,9 @@ class _Session:
                     "compiled KV caches are not supported."
                 )
             use_cache = changed.get("use_cache")
-            if cache is None and (module.config.use_cache if use_cache is None else use_cache):
-                cache = changed["past_key_values"] = DynamicCache(config=module.config)
+            config = self.adapter.language_model.config
+            if cache is None and (config.use_cache if use_cache is None else use_cache):
+                cache = changed["past_key_values"] = DynamicCache(config=config)
         state = self._start(embeds, changed, spans, labels)
         if work or continued:
             self.current = state
@@ -364,7 +366,7 @@ class _Session:
         for part in self.before if spans else []:
             embeds = self._shorten(state, part, embeds, changed)
         self._count(state, 0)
-        if spans or not (continued or cache is not None and cache.get_seq_length()):
+        if spans or not (continued or (cache is not None and cache.get_seq_length())):
             self._open_account(state, embeds)
         return args, changed
 
@@ -399,6 +401,7 @@ class _Session:
             tally=[[0] * self.shape.layers for _ in range(rows)],
             spent=[0.0] * rows,
             width=width,
+            order=column,
         )
 
     def _join_cache(
@@ -421,9 +424,7 @@ class _Session:
             state.positions = state.positions - first.shift.to(state.positions.device)
             changed.update(attention_mask=first.mask().long(), position_ids=state.positions)
 
-    def _shorten(
-        self, state: _Pass, part: Compressor, embeds: Tensor, changed: Kwargs
-    ) -> Tensor:
+    def _shorten(self, state: _Pass, part: Compressor, embeds: Tensor, changed: Kwargs) -> Tensor:
         """Drop columns of the prompt: (B, M, D) embeddings of what is left."""
         keep, width = state.real, embeds.shape[1]
         gone = False
@@ -467,9 +468,7 @@ class _Session:
             span.index, span.columns = span.index[chosen], span.columns[chosen]
             span.tokens = span.tokens.take(chosen)
         layout = span.whole.layout
-        self.trace.selections.append(
-            Chosen(span.row, span.image, stage, layer, layout, span.index)
-        )
+        self.trace.selections.append(Chosen(span.row, span.image, stage, layer, layout, span.index))
         return gone
 
     def _pack(self, state: _Pass, keep: Tensor, keeps_positions: bool) -> Tensor:

@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tokenprune.errors import UserError, unknown
 
@@ -107,8 +107,8 @@ def _origin(cls: type) -> str:
         return f"{cls.__qualname__} ({cls.__module__})"
 
 
-strategies: Registry = Registry("strategy", "tokenprune.strategies", "tokenprune.strategies")
-adapters: Registry = Registry("model adapter", "tokenprune.models", "tokenprune.models")
+strategies: Registry[Any] = Registry("strategy", "tokenprune.strategies", "tokenprune.strategies")
+adapters: Registry[Any] = Registry("model adapter", "tokenprune.models", "tokenprune.models")
 
 
 def register(name: str) -> Callable[[C], C]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -222,7 +222,8 @@ class VisualTokens:
     fingerprint: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, value in {"features": self.features, **self.signals}.items():
+        aligned: dict[Any, Tensor] = {"features": self.features, **self.signals}
+        for name, value in aligned.items():
             if len(value) != len(self.layout):
                 raise UserError(
                     f"{name} has {len(value)} entries but the layout has {len(self.layout)}; "
@@ -257,9 +258,7 @@ class VisualTokens:
             self,
             layout=self.layout.take(index),
             features=self.features[index],
-            signals={
-                name: value[index.to(value.device)] for name, value in self.signals.items()
-            },
+            signals={name: value[index.to(value.device)] for name, value in self.signals.items()},
         )
 
 

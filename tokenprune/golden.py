@@ -1,0 +1,203 @@
+"""Replays numerical vectors made with the methods' official code through our strategies.
+
+A folder of vectors holds ``cases.json`` (a list of ``{id, file, params, tensors}``) beside one
+safetensors file per case; the folder's name is the method's.  How the parameters of a method's
+vectors map to our API is written once per method with `@replay`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokenprune.errors import UserError, unknown
+
+__all__ = ["Case", "Verdict", "main", "replay", "replay_folder"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One vector: the official code's inputs and what it made of them."""
+
+    method: str
+    id: str
+    params: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass
+class Verdict:
+    """What a replay found, collected with `same`, `close` and `order`."""
+
+    mismatch: str = ""
+    reordered: bool = False
+    skipped: str = ""
+    compared: list[str] = field(default_factory=list)
+
+    def same(self, what: str, got: Tensor, expected: Tensor) -> None:
+        """``got`` must equal ``expected`` exactly."""
+        self._compare(what, got, expected, lambda a, b: a == b)
+
+    def close(self, what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+        """``got`` must lie within ``tolerance`` (absolute, and relative to 1) of ``expected``."""
+        got, expected = got.double(), expected.double()
+        self._compare(what, got, expected, lambda a, b: (a - b).abs() <= tolerance * (1 + b.abs()))
+
+    def order(self, what: str, got: Tensor, expected: Tensor, with_defects: Tensor) -> None:
+        """``got`` may differ from ``expected`` in order if the documented defects explain it.
+
+        Args:
+            what: Name for the report.
+            got: Our sequence.
+            expected: The official one.
+            with_defects: Our choice, put into order as the official code does.
+        """
+        if not torch.equal(got, expected):
+            self.reordered = True
+            self.same(f"{what} with the documented defects", with_defects, expected)
+
+    def _compare(
+        self, what: str, got: Tensor, expected: Tensor, agree: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self.compared.append(what)
+        if self.mismatch:
+            return
+        if got.shape != expected.shape:
+            self.mismatch = f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+            return
+        wrong = (~agree(got, expected)).flatten().nonzero().squeeze(1)
+        if len(wrong):
+            at = int(wrong[0])
+            values = got.flatten()[at].item(), expected.flatten()[at].item()
+            self.mismatch = (
+                f"{what}: entry {at} is {values[0]}, expected {values[1]} "
+                f"({len(wrong)} of {got.numel()} differ)"
+            )
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"skipped: {self.skipped}"
+        if self.mismatch:
+            return f"MISMATCH  {self.mismatch}"
+        if self.reordered:
+            return "same set, order differs by documented defect"
+        return "exact"
+
+
+Replay = Callable[[Case], Verdict]
+_replays: dict[str, Replay] = {}
+
+
+def replay(method: str) -> Callable[[Replay], Replay]:
+    """Function decorator: this is how vectors of ``method`` go through our API."""
+
+    def decorate(function: Replay) -> Replay:
+        _replays[method] = function
+        return function
+
+    return decorate
+
+
+def read(folder: Path, method: str) -> list[Case]:
+    """The cases of one folder, all of one method.
+
+    Raises:
+        UserError: ``cases.json`` or a file it names is missing or cannot be read.
+    """
+    try:
+        listed = json.loads((folder / "cases.json").read_text())
+        return [
+            Case(method, item["id"], item["params"], load_file(folder / item["file"]))
+            for item in listed
+        ]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read the vectors in {folder}: {type(error).__name__}: {error}. Expected "
+            "cases.json, a list of objects with id, file and params, and the files it names."
+        ) from error
+
+
+def replay_folder(folder: Path, method: str | None = None) -> list[tuple[Case, Verdict]]:
+    """Replay the cases in ``folder`` or, where it has no ``cases.json``, in the folders below.
+
+    Args:
+        folder: Where the vectors are.
+        method: Only this method's.  Raises `UserError` if nothing can replay it.
+    """
+    importlib.import_module("tokenprune.strategies._golden")
+    if method is not None and method not in _replays:
+        raise unknown("method with a replay", method, _replays)
+    if (folder / "cases.json").is_file():
+        found = [folder]
+    else:
+        found = sorted(path.parent for path in folder.glob("*/cases.json"))
+        found = [one for one in found if method in (None, one.name)]
+    if not found:
+        what = f"vectors of {method!r}" if method else "cases.json"
+        raise UserError(f"no {what} in {folder} or the folders below it.")
+    results = []
+    for one in found:
+        cases = read(one, method or one.resolve().name)
+        for case in cases:
+            known = _replays.get(case.method)
+            missing = Verdict(skipped=f"no strategy here replays {case.method!r}")
+            results.append((case, known(case) if known is not None else missing))
+    return results
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.callback()
+def _commands() -> None:
+    """Checks for strategies, from the command line."""
+
+
+@app.command()
+def golden(
+    folder: Annotated[Path, typer.Argument(help="A folder of vectors, or of such folders.")],
+    method: Annotated[str | None, typer.Option(help="Replay this method's vectors only.")] = None,
+) -> None:
+    """Replay official vectors: a verdict for every case; exit code 1 on a mismatch."""
+    console = Console(width=None if Console().is_terminal else 160)
+    try:
+        results = replay_folder(folder, method)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    table = Table("method", "case", "verdict", box=None, pad_edge=False)
+    for case, verdict in results:
+        style = "red" if verdict.mismatch else "dim" if verdict.skipped else ""
+        table.add_row(case.method, case.id, str(verdict), style=style)
+    console.print(table)
+    verdicts = [verdict for _, verdict in results]
+    bad = sum(bool(verdict.mismatch) for verdict in verdicts)
+    skipped = sum(bool(verdict.skipped) for verdict in verdicts)
+    reordered = sum(v.reordered and not v.mismatch for v in verdicts)
+    exact = len(verdicts) - bad - skipped - reordered
+    console.print(
+        f"{exact} exact, {reordered} same set, {bad} MISMATCH, {skipped} skipped "
+        "(no strategy replays them)"
+    )
+    if bad:
+        raise typer.Exit(1)
+    if skipped == len(verdicts):
+        typer.echo("error: nothing was replayed.", err=True)
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of ``python -m tokenprune.testing``."""
+    app()
