@@ -120,8 +120,11 @@ class ThumbnailCommand(Allocator):
     def ratios(self, tokens: VisualTokens, retention: float) -> Tensor:
         """(n,) float64 retention ratio of each crop."""
         layout = tokens.layout
-        thumbnail = tokens[self.signal][layout.kind == Kind.THUMBNAIL]
-        richness = region_sums(thumbnail.reshape(layout.view_shape).double(), layout.grid)
+        there = layout.kind == Kind.THUMBNAIL  # not all of it where something was dropped before
+        scores = tokens[self.signal].double()
+        thumbnail = scores.new_zeros(layout.view_shape)
+        thumbnail[layout.row[there], layout.col[there]] = scores[there]
+        richness = region_sums(thumbnail, layout.grid)
         weight = ((richness - richness.max()) / self.tau).exp()
         sigma = weight / (weight.sum() + 1e-8)
         return (retention * (1 + sigma - sigma.mean())).clamp(max=1.0)

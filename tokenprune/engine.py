@@ -159,6 +159,7 @@ class _Span:
         index: (M,) their indices in the image's full packed sequence.
         tokens: What is known of them.
         whole: What was known of all.
+        carrier: The encoder's own feature tensor, the same object for all beams and reruns.
     """
 
     row: int
@@ -167,6 +168,7 @@ class _Span:
     index: Tensor
     tokens: VisualTokens
     whole: VisualTokens
+    carrier: Tensor
 
 
 @dataclass(eq=False)
@@ -185,6 +187,8 @@ class _Pass:
         order: (B, M) slot in which each slot's content was before the latest packing.
         rotary: cos and sin behind the latest cut.
         masks: Masks behind cuts, by the number of cuts in front.
+        tapped: Arguments of the attention modules whose rows are wanted.
+        read: Layers whose rows were computed, and whether the keys had to be computed again.
     """
 
     columns: Tensor
@@ -203,6 +207,7 @@ class _Pass:
     rotary: tuple[Tensor, Tensor] | None = None
     masks: dict[int, Any] = field(default_factory=dict)
     tapped: dict[int, Kwargs] = field(default_factory=dict)
+    read: list[tuple[int, bool]] = field(default_factory=list)
 
     @property
     def real(self) -> Tensor:
@@ -292,7 +297,7 @@ class _Session:
                 like = table(torch.tensor(token, device=embeds.device))
                 self.placeholders[modality] = (embeds == like).all(-1)
 
-    def _find_spans(self) -> list[_Span]:
+    def _find_spans(self, device: torch.device) -> list[_Span]:
         """The visual tokens of this forward, image by image, in the order of the placeholders."""
         spans: list[_Span] = []
         for modality, calls in self.seen.items():
@@ -317,16 +322,17 @@ class _Session:
                         "(prefill_chunk_size is not supported under compression)."
                     )
                 row = int(place[0, 0])
-                layout = record.layout.to(feature.device)
-                tokens = replace(record, features=feature, layout=layout)
+                layout = record.layout.to(device)
+                tokens = replace(record, features=feature.to(device), layout=layout)
                 spans.append(
                     _Span(
                         row=row,
                         image=sum(other.row == row for other in spans),
-                        columns=place[:, 1].to(feature.device),
-                        index=torch.arange(len(feature), device=feature.device),
+                        columns=place[:, 1].to(device),
+                        index=torch.arange(len(feature), device=device),
                         tokens=tokens,
                         whole=tokens,
+                        carrier=feature,
                     )
                 )
         return spans
@@ -341,10 +347,11 @@ class _Session:
             return None
         changed = dict(kwargs)
         cache = changed.get("past_key_values")
-        spans, continued = self._find_spans(), is_pruned(cache)
-        work = bool(self.before or self.inside) and bool(spans)
-        if self.ids is None and not spans and not continued and embeds.shape[1] > 1:
+        spans, continued = self._find_spans(embeds.device), is_pruned(cache)
+        stages = bool(self.before or self.inside)
+        if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
             self._warn_blind()
+        work = stages and bool(spans)
         if work or continued:
             mask = changed.get("attention_mask")
             if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -614,23 +621,23 @@ class _Session:
             rotary = cos.to(device), sin.to(device)
             row = decoder_row(attention, hidden, rotary, asking, visible, keys)
             rows[signal] = row[:, -count:]
-            self._charge_row(state, count, recomputed=keys is None)
+            state.read.append((signal.layer, keys is None))
         return rows
 
     def _recall(self, state: _Pass, span: _Span, index: int) -> Tensor | None:
         """What was chosen when this very prompt ran before, without a KV cache."""
         if state.cache is None and state.ids is not None:
             for feature, cut, ids, chosen in self.memory:
-                same = feature is span.whole.features and cut == index
+                same = feature is span.carrier and cut == index
                 if same and torch.equal(state.ids[span.row, : len(ids)], ids):
                     return chosen
         return None
 
     def _remember(self, state: _Pass, span: _Span, index: int, chosen: Tensor) -> None:
         if state.cache is None and state.ids is not None:
-            here = {id(other.whole.features) for other in state.spans}
+            here = {id(other.carrier) for other in state.spans}
             self.memory = [entry for entry in self.memory if id(entry[0]) in here]
-            self.memory.append((span.whole.features, index, state.ids[span.row], chosen))
+            self.memory.append((span.carrier, index, state.ids[span.row], chosen))
 
     # -- behind the language model ---------------------------------------------------------------
 
@@ -669,13 +676,12 @@ class _Session:
                     products = 2 * layout.views * queries * keys * self.adapter.vision_width
                     state.spent[span.row] += products
 
-    def _charge_row(self, state: _Pass, count: int, *, recomputed: bool) -> None:
+    def _row_flops(self, tokens: int, recomputed: bool) -> float:
+        """FLOPs of one attention row over ``tokens`` keys, all heads, and of its query."""
         shape = self.shape
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        flops = 2 * shape.hidden * query + 2 * count * query
-        flops += 2 * count * shape.hidden * key if recomputed else 0
-        for row in {span.row for span in state.spans}:
-            state.spent[row] += flops
+        again = 2 * tokens * shape.hidden * key if recomputed else 0
+        return 2 * shape.hidden * query + 2 * tokens * query + again
 
     def _open_account(self, state: _Pass, embeds: Tensor) -> None:
         """Let the trace tell what this prefill did; read later, so that nothing waits here."""
@@ -695,6 +701,9 @@ class _Session:
                 before = [span.whole.layout for span in spans]
                 after = [layout.take(s.index) for layout, s in zip(before, spans, strict=True)]
                 tokens = [text + visual for visual in state.tally[row]]
+                spent = state.spent[row]
+                if spans:
+                    spent += sum(self._row_flops(tokens[layer], new) for layer, new in state.read)
                 key = 2 * self.shape.kv_heads * self.shape.head_dim * size
                 full_flops = prefill_flops([text + full[row]] * self.shape.layers, self.shape)
                 ledgers.append(
@@ -708,8 +717,8 @@ class _Session:
                         text_tokens=text,
                         visual_per_layer=tuple(state.tally[row]),
                         kv_bytes=sum(tokens) * key,
-                        flops=prefill_flops(tokens, self.shape) + state.spent[row],
-                        selector_flops=state.spent[row],
+                        flops=prefill_flops(tokens, self.shape) + spent,
+                        selector_flops=spent,
                         uncompressed_flops=full_flops,
                     )
                 )
