@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,7 +97,7 @@ class Outcome:
     """
 
     status: str
-    folder: RunFolder
+    folder: Path
     answered: int
     wanted: int
     new: int
@@ -171,7 +171,9 @@ def run(
     Each image is encoded once, however many cells and questions need it.  A cell that raises is
     entered as failed and left alone until the next run; the others go on.
     """
-    todo = {cell.key: cell for cell in cells}
+    todo: dict[str, Cell] = {}
+    for cell in cells:
+        todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
     signals = frozenset[Signal]().union(
         *(cell.compressor.signals for cell in todo.values() if cell.compressor)
     )
@@ -275,42 +277,56 @@ def compare(request: Request, report: Report = lambda *_: None) -> Outcome:
             adapter.check(cell.compressor)
     data.check_placeholders(questions, adapter.image_token)
 
-    experiment = _experiment(request, columns, questions, adapter)
+    surroundings = environment()
+    experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
     path = request.out or Path("runs") / _folder_name(experiment)
-    folder = RunFolder.open(path, experiment, _details(request, adapter))
-    embedded = request.model in testbed.names()
-    wanted = len({cell.key for cell in columns}) * len(questions)
-    status = "failed"
-    failures: dict[Cell, Failure] = {}
+    folder = RunFolder.open(path, experiment, _details(request, adapter) | surroundings)
     try:
-        with Journal(folder.journal) as journal:
-            before = len(journal.answers)
-            try:
-                run(
-                    ModelRunner(adapter, request.max_new_tokens),
-                    columns,
-                    questions,
-                    journal,
-                    batch_size=request.batch_size or (50 if embedded else 4),
-                    report=report,
-                )
-                status = "failed" if journal.failures else "complete"
-            except KeyboardInterrupt:
-                status = "interrupted"
-            report(len(journal.answers), wanted, "tables and plots")
-            failures = {
-                cell: journal.failures[cell.key] for cell in columns if cell.key in journal.failures
-            }
-            answers = answers_frame(request.model, columns, questions, journal)
-            summary = summarise(answers, seed=request.seed)
-            folder.write_tables(answers, summary)
-            if status != "interrupted":
-                _draw(folder, request.model, summary)
-    finally:
-        folder.close(status, [{"cell": str(c), **asdict(f)} for c, f in failures.items()])
+        outcome = _fill(folder, request, columns, questions, adapter, report)
+    except BaseException as error:
+        folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    failures = [{"cell": str(cell), **asdict(why)} for cell, why in outcome.failures.items()]
+    folder.close(outcome.status, failures)
+    return outcome
+
+
+def _fill(
+    folder: RunFolder,
+    request: Request,
+    columns: Sequence[Cell],
+    questions: Sequence[Question],
+    adapter: Adapter,
+    report: Report,
+) -> Outcome:
+    """Answer what is not answered yet, and write tables and plots of what there is."""
+    embedded = request.model in testbed.names()
+    interrupted = False
+    with Journal(folder.journal) as journal:
+        before = len(journal.answers)
+        try:
+            run(
+                ModelRunner(adapter, request.max_new_tokens),
+                columns,
+                questions,
+                journal,
+                batch_size=request.batch_size or (50 if embedded else 4),
+                report=report,
+            )
+        except KeyboardInterrupt:
+            interrupted = True
+    journal = Journal(folder.journal)  # what is in the file, wherever the interrupt fell
+    wanted = len({cell.key for cell in columns}) * len(questions)
+    report(len(journal.answers), wanted, "tables and plots")
+    answers = answers_frame(request.model, columns, questions, journal)
+    summary = summarise(answers, seed=request.seed)
+    folder.write_tables(answers, summary)
+    if not interrupted:
+        _draw(folder, request.model, summary)
+    failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
     return Outcome(
-        status=status,
-        folder=folder,
+        status="interrupted" if interrupted else "failed" if failures else "complete",
+        folder=folder.path,
         answered=len(journal.answers),
         wanted=wanted,
         new=len(journal.answers) - before,
@@ -369,6 +385,8 @@ def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
     title = f"Accuracy of {Path(model).name} with fewer visual tokens"
     figure = plots.accuracy(summary, title, f"{count} questions; {note}")
     plots.save(figure, folder.path / "plots" / "accuracy")
+    figure = plots.accuracy_by_cost(summary, title, f"{count} questions; {note}")
+    plots.save(figure, folder.path / "plots" / "accuracy-by-cost")
     if len(per_kind):
         low, high = int(per_kind.min()), int(per_kind.max())
         each = f"{low}" if low == high else f"{low} to {high}"
@@ -377,10 +395,13 @@ def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
 
 
 def _experiment(
-    request: Request, columns: Sequence[Cell], questions: Sequence[Question], adapter: Adapter
+    request: Request,
+    columns: Sequence[Cell],
+    questions: Sequence[Question],
+    adapter: Adapter,
+    versions: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """All that the answers depend on; two runs may share a folder only if this is equal."""
-    details = environment()
     config = adapter.model.config
     compressors = [cell.compressor for cell in columns if cell.compressor]
     return {
@@ -396,8 +417,8 @@ def _experiment(
         **files_fingerprint(adapter.path),
         "revision": getattr(config, "_commit_hash", None),
         "code": code_fingerprint(compressors),
-        "torch": details["versions"]["torch"],
-        "transformers": details["versions"]["transformers"],
+        "torch": versions["torch"],
+        "transformers": versions["transformers"],
     }
 
 
@@ -405,12 +426,7 @@ def _details(request: Request, adapter: Adapter) -> dict[str, Any]:
     """What else a reader of the manifest will want to know."""
     device = adapter.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "command": sys.argv,
-        "request": asdict(request) | {"data": str(request.data), "out": str(request.out)},
-        "device_name": name,
-        **environment(),
-    }
+    return {"command": sys.argv, "request": asdict(request), "device_name": name}
 
 
 def _folder_name(experiment: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from tokenprune.errors import UserError
+from tokenprune.experiments.statistics import OVERALL
 
 __all__ = [
     "Picture",
@@ -175,14 +176,18 @@ def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Pictur
     if "image" not in fields and "images" not in fields:
         missing.insert(0, "image")
     if missing:
-        names = " and ".join(repr(name) for name in missing)
-        raise UserError(f"the field{'s' * (len(missing) > 1)} {names} is missing; {_FIELDS}.")
+        listed = " and ".join(repr(name) for name in missing)
+        verb = "s {} are" if len(missing) > 1 else " {} is"
+        raise UserError(f"the field{verb.format(listed)} missing; {_FIELDS}.")
     if "image" in fields and "images" in fields:
         raise UserError("give either 'image' or 'images', not both.")
     paths = fields["images"] if "images" in fields else [fields["image"]]
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
         raise UserError("'image' must be a path and 'images' a non-empty list of paths.")
 
+    kind = _text(fields, "kind", "other")
+    if kind == OVERALL:
+        raise UserError(f"the kind {kind!r} stands for all questions together; choose another.")
     # The identity is of the place, not of the spelling: "./a.png" and "a.png" are one image.
     names = [Path(os.path.normpath(name)).as_posix() for name in paths]
     for name in names:
@@ -194,7 +199,7 @@ def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Pictur
         images=tuple(pictures[name] for name in names),
         question=_text(fields, "question"),
         answer=_text(fields, "answer"),
-        kind=_text(fields, "kind", "other"),
+        kind=kind,
     )
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from tokenprune.experiments.results import replace_file
 from tokenprune.experiments.statistics import OVERALL
 
-__all__ = ["accuracy", "accuracy_by_kind", "save"]
+__all__ = ["accuracy", "accuracy_by_cost", "accuracy_by_kind", "save"]
 
 _INK, _FAINT = "#262626", "#8c8c8c"
 _MARKERS = "osD^vPX*"
@@ -31,21 +31,33 @@ def accuracy(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
         title: What was measured.
         subtitle: On what, in smaller letters.
     """
-    table = _compressed(summary)
+    table = _by_retention(summary)
     with _style():
-        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
-        axes = figure.subplots()
-        _panel(axes, table, summary, OVERALL)
+        figure, axes = _slide(title, subtitle)
+        _panel(axes, table, summary, OVERALL, start=0)
+        _retention_axis(axes, table)
         _label_lines(axes, table, summary)
-        axes.set_xlabel("visual tokens kept")
-        axes.set_ylabel("accuracy")
-        _titles(figure, title, subtitle)
+        axes.set_xlabel("visual tokens kept (retention)")
+    return figure
+
+
+def accuracy_by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
+    """Accuracy against what the prefill costs, which at one retention differs between methods."""
+    table = _compressed(summary)
+    table = table.assign(place=table["flops"] / table["uncompressed_flops"])
+    with _style():
+        figure, axes = _slide(title, subtitle)
+        _panel(axes, table, summary, OVERALL, start=1)
+        axes.set_xlim(1.05, max(0, table["place"].min() - 0.05))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        _label_lines(axes, table, summary)
+        axes.set_xlabel("prefill FLOPs of the language model, selection included")
     return figure
 
 
 def accuracy_by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
     """The same, one panel for each kind of question."""
-    table = _compressed(summary)
+    table = _by_retention(summary)
     kinds = [kind for kind in pd.unique(summary["kind"]) if kind != OVERALL]
     columns = min(_COLUMNS, len(kinds))
     cells = len(kinds) + (len(kinds) % columns == 0)  # a place for the legend
@@ -54,13 +66,14 @@ def accuracy_by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> F
         figure = Figure(figsize=(1.2 + 3.9 * columns, 1.2 + 3.1 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
         for axes, kind in zip(grid, kinds, strict=False):
-            _panel(axes, table, summary, kind)
+            _panel(axes, table, summary, kind, start=0)
+            _retention_axis(axes, table)
             axes.set_title(kind, loc="left", fontweight="bold", fontsize=13)
         for axes in grid[len(kinds) :]:
             axes.set_axis_off()
         handles, labels = grid[0].get_legend_handles_labels()
         grid[len(kinds)].legend(handles, labels, loc="center left", frameon=False, fontsize=13)
-        figure.supxlabel("visual tokens kept", fontsize=13, color=_INK)
+        figure.supxlabel("visual tokens kept (retention)", fontsize=13, color=_INK)
         figure.supylabel("accuracy", fontsize=13, color=_INK)
         _titles(figure, title, subtitle)
     return figure
@@ -78,20 +91,31 @@ def save(figure: Figure, path: Path) -> None:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    quiet: dict[str, Any] = {
+    details: Any = {
         "axes.grid.axis": "y",
-        "grid.linewidth": 0.7,
+        "axes.labelcolor": _INK,
         "axes.spines.left": False,
-        "pdf.fonttype": 42,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "grid.linewidth": 0.7,
+        "pdf.fonttype": 42,  # text stays text in PDF editors
+        "text.color": _INK,
     }
-    plain = {"axes.spines.top": False, "axes.spines.right": False}
-    colours = {"text.color": _INK, "axes.labelcolor": _INK}
     with (
         sns.axes_style("whitegrid"),
         sns.plotting_context("talk", font_scale=0.85),
-        rc_context(quiet | plain | colours),
+        rc_context(details),
     ):
         yield
+
+
+def _slide(title: str, subtitle: str) -> tuple[Figure, Axes]:
+    """A figure of one panel, 16:9."""
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_ylabel("accuracy")
+    _titles(figure, title, subtitle)
+    return figure, axes
 
 
 def _titles(figure: Figure, title: str, subtitle: str) -> None:
@@ -103,9 +127,21 @@ def _titles(figure: Figure, title: str, subtitle: str) -> None:
 
 
 def _compressed(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are points of a curve; every curve starts at the uncompressed model."""
-    finished = summary[(summary["status"] == "ok") & summary["accuracy"].notna()]
-    return finished[finished["method"] != "uncompressed"]
+    """The rows that are points of a curve; R = 1 is the reference, where every curve starts."""
+    finished = (summary["status"] == "ok") & summary["accuracy"].notna()
+    return summary[finished & (summary["retention"] < 1)]
+
+
+def _by_retention(summary: pd.DataFrame) -> pd.DataFrame:
+    """The points with their place on a retention axis."""
+    table = _compressed(summary)
+    methods, positions = _methods(table), _positions(table)
+    # Side by side, so that no interval hides another.
+    offsets = dict(zip(methods, np.linspace(-0.09, 0.09, max(len(methods), 2)), strict=False))
+    if len(methods) == 1:
+        offsets = {methods[0]: 0.0}
+    place = table["retention"].map(positions) + table["label"].map(offsets).astype(float)
+    return table.assign(place=place)
 
 
 def _methods(table: pd.DataFrame) -> list[str]:
@@ -117,31 +153,32 @@ def _positions(table: pd.DataFrame) -> dict[float, int]:
     return {value: place for place, value in enumerate(sorted({1.0, *table["retention"]})[::-1])}
 
 
-def _panel(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame, kind: str) -> None:
-    methods, positions = _methods(table), _positions(table)
-    chosen = table[table["kind"] == kind]
+def _retention_axis(axes: Axes, table: pd.DataFrame) -> None:
+    positions = _positions(table)
+    axes.set_xticks(list(positions.values()), [_percent(share) for share in positions])
+    axes.set_xlim(-0.25, max(positions.values()) + 0.25)
+
+
+def _panel(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame, kind: str, start: float) -> None:
+    """Curves of one kind of question; ``table`` has x in ``place``, and 100 % is at ``start``."""
     full = _reference(summary, kind)
     if not np.isnan(full["accuracy"]):
         axes.axhspan(full["accuracy_low"], full["accuracy_high"], color="black", alpha=0.06, lw=0)
         axes.axhline(full["accuracy"], color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
-        axes.plot([0], [full["accuracy"]], "o", color=_INK, ms=7, zorder=4, label="uncompressed")
-    # Side by side, so that no interval hides another.
-    offsets = np.linspace(-0.09, 0.09, len(methods)) if len(methods) > 1 else [0.0]
-    for method, offset, look in zip(methods, offsets, _looks(len(methods)), strict=True):
-        # R = 1 is the reference line; the curves begin there.
-        rows = chosen[(chosen["label"] == method) & (chosen["retention"] < 1)]
+        axes.plot(
+            [start], [full["accuracy"]], "o", color=_INK, ms=7, zorder=4, label="uncompressed"
+        )
+    for method, look in _looks(table).items():
+        rows = table[(table["kind"] == kind) & (table["label"] == method)]
         rows = rows.sort_values("retention", ascending=False)
-        places = rows["retention"].map(positions).to_numpy(float) + offset
-        values = rows["accuracy"].to_numpy(float)
-        curve = (np.append(0.0, places), np.append(full["accuracy"], values))
+        places, values = rows["place"].to_numpy(float), rows["accuracy"].to_numpy(float)
+        curve = (np.append(start, places), np.append(full["accuracy"], values))
         axes.plot(*curve, color=look["color"], lw=2, alpha=0.9)
         errors = [values - rows["accuracy_low"], rows["accuracy_high"] - values]
         axes.errorbar(
             places, values, yerr=errors, ls="", ms=8, mec="white", mew=0.8, elinewidth=1.6,
             capsize=0, label=method, zorder=3, **look,
         )  # fmt: skip
-    axes.set_xticks(list(positions.values()), [_percent(share) for share in positions])
-    axes.set_xlim(-0.25, max(positions.values()) + 0.25)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=_INK)
 
@@ -157,32 +194,35 @@ def _percent(share: float, decimals: int | None = None) -> str:
     return f"{number} %"
 
 
-def _looks(count: int) -> list[dict[str, Any]]:
-    colours = sns.color_palette("colorblind", max(count, 1))
-    return [{"color": colours[i], "fmt": _MARKERS[i % len(_MARKERS)]} for i in range(count)]
+def _looks(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every method, the same in all figures of a comparison."""
+    methods = _methods(table)
+    colours = sns.color_palette("colorblind", max(len(methods), 1))
+    return {
+        method: {"color": colours[i], "fmt": _MARKERS[i % len(_MARKERS)]}
+        for i, method in enumerate(methods)
+    }
 
 
 def _label_lines(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame) -> None:
-    """Write every method's name at the end of its curve, moved apart where they would touch."""
-    chosen = table[(table["kind"] == OVERALL) & (table["retention"] < 1)]
-    methods = _methods(table)
-    looks = dict(zip(methods, _looks(len(methods)), strict=True))
+    """Write every method's name beside its last point, moved apart where they would touch."""
     ends: list[tuple[str, float, dict[str, Any]]] = []
-    for method, rows in chosen.groupby("label", sort=False):
+    for method, look in _looks(table).items():
+        rows = table[(table["kind"] == OVERALL) & (table["label"] == method)]
         level = rows["accuracy"][rows["retention"].idxmin()]
-        style = {"color": looks[str(method)]["color"], "fontweight": "bold"}
-        ends.append((str(method).replace(":", "\n", 1).replace(",", ", "), level, style))
+        name = method.replace(":", "\n", 1).replace(",", ", ")
+        ends.append((name, level, {"color": look["color"], "fontweight": "bold"}))
     level = _reference(summary, OVERALL)["accuracy"]
     if not np.isnan(level):
         ends.append((f"uncompressed {_percent(level, 1)}", level, {"color": _INK}))
     low, high = axes.get_ylim()
     lines = max((name.count("\n") + 1 for name, *_ in ends), default=1)
     heights = _spread([level for _, level, _ in ends], 0.058 * lines * (high - low))
-    place = max(_positions(table).values()) + 0.3
     for (name, _, style), height in zip(ends, heights, strict=True):
         axes.annotate(
-            name, (place, height), va="center", fontsize=13, annotation_clip=False, **style
-        )
+            name, (1.015, height), xycoords=axes.get_yaxis_transform(), va="center", fontsize=13,
+            annotation_clip=False, **style,
+        )  # fmt: skip
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:

@@ -98,7 +98,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell could not be finished: the error's last line, and the whole traceback."""
+    """Why a cell could not be finished: the error in one line, and the whole traceback."""
 
     error: str
     traceback: str
@@ -107,8 +107,8 @@ class Failure:
     def of(cls, error: BaseException) -> "Failure":
         lines = traceback.format_exception(error)
         message = str(error).strip().splitlines()
-        last = f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
-        return cls(last, "".join(lines))
+        name = type(error).__name__
+        return cls(f"{name}: {message[0]}" if message else name, "".join(lines))
 
 
 # --- the journal ----------------------------------------------------------------------------------
@@ -150,16 +150,8 @@ class Journal:
     def __enter__(self) -> "Journal":
         # Unbuffered: what one `write` hands over is in the file when it returns, whole.
         self._file = self.path.open("ab", buffering=0)
-        try:
-            _lock(self._file)
-            self.answers.clear()
-            self.failures.clear()
-            self._read()  # again: another process may have written until we had the lock
-            if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
-                self._file.write(b"\n")  # so that the next line does not continue a torn one
-        except BaseException:
-            self._file.close()
-            raise
+        if self._file.tell() and not self.path.read_bytes().endswith(b"\n"):
+            self._file.write(b"\n")  # so that the next line does not continue a torn one
         return self
 
     def __exit__(
@@ -193,23 +185,6 @@ class Journal:
             view = view[self._file.write(view) or 0 :]
 
 
-def _lock(file: BinaryIO) -> None:
-    """Hold ``file`` for this process alone, where the system can; it lets go when it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs in one folder would waste time, not double rows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        folder = Path(file.name).parent
-        raise UserError(
-            f"another process is writing to {folder}; wait until it ends or choose another --out."
-        ) from None
-    except OSError:  # a network file system without locks
-        return
-
-
 # --- the folder -----------------------------------------------------------------------------------
 
 
@@ -223,7 +198,8 @@ class RunFolder:
     """
 
     path: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any]
+    _lock: int | None = None
     _started: float = field(default_factory=time.monotonic, repr=False)
 
     @classmethod
@@ -232,29 +208,34 @@ class RunFolder:
     ) -> "RunFolder":
         """Create the folder of ``experiment``, or take up the one that holds it.
 
+        The folder is then this process's own until `close`.
+
         Args:
             experiment: All that the answers depend on; JSON-serialisable.
             details: What else the manifest should tell, e.g. versions and command line.
 
         Raises:
-            UserError: The folder cannot be written, holds another experiment, or holds files that
-                are not a run's.
+            UserError: The folder cannot be written, holds another experiment or files that are not
+                a run's, or another process is working in it.
         """
         check_writable(path)
-        folder = cls(path, _read_manifest(path))
-        experiment = json.loads(json.dumps(experiment))
-        if folder.manifest:
-            differences = list(_differences(folder.manifest["experiment"], experiment))
+        lock = _lock(path)
+        try:
+            manifest = _read_manifest(path)
+            experiment = json.loads(json.dumps(experiment))  # as it will be when it is read back
+            differences = list(_differences(manifest.get("experiment", experiment), experiment))
             if differences:
                 raise UserError(
                     f"{path} holds another experiment ({'; '.join(differences)}); choose another "
                     "--out, or ask for the same again to resume it."
                 )
-        folder.manifest |= {"status": "running", "experiment": experiment, **details}
-        sessions = folder.manifest.setdefault("sessions", [])
-        sessions.append({"started": _now(), "status": "running"})
-        folder.manifest["failures"] = []
-        folder.write_manifest()
+            manifest |= {"status": "running", "experiment": experiment, **details}
+            manifest.setdefault("sessions", []).append({"started": _now(), "status": "running"})
+            folder = cls(path, manifest, lock)
+            folder.write_manifest()
+        except BaseException:
+            _unlock(lock)
+            raise
         return folder
 
     @property
@@ -269,7 +250,8 @@ class RunFolder:
     def write_manifest(self) -> None:
         """Write ``manifest.json`` in one step."""
         with replace_file(self.path / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str)
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     def write_tables(self, answers: pd.DataFrame, summary: pd.DataFrame) -> None:
         """Write ``answers.parquet`` and ``summary.csv``, each in one step."""
@@ -279,12 +261,15 @@ class RunFolder:
             summary.to_csv(temporary, index=False)
 
     def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Enter into the manifest how this session ended."""
+        """Enter into the manifest how this session ended, and let go of the folder."""
         seconds = round(time.monotonic() - self._started, 3)
         self.manifest["sessions"][-1] |= {"ended": _now(), "seconds": seconds, "status": status}
         self.manifest |= {"status": status, "seconds": round(self.seconds, 3)}
         self.manifest["failures"] = list(failures)
-        self.write_manifest()
+        try:
+            self.write_manifest()
+        finally:
+            _unlock(self._lock)
 
 
 def check_writable(path: Path) -> None:
@@ -318,6 +303,34 @@ def replace_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _lock(folder: Path) -> int | None:
+    """Hold ``folder`` for this process until `_unlock` or the process's end.
+
+    None where the system or the file system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"another process is writing to {folder}; wait until it ends or choose another --out."
+        ) from None
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.exists():
@@ -328,11 +341,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             )
         return {}
     try:
-        manifest = json.loads(file.read_text())
-        manifest["experiment"].keys(), manifest["sessions"].append  # noqa: B018
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is not a run's manifest; choose another --out.") from None
-    return dict(manifest)
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(manifest.get("experiment"), dict)
+        or not isinstance(manifest.get("sessions"), list)
+    ):
+        raise UserError(f"{file} is not the manifest of a run; choose another --out.")
+    return manifest
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
@@ -357,6 +375,22 @@ def _now() -> str:
 
 
 # --- the tidy table -------------------------------------------------------------------------------
+
+
+_WHOLE = (
+    "patch_tokens",
+    "kept_patches",
+    "separators",
+    "kept_separators",
+    "text_tokens",
+    "kv_bytes",
+)
+_COUNTS = (*_WHOLE, "layer_average", "flops", "selector_flops", "uncompressed_flops")
+_COLUMNS = [
+    *("model", "method", "label", "parameters", "retention"),
+    *("question_id", "image_id", "kind", "question", "truth"),
+    *("answer", "correct", "agrees", "status", *_COUNTS),
+]
 
 
 def answers_frame(
@@ -402,18 +436,8 @@ def answers_frame(
                 }
             )
     types = {"correct": "boolean", "agrees": "boolean"} | dict.fromkeys(_COUNTS, "Float64")
-    return pd.DataFrame(rows).astype(types | dict.fromkeys(_WHOLE, "Int64"))
-
-
-_WHOLE = (
-    "patch_tokens",
-    "kept_patches",
-    "separators",
-    "kept_separators",
-    "text_tokens",
-    "kv_bytes",
-)
-_COUNTS = (*_WHOLE, "layer_average", "flops", "selector_flops", "uncompressed_flops")
+    types |= dict.fromkeys(_WHOLE, "Int64")
+    return pd.DataFrame(rows, columns=_COLUMNS).astype(types)
 
 
 # --- what a result depends on ---------------------------------------------------------------------

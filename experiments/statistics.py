@@ -119,10 +119,11 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             }
             rows.append(row)
             if not failed:
-                row |= _figures(_only(cell, kind))
+                part = _only(cell, kind)
+                row |= _figures(part)
                 for name, other in references.items():
                     if other is not None:
-                        row |= _comparison(name, _only(cell, kind), _only(other, kind), seed)
+                        row |= _comparison(name, part, _only(other, kind), seed)
     return pd.DataFrame(rows, columns=list(_columns()))
 
 
@@ -154,13 +155,16 @@ def _figures(cell: pd.DataFrame) -> dict[Hashable, Any]:
 def _comparison(
     name: str, cell: pd.DataFrame, other: pd.DataFrame, seed: int
 ) -> dict[Hashable, Any]:
-    pairs = cell.merge(other, on="question_id", suffixes=("", "_other"))
-    pairs = pairs.dropna(subset=["correct", "correct_other"])
-    if pairs.empty or (other["status"] == "failed").any():
+    if (other["status"] == "failed").any():
         return {}
-    mine, theirs = pairs["correct"].astype(bool), pairs["correct_other"].astype(bool)
+    mine, theirs = (part.set_index("question_id")["correct"].dropna() for part in (cell, other))
+    shared = mine.index.intersection(theirs.index, sort=False)
+    if shared.empty:
+        return {}
+    mine, theirs = (part.loc[shared].astype(bool) for part in (mine, theirs))
     difference = mine.astype(float) - theirs.astype(float)
-    low, high = paired_bootstrap(difference, pairs["image_id"], seed=seed)
+    images = cell.set_index("question_id")["image_id"].loc[shared]
+    low, high = paired_bootstrap(difference, images, seed=seed)
     return {
         name: difference.mean(),
         f"{name}_low": low,

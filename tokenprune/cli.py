@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -190,7 +189,7 @@ def list_() -> None:
         verified = "yes" if cls.card.verified else "no" if cls.card.code else "-"
         table.add_row(name, _PLACES.get(cls.stage, cls.stage), _needs(name), paper, verified)
     console = Console()
-    console.print(table)
+    console.print(table, "")
 
     table = _table("model", "adapter", "model class", title="Models")
     embedded = {name: _architecture(testbed.path(name)) for name in testbed.names()}
@@ -275,7 +274,7 @@ def _compare(request: Request) -> int:
         outcome = compare(request, report)
     seconds = time.monotonic() - started
 
-    folder, console = outcome.folder.path, Console()
+    folder, console = outcome.folder, Console()
     if outcome.status == "interrupted":
         console.print(
             f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
@@ -284,7 +283,7 @@ def _compare(request: Request) -> int:
         )  # fmt: skip
         return INTERRUPTED
     for table in tables(outcome.summary):
-        console.print(table)
+        console.print(table, "")
     for cell, failure in outcome.failures.items():
         console.print(f"FAILED {cell}: {failure.error}", soft_wrap=True, markup=False)
     console.print(_closing_words(outcome, seconds), soft_wrap=True, highlight=False, markup=False)
@@ -292,13 +291,12 @@ def _compare(request: Request) -> int:
 
 
 def _closing_words(outcome: Outcome, seconds: float) -> str:
-    folder = outcome.folder.path
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     if not outcome.new and not outcome.failures:
         first = "Every answer was there already; nothing was computed again."
     else:
         first = f"{outcome.new} answers in {took}."
-    words = f"{first}\nWritten to {folder}: answers.parquet, summary.csv, plots/accuracy.png"
+    words = f"{first}\nWritten to {outcome.folder}: answers.parquet, summary.csv, plots/"
     if outcome.failures:
         words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
     return words
@@ -346,28 +344,32 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     table = _table(
         title="All questions",
-        caption="Accuracy in % with its 95 % confidence interval. Same: answers in % that equal "
-        "the uncompressed model's. Tokens: visual ones with separators, mean over decoder layers. "
-        "FLOPs: prefill of the decoder, selection included; of all: relative to uncompressed.",
+        caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ better or worse than uniform "
+        "at the same retention (exact McNemar test on the same questions, p < 0.05). Same: answers "
+        "in % that equal the uncompressed model's. Tokens: visual ones with separators, mean over "
+        "decoder layers. FLOPs: prefill of the decoder, selection included.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
-    for name in ("accuracy", "same", "tokens", unit, "of all"):
+    for name in ("accuracy", "", "same", "tokens", unit, "of all"):
         table.add_column(name, justify="right", no_wrap=True)
     for retention, group in overall.groupby("retention", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
-            figures = ["FAILED", "", "", "", ""]
+            figures = ["FAILED", "", "", "", "", ""]
             if row["status"] == "ok":
                 share = row["flops"] / row["uncompressed_flops"]
                 figures = [
                     _accuracy(row, decimals=1),
+                    _verdict(row),
                     f"{100 * row['agreement']:.1f}",
                     f"{row['layer_average']:.1f}",
                     f"{row['flops'] / scale:.3g}",
                     _percent(share, 0),
                 ]
             keep = "" if position else _percent(float(str(retention)), None)
-            table.add_row(keep, row["label"], *figures, end_section=position + 1 == len(group))
+            table.add_row(
+                keep, escape(row["label"]), *figures, end_section=position + 1 == len(group)
+            )
     yield table
 
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
@@ -380,14 +382,16 @@ def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
     for kind in kinds:
-        table.add_column(kind, justify="right")
+        table.add_column(escape(kind), justify="right")
     for retention, group in rows[rows["kind"].isin(kinds)].groupby("retention", sort=False):
         methods = list(group.groupby("label", sort=False))
         for position, (label, cell) in enumerate(methods):
             by_kind = cell.set_index("kind")
             texts = [_accuracy(by_kind.loc[kind], decimals=0) for kind in kinds]
             keep = "" if position else _percent(float(str(retention)), None)
-            table.add_row(keep, str(label), *texts, end_section=position + 1 == len(methods))
+            table.add_row(
+                keep, escape(str(label)), *texts, end_section=position + 1 == len(methods)
+            )
     return table
 
 
@@ -395,6 +399,9 @@ def _table(*columns: str, **options: Any) -> Table:
     return Table(
         *columns,
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
         title_justify="left",
         title_style="bold",
         caption_justify="left",
@@ -413,6 +420,13 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
     return f"{value} ({low}–{high})" if decimals else f"{value} {low}–{high}"
 
 
+def _verdict(row: pd.Series) -> str:
+    """An arrow where the method and `uniform` at the same retention are not equally right."""
+    if not row["vs_uniform_p"] < 0.05:  # or missing
+        return ""
+    return "↑" if row["vs_uniform"] > 0 else "↓"
+
+
 def _percent(share: float, decimals: int | None) -> str:
     number = f"{100 * share:.3g}" if decimals is None else f"{100 * share:.{decimals}f}"
     return f"{number} %"
@@ -423,7 +437,3 @@ def _flops_unit(largest: float) -> tuple[str, float]:
         if largest >= 0.1 * scale:
             return unit, scale
     return "MFLOPs", 1e6
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -186,6 +186,7 @@ class _Pass:
         spent: (B,) FLOPs of choosing, per row.
         order: (B, M) slot in which each slot's content was before the latest packing.
         rotary: cos and sin behind the latest cut.
+        inherited: How much further positions move back from each layer on, by earlier prefills.
         masks: Masks behind cuts, by the number of cuts in front.
         tapped: Arguments of the attention modules whose rows are wanted.
         read: Layers whose rows were computed, and whether the keys had to be computed again.
@@ -205,6 +206,7 @@ class _Pass:
     packed: bool = False
     cuts: int = 0
     rotary: tuple[Tensor, Tensor] | None = None
+    inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
     tapped: dict[int, Kwargs] = field(default_factory=dict)
     read: list[tuple[int, bool]] = field(default_factory=list)
@@ -428,6 +430,7 @@ class _Session:
             layer.expect(state.real)
         if continued:
             first = state.layers[0]
+            state.inherited = [layer.extra for layer in state.layers]
             state.positions = state.positions - first.shift.to(state.positions.device)
             changed.update(attention_mask=first.mask().long(), position_ids=state.positions)
 
@@ -576,11 +579,12 @@ class _Session:
         language = self.adapter.language_model
         layer = state.layers[index] if state.layers else None
         positions, rotary = state.positions, state.rotary
-        if rotary is None:  # a later forward: the cut was made at prefill
+        if rotary is None:  # the cut was made by an earlier forward
             positions, rotary = kwargs["position_ids"], kwargs["position_embeddings"]
-            if layer is not None and layer.extra is not None:
-                positions = positions - layer.extra.to(positions.device)
-                rotary = language.rotary_emb(hidden, positions)
+        moved = state.inherited[index] if state.inherited else None
+        if moved is not None:
+            positions = positions - moved.to(positions.device)
+            rotary = language.rotary_emb(hidden, positions)
         if behind not in state.masks:
             state.masks[behind] = create_causal_mask(
                 config=language.config,

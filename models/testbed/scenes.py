@@ -2,8 +2,8 @@
 
 A scene is a tinted crop of a photograph with one to four objects; each object is a shape in a
 colour that carries one handwritten digit, ten pixels high.  Digits are legible in the crops of an
-any-resolution vision-language model and illegible in its thumbnail, so that "which digit is on
-the red square?" needs the crops, while the whole picture is needed to count and to tell sides.
+any-resolution vision-language model but too small in its thumbnail, so that "which digit is on the
+red square?" needs the crops, while the whole picture is needed to count and to tell sides.
 
 Digits (`sklearn.datasets.load_digits`) are split by sample, photographs
 (`sklearn.datasets.load_sample_images`) by place: left three quarters train, right quarter test.
@@ -171,7 +171,8 @@ def _centres(length: int) -> NDArray[np.int64]:
     keep = np.abs(candidates - length / 2) >= 12
     if length > VIEW:
         keep &= (to_border >= 8) | (candidates + offset < 8) | (candidates + offset > length - 8)
-    return candidates[keep]
+    places: NDArray[np.int64] = candidates[keep]
+    return places
 
 
 def _places(rng: np.random.Generator, size: Size, count: int) -> list[tuple[int, int]]:
@@ -187,7 +188,9 @@ def _places(rng: np.random.Generator, size: Size, count: int) -> list[tuple[int,
                 return places
 
 
-def _coverage(shape: str, radius: float, dx: NDArray[np.float64], dy: NDArray[np.float64]):
+def _coverage(
+    shape: str, radius: float, dx: NDArray[np.float64], dy: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Share of each pixel that a shape covers, from the signed distance to its outline."""
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
@@ -198,10 +201,14 @@ def _coverage(shape: str, radius: float, dx: NDArray[np.float64], dy: NDArray[np
     else:  # an upright triangle, as far below its centre as two thirds of the radius
         sides = (np.abs(dx) * np.sqrt(3) - dy) / 2 - 0.72 * radius
         distance = np.maximum(dy - 0.68 * radius, sides)
-    return np.clip(0.5 - distance, 0, 1)
+    cover: NDArray[np.float64] = np.clip(0.5 - distance, 0, 1)
+    return cover
 
 
-def _background(rng: np.random.Generator, size: Size, tint: str, split: Split):
+def _background(
+    rng: np.random.Generator, size: Size, tint: str, split: Split
+) -> NDArray[np.float64]:
+    """A crop of a photograph in shades of `tint`, (height, width, 3) from 0 to 255 and above."""
     photographs = _photographs(split)
     photograph = photographs[rng.integers(len(photographs))]
     limit = min(photograph.width / size[1], photograph.height / size[0])
@@ -213,7 +220,8 @@ def _background(rng: np.random.Generator, size: Size, tint: str, split: Split):
         (size[1], size[0]), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
     )
     light = 0.6 + 0.7 * np.asarray(crop, dtype=np.float64)[:, :, None] / 255
-    return light * np.array(TINTS[tint])
+    background: NDArray[np.float64] = light * np.array(TINTS[tint])
+    return background
 
 
 def render(
@@ -222,6 +230,7 @@ def render(
     split: Split = "train",
     size: Size | None = None,
     items: tuple[int, int] = (1, MAX_ITEMS),
+    alike: bool = False,
 ) -> Scene:
     """Draw a random scene.
 
@@ -230,6 +239,8 @@ def render(
         split: which digits and which part of the photographs to draw from.
         size: canvas (height, width) in pixels; drawn from `SIZES` if not given.
         items: least and largest number of objects, both possible.
+        alike: at most four objects, of two colours and two shapes, so that most can only be told
+            apart by both.
     """
     if size is None:
         size = tuple(SIZES)[rng.choice(len(SIZES), p=list(SIZES.values()))]
@@ -237,7 +248,10 @@ def render(
     canvas = _background(rng, size, tint, split)
     owner = np.full(size, -1, dtype=np.int8)
     places = _places(rng, size, int(rng.integers(items[0], items[1] + 1)))
-    pairs = rng.choice(len(SHAPES) * len(COLOURS), size=len(places), replace=False)
+    pool = np.arange(len(SHAPES) * len(COLOURS)).reshape(len(COLOURS), len(SHAPES))
+    if alike:
+        pool = pool[rng.permutation(len(COLOURS))[:2]][:, rng.permutation(len(SHAPES))[:2]]
+    pairs = rng.choice(pool.flatten(), size=len(places), replace=False)
     drawn = []
     for index, ((x, y), pair) in enumerate(zip(places, pairs, strict=True)):
         jitter = rng.uniform(-0.5, 0.5, size=2)
@@ -249,8 +263,8 @@ def render(
             y=y + float(jitter[1]),
             radius=float(rng.uniform(10.5, 12.5)),
         )
-        pool = _digits(split)[item.digit]
-        _draw(canvas, owner, item, index, pool[rng.integers(len(pool))])
+        samples = _digits(split)[item.digit]
+        _draw(canvas, owner, item, index, samples[rng.integers(len(samples))])
         drawn.append(item)
     pixels = np.clip(canvas.round(), 0, 255).astype(np.uint8)
     return Scene(pixels, owner, tuple(drawn), tint)

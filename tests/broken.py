@@ -1,0 +1,456 @@
+"""Deliberately broken strategies and broken hosts, at least one for every check.
+
+A check that nothing fails is empty.  A `Fault` is a strategy plus what is broken around it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from tokenprune import engine, observe
+from tokenprune.attention import Projections
+from tokenprune.cache import PrunedLayer
+from tokenprune.compressor import Compressor, Selection, parse
+from tokenprune.engine import _Session
+from tokenprune.errors import UserError
+from tokenprune.registry import Card
+from tokenprune.tokens import VisualTokens
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+# -- strategies ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound(Compressor):
+    """The first ``R * P`` patch tokens: nothing wrong with it."""
+
+    card = Card(paper="The first tokens (baseline)")
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: max(1, int(len(patches) * self.retention))]
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection(self.picked(tokens))
+
+
+class Undocumented(Sound):
+    __doc__ = None
+
+
+class Anonymous(Sound):
+    """No card."""
+
+    card = Card()
+
+
+class Uncited(Sound):
+    """A title alone."""
+
+    card = Card(paper="A very good idea")
+
+
+class Mutable(Sound):
+    """Its fields can be assigned."""
+
+    __setattr__ = object.__setattr__
+
+
+class Forgetful(Sound):
+    """Its copies have another retention."""
+
+    def __reduce__(self) -> Any:
+        return type(self), (), {"retention": 0.5}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __init__(self, *, retention: float = 0.5, **fields: Any) -> None:
+        super().__init__(retention=retention, **fields)
+
+
+class Mute(Sound):
+    """Its repr says nothing."""
+
+    def __repr__(self) -> str:
+        return "Mute()"
+
+
+class Unsorted(Sound):
+    """In score order."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return super().picked(tokens).flip(0)
+
+
+class Repeated(Sound):
+    """The same token twice."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return super().picked(tokens)[:1].repeat(2)
+
+
+class OffByOne(Sound):
+    """Counts from one."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return tokens.layout.patches[-1:] + 1
+
+
+class OutOfRange(Sound):
+    """One behind the end."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return torch.tensor([len(tokens)])
+
+
+class Empty(Sound):
+    """Nothing at all where the budget rounds to zero."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return tokens.layout.patches[: int(len(tokens.layout.patches) * self.retention)]
+
+
+class Short(Sound):
+    """32-bit indices."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return super().picked(tokens).int()
+
+
+class Misshapen(Sound):
+    """Merged features of all tokens, not of the kept ones."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection(self.picked(tokens), tokens.features)
+
+
+class Greedy(Sound):
+    """A tenth more than it may."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: int(len(patches) * min(1, 1.1 * self.retention)) + tokens.layout.views]
+
+
+class Scribbler(Sound):
+    """Writes to what it is shown."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        tokens.features.mul_(1.5)
+        return super().picked(tokens)
+
+
+_calls = itertools.count()
+
+
+class Counting(Sound):
+    """Chooses by how often it was asked."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        kept = super().picked(tokens)
+        return kept[next(_calls) % 3 :] if len(kept) > 2 else kept
+
+
+class GlobalTorch(Sound):
+    """Draws from torch's global generator."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        count = len(super().picked(tokens))
+        return patches[torch.randperm(len(patches))[:count]].sort().values
+
+
+class GlobalNumpy(Sound):
+    """Draws from numpy's global generator, to no effect."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        np.random.rand()  # noqa: NPY002 (the fault)
+        return super().picked(tokens)
+
+
+class GlobalPython(Sound):
+    """Draws from Python's global generator, to no effect."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        random.random()
+        return super().picked(tokens)
+
+
+class Stubborn(Sound):
+    """Keeps original positions, whatever the option says."""
+
+    @property
+    def keeps_positions(self) -> bool:
+        return True
+
+
+class OnlyFloat32(Sound):
+    """Keeps nearly everything in half precision."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        if tokens.features.dtype == torch.bfloat16:
+            return tokens.layout.patches[1:]
+        return super().picked(tokens)
+
+
+class ModeSensitive(Sound):
+    """Chooses otherwise under inference_mode."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        kept = super().picked(tokens)
+        return kept[1:] if torch.is_inference_mode_enabled() else kept
+
+
+# -- hosts ---------------------------------------------------------------------------------------
+
+
+def _replaced(target: Any, name: str, value: Any) -> Patch:
+    return lambda patch: patch.setattr(target, name, value)
+
+
+def _wrapped(target: Any, name: str, wrapper: Callable[..., Any]) -> Patch:
+    """Call ``wrapper(original, *args)`` instead of ``target.name``."""
+    original = getattr(target, name)
+    return _replaced(target, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
+
+
+def _full_cls_row(original: Any, tapped: Projections, *, softmax: bool) -> Tensor:
+    query, key = tapped.split()
+    logits = query @ key.mT * tapped.scale
+    return (logits.softmax(-1) if softmax else logits).mean(1)[:, 0, 1:]
+
+
+@contextmanager
+def _eager(session: _Session) -> Iterator[None]:
+    with _installed(session):
+        model = session.adapter.model
+        before = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+
+_installed = _Session.installed
+
+
+@contextmanager
+def _leaves_an_attribute(adapter: Any, *args: Any) -> Iterator[None]:
+    with observe.observing(adapter, *args):
+        yield
+    adapter.base.leftover = True
+
+
+@contextmanager
+def _leaves_a_wrapper_on_error(adapter: Any, *args: Any) -> Iterator[None]:
+    with observe.observing(adapter, *args):
+        adapter.base.pack_image_features = adapter.base.pack_image_features
+        yield
+        del adapter.base.pack_image_features
+
+
+class _Never(set[Any]):
+    def __contains__(self, item: object) -> bool:
+        return False
+
+
+def _spread_nothing(self: _Session, module: Any, args: Any, output: Any) -> None:
+    self.current = None
+
+
+def _writes_pixels(
+    original: Any, self: _Session, module: Any, args: Any, kwargs: dict[str, Any]
+) -> None:
+    if kwargs.get("pixel_values") is not None:
+        kwargs["pixel_values"].mul_(1.01)
+    original(self, module, args, kwargs)
+
+
+def _marks_ids(
+    original: Any, self: _Session, module: Any, args: Any, kwargs: dict[str, Any]
+) -> None:
+    original(self, module, args, kwargs)
+    if self.ids is not None:
+        self.ids.seen = True  # type: ignore[attr-defined]
+
+
+def _last_slot_asks(original: Any, attention: Any, hidden: Tensor, *args: Any) -> Tensor:
+    rotary, slots, visible, *keys = args
+    result: Tensor = original(
+        attention, hidden, rotary, torch.full_like(slots, hidden.shape[1] - 1), visible, *keys
+    )
+    return result
+
+
+def _scrambled(original: Any, attention: Any, hidden: Tensor, *args: Any) -> Tensor:
+    result: Tensor = original(attention, hidden.flip(-1), *args)
+    return result
+
+
+def _forgets_shift(patch: pytest.MonkeyPatch) -> None:
+    def write(layer: PrunedLayer, value: Tensor) -> None:
+        layer.__dict__["_none"] = torch.zeros_like(value)
+
+    patch.setattr(
+        PrunedLayer, "shift", property(lambda layer: layer.__dict__["_none"], write), raising=False
+    )
+
+
+def _forgets_extra(patch: pytest.MonkeyPatch) -> None:
+    nothing = property(lambda layer: None, lambda layer, value: None)
+    patch.setattr(PrunedLayer, "extra", nothing, raising=False)
+
+
+def _sees_padding(layer: PrunedLayer) -> Tensor:
+    gap = layer.valid.new_zeros(len(layer.valid), layer.dropped)
+    return torch.cat([gap, torch.ones_like(layer.valid)], dim=1)
+
+
+def _compacts_always(
+    original: Any, self: _Session, state: Any, keep: Tensor, keeps_positions: bool
+) -> Tensor:
+    result: Tensor = original(self, state, keep, not keeps_positions)
+    return result
+
+
+def _counts_late(original: Any, self: _Session, state: Any, start: int) -> None:
+    original(self, state, start + 1 if start else 0)
+
+
+def _swaps_slots(original: Any, state: Any, states: Tensor) -> Tensor:
+    result: Tensor = original(state, states)
+    return torch.cat([result[:, :-2], result[:, -2:].flip(1)], dim=1)
+
+
+def _shifts_spread(original: Any, self: _Session, module: Any, args: Any, output: Any) -> Any:
+    result = original(self, module, args, output)
+    if result is not None:
+        result.last_hidden_state = result.last_hidden_state.roll(1, dims=1)
+    return result
+
+
+def _thins_out(original: Any, self: Compressor, tokens: VisualTokens) -> Selection:
+    return Selection(tokens.layout.patches[1:])
+
+
+def _refuses_without_reason(*args: Any) -> list[Any]:
+    raise UserError("no")
+
+
+# -- one or more for every check -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A strategy, and what is broken around it."""
+
+    compressor: Compressor = field(default_factory=lambda: Sound(retention=0.4))
+    patch: Patch = lambda patch: None
+
+
+def _broken(*kinds: type[Sound]) -> tuple[Fault, ...]:
+    return tuple(Fault(kind(retention=0.4)) for kind in kinds)
+
+
+def _host(*patches: Patch, strategy: str = "uniform") -> tuple[Fault, ...]:
+    compressor = parse(strategy, retention=0.4)
+    return tuple(Fault(compressor, patch) for patch in patches)
+
+
+NO_MEMORY = _replaced(_Session, "_recall", lambda *args: None)
+
+FAULTS: dict[str, tuple[Fault, ...]] = {
+    "check_documented": _broken(Undocumented, Anonymous, Uncited),
+    "check_is_a_value": _broken(Mutable, Forgetful, Mute),
+    "check_selection_form": _broken(
+        Unsorted, Repeated, OffByOne, OutOfRange, Empty, Short, Misshapen
+    ),
+    "check_budget": _broken(Greedy),
+    "check_tokens_untouched": _broken(Scribbler),
+    "check_deterministic": _broken(Counting, GlobalTorch),
+    "check_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),
+    "check_full_retention_is_identity": _host(_wrapped(Compressor, "__call__", _thins_out)),
+    "check_equals_reference": (
+        *_host(
+            _forgets_shift,
+            _replaced(PrunedLayer, "mask", _sees_padding),
+            _wrapped(engine._Pass, "repack", _swaps_slots),
+            _wrapped(_Session, "_pack", _compacts_always),
+        ),
+        *_host(
+            NO_MEMORY,
+            _wrapped(engine, "decoder_row", _scrambled),
+            strategy="fastv",
+        ),
+        *_host(_forgets_extra, strategy="fastv:positions=compact"),
+    ),
+    "check_prompt_logits": _host(
+        _replaced(_Session, "_leave", _spread_nothing),
+        _wrapped(_Session, "_leave", _shifts_spread),
+    ),
+    "check_batch_equals_single": (
+        *_host(_replaced(PrunedLayer, "mask", _sees_padding)),
+        *_host(_wrapped(engine, "decoder_row", _last_slot_asks), strategy="fastv"),
+    ),
+    "check_generate_batch_equals_single": _host(_replaced(PrunedLayer, "mask", _sees_padding)),
+    "check_cache_agrees": (
+        *_host(NO_MEMORY, strategy="fastv"),
+        *_host(_forgets_shift),
+    ),
+    "check_sampling_agrees": _broken(GlobalTorch),
+    "check_beams_agree": _host(_replaced(PrunedLayer, "reorder_cache", lambda layer, order: None)),
+    "check_ledger_is_true": (
+        *_host(_replaced(_Session, "_count", lambda *args: None)),
+        *_host(_wrapped(_Session, "_count", _counts_late), strategy="fastv"),
+    ),
+    "check_eager_agrees": _host(
+        _replaced(engine, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
+    ),
+    "check_no_attention_matrix": _host(
+        _wrapped(observe, "cls_row", _full_cls_row),
+        _replaced(_Session, "installed", _eager),
+        strategy="globalcom2",
+    ),
+    "check_restores_model": _host(
+        _replaced(engine, "observing", _leaves_an_attribute),
+        _replaced(engine, "observing", _leaves_a_wrapper_on_error),
+    ),
+    "check_nesting_refused": _host(_replaced(engine, "_active", _Never())),
+    "check_order_of_rows": _broken(Counting),
+    "check_model_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),
+    "check_positions": (
+        *_broken(Stubborn),
+        *_host(_wrapped(_Session, "_pack", _compacts_always)),
+    ),
+    "check_inputs_untouched": _host(
+        _wrapped(_Session, "_begin", _writes_pixels),
+        _wrapped(_Session, "_begin", _marks_ids),
+    ),
+    "check_bfloat16": _broken(OnlyFloat32),
+    "check_inference_mode": _broken(ModeSensitive),
+    "check_labels": _host(_replaced(_Session, "_labels", lambda *args: None), strategy="fastv"),
+    "check_second_turn": _host(_forgets_shift),
+    "check_chunked_prefill_refused": _host(
+        _replaced(_Session, "_find_spans", _refuses_without_reason)
+    ),
+    "check_static_cache_refused": _host(_replaced(_Session, "_enter", lambda *args: None)),
+    "check_leaving_refused": _host(_replaced(PrunedLayer, "update", DynamicLayer.update)),
+    "check_scattered_embeds_warn": _host(_replaced(_Session, "_warn_blind", lambda self: None)),
+}
+
+SOUND = Sound(retention=0.4)

@@ -1,0 +1,39 @@
+"""Quiet, deterministic, offline: every model here is tiny and random."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))  # `broken` is imported by its plain name
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, settings
+
+from tokenprune.testing import Host
+
+settings.register_profile(
+    "tokenprune",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tokenprune")
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Threads cost more than they bring at this size, and results must not depend on them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def host() -> Host:
+    """A fresh tiny LLaVA-NeXT, for tests that may leave it in pieces."""
+    return Host.tiny("LLaVA-NeXT")

@@ -1,0 +1,266 @@
+"""The command line: how options are read, what is printed, and with which status it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+import tokenprune as tp
+from tokenprune import cli
+from tokenprune.cli import app, split_specs, spread, tables
+from tokenprune.experiments.compare import Request
+from tokenprune.experiments.results import Journal
+from tokenprune.experiments.statistics import _COSTS
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """What the command would have run."""
+    requests: list[Request] = []
+    monkeypatch.setattr(cli, "_compare", lambda request: requests.append(request) or 0)
+    return requests
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-m", "a", "b", "c"], ["-m", "a", "-m", "b", "-m", "c"]),
+        (["-m", "a", "--seed", "1", "b"], ["-m", "a", "--seed", "1", "b"]),
+        (["-m", "a", "-r", "1", ".5"], ["-m", "a", "-r", "1", "-r", ".5"]),
+        (["-r", "-0.5"], ["-r", "-0.5"]),
+        (["-m=a", "b"], ["-m=a", "-m", "b"]),
+        (["-m"], ["-m"]),
+        (["--seed", "1"], ["--seed", "1"]),
+        (["a", "-m", "b"], ["a", "-m", "b"]),
+    ],
+)
+def test_spread(words: list[str], expected: list[str]) -> None:
+    assert spread(words, {"-m", "-r"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a,b"], ["a", "b"]),
+        (["a:x=1,y=2,b:z=3"], ["a:x=1,y=2", "b:z=3"]),
+        (["a:x=1, y=2 , b", "c"], ["a:x=1, y=2", "b", "c"]),
+        (["a,", ""], ["a"]),
+    ],
+)
+def test_split_specs(given: list[str], expected: list[str]) -> None:
+    assert list(split_specs(given)) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--methods globalcom2:alpha=0.3,tau=5 fastv:layer=3 --retention 0.5 0.25",
+        "--methods globalcom2:alpha=0.3,tau=5,fastv:layer=3 --retention 0.5,0.25",
+        "-m globalcom2:alpha=0.3,tau=5 -m fastv:layer=3 -r 0.5 -r 0.25",
+        "--methods=globalcom2:alpha=0.3,tau=5 fastv:layer=3 --retention=0.5,0.25",
+    ],
+)
+def test_lists_can_be_written_in_every_usual_way(asked: list[Request], words: str) -> None:
+    assert invoke("compare", *words.split(), "--seed", "4").exit_code == 0
+    assert asked[0].methods == ("globalcom2:alpha=0.3,tau=5", "fastv:layer=3")
+    assert asked[0].retention == (0.5, 0.25)
+    assert asked[0].seed == 4
+
+
+def test_no_arguments_are_the_defaults(asked: list[Request]) -> None:
+    assert invoke("compare").exit_code == 0
+    assert asked == [Request()]
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("-m fastw", "Did you mean 'fastv'"),
+        ("-m fastv:layr=3", "Did you mean 'layer'"),
+        ("-m fastv:layer=many", "layer='many' is not valid"),
+        ("-m fastv:3", "cannot read '3'"),
+        ("-m fastv:layer=99", "layer"),
+        ("-r 1.5", "at most 1"),
+        ("-r 50", "for 50 % write 0.5"),
+        ("-r 0", "larger than 0"),
+        ("-r -0.5", "larger than 0"),
+        ("-r nan", "larger than 0"),
+        ("-r half", "got 'half'"),
+        ("--model testbed-nxt", "Did you mean 'testbed-next'"),
+        ("--model ./no/such/folder", "no/such/folder"),
+        ("--dtype float31", "Did you mean 'float32'"),
+        ("--device cdua", "cdua"),
+        ("--questions 0", "--questions must be at least 1"),
+        ("--batch-size 0", "--batch-size must be at least 1"),
+        ("--max-new-tokens -1", "--max-new-tokens must be at least 1"),
+        ("--seed -1", "--seed"),
+        ("--data no.jsonl", "cannot read the data file 'no.jsonl'"),
+        ("--out file/run", "cannot write to the output folder"),
+        ("--out .", "not the folder of a run"),
+    ],
+)
+def test_bad_input_is_a_sentence(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    given = words if "--questions" in words or "--data" in words else f"{words} --questions 5"
+    result = invoke("compare", *given.split())
+    assert result.exit_code == cli.BAD_INPUT
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+    assert result.stderr.rstrip()[-1] in ".)"
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.rglob("answers.jsonl")), "nothing was computed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke("compare", "--device", "cuda", "--questions", "5")
+    assert result.exit_code == cli.BAD_INPUT
+    assert "no CUDA device" in result.stderr
+
+
+def test_unknown_options_and_commands() -> None:
+    result = invoke("compare", "--retentoin", "0.5")
+    assert result.exit_code == cli.BAD_INPUT
+    assert "--retention" in result.stderr
+    assert invoke("compair").exit_code == cli.BAD_INPUT
+
+
+# --- running --------------------------------------------------------------------------------------
+
+SMALL = ("compare", "-m", "uniform", "fastv", "-r", "0.25", "--questions", "5")
+
+
+def test_a_comparison_and_the_same_again(tmp_path: Path) -> None:
+    first = invoke(*SMALL, "--out", str(tmp_path / "run"))
+    assert first.exit_code == cli.OK, first.output
+    for word in ("uncompressed", "uniform", "fastv", "100 %", "25 %", "digit", "15 answers in"):
+        assert word in first.stdout
+    assert str(tmp_path / "run") in first.stdout
+    assert "\x1b" not in first.output, "no colours where there is no terminal"
+    second = invoke(*SMALL, "--out", str(tmp_path / "run"))
+    assert second.exit_code == cli.OK
+    assert "nothing was computed again" in second.stdout
+    third = invoke(*SMALL, "--seed", "1", "--out", str(tmp_path / "run"))
+    assert third.exit_code == cli.BAD_INPUT
+    assert "seed: 0 there, 1 here" in third.stderr
+
+
+def test_a_failing_method_is_shown_and_changes_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[bold]no[/bold] luck")
+
+    monkeypatch.setattr(type(tp.create("uniform", retention=0.5)), "select", fail)
+    result = invoke(*SMALL, "--out", str(tmp_path))
+    assert result.exit_code == cli.FAILED
+    assert "FAILED uniform at 0.25: RuntimeError: [bold]no[/bold] luck" in result.stdout
+    rows = [line for line in result.stdout.splitlines() if "uniform " in line and "│" not in line]
+    assert any(re.search(r"uniform +FAILED", line) for line in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_was_computed(tmp_path: Path, kind: signal.Signals) -> None:
+    command = [sys.executable, "-m", "tokenprune", "compare", "--questions", "200"]
+    command += ["--batch-size", "5", "-r", "0.25", "--out", str(tmp_path)]
+    journal = tmp_path / "answers.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        limit = time.monotonic() + 240
+        while not journal.exists() or journal.stat().st_size < 1000:
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        os.kill(process.pid, kind)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert b"the same command goes on" in output
+    kept = len(Journal(journal).answers)
+    assert f"{kept} of 1000 answers".encode() in output
+    assert kept == len(journal.read_text().splitlines())
+    assert len(pd.read_parquet(tmp_path / "answers.parquet")) == kept
+
+
+# --- showing --------------------------------------------------------------------------------------
+
+
+def test_tables_fit_into_80_columns() -> None:
+    rows = []
+    kinds = ("overall", "existence", "colour", "count", "position", "digit", "reading", "other")
+    cells = (("uncompressed", 1.0), ("globalcom2", 0.25), ("fastv", 0.25))
+    for label, retention in cells:
+        for kind in kinds:
+            row: dict[str, Any] = {"method": label, "label": label, "retention": retention}
+            row |= {"kind": kind, "status": "failed" if label == "fastv" else "ok", "n": 500}
+            row |= {
+                "accuracy": 1.0,
+                "accuracy_low": 0.9924 if kind == "overall" else 0.963,
+                "accuracy_high": 1.0,
+            }
+            row |= {"agreement": 1.0} | dict.fromkeys(_COSTS, 2880.0)
+            row |= {"flops": 41.7e12, "uncompressed_flops": 41.7e12}
+            row |= {"vs_uniform": -0.1, "vs_uniform_p": 0.04 if label == "globalcom2" else None}
+            rows.append(row)
+    found = list(tables(pd.DataFrame(rows)))
+    assert len(found) == 3, "overall, and seven kinds in two tables"
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    for table in found:
+        assert console.measure(table).maximum <= 80, "nothing has to be broken"
+        console.print(table)
+    text = console.export_text()
+    assert re.search(r"globalcom2 +100\.0 \(99\.2–100\.0\) +↓", text)
+    assert "100.0 (99.2–100.0)  " in text
+    assert "100 96–100" in text
+    assert "TFLOPs" in text
+    assert "…" not in text
+    assert text.count("FAILED") == 8
+
+
+def test_list() -> None:
+    result = invoke("list")
+    assert result.exit_code == 0
+    for name in tp.available():
+        assert name in result.stdout
+    for word in ("2501.05179", "2403.06764", "testbed-next", "LlavaNext"):
+        assert word in result.stdout
+
+
+def test_help_is_quick() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from tokenprune.cli import app\n"
+        "assert CliRunner().invoke(app, ['compare', '--help']).exit_code == 0\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or None)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, f"--help imports {result.stderr}"
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.strip() == tp.__version__

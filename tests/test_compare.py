@@ -1,0 +1,365 @@
+"""The comparison: its loop with a stand-in for the model, and all of it on the testbed."""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.compressor import Compressor
+from tokenprune.errors import RetentionWarning, UserError
+from tokenprune.experiments import compare as module
+from tokenprune.experiments.compare import Request, cells, compare, run
+from tokenprune.experiments.data import Picture, Question
+from tokenprune.experiments.results import Journal
+from tokenprune.tokens import Signal
+
+CELLS = cells(["uniform", "fastv:layer=3", "globalcom2"], [1.0, 0.5, 0.1])
+
+
+def questions(count: int = 12, per_image: int = 3) -> list[Question]:
+    pictures = [
+        Picture(f"p{i}", Image.new("RGB", (1, 1), (i, 0, 0))) for i in range(count // per_image + 1)
+    ]
+    # The questions about one image lie far apart.
+    images = -(-count // per_image)
+    return [
+        Question(f"q{i}", (pictures[i % images],), f"question {i}?", "yes", "kind")
+        for i in range(count)
+    ]
+
+
+@dataclass
+class Stand:
+    """Answers from the image's content; raises, warns or is interrupted where told."""
+
+    encoded: Counter[int] = field(default_factory=Counter)
+    asked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    signals: set[frozenset[Signal]] = field(default_factory=set)
+    stop_after: int | None = None
+    failing: dict[str, Exception] = field(default_factory=dict)
+    fails_to_encode: int | None = None
+    warns: str = ""
+    batches: list[int] = field(default_factory=list)
+
+    def encode(self, images: Sequence[Image.Image], signals: frozenset[Signal]) -> Sequence[int]:
+        codes = [image.getpixel((0, 0))[0] for image in images]  # type: ignore[index]
+        if self.fails_to_encode in codes:
+            raise MemoryError("the picture is too large")
+        self.encoded.update(codes)
+        self.signals.add(signals)
+        return codes
+
+    def answer(
+        self, compressor: Compressor | None, images: Sequence[Sequence[int]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        label = (
+            "uncompressed" if compressor is None else f"{compressor.label}@{compressor.retention}"
+        )
+        if label in self.failing:
+            raise self.failing[label]
+        if self.stop_after is not None and len(self.batches) >= self.stop_after:
+            raise KeyboardInterrupt
+        if self.warns:
+            warnings.warn(f"{label}: {len(self.batches)} views", RetentionWarning, stacklevel=1)
+        self.batches.append(len(prompts))
+        self.asked.update((label, prompt) for prompt in prompts)
+        return [
+            {"answer": f"{label} {codes[0]} {prompt}"}
+            for codes, prompt in zip(images, prompts, strict=True)
+        ]
+
+
+def go(stand: Stand, path: Path, asked: list[Question], batch_size: int = 4) -> Journal:
+    with Journal(path) as journal:
+        run(stand, CELLS, asked, journal, batch_size=batch_size)
+    return journal
+
+
+def test_cells() -> None:
+    assert [str(cell) for cell in CELLS] == [
+        "uncompressed",
+        *(
+            f"{name} at {r}"
+            for name in ("uniform", "fastv:layer=3", "globalcom2")
+            for r in (1, 0.5, 0.1)
+        ),
+    ]
+    assert len({cell.key for cell in CELLS}) == 7, "the cells at R = 1 are one"
+    assert len(cells(["uniform", "uniform", "fastv", "fastv:layer=2"], [0.5, 0.5])) == 3
+    assert [str(cell) for cell in cells(["uniform"], [0.1, 0.5])] == [
+        "uncompressed",
+        "uniform at 0.5",
+        "uniform at 0.1",
+    ]
+    with pytest.raises(UserError, match="Did you mean 'fastv'"):
+        cells(["fastw"], [0.5])
+    with pytest.raises(UserError, match="'layer'"):
+        cells(["fastv:layr=3"], [0.5])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
+def test_every_image_is_encoded_once_and_every_question_asked_once(
+    tmp_path: Path, batch_size: int
+) -> None:
+    stand, asked = Stand(), questions()
+    journal = go(stand, tmp_path / "j", asked, batch_size)
+    assert set(stand.encoded.values()) == {1}
+    assert len(stand.encoded) == 4
+    assert set(stand.asked.values()) == {1}
+    assert len(journal.answers) == len(stand.asked) == 7 * 12
+    assert stand.signals == {
+        frozenset().union(*(cell.compressor.signals for cell in CELLS if cell.compressor))
+    }
+    for item in asked:
+        code = item.images[0].open().getpixel((0, 0))[0]  # type: ignore[index]
+        answer = journal.answers["uncompressed", item.id]["answer"]
+        assert answer == f"uncompressed {code} {item.question}", "the right image for each question"
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 6, 7, 8, 15, 20])
+def test_interrupted_and_resumed_is_the_same(tmp_path: Path, stop_after: int) -> None:
+    asked = questions()
+    whole = go(Stand(), tmp_path / "whole", asked)
+    with pytest.raises(KeyboardInterrupt):
+        go(Stand(stop_after=stop_after), tmp_path / "parts", asked)
+    assert len(Journal(tmp_path / "parts").answers) == 4 * stop_after
+    rest = Stand()
+    parts = go(rest, tmp_path / "parts", asked)
+    assert parts.answers == whole.answers
+    assert len((tmp_path / "parts").read_text().splitlines()) == 7 * 12, "nothing twice"
+    assert sum(rest.asked.values()) == 7 * 12 - 4 * stop_after, "nothing computed again"
+    again = Stand()
+    go(again, tmp_path / "parts", asked)
+    assert not again.encoded
+    assert not again.asked
+
+
+def test_after_a_torn_line_only_its_batch_is_asked_again(tmp_path: Path) -> None:
+    asked, path = questions(), tmp_path / "j"
+    whole = go(Stand(), path, asked).answers
+    path.write_bytes(path.read_bytes()[:-20])
+    stand = Stand()
+    assert go(stand, path, asked).answers == whole
+    assert stand.batches == [4]
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path) -> None:
+    asked, path = questions(), tmp_path / "j"
+    bad = "fastv:layer=3@0.5"
+    journal = go(Stand(failing={bad: RuntimeError("no memory\nat all")}), path, asked)
+    (key,) = journal.failures
+    assert "layer=3" in key
+    assert "retention=0.5" in key
+    assert journal.failures[key].error == "RuntimeError: no memory"
+    assert "in answer" in journal.failures[key].traceback
+    assert len(journal.answers) == 6 * 12
+    assert path.read_text().count("Traceback") == 1, "left alone after the first failure"
+
+    rest = Stand()
+    journal = go(rest, path, asked)
+    assert {label for label, _ in rest.asked} == {bad}
+    assert not journal.failures
+    assert len(journal.answers) == 7 * 12
+
+
+def test_an_image_that_cannot_be_encoded_fails_the_cells_that_need_it(tmp_path: Path) -> None:
+    journal = go(Stand(fails_to_encode=2), tmp_path / "j", questions(), batch_size=3)
+    assert len(journal.failures) == 7
+    assert len(journal.answers) == 7 * 6, "what was answered before is kept"
+
+
+def test_one_warning_a_cell(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        go(Stand(warns="views"), tmp_path / "j", questions())
+    assert len(caught) == 7
+    assert all(warning.category is RetentionWarning for warning in caught)
+
+
+def test_a_question_with_several_images(tmp_path: Path) -> None:
+    a, b = (Picture(name, Image.new("RGB", (1, 1), (i, 0, 0))) for i, name in enumerate("ab"))
+    asked = [
+        Question("1", (a, b), "both?", "yes"),
+        Question("2", (b,), "b?", "yes"),
+        Question("3", (a,), "a?", "yes"),
+    ]
+    stand = Stand()
+    go(stand, tmp_path / "j", asked, batch_size=1)
+    assert stand.encoded == {0: 1, 1: 1}
+
+
+# --- on the testbed -------------------------------------------------------------------------------
+
+SMALL = Request(methods=("uniform", "fastv:layer=3"), retention=(0.25,), questions=10, batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run") / "small"
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> module.Outcome:
+    return compare(replace(SMALL, out=folder))
+
+
+def test_the_run_folder(finished: module.Outcome, folder: Path) -> None:
+    assert finished.status == "complete"
+    assert (finished.answered, finished.wanted, finished.new) == (30, 30, 30)
+    for name in ("accuracy.png", "accuracy.pdf", "accuracy-by-kind.png", "accuracy-by-cost.pdf"):
+        assert (folder / "plots" / name).stat().st_size > 10_000
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    asked = manifest["experiment"]
+    assert asked["methods"] == ["uniform", "fastv:layer=3"]
+    assert asked["dtype"] == "float32"
+    assert all(len(asked[name]) == 64 for name in ("weights", "processor", "data", "code"))
+    assert manifest["versions"]["torch"]
+
+    frame = pd.read_parquet(folder / "answers.parquet")
+    assert len(frame) == 30
+    assert not frame.duplicated(["model", "method", "parameters", "retention", "question_id"]).any()
+    assert set(frame["status"]) == {"ok"}
+    full = frame[frame["method"] == "uncompressed"]
+    assert full["agrees"].all()
+    assert (full["kept_patches"] == full["patch_tokens"]).all()
+    assert (full["flops"] == full["uncompressed_flops"]).all()
+    for _, row in frame[frame["method"] == "uniform"].iterrows():
+        assert row["kept_patches"] == int(0.25 * row["patch_tokens"])
+        assert row["layer_average"] == row["kept_patches"] + row["kept_separators"]
+    pruned = frame[frame["method"] != "uncompressed"]
+    assert (pruned["flops"] < pruned["uncompressed_flops"]).all()
+    assert (folder / "summary.csv").read_text().count("\n") == 1 + 3 * 6
+
+
+def test_the_answers_are_those_of_a_plain_generate(finished: module.Outcome, folder: Path) -> None:
+    adapter = tp.load("testbed-next")
+    frame = pd.read_parquet(folder / "answers.parquet")
+    given = frame[frame["method"] == "fastv"].set_index("question_id")["answer"]
+    for item in module.data.testbed_questions(3, seed=0):
+        inputs = adapter.prepare([item.images[0].open()], [item.question])
+        with tp.compress(adapter.model, tp.create("fastv", layer=3, retention=0.25)):
+            ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert adapter.decode(ids, inputs) == [given[item.id]]
+
+
+def test_the_same_again_computes_nothing(finished: module.Outcome, folder: Path) -> None:
+    before = {name: (folder / name).read_bytes() for name in ("answers.jsonl", "answers.parquet")}
+    again = compare(replace(SMALL, out=folder, batch_size=3))
+    assert (again.status, again.new) == ("complete", 0)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"methods": ("uniform",)}, "methods: uniform, fastv:layer=3 there, uniform here"),
+        ({"retention": (0.25, 0.5)}, "retention: 0.25 there, 0.5, 0.25 here"),
+        ({"questions": 11}, "questions: 10 there, 11 here"),
+        ({"max_new_tokens": 4}, "max_new_tokens: 8 there, 4 here"),
+    ],
+)
+def test_another_experiment_in_the_folder(
+    finished: module.Outcome, folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        compare(replace(SMALL, out=folder, **changes))
+    assert said in str(caught.value)
+
+
+def test_interrupted_then_resumed(
+    finished: module.Outcome,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+    original = module.ModelRunner.answer
+
+    def impatient(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(module.ModelRunner, "answer", impatient)
+    request = replace(SMALL, out=tmp_path)
+    first = compare(request)
+    assert (first.status, first.answered, first.wanted) == ("interrupted", 10, 30)
+    assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "interrupted"
+    assert len(pd.read_parquet(tmp_path / "answers.parquet")) == 10
+    second = compare(request)
+    assert (second.status, second.new) == ("complete", 20)
+    for name in ("answers.parquet", "summary.csv"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_failing_method_is_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module.ModelRunner.answer
+
+    def broken(self: Any, compressor: Compressor | None, *rest: Any) -> Any:
+        if compressor is not None and compressor.name == "fastv":
+            raise RuntimeError("out of memory")
+        return original(self, compressor, *rest)
+
+    monkeypatch.setattr(module.ModelRunner, "answer", broken)
+    outcome = compare(replace(SMALL, out=tmp_path, questions=5))
+    assert outcome.status == "failed"
+    (cell,) = outcome.failures
+    assert str(cell) == "fastv:layer=3 at 0.25"
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["failures"][0]["error"] == "RuntimeError: out of memory"
+    assert "Traceback" in manifest["failures"][0]["traceback"]
+    table = outcome.summary.set_index(["label", "kind"])
+    assert pd.isna(table.loc[("fastv:layer=3", "overall"), "accuracy"])
+    assert table.loc[("uniform", "overall"), "n"] == 5
+    frame = pd.read_parquet(tmp_path / "answers.parquet")
+    assert list(frame["status"][frame["method"] == "fastv"]) == ["failed"] * 5
+    assert frame["correct"][frame["method"] == "fastv"].isna().all()
+
+
+def test_the_default_folder_says_what_was_asked_and_never_clashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "run", lambda *_, **__: None)
+    paths = [
+        compare(replace(SMALL, **changes)).folder
+        for changes in ({}, {"seed": 1}, {"retention": (0.5,)}, {})
+    ]
+    assert paths[0] == paths[3]
+    assert len(set(paths)) == 3
+    assert all(path.parent == Path("runs") for path in paths)
+    assert all("testbed-next_uniform+fastv-layer=3_10-questions_" in p.name for p in paths)
+
+
+def test_own_questions(tmp_path: Path) -> None:
+    lines = []
+    for item in module.data.testbed_questions(4, seed=5):
+        name = f"{item.images[0].id}.png"
+        item.images[0].open().save(tmp_path / name)
+        fields = {"image": name, "question": item.question, "answer": item.answer}
+        lines.append(json.dumps(fields))
+    both = {"images": [name, name], "question": "<image> <image> Is there a red square?"}
+    lines.append(json.dumps(both | {"answer": "no"}))
+    path = tmp_path / "my.jsonl"
+    path.write_text("\n".join(lines))
+    request = Request(methods=("uniform",), retention=(0.5,), data=path, out=tmp_path / "run")
+    outcome = compare(request)
+    assert (outcome.status, outcome.answered) == ("complete", 10)
+    assert not (tmp_path / "run" / "plots" / "accuracy-by-kind.png").exists(), "one kind only"
+
+    path.write_text("\n".join([*lines, lines[-1].replace("<image> <image>", "<image>")]))
+    with pytest.raises(UserError, match="'line-6' has 1 image placeholders"):
+        compare(request)

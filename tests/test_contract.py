@@ -1,0 +1,107 @@
+"""Every registered strategy, in every registered adapter, against the whole contract.
+
+Strategies and adapters are discovered: nothing has to be added here for a new file.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import tokenprune as tp
+from tokenprune.compressor import Chain, Compressor, create, parse
+from tokenprune.errors import UserError
+from tokenprune.registry import adapters
+from tokenprune.testing import (
+    CHECKS,
+    DECODERS,
+    MODEL_CHECKS,
+    RETENTION,
+    STRATEGY_CHECKS,
+    Check,
+    check_compressor,
+    hosts,
+    run,
+)
+
+# Views of 16 tokens at 40 % may keep nothing of a view; that is not what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
+
+def _chain(*specs: str) -> Compressor:
+    return Chain.of(*(parse(spec, retention=0.6) for spec in specs))
+
+
+# Beyond the defaults of every strategy: options of the core, and compositions.
+VARIANTS = {
+    spec: parse(spec, retention=RETENTION)
+    for spec in (
+        "uniform:separators=none",
+        "globalcom2:separators=rows",
+        "globalcom2:positions=original",
+        "globalcom2:score=received",
+        "globalcom2:allocator=topk,normalisation=minmax",
+        "fastv:positions=compact,separators=none",
+        "fastv:layer=1,allocator=globalcom2",
+        "random:seed=3,allocator=topk",
+    )
+} | {
+    "globalcom2 + fastv": _chain("globalcom2", "fastv"),
+    "uniform original + two cuts": _chain(
+        "uniform:positions=original,separators=none", "fastv:layer=1", "fastv:layer=3"
+    ),
+}
+
+
+def _name(check: Check) -> str:
+    return check.__name__
+
+
+@pytest.mark.parametrize("check", STRATEGY_CHECKS, ids=_name)
+@pytest.mark.parametrize("name", tp.available())
+def test_strategy(name: str, check: Check) -> None:
+    run(check, create(name, retention=RETENTION))
+
+
+@pytest.mark.parametrize("check", MODEL_CHECKS, ids=_name)
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", tp.available())
+def test_strategy_in_models(name: str, decoder: str, check: Check) -> None:
+    run(check, create(name, retention=RETENTION), hosts([decoder]))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=_name)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(variant: str, check: Check) -> None:
+    run(check, VARIANTS[variant], hosts(["llama"]))
+
+
+@pytest.mark.parametrize("retention", [0.03, 0.95])
+@pytest.mark.parametrize("name", tp.available())
+def test_hardly_anything_and_nearly_everything(name: str, retention: float) -> None:
+    """At 3 % two images of a prompt keep a token or two; at 95 % single ones go."""
+    for check in MODEL_CHECKS:
+        if check.__name__ in {"check_equals_reference", "check_batch_equals_single"}:
+            run(check, create(name, retention=retention), hosts(["mistral"]))
+
+
+def test_one_call_for_other_packages() -> None:
+    check_compressor("uniform", hosts(["llama"]))
+
+
+def test_a_method_no_model_can_run_is_an_error_not_a_pass() -> None:
+    too_deep = create("fastv", retention=0.5, layer=99)
+    with pytest.raises(AssertionError, match="no tiny model can run"):
+        run(MODEL_CHECKS[0], too_deep)
+
+
+def test_adapters_are_discovered() -> None:
+    assert "LLaVA-NeXT" in adapters.names()
+    assert {host.name for host in hosts()} == set(adapters.names())
+
+
+def test_chain_refuses_the_wrong_order() -> None:
+    early, late = create("uniform", retention=0.5), create("fastv", retention=0.5)
+    for parts in ((late, early), (early, early), ()):
+        with pytest.raises(UserError, match="a chain takes"):
+            Chain.of(*parts)
+    assert Chain.of(early, late).retention == 0.25

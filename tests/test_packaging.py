@@ -1,0 +1,143 @@
+"""Four folders, one package: what is on disk, what is installed, and what must not be imported."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tokenprune as tp
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = ("strategies", "models", "experiments")
+
+checkout = pytest.mark.skipif(
+    not (ROOT / "pyproject.toml").exists(), reason="needs the checkout, not the wheel"
+)
+
+
+def _project() -> dict[str, object]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)
+
+
+@checkout
+def test_every_package_on_disk_is_listed() -> None:
+    """A package that is not listed is importable in a checkout and absent from the wheel."""
+    setup: dict = _project()["tool"]["setuptools"]  # type: ignore[index,type-arg]
+    found = {"tokenprune"}
+    for name in LINKS:
+        for init in (ROOT / name).rglob("__init__.py"):
+            found.add("tokenprune." + ".".join(init.parent.relative_to(ROOT).parts))
+    for init in (ROOT / "tokenprune").glob("*/__init__.py"):
+        found.add(f"tokenprune.{init.parent.name}")
+    assert set(setup["packages"]) == found
+    assert setup["package-dir"] == {
+        name: name.removeprefix("tokenprune.").replace(".", "/") for name in found
+    }
+
+
+@checkout
+def test_every_data_file_is_listed() -> None:
+    """Weights, templates and the like: whatever lies in a package and is no Python file."""
+    setup: dict = _project()["tool"]["setuptools"]  # type: ignore[index,type-arg]
+    for package, where in setup["package-dir"].items():
+        folder = ROOT / where
+        listed = {
+            path
+            for pattern in setup["package-data"].get(package, [])
+            for path in folder.glob(pattern)
+        }
+        nested = {ROOT / other for name, other in setup["package-dir"].items() if name != package}
+        for path in folder.rglob("*"):
+            inside = any(parent in nested for parent in path.parents if parent != folder)
+            skip = path.suffix in {".py", ".pyc", ".md"} or not path.is_file()
+            if not (skip or inside or any(parent.is_symlink() for parent in path.parents)):
+                assert path in listed, f"{path.relative_to(ROOT)} would be missing from the wheel"
+
+
+@checkout
+@pytest.mark.parametrize("name", LINKS)
+def test_the_links_are_committed_as_links(name: str) -> None:
+    link = ROOT / "tokenprune" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert link.resolve() == (ROOT / name).resolve()
+    listed = subprocess.run(
+        ["git", "ls-files", "-s", f"tokenprune/{name}"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode == 0 and listed.stdout:
+        assert listed.stdout.startswith("120000"), "git holds a copy instead of a link"
+
+
+@checkout
+@pytest.mark.parametrize("name", LINKS)
+def test_a_folder_is_not_importable_by_its_bare_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the root of a checkout ``import strategies`` would register everything twice."""
+    monkeypatch.syspath_prepend(ROOT)
+    with pytest.raises(ImportError, match=f"its name is 'tokenprune.{name}'"):
+        importlib.import_module(name)
+    assert name not in sys.modules
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_the_right_name_works(name: str) -> None:
+    assert importlib.import_module(f"tokenprune.{name}").__name__ == f"tokenprune.{name}"
+
+
+def test_no_file_shadows_the_standard_library() -> None:
+    here = Path(tp.__file__).parent
+    for name in LINKS:
+        for path in (here / name).rglob("*.py"):
+            assert path.stem not in sys.stdlib_module_names, f"{path} shadows a standard module"
+
+
+def test_import_is_light() -> None:
+    """``import tokenprune`` and ``--help`` must not wait for torch."""
+    code = (
+        "import sys, tokenprune; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_contract_needs_no_pytest() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import tokenprune.testing"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_public_names_exist() -> None:
+    for name in tp.__all__:
+        assert getattr(tp, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        tp.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_strategy_pickles_under_its_public_name() -> None:
+    for name in tp.available():
+        method = tp.create(name, retention=0.5)
+        assert type(method).__module__.startswith("tokenprune.strategies.")
+        assert pickle.loads(pickle.dumps(method)) == method
+
+
+@checkout
+def test_strategies_do_not_know_transformers() -> None:
+    """The core never imports a strategy or a model; strategies never import transformers."""
+    for path in (ROOT / "strategies").glob("*.py"):
+        text = path.read_text()
+        assert "import transformers" not in text, path
+        assert "from transformers" not in text, path
+        assert "tokenprune.models" not in text, path
+    for path in (ROOT / "tokenprune").glob("*.py"):
+        if path.stem not in {"cli", "golden", "registry", "__main__", "__init__", "testing"}:
+            text = path.read_text().split("if TYPE_CHECKING:")
+            for package in ("strategies", "experiments"):
+                assert f"from tokenprune.{package}" not in text[0], path

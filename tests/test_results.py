@@ -1,0 +1,279 @@
+"""The run folder: nothing is lost, nothing is doubled, nothing foreign is touched."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.errors import UserError
+from tokenprune.experiments.data import Picture, Question
+from tokenprune.experiments.results import (
+    Cell,
+    Failure,
+    Journal,
+    RunFolder,
+    answers_frame,
+    check_writable,
+    code_fingerprint,
+    files_fingerprint,
+    git_state,
+    replace_file,
+)
+
+EXPERIMENT: dict[str, Any] = {
+    "model": "m",
+    "methods": ["uniform", "fastv"],
+    "retention": [0.5],
+    "data": "a" * 64,
+}
+
+
+def record(answer: str, **changes: float) -> dict[str, Any]:
+    counts = dict.fromkeys(
+        ("patch_tokens", "kept_patches", "separators", "kept_separators", "text_tokens"), 10
+    )
+    costs = {"kv_bytes": 64, "layer_average": 7.5, "flops": 1e9, "selector_flops": 0.0}
+    return {"answer": answer, **counts, **costs, "uncompressed_flops": 2e9, **changes}
+
+
+# --- the journal ----------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_missing_and_can_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Journal(path) as journal:
+        journal.add("cell", {"q1": {"answer": "a"}, "q2": {"answer": "b"}})
+    whole = path.read_bytes()
+    for cut in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        complete = cut >= len(whole) - 1  # only the line end is gone
+        with Journal(path) as journal:
+            assert set(journal.answers) == {("cell", "q1")} | (
+                {("cell", "q2")} if complete else set()
+            )
+            journal.add("cell", {"q1": {"answer": "x"}, "q2": {"answer": "b"}})
+        again = Journal(path)
+        assert again.answers == {("cell", "q1"): {"answer": "a"}, ("cell", "q2"): {"answer": "b"}}
+        good = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        assert len(good) == 2
+
+
+def test_answers_are_in_the_file_as_soon_as_they_are_added(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from tokenprune.experiments.results import Journal\n"
+        "with Journal(Path(sys.argv[1])) as journal:\n"
+        "    journal.add('cell', {'q1': {'answer': 'a'}})\n"
+        "    os._exit(9)\n"
+    )
+    path = tmp_path / "answers.jsonl"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9
+    assert Journal(path).answers == {("cell", "q1"): {"answer": "a"}}
+
+
+def test_a_failure_counts_until_the_cell_is_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    try:
+        raise MemoryError("first line\nsecond line")
+    except MemoryError as error:
+        failure = Failure.of(error)
+    assert failure.error == "MemoryError: first line"
+    assert "Traceback" in failure.traceback
+    assert "second line" in failure.traceback
+    with Journal(path) as journal:
+        journal.add("a", {"q1": {"answer": "x"}})
+        journal.fail("a", failure)
+        journal.fail("b", failure)
+    journal = Journal(path)
+    assert journal.failures == {"a": failure, "b": failure}
+    assert set(journal.answers) == {("a", "q1")}
+    with journal:
+        journal.add("a", {"q2": {"answer": "y"}})
+        assert journal.failures == {"b": failure}
+    assert Journal(path).failures == {"b": failure}
+
+
+def test_any_text_survives(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    nasty = "line\nbreak   \ud800 \0 ü 語"
+    with Journal(path) as journal:
+        journal.add("cell", {nasty[:4]: {"answer": nasty}, "q2": {"answer": "b"}})
+    assert len(Journal(path).answers) == 2
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_the_manifest_is_there_from_the_first_moment(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path / "a" / "run", EXPERIMENT, {"python": "3"})
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    assert manifest["status"] == "running"
+    assert manifest["experiment"] == EXPERIMENT
+    assert manifest["python"] == "3"
+    folder.close("interrupted")
+    folder = RunFolder.open(folder.path, EXPERIMENT, {"python": "3"})
+    folder.close("failed", [{"cell": "x", "error": "E", "traceback": "T"}])
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    assert [session["status"] for session in manifest["sessions"]] == ["interrupted", "failed"]
+    assert manifest["status"] == "failed"
+    assert manifest["failures"][0]["error"] == "E"
+    assert manifest["seconds"] >= 0
+
+
+def test_another_experiment_is_refused_and_left_alone(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, EXPERIMENT, {}).close("complete")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = EXPERIMENT | {"methods": ["uniform"], "data": "b" * 64}
+    with pytest.raises(UserError) as caught:
+        RunFolder.open(tmp_path, other, {})
+    assert "methods: uniform, fastv there, uniform here" in str(caught.value)
+    assert "other data" in str(caught.value)
+    assert "retention" not in str(caught.value)
+    assert "--out" in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    first = RunFolder.open(tmp_path, EXPERIMENT, {})
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="another process is writing"):
+        RunFolder.open(tmp_path, EXPERIMENT, {})
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    first.close("complete")
+    RunFolder.open(tmp_path, EXPERIMENT, {}).close("complete")
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        RunFolder.open(tmp_path, EXPERIMENT, {})
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(UserError, match="not the manifest of a run"):
+        RunFolder.open(tmp_path, EXPERIMENT, {})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="cannot write to the output folder"):
+            check_writable(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        check_writable(tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+
+    def die_halfway() -> None:
+        with replace_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        die_halfway()
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+    assert path.read_text() == "old"
+    with replace_file(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+# --- the tidy table -------------------------------------------------------------------------------
+
+
+def test_answers_frame(tmp_path: Path) -> None:
+    picture = Picture("p", Image.new("RGB", (2, 2)))
+    questions = [
+        Question("q1", (picture,), "Is it red?", "Yes", "colour"),
+        Question("q2", (picture,), "How many?", "2", "count"),
+    ]
+    full, half, whole = (
+        Cell(),
+        Cell(tp.create("uniform", retention=0.5)),
+        Cell(tp.create("uniform", retention=1.0)),
+    )
+    broken = Cell(tp.create("fastv", retention=0.5, layer=3))
+    assert whole.key == full.key != half.key
+    with Journal(tmp_path / "answers.jsonl") as journal:
+        journal.add(full.key, {"q1": record("yes."), "q2": record("3")})
+        journal.add(half.key, {"q1": record("no", kept_patches=5)})
+        journal.add(broken.key, {"q1": record("yes")})
+        journal.fail(broken.key, Failure("E", "T"))
+    frame = answers_frame("m", [full, half, whole, broken], questions, journal)
+    assert len(frame) == 2 + 1 + 2 + 2, "no row for what is still to be computed"
+
+    rows = frame.set_index(["label", "retention", "question_id"]).sort_index()
+    assert list(rows.loc[("uncompressed", 1.0), "correct"]) == [True, False]
+    assert list(rows.loc[("uniform", 1.0), "answer"]) == ["yes.", "3"], "R = 1 is shared"
+    row = rows.loc[("uniform", 0.5, "q1")]
+    assert (row["correct"], row["agrees"], row["kept_patches"]) == (False, False, 5)
+    assert (row["truth"], row["image_id"], row["kind"]) == ("Yes", "p", "colour")
+    assert "separators='all'" in row["parameters"]
+
+    failed = rows.loc[("fastv:layer=3", 0.5, "q2")]
+    assert failed["status"] == "failed"
+    assert pd.isna(failed[["answer", "correct", "agrees", "flops", "kept_patches"]]).all()
+
+    frame.to_parquet(tmp_path / "answers.parquet")
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "answers.parquet"), frame, check_dtype=False
+    )
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
+def test_files_fingerprint_tells_weights_from_processor(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        (tmp_path / name).write_text(name)
+    first = files_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    assert files_fingerprint(tmp_path) == first
+    (tmp_path / "tokenizer.json").write_text("other")
+    second = files_fingerprint(tmp_path)
+    assert second["weights"] == first["weights"]
+    assert second["processor"] != first["processor"]
+    (tmp_path / "model.safetensors").write_text("other")
+    assert files_fingerprint(tmp_path)["weights"] != first["weights"]
+    assert files_fingerprint(None) == {"weights": None, "processor": None}
+
+
+def test_code_fingerprint_is_of_the_methods_used() -> None:
+    uniform, random = (tp.create(name, retention=0.5) for name in ("uniform", "random"))
+    assert code_fingerprint([uniform]) == code_fingerprint([uniform, uniform])
+    assert code_fingerprint([uniform]) != code_fingerprint([random])
+
+
+def test_git_state(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("")
+    assert git_state(tmp_path) is None
+
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    git("init")
+    assert git_state(tmp_path) is None, "the package is not part of that repository"
+    git("add", "__init__.py")
+    git("commit", "-m", "first")
+    state = git_state(tmp_path)
+    assert state is not None
+    assert len(state["commit"]) == 40
+    assert not state["dirty"]
+    (tmp_path / "__init__.py").write_text("changed = True")
+    assert git_state(tmp_path) == state | {"dirty": True}

@@ -1,0 +1,1172 @@
+"""The contract as a product: what every strategy must do, in every model, as small checks.
+
+Each ``check_*`` raises `AssertionError` with a counter-example.  For a strategy of your own::
+
+    from tokenprune.testing import check_compressor
+
+    def test_mine() -> None:
+        check_compressor(Mine(retention=0.4))
+
+or one test per check, with readable names::
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_mine(check: Check) -> None:
+        run(check, Mine(retention=0.4))
+
+Checks of the model kind run the strategy inside tiny random models of every registered adapter, on
+a ragged batch: a prompt with one image, one of text only, one with two images of different aspect.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import pickle
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokenprune.attention
+from tokenprune.compressor import Chain, Compressor, Selection, Stage, create, parse
+from tokenprune.engine import Trace, adapter_of, compress
+from tokenprune.errors import RetentionWarning, UserError
+from tokenprune.registry import adapters
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+__all__ = [
+    "CHECKS",
+    "MODEL_CHECKS",
+    "STRATEGY_CHECKS",
+    "Check",
+    "Host",
+    "Reference",
+    "check_compressor",
+    "hosts",
+    "reference",
+    "run",
+    "sample_tokens",
+]
+
+Check = Callable[..., None]
+Inputs = dict[str, Any]
+
+DECODERS = ("llama", "mistral", "qwen2")
+RETENTION = 0.4
+TOLERANCE = 1e-4
+
+
+# -- a model to run in ---------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One prompt of the ragged batch: images of ``sizes`` (height, width), then ``text`` ids."""
+
+    sizes: tuple[tuple[int, int], ...]
+    text: int
+
+
+ROWS = (Row(((20, 30),), 3), Row((), 5), Row(((10, 30), (24, 24)), 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A tiny random model and the inputs to run it on."""
+
+    adapter: Any
+    name: str = ""
+    decoder: str = ""
+
+    @classmethod
+    def tiny(cls, name: str, decoder: str = "llama", seed: int = 0) -> Host:
+        """The tiny model of the adapter registered as ``name``."""
+        family: Any = adapters.get(name)
+        return cls(adapter_of(family.tiny(decoder, seed)), name, decoder)
+
+    def like(self, *, attention: str | None = None, dtype: torch.dtype | None = None) -> Host:
+        """A copy of this model with another attention kernel or dtype."""
+        model = copy.deepcopy(self.model)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return Host(adapter_of(model.to(dtype)), self.name, self.decoder)
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model."""
+        return self.adapter.model
+
+    @property
+    def image_token(self) -> int:
+        """Id of the placeholder."""
+        return int(self.adapter.placeholders["image"])
+
+    def prompt(self, row: int) -> list[int]:
+        """Ids of one prompt: BOS, some text in front of each image, and the question."""
+        draw = random.Random(row)
+        ids = [1]
+        for size in ROWS[row].sizes:
+            ids += [draw.randrange(5, 60), draw.randrange(5, 60)]
+            ids += [self.image_token] * len(self.adapter.layout(size))
+        return ids + [draw.randrange(5, 60) for _ in range(ROWS[row].text)]
+
+    def inputs(
+        self,
+        rows: Sequence[int] = (0, 1, 2),
+        side: str = "left",
+        answer: Sequence[int] = (),
+    ) -> Inputs:
+        """The batch of ``rows``, each with ``answer`` behind it, padded on ``side``.
+
+        Ids and images of a row are the same in every batch.
+        """
+        prompts = [[*self.prompt(row), *answer] for row in rows]
+        width = max(map(len, prompts))
+        ids, mask = [], []
+        for prompt in prompts:
+            pad = [0] * (width - len(prompt))
+            ids.append(pad + prompt if side == "left" else prompt + pad)
+            real = [1] * len(prompt)
+            mask.append(pad + real if side == "left" else real + pad)
+        first = [sum(len(row.sizes) for row in ROWS[:index]) for index in range(len(ROWS))]
+        chosen = [first[row] + image for row in rows for image in range(len(ROWS[row].sizes))]
+        images = self.adapter.dummy_images([size for row in ROWS for size in row.sizes])
+        dtype = self.model.dtype
+        result = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        if chosen:
+            for name, values in images.items():
+                result[name] = values[chosen].to(dtype if values.is_floating_point() else None)
+        return result
+
+    def generate(self, inputs: Inputs, **options: Any) -> Tensor:
+        """(B, new) ids of ``model.generate``; four new tokens, none of them ``<image>``."""
+        ids: Tensor = self._generate(inputs, **options)
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+    def generate_with_logits(self, inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
+        """(B, new) ids and the (B, new, vocabulary) logits they were chosen from."""
+        out = self._generate(inputs, return_dict_in_generate=True, output_logits=True, **options)
+        ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+        return ids, torch.stack(out.logits, dim=1)
+
+    def _generate(self, inputs: Inputs, **options: Any) -> Any:
+        options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, **options}
+        return self.model.generate(**inputs, suppress_tokens=[self.image_token], **options)
+
+    @torch.no_grad()
+    def logits(self, inputs: Inputs, **options: Any) -> Tensor:
+        """(B, S, vocabulary) logits of one forward."""
+        out: Tensor = self.model(**inputs, **options).logits
+        return out
+
+
+@functools.cache
+def _host(name: str, decoder: str) -> Host:
+    return Host.tiny(name, decoder)
+
+
+def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
+    """A tiny model for every registered adapter and every decoder."""
+    return [_host(name, decoder) for name in adapters.names() for decoder in decoders]
+
+
+# -- an image to choose from ---------------------------------------------------------------------
+
+# Full and padded grids, a single view, and an image so thin that no crop row (column) is left.
+LAYOUTS = {
+    "2x2": TokenLayout.anyres((2, 2), (4, 4), (0, 8, 0, 8)),
+    "2x2 padded": TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8)),
+    "1x3": TokenLayout.anyres((1, 3), (4, 4), (0, 4, 1, 11)),
+    "3x1": TokenLayout.anyres((3, 1), (4, 4), (0, 12, 1, 3)),
+    "one view": TokenLayout.single((4, 4)),
+    "no rows": TokenLayout.anyres((1, 2), (4, 4), (2, 2, 0, 8)),
+    "no columns": TokenLayout.anyres((2, 1), (4, 4), (0, 8, 2, 2)),
+}
+
+
+def sample_tokens(
+    signals: frozenset[Signal],
+    layout: TokenLayout,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> VisualTokens:
+    """Random features, and of the signals exactly those that were declared."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def signal(which: Signal) -> Tensor:
+        values = torch.randn(len(layout), generator=draw)
+        if which.name != "cls_logits":
+            values = values.softmax(0)
+        return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
+
+    ordered = sorted(signals, key=repr)
+    return VisualTokens(
+        layout=layout,
+        features=torch.randn(len(layout), 8, generator=draw).to(dtype),
+        signals={which: signal(which).to(dtype) for which in ordered},
+        fingerprint=torch.randn(3, 4, 4, generator=draw),
+    )
+
+
+def _samples(part: Compressor, **options: Any) -> Iterator[tuple[str, VisualTokens]]:
+    for index, (name, layout) in enumerate(LAYOUTS.items()):
+        yield name, sample_tokens(part.signals, layout, seed=index, **options)
+
+
+def _select(part: Compressor, tokens: VisualTokens) -> Selection:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetentionWarning)
+        return part.select(tokens)
+
+
+def _with(compressor: Compressor, **fields: Any) -> Compressor:
+    """The same method with other fields; of a chain, every part."""
+    if isinstance(compressor, Chain):
+        return Chain.of(*(replace(part, **fields) for part in compressor.parts))
+    return replace(compressor, **fields)
+
+
+# -- the reference -------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """One prompt, compressed by hand.
+
+    Attributes:
+        columns: (M,) columns of prompt and answer that are left at the end.
+        logits: (M, vocabulary) at these columns.
+        positions: For every decoder layer, (m,) position ids of what it processes.
+        kept: For every selection, in the order of parts and images, what it kept (indices into the
+            image's full packed sequence).
+    """
+
+    columns: Tensor
+    logits: Tensor
+    positions: list[Tensor]
+    kept: list[Tensor]
+
+
+@torch.no_grad()
+def reference(
+    host: Host,
+    compressor: Compressor,
+    row: int,
+    answer: Sequence[int] = (),
+    asking: Sequence[int] | None = None,
+) -> Reference:
+    """Build the short sequence of one prompt by hand and run it.
+
+    A batch of one without padding, hooks or KV cache: embeddings are gathered, and where tokens go
+    between two layers, the layers are called one by one with a mask and positions made here.
+
+    Args:
+        host: The model.
+        compressor: The method.
+        row: Which prompt.
+        answer: Ids behind the prompt, which have no say in the selection.
+        asking: For every image the column whose attention ranks it; default: the last one of the
+            prompt.
+    """
+    model, adapter, language = host.model, host.adapter, host.adapter.language_model
+    ids = torch.tensor([*host.prompt(row), *answer])
+    images = _images_by_hand(host, compressor.signals, row)
+    hidden = model.get_input_embeddings()(ids)
+    columns = positions = torch.arange(len(ids))
+    askers = asking or [len(host.prompt(row)) - 1] * len(images)
+    places = list((ids == host.image_token).nonzero().squeeze(1).split([*map(len, images)]))
+    for place, tokens in zip(places, images, strict=True):
+        hidden[place] = tokens.features
+    whole = [torch.arange(len(tokens)) for tokens in images]
+    kept: list[Tensor] = []
+    attention: dict[Signal, Tensor] = {}  # by asking and asked column
+
+    def cut(part: Compressor) -> None:
+        nonlocal hidden, columns, positions
+        stays = torch.ones(len(columns), dtype=torch.bool)
+        for index, tokens in enumerate(images):
+            slots = torch.isin(columns, places[index]).nonzero().squeeze(1)
+            seen = {
+                signal: square[askers[index], places[index]] for signal, square in attention.items()
+            }
+            tokens = replace(tokens, features=hidden[slots], signals={**tokens.signals, **seen})
+            chosen = part(tokens)
+            if chosen.features is not None:
+                hidden[slots[chosen.keep]] = chosen.features
+            stays[slots] = False
+            stays[slots[chosen.keep]] = True
+            images[index] = tokens.take(chosen.keep)
+            places[index] = places[index][chosen.keep]
+            whole[index] = whole[index][chosen.keep]
+            kept.append(whole[index])
+        if not part.keeps_positions:
+            positions = positions - (~stays).cumsum(0)
+        hidden, columns, positions = hidden[stays], columns[stays], positions[stays]
+
+    stages = list(compressor.stages()) if images else []
+    for part in stages:
+        if part.stage is Stage.PRE_LLM:
+            cut(part)
+    inside = [part for part in stages if part.cuts]
+    if not inside and torch.equal(positions, torch.arange(len(positions))):
+        # Nothing happens inside, so the plain model on the plain short prompt is the reference.
+        hidden = language(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
+        depth = len(adapter.decoder_layers)
+        return Reference(columns, model.lm_head(hidden), [positions] * depth, kept)
+    seen_positions = []
+    for index, layer in enumerate(adapter.decoder_layers):
+        for part in inside:
+            if index in part.cuts:
+                cut(part)
+        seen_positions.append(positions)
+        rotary = language.rotary_emb(hidden[None], positions[None])
+        for signal in compressor.signals:
+            if signal.in_llm and signal.layer == index:
+                square = torch.full((len(ids), len(ids)), torch.nan)
+                square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+                attention[signal] = square
+        causal = torch.full((len(hidden), len(hidden)), -torch.inf).triu(1)
+        hidden = layer(
+            hidden[None],
+            attention_mask=causal[None, None],
+            position_ids=positions[None],
+            position_embeddings=rotary,
+        )[0]
+    return Reference(columns, model.lm_head(language.norm(hidden)), seen_positions, kept)
+
+
+def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[VisualTokens]:
+    """The images of a prompt, encoded one at a time, with signals from full attention matrices."""
+    adapter, inputs = host.adapter, host.inputs([row])
+    images = []
+    for index, size in enumerate(ROWS[row].sizes):
+        layout = adapter.layout(size)
+        call = {
+            name: values[index : index + 1]
+            for name, values in adapter.encoder_inputs(inputs).items()
+        }
+        views = call["pixel_values"][0, : layout.views]
+        patch = layout.row * layout.view_shape[1] + layout.col
+        maps = {}
+        for signal in signals:
+            if not signal.in_llm:
+                values = _vision_attention(adapter, signal, views)[layout.view, patch]
+                maps[signal] = values.masked_fill(layout.is_separator, torch.nan)
+        images.append(
+            VisualTokens(
+                layout=layout,
+                features=adapter.base.get_image_features(**call).pooler_output[0],
+                signals=maps,
+                fingerprint=adapter.fingerprint(call, 0, 0),
+            )
+        )
+    return images
+
+
+def _vision_attention(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
+    """(V, patches) of a vision signal, from the whole attention matrix."""
+    index = signal.layer % len(adapter.vision_layers)
+    layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
+    tower = adapter.base.vision_tower(views, output_hidden_states=True)
+    states = layer.layer_norm1(tower.hidden_states[index])
+
+    def heads(name: str) -> Tensor:
+        out: Tensor = getattr(attention, name)(states).unflatten(-1, (attention.num_heads, -1))
+        return out.transpose(1, 2)
+
+    query, key = heads("q_proj"), heads("k_proj")
+    logits: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+    first = int(adapter.has_cls)
+    if signal.name == "cls_logits":
+        return logits.mean(1)[:, 0, first:]
+    full = logits.softmax(-1).mean(1)
+    return full[:, 0, first:] if signal.name == "cls_attention" else full.mean(1)[:, first:]
+
+
+def _decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """(M, M) attention of a decoder layer, mean over heads, as eager attention computes it."""
+    attention: Any = layer.self_attn
+    states = layer.get_submodule("input_layernorm")(hidden)
+    cos, sin = rotary[0][0], rotary[1][0]
+
+    def heads(name: str) -> Tensor:
+        out: Tensor = getattr(attention, name)(states).unflatten(-1, (-1, attention.head_dim))
+        out = out.transpose(0, 1)
+        left, right = out.chunk(2, dim=-1)
+        return out * cos + torch.cat([-right, left], dim=-1) * sin
+
+    query, key = heads("q_proj"), heads("k_proj")
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    logits: Tensor = query @ key.mT / attention.head_dim**0.5
+    future = torch.ones(len(hidden), len(hidden), dtype=torch.bool).triu(1)
+    return logits.masked_fill(future, -torch.inf).softmax(-1).mean(0)
+
+
+# -- what the checks have in common --------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What one decoder layer was called with."""
+
+    length: int
+    positions: Tensor
+    attentions: bool
+
+
+@contextmanager
+def _spy(host: Host) -> Iterator[list[Seen]]:
+    """While open, notes what every self-attention module of the decoder is called with."""
+    calls: list[Seen] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        asked = bool(kwargs.get("output_attentions"))
+        calls.append(Seen(hidden.shape[1], kwargs["position_ids"], asked))
+
+    handles = [
+        layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+        for layer in host.adapter.decoder_layers
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _close(got: Tensor, want: Tensor, what: str) -> None:
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    wrong = (got - want).abs().float() > TOLERANCE * (1 + want.abs().float())
+    wrong |= got.isnan() != want.isnan()
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} numbers differ, the first at {at}: "
+            f"{got[at].item():.6g} instead of {want[at].item():.6g}"
+        )
+
+
+def _same(got: Tensor, want: Tensor, what: str) -> None:
+    assert torch.equal(got, want), f"{what}: {got.tolist()} instead of {want.tolist()}"
+
+
+def _kept(trace: Trace, row: int) -> list[Tensor]:
+    return [chosen.keep for chosen in trace.selections if chosen.row == row]
+
+
+def _same_kept(got: Sequence[Tensor], want: Sequence[Tensor], what: str) -> None:
+    assert len(got) == len(want), f"{what}: {len(got)} selections instead of {len(want)}"
+    for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+        _same(mine, theirs, f"{what}: selection {index} keeps")
+
+
+def _refused(action: Callable[[], Any], word: str, what: str) -> None:
+    """``action`` must raise a `UserError` whose sentence names ``word``."""
+    try:
+        action()
+    except UserError as error:
+        sentence = str(error)
+    else:
+        raise AssertionError(f"{what} was not refused")
+    assert word in sentence, f"{what}: refused, but without naming {word!r}: {sentence}"
+
+
+def _rng() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is the point)
+    return random.getstate(), name, np.asarray(keys).tolist(), rest, torch.get_rng_state().tolist()
+
+
+def _side(side: str, length: int, width: int) -> slice:
+    """Columns of a prompt of ``length`` in a batch ``width`` wide."""
+    return slice(width - length, width) if side == "left" else slice(0, length)
+
+
+# -- checks of the strategy by itself ------------------------------------------------------------
+
+
+def check_documented(compressor: Compressor) -> None:
+    """A docstring, and a card that says whose idea it is."""
+    for part in compressor.stages():
+        cls = type(part)
+        written = (cls.__doc__ or f"{cls.__name__}(").strip()  # dataclass makes up `Name(...)`
+        assert not written.startswith(f"{cls.__name__}("), f"{cls.__name__} has no docstring"
+        assert part.card.paper, f"{cls.__name__} has no card naming its paper"
+        known = part.card.arxiv or part.card.code or "baseline" in part.card.paper
+        assert known, f"the card of {cls.__name__} cites neither a paper nor code"
+
+
+def check_is_a_value(compressor: Compressor) -> None:
+    """Frozen, hashable; copies, pickles and spec strings give an equal method back."""
+    field = dataclasses.fields(compressor)[0].name
+    try:
+        setattr(compressor, field, getattr(compressor, field))
+    except dataclasses.FrozenInstanceError:
+        pass
+    else:
+        raise AssertionError(f"{type(compressor).__name__} is not frozen: {field} can be assigned")
+    copies = {
+        "deepcopy": copy.deepcopy(compressor),
+        "pickle": pickle.loads(pickle.dumps(compressor)),
+        "dataclasses.replace": replace(compressor),
+    }
+    for part in compressor.stages():
+        if part.name and part is compressor:
+            copies[f"parse({part.label!r})"] = parse(part.label, retention=part.retention)
+    for how, copied in copies.items():
+        assert copied == compressor, f"{how} of {compressor} gives {copied}"
+        assert hash(copied) == hash(compressor), f"{how} of {compressor} hashes differently"
+        assert repr(copied) == repr(compressor), f"{how}: repr {copied!r}, not {compressor!r}"
+    for item in dataclasses.fields(compressor):
+        assert f"{item.name}=" in repr(compressor), f"repr does not show {item.name}"
+
+
+def check_selection_form(compressor: Compressor) -> None:
+    """``keep`` is a sorted, unique, non-empty int64 vector of patch tokens."""
+    for part in compressor.stages():
+        for retention in (part.retention, 0.01, 0.99):
+            method = replace(part, retention=retention)
+            for dtype in (torch.float32, torch.bfloat16):
+                for name, tokens in _samples(method, dtype=dtype):
+                    what = f"{part.label}, R = {retention}, {dtype}, layout {name!r}"
+                    _well_formed(_select(method, tokens), tokens, what)
+
+
+def _well_formed(chosen: Selection, tokens: VisualTokens, what: str) -> None:
+    keep, listed = chosen.keep, chosen.keep.tolist()
+    assert keep.dtype == torch.int64, f"{what}: keep is {keep.dtype}"
+    assert keep.ndim == 1, f"{what}: keep has shape {tuple(keep.shape)}"
+    assert listed, f"{what}: keeps nothing"
+    assert listed == sorted(set(listed)), f"{what}: not sorted and unique: {listed}"
+    inside = range(len(tokens))
+    assert {listed[0], listed[-1]} <= {*inside}, f"{what}: not in 0 .. {inside[-1]}: {listed}"
+    separators = tokens.layout.is_separator[keep].any()
+    assert not separators, f"{what}: keeps a separator; the core adds those"
+    if chosen.features is not None:
+        shape = len(keep), tokens.features.shape[1]
+        assert chosen.features.shape == shape, (
+            f"{what}: features of shape {tuple(chosen.features.shape)}, not {shape}"
+        )
+
+
+def check_budget(compressor: Compressor) -> None:
+    """No more than ``R * P`` tokens, rounding up at most once per view.
+
+    Where views are of different size, an allocator may give a large view more than its share, but
+    never more than twice the budget in all.
+    """
+    for part in compressor.stages():
+        for retention in (0.1, 0.25, 0.4, 0.77):
+            for name, tokens in _samples(part):
+                sizes = [size for size in tokens.layout.view_sizes if size]
+                share = retention * sum(sizes) * (1 if len(set(sizes)) == 1 else 2)
+                most = max(share + len(sizes), 1)
+                kept = len(_select(replace(part, retention=retention), tokens).keep)
+                assert kept <= most, (
+                    f"{part.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
+                    f"R = {retention}, at most {most:.1f} were due"
+                )
+
+
+def check_tokens_untouched(compressor: Compressor) -> None:
+    """What the strategy is shown is not written to."""
+    for part in compressor.stages():
+        for name, tokens in _samples(part):
+            shown = {"features": tokens.features, **{str(k): v for k, v in tokens.signals.items()}}
+            shown |= {item: getattr(tokens.layout, item) for item in ("kind", "view", "row", "col")}
+            before = {key: values.clone() for key, values in shown.items()}
+            _select(part, tokens)
+            for key, values in shown.items():
+                unchanged = torch.equal(values.nan_to_num(), before[key].nan_to_num())
+                assert unchanged, f"{part.label} writes to {key} (layout {name!r})"
+
+
+def check_deterministic(compressor: Compressor) -> None:
+    """The same image gives the same choice, whatever came before and whatever the global seed."""
+    for part in compressor.stages():
+        for name, tokens in _samples(part):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                first = _select(part, tokens).keep
+                torch.manual_seed(2)
+                _select(part, sample_tokens(part.signals, LAYOUTS["2x2"], seed=99))
+                again = _select(copy.deepcopy(part), tokens).keep
+            _same(again, first, f"{part.label} on layout {name!r}, a second time")
+
+
+def check_rng_untouched(compressor: Compressor) -> None:
+    """The global generators of torch, numpy and Python are left alone."""
+    for part in compressor.stages():
+        for name, tokens in _samples(part):
+            before = _rng()
+            _select(part, tokens)
+            assert _rng() == before, f"{part.label} draws from a global generator ({name!r})"
+
+
+# -- checks inside a model -----------------------------------------------------------------------
+
+
+def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None:
+    """Invariant 1: R = 1 gives bit-identical logits and ids, as long as all separators stay."""
+    compressor = _with(compressor, separators="all")
+    for fields in ({}, {"positions": "compact"}, {"positions": "original"}):
+        full = _with(compressor, retention=1.0, **fields)
+        for side in ("left", "right"):
+            inputs = host.inputs(side=side)
+            plain = host.logits(inputs)
+            with compress(host.model, full) as trace:
+                got = host.logits(inputs)
+            _same_bits(got, plain, f"logits at R = 1, {side} padding")
+            for ledger in trace.ledgers:
+                assert ledger.realised == 1, f"the ledger says {ledger.realised} at R = 1"
+    inputs, full = host.inputs(), _with(compressor, retention=1.0)
+    for options in ({}, {"use_cache": False}, {"num_beams": 3}):
+        plain = host.generate(inputs, **options)
+        with compress(host.model, full):
+            _same(host.generate(inputs, **options), plain, f"ids at R = 1 with {options}")
+
+
+def _same_bits(got: Tensor, want: Tensor, what: str) -> None:
+    assert torch.equal(got, want), f"{what} differ by up to {(got - want).abs().max():.2g}"
+
+
+def check_equals_reference(compressor: Compressor, host: Host) -> None:
+    """Invariant 2: prefill and every decode step equal a short sequence built by hand."""
+    for use_cache in (True, False):
+        with compress(host.model, compressor) as trace:
+            ids, logits = host.generate_with_logits(host.inputs(), use_cache=use_cache)
+        for row in range(len(ROWS)):
+            what = f"row {row}, use_cache={use_cache}"
+            wanted = reference(host, compressor, row, ids[row, :-1].tolist())
+            _same_kept(_kept(trace, row), wanted.kept, what)
+            steps = ids.shape[1]
+            _close(logits[row], wanted.logits[-steps:], f"{what}, logits of the {steps} steps")
+            allowed = wanted.logits[-steps:].clone()
+            allowed[:, [host.image_token, host.model.generation_config.eos_token_id]] = -torch.inf
+            _same(ids[row], allowed.argmax(-1), f"{what}, ids")
+
+
+def check_prompt_logits(compressor: Compressor, host: Host) -> None:
+    """Logits keep the prompt's shape; at what is left they equal the reference, under any padding.
+
+    A column that was dropped shows the last column before it that is left.
+    """
+    for side in ("left", "right"):
+        inputs = host.inputs(side=side)
+        shape = (*inputs["input_ids"].shape, host.model.lm_head.out_features)
+        with compress(host.model, compressor):
+            got = host.logits(inputs)
+            last = host.logits(inputs, logits_to_keep=1)
+        assert got.shape == shape, f"logits of shape {tuple(got.shape)}, not {shape}"
+        _close(last, got[:, -1:], "logits with logits_to_keep=1")
+        for row in range(len(ROWS)):
+            wanted = reference(host, compressor, row)
+            length = len(host.prompt(row))
+            mine = got[row, _side(side, length, shape[1])]
+            left = (wanted.columns[None] <= torch.arange(length)[:, None]).sum(1) - 1
+            _close(mine, wanted.logits[left], f"row {row}, {side} padding, logits of the prompt")
+
+
+def check_batch_equals_single(compressor: Compressor, host: Host) -> None:
+    """Invariant 3: a batch of n equals n batches of one, padded on either side."""
+    for side in ("left", "right"):
+        inputs = host.inputs(side=side)
+        with compress(host.model, compressor) as trace:
+            together = host.logits(inputs)
+        ledgers = trace.ledgers
+        for row in range(len(ROWS)):
+            alone = host.inputs([row])
+            with compress(host.model, compressor) as single:
+                want = host.logits(alone)[0]
+            got = together[row, _side(side, len(want), together.shape[1])]
+            what = f"row {row} of the batch, {side} padding"
+            _same_kept(_kept(trace, row), _kept(single, 0), what)
+            _close(got, want, f"{what}, logits")
+            assert ledgers[row] == single.ledger, (
+                f"{what}: its account is {ledgers[row]}, alone it is {single.ledger}"
+            )
+
+
+def check_generate_batch_equals_single(compressor: Compressor, host: Host) -> None:
+    """Invariant 3 for `generate`: greedy and beams, row by row."""
+    for options in ({}, {"num_beams": 3}):
+        with compress(host.model, compressor):
+            together = host.generate(host.inputs(), **options)
+            for row in range(len(ROWS)):
+                alone = host.generate(host.inputs([row]), **options)[0]
+                _same(together[row], alone, f"row {row} of the batch with {options}, ids")
+
+
+def check_cache_agrees(compressor: Compressor, host: Host) -> None:
+    """Invariant 4: greedy search with and without KV cache, and twice in one context."""
+    inputs = host.inputs()
+    with compress(host.model, compressor):
+        cached, with_cache = host.generate_with_logits(inputs)
+        plain, without = host.generate_with_logits(inputs, use_cache=False)
+        again = host.generate(inputs)
+    _close(without, with_cache, "logits without KV cache")
+    _same(plain, cached, "ids without KV cache")
+    _same(again, cached, "ids of a second generate in the same context")
+
+
+def check_sampling_agrees(compressor: Compressor, host: Host) -> None:
+    """Invariant 4: sampling with a seed, with and without KV cache."""
+    drawn = []
+    with compress(host.model, compressor), torch.random.fork_rng(devices=[]):
+        for use_cache in (True, True, False):
+            torch.manual_seed(5)
+            drawn.append(host.generate(host.inputs(), do_sample=True, use_cache=use_cache))
+    _same(drawn[1], drawn[0], "ids sampled again with the same seed")
+    _same(drawn[2], drawn[0], "ids sampled without KV cache")
+
+
+def check_beams_agree(compressor: Compressor, host: Host) -> None:
+    """Invariant 4: beam search with several returned sequences, with and without KV cache."""
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    with compress(host.model, compressor):
+        cached = host.generate(host.inputs(), **options)
+        plain = host.generate(host.inputs(), use_cache=False, **options)
+    assert len(cached) == 2 * len(ROWS), f"{len(cached)} sequences, not {2 * len(ROWS)}"
+    _same(plain, cached, "ids of the beams without KV cache")
+
+
+def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
+    """Invariant 5: the ledger says what hidden states and KV cache really hold."""
+    for row, (sizes, _) in enumerate(ROWS):
+        with compress(host.model, compressor) as trace, _spy(host) as calls, torch.no_grad():
+            out = host.model(**host.inputs([row]), use_cache=True)
+        ledger, layers = trace.ledger, out.past_key_values.layers
+        told = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
+        processed = [call.length for call in calls]
+        cached = [layer.keys.shape[-2] for layer in layers]
+        assert told == processed, f"row {row}: layers process {processed}, ledger says {told}"
+        assert told == cached, f"row {row}: the KV cache holds {cached}, the ledger says {told}"
+        tensors = [part for layer in layers for part in (layer.keys, layer.values)]
+        size = sum(part.numel() * part.element_size() for part in tensors)
+        assert size == ledger.kv_bytes, f"row {row}: {size} KV bytes, not {ledger.kv_bytes}"
+        layouts = [host.adapter.layout(size) for size in sizes]
+        patches = sum(len(layout.patches) for layout in layouts)
+        assert ledger.patch_tokens == patches, f"row {row}: {ledger.patch_tokens}, not {patches}"
+        last = {chosen.image: chosen for chosen in trace.selections}
+        kept = [layout.take(last[i].keep) for i, layout in enumerate(layouts)]
+        per_view = tuple(layout.view_sizes for layout in kept)
+        assert ledger.kept_per_view == per_view, f"row {row}: {ledger.kept_per_view}, {per_view}"
+        assert ledger.kept_patches == sum(map(sum, per_view)), f"row {row}: kept_patches"
+        entries = sum(map(len, kept))
+        assert ledger.kept_patches + ledger.kept_separators == entries, f"row {row}: separators"
+        assert ledger.visual_per_layer[-1] == entries, f"row {row}: last layer"
+
+
+def check_eager_agrees(compressor: Compressor, host: Host) -> None:
+    """Invariant 6: the same result under sdpa and eager attention."""
+    found = []
+    for attention in ("sdpa", "eager"):
+        other = host.like(attention=attention)
+        with compress(other.model, compressor) as trace:
+            inputs = other.inputs()
+            logits = other.logits(inputs)[inputs["attention_mask"].bool()]
+            ids = other.generate(inputs)
+        found.append((logits, ids, [chosen.keep for chosen in trace.selections]))
+    _same_kept(found[1][2], found[0][2], "eager instead of sdpa attention")
+    _close(found[1][0], found[0][0], "logits under eager instead of sdpa attention")
+    _same(found[1][1], found[0][1], "ids under eager instead of sdpa attention")
+
+
+class _Squares(TorchDispatchMode):
+    """Notes every float tensor that looks like attention: (batch, heads, N, N)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(item, Tensor) and item.is_floating_point() and item.ndim == 4:
+                _, heads, rows, columns = item.shape
+                if heads > 1 and rows == columns and rows >= 16:
+                    self.found.add(tuple(item.shape))
+        return out
+
+
+def check_no_attention_matrix(compressor: Compressor, host: Host) -> None:
+    """Invariant 6: nothing of size N x N is made, asked for, or switched to eager."""
+    kinds = _attention_kinds(host)
+    chunk, tokenprune.attention.CHUNK = tokenprune.attention.CHUNK, 4  # views have 16 patches
+    try:
+        with compress(host.model, compressor), _spy(host) as calls:
+            inside = _attention_kinds(host)
+            for row in range(len(ROWS)):
+                with _Squares() as squares:
+                    host.logits(host.inputs([row]))
+                assert not squares.found, f"attention matrices were made: {sorted(squares.found)}"
+    finally:
+        tokenprune.attention.CHUNK = chunk
+    assert inside == kinds, f"the attention kernel was switched from {kinds} to {inside}"
+    assert not any(call.attentions for call in calls), "output_attentions was asked for"
+
+
+def _attention_kinds(host: Host) -> list[tuple[str, str]]:
+    return [
+        (name, module.config._attn_implementation)
+        for name, module in host.model.named_modules()
+        if hasattr(module, "config")
+    ]
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything a context could leave behind: attributes, hooks, classes, functions, weights."""
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        kind = type(module)
+        state[f"{name}: class"] = kind
+        for key, value in vars(module).items():
+            if isinstance(value, dict):
+                state[f"{name}.{key}"] = {item: id(held) for item, held in value.items()}
+            else:
+                state[f"{name}.{key}"] = id(value)
+        for item, held in [*module.named_parameters(recurse=False), *module.named_buffers()]:
+            state[f"{name}.{item}: data"] = (held.data_ptr(), held._version)
+        state[f"class {kind}"] = {key: id(value) for key, value in vars(kind).items()}
+        code = vars(sys.modules[kind.__module__])
+        state[f"module {kind.__module__}"] = {
+            key: id(value) for key, value in code.items() if callable(value)
+        }
+        if hasattr(module, "config"):
+            state[f"{name}: config"] = repr(module.config)
+    return state
+
+
+def _unchanged(model: nn.Module, before: dict[str, Any], what: str) -> None:
+    after = fingerprint(model)
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    assert not changed, f"{what}, these are not as they were: {', '.join(map(str, changed))}"
+
+
+def check_restores_model(compressor: Compressor, host: Host) -> None:
+    """Invariant 7: leaving the context, also by an exception, restores the model exactly."""
+    inputs = host.inputs()
+    plain = host.logits(inputs), host.generate(inputs)  # also lets transformers set itself up
+    before = fingerprint(host.model)
+    with compress(host.model, compressor):
+        host.logits(inputs)
+        host.generate(inputs)
+    _unchanged(host.model, before, "after leaving the context")
+    try:
+        with compress(host.model, compressor):
+            host.logits(inputs)
+            raise KeyError("in the middle")
+    except KeyError:
+        pass
+    _unchanged(host.model, before, "after an exception in the context")
+    last = host.adapter.decoder_layers[-1]
+
+    def burst(*args: Any) -> None:
+        raise KeyError("in the last layer")
+
+    try:
+        with compress(host.model, compressor):
+            handle = last.register_forward_pre_hook(burst)
+            try:
+                host.logits(inputs)
+            finally:
+                handle.remove()
+    except KeyError:
+        pass
+    _unchanged(host.model, before, "after an exception in a forward")
+    _same_bits(host.logits(inputs), plain[0], "the plain logits before and after")
+    _same(host.generate(inputs), plain[1], "plain ids after the context")
+
+
+def check_nesting_refused(compressor: Compressor, host: Host) -> None:
+    """Invariant 7: a second context on one model is refused, and does not harm the first."""
+
+    def nest() -> None:
+        with compress(host.model, compressor):
+            raise AssertionError("a second context on the same model was not refused")
+
+    with compress(host.model, compressor):
+        want = host.generate(host.inputs())
+        _refused(nest, "already runs inside", "a second context on the same model")
+        _same(host.generate(host.inputs()), want, "ids after a second context was refused")
+    with compress(host.model, compressor):
+        _same(host.generate(host.inputs()), want, "ids in a fresh context after the refusal")
+
+
+def check_order_of_rows(compressor: Compressor, host: Host) -> None:
+    """Invariant 8: a choice depends neither on the row's index nor on its neighbours."""
+    with compress(host.model, compressor) as trace:
+        host.logits(host.inputs((0, 1, 2)))
+        straight = [_kept(trace, row) for row in range(3)]
+        for order in ((2, 0, 1), (2, 2, 0), (1, 0, 0)):
+            host.logits(host.inputs(order))
+            for place, row in enumerate(order):
+                what = f"prompt {row} in row {place} of the batch {order}"
+                _same_kept(_kept(trace, place), straight[row], what)
+
+
+def check_model_rng_untouched(compressor: Compressor, host: Host) -> None:
+    """Invariant 8: a compressed forward leaves the global generators alone and ignores them."""
+    kept = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]), compress(host.model, compressor) as trace:
+            torch.manual_seed(seed)
+            before = _rng()
+            host.logits(host.inputs())
+            assert _rng() == before, "a compressed forward drew from a global generator"
+            kept.append([chosen.keep for chosen in trace.selections])
+    _same_kept(kept[1], kept[0], "with another global seed")
+
+
+def check_positions(compressor: Compressor, host: Host) -> None:
+    """Invariant 9: ``compact`` re-indexes what is left, ``original`` keeps the ids; both exact."""
+    for positions in ("auto", "compact", "original"):
+        chosen = _with(compressor, positions=positions)
+        for row in range(len(ROWS)):
+            with compress(host.model, chosen), _spy(host) as calls:
+                got = host.logits(host.inputs([row]))
+            wanted = reference(host, chosen, row)
+            for index, (call, want) in enumerate(zip(calls, wanted.positions, strict=True)):
+                what = f"positions={positions}, row {row}, layer {index}, position ids"
+                _same(call.positions.expand(1, -1)[0], want, what)
+                if positions == "compact":
+                    _same(want, torch.arange(len(want)), f"{what} of the reference")
+                if positions == "original" and index == len(calls) - 1:
+                    _same(want, wanted.columns, f"{what} of the reference")
+            _close(got[0, -1], wanted.logits[-1], f"positions={positions}, row {row}, logits")
+
+
+def check_inputs_untouched(compressor: Compressor, host: Host) -> None:
+    """The user's tensors are not written to, nor is anything added to them."""
+    inputs = host.inputs()
+    before = {name: values.clone() for name, values in inputs.items()}
+    attributes = {name: set(vars(values)) for name, values in inputs.items()}
+    with compress(host.model, compressor):
+        host.logits(inputs)
+        host.generate(inputs)
+    assert list(inputs) == list(before), f"the inputs are now {list(inputs)}"
+    for name, values in inputs.items():
+        assert torch.equal(values, before[name]), f"{name} was written to"
+        assert set(vars(values)) == attributes[name], f"{name} has new attributes {vars(values)}"
+
+
+def check_bfloat16(compressor: Compressor, host: Host) -> None:
+    """Runs in bfloat16: ids with and without cache, logits of that dtype, an honest ledger."""
+    half = host.like(dtype=torch.bfloat16)
+    inputs = half.inputs()
+    with compress(half.model, compressor) as trace:
+        logits = half.logits(inputs)
+        half.generate(inputs)
+    assert logits.dtype == torch.bfloat16, f"logits in {logits.dtype}"
+    assert logits.isfinite().all(), "logits that are not finite in bfloat16"
+    with compress(host.model, compressor) as exact:
+        host.logits(host.inputs())
+    for row, (mine, theirs) in enumerate(zip(trace.ledgers, exact.ledgers, strict=True)):
+        assert mine.patch_tokens == theirs.patch_tokens, f"row {row}: {mine}, {theirs}"
+        difference = abs(mine.kept_patches - theirs.kept_patches)
+        views = sum(map(len, theirs.kept_per_view))
+        assert difference <= views, f"row {row}: bfloat16 keeps {difference} tokens more or fewer"
+
+
+def check_inference_mode(compressor: Compressor, host: Host) -> None:
+    """Works under `torch.inference_mode`, with the same result."""
+    with compress(host.model, compressor):
+        want = host.logits(host.inputs())
+        with torch.inference_mode():
+            got = host.model(**host.inputs()).logits
+            host.generate(host.inputs())
+    _same_bits(got.clone(), want, "the logits under inference_mode and no_grad")
+
+
+def check_labels(compressor: Compressor, host: Host) -> None:
+    """Teacher forcing: the answer does not leak into the choice, and the loss is the reference's.
+
+    Gradients reach the embeddings.
+    """
+    answer = [7, 9, 11]
+    for rows, side in (((0,), "left"), ((1,), "left"), ((0, 1, 2), "left"), ((2, 1, 0), "right")):
+        inputs, what = host.inputs(rows, side, answer), f"prompts {rows}, {side} padding"
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for place, row in enumerate(rows):
+            columns = _side(side, len(host.prompt(row)) + len(answer), labels.shape[1])
+            labels[place, columns][-len(answer) :] = torch.tensor(answer)
+        with compress(host.model, compressor) as trace:
+            host.logits(host.inputs(rows, side))
+            alone = [chosen.keep for chosen in trace.selections]
+            loss = host.model(**inputs, labels=labels).loss
+            _same_kept([chosen.keep for chosen in trace.selections], alone, f"{what}, with answer")
+        wanted = [
+            reference(host, compressor, row, answer).logits[-len(answer) - 1 : -1] for row in rows
+        ]
+        targets = torch.tensor(answer).repeat(len(rows))
+        want = nn.functional.cross_entropy(torch.cat(wanted), targets)
+        _close(loss.detach()[None], want[None], f"{what}, loss")
+        (slope,) = torch.autograd.grad(loss, host.model.get_input_embeddings().weight)
+        assert slope.isfinite().all(), f"{what}: gradients that are not finite"
+        assert slope.any(), f"{what}: no gradient at the embeddings"
+
+
+def check_second_turn(compressor: Compressor, host: Host) -> None:
+    """A second turn with the full ids and the returned cache equals the reference."""
+    inputs = host.inputs()
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    with compress(host.model, compressor):
+        first = host._generate(inputs, **options)
+        asked = torch.tensor([[21, 22], [23, 24], [25, 26]])
+        ids = torch.cat([first.sequences, asked], dim=1)
+        new = ids.shape[1] - inputs["input_ids"].shape[1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), new).long()], dim=1)
+        turn = {"input_ids": ids, "attention_mask": mask}
+        second = host._generate(turn, past_key_values=first.past_key_values, **options)
+    answers = second.sequences[:, inputs["input_ids"].shape[1] :]
+    for row in range(len(ROWS)):
+        wanted = reference(host, compressor, row, answers[row, :-1].tolist())
+        got = torch.stack(second.logits, dim=1)[row]
+        _close(got, wanted.logits[-len(got) :], f"row {row}, logits of the second turn")
+
+
+def check_chunked_prefill_refused(compressor: Compressor, host: Host) -> None:
+    """An image split over several forwards is refused with a sentence."""
+    with compress(host.model, compressor):
+        _refused(
+            lambda: host.generate(host.inputs(), prefill_chunk_size=8),
+            "prefill_chunk_size",
+            "prefill_chunk_size=8",
+        )
+
+
+def check_static_cache_refused(compressor: Compressor, host: Host) -> None:
+    """A static KV cache is refused with a sentence."""
+    with compress(host.model, compressor):
+        _refused(
+            lambda: host.generate(host.inputs(), cache_implementation="static"),
+            "static",
+            "cache_implementation='static'",
+        )
+
+
+def check_leaving_refused(compressor: Compressor, host: Host) -> None:
+    """A compressed KV cache is of no use outside the context, and says so."""
+    inputs = host.inputs()
+    with compress(host.model, compressor):
+        out = host._generate(inputs, return_dict_in_generate=True)
+    new = out.sequences.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(out.sequences), new).long()], 1)
+    turn = {"input_ids": out.sequences, "attention_mask": mask}
+    _refused(
+        lambda: host.generate(turn, past_key_values=out.past_key_values),
+        "compressed prompt",
+        "continuing a compressed KV cache outside the context",
+    )
+
+
+def check_scattered_embeds_warn(compressor: Compressor, host: Host) -> None:
+    """Embeddings with the images already in them cannot be compressed: warn, change nothing."""
+    inputs = host.inputs([0])
+    embeds = host.model.get_input_embeddings()(inputs["input_ids"]).detach()
+    (tokens,) = _images_by_hand(host, frozenset(), 0)
+    embeds[inputs["input_ids"] == host.image_token] = tokens.features.detach()
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    plain = host.logits(given)
+    with warnings.catch_warnings(record=True) as caught, compress(host.model, compressor):
+        warnings.simplefilter("always")
+        got = host.logits(given)
+    assert any("inputs_embeds" in str(each.message) for each in caught), (
+        "embeddings that already contain an image passed without a warning"
+    )
+    _same_bits(got, plain, "logits of scattered embeddings with and without compression")
+
+
+# -- all of them ---------------------------------------------------------------------------------
+
+STRATEGY_CHECKS: tuple[Check, ...] = (
+    check_documented,
+    check_is_a_value,
+    check_selection_form,
+    check_budget,
+    check_tokens_untouched,
+    check_deterministic,
+    check_rng_untouched,
+)
+
+MODEL_CHECKS: tuple[Check, ...] = (
+    check_full_retention_is_identity,
+    check_equals_reference,
+    check_prompt_logits,
+    check_batch_equals_single,
+    check_generate_batch_equals_single,
+    check_cache_agrees,
+    check_sampling_agrees,
+    check_beams_agree,
+    check_ledger_is_true,
+    check_eager_agrees,
+    check_no_attention_matrix,
+    check_restores_model,
+    check_nesting_refused,
+    check_order_of_rows,
+    check_model_rng_untouched,
+    check_positions,
+    check_inputs_untouched,
+    check_bfloat16,
+    check_inference_mode,
+    check_labels,
+    check_second_turn,
+    check_chunked_prefill_refused,
+    check_static_cache_refused,
+    check_leaving_refused,
+    check_scattered_embeds_warn,
+)
+
+CHECKS: tuple[Check, ...] = STRATEGY_CHECKS + MODEL_CHECKS
+
+
+def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = None) -> None:
+    """Run one check; one of the model kind in every host that has what the method needs."""
+    if check in STRATEGY_CHECKS:
+        check(compressor)
+        return
+    tried = 0
+    refusals = []
+    for host in hosts() if where is None else where:
+        try:
+            host.adapter.check(compressor)
+        except UserError as error:
+            refusals.append(str(error))
+            continue
+        tried += 1
+        try:
+            check(compressor, host)
+        except AssertionError as error:
+            raise AssertionError(f"{host.name} with {host.decoder}: {error}") from error
+    assert tried, f"no tiny model can run {compressor}: {' '.join(refusals)}"
+
+
+def check_compressor(
+    compressor: Compressor | type[Compressor] | str, where: Sequence[Host] | None = None
+) -> None:
+    """Run every check.
+
+    Args:
+        compressor: A strategy, its class, or the name it is registered as; the latter two are
+            built with their defaults at ``retention=0.4``.
+        where: Models to run it in; default: `hosts()`, all of them.
+    """
+    if isinstance(compressor, str):
+        compressor = create(compressor, retention=RETENTION)
+    elif isinstance(compressor, type):
+        compressor = compressor(retention=RETENTION)
+    for check in CHECKS:
+        run(check, compressor, where)
+
+
+if __name__ == "__main__":
+    from tokenprune.golden import main
+
+    main()
