@@ -26,6 +26,7 @@ from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments import data, plots
 from tokenprune.experiments.data import Question
+from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.results import (
     Cell,
     Failure,
@@ -37,7 +38,6 @@ from tokenprune.experiments.results import (
     environment,
     files_fingerprint,
 )
-from tokenprune.experiments.statistics import OVERALL, summarise
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
 from tokenprune.tokens import Signal

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.statistics import OVERALL
+from tokenprune.experiments.intervals import OVERALL
 
 __all__ = [
     "Picture",

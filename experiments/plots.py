@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from tokenprune.experiments.intervals import OVERALL
 from tokenprune.experiments.results import replace_file
-from tokenprune.experiments.statistics import OVERALL
 
 __all__ = ["accuracy", "accuracy_by_cost", "accuracy_by_kind", "save"]
 
@@ -27,7 +27,7 @@ def accuracy(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
     """Accuracy of every method against retention, with the uncompressed model as reference.
 
     Args:
-        summary: As `statistics.summarise` returns it.
+        summary: As `intervals.summarise` returns it.
         title: What was measured.
         subtitle: On what, in smaller letters.
     """

@@ -3,7 +3,7 @@
 ``manifest.json``    what was asked, with what, and how it ended; written first
 ``answers.jsonl``    the journal, one line per answer or failure, appended as they come
 ``answers.parquet``  tidy: one row per model, method, parameters, retention and question
-``summary.csv``      one row per method, retention and question kind (`statistics.summarise`)
+``summary.csv``      one row per method, retention and question kind (`intervals.summarise`)
 ``plots/``
 
 The journal is the truth: whatever else is in the folder can be made again from it.

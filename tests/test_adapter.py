@@ -87,11 +87,11 @@ def test_a_batch_of_prompts_equals_prompts_alone(adapter: Any) -> None:
 
 def test_placeholders_that_do_not_match_the_images(adapter: Any) -> None:
     token = adapter.image_token
-    with pytest.raises(UserError, match="has 2 .* placeholders but 1 images"):
+    with pytest.raises(UserError, match=r"has 2 .* placeholders but 1 images"):
         adapter.prepare([IMAGES[0]], [f"{token} and {token}?"])
     with pytest.raises(UserError, match="2 image lists for 1 prompts"):
         adapter.prepare(IMAGES[:2], QUESTIONS[:1])
-    with pytest.raises(UserError, match="has 1 .* placeholders but 0 images"):
+    with pytest.raises(UserError, match=r"has 1 .* placeholders but 0 images"):
         adapter.prepare(None, [f"{token}?"])
 
 

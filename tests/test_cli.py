@@ -19,8 +19,8 @@ import tokenprune as tp
 from tokenprune import cli
 from tokenprune.cli import app, split_specs, spread, tables
 from tokenprune.experiments.compare import Request
+from tokenprune.experiments.intervals import _COSTS
 from tokenprune.experiments.results import Journal
-from tokenprune.experiments.statistics import _COSTS
 
 
 def invoke(*words: str) -> Result:
@@ -240,6 +240,11 @@ def test_tables_fit_into_80_columns() -> None:
     assert "TFLOPs" in text
     assert "…" not in text
     assert text.count("FAILED") == 8
+
+
+def test_long_labels_break_between_options() -> None:
+    assert cli._label("fastv:layer=3") == "fastv:layer=3"
+    assert cli._label("globalcom2:alpha=0.3,tau=5") == "globalcom2:\n alpha=0.3,\n tau=5"
 
 
 def test_list() -> None:

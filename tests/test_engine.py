@@ -32,6 +32,11 @@ METHODS = {
     "fastv": create("fastv", retention=0.4),
     "fastv, compact": create("fastv", retention=0.4, positions="compact"),
     "chain": Chain.of(create("globalcom2", retention=0.6), create("fastv", retention=0.6)),
+    "two cuts, compact": Chain.of(
+        create("uniform", retention=0.6, positions="original"),
+        create("fastv", retention=0.6, positions="compact", layer=1),
+        create("fastv", retention=0.6, positions="compact", layer=3),
+    ),
 }
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -293,9 +298,10 @@ def test_repetition_penalty_sees_the_whole_prompt(method: Compressor, host: Host
 def test_max_length_means_the_uncompressed_length(method: Compressor, host: Host) -> None:
     inputs = host.inputs()
     longest = inputs["input_ids"].shape[1] + 3
+    options = {"suppress_tokens": [host.image_token, 2], "do_sample": False}
     with compress(host.model, method):
-        got = host.generate(inputs, max_new_tokens=None, max_length=longest)
-    assert got.shape[1] == 3
+        got = host.model.generate(**inputs, max_length=longest, **options)
+    assert got.shape[1] == longest
 
 
 @each_method

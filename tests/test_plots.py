@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tokenprune.experiments.intervals import OVERALL
 from tokenprune.experiments.plots import (
     _spread,
     accuracy,
@@ -17,7 +18,6 @@ from tokenprune.experiments.plots import (
     accuracy_by_kind,
     save,
 )
-from tokenprune.experiments.statistics import OVERALL
 
 KINDS = (OVERALL, "count", "digit")
 

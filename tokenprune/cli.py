@@ -334,7 +334,7 @@ def _progress() -> Iterator[Report]:
 
 def tables(summary: pd.DataFrame) -> Iterator[Table]:
     """The comparison as tables of at most 80 columns: overall, then by kind of question."""
-    from tokenprune.experiments.statistics import OVERALL
+    from tokenprune.experiments.intervals import OVERALL
 
     # At R = 1 all methods are the uncompressed model, which has a row of its own.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
@@ -368,7 +368,7 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
                 ]
             keep = "" if position else _percent(float(str(retention)), None)
             table.add_row(
-                keep, escape(row["label"]), *figures, end_section=position + 1 == len(group)
+                keep, _label(row["label"]), *figures, end_section=position + 1 == len(group)
             )
     yield table
 
@@ -390,7 +390,7 @@ def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
             texts = [_accuracy(by_kind.loc[kind], decimals=0) for kind in kinds]
             keep = "" if position else _percent(float(str(retention)), None)
             table.add_row(
-                keep, escape(str(label)), *texts, end_section=position + 1 == len(methods)
+                keep, _label(str(label)), *texts, end_section=position + 1 == len(methods)
             )
     return table
 
@@ -408,6 +408,13 @@ def _table(*columns: str, **options: Any) -> Table:
         caption_style="dim",
         **options,
     )
+
+
+def _label(label: str) -> str:
+    """A method's label, its options in lines of their own if it is long."""
+    if len(label) > 14:
+        label = label.replace(":", ":\n ", 1).replace(",", ",\n ")
+    return escape(label)
 
 
 def _accuracy(row: pd.Series, decimals: int) -> str:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tokenprune import budget
@@ -266,18 +266,16 @@ def parse(spec: str, **fields: Any) -> Compressor:
 
 
 def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Tensor) -> None:
-    """Say so once per geometry when a view that has tokens keeps none."""
-    if counts.is_cuda:  # not worth waiting for the device; the ledger shows it per view
+    """Warn when a view's share of the budget is less than one token and it keeps none."""
+    starving = [0 < strategy.retention * size < 1 for size in layout.view_sizes]
+    if not any(starving):  # an allocator may empty a view on purpose; nothing to wait for either
         return
-    empty = [
-        view
-        for view, (size, count) in enumerate(zip(layout.view_sizes, counts.tolist(), strict=True))
-        if size and not count
-    ]
+    kept = counts.tolist()
+    empty = [view for view, starves in enumerate(starving) if starves and not kept[view]]
     if empty:
         warnings.warn(
             f"{strategy.name}: retention {strategy.retention:g} of {sum(layout.view_sizes)} patch "
-            f"tokens keeps {int(counts.sum())}, and nothing of view"
+            f"tokens keeps {sum(kept)}, and nothing of view"
             f"{'s' if len(empty) > 1 else ''} {', '.join(map(str, empty))} of {layout.views}.",
             RetentionWarning,
             stacklevel=2,
@@ -328,7 +326,7 @@ def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
     for name in names:
         try:
             result[name] = TypeAdapter(hints[name], config=plain)
-        except Exception:  # a BaseModel or dataclass brings its own configuration
+        except PydanticUserError:  # a model or dataclass brings its own configuration
             result[name] = TypeAdapter(hints[name])
     return result
 

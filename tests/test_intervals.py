@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.experiments.statistics import (
+from tokenprune.experiments.intervals import (
     _COSTS,
     OVERALL,
     mcnemar,
