@@ -175,7 +175,7 @@ def run(
     for cell in cells:
         todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
     signals = frozenset[Signal]().union(
-        *(cell.compressor.signals for cell in todo.values() if cell.compressor)
+        *(cell.compressor.needs for cell in todo.values() if cell.compressor)
     )
     batches = _batches(questions, batch_size)
     last_use = {p.id: i for i, batch in enumerate(batches) for item in batch for p in item.images}

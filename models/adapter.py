@@ -148,7 +148,7 @@ class Adapter(ABC):
         for part in compressor.stages():
             if part.stage is Stage.ENCODER:
                 raise UserError(f"{part.name} acts inside the encoder, which is not supported yet.")
-            for signal in part.signals:
+            for signal in part.needs:
                 depth = len(self.decoder_layers if signal.in_llm else self.vision_layers)
                 if signal.needs_cls and not self.has_cls:
                     raise UserError(
@@ -171,7 +171,7 @@ class Adapter(ABC):
     def _compatible(self) -> list[str]:
         fine = []
         for name in strategies.names():
-            signals = create(name, retention=0.5).signals
+            signals = create(name, retention=0.5).needs
             if self.has_cls or not any(signal.needs_cls for signal in signals):
                 fine.append(name)
         return fine

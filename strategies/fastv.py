@@ -52,8 +52,8 @@ class FastV(ScoringCompressor):
         return Signal("llm_attention", self.layer - 1)
 
     @property
-    def own_signals(self) -> frozenset[Signal]:
-        return frozenset({self.row})
+    def needs(self) -> frozenset[Signal]:
+        return super().needs | {self.row}
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return tokens[self.row]

@@ -74,8 +74,8 @@ class GlobalCom2(Compressor):
         return self.allocator or ThumbnailCommand(self.tau, self.saliency)
 
     @property
-    def signals(self) -> frozenset[Signal]:
-        return self.allocation.signals | {self.saliency}
+    def needs(self) -> frozenset[Signal]:
+        return self.allocation.needs | {self.saliency}
 
     def holistic(self, tokens: VisualTokens) -> Tensor:
         """(N,) the thumbnail's own scores, and the holistic scores of the crops."""

@@ -116,7 +116,7 @@ def test_every_image_is_encoded_once_and_every_question_asked_once(
     assert set(stand.asked.values()) == {1}
     assert len(journal.answers) == len(stand.asked) == 7 * 12
     assert stand.signals == {
-        frozenset().union(*(cell.compressor.signals for cell in CELLS if cell.compressor))
+        frozenset().union(*(cell.compressor.needs for cell in CELLS if cell.compressor))
     }
     for item in asked:
         code = item.images[0].open().getpixel((0, 0))[0]  # type: ignore[index]

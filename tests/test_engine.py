@@ -94,11 +94,13 @@ def test_an_image_in_a_later_turn(method: Compressor, decoder: str) -> None:
     for index, part in enumerate(parts):
         for name in ("pixel_values", "image_sizes"):
             part[name] = whole[name][index : index + 1]
-    wanted = reference(host, method, 2, asking=[split - 1, len(ids) - 1])
+    wanted = reference(host, method, 2, [9], asking=[split - 1, len(ids) - 1])
     with compress(host.model, method):
         first = _step(host, parts[0])
         second = _step(host, parts[1], first.past_key_values)
-    _close(second.logits[0, -1], wanted.logits[-1])
+        third = _decode(host, 9, first.past_key_values, len(ids) + 1)
+    _close(second.logits[0, -1], wanted.logits[-2])
+    _close(third[0], wanted.logits[-1])
 
 
 @each_method

@@ -42,7 +42,7 @@ class Allocator(ABC):
     """Decides how many patch tokens each view keeps, whatever ranks them inside the view."""
 
     @property
-    def signals(self) -> frozenset[Signal]:
+    def needs(self) -> frozenset[Signal]:
         """Signals the allocator itself looks at."""
         return frozenset()
 
@@ -114,7 +114,7 @@ class ThumbnailCommand(Allocator):
     signal: Signal = CLS_LOGITS
 
     @property
-    def signals(self) -> frozenset[Signal]:
+    def needs(self) -> frozenset[Signal]:
         return frozenset({self.signal})
 
     def ratios(self, tokens: VisualTokens, retention: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +28,7 @@ from tokenprune.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tokenprune.compressor import Compressor
     from tokenprune.experiments.compare import Outcome, Report, Request
 
 __all__ = ["app", "main"]
@@ -174,7 +177,11 @@ def compare(
 
 
 @app.command("list")
-def list_() -> None:
+def list_(
+    method: Annotated[
+        str | None, typer.Argument(help="Show this method's card and options instead.")
+    ] = None,
+) -> None:
     """List methods and models.
 
     Verified methods choose the same tokens as the authors' own code.
@@ -182,6 +189,10 @@ def list_() -> None:
     from tokenprune.models import testbed
     from tokenprune.registry import adapters, strategies
 
+    if method is not None:
+        with _as_exit_status():
+            _show_card(strategies.get(method))
+        raise typer.Exit(OK)
     table = _table("method", "acts", "looks at", "paper", "verified", title="Methods")
     for name in strategies.names():
         cls = strategies.get(name)
@@ -203,12 +214,37 @@ def list_() -> None:
     raise typer.Exit(OK)
 
 
+def _show_card(cls: type[Compressor]) -> None:
+    """Where a method comes from, what differs, and its options with their defaults."""
+    card = cls.card
+    typer.echo(f"{inspect.getdoc(cls)}\n")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    verified = f"tests/data/golden/{card.verified}" if card.verified else ""
+    for what, value in {
+        "paper": f"{card.paper}{f', arXiv {card.arxiv}' if card.arxiv else ''}",
+        "code": card.code,
+        "vectors": verified,
+        "acts": _PLACES.get(cls.stage, cls.stage),
+        "options": ", ".join(
+            f"{item.name}={getattr(example, item.name)}"
+            for example in [tokenprune.create(cls.name, retention=0.25)]
+            for item in fields(cls)
+            if item.name != "retention"
+        ),
+    }.items():
+        if value:
+            table.add_row(what, escape(value))
+    for index, deviation in enumerate(card.deviations):
+        table.add_row("" if index else "differs", escape(deviation))
+    Console(highlight=False).print(table)
+
+
 _PLACES = {"encoder": "in encoder", "pre_llm": "before LLM", "llm": "inside LLM"}
 
 
 def _needs(name: str) -> str:
     """What the strategy looks at with its default options."""
-    signals = sorted(tokenprune.create(name, retention=0.5).signals, key=repr)
+    signals = sorted(tokenprune.create(name, retention=0.5).needs, key=repr)
     return ", ".join(dict.fromkeys(item.name for item in signals)) or "-"
 
 

@@ -94,7 +94,7 @@ class Compressor(ABC):
         """Choose among the patch tokens; the core adds the separators afterwards."""
 
     @property
-    def signals(self) -> frozenset[Signal]:
+    def needs(self) -> frozenset[Signal]:
         """What the strategy needs to see besides features and layout; nothing else is computed."""
         return frozenset()
 
@@ -175,13 +175,9 @@ class ScoringCompressor(Compressor):
         """(N,) scores, higher is kept first; values at separators are ignored."""
 
     @property
-    def own_signals(self) -> frozenset[Signal]:
-        """Signals that `score` looks at."""
-        return frozenset()
-
-    @property
-    def signals(self) -> frozenset[Signal]:
-        return self.own_signals | self.allocator.signals
+    def needs(self) -> frozenset[Signal]:
+        """What the allocator needs; a strategy adds what `score` looks at."""
+        return self.allocator.needs
 
     def select(self, tokens: VisualTokens) -> Selection:
         scores = self.score(tokens)
@@ -215,8 +211,8 @@ class Chain(Compressor):
         return cls(parts=parts, retention=retention)
 
     @property
-    def signals(self) -> frozenset[Signal]:
-        return frozenset().union(*(part.signals for part in self.parts))
+    def needs(self) -> frozenset[Signal]:
+        return frozenset().union(*(part.needs for part in self.parts))
 
     @property
     def label(self) -> str:

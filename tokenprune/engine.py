@@ -235,7 +235,7 @@ class _Session:
         self.adapter = adapter
         self.trace = Trace()
         self.retention = compressor.retention if compressor is not None else 1.0
-        self.signals = compressor.signals if compressor is not None else frozenset()
+        self.signals = compressor.needs if compressor is not None else frozenset()
         stages = list(compressor.stages()) if compressor is not None else []
         self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
         self.inside = {cut: part for part in stages for cut in part.cuts}
@@ -605,7 +605,7 @@ class _Session:
     def _rows(self, state: _Pass, part: Compressor) -> dict[Signal, Tensor]:
         """(B, M) the attention rows over the current slots that ``part`` asks for."""
         rows = {}
-        for signal in part.signals:
+        for signal in part.needs:
             if not signal.in_llm:
                 continue
             tapped = state.tapped[signal.layer]
@@ -717,6 +717,7 @@ class _Session:
                         kept_patches=sum(len(layout.patches) for layout in after),
                         separators=sum(int(layout.is_separator.sum()) for layout in before),
                         kept_separators=sum(int(layout.is_separator.sum()) for layout in after),
+                        patches_per_view=tuple(layout.view_sizes for layout in before),
                         kept_per_view=tuple(layout.view_sizes for layout in after),
                         text_tokens=text,
                         visual_per_layer=tuple(state.tally[row]),

@@ -55,7 +55,8 @@ class Ledger:
         requested: R as asked for.
         patch_tokens, kept_patches: Patch tokens before compression, and entering the last layer.
         separators, kept_separators: The same for separators.
-        kept_per_view: For every image, the patch tokens each of its views keeps at the end.
+        patches_per_view, kept_per_view: For every image, the patch tokens of each of its views,
+            before compression and at the end.
         text_tokens: Tokens of the prompt that are not visual.
         visual_per_layer: Visual tokens (separators included) that each decoder layer processed.
         kv_bytes: Size of the KV cache after the prefill.
@@ -69,6 +70,7 @@ class Ledger:
     kept_patches: int
     separators: int
     kept_separators: int
+    patches_per_view: tuple[tuple[int, ...], ...]
     kept_per_view: tuple[tuple[int, ...], ...]
     text_tokens: int
     visual_per_layer: tuple[int, ...]

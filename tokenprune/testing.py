@@ -219,7 +219,7 @@ def sample_tokens(
 
 def _samples(part: Compressor, **options: Any) -> Iterator[tuple[str, VisualTokens]]:
     for index, (name, layout) in enumerate(LAYOUTS.items()):
-        yield name, sample_tokens(part.signals, layout, seed=index, **options)
+        yield name, sample_tokens(part.needs, layout, seed=index, **options)
 
 
 def _select(part: Compressor, tokens: VisualTokens) -> Selection:
@@ -278,7 +278,7 @@ def reference(
     """
     model, adapter, language = host.model, host.adapter, host.adapter.language_model
     ids = torch.tensor([*host.prompt(row), *answer])
-    images = _images_by_hand(host, compressor.signals, row)
+    images = _images_by_hand(host, compressor.needs, row)
     hidden = model.get_input_embeddings()(ids)
     columns = positions = torch.arange(len(ids))
     askers = asking or [len(host.prompt(row)) - 1] * len(images)
@@ -328,7 +328,7 @@ def reference(
                 cut(part)
         seen_positions.append(positions)
         rotary = language.rotary_emb(hidden[None], positions[None])
-        for signal in compressor.signals:
+        for signal in compressor.needs:
             if signal.in_llm and signal.layer == index:
                 square = torch.full((len(ids), len(ids)), torch.nan)
                 square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
@@ -596,7 +596,7 @@ def check_deterministic(compressor: Compressor) -> None:
                 torch.manual_seed(1)
                 first = _select(part, tokens).keep
                 torch.manual_seed(2)
-                _select(part, sample_tokens(part.signals, LAYOUTS["2x2"], seed=99))
+                _select(part, sample_tokens(part.needs, LAYOUTS["2x2"], seed=99))
                 again = _select(copy.deepcopy(part), tokens).keep
             _same(again, first, f"{part.label} on layout {name!r}, a second time")
 

@@ -211,7 +211,7 @@ class VisualTokens:
     Attributes:
         layout: Geometry of the N entries.
         features: (N, D) what the language model receives.
-        signals: Whatever the strategy declared in `Compressor.signals`; each (N,), NaN at
+        signals: Whatever the strategy declared in `Compressor.needs`; each (N,), NaN at
             separators where the signal exists for patches only.
         fingerprint: Some of the image's pixels, from which `seed` derives.
     """
@@ -237,7 +237,7 @@ class VisualTokens:
         """(N,) the signal, on the device of the features."""
         if signal not in self.signals:
             raise UserError(
-                f"{signal} was not provided. Name it in the strategy's `signals`; provided here: "
+                f"{signal} was not provided. Name it in the strategy's `needs`; provided here: "
                 f"{', '.join(map(str, self.signals)) or 'none'}."
             )
         return self.signals[signal].to(self.features.device)
