@@ -104,6 +104,31 @@ def test_an_image_in_a_later_turn(method: Compressor, decoder: str) -> None:
 
 
 @each_method
+def test_an_image_after_a_padded_turn_of_text(method: Compressor, host: Host) -> None:
+    """The padding of a turn that was not compressed stays invisible."""
+    texts = [[1, 20, 21, 22], [1, 23]]
+    image = host.inputs([0, 0])
+    asked = image.pop("input_ids"), image.pop("attention_mask")
+
+    def talk(rows: list[int]) -> Tensor:
+        width = max(len(texts[row]) for row in rows)
+        pads = [[0] * (width - len(texts[row])) for row in rows]
+        ids = torch.tensor([pad + texts[row] for pad, row in zip(pads, rows, strict=True)])
+        mask = (ids != 0).long()
+        with compress(host.model, method):
+            first = _step(host, {"input_ids": ids, "attention_mask": mask})
+            turn = {name: values[rows] for name, values in image.items()}
+            turn["input_ids"] = asked[0][rows]
+            turn["attention_mask"] = torch.cat([mask, asked[1][rows]], dim=1)
+            logits: Tensor = _step(host, turn, first.past_key_values).logits[:, -1]
+        return logits
+
+    together = talk([0, 1])
+    for row in (0, 1):
+        _close(together[row], talk([row])[0])
+
+
+@each_method
 def test_new_ids_alone_with_a_compressed_cache(method: Compressor, host: Host) -> None:
     """Forwards by hand: only the new ids, with the mask of everything."""
     inputs = host.inputs()

@@ -32,7 +32,7 @@ from transformers.masking_utils import create_causal_mask
 
 from tokenprune.attention import decoder_row
 from tokenprune.cache import PrunedLayer, adopt, is_pruned
-from tokenprune.compressor import Compressor, Stage, parse
+from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
 from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
 from tokenprune.observe import observing
@@ -247,7 +247,7 @@ class _Session:
         self.current: _Pass | None = None
         # Without a KV cache the whole prefix runs again for every new token: the selection made
         # for the prompt is reused, else the newest token would rank.
-        self.memory: list[tuple[Tensor, int, Tensor, Tensor]] = []
+        self.memory: list[tuple[Tensor, int, Tensor, Selection]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -540,14 +540,14 @@ class _Session:
             )
             chosen = self._recall(state, span, index)
             if chosen is None:
-                result = part(tokens)
+                chosen = part(tokens)
                 state.spent[span.row] += part.flops(tokens)
-                if result.features is not None:
-                    hidden = hidden.clone()
-                    hidden[span.row, slots[result.keep]] = result.features.to(hidden.dtype)
-                chosen = result.keep.to(span.columns.device)
                 self._remember(state, span, index, chosen)
-            gone |= self._narrow(state, span, chosen, keep, Stage.LLM, index)
+            if chosen.features is not None:
+                hidden = hidden.clone()
+                hidden[span.row, slots[chosen.keep]] = chosen.features.to(hidden.dtype)
+            left = chosen.keep.to(span.columns.device)
+            gone |= self._narrow(state, span, left, keep, Stage.LLM, index)
         if not gone:
             return hidden
         shift = self._pack(state, keep, part.keeps_positions)
@@ -628,7 +628,7 @@ class _Session:
             state.read.append((signal.layer, keys is None))
         return rows
 
-    def _recall(self, state: _Pass, span: _Span, index: int) -> Tensor | None:
+    def _recall(self, state: _Pass, span: _Span, index: int) -> Selection | None:
         """What was chosen when this very prompt ran before, without a KV cache."""
         if state.cache is None and state.ids is not None:
             for feature, cut, ids, chosen in self.memory:
@@ -637,7 +637,7 @@ class _Session:
                     return chosen
         return None
 
-    def _remember(self, state: _Pass, span: _Span, index: int, chosen: Tensor) -> None:
+    def _remember(self, state: _Pass, span: _Span, index: int, chosen: Selection) -> None:
         if state.cache is None and state.ids is not None:
             here = {id(other.carrier) for other in state.spans}
             self.memory = [entry for entry in self.memory if id(entry[0]) in here]
