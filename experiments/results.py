@@ -160,10 +160,10 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
 
     def add(self, cell: str, records: Mapping[str, dict[str, Any]]) -> None:
         """Append the answers of ``cell``, question id to record, unless they are there already."""
@@ -178,7 +178,8 @@ class Journal:
         self.failures[cell] = failure
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
-        assert self._file is not None, "use the journal in a with statement to write"
+        if self._file is None:
+            raise RuntimeError("the journal is not open; write to it inside `with journal:`")
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         view = memoryview(text.encode("utf-8", "backslashreplace"))
         while view:  # a full disk or a pipe may take a part only

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -443,3 +445,14 @@ def test_cls_attention_is_refused_without_cls() -> None:
         compress(_siglip().model, "globalcom2", retention=0.4),
     ):
         pass
+
+
+def test_a_trace_does_not_keep_the_kv_cache_alive(host: Host) -> None:
+    inputs = host.inputs()
+    with compress(host.model, "globalcom2", retention=0.5) as trace:
+        out = host.model(**inputs, use_cache=True)
+    cache = weakref.ref(out.past_key_values)
+    del out
+    gc.collect()
+    assert cache() is None
+    assert len(trace.ledgers) == len(inputs["input_ids"])

@@ -158,7 +158,7 @@ class _Span:
         columns: (M,) their columns in the prompt.
         index: (M,) their indices in the image's full packed sequence.
         tokens: What is known of them.
-        whole: What was known of all.
+        layout: Geometry of all that were there.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
     """
 
@@ -167,7 +167,7 @@ class _Span:
     columns: Tensor
     index: Tensor
     tokens: VisualTokens
-    whole: VisualTokens
+    layout: TokenLayout
     carrier: Tensor
 
 
@@ -183,6 +183,7 @@ class _Pass:
         layers: The layers of the KV cache, or none without one.
         spans: The images.
         tally: For every row, the visual tokens each decoder layer processes.
+        entered: (B,) tokens that the first decoder layer processes.
         spent: (B,) FLOPs of choosing, per row.
         order: (B, M) slot in which each slot's content was before the latest packing.
         rotary: cos and sin behind the latest cut.
@@ -203,6 +204,7 @@ class _Pass:
     spent: list[float]
     width: int
     order: Tensor
+    entered: Tensor
     packed: bool = False
     cuts: int = 0
     rotary: tuple[Tensor, Tensor] | None = None
@@ -245,6 +247,7 @@ class _Session:
         self.ids: Tensor | None = None
         self.labels: Tensor | None = None
         self.current: _Pass | None = None
+        self.opened: _Pass | None = None  # the pass that the trace will tell about
         # Without a KV cache the whole prefix runs again for every new token: the selection made
         # for the prompt is reused, else the newest token would rank.
         self.memory: list[tuple[Tensor, int, Tensor, Selection]] = []
@@ -275,8 +278,10 @@ class _Session:
         finally:
             for handle in handles:
                 handle.remove()
-            self.current = None
+            self.current = self.opened = self.ids = self.labels = None
             self.memory.clear()
+            for left in (self.placeholders, *self.seen.values()):
+                left.clear()
 
     # -- what the caller passed ------------------------------------------------------------------
 
@@ -333,7 +338,7 @@ class _Session:
                         columns=place[:, 1].to(device),
                         index=torch.arange(len(feature), device=device),
                         tokens=tokens,
-                        whole=tokens,
+                        layout=layout,
                         carrier=feature,
                     )
                 )
@@ -342,7 +347,7 @@ class _Session:
     # -- in front of the language model ----------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
-        self.current = None
+        self.current = self.opened = None
         labels, self.labels = self.labels, None
         embeds = _argument(module, args, kwargs, "inputs_embeds")
         if embeds is None:  # the language model is used by itself
@@ -376,7 +381,7 @@ class _Session:
             embeds = self._shorten(state, part, embeds, changed)
         self._count(state, 0)
         if spans or not (continued or (cache is not None and cache.get_seq_length())):
-            self._open_account(state, embeds)
+            self.opened, state.entered = state, state.real.sum(1)
         return args, changed
 
     def _start(
@@ -411,6 +416,7 @@ class _Session:
             spent=[0.0] * rows,
             width=width,
             order=column,
+            entered=column,
         )
 
     def _join_cache(
@@ -477,7 +483,7 @@ class _Session:
             keep[span.row, slots[chosen]] = True
             span.index, span.columns = span.index[chosen], span.columns[chosen]
             span.tokens = span.tokens.take(chosen)
-        layout = span.whole.layout
+        layout = span.layout
         self.trace.selections.append(Chosen(span.row, span.image, stage, layer, layout, span.index))
         return gone
 
@@ -646,6 +652,9 @@ class _Session:
     # -- behind the language model ---------------------------------------------------------------
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
         if state is None or not state.packed:
             return None
@@ -672,7 +681,7 @@ class _Session:
 
     def _charge_vision(self, state: _Pass) -> None:
         for span in state.spans:
-            layout = span.whole.layout
+            layout = span.layout
             keys = layout.view_shape[0] * layout.view_shape[1] + int(self.adapter.has_cls)
             for signal in self.signals:
                 if not signal.in_llm:
@@ -687,30 +696,27 @@ class _Session:
         again = 2 * tokens * shape.hidden * key if recomputed else 0
         return 2 * shape.hidden * query + 2 * tokens * query + again
 
-    def _open_account(self, state: _Pass, embeds: Tensor) -> None:
-        """Let the trace tell what this prefill did; read later, so that nothing waits here."""
-        wholes = [(span.row, span.whole.layout) for span in state.spans]
-        full = [
-            sum(len(layout) for row, layout in wholes if row == index)
-            for index in range(len(state.tally))
-        ]
-        real, size = state.real.sum(1), embeds.element_size()
-        entering = [layers[0] for layers in state.tally]
+    def _tell(self, state: _Pass, size: int) -> None:
+        """Let the trace tell what this prefill did.
 
-        def account() -> list[Ledger]:
-            ledgers = []
-            for row, total in enumerate(real.tolist()):
-                text = total - entering[row]
-                spans = [span for span in state.spans if span.row == row]
-                before = [span.whole.layout for span in spans]
-                after = [layout.take(s.index) for layout, s in zip(before, spans, strict=True)]
-                tokens = [text + visual for visual in state.tally[row]]
-                spent = state.spent[row]
-                if spans:
-                    spent += sum(self._row_flops(tokens[layer], new) for layer, new in state.read)
-                key = 2 * self.shape.kv_heads * self.shape.head_dim * size
-                full_flops = prefill_flops([text + full[row]] * self.shape.layers, self.shape)
-                ledgers.append(
+        The sums are made when they are asked for, so that nothing waits for the device here, from
+        counts and indices alone: a trace must not keep features or a KV cache alive.
+        """
+        images = [(span.row, span.layout, span.index) for span in state.spans]
+        entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
+
+        def ledgers() -> list[Ledger]:
+            made = []
+            for row, total in enumerate(entered.tolist()):
+                before = [layout for where, layout, _ in images if where == row]
+                after = [layout.take(index) for where, layout, index in images if where == row]
+                text = total - tally[row][0]
+                full = text + sum(len(layout) for layout in before)
+                tokens = [text + visual for visual in tally[row]]
+                selector = spent[row]
+                if before:
+                    selector += sum(self._row_flops(tokens[layer], new) for layer, new in read)
+                made.append(
                     Ledger(
                         requested=self.retention,
                         patch_tokens=sum(len(layout.patches) for layout in before),
@@ -720,16 +726,16 @@ class _Session:
                         patches_per_view=tuple(layout.view_sizes for layout in before),
                         kept_per_view=tuple(layout.view_sizes for layout in after),
                         text_tokens=text,
-                        visual_per_layer=tuple(state.tally[row]),
-                        kv_bytes=sum(tokens) * key,
-                        flops=prefill_flops(tokens, self.shape) + spent,
-                        selector_flops=spent,
-                        uncompressed_flops=full_flops,
+                        visual_per_layer=tuple(tally[row]),
+                        kv_bytes=sum(tokens) * self.shape.kv_bytes(size),
+                        flops=prefill_flops(tokens, self.shape) + selector,
+                        selector_flops=selector,
+                        uncompressed_flops=prefill_flops([full] * self.shape.layers, self.shape),
                     )
                 )
-            return ledgers
+            return made
 
-        self.trace._account = account
+        self.trace._account = ledgers
 
     def _warn_blind(self) -> None:
         warnings.warn(

@@ -33,6 +33,10 @@ class DecoderShape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
 
+    def kv_bytes(self, size: int) -> int:
+        """Bytes that one token takes in one layer's KV cache, ``size`` bytes a number."""
+        return 2 * self.kv_heads * self.head_dim * size
+
 
 def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
     """FLOPs of a prefill in which layer ``l`` processes ``tokens[l]`` tokens.
