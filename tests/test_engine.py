@@ -456,3 +456,11 @@ def test_a_trace_does_not_keep_the_kv_cache_alive(host: Host) -> None:
     gc.collect()
     assert cache() is None
     assert len(trace.ledgers) == len(inputs["input_ids"])
+
+
+def test_placeholders_without_images_are_refused(host: Host) -> None:
+    inputs = host.inputs([0])
+    with compress(host.model, "uniform", retention=0.5):
+        with pytest.raises(UserError, match="no image reached this forward"):
+            host.model(input_ids=inputs["input_ids"])
+        host.model(**inputs)  # and the context is still good for a complete call

@@ -296,6 +296,7 @@ class _Session:
             calls.clear()
             if encoded.get(modality) is not None:
                 calls.append(list(encoded[modality].pooler_output))
+        self.placeholders.clear()
         for modality, token in self.adapter.placeholders.items():
             if self.ids is not None:
                 self.placeholders[modality] = self.ids == token
@@ -344,6 +345,16 @@ class _Session:
                 )
         return spans
 
+    def _refuse_missing_images(self) -> None:
+        """Placeholders that no features were put into would run as if they were text."""
+        for modality, where in self.placeholders.items():
+            if where.any():
+                raise UserError(
+                    f"the prompt has {int(where.sum())} {modality} placeholders, but no {modality} "
+                    "reached this forward; pass pixel_values with the prompt (prefill_chunk_size "
+                    "is not supported under compression)."
+                )
+
     # -- in front of the language model ----------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
@@ -358,6 +369,8 @@ class _Session:
         stages = bool(self.before or self.inside)
         if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
             self._warn_blind()
+        if stages and not spans and embeds.shape[1] > 1:
+            self._refuse_missing_images()
         work = stages and bool(spans)
         if work or continued:
             mask = changed.get("attention_mask")
