@@ -280,8 +280,9 @@ class _Session:
                 handle.remove()
             self.current = self.opened = self.ids = self.labels = None
             self.memory.clear()
-            for left in (self.placeholders, *self.seen.values()):
-                left.clear()
+            self.placeholders.clear()
+            for calls in self.seen.values():
+                calls.clear()
 
     # -- what the caller passed ------------------------------------------------------------------
 
