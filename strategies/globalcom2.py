@@ -7,7 +7,6 @@ Code:   https://github.com/xuyang-liu16/GlobalCom2, llava/model/llava_arch.py (9
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -93,4 +92,4 @@ class GlobalCom2(Compressor):
         scores = self.holistic(tokens)
         counts = self.allocation.counts(tokens, scores, self.retention)
         warn_about_empty_views(self, tokens.layout, counts)
-        return Selection(top_per_view(tokens.layout, scores, counts.to(torch.int64)))
+        return Selection(top_per_view(tokens.layout, scores, counts))

@@ -14,7 +14,10 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
+from transformers import LlavaNextForConditionalGeneration, SiglipVisionConfig
 
+from tokenprune.engine import adapter_of
+from tokenprune.models.llava_next import LlavaNext
 from tokenprune.testing import Host
 
 settings.register_profile(
@@ -37,3 +40,21 @@ def _one_thread() -> None:
 def host() -> Host:
     """A fresh tiny LLaVA-NeXT, for tests that may leave it in pieces."""
     return Host.tiny("LLaVA-NeXT")
+
+
+@pytest.fixture
+def siglip() -> Host:
+    """A tiny LLaVA-NeXT with a SigLIP tower, which has no CLS token."""
+    torch.manual_seed(0)
+    config = LlavaNext.tiny().config
+    config.vision_config = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=12,
+        patch_size=3,
+        initializer_range=0.3,
+    )
+    config.vision_feature_select_strategy = "full"
+    return Host(adapter_of(LlavaNextForConditionalGeneration(config).eval()))

@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     DynamicCache,
     LlavaNextForConditionalGeneration,
-    SiglipVisionConfig,
 )
 
 from tokenprune import testing
@@ -415,34 +414,18 @@ def test_a_strategy_that_fails_names_itself(host: Host) -> None:
 # -- another vision tower ------------------------------------------------------------------------
 
 
-def _siglip() -> Host:
-    torch.manual_seed(0)
-    config = LlavaNext.tiny().config
-    config.vision_config = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=12,
-        patch_size=3,
-        initializer_range=0.3,
-    )
-    config.vision_feature_select_strategy = "full"
-    return Host(adapter_of(LlavaNextForConditionalGeneration(config).eval()))
-
-
 @pytest.mark.parametrize("spec", ["uniform", "globalcom2:score=received,tau=0.1", "fastv"])
-def test_a_tower_without_cls(spec: str) -> None:
+def test_a_tower_without_cls(spec: str, siglip: Host) -> None:
     """SigLIP: no CLS token, so rank by attention received; the rest does not care."""
-    host, method = _siglip(), parse(spec, retention=0.4)
-    testing.check_equals_reference(method, host)
-    testing.check_batch_equals_single(method, host)
+    method = parse(spec, retention=0.4)
+    testing.check_equals_reference(method, siglip)
+    testing.check_batch_equals_single(method, siglip)
 
 
-def test_cls_attention_is_refused_without_cls() -> None:
+def test_cls_attention_is_refused_without_cls(siglip: Host) -> None:
     with (
         pytest.raises(UserError, match=r"needs the attention of a CLS token, which the siglip"),
-        compress(_siglip().model, "globalcom2", retention=0.4),
+        compress(siglip.model, "globalcom2", retention=0.4),
     ):
         pass
 

@@ -8,12 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    SiglipVisionConfig,
-)
 
 import tokenprune as tp
 from tokenprune.engine import adapter_of
@@ -21,6 +15,7 @@ from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
 from tokenprune.models.testbed.scenes import questions
+from tokenprune.testing import Host
 
 
 @pytest.fixture(scope="module")
@@ -78,44 +73,14 @@ def test_a_model_class_without_an_adapter_is_a_sentence(tmp_path: Path) -> None:
         adapter_of(torch.nn.Linear(1, 1))
 
 
-@pytest.fixture(scope="module")
-def without_cls() -> Adapter:
-    """LLaVA-NeXT with a SigLIP tower, which has no CLS token."""
-    torch.manual_seed(0)
-    vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=12,
-        patch_size=3,
-        vision_use_head=False,
-    )
-    text = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-    )
-    config = LlavaNextConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=63,
-        vision_feature_select_strategy="full",
-        image_grid_pinpoints=[[12, 24], [24, 24]],
-    )
-    return adapter_of(LlavaNextForConditionalGeneration(config).eval())
-
-
-def test_globalcom2_runs_on_a_tower_without_cls_by_attention_received(without_cls: Adapter) -> None:
+def test_globalcom2_runs_on_a_tower_without_cls_by_attention_received(siglip: Host) -> None:
     size = (20, 24)
-    count = len(without_cls.layout(size))  # type: ignore[attr-defined]
+    count = len(siglip.adapter.layout(size))
     ids = torch.tensor([[5] + [63] * count + [6, 7]])
-    images = without_cls.dummy_images([size])  # type: ignore[attr-defined]
-    with tp.compress(without_cls.model, "globalcom2:score=received", retention=0.5) as trace:
-        without_cls.model(input_ids=ids, **images)
-    eager = copy.deepcopy(without_cls.model)
+    images = siglip.adapter.dummy_images([size])
+    with tp.compress(siglip.model, "globalcom2:score=received", retention=0.5) as trace:
+        siglip.model(input_ids=ids, **images)
+    eager = copy.deepcopy(siglip.model)
     eager.set_attn_implementation("eager")
     views = images["pixel_values"][0]
     attention = eager.model.vision_tower(views, output_attentions=True).attentions[-1]
@@ -124,13 +89,13 @@ def test_globalcom2_runs_on_a_tower_without_cls_by_attention_received(without_cl
     assert torch.equal(trace.selections[0].keep[:8], thumbnail)
 
 
-def test_layers_that_are_not_there_are_sentences(without_cls: Adapter) -> None:
+def test_layers_that_are_not_there_are_sentences(siglip: Host) -> None:
     for spec, said in [
         ("fastv:layer=4", "layers 0 to 3"),
         ("globalcom2:score=received,layer=-4", "vision tower, which has 3"),
     ]:
         with (
             pytest.raises(UserError, match=said),
-            tp.compress(without_cls.model, spec, retention=0.5),
+            tp.compress(siglip.model, spec, retention=0.5),
         ):
             pass
