@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import BatchFeature
 
 from tokenprune.compressor import Compressor, Stage, create
 from tokenprune.errors import UserError, unknown
+from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import observing
 from tokenprune.registry import adapters, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
@@ -31,7 +33,8 @@ class Adapter(ABC):
 
     Attributes:
         hosts: Names of the ``transformers`` classes the adapter knows.
-        encoders: Modality to the method of `base` that encodes it.
+        encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
+        image_arguments: What that method takes for images of an image processor's output.
         model: The user's model, untouched.
         processor: Its processor, or None where only the model was given.
         path: Folder it was loaded from, or None.
@@ -40,6 +43,7 @@ class Adapter(ABC):
     name: ClassVar[str] = ""
     hosts: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
+    image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
 
     def __init__(self, model: nn.Module, processor: Any = None, path: Path | None = None) -> None:
         self.model: Any = model
@@ -76,6 +80,20 @@ class Adapter(ABC):
         return self.vision_layers[layer].get_submodule("self_attn")
 
     @property
+    def pooling_head(self) -> Any:
+        """Multi-head attention of the tower's pooling head, or None where there is none."""
+        tower = self.base.vision_tower
+        head = getattr(getattr(tower, "vision_model", tower), "head", None)
+        return getattr(head, "attention", None)
+
+    @property
+    def view_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the patches the vision tower makes of a view."""
+        config = self.base.config.vision_config
+        side = config.image_size // config.patch_size
+        return side, side
+
+    @property
     def vision_width(self) -> int:
         """Width of the vision tower."""
         return int(self.base.config.vision_config.hidden_size)
@@ -91,39 +109,56 @@ class Adapter(ABC):
         return {name: int(getattr(self.base.config, f"{name}_token_id")) for name in self.encoders}
 
     @abstractmethod
-    def layouts(self, call: Mapping[str, Any]) -> list[TokenLayout]:
-        """Layout of every image of one encoder call.
+    def layout(self, image_size: tuple[int, int], *, together: bool = False) -> TokenLayout:
+        """Layout of an image of ``image_size`` = (height, width) pixels.
 
         Args:
-            call: The arguments the encoder method was called with.
+            image_size: Before any resizing.
+            together: Whether there are other images in the prompt.
         """
 
     @abstractmethod
-    def pack(self, maps: list[Tensor], call: Mapping[str, Any]) -> list[Tensor]:
-        """Per-view score maps of every image, packed exactly like its features.
-
-        Args:
-            maps: For every image (views, patches).
-            call: As in `layouts`.
-
-        Returns:
-            For every image (N,), NaN at separators.
-        """
-
-    def describe(
-        self, call: Mapping[str, Any], features: list[Tensor], maps: Mapping[Signal, Tensor]
-    ) -> list[VisualTokens]:
-        """What is known of every image of one encoder call.
+    def layouts(self, call: Mapping[str, Any], modality: str) -> list[TokenLayout]:
+        """Layout of every image or video of one encoder call.
 
         Args:
             call: The arguments the encoder method was called with.
-            features: For every image (N, D).
-            maps: Signal to (all views, patches).
+            modality: Which of `encoders`.
         """
-        layouts = self.layouts(call)
+
+    @abstractmethod
+    def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
+        """Per-view score maps of every image or video, packed exactly like its features.
+
+        Args:
+            maps: For every image or video (views, patches).
+            call: As in `layouts`.
+            modality: As in `layouts`.
+
+        Returns:
+            For each (N,), NaN at separators.
+        """
+
+    def describe(
+        self,
+        call: Mapping[str, Any],
+        features: list[Tensor],
+        maps: Mapping[Signal, Tensor],
+        modality: str,
+    ) -> list[VisualTokens]:
+        """What is known of every image or video of one encoder call.
+
+        Args:
+            call: The arguments the encoder method was called with.
+            features: For each (N, D).
+            maps: Signal to (all views, patches).
+            modality: Which of `encoders`.
+        """
+        layouts = self.layouts(call, modality)
         views = [layout.views for layout in layouts]
         packed = {
-            signal: self.pack(list(values.split(views)), call) for signal, values in maps.items()
+            signal: self.pack(list(values.split(views)), call, modality)
+            for signal, values in maps.items()
         }
         return [
             VisualTokens(
@@ -136,10 +171,13 @@ class Adapter(ABC):
             for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
         ]
 
-    def fingerprint(self, call: Mapping[str, Any], image: int, first_view: int) -> Tensor:
-        """Some pixels of the image's first view, the same in every batch."""
-        pixels = call["pixel_values"]
-        view = pixels[image, 0] if pixels.ndim == 5 else pixels[first_view]
+    def fingerprint(self, call: Mapping[str, Any], index: int, first_view: int) -> Tensor:
+        """Some pixels of the first view of an image or of all frames, the same in every batch."""
+        if "pixel_values_videos" in call:
+            view = call["pixel_values_videos"][index]
+        else:
+            pixels = call["pixel_values"]
+            view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
         sample: Tensor = view[..., ::7, ::7]
         return sample
 
@@ -150,9 +188,10 @@ class Adapter(ABC):
                 raise UserError(f"{part.name} acts inside the encoder, which is not supported yet.")
             for signal in part.needs:
                 depth = len(self.decoder_layers if signal.in_llm else self.vision_layers)
-                if signal.needs_cls and not self.has_cls:
+                missing = self._missing(signal)
+                if missing:
                     raise UserError(
-                        f"{part.name} needs the attention of a CLS token, which the "
+                        f"{part.name} needs the attention of {missing}, which the "
                         f"{self.base.config.vision_config.model_type} tower of this model does "
                         f"not have. Strategies that work here: {', '.join(self._compatible())}."
                     )
@@ -168,11 +207,19 @@ class Adapter(ABC):
                         f"0 to {len(self.decoder_layers) - 1}."
                     )
 
+    def _missing(self, signal: Signal) -> str:
+        """The part of the vision tower that ``signal`` needs and that is not there, or nothing."""
+        if signal.needs_cls and not self.has_cls:
+            return "a CLS token"
+        if signal.needs_head and self.pooling_head is None:
+            return "a pooling head"
+        return ""
+
     def _compatible(self) -> list[str]:
         fine = []
         for name in strategies.names():
             signals = create(name, retention=0.5).needs
-            if self.has_cls or not any(signal.needs_cls for signal in signals):
+            if not any(self._missing(signal) for signal in signals):
                 fine.append(name)
         return fine
 
@@ -184,107 +231,236 @@ class Adapter(ABC):
         device: torch.device = self.model.device
         return device
 
-    def prompt(self, question: str, images: int) -> str:
-        """``question`` in the model's chat template, behind ``images`` images.
+    def prompt(self, question: str, images: int, videos: int = 0) -> str:
+        """``question`` in the model's chat template, behind the images and videos.
 
-        A question that already has one placeholder per image is taken as it is.
+        A question that already has one placeholder for each is taken as it is.
 
         Raises:
-            UserError: It has placeholders, but not as many as images.
+            UserError: It has placeholders, but not as many as images or videos.
         """
-        token = self.image_token
-        found = question.count(token)
-        if found and found != images:
-            raise UserError(
-                f"the prompt {question[:60]!r} has {found} {token!r} placeholders but {images} "
-                "images; write one per image, or none to have them put in front."
-            )
-        if found:
+        found = [question.count(token) for token in self.tokens.values()]
+        given = dict(zip(self.encoders, (images, videos), strict=False))
+        for modality, count in zip(self.encoders, found, strict=True):
+            if any(found) and count != given[modality]:
+                raise UserError(
+                    f"the prompt {question[:60]!r} has {count} {self.tokens[modality]!r} "
+                    f"placeholders but {given[modality]} {modality}s; write one for each, or none "
+                    "to have them put in front."
+                )
+        if any(found):
             return question
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-            message = [{"role": "user", "content": content}]
+            content = [{"type": "image"}] * images + [{"type": "video"}] * videos
+            message = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
             text = self.processor.apply_chat_template(message, add_generation_prompt=True)
             return str(text)
-        return f"{token}\n" * images + question
+        return "".join(f"{self.tokens[name]}\n" * count for name, count in given.items()) + question
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """Modality to the text of its placeholder."""
+        return {name: str(getattr(self.processor, f"{name}_token")) for name in self.encoders}
 
     @property
     def image_token(self) -> str:
         """The text of one image placeholder."""
-        return str(self.processor.image_token)
+        return self.tokens["image"]
 
     def prepare(
         self,
         images: Sequence[Image | Sequence[Image]] | None,
         prompts: Sequence[str],
+        videos: Sequence[Any] | None = None,
     ) -> Any:
         """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
 
         Args:
             images: For every prompt an image or a list of images (empty for text only).
             prompts: Questions, or full prompts with placeholders.
+            videos: For every prompt a video or a list of videos (empty for none).  A video is a
+                list of images or an array (frames, height, width, 3) of 8-bit RGB; the videos of
+                one call must have equally many frames, because the model stacks them.
 
         Raises:
-            UserError: As many prompts as image lists are needed, and placeholders must match.
+            UserError: As many prompts as image and video lists are needed, placeholders must
+                match, and the model must take videos.
         """
-        lists = _nested(images, len(prompts))
-        texts = [self.prompt(q, len(some)) for q, some in zip(prompts, lists, strict=True)]
-        flat = [image.convert("RGB") for some in lists for image in some]
-        batch = self.processor(images=flat or None, text=texts, padding=True, return_tensors="pt")
+        stills = _nested(images, len(prompts), "image")
+        moving = [[_frames(v) for v in some] for some in _nested(videos, len(prompts), "video")]
+        clips = [video for some in moving for video in some]
+        self._check_videos(clips)
+        if len({len(clip) for clip in clips}) > 1:
+            raise UserError(
+                f"the videos have {sorted({len(clip) for clip in clips})} frames, but the model "
+                "stacks the videos of a batch; give all of them equally many frames, or encode "
+                "them with encode_videos and hand them to assemble."
+            )
+        texts = [
+            self.prompt(question, len(some), len(many))
+            for question, some, many in zip(prompts, stills, moving, strict=True)
+        ]
+        pictures = [[image.convert("RGB") for image in some] for some in stills]
+        media = {"videos": clips} if clips else {}
+        batch = self.processor(
+            images=self.grouped(pictures) if any(pictures) else None,
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+            **media,
+        )
         return batch.to(self.device, self.model.dtype)
 
-    def encode(self, images: Sequence[Image], signals: Iterable[Signal] = ()) -> list[VisualTokens]:
+    def grouped(self, images: list[list[Image]]) -> Any:
+        """The images of all prompts as the processor takes them."""
+        return [image for some in images for image in some]
+
+    def _check_videos(self, videos: Sequence[Any]) -> None:
+        if videos and "video" not in self.encoders:
+            raise UserError(
+                f"{self.name} takes images only, got {len(videos)} videos; hand over single "
+                "frames as images, or load a LLaVA-OneVision model."
+            )
+
+    def encode(
+        self, images: Sequence[Image], signals: Iterable[Signal] = (), *, together: bool = False
+    ) -> list[VisualTokens]:
         """Run the vision tower once over ``images``.
+
+        Args:
+            images: Any number.
+            signals: What to compute on the way.
+            together: Whether they belong to one prompt; LLaVA-OneVision then cuts no crops.
 
         Returns:
             For every image its packed features with layout and ``signals``; hand them to
             `assemble` as often as you like.
         """
-        batch = self.processor.image_processor(
-            [image.convert("RGB") for image in images], return_tensors="pt"
-        ).to(self.device, self.model.dtype)
+        pictures = [image.convert("RGB") for image in images]
+        grouped = self.grouped([pictures] if together else [[image] for image in pictures])
+        batch = self.processor.image_processor(grouped, return_tensors="pt")
+        return self._encode("image", self.encoder_inputs(batch), signals)
+
+    def encode_videos(
+        self, videos: Sequence[Any], signals: Iterable[Signal] = ()
+    ) -> list[VisualTokens]:
+        """Run the vision tower over each of ``videos``, which may differ in length.
+
+        Args:
+            videos: As in `prepare`.
+            signals: What to compute on the way.
+
+        Returns:
+            As `encode`.
+        """
+        self._check_videos(videos)
+        found = []
+        for video in videos:
+            batch = self.processor.video_processor([_frames(video)], return_tensors="pt")
+            call = {"pixel_values_videos": batch["pixel_values_videos"]}
+            found += self._encode("video", call, signals)
+        return found
+
+    def _encode(
+        self, modality: str, call: Mapping[str, Any], signals: Iterable[Signal]
+    ) -> list[VisualTokens]:
+        moved = BatchFeature(dict(call)).to(self.device, self.model.dtype)
         with observing(self, frozenset(signals)), torch.inference_mode(False), torch.no_grad():
-            output = self.base.get_image_features(**self.encoder_inputs(batch))
+            output = getattr(self.base, self.encoders[modality])(**moved)
         return [feature.visual for feature in output.pooler_output]
 
     def encoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What `get_image_features` takes of an image processor's output."""
-        return {name: batch[name] for name in ("pixel_values", "image_sizes")}
+        return {name: batch[name] for name in self.image_arguments}
 
     def assemble(
         self, encoded: Sequence[Sequence[VisualTokens]], prompts: Sequence[str]
     ) -> dict[str, Any]:
-        """Inputs for ``model.generate`` from images that are encoded already.
+        """Inputs for ``model.generate`` from images and videos that are encoded already.
 
         Call it afresh for every `generate`: beam search changes the encoder outputs in place.
 
         Args:
-            encoded: For every prompt its encoded images.
+            encoded: For every prompt its encoded images and videos.
             prompts: As in `prepare`.
         """
         texts = []
+        features: dict[str, list[Tensor]] = {name: [] for name in self.encoders}
         for some, question in zip(encoded, prompts, strict=True):
-            pieces = self.prompt(question, len(some)).split(self.image_token)
-            spelled = [self.image_token * len(tokens) for tokens in some] + [""]
-            texts.append("".join(a + b for a, b in zip(pieces, spelled, strict=True)))
+            lengths: dict[str, list[int]] = {name: [] for name in self.encoders}
+            for tokens in some:
+                feature = tokens.features.detach()  # new, so that beams and reruns tell apart
+                feature.visual = tokens  # type: ignore[attr-defined]
+                features[tokens.layout.modality].append(feature)
+                lengths[tokens.layout.modality].append(len(tokens))
+            text = self.prompt(question, *map(len, lengths.values()))
+            for modality, token in self.tokens.items():
+                pieces = text.split(token)
+                spelled = [token * length for length in lengths[modality]] + [""]
+                text = "".join(a + b for a, b in zip(pieces, spelled, strict=True))
+            texts.append(text)
         batch = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
-        features = []
-        for tokens in (tokens for some in encoded for tokens in some):
-            feature = tokens.features.detach()  # a new tensor, so that beams and reruns tell apart
-            feature.visual = tokens  # type: ignore[attr-defined]
-            features.append(feature)
         inputs = dict(batch.to(self.device))
-        if features:
-            output = BaseModelOutputWithPooling()
-            output.pooler_output = features  # type: ignore[assignment]
-            inputs["mm_encoder_outputs"] = {"image": output}
-        return inputs
+        outputs = {name: as_encoded(some) for name, some in features.items() if some}
+        return inputs | ({"mm_encoder_outputs": outputs} if outputs else {})
+
+    def dummy_images(
+        self, sizes: Sequence[tuple[int, int]], seed: int = 0, *, together: bool = False
+    ) -> dict[str, Tensor]:
+        """Random encoder inputs for images of ``sizes`` (height, width), as the processor's.
+
+        Args:
+            sizes: Of any number of images.
+            seed: Of the pixels.
+            together: Whether they belong to one prompt.
+        """
+        draw = torch.Generator().manual_seed(seed)
+        side = self.base.config.vision_config.image_size
+        views = max(self.layout(size, together=together).views for size in sizes)
+        numbers = [len(sizes)] if together else [1] * len(sizes)
+        made = {
+            "pixel_values": torch.randn(len(sizes), views, 3, side, side, generator=draw),
+            "image_sizes": torch.tensor(sizes),
+            "batch_num_images": torch.tensor(numbers),
+        }
+        return {name: made[name] for name in self.image_arguments}
+
+    def dummy_video(self, frames: int, seed: int = 0) -> dict[str, Tensor]:
+        """Random encoder inputs for one video of ``frames`` frames."""
+        draw = torch.Generator().manual_seed(seed)
+        side = self.base.config.vision_config.image_size
+        return {"pixel_values_videos": torch.randn(1, frames, 3, side, side, generator=draw)}
 
     def decode(self, ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """The newly generated text of every row."""
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) in pixels of every image of an encoder call."""
+    return [(int(height), int(width)) for height, width in call["image_sizes"]]
+
+
+def tiny_decoder(kind: str) -> Any:
+    """Configuration of a decoder of a few thousand weights; ``kind`` is a ``model_type``."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        kind,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def load(
@@ -368,11 +544,37 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     return wanted
 
 
-def _nested(images: Sequence[Any] | None, prompts: int) -> list[list[Any]]:
+def _nested(media: Sequence[Any] | None, prompts: int, what: str) -> list[list[Any]]:
+    """For every prompt the list of its images or videos."""
     lists = [
-        list(some) if isinstance(some, Sequence) else [some]
-        for some in (images if images is not None else [[]] * prompts)
+        list(some) if isinstance(some, Sequence) and not _is_video(some, what) else [some]
+        for some in (media if media is not None else [[]] * prompts)
     ]
     if len(lists) != prompts:
-        raise UserError(f"{len(lists)} image lists for {prompts} prompts; give one per prompt.")
+        raise UserError(f"{len(lists)} {what} lists for {prompts} prompts; give one per prompt.")
     return lists
+
+
+def _is_video(some: Sequence[Any], what: str) -> bool:
+    """Whether a list is the frames of one video, not a list of videos."""
+    return what == "video" and len(some) > 0 and hasattr(some[0], "convert")
+
+
+def _frames(video: Any) -> np.ndarray[Any, Any]:
+    """(frames, height, width, 3) uint8 of a video given as images or as an array."""
+    if isinstance(video, Sequence):
+        sizes = {image.size for image in video}
+        if len(sizes) != 1:
+            raise UserError(
+                f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
+                if video
+                else "a video needs at least one frame, got an empty list."
+            )
+        return np.stack([np.asarray(image.convert("RGB")) for image in video])
+    array = np.asarray(video)
+    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not len(array):
+        raise UserError(
+            "a video is a list of images or an array (frames, height, width, 3) of 8-bit RGB, got "
+            f"{array.dtype} of shape {array.shape}."
+        )
+    return array

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from tokenprune.budget import Allocator, ThumbnailCommand
 from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
-from tokenprune.primitives import normalise, project_thumbnail, top_per_view
+from tokenprune.primitives import (
+    normalise,
+    project_thumbnail,
+    summary_distance,
+    top_per_view,
+)
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Kind, Signal, VisualTokens
 
@@ -26,12 +31,20 @@ class GlobalCom2(Compressor):
     holistic score is ``alpha * s^G + (1 - alpha) * s^L``: the thumbnail's score at its place in
     the image, and the score in its own crop, each normalised over the crop.
 
+    A video has no thumbnail: the temporal summary of its frames commands in its place.  Frames far
+    from the summary keep more (`ThumbnailCommand`), and ``s^G`` is a token's distance from it
+    (`summary_distance`).  The images of a prompt with several have no crops: each keeps its top
+    ``R * N``.
+
     Args:
         alpha: Weight of the thumbnail's view of a crop token.  Paper: 0.5.
         tau: Temperature of the allocation.  The paper's 10 suits sums of raw logits; with 49-token
             views or softmaxed scores it is nearly uniform.
-        score: ``cls_logits`` (raw, as in the official code), ``cls_attention`` (softmaxed), or
-            ``received`` (mean attention received, for towers without CLS such as SigLIP).
+        score: ``cls_logits`` (raw, as in the official code), ``cls_attention`` (softmaxed),
+            ``received`` (mean attention received), ``head_attention`` (of the pooling head, where
+            the tower has one), or ``saliency``: raw logits where the tower has a CLS token, as in
+            the official code, otherwise attention received, which every tower has (the published
+            LLaVA-OneVision checkpoints come without the pooling head).
         layer: Encoder layer of the score.  Official: the last one, whose input is what the
             projector gets.
         normalisation: ``l2`` (official code), ``minmax`` or ``none`` (the paper's bare formula).
@@ -40,7 +53,9 @@ class GlobalCom2(Compressor):
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     tau: Annotated[float, Field(gt=0)] = 10.0
-    score: Literal["cls_logits", "cls_attention", "received"] = "cls_logits"
+    score: Literal["saliency", "cls_logits", "cls_attention", "received", "head_attention"] = (
+        "saliency"
+    )
     layer: int = -1
     normalisation: Literal["l2", "minmax", "none"] = "l2"
     allocator: Allocator | None = None
@@ -57,6 +72,8 @@ class GlobalCom2(Compressor):
             "The canvas is unpadded as Hugging Face does (its processor counts so), and rows of "
             "padding have no separator.",
             "An image with a single view is cut to R as well; officially it is not compressed.",
+            "Videos (frames, with their temporal summary as commander) and prompts of several "
+            "images (each cut to R by itself) are ours; the paper is about single images.",
             "R = 1 keeps everything; the formula of r_j would still thin out poor crops.",
             "Scores are ranked in float32, whatever the model's dtype.",
         ),
@@ -77,15 +94,18 @@ class GlobalCom2(Compressor):
         return self.allocation.needs | {self.saliency}
 
     def holistic(self, tokens: VisualTokens) -> Tensor:
-        """(N,) the thumbnail's own scores, and the holistic scores of the crops."""
+        """(N,) the thumbnail's own scores, and the holistic scores of crops or frames."""
         layout, local = tokens.layout, tokens[self.saliency].float()
-        scores, crop = local.clone(), (layout.kind == Kind.CROP)
-        if layout.grid == (0, 0) or 0 in layout.canvas_shape:
-            return scores
-        guide, view = project_thumbnail(layout, local)[crop], layout.view[crop]
-        scores[crop] = self.alpha * normalise(guide, view, layout.views, self.normalisation) + (
-            1 - self.alpha
-        ) * normalise(local[crop], view, layout.views, self.normalisation)
+        if layout.modality == "video":
+            commanded, guide = layout.kind == Kind.FRAME, summary_distance(layout, tokens.features)
+        elif layout.grid == (0, 0) or 0 in layout.canvas_shape:
+            return local
+        else:
+            commanded, guide = layout.kind == Kind.CROP, project_thumbnail(layout, local)
+        view, scores = layout.view[commanded], local.clone()
+        scores[commanded] = self.alpha * normalise(
+            guide[commanded], view, layout.views, self.normalisation
+        ) + (1 - self.alpha) * normalise(local[commanded], view, layout.views, self.normalisation)
         return scores
 
     def select(self, tokens: VisualTokens) -> Selection:

@@ -85,7 +85,7 @@ def test_an_image_in_a_later_turn(method: Compressor, decoder: str) -> None:
     """Row 2 fed in two turns, an image in each; every image is ranked by its own turn."""
     host = Host.tiny("LLaVA-NeXT", decoder)
     whole = host.inputs([2])
-    ids, image = whole["input_ids"][0].tolist(), host.image_token
+    ids, image = whole["input_ids"][0].tolist(), host.placeholders[0]
     # BOS, two ids, image, two ids | image, text
     split = max(i for i, pair in enumerate(pairwise(ids)) if pair[0] != image == pair[1]) + 1
     parts = [
@@ -326,7 +326,7 @@ def test_repetition_penalty_sees_the_whole_prompt(method: Compressor, host: Host
 def test_max_length_means_the_uncompressed_length(method: Compressor, host: Host) -> None:
     inputs = host.inputs()
     longest = inputs["input_ids"].shape[1] + 3
-    options = {"suppress_tokens": [host.image_token, 2], "do_sample": False}
+    options = {"suppress_tokens": [host.placeholders[0], 2], "do_sample": False}
     with compress(host.model, method):
         got = host.model.generate(**inputs, max_length=longest, **options)
     assert got.shape[1] == longest

@@ -16,7 +16,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["Projections", "attention_received", "cls_row", "decoder_row", "projections"]
+__all__ = [
+    "Projections",
+    "attention_received",
+    "cls_row",
+    "decoder_row",
+    "head_rows",
+    "projections",
+]
 
 CHUNK = 128  # queries whose attention exists at the same time in `attention_received`
 
@@ -63,6 +70,27 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def head_rows(head: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, the attention of a pooling head over the patches is kept, mean over heads.
+
+    Args:
+        head: The `torch.nn.MultiheadAttention` of a pooling head (``head.attention`` of SigLIP's
+            vision tower in ``transformers``), which computes its one row of weights anyway.
+
+    Yields:
+        One (views, patches) tensor in float32 per call.
+    """
+    rows: list[Tensor] = []
+    handle = head.register_forward_hook(
+        lambda module, args, output: rows.append(output[1].detach()[:, 0].float())
+    )
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 def cls_row(tapped: Projections, *, softmax: bool) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UserError, unknown
-from tokenprune.primitives import region_sums
+from tokenprune.primitives import region_sums, summary_distance
 from tokenprune.tokens import Kind, Signal, VisualTokens
 
 __all__ = ["ALLOCATORS", "Allocator", "Proportional", "ThumbnailCommand", "TopK", "budget"]
 
-CLS_LOGITS = Signal("cls_logits")  # of the last encoder layer
+SALIENCY = Signal("saliency")  # of the last encoder layer
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
 
 
@@ -105,32 +105,52 @@ class ThumbnailCommand(Allocator):
     1e-8 in the softmax and float64 arithmetic are kept: ``r_j * N_j`` can lie within 1e-6 of an
     integer.
 
+    A video has no thumbnail.  The temporal summary of its frames takes the place: ``S_f`` is the
+    sum of the distances of frame ``f``'s tokens from it (`summary_distance`), the rest is the same
+    formula over frames.  This is ours, not the paper's.  One view without crops keeps
+    ``trunc(R * N)``.
+
     Args:
         tau: Temperature.  The paper's 10 is meant for sums of raw logits.
         signal: The thumbnail's scores.
     """
 
     tau: float = 10.0
-    signal: Signal = CLS_LOGITS
+    signal: Signal = SALIENCY
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.signal})
 
     def ratios(self, tokens: VisualTokens, retention: float) -> Tensor:
-        """(n,) float64 retention ratio of each crop."""
-        layout = tokens.layout
-        there = layout.kind == Kind.THUMBNAIL  # not all of it where something was dropped before
-        scores = tokens[self.signal].double()
-        thumbnail = scores.new_zeros(layout.view_shape)
-        thumbnail[layout.row[there], layout.col[there]] = scores[there]
-        richness = region_sums(thumbnail, layout.grid)
+        """(n,) float64 retention ratio of each crop, or of each frame of a video."""
+        richness = self.richness(tokens)
         weight = ((richness - richness.max()) / self.tau).exp()
         sigma = weight / (weight.sum() + 1e-8)
         return (retention * (1 + sigma - sigma.mean())).clamp(max=1.0)
 
+    def richness(self, tokens: VisualTokens) -> Tensor:
+        """(n,) float64 ``S_j`` of each crop, or of each frame of a video."""
+        layout = tokens.layout
+        if layout.modality == "video":
+            patches = layout.patches
+            distance = summary_distance(layout, tokens.features)[patches].double()
+            sums = distance.new_zeros(layout.views)
+            return sums.index_add_(0, layout.view[patches], distance)
+        there = layout.kind == Kind.THUMBNAIL  # not all of it where something was dropped before
+        scores = tokens[self.signal].double()
+        thumbnail = scores.new_zeros(layout.view_shape)
+        thumbnail[layout.row[there], layout.col[there]] = scores[there]
+        return region_sums(thumbnail, layout.grid)
+
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
+        if tokens.layout.modality == "video":
+            ratios = self.ratios(tokens, retention)
+            frames = (ratios * torch.tensor(sizes, device=ratios.device)).long()
+            # At a tiny retention no frame may be due a whole token; the richest one gets it.
+            richest = torch.arange(len(sizes), device=ratios.device) == ratios.argmax()
+            return torch.where(richest, frames.clamp(min=1), frames)
         if tokens.layout.grid == (0, 0):
             return Proportional().counts(tokens, scores, retention)
         ratios = self.ratios(tokens, retention)

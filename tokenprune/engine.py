@@ -35,7 +35,7 @@ from tokenprune.cache import PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
 from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
-from tokenprune.observe import observing
+from tokenprune.observe import encoded, observing
 from tokenprune.registry import adapters
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -54,7 +54,7 @@ class Chosen:
 
     Attributes:
         row: Row of the batch.
-        image: How many images come before in that row.
+        image: How many images and videos come before in that row.
         stage: Where.
         layer: Decoder layer in front of which it was made, or None.
         layout: Geometry of the image's full packed sequence.
@@ -155,20 +155,23 @@ class _Span:
     """The visual tokens of one image that are still there.
 
     Attributes:
+        first: Column of the first of them.
         columns: (M,) their columns in the prompt.
         index: (M,) their indices in the image's full packed sequence.
         tokens: What is known of them.
         layout: Geometry of all that were there.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
+        image: How many images and videos come before in the row.
     """
 
     row: int
-    image: int
+    first: int
     columns: Tensor
     index: Tensor
     tokens: VisualTokens
     layout: TokenLayout
     carrier: Tensor
+    image: int = 0
 
 
 @dataclass(eq=False)
@@ -289,14 +292,14 @@ class _Session:
     def _labels(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
         self.labels = _argument(module, args, kwargs, "labels")
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
         self.ids = _argument(module, args, kwargs, "input_ids")
         embeds = _argument(module, args, kwargs, "inputs_embeds")
-        encoded = _argument(module, args, kwargs, "mm_encoder_outputs") or {}
+        given = _argument(module, args, kwargs, "mm_encoder_outputs") or {}
         for modality, calls in self.seen.items():
             calls.clear()
-            if encoded.get(modality) is not None:
-                calls.append(list(encoded[modality].pooler_output))
+            if given.get(modality) is not None:
+                calls.append(list(given[modality].pooler_output))
         self.placeholders.clear()
         for modality, token in self.adapter.placeholders.items():
             if self.ids is not None:
@@ -305,6 +308,12 @@ class _Session:
                 table = self.adapter.model.get_input_embeddings()
                 like = table(torch.tensor(token, device=embeds.device))
                 self.placeholders[modality] = (embeds == like).all(-1)
+        plain = [name for name, output in given.items() if type(output.pooler_output) is list]
+        if not plain or "mm_encoder_outputs" not in kwargs:
+            return None
+        # Beam search makes plain lists of what has to be joined as a stack.
+        joined = {name: encoded(given[name].pooler_output) for name in plain}
+        return args, {**kwargs, "mm_encoder_outputs": {**given, **joined}}
 
     def _find_spans(self, device: torch.device) -> list[_Span]:
         """The visual tokens of this forward, image by image, in the order of the placeholders."""
@@ -330,13 +339,12 @@ class _Session:
                         "layout is unknown; pass pixel_values, or features from adapter.assemble "
                         "(prefill_chunk_size is not supported under compression)."
                     )
-                row = int(place[0, 0])
                 layout = record.layout.to(device)
                 tokens = replace(record, features=feature.to(device), layout=layout)
                 spans.append(
                     _Span(
-                        row=row,
-                        image=sum(other.row == row for other in spans),
+                        row=int(place[0, 0]),
+                        first=int(place[0, 1]),
                         columns=place[:, 1].to(device),
                         index=torch.arange(len(feature), device=device),
                         tokens=tokens,
@@ -344,6 +352,10 @@ class _Session:
                         carrier=feature,
                     )
                 )
+        # Images and videos of a prompt are told apart by their order in it.
+        spans.sort(key=lambda span: (span.row, span.first))
+        for index, span in enumerate(spans):
+            span.image = sum(other.row == span.row for other in spans[:index])
         return spans
 
     def _refuse_missing_images(self) -> None:
@@ -694,14 +706,17 @@ class _Session:
             layers[start:] = [count] * (len(layers) - start)
 
     def _charge_vision(self, state: _Pass) -> None:
-        for span in state.spans:
-            layout = span.layout
-            keys = layout.view_shape[0] * layout.view_shape[1] + int(self.adapter.has_cls)
-            for signal in self.signals:
-                if not signal.in_llm:
-                    queries = keys if signal.name == "received" else 1
-                    products = 2 * layout.views * queries * keys * self.adapter.vision_width
-                    state.spent[span.row] += products
+        adapter = self.adapter
+        rows, columns = adapter.view_shape
+        patches = rows * columns
+        width = adapter.vision_width
+        for signal in self.signals:
+            if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
+                continue
+            keys = patches + int(adapter.has_cls)
+            queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
+            for span in state.spans:
+                state.spent[span.row] += 2 * span.layout.views * queries * keys * width
 
     def _row_flops(self, tokens: int, recomputed: bool) -> float:
         """FLOPs of one attention row over ``tokens`` keys, all heads, and of its query."""

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenprune.attention import attention_received, cls_row, projections
+from tokenprune.attention import attention_received, cls_row, head_rows, projections
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
 
-__all__ = ["observing"]
+__all__ = ["Ragged", "encoded", "observing"]
+
+
+class Ragged(list[Tensor]):
+    """Features (N_i, D) of several videos, where the model expects them stacked (V, N, D).
+
+    The model only ever joins them, with ``flatten(0, 1)``.  As a list each keeps its own record,
+    beams repeat them without copying, and they may differ in length.
+    """
+
+    def flatten(self, start: int = 0, end: int = 1) -> Tensor:
+        """(sum of N_i, D)."""
+        return torch.cat(self)
+
+
+def encoded(features: Iterable[Tensor]) -> BaseModelOutputWithPooling:
+    """``features`` of images or videos as an encoder of the model returns them."""
+    output = BaseModelOutputWithPooling()
+    output.pooler_output = Ragged(features)  # type: ignore[assignment]
+    return output
 
 
 @contextmanager
@@ -37,17 +58,17 @@ def observing(
     """
     wanted = frozenset(signal for signal in signals if not signal.in_llm)
     with ExitStack() as stack:
-        for modality, method in adapter.encoders.items():
+        for modality in adapter.encoders:
             calls = None if seen is None else seen[modality]
-            stack.enter_context(_wrapped(adapter, method, wanted, calls))
+            stack.enter_context(_wrapped(adapter, modality, wanted, calls))
         yield
 
 
 @contextmanager
 def _wrapped(
-    adapter: Adapter, method: str, signals: frozenset[Signal], seen: list[list[Tensor]] | None
+    adapter: Adapter, modality: str, signals: frozenset[Signal], seen: list[list[Tensor]] | None
 ) -> Iterator[None]:
-    base = adapter.base
+    base, method = adapter.base, adapter.encoders[modality]
     original = getattr(base, method)
     before = base.__dict__.get(method)
     signature = inspect.signature(original)
@@ -55,23 +76,14 @@ def _wrapped(
     @functools.wraps(original)  # generate reads the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs).arguments
-        with ExitStack() as stack:
-            tapped = {
-                layer: stack.enter_context(projections(adapter.vision_attention(layer)))
-                for layer in {signal.layer for signal in signals}
-            }
+        with _tapped(adapter, signals) as maps:
             output = original(*args, **kwargs)
-        maps = {}
-        for signal in signals:
-            if signal.name == "received":
-                received = attention_received(tapped[signal.layer])
-                maps[signal] = received[:, 1:] if adapter.has_cls else received
-            else:
-                softmax = signal.name == "cls_attention"
-                maps[signal] = cls_row(tapped[signal.layer], softmax=softmax)
-        features = list(output.pooler_output)
-        for feature, record in zip(features, adapter.describe(call, features, maps), strict=True):
-            feature.visual = record
+        features = Ragged(output.pooler_output)
+        records = adapter.describe(call, features, maps(), modality)
+        for feature, record in zip(features, records, strict=True):
+            feature.visual = record  # type: ignore[attr-defined]
+        if isinstance(output.pooler_output, Tensor):
+            output.pooler_output = features
         if seen is not None:
             seen.append(features)
         return output
@@ -83,3 +95,39 @@ def _wrapped(
         delattr(base, method)
         if before is not None:
             setattr(base, method, before)
+
+
+@contextmanager
+def _tapped(
+    adapter: Adapter, signals: frozenset[Signal]
+) -> Iterator[Callable[[], dict[Signal, Tensor]]]:
+    """While open, the vision tower's rows are kept; call what is yielded for the maps.
+
+    Yields:
+        A function that returns for every signal (all views, patches).
+    """
+    layers = {signal.layer for signal in signals if not signal.needs_head}
+    with ExitStack() as stack:
+        tapped = {
+            layer: stack.enter_context(projections(adapter.vision_attention(layer)))
+            for layer in layers
+        }
+        rows: list[Tensor] = []
+        if any(signal.needs_head for signal in signals):
+            rows = stack.enter_context(head_rows(adapter.pooling_head))
+
+        def maps() -> dict[Signal, Tensor]:
+            found = {}
+            for signal in signals:
+                name = signal.resolve(adapter.has_cls).name
+                if name == "head_attention":
+                    found[signal] = rows[-1]
+                elif name == "received":
+                    received = attention_received(tapped[signal.layer])
+                    found[signal] = received[:, 1:] if adapter.has_cls else received
+                else:
+                    softmax = name == "cls_attention"
+                    found[signal] = cls_row(tapped[signal.layer], softmax=softmax)
+            return found
+
+        yield maps

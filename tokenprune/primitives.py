@@ -11,7 +11,14 @@ from torch import Tensor
 
 from tokenprune.tokens import Kind, TokenLayout
 
-__all__ = ["evenly_spaced", "normalise", "project_thumbnail", "region_sums", "top_per_view"]
+__all__ = [
+    "evenly_spaced",
+    "normalise",
+    "project_thumbnail",
+    "region_sums",
+    "summary_distance",
+    "top_per_view",
+]
 
 
 def _rank_in_group(group: Tensor) -> Tensor:
@@ -109,6 +116,30 @@ def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
     crop = layout.kind == Kind.CROP
     values = canvas[0, 0, layout.canvas_row.clamp(min=0), layout.canvas_col.clamp(min=0)]
     return torch.where(crop, values, torch.nan)
+
+
+def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
+    """How far each token of a video is from the summary of all frames at its place.
+
+    The temporal summary is the mean of the unit-length features of all frames at one place; the
+    distance is one minus the cosine to it.  What stands still is near the summary, what appears or
+    moves is far from it.
+
+    Args:
+        layout: Geometry of the N entries.
+        features: (N, D).
+
+    Returns:
+        (N,) float32 in [0, 2], NaN at separators.
+    """
+    patches = layout.patches
+    place = layout.row[patches] * layout.view_shape[1] + layout.col[patches]
+    unit = F.normalize(features[patches].float(), dim=-1)
+    summary = unit.new_zeros(layout.view_shape[0] * layout.view_shape[1], unit.shape[1])
+    summary = F.normalize(summary.index_add_(0, place, unit), dim=-1)
+    distance = unit.new_full((len(layout),), torch.nan)
+    distance[patches] = 1 - (unit * summary[place]).sum(-1)
+    return distance
 
 
 def normalise(

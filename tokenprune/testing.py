@@ -41,7 +41,7 @@ from tokenprune.compressor import Chain, Compressor, Selection, Stage, create, p
 from tokenprune.engine import Trace, adapter_of, compress
 from tokenprune.errors import RetentionWarning, UserError
 from tokenprune.registry import adapters
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens, unpadded_box
 
 __all__ = [
     "CHECKS",
@@ -69,13 +69,20 @@ TOLERANCE = 1e-4
 
 
 class Row(NamedTuple):
-    """One prompt of the ragged batch: images of ``sizes`` (height, width), then ``text`` ids."""
+    """One prompt of the ragged batch.
+
+    Attributes:
+        sizes: (height, width) of its images.
+        text: How many ids follow the images and videos.
+        frames: Frames of each of its videos, behind the images, where the model takes videos.
+    """
 
     sizes: tuple[tuple[int, int], ...]
     text: int
+    frames: tuple[int, ...] = ()
 
 
-ROWS = (Row(((20, 30),), 3), Row((), 5), Row(((10, 30), (24, 24)), 4))
+ROWS = (Row(((20, 30),), 3), Row((), 5), Row(((10, 30), (24, 24)), 4, frames=(3,)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,18 +112,36 @@ class Host:
         return self.adapter.model
 
     @property
-    def image_token(self) -> int:
-        """Id of the placeholder."""
-        return int(self.adapter.placeholders["image"])
+    def placeholders(self) -> list[int]:
+        """Ids that stand for visual tokens."""
+        return [*self.adapter.placeholders.values()]
+
+    def layouts(self, row: int) -> list[TokenLayout]:
+        """Layouts of the images, then of the videos of a prompt."""
+        sizes, _, frames = ROWS[row]
+        images = [self.adapter.layout(size, together=len(sizes) > 1) for size in sizes]
+        if "video" not in self.adapter.encoders:
+            return images
+        return images + [self.adapter.video_layout(count) for count in frames]
 
     def prompt(self, row: int) -> list[int]:
         """Ids of one prompt: BOS, some text in front of each image, and the question."""
         draw = random.Random(row)
         ids = [1]
-        for size in ROWS[row].sizes:
+        for layout in self.layouts(row):
             ids += [draw.randrange(5, 60), draw.randrange(5, 60)]
-            ids += [self.image_token] * len(self.adapter.layout(size))
+            ids += [int(self.adapter.placeholders[layout.modality])] * len(layout)
         return ids + [draw.randrange(5, 60) for _ in range(ROWS[row].text)]
+
+    def media(self, row: int) -> dict[str, Inputs]:
+        """Modality to the encoder inputs of a prompt; they are the same in every batch."""
+        sizes, _, frames = ROWS[row]
+        found = {}
+        if sizes:
+            found["image"] = self.adapter.dummy_images(sizes, row, together=len(sizes) > 1)
+        if frames and "video" in self.adapter.encoders:
+            found["video"] = _batched([self.adapter.dummy_video(count, row) for count in frames])
+        return found
 
     def inputs(
         self,
@@ -136,18 +161,17 @@ class Host:
             ids.append(pad + prompt if side == "left" else prompt + pad)
             real = [1] * len(prompt)
             mask.append(pad + real if side == "left" else real + pad)
-        first = [sum(len(row.sizes) for row in ROWS[:index]) for index in range(len(ROWS))]
-        chosen = [first[row] + image for row in rows for image in range(len(ROWS[row].sizes))]
-        images = self.adapter.dummy_images([size for row in ROWS for size in row.sizes])
         dtype = self.model.dtype
         result = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        if chosen:
-            for name, values in images.items():
-                result[name] = values[chosen].to(dtype if values.is_floating_point() else None)
+        media = [self.media(row) for row in rows]
+        for modality in self.adapter.encoders:
+            some = [found[modality] for found in media if modality in found]
+            for name, values in _batched(some).items():
+                result[name] = values.to(dtype if values.is_floating_point() else None)
         return result
 
     def generate(self, inputs: Inputs, **options: Any) -> Tensor:
-        """(B, new) ids of ``model.generate``; four new tokens, none of them ``<image>``."""
+        """(B, new) ids of ``model.generate``; four new tokens, none of them a placeholder."""
         ids: Tensor = self._generate(inputs, **options)
         return ids[:, inputs["input_ids"].shape[1] :]
 
@@ -159,13 +183,27 @@ class Host:
 
     def _generate(self, inputs: Inputs, **options: Any) -> Any:
         options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, **options}
-        return self.model.generate(**inputs, suppress_tokens=[self.image_token], **options)
+        return self.model.generate(**inputs, suppress_tokens=self.placeholders, **options)
 
     @torch.no_grad()
     def logits(self, inputs: Inputs, **options: Any) -> Tensor:
         """(B, S, vocabulary) logits of one forward."""
         out: Tensor = self.model(**inputs, **options).logits
         return out
+
+
+def _batched(parts: Sequence[Inputs]) -> Inputs:
+    """Encoder inputs one below the other, images of fewer views filled up with zeros."""
+    if not parts:
+        return {}
+    views = max(part["pixel_values"].shape[1] if "pixel_values" in part else 0 for part in parts)
+
+    def filled(values: Tensor) -> Tensor:
+        if values.ndim < 5 or not views:
+            return values
+        return nn.functional.pad(values, (0, 0) * 3 + (0, views - values.shape[1]))
+
+    return {name: torch.cat([filled(part[name]) for part in parts]) for name in parts[0]}
 
 
 @functools.cache
@@ -189,6 +227,8 @@ LAYOUTS = {
     "one view": TokenLayout.single((4, 4)),
     "no rows": TokenLayout.anyres((1, 2), (4, 4), (2, 2, 0, 8)),
     "no columns": TokenLayout.anyres((2, 1), (4, 4), (0, 8, 2, 2)),
+    "2x2 resampled": TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8), canvas=(4, 6)),
+    "video": TokenLayout.video(4, (2, 2)),
 }
 
 
@@ -204,7 +244,7 @@ def sample_tokens(
 
     def signal(which: Signal) -> Tensor:
         values = torch.randn(len(layout), generator=draw)
-        if which.name != "cls_logits":
+        if which.name not in ("cls_logits", "saliency"):
             values = values.softmax(0)
         return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
 
@@ -282,7 +322,8 @@ def reference(
     hidden = model.get_input_embeddings()(ids)
     columns = positions = torch.arange(len(ids))
     askers = asking or [len(host.prompt(row)) - 1] * len(images)
-    places = list((ids == host.image_token).nonzero().squeeze(1).split([*map(len, images)]))
+    visual = torch.isin(ids, torch.tensor(host.placeholders)).nonzero().squeeze(1)
+    places = list(visual.split([*map(len, images)]))
     for place, tokens in zip(places, images, strict=True):
         hidden[place] = tokens.features
     whole = [torch.arange(len(tokens)) for tokens in images]
@@ -344,35 +385,75 @@ def reference(
 
 
 def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[VisualTokens]:
-    """The images of a prompt, encoded one at a time, with signals from full attention matrices."""
-    adapter, inputs = host.adapter, host.inputs([row])
-    images = []
-    for index, size in enumerate(ROWS[row].sizes):
-        layout = adapter.layout(size)
-        call = {
-            name: values[index : index + 1]
-            for name, values in adapter.encoder_inputs(inputs).items()
-        }
-        views = call["pixel_values"][0, : layout.views]
-        patch = layout.row * layout.view_shape[1] + layout.col
-        maps = {}
-        for signal in signals:
-            if not signal.in_llm:
-                values = _vision_attention(adapter, signal, views)[layout.view, patch]
-                maps[signal] = values.masked_fill(layout.is_separator, torch.nan)
-        images.append(
-            VisualTokens(
-                layout=layout,
-                features=adapter.base.get_image_features(**call).pooler_output[0],
-                signals=maps,
-                fingerprint=adapter.fingerprint(call, 0, 0),
+    """The images and videos of a prompt, with signals from full attention matrices."""
+    adapter, images = host.adapter, []
+    layouts = {name: [] for name in adapter.encoders}  # type: dict[str, list[TokenLayout]]
+    for layout in host.layouts(row):
+        layouts[layout.modality].append(layout)
+    for modality, call in host.media(row).items():
+        output = getattr(adapter.base, adapter.encoders[modality])(**call)
+        pixels = call["pixel_values_videos" if modality == "video" else "pixel_values"]
+        for index, layout in enumerate(layouts[modality]):
+            views = pixels[index, : layout.views]
+            size = ROWS[row].sizes[index] if modality == "image" else None
+            maps = {
+                signal: _packed_by_hand(
+                    layout, size, _vision_attention(adapter, signal, views), adapter.view_shape
+                )
+                for signal in signals
+                if not signal.in_llm
+            }
+            images.append(
+                VisualTokens(
+                    layout=layout,
+                    features=output.pooler_output[index],
+                    signals=maps,
+                    fingerprint=adapter.fingerprint(call, index, 0),
+                )
             )
-        )
     return images
+
+
+def _packed_by_hand(
+    layout: TokenLayout, size: tuple[int, int] | None, maps: Tensor, view_shape: tuple[int, int]
+) -> Tensor:
+    """(N,) score maps (views, patches) of an image of ``size`` or a video, NaN at separators."""
+    grids = maps.unflatten(1, view_shape)
+    if size is None:
+        tokens = [_resampled(frame, layout.view_shape).flatten() for frame in grids]
+        return torch.cat([*tokens, torch.tensor([torch.nan])])
+    thumbnail = grids[0].flatten()
+    if layout.grid == (0, 0):
+        return torch.cat([thumbnail, torch.tensor([torch.nan])])
+    rows, cols = layout.grid
+    crops = grids[1:].unflatten(0, (rows, cols))
+    canvas = torch.cat([torch.cat([*crops[row]], dim=1) for row in range(rows)], dim=0)
+    top, bottom, left, right = unpadded_box(size, (canvas.shape[0], canvas.shape[1]))
+    canvas = canvas[top:bottom, left:right]
+    if 0 not in canvas.shape:
+        canvas = _resampled(canvas, layout.canvas_shape)
+    separators = canvas.new_full((len(canvas), 1), torch.nan)
+    return torch.cat([thumbnail, torch.cat([canvas, separators], dim=1).flatten()])
+
+
+def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A map (rows, columns) at ``shape``, bilinear between the centres of its cells, by hand."""
+    result = grid
+    for axis, size in enumerate(shape):
+        length = grid.shape[axis]
+        places = ((torch.arange(size) + 0.5) * length / size - 0.5).clamp(0, length - 1)
+        low = places.floor().long()
+        high = (low + 1).clamp(max=length - 1)
+        weight = (places - low).unflatten(0, (-1, 1) if axis == 0 else (1, -1))
+        result = (1 - weight) * result.index_select(axis, low) + weight * result.index_select(
+            axis, high
+        )
+    return result
 
 
 def _vision_attention(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
     """(V, patches) of a vision signal, from the whole attention matrix."""
+    signal = signal.resolve(adapter.has_cls)
     index = signal.layer % len(adapter.vision_layers)
     layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
     tower = adapter.base.vision_tower(views, output_hidden_states=True)
@@ -649,7 +730,8 @@ def check_equals_reference(compressor: Compressor, host: Host) -> None:
             steps = ids.shape[1]
             _close(logits[row], wanted.logits[-steps:], f"{what}, logits of the {steps} steps")
             allowed = wanted.logits[-steps:].clone()
-            allowed[:, [host.image_token, host.model.generation_config.eos_token_id]] = -torch.inf
+            never = [*host.placeholders, host.model.generation_config.eos_token_id]
+            allowed[:, never] = -torch.inf
             _same(ids[row], allowed.argmax(-1), f"{what}, ids")
 
 
@@ -739,7 +821,7 @@ def check_beams_agree(compressor: Compressor, host: Host) -> None:
 
 def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
     """Invariant 5: the ledger says what hidden states and KV cache really hold."""
-    for row, (sizes, _) in enumerate(ROWS):
+    for row in range(len(ROWS)):
         with compress(host.model, compressor) as trace, _spy(host) as calls, torch.no_grad():
             out = host.model(**host.inputs([row]), use_cache=True)
         ledger, layers = trace.ledger, out.past_key_values.layers
@@ -751,7 +833,7 @@ def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
         tensors = [part for layer in layers for part in (layer.keys, layer.values)]
         size = sum(part.numel() * part.element_size() for part in tensors)
         assert size == ledger.kv_bytes, f"row {row}: {size} KV bytes, not {ledger.kv_bytes}"
-        layouts = [host.adapter.layout(size) for size in sizes]
+        layouts = host.layouts(row)
         patches = sum(len(layout.patches) for layout in layouts)
         assert ledger.patch_tokens == patches, f"row {row}: {ledger.patch_tokens}, not {patches}"
         last = {chosen.image: chosen for chosen in trace.selections}
@@ -1072,7 +1154,8 @@ def check_scattered_embeds_warn(compressor: Compressor, host: Host) -> None:
     inputs = host.inputs([0])
     embeds = host.model.get_input_embeddings()(inputs["input_ids"]).detach()
     (tokens,) = _images_by_hand(host, frozenset(), 0)
-    embeds[inputs["input_ids"] == host.image_token] = tokens.features.detach()
+    visual = torch.isin(inputs["input_ids"], torch.tensor(host.placeholders))
+    embeds[visual] = tokens.features.detach()
     given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
     plain = host.logits(given)
     with warnings.catch_warnings(record=True) as caught, compress(host.model, compressor):

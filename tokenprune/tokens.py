@@ -34,12 +34,17 @@ class Signal:
         name: ``cls_logits`` (scaled query-key products of the vision tower's CLS token, mean over
             heads, before the softmax), ``cls_attention`` (the same after the softmax over all
             keys), ``received`` (mean attention a patch receives from all queries; needs no CLS),
-            or ``llm_attention`` (row of the last prompt token in a decoder layer, softmaxed, mean
-            over heads).
-        layer: Index of the encoder or decoder layer; negative counts from the end.
+            ``head_attention`` (attention of the tower's pooling head, softmaxed, mean over heads;
+            SigLIP where the checkpoint kept the head), ``saliency`` (whichever the tower has:
+            ``cls_logits`` with a CLS token, otherwise ``received``), or ``llm_attention`` (row of
+            the last prompt token in a decoder layer, softmaxed, mean over heads).
+        layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
+            for ``head_attention``, which comes behind all layers.
     """
 
-    name: Literal["cls_logits", "cls_attention", "received", "llm_attention"]
+    name: Literal[
+        "cls_logits", "cls_attention", "received", "head_attention", "saliency", "llm_attention"
+    ]
     layer: int = -1
 
     @property
@@ -52,6 +57,17 @@ class Signal:
         """Whether the vision tower must have a CLS token."""
         return self.name.startswith("cls")
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether the vision tower must have an attention pooling head."""
+        return self.name == "head_attention"
+
+    def resolve(self, has_cls: bool) -> Signal:
+        """What ``saliency`` stands for in a tower; every other signal is itself."""
+        if self.name != "saliency":
+            return self
+        return replace(self, name="cls_logits" if has_cls else "received")
+
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
@@ -62,8 +78,9 @@ class TokenLayout:
         view: (N,) view it belongs to, 0 is the first (the thumbnail where there is one); -1 for a
             separator.
         row, col: (N,) place in its view; -1 for a separator.
-        canvas_row, canvas_col: (N,) place on the unpadded crop canvas; -1 where there is none.  A
-            separator carries the canvas row it ends.
+        canvas_row, canvas_col: (N,) place on the unpadded (and, where the model does so,
+            resampled) crop canvas; -1 where there is none.  A separator carries the canvas row it
+            ends.
         grid: (rows, columns) of the crop grid, (0, 0) without crops.
         view_shape: (rows, columns) of patches in a view.
         canvas_shape: (rows, columns) of the unpadded crop canvas, (0, 0) without crops.
@@ -87,6 +104,7 @@ class TokenLayout:
         box: tuple[int, int, int, int],
         *,
         newlines: bool = True,
+        canvas: tuple[int, int] | None = None,
     ) -> TokenLayout:
         """Thumbnail patches, then the unpadded canvas row by row, a separator after each row.
 
@@ -95,16 +113,21 @@ class TokenLayout:
             view_shape: (rows, columns) of patches in every view.
             box: (top, bottom, left, right) of the unpadded canvas in patches, ends exclusive.
             newlines: Whether a separator ends each canvas row.
+            canvas: (rows, columns) that the unpadded canvas is resampled to, if it is.  A token
+                then belongs to the patch in which its centre lies, ``floor((i + 0.5) * in / out)``.
         """
         height, width = view_shape
         top, bottom, left, right = box
-        rows, cols = bottom - top, right - left
+        full = bottom - top, right - left
+        rows, cols = canvas or full
         thumb = torch.arange(height * width)
         stride = cols + int(newlines)
-        canvas = torch.arange(rows * stride)
-        canvas_row, canvas_col = canvas // max(stride, 1), canvas % max(stride, 1)
+        index = torch.arange(rows * stride)
+        canvas_row, canvas_col = index // max(stride, 1), index % max(stride, 1)
         separator = canvas_col == cols
-        y, x = canvas_row + top, canvas_col + left
+        # The patch that a token's centre lies in; its own where the canvas is not resampled.
+        y = ((2 * canvas_row + 1) * full[0]).div(2 * max(rows, 1), rounding_mode="floor") + top
+        x = ((2 * canvas_col + 1) * full[1]).div(2 * max(cols, 1), rounding_mode="floor") + left
         none = torch.full_like(thumb, -1)
 
         def patches_only(values: Tensor) -> Tensor:
@@ -148,8 +171,32 @@ class TokenLayout:
             canvas_shape=(0, 0),
         )
 
+    @classmethod
+    def video(cls, frames: int, view_shape: tuple[int, int]) -> TokenLayout:
+        """Frames of ``view_shape`` tokens one after the other, one separator at the very end."""
+        height, width = view_shape
+        index = torch.arange(frames * height * width + 1)
+        separator = index == len(index) - 1
+        none = torch.full_like(index, -1)
+        return cls(
+            kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.FRAME)),
+            view=(index // (height * width)).masked_fill(separator, -1),
+            row=(index // width % height).masked_fill(separator, -1),
+            col=(index % width).masked_fill(separator, -1),
+            canvas_row=none,
+            canvas_col=none,
+            grid=(0, 0),
+            view_shape=view_shape,
+            canvas_shape=(0, 0),
+        )
+
     def __len__(self) -> int:
         return len(self.kind)
+
+    @cached_property
+    def modality(self) -> str:
+        """``video`` or ``image``."""
+        return "video" if bool((self.kind == Kind.FRAME).any()) else "image"
 
     @cached_property
     def is_separator(self) -> Tensor:
@@ -177,14 +224,16 @@ class TokenLayout:
         return tuple(torch.bincount(self.view[self.patches], minlength=self.views).tolist())
 
     def take(self, index: Tensor) -> TokenLayout:
-        """The layout of the entries at ``index`` (M,); grid and shapes stay."""
-        return replace(
+        """The layout of the entries at ``index`` (M,); grid, shapes and frames stay."""
+        taken = replace(
             self,
             **{
                 name: getattr(self, name)[index]
                 for name in ("kind", "view", "row", "col", "canvas_row", "canvas_col")
             },
         )
+        taken.__dict__.update(frames=self.frames, modality=self.modality)
+        return taken
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on ``device``."""
@@ -200,6 +249,7 @@ class TokenLayout:
         # Host-side counts are known already; asking the device again would wait for it.
         moved.__dict__["view_sizes"] = self.view_sizes
         moved.__dict__["frames"] = self.frames
+        moved.__dict__["modality"] = self.modality
         moved.__dict__["patches"] = self.patches.to(device)
         return moved
 
@@ -235,6 +285,9 @@ class VisualTokens:
 
     def __getitem__(self, signal: Signal) -> Tensor:
         """(N,) the signal, on the device of the features."""
+        if signal not in self.signals and signal.name == "saliency":
+            both = signal.resolve(has_cls=True), signal.resolve(has_cls=False)
+            signal = next((one for one in both if one in self.signals), signal)
         if signal not in self.signals:
             raise UserError(
                 f"{signal} was not provided. Name it in the strategy's `needs`; provided here: "
