@@ -336,6 +336,8 @@ class Adapter(ABC):
             For every image its packed features with layout and ``signals``; hand them to
             `assemble` as often as you like.
         """
+        if not images:
+            return []
         pictures = [image.convert("RGB") for image in images]
         grouped = self.grouped([pictures] if together else [[image] for image in pictures])
         batch = self.processor.image_processor(grouped, return_tensors="pt")
