@@ -594,7 +594,8 @@ class _Session:
                 state.repack(sin.expand(rows_of, -1, -1)),
             )
         else:
-            state.rotary = self.adapter.language_model.rotary_emb(hidden, state.positions)
+            at = state.positions.to(hidden.device)
+            state.rotary = self.adapter.language_model.rotary_emb(hidden, at)
         for layer in state.layers[index:]:
             layer.expect(state.real, width - hidden.shape[1])
             layer.cut += 1
@@ -615,7 +616,7 @@ class _Session:
             positions, rotary = kwargs["position_ids"], kwargs["position_embeddings"]
         moved = state.inherited[index] if state.inherited else None
         if moved is not None:
-            positions = positions - moved.to(positions.device)
+            positions = (positions - moved.to(positions.device)).to(hidden.device)
             rotary = language.rotary_emb(hidden, positions)
         if behind not in state.masks:
             state.masks[behind] = create_causal_mask(
