@@ -49,13 +49,16 @@ class Stand:
     warns: str = ""
     batches: list[int] = field(default_factory=list)
 
-    def encode(self, images: Sequence[Image.Image], signals: frozenset[Signal]) -> Sequence[int]:
+    def encode(
+        self, questions: Sequence[Question], signals: frozenset[Signal]
+    ) -> Sequence[Sequence[int]]:
+        images = [item.images[0].open() for item in questions]
         codes = [image.getpixel((0, 0))[0] for image in images]  # type: ignore[index]
         if self.fails_to_encode in codes:
             raise MemoryError("the picture is too large")
         self.encoded.update(codes)
         self.signals.add(signals)
-        return codes
+        return [[code] for code in codes]
 
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[int]], prompts: Sequence[str]
@@ -245,7 +248,7 @@ def test_the_answers_are_those_of_a_plain_generate(finished: module.Outcome, fol
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet")
     given = frame[frame["method"] == "fastv"].set_index("question_id")["answer"]
-    for item in module.data.testbed_questions(3, seed=0):
+    for item in module.data.held_out(3, seed=0):
         inputs = adapter.prepare([item.images[0].open()], [item.question])
         with tp.compress(adapter.model, tp.create("fastv", layer=3, retention=0.25)):
             ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -346,7 +349,7 @@ def test_the_default_folder_says_what_was_asked_and_never_clashes(
 
 def test_own_questions(tmp_path: Path) -> None:
     lines = []
-    for item in module.data.testbed_questions(4, seed=5):
+    for item in module.data.held_out(4, seed=5):
         name = f"{item.images[0].id}.png"
         item.images[0].open().save(tmp_path / name)
         fields = {"image": name, "question": item.question, "answer": item.answer}

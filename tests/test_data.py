@@ -13,10 +13,10 @@ from tokenprune.experiments.data import (
     Question,
     check_placeholders,
     fingerprint,
+    held_out,
     normalise,
     read_jsonl,
 )
-from tokenprune.experiments.data import testbed_questions as held_out
 
 
 @pytest.fixture
@@ -142,9 +142,11 @@ def test_images_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:
 def test_placeholders_must_match_images() -> None:
     pictures = tuple(Picture(str(i), Image.new("RGB", (2, 2))) for i in range(2))
     fine = Question("a", pictures, "<image> or <image>?", "first")
-    check_placeholders([fine, Question("b", pictures, "Which?", "first")], "<image>")
+    check_placeholders([fine, Question("b", pictures, "Which?", "first")], {"image": "<image>"})
     with pytest.raises(UserError, match="'c' has 1 image placeholders '<image>' for 2 images"):
-        check_placeholders([fine, Question("c", pictures, "<image> or?", "first")], "<image>")
+        check_placeholders(
+            [fine, Question("c", pictures, "<image> or?", "first")], {"image": "<image>"}
+        )
 
 
 def test_the_fingerprint_is_of_content(folder: Path) -> None:
@@ -157,7 +159,7 @@ def test_the_fingerprint_is_of_content(folder: Path) -> None:
     assert fingerprint(read_jsonl(write(moved, line(answer="blue")))) != before
 
 
-def test_testbed_questions_are_balanced_and_share_images() -> None:
+def test_held_out_are_balanced_and_share_images() -> None:
     questions = held_out(20, seed=3)
     assert len({item.id for item in questions}) == 20
     kinds = [item.kind for item in questions]

@@ -443,9 +443,7 @@ def test_globalcom2_by_the_pooling_head_keeps_the_contract() -> None:
 
 def test_what_a_tower_lacks_is_a_sentence() -> None:
     plain = Host.tiny("LLaVA-OneVision").adapter
-    with pytest.raises(
-        UserError, match=r"needs the attention of a pooling head.*work here: .*fast"
-    ):
+    with pytest.raises(UserError, match="needs the attention of a pooling head"):
         plain.check(create("globalcom2", retention=0.5, score="head_attention"))
     with pytest.raises(UserError, match="needs the attention of a CLS token"):
         plain.check(create("globalcom2", retention=0.5, score="cls_logits"))

@@ -55,10 +55,8 @@ class TwoDevices(TorchFunctionMode):
             inside = inside[:1]
         elif func is Tensor.cpu:
             wanted = CPU
-        elif func in (Tensor.__getitem__, Tensor.__setitem__):
-            # Indices may lie on the CPU, the rest may not be mixed.
-            if where(args[0]) == OTHER:
-                inside = [args[0], *args[2:]]
+        elif func in (Tensor.__getitem__, Tensor.__setitem__) and where(args[0]) == OTHER:
+            inside = [args[0], *args[2:]]  # the indices alone may lie on the CPU
         if func not in self.free:
             self._check(func, inside)
         real = [CPU if isinstance(x, torch.device) else x for x in args]

@@ -121,8 +121,15 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Your own questions, JSON lines with image (or images), question, answer and "
-            "optionally kind and id; image paths are relative to the file.",
+            help="Your own questions, JSON lines with image (or images, or the frames of a "
+            "video), question, answer and optionally kind and id; paths are relative to the file.",
+        ),
+    ] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="image|video|multi-image",
+            help="What the questions are about. [default: image, or all of --data]",
         ),
     ] = None,
     batch_size: Annotated[
@@ -157,6 +164,7 @@ def compare(
         asked: dict[str, Any] = {
             "model": model,
             "questions": questions,
+            "modality": modality,
             "data": data,
             "batch_size": batch_size,
             "seed": seed,

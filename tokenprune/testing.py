@@ -394,7 +394,7 @@ def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[Vi
         output = getattr(adapter.base, adapter.encoders[modality])(**call)
         pixels = call["pixel_values_videos" if modality == "video" else "pixel_values"]
         for index, layout in enumerate(layouts[modality]):
-            views = pixels[index, : layout.views]
+            views = pixels[index, : layout.views] if pixels.ndim == 5 else pixels[index][None]
             size = ROWS[row].sizes[index] if modality == "image" else None
             maps = {
                 signal: _packed_by_hand(
@@ -424,7 +424,9 @@ def _packed_by_hand(
         return torch.cat([*tokens, torch.tensor([torch.nan])])
     thumbnail = grids[0].flatten()
     if layout.grid == (0, 0):
-        return torch.cat([thumbnail, torch.tensor([torch.nan])])
+        return torch.cat(
+            [thumbnail, thumbnail.new_full((len(layout) - len(thumbnail),), torch.nan)]
+        )
     rows, cols = layout.grid
     crops = grids[1:].unflatten(0, (rows, cols))
     canvas = torch.cat([torch.cat([*crops[row]], dim=1) for row in range(rows)], dim=0)
