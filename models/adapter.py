@@ -239,33 +239,34 @@ class Adapter(ABC):
         Raises:
             UserError: It has placeholders, but not as many as images or videos.
         """
-        found = [question.count(token) for token in self.tokens.values()]
+        texts = self.placeholder_texts
+        found = {modality: question.count(text) for modality, text in texts.items()}
         given = dict(zip(self.encoders, (images, videos), strict=False))
-        for modality, count in zip(self.encoders, found, strict=True):
-            if any(found) and count != given[modality]:
+        for modality, count in found.items():
+            if any(found.values()) and count != given[modality]:
                 raise UserError(
-                    f"the prompt {question[:60]!r} has {count} {self.tokens[modality]!r} "
-                    f"placeholders but {given[modality]} {modality}s; write one for each, or none "
-                    "to have them put in front."
+                    f"the prompt {question[:60]!r} has {count} {texts[modality]!r} placeholders "
+                    f"but {given[modality]} {modality}s; write one for each, or none to have them "
+                    "put in front."
                 )
-        if any(found):
+        if any(found.values()):
             return question
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}] * images + [{"type": "video"}] * videos
             message = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
             text = self.processor.apply_chat_template(message, add_generation_prompt=True)
             return str(text)
-        return "".join(f"{self.tokens[name]}\n" * count for name, count in given.items()) + question
+        return "".join(f"{texts[name]}\n" * count for name, count in given.items()) + question
 
     @property
-    def tokens(self) -> dict[str, str]:
+    def placeholder_texts(self) -> dict[str, str]:
         """Modality to the text of its placeholder."""
         return {name: str(getattr(self.processor, f"{name}_token")) for name in self.encoders}
 
     @property
     def image_token(self) -> str:
         """The text of one image placeholder."""
-        return self.tokens["image"]
+        return self.placeholder_texts["image"]
 
     def prepare(
         self,
@@ -396,7 +397,7 @@ class Adapter(ABC):
                 features[tokens.layout.modality].append(feature)
                 lengths[tokens.layout.modality].append(len(tokens))
             text = self.prompt(question, *map(len, lengths.values()))
-            for modality, token in self.tokens.items():
+            for modality, token in self.placeholder_texts.items():
                 pieces = text.split(token)
                 spelled = [token * length for length in lengths[modality]] + [""]
                 text = "".join(a + b for a, b in zip(pieces, spelled, strict=True))
