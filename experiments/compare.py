@@ -13,19 +13,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
-from PIL import Image
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
-from tokenprune.errors import UserError
+from tokenprune.errors import UserError, unknown
 from tokenprune.experiments import data, plots
-from tokenprune.experiments.data import Question
+from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.results import (
     Cell,
@@ -40,6 +39,7 @@ from tokenprune.experiments.results import (
 )
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
+from tokenprune.registry import strategies
 from tokenprune.tokens import Signal
 
 __all__ = ["Outcome", "Report", "Request", "Runner", "cells", "compare", "run"]
@@ -47,6 +47,7 @@ __all__ = ["Outcome", "Report", "Request", "Runner", "cells", "compare", "run"]
 METHODS = ("uniform", "random", "fastv", "globalcom2")
 RETENTION = (1.0, 0.5, 0.25, 0.1)
 TESTBED_QUESTIONS = 500
+ALL = "all"
 
 Report = Callable[[int, int, str], None]
 """Called with answers in the journal, answers in all (0: not known yet), and what is being done."""
@@ -58,9 +59,12 @@ class Request:
 
     Attributes:
         model: A testbed's name, a Hub id or a local folder.
-        methods: Specs such as ``globalcom2:alpha=0.3,tau=5``.
+        methods: Specs such as ``globalcom2:alpha=0.3,tau=5``; ``all`` stands for every registered
+            method that the model has what it takes for.
         retention: Shares of patch tokens to keep, each in (0, 1].
         questions: How many; None for 500 of the testbed's or for all of ``data``.
+        modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed's or
+            for all of ``data``.
         data: JSON lines with your own questions (`data.read_jsonl`); None for the testbed's.
         batch_size: Questions answered at once; None for 50 on a testbed, otherwise 4.
         seed: Draws the testbed's questions and the bootstrap samples.
@@ -74,6 +78,7 @@ class Request:
     methods: Sequence[str] = METHODS
     retention: Sequence[float] = RETENTION
     questions: int | None = None
+    modality: Modality | None = None
     data: Path | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -94,6 +99,7 @@ class Outcome:
         new: Answers this call added.
         summary: As in ``summary.csv``.
         failures: Cell to why it failed, in the order of the cells.
+        skipped: Methods that ``all`` left out, and why.
     """
 
     status: str
@@ -103,13 +109,16 @@ class Outcome:
     new: int
     summary: pd.DataFrame
     failures: dict[Cell, Failure] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 class Runner(Protocol):
     """What answers questions: a model, or a stand-in for tests."""
 
-    def encode(self, images: Sequence[Image.Image], signals: frozenset[Signal]) -> Sequence[Any]:
-        """Run the vision tower once; one encoding for every image."""
+    def encode(
+        self, questions: Sequence[Question], signals: frozenset[Signal]
+    ) -> Sequence[Sequence[Any]]:
+        """Run the vision tower once; for every question its encoded images or video."""
 
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
@@ -124,8 +133,23 @@ class ModelRunner:
     adapter: Adapter
     max_new_tokens: int
 
-    def encode(self, images: Sequence[Image.Image], signals: frozenset[Signal]) -> Sequence[Any]:
-        return self.adapter.encode(images, signals)
+    def encode(
+        self, questions: Sequence[Question], signals: frozenset[Signal]
+    ) -> Sequence[Sequence[Any]]:
+        opened = [[picture.open() for picture in item.images] for item in questions]
+        encode = self.adapter.encode
+        # Single images, the common case, go through the vision tower together.
+        alone = [index for index, item in enumerate(questions) if item.modality == "image"]
+        single = iter(encode([opened[index][0] for index in alone], signals))
+        found = []
+        for item, images in zip(questions, opened, strict=True):
+            if item.modality == "image":
+                found.append([next(single)])
+            elif item.modality == "video":
+                found.append(self.adapter.encode_videos([images], signals))
+            else:
+                found.append(encode(images, signals, together=True))
+        return found
 
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
@@ -168,8 +192,8 @@ def run(
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
-    Each image is encoded once, however many cells and questions need it.  A cell that raises is
-    entered as failed and left alone until the next run; the others go on.
+    Each image or video is encoded once, however many cells and questions need it.  A cell that
+    raises is entered as failed and left alone until the next run; the others go on.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
@@ -178,7 +202,7 @@ def run(
         *(cell.compressor.needs for cell in todo.values() if cell.compressor)
     )
     batches = _batches(questions, batch_size)
-    last_use = {p.id: i for i, batch in enumerate(batches) for item in batch for p in item.images}
+    last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
     encoded: dict[str, Any] = {}
     broken: set[str] = set()
     warned: set[tuple[str, str]] = set()
@@ -193,9 +217,8 @@ def run(
         if lacking:
             report(len(journal.answers), total, "vision tower")
             with _noting_failure(journal, lacking, broken):
-                new = {p.id: p for item in batch for p in item.images if p.id not in encoded}
-                pictures = [picture.open() for picture in new.values()]
-                found = runner.encode(pictures, signals) if new else []
+                new = {i.image_id: i for i in batch if i.image_id not in encoded}
+                found = runner.encode(list(new.values()), signals) if new else []
                 encoded.update(zip(new, found, strict=True))
         for key in lacking:
             if key in broken:
@@ -206,7 +229,7 @@ def run(
             with _noting_failure(journal, [key], broken), _warning_once(key, warned):
                 records = runner.answer(
                     todo[key].compressor,
-                    [[encoded[picture.id] for picture in item.images] for item in batch],
+                    [encoded[item.image_id] for item in batch],
                     [item.question for item in batch],
                 )
                 ids = (item.id for item in batch)
@@ -266,16 +289,18 @@ def compare(request: Request, report: Report = lambda *_: None) -> Outcome:
         UserError: Bad input, found before the model answers a question.
     """
     _check_numbers(request)
-    columns = cells(request.methods, request.retention)
+    cells([spec for spec in request.methods if spec != ALL], request.retention)
     check_writable(request.out or Path("runs"))
     report(0, 0, "checking the questions")
     questions = _questions(request)
     report(0, 0, f"loading {request.model}")
     adapter = tp.load(request.model, device=_device(request), dtype=request.dtype)
+    methods, skipped = _expanded(request.methods, adapter)
+    columns = cells(methods, request.retention)
     for cell in columns:
         if cell.compressor:
             adapter.check(cell.compressor)
-    data.check_placeholders(questions, adapter.image_token)
+    data.check_placeholders(questions, adapter.placeholder_texts)
 
     surroundings = environment()
     experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
@@ -288,7 +313,7 @@ def compare(request: Request, report: Report = lambda *_: None) -> Outcome:
         raise
     failures = [{"cell": str(cell), **asdict(why)} for cell, why in outcome.failures.items()]
     folder.close(outcome.status, failures)
-    return outcome
+    return replace(outcome, skipped=skipped)
 
 
 def _fill(
@@ -347,6 +372,24 @@ def cells(methods: Iterable[str], retention: Iterable[float]) -> list[Cell]:
     return [Cell(), *distinct.values()]
 
 
+def _expanded(specs: Iterable[str], adapter: Adapter) -> tuple[list[str], dict[str, str]]:
+    """``all`` replaced by the methods that run in the model, and why the others do not."""
+    methods: list[str] = []
+    skipped: dict[str, str] = {}
+    for spec in specs:
+        if spec != ALL:
+            methods.append(spec)
+            continue
+        for name in strategies.names():
+            try:
+                adapter.check(tp.create(name, retention=0.5))
+            except UserError as error:
+                skipped[name] = str(error)
+            else:
+                methods.append(name)
+    return methods, skipped
+
+
 def _check_numbers(request: Request) -> None:
     for name in ("questions", "batch_size", "max_new_tokens"):
         value = getattr(request, name)
@@ -358,6 +401,8 @@ def _check_numbers(request: Request) -> None:
     for name in ("methods", "retention"):
         if not getattr(request, name):
             raise UserError(f"--{name} needs at least one value.")
+    if request.modality not in (None, *data.MODALITIES):
+        raise unknown("modality", str(request.modality), data.MODALITIES)
     for value in request.retention:
         if not 0 < value <= 1:
             raise UserError(
@@ -368,8 +413,9 @@ def _check_numbers(request: Request) -> None:
 
 def _questions(request: Request) -> list[Question]:
     if request.data is None:
-        return data.testbed_questions(request.questions or TESTBED_QUESTIONS, request.seed)
-    return data.read_jsonl(request.data, request.questions)
+        count = request.questions or TESTBED_QUESTIONS
+        return data.held_out(count, request.seed, request.modality or "image")
+    return data.read_jsonl(request.data, request.questions, request.modality)
 
 
 def _device(request: Request) -> str:
@@ -409,6 +455,7 @@ def _experiment(
         "methods": list(dict.fromkeys(compressor.label for compressor in compressors)),
         "retention": list(dict.fromkeys(compressor.retention for compressor in compressors)),
         "questions": len(questions),
+        "modality": sorted({item.modality for item in questions}),
         "data": data.fingerprint(questions),
         "seed": request.seed,
         "device": adapter.device.type,

@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from PIL import Image, ImageOps
 
@@ -15,14 +15,19 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.intervals import OVERALL
 
 __all__ = [
+    "MODALITIES",
+    "Modality",
     "Picture",
     "Question",
     "check_placeholders",
     "fingerprint",
+    "held_out",
     "normalise",
     "read_jsonl",
-    "testbed_questions",
 ]
+
+Modality = Literal["image", "multi-image", "video"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
 
 _FIELDS = 'each line is an object such as {"image": "cat.png", "question": "…", "answer": "…"}'
 _QUOTES = "‘’“”«»"
@@ -67,12 +72,13 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A question about one or more images, and its true answer.
+    """A question about an image, several images or a video, and its true answer.
 
     Attributes:
         id: Unique in a data set.
-        images: In the order the model sees them.
+        images: In the order the model sees them; of a video, its frames.
         kind: What accuracies are broken down by.
+        video: Whether the images are the frames of a video.
     """
 
     id: str
@@ -80,11 +86,20 @@ class Question:
     question: str
     answer: str
     kind: str = "other"
+    video: bool = False
+
+    @property
+    def modality(self) -> Modality:
+        """``image``, ``multi-image`` or ``video``."""
+        if self.video:
+            return "video"
+        return "image" if len(self.images) == 1 else "multi-image"
 
     @property
     def image_id(self) -> str:
-        """Names the images; questions that share it are not independent of each other."""
-        return " ".join(picture.id for picture in self.images)
+        """Names what is shown; questions that share it are not independent of each other."""
+        names = " ".join(picture.id for picture in self.images)
+        return f"video {names}" if self.video else names
 
 
 def normalise(answer: str) -> str:
@@ -99,29 +114,41 @@ def normalise(answer: str) -> str:
     return folded.strip(_SURROUNDING) or folded
 
 
-def testbed_questions(count: int, seed: int) -> list[Question]:
-    """The first ``count`` held-out questions of the testbed; five in a row share an image."""
+def held_out(count: int, seed: int, modality: Modality = "image") -> list[Question]:
+    """The first ``count`` held-out questions of the testbeds; several in a row share an image."""
     from tokenprune.models.testbed import scenes
 
     pictures: dict[str, Picture] = {}
-    return [
-        Question(
-            item.id,
-            (pictures.setdefault(item.image_id, Picture(item.image_id, item.image)),),
-            item.question,
-            item.answer,
-            item.kind,
+
+    def shown(item: scenes.Question) -> tuple[Picture, ...]:
+        names = [item.image_id]
+        if modality != "image":
+            names = [f"{item.image_id}-{index}" for index in range(len(item.images))]
+        return tuple(
+            pictures.setdefault(name, Picture(name, image))
+            for name, image in zip(names, item.images, strict=True)
         )
-        for item in scenes.questions(count, seed=seed, split="test")
+
+    return [
+        Question(item.id, shown(item), item.question, item.answer, item.kind, modality == "video")
+        for item in scenes.questions(count, seed=seed, split="test", modality=modality)
     ]
 
 
-def read_jsonl(path: Path, count: int | None = None) -> list[Question]:
+def read_jsonl(
+    path: Path, count: int | None = None, modality: Modality | None = None
+) -> list[Question]:
     """The questions of a JSON-lines file, the first ``count`` of them or all.
 
-    Every line has ``image`` (a path) or ``images`` (a list of paths), ``question`` and ``answer``,
-    and may have ``kind`` and ``id``.  Paths are relative to the file.  Other fields and blank lines
-    are passed over.  Every image is decoded once to see that it can be.
+    Every line has ``image`` (a path), ``images`` (a list of paths) or ``video`` (the paths of its
+    frames), ``question`` and ``answer``, and may have ``kind`` and ``id``.  Paths are relative to
+    the file.  Other fields and blank lines are passed over.  Every image is decoded once to see
+    that it can be.
+
+    Args:
+        path: The file.
+        count: How many.
+        modality: Only questions of this one, or of all.
 
     Raises:
         UserError: The file cannot be read or is empty, a line is malformed (its number is given),
@@ -149,7 +176,10 @@ def read_jsonl(path: Path, count: int | None = None) -> list[Question]:
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         seen[item.id] = number
-        questions.append(item)
+        if modality in (None, item.modality):
+            questions.append(item)
+    if seen and not questions:
+        raise UserError(f"{path} holds no question of the modality {modality}.")
     if not questions:
         raise UserError(f"{path} holds no question; {_FIELDS}.")
     if count is not None and len(questions) < count:
@@ -173,18 +203,20 @@ def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Pictur
     if not isinstance(fields, dict):
         raise UserError(f"expected an object, got {type(fields).__name__}; {_FIELDS}.")
     missing = [name for name in ("question", "answer") if name not in fields]
-    if "image" not in fields and "images" not in fields:
+    given = [name for name in ("image", "images", "video") if name in fields]
+    if not given:
         missing.insert(0, "image")
     if missing:
         listed = " and ".join(repr(name) for name in missing)
         verb = "s {} are" if len(missing) > 1 else " {} is"
         raise UserError(f"the field{verb.format(listed)} missing; {_FIELDS}.")
-    if "image" in fields and "images" in fields:
-        raise UserError("give either 'image' or 'images', not both.")
-    paths = fields["images"] if "images" in fields else [fields["image"]]
+    if len(given) > 1:
+        raise UserError("give one of 'image', 'images' and 'video', not several.")
+    paths = [fields["image"]] if "image" in fields else fields[given[0]]
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
-        raise UserError("'image' must be a path and 'images' a non-empty list of paths.")
-
+        raise UserError(
+            "'image' must be a path, 'images' and 'video' must be a non-empty list of paths."
+        )
     kind = _text(fields, "kind", "other")
     if kind == OVERALL:
         raise UserError(f"the kind {kind!r} stands for all questions together; choose another.")
@@ -200,6 +232,7 @@ def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Pictur
         question=_text(fields, "question"),
         answer=_text(fields, "answer"),
         kind=kind,
+        video="video" in fields,
     )
 
 
@@ -212,18 +245,30 @@ def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
     return value
 
 
-def check_placeholders(questions: Iterable[Question], placeholder: str) -> None:
-    """Raise `UserError` unless every question that marks the places of its images marks all.
+def check_placeholders(questions: Iterable[Question], tokens: Mapping[str, str]) -> None:
+    """Raise `UserError` unless the model can be shown what every question is about.
 
-    A question without any ``placeholder`` is fine: its images then come before the text.
+    A question may mark the places of all its images, or of its video, or of none: they then come
+    before the text.
+
+    Args:
+        questions: All of them.
+        tokens: What the model takes (``image``, ``video``) to the text of its placeholder.
     """
     for item in questions:
-        places = item.question.count(placeholder)
-        if places not in (0, len(item.images)):
+        shown = "video" if item.video else "image"
+        if shown not in tokens:
             raise UserError(
-                f"the question {item.id!r} has {places} image placeholders {placeholder!r} for "
-                f"{len(item.images)} image{'s' * (len(item.images) != 1)}; write one for each "
-                "image, or none to have the images in front of the text."
+                f"the question {item.id!r} is about a video, but this model takes images only; "
+                "choose another model or --modality image."
+            )
+        count = 1 if item.video else len(item.images)
+        places = item.question.count(tokens[shown])
+        if places not in (0, count):
+            raise UserError(
+                f"the question {item.id!r} has {places} {shown} placeholders {tokens[shown]!r} for "
+                f"{count} {shown}{'s' * (count != 1)}; write one for each {shown}, or none to have "
+                f"the {shown}s in front of the text."
             )
 
 
@@ -236,6 +281,6 @@ def fingerprint(questions: Sequence[Question]) -> str:
     total = hashlib.sha256()
     for item in questions:
         images = [digests[picture.id] for picture in item.images]
-        record = [item.id, images, item.question, item.answer, item.kind]
+        record = [item.id, images, item.question, item.answer, item.kind, item.video]
         total.update(json.dumps(record).encode())
     return total.hexdigest()

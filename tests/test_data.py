@@ -1,6 +1,7 @@
 """Reading questions: what is accepted, and the sentence for everything that is not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(folder: Path) -> None:
         ("[1, 2]", ["line 2", "expected an object, got list"]),
         (line(answer=None), ["line 2", "field 'answer' is missing"]),
         (line(image=None, question=None), ["line 2", "fields 'image' and 'question' are missing"]),
-        (line(images=["pictures/red.png"]), ["line 2", "either 'image' or 'images'"]),
+        (line(images=["pictures/red.png"]), ["line 2", "one of 'image', 'images' and"]),
+        (line(video=["pictures/red.png"]), ["line 2", "one of 'image', 'images' and"]),
+        (line(image=None, video="pictures"), ["line 2", "non-empty list of paths"]),
         (line(image=None, images=[]), ["line 2", "non-empty list of paths"]),
         (line(image=7), ["line 2", "must be a path"]),
         (line(question=" "), ["line 2", "'question' must be a non-empty text"]),
@@ -114,6 +117,27 @@ def test_a_bad_line_is_named(folder: Path, bad: Any, words: list[str]) -> None:
         read_jsonl(write(folder, line(id="first"), bad))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_images_and_videos(folder: Path) -> None:
+    both = ["pictures/red.png", "pictures/blue.png"]
+    path = write(
+        folder, line(), line(image=None, images=both), line(image=None, video=both, kind="motion")
+    )
+    found = read_jsonl(path)
+    assert [item.modality for item in found] == ["image", "multi-image", "video"]
+    assert found[1].image_id != found[2].image_id
+    assert [item.id for item in read_jsonl(path, modality="video")] == ["line-3"]
+    with pytest.raises(UserError, match="no question of the modality video"):
+        read_jsonl(write(folder, line()), modality="video")
+    texts = {"image": "<image>", "video": "<video>"}
+    check_placeholders(found, texts)
+    with pytest.raises(UserError, match="is about a video, but this model takes images only"):
+        check_placeholders(found, {"image": "<image>"})
+    marked = Question("m", found[2].images, "<video> <video>?", "x", video=True)
+    with pytest.raises(UserError, match="2 video placeholders '<video>' for 1 video"):
+        check_placeholders([marked], texts)
+    assert fingerprint(found[1:2]) != fingerprint([replace(found[1], video=True)])
 
 
 def test_bad_files(folder: Path) -> None:

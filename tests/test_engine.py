@@ -425,7 +425,7 @@ def test_a_tower_without_cls(spec: str, siglip: Host) -> None:
 def test_cls_attention_is_refused_without_cls(siglip: Host) -> None:
     with (
         pytest.raises(UserError, match=r"needs the attention of a CLS token, which the siglip"),
-        compress(siglip.model, "globalcom2", retention=0.4),
+        compress(siglip.model, "globalcom2:score=cls_logits", retention=0.4),
     ):
         pass
 

@@ -233,7 +233,7 @@ def test_a_tower_without_cls_is_said_with_what_works(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(LlavaNext, "has_cls", False)
     with (
         pytest.raises(UserError, match=r"needs the attention of a CLS token.*fastv.*uniform"),
-        compress(model, "globalcom2", retention=0.5),
+        compress(model, "globalcom2:score=cls_attention", retention=0.5),
     ):
         pass
 

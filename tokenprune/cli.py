@@ -100,7 +100,7 @@ def compare(
             "--methods",
             "-m",
             metavar="SPEC...",
-            help="Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3. "
+            help="Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all. "
             "[default: uniform random fastv globalcom2]",
         ),
     ] = None,
@@ -328,6 +328,8 @@ def _compare(request: Request) -> int:
         return INTERRUPTED
     for table in tables(outcome.summary):
         console.print(table, "")
+    for name, why in outcome.skipped.items():
+        console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
     for cell, failure in outcome.failures.items():
         console.print(f"FAILED {cell}: {failure.error}", soft_wrap=True, markup=False)
     console.print(_closing_words(outcome, seconds), soft_wrap=True, highlight=False, markup=False)

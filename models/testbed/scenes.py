@@ -10,9 +10,9 @@ Digits (`sklearn.datasets.load_digits`) are split by sample, photographs
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +23,30 @@ __all__ = [
     "COLOURS",
     "GRID_PINPOINTS",
     "KINDS",
+    "MODALITIES",
     "SHAPES",
     "SIZES",
     "TINTS",
     "VIEW",
+    "Clip",
     "Item",
+    "Modality",
+    "Pair",
     "Question",
     "Scene",
+    "Track",
     "ask",
+    "ask_clip",
+    "ask_pair",
     "questions",
     "render",
+    "render_clip",
+    "render_pair",
     "vocabulary",
 ]
 
 Split = Literal["train", "test"]
+Modality = Literal["image", "video", "multi-image"]
 Size = tuple[int, int]
 
 VIEW = 56
@@ -74,6 +84,12 @@ TINTS: dict[str, tuple[int, int, int]] = {
 }
 
 KINDS = ("existence", "colour", "count", "position", "digit")
+MODALITIES: dict[Modality, tuple[str, ...]] = {
+    "image": KINDS,
+    "video": ("existence", "digit", "first", "last", "motion"),
+    "multi-image": ("existence", "digit", "which", "both"),
+}
+"""Kinds of questions about each modality."""
 MAX_ITEMS = 4
 _DIGIT = 10  # side of a digit in pixels
 _REACH = 16  # half side of the window an object is drawn into, in pixels
@@ -114,22 +130,73 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Track:
+    """An object of a clip: visible from frame `start` up to `stop`, which it is gone in.
+
+    `item` is where it starts; every frame it moves by `dx` pixels to the right.
+    """
+
+    item: Item
+    start: int
+    stop: int
+    dx: float = 0.0
+
+    def at(self, frame: int) -> Item:
+        """The object as it is in a frame in which it is visible."""
+        return replace(self.item, x=self.item.x + self.dx * (frame - self.start))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video: one `Scene` of one view a frame, and its objects in order of appearance."""
+
+    frames: tuple[Scene, ...]
+    tracks: tuple[Track, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two scenes of one view; `shared` names an object that both have, or is empty."""
+
+    scenes: tuple[Scene, Scene]
+    shared: str
+
+
+@dataclass(frozen=True)
 class Question:
-    """A question about an image with a one-word answer; questions may share an image."""
+    """A question with a one-word answer about an image, two images or the frames of a video.
+
+    Questions may share what they are about, which `image_id` names.
+    """
 
     id: str
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     question: str
     answer: str
     kind: str
     image_id: str
+    modality: Modality = "image"
+
+    @property
+    def image(self) -> Image.Image:
+        """The image, or the first one."""
+        return self.images[0]
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every word of every question and answer, in lower case, punctuation included."""
+def vocabulary(modalities: Sequence[Modality] = ("image",)) -> tuple[str, ...]:
+    """Every word of every question and answer, in lower case, punctuation included.
+
+    The words of images come first and in the same order, whatever else is asked for.
+    """
     words = "is there a ? yes no what colour is the background how many objects are there "
     words += "which digit is on the left or right top or bottom 0 1 2 3 4 5 6 7 8 9"
-    return tuple(dict.fromkeys((*words.split(), *SHAPES, *COLOURS, *TINTS)))
+    more = {
+        "image": "",
+        "video": "which digit appeared first last did the move left or right",
+        "multi-image": "which image has the first second do both images have a",
+    }
+    added = [word for modality in modalities for word in more[modality].split()]
+    return tuple(dict.fromkeys((*words.split(), *SHAPES, *COLOURS, *TINTS, *added)))
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -231,6 +298,8 @@ def render(
     size: Size | None = None,
     items: tuple[int, int] = (1, MAX_ITEMS),
     alike: bool = False,
+    named: Sequence[str] = (),
+    avoid: Sequence[str] = (),
 ) -> Scene:
     """Draw a random scene.
 
@@ -241,33 +310,131 @@ def render(
         items: least and largest number of objects, both possible.
         alike: at most four objects, of two colours and two shapes, so that most can only be told
             apart by both.
+        named: objects that must be there, such as ``red square``.
+        avoid: objects that must not be there.
     """
     if size is None:
         size = tuple(SIZES)[rng.choice(len(SIZES), p=list(SIZES.values()))]
     tint = str(rng.choice(list(TINTS)))
     canvas = _background(rng, size, tint, split)
     owner = np.full(size, -1, dtype=np.int8)
-    places = _places(rng, size, int(rng.integers(items[0], items[1] + 1)))
+    places = _places(rng, size, max(int(rng.integers(items[0], items[1] + 1)), len(named)))
     pool = np.arange(len(SHAPES) * len(COLOURS)).reshape(len(COLOURS), len(SHAPES))
     if alike:
         pool = pool[rng.permutation(len(COLOURS))[:2]][:, rng.permutation(len(SHAPES))[:2]]
-    pairs = rng.choice(pool.flatten(), size=len(places), replace=False)
+    fixed = [_pair(name) for name in named]
+    barred = [*fixed, *map(_pair, avoid)]
+    free = pool.flatten() if not barred else np.setdiff1d(pool.flatten(), barred)
+    pairs = [*fixed, *rng.choice(free, size=len(places) - len(fixed), replace=False)]
     drawn = []
     for index, ((x, y), pair) in enumerate(zip(places, pairs, strict=True)):
-        jitter = rng.uniform(-0.5, 0.5, size=2)
-        item = Item(
-            shape=SHAPES[pair % len(SHAPES)],
-            colour=list(COLOURS)[pair // len(SHAPES)],
-            digit=int(rng.integers(10)),
-            x=x + float(jitter[0]),
-            y=y + float(jitter[1]),
-            radius=float(rng.uniform(10.5, 12.5)),
-        )
+        item = _item(rng, pair, x, y)
         samples = _digits(split)[item.digit]
         _draw(canvas, owner, item, index, samples[rng.integers(len(samples))])
         drawn.append(item)
     pixels = np.clip(canvas.round(), 0, 255).astype(np.uint8)
     return Scene(pixels, owner, tuple(drawn), tint)
+
+
+def _pair(name: str) -> int:
+    """Number of a colour and shape, as in ``red square``."""
+    colour, shape = name.split()
+    return list(COLOURS).index(colour) * len(SHAPES) + SHAPES.index(shape)
+
+
+def _item(rng: np.random.Generator, pair: int, x: int, y: int) -> Item:
+    """An object of a colour and shape, with any digit, near (x, y)."""
+    jitter = rng.uniform(-0.5, 0.5, size=2)
+    return Item(
+        shape=SHAPES[pair % len(SHAPES)],
+        colour=list(COLOURS)[pair // len(SHAPES)],
+        digit=int(rng.integers(10)),
+        x=x + float(jitter[0]),
+        y=y + float(jitter[1]),
+        radius=float(rng.uniform(10.5, 12.5)),
+    )
+
+
+def render_clip(
+    rng: np.random.Generator, *, split: Split = "train", frames: int | None = None
+) -> Clip:
+    """Draw a random clip of `frames` frames, four to eight if not given.
+
+    Two to four objects appear in different frames and stay for one to four; exactly one of them
+    moves, from one side to the other.
+    """
+    count = int(rng.integers(4, 9)) if frames is None else frames
+    size, tint = (VIEW, VIEW), str(rng.choice(list(TINTS)))
+    background = _background(rng, size, tint, split)
+    tracks = _tracks(rng, count, int(rng.integers(2, min(4, count - 1) + 1)))
+    samples = [_digits(split)[track.item.digit] for track in tracks]
+    inks = [some[rng.integers(len(some))] for some in samples]
+    scenes = []
+    for frame in range(count):
+        canvas = background + rng.normal(0, 3, (VIEW, VIEW, 1))  # a camera is never quite still
+        owner = np.full(size, -1, dtype=np.int8)
+        shown = [i for i, track in enumerate(tracks) if track.start <= frame < track.stop]
+        items = tuple(tracks[i].at(frame) for i in shown)
+        for index, item in enumerate(items):
+            _draw(canvas, owner, item, index, inks[shown[index]])
+        pixels = np.clip(canvas.round(), 0, 255).astype(np.uint8)
+        scenes.append(Scene(pixels, owner, items, tint))
+    return Clip(tuple(scenes), tuple(tracks))
+
+
+def _tracks(rng: np.random.Generator, frames: int, count: int) -> list[Track]:
+    """`count` objects in order of appearance that never touch; one of them moves."""
+    pairs = rng.choice(len(SHAPES) * len(COLOURS), size=count, replace=False)
+    near, far = (12, 16), (VIEW - 16, VIEW - 12)
+    while True:
+        # The mover needs three frames, so it must not be the last to come in the last two.
+        starts = np.sort(rng.choice(frames, size=count, replace=False))
+        movers = np.flatnonzero(starts <= frames - 3)
+        if not len(movers):
+            continue
+        mover = int(rng.choice(movers))
+        stays = rng.integers(1, 5, size=count)
+        stays[mover] = rng.integers(3, 5)
+        stops = np.minimum(starts + stays, frames)
+        tracks, taken = [], []
+        for index in range(count):
+            right, low = bool(rng.integers(2)), bool(rng.integers(2))
+            x = int(rng.choice(far if right else near))
+            y = int(rng.choice(far if low else near))
+            cells = {(low, right)}
+            dx = 0.0
+            if index == mover:
+                cells = {(low, False), (low, True)}
+                end = int(rng.choice(near if right else far))
+                dx = (end - x) / float(stops[index] - starts[index] - 1)
+            interval = range(int(starts[index]), int(stops[index]))
+            taken.append({(frame, cell) for frame in interval for cell in cells})
+            item = _item(rng, int(pairs[index]), x, y)
+            tracks.append(Track(item, int(starts[index]), int(stops[index]), dx))
+        if len(set().union(*taken)) == sum(map(len, taken)):
+            return tracks
+
+
+def render_pair(rng: np.random.Generator, *, split: Split = "train") -> Pair:
+    """Draw two random scenes of one view with one to three objects each.
+
+    Half of the time they share one, and there is always one that only one of them has.
+    """
+    size = (VIEW, VIEW)
+    first = render(rng, split=split, size=size, items=(1, 3))
+    names = [item.name for item in first.items]
+    shared = names[rng.integers(len(names))] if rng.integers(2) else ""
+    fewest = 2 if shared and len(names) == 1 else 1
+    second = render(
+        rng,
+        split=split,
+        size=size,
+        items=(fewest, 3),
+        named=[shared] if shared else [],
+        avoid=[name for name in names if name != shared],
+    )
+    scenes = (first, second) if rng.integers(2) else (second, first)
+    return Pair(scenes, shared)
 
 
 def _draw(
@@ -321,18 +488,71 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
             return f"Is the {item.name} left or right?", answer
         answer = "top" if item.y < height / 2 else "bottom"
         return f"Is the {item.name} top or bottom?", answer
-    raise ValueError(f"no kind of question is called {kind!r}; known: {', '.join(KINDS)}.")
+    raise _unknown_kind(kind, KINDS)
+
+
+def ask_clip(clip: Clip, kind: str, rng: np.random.Generator) -> tuple[str, str]:
+    """A random question of `kind` about `clip`, and its answer."""
+    names = [track.item.name for track in clip.tracks]
+    index = int(rng.integers(len(names)))
+    if kind == "existence":
+        if rng.integers(2):
+            return f"Is there a {names[index]}?", "yes"
+        return f"Is there a {_absent_name(names, rng)}?", "no"
+    if kind == "digit":
+        return f"Which digit is on the {names[index]}?", str(clip.tracks[index].item.digit)
+    if kind in ("first", "last"):
+        track = clip.tracks[0 if kind == "first" else -1]
+        return f"Which digit appeared {kind}?", str(track.item.digit)
+    if kind == "motion":
+        mover = next(track for track in clip.tracks if track.dx)
+        answer = "right" if mover.dx > 0 else "left"
+        return f"Did the {mover.item.name} move left or right?", answer
+    raise _unknown_kind(kind, MODALITIES["video"])
+
+
+def ask_pair(pair: Pair, kind: str, rng: np.random.Generator) -> tuple[str, str]:
+    """A random question of `kind` about `pair`, and its answer."""
+    owners = [
+        (item, index)
+        for index, scene in enumerate(pair.scenes)
+        for item in scene.items
+        if item.name != pair.shared
+    ]
+    item, owner = owners[rng.integers(len(owners))]
+    if kind == "existence":
+        if rng.integers(2):
+            return f"Is there a {item.name}?", "yes"
+        names = [thing.name for scene in pair.scenes for thing in scene.items]
+        return f"Is there a {_absent_name(names, rng)}?", "no"
+    if kind == "digit":
+        return f"Which digit is on the {item.name}?", str(item.digit)
+    if kind == "which":
+        return f"Which image has the {item.name}?", ("first", "second")[owner]
+    if kind == "both":
+        name, answer = (pair.shared, "yes") if pair.shared else (item.name, "no")
+        return f"Do both images have a {name}?", answer
+    raise _unknown_kind(kind, MODALITIES["multi-image"])
+
+
+def _unknown_kind(kind: str, known: Sequence[str]) -> ValueError:
+    return ValueError(f"no kind of question is called {kind!r}; known: {', '.join(known)}.")
 
 
 def _absent(scene: Scene, rng: np.random.Generator) -> str:
-    """The name of an object that is not in the scene.
+    """The name of an object that is not in the scene."""
+    return _absent_name([item.name for item in scene.items], rng)
+
+
+def _absent_name(names: Sequence[str], rng: np.random.Generator) -> str:
+    """The name of an object that is not among `names`.
 
     Half of the time it is a near miss: its colour and its shape both occur, or, where that is
     impossible, one of them does.
     """
-    present = {item.name for item in scene.items}
-    colours = {item.colour for item in scene.items}
-    shapes = {item.shape for item in scene.items}
+    present = set(names)
+    colours = {name.split()[0] for name in names}
+    shapes = {name.split()[1] for name in names}
     rivals = [(c, s) for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
     if rng.integers(2):
         both: Sequence[tuple[str, str]] = [p for p in rivals if p[0] in colours and p[1] in shapes]
@@ -340,19 +560,41 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
     return " ".join(rivals[rng.integers(len(rivals))])
 
 
-def questions(count: int, *, seed: int, split: Split = "test") -> list[Question]:
-    """`count` questions, every kind in turn; five consecutive ones share a scene.
+def questions(
+    count: int, *, seed: int, split: Split = "test", modality: Modality = "image"
+) -> list[Question]:
+    """`count` questions, every kind of the modality in turn; one of each kind shares a scene.
 
     The first n questions are the same for every `count` >= n.  Answers are balanced: an answer
     given without the image is right about as often as by chance.
     """
+    if modality not in MODALITIES:
+        raise ValueError(f"no modality is called {modality!r}; known: {', '.join(MODALITIES)}.")
+    kinds = MODALITIES[modality]
     result: list[Question] = []
-    for index in range(-(-count // len(KINDS))):
-        rng = np.random.default_rng([seed, index, split == "test"])
-        scene = render(rng, split=split)
-        image, image_id = Image.fromarray(scene.pixels), f"{split}-{seed}-{index:05d}"
-        for kind in KINDS:
-            question, answer = ask(scene, kind, rng)
+    for index in range(-(-count // len(kinds))):
+        mark = () if modality == "image" else (get_args(Modality).index(modality),)
+        rng = np.random.default_rng([seed, index, split == "test", *mark])
+        prefix = "" if modality == "image" else f"{modality}-"
+        image_id = f"{prefix}{split}-{seed}-{index:05d}"
+        shown, asked = _quiz(rng, split, modality)
+        images = tuple(Image.fromarray(scene.pixels) for scene in shown)
+        for kind, (question, answer) in zip(kinds, asked, strict=True):
             identity = f"{image_id}-{kind}"
-            result.append(Question(identity, image, question, answer, kind, image_id))
+            result.append(Question(identity, images, question, answer, kind, image_id, modality))
     return result[:count]
+
+
+def _quiz(
+    rng: np.random.Generator, split: Split, modality: Modality
+) -> tuple[Sequence[Scene], list[tuple[str, str]]]:
+    """Something random of the modality, as scenes, and one question of each kind about it."""
+    kinds = MODALITIES[modality]
+    if modality == "video":
+        clip = render_clip(rng, split=split)
+        return clip.frames, [ask_clip(clip, kind, rng) for kind in kinds]
+    if modality == "multi-image":
+        pair = render_pair(rng, split=split)
+        return pair.scenes, [ask_pair(pair, kind, rng) for kind in kinds]
+    scene = render(rng, split=split)
+    return [scene], [ask(scene, kind, rng) for kind in kinds]
