@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from tokenprune.compressor import Compressor, Stage, create
+from tokenprune.attention import Projections, head_rows, projections
+from tokenprune.compressor import Compressor, Stage, create, parse
 from tokenprune.errors import UserError, unknown
 from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import observing
@@ -21,6 +23,8 @@ from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from tokenprune.engine import Chosen
 
 __all__ = ["Adapter", "load"]
 
@@ -35,6 +39,7 @@ class Adapter(ABC):
         hosts: Names of the ``transformers`` classes the adapter knows.
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: What that method takes for images of an image processor's output.
+        has_language_model: Whether there is anything behind the vision tower.
         model: The user's model, untouched.
         processor: Its processor, or None where only the model was given.
         path: Folder it was loaded from, or None.
@@ -44,6 +49,7 @@ class Adapter(ABC):
     hosts: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    has_language_model: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, processor: Any = None, path: Path | None = None) -> None:
         self.model: Any = model
@@ -102,6 +108,19 @@ class Adapter(ABC):
     def has_cls(self) -> bool:
         """Whether entry 0 of the tower's sequence is a CLS token."""
         return "clip" in self.base.config.vision_config.model_type
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Entries of the tower's sequence in front of the patches: CLS token, registers."""
+        return int(self.has_cls)
+
+    def tap(self, layer: int) -> AbstractContextManager[Projections]:
+        """While open, queries and keys of encoder layer ``layer`` are kept."""
+        return projections(self.vision_attention(layer))
+
+    def tap_head(self) -> AbstractContextManager[list[Tensor]]:
+        """While open, rows of the pooling head (views, patches) are kept."""
+        return head_rows(self.pooling_head)
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -184,6 +203,11 @@ class Adapter(ABC):
     def check(self, compressor: Compressor) -> None:
         """Raise `UserError` if the model lacks what ``compressor`` needs."""
         for part in compressor.stages():
+            if part.stage is Stage.LLM and not self.has_language_model:
+                raise UserError(
+                    f"{part.name} acts inside the language model, which {self.name} models do not "
+                    f"have. Strategies that work here: {', '.join(self._compatible())}."
+                )
             if part.stage is Stage.ENCODER:
                 raise UserError(f"{part.name} acts inside the encoder, which is not supported yet.")
             for signal in part.needs:
@@ -207,6 +231,14 @@ class Adapter(ABC):
                         f"0 to {len(self.decoder_layers) - 1}."
                     )
 
+    def require_language_model(self) -> None:
+        """Raise `UserError` if there is none."""
+        if not self.has_language_model:
+            raise UserError(
+                f"{self.name} models have no language model; use adapter.encode and "
+                "adapter.choose, or load a vision-language model."
+            )
+
     def _missing(self, signal: Signal) -> str:
         """The part of the vision tower that ``signal`` needs and that is not there, or nothing."""
         if signal.needs_cls and not self.has_cls:
@@ -218,8 +250,10 @@ class Adapter(ABC):
     def _compatible(self) -> list[str]:
         fine = []
         for name in strategies.names():
-            signals = create(name, retention=0.5).needs
-            if not any(self._missing(signal) for signal in signals):
+            method = create(name, retention=0.5)
+            if method.stage is Stage.LLM and not self.has_language_model:
+                continue
+            if not any(self._missing(signal) for signal in method.needs):
                 fine.append(name)
         return fine
 
@@ -287,6 +321,7 @@ class Adapter(ABC):
             UserError: As many prompts as image and video lists are needed, placeholders must
                 match, and the model must take videos.
         """
+        self.require_language_model()
         stills = _nested(images, len(prompts), "image")
         moving = [[_frames(v) for v in some] for some in _nested(videos, len(prompts), "video")]
         clips = [video for some in moving for video in some]
@@ -344,6 +379,37 @@ class Adapter(ABC):
         batch = self.processor.image_processor(grouped, return_tensors="pt")
         return self._encode("image", self.encoder_inputs(batch), signals)
 
+    def choose(
+        self, compressor: Compressor | str, images: Sequence[Image], **fields: Any
+    ) -> list[Chosen]:
+        """What a method that acts in front of the language model keeps of each image.
+
+        Nothing behind the vision tower runs.
+
+        Args:
+            compressor: A `Compressor` or a spec such as ``"globalcom2"``.
+            images: Any number, each by itself.
+            **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
+
+        Raises:
+            UserError: The tower lacks what the method needs, or it acts elsewhere.
+        """
+        from tokenprune.engine import Chosen
+
+        if isinstance(compressor, str):
+            compressor = parse(compressor, **fields)
+        self.check(compressor)
+        if compressor.stage is not Stage.PRE_LLM or list(compressor.stages()) != [compressor]:
+            raise UserError(
+                f"{compressor.label} does not act in front of the language model alone; run it "
+                "with tokenprune.compress."
+            )
+        encoded = self.encode(images, compressor.needs)
+        return [
+            Chosen(index, 0, Stage.PRE_LLM, None, tokens.layout, compressor(tokens).keep)
+            for index, tokens in enumerate(encoded)
+        ]
+
     def encode_videos(
         self, videos: Sequence[Any], signals: Iterable[Signal] = ()
     ) -> list[VisualTokens]:
@@ -387,6 +453,7 @@ class Adapter(ABC):
             encoded: For every prompt its encoded images and videos.
             prompts: As in `prepare`.
         """
+        self.require_language_model()
         texts = []
         features: dict[str, list[Tensor]] = {name: [] for name in self.encoders}
         for some, question in zip(encoded, prompts, strict=True):
@@ -477,12 +544,14 @@ def load(
 
     Args:
         name: An embedded testbed (``testbed-next``), a Hub id such as
-            ``llava-hf/llava-v1.6-vicuna-7b-hf``, or a local folder.
+            ``llava-hf/llava-v1.6-vicuna-7b-hf``, a local folder, or ``timm/`` and the name of a
+            vision transformer of timm, which comes without a language model (`load_timm`).
         device: Where to put it; None leaves it to ``device_map`` or the CPU.
         dtype: ``float32``, ``bfloat16``, ... or ``auto`` for that of the checkpoint.  The testbeds
             are stored in half precision and run in float32 unless told otherwise.
         **options: For ``from_pretrained``: ``device_map``, ``quantization_config``,
-            ``attn_implementation``, ``revision``, ...
+            ``attn_implementation``, ``revision``, ...; of timm models for `load_timm`:
+            ``pretrained``, ``grid``, ``img_size``, ...
 
     Raises:
         UserError: Unknown name, a model class without an adapter, bad dtype, or a device that is
@@ -493,6 +562,10 @@ def load(
     from tokenprune.models import testbed
 
     dtype, device = _dtype(dtype), _device(device)
+    if name.startswith("timm/"):
+        from tokenprune.models.timm_vision import load_timm
+
+        return load_timm(name.removeprefix("timm/"), device, dtype, **options)
     embedded = name in testbed.names()
     source = testbed.path(name) if embedded else Path(name)
     where = str(source) if embedded or source.is_dir() else name

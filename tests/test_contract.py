@@ -96,7 +96,8 @@ def test_a_method_no_model_can_run_is_an_error_not_a_pass() -> None:
 
 def test_adapters_are_discovered() -> None:
     assert "LLaVA-NeXT" in adapters.names()
-    assert {host.name for host in hosts()} == set(adapters.names())
+    speaking = {name for name in adapters.names() if adapters.get(name).has_language_model}
+    assert {host.name for host in hosts()} == speaking
 
 
 def test_chain_refuses_the_wrong_order() -> None:

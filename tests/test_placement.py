@@ -15,8 +15,7 @@ import tokenprune as tp
 from tokenprune.compressor import Chain, Compressor, create, parse
 from tokenprune.engine import compress
 from tokenprune.errors import UserError
-from tokenprune.registry import adapters
-from tokenprune.testing import Host
+from tokenprune.testing import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -41,7 +40,7 @@ def _method(spec: str, host: Host) -> Compressor:
     return method
 
 
-@pytest.fixture(params=adapters.names())
+@pytest.fixture(params=[host.name for host in hosts(["qwen2"])])
 def host(request: pytest.FixtureRequest) -> Host:
     return Host.tiny(request.param, "qwen2")
 

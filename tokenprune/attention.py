@@ -94,14 +94,14 @@ def head_rows(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def cls_row(tapped: Projections, *, softmax: bool) -> Tensor:
-    """Row of the CLS token (entry 0) over the patches, mean over heads.
+    """Row of the CLS token (entry 0) over all other entries, mean over heads.
 
     Args:
         tapped: What one attention layer computed.
         softmax: Normalise over all keys, CLS included; else the scaled products themselves.
 
     Returns:
-        (views, patches) float32.
+        (views, tokens - 1) float32.
     """
     query, key = tapped.split()
     row = torch.einsum("vhd,vhnd->vhn", query[:, :, 0], key) * tapped.scale

@@ -130,6 +130,7 @@ def compress(
         UserError: The model lacks what the compressor needs, or already runs inside a context.
     """
     adapter = adapter_of(model)
+    adapter.require_language_model()
     if isinstance(compressor, str):
         compressor = parse(compressor, **fields)
     elif fields:
@@ -714,7 +715,7 @@ class _Session:
         for signal in self.signals:
             if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
                 continue
-            keys = patches + int(adapter.has_cls)
+            keys = patches + adapter.prefix_tokens
             queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
             for span in state.spans:
                 state.spent[span.row] += 2 * span.layout.views * queries * keys * width

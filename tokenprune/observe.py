@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenprune.attention import attention_received, cls_row, head_rows, projections
+from tokenprune.attention import attention_received, cls_row
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
@@ -108,13 +108,11 @@ def _tapped(
     """
     layers = {signal.layer for signal in signals if not signal.needs_head}
     with ExitStack() as stack:
-        tapped = {
-            layer: stack.enter_context(projections(adapter.vision_attention(layer)))
-            for layer in layers
-        }
+        tapped = {layer: stack.enter_context(adapter.tap(layer)) for layer in layers}
         rows: list[Tensor] = []
         if any(signal.needs_head for signal in signals):
-            rows = stack.enter_context(head_rows(adapter.pooling_head))
+            rows = stack.enter_context(adapter.tap_head())
+        prefix = adapter.prefix_tokens
 
         def maps() -> dict[Signal, Tensor]:
             found = {}
@@ -123,11 +121,11 @@ def _tapped(
                 if name == "head_attention":
                     found[signal] = rows[-1]
                 elif name == "received":
-                    received = attention_received(tapped[signal.layer])
-                    found[signal] = received[:, 1:] if adapter.has_cls else received
+                    found[signal] = attention_received(tapped[signal.layer])[:, prefix:]
                 else:
                     softmax = name == "cls_attention"
-                    found[signal] = cls_row(tapped[signal.layer], softmax=softmax)
+                    row = cls_row(tapped[signal.layer], softmax=softmax)
+                    found[signal] = row[:, prefix - 1 :]
             return found
 
         yield maps

@@ -212,8 +212,9 @@ def _host(name: str, decoder: str) -> Host:
 
 
 def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
-    """A tiny model for every registered adapter and every decoder."""
-    return [_host(name, decoder) for name in adapters.names() for decoder in decoders]
+    """A tiny model for every registered adapter with a language model, and every decoder."""
+    speaking = [name for name in adapters.names() if adapters.get(name).has_language_model]
+    return [_host(name, decoder) for name in speaking for decoder in decoders]
 
 
 # -- an image to choose from ---------------------------------------------------------------------

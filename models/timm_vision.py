@@ -1,0 +1,300 @@
+"""Vision transformers of timm without a language model: views, features, saliency, selections.
+
+``tp.load("timm/<name>")`` wraps CLIP, SigLIP, DINOv2, EVA and other plain ViTs, with or without a
+CLS token, registers or a pooling head, so that heat maps, crop budgets and selections can be
+studied without a 7B model.  Images are cut as LLaVA-NeXT cuts them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import LlavaNextImageProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+from tokenprune.attention import Projections
+from tokenprune.errors import UserError, unknown
+from tokenprune.models.adapter import Adapter, image_sizes
+from tokenprune.registry import register_adapter
+from tokenprune.tokens import TokenLayout, unpadded_box
+
+GRID = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+"""(rows, columns) of crops that an image may be cut into."""
+
+
+class TimmModel(nn.Module):
+    """A timm ViT that encodes the views of images, in place of a Hugging Face model.
+
+    Args:
+        vit: The ViT.
+        name: What timm calls it.
+        grid: (rows, columns) of crops that an image may be cut into.
+    """
+
+    def __init__(self, vit: Any, name: str, grid: Sequence[tuple[int, int]] = GRID) -> None:
+        super().__init__()
+        self.vit = vit
+        side = vit.patch_embed.img_size[0]
+        self.config = SimpleNamespace(
+            image_grid_pinpoints=[[rows * side, cols * side] for rows, cols in grid],
+            vision_config=SimpleNamespace(
+                model_type=name, image_size=side, hidden_size=int(vit.embed_dim)
+            ),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def layout(self, image_size: tuple[int, int]) -> TokenLayout:
+        """As `Adapter.layout`: thumbnail and unpadded canvas, no separators."""
+        config, shape = self.config, tuple(self.vit.patch_embed.grid_size)
+        grid = get_anyres_image_grid_shape(
+            image_size, config.image_grid_pinpoints, config.vision_config.image_size
+        )
+        box = unpadded_box(image_size, (grid[0] * shape[0], grid[1] * shape[1]))
+        return TokenLayout.anyres(grid, shape, box, newlines=False)
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor
+    ) -> BaseModelOutputWithPooling:
+        """Packed features of every image, final norm included.
+
+        Args:
+            pixel_values: (images, views, 3, height, width), filled up with zeros.
+            image_sizes: (images, 2) height and width in pixels.
+        """
+        layouts = [self.layout((int(height), int(width))) for height, width in image_sizes]
+        views = [layout.views for layout in layouts]
+        pixels = torch.cat([some[:count] for some, count in zip(pixel_values, views, strict=True)])
+        tokens = self.vit.forward_features(pixels)
+        if getattr(self.vit, "attn_pool", None) is not None:
+            self.vit.forward_head(tokens, pre_logits=True)  # for whoever looks at the pooling head
+        patches = tokens[:, self.vit.num_prefix_tokens :]
+        output = BaseModelOutputWithPooling()
+        output.pooler_output = packed(list(patches.split(views)), layouts)  # type: ignore[assignment]
+        return output
+
+
+def packed(values: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
+    """For every image the values (views, patches, ...) of its tokens, (N, ...)."""
+    found = []
+    for some, layout in zip(values, layouts, strict=True):
+        place = layout.row * layout.view_shape[1] + layout.col
+        found.append(some[layout.view.to(some.device), place.to(some.device)])
+    return found
+
+
+@register_adapter("timm")
+class TimmVision(Adapter):
+    """A vision transformer of timm; it has no language model."""
+
+    hosts: ClassVar[tuple[str, ...]] = ("TimmModel",)
+    has_language_model: ClassVar[bool] = False
+
+    @property
+    def base(self) -> Any:
+        return self.model
+
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        blocks: Sequence[nn.Module] = self.model.vit.blocks
+        return blocks
+
+    def vision_attention(self, layer: int) -> nn.Module:
+        return self.vision_layers[layer].get_submodule("attn")
+
+    @property
+    def pooling_head(self) -> Any:
+        head = getattr(self.model.vit, "attn_pool", None)
+        return head if hasattr(head, "latent") else None
+
+    @property
+    def view_shape(self) -> tuple[int, int]:
+        rows, cols = self.model.vit.patch_embed.grid_size
+        return int(rows), int(cols)
+
+    @property
+    def has_cls(self) -> bool:
+        return getattr(self.model.vit, "cls_token", None) is not None
+
+    @property
+    def prefix_tokens(self) -> int:
+        return int(self.model.vit.num_prefix_tokens)
+
+    @contextmanager
+    def tap(self, layer: int) -> Iterator[Projections]:
+        with _operands(self.vision_attention(layer)) as tapped:
+            yield tapped
+
+    @contextmanager
+    def tap_head(self) -> Iterator[list[Tensor]]:
+        rows: list[Tensor] = []
+        with _operands(self.pooling_head) as tapped:
+            yield rows
+            query, key = tapped.split()
+            logits = query @ key.transpose(-1, -2) * tapped.scale
+            rows.append(logits.softmax(-1).mean((1, 2))[:, -math.prod(self.view_shape) :])
+
+    def layout(self, image_size: tuple[int, int], *, together: bool = False) -> TokenLayout:
+        found: TokenLayout = self.model.layout(image_size)
+        return found
+
+    def layouts(self, call: Mapping[str, Any], modality: str) -> list[TokenLayout]:
+        return [self.layout(size) for size in image_sizes(call)]
+
+    def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
+        return packed(maps, self.layouts(call, modality))
+
+
+class _Operands(TorchFunctionMode):
+    """Notes the first query and key that are multiplied, after any norm and rotation."""
+
+    def __init__(self, tapped: Projections) -> None:
+        super().__init__()
+        self.tapped = tapped
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.tapped.query is None:
+            if func is F.scaled_dot_product_attention:
+                if kwargs.get("attn_mask") is not None or (len(args) > 3 and args[3] is not None):
+                    raise UserError(
+                        "this vision transformer adds a bias to its attention (relative "
+                        "positions), which saliency does not know of; use a strategy that needs "
+                        "no saliency, or another model."
+                    )
+                self._note(args[0], args[1], kwargs.get("scale"))
+            elif func in (Tensor.matmul, Tensor.__matmul__) and args[1].ndim == 4:
+                self._note(args[0], args[1].transpose(-1, -2), 1.0)  # the query is scaled already
+        return func(*args, **kwargs)
+
+    def _note(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        self.tapped.heads = query.shape[1]
+        self.tapped.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.tapped.query, self.tapped.key = (
+            part.detach().transpose(1, 2).flatten(2) for part in (query, key)
+        )
+
+
+@contextmanager
+def _operands(attention: nn.Module) -> Iterator[Projections]:
+    """While open, the query and key that ``attention`` multiplies are kept.
+
+    Reading them where they meet serves every variant: fused or separate projections, their norms,
+    rotary embeddings, grouped keys.
+    """
+    tapped = Projections(heads=0, scale=1.0)
+    modes: list[_Operands] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        tapped.query = tapped.key = None
+        modes.append(_Operands(tapped))
+        modes[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    handles = [
+        attention.register_forward_pre_hook(enter),
+        attention.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield tapped
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_timm(
+    name: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    *,
+    pretrained: bool | str | Path = False,
+    grid: Sequence[tuple[int, int]] = GRID,
+    **options: Any,
+) -> TimmVision:
+    """Build the adapter; users call ``tp.load("timm/<name>", ...)``.
+
+    Args:
+        name: What timm calls the model, tag included.
+        device: As in `tokenprune.load`.
+        dtype: As in `tokenprune.load`; ``auto`` is float32.
+        pretrained: True downloads timm's weights, a path loads a checkpoint (``.safetensors`` or
+            ``.pth``), False leaves them random.
+        grid: (rows, columns) of crops that an image may be cut into.
+        **options: For `timm.create_model`, such as ``img_size``.
+
+    Raises:
+        UserError: Unknown name, not a plain ViT, weights that cannot be had, or views that are not
+            square.
+    """
+    if not timm.is_model(name):
+        raise unknown("model of timm", name, [*timm.list_models(), *timm.list_pretrained()])
+    file = None if isinstance(pretrained, bool) else Path(pretrained)
+    if file is not None and not file.is_file():
+        raise UserError(f"there is no checkpoint {str(file)!r}; check the path.")
+    try:
+        vit: Any = timm.create_model(
+            name,
+            pretrained=pretrained is True,
+            checkpoint_path=str(file) if file else "",
+            **options,
+        )
+    except Exception as error:
+        if pretrained is False:
+            raise UserError(f"timm cannot build {name!r} with {options}: {error}") from error
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot load weights for {name!r} from {file or 'the Hugging Face Hub'}: {said}. Give "
+            "pretrained=<path of a checkpoint>, or pretrained=False for random weights."
+        ) from error
+    _check_is_vit(vit, name)
+    settings = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
+    side = vit.patch_embed.img_size[0]
+    model = TimmModel(vit.eval(), name, grid).to(device)
+    model = model.to(torch.float32 if dtype == "auto" else dtype)
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=model.config.image_grid_pinpoints,
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
+        resample={"bilinear": 2, "bicubic": 3}.get(settings["interpolation"], 3),
+    )
+    return TimmVision(model, SimpleNamespace(image_processor=image_processor), file)
+
+
+def _check_is_vit(vit: Any, name: str) -> None:
+    blocks, embed = getattr(vit, "blocks", None), getattr(vit, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(blocks[0], "attn")
+    plain &= hasattr(embed, "grid_size") and hasattr(vit, "num_prefix_tokens")
+    plain &= not hasattr(vit, "blocks_token_only")  # CaiT's CLS token comes after the others
+    if not plain or size is None:
+        raise UserError(
+            f"{name!r} is not a plain vision transformer (one sequence of blocks with attention "
+            "over all patches); take a ViT such as vit_base_patch16_clip_224."
+        )
+    if size[0] != size[1]:
+        raise UserError(
+            f"{name!r} takes views of {size[0]}x{size[1]} pixels; only square ones can tile an "
+            "image here. Give img_size=<side>."
+        )

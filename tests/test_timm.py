@@ -1,0 +1,282 @@
+"""timm's vision transformers as hosts: geometry, features, saliency, selections, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tokenprune as tp
+from tokenprune.errors import UnknownNameError, UserError
+from tokenprune.models.timm_vision import TimmVision
+from tokenprune.testing import sample_tokens
+from tokenprune.tokens import Kind, Signal
+
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
+TINY = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2}
+# Name, options, CLS token, entries in front of the patches, pooling head.
+FAMILIES = {
+    "plain": ("vit_tiny_patch16_224", TINY, True, 1, False),
+    "clip": ("vit_base_patch16_clip_224", TINY, True, 1, False),
+    "siglip": ("vit_base_patch16_siglip_224", TINY, False, 0, True),
+    "dinov2": ("vit_small_patch14_reg4_dinov2", TINY, True, 5, False),
+    "pooled with CLS": ("vit_pe_core_base_patch16_224", TINY, True, 1, True),
+    "registers": ("vit_little_patch16_reg4_gap_256", TINY, False, 4, False),
+    "qk norm": ("vit_tiny_patch16_224", {**TINY, "qk_norm": True}, True, 1, False),
+    "eva": ("eva_giant_patch14_224", {**TINY, "mlp_ratio": 2}, True, 1, False),
+    "eva02": ("eva02_tiny_patch14_224", TINY, True, 1, False),
+}
+
+
+def _load(family: str) -> TimmVision:
+    name, options, *_ = FAMILIES[family]
+    torch.manual_seed(0)
+    adapter = tp.load(f"timm/{name}", **options)
+    assert isinstance(adapter, TimmVision)
+    for parameter in adapter.model.parameters():  # random weights hardly attend otherwise
+        torch.nn.init.normal_(parameter, std=0.2)
+    return adapter
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[str, TimmVision]:
+    return request.param, _load(request.param)
+
+
+def _image(height: int, width: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _matrices(adapter: TimmVision, pixels: Tensor, layer: int) -> Tensor:
+    """(views, heads, N, N) attention of a block, from timm's own unfused code path."""
+    attention: Any = adapter.vision_attention(layer)
+    fused, attention.fused_attn = attention.fused_attn, False
+    seen: list[Tensor] = []
+    handle = attention.attn_drop.register_forward_hook(lambda m, args, out: seen.append(out))
+    try:
+        adapter.model.vit.forward_features(pixels)
+    finally:
+        attention.fused_attn = fused
+        handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [-1, 0])
+def test_signals_are_what_the_whole_matrix_says(family: tuple[str, TimmVision], layer: int) -> None:
+    name, adapter = family
+    _, _, has_cls, prefix, _ = FAMILIES[name]
+    assert (adapter.has_cls, adapter.prefix_tokens) == (has_cls, prefix)
+    image = _image(40, 70)
+    pixels = adapter.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+    full = _matrices(adapter, pixels, layer)
+    wanted = {"received": full.mean((1, 2))[:, prefix:]}
+    if has_cls:
+        wanted["cls_attention"] = full[:, :, 0, prefix:].mean(1)
+    signals = {Signal(which, layer) for which in wanted}  # type: ignore[arg-type]
+    (tokens,) = adapter.encode([image], signals)
+    layout = tokens.layout
+    place = layout.row * layout.view_shape[1] + layout.col
+    for which, values in wanted.items():
+        got = tokens[Signal(which, layer)]  # type: ignore[arg-type]
+        torch.testing.assert_close(got, values[layout.view, place], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_saliency_is_cls_logits_or_received(family: tuple[str, TimmVision]) -> None:
+    name, adapter = family
+    stands_for = Signal("cls_logits" if FAMILIES[name][2] else "received")
+    tokens, *_ = adapter.encode([_image(40, 70)], {Signal("saliency"), stands_for})
+    assert torch.equal(tokens.signals[Signal("saliency")], tokens[stands_for])
+    assert tokens[stands_for].std() > 0
+
+
+@torch.no_grad()
+def test_head_attention_is_the_pooling_heads() -> None:
+    adapter = _load("siglip")
+    image, head = _image(40, 70), adapter.pooling_head
+    (tokens,) = adapter.encode([image], {Signal("head_attention")})
+    pixels = adapter.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+    states = adapter.model.vit.forward_features(pixels)
+    query = head.q(head.latent)[0, 0].view(head.num_heads, -1)
+    key = head.kv(states)[..., :32].unflatten(-1, (head.num_heads, -1))
+    logits = torch.einsum("hd,vnhd->vhn", query, key) * head.scale
+    wanted = logits.softmax(-1).mean(1)
+    place = tokens.layout.row * 4 + tokens.layout.col
+    got = tokens[Signal("head_attention")]
+    torch.testing.assert_close(got, wanted[tokens.layout.view, place])
+
+
+@torch.no_grad()
+def test_the_unfused_path_gives_the_same_signals() -> None:
+    adapter, image = _load("eva02"), _image(40, 70)
+    signals = {Signal("received"), Signal("cls_logits")}
+    (fused,) = adapter.encode([image], signals)
+    for block in adapter.vision_layers:
+        block.attn.fused_attn = False  # type: ignore[union-attr]
+    (plain,) = adapter.encode([image], signals)
+    for signal in signals:
+        torch.testing.assert_close(plain[signal], fused[signal], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_features_are_the_final_patch_tokens(family: tuple[str, TimmVision]) -> None:
+    name, adapter = family
+    image = _image(64, 64)
+    (tokens,) = adapter.encode([image])
+    pixels = adapter.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+    states = adapter.model.vit.forward_features(pixels)[:, FAMILIES[name][3] :]
+    assert tokens.features.shape == (16 + 64, 32)
+    torch.testing.assert_close(tokens.features[:16], states[0])
+    layout = tokens.layout
+    crop = (layout.view == 4) & (layout.row == 1) & (layout.col == 2)
+    torch.testing.assert_close(tokens.features[crop][0], states[4, 6])
+    assert not layout.is_separator.any()
+
+
+@settings(max_examples=40)
+@given(st.tuples(st.integers(8, 200), st.integers(8, 200)))
+def test_every_token_sees_its_place_in_the_image(size: tuple[int, int]) -> None:
+    """Pixels that tell their place, averaged per patch instead of encoded."""
+    adapter = _GEOMETRY
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    ramps = np.stack([255 * y / max(height - 1, 1), 255 * x / max(width - 1, 1), 0 * y], -1)
+    image = Image.fromarray(ramps.round().astype(np.uint8))
+    batch = adapter.processor.image_processor([image], return_tensors="pt")
+    layout = adapter.layout(size)
+    views = batch["pixel_values"][0, : layout.views] * 0.5 + 0.5  # mean and std are 0.5
+    means = torch.nn.functional.avg_pool2d(views[:, :2], 8).flatten(2)
+    seen = means[layout.view, :, layout.row * 4 + layout.col]
+    thumbnail = layout.kind == Kind.THUMBNAIL
+    where = torch.stack([layout.row, layout.col], -1)[thumbnail]
+    torch.testing.assert_close(seen[thumbnail], (where + 0.5) / 4, atol=0.08, rtol=0)
+    rows, cols = layout.canvas_shape
+    if rows >= 3 and cols >= 3:
+        inner = (layout.kind == Kind.CROP) & (layout.canvas_row > 0) & (layout.canvas_col > 0)
+        inner &= (layout.canvas_row < rows - 1) & (layout.canvas_col < cols - 1)
+        place = torch.stack(
+            [(layout.canvas_row + 0.5) / rows, (layout.canvas_col + 0.5) / cols], -1
+        )
+        torch.testing.assert_close(seen[inner], place[inner], atol=0.17, rtol=0)
+
+
+_GEOMETRY = tp.load("timm/vit_tiny_patch16_224", **TINY)
+
+
+@torch.no_grad()
+def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
+    _, adapter = family
+    images = [_image(40, 70), _image(64, 64, 1), _image(90, 30, 2)]
+    signals = {Signal("saliency")}
+    for image, together in zip(images, adapter.encode(images, signals), strict=True):
+        (alone,) = adapter.encode([image], signals)
+        torch.testing.assert_close(together.features, alone.features, atol=1e-4, rtol=1e-4)
+        both = together[Signal("saliency")], alone[Signal("saliency")]
+        torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", tp.available())
+def test_every_strategy_chooses_or_says_why_not(family: tuple[str, TimmVision], name: str) -> None:
+    _, adapter = family
+    image = _image(64, 64)
+    if name not in adapter._compatible():
+        with pytest.raises(UserError, match=r"Strategies that work here: \w+"):
+            adapter.choose(name, [image], retention=0.25)
+        return
+    first, second = adapter.choose(name, [image, _image(40, 70)], retention=0.25)
+    assert (first.row, second.row) == (0, 1)
+    assert first.layout.view_sizes == (16,) * 5
+    again = adapter.choose(name, [image], retention=0.25)[0].keep
+    assert torch.equal(again, first.keep)
+    assert 1 <= len(first.keep) <= 25
+
+
+def test_globalcom2_gives_the_salient_crop_more() -> None:
+    adapter = _load("clip")
+    (chosen,) = adapter.choose("globalcom2", [_image(64, 64)], retention=0.25, tau=0.01)
+    (tokens,) = adapter.encode([_image(64, 64)], {Signal("cls_logits")})
+    grid = tokens[Signal("cls_logits")][:16].view(2, 2, 2, 2).sum((1, 3)).flatten()
+    counts = chosen.layout.take(chosen.keep).view_sizes[1:]
+    assert int(grid.argmax()) == counts.index(max(counts))
+
+
+def test_what_needs_a_language_model_is_refused_with_a_sentence() -> None:
+    adapter = _load("plain")
+    for action in (
+        lambda: adapter.prepare([_image(32, 32)], ["w"]),
+        lambda: adapter.assemble([[]], ["w"]),
+        lambda: tp.compress(adapter.model, "uniform", retention=0.5).__enter__(),
+    ):
+        with pytest.raises(UserError, match="have no language model"):
+            action()
+    with pytest.raises(UserError, match="fastv acts inside the language model"):
+        adapter.choose("fastv", [_image(32, 32)], retention=0.5)
+    chain = tp.Chain.of(tp.create("uniform", retention=0.5))
+    with pytest.raises(UserError, match="does not act in front of"):
+        adapter.choose(chain, [_image(32, 32)])
+
+
+def test_bad_names_and_weights_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'vit_tiny_patch16_224'"):
+        tp.load("timm/vit_tiny_patch16_225")
+    with pytest.raises(UserError, match="not a plain vision transformer"):
+        tp.load("timm/resnet18")
+    with pytest.raises(UserError, match="not a plain vision transformer"):
+        tp.load("timm/cait_xxs24_224")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        tp.load("timm/vit_tiny_patch16_224", pretrained=tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot load weights"):
+        tp.load("timm/vit_tiny_patch16_224", pretrained=tmp_path / "bad.safetensors", **TINY)
+    with pytest.raises(UserError, match="timm cannot build"):
+        tp.load("timm/vit_tiny_patch16_224", no_such_option=1)
+    with pytest.raises(UserError, match="64x32 pixels; only square"):
+        tp.load("timm/vit_tiny_patch16_224", **{**TINY, "img_size": (64, 32)})
+
+
+def test_a_local_checkpoint_is_loaded(tmp_path: Path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", **TINY)
+    save_file(source.state_dict(), tmp_path / "mine.safetensors")
+    adapter = tp.load(
+        "timm/vit_tiny_patch16_224",
+        pretrained=tmp_path / "mine.safetensors",
+        dtype="bfloat16",
+        **TINY,
+    )
+    weight = source.blocks[0].attn.qkv.weight
+    assert torch.equal(adapter.model.vit.blocks[0].attn.qkv.weight, weight.bfloat16())
+    (tokens,) = adapter.encode([_image(32, 32)], {Signal("saliency")})
+    assert tokens.features.dtype == torch.bfloat16
+
+
+def test_other_grids(family: tuple[str, TimmVision]) -> None:
+    name, options, *_ = FAMILIES["plain"]
+    adapter = tp.load(f"timm/{name}", grid=[(1, 1)], **options)
+    assert adapter.layout((100, 100)).grid == (1, 1)
+
+
+def test_strategies_do_without_separators() -> None:
+    layout = _GEOMETRY.layout((64, 64))
+    for name in tp.available():
+        method = tp.create(name, retention=0.4)
+        chosen = method(sample_tokens(method.needs, layout))
+        assert 1 <= len(chosen.keep) <= 0.4 * len(layout) + layout.views
+
+
+def test_a_relative_position_bias_is_refused_with_a_sentence() -> None:
+    adapter = tp.load("timm/beit_base_patch16_224", **TINY)
+    assert len(adapter.encode([_image(32, 32)])) == 1
+    with pytest.raises(UserError, match="adds a bias to its attention"):
+        adapter.choose("globalcom2", [_image(32, 32)], retention=0.5)
