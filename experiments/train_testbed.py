@@ -20,10 +20,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
 from tokenprune.models.testbed import scenes
@@ -61,7 +63,7 @@ CHAT_TEMPLATE = """\
 {{- '<assistant>' if message.role == 'assistant' else '<user>' -}}
 {%- if message.content is string -%}{{- message.content -}}{%- else -%}
 {%- for part in message.content -%}
-{{- '<image>' if part.type == 'image' else part.text -}}
+{{- part.text if part.type == 'text' else '<' + part.type + '>' -}}
 {%- endfor -%}
 {%- endif -%}
 {%- if message.role == 'assistant' -%}{{- eos_token -}}{%- endif -%}
@@ -73,15 +75,22 @@ CHAT_TEMPLATE = """\
 # --- the model and its processor ------------------------------------------------------------------
 
 
-@cache
-def build_processor() -> LlavaNextProcessor:
-    """A real LLaVA-NeXT processor with a word-level tokenizer of lower-case words."""
+def build_tokenizer(*modalities: scenes.Modality) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the lower-case words that questions of the modalities have.
+
+    Words of images have the same ids in all of them.
+    """
     special = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>")
-    words = {word: index for index, word in enumerate((*special, *scenes.vocabulary()))}
+    known = [*special, *scenes.vocabulary(modalities)]
+    extra = {"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"}
+    if "video" in modalities:
+        known.append("<video>")
+        extra["video_token"] = "<video>"
+    words = {word: index for index, word in enumerate(known)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         bos_token="<s>",
@@ -90,12 +99,13 @@ def build_processor() -> LlavaNextProcessor:
         padding_side="left",
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
-        extra_special_tokens={
-            "image_token": "<image>",
-            "user_token": "<user>",
-            "assistant_token": "<assistant>",
-        },
+        extra_special_tokens=extra,
     )
+
+
+@cache
+def build_processor() -> LlavaNextProcessor:
+    """A real LLaVA-NeXT processor with a word-level tokenizer of lower-case words."""
     image_processor = LlavaNextImageProcessor(
         size={"shortest_edge": VIEW},
         crop_size={"height": VIEW, "width": VIEW},
@@ -105,7 +115,7 @@ def build_processor() -> LlavaNextProcessor:
     )
     return LlavaNextProcessor(
         image_processor=image_processor,
-        tokenizer=tokenizer,
+        tokenizer=build_tokenizer("image"),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -173,13 +183,13 @@ def position_codes() -> Tensor:
     return torch.cat([rows, columns], dim=1)
 
 
-def export(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
+def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     """Write model (weights in half precision) and processor; each file appears at once, whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         half = {key: value.detach().cpu().half() for key, value in model.state_dict().items()}
         model.save_pretrained(name, state_dict=half)
-        build_processor().save_pretrained(name)
+        processor.save_pretrained(name)
         for file in Path(name).iterdir():
             file.chmod(0o644)
             file.replace(folder / file.name)
@@ -474,6 +484,24 @@ def encode(model: LlavaNextForConditionalGeneration, views: Tensor) -> tuple[Ten
     return patches.unflatten(0, (b, -1)), out.pooler_output.unflatten(0, (b, -1))
 
 
+def skill_loss(guesses: Tensor, labels: Labels, meter: Meter) -> Tensor:
+    """Cross-entropy of `guesses` (b, v, 49, classes of all skills) at the patches; a scalar."""
+    loss = guesses.new_zeros(())
+    logits = guesses.split(list(SKILLS.values()), dim=-1)
+    for index, (skill, guess) in enumerate(zip(SKILLS, logits, strict=True)):
+        sure, truth = labels.sure[..., index], labels.patches[..., index]
+        guess, truth = guess[sure], truth[sure]
+        losses = F.cross_entropy(guess, truth, reduction="none")
+        # Few patches show an object or a digit: each side counts half.
+        shown = truth > 0 if skill in ("shape", "digit") else torch.ones_like(truth) > 0
+        weight = 2.0 if skill in ("shape", "digit") else 0.5
+        loss = loss + weight * losses[shown].mean()
+        if not shown.all():
+            loss = loss + losses[~shown].mean()
+        meter.add(skill, (guess.argmax(-1) == truth)[shown])
+    return loss
+
+
 def train_vision(run: "Run") -> None:
     model, steps = run.model, run.steps["vision"]
     skill_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(SKILLS.values())))
@@ -488,19 +516,7 @@ def train_vision(run: "Run") -> None:
         geo = geometry(batch[0].size)
         labels = to_labels(batch, geo, run.device)
         patches, pooled = encode(model, to_views(batch, geo, run.device))
-        loss = torch.zeros((), device=run.device)
-        logits = skill_head(patches).split(list(SKILLS.values()), dim=-1)
-        for index, (skill, guess) in enumerate(zip(SKILLS, logits, strict=True)):
-            sure, truth = labels.sure[..., index], labels.patches[..., index]
-            guess, truth = guess[sure], truth[sure]
-            losses = F.cross_entropy(guess, truth, reduction="none")
-            # Few patches show an object or a digit: each side counts half.
-            shown = truth > 0 if skill in ("shape", "digit") else torch.ones_like(truth) > 0
-            weight = 2.0 if skill in ("shape", "digit") else 0.5
-            loss = loss + weight * losses[shown].mean()
-            if not shown.all():
-                loss = loss + losses[~shown].mean()
-            meter.add(skill, (guess.argmax(-1) == truth)[shown])
+        loss = skill_loss(skill_head(patches), labels, meter)
         tag_logits, known = tag_head(pooled), labels.known
         loss = loss + 4 * F.binary_cross_entropy_with_logits(tag_logits[known], labels.tags[known])
         hits = (tag_logits > 0) & (labels.tags > 0) & known
@@ -624,6 +640,9 @@ class Quiz:
     noun: Tensor
     facts: Tensor
 
+    def to(self, device: torch.device) -> "Quiz":
+        return Quiz(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 # How many questions of each kind are packed behind one scene.
 PORTIONS = {"existence": 4, "colour": 1, "count": 1, "position": 4, "digit": 3}
@@ -637,27 +656,39 @@ def make_quiz(
 ) -> Quiz:
     """Random questions about scenes, the same number of each kind for every scene."""
     kinds = [kind for kind, number in portions.items() for _ in range(number)]
-    asked = [scenes.ask(scene, kind, rng) for scene in batch for kind in kinds]
-    texts = [f"{question}<assistant>{answer}</s>" for question, answer in asked]
-    tokenizer = build_processor().tokenizer
+    asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
+    facts = [[look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
+    index = [KINDS.index(kind) for kind in kinds]
+    return to_quiz(asked, index, facts, build_processor().tokenizer).to(device)
+
+
+def to_quiz(
+    asked: list[list[tuple[str, str]]],
+    kinds: list[int],
+    facts: list[list[tuple[int, int, int, int]]],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Quiz:
+    """Questions and answers as tensors.
+
+    Args:
+        asked: (b, Q) question and answer.
+        kinds: (Q,) index of each question's kind.
+        facts: (b, Q) as `Quiz.facts`.
+        tokenizer: Of the model that is asked.
+    """
+    texts = [f"{question}<assistant>{answer}</s>" for some in asked for question, answer in some]
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     ids, length = encoded["input_ids"], encoded["attention_mask"].sum(1)
     at = torch.arange(ids.shape[1])
     # Both the answer and the closing token are learnt.
     learnt = (at >= length[:, None] - 3) & (at < length[:, None] - 1)
     target = torch.where(learnt, ids.roll(-1, dims=1), -100)
-    kind = torch.tensor([KINDS.index(k) for k in kinds] * len(batch))
     shapes = torch.tensor(tokenizer.convert_tokens_to_ids(list(scenes.SHAPES)))
     named = torch.isin(ids, shapes)
     noun = torch.where(named.any(1), named.int().argmax(1), -1)
-    owners = [scene for scene in batch for _ in kinds]
-    facts = torch.tensor([look(s, q) for s, (q, _) in zip(owners, asked, strict=True)])
-
-    def group(x: Tensor) -> Tensor:
-        grouped: Tensor = x.unflatten(0, (len(batch), -1)).to(device)
-        return grouped
-
-    return Quiz(*map(group, (ids, target, length - 3, kind, noun, facts)))
+    kind = torch.tensor(kinds).repeat(len(asked))
+    parts = (ids, target, length - 3, kind, noun, torch.tensor(facts).flatten(0, 1))
+    return Quiz(*(part.unflatten(0, (len(asked), -1)) for part in parts))
 
 
 FACTS = (2, 2, 2, 10)  # classes of present, right, bottom, digit
@@ -682,7 +713,7 @@ def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> T
 
 
 def answer_logits(
-    model: LlavaNextForConditionalGeneration,
+    model: PreTrainedModel,
     visual: Tensor,
     keep: Tensor,
     quiz: Quiz,
@@ -755,22 +786,28 @@ def fact_loss(states: Tensor, head: nn.Module, quiz: Quiz, meter: Meter) -> Tens
     return loss
 
 
-def quiz_loss(logits: Tensor, quiz: Quiz, meter: Meter, *, intact: bool, count: float) -> Tensor:
+def quiz_loss(
+    logits: Tensor, quiz: Quiz, meter: Meter, *, intact: bool, weights: dict[str, float]
+) -> Tensor:
     """Cross-entropy of answers; accuracies of intact inputs go to the meter.
 
-    Counting weighs `count`, the colour, which is easy, one half, everything else one.
+    `weights` names the kinds in the order of `Quiz.kind` and says how much each counts.
     """
     losses = F.cross_entropy(logits.flatten(0, 2), quiz.target.flatten(), reduction="none")
     losses = losses.view_as(quiz.target).sum(-1)
-    weights = losses.new_tensor([{"colour": 0.5, "count": count}.get(kind, 1.0) for kind in KINDS])
-    weights = weights[quiz.kind]
+    weight = losses.new_tensor(list(weights.values()))[quiz.kind]
     if intact:
         at = repeat(quiz.answer, "b q -> b q 1")
         right = logits.argmax(-1).gather(2, at) == quiz.target.gather(2, at)
-        for index, kind in enumerate(KINDS):
+        for index, kind in enumerate(weights):
             meter.add(kind, right[quiz.kind == index])
     meter.add("loss", losses)
-    return (weights * losses).sum() / weights.sum()
+    return (weight * losses).sum() / weight.sum()
+
+
+def image_weights(count: float) -> dict[str, float]:
+    """Counting weighs `count`, the colour, which is easy, one half, everything else one."""
+    return {kind: {"colour": 0.5, "count": count}.get(kind, 1.0) for kind in KINDS}
 
 
 # --- stages 2 to 4 --------------------------------------------------------------------------------
@@ -803,7 +840,7 @@ def train_language(run: "Run") -> None:
         compact = rng.random() < 0.5
         logits = answer_logits(model, visual, keep, quiz, compact=compact, early=early)
         seen = short or keep.shape[1] == visual.shape[1]
-        loss = quiz_loss(logits, quiz, meter, intact=seen, count=2.0)
+        loss = quiz_loss(logits, quiz, meter, intact=seen, weights=image_weights(2.0))
         loss = loss + 0.5 * fact_loss(early[0], fact_head, quiz, meter)
         optimisers.step(loss)
         meter.tick(step, steps)
@@ -850,7 +887,7 @@ def train_joint(run: "Run") -> None:
         compact = rng.random() < 0.5
         logits = answer_logits(model, visual, keep, quiz, compact=compact, early=early)
         intact = keep.shape[1] == visual.shape[1]
-        loss = quiz_loss(logits, quiz, meter, intact=intact, count=4.0)
+        loss = quiz_loss(logits, quiz, meter, intact=intact, weights=image_weights(4.0))
         loss = loss + 0.25 * fact_loss(early[0], fact_head, quiz, meter)
         optimisers.step(loss)
         meter.tick(step, steps)
@@ -868,13 +905,18 @@ STEPS = {"vision": 1800, "language": 2000, "projector": 300, "joint": 1400}
 class Run:
     """A training run: the model, what it learns from, and its folder."""
 
+    stages: ClassVar[dict[str, Callable[[Any], None]]] = STAGES
+
     def __init__(self, out: Path, device: str, seed: int, steps: dict[str, int]) -> None:
         self.out, self.device, self.seed, self.steps = out, torch.device(device), seed, steps
-        self.model = build_model(seed)
+        self.model: Any = self.build(seed)
         nn.Module.to(self.model, self.device)
         self.ideal = Ideal(self.model.model.language_model.embed_tokens.weight).to(self.device)
         (out / "stages").mkdir(parents=True, exist_ok=True)
         self._meter = Meter("")
+
+    def build(self, seed: int) -> PreTrainedModel:
+        return build_model(seed)
 
     def meter(self, stage: str) -> Meter:
         self._meter = Meter(stage)
@@ -907,7 +949,7 @@ class Run:
                 module.load_state_dict(saved[name])
             return
         torch.manual_seed(self.seed)
-        STAGES[stage](self)
+        self.stages[stage](self)
         state: dict[str, Any] = {n: m.state_dict() for n, m in self.parts(stage).items()}
         partial = file.with_suffix(".partial")
         torch.save(state, partial)
@@ -1090,7 +1132,7 @@ def main(
     if "projector" not in wanted:
         return
     folder = out / "model"
-    export(run.model, folder)
+    export(run.model, build_processor(), folder)
     figures = evaluate(folder, questions, test_seed, device)
     print(table(figures, questions))
     records = {

@@ -1,14 +1,19 @@
 """How each method's official vectors go through our API (see `tokenprune.golden`)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tokenprune.attention import Projections, cls_row
 from tokenprune.golden import Case, Verdict, replay
 from tokenprune.primitives import project_thumbnail
+from tokenprune.strategies.divprune import DivPrune
+from tokenprune.strategies.fastervlm import FasterVLM
 from tokenprune.strategies.fastv import FastV
 from tokenprune.strategies.globalcom2 import GlobalCom2
+from tokenprune.strategies.hired import HiRED
+from tokenprune.strategies.vidcom2 import VidCom2
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
 
 
@@ -110,3 +115,123 @@ def _by_view(layout: TokenLayout, index: Tensor) -> Tensor:
     place = layout.row * layout.view_shape[1] + layout.col
     patches = layout.view_shape[0] * layout.view_shape[1]
     return index[(layout.view[index] * patches + place[index]).argsort()]
+
+
+@replay("fastervlm")
+def fastervlm(case: Case) -> Verdict:
+    """The mask of every view, and the order the language model receives; all views are padded."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    layout = _padded(given["cls_attention"], params)
+    scores = _packed(layout, given["cls_attention"].mean(1))
+    strategy = FasterVLM(retention=params["visual_token_num"] / params["patches"])
+    keep = strategy(VisualTokens(layout, scores[:, None], {strategy.saliency: scores})).keep
+    code = layout.view * params["patches"] + _place(layout)
+    verdict.same("keep_mask", _mask(given["keep_mask"], code[keep]), given["keep_mask"])
+    if "sequence_code" in given:
+        verdict.same("sequence_code", code[keep], given["sequence_code"].flatten())
+    return verdict
+
+
+@replay("hired")
+def hired(case: Case) -> Verdict:
+    """Budgets and masks with the official region map; the packing's defects are not ours."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    if params.get("kind") == "hook":
+        tapped = Projections(params["heads"], 0.0, given["query"], given["key"])
+        tapped.scale = (given["query"].shape[-1] / params["heads"]) ** -0.5
+        wanted = given["hook_cls_attention"].mean(1)
+        verdict.close("hook_cls_attention", cls_row(tapped, softmax=True), wanted, 1e-5)
+        return verdict
+    bottom = given["bottom_cls_attention"]
+    strategy = HiRED(
+        retention=params["token_budget_rate"], alpha=params.get("alpha", 0.5), official=True
+    )
+    if len(bottom) > 1:
+        height, width = given["image_sizes_hw"][0].tolist()
+        cells = len(bottom) - 1
+        grid = (2, 2) if cells == 4 else (cells, 1) if height > width else (1, cells)
+        layout = TokenLayout.anyres(grid, (24, 24), (0, grid[0] * 24, 0, grid[1] * 24))
+    else:
+        layout = TokenLayout.single((24, 24))
+    signals = {strategy.saliency: _packed(layout, bottom.mean(1))}
+    if len(bottom) > 1:
+        early = Signal("cls_attention", strategy.early)
+        signals[early] = _packed(layout, given["top_cls_attention"].mean(1))
+    features = torch.zeros(len(layout), 1)
+    keep = strategy.select(VisualTokens(layout, features, signals)).keep
+    if "budgets" in given:
+        counts = torch.bincount(layout.view[keep], minlength=len(bottom))
+        verdict.same("budgets", counts, given["budgets"])
+    code = layout.view * 576 + _place(layout)
+    verdict.same("keep_mask", _mask(given["keep_mask"], code[keep]), given["keep_mask"])
+    return verdict
+
+
+@replay("divprune")
+def divprune(case: Case) -> Verdict:
+    """The picked set, and what is left of a whole prompt."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    if params["kind"] == "sequence":
+        start, length = params["assumed_system_tokens"], params["visual_tokens"]
+        if params["system_tokens"] != start:
+            return Verdict(skipped="the official code assumes a wrong visual span here")
+        features = given["sequence_embeds"][start : start + length]
+    else:
+        features, length = given["features"], params["num_tokens"]
+    layout = TokenLayout.single((1, length), newline=False)
+    keep = DivPrune(retention=params["ratio"])(VisualTokens(layout, features)).keep
+    verdict.same("selected", keep, given["selected"].sort().values)
+    if params["kind"] == "sequence":
+        after = torch.arange(start + length, len(given["sequence_embeds"]))
+        survivors = torch.cat([torch.arange(start), start + keep, after])
+        verdict.same("sequence_keep", survivors, given["sequence_keep"])
+    return verdict
+
+
+@replay("vidcom2")
+def vidcom2(case: Case) -> Verdict:
+    """Resemblances, ratios, budgets and the kept set of a video."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    frames, size = params["frames"], params["tokens_per_frame"]
+    layout = TokenLayout.video(frames, (1, size))
+    newline = torch.zeros(1, params["channels"])
+    tokens = VisualTokens(layout, torch.cat([given["features"], newline]))
+    strategy = VidCom2(retention=params["base_ratio"], temperature=params["softmax_temperature"])
+    to_video, to_frame = strategy.resemblance(tokens)
+    verdict.close("video_score", to_video.view(frames, size), given["video_score"], 1e-4)
+    verdict.close("frame_score", to_frame.view(frames, size), given["frame_score"], 1e-4)
+    ratios = strategy.ratios(tokens, to_video)
+    verdict.close("frame_ratio", ratios, given["frame_ratio"], 1e-3)
+    keep = strategy.select(tokens).keep
+    counts = torch.bincount(layout.view[keep], minlength=frames)
+    verdict.same("frame_budget", counts, given["frame_budget"])
+    verdict.same("keep_global", keep, given["keep_global"])
+    return verdict
+
+
+def _padded(maps: Tensor, params: dict[str, Any]) -> TokenLayout:
+    """Views with all their padding and without separators, as some official codes have them."""
+    side = int(params["patches"] ** 0.5)
+    if len(maps) == 1:
+        return TokenLayout.single((side, side), newline=False)
+    grid = params["num_patch_height"], params["num_patch_width"]
+    box = (0, grid[0] * side, 0, grid[1] * side)
+    return TokenLayout.anyres(grid, (side, side), box, newlines=False)
+
+
+def _place(layout: TokenLayout) -> Tensor:
+    """(N,) index of every entry in its view."""
+    return layout.row * layout.view_shape[1] + layout.col
+
+
+def _packed(layout: TokenLayout, maps: Tensor) -> Tensor:
+    """(N,) values of maps (views, patches), NaN at separators."""
+    values = maps[layout.view, _place(layout).clamp(min=0)]
+    return values.masked_fill(layout.is_separator, torch.nan)
+
+
+def _mask(like: Tensor, code: Tensor) -> Tensor:
+    """A mask of the shape of ``like`` that is true at the flat places ``code``."""
+    mask = torch.zeros(like.numel(), dtype=torch.bool)
+    mask[code] = True
+    return mask.view_as(like)

@@ -175,13 +175,18 @@ class ScoringCompressor(Compressor):
         """(N,) scores, higher is kept first; values at separators are ignored."""
 
     @property
+    def allocation(self) -> Allocator:
+        """How many tokens each view keeps; for strategies that make up their own by default."""
+        return self.allocator
+
+    @property
     def needs(self) -> frozenset[Signal]:
         """What the allocator needs; a strategy adds what `score` looks at."""
-        return self.allocator.needs
+        return self.allocation.needs
 
     def select(self, tokens: VisualTokens) -> Selection:
         scores = self.score(tokens)
-        counts = self.allocator.counts(tokens, scores, self.retention)
+        counts = self.allocation.counts(tokens, scores, self.retention)
         warn_about_empty_views(self, tokens.layout, counts)
         return Selection(top_per_view(tokens.layout, scores, counts))
 

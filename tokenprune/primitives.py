@@ -13,6 +13,7 @@ from tokenprune.tokens import Kind, TokenLayout
 
 __all__ = [
     "evenly_spaced",
+    "max_min_diversity",
     "normalise",
     "project_thumbnail",
     "region_sums",
@@ -116,6 +117,33 @@ def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
     crop = layout.kind == Kind.CROP
     values = canvas[0, 0, layout.canvas_row.clamp(min=0), layout.canvas_col.clamp(min=0)]
     return torch.where(crop, values, torch.nan)
+
+
+def max_min_diversity(features: Tensor, count: int) -> Tensor:
+    """A subset whose smallest pairwise cosine distance is large, chosen greedily.
+
+    First the row whose nearest other row is farthest, then again and again the row that is farthest
+    from all chosen ones.  Ties go to the earlier row (DivPrune, arXiv 2503.02175, algorithm 1).
+
+    Args:
+        features: (P, D); compared in float32.
+        count: How many of the P rows, at most P.
+
+    Returns:
+        (count,) sorted indices.
+    """
+    chosen = torch.empty(count, dtype=torch.long, device=features.device)
+    if count < 1:
+        return chosen
+    unit = F.normalize(features.float(), dim=-1)
+    distance = 1 - unit @ unit.T
+    closest = distance.clone().fill_diagonal_(torch.inf).amin(0)
+    for step in range(count):
+        index = closest.argmax()
+        chosen[step] = index
+        closest = distance[index].clone() if step == 0 else torch.minimum(closest, distance[index])
+        closest[chosen[: step + 1]] = -torch.inf
+    return chosen.sort().values
 
 
 def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""DivPrune: the subset of tokens whose smallest distance to each other is large.
+
+Paper:  https://arxiv.org/abs/2503.02175 (CVPR 2025)
+Code:   https://github.com/vbdi/divprune, LLaVA/llava/model/llava_arch.py (799e2d9)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenprune.budget import Allocator, budget
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.primitives import max_min_diversity
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+
+@register("divprune")
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Compressor):
+    """Pick tokens one by one, each the farthest (cosine) from those picked before.
+
+    Args:
+        allocator: None picks ``round(R * P)`` over the whole image or video, as in the official
+            code; with an allocator every view is picked from by itself.
+    """
+
+    allocator: Allocator | None = None
+
+    card = Card(
+        paper="DivPrune",
+        arxiv="2503.02175",
+        code="https://github.com/vbdi/divprune (799e2d9)",
+        verified="divprune",
+        deviations=(
+            "Separators are not candidates; officially they are tokens like any other.",
+            "A picked token is never picked again; officially it can be where all others coincide "
+            "with one that was picked.",
+            "The visual span comes from the placeholders; officially it starts at position 35.",
+        ),
+    )
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset() if self.allocator is None else self.allocator.needs
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        patches = tokens.layout.patches
+        if self.allocator is None:
+            count = budget(len(patches), self.retention, "half-even")
+            return Selection(patches[max_min_diversity(tokens.features[patches], count)])
+        norms = tokens.features.float().norm(dim=-1)
+        counts = self.allocator.counts(tokens, norms, self.retention).tolist()
+        view = tokens.layout.view[patches]
+        parts = []
+        for index, count in enumerate(counts):
+            mine = patches[view == index]
+            parts.append(mine[max_min_diversity(tokens.features[mine], count)])
+        return Selection(torch.cat(parts).sort().values)
+
+    def flops(self, tokens: VisualTokens) -> float:
+        """Cosines of all pairs, and one comparison with every token for each that is picked."""
+        count = len(tokens.layout.patches)
+        return 2.0 * count * count * tokens.features.shape[1] + self.retention * count * count

@@ -1,0 +1,51 @@
+"""FasterVLM: in every view, the tokens that the CLS token attends to.
+
+Paper:  https://arxiv.org/abs/2412.01818v1
+Code:   https://github.com/Theia-4869/FasterVLM, llava/model/llava_arch.py (f5d5f12)
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tokenprune.budget import Allocator, Proportional
+from tokenprune.compressor import ScoringCompressor
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+
+@register("fastervlm")
+@dataclass(frozen=True, kw_only=True)
+class FasterVLM(ScoringCompressor):
+    """Rank by the softmaxed attention of the CLS token, mean over heads; every view keeps R of it.
+
+    Args:
+        layer: Encoder layer.  Official: the last but one, whose output the projector gets.
+        allocator: How many tokens each view keeps.
+    """
+
+    allocator: Allocator = field(default_factory=lambda: Proportional("half-even"))
+    layer: int = -2
+
+    card = Card(
+        paper="[CLS] Attention is All You Need (FasterVLM)",
+        arxiv="2412.01818",
+        code="https://github.com/Theia-4869/FasterVLM (f5d5f12)",
+        verified="fastervlm",
+        deviations=(
+            "The canvas is unpadded and its rows keep their separators; officially neither.",
+            "The canvas is LLaVA-NeXT's own; officially the pinpoint with the best fill is taken.",
+        ),
+    )
+
+    @property
+    def saliency(self) -> Signal:
+        """The score every view is ranked by."""
+        return Signal("cls_attention", self.layer)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return super().needs | {self.saliency}
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens[self.saliency]

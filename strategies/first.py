@@ -1,0 +1,28 @@
+"""First: the head of the packed sequence.  A baseline for positional bias."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenprune.budget import Allocator, TopK
+from tokenprune.compressor import ScoringCompressor
+from tokenprune.registry import Card, register
+from tokenprune.tokens import VisualTokens
+
+
+@register("first")
+@dataclass(frozen=True, kw_only=True)
+class First(ScoringCompressor):
+    """Keep the first ``floor(R * P)`` patch tokens: of an image, the thumbnail and the top.
+
+    Args:
+        allocator: ``topk`` counts over the whole sequence, ``proportional`` within every view.
+    """
+
+    allocator: Allocator = field(default_factory=TopK)
+
+    card = Card(paper="First tokens (baseline)")
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return -torch.arange(len(tokens), device=tokens.features.device)

@@ -1,0 +1,117 @@
+"""HiRED: the thumbnail's first layer shares out the budget, each view's CLS attention spends it.
+
+Paper:  https://arxiv.org/abs/2408.10945 (AAAI 2025)
+Code:   https://github.com/hasanar1f/HiRED, models/llava_next/modeling_llava_next.py (502d6dd)
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import Allocator, Proportional, budget
+from tokenprune.compressor import ScoringCompressor
+from tokenprune.primitives import region_sums
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Kind, Signal, VisualTokens
+
+
+@dataclass(frozen=True)
+class MarkedPatches(Allocator):
+    """Crops share by how many of the thumbnail's most attended patches lie in them.
+
+    Of ``B = floor(R * P)`` tokens the thumbnail gets ``min(floor(B * alpha), N)``; the rest is
+    shared in proportion to the number of marks, the top ``floor(N * (1 - alpha))`` patches of the
+    thumbnail by ``signal``; fractions are lost (official ``HiRED_sub_img_budgets``).
+
+    Args:
+        alpha: The thumbnail's share, and one minus the share of its patches that is marked.
+        signal: What marks.
+        official: Split the marks as the official code does: into runs of the flattened thumbnail,
+            which are horizontal strips, not the regions of the crops.
+    """
+
+    alpha: float
+    signal: Signal
+    official: bool = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({self.signal})
+
+    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
+        layout, sizes = tokens.layout, tokens.layout.view_sizes
+        if layout.grid == (0, 0):
+            return Proportional().counts(tokens, scores, retention)
+        total = budget(sum(sizes), retention)
+        thumbnail = min(budget(total, self.alpha) if self.alpha else 1, sizes[0])
+        rest = min(total - thumbnail, sum(sizes[1:]))
+        seen = tokens[self.signal][layout.kind == Kind.THUMBNAIL].float()
+        marked = int(len(seen) * (1 - self.alpha))
+        marks = torch.zeros_like(seen)
+        marks[seen.argsort(descending=True, stable=True)[:marked]] = 1
+        if self.official:
+            per_crop = marks.unflatten(0, (layout.grid[0] * layout.grid[1], -1)).sum(1)
+        else:
+            per_crop = region_sums(marks.view(layout.view_shape), layout.grid)
+        share = per_crop / per_crop.sum().clamp(min=1)
+        limit = torch.tensor(sizes[1:], device=share.device)
+        crops = (share * rest).long().minimum(limit)
+        return torch.cat([torch.tensor([thumbnail], device=share.device), crops])
+
+
+@register("hired")
+@dataclass(frozen=True, kw_only=True)
+class HiRED(ScoringCompressor):
+    """Rank every view by CLS attention of layer ``layer``; budgets come from an early layer.
+
+    Args:
+        alpha: See `MarkedPatches`.  Official: 0.5.
+        layer: Encoder layer that ranks.  Official: the last but one, whose output the projector
+            gets.
+        early: Encoder layer that shares out the budget.  Official: the first.
+        official: Reproduce the official region map.
+        allocator: Default: `MarkedPatches`.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    layer: int = -2
+    early: int = 0
+    official: bool = False
+    allocator: Allocator | None = None  # type: ignore[assignment]
+
+    card = Card(
+        paper="HiRED",
+        arxiv="2408.10945",
+        code="https://github.com/hasanar1f/HiRED (502d6dd)",
+        verified="hired",
+        deviations=(
+            "Marks are counted in the region each crop covers; officially in horizontal strips "
+            "(official=True).",
+            "The budget is R of the unpadded tokens; officially R of all, and what was spent on "
+            "padding is lost.",
+            "Crops lie where they belong; officially rows and columns of the grid are swapped.",
+            "Canvas rows keep their separators; officially there are none.",
+            "A single view is cut to R as well; officially LLaVA-NeXT's is not compressed.",
+        ),
+    )
+
+    @property
+    def saliency(self) -> Signal:
+        """The score every view is ranked by."""
+        return Signal("cls_attention", self.layer)
+
+    @property
+    def allocation(self) -> Allocator:
+        """How many tokens each view keeps."""
+        early = Signal("cls_attention", self.early)
+        return self.allocator or MarkedPatches(self.alpha, early, self.official)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.allocation.needs | {self.saliency}
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens[self.saliency]

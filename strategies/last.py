@@ -1,0 +1,30 @@
+"""Last: the tail of the packed sequence.  A baseline for positional bias."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenprune.budget import Allocator, TopK
+from tokenprune.compressor import ScoringCompressor
+from tokenprune.registry import Card, register
+from tokenprune.tokens import VisualTokens
+
+
+@register("last")
+@dataclass(frozen=True, kw_only=True)
+class Last(ScoringCompressor):
+    """Keep the last ``floor(R * P)`` patch tokens: of an image, the bottom of the crops.
+
+    What a method that ranks by causal attention degenerates to where attention prefers recency.
+
+    Args:
+        allocator: ``topk`` counts over the whole sequence, ``proportional`` within every view.
+    """
+
+    allocator: Allocator = field(default_factory=TopK)
+
+    card = Card(paper="Last tokens (baseline)")
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return torch.arange(len(tokens), device=tokens.features.device)

@@ -1,0 +1,75 @@
+"""Spatial pooling: every view and canvas averaged on a coarser grid.  No signal, all tokens count.
+
+There is no single official definition.  LLaVA-OneVision pools its video frames this way; here the
+unpadded canvas is pooled as one plane, behind the projector, and the grid follows from R.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.budget import budget
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Kind, VisualTokens
+
+
+@register("spatial-pool")
+@dataclass(frozen=True, kw_only=True)
+class SpatialPool(Compressor):
+    """Replace each cell of a coarse grid by the mean of its tokens.
+
+    A plane (thumbnail, canvas of crops, frame) of ``h`` x ``w`` tokens becomes ``a`` x ``b`` cells
+    with ``a * b <= floor(R * h * w)`` and nearly square; the token at ``(r, c)`` belongs to cell
+    ``(floor(r * a / h), floor(c * b / w))``.  The mean stands at the cell's middle token.
+    """
+
+    card = Card(paper="Average pooling (baseline)")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        layout, patches = tokens.layout, tokens.layout.patches
+        on_canvas = (layout.kind == Kind.CROP)[patches]
+        row = torch.where(on_canvas, layout.canvas_row[patches], layout.row[patches])
+        col = torch.where(on_canvas, layout.canvas_col[patches], layout.col[patches])
+        # All crops together are one plane; every other view is one by itself.
+        plane = layout.view[patches].masked_fill(on_canvas, 1)
+        height, width = (
+            torch.where(on_canvas, of_canvas, of_view)
+            for of_canvas, of_view in zip(layout.canvas_shape, layout.view_shape, strict=True)
+        )
+        canvas, view = (
+            torch.tensor(_grid(shape, self.retention), device=row.device)
+            for shape in (layout.canvas_shape, layout.view_shape)
+        )
+        grid = torch.where(on_canvas[:, None], canvas, view)
+        y, x = row * grid[:, 0] // height, col * grid[:, 1] // width
+        # A plane has at most as many cells as there are tokens.
+        key = (plane * len(patches) + y) * len(patches) + x
+        _, cell = key.unique(return_inverse=True)
+        cells = int(cell.max()) + 1
+        features = tokens.features[patches].float()
+        sums = features.new_zeros(cells, features.shape[1]).index_add_(0, cell, features)
+        means = sums / torch.bincount(cell, minlength=cells)[:, None]
+        middle = _middle(row, y, height, grid[:, 0]) & _middle(col, x, width, grid[:, 1])
+        return Selection(patches[middle], means[cell[middle]].to(tokens.features.dtype))
+
+
+def _grid(shape: tuple[int, int], retention: float) -> tuple[int, int]:
+    """(rows, columns) of cells for a plane, as square as the plane allows."""
+    height, width = shape
+    if not height * width:
+        return 1, 1
+    count = budget(height * width, retention)
+    # Wide enough that what is left for the columns fits, and never more cells than tokens are due.
+    rows = max(1, round(math.sqrt(count * height / width)), count // width)
+    rows = min(rows, height, count)
+    return rows, min(width, count // rows)
+
+
+def _middle(place: Tensor, cell: Tensor, length: Tensor, cells: Tensor) -> Tensor:
+    """Whether ``place`` is the middle one of those that belong to ``cell``."""
+    first = -(-cell * length // cells)  # the least place p with floor(p * cells / length) = cell
+    last = -(-(cell + 1) * length // cells) - 1
+    return place == (first + last) // 2

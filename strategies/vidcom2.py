@@ -1,0 +1,92 @@
+"""VidCom²: frames that differ from the video keep more, and in them the tokens that differ most.
+
+Paper:  https://arxiv.org/abs/2505.14454 (EMNLP 2025)
+Code:   https://github.com/xuyang-liu16/VidCom2, token_compressor/vidcom2/vidcom2.py (944a17d)
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.primitives import top_per_view
+from tokenprune.registry import Card, register
+from tokenprune.tokens import VisualTokens
+
+SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+
+
+@register("vidcom2")
+@dataclass(frozen=True, kw_only=True)
+class VidCom2(Compressor):
+    """Keep the tokens that resemble neither the video's centre nor their frame's.
+
+    On the half of the channels that vary least, with tokens of unit length there, the resemblance
+    to a centre is ``G(x, c) = sum_a exp(-|x - c|^2 / (2 a))`` over ``SCALES``.  With ``e_f`` minus
+    the mean resemblance of frame ``f`` to the video's centre, ``p = softmax(e / temperature)`` and
+    ``r_f = min(R * (1 + p_f - mean p), 1)``, frame ``f`` keeps ``max(1, round(r_f * N_f))``.
+
+    Views of an image are treated like frames.
+
+    Args:
+        temperature: Of the softmax over frames.  Official: 0.01.
+        channels: Share of the channels that is looked at.  Official: 0.5.
+    """
+
+    temperature: Annotated[float, Field(gt=0)] = 0.01
+    channels: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    card = Card(
+        paper="Video Compression Commander (VidCom²)",
+        arxiv="2505.14454",
+        code="https://github.com/xuyang-liu16/VidCom2 (944a17d)",
+        verified="vidcom2",
+        deviations=(
+            "Images, which the official code leaves alone, are compressed with their views in the "
+            "place of frames.",
+            "A batch may hold several videos; officially batches are not compressed.",
+        ),
+    )
+
+    def resemblance(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+        """(P,) float32 each: resemblance of the patch tokens to the video, and to their frame."""
+        layout, patches = tokens.layout, tokens.layout.patches
+        features, view = tokens.features[patches].float(), layout.view[patches]
+        count = max(1, int(features.shape[1] * self.channels))
+        calm = features.var(0, unbiased=False).argsort(stable=True)[:count].sort().values
+        unit = F.normalize(features[:, calm], dim=-1)
+        sums = unit.new_zeros(layout.views, count).index_add_(0, view, unit)
+        sizes = torch.bincount(view, minlength=layout.views).clamp(min=1)
+        return _kernel(unit, unit.mean(0)), _kernel(unit, (sums / sizes[:, None])[view])
+
+    def ratios(self, tokens: VisualTokens, to_video: Tensor) -> Tensor:
+        """(V,) retention ratio of every frame; 0 of one without tokens."""
+        layout = tokens.layout
+        view = layout.view[layout.patches]
+        sizes = torch.bincount(view, minlength=layout.views)
+        sums = to_video.new_zeros(layout.views).index_add_(0, view, to_video)
+        score = torch.where(sizes > 0, -sums / sizes.clamp(min=1), -torch.inf)
+        share = ((score - score.max()) / self.temperature).softmax(0)
+        mean = share.sum() / (sizes > 0).sum()
+        return (self.retention * (1 + share - mean)).clamp(max=1) * (sizes > 0)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        to_video, to_frame = self.resemblance(tokens)
+        layout = tokens.layout
+        sizes = torch.tensor(layout.view_sizes, device=to_video.device)
+        counts = (self.ratios(tokens, to_video) * sizes).round().long()
+        counts = counts.clamp(min=1).minimum(sizes)
+        scores = to_video.new_zeros(len(tokens))
+        scores[layout.patches] = -(to_video + to_frame)
+        return Selection(top_per_view(layout, scores, counts))
+
+
+def _kernel(unit: Tensor, centre: Tensor) -> Tensor:
+    """(P,) ``G`` of tokens (P, C) and the centre of each."""
+    squared = (unit - centre).square().sum(-1)
+    scales = torch.tensor(SCALES, device=unit.device)
+    return (-squared[:, None] / (2 * scales)).exp().sum(-1)

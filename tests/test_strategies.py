@@ -1,0 +1,171 @@
+"""Strategies against hand computations and slow references; the contract is tested elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tokenprune.compressor import create
+from tokenprune.primitives import max_min_diversity
+from tokenprune.strategies.hired import MarkedPatches
+from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
+LAYOUT = TokenLayout.anyres((1, 2), (2, 2), (0, 2, 0, 4))  # 4 tokens, 2 rows of 4 and a separator
+
+
+def _tokens(layout: TokenLayout = LAYOUT, dim: int = 3, seed: int = 0) -> VisualTokens:
+    draw = torch.Generator().manual_seed(seed)
+    return VisualTokens(layout, torch.randn(len(layout), dim, generator=draw))
+
+
+def test_first_and_last_by_hand() -> None:
+    """14 entries: thumbnail 0-3, canvas rows 4-7 and 9-12, separators 8 and 13."""
+    tokens = _tokens()
+    assert create("first", retention=0.5).select(tokens).keep.tolist() == [0, 1, 2, 3, 4, 5]
+    assert create("last", retention=0.5).select(tokens).keep.tolist() == [6, 7, 9, 10, 11, 12]
+    each = create("last", retention=0.5, allocator="proportional").select(tokens).keep
+    assert each.tolist() == [2, 3, 9, 10, 11, 12]  # the lower row of both crops
+    each = create("first", retention=0.25, allocator="proportional").select(tokens).keep
+    assert each.tolist() == [0, 4, 6]
+
+
+def test_feature_norm_by_hand() -> None:
+    tokens = _tokens()
+    tokens.features[torch.tensor([1, 5, 11])] *= 100
+    assert create("feature-norm", retention=0.25).select(tokens).keep.tolist() == [1, 5, 11]
+
+
+# -- pooling -------------------------------------------------------------------------------------
+
+
+def _pooled_slowly(plane: Tensor, rows: int, cols: int) -> dict[tuple[int, int], Tensor]:
+    """Cell to mean, for a plane (h, w, D)."""
+    cells: dict[tuple[int, int], list[Tensor]] = {}
+    height, width = plane.shape[:2]
+    for y in range(height):
+        for x in range(width):
+            cells.setdefault((y * rows // height, x * cols // width), []).append(plane[y, x])
+    return {cell: torch.stack(some).mean(0) for cell, some in cells.items()}
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.sampled_from([0.05, 0.1, 0.25, 0.4, 0.6, 0.9]),
+)
+def test_pooling_a_video_equals_loops(shape: tuple[int, int], retention: float) -> None:
+    tokens = _tokens(TokenLayout.video(2, shape))
+    chosen = create("spatial-pool", retention=retention).select(tokens)
+    assert chosen.features is not None
+    frames = tokens.features[:-1].view(2, *shape, -1)
+    per_frame = len(chosen.keep) // 2
+    budget = max(1, math.floor(retention * shape[0] * shape[1] + 1e-9))
+    assert 1 <= per_frame <= budget
+    found = False
+    for rows in range(1, shape[0] + 1):  # the grid is not told; some grid must explain the result
+        if per_frame % rows:
+            continue
+        cells = [_pooled_slowly(frame, rows, per_frame // rows) for frame in frames]
+        wanted = torch.stack([mean for some in cells for mean in some.values()])
+        order = chosen.keep
+        if wanted.shape == chosen.features.shape and len(order) == len(wanted):
+            found |= torch.allclose(chosen.features, wanted, atol=1e-5)
+    assert found
+
+
+def test_pooling_by_hand() -> None:
+    """At a quarter: the thumbnail becomes one token, the canvas of 2 x 4 one row of two."""
+    tokens = _tokens()
+    chosen = create("spatial-pool", retention=0.25).select(tokens)
+    assert chosen.features is not None
+    canvas = tokens.features[torch.tensor([4, 5, 6, 7, 9, 10, 11, 12])].view(2, 4, 3)
+    wanted = [tokens.features[:4].mean(0), *(canvas[:, i : i + 2].mean((0, 1)) for i in (0, 2))]
+    torch.testing.assert_close(chosen.features, torch.stack(wanted))
+    assert chosen.keep.tolist() == [0, 4, 6]  # the upper left of the four in the middle
+
+
+def test_pooling_knows_no_border_between_crops() -> None:
+    """Three cells on a canvas of two crops of three columns: the middle one spans both."""
+    layout = TokenLayout.anyres((1, 2), (1, 3), (0, 1, 0, 6), newlines=False)
+    tokens = _tokens(layout)
+    chosen = create("spatial-pool", retention=0.5).select(tokens)
+    assert chosen.features is not None
+    canvas = tokens.features[3:]
+    wanted = canvas.view(3, 2, -1).mean(1)
+    torch.testing.assert_close(chosen.features[1:], wanted)
+
+
+# -- diversity -----------------------------------------------------------------------------------
+
+
+def _diverse_slowly(features: Tensor, count: int) -> list[int]:
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    distance = (1 - unit @ unit.T).tolist()
+    everyone = range(len(features))
+    nearest = [min(distance[j][i] for j in everyone if j != i) for i in everyone]
+    chosen = [max(everyone, key=lambda i: nearest[i])]
+    while len(chosen) < count:
+        rest = [i for i in everyone if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(distance[j][i] for j in chosen)))
+    return sorted(chosen)
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 12), st.integers(0, 9))
+def test_max_min_diversity_equals_loops(size: int, seed: int) -> None:
+    features = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+    for count in range(1, size + 1):
+        assert max_min_diversity(features, count).tolist() == _diverse_slowly(features, count)
+
+
+def test_max_min_diversity_never_picks_twice() -> None:
+    assert max_min_diversity(torch.ones(5, 3), 4).tolist() == [0, 1, 2, 3]
+    assert max_min_diversity(torch.ones(5, 3), 0).tolist() == []
+
+
+def test_divprune_takes_the_budget_of_an_allocator() -> None:
+    tokens = _tokens(seed=3)
+    keep = create("divprune", retention=0.5, allocator="proportional").select(tokens).keep
+    assert LAYOUT.take(keep).view_sizes == (2, 2, 2)
+    crop = (LAYOUT.view == 2).nonzero().squeeze(1)
+    wanted = crop[torch.tensor(_diverse_slowly(tokens.features[crop], 2))]
+    assert keep[LAYOUT.view[keep] == 2].tolist() == wanted.tolist()
+
+
+# -- budgets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_hired_counts_marks_where_the_crops_are(official: bool) -> None:
+    """Thumbnail of 4 x 4, grid of 2 x 2; all marks lie in the left half."""
+    layout = TokenLayout.anyres((2, 2), (4, 4), (0, 8, 0, 8))
+    early = Signal("cls_attention", 0)
+    marks = torch.zeros(4, 4)
+    marks[:, :2] = torch.arange(1.0, 9).view(4, 2)  # the half of the patches that is marked
+    values = torch.zeros(len(layout))
+    values[layout.kind == Kind.THUMBNAIL] = marks.flatten()
+    tokens = VisualTokens(layout, torch.zeros(len(layout), 1), {early: values})
+    counts = MarkedPatches(0.5, early, official).counts(tokens, values, 0.4)
+    # 32 of 80 tokens; 16 for the thumbnail, 16 for the crops on the left.  The official strips
+    # are rows of the thumbnail, each of which holds a quarter of the marks.
+    assert counts.tolist() == ([16, 4, 4, 4, 4] if official else [16, 8, 0, 8, 0])
+
+
+def test_vidcom2_gives_the_odd_frame_more() -> None:
+    draw = torch.Generator().manual_seed(0)
+    still = torch.randn(16, 8, generator=draw)
+    frames = [still + 0.01 * torch.randn(16, 8, generator=draw) for _ in range(3)]
+    frames.append(torch.randn(16, 8, generator=draw))
+    layout = TokenLayout.video(4, (4, 4))
+    tokens = VisualTokens(layout, torch.cat([*frames, torch.zeros(1, 8)]))
+    keep = create("vidcom2", retention=0.25).select(tokens).keep
+    sizes = layout.take(keep).view_sizes
+    assert sizes[3] > max(sizes[:3])
+    assert min(sizes) >= 1
