@@ -17,7 +17,7 @@ from tokenprune.compressor import Compressor
 from tokenprune.errors import RetentionWarning, UserError
 from tokenprune.experiments import compare as module
 from tokenprune.experiments.compare import Request, cells, compare, run
-from tokenprune.experiments.data import Picture, Question
+from tokenprune.experiments.data import Picture, Question, held_out
 from tokenprune.experiments.results import Journal
 from tokenprune.tokens import Signal
 
@@ -193,10 +193,12 @@ def test_a_question_with_several_images(tmp_path: Path) -> None:
         Question("1", (a, b), "both?", "yes"),
         Question("2", (b,), "b?", "yes"),
         Question("3", (a,), "a?", "yes"),
+        Question("4", (a, b), "both again?", "yes"),
     ]
     stand = Stand()
     go(stand, tmp_path / "j", asked, batch_size=1)
-    assert stand.encoded == {0: 1, 1: 1}
+    # Once among others and once alone: a model may cut an image into crops only when it is alone.
+    assert stand.encoded == {0: 2, 1: 1}
 
 
 # --- on the testbed -------------------------------------------------------------------------------
@@ -366,3 +368,41 @@ def test_own_questions(tmp_path: Path) -> None:
     path.write_text("\n".join([*lines, lines[-1].replace("<image> <image>", "<image>")]))
     with pytest.raises(UserError, match="'line-6' has 1 image placeholders"):
         compare(request)
+
+
+@pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+@pytest.mark.parametrize("modality", ["video", "multi-image"])
+def test_videos_and_pairs_with_every_method(tmp_path: Path, modality: Any) -> None:
+    outcome = compare(
+        Request(
+            model="testbed-onevision",
+            modality=modality,
+            methods=("all",),
+            retention=(0.5,),
+            questions=10,
+            batch_size=7,
+            out=tmp_path / "run",
+        )
+    )
+    assert outcome.status == "complete"
+    assert "CLS token" in outcome.skipped["fastervlm"]
+    methods = set(outcome.summary["method"]) - {"uncompressed"}
+    assert methods | set(outcome.skipped) == set(tp.available())
+    assert not methods & set(outcome.skipped)
+    answers = pd.read_parquet(tmp_path / "run" / "answers.parquet")
+    full = answers[answers["method"] == "uncompressed"]
+    assert full["correct"].mean() >= 0.8
+    adapter = tp.load("testbed-onevision")
+    for item, said in zip(held_out(10, 0, modality), full["answer"], strict=True):
+        images = [picture.open() for picture in item.images]
+        videos = [images] if item.video else None
+        inputs = adapter.prepare(None if videos else [images], [item.question], videos)
+        ids = adapter.model.generate(**inputs)
+        assert adapter.decode(ids, inputs) == [said]
+
+
+def test_a_modality_that_the_model_lacks_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this model takes images only"):
+        compare(Request(modality="video", questions=3, out=tmp_path / "run"))
+    with pytest.raises(UserError, match="no modality is called 'videos'"):
+        compare(Request(modality="videos", out=tmp_path / "run"))  # type: ignore[arg-type]
