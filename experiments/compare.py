@@ -60,7 +60,8 @@ class Request:
     Attributes:
         model: A testbed's name, a Hub id or a local folder.
         methods: Specs such as ``globalcom2:alpha=0.3,tau=5``; ``all`` stands for every registered
-            method that the model has what it takes for.
+            method that the model has what it takes for.  ``uniform@0.3`` and chains such as
+            ``globalcom2@0.5 + fastv@0.5`` say themselves what they keep.
         retention: Shares of patch tokens to keep, each in (0, 1].
         questions: How many; None for 500 of the testbed's or for all of ``data``.
         modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed's or
@@ -363,11 +364,17 @@ def _fill(
 def cells(methods: Iterable[str], retention: Iterable[float]) -> list[Cell]:
     """The uncompressed model, then every method at every retention, most tokens first.
 
+    Methods that say what they keep (``uniform@0.3``, ``globalcom2@0.5 + fastv@0.5``) are one cell.
+
     Raises:
         UserError: An unknown method or option, or a retention outside (0, 1].
     """
     ratios = sorted(set(retention), reverse=True)
-    chosen = [Cell(tp.parse(spec, retention=ratio)) for spec in methods for ratio in ratios]
+    chosen = [
+        Cell(tp.parse(spec) if "@" in spec or " + " in spec else tp.parse(spec, retention=ratio))
+        for spec in methods
+        for ratio in ratios
+    ]
     distinct = {repr(cell.compressor): cell for cell in chosen}
     return [Cell(), *distinct.values()]
 

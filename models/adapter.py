@@ -100,6 +100,11 @@ class Adapter(ABC):
         return side, side
 
     @property
+    def projector(self) -> Any:
+        """Module that maps the vision tower's vectors to the language model's."""
+        return self.base.multi_modal_projector
+
+    @property
     def vision_width(self) -> int:
         """Width of the vision tower."""
         return int(self.base.config.vision_config.hidden_size)
@@ -147,15 +152,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
-        """Per-view score maps of every image or video, packed exactly like its features.
+        """Per-view maps of every image or video, packed exactly like its features.
 
         Args:
-            maps: For every image or video (views, patches).
+            maps: For every image or video (views, patches, C).
             call: As in `layouts`.
             modality: As in `layouts`.
 
         Returns:
-            For each (N,), NaN at separators.
+            For each (N, C), NaN at separators.
         """
 
     def describe(
@@ -170,15 +175,17 @@ class Adapter(ABC):
         Args:
             call: The arguments the encoder method was called with.
             features: For each (N, D).
-            maps: Signal to (all views, patches).
+            maps: Signal to (all views, patches), or (all views, patches, C) of a vector.
             modality: Which of `encoders`.
         """
         layouts = self.layouts(call, modality)
         views = [layout.views for layout in layouts]
-        packed = {
-            signal: self.pack(list(values.split(views)), call, modality)
-            for signal, values in maps.items()
-        }
+        packed = {}
+        for signal, values in maps.items():
+            wide = values if signal.is_vector else values[..., None]
+            rows = self.pack(list(wide.split(views)), call, modality)
+            packed[signal] = rows if signal.is_vector else [row.squeeze(-1) for row in rows]
+        projector = self.projector if any(s.name == "unprojected" for s in maps) else None
         return [
             VisualTokens(
                 layout=layout,
@@ -186,6 +193,7 @@ class Adapter(ABC):
                 features=feature.detach(),
                 signals={signal: values[index] for signal, values in packed.items()},
                 fingerprint=self.fingerprint(call, index, sum(views[:index])),
+                projector=projector,
             )
             for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
         ]

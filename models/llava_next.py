@@ -38,12 +38,12 @@ class LlavaNext(Adapter):
 
     def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
         packed, _ = self.base.pack_image_features(
-            [values[..., None] for values in maps],
+            maps,
             image_sizes(call),
             vision_feature_select_strategy="full",
-            image_newline=torch.full((1,), torch.nan),
+            image_newline=torch.full(maps[0].shape[-1:], torch.nan),
         )
-        return [values.squeeze(-1) for values in packed]
+        return list(packed)
 
     @classmethod
     def tiny(cls, decoder: str = "llama", seed: int = 0) -> LlavaNextForConditionalGeneration:

@@ -88,18 +88,18 @@ class LlavaOnevision(Adapter):
         ]
 
     def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
-        separator = torch.full((1,), torch.nan)
+        separator = torch.full(maps[0].shape[-1:], torch.nan)
         if modality == "video":
-            pooled = [self.base.apply_pooling(values[..., None]).flatten() for values in maps]
-            return [torch.cat([values, separator.to(values)]) for values in pooled]
+            pooled = [self.base.apply_pooling(values).flatten(0, 1) for values in maps]
+            return [torch.cat([values, separator[None].to(values)]) for values in pooled]
         packed, _ = self.base.pack_image_features(
-            [values[..., None] for values in maps],
+            maps,
             image_sizes(call),
             image_newline=separator,
             vision_aspect_ratio=call.get("vision_aspect_ratio")
             or self.base.config.vision_aspect_ratio,
         )
-        return [values.squeeze(-1) for values in packed]
+        return list(packed)
 
     def grouped(self, images: list[list[Any]]) -> Any:
         return images  # the processor cuts no crops where a prompt has several

@@ -46,6 +46,7 @@ class TimmModel(nn.Module):
     def __init__(self, vit: Any, name: str, grid: Sequence[tuple[int, int]] = GRID) -> None:
         super().__init__()
         self.vit = vit
+        self.multi_modal_projector = nn.Identity()
         side = vit.patch_embed.img_size[0]
         self.config = SimpleNamespace(
             image_grid_pinpoints=[[rows * side, cols * side] for rows, cols in grid],
@@ -86,7 +87,7 @@ class TimmModel(nn.Module):
         tokens = self.vit.forward_features(pixels)
         if getattr(self.vit, "attn_pool", None) is not None:
             self.vit.forward_head(tokens, pre_logits=True)  # for whoever looks at the pooling head
-        patches = tokens[:, self.vit.num_prefix_tokens :]
+        patches = self.multi_modal_projector(tokens[:, self.vit.num_prefix_tokens :])
         output = BaseModelOutputWithPooling()
         output.pooler_output = packed(list(patches.split(views)), layouts)  # type: ignore[assignment]
         return output

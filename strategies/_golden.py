@@ -14,6 +14,8 @@ from tokenprune.strategies.fastv import FastV
 from tokenprune.strategies.globalcom2 import GlobalCom2
 from tokenprune.strategies.hired import HiRED
 from tokenprune.strategies.vidcom2 import VidCom2
+from tokenprune.strategies.visionzip import VisionZip
+from tokenprune.strategies.vispruner import VisPruner
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
 
 
@@ -132,6 +134,57 @@ def fastervlm(case: Case) -> Verdict:
     return verdict
 
 
+@replay("visionzip")
+def visionzip(case: Case) -> Verdict:
+    """Dominant and contextual tokens of every view; official order and CLS token are not ours."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    layout = _padded(given["cls_attention"], params)
+    contextual = params["contextual_num"]
+    count = params["dominant_num"] + contextual
+    strategy = VisionZip(retention=count / params["patches"], contextual=contextual / count)
+    hidden = _packed(layout, given["hidden_states"][:, 1:])
+    signals = {
+        strategy.saliency: _packed(layout, given["cls_attention"].mean(1)),
+        strategy.metric: _packed(layout, given["metric"][:, 1:]),
+        Signal("unprojected"): hidden,
+    }
+    chosen = strategy.select(VisualTokens(layout, hidden, signals, projector=lambda x: x))
+    assert chosen.features is not None
+    place, view = _place(layout)[chosen.keep], layout.view[chosen.keep]
+    for index, (ranked, output) in enumerate(
+        zip(given["dominant_idx"], given["output"], strict=True)
+    ):
+        dominant = (ranked[ranked > 0] - 1).sort().values  # entry 0 is the CLS token
+        mine = view == index
+        ours = torch.isin(place[mine], dominant)
+        verdict.same("dominant_idx", place[mine][ours], dominant)
+        verdict.close("output", chosen.features[mine][ours], output[1 : 1 + len(dominant)], 1e-6)
+        # Targets in the order of their places, as officially.
+        merged = chosen.features[mine][~ours]
+        verdict.close("contextual", merged, output[1 + len(dominant) :], 1e-5)
+    return verdict
+
+
+@replay("vispruner")
+def vispruner(case: Case) -> Verdict:
+    """The mask of every view; all views are padded."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    layout = _padded(given["cls_attention"], params)
+    strategy = VisPruner(
+        retention=params["visual_token_num"] / params["patches"],
+        important=params["important_ratio"],
+    )
+    features = _packed(layout, given["features"])
+    signals = {
+        strategy.saliency: _packed(layout, given["cls_attention"].mean(1)),
+        Signal("unprojected"): features,
+    }
+    keep = strategy.select(VisualTokens(layout, features, signals)).keep
+    code = layout.view * params["patches"] + _place(layout)
+    verdict.same("keep_mask", _mask(given["keep_mask"], code[keep]), given["keep_mask"])
+    return verdict
+
+
 @replay("hired")
 def hired(case: Case) -> Verdict:
     """Budgets and masks with the official region map; the packing's defects are not ours."""
@@ -214,7 +267,9 @@ def _padded(maps: Tensor, params: dict[str, Any]) -> TokenLayout:
     side = int(params["patches"] ** 0.5)
     if len(maps) == 1:
         return TokenLayout.single((side, side), newline=False)
-    grid = params["num_patch_height"], params["num_patch_width"]
+    grid = params.get("num_patch_height", 0), params.get("num_patch_width", 0)
+    if len(maps) != 1 + grid[0] * grid[1]:  # views without a thumbnail
+        return TokenLayout.video(len(maps), (side, side))
     box = (0, grid[0] * side, 0, grid[1] * side)
     return TokenLayout.anyres(grid, (side, side), box, newlines=False)
 
@@ -225,9 +280,10 @@ def _place(layout: TokenLayout) -> Tensor:
 
 
 def _packed(layout: TokenLayout, maps: Tensor) -> Tensor:
-    """(N,) values of maps (views, patches), NaN at separators."""
+    """(N, ...) values of maps (views, patches, ...), NaN at separators."""
     values = maps[layout.view, _place(layout).clamp(min=0)]
-    return values.masked_fill(layout.is_separator, torch.nan)
+    values[layout.is_separator] = torch.nan
+    return values
 
 
 def _mask(like: Tensor, code: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from tokenprune.budget import Allocator, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import max_min_diversity
+from tokenprune.primitives import max_min_diversity, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -51,11 +51,11 @@ class DivPrune(Compressor):
             return Selection(patches[max_min_diversity(tokens.features[patches], count)])
         norms = tokens.features.float().norm(dim=-1)
         counts = self.allocator.counts(tokens, norms, self.retention).tolist()
-        view = tokens.layout.view[patches]
-        parts = []
-        for index, count in enumerate(counts):
-            mine = patches[view == index]
-            parts.append(mine[max_min_diversity(tokens.features[mine], count)])
+        views = patches_by_view(tokens.layout)
+        parts = [
+            mine[max_min_diversity(tokens.features[mine], count)]
+            for mine, count in zip(views, counts, strict=True)
+        ]
         return Selection(torch.cat(parts).sort().values)
 
     def flops(self, tokens: VisualTokens) -> float:

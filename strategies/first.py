@@ -22,6 +22,7 @@ class First(ScoringCompressor):
 
     allocator: Allocator = field(default_factory=TopK)
 
+    positional = True
     card = Card(paper="First tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -27,6 +27,7 @@ class Random(ScoringCompressor):
 
     seed: int = 0
 
+    positional = True
     card = Card(paper="Random tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:

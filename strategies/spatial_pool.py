@@ -26,6 +26,7 @@ class SpatialPool(Compressor):
     ``(floor(r * a / h), floor(c * b / w))``.  The mean stands at the cell's middle token.
     """
 
+    positional = True
     card = Card(paper="Average pooling (baseline)")
 
     def select(self, tokens: VisualTokens) -> Selection:

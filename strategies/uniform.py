@@ -20,6 +20,7 @@ from tokenprune.tokens import VisualTokens
 class Uniform(Compressor):
     """Keep ``floor(R * P)`` evenly spaced patch tokens, shared out over the views."""
 
+    positional = True
     card = Card(paper="Evenly spaced tokens (baseline)")
 
     def select(self, tokens: VisualTokens) -> Selection:

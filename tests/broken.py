@@ -25,7 +25,7 @@ from tokenprune.compressor import Compressor, Selection, parse
 from tokenprune.engine import _Session
 from tokenprune.errors import UserError
 from tokenprune.registry import Card
-from tokenprune.tokens import VisualTokens
+from tokenprune.tokens import Signal, VisualTokens
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -37,6 +37,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 class Sound(Compressor):
     """The first ``R * P`` patch tokens: nothing wrong with it."""
 
+    positional = True
     card = Card(paper="The first tokens (baseline)")
 
     def picked(self, tokens: VisualTokens) -> Tensor:
@@ -45,6 +46,41 @@ class Sound(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         return Selection(self.picked(tokens))
+
+
+class Inverted(Sound):
+    """Keeps what gets the least attention."""
+
+    positional = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("received")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        order = patches[tokens[Signal("received")][patches].argsort()]
+        return order[: max(1, int(len(patches) * self.retention))].sort().values
+
+
+class PeeksAtPlaces(Sound):
+    """Says that it goes by content, but prefers what comes late."""
+
+    positional = False
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        norms = tokens.features[patches].norm(dim=-1) + 0.05 * patches
+        count = max(1, int(len(patches) * self.retention))
+        return patches[norms.argsort(descending=True)[:count].sort().values]
+
+
+class OneTooMany(Sound):
+    """Keeps a token more than it may."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: int(len(patches) * self.retention) + 1]
 
 
 class Undocumented(Sound):
@@ -380,7 +416,9 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_selection_form": _broken(
         Unsorted, Repeated, OffByOne, OutOfRange, Empty, Short, Misshapen
     ),
-    "check_budget": _broken(Greedy),
+    "check_budget": _broken(Greedy, OneTooMany),
+    "check_keeps_what_stands_out": _broken(Inverted),
+    "check_follows_content": _broken(PeeksAtPlaces),
     "check_tokens_untouched": _broken(Scribbler),
     "check_deterministic": _broken(Counting, GlobalTorch),
     "check_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),

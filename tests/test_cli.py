@@ -280,3 +280,52 @@ def test_a_methods_card_names_its_source_options_and_deviations() -> None:
     unknown = CliRunner().invoke(app, ["list", "globalcom"])
     assert unknown.exit_code == 2
     assert "Did you mean 'globalcom2'?" in unknown.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "said"),
+    [
+        ("Inverted", "keeps what stands out", "is the ranking inverted?"),
+        ("Unsorted", "selection form", "not sorted and unique"),
+        ("Repeated", "selection form", "not sorted and unique"),
+        ("OneTooMany", "budget", "at most"),
+        ("PeeksAtPlaces", "follows content", "in reverse order"),
+        ("GlobalTorch", "rng untouched", "global generator"),
+        ("Counting", "batch equals single", "of the batch"),
+    ],
+)
+def test_audit_finds_the_fault(
+    monkeypatch: pytest.MonkeyPatch, fault: str, check: str, said: str
+) -> None:
+    from tokenprune import testing
+
+    named = f"check_{check.replace(' ', '_')}"
+    monkeypatch.setattr(
+        testing, "CHECKS", tuple(one for one in testing.CHECKS if one.__name__ == named)
+    )
+    result = CliRunner().invoke(app, ["audit", f"broken:{fault}"], env={"COLUMNS": "400"})
+    assert result.exit_code == 1, result.output
+    assert "0 of 1 checks passed" in result.output
+    assert said in result.output
+
+
+def test_audit_of_a_sound_method() -> None:
+    result = CliRunner().invoke(app, ["audit", "uniform:separators=none"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "checks passed" in result.output
+    assert "FAIL" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("nowhere.at_all:Mine", "cannot import 'nowhere.at_all'"),
+        ("broken:FAULTS", "is not a class derived from Compressor"),
+        ("unifrm", "Did you mean 'uniform'"),
+        ("uniform:separator=none", "separators"),
+    ],
+)
+def test_audit_of_nothing_is_a_sentence(method: str, said: str) -> None:
+    result = CliRunner().invoke(app, ["audit", method])
+    assert result.exit_code == 2
+    assert said in result.output

@@ -102,6 +102,11 @@ def test_cells() -> None:
         "uniform at 0.5",
         "uniform at 0.1",
     ]
+    fixed = cells(["uniform", "uniform@0.3", "globalcom2@0.5 + fastv@0.5"], [0.5, 0.1])
+    assert [str(cell) for cell in fixed[3:]] == [
+        "uniform at 0.3",
+        "globalcom2@0.5 + fastv@0.5 at 0.25",
+    ]
     with pytest.raises(UserError, match="Did you mean 'fastv'"):
         cells(["fastw"], [0.5])
     with pytest.raises(UserError, match="'layer'"):

@@ -245,3 +245,25 @@ def test_fields_need_a_name() -> None:
         compress(LlavaNext.tiny(), ready, retention=0.2),
     ):
         pass
+
+
+def test_specs_with_their_own_retention_and_chains() -> None:
+    assert parse("uniform@0.3") == create("uniform", retention=0.3)
+    assert parse("fastv:layer=3@0.5") == create("fastv", retention=0.5, layer=3)
+    chain = parse("globalcom2:tau=5@0.5 + fastv:layer=3@0.4")
+    assert isinstance(chain, Chain)
+    assert chain.retention == pytest.approx(0.2)
+    assert parse(chain.label) == chain
+    for spec, said in [
+        ("globalcom2 + fastv@0.5", "write for instance globalcom2@0.5"),
+        ("fastv@0.5 + globalcom2@0.5", "at most one pre_llm strategy followed by llm"),
+        ("uniform@1.5", "retention must be larger than 0"),
+        ("uniform@", "retention"),
+        ("unifrom@0.5 + fastv@0.5", "Did you mean 'uniform'"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            parse(spec)
+    with pytest.raises(UserError, match=r"has the retention 0\.3 and 0\.5"):
+        parse("uniform@0.3", retention=0.5)
+    with pytest.raises(UserError, match="say themselves what they keep"):
+        parse("uniform@0.3 + fastv@0.5", retention=0.5)

@@ -91,7 +91,7 @@ class _Align(ModelHook):
             return value.to(self.device) if isinstance(value, Tensor) else value
 
         return tree_map(move, args), {
-            name: value if name == "past_key_values" else tree_map(move, value)
+            name: value if name in ("cache", "past_key_values") else tree_map(move, value)
             for name, value in kwargs.items()
         }
 

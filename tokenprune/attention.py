@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Projections:
             rearrange(self.key, pattern, h=self.heads).float(),
         )
 
+    def joint(self) -> Projections:
+        """The same as one head of the full width: products are scaled by its root."""
+        width = self.heads if self.key is None else self.key.shape[-1]
+        return replace(self, heads=1, scale=width**-0.5)
+
 
 @contextmanager
 def projections(attention: nn.Module) -> Iterator[Projections]:
@@ -70,6 +75,27 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def first_arguments(module: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, what ``module`` is called with is kept, one tensor a call."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def key_vectors(tapped: Projections) -> Tensor:
+    """Keys of every token, mean over heads, unscaled.
+
+    Returns:
+        (views, tokens, head_dim) float32; of `Projections.joint`, the whole width.
+    """
+    _, key = tapped.split()
+    return key.mean(1)
 
 
 @contextmanager

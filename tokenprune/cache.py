@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 
 from tokenprune.errors import UserError
 
-__all__ = ["PrunedLayer", "adopt", "is_pruned"]
+# What models and masks call their KV cache: transformers 5.24 renamed the argument.
+CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
+
+__all__ = ["CACHE", "PrunedLayer", "adopt", "is_pruned"]
 
 
 class PrunedLayer(DynamicLayer):

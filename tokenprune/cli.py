@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -101,6 +103,7 @@ def compare(
             "-m",
             metavar="SPEC...",
             help="Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all. "
+            "One before and one inside the language model: 'globalcom2@0.5 + fastv@0.5'. "
             "[default: uniform random fastv globalcom2]",
         ),
     ] = None,
@@ -297,6 +300,88 @@ def _as_exit_status() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def audit(
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="A registered method with options (fastv:layer=3), or package.module:Class."
+        ),
+    ],
+    retention: Annotated[
+        float, typer.Option("--retention", "-r", help="Share of patch tokens to keep.")
+    ] = 0.4,
+) -> None:
+    """Check a method of anyone's against the contract, in tiny models of every family.
+
+    Prints a line for every check, with a counter-example if it fails: an inverted ranking, tokens out
+    of order or repeated, a budget that is exceeded, dependence on batch neighbours, on padding, on
+    positions or on global random numbers, and more.
+
+    Exit status: 0 all passed, 1 a check failed, 2 bad input.
+    """
+    with _as_exit_status():
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        compressor = _auditee(method, retention)
+        failed = _audit(compressor)
+    raise typer.Exit(FAILED if failed else OK)
+
+
+def _auditee(method: str, retention: float) -> Compressor:
+    """The method to be checked.  Raises `UserError` if there is none of that name."""
+    from tokenprune.compressor import Compressor, parse
+
+    module, colon, name = method.partition(":")
+    if not colon or "=" in name or not module.replace(".", "").isidentifier():
+        return parse(method, retention=retention)
+    sys.path.insert(0, "")  # a file in the working directory is a module, too
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"cannot import {module!r}: {error}. Give package.module:Class, or a registered method "
+            "(see tokenprune list)."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    if not (isinstance(found, type) and issubclass(found, Compressor)):
+        raise UserError(f"{name!r} of {module!r} is not a class derived from Compressor.")
+    return found(retention=retention)
+
+
+def _audit(compressor: Compressor) -> int:
+    """Run every check and show how it went; how many failed."""
+    from tokenprune.errors import RetentionWarning
+    from tokenprune.testing import CHECKS, hosts, run
+
+    console = Console()
+    label = compressor.label if compressor.name else type(compressor).__name__
+    table = _table("check", "", "what it means, or a counter-example", title=f"Audit of {label}")
+    failed = 0
+    with _progress() as report:
+        for index, check in enumerate(CHECKS):
+            name = check.__name__.removeprefix("check_").replace("_", " ")
+            report(index, len(CHECKS), name)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RetentionWarning)
+                    run(check, compressor, hosts(["llama"]))
+            except Exception as error:
+                failed += 1
+                said = str(error) or "it does not hold"
+                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                table.add_row(name, "FAIL", escape(f"{kind}{said}"), style="red")
+            else:
+                table.add_row(name, "ok", escape((check.__doc__ or "").strip().splitlines()[0]))
+        report(len(CHECKS), len(CHECKS), "")
+    console.print(table)
+    passed = len(CHECKS) - failed
+    console.print(f"{passed} of {len(CHECKS)} checks passed", highlight=False)
+    return failed
 
 
 # --- running and showing --------------------------------------------------------------------------

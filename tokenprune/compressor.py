@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -70,6 +71,8 @@ class Compressor(ABC):
         separators: Which separators stay: ``all`` (as in the official LLaVA-NeXT methods),
             ``rows`` (those of canvas rows that keep a token) or ``none``.  They are never part of
             R, and the ledger shows them apart.
+        positional: Whether the choice depends on where tokens lie by design, as in baselines that
+            keep evenly spaced tokens.
         positions: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps the
             position ids of the full one.  ``auto`` is ``compact`` before the language model and
             ``original`` inside it, as the official codes do.
@@ -81,6 +84,7 @@ class Compressor(ABC):
 
     name: ClassVar[str] = ""
     stage: ClassVar[Stage] = Stage.PRE_LLM
+    positional: ClassVar[bool] = False
     card: ClassVar[Card] = Card()
 
     def __post_init__(self) -> None:
@@ -249,13 +253,31 @@ def create(name: str, **fields: Any) -> Compressor:
 
 
 def parse(spec: str, **fields: Any) -> Compressor:
-    """Build a strategy from ``name`` or ``name:field=value,field=value``.
+    """Build a strategy from ``name`` or ``name:field=value,field=value``, or a chain of them.
+
+    ``name@0.5`` carries its own retention.  Strategies joined by `` + `` become a `Chain`, and each
+    of them must: ``globalcom2@0.5 + fastv:layer=3@0.5``.
 
     Raises:
-        UserError: As `create`, or the text is not of that form.
+        UserError: As `create` and `Chain.of`, the text is not of that form, or a retention is given
+            twice.
     """
+    parts = [part.strip() for part in re.split(r"\s\+\s", spec)]
+    if len(parts) > 1:
+        if fields:
+            raise UserError(f"the parts of {spec!r} say themselves what they keep; got {fields}.")
+        for part in parts:
+            if "@" not in part:
+                raise UserError(
+                    f"{part!r} in {spec!r} needs a retention of its own; write for instance "
+                    f"{' + '.join(f'{one}@0.5' for one in parts)}."
+                )
+        return Chain.of(*map(parse, parts))
+    spec, at, retention = spec.partition("@")
+    if at and "retention" in fields:
+        raise UserError(f"{spec!r} has the retention {retention} and {fields['retention']}.")
     name, _, options = spec.partition(":")
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"retention": retention.strip()} if at else {}
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
         if not equals:

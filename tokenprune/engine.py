@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from tokenprune.attention import decoder_row
-from tokenprune.cache import PrunedLayer, adopt, is_pruned
+from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
 from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
@@ -378,7 +378,9 @@ class _Session:
         if embeds is None:  # the language model is used by itself
             return None
         changed = dict(kwargs)
-        cache = changed.get("past_key_values")
+        if "past_key_values" in changed:  # the old name is still understood
+            changed[CACHE] = changed.pop("past_key_values")
+        cache = changed.get(CACHE)
         spans, continued = self._find_spans(embeds.device), is_pruned(cache)
         stages = bool(self.before or self.inside)
         if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
@@ -396,7 +398,7 @@ class _Session:
             use_cache = changed.get("use_cache")
             config = self.adapter.language_model.config
             if cache is None and (config.use_cache if use_cache is None else use_cache):
-                cache = changed["past_key_values"] = DynamicCache(config=config)
+                cache = changed[CACHE] = DynamicCache(config=config)
         state = self._start(embeds, changed, spans, labels)
         if work or continued:
             self.current = state
@@ -415,7 +417,7 @@ class _Session:
         self, embeds: Tensor, changed: Kwargs, spans: list[_Span], labels: Tensor | None
     ) -> _Pass:
         (rows, width), device = embeds.shape[:2], embeds.device
-        mask, cache = changed.get("attention_mask"), changed.get("past_key_values")
+        mask, cache = changed.get("attention_mask"), changed.get(CACHE)
         column = torch.arange(width, device=device).expand(rows, -1)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             columns = torch.where(mask[:, -width:].to(device).bool(), column, -1)
@@ -624,9 +626,9 @@ class _Session:
                 config=language.config,
                 inputs_embeds=hidden,
                 attention_mask=(state.real if layer is None else layer.mask()).long(),
-                past_key_values=state.cache,
                 position_ids=positions,
                 layer_idx=index,
+                **{CACHE: state.cache},
             )
         mask = state.masks[behind]
         return {

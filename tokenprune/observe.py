@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenprune.attention import attention_received, cls_row
+from tokenprune.attention import attention_received, cls_row, first_arguments, key_vectors
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
@@ -104,27 +104,39 @@ def _tapped(
     """While open, the vision tower's rows are kept; call what is yielded for the maps.
 
     Yields:
-        A function that returns for every signal (all views, patches).
+        A function that returns for every signal (all views, patches), or (all views, patches, C).
     """
-    layers = {signal.layer for signal in signals if not signal.needs_head}
+    behind = ("head_attention", "unprojected")
+    layers = {signal.layer for signal in signals if signal.name not in behind}
     with ExitStack() as stack:
         tapped = {layer: stack.enter_context(adapter.tap(layer)) for layer in layers}
         rows: list[Tensor] = []
         if any(signal.needs_head for signal in signals):
             rows = stack.enter_context(adapter.tap_head())
+        inputs: list[Tensor] = []
+        if any(signal.name == "unprojected" for signal in signals):
+            inputs = stack.enter_context(first_arguments(adapter.projector))
         prefix = adapter.prefix_tokens
 
         def maps() -> dict[Signal, Tensor]:
             found = {}
             for signal in signals:
                 name = signal.resolve(adapter.has_cls).name
-                if name == "head_attention":
+                rows_of = tapped.get(signal.layer)
+                if name == "unprojected":
+                    found[signal] = inputs[-1]
+                elif name == "head_attention":
                     found[signal] = rows[-1]
+                elif rows_of is None:
+                    raise RuntimeError(f"{signal} was not tapped")
+                elif name in ("keys", "joint_keys"):
+                    keys = key_vectors(rows_of.joint() if name == "joint_keys" else rows_of)
+                    found[signal] = keys[:, prefix:]
                 elif name == "received":
-                    found[signal] = attention_received(tapped[signal.layer])[:, prefix:]
+                    found[signal] = attention_received(rows_of)[:, prefix:]
                 else:
-                    softmax = name == "cls_attention"
-                    row = cls_row(tapped[signal.layer], softmax=softmax)
+                    one = rows_of.joint() if name == "cls_joint" else rows_of
+                    row = cls_row(one, softmax=name != "cls_logits")
                     found[signal] = row[:, prefix - 1 :]
             return found
 

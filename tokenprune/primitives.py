@@ -15,6 +15,7 @@ __all__ = [
     "evenly_spaced",
     "max_min_diversity",
     "normalise",
+    "patches_by_view",
     "project_thumbnail",
     "region_sums",
     "summary_distance",
@@ -53,6 +54,13 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
     view = layout.view[ranked]
     kept = ranked[_rank_in_group(view) < counts.to(view.device)[view]]
     return kept.sort().values
+
+
+def patches_by_view(layout: TokenLayout) -> list[Tensor]:
+    """Of every view the indices of its patch tokens, row by row; empty where none is left."""
+    patches = layout.patches
+    ordered = patches[layout.view[patches].argsort(stable=True)]
+    return list(ordered.split(list(layout.view_sizes)))
 
 
 def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import pickle
 import random
 import sys
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune.attention
+from tokenprune.cache import CACHE
 from tokenprune.compressor import Chain, Compressor, Selection, Stage, create, parse
 from tokenprune.engine import Trace, adapter_of, compress
 from tokenprune.errors import RetentionWarning, UserError
@@ -244,17 +246,22 @@ def sample_tokens(
     draw = torch.Generator().manual_seed(seed)
 
     def signal(which: Signal) -> Tensor:
+        if which.is_vector:
+            vectors = torch.randn(len(layout), 6, generator=draw)
+            return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
         values = torch.randn(len(layout), generator=draw)
         if which.name not in ("cls_logits", "saliency"):
             values = values.softmax(0)
         return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
 
     ordered = sorted(signals, key=repr)
+    weight = torch.randn(6, 8, generator=draw).to(dtype)
     return VisualTokens(
         layout=layout,
         features=torch.randn(len(layout), 8, generator=draw).to(dtype),
         signals={which: signal(which).to(dtype) for which in ordered},
         fingerprint=torch.randn(3, 4, 4, generator=draw),
+        projector=lambda vectors: vectors.relu() @ weight,
     )
 
 
@@ -399,7 +406,7 @@ def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[Vi
             size = ROWS[row].sizes[index] if modality == "image" else None
             maps = {
                 signal: _packed_by_hand(
-                    layout, size, _vision_attention(adapter, signal, views), adapter.view_shape
+                    layout, size, _vision_signal(adapter, signal, views), adapter.view_shape
                 )
                 for signal in signals
                 if not signal.in_llm
@@ -410,6 +417,7 @@ def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[Vi
                     features=output.pooler_output[index],
                     signals=maps,
                     fingerprint=adapter.fingerprint(call, index, 0),
+                    projector=adapter.base.multi_modal_projector,
                 )
             )
     return images
@@ -418,7 +426,10 @@ def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[Vi
 def _packed_by_hand(
     layout: TokenLayout, size: tuple[int, int] | None, maps: Tensor, view_shape: tuple[int, int]
 ) -> Tensor:
-    """(N,) score maps (views, patches) of an image of ``size`` or a video, NaN at separators."""
+    """(N, ...) maps (views, patches, ...) of an image of ``size`` or a video, NaN at separators."""
+    if maps.ndim == 3:
+        channels = [_packed_by_hand(layout, size, part, view_shape) for part in maps.unbind(-1)]
+        return torch.stack(channels, -1)
     grids = maps.unflatten(1, view_shape)
     if size is None:
         tokens = [_resampled(frame, layout.view_shape).flatten() for frame in grids]
@@ -454,25 +465,34 @@ def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
     return result
 
 
-def _vision_attention(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
-    """(V, patches) of a vision signal, from the whole attention matrix."""
+def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
+    """(V, patches) or (V, patches, C) of a vision signal, from the whole attention matrix."""
     signal = signal.resolve(adapter.has_cls)
     index = signal.layer % len(adapter.vision_layers)
     layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
     tower = adapter.base.vision_tower(views, output_hidden_states=True)
     states = layer.layer_norm1(tower.hidden_states[index])
+    first = int(adapter.has_cls)
+    if signal.name == "unprojected":
+        chosen: Tensor = tower.hidden_states[adapter.base.config.vision_feature_layer]
+        return chosen[:, first:]
 
     def heads(name: str) -> Tensor:
         out: Tensor = getattr(attention, name)(states).unflatten(-1, (attention.num_heads, -1))
         return out.transpose(1, 2)
 
     query, key = heads("q_proj"), heads("k_proj")
+    if signal.name == "keys":
+        return key.mean(1)[:, first:]
+    if "joint" in signal.name:
+        query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
+    if signal.name == "joint_keys":
+        return key[:, 0, first:]
     logits: Tensor = query @ key.mT / query.shape[-1] ** 0.5
-    first = int(adapter.has_cls)
     if signal.name == "cls_logits":
         return logits.mean(1)[:, 0, first:]
     full = logits.softmax(-1).mean(1)
-    return full[:, 0, first:] if signal.name == "cls_attention" else full.mean(1)[:, first:]
+    return full[:, 0, first:] if signal.needs_cls else full.mean(1)[:, first:]
 
 
 def _decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -651,12 +671,58 @@ def check_budget(compressor: Compressor) -> None:
             for name, tokens in _samples(part):
                 sizes = [size for size in tokens.layout.view_sizes if size]
                 share = retention * sum(sizes) * (1 if len(set(sizes)) == 1 else 2)
-                most = max(share + len(sizes), 1)
+                # Rounding up may add one token a view; where nothing is to be rounded, none.
+                extra = len(sizes) if len(sizes) > 1 else math.ceil(share - 1e-9) - share
+                most = max(share + extra, 1)
                 kept = len(_select(replace(part, retention=retention), tokens).keep)
                 assert kept <= most, (
                     f"{part.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
                     f"R = {retention}, at most {most:.1f} were due"
                 )
+
+
+def check_keeps_what_stands_out(compressor: Compressor) -> None:
+    """A token that all attention goes to is kept: the ranking is not upside down."""
+    for part in compressor.stages():
+        scalars = [signal for signal in part.needs if not signal.is_vector]
+        for name in ("2x2", "one view") if scalars else ():
+            tokens = sample_tokens(part.needs, LAYOUTS[name])
+            token = int(tokens.layout.patches[len(tokens.layout.patches) // 2])
+            signals = dict(tokens.signals)
+            for signal in scalars:
+                signals[signal] = torch.full_like(signals[signal], 1e-3).masked_fill(
+                    tokens.layout.is_separator, torch.nan
+                )
+                signals[signal][token] = 1.0
+            keep = _select(part, replace(tokens, signals=signals)).keep
+            assert token in keep.tolist(), (
+                f"{part.label} drops the one token that gets all of {[s.name for s in scalars]} "
+                f"(layout {name!r}); is the ranking inverted?"
+            )
+
+
+def check_follows_content(compressor: Compressor) -> None:
+    """What a token shows decides, not where it lies: turned content gives the turned choice.
+
+    Strategies that go by places say so with ``positional = True``.
+    """
+    for part in compressor.stages():
+        if part.positional:
+            continue
+        layout = TokenLayout.single((5, 5))
+        for seed in range(3):
+            tokens = sample_tokens(part.needs, layout, seed=seed)
+            patches = layout.patches
+            order = torch.arange(len(layout))
+            order[patches] = patches.flip(0)
+            turned = replace(
+                tokens,
+                features=tokens.features[order],
+                signals={signal: values[order] for signal, values in tokens.signals.items()},
+            )
+            keep, mirrored = _select(part, tokens).keep, _select(part, turned).keep
+            want = order[keep].sort().values
+            _same(mirrored, want, f"{part.label}, with all tokens in reverse order, keeps")
 
 
 def check_tokens_untouched(compressor: Compressor) -> None:
@@ -1109,7 +1175,7 @@ def check_second_turn(compressor: Compressor, host: Host) -> None:
         new = ids.shape[1] - inputs["input_ids"].shape[1]
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), new).long()], dim=1)
         turn = {"input_ids": ids, "attention_mask": mask}
-        second = host._generate(turn, past_key_values=first.past_key_values, **options)
+        second = host._generate(turn, **{CACHE: first.past_key_values}, **options)
     answers = second.sequences[:, inputs["input_ids"].shape[1] :]
     for row in range(len(ROWS)):
         wanted = reference(host, compressor, row, answers[row, :-1].tolist())
@@ -1146,7 +1212,7 @@ def check_leaving_refused(compressor: Compressor, host: Host) -> None:
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(out.sequences), new).long()], 1)
     turn = {"input_ids": out.sequences, "attention_mask": mask}
     _refused(
-        lambda: host.generate(turn, past_key_values=out.past_key_values),
+        lambda: host.generate(turn, **{CACHE: out.past_key_values}),
         "compressed prompt",
         "continuing a compressed KV cache outside the context",
     )
@@ -1177,6 +1243,8 @@ STRATEGY_CHECKS: tuple[Check, ...] = (
     check_is_a_value,
     check_selection_form,
     check_budget,
+    check_keeps_what_stands_out,
+    check_follows_content,
     check_tokens_untouched,
     check_deterministic,
     check_rng_untouched,

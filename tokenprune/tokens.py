@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
@@ -37,13 +37,26 @@ class Signal:
             ``head_attention`` (attention of the tower's pooling head, softmaxed, mean over heads;
             SigLIP where the checkpoint kept the head), ``saliency`` (whichever the tower has:
             ``cls_logits`` with a CLS token, otherwise ``received``), or ``llm_attention`` (row of
-            the last prompt token in a decoder layer, softmaxed, mean over heads).
+            the last prompt token in a decoder layer, softmaxed, mean over heads).  ``cls_joint`` is
+            the CLS row over all heads as one: products of the whole projections over the root of
+            their width, softmaxed.  A vector per token are ``keys`` (of an encoder layer, mean over
+            heads), ``joint_keys`` (all heads, one behind the other) and ``unprojected`` (what the
+            projector receives).
         layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
-            for ``head_attention``, which comes behind all layers.
+            for ``head_attention`` and ``unprojected``, which come behind all layers.
     """
 
     name: Literal[
-        "cls_logits", "cls_attention", "received", "head_attention", "saliency", "llm_attention"
+        "cls_logits",
+        "cls_attention",
+        "cls_joint",
+        "received",
+        "head_attention",
+        "saliency",
+        "keys",
+        "joint_keys",
+        "unprojected",
+        "llm_attention",
     ]
     layer: int = -1
 
@@ -56,6 +69,11 @@ class Signal:
     def needs_cls(self) -> bool:
         """Whether the vision tower must have a CLS token."""
         return self.name.startswith("cls")
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is (N, C), a vector per token, and not (N,)."""
+        return self.name in ("keys", "joint_keys", "unprojected")
 
     @property
     def needs_head(self) -> bool:
@@ -261,15 +279,17 @@ class VisualTokens:
     Attributes:
         layout: Geometry of the N entries.
         features: (N, D) what the language model receives.
-        signals: Whatever the strategy declared in `Compressor.needs`; each (N,), NaN at
-            separators where the signal exists for patches only.
+        signals: Whatever the strategy declared in `Compressor.needs`; each (N,), or (N, C) where
+            `Signal.is_vector`, NaN at separators where the signal exists for patches only.
         fingerprint: Some of the image's pixels, from which `seed` derives.
+        projector: Maps ``unprojected`` vectors to features; there where that signal is.
     """
 
     layout: TokenLayout
     features: Tensor
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
     fingerprint: Tensor | None = None
+    projector: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         aligned: dict[Any, Tensor] = {"features": self.features, **self.signals}
@@ -284,7 +304,7 @@ class VisualTokens:
         return len(self.layout)
 
     def __getitem__(self, signal: Signal) -> Tensor:
-        """(N,) the signal, on the device of the features."""
+        """(N,) or (N, C) the signal, on the device of the features."""
         if signal not in self.signals and signal.name == "saliency":
             both = signal.resolve(has_cls=True), signal.resolve(has_cls=False)
             signal = next((one for one in both if one in self.signals), signal)
@@ -294,6 +314,19 @@ class VisualTokens:
                 f"{', '.join(map(str, self.signals)) or 'none'}."
             )
         return self.signals[signal].to(self.features.device)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Features (M, D) that the model makes of vectors (M, C) changed before its projector.
+
+        Raises:
+            UserError: The strategy did not name ``unprojected`` in its `needs`.
+        """
+        found = [value for signal, value in self.signals.items() if signal.name == "unprojected"]
+        if self.projector is None or not found:
+            raise UserError("the projector is there for strategies that need 'unprojected' only.")
+        with torch.no_grad():
+            made = self.projector(vectors.to(found[0]))
+        return made.to(self.features)
 
     @property
     def seed(self) -> int:

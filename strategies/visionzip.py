@@ -1,0 +1,110 @@
+"""VisionZip: keep the dominant tokens of every view, merge the rest into a few contextual ones.
+
+Paper:  https://arxiv.org/abs/2412.04467 (CVPR 2025)
+Code:   https://github.com/dvlab-research/VisionZip, visionzip/clip_encoder.py (3151f6d)
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import Allocator, Proportional
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.primitives import patches_by_view
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+
+@register("visionzip")
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Compressor):
+    """Of the ``T`` tokens of a view, ``T - C`` are its most attended patches, ``C`` are merged.
+
+    Of the ``M`` other patches in raster order, those at ``0, s, 2s, ...`` with
+    ``s = max(1, M // C)`` become targets.  Every other one goes to the target whose key is nearest
+    by cosine; a target becomes itself plus the mean of what came to it, before the projector.
+
+    Args:
+        contextual: Share ``C / T``.  Official: 10 of 64, 30 of 192.
+        score: ``cls_attention``, or ``received`` for towers without CLS token, as third parties do.
+        layer: Encoder layer of attention and keys.  Official: the last but one, whose output the
+            projector gets.
+        merge: ``add`` as in the official code, or ``mean``: of the target and what came to it.
+        allocator: How many tokens each view keeps.
+    """
+
+    contextual: Annotated[float, Field(ge=0, lt=1)] = 10 / 64
+    score: Literal["cls_attention", "received"] = "cls_attention"
+    layer: int = -2
+    merge: Literal["add", "mean"] = "add"
+    allocator: Allocator = field(default_factory=lambda: Proportional("half-even"))
+
+    positional = True
+    card = Card(
+        paper="VisionZip",
+        arxiv="2412.04467",
+        code="https://github.com/dvlab-research/VisionZip (3151f6d)",
+        verified="visionzip",
+        deviations=(
+            "Contextual tokens stand where their targets were; officially they follow all others.",
+            "The CLS token itself, which officially is sent along, is not: no host packs it.",
+            "The canvas is unpadded and its rows keep their separators; officially neither.",
+            "Where a model pools or resamples behind the projector, merging happens behind it too.",
+        ),
+    )
+
+    @property
+    def saliency(self) -> Signal:
+        """What makes a token dominant."""
+        return Signal(self.score, self.layer)
+
+    @property
+    def metric(self) -> Signal:
+        """What the others are merged by."""
+        return Signal("keys", self.layer)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.allocator.needs | {self.saliency, self.metric, Signal("unprojected")}
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores, vectors = tokens[self.saliency].float(), tokens[Signal("unprojected")]
+        keys = F.normalize(tokens[self.metric].float(), dim=-1)
+        counts = self.allocator.counts(tokens, scores, self.retention).tolist()
+        dominant, targets, merged = [], [], []
+        for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
+            contextual = min(round(count * self.contextual), max(count - 1, 0))
+            order = scores[patches].argsort(descending=True, stable=True)
+            best, rest = order[: count - contextual], order[count - contextual :].sort().values
+            dominant.append(patches[best])
+            if contextual:
+                rest = patches[rest]
+                target, vector = self._merged(rest, contextual, vectors, keys)
+                targets.append(target)
+                merged.append(vector)
+        keep, place = torch.cat([*dominant, *targets]).sort()
+        features = tokens.features[torch.cat(dominant)]
+        if merged:
+            features = torch.cat([features, tokens.project(torch.cat(merged))])
+        return Selection(keep, features[place])
+
+    def _merged(
+        self, rest: Tensor, count: int, vectors: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``count`` targets among the indices ``rest`` (M,), and their new vectors."""
+        step = max(1, len(rest) // count)
+        chosen = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
+        chosen[torch.arange(count, device=rest.device) * step] = True
+        targets, others = rest[chosen], rest[~chosen]
+        nearest = (keys[others] @ keys[targets].T).argmax(-1)
+        came = vectors[others].float()
+        sums = came.new_zeros(count, came.shape[1]).index_add_(0, nearest, came)
+        number = torch.bincount(nearest, minlength=count)[:, None]
+        own = vectors[targets].float()
+        if self.merge == "mean":
+            return targets, (own + sums) / (1 + number)
+        return targets, own + sums / number.clamp(min=1)
