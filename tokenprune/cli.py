@@ -316,9 +316,9 @@ def audit(
 ) -> None:
     """Check a method of anyone's against the contract, in tiny models of every family.
 
-    Prints a line for every check, with a counter-example if it fails: an inverted ranking, tokens out
-    of order or repeated, a budget that is exceeded, dependence on batch neighbours, on padding, on
-    positions or on global random numbers, and more.
+    Prints a line for every check, with a counter-example if it fails: an inverted ranking, tokens
+    out of order or repeated, a budget that is exceeded, dependence on batch neighbours, on padding,
+    on positions or on global random numbers, and more.
 
     Exit status: 0 all passed, 1 a check failed, 2 bad input.
     """
