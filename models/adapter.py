@@ -233,11 +233,16 @@ class Adapter(ABC):
                         f"{'decoder' if signal.in_llm else 'vision tower'}, which has {depth}."
                     )
             for cut in part.cuts:
-                if not 0 < cut < len(self.decoder_layers):
+                layer = self.cut_layer(cut)
+                if not 0 < layer < len(self.decoder_layers):
                     raise UserError(
-                        f"{part.name} cuts in front of decoder layer {cut}; this model has layers "
-                        f"0 to {len(self.decoder_layers) - 1}."
+                        f"{part.name} cuts in front of decoder layer {layer}; this model has "
+                        f"layers 0 to {len(self.decoder_layers) - 1}."
                     )
+
+    def cut_layer(self, cut: int | float) -> int:
+        """Index of the decoder layer that a cut, perhaps a share of the depth, lies in front of."""
+        return cut if isinstance(cut, int) else round(cut * len(self.decoder_layers))
 
     def require_language_model(self) -> None:
         """Raise `UserError` if there is none."""

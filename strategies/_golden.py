@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention import Projections, cls_row
+from tokenprune.budget import Proportional
 from tokenprune.golden import Case, Verdict, replay
 from tokenprune.primitives import project_thumbnail
 from tokenprune.strategies.divprune import DivPrune
@@ -13,6 +14,8 @@ from tokenprune.strategies.fastervlm import FasterVLM
 from tokenprune.strategies.fastv import FastV
 from tokenprune.strategies.globalcom2 import GlobalCom2
 from tokenprune.strategies.hired import HiRED
+from tokenprune.strategies.prumerge import PruMerge
+from tokenprune.strategies.pyramiddrop import PyramidDrop
 from tokenprune.strategies.vidcom2 import VidCom2
 from tokenprune.strategies.visionzip import VisionZip
 from tokenprune.strategies.vispruner import VisPruner
@@ -259,6 +262,62 @@ def vidcom2(case: Case) -> Verdict:
     counts = torch.bincount(layout.view[keep], minlength=frames)
     verdict.same("frame_budget", counts, given["frame_budget"])
     verdict.same("keep_global", keep, given["keep_global"])
+    return verdict
+
+
+@replay("prumerge")
+def prumerge(case: Case) -> Verdict:
+    """Scores, centres and merged tokens of every image; order and budget are the official ones."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    centres = params["centers"]
+    tapped = Projections(1, params["dim"] ** -0.5, given["query_cls"][:, None], given["key"])
+    scores = cls_row(tapped, softmax=True)
+    verdict.close("cls_attn", scores, given["cls_attn"], 1e-5)
+    layout = TokenLayout.single((24, 24), newline=False)
+    strategy = PruMerge(
+        retention=(centres + 1) / params["patches"],
+        spatial=params["spatial_added"] / centres,
+        step=params["spatial_step"] or 0,
+        allocator=Proportional("half-even"),
+    )
+    for image, score in enumerate(scores):
+        signals = {
+            strategy.saliency: score,
+            strategy.metric: given["key"][image, 1:],
+            Signal("unprojected"): given["hidden_states"][image, 1:],
+        }
+        features = given["hidden_states"][image, 1:]
+        chosen = strategy.select(VisualTokens(layout, features, signals, projector=lambda x: x))
+        assert chosen.features is not None
+        wanted, output = given["center_idx"][image], given["output"][image]
+        ours = torch.isin(chosen.keep, wanted)
+        verdict.same("center_idx", chosen.keep[ours], wanted.sort().values)
+        verdict.close("output", chosen.features[ours], output[:-1][wanted.argsort()], 1e-4)
+        verdict.close("extra", chosen.features[~ours], output[-1:], 1e-4)
+    return verdict
+
+
+@replay("pyramiddrop")
+def pyramiddrop(case: Case) -> Verdict:
+    """The kept set of a stage and what is left of the prompt, from the official attention row."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    ratios, start = params["ratio_list"], params["image_start"]
+    depths = tuple((i + 1) / (len(ratios) + 1) for i in range(len(ratios)))
+    strategy = PyramidDrop(retention=ratios[-1], depths=depths).at(depths[params["stage"]])
+    for row, attention in enumerate(given["attention_row"]):
+        length, entered = params["visual_before"][row], params["original_visual"][row]
+        score = attention.float().mean(0)
+        visual = score[start : start + length]
+        layout = TokenLayout.single((1, length), newline=False)
+        signals = {Signal("llm_ahead"): visual}
+        tokens = VisualTokens(layout, torch.zeros(length, 1), signals, entered=entered)
+        keep = strategy.select(tokens).keep
+        verdict.close("visual_score", visual, given["visual_score"][row], 1e-6)
+        verdict.same("kept", keep, given["kept"][row])
+        after = start + length + torch.arange(params["text_tokens"][row])
+        survivors = torch.cat([torch.arange(start), start + keep, after])
+        expected = given["survivors"][row]
+        verdict.same("survivors", survivors, expected[expected >= 0])
     return verdict
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from transformers import (
     AutoModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 import tokenprune.attention
 from tokenprune.attention import attention_received, cls_row, decoder_row, projections
+from tokenprune.golden import read as replay_cases
 
 SIZES = {
     "hidden_size": 24,
@@ -192,3 +196,36 @@ def test_decoder_row_of_an_earlier_token() -> None:
     wanted = out.attentions[0].mean(1)[torch.arange(2), asking]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert (got[0, 8:] == 0).all()
+
+
+def test_the_row_ahead_is_the_official_one_of_pyramiddrop() -> None:
+    """RMSNorm, projections and rotation of the layer behind the cut, for a padded batch."""
+    folder = Path(__file__).parent / "data" / "golden" / "pyramiddrop"
+    (case,) = (c for c in replay_cases(folder, "pyramiddrop") if c.params["batch"] == 2)
+    given, params = case.tensors, case.params
+    width, heads = params["dim"], params["heads"]
+    config = LlamaConfig(
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        rms_norm_eps=params["rms_eps"],
+        num_hidden_layers=1,
+        intermediate_size=8,
+        vocab_size=8,
+    )
+    layer = LlamaModel(config).layers[0]
+    layer.input_layernorm.weight.data = given["norm_weight"]
+    layer.self_attn.q_proj.weight.data = given["q_weight"]
+    layer.self_attn.k_proj.weight.data = given["k_weight"]
+    features = given["features"]
+    lengths = [
+        params["image_start"] + visual + text
+        for visual, text in zip(params["visual_before"], params["text_tokens"], strict=True)
+    ]
+    slots = torch.arange(features.shape[1])
+    visible = slots[None] < torch.tensor(lengths)[:, None]
+    rotary = LlamaModel(config).rotary_emb(features, slots[None])
+    last = torch.tensor(lengths) - 1
+    with torch.no_grad():
+        row = decoder_row(layer.self_attn, layer.input_layernorm(features), rotary, last, visible)
+    torch.testing.assert_close(row, given["attention_row"].mean(1), atol=1e-6, rtol=1e-5)

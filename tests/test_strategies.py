@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.compressor import create
-from tokenprune.primitives import max_min_diversity
+from tokenprune.primitives import cover, max_min_diversity
 from tokenprune.strategies.hired import MarkedPatches
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
 
@@ -169,3 +169,100 @@ def test_vidcom2_gives_the_odd_frame_more() -> None:
     sizes = layout.take(keep).view_sizes
     assert sizes[3] > max(sizes[:3])
     assert min(sizes) >= 1
+
+
+# -- coverage, graphs, merging -------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 9), st.integers(0, 9))
+def test_cover_equals_loops(size: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize(torch.randn(size, 3, generator=draw), dim=-1)
+    alike, worth = unit @ unit.T, torch.rand(size, generator=draw)
+    chosen: list[int] = []
+    covered = [0.0] * size
+    for _ in range(size):
+        gains = {
+            j: float(worth[j]) * sum(max(0.0, float(alike[i, j]) - covered[i]) for i in range(size))
+            for j in range(size)
+            if j not in chosen
+        }
+        best = max(gains, key=lambda j: gains[j])
+        if gains[best] < 1e-5:  # nothing left to gain: float noise decides
+            break
+        chosen.append(best)
+        covered = [max(c, float(alike[i, best])) for i, c in enumerate(covered)]
+        assert cover(alike, worth, len(chosen)).tolist() == sorted(chosen)
+    assert cover(alike, worth, size).tolist() == list(range(size))
+
+
+def test_scope_prefers_what_is_salient_among_equals() -> None:
+    layout = TokenLayout.single((1, 4))
+    x, y = torch.eye(2)
+    vectors = torch.stack([x, x, y, y, torch.full((2,), torch.nan)])
+    scores = torch.tensor([0.1, 0.4, 0.3, 0.2, torch.nan])
+    signals = {Signal("cls_attention", -2): scores, Signal("unprojected"): vectors}
+    tokens = VisualTokens(layout, torch.zeros(5, 2), signals)
+    assert create("scope", retention=0.5).select(tokens).keep.tolist() == [1, 2]
+
+
+def test_gprune_equals_loops() -> None:
+    strategy = create("gprune", retention=0.5)
+    features = torch.randn(7, 3, generator=torch.Generator().manual_seed(2))
+    size = len(features)
+    norms = [float(row.norm()) for row in features]
+    cosines = [
+        [float(a @ b) / (norms[i] * norms[j]) for j, b in enumerate(features)]
+        for i, a in enumerate(features)
+    ]
+    edges = [[j for j in range(size) if cosines[i][j] >= 0.5] for i in range(size)]
+    information = norms
+    for _ in range(5):
+        passed = [0.0] * size
+        for i in range(size):
+            total = sum(math.exp(cosines[i][j] / 0.03) for j in edges[i])
+            for j in edges[i]:
+                passed[j] += information[i] * math.exp(cosines[i][j] / 0.03) / total
+        information = passed
+    wanted = torch.tensor([value / len(edges[i]) for i, value in enumerate(information)])
+    torch.testing.assert_close(strategy.score(features), wanted, rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+
+
+def test_gprune_takes_the_canvas_as_one_plane() -> None:
+    keep = create("gprune", retention=0.5).select(_tokens()).keep
+    kind = LAYOUT.kind[keep]
+    assert int((kind == Kind.THUMBNAIL).sum()) == 2
+    assert int((kind == Kind.CROP).sum()) == 4
+
+
+def test_prumerge_keeps_the_mass_of_what_it_drops() -> None:
+    """Without neighbours: centres are as they were, and one token is the weighted rest."""
+    layout = TokenLayout.single((1, 5))
+    draw = torch.Generator().manual_seed(0)
+    vectors, keys = torch.randn(6, 3, generator=draw), torch.randn(6, 4, generator=draw)
+    scores = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05, torch.nan])
+    signals = {
+        Signal("cls_joint"): scores,
+        Signal("joint_keys"): keys,
+        Signal("unprojected"): vectors,
+    }
+    tokens = VisualTokens(layout, vectors, signals, projector=lambda x: 2 * x)
+    chosen = create("prumerge", retention=0.6, neighbours=0).select(tokens)
+    assert chosen.keep.tolist() == [0, 1, 3]  # 1 and 3 are centres, 0 is the most attended other
+    rest = sum(scores[i] * vectors[i] for i in (0, 2, 4))
+    assert chosen.features is not None
+    wanted = 2 * torch.stack([rest, vectors[1], vectors[3]])
+    torch.testing.assert_close(chosen.features, wanted)
+
+
+def test_pyramiddrop_follows_its_schedule() -> None:
+    method = create("pyramiddrop", retention=0.125)
+    layout = TokenLayout.single((8, 8))
+    row = torch.arange(65.0)
+    tokens = VisualTokens(layout, torch.zeros(65, 1), {Signal("llm_ahead"): row})
+    left = [len(method.at(cut).select(tokens).keep) for cut in method.cuts]
+    assert left == [32, 16, 8]
+    halved = tokens.take(torch.arange(32, 65))
+    inside = VisualTokens(halved.layout, halved.features, halved.signals, entered=64)
+    assert len(method.at(0.5).select(inside).keep) == 16

@@ -159,6 +159,7 @@ def decoder_row(
     query_slots: Tensor,
     visible: Tensor,
     keys: Tensor | None = None,
+    past: Tensor | None = None,
 ) -> Tensor:
     """Attention that one query per row of the batch pays to every key, mean over heads.
 
@@ -170,6 +171,7 @@ def decoder_row(
         query_slots: (B,) which of the M entries asks.
         visible: (B, K) bool, keys the query may look at; K >= M with cached keys in front.
         keys: (B, kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
+        past: (B, kv_heads, K - M, head_dim) rotated keys in front of those that are computed.
 
     Returns:
         (B, K) float32 softmaxed rows.
@@ -193,6 +195,8 @@ def decoder_row(
     if keys is None:
         keys = heads("k", hidden)
         keys, _ = rotate(keys, keys, cos, sin)
+        if past is not None:
+            keys = torch.cat([past, keys], dim=2)
     # The query heads of a group become rows of one product: the keys are never repeated.
     grouped = rearrange(query, "b (g r) 1 d -> b g r d", g=keys.shape[1])
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]

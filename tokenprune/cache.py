@@ -50,6 +50,11 @@ class PrunedLayer(DynamicLayer):
         self.extra: Tensor | None = None
         self.window: int | None = getattr(layer, "sliding_window", None)
 
+    @property
+    def held(self) -> int:
+        """Entries that are there already."""
+        return self._physical()
+
     def _physical(self) -> int:
         if self.keys is None or not self.keys.numel():
             return 0

@@ -103,9 +103,16 @@ class Compressor(ABC):
         return frozenset()
 
     @property
-    def cuts(self) -> tuple[int, ...]:
-        """Decoder layers in front of which an ``llm`` strategy selects, ascending."""
+    def cuts(self) -> tuple[int | float, ...]:
+        """Where an ``llm`` strategy selects: in front of which decoder layers, ascending.
+
+        Whole numbers are indices of layers, fractions in (0, 1) shares of the decoder's depth.
+        """
         return ()
+
+    def at(self, cut: int | float) -> Compressor:
+        """What selects at ``cut``, one of `cuts`; itself unless its cuts differ."""
+        return self
 
     @property
     def keeps_positions(self) -> bool:

@@ -222,6 +222,13 @@ class _Pass:
         """(B, M) which slots are not padding."""
         return self.columns >= 0
 
+    def asking(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(B,) slot of the last prompt token, and (B, M) which slots it may look at."""
+        columns, query = self.columns.to(device), self.query.to(device)
+        visible = (columns >= 0) & (columns <= query[:, None])
+        slot = torch.arange(columns.shape[1], device=device)
+        return torch.where(visible, slot, 0).amax(1), visible
+
     def slots(self, span: _Span) -> Tensor:
         """(M,) where the span's tokens lie now."""
         if not self.packed:
@@ -244,7 +251,7 @@ class _Session:
         self.signals = compressor.needs if compressor is not None else frozenset()
         stages = list(compressor.stages()) if compressor is not None else []
         self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
-        self.inside = {cut: part for part in stages for cut in part.cuts}
+        self.inside = {adapter.cut_layer(c): part.at(c) for part in stages for c in part.cuts}
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
         self.placeholders: dict[str, Tensor] = {}
@@ -269,7 +276,7 @@ class _Session:
         ]
         if adapter.model is not adapter.base:
             hooks.append((adapter.model, self._labels))
-        for index in {signal.layer for signal in self.signals if signal.in_llm}:
+        for index in {signal.layer for signal in self.signals if signal.name == "llm_attention"}:
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
         handles = [
@@ -408,6 +415,8 @@ class _Session:
             self._charge_vision(state)
         for part in self.before if spans else []:
             embeds = self._shorten(state, part, embeds, changed)
+        for span in spans:
+            span.tokens = replace(span.tokens, entered=len(span.tokens.layout.patches))
         self._count(state, 0)
         if spans or not (continued or (cache is not None and cache.get_seq_length())):
             self.opened, state.entered = state, state.real.sum(1)
@@ -562,6 +571,8 @@ class _Session:
         """Select in front of decoder layer ``index``: (B, M, D) hidden states of what is left."""
         part, width = self.inside[index], hidden.shape[1]
         rows = self._rows(state, part)
+        if any(signal.name == "llm_ahead" for signal in part.needs):
+            rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
         state.tapped.clear()
         keep, gone = state.real, False
         for span in state.spans:
@@ -642,15 +653,12 @@ class _Session:
         """(B, M) the attention rows over the current slots that ``part`` asks for."""
         rows = {}
         for signal in part.needs:
-            if not signal.in_llm:
+            if signal.name != "llm_attention":
                 continue
             tapped = state.tapped[signal.layer]
             hidden = tapped["hidden_states"]
             device, count = hidden.device, hidden.shape[1]
-            columns, query = state.columns.to(device), state.query.to(device)
-            visible = (columns >= 0) & (columns <= query[:, None])
-            slot = torch.arange(count, device=device)
-            asking = torch.where(visible, slot, 0).amax(1)
+            asking, visible = state.asking(device)
             keys = None
             if state.layers:
                 layer = state.layers[signal.layer]
@@ -663,6 +671,31 @@ class _Session:
             rows[signal] = row[:, -count:]
             state.read.append((signal.layer, keys is None))
         return rows
+
+    @torch.no_grad()
+    def _row_ahead(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+        """(B, M) the attention row over the current slots in the layer that is about to run."""
+        layer: Any = self.adapter.decoder_layers[index]
+        norm = layer.input_layernorm
+        # With layers on several devices, the norm's weight says where this one lies.
+        states = norm(hidden.to(norm.weight.device))
+        device, count = states.device, states.shape[1]
+        asking, visible = state.asking(device)
+        past = None
+        cached = state.layers[index] if state.layers else None
+        if cached is not None and cached.keys is not None and cached.held:
+            past = cached.keys.to(device)
+            visible = torch.cat([cached.valid[:, : past.shape[2]].to(device), visible], 1)
+        moved = state.inherited[index] if state.inherited else None
+        if moved is None:
+            cos, sin = state.rotary or kwargs["position_embeddings"]
+        else:
+            positions = (state.positions - moved.to(state.positions.device)).to(device)
+            cos, sin = self.adapter.language_model.rotary_emb(states, positions)
+        rotary = cos.to(device), sin.to(device)
+        row = decoder_row(layer.self_attn, states, rotary, asking, visible, past=past)
+        state.read.append((index - 1, True))  # as many keys as the layer before processed
+        return row[:, -count:]
 
     def _recall(self, state: _Pass, span: _Span, index: int) -> Selection | None:
         """What was chosen when this very prompt ran before, without a KV cache."""

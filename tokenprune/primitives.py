@@ -12,9 +12,11 @@ from torch import Tensor
 from tokenprune.tokens import Kind, TokenLayout
 
 __all__ = [
+    "cover",
     "evenly_spaced",
     "max_min_diversity",
     "normalise",
+    "patches_by_plane",
     "patches_by_view",
     "project_thumbnail",
     "region_sums",
@@ -61,6 +63,44 @@ def patches_by_view(layout: TokenLayout) -> list[Tensor]:
     patches = layout.patches
     ordered = patches[layout.view[patches].argsort(stable=True)]
     return list(ordered.split(list(layout.view_sizes)))
+
+
+def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
+    """Of every plane that is not empty the indices of its patch tokens, in sequence order.
+
+    The thumbnail is a plane, the crops together are one (their canvas), and so is every frame.
+    """
+    crop = (layout.kind == Kind.CROP)[layout.patches]
+    plane = layout.view[layout.patches].masked_fill(crop, 1)
+    sizes = torch.bincount(plane).tolist()
+    ordered = layout.patches[plane.argsort(stable=True)]
+    return [part for part in ordered.split(sizes) if len(part)]
+
+
+def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
+    """A subset that covers all rows well, chosen greedily (facility location).
+
+    Again and again the row ``j`` with the largest ``worth_j * sum_i max(0, alike_ij - c_i)``, where
+    ``c_i``, at first 0, is the largest ``alike`` of row ``i`` to a chosen one.  Ties go to the
+    earlier row (SCOPE, arXiv 2510.24214).
+
+    Args:
+        alike: (P, P) similarities.
+        worth: (P,) not negative.
+        count: How many of the P rows, at most P.
+
+    Returns:
+        (count,) sorted indices.
+    """
+    chosen = torch.empty(count, dtype=torch.long, device=alike.device)
+    covered = alike.new_zeros(len(alike))
+    free = torch.zeros_like(covered)
+    for step in range(count):
+        gain = (alike - covered[:, None]).clamp(min=0).sum(0) * worth + free
+        chosen[step] = index = gain.argmax()
+        covered = torch.maximum(covered, alike[:, index])
+        free[index] = -torch.inf
+    return chosen.sort().values
 
 
 def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune.attention
+from tokenprune.budget import Proportional
 from tokenprune.cache import CACHE
 from tokenprune.compressor import Chain, Compressor, Selection, Stage, create, parse
 from tokenprune.engine import Trace, adapter_of, compress
@@ -364,6 +365,7 @@ def reference(
     for part in stages:
         if part.stage is Stage.PRE_LLM:
             cut(part)
+    images[:] = [replace(some, entered=len(some.layout.patches)) for some in images]
     inside = [part for part in stages if part.cuts]
     if not inside and torch.equal(positions, torch.arange(len(positions))):
         # Nothing happens inside, so the plain model on the plain short prompt is the reference.
@@ -373,12 +375,17 @@ def reference(
     seen_positions = []
     for index, layer in enumerate(adapter.decoder_layers):
         for part in inside:
-            if index in part.cuts:
-                cut(part)
+            for where in part.cuts:
+                if adapter.cut_layer(where) == index:
+                    rotary = language.rotary_emb(hidden[None], positions[None])
+                    square = torch.full((len(ids), len(ids)), torch.nan)
+                    square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+                    attention[Signal("llm_ahead")] = square
+                    cut(part.at(where))
         seen_positions.append(positions)
         rotary = language.rotary_emb(hidden[None], positions[None])
         for signal in compressor.needs:
-            if signal.in_llm and signal.layer == index:
+            if signal.name == "llm_attention" and signal.layer == index:
                 square = torch.full((len(ids), len(ids)), torch.nan)
                 square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
                 attention[signal] = square
@@ -684,7 +691,10 @@ def check_budget(compressor: Compressor) -> None:
 def check_keeps_what_stands_out(compressor: Compressor) -> None:
     """A token that all attention goes to is kept: the ranking is not upside down."""
     for part in compressor.stages():
-        scalars = [signal for signal in part.needs if not signal.is_vector]
+        own = part  # what ranks, not what the allocator looks at
+        if getattr(part, "allocator", None) is not None:
+            own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
+        scalars = [signal for signal in own.needs if not signal.is_vector]
         for name in ("2x2", "one view") if scalars else ():
             tokens = sample_tokens(part.needs, LAYOUTS[name])
             token = int(tokens.layout.patches[len(tokens.layout.patches) // 2])

@@ -41,7 +41,8 @@ class Signal:
             the CLS row over all heads as one: products of the whole projections over the root of
             their width, softmaxed.  A vector per token are ``keys`` (of an encoder layer, mean over
             heads), ``joint_keys`` (all heads, one behind the other) and ``unprojected`` (what the
-            projector receives).
+            projector receives).  ``llm_ahead`` is ``llm_attention`` of the very layer that a
+            selection stands in front of, computed ahead of it.
         layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
             for ``head_attention`` and ``unprojected``, which come behind all layers.
     """
@@ -57,13 +58,14 @@ class Signal:
         "joint_keys",
         "unprojected",
         "llm_attention",
+        "llm_ahead",
     ]
     layer: int = -1
 
     @property
     def in_llm(self) -> bool:
         """Whether the language model provides it (otherwise the vision tower does)."""
-        return self.name == "llm_attention"
+        return self.name.startswith("llm")
 
     @property
     def needs_cls(self) -> bool:
@@ -283,6 +285,7 @@ class VisualTokens:
             `Signal.is_vector`, NaN at separators where the signal exists for patches only.
         fingerprint: Some of the image's pixels, from which `seed` derives.
         projector: Maps ``unprojected`` vectors to features; there where that signal is.
+        entered: Inside the language model, how many patch tokens of the image entered it.
     """
 
     layout: TokenLayout
@@ -290,6 +293,7 @@ class VisualTokens:
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
     fingerprint: Tensor | None = None
     projector: Callable[[Tensor], Tensor] | None = None
+    entered: int | None = None
 
     def __post_init__(self) -> None:
         aligned: dict[Any, Tensor] = {"features": self.features, **self.signals}

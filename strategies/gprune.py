@@ -1,0 +1,72 @@
+"""G-Prune: tokens to which many similar ones pass their information on.
+
+Paper:  https://arxiv.org/abs/2501.02268 (AAAI 2025)
+Code:   https://github.com/jytmelon/G-Prune, llava/model/llava_arch.py
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import budget
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.primitives import patches_by_plane
+from tokenprune.registry import Card, register
+from tokenprune.tokens import VisualTokens
+
+
+@register("gprune")
+@dataclass(frozen=True, kw_only=True)
+class GPrune(Compressor):
+    """Let the norms of a plane's tokens flow over the graph of similar tokens, keep the richest.
+
+    Edges are cosines of at least ``threshold``, each row a softmax of ``cosine / temperature``; the
+    score is ``(norms @ A^steps) / degree``.  Thumbnail, canvas of crops and every frame are planes
+    by themselves, each of which keeps ``floor(R * n)``.
+
+    Args:
+        threshold: Least cosine of an edge.  Official: 0.5.
+        temperature: Official: 0.03.
+        steps: How often information is passed on.  Official: 5.
+    """
+
+    threshold: float = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 0.03
+    steps: Annotated[int, Field(ge=1)] = 5
+
+    card = Card(
+        paper="G-Prune",
+        arxiv="2501.02268",
+        code="https://github.com/jytmelon/G-Prune",
+        deviations=("The prompt's prefix is not taken to be 46 tokens long.",),
+    )
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        kept = []
+        for patches in patches_by_plane(tokens.layout):
+            order = self.score(tokens.features[patches]).argsort(descending=True, stable=True)
+            kept.append(patches[order[: budget(len(patches), self.retention)]])
+        return Selection(torch.cat(kept).sort().values)
+
+    def score(self, features: Tensor) -> Tensor:
+        """(P,) float32 score of the tokens (P, D) of one plane."""
+        features = features.float()
+        unit = F.normalize(features, dim=-1)
+        alike = unit @ unit.T
+        edge = alike >= self.threshold
+        flow = (alike / self.temperature).masked_fill(~edge, -torch.inf).softmax(-1)
+        flow = flow.nan_to_num()  # a token of zeros has no edge, not even to itself
+        information = features.norm(dim=-1)
+        for _ in range(self.steps):
+            information = information @ flow
+        score: Tensor = information / edge.sum(-1).clamp(min=1)
+        return score
+
+    def flops(self, tokens: VisualTokens) -> float:
+        """Cosines of all pairs of each plane, and the flow over them."""
+        pairs = sum(len(plane) ** 2 for plane in patches_by_plane(tokens.layout))
+        return 2.0 * pairs * (tokens.features.shape[1] + self.steps)

@@ -1,0 +1,130 @@
+"""PruMerge and PruMerge+: attended patches absorb their nearest neighbours, one token the rest.
+
+Paper:  https://arxiv.org/abs/2403.15388 (ICCV 2025)
+Code:   https://github.com/42Shawn/LLaVA-PruMerge, multimodal_encoder/clip_encoder.py (097c041)
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import Allocator, Proportional
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.primitives import patches_by_view
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+
+@register("prumerge")
+@dataclass(frozen=True, kw_only=True)
+class PruMerge(Compressor):
+    """Of the ``T`` tokens of a view, ``T - 1`` are centres and one stands for all that is dropped.
+
+    With ``a`` the CLS attention of all heads as one and ``x`` what the projector receives, centre
+    ``i`` becomes ``x_i + sum_j a_j x_j`` over its ``neighbours`` nearest others by the cosine of
+    the keys, centres included; the extra token is ``sum_j a_j x_j`` over all that are no centres.
+    The weights are not normalised, as in the official code.
+
+    Args:
+        spatial: Share of the centres that are evenly spaced samples instead of the most attended
+            patches.  PruMerge+ in the official code: about three quarters.
+        step: Distance of the samples in raster order; 0 makes it so that they fit.
+        neighbours: How many tokens a centre absorbs.  Official: 32.
+        layer: Encoder layer of attention and keys.  Official: the last one, whose input is what the
+            projector gets.
+        allocator: How many tokens each view keeps.
+    """
+
+    spatial: Annotated[float, Field(ge=0, le=1)] = 0.0
+    step: Annotated[int, Field(ge=0)] = 0
+    neighbours: Annotated[int, Field(ge=0)] = 32
+    layer: int = -1
+    allocator: Allocator = field(default_factory=Proportional)
+
+    positional = True  # samples, and the place of the extra token
+    card = Card(
+        paper="LLaVA-PruMerge",
+        arxiv="2403.15388",
+        code="https://github.com/42Shawn/LLaVA-PruMerge (097c041)",
+        verified="prumerge",
+        deviations=(
+            "The budget is R; officially the number of outliers of the attention, over a whole "
+            "batch, decides (about 5 % of the tokens, 20 % for PruMerge+).",
+            "Tokens stay in their places, the extra token at the most attended dropped one; "
+            "officially they come in score order, samples and the extra token last.",
+            "Every view is merged by itself; the official code takes one view.",
+        ),
+    )
+
+    @property
+    def saliency(self) -> Signal:
+        """What makes a centre, and the weights."""
+        return Signal("cls_joint", self.layer)
+
+    @property
+    def metric(self) -> Signal:
+        """What is near."""
+        return Signal("joint_keys", self.layer)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.allocator.needs | {self.saliency, self.metric, Signal("unprojected")}
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores, vectors = tokens[self.saliency].float(), tokens[Signal("unprojected")].float()
+        unit = F.normalize(tokens[self.metric].float(), dim=-1)
+        counts = self.allocator.counts(tokens, scores, self.retention).tolist()
+        kept, merged = [], []
+        for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
+            if count:
+                index, made = self._merged(scores[patches], vectors[patches], unit[patches], count)
+                kept.append(patches[index])
+                merged.append(made)
+        keep, order = torch.cat(kept).sort()
+        return Selection(keep, tokens.project(torch.cat(merged))[order])
+
+    def _merged(
+        self, scores: Tensor, vectors: Tensor, unit: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of one view's P patches ``count`` indices, centres first, and their new vectors."""
+        rest = len(scores) > count  # else all are centres and nothing is left for an extra token
+        centres = self._centres(scores, count - int(rest and count > 1))
+        near = unit[centres] @ unit.T
+        near[torch.arange(len(centres), device=near.device), centres] = -torch.inf
+        found = near.topk(min(self.neighbours, len(scores) - 1), dim=-1).indices
+        weighted = scores[:, None] * vectors
+        made = vectors[centres] + weighted[found].sum(1)
+        if len(centres) == count:
+            return centres, made
+        dropped = torch.ones_like(scores, dtype=torch.bool)
+        dropped[centres] = False
+        place = scores.masked_fill(~dropped, -torch.inf).argmax()
+        extra = weighted[dropped].sum(0)
+        return torch.cat([centres, place[None]]), torch.cat([made, extra[None]])
+
+    def _centres(self, scores: Tensor, count: int) -> Tensor:
+        """``count`` indices: the most attended patches, then samples that are not among them."""
+        order = scores.argsort(descending=True, stable=True)
+        samples = round(count * self.spatial)
+        best = order[: count - samples]
+        if not samples:
+            return best
+        free = torch.ones_like(scores, dtype=torch.bool)
+        free[best] = False
+        step = self.step or max(1, len(scores) // samples)
+        spaced = torch.zeros_like(free)
+        spaced[: len(scores) - 1 : step] = True  # officially the last patch is never sampled
+        chosen = torch.cat([(free & spaced).nonzero(), (free & ~spaced).nonzero()]).squeeze(1)
+        return torch.cat([best, chosen[:samples]])
+
+
+@register("prumerge+")
+@dataclass(frozen=True, kw_only=True)
+class PruMergePlus(PruMerge):
+    """PruMerge with three quarters of the centres evenly spaced (see `PruMerge`)."""
+
+    spatial: Annotated[float, Field(ge=0, le=1)] = 0.75
