@@ -266,3 +266,20 @@ def test_pyramiddrop_follows_its_schedule() -> None:
     halved = tokens.take(torch.arange(32, 65))
     inside = VisualTokens(halved.layout, halved.features, halved.signals, entered=64)
     assert len(method.at(0.5).select(inside).keep) == 16
+
+
+def test_dart_lets_pivots_pick_what_is_least_like_them() -> None:
+    """Image pivot 0; text pivot along y; two tokens more, one for each."""
+    layout = TokenLayout.single((1, 5), newline=False)
+    x, y = torch.eye(2)
+    states = torch.stack([x, x + 0.1 * y, -x, y, -y])
+    keys = torch.tensor([[9.0], [1], [1], [1], [1]])
+    method = create("dart", retention=0.6, image_pivots=1, text_pivots=1)
+    named = Signal("llm_keys", 1), Signal("llm_states")
+    tokens = VisualTokens(
+        layout,
+        states,
+        dict(zip(named, (keys, states), strict=True)),
+        text=dict(zip(named, (torch.tensor([[1.0], [5]]), torch.stack([x, y])), strict=True)),
+    )
+    assert method.select(tokens).keep.tolist() == [0, 2, 4]

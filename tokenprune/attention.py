@@ -20,8 +20,10 @@ __all__ = [
     "Projections",
     "attention_received",
     "cls_row",
+    "decoder_keys",
     "decoder_row",
     "head_rows",
+    "moved_keys",
     "projections",
 ]
 
@@ -152,6 +154,45 @@ def attention_received(tapped: Projections) -> Tensor:
     return total / (query.shape[1] * query.shape[2])
 
 
+def _rotated(
+    attention: nn.Module, name: str, states: Tensor, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """(B, heads, M, head_dim) queries (``q``) or keys (``k``) of a decoder layer, rotated."""
+    dim = int(attention.head_dim)  # type: ignore[arg-type]
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    projected = attention.get_submodule(f"{name}_proj")(states)
+    heads = rearrange(projected, "b n (h d) -> b n h d", d=dim)
+    norm = getattr(attention, f"{name}_norm", None)
+    made: Tensor = (heads if norm is None else norm(heads)).transpose(1, 2)
+    turned: Tensor = rotate(made, made, *rotary)[0]
+    return turned
+
+
+def decoder_keys(attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, kv_heads, M, head_dim) rotated keys, as a KV cache holds them.
+
+    Args:
+        attention: As in `decoder_row`.
+        hidden: (B, M, D) its input, already normalised.
+        rotary: cos and sin, (B or 1, M, head_dim).
+    """
+    cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
+    return _rotated(attention, "k", hidden, (cos, sin))
+
+
+def moved_keys(attention: nn.Module, keys: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotated keys (B, kv_heads, M, head_dim) as they would be at other positions.
+
+    Args:
+        attention: As in `decoder_row`.
+        keys: As a KV cache holds them.
+        rotary: cos and sin of how far they move, (B, 1, head_dim).
+    """
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    turned: Tensor = rotate(keys, keys, *rotary)[0]
+    return turned
+
+
 def decoder_row(
     attention: nn.Module,
     hidden: Tensor,
@@ -177,24 +218,12 @@ def decoder_row(
         (B, K) float32 softmaxed rows.
     """
     batch = torch.arange(len(hidden), device=hidden.device)
-    dim = int(attention.head_dim)  # type: ignore[arg-type]
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
-
-    def heads(name: str, states: Tensor) -> Tensor:
-        projected = attention.get_submodule(f"{name}_proj")(states)
-        out = rearrange(projected, "b n (h d) -> b n h d", d=dim)
-        norm = getattr(attention, f"{name}_norm", None)
-        normed: Tensor = out if norm is None else norm(out)
-        return normed.transpose(1, 2)
-
     asking = hidden[batch, query_slots][:, None]
     at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
-    query = heads("q", asking)
-    query, _ = rotate(query, query, *at)
+    query = _rotated(attention, "q", asking, at)
     if keys is None:
-        keys = heads("k", hidden)
-        keys, _ = rotate(keys, keys, cos, sin)
+        keys = decoder_keys(attention, hidden, rotary)
         if past is not None:
             keys = torch.cat([past, keys], dim=2)
     # The query heads of a group become rows of one product: the keys are never repeated.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from tokenprune.attention import decoder_row
+from tokenprune.attention import decoder_keys, decoder_row, moved_keys
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
@@ -156,7 +156,7 @@ class _Span:
     """The visual tokens of one image that are still there.
 
     Attributes:
-        first: Column of the first of them.
+        first, last: Columns of the first and the last of them.
         columns: (M,) their columns in the prompt.
         index: (M,) their indices in the image's full packed sequence.
         tokens: What is known of them.
@@ -167,6 +167,7 @@ class _Span:
 
     row: int
     first: int
+    last: int
     columns: Tensor
     index: Tensor
     tokens: VisualTokens
@@ -276,7 +277,8 @@ class _Session:
         ]
         if adapter.model is not adapter.base:
             hooks.append((adapter.model, self._labels))
-        for index in {signal.layer for signal in self.signals if signal.name == "llm_attention"}:
+        tapped = ("llm_attention", "llm_keys")
+        for index in {signal.layer for signal in self.signals if signal.name in tapped}:
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
         handles = [
@@ -353,6 +355,7 @@ class _Session:
                     _Span(
                         row=int(place[0, 0]),
                         first=int(place[0, 1]),
+                        last=int(place[-1, 1]),
                         columns=place[:, 1].to(device),
                         index=torch.arange(len(feature), device=device),
                         tokens=tokens,
@@ -573,16 +576,22 @@ class _Session:
         rows = self._rows(state, part)
         if any(signal.name == "llm_ahead" for signal in part.needs):
             rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
+        vectors = self._vectors(state, part, hidden)
         state.tapped.clear()
         keep, gone = state.real, False
         for span in state.spans:
             slots = state.slots(span).to(hidden.device)
-            signals = {name: row[span.row, slots.to(row.device)] for name, row in rows.items()}
+            signals = {
+                name: row[span.row, slots.to(row.device)]
+                for name, row in {**rows, **vectors}.items()
+            }
+            text = self._text_slots(state, span) if vectors else slots
             tokens = replace(
                 span.tokens,
                 features=hidden[span.row, slots],
                 layout=span.tokens.layout.to(hidden.device),
                 signals={**span.tokens.signals, **signals},
+                text={name: row[span.row, text.to(row.device)] for name, row in vectors.items()},
             )
             chosen = self._recall(state, span, index)
             if chosen is None:
@@ -671,6 +680,44 @@ class _Session:
             rows[signal] = row[:, -count:]
             state.read.append((signal.layer, keys is None))
         return rows
+
+    @torch.no_grad()
+    def _vectors(self, state: _Pass, part: Compressor, hidden: Tensor) -> dict[Signal, Tensor]:
+        """(B, M, C) the vectors over the current slots that ``part`` asks for."""
+        found = {}
+        for signal in part.needs:
+            if signal.name == "llm_states":
+                norm = self.adapter.language_model.norm
+                found[signal] = norm(hidden.to(norm.weight.device)).to(hidden.device)
+            elif signal.name == "llm_keys":
+                keys = self._keys(state, signal.layer, hidden.shape[1])
+                found[signal] = keys.transpose(1, 2).flatten(2)
+        return found
+
+    def _keys(self, state: _Pass, index: int, count: int) -> Tensor:
+        """(B, kv_heads, M, head_dim) keys of a layer, rotated as if no padding lay in front."""
+        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
+        cached = state.layers[index].keys if state.layers else None
+        if cached is not None:
+            keys = cached[:, :, -count:]
+        else:
+            tapped = state.tapped[index]
+            states = tapped["hidden_states"]
+            cos, sin = tapped["position_embeddings"]
+            keys = decoder_keys(attention, states, (cos.to(states.device), sin.to(states.device)))
+        first = state.real.int().argmax(1, keepdim=True)
+        back = -state.positions.gather(1, first).to(keys.device)
+        cos, sin = self.adapter.language_model.rotary_emb(keys, back)
+        return moved_keys(attention, keys, (cos.to(keys.device), sin.to(keys.device)))
+
+    def _text_slots(self, state: _Pass, span: _Span) -> Tensor:
+        """(T,) slots of the prompt's text behind an image, up to the last prompt token."""
+        columns, row = state.columns[span.row], span.row
+        visual = torch.zeros(state.width, dtype=torch.bool, device=columns.device)
+        for where in self.placeholders.values():
+            visual |= where[row].to(columns.device)
+        text = (columns > span.last) & (columns <= state.query[row].to(columns.device))
+        return (text & ~visual[columns.clamp(min=0)]).nonzero().squeeze(1)
 
     @torch.no_grad()
     def _row_ahead(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:

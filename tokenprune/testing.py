@@ -249,6 +249,8 @@ def sample_tokens(
     def signal(which: Signal) -> Tensor:
         if which.is_vector:
             vectors = torch.randn(len(layout), 6, generator=draw)
+            if which.in_llm:
+                return vectors
             return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
         values = torch.randn(len(layout), generator=draw)
         if which.name not in ("cls_logits", "saliency"):
@@ -263,6 +265,11 @@ def sample_tokens(
         signals={which: signal(which).to(dtype) for which in ordered},
         fingerprint=torch.randn(3, 4, 4, generator=draw),
         projector=lambda vectors: vectors.relu() @ weight,
+        text={
+            which: torch.randn(5, 6, generator=draw).to(dtype)
+            for which in ordered
+            if which.is_vector and which.in_llm
+        },
     )
 
 
@@ -336,8 +343,11 @@ def reference(
     for place, tokens in zip(places, images, strict=True):
         hidden[place] = tokens.features
     whole = [torch.arange(len(tokens)) for tokens in images]
+    last = [int(place[-1]) for place in places]
     kept: list[Tensor] = []
     attention: dict[Signal, Tensor] = {}  # by asking and asked column
+    vectors: dict[Signal, Tensor] = {}  # by column
+    everything = torch.cat(places) if places else columns[:0]
 
     def cut(part: Compressor) -> None:
         nonlocal hidden, columns, positions
@@ -347,6 +357,10 @@ def reference(
             seen = {
                 signal: square[askers[index], places[index]] for signal, square in attention.items()
             }
+            behind = (columns > last[index]) & (columns <= askers[index])
+            text = columns[behind & ~torch.isin(columns, everything)]
+            seen |= {signal: values[places[index]] for signal, values in vectors.items()}
+            tokens = replace(tokens, text={s: values[text] for s, values in vectors.items()})
             tokens = replace(tokens, features=hidden[slots], signals={**tokens.signals, **seen})
             chosen = part(tokens)
             if chosen.features is not None:
@@ -381,10 +395,17 @@ def reference(
                     square = torch.full((len(ids), len(ids)), torch.nan)
                     square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
                     attention[Signal("llm_ahead")] = square
+                    states = torch.full((len(ids), hidden.shape[1]), torch.nan)
+                    states[columns] = language.norm(hidden)
+                    vectors[Signal("llm_states")] = states
                     cut(part.at(where))
         seen_positions.append(positions)
         rotary = language.rotary_emb(hidden[None], positions[None])
         for signal in compressor.needs:
+            if signal.name == "llm_keys" and signal.layer == index:
+                rotated = _decoder_keys(layer, hidden, rotary)
+                vectors[signal] = torch.full((len(ids), rotated.shape[1]), torch.nan)
+                vectors[signal][columns] = rotated
             if signal.name == "llm_attention" and signal.layer == index:
                 square = torch.full((len(ids), len(ids)), torch.nan)
                 square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
@@ -519,6 +540,16 @@ def _decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, T
     logits: Tensor = query @ key.mT / attention.head_dim**0.5
     future = torch.ones(len(hidden), len(hidden), dtype=torch.bool).triu(1)
     return logits.masked_fill(future, -torch.inf).softmax(-1).mean(0)
+
+
+def _decoder_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """(M, kv_heads * head_dim) rotated keys of a decoder layer."""
+    attention: Any = layer.self_attn
+    states = layer.get_submodule("input_layernorm")(hidden)
+    keys: Tensor = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
+    left, right = keys.chunk(2, dim=-1)
+    cos, sin = rotary[0][0][:, None], rotary[1][0][:, None]
+    return (keys * cos + torch.cat([-right, left], dim=-1) * sin).flatten(1)
 
 
 # -- what the checks have in common --------------------------------------------------------------

@@ -42,7 +42,9 @@ class Signal:
             their width, softmaxed.  A vector per token are ``keys`` (of an encoder layer, mean over
             heads), ``joint_keys`` (all heads, one behind the other) and ``unprojected`` (what the
             projector receives).  ``llm_ahead`` is ``llm_attention`` of the very layer that a
-            selection stands in front of, computed ahead of it.
+            selection stands in front of, computed ahead of it; ``llm_keys`` are the rotated keys of
+            a decoder layer, all heads, and ``llm_states`` the hidden states in front of the
+            selection, behind the final norm: both vectors.
         layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
             for ``head_attention`` and ``unprojected``, which come behind all layers.
     """
@@ -59,6 +61,8 @@ class Signal:
         "unprojected",
         "llm_attention",
         "llm_ahead",
+        "llm_keys",
+        "llm_states",
     ]
     layer: int = -1
 
@@ -75,7 +79,7 @@ class Signal:
     @property
     def is_vector(self) -> bool:
         """Whether it is (N, C), a vector per token, and not (N,)."""
-        return self.name in ("keys", "joint_keys", "unprojected")
+        return self.name in ("keys", "joint_keys", "unprojected", "llm_keys", "llm_states")
 
     @property
     def needs_head(self) -> bool:
@@ -286,6 +290,8 @@ class VisualTokens:
         fingerprint: Some of the image's pixels, from which `seed` derives.
         projector: Maps ``unprojected`` vectors to features; there where that signal is.
         entered: Inside the language model, how many patch tokens of the image entered it.
+        text: Inside the language model, vector signals (T, C) of the prompt's text tokens behind
+            the image or video, up to the last one of the prompt.
     """
 
     layout: TokenLayout
@@ -294,6 +300,7 @@ class VisualTokens:
     fingerprint: Tensor | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     entered: int | None = None
+    text: Mapping[Signal, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         aligned: dict[Any, Tensor] = {"features": self.features, **self.signals}

@@ -1,0 +1,100 @@
+"""DART: keep what is least like a few pivots; duplicates go.
+
+Paper:  https://arxiv.org/abs/2502.11494 (EMNLP 2025)
+Code:   ports in LightCompress, llmc/compression/token_reduction/dart.py (9701d03), and
+        VLMUniPruneBench, methods/DART_IntraLLM.py (f93768f); the authors' own was not at hand
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import budget
+from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+
+@register("dart")
+@dataclass(frozen=True, kw_only=True)
+class DART(Compressor):
+    """Each pivot in turn picks the tokens that are least like it, by cosine in front of layer K.
+
+    Pivots are the image tokens and the text tokens behind the image whose keys in layer K - 1 have
+    the largest L1 norm.  Image pivots stay; of the rest of ``floor(R * P)`` every pivot picks an
+    equal share among the tokens that nobody has picked.
+
+    Args:
+        layer: K, counted from 0.  Official: 2.
+        image_pivots: Official: 4.
+        text_pivots: Official: 4.
+        official: Share and order of the ports: ``int(P * R / pivots)`` tokens a pivot on top of the
+            image pivots, in the order in which CPython walks through a set of the positions.
+        start: Where the official code takes the image to begin; only for ``official``.
+    """
+
+    layer: Annotated[int, Field(ge=1)] = 2
+    image_pivots: Annotated[int, Field(ge=1)] = 4
+    text_pivots: Annotated[int, Field(ge=0)] = 4
+    official: bool = False
+    start: Annotated[int, Field(ge=0)] = 35
+
+    stage: ClassVar[Stage] = Stage.LLM
+    card = Card(
+        paper="Duplication Matters More (DART)",
+        arxiv="2502.11494",
+        code="ports: LightCompress (9701d03), VLMUniPruneBench (f93768f)",
+        verified="dart",
+        deviations=(
+            "The budget is kept; officially the image pivots come on top of it (official=True).",
+            "Pivots pick in the order of their norms, image before text; officially in the order "
+            "of a Python set of positions, which changes the choice (official=True).",
+            "Every row of a batch and every image is treated by itself; officially batches of one.",
+        ),
+    )
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @property
+    def keys(self) -> Signal:
+        """Whose norms make the pivots."""
+        return Signal("llm_keys", self.layer - 1)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({self.keys, Signal("llm_states")})
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        patches, states = tokens.layout.patches, Signal("llm_states")
+        count = budget(len(patches), self.retention)
+        image = _largest(tokens[self.keys][patches], self.image_pivots)
+        text = _largest(tokens.text[self.keys].to(patches.device), self.text_pivots)
+        unit = F.normalize(tokens[states][patches].float(), dim=-1)
+        behind = F.normalize(tokens.text[states].to(patches.device)[text].float(), dim=-1)
+        pivots = torch.cat([unit[image], behind])
+        number = len(pivots)
+        if self.official:
+            shares = [int(len(patches) * self.retention / number)] * number
+            places = [*(self.start + image).tolist(), *(self.start + len(patches) + text).tolist()]
+            pivots = pivots[[places.index(place) for place in set(places)]]
+        else:
+            image = image[:count]
+            rest = count - len(image)
+            shares = [rest // number + (turn < rest % number) for turn in range(number)]
+        free = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
+        free[image] = False
+        for pivot, share in zip(pivots, shares, strict=True):
+            alike = (unit @ pivot).masked_fill(~free, torch.inf)
+            free[alike.argsort(stable=True)[:share]] = False
+        return Selection(patches[~free])
+
+
+def _largest(keys: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` vectors (P, C) of the largest L1 norm, the largest first."""
+    return keys.float().abs().sum(-1).argsort(descending=True, stable=True)[:count]
