@@ -65,7 +65,8 @@ class Adapter(ABC):
 
     @property
     def language_model(self) -> Any:
-        """The decoder."""
+        """The decoder.  Raises `UserError` if there is none."""
+        self.require_language_model()
         return self.base.language_model
 
     @property
@@ -130,6 +131,7 @@ class Adapter(ABC):
     @property
     def placeholders(self) -> dict[str, int]:
         """Modality to the token id that stands for one visual token."""
+        self.require_language_model()
         return {name: int(getattr(self.base.config, f"{name}_token_id")) for name in self.encoders}
 
     @abstractmethod
@@ -219,19 +221,7 @@ class Adapter(ABC):
             if part.stage is Stage.ENCODER:
                 raise UserError(f"{part.name} acts inside the encoder, which is not supported yet.")
             for signal in part.needs:
-                depth = len(self.decoder_layers if signal.in_llm else self.vision_layers)
-                missing = self._missing(signal)
-                if missing:
-                    raise UserError(
-                        f"{part.name} needs the attention of {missing}, which the "
-                        f"{self.base.config.vision_config.model_type} tower of this model does "
-                        f"not have. Strategies that work here: {', '.join(self._compatible())}."
-                    )
-                if not -depth <= signal.layer < depth:
-                    raise UserError(
-                        f"{part.name} asks for layer {signal.layer} of the "
-                        f"{'decoder' if signal.in_llm else 'vision tower'}, which has {depth}."
-                    )
+                self._check_signal(signal, part.name)
             for cut in part.cuts:
                 layer = self.cut_layer(cut)
                 if not 0 < layer < len(self.decoder_layers):
@@ -239,6 +229,22 @@ class Adapter(ABC):
                         f"{part.name} cuts in front of decoder layer {layer}; this model has "
                         f"layers 0 to {len(self.decoder_layers) - 1}."
                     )
+
+    def _check_signal(self, signal: Signal, who: str) -> None:
+        """Raise `UserError` if the model cannot provide ``signal``, which ``who`` needs."""
+        depth = len(self.decoder_layers if signal.in_llm else self.vision_layers)
+        missing = self._missing(signal)
+        if missing:
+            raise UserError(
+                f"{who} needs the attention of {missing}, which the "
+                f"{self.base.config.vision_config.model_type} tower of this model does "
+                f"not have. Strategies that work here: {', '.join(self._compatible())}."
+            )
+        if not -depth <= signal.layer < depth:
+            raise UserError(
+                f"{who} asks for layer {signal.layer} of the "
+                f"{'decoder' if signal.in_llm else 'vision tower'}, which has {depth}."
+            )
 
     def cut_layer(self, cut: int | float) -> int:
         """Index of the decoder layer that a cut, perhaps a share of the depth, lies in front of."""
@@ -308,6 +314,7 @@ class Adapter(ABC):
     @property
     def placeholder_texts(self) -> dict[str, str]:
         """Modality to the text of its placeholder."""
+        self.require_language_model()
         return {name: str(getattr(self.processor, f"{name}_token")) for name in self.encoders}
 
     @property
@@ -411,6 +418,8 @@ class Adapter(ABC):
 
         if isinstance(compressor, str):
             compressor = parse(compressor, **fields)
+        elif fields:
+            raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
         self.check(compressor)
         if compressor.stage is not Stage.PRE_LLM or list(compressor.stages()) != [compressor]:
             raise UserError(
@@ -446,8 +455,12 @@ class Adapter(ABC):
     def _encode(
         self, modality: str, call: Mapping[str, Any], signals: Iterable[Signal]
     ) -> list[VisualTokens]:
+        signals = frozenset(signals)
+        for signal in signals:
+            if not signal.in_llm:
+                self._check_signal(signal, signal.name)
         moved = BatchFeature(dict(call)).to(self.device, self.model.dtype)
-        with observing(self, frozenset(signals)), torch.inference_mode(False), torch.no_grad():
+        with observing(self, signals), torch.inference_mode(False), torch.no_grad():
             output = getattr(self.base, self.encoders[modality])(**moved)
         return [feature.visual for feature in output.pooler_output]
 
@@ -579,6 +592,10 @@ def load(
         from tokenprune.models.timm_vision import load_timm
 
         return load_timm(name.removeprefix("timm/"), device, dtype, **options)
+    if "pretrained" in options:
+        raise UserError(
+            f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
+        )
     embedded = name in testbed.names()
     source = testbed.path(name) if embedded else Path(name)
     where = str(source) if embedded or source.is_dir() else name

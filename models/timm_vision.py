@@ -8,6 +8,7 @@ studied without a 7B model.  Images are cut as LLaVA-NeXT cuts them.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
+from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import LlavaNextImageProcessor
@@ -28,7 +30,7 @@ from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
 from tokenprune.models.adapter import Adapter, image_sizes
 from tokenprune.registry import register_adapter
-from tokenprune.tokens import TokenLayout, unpadded_box
+from tokenprune.tokens import Signal, TokenLayout, unpadded_box
 
 GRID = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 """(rows, columns) of crops that an image may be cut into."""
@@ -69,22 +71,37 @@ class TimmModel(nn.Module):
         grid = get_anyres_image_grid_shape(
             image_size, config.image_grid_pinpoints, config.vision_config.image_size
         )
-        box = unpadded_box(image_size, (grid[0] * shape[0], grid[1] * shape[1]))
+        # In patches, which need not be square: of a square view, `shape` is what they share out.
+        extent = image_size[0] * shape[0], image_size[1] * shape[1]
+        box = unpadded_box(extent, (grid[0] * shape[0], grid[1] * shape[1]))
         return TokenLayout.anyres(grid, shape, box, newlines=False)
 
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor
     ) -> BaseModelOutputWithPooling:
-        """Packed features of every image, final norm included.
+        """Packed features of every image: what the ViT's ``forward_features`` makes of patches.
+
+        It ends in the ViT's final norm, except where timm puts that behind an average over the
+        patches (``fc_norm``).
 
         Args:
             pixel_values: (images, views, 3, height, width), filled up with zeros.
             image_sizes: (images, 2) height and width in pixels.
+
+        Raises:
+            UserError: The ViT does not return one token per patch.
         """
         layouts = [self.layout((int(height), int(width))) for height, width in image_sizes]
         views = [layout.views for layout in layouts]
         pixels = torch.cat([some[:count] for some, count in zip(pixel_values, views, strict=True)])
         tokens = self.vit.forward_features(pixels)
+        patches_of_a_view = math.prod(self.vit.patch_embed.grid_size)
+        if tokens.ndim != 3 or tokens.shape[1] != self.vit.num_prefix_tokens + patches_of_a_view:
+            raise UserError(
+                f"{self.config.vision_config.model_type!r} makes features of shape "
+                f"{tuple(tokens.shape[1:])} of a view of {patches_of_a_view} patches; only ViTs "
+                "that return one token per patch can be hosts."
+            )
         if getattr(self.vit, "attn_pool", None) is not None:
             self.vit.forward_head(tokens, pre_logits=True)  # for whoever looks at the pooling head
         patches = self.multi_modal_projector(tokens[:, self.vit.num_prefix_tokens :])
@@ -139,6 +156,14 @@ class TimmVision(Adapter):
     def prefix_tokens(self) -> int:
         return int(self.model.vit.num_prefix_tokens)
 
+    def _missing(self, signal: Signal) -> str:
+        in_a_block = not (signal.in_llm or signal.needs_head or signal.name == "unprojected")
+        if in_a_block and not all(
+            _is_plain(block.get_submodule("attn")) for block in self.vision_layers
+        ):
+            return "plain blocks (a softmax of query times key, without a bias or a second map)"
+        return super()._missing(signal)
+
     @contextmanager
     def tap(self, layer: int) -> Iterator[Projections]:
         with _operands(self.vision_attention(layer)) as tapped:
@@ -164,6 +189,18 @@ class TimmVision(Adapter):
         return packed(maps, self.layouts(call, modality))
 
 
+def _is_plain(attention: nn.Module) -> bool:
+    """Whether ``attention`` is the softmax of query times key, which `Projections` can tell.
+
+    BEiT and the ViTs with relative positions add a bias to it, differential attention subtracts a
+    second map from it, ConViT mixes it with positions.
+    """
+    known = {"Attention", "AttentionRope", "EvaAttention"} & {
+        c.__name__ for c in type(attention).__mro__
+    }
+    return bool(known) and not hasattr(attention, "relative_position_bias_table")
+
+
 class _Operands(TorchFunctionMode):
     """Notes the first query and key that are multiplied, after any norm and rotation."""
 
@@ -177,9 +214,8 @@ class _Operands(TorchFunctionMode):
             if func is F.scaled_dot_product_attention:
                 if kwargs.get("attn_mask") is not None or (len(args) > 3 and args[3] is not None):
                     raise UserError(
-                        "this vision transformer adds a bias to its attention (relative "
-                        "positions), which saliency does not know of; use a strategy that needs "
-                        "no saliency, or another model."
+                        "this vision transformer masks its attention, which saliency does not "
+                        "know of; use a strategy that needs no saliency, or another model."
                     )
                 self._note(args[0], args[1], kwargs.get("scale"))
             elif func in (Tensor.matmul, Tensor.__matmul__) and args[1].ndim == 4:
@@ -239,35 +275,36 @@ def load_timm(
         device: As in `tokenprune.load`.
         dtype: As in `tokenprune.load`; ``auto`` is float32.
         pretrained: True downloads timm's weights, a path loads a checkpoint (``.safetensors`` or
-            ``.pth``), False leaves them random.
+            ``.pth``), False leaves them random.  Of a checkpoint the classifier is left out, unless
+            ``num_classes`` asks for one.
         grid: (rows, columns) of crops that an image may be cut into.
         **options: For `timm.create_model`, such as ``img_size``.
 
     Raises:
-        UserError: Unknown name, not a plain ViT, weights that cannot be had, or views that are not
-            square.
+        UserError: Unknown name, not a plain ViT, weights that cannot be had or do not fit, a bad
+            ``grid``, or views that are not square or not in colour.
     """
     if not timm.is_model(name):
-        raise unknown("model of timm", name, [*timm.list_models(), *timm.list_pretrained()])
+        names = [*timm.list_models(), *timm.list_pretrained()]
+        listing = f"timm knows {len(names)}; timm.list_models('*vit*') lists those with vit in it."
+        raise unknown("model of timm", name, names, listing)
+    _check_grid(grid)
+    if options.get("in_chans", 3) != 3:
+        raise UserError(f"images have 3 channels; in_chans={options['in_chans']} cannot see them.")
     file = None if isinstance(pretrained, bool) else Path(pretrained)
     if file is not None and not file.is_file():
         raise UserError(f"there is no checkpoint {str(file)!r}; check the path.")
+    if file is not None:
+        options = {"num_classes": 0, **options}
     try:
-        vit: Any = timm.create_model(
-            name,
-            pretrained=pretrained is True,
-            checkpoint_path=str(file) if file else "",
-            **options,
-        )
+        vit: Any = timm.create_model(name, pretrained=pretrained is True, **options)
     except Exception as error:
-        if pretrained is False:
+        if pretrained is not True:
             raise UserError(f"timm cannot build {name!r} with {options}: {error}") from error
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot load weights for {name!r} from {file or 'the Hugging Face Hub'}: {said}. Give "
-            "pretrained=<path of a checkpoint>, or pretrained=False for random weights."
-        ) from error
+        raise _weights_error(name, "the Hugging Face Hub", str(error)) from error
     _check_is_vit(vit, name)
+    if file is not None:
+        _load_file(vit, name, file)
     settings = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
     side = vit.patch_embed.img_size[0]
     model = TimmModel(vit.eval(), name, grid).to(device)
@@ -283,10 +320,55 @@ def load_timm(
     return TimmVision(model, SimpleNamespace(image_processor=image_processor), file)
 
 
+def _load_file(vit: Any, name: str, file: Path) -> None:
+    """Load a checkpoint of timm's or of the model's authors.  Raises `UserError`."""
+    translate = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    classifier = vit.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    dropped = tuple(f"{head}." for head in heads if vit.num_classes == 0)
+
+    def fitting(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        state = translate(state, model) if translate else state
+        return {key: value for key, value in state.items() if not key.startswith(dropped)}
+
+    try:
+        found = load_checkpoint(vit, str(file), strict=False, filter_fn=fitting, weights_only=True)
+    except Exception as error:
+        raise _weights_error(name, str(file), str(error) or type(error).__name__) from error
+    if found is None:  # .npz of the original ViTs, which timm reads by itself
+        return
+    for what, keys in (("lacks", found.missing_keys), ("has besides", found.unexpected_keys)):
+        if keys:
+            said = f"{', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''} ({len(keys)} tensors)"
+            raise _weights_error(name, str(file), f"the checkpoint {what} {said}")
+
+
+def _weights_error(name: str, source: str, said: str) -> UserError:
+    short = " ".join(said.split()).rstrip(".")
+    short = short if len(short) <= 300 else f"{short[:300]} ..."
+    return UserError(
+        f"cannot load weights for {name!r} from {source}: {short}. Give "
+        "pretrained=<path of a checkpoint>, or pretrained=False for random weights."
+    )
+
+
+def _check_grid(grid: Sequence[tuple[int, int]]) -> None:
+    try:
+        cells = [(int(rows), int(cols)) for rows, cols in grid]
+    except (TypeError, ValueError):
+        cells = []
+    if not cells or min(min(cell) for cell in cells) < 1:
+        raise UserError(
+            f"grid={grid!r} must list the (rows, columns) of crops that an image may be cut into, "
+            "e.g. [(1, 2), (2, 1), (2, 2)]."
+        )
+
+
 def _check_is_vit(vit: Any, name: str) -> None:
     blocks, embed = getattr(vit, "blocks", None), getattr(vit, "patch_embed", None)
     size = getattr(embed, "img_size", None)
-    plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(blocks[0], "attn")
+    chain = list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
+    plain = len(chain) > 0 and all(hasattr(block, "attn") for block in chain)
     plain &= hasattr(embed, "grid_size") and hasattr(vit, "num_prefix_tokens")
     plain &= not hasattr(vit, "blocks_token_only")  # CaiT's CLS token comes after the others
     if not plain or size is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.errors import UnknownNameError, UserError
+from tokenprune.experiments.compare import Request, compare
 from tokenprune.models.timm_vision import TimmVision
 from tokenprune.testing import sample_tokens
 from tokenprune.tokens import Kind, Signal
@@ -149,19 +150,26 @@ def test_features_are_the_final_patch_tokens(family: tuple[str, TimmVision]) -> 
 @given(st.tuples(st.integers(8, 200), st.integers(8, 200)))
 def test_every_token_sees_its_place_in_the_image(size: tuple[int, int]) -> None:
     """Pixels that tell their place, averaged per patch instead of encoded."""
-    adapter = _GEOMETRY
+    for adapter in (_GEOMETRY, _OBLONG):
+        _check_geometry(adapter, size)
+
+
+def _check_geometry(adapter: TimmVision, size: tuple[int, int]) -> None:
     height, width = size
+    patches = adapter.view_shape
     y, x = np.mgrid[:height, :width]
     ramps = np.stack([255 * y / max(height - 1, 1), 255 * x / max(width - 1, 1), 0 * y], -1)
     image = Image.fromarray(ramps.round().astype(np.uint8))
     batch = adapter.processor.image_processor([image], return_tensors="pt")
     layout = adapter.layout(size)
     views = batch["pixel_values"][0, : layout.views] * 0.5 + 0.5  # mean and std are 0.5
-    means = torch.nn.functional.avg_pool2d(views[:, :2], 8).flatten(2)
-    seen = means[layout.view, :, layout.row * 4 + layout.col]
+    patch = 32 // patches[0], 32 // patches[1]
+    means = torch.nn.functional.avg_pool2d(views[:, :2], patch).flatten(2)
+    seen = means[layout.view, :, layout.row * patches[1] + layout.col]
     thumbnail = layout.kind == Kind.THUMBNAIL
     where = torch.stack([layout.row, layout.col], -1)[thumbnail]
-    torch.testing.assert_close(seen[thumbnail], (where + 0.5) / 4, atol=0.08, rtol=0)
+    centre = (where + 0.5) / torch.tensor(patches)
+    torch.testing.assert_close(seen[thumbnail], centre, atol=0.08, rtol=0)
     rows, cols = layout.canvas_shape
     if rows >= 3 and cols >= 3:
         inner = (layout.kind == Kind.CROP) & (layout.canvas_row > 0) & (layout.canvas_col > 0)
@@ -173,6 +181,7 @@ def test_every_token_sees_its_place_in_the_image(size: tuple[int, int]) -> None:
 
 
 _GEOMETRY = tp.load("timm/vit_tiny_patch16_224", **TINY)
+_OBLONG = tp.load("timm/vit_tiny_patch16_224", **{**TINY, "patch_size": (8, 4)})
 
 
 @torch.no_grad()
@@ -212,12 +221,16 @@ def test_globalcom2_gives_the_salient_crop_more() -> None:
     assert int(grid.argmax()) == counts.index(max(counts))
 
 
-def test_what_needs_a_language_model_is_refused_with_a_sentence() -> None:
+def test_what_needs_a_language_model_is_refused_with_a_sentence(tmp_path: Path) -> None:
     adapter = _load("plain")
     for action in (
         lambda: adapter.prepare([_image(32, 32)], ["w"]),
         lambda: adapter.assemble([[]], ["w"]),
         lambda: tp.compress(adapter.model, "uniform", retention=0.5).__enter__(),
+        lambda: adapter.prompt("w", 1),
+        lambda: adapter.placeholders,
+        lambda: adapter.decoder_layers,
+        lambda: compare(Request(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
     ):
         with pytest.raises(UserError, match="have no language model"):
             action()
@@ -229,8 +242,9 @@ def test_what_needs_a_language_model_is_refused_with_a_sentence() -> None:
 
 
 def test_bad_names_and_weights_are_sentences(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean 'vit_tiny_patch16_224'"):
+    with pytest.raises(UnknownNameError, match="Did you mean 'vit_tiny_patch16_224'") as caught:
         tp.load("timm/vit_tiny_patch16_225")
+    assert len(str(caught.value)) < 300  # and not the three thousand names of timm
     with pytest.raises(UserError, match="not a plain vision transformer"):
         tp.load("timm/resnet18")
     with pytest.raises(UserError, match="not a plain vision transformer"):
@@ -240,6 +254,15 @@ def test_bad_names_and_weights_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot load weights"):
         tp.load("timm/vit_tiny_patch16_224", pretrained=tmp_path / "bad.safetensors", **TINY)
+    with pytest.raises(UserError, match=r"from the Hugging Face Hub: .* Give pretrained=<path"):
+        tp.load("timm/vit_tiny_patch16_224", pretrained=True)  # the tests are offline
+    with pytest.raises(UserError, match=r"pretrained= is for timm models .*'testbed-next'"):
+        tp.load("testbed-next", pretrained=True)
+    with pytest.raises(UserError, match="in_chans=1 cannot see them"):
+        tp.load("timm/vit_tiny_patch16_224", in_chans=1)
+    for grid in ([], [2], [(0, 1)]):
+        with pytest.raises(UserError, match="must list the"):
+            tp.load("timm/vit_tiny_patch16_224", grid=grid)
     with pytest.raises(UserError, match="timm cannot build"):
         tp.load("timm/vit_tiny_patch16_224", no_such_option=1)
     with pytest.raises(UserError, match="64x32 pixels; only square"):
@@ -261,7 +284,37 @@ def test_a_local_checkpoint_is_loaded(tmp_path: Path) -> None:
     assert tokens.features.dtype == torch.bfloat16
 
 
-def test_other_grids(family: tuple[str, TimmVision]) -> None:
+def test_a_checkpoint_fits_without_its_classifier_and_at_another_size(tmp_path: Path) -> None:
+    """Published backbones come without one; position embeddings are resampled as timm does."""
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY)
+    state, file = source.state_dict(), tmp_path / "mine.pth"
+    weight = state["blocks.0.attn.qkv.weight"]
+    headless = {key: value for key, value in state.items() if not key.startswith("head.")}
+    for saved in (state, {"state_dict": headless}):
+        torch.save(saved, file)
+        for side in (32, 64):
+            options = {**TINY, "img_size": side}
+            adapter = tp.load("timm/vit_tiny_patch16_224", pretrained=str(file), **options)
+            assert torch.equal(adapter.model.vit.blocks[0].attn.qkv.weight, weight)
+            assert adapter.model.vit.pos_embed.shape[1] == 1 + (side // 8) ** 2
+    with pytest.raises(UserError, match=r"lacks head\.weight, head\.bias \(2 tensors\)"):
+        tp.load("timm/vit_tiny_patch16_224", pretrained=file, num_classes=7, **TINY)
+
+
+def test_a_checkpoint_of_another_model_is_a_sentence(tmp_path: Path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", **TINY)
+    file = tmp_path / "mine.safetensors"
+    save_file(source.state_dict(), file)
+    for changed, said in [
+        ({"embed_dim": 64}, "size mismatch for cls_token"),
+        ({"depth": 4}, r"lacks blocks\.3\.norm1\.weight, .* \.\.\. \(12 tensors\)"),
+        ({"depth": 2}, r"has besides blocks\.2\."),
+    ]:
+        with pytest.raises(UserError, match=said):
+            tp.load("timm/vit_tiny_patch16_224", pretrained=file, **{**TINY, **changed})
+
+
+def test_other_grids() -> None:
     name, options, *_ = FAMILIES["plain"]
     adapter = tp.load(f"timm/{name}", grid=[(1, 1)], **options)
     assert adapter.layout((100, 100)).grid == (1, 1)
@@ -275,8 +328,46 @@ def test_strategies_do_without_separators() -> None:
         assert 1 <= len(chosen.keep) <= 0.4 * len(layout) + layout.views
 
 
-def test_a_relative_position_bias_is_refused_with_a_sentence() -> None:
-    adapter = tp.load("timm/beit_base_patch16_224", **TINY)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["beit_base_patch16_224", "vit_relpos_small_patch16_224", "vit_dwee_patch16_reg1_gap_256"],
+)
+def test_attention_that_is_no_plain_softmax_is_refused_before_it_runs(
+    name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative positions add a bias, differential attention subtracts a second map."""
+    adapter = tp.load(f"timm/{name}", **TINY)
+    for block in adapter.vision_layers:
+        block.attn.fused_attn = fused  # type: ignore[assignment, union-attr]
     assert len(adapter.encode([_image(32, 32)])) == 1
-    with pytest.raises(UserError, match="adds a bias to its attention"):
+    assert len(adapter.choose("uniform", [_image(32, 32)], retention=0.5)) == 1
+    monkeypatch.setattr(adapter.model.vit, "forward_features", None)
+    with pytest.raises(UserError, match=r"globalcom2 needs .* plain blocks .* uniform"):
         adapter.choose("globalcom2", [_image(32, 32)], retention=0.5)
+    with pytest.raises(UserError, match="received needs the attention of plain blocks"):
+        adapter.encode([_image(32, 32)], {Signal("received")})
+    assert "globalcom2" not in adapter._compatible()
+
+
+def test_signals_that_are_not_there_are_sentences_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = _load("registers")
+    monkeypatch.setattr(adapter.model.vit, "forward_features", None)
+    for signal, said in [
+        (Signal("received", 3), "asks for layer 3 of the vision tower, which has 3"),
+        (Signal("cls_attention"), "needs the attention of a CLS token"),
+        (Signal("head_attention"), "needs the attention of a pooling head"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            adapter.encode([_image(32, 32)], iter([signal]))
+    ready = tp.create("uniform", retention=0.5)
+    with pytest.raises(UserError, match=r"\['retention'\] need a strategy's name"):
+        adapter.choose(ready, [_image(32, 32)], retention=0.2)
+
+
+def test_a_vit_of_another_number_of_tokens_is_a_sentence() -> None:
+    adapter = tp.load("timm/convit_tiny", depth=2, embed_dim=16)  # its CLS token joins in block 10
+    with pytest.raises(UserError, match="return one token per patch"):
+        adapter.encode([_image(32, 32)])

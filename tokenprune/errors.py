@@ -20,9 +20,17 @@ class RetentionWarning(UserWarning):
     """The requested retention leaves a view without a single token."""
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """The error for an unknown ``name``, with the nearest known names and the whole list."""
+def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> UnknownNameError:
+    """The error for an unknown ``name``, with the nearest known names and the whole list.
+
+    Args:
+        what: The noun.
+        name: What was asked for.
+        known: All names.
+        listing: Said in place of the whole list where that is too long to read.
+    """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return UnknownNameError(f"no {what} is called {name!r}.{hint} Known: {', '.join(known)}.")
+    listed = listing or f"Known: {', '.join(known)}."
+    return UnknownNameError(f"no {what} is called {name!r}.{hint} {listed}")
