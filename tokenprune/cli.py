@@ -216,11 +216,14 @@ def list_(
     table = _table("model", "adapter", "model class", title="Models")
     embedded = {name: _architecture(testbed.path(name)) for name in testbed.names()}
     for name in adapters.names():
-        hosts = adapters.get(name).hosts
+        adapter = adapters.get(name)
         for own, host in embedded.items():
-            if host in hosts:
+            if host in adapter.hosts:
                 table.add_row(own, name, host)
-        table.add_row("any Hub id or local folder", name, "\n".join(hosts))
+        if adapter.has_language_model:
+            table.add_row("any Hub id or local folder", name, "\n".join(adapter.hosts))
+        else:
+            table.add_row("timm/<any ViT>", name, "vision only: encode and choose")
     console.print(table)
     raise typer.Exit(OK)
 
