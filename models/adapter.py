@@ -212,6 +212,7 @@ class Adapter(ABC):
 
     def check(self, compressor: Compressor) -> None:
         """Raise `UserError` if the model lacks what ``compressor`` needs."""
+        taken: dict[int, Compressor] = {}
         for part in compressor.stages():
             if part.stage is Stage.LLM and not self.has_language_model:
                 raise UserError(
@@ -228,6 +229,11 @@ class Adapter(ABC):
                     raise UserError(
                         f"{part.name} cuts in front of decoder layer {layer}; this model has "
                         f"layers 0 to {len(self.decoder_layers) - 1}."
+                    )
+                if taken.setdefault(layer, part) is not part:
+                    raise UserError(
+                        f"{taken[layer].name} and {part.name} both cut in front of decoder layer "
+                        f"{layer}; move one of them to another layer."
                     )
 
     def _check_signal(self, signal: Signal, who: str) -> None:
@@ -247,8 +253,12 @@ class Adapter(ABC):
             )
 
     def cut_layer(self, cut: int | float) -> int:
-        """Index of the decoder layer that a cut, perhaps a share of the depth, lies in front of."""
-        return cut if isinstance(cut, int) else round(cut * len(self.decoder_layers))
+        """Index of the decoder layer that a cut, perhaps a share of the depth, lies in front of.
+
+        A share is at least one layer.  Where two cuts of a strategy fall together in a shallow
+        decoder, the later one counts.
+        """
+        return cut if isinstance(cut, int) else max(1, round(cut * len(self.decoder_layers)))
 
     def require_language_model(self) -> None:
         """Raise `UserError` if there is none."""

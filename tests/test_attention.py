@@ -21,7 +21,13 @@ from transformers import (
 )
 
 import tokenprune.attention
-from tokenprune.attention import attention_received, cls_row, decoder_row, projections
+from tokenprune.attention import (
+    attention_received,
+    cls_row,
+    decoder_row,
+    decoder_rows,
+    projections,
+)
 from tokenprune.golden import read as replay_cases
 
 SIZES = {
@@ -177,6 +183,32 @@ def test_decoder_row_is_the_row_of_eager_attention(
     wanted = out.attentions[layer].mean(1)[torch.arange(2), asking]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["recomputed", "cached keys"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_decoder_rows_are_rows_of_eager_attention(
+    monkeypatch: pytest.MonkeyPatch, kind: str, kv_heads: int, cached: bool
+) -> None:
+    monkeypatch.setattr(tokenprune.attention, "CHUNK", 2)
+    model, mask = _decoder(kind, kv_heads), _mask("left")
+    call, out = _tapped(model, 1, mask)
+    asking = torch.tensor([11, 7, 10, 8, 9])
+    cos, sin = call["position_embeddings"]
+    for row in range(2):
+        visible = mask[row].bool() & (torch.arange(12) <= asking[:, None])
+        with torch.no_grad():
+            got = decoder_rows(
+                model.layers[1].self_attn,
+                call["hidden_states"][row],
+                (cos.expand(2, -1, -1)[row], sin.expand(2, -1, -1)[row]),
+                asking,
+                visible,
+                out.past_key_values.layers[1].keys[row] if cached else None,
+            )
+        wanted = out.attentions[1][row].mean(0)[asking]
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_decoder_row_of_an_earlier_token() -> None:

@@ -43,10 +43,12 @@ VARIANTS = {
         "fastv:positions=compact,separators=none",
         "fastv:layer=1,allocator=globalcom2",
         "random:seed=3,allocator=topk",
+        "sparsevlm:recycle=0,positions=original",
     )
 } | {
     "divprune:allocator=globalcom2": parse("divprune:allocator=globalcom2", retention=RETENTION),
     "globalcom2 + fastv": _chain("globalcom2", "fastv"),
+    "uniform + sparsevlm": _chain("uniform:separators=none", "sparsevlm:recycle=1"),
     "uniform original + two cuts": _chain(
         "uniform:positions=original,separators=none", "fastv:layer=1", "fastv:layer=3"
     ),
@@ -114,3 +116,11 @@ def test_chain_refuses_the_wrong_order() -> None:
         with pytest.raises(UserError, match="a chain takes"):
             Chain.of(*parts)
     assert Chain.of(early, late).retention == 0.25
+
+
+def test_chain_refuses_two_cuts_in_one_place() -> None:
+    (host,) = hosts(["llama"])[:1]
+    both = parse("fastv:layer=2@0.5 + pyramiddrop@0.5")
+    with pytest.raises(UserError, match=r"fastv and pyramiddrop both cut .* layer 2"):
+        host.adapter.check(both)
+    host.adapter.check(parse("fastv:layer=1@0.5 + fastv:layer=2@0.5"))

@@ -124,6 +124,19 @@ def test_an_llm_account_by_hand(host: Host) -> None:
     assert trace.ledger.selector_flops == row + 2 * 76 * 32 * 16  # keys projected once more
 
 
+def test_text_that_asks_is_charged(host: Host) -> None:
+    """SparseVLM: three words ask in layers 0 and 1, with all tokens and with 25 patches of 64."""
+    method = create("sparsevlm", retention=0.25, separators="none")
+    ledger = _ledgers(host, method, (0,))[0]
+    assert ledger.visual_per_layer == (70, 25, 16, 16)
+    rows = sum(3 * (2 * 32 * 32 + 2 * tokens * 32) for tokens in (76, 31))
+    own = sum(2 * 32 * (64 * 3 + (0.3 * visual) ** 2) for visual in (70, 25))
+    assert ledger.selector_flops == pytest.approx(rows + own)
+    assert ledger.flops == pytest.approx(
+        _layer(76) + _layer(31) + 2 * _layer(22) + ledger.selector_flops
+    )
+
+
 def test_a_signal_of_the_tower_is_charged(host: Host) -> None:
     """Five views, a CLS row over 17 keys of width 16 each."""
     ledger = _ledgers(host, create("globalcom2", retention=0.4))[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenprune.compressor import create
 from tokenprune.primitives import (
+    density_peaks,
     evenly_spaced,
     normalise,
     project_thumbnail,
@@ -163,3 +164,33 @@ def test_holistic_score_of_globalcom2(name: str, alpha: float) -> None:
             wanted = alpha * value / norm_g + (1 - alpha) * local[index] / norm_l
             assert float(got[index]) == pytest.approx(wanted, abs=1e-5)
     assert got[: high * wide].tolist() == local[: high * wide]
+
+
+def _peaks_slowly(points: list[list[float]], count: int) -> tuple[list[int], list[int]]:
+    size, root = len(points), len(points[0]) ** 0.5
+    d = [[math.dist(a, b) / root for b in points] for a in points]
+    density = [math.exp(-sum(x * x for x in sorted(row)[:count]) / count) for row in d]
+    order = sorted(range(size), key=lambda i: (-density[i], i))
+    score = {}
+    for rank, i in enumerate(order):
+        score[i] = density[i] * (min(d[i][j] for j in order[:rank]) if rank else max(map(max, d)))
+    centres = sorted(range(size), key=lambda i: (-score[i], i))[:count]
+    nearest = [min(range(count), key=lambda c: d[i][centres[c]]) for i in range(size)]
+    return centres, [centres.index(i) if i in centres else nearest[i] for i in range(size)]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000))
+def test_density_peaks(size: int, count: int, seed: int) -> None:
+    points = torch.randn(size, 3, generator=torch.Generator().manual_seed(seed))
+    count = min(size, count)
+    # Of two clusters the two nearest points are exactly as dense: rounding decides in the loops.
+    if count != 2:
+        centres, cluster = density_peaks(points, count)
+        assert (centres.tolist(), cluster.tolist()) == _peaks_slowly(points.tolist(), count)
+
+
+def test_density_peaks_prefers_the_earlier_of_equally_dense_points() -> None:
+    points = torch.tensor([[5.0], [1], [0], [6]])  # two pairs, all four as dense
+    centres, cluster = density_peaks(points, 2)
+    assert centres.tolist() == [0, 1]
+    assert cluster.tolist() == [0, 1, 1, 0]

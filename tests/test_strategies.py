@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.compressor import create
+from tokenprune.errors import UserError
 from tokenprune.primitives import cover, max_min_diversity
 from tokenprune.strategies.hired import MarkedPatches
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
@@ -283,3 +284,56 @@ def test_dart_lets_pivots_pick_what_is_least_like_them() -> None:
         text=dict(zip(named, (torch.tensor([[1.0], [5]]), torch.stack([x, y])), strict=True)),
     )
     assert method.select(tokens).keep.tolist() == [0, 2, 4]
+
+
+def _rated(rows: Tensor, states: Tensor, visual: Tensor, text: Tensor) -> VisualTokens:
+    layout = TokenLayout.single((1, len(states)), newline=False)
+    signals = {Signal("llm_text"): rows}
+    return VisualTokens(layout, states, signals, entered=len(visual), inputs=(visual, text))
+
+
+def test_sparsevlm_asks_the_words_that_are_about_the_image() -> None:
+    """Word 1 is along what the image shows and rates; word 0 is not, and likes token 5."""
+    states = torch.arange(6.0)[:, None].expand(-1, 2)
+    visual, text = torch.tensor([[1.0, 0]]).expand(6, 2), torch.eye(2).flip(0)
+    rows = torch.tensor([[0, 0.3], [0, 0.1], [0, 0.05], [0, 0.4], [0, 0.1], [0.9, 0.05]])
+    tokens = _rated(rows, states, visual, text)
+    method = create("sparsevlm", retention=0.34, depths=(0.5,), recycle=0)
+    assert method.select(tokens).keep.tolist() == [0, 3]
+    # With recycling one place is for a merged token: the best two of five dropped ones.
+    merging = create("sparsevlm", retention=0.34, depths=(0.5,))
+    chosen = merging.select(tokens)
+    assert chosen.keep.tolist() == [0, 3]
+    assert chosen.features is not None
+    torch.testing.assert_close(chosen.features, torch.tensor([[0.5, 0.5], [3, 3]]))
+
+
+def test_sparsevlm_lets_all_words_rate_where_none_stands_out() -> None:
+    rows, states = torch.tensor([[0.1], [0.8], [0.1]]), torch.ones(3, 2)
+    method = create("sparsevlm", retention=0.5)
+    one = _rated(rows, states, states, torch.ones(1, 2))
+    assert method.select(one).keep.tolist() == [1]
+    none = _rated(rows[:, :0], states, states, torch.ones(0, 2))
+    with pytest.raises(UserError, match="needs text behind the image"):
+        method.select(none)
+
+
+@pytest.mark.parametrize("schedule", ["retention", "rank", "192", "64"])
+@pytest.mark.parametrize("retention", [0.01, 0.2, 0.5, 0.99])
+def test_sparsevlm_never_exceeds_its_budget(schedule: str, retention: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.rand(576, 4, generator=draw)
+    states, text = torch.randn(576, 8, generator=draw), torch.randn(4, 8, generator=draw)
+    tokens = _rated(rows, states, states, text)
+    method = create("sparsevlm", retention=retention, schedule=schedule)
+    for stage, cut in enumerate(method.cuts, 1):
+        kept = len(method.at(cut).select(tokens).keep)
+        most = max(1, math.floor(576 * retention ** (stage / 3) + 1e-9))
+        assert kept <= most
+        if schedule == "retention":
+            assert kept == most
+
+
+def test_sparsevlm_has_no_list_for_a_fourth_cut() -> None:
+    with pytest.raises(UserError, match="3 counts for 4 cuts"):
+        create("sparsevlm", retention=0.5, schedule="192", depths=(0.1, 0.2, 0.3, 0.4))

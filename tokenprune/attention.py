@@ -22,6 +22,7 @@ __all__ = [
     "cls_row",
     "decoder_keys",
     "decoder_row",
+    "decoder_rows",
     "head_rows",
     "moved_keys",
     "projections",
@@ -232,3 +233,39 @@ def decoder_row(
     logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
     row: Tensor = logits.softmax(-1).mean((1, 2))
     return row
+
+
+def decoder_rows(
+    attention: nn.Module,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    query_slots: Tensor,
+    visible: Tensor,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Attention that several queries of ONE prompt pay to every key, mean over heads.
+
+    Computed for `CHUNK` queries at a time, O(T·N·d) in all.
+
+    Args:
+        attention: As in `decoder_row`.
+        hidden: (M, D) its input, already normalised.
+        rotary: cos and sin, (M, head_dim).
+        query_slots: (T,) which of the M entries ask.
+        visible: (T, K) bool, keys each query may look at; K >= M with cached keys in front.
+        keys: (kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
+
+    Returns:
+        (T, K) float32 softmaxed rows.
+    """
+    if keys is None:
+        keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
+    rows = [visible.new_zeros(0, keys.shape[1], dtype=torch.float32)]
+    for slots, allowed in zip(query_slots.split(CHUNK), visible.split(CHUNK), strict=True):
+        at = rotary[0][slots][None], rotary[1][slots][None]
+        query = _rotated(attention, "q", hidden[slots][None], at)
+        grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
+        logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
+        heads = rearrange(logits, "g (r t) k -> (g r) t k", t=len(slots))
+        rows.append(heads.masked_fill(~allowed, -torch.inf).softmax(-1).mean(0))
+    return torch.cat(rows)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from tokenprune.attention import decoder_keys, decoder_row, moved_keys
+from tokenprune.attention import decoder_keys, decoder_row, decoder_rows, moved_keys
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
@@ -46,6 +46,7 @@ __all__ = ["Chosen", "Trace", "adapter_of", "compress"]
 
 Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
+_TEXT = Signal("llm_text")
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +197,7 @@ class _Pass:
         masks: Masks behind cuts, by the number of cuts in front.
         tapped: Arguments of the attention modules whose rows are wanted.
         read: Layers whose rows were computed, and whether the keys had to be computed again.
+        asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
     """
 
     columns: Tensor
@@ -217,6 +219,7 @@ class _Pass:
     masks: dict[int, Any] = field(default_factory=dict)
     tapped: dict[int, Kwargs] = field(default_factory=dict)
     read: list[tuple[int, bool]] = field(default_factory=list)
+    asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
 
     @property
     def real(self) -> Tensor:
@@ -278,7 +281,9 @@ class _Session:
         if adapter.model is not adapter.base:
             hooks.append((adapter.model, self._labels))
         tapped = ("llm_attention", "llm_keys")
-        for index in {signal.layer for signal in self.signals if signal.name in tapped}:
+        layers = {signal.layer for signal in self.signals if signal.name in tapped}
+        layers |= {cut - 1 for cut, part in self.inside.items() if _TEXT in part.needs}
+        for index in layers:
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
         handles = [
@@ -419,7 +424,11 @@ class _Session:
         for part in self.before if spans else []:
             embeds = self._shorten(state, part, embeds, changed)
         for span in spans:
-            span.tokens = replace(span.tokens, entered=len(span.tokens.layout.patches))
+            span.tokens = replace(
+                span.tokens,
+                entered=len(span.tokens.layout.patches),
+                inputs=self._inputs(state, span, embeds),
+            )
         self._count(state, 0)
         if spans or not (continued or (cache is not None and cache.get_seq_length())):
             self.opened, state.entered = state, state.real.sum(1)
@@ -576,8 +585,7 @@ class _Session:
         rows = self._rows(state, part)
         if any(signal.name == "llm_ahead" for signal in part.needs):
             rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
-        vectors = self._vectors(state, part, hidden)
-        state.tapped.clear()
+        vectors, asking = self._vectors(state, part, hidden), _TEXT in part.needs
         keep, gone = state.real, False
         for span in state.spans:
             slots = state.slots(span).to(hidden.device)
@@ -585,7 +593,9 @@ class _Session:
                 name: row[span.row, slots.to(row.device)]
                 for name, row in {**rows, **vectors}.items()
             }
-            text = self._text_slots(state, span) if vectors else slots
+            text = self._text_slots(state, span) if vectors or asking else slots
+            if asking:
+                signals[_TEXT] = self._text_rows(state, span, index - 1, text)[:, slots].T
             tokens = replace(
                 span.tokens,
                 features=hidden[span.row, slots],
@@ -603,6 +613,7 @@ class _Session:
                 hidden[span.row, slots[chosen.keep]] = chosen.features.to(hidden.dtype)
             left = chosen.keep.to(span.columns.device)
             gone |= self._narrow(state, span, left, keep, Stage.LLM, index)
+        state.tapped.clear()
         if not gone:
             return hidden
         shift = self._pack(state, keep, part.keeps_positions)
@@ -719,6 +730,36 @@ class _Session:
         text = (columns > span.last) & (columns <= state.query[row].to(columns.device))
         return (text & ~visual[columns.clamp(min=0)]).nonzero().squeeze(1)
 
+    def _inputs(self, state: _Pass, span: _Span, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What enters the language model: an image's patch tokens, and the text behind it."""
+        if Signal("llm_inputs") not in self.signals:
+            return None
+        patches = span.tokens.layout.patches.to(span.columns.device)
+        row = embeds[span.row].detach()
+        return row[state.slots(span)[patches]], row[self._text_slots(state, span)]
+
+    @torch.no_grad()
+    def _text_rows(self, state: _Pass, span: _Span, index: int, text: Tensor) -> Tensor:
+        """(T, M) attention of an image's text to the current slots in layer ``index``."""
+        tapped = state.tapped[index]
+        hidden = tapped["hidden_states"][span.row]
+        device, count = hidden.device, len(hidden)
+        text, columns = text.to(device), state.columns[span.row].to(device)
+        visible = (columns >= 0) & (columns <= columns[text][:, None])
+        keys = None
+        if state.layers:
+            layer = state.layers[index]
+            if layer.keys is not None:
+                keys = layer.keys[span.row].to(device)
+            past = layer.valid[span.row, :-count].to(device)
+            visible = torch.cat([past.expand(len(text), -1), visible], 1)
+        rotary = tapped["position_embeddings"]
+        cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
+        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
+        rows = decoder_rows(attention, hidden, (cos, sin), text, visible, keys)
+        state.asked.append((span.row, index, len(text), keys is None))
+        return rows[:, -count:]
+
     @torch.no_grad()
     def _row_ahead(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
         """(B, M) the attention row over the current slots in the layer that is about to run."""
@@ -802,12 +843,12 @@ class _Session:
             for span in state.spans:
                 state.spent[span.row] += 2 * span.layout.views * queries * keys * width
 
-    def _row_flops(self, tokens: int, recomputed: bool) -> float:
-        """FLOPs of one attention row over ``tokens`` keys, all heads, and of its query."""
+    def _row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
+        """FLOPs of attention rows over ``tokens`` keys, all heads, and of their queries."""
         shape = self.shape
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         again = 2 * tokens * shape.hidden * key if recomputed else 0
-        return 2 * shape.hidden * query + 2 * tokens * query + again
+        return rows * (2 * shape.hidden * query + 2 * tokens * query) + again
 
     def _tell(self, state: _Pass, size: int) -> None:
         """Let the trace tell what this prefill did.
@@ -817,6 +858,7 @@ class _Session:
         """
         images = [(span.row, span.layout, span.index) for span in state.spans]
         entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
+        asked = state.asked
 
         def ledgers() -> list[Ledger]:
             made = []
@@ -829,6 +871,9 @@ class _Session:
                 selector = spent[row]
                 if before:
                     selector += sum(self._row_flops(tokens[layer], new) for layer, new in read)
+                for where, layer, queries, new in asked:
+                    if where == row:
+                        selector += self._row_flops(tokens[layer], new, queries)
                 made.append(
                     Ledger(
                         requested=self.retention,

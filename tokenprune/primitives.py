@@ -13,6 +13,7 @@ from tokenprune.tokens import Kind, TokenLayout
 
 __all__ = [
     "cover",
+    "density_peaks",
     "evenly_spaced",
     "max_min_diversity",
     "normalise",
@@ -192,6 +193,39 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
         closest = distance[index].clone() if step == 0 else torch.minimum(closest, distance[index])
         closest[chosen[: step + 1]] = -torch.inf
     return chosen.sort().values
+
+
+def density_peaks(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Cluster around points that are dense and far from denser ones.
+
+    With ``d`` the Euclidean distance over the root of the dimension, the density of a point is
+    ``exp(-mean d²)`` over its ``count`` nearest, itself included; its score is the density times
+    the distance to the nearest denser point (the largest distance of all where there is none).  The
+    ``count`` best are centres, every other point joins the nearest (density peaks with k nearest
+    neighbours, as in SparseVLM's ``cluster_and_merge``, where noise breaks ties; here the earlier
+    of equally dense points counts as denser).
+
+    Args:
+        vectors: (P, D); compared in float32.
+        count: Number of clusters, in [1, P].
+
+    Returns:
+        (count,) indices of the centres, best first, and (P,) cluster of every point.
+    """
+    points = vectors.float()
+    distance = torch.cdist(points, points) / points.shape[1] ** 0.5
+    distance = torch.maximum(distance, distance.T).fill_diagonal_(0)  # rounding is not symmetric
+    density = (-distance.topk(count, largest=False).values.square().mean(-1)).exp()
+    rank = torch.empty_like(density, dtype=torch.long)
+    place = torch.arange(len(points), device=points.device)
+    rank[density.argsort(descending=True, stable=True)] = place
+    denser = rank[None] < rank[:, None]
+    far = torch.where(rank == 0, distance.max(), torch.inf)
+    score = density * torch.minimum(distance.masked_fill(~denser, torch.inf).amin(1), far)
+    centres = score.argsort(descending=True, stable=True)[:count]
+    cluster = distance[:, centres].argmin(1)
+    cluster[centres] = place[:count]
+    return centres, cluster
 
 
 def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:

@@ -247,6 +247,8 @@ def sample_tokens(
     draw = torch.Generator().manual_seed(seed)
 
     def signal(which: Signal) -> Tensor:
+        if which.name == "llm_text":
+            return torch.randn(len(layout), 5, generator=draw).softmax(0)
         if which.is_vector:
             vectors = torch.randn(len(layout), 6, generator=draw)
             if which.in_llm:
@@ -257,7 +259,7 @@ def sample_tokens(
             values = values.softmax(0)
         return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
 
-    ordered = sorted(signals, key=repr)
+    ordered = sorted((one for one in signals if one.name != "llm_inputs"), key=repr)
     weight = torch.randn(6, 8, generator=draw).to(dtype)
     return VisualTokens(
         layout=layout,
@@ -268,8 +270,12 @@ def sample_tokens(
         text={
             which: torch.randn(5, 6, generator=draw).to(dtype)
             for which in ordered
-            if which.is_vector and which.in_llm
+            if which.is_vector and which.in_llm and which.name != "llm_text"
         },
+        inputs=(
+            torch.randn(len(layout.patches), 8, generator=draw).to(dtype),
+            torch.randn(5, 8, generator=draw).to(dtype),
+        ),
     )
 
 
@@ -348,6 +354,7 @@ def reference(
     attention: dict[Signal, Tensor] = {}  # by asking and asked column
     vectors: dict[Signal, Tensor] = {}  # by column
     everything = torch.cat(places) if places else columns[:0]
+    before: Tensor | None = None  # attention in the layer before, by asking and asked column
 
     def cut(part: Compressor) -> None:
         nonlocal hidden, columns, positions
@@ -360,6 +367,8 @@ def reference(
             behind = (columns > last[index]) & (columns <= askers[index])
             text = columns[behind & ~torch.isin(columns, everything)]
             seen |= {signal: values[places[index]] for signal, values in vectors.items()}
+            if before is not None and Signal("llm_text") in part.needs:
+                seen[Signal("llm_text")] = before[text][:, places[index]].T
             tokens = replace(tokens, text={s: values[text] for s, values in vectors.items()})
             tokens = replace(tokens, features=hidden[slots], signals={**tokens.signals, **seen})
             chosen = part(tokens)
@@ -379,7 +388,12 @@ def reference(
     for part in stages:
         if part.stage is Stage.PRE_LLM:
             cut(part)
-    images[:] = [replace(some, entered=len(some.layout.patches)) for some in images]
+    for index, some in enumerate(images):
+        patches = torch.isin(columns, places[index][some.layout.patches])
+        behind = (columns > last[index]) & (columns <= askers[index])
+        text = behind & ~torch.isin(columns, everything)
+        entered = len(some.layout.patches)
+        images[index] = replace(some, entered=entered, inputs=(hidden[patches], hidden[text]))
     inside = [part for part in stages if part.cuts]
     if not inside and torch.equal(positions, torch.arange(len(positions))):
         # Nothing happens inside, so the plain model on the plain short prompt is the reference.
@@ -389,7 +403,7 @@ def reference(
     seen_positions = []
     for index, layer in enumerate(adapter.decoder_layers):
         for part in inside:
-            for where in part.cuts:
+            for where in {adapter.cut_layer(each): each for each in part.cuts}.values():
                 if adapter.cut_layer(where) == index:
                     rotary = language.rotary_emb(hidden[None], positions[None])
                     square = torch.full((len(ids), len(ids)), torch.nan)
@@ -401,6 +415,9 @@ def reference(
                     cut(part.at(where))
         seen_positions.append(positions)
         rotary = language.rotary_emb(hidden[None], positions[None])
+        if Signal("llm_text") in compressor.needs:
+            before = torch.full((len(ids), len(ids)), torch.nan)
+            before[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
         for signal in compressor.needs:
             if signal.name == "llm_keys" and signal.layer == index:
                 rotated = _decoder_keys(layer, hidden, rotary)
@@ -725,7 +742,9 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
             own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
-        scalars = [signal for signal in own.needs if not signal.is_vector]
+        scalars = [
+            signal for signal in own.needs if not signal.is_vector and signal.name != "llm_inputs"
+        ]
         for name in ("2x2", "one view") if scalars else ():
             tokens = sample_tokens(part.needs, LAYOUTS[name])
             token = int(tokens.layout.patches[len(tokens.layout.patches) // 2])

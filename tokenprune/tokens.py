@@ -44,7 +44,10 @@ class Signal:
             projector receives).  ``llm_ahead`` is ``llm_attention`` of the very layer that a
             selection stands in front of, computed ahead of it; ``llm_keys`` are the rotated keys of
             a decoder layer, all heads, and ``llm_states`` the hidden states in front of the
-            selection, behind the final norm: both vectors.
+            selection, behind the final norm: both vectors.  ``llm_text`` is (N, T), the attention
+            that each of the T text tokens behind the image pays to the entries, softmaxed, mean
+            over heads, in the layer that ran just before the selection.  ``llm_inputs`` asks for
+            `VisualTokens.inputs`.
         layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
             for ``head_attention`` and ``unprojected``, which come behind all layers.
     """
@@ -63,6 +66,8 @@ class Signal:
         "llm_ahead",
         "llm_keys",
         "llm_states",
+        "llm_text",
+        "llm_inputs",
     ]
     layer: int = -1
 
@@ -79,7 +84,14 @@ class Signal:
     @property
     def is_vector(self) -> bool:
         """Whether it is (N, C), a vector per token, and not (N,)."""
-        return self.name in ("keys", "joint_keys", "unprojected", "llm_keys", "llm_states")
+        return self.name in (
+            "keys",
+            "joint_keys",
+            "unprojected",
+            "llm_keys",
+            "llm_states",
+            "llm_text",
+        )
 
     @property
     def needs_head(self) -> bool:
@@ -292,6 +304,9 @@ class VisualTokens:
         entered: Inside the language model, how many patch tokens of the image entered it.
         text: Inside the language model, vector signals (T, C) of the prompt's text tokens behind
             the image or video, up to the last one of the prompt.
+        inputs: Inside the language model, for strategies that need ``llm_inputs``: what entered
+            it, (P, D) for all patch tokens of the image and (T, D) for the text tokens behind it.
+            The same at every cut.
     """
 
     layout: TokenLayout
@@ -301,6 +316,7 @@ class VisualTokens:
     projector: Callable[[Tensor], Tensor] | None = None
     entered: int | None = None
     text: Mapping[Signal, Tensor] = field(default_factory=dict)
+    inputs: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         aligned: dict[Any, Tensor] = {"features": self.features, **self.signals}

@@ -1,0 +1,147 @@
+"""SparseVLM: words that look at the image rate its tokens; some of what is dropped is recycled.
+
+Paper:  https://arxiv.org/abs/2410.04417 (ICML 2025)
+Code:   https://github.com/Gumpest/SparseVLMs, llava/model/language_model/ (score.py, utils.py;
+        rank-based: 91fb6d9, fixed lists: 26a5f48)
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import budget
+from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.errors import UserError
+from tokenprune.primitives import density_peaks
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+Cut = Annotated[float, Field(gt=0, lt=1)]
+ROWS, INPUTS = Signal("llm_text"), Signal("llm_inputs")
+LISTS = {"192": (300, 200, 110), "128": (303, 110, 36), "96": (238, 48, 26), "64": (66, 30, 17)}
+
+
+@register("sparsevlm")
+@dataclass(frozen=True, kw_only=True)
+class SparseVLM(Compressor):
+    """Rank by the mean attention of the raters, the text tokens most related to the image.
+
+    Raters have more than the mean of ``mean_v softmax_t(x_v . x_t)``, with ``x`` what enters the
+    language model.  Of ``d`` dropped tokens the best ``m = int(recycle * d) + 1`` become
+    ``int(m / 10) + 1`` clusters (`density_peaks`), each the mean of its members, in the place of
+    its centre.  Merged tokens count as tokens, here and at later cuts.
+
+    At cut ``i`` of ``n`` at most ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered are left,
+    kept and merged together, whatever `schedule` says; the ledger tells the average over layers.
+
+    Args:
+        depths: Cuts as shares of the decoder's depth.  Official: behind layers 2, 6 and 15 of 32
+            (and 19, rank-based).
+        schedule: How many are kept besides the merged ones: as many as ``retention`` allows, by the
+            ``rank`` of the raters' attention (``int(rank * scale + bias)``), or one of the official
+            lists for 576 tokens, called by their nominal average.
+        scale, bias: Of ``rank``.
+        recycle: Share of the dropped tokens that is merged; 0 merges none.
+        positions: Officially what is left is numbered anew.
+        cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
+    """
+
+    depths: Annotated[tuple[Cut, ...], Field(min_length=1)] = (3 / 32, 7 / 32, 16 / 32)
+    schedule: Literal["retention", "rank", "192", "128", "96", "64"] = "retention"
+    scale: Annotated[float, Field(gt=0)] = 13.5
+    bias: float = 0.0
+    recycle: Annotated[float, Field(ge=0, le=1)] = 0.3
+    positions: Literal["auto", "compact", "original"] = "compact"
+    cut: Annotated[int, Field(ge=0)] = 0
+
+    stage: ClassVar[Stage] = Stage.LLM
+    card = Card(
+        paper="SparseVLM",
+        arxiv="2410.04417",
+        code="https://github.com/Gumpest/SparseVLMs (91fb6d9, 26a5f48)",
+        verified="sparsevlm",
+        deviations=(
+            "The budget follows R unless schedule names the rank or an official list, and bounds "
+            "these too; where it leaves no room, fewer clusters are made.",
+            "A merged token lies where its centre lay; officially behind all kept ones.",
+            "Equally dense tokens rank by attention; officially random noise decides.",
+            "Every image and row is rated by itself; officially batches of one image. Separators "
+            "are neither rated nor merged.",
+            "Where no text stands out as rater, all of it rates; officially the result is NaN.",
+            "SparseVLM+ (code version 2.0), which divides attention by a positional term that may "
+            "be near zero, is not offered.",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule in LISTS and len(self.depths) > 3:
+            raise UserError(
+                f"sparsevlm: the list {self.schedule} has 3 counts for {len(self.depths)} cuts."
+            )
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        return self.depths
+
+    def at(self, cut: int | float) -> Compressor:
+        return replace(self, cut=1 + self.depths.index(cut))
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({ROWS, INPUTS})
+
+    def flops(self, tokens: VisualTokens) -> float:
+        visual, text = tokens.inputs or (tokens.features, tokens.features[:0])
+        recycled = self.recycle * len(tokens)
+        return 2.0 * visual.shape[1] * (len(visual) * len(text) + recycled**2)
+
+    def raters(self, tokens: VisualTokens) -> Tensor:
+        """(T,) bool, which of the text tokens behind the image rate."""
+        if tokens.inputs is None or not len(tokens.inputs[1]):
+            raise UserError("sparsevlm needs text behind the image, whose tokens rate it.")
+        visual, text = (part.float() for part in tokens.inputs)
+        related = (visual @ text.T).softmax(1).mean(0)
+        raters = related > related.mean()
+        return raters | ~raters.any()
+
+    def left(self, tokens: VisualTokens, rows: Tensor) -> tuple[int, int]:
+        """How many tokens are kept and how many clusters made, given the raters' rows (N, r)."""
+        there, stage = len(rows), self.cut or len(self.depths)
+        ratio = round(self.retention ** (stage / len(self.depths)), 12)
+        most = min(budget(tokens.entered or there, ratio), there)
+        kept = most if self.schedule == "retention" else there - 1
+        if self.schedule == "rank":
+            kept = min(int(int(torch.linalg.matrix_rank(rows)) * self.scale + self.bias), kept)
+        elif self.schedule in LISTS:
+            kept = min(LISTS[self.schedule][stage - 1], kept)
+        kept = max(1, min(kept, most))
+        while kept > 1 and kept + self._clusters(there - kept) > most:
+            kept -= 1
+        return kept, min(self._clusters(there - kept), most - kept)
+
+    def _clusters(self, dropped: int) -> int:
+        return self._recycled(dropped) // 10 + 1 if self.recycle and dropped else 0
+
+    def _recycled(self, dropped: int) -> int:
+        return min(int(self.recycle * dropped) + 1, dropped)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        patches = tokens.layout.patches
+        rows = tokens[ROWS][patches][:, self.raters(tokens)].float()
+        kept, clusters = self.left(tokens, rows)
+        order = rows.mean(1).argsort(descending=True, stable=True)
+        if not clusters:
+            return Selection(patches[order[:kept].sort().values])
+        recycled = patches[order[kept:][: self._recycled(len(order) - kept)]]
+        vectors = tokens.features[recycled].float()
+        centres, cluster = density_peaks(vectors, clusters)
+        member = torch.nn.functional.one_hot(cluster, clusters).to(vectors)
+        merged = (member.T @ vectors) / member.sum(0)[:, None]
+        keep = torch.cat([patches[order[:kept]], recycled[centres]])
+        features = torch.cat([tokens.features[keep[:kept]], merged.to(tokens.features)])
+        keep, order = keep.sort()
+        return Selection(keep, features[order])
