@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from tokenprune.experiments.results import (
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
 from tokenprune.registry import strategies
+from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
 
 __all__ = ["Outcome", "Report", "Request", "Runner", "cells", "compare", "run"]
@@ -48,9 +49,6 @@ METHODS = ("uniform", "random", "fastv", "globalcom2")
 RETENTION = (1.0, 0.5, 0.25, 0.1)
 TESTBED_QUESTIONS = 500
 ALL = "all"
-
-Report = Callable[[int, int, str], None]
-"""Called with answers in the journal, answers in all (0: not known yet), and what is being done."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -469,7 +469,10 @@ def _hash_files(folder: Path | None, patterns: Iterable[str]) -> str | None:
 def code_fingerprint(compressors: Iterable[Compressor]) -> str:
     """SHA-256 of the source the answers depend on: the core, the adapters and these methods."""
     root = Path(tokenprune.__file__).parent
-    files = {*root.glob("[!_]*.py"), *(root / "models").glob("*.py")} - {root / "cli.py"}
+    files = {*root.glob("[!_]*.py"), *(root / "models").glob("*.py")} - {
+        root / "cli.py",
+        root / "terminal.py",
+    }
     files.add(root / "experiments" / "compare.py")
     for compressor in compressors:
         for part in compressor.stages():

@@ -16,11 +16,14 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import tokenprune as tp
-from tokenprune import cli
-from tokenprune.cli import app, split_specs, spread, tables
+from tokenprune import terminal
+from tokenprune.cli import app
+from tokenprune.experiments.commands import compare as command
+from tokenprune.experiments.commands.compare import tables
 from tokenprune.experiments.compare import Request
 from tokenprune.experiments.intervals import _COSTS
 from tokenprune.experiments.results import Journal
+from tokenprune.terminal import split_specs, spread
 
 
 def invoke(*words: str) -> Result:
@@ -31,7 +34,7 @@ def invoke(*words: str) -> Result:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What the command would have run."""
     requests: list[Request] = []
-    monkeypatch.setattr(cli, "_compare", lambda request: requests.append(request) or 0)
+    monkeypatch.setattr(command, "_compare", lambda request: requests.append(request) or 0)
     return requests
 
 
@@ -127,7 +130,7 @@ def test_bad_input_is_a_sentence(
     (tmp_path / "file").write_text("")
     given = words if "--questions" in words or "--data" in words else f"{words} --questions 5"
     result = invoke("compare", *given.split())
-    assert result.exit_code == cli.BAD_INPUT
+    assert result.exit_code == terminal.BAD_INPUT
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
     assert result.stderr.rstrip()[-1] in ".)"
@@ -139,15 +142,15 @@ def test_bad_input_is_a_sentence(
 def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke("compare", "--device", "cuda", "--questions", "5")
-    assert result.exit_code == cli.BAD_INPUT
+    assert result.exit_code == terminal.BAD_INPUT
     assert "no CUDA device" in result.stderr
 
 
 def test_unknown_options_and_commands() -> None:
     result = invoke("compare", "--retentoin", "0.5")
-    assert result.exit_code == cli.BAD_INPUT
+    assert result.exit_code == terminal.BAD_INPUT
     assert "--retention" in result.stderr
-    assert invoke("compair").exit_code == cli.BAD_INPUT
+    assert invoke("compair").exit_code == terminal.BAD_INPUT
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -157,16 +160,16 @@ SMALL = ("compare", "-m", "uniform", "fastv", "-r", "0.25", "--questions", "5")
 
 def test_a_comparison_and_the_same_again(tmp_path: Path) -> None:
     first = invoke(*SMALL, "--out", str(tmp_path / "run"))
-    assert first.exit_code == cli.OK, first.output
+    assert first.exit_code == terminal.OK, first.output
     for word in ("uncompressed", "uniform", "fastv", "100 %", "25 %", "digit", "15 answers in"):
         assert word in first.stdout
     assert str(tmp_path / "run") in first.stdout
     assert "\x1b" not in first.output, "no colours where there is no terminal"
     second = invoke(*SMALL, "--out", str(tmp_path / "run"))
-    assert second.exit_code == cli.OK
+    assert second.exit_code == terminal.OK
     assert "nothing was computed again" in second.stdout
     third = invoke(*SMALL, "--seed", "1", "--out", str(tmp_path / "run"))
-    assert third.exit_code == cli.BAD_INPUT
+    assert third.exit_code == terminal.BAD_INPUT
     assert "seed: 0 there, 1 here" in third.stderr
 
 
@@ -178,7 +181,7 @@ def test_a_failing_method_is_shown_and_changes_the_status(
 
     monkeypatch.setattr(type(tp.create("uniform", retention=0.5)), "select", fail)
     result = invoke(*SMALL, "--out", str(tmp_path))
-    assert result.exit_code == cli.FAILED
+    assert result.exit_code == terminal.FAILED
     assert "FAILED uniform at 0.25: RuntimeError: [bold]no[/bold] luck" in result.stdout
     rows = [line for line in result.stdout.splitlines() if "uniform " in line and "│" not in line]
     assert any(re.search(r"uniform +FAILED", line) for line in rows)
@@ -199,7 +202,7 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path: Path, kind: signal.Signals) ->
             time.sleep(0.05)
         os.kill(process.pid, kind)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == terminal.INTERRUPTED
     assert b"the same command goes on" in output
     kept = len(Journal(journal).answers)
     assert f"{kept} of 1000 answers".encode() in output
@@ -243,8 +246,8 @@ def test_tables_fit_into_80_columns() -> None:
 
 
 def test_long_labels_break_between_options() -> None:
-    assert cli._label("fastv:layer=3") == "fastv:layer=3"
-    assert cli._label("globalcom2:alpha=0.3,tau=5") == "globalcom2:\n alpha=0.3,\n tau=5"
+    assert terminal.method_label("fastv:layer=3") == "fastv:layer=3"
+    assert terminal.method_label("globalcom2:alpha=0.3,tau=5") == "globalcom2:\n alpha=0.3,\n tau=5"
 
 
 def test_list() -> None:

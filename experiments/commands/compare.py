@@ -1,0 +1,259 @@
+"""``tokenprune compare``: the main job on the command line."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.terminal import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    ManyValues,
+    app,
+    as_exit_status,
+    flops_unit,
+    method_label,
+    new_table,
+    percent,
+    progress,
+    quiet,
+    ratio,
+    split_specs,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tokenprune.experiments.compare import Outcome, Request
+
+__all__ = ["compare", "tables"]
+
+_KINDS_PER_TABLE = 5
+
+
+@app.command(cls=ManyValues)
+def compare(
+    model: Annotated[
+        str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")
+    ] = "testbed-next",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="SPEC...",
+            help="Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all. "
+            "One before and one inside the language model: 'globalcom2@0.5 + fastv@0.5'. "
+            "[default: uniform random fastv globalcom2]",
+        ),
+    ] = None,
+    retention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--retention",
+            "-r",
+            metavar="R...",
+            help="Shares of patch tokens to keep, in (0, 1]. [default: 1 0.5 0.25 0.1]",
+        ),
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(help="How many questions. [default: 500 of the testbed, or all of --data]"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own questions, JSON lines with image (or images, or the frames of a "
+            "video), question, answer and optionally kind and id; paths are relative to the file.",
+        ),
+    ] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="image|video|multi-image",
+            help="What the questions are about. [default: image, or all of --data]",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Questions answered at once. [default: 50 on a testbed, otherwise 4]"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Draws the testbed's questions and the bootstrap samples.")
+    ] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the run. The same command takes up an unfinished run in it. "
+            "[default: one in runs/, named after what is asked]",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 8,
+) -> None:
+    """Compare methods side by side on one model and one set of questions.
+
+    Prints accuracy, agreement with the uncompressed model and cost, and writes every answer, a
+    summary and plots to a folder. Ctrl-C keeps what was computed; the same command goes on.
+
+    Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
+    """
+    with as_exit_status():
+        asked: dict[str, Any] = {
+            "model": model,
+            "questions": questions,
+            "modality": modality,
+            "data": data,
+            "batch_size": batch_size,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+            "out": out,
+            "max_new_tokens": max_new_tokens,
+        }
+        if methods:
+            asked["methods"] = tuple(split_specs(methods))
+        if retention:
+            asked["retention"] = tuple(map(ratio, split_specs(retention)))
+
+        from tokenprune.experiments.compare import Request
+
+        status = _compare(Request(**asked))
+    raise typer.Exit(status)
+
+
+def _compare(request: Request) -> int:
+    """Run the comparison, show it, and return the exit status."""
+    from tokenprune.experiments.compare import compare
+
+    quiet()
+    # A scheduler that takes the machine away asks politely first; treat it as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    started = time.monotonic()
+    with progress() as report:
+        outcome = compare(request, report)
+    seconds = time.monotonic() - started
+
+    folder, console = outcome.folder, Console()
+    if outcome.status == "interrupted":
+        console.print(
+            f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
+            f"{folder}; the same command goes on from there.",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+        return INTERRUPTED
+    for table in tables(outcome.summary):
+        console.print(table, "")
+    for name, why in outcome.skipped.items():
+        console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
+    for cell, failure in outcome.failures.items():
+        console.print(f"FAILED {cell}: {failure.error}", soft_wrap=True, markup=False)
+    console.print(_closing_words(outcome, seconds), soft_wrap=True, highlight=False, markup=False)
+    return FAILED if outcome.failures else OK
+
+
+def _closing_words(outcome: Outcome, seconds: float) -> str:
+    took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    if not outcome.new and not outcome.failures:
+        first = "Every answer was there already; nothing was computed again."
+    else:
+        first = f"{outcome.new} answers in {took}."
+    words = f"{first}\nWritten to {outcome.folder}: answers.parquet, summary.csv, plots/"
+    if outcome.failures:
+        words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
+    return words
+
+
+def tables(summary: pd.DataFrame) -> Iterator[Table]:
+    """The comparison as tables of at most 80 columns: overall, then by kind of question."""
+    from tokenprune.experiments.intervals import OVERALL
+
+    # At R = 1 all methods are the uncompressed model, which has a row of its own.
+    rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
+    rows = rows.sort_values("retention", ascending=False, kind="stable")
+    overall = rows[rows["kind"] == OVERALL]
+    unit, scale = flops_unit(overall["uncompressed_flops"].max())
+
+    table = new_table(
+        title="All questions",
+        caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ better or worse than uniform "
+        "at the same retention (exact McNemar test on the same questions, p < 0.05). Same: answers "
+        "in % that equal the uncompressed model's. Tokens: visual ones with separators, mean over "
+        "decoder layers. FLOPs: prefill of the decoder, selection included.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("accuracy", "", "same", "tokens", unit, "of all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for retention, group in overall.groupby("retention", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            figures = ["FAILED", "", "", "", "", ""]
+            if row["status"] == "ok":
+                share = row["flops"] / row["uncompressed_flops"]
+                figures = [
+                    _accuracy(row, decimals=1),
+                    _verdict(row),
+                    f"{100 * row['agreement']:.1f}",
+                    f"{row['layer_average']:.1f}",
+                    f"{row['flops'] / scale:.3g}",
+                    percent(share, 0),
+                ]
+            keep = "" if position else percent(float(str(retention)), None)
+            table.add_row(
+                keep, method_label(row["label"]), *figures, end_section=position + 1 == len(group)
+            )
+    yield table
+
+    kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
+    for start in range(0, len(kinds), _KINDS_PER_TABLE):
+        yield _kinds_table(rows, kinds[start : start + _KINDS_PER_TABLE])
+
+
+def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
+    table = new_table(title="Accuracy in % by kind of question")
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for kind in kinds:
+        table.add_column(escape(kind), justify="right")
+    for retention, group in rows[rows["kind"].isin(kinds)].groupby("retention", sort=False):
+        methods = list(group.groupby("label", sort=False))
+        for position, (label, cell) in enumerate(methods):
+            by_kind = cell.set_index("kind")
+            texts = [_accuracy(by_kind.loc[kind], decimals=0) for kind in kinds]
+            keep = "" if position else percent(float(str(retention)), None)
+            table.add_row(
+                keep, method_label(str(label)), *texts, end_section=position + 1 == len(methods)
+            )
+    return table
+
+
+def _accuracy(row: pd.Series, decimals: int) -> str:
+    """Accuracy in percent and its interval."""
+    if row["status"] != "ok":
+        return "FAILED"
+    value, low, high = (
+        f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
+    )
+    return f"{value} ({low}–{high})" if decimals else f"{value} {low}–{high}"
+
+
+def _verdict(row: pd.Series) -> str:
+    """An arrow where the method and `uniform` at the same retention are not equally right."""
+    if not row["vs_uniform_p"] < 0.05:  # or missing
+        return ""
+    return "↑" if row["vs_uniform"] > 0 else "↓"

@@ -1,0 +1,183 @@
+"""What all commands share: the app they join, how they read lists, show progress and end."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperCommand
+
+from tokenprune.errors import UserError
+
+__all__ = [
+    "BAD_INPUT",
+    "FAILED",
+    "INTERRUPTED",
+    "OK",
+    "ManyValues",
+    "Report",
+    "app",
+    "as_exit_status",
+    "flops_unit",
+    "method_label",
+    "new_table",
+    "percent",
+    "progress",
+    "quiet",
+    "ratio",
+    "split_specs",
+    "spread",
+]
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+Report = Callable[[int, int, str], None]
+"""Called with how much is done, how much there is (0: not known yet), and what is being done."""
+
+app = typer.Typer(
+    help="Run and compare visual-token compression methods inside vision-language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+class ManyValues(TyperCommand):
+    """A command whose list options take several values: ``--retention 0.5 0.25``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        lists = {name for option in self.params if option.multiple for name in option.opts}
+        return super().parse_args(ctx, spread(args, lists))
+
+
+def spread(args: Sequence[str], options: set[str]) -> list[str]:
+    """Repeat each of ``options`` in front of every value that follows it.
+
+    >>> spread(["-m", "uniform", "fastv", "--seed", "1"], {"-m"})
+    ['-m', 'uniform', '-m', 'fastv', '--seed', '1']
+    """
+    result: list[str] = []
+    current = ""  # the option whose values we are among
+    for before, arg in zip(["", *args], args, strict=False):
+        if arg.startswith("-") and before not in options:
+            current = arg.partition("=")[0] if arg.partition("=")[0] in options else ""
+        elif current and before not in options:
+            result.append(current)
+        result.append(arg)
+    return result
+
+
+def split_specs(values: Sequence[str]) -> Iterator[str]:
+    """Specs that may be separated by commas, although their options are as well.
+
+    >>> list(split_specs(["globalcom2:alpha=0.3,tau=5,fastv", "uniform"]))
+    ['globalcom2:alpha=0.3,tau=5', 'fastv', 'uniform']
+    """
+    for value in values:
+        for spec in re.split(r",(?!\s*\w+\s*=)", value):
+            if spec.strip():
+                yield spec.strip()
+
+
+def ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(
+            f"retention must be a number larger than 0 and at most 1, got {text!r}."
+        ) from None
+
+
+@contextmanager
+def as_exit_status() -> Iterator[None]:
+    """Bad input and Ctrl-C end with a sentence and a status, not with a traceback."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and notices off the terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A progress bar on standard error, which warnings do not tear apart."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}", justify="left"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("starting", total=None)
+
+    def report(done: int, total: int, doing: str) -> None:
+        bar.update(task, completed=done, total=total or None, description=escape(doing))
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        console.print(f"warning: {message}", soft_wrap=True, highlight=False, markup=False)
+
+    usual = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        with bar:
+            yield report
+    finally:
+        warnings.showwarning = usual
+
+
+def new_table(*columns: str, **options: Any) -> Table:
+    return Table(
+        *columns,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="dim",
+        **options,
+    )
+
+
+def method_label(label: str) -> str:
+    """A method's label, its options in lines of their own if it is long."""
+    if len(label) > 14:
+        label = label.replace(":", ":\n ", 1).replace(",", ",\n ")
+    return escape(label)
+
+
+def percent(share: float, decimals: int | None) -> str:
+    number = f"{100 * share:.3g}" if decimals is None else f"{100 * share:.{decimals}f}"
+    return f"{number} %"
+
+
+def flops_unit(largest: float) -> tuple[str, float]:
+    for unit, scale in (("TFLOPs", 1e12), ("GFLOPs", 1e9)):
+        if largest >= 0.1 * scale:
+            return unit, scale
+    return "MFLOPs", 1e6
