@@ -1,16 +1,17 @@
 """Uniform: evenly spaced tokens of every view.  The baseline without any signal.
 
-There is no single official definition; this is the exact-count, centred form
+There is no single official definition; the default is the exact-count, centred form
 ``floor((i + 0.5) * n / T)``, ``i < T``.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from tokenprune.budget import Proportional
 from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
-from tokenprune.primitives import evenly_spaced
+from tokenprune.primitives import dispersed, evenly_spaced
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -18,7 +19,15 @@ from tokenprune.tokens import VisualTokens
 @register("uniform")
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Compressor):
-    """Keep ``floor(R * P)`` evenly spaced patch tokens, shared out over the views."""
+    """Keep ``floor(R * P)`` evenly spaced patch tokens, shared out over the views.
+
+    Args:
+        pattern: ``stride`` counts along the rows of a view, as published baselines do; where the
+            stride divides the width, whole columns stay and the others go.  ``dispersed`` spreads
+            over rows and columns.
+    """
+
+    pattern: Literal["stride", "dispersed"] = "stride"
 
     positional = True
     card = Card(paper="Evenly spaced tokens (baseline)")
@@ -26,4 +35,5 @@ class Uniform(Compressor):
     def select(self, tokens: VisualTokens) -> Selection:
         counts = Proportional().counts(tokens, torch.empty(0), self.retention)
         warn_about_empty_views(self, tokens.layout, counts)
-        return Selection(evenly_spaced(tokens.layout, counts))
+        spread = evenly_spaced if self.pattern == "stride" else dispersed
+        return Selection(spread(tokens.layout, counts))

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenprune.compressor import create
 from tokenprune.primitives import (
     density_peaks,
+    dispersed,
     evenly_spaced,
     normalise,
     project_thumbnail,
@@ -72,6 +73,33 @@ def test_evenly_spaced(name: str, seed: int) -> None:
         mine = [i for i in range(len(layout)) if int(layout.view[i]) == view]
         wanted += [mine[math.floor((i + 0.5) * len(mine) / count)] for i in range(count)]
     assert evenly_spaced(layout, torch.tensor(counts)).tolist() == sorted(wanted)
+
+
+def _bayer(side: int) -> Tensor:
+    """The dither matrix, block by block."""
+    if side == 1:
+        return torch.zeros(1, 1, dtype=torch.long)
+    quarter = 4 * _bayer(side // 2)
+    upper, lower = torch.cat([quarter, quarter + 2], 1), torch.cat([quarter + 3, quarter + 1], 1)
+    return torch.cat([upper, lower])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 4), (7, 5), (3, 8)])
+def test_dispersed(shape: tuple[int, int]) -> None:
+    layout, matrix = TokenLayout.single(shape), _bayer(8)[: shape[0], : shape[1]].flatten()
+    for count in (1, 4, shape[0] * shape[1] // 3, shape[0] * shape[1]):
+        wanted = sorted(sorted(range(len(matrix)), key=lambda i: int(matrix[i]))[:count])
+        assert dispersed(layout, torch.tensor([count])).tolist() == wanted
+
+
+def test_dispersed_leaves_no_column_out_where_the_stride_does() -> None:
+    layout = TokenLayout.video(1, (8, 8))
+    kept = {
+        spread: layout.col[spread(layout, torch.tensor([16]))]
+        for spread in (evenly_spaced, dispersed)
+    }
+    assert kept[evenly_spaced].unique().tolist() == [2, 6]
+    assert kept[dispersed].unique().tolist() == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2), (3, 1), (5, 5), (2, 5), (7, 3)])

@@ -14,6 +14,7 @@ from tokenprune.tokens import Kind, TokenLayout
 __all__ = [
     "cover",
     "density_peaks",
+    "dispersed",
     "evenly_spaced",
     "max_min_diversity",
     "normalise",
@@ -120,6 +121,23 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
     order = layout.patches[layout.view[layout.patches].argsort(stable=True)]
     first = sizes.cumsum(0) - sizes
     return order[(first[view] + slot).to(order.device)].sort().values
+
+
+def dispersed(layout: TokenLayout, counts: Tensor) -> Tensor:
+    """``counts[v]`` patch tokens of every view, spread evenly over its rows *and* columns.
+
+    A view's tokens are taken in the order of a dispersed-dot dither (Bayer 1973): every further
+    token lies far from all earlier ones.  The rank of ``(row, col)`` is the reversed interleaving
+    of the bits of ``row xor col`` and ``row``.
+
+    Returns:
+        (M,) sorted indices into the N entries.
+    """
+    row, col = layout.row.clamp(min=0), layout.col.clamp(min=0)
+    rank = torch.zeros_like(row)
+    for bit in range(max(layout.view_shape).bit_length()):
+        rank = 4 * rank + 2 * ((row ^ col) >> bit & 1) + (row >> bit & 1)
+    return top_per_view(layout, -rank.double(), counts)
 
 
 def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
