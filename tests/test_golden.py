@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from tokenprune import golden
 from tokenprune.golden import Verdict, app, replay_folder
+from tokenprune.registry import strategies
 
 HERE = Path(__file__).parent / "data" / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
@@ -34,6 +36,14 @@ def test_official_vectors_are_reproduced(root: Path, method: str) -> None:
         assert verdict.compared
         # The order is ours as well; GlobalCom²'s differs exactly by the documented defects.
         assert verdict.reordered == (method == "globalcom2"), case.id
+
+
+def test_a_replay_lies_in_a_file_of_its_own_and_every_verified_card_has_one() -> None:
+    replay_folder(HERE / "fastv")
+    for method, function in golden._replays.items():
+        assert function.__module__ == f"tokenprune.strategies._golden.{method}"
+    cards = {strategies.get(name).card.verified for name in strategies.names()}
+    assert cards - {""} == set(golden._replays)
 
 
 def test_a_folder_of_folders_is_replayed_and_the_exit_code_is_zero() -> None:

@@ -131,7 +131,7 @@ def test_a_strategy_pickles_under_its_public_name() -> None:
 @checkout
 def test_strategies_do_not_know_transformers() -> None:
     """The core never imports a strategy or a model; strategies never import transformers."""
-    for path in (ROOT / "strategies").glob("*.py"):
+    for path in (ROOT / "strategies").rglob("*.py"):
         text = path.read_text()
         assert "import transformers" not in text, path
         assert "from transformers" not in text, path

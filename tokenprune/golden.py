@@ -2,13 +2,15 @@
 
 A folder of vectors holds ``cases.json`` (a list of ``{id, file, params, tensors}``) beside one
 safetensors file per case; the folder's name is the method's.  How the parameters of a method's
-vectors map to our API is written once per method with `@replay`.
+vectors map to our API is written once per method with `@replay`, in a file of its own in
+``strategies/_golden/`` or, for a strategy of another package, wherever its module imports it.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenprune.errors import UserError, unknown
+from tokenprune.registry import strategies
 
 __all__ = ["Case", "Verdict", "main", "replay", "replay_folder"]
 
@@ -110,6 +113,14 @@ def replay(method: str) -> Callable[[Replay], Replay]:
     return decorate
 
 
+def _discover() -> None:
+    """Import every replay: ours, and those that come with strategies of other packages."""
+    strategies.names()
+    package = importlib.import_module("tokenprune.strategies._golden")
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{found.name}")
+
+
 def read(folder: Path, method: str) -> list[Case]:
     """The cases of one folder, all of one method.
 
@@ -136,7 +147,7 @@ def replay_folder(folder: Path, method: str | None = None) -> list[tuple[Case, V
         folder: Where the vectors are.
         method: Only this method's.  Raises `UserError` if nothing can replay it.
     """
-    importlib.import_module("tokenprune.strategies._golden")
+    _discover()
     if method is not None and method not in _replays:
         raise unknown("method with a replay", method, _replays)
     if (folder / "cases.json").is_file():

@@ -1,0 +1,1 @@
+"""Replays of official vectors, one file a method; found by `tokenprune.golden`, not by users."""

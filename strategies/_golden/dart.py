@@ -1,0 +1,30 @@
+"""How vectors of DART go through our API."""
+
+from tokenprune.golden import Case, Verdict, replay
+from tokenprune.strategies.dart import DART
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+
+@replay("dart")
+def dart(case: Case) -> Verdict:
+    """The kept set, with the shares and the order of the ports."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    start, length = params["image_start"], params["image_length"]
+    strategy = DART(
+        retention=params.get("keep_ratio", 1 - params.get("reduction_ratio", 0.5)),
+        image_pivots=params["pivot_image_token"],
+        text_pivots=params["pivot_text_token"],
+        official=True,
+        start=start,
+    )
+    keys = given["key_states"][0].transpose(0, 1).flatten(1)
+    states = given["hidden_norm"][0]
+    image, text = slice(start, start + length), slice(start + length, None)
+    tokens = VisualTokens(
+        TokenLayout.single((1, length), newline=False),
+        states[image],
+        {strategy.keys: keys[image], Signal("llm_states"): states[image]},
+        text={strategy.keys: keys[text], Signal("llm_states"): states[text]},
+    )
+    verdict.same("kept", start + strategy.select(tokens).keep, given["kept"])
+    return verdict

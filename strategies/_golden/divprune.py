@@ -1,0 +1,28 @@
+"""How vectors of DivPrune go through our API."""
+
+import torch
+
+from tokenprune.golden import Case, Verdict, replay
+from tokenprune.strategies.divprune import DivPrune
+from tokenprune.tokens import TokenLayout, VisualTokens
+
+
+@replay("divprune")
+def divprune(case: Case) -> Verdict:
+    """The picked set, and what is left of a whole prompt."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    if params["kind"] == "sequence":
+        start, length = params["assumed_system_tokens"], params["visual_tokens"]
+        if params["system_tokens"] != start:
+            return Verdict(skipped="the official code assumes a wrong visual span here")
+        features = given["sequence_embeds"][start : start + length]
+    else:
+        features, length = given["features"], params["num_tokens"]
+    layout = TokenLayout.single((1, length), newline=False)
+    keep = DivPrune(retention=params["ratio"])(VisualTokens(layout, features)).keep
+    verdict.same("selected", keep, given["selected"].sort().values)
+    if params["kind"] == "sequence":
+        after = torch.arange(start + length, len(given["sequence_embeds"]))
+        survivors = torch.cat([torch.arange(start), start + keep, after])
+        verdict.same("sequence_keep", survivors, given["sequence_keep"])
+    return verdict

@@ -1,0 +1,87 @@
+"""How vectors of GlobalCom² go through our API."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.golden import Case, Verdict, replay
+from tokenprune.primitives import project_thumbnail
+from tokenprune.strategies.globalcom2 import GlobalCom2
+from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
+
+
+@replay("globalcom2")
+def globalcom2(case: Case) -> Verdict:
+    """Ratios in float64, counts and sets of every view; order is officially defective."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    width, height = given["image_size_wh"].tolist()
+    grid = params["num_patch_height"], params["num_patch_width"]
+    patches = given["thumb_scores"].numel()
+    side = int(patches**0.5)
+    rule: Literal["llava"] = "llava"  # the vectors were unpadded by the official rule
+    box = unpadded_box((height, width), (grid[0] * side, grid[1] * side), rule)
+    layout = TokenLayout.anyres(grid, (side, side), box)
+    place = (layout.row * side + layout.col).clamp(min=0)
+    crop = layout.kind == Kind.CROP
+    scores = torch.where(
+        crop,
+        given["crop_scores"][(layout.view - 1).clamp(min=0), place],
+        given["thumb_scores"][place],
+    ).masked_fill(layout.is_separator, torch.nan)
+    strategy = GlobalCom2(retention=params["base_ratio"], tau=params.get("temperature", 10.0))
+    tokens = VisualTokens(layout, torch.zeros(len(layout), 1), {Signal("cls_logits"): scores})
+
+    valid = torch.zeros(grid[0] * grid[1], patches, dtype=torch.bool)
+    valid[layout.view[crop] - 1, place[crop]] = True
+    verdict.same("valid_mask", valid, given["valid_mask"])
+    if verdict.mismatch:
+        return verdict
+    ratios = strategy.allocation.ratios(tokens, strategy.retention)  # type: ignore[attr-defined]
+    verdict.close("ratios", ratios, given["ratios"], 1e-14)
+    guide = project_thumbnail(layout, scores)
+    by_crop = _by_view(layout, layout.patches)
+    verdict.close("guide_scores", guide[by_crop[crop[by_crop]]], given["guide_scores"], 1e-5)
+
+    keep = strategy(tokens).keep
+    kept = keep[~layout.is_separator[keep]]
+    crops = kept[crop[kept]]
+    counts = torch.bincount(layout.view[crops] - 1, minlength=grid[0] * grid[1])
+    verdict.same("keep_counts", counts, given["keep_counts"])
+    verdict.same("thumbnail", place[kept[~crop[kept]]], given["thumb_keep_sorted"])
+    verdict.same("crops", place[_by_view(layout, crops)], given["keep_flat_sorted"])
+    code = torch.where(crop, layout.view * patches + place, place)
+    code[layout.is_separator] = -1
+    official = _officially_ordered(layout, code, place, kept, scores)
+    verdict.order("sequence", code[keep], given["llm_sequence"], official)
+    return verdict
+
+
+def _officially_ordered(
+    layout: TokenLayout, code: Tensor, place: Tensor, kept: Tensor, scores: Tensor
+) -> Tensor:
+    """The kept tokens in the order of the official code, defects included (its card names them).
+
+    The thumbnail comes in score order; a crop token lies at its index in the list of the crop's
+    unpadded patches instead of at its place; and all canvas rows have a newline.
+    """
+    (rows, cols), side = layout.grid, layout.view_shape[1]
+    thumbnail = kept[layout.kind[kept] == Kind.THUMBNAIL]
+    thumbnail = thumbnail[scores[thumbnail].argsort(descending=True, stable=True)]
+    crops = _by_view(layout, (layout.kind == Kind.CROP).nonzero().squeeze(1))
+    view = layout.view[crops] - 1
+    slot = torch.arange(len(crops)) - torch.searchsorted(view, view)
+    y = view // cols * side + slot // side
+    key = y * (cols * side + 1) + view % cols * side + slot % side
+    chosen = torch.isin(crops, kept)
+    newlines = torch.arange(1, rows * side + 1) * (cols * side + 1) - 1
+    keys = torch.cat([key[chosen], newlines])
+    codes = torch.cat([code[crops[chosen]], torch.full_like(newlines, -1)])
+    return torch.cat([code[thumbnail], codes[keys.argsort()]])
+
+
+def _by_view(layout: TokenLayout, index: Tensor) -> Tensor:
+    """``index`` view after view, each in the order of its own rows and columns."""
+    place = layout.row * layout.view_shape[1] + layout.col
+    patches = layout.view_shape[0] * layout.view_shape[1]
+    return index[(layout.view[index] * patches + place[index]).argsort()]

@@ -1,0 +1,28 @@
+"""How vectors of VidCom² go through our API."""
+
+import torch
+
+from tokenprune.golden import Case, Verdict, replay
+from tokenprune.strategies.vidcom2 import VidCom2
+from tokenprune.tokens import TokenLayout, VisualTokens
+
+
+@replay("vidcom2")
+def vidcom2(case: Case) -> Verdict:
+    """Resemblances, ratios, budgets and the kept set of a video."""
+    verdict, given, params = Verdict(), case.tensors, case.params
+    frames, size = params["frames"], params["tokens_per_frame"]
+    layout = TokenLayout.video(frames, (1, size))
+    newline = torch.zeros(1, params["channels"])
+    tokens = VisualTokens(layout, torch.cat([given["features"], newline]))
+    strategy = VidCom2(retention=params["base_ratio"], temperature=params["softmax_temperature"])
+    to_video, to_frame = strategy.resemblance(tokens)
+    verdict.close("video_score", to_video.view(frames, size), given["video_score"], 1e-4)
+    verdict.close("frame_score", to_frame.view(frames, size), given["frame_score"], 1e-4)
+    ratios = strategy.ratios(tokens, to_video)
+    verdict.close("frame_ratio", ratios, given["frame_ratio"], 1e-3)
+    keep = strategy.select(tokens).keep
+    counts = torch.bincount(layout.view[keep], minlength=frames)
+    verdict.same("frame_budget", counts, given["frame_budget"])
+    verdict.same("keep_global", keep, given["keep_global"])
+    return verdict
