@@ -120,6 +120,12 @@ class Adapter(ABC):
         """Entries of the tower's sequence in front of the patches: CLS token, registers."""
         return int(self.has_cls)
 
+    @property
+    def vision_tokens(self) -> int:
+        """Entries of the tower's sequence for one view."""
+        rows, columns = self.view_shape
+        return self.prefix_tokens + rows * columns
+
     def tap(self, layer: int) -> AbstractContextManager[Projections]:
         """While open, queries and keys of encoder layer ``layer`` are kept."""
         return projections(self.vision_attention(layer))

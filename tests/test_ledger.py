@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from tokenprune.compressor import Chain, create
 from tokenprune.engine import compress
 from tokenprune.errors import UserError
-from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
+from tokenprune.ledger import DecoderShape, Ledger, VisionShape, encoder_flops, prefill_flops
 from tokenprune.testing import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -57,6 +57,35 @@ def test_grouped_queries_counted_matmul_by_matmul() -> None:
         _matmul(n, 14336, 4096),  # down
     ]
     assert prefill_flops([n], shape) == sum(products)
+
+
+def test_vision_tower_counted_matmul_by_matmul() -> None:
+    """CLIP-L on 5 tokens of which the MLP sees 3: every product of one layer, written out."""
+    d, m, heads, n, left = 1024, 4096, 16, 5, 3
+    products = [
+        *[_matmul(n, d, d)] * 4,  # q, k, v, out
+        heads * _matmul(n, d // heads, n),  # q k^T
+        heads * _matmul(n, n, d // heads),  # times v
+        _matmul(left, d, m),
+        _matmul(left, m, d),
+    ]
+    shape = VisionShape(layers=24, hidden=d, intermediate=m)
+    assert encoder_flops([n], shape, [left]) == sum(products)
+    assert encoder_flops([n, 2], shape) == encoder_flops([n], shape) + encoder_flops([2], shape)
+
+
+def test_the_plain_tower_runs_all_views_through_all_layers(host: Host) -> None:
+    """Every view has 16 patches and a CLS token; the tower is 16 wide, its MLP 24."""
+    vision = host.adapter.base.config.vision_config
+    layer = 17 * (8 * 16**2 + 4 * 17 * 16 + 4 * 16 * 24)
+    with compress(host.model, create("uniform", retention=0.5)) as trace:
+        host.logits(host.inputs([0]))
+    views = host.layouts(0)[0].views
+    assert trace.ledger.vision_flops == views * vision.num_hidden_layers * layer
+    assert trace.ledger.uncompressed_vision_flops == trace.ledger.vision_flops
+    with compress(host.model, None) as trace:
+        host.logits(host.inputs([1]))
+    assert trace.ledger.vision_flops == 0
 
 
 def test_layers_are_summed_one_by_one() -> None:

@@ -34,7 +34,7 @@ from tokenprune.attention import decoder_keys, decoder_row, decoder_rows, moved_
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
-from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
+from tokenprune.ledger import DecoderShape, Ledger, VisionShape, encoder_flops, prefill_flops
 from tokenprune.observe import encoded, observing
 from tokenprune.registry import adapters
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
@@ -257,6 +257,7 @@ class _Session:
         self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
         self.inside = {adapter.cut_layer(c): part.at(c) for part in stages for c in part.cuts}
         self.shape = DecoderShape.of(adapter.language_model.config)
+        self.vision = VisionShape.of(adapter.base.config.vision_config)
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
         self.placeholders: dict[str, Tensor] = {}
         self.ids: Tensor | None = None
@@ -832,13 +833,11 @@ class _Session:
 
     def _charge_vision(self, state: _Pass) -> None:
         adapter = self.adapter
-        rows, columns = adapter.view_shape
-        patches = rows * columns
         width = adapter.vision_width
         for signal in self.signals:
             if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
                 continue
-            keys = patches + adapter.prefix_tokens
+            keys = adapter.vision_tokens
             queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
             for span in state.spans:
                 state.spent[span.row] += 2 * span.layout.views * queries * keys * width
@@ -859,6 +858,7 @@ class _Session:
         images = [(span.row, span.layout, span.index) for span in state.spans]
         entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
         asked = state.asked
+        tower = encoder_flops([self.adapter.vision_tokens] * self.vision.layers, self.vision)
 
         def ledgers() -> list[Ledger]:
             made = []
@@ -868,6 +868,7 @@ class _Session:
                 text = total - tally[row][0]
                 full = text + sum(len(layout) for layout in before)
                 tokens = [text + visual for visual in tally[row]]
+                vision = tower * sum(layout.views for layout in before)
                 selector = spent[row]
                 if before:
                     selector += sum(self._row_flops(tokens[layer], new) for layer, new in read)
@@ -889,6 +890,8 @@ class _Session:
                         flops=prefill_flops(tokens, self.shape) + selector,
                         selector_flops=selector,
                         uncompressed_flops=prefill_flops([full] * self.shape.layers, self.shape),
+                        vision_flops=vision,
+                        uncompressed_vision_flops=vision,
                     )
                 )
             return made

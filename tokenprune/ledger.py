@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DecoderShape", "Ledger", "prefill_flops"]
+__all__ = ["DecoderShape", "Ledger", "VisionShape", "encoder_flops", "prefill_flops"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,44 @@ def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
 
 
 @dataclass(frozen=True)
+class VisionShape:
+    """The sizes of a vision tower that its cost depends on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+
+    @classmethod
+    def of(cls, config: Any) -> VisionShape:
+        """Read from the vision config of a ``transformers`` model."""
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+        )
+
+
+def encoder_flops(
+    tokens: Sequence[int], shape: VisionShape, behind: Sequence[int] | None = None
+) -> float:
+    """FLOPs of the layers of a vision tower on one view.
+
+    Per layer ``2n * 4d² + 4n²d`` for the attention over ``n`` tokens and ``2n' * 2dm`` for the MLP
+    behind it, of width ``m`` and without a gate.  Patch embedding and projector are left out, as
+    `prefill_flops` leaves out embedding and head.
+
+    Args:
+        tokens: What the attention of each layer that runs sees, CLS token included.
+        shape: Of the tower.
+        behind: What the MLP of each layer sees, where tokens are merged between the two.
+    """
+    linear = 2 * 4 * shape.hidden**2
+    mlp = 2 * 2 * shape.hidden * shape.intermediate
+    pairs = zip(tokens, tokens if behind is None else behind, strict=True)
+    return float(sum(n * linear + 4 * n * n * shape.hidden + left * mlp for n, left in pairs))
+
+
+@dataclass(frozen=True)
 class Ledger:
     """The account of one prompt's prefill.
 
@@ -67,6 +105,9 @@ class Ledger:
         flops: Prefill FLOPs of the decoder, layer by layer, plus `selector_flops`.
         selector_flops: What choosing cost: attention rows and the strategy's own arithmetic.
         uncompressed_flops: Prefill FLOPs of the decoder on the full prompt.
+        vision_flops: FLOPs of the vision tower's layers on all views, as many tokens in each as
+            really ran (`encoder_flops`); not part of `flops`.
+        uncompressed_vision_flops: The same on full views.
     """
 
     requested: float
@@ -82,6 +123,8 @@ class Ledger:
     flops: float
     selector_flops: float
     uncompressed_flops: float
+    vision_flops: float
+    uncompressed_vision_flops: float
 
     @property
     def realised(self) -> float:
