@@ -33,6 +33,10 @@ class PruMerge(Compressor):
         spatial: Share of the centres that are evenly spaced samples instead of the most attended
             patches.  PruMerge+ in the official code: about three quarters.
         step: Distance of the samples in raster order; 0 makes it so that they fit.
+        start: The first sample.
+        adaptive: As many centres as the attention has outliers, values above ``Q3 + 1.5 (Q3 - Q1)``
+            of the view's quartiles, but never more than R allows.  With samples, every ``s``-th
+            patch joins them, ``s = int(int(1 / r) / 3)`` for a share ``r`` of outliers.
         neighbours: How many tokens a centre absorbs.  Official: 32.
         layer: Encoder layer of attention and keys.  Official: the last one, whose input is what the
             projector gets.
@@ -41,6 +45,8 @@ class PruMerge(Compressor):
 
     spatial: Annotated[float, Field(ge=0, le=1)] = 0.0
     step: Annotated[int, Field(ge=0)] = 0
+    start: Annotated[int, Field(ge=0)] = 0
+    adaptive: bool = False
     neighbours: Annotated[int, Field(ge=0)] = 32
     layer: int = -1
     allocator: Allocator = field(default_factory=Proportional)
@@ -52,8 +58,8 @@ class PruMerge(Compressor):
         code="https://github.com/42Shawn/LLaVA-PruMerge (097c041)",
         verified="prumerge",
         deviations=(
-            "The budget is R; officially the number of outliers of the attention, over a whole "
-            "batch, decides (about 5 % of the tokens, 20 % for PruMerge+).",
+            "The budget is R unless adaptive=True; officially the number of outliers of the "
+            "attention decides, over a whole batch (about 5 % of the tokens, 20 % for PruMerge+).",
             "Tokens stay in their places, the extra token at the most attended dropped one; "
             "officially they come in score order, samples and the extra token last.",
             "Every view is merged by itself; the official code takes one view.",
@@ -99,7 +105,7 @@ class PruMerge(Compressor):
         weighted = scores[:, None] * vectors
         made = vectors[centres] + weighted[found].sum(1)
         if len(centres) == count:
-            return centres, made
+            return centres, made  # no place for an extra token
         dropped = torch.ones_like(scores, dtype=torch.bool)
         dropped[centres] = False
         place = scores.masked_fill(~dropped, -torch.inf).argmax()
@@ -109,17 +115,31 @@ class PruMerge(Compressor):
     def _centres(self, scores: Tensor, count: int) -> Tensor:
         """``count`` indices: the most attended patches, then samples that are not among them."""
         order = scores.argsort(descending=True, stable=True)
-        samples = round(count * self.spatial)
-        best = order[: count - samples]
+        samples, step = round(count * self.spatial), self.step
+        most = count - samples
+        if self.adaptive:
+            most = max(1, min(outliers(scores), count))
+            step = step or max(1, len(scores) // most // 3)
+            samples = count - most if self.spatial else 0
+        best = order[:most]
         if not samples:
             return best
         free = torch.ones_like(scores, dtype=torch.bool)
         free[best] = False
-        step = self.step or max(1, len(scores) // samples)
+        step = step or max(1, len(scores) // samples)
         spaced = torch.zeros_like(free)
-        spaced[: len(scores) - 1 : step] = True  # officially the last patch is never sampled
-        chosen = torch.cat([(free & spaced).nonzero(), (free & ~spaced).nonzero()]).squeeze(1)
+        # Officially the last patch is never sampled.
+        spaced[self.start : len(scores) - 1 : step] = True
+        chosen = (free & spaced).nonzero().squeeze(1)
+        if not self.adaptive:
+            chosen = torch.cat([chosen, (free & ~spaced).nonzero().squeeze(1)])
         return torch.cat([best, chosen[:samples]])
+
+
+def outliers(scores: Tensor) -> int:
+    """How many of ``scores`` (P,) lie above ``Q3 + 1.5 (Q3 - Q1)``, quartiles interpolated."""
+    low, high = scores.float().quantile(torch.tensor([0.25, 0.75], device=scores.device))
+    return int((scores > high + 1.5 * (high - low)).sum())
 
 
 @register("prumerge+")

@@ -44,6 +44,8 @@ VARIANTS = {
         "fastv:layer=1,allocator=globalcom2",
         "random:seed=3,allocator=topk",
         "sparsevlm:recycle=0,positions=original",
+        "prumerge+:adaptive=true",
+        "uniform:pattern=dispersed",
     )
 } | {
     "divprune:allocator=globalcom2": parse("divprune:allocator=globalcom2", retention=RETENTION),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from tokenprune.compressor import create
 from tokenprune.errors import UserError
 from tokenprune.primitives import cover, max_min_diversity
 from tokenprune.strategies.hired import MarkedPatches
+from tokenprune.strategies.prumerge import outliers
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -255,6 +257,34 @@ def test_prumerge_keeps_the_mass_of_what_it_drops() -> None:
     assert chosen.features is not None
     wanted = 2 * torch.stack([rest, vectors[1], vectors[3]])
     torch.testing.assert_close(chosen.features, wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_prumerge_counts_outliers_as_numpy_does(seed: int) -> None:
+    scores = torch.rand(301, generator=torch.Generator().manual_seed(seed)) ** 9
+    low, high = np.percentile(scores.numpy(), [25, 75])
+    assert outliers(scores) == int((scores.numpy() > high + 1.5 * (high - low)).sum())
+
+
+def test_prumerge_keeps_as_many_as_stand_out() -> None:
+    """Three outliers of 25: centres 3 and an extra token; with samples, every second patch."""
+    layout = TokenLayout.single((5, 5))
+    tokens = _tokens(layout)
+    scores = torch.linspace(0, 0.1, 26)
+    scores[[4, 9, 14]] += 5
+    signals = {
+        Signal("cls_joint", -1): scores,
+        Signal("joint_keys", -1): torch.randn(26, 4),
+        Signal("unprojected"): tokens.features,
+    }
+    tokens = VisualTokens(layout, tokens.features, signals, projector=lambda x: x)
+    keep = create("prumerge", retention=0.9, adaptive=True).select(tokens).keep.tolist()
+    assert keep == [4, 9, 14, 24]
+    keep = create("prumerge+", retention=0.96, adaptive=True).select(tokens).keep.tolist()
+    assert keep == sorted({4, 9, 14, *range(0, 24, 2), 24})  # int(int(25 / 3) / 3) = 2
+    capped = create("prumerge+", retention=0.2, adaptive=True).select(tokens).keep.tolist()
+    assert len(capped) == 5
+    assert {4, 9, 14} < set(capped)
 
 
 def test_pyramiddrop_follows_its_schedule() -> None:

@@ -23,22 +23,25 @@ def hired(case: Case) -> Verdict:
     strategy = HiRED(
         retention=params["token_budget_rate"], alpha=params.get("alpha", 0.5), official=True
     )
-    if len(bottom) > 1:
-        height, width = given["image_sizes_hw"][0].tolist()
-        cells = len(bottom) - 1
-        grid = (2, 2) if cells == 4 else (cells, 1) if height > width else (1, cells)
-        layout = TokenLayout.anyres(grid, (24, 24), (0, grid[0] * 24, 0, grid[1] * 24))
-    else:
-        layout = TokenLayout.single((24, 24))
-    signals = {strategy.saliency: packed(layout, bottom.mean(1))}
-    if len(bottom) > 1:
-        early = Signal("cls_attention", strategy.early)
-        signals[early] = packed(layout, given["top_cls_attention"].mean(1))
-    features = torch.zeros(len(layout), 1)
-    keep = strategy.select(VisualTokens(layout, features, signals)).keep
-    if "budgets" in given:
-        counts = torch.bincount(layout.view[keep], minlength=len(bottom))
-        verdict.same("budgets", counts, given["budgets"])
-    code = layout.view * 576 + places(layout)
-    verdict.same("keep_mask", mask_like(given["keep_mask"], code[keep]), given["keep_mask"])
+    start = 0
+    for image, views in enumerate(params.get("views", [len(bottom)])):
+        mine = slice(start, start + views)
+        start += views
+        signals, layout = {}, TokenLayout.single((24, 24))
+        if views > 1:
+            height, width = given["image_sizes_hw"][image].tolist()
+            cells = views - 1
+            grid = (2, 2) if cells == 4 else (cells, 1) if height > width else (1, cells)
+            layout = TokenLayout.anyres(grid, (24, 24), (0, grid[0] * 24, 0, grid[1] * 24))
+            early = Signal("cls_attention", strategy.early)
+            signals[early] = packed(layout, given["top_cls_attention"][mine].mean(1))
+        signals[strategy.saliency] = packed(layout, bottom[mine].mean(1))
+        tokens = VisualTokens(layout, torch.zeros(len(layout), 1), signals)
+        keep = strategy.select(tokens).keep
+        if "budgets" in given:
+            counts = torch.bincount(layout.view[keep], minlength=views)
+            verdict.same("budgets", counts, given["budgets"].flatten()[mine])
+        expected = given["keep_mask"].reshape(-1, 576)[mine]
+        code = layout.view * 576 + places(layout)
+        verdict.same("keep_mask", mask_like(expected, code[keep]), expected)
     return verdict

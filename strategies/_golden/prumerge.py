@@ -18,24 +18,42 @@ def prumerge(case: Case) -> Verdict:
     scores = cls_row(tapped, softmax=True)
     verdict.close("cls_attn", scores, given["cls_attn"], 1e-5)
     layout = TokenLayout.single((24, 24), newline=False)
-    strategy = PruMerge(
-        retention=(centres + 1) / params["patches"],
-        spatial=params["spatial_added"] / centres,
-        step=params["spatial_step"] or 0,
-        allocator=Proportional("half-even"),
-    )
+    repeated = params.get("duplicate_centers", False)
+    if repeated:  # the training path: every `step`-th patch, also those chosen already
+        step = int(1 / params["reduction_ratio"])
+        centres, best = len(given["center_idx"][0].unique()), params["top_k"]
+        sampling = {"spatial": (centres - best) / centres, "step": step, "start": step // 2}
+    else:
+        sampling = {
+            "spatial": params["spatial_added"] / centres,
+            "step": params["spatial_step"] or 0,
+        }
+    budget = {
+        "retention": (centres + 1) / params["patches"],
+        "allocator": Proportional("half-even"),
+    }
+    strategy = PruMerge(**budget, **sampling)
     for image, score in enumerate(scores):
         signals = {
             strategy.saliency: score,
             strategy.metric: given["key"][image, 1:],
             Signal("unprojected"): given["hidden_states"][image, 1:],
         }
-        features = given["hidden_states"][image, 1:]
-        chosen = strategy.select(VisualTokens(layout, features, signals, projector=lambda x: x))
-        assert chosen.features is not None
+        tokens = VisualTokens(
+            layout, given["hidden_states"][image, 1:], signals, projector=lambda x: x
+        )
         wanted, output = given["center_idx"][image], given["output"][image]
+        if params["adaptive"] and len(scores) == 1:  # officially one count for a whole batch
+            free = PruMerge(retention=0.999, adaptive=True, spatial=sampling["spatial"])
+            kept = free.select(tokens).keep  # and the extra token
+            verdict.same("adaptive centres", wanted, wanted[torch.isin(wanted, kept)])
+            verdict.same("adaptive count", torch.tensor(len(kept) - 1), torch.tensor(centres))
+        chosen = strategy.select(tokens)
+        assert chosen.features is not None
         ours = torch.isin(chosen.keep, wanted)
-        verdict.same("center_idx", chosen.keep[ours], wanted.sort().values)
+        verdict.same("center_idx", chosen.keep[ours], wanted.unique())
+        if repeated:  # officially a repeated centre is merged twice, and the extra token is wrong
+            continue
         verdict.close("output", chosen.features[ours], output[:-1][wanted.argsort()], 1e-4)
         verdict.close("extra", chosen.features[~ours], output[-1:], 1e-4)
     return verdict
