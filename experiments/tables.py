@@ -39,7 +39,7 @@ def side_by_side(folders: Sequence[Path]) -> pd.DataFrame:
         accuracy, flops = (
             summary.assign(share=100 * share)
             .pivot_table(index="label", columns="retention", values="share", sort=False)
-            .reindex(columns=[1.0, *steps])
+            .reindex(columns=sorted({1.0, *steps}))
             for share in shares.values()
         )
         columns[f"{name}: {' / '.join(f'{100 * step:.3g}' for step in steps)} %"] = pd.Series(
