@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,10 @@ def replay_folder(folder: Path, method: str | None = None) -> list[tuple[Case, V
         folder: Where the vectors are.
         method: Only this method's.  Raises `UserError` if nothing can replay it.
     """
-    importlib.import_module("tokenprune.strategies._golden")
+    package = importlib.import_module("tokenprune.strategies")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith("_golden"):
+            importlib.import_module(f"{package.__name__}.{module.name}")
     if method is not None and method not in _replays:
         raise unknown("method with a replay", method, _replays)
     if (folder / "cases.json").is_file():
