@@ -28,7 +28,7 @@ def tome(case: Case) -> Verdict:
         return verdict
     x = given["x"]
     size = given["size"].squeeze(-1) if "size" in given else torch.ones(x.shape[:2])
-    merged, total = merge_weighted(x, size, found.group, found.count)
+    merged, total = merge_weighted(x, size, found.group, found.left)
     tolerance = params.get("rtol_output", 1e-5)
     verdict.close("merged", merged, given["merged"], tolerance)
     verdict.close("merged_size", total[..., None], given["merged_size"], tolerance)

@@ -14,6 +14,7 @@ from tokenprune.tokens import Kind, TokenLayout
 __all__ = [
     "Matching",
     "bipartite_matching",
+    "central_members",
     "cover",
     "density_peaks",
     "evenly_spaced",
@@ -80,6 +81,26 @@ def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
     sizes = torch.bincount(plane).tolist()
     ordered = layout.patches[plane.argsort(stable=True)]
     return [part for part in ordered.split(sizes) if len(part)]
+
+
+def central_members(cluster: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every cluster the member nearest to the mean place of its members, the earlier of equals.
+
+    Args:
+        cluster: (M,) int64 identifier of each member's cluster.
+        row, col: (M,) int64 its place.
+
+    Returns:
+        (C,) index of each cluster's member, by identifier, and (C,) numbers of members.
+    """
+    _, place, members = cluster.unique(return_inverse=True, return_counts=True)
+    distance = torch.zeros_like(place)  # squared and times the number of members squared: exact
+    for axis in (row, col):
+        total = torch.zeros_like(members).index_add_(0, place, axis)
+        distance += (members[place] * axis - total[place]).square()
+    near = distance.argsort(stable=True)
+    order = near[place[near].argsort(stable=True)]
+    return order[members.cumsum(0) - members], members
 
 
 def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
@@ -248,7 +269,7 @@ class Matching(NamedTuple):
     group: Tensor
 
     @property
-    def count(self) -> int:
+    def left(self) -> int:
         """Entries of the output."""
         return self.group.shape[1] - self.source.shape[1]
 
@@ -330,7 +351,7 @@ def merge_weighted(
 
 def spread(vectors: Tensor, group: Tensor) -> Tensor:
     """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...); -1 shows group 0's."""
-    index = group.clamp(min=0).reshape(*group.shape, *[1] * (vectors.ndim - 2))
+    index = group.to(vectors.device).clamp(min=0).reshape(*group.shape, *[1] * (vectors.ndim - 2))
     return vectors.gather(1, index.expand(*group.shape, *vectors.shape[2:]))
 
 
