@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ from transformers import BatchFeature
 
 from tokenprune.attention import Projections, head_rows, projections
 from tokenprune.compressor import Compressor, Stage, create, parse
+from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import observing
@@ -76,15 +77,56 @@ class Adapter(ABC):
         return layers
 
     @property
+    def vision_tower(self) -> Any:
+        """The vision tower, which maps views to hidden states."""
+        return self.base.vision_tower
+
+    @property
     def vision_layers(self) -> Sequence[nn.Module]:
         """Layers of the vision tower."""
-        tower = self.base.vision_tower
+        tower = self.vision_tower
         layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
         return layers
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Attention module of encoder layer ``layer`` (negative counts from the end)."""
         return self.vision_layers[layer].get_submodule("self_attn")
+
+    def vision_block(
+        self,
+        layer: Any,
+        states: Tensor,
+        mask: Tensor | None,
+        between: Callable[[Tensor], Tensor],
+        **kwargs: Any,
+    ) -> Tensor:
+        """What an encoder layer of CLIP and SigLIP does, with something done in its middle.
+
+        Args:
+            layer: One of `vision_layers`.
+            states: (V, n, D) its input.
+            mask: (V, 1, 1, n) what is added to the attention logits of each key, or None.
+            between: Maps the states behind the attention to those in front of the MLP.
+            **kwargs: What else the encoder hands to its layers.
+        """
+        normed = layer.layer_norm1(states)
+        attended = layer.self_attn(hidden_states=normed, attention_mask=mask, **kwargs)[0]
+        states = between(states + attended)
+        result: Tensor = states + layer.mlp(layer.layer_norm2(states))
+        return result
+
+    def used_vision_layers(self, call: Mapping[str, Any]) -> int:
+        """How many encoder layers lie in front of the hidden states that are used."""
+        chosen = call.get("vision_feature_layer")
+        if chosen is None:
+            chosen = self.base.config.vision_feature_layer
+        states = len(self.vision_layers) + 1
+        return max(index % states for index in ([chosen] if isinstance(chosen, int) else chosen))
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.base.config.vision_config.patch_size)
 
     @property
     def pooling_head(self) -> Any:
@@ -177,6 +219,7 @@ class Adapter(ABC):
         features: list[Tensor],
         maps: Mapping[Signal, Tensor],
         modality: str,
+        tower: Tower | None = None,
     ) -> list[VisualTokens]:
         """What is known of every image or video of one encoder call.
 
@@ -185,8 +228,10 @@ class Adapter(ABC):
             features: For each (N, D).
             maps: Signal to (all views, patches), or (all views, patches, C) of a vector.
             modality: Which of `encoders`.
+            tower: How the tower ran, where a method acted inside it.
         """
         layouts = self.layouts(call, modality)
+        clusters = tower.clusters(layouts, self.view_shape) if tower is not None else None
         views = [layout.views for layout in layouts]
         packed = {}
         for signal, values in maps.items():
@@ -202,6 +247,8 @@ class Adapter(ABC):
                 signals={signal: values[index] for signal, values in packed.items()},
                 fingerprint=self.fingerprint(call, index, sum(views[:index])),
                 projector=projector,
+                clusters=clusters[index] if clusters is not None else None,
+                encoding=tower.encoding if tower is not None else None,
             )
             for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
         ]
@@ -225,8 +272,8 @@ class Adapter(ABC):
                     f"{part.name} acts inside the language model, which {self.name} models do not "
                     f"have. Strategies that work here: {', '.join(self._compatible())}."
                 )
-            if part.stage is Stage.ENCODER:
-                raise UserError(f"{part.name} acts inside the encoder, which is not supported yet.")
+            if isinstance(part, EncoderCompressor):
+                self._check_tower(part)
             for signal in part.needs:
                 self._check_signal(signal, part.name)
             for cut in part.cuts:
@@ -241,6 +288,26 @@ class Adapter(ABC):
                         f"{taken[layer].name} and {part.name} both cut in front of decoder layer "
                         f"{layer}; move one of them to another layer."
                     )
+
+    def _check_tower(self, part: EncoderCompressor) -> None:
+        """Raise `UserError` if the vision tower cannot run under ``part``."""
+        known = all(
+            hasattr(layer, name)
+            for layer in self.vision_layers
+            for name in ("layer_norm1", "self_attn", "layer_norm2", "mlp")
+        )
+        if not known:
+            raise UserError(
+                f"{part.name} acts inside the vision tower, which is offered for the CLIP and "
+                f"SigLIP towers of transformers, not for "
+                f"{self.base.config.vision_config.model_type!r}."
+            )
+        kind = getattr(self.vision_tower.config, "_attn_implementation", "sdpa")
+        if kind not in ("sdpa", "eager") and part.bias(torch.ones(1, 2)) is not None:
+            raise UserError(
+                f"{part.name} adds to the attention logits, which {kind} attention does not take; "
+                "load the model with attn_implementation='sdpa'."
+            )
 
     def _check_signal(self, signal: Signal, who: str) -> None:
         """Raise `UserError` if the model cannot provide ``signal``, which ``who`` needs."""
@@ -288,8 +355,14 @@ class Adapter(ABC):
             method = create(name, retention=0.5)
             if method.stage is Stage.LLM and not self.has_language_model:
                 continue
-            if not any(self._missing(signal) for signal in method.needs):
-                fine.append(name)
+            if any(self._missing(signal) for signal in method.needs):
+                continue
+            if isinstance(method, EncoderCompressor):
+                try:
+                    self._check_tower(method)
+                except UserError:
+                    continue
+            fine.append(name)
         return fine
 
     # -- what users call -------------------------------------------------------------------------
@@ -395,13 +468,20 @@ class Adapter(ABC):
             )
 
     def encode(
-        self, images: Sequence[Image], signals: Iterable[Signal] = (), *, together: bool = False
+        self,
+        images: Sequence[Image],
+        signals: Iterable[Signal] = (),
+        compressor: Compressor | None = None,
+        *,
+        together: bool = False,
     ) -> list[VisualTokens]:
         """Run the vision tower once over ``images``.
 
         Args:
             images: Any number.
             signals: What to compute on the way.
+            compressor: A method that acts inside the tower, or a chain that begins with one; what
+                else is in it does not matter here.
             together: Whether they belong to one prompt; LLaVA-OneVision then cuts no crops.
 
         Returns:
@@ -413,12 +493,12 @@ class Adapter(ABC):
         pictures = [image.convert("RGB") for image in images]
         grouped = self.grouped([pictures] if together else [[image] for image in pictures])
         batch = self.processor.image_processor(grouped, return_tensors="pt")
-        return self._encode("image", self.encoder_inputs(batch), signals)
+        return self._encode("image", self.encoder_inputs(batch), signals, compressor)
 
     def choose(
         self, compressor: Compressor | str, images: Sequence[Image], **fields: Any
     ) -> list[Chosen]:
-        """What a method that acts in front of the language model keeps of each image.
+        """What a method that acts inside the vision tower or right behind it keeps of each image.
 
         Nothing behind the vision tower runs.
 
@@ -437,25 +517,29 @@ class Adapter(ABC):
         elif fields:
             raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
         self.check(compressor)
-        if compressor.stage is not Stage.PRE_LLM or list(compressor.stages()) != [compressor]:
+        if compressor.stage is Stage.LLM or list(compressor.stages()) != [compressor]:
             raise UserError(
                 f"{compressor.label} does not act in front of the language model alone; run it "
                 "with tokenprune.compress."
             )
-        encoded = self.encode(images, compressor.needs)
+        encoded = self.encode(images, compressor.needs, compressor)
         return [
-            Chosen(index, 0, Stage.PRE_LLM, None, tokens.layout, compressor(tokens).keep)
+            Chosen(index, 0, compressor.stage, None, tokens.layout, compressor(tokens).keep)
             for index, tokens in enumerate(encoded)
         ]
 
     def encode_videos(
-        self, videos: Sequence[Any], signals: Iterable[Signal] = ()
+        self,
+        videos: Sequence[Any],
+        signals: Iterable[Signal] = (),
+        compressor: Compressor | None = None,
     ) -> list[VisualTokens]:
         """Run the vision tower over each of ``videos``, which may differ in length.
 
         Args:
             videos: As in `prepare`.
             signals: What to compute on the way.
+            compressor: As in `encode`.
 
         Returns:
             As `encode`.
@@ -465,18 +549,26 @@ class Adapter(ABC):
         for video in videos:
             batch = self.processor.video_processor([_frames(video)], return_tensors="pt")
             call = {"pixel_values_videos": batch["pixel_values_videos"]}
-            found += self._encode("video", call, signals)
+            found += self._encode("video", call, signals, compressor)
         return found
 
     def _encode(
-        self, modality: str, call: Mapping[str, Any], signals: Iterable[Signal]
+        self,
+        modality: str,
+        call: Mapping[str, Any],
+        signals: Iterable[Signal],
+        compressor: Compressor | None,
     ) -> list[VisualTokens]:
         signals = frozenset(signals)
+        part = encoder_part(compressor)
+        if part is not None:
+            self._check_tower(part)
         for signal in signals:
             if not signal.in_llm:
                 self._check_signal(signal, signal.name)
         moved = BatchFeature(dict(call)).to(self.device, self.model.dtype)
-        with observing(self, signals), torch.inference_mode(False), torch.no_grad():
+        watching = observing(self, signals, encoder=part)
+        with watching, torch.inference_mode(False), torch.no_grad():
             output = getattr(self.base, self.encoders[modality])(**moved)
         return [feature.visual for feature in output.pooler_output]
 

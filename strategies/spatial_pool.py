@@ -4,13 +4,12 @@ There is no single official definition.  LLaVA-OneVision pools its video frames 
 unpadded canvas is pooled as one plane, behind the projector, and the grid follows from R.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenprune.budget import budget
+from tokenprune.budget import budget, coarse_grid
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Kind, VisualTokens
@@ -60,13 +59,7 @@ class SpatialPool(Compressor):
 def _grid(shape: tuple[int, int], retention: float) -> tuple[int, int]:
     """(rows, columns) of cells for a plane, as square as the plane allows."""
     height, width = shape
-    if not height * width:
-        return 1, 1
-    count = budget(height * width, retention)
-    # Wide enough that what is left for the columns fits, and never more cells than tokens are due.
-    rows = max(1, round(math.sqrt(count * height / width)), count // width)
-    rows = min(rows, height, count)
-    return rows, min(width, count // rows)
+    return coarse_grid(shape, budget(height * width, retention)) if height * width else (1, 1)
 
 
 def _middle(place: Tensor, cell: Tensor, length: Tensor, cells: Tensor) -> Tensor:

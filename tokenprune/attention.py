@@ -33,12 +33,16 @@ CHUNK = 128  # queries whose attention exists at the same time in `attention_rec
 
 @dataclass
 class Projections:
-    """Queries and keys of one vision attention module, (views, tokens, heads * head_dim)."""
+    """Queries and keys of one vision attention module, (views, tokens, heads * head_dim).
+
+    ``bias`` (views, tokens) is what the module was told to add to the logits of each key.
+    """
 
     heads: int
     scale: float
     query: Tensor | None = None
     key: Tensor | None = None
+    bias: Tensor | None = None
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Both as (views, heads, tokens, head_dim) in float32."""
@@ -49,6 +53,13 @@ class Projections:
             rearrange(self.query, pattern, h=self.heads).float(),
             rearrange(self.key, pattern, h=self.heads).float(),
         )
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Attention of logits (views, ..., tokens)."""
+        if self.bias is not None:
+            shape = len(logits), *[1] * (logits.ndim - 2), -1
+            logits = logits + self.bias.reshape(shape).to(logits)
+        return logits.softmax(-1)
 
     def joint(self) -> Projections:
         """The same as one head of the full width: products are scaled by its root."""
@@ -134,9 +145,7 @@ def cls_row(tapped: Projections, *, softmax: bool) -> Tensor:
     """
     query, key = tapped.split()
     row = torch.einsum("vhd,vhnd->vhn", query[:, :, 0], key) * tapped.scale
-    if softmax:
-        row = row.softmax(-1)
-    return row.mean(1)[:, 1:]
+    return (tapped.softmax(row) if softmax else row).mean(1)[:, 1:]
 
 
 def attention_received(tapped: Projections) -> Tensor:
@@ -151,7 +160,7 @@ def attention_received(tapped: Projections) -> Tensor:
     total = query.new_zeros(query.shape[0], query.shape[2])
     for part in query.split(CHUNK, dim=2):
         logits = part @ key.transpose(-1, -2) * tapped.scale
-        total += logits.softmax(-1).sum((1, 2))
+        total += tapped.softmax(logits).sum((1, 2))
     return total / (query.shape[1] * query.shape[2])
 
 

@@ -16,7 +16,15 @@ from tokenprune.errors import UserError, unknown
 from tokenprune.primitives import region_sums, summary_distance
 from tokenprune.tokens import Kind, Signal, VisualTokens
 
-__all__ = ["ALLOCATORS", "Allocator", "Proportional", "ThumbnailCommand", "TopK", "budget"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "Proportional",
+    "ThumbnailCommand",
+    "TopK",
+    "budget",
+    "coarse_grid",
+]
 
 SALIENCY = Signal("saliency")  # of the last encoder layer
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
@@ -36,6 +44,20 @@ def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
         "ceil": math.ceil,
     }
     return min(tokens, max(1, rounders[rounding](exact)))
+
+
+def coarse_grid(shape: tuple[int, int], count: int) -> tuple[int, int]:
+    """(rows, columns) of at most ``count`` cells, of the aspect of ``shape`` as far as that goes.
+
+    Args:
+        shape: (rows, columns) of what is laid out; no side gets more cells.
+        count: In [1, rows * columns].
+    """
+    height, width = shape
+    # Wide enough that what is left for the columns fits, and never more cells than tokens are due.
+    rows = max(1, round(math.sqrt(count * height / width)), count // width)
+    rows = min(rows, height, count)
+    return rows, min(width, count // rows)
 
 
 class Allocator(ABC):

@@ -204,7 +204,7 @@ class ScoringCompressor(Compressor):
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Compressor):
-    """Several compressors one after the other, e.g. one before and one inside the LLM.
+    """Several compressors one after the other: inside the vision tower, before and inside the LLM.
 
     Each acts on what the one before it left; `retention` is the product of theirs.
     """
@@ -216,9 +216,9 @@ class Chain(Compressor):
     def of(cls, *parts: Compressor) -> Chain:
         """The chain of ``parts``.  Raises `UserError` unless they are in the order they act in."""
         order = [list(Stage).index(part.stage) for part in parts]
-        if not parts or order != sorted(order) or order.count(1) > 1:
+        if not parts or order != sorted(order) or max(order.count(0), order.count(1)) > 1:
             raise UserError(
-                f"a chain takes at most one pre_llm strategy followed by llm ones, got "
+                f"a chain takes at most one encoder and one pre_llm strategy, then llm ones, got "
                 f"{[f'{part.name} ({part.stage})' for part in parts]}."
             )
         retention = 1.0

@@ -3,7 +3,8 @@
 A context manager installs hooks and always removes them, so that the user's own
 ``model.generate(**inputs)`` stays as it is:
 
-* `observing` notes the geometry and signals of every image while the model encodes it;
+* `observing` notes the geometry and signals of every image while the model encodes it, and has
+  the vision tower run under a method that acts inside it (``encoder``, `tokenprune.encoder`);
 * a pre-hook on the language model drops columns of the prompt (``pre_llm``) and packs the ragged
   batch to the right, padding on the left;
 * pre-hooks on the decoder layers do the same between two layers (``llm``) and hand every layer
@@ -33,11 +34,12 @@ from transformers.masking_utils import create_causal_mask
 from tokenprune.attention import decoder_keys, decoder_row, decoder_rows, moved_keys
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
+from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.ledger import DecoderShape, Ledger, VisionShape, encoder_flops, prefill_flops
 from tokenprune.observe import encoded, observing
 from tokenprune.registry import adapters
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -254,7 +256,8 @@ class _Session:
         self.retention = compressor.retention if compressor is not None else 1.0
         self.signals = compressor.needs if compressor is not None else frozenset()
         stages = list(compressor.stages()) if compressor is not None else []
-        self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
+        self.encoder = encoder_part(compressor)
+        self.before = [part for part in stages if part.stage is not Stage.LLM]
         self.inside = {adapter.cut_layer(c): part.at(c) for part in stages for c in part.cuts}
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.vision = VisionShape.of(adapter.base.config.vision_config)
@@ -292,7 +295,7 @@ class _Session:
         ]
         handles.append(adapter.language_model.register_forward_hook(self._leave))
         try:
-            with observing(adapter, self.signals, self.seen):
+            with observing(adapter, self.signals, self.seen, self.encoder):
                 yield
         finally:
             for handle in handles:
@@ -355,6 +358,7 @@ class _Session:
                         "layout is unknown; pass pixel_values, or features from adapter.assemble "
                         "(prefill_chunk_size is not supported under compression)."
                     )
+                self._check_encoding(record)
                 layout = record.layout.to(device)
                 tokens = replace(record, features=feature.to(device), layout=layout)
                 spans.append(
@@ -374,6 +378,17 @@ class _Session:
         for index, span in enumerate(spans):
             span.image = sum(other.row == span.row for other in spans[:index])
         return spans
+
+    def _check_encoding(self, record: VisualTokens) -> None:
+        """Features must have been encoded as this context would encode them."""
+        found = record.encoding.by if record.encoding is not None else ""
+        wanted = repr(self.encoder) if self.encoder is not None else ""
+        if found != wanted:
+            raise UserError(
+                f"these features were encoded by {found or 'the plain vision tower'}, but this "
+                f"context runs {wanted or 'the plain vision tower'}; encode them with "
+                "adapter.encode(images, signals, compressor), or pass pixel_values."
+            )
 
     def _refuse_missing_images(self) -> None:
         """Placeholders that no features were put into would run as if they were text."""
@@ -502,7 +517,7 @@ class _Session:
                 embeds = embeds.clone()
                 slots = state.slots(span)[chosen.keep]
                 embeds[span.row, slots] = chosen.features.to(embeds.dtype)
-            gone |= self._narrow(state, span, chosen.keep, keep, Stage.PRE_LLM, None)
+            gone |= self._narrow(state, span, chosen.keep, keep, part.stage, None)
         changed["inputs_embeds"] = embeds
         if not gone:
             return embeds
@@ -837,9 +852,11 @@ class _Session:
         for signal in self.signals:
             if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
                 continue
-            keys = adapter.vision_tokens
-            queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
             for span in state.spans:
+                keys = adapter.vision_tokens
+                if span.tokens.encoding is not None:
+                    keys = span.tokens.encoding.attended[signal.layer]
+                queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
                 state.spent[span.row] += 2 * span.layout.views * queries * keys * width
 
     def _row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
@@ -856,9 +873,15 @@ class _Session:
         counts and indices alone: a trace must not keep features or a KV cache alive.
         """
         images = [(span.row, span.layout, span.index) for span in state.spans]
+        towers = [(span.row, span.layout.views, span.tokens.encoding) for span in state.spans]
         entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
         asked = state.asked
-        tower = encoder_flops([self.adapter.vision_tokens] * self.vision.layers, self.vision)
+        plain = encoder_flops([self.adapter.vision_tokens] * self.vision.layers, self.vision)
+
+        def tower(run: Encoding | None) -> float:
+            if run is None:
+                return plain
+            return encoder_flops(run.attended, self.vision, run.processed)
 
         def ledgers() -> list[Ledger]:
             made = []
@@ -868,7 +891,6 @@ class _Session:
                 text = total - tally[row][0]
                 full = text + sum(len(layout) for layout in before)
                 tokens = [text + visual for visual in tally[row]]
-                vision = tower * sum(layout.views for layout in before)
                 selector = spent[row]
                 if before:
                     selector += sum(self._row_flops(tokens[layer], new) for layer, new in read)
@@ -890,8 +912,10 @@ class _Session:
                         flops=prefill_flops(tokens, self.shape) + selector,
                         selector_flops=selector,
                         uncompressed_flops=prefill_flops([full] * self.shape.layers, self.shape),
-                        vision_flops=vision,
-                        uncompressed_vision_flops=vision,
+                        vision_flops=sum(
+                            views * tower(run) for where, views, run in towers if where == row
+                        ),
+                        uncompressed_vision_flops=plain * sum(layout.views for layout in before),
                     )
                 )
             return made

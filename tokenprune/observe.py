@@ -9,10 +9,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.attention import attention_received, cls_row, first_arguments, key_vectors
+from tokenprune.encoder import EncoderCompressor, Tower, running
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def observing(
     adapter: Adapter,
     signals: frozenset[Signal],
     seen: Mapping[str, list[list[Tensor]]] | None = None,
+    encoder: EncoderCompressor | None = None,
 ) -> Iterator[None]:
     """While open, every encoded image carries a `VisualTokens` record as ``feature.visual``.
 
@@ -55,18 +58,23 @@ def observing(
         adapter: The model.
         signals: Signals to compute on the way; those of the language model are left out.
         seen: Per modality, a list that every call's features are appended to.
+        encoder: A method that acts inside the vision tower.
     """
     wanted = frozenset(signal for signal in signals if not signal.in_llm)
     with ExitStack() as stack:
         for modality in adapter.encoders:
             calls = None if seen is None else seen[modality]
-            stack.enter_context(_wrapped(adapter, modality, wanted, calls))
+            stack.enter_context(_wrapped(adapter, modality, wanted, calls, encoder))
         yield
 
 
 @contextmanager
 def _wrapped(
-    adapter: Adapter, modality: str, signals: frozenset[Signal], seen: list[list[Tensor]] | None
+    adapter: Adapter,
+    modality: str,
+    signals: frozenset[Signal],
+    seen: list[list[Tensor]] | None,
+    encoder: EncoderCompressor | None,
 ) -> Iterator[None]:
     base, method = adapter.base, adapter.encoders[modality]
     original = getattr(base, method)
@@ -76,10 +84,13 @@ def _wrapped(
     @functools.wraps(original)  # generate reads the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs).arguments
-        with _tapped(adapter, signals) as maps:
+        with (
+            running(adapter, encoder, call, modality) as tower,
+            _tapped(adapter, signals, tower) as maps,
+        ):
             output = original(*args, **kwargs)
         features = Ragged(output.pooler_output)
-        records = adapter.describe(call, features, maps(), modality)
+        records = adapter.describe(call, features, maps(), modality, tower)
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
         if isinstance(output.pooler_output, Tensor):
@@ -99,7 +110,7 @@ def _wrapped(
 
 @contextmanager
 def _tapped(
-    adapter: Adapter, signals: frozenset[Signal]
+    adapter: Adapter, signals: frozenset[Signal], tower: Tower | None
 ) -> Iterator[Callable[[], dict[Signal, Tensor]]]:
     """While open, the vision tower's rows are kept; call what is yielded for the maps.
 
@@ -118,26 +129,33 @@ def _tapped(
             inputs = stack.enter_context(first_arguments(adapter.projector))
         prefix = adapter.prefix_tokens
 
+        def of_patches(values: Tensor, layer: int | None) -> Tensor:
+            """Values of all patches of a view, of what a layer (or the head) saw."""
+            return (values if tower is None else tower.spread(values, layer))[:, prefix:]
+
         def maps() -> dict[Signal, Tensor]:
             found = {}
+            if tower is not None:
+                for layer, projected in tapped.items():
+                    projected.bias = tower.biases[layer]
             for signal in signals:
                 name = signal.resolve(adapter.has_cls).name
                 rows_of = tapped.get(signal.layer)
                 if name == "unprojected":
                     found[signal] = inputs[-1]
                 elif name == "head_attention":
-                    found[signal] = rows[-1]
+                    found[signal] = rows[-1] if tower is None else of_patches(rows[-1], None)
                 elif rows_of is None:
                     raise RuntimeError(f"{signal} was not tapped")
                 elif name in ("keys", "joint_keys"):
                     keys = key_vectors(rows_of.joint() if name == "joint_keys" else rows_of)
-                    found[signal] = keys[:, prefix:]
+                    found[signal] = of_patches(keys, signal.layer)
                 elif name == "received":
-                    found[signal] = attention_received(rows_of)[:, prefix:]
+                    found[signal] = of_patches(attention_received(rows_of), signal.layer)
                 else:
                     one = rows_of.joint() if name == "cls_joint" else rows_of
                     row = cls_row(one, softmax=name != "cls_logits")
-                    found[signal] = row[:, prefix - 1 :]
+                    found[signal] = of_patches(F.pad(row, (1, 0)), signal.layer)
             return found
 
         yield maps

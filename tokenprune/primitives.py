@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,21 @@ from torch import Tensor
 from tokenprune.tokens import Kind, TokenLayout
 
 __all__ = [
+    "Matching",
+    "bipartite_matching",
+    "central_members",
     "cover",
     "density_peaks",
     "dispersed",
     "evenly_spaced",
     "max_min_diversity",
+    "merge_weighted",
     "normalise",
     "patches_by_plane",
     "patches_by_view",
     "project_thumbnail",
     "region_sums",
+    "spread",
     "summary_distance",
     "top_per_view",
 ]
@@ -77,6 +82,26 @@ def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
     sizes = torch.bincount(plane).tolist()
     ordered = layout.patches[plane.argsort(stable=True)]
     return [part for part in ordered.split(sizes) if len(part)]
+
+
+def central_members(cluster: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every cluster the member nearest to the mean place of its members, the earlier of equals.
+
+    Args:
+        cluster: (M,) int64 identifier of each member's cluster.
+        row, col: (M,) int64 its place.
+
+    Returns:
+        (C,) index of each cluster's member, by identifier, and (C,) numbers of members.
+    """
+    _, place, members = cluster.unique(return_inverse=True, return_counts=True)
+    distance = torch.zeros_like(place)  # squared and times the number of members squared: exact
+    for axis in (row, col):
+        total = torch.zeros_like(members).index_add_(0, place, axis)
+        distance += (members[place] * axis - total[place]).square()
+    near = distance.argsort(stable=True)
+    order = near[place[near].argsort(stable=True)]
+    return order[members.cumsum(0) - members], members
 
 
 def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
@@ -244,6 +269,108 @@ def density_peaks(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
     cluster = distance[:, centres].argmin(1)
     cluster[centres] = place[:count]
     return centres, cluster
+
+
+class Matching(NamedTuple):
+    """Which of ``n`` entries merge, for each of ``V`` sequences, and where everything goes.
+
+    Attributes:
+        unmerged: (V, a - r) entries of even index that stay alone, halved, in output order.
+        source: (V, r) entries of even index that merge away, halved, the most alike first.
+        target: (V, r) the entry of odd index that receives each, halved.
+        group: (V, n) place of every entry in the output of n - r.
+    """
+
+    unmerged: Tensor
+    source: Tensor
+    target: Tensor
+    group: Tensor
+
+    @property
+    def left(self) -> int:
+        """Entries of the output."""
+        return self.group.shape[1] - self.source.shape[1]
+
+
+def bipartite_matching(
+    vectors: Tensor, count: int, *, class_token: bool = False, distill_token: bool = False
+) -> Matching:
+    """Pair the entries of even index with their likes of odd index, and merge the best pairs.
+
+    Every entry of even index finds the one of odd index with the largest cosine; the ``count``
+    with the largest cosines merge into what they found, several into one if it so happens.  A class
+    token (entry 0) never merges, a distillation token (entry 1) never receives.
+
+    The output has the unmerged entries of even index, the most alike first (in their own order
+    where there is a class token), then all of odd index; the first of both lead where there is a
+    distillation token (ToMe, arXiv 2210.09461, section 3; official ``tome/merge.py``).
+
+    Args:
+        vectors: (V, n, d); compared in float32.
+        count: How many merge; at most half of the entries that are not protected do.
+        class_token: Whether entry 0 is one.
+        distill_token: Whether entry 1 is one.
+    """
+    views, entries, _ = vectors.shape
+    count = max(0, min(count, (entries - class_token - distill_token) // 2))
+    unit = F.normalize(vectors.float(), dim=-1)
+    alike = unit[:, ::2] @ unit[:, 1::2].mT
+    if class_token:
+        alike[:, 0] = -torch.inf
+    if distill_token:
+        alike[:, :, 0] = -torch.inf
+    even, odd = alike.shape[1:]
+    best, partner = alike.max(-1) if odd else (alike.new_zeros(views, even), None)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    source, unmerged = order[:, :count], order[:, count:]
+    if class_token:
+        unmerged = unmerged.sort(dim=-1).values
+    place = torch.arange(entries, device=vectors.device)
+    if not count or partner is None:  # nothing moves either
+        return Matching(unmerged, source, source, place.expand(views, -1))
+    target = partner.gather(1, source)
+    alone = even - count
+    first, second = place[:alone].clone(), place[alone : alone + odd].clone()
+    if distill_token:
+        first[1:] += 1
+        second[0] = min(alone, 1)
+    group = place.repeat(views, 1)
+    group[:, 1::2] = second
+    group[:, ::2] = (
+        torch.empty_like(order)
+        .scatter_(1, unmerged, first.expand(views, -1))
+        .scatter_(1, source, second[target])
+    )
+    return Matching(unmerged, source, target, group)
+
+
+def merge_weighted(
+    vectors: Tensor, size: Tensor, group: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Average the entries of each group, weighted by their sizes, which add up.
+
+    Args:
+        vectors: (V, n, C); averaged in float32.
+        size: (V, n) how much each entry counts.
+        group: (V, n) where it goes, in [0, count); -1 drops it.
+        count: How many groups; none of them empty.
+
+    Returns:
+        (V, count, C) in the dtype of ``vectors``, and (V, count) sizes.
+    """
+    slot = torch.where(group < 0, count, group)  # what is dropped meets in one more slot
+    total = size.new_zeros(len(size), count + 1).scatter_add(1, slot, size)
+    weighted = vectors.float() * size[..., None]
+    sums = weighted.new_zeros(len(size), count + 1, vectors.shape[-1])
+    sums = sums.scatter_add(1, slot[..., None].expand_as(weighted), weighted)
+    merged = sums[:, :count] / total[:, :count, None]
+    return merged.to(vectors.dtype), total[:, :count]
+
+
+def spread(vectors: Tensor, group: Tensor) -> Tensor:
+    """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...); -1 shows group 0's."""
+    index = group.to(vectors.device).clamp(min=0).reshape(*group.shape, *[1] * (vectors.ndim - 2))
+    return vectors.gather(1, index.expand(*group.shape, *vectors.shape[2:]))
 
 
 def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:

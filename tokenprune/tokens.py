@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.errors import UserError
 
-__all__ = ["Kind", "Signal", "TokenLayout", "VisualTokens", "unpadded_box"]
+__all__ = ["Encoding", "Kind", "Signal", "TokenLayout", "VisualTokens", "unpadded_box"]
 
 
 class Kind(IntEnum):
@@ -290,6 +290,23 @@ class TokenLayout:
         return moved
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How the vision tower ran on each view of an image, where a method acted inside it.
+
+    Attributes:
+        by: Representation of the method.
+        attended, processed: Entries (CLS token included) that the attention and the MLP of each
+            layer saw.
+        key_width: Width of the keys that were compared.
+    """
+
+    by: str
+    attended: tuple[int, ...]
+    processed: tuple[int, ...]
+    key_width: int
+
+
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
     """ONE image's (or video's) packed visual sequence of N entries, and what is known of each.
@@ -307,6 +324,9 @@ class VisualTokens:
         inputs: Inside the language model, for strategies that need ``llm_inputs``: what entered
             it, (P, D) for all patch tokens of the image and (T, D) for the text tokens behind it.
             The same at every cut.
+        clusters: Where a method acted inside the vision tower, (N,) which entries share a vector of
+            it; -1 at separators and where it was dropped.
+        encoding: How the tower ran then.
     """
 
     layout: TokenLayout
@@ -317,6 +337,8 @@ class VisualTokens:
     entered: int | None = None
     text: Mapping[Signal, Tensor] = field(default_factory=dict)
     inputs: tuple[Tensor, Tensor] | None = None
+    clusters: Tensor | None = None
+    encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         aligned: dict[Any, Tensor] = {"features": self.features, **self.signals}
@@ -372,6 +394,7 @@ class VisualTokens:
             layout=self.layout.take(index),
             features=self.features[index],
             signals={name: value[index.to(value.device)] for name, value in self.signals.items()},
+            clusters=None if self.clusters is None else self.clusters[index],
         )
 
 

@@ -1,0 +1,332 @@
+"""The encoder stage: what a method that acts inside the vision tower sees, and how it is run.
+
+A method may hand the tower a smaller view (`EncoderCompressor.grid`), and may merge or drop entries
+between attention and MLP of every layer up to the one whose output is used
+(`EncoderCompressor.reduce`).  The tower then really works on shorter sequences.  What it returns is
+spread over the patches again, so that the model packs it as ever; which patches share a vector
+rides along as `VisualTokens.clusters`, and in front of the language model one entry of each
+cluster stays.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenprune.attention import key_vectors
+from tokenprune.budget import Proportional, budget
+from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
+from tokenprune.errors import UserError
+from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
+from tokenprune.tokens import Encoding, TokenLayout, VisualTokens
+
+if TYPE_CHECKING:
+    from tokenprune.models.adapter import Adapter
+
+__all__ = ["EncoderCompressor", "EncoderTokens", "Reduction", "Tower", "encoder_part", "running"]
+
+
+class Reduction(NamedTuple):
+    """What becomes of the entries of every view.
+
+    Attributes:
+        group: (V, n) int64 place of every entry in what is left, in [0, left), none of them
+            empty; -1 drops it.  The entries in front of the patches must stay where they are.
+        left: How many are left, the same number in all views.
+    """
+
+    group: Tensor
+    left: int
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderTokens:
+    """V views between attention and MLP of one encoder layer.
+
+    Attributes:
+        layer: Index of the layer.
+        layers: How many layers there are up to the one whose output is used.
+        prefix: Entries in front of the patches (a CLS token, or nothing).
+        patches: Patches that each view had in front of the first layer.
+        target: Entries behind the prefix that each view should have in the end.
+        states: (V, n, D) hidden states.
+        keys: (V, n, d) keys of the layer, mean over heads, float32.
+        size: (V, n) float32 how many patches each entry stands for.
+    """
+
+    layer: int
+    layers: int
+    prefix: int
+    patches: int
+    target: int
+    states: Tensor
+    keys: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCompressor(Compressor, ABC):
+    """A method that acts inside the vision tower.  Subclasses override `grid`, `reduce` or both.
+
+    R is the share of patch tokens that enter the language model, as everywhere; a view is to have
+    ``floor(R * n)`` vectors of the ``n`` tokens that the model makes of a full view.  `select` then
+    keeps one token of each cluster of patches that share a vector: of those in the packed sequence
+    the one nearest to their mean place, the earlier of equally near ones.  A cluster that lies in
+    the padding of the canvas altogether vanishes with it.  Where more clusters are left than the
+    budget allows (padding that merged, a canvas that the model resamples, a target out of reach),
+    the largest of each view stay.
+
+    Where the model resamples a canvas or pools video frames, a token belongs to the cluster of the
+    patch that its centre lies in, and its features are what the model mixed there.
+    """
+
+    stage: ClassVar[Stage] = Stage.ENCODER
+    positional: ClassVar[bool] = True
+
+    def grid(self, view_shape: tuple[int, int], target: int) -> tuple[int, int]:
+        """(rows, columns) of patches that a view is resized to; ``view_shape`` leaves it alone."""
+        return view_shape
+
+    def reduce(self, tokens: EncoderTokens) -> Reduction | None:
+        """What merges or goes in this layer; None for nothing."""
+        return None
+
+    def bias(self, size: Tensor) -> Tensor | None:
+        """(V, n) what is added to the attention logits of every key, given its size, or None.
+
+        The logarithm lets an entry weigh as much as the patches it stands for (proportional
+        attention of ToMe, arXiv 2210.09461, equation 1).
+        """
+        return size.log()
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        layout, patches = tokens.layout, tokens.layout.patches
+        if tokens.clusters is None:
+            raise UserError(
+                f"{self.name or type(self).__name__} acts inside the vision tower, but these "
+                "features were encoded without it; run it with tokenprune.compress, or give it to "
+                "adapter.encode."
+            )
+        cluster = tokens.clusters[patches]
+        there = patches[cluster >= 0]
+        found, members = central_members(
+            tokens.clusters[there], layout.row[there], layout.col[there]
+        )
+        chosen = there[found]
+        size = tokens.clusters.new_full((len(layout),), -1)
+        size[chosen] = members
+        views = torch.bincount(layout.view[chosen], minlength=layout.views)
+        share = Proportional().counts(tokens, size, self.retention)
+        counts = torch.minimum(share.to(views.device), views)
+        warn_about_empty_views(self, layout, counts)
+        return Selection(top_per_view(layout, size, counts))
+
+
+def encoder_part(compressor: Compressor | None) -> EncoderCompressor | None:
+    """The part of ``compressor`` that changes how the vision tower runs, if there is one."""
+    for part in compressor.stages() if compressor is not None else ():
+        if isinstance(part, EncoderCompressor) and part.retention < 1:
+            return part
+    return None
+
+
+@dataclass(eq=False)
+class Tower:
+    """One run of the vision tower on V views.
+
+    Attributes:
+        groups: Of every hidden state (the input of layer 0, then what each layer returns) the
+            (V, T) place of each of the T entries of a full view in it, -1 where it was dropped.
+        biases: (V, n) what each layer adds to the attention logits of its keys, or None.
+        attended, processed: Entries that attention and MLP of each layer saw.
+        size: (V, n) how many patches each entry stands for, None as long as it is one.
+        key_width: Width of the keys that were compared.
+        by: Representation of the method.
+    """
+
+    groups: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor | None] = field(default_factory=list)
+    attended: list[int] = field(default_factory=list)
+    processed: list[int] = field(default_factory=list)
+    size: Tensor | None = None
+    key_width: int = 0
+    by: str = ""
+
+    def spread(self, values: Tensor, layer: int | None) -> Tensor:
+        """(V, T, ...) values (V, n, ...) of what ``layer`` saw, over all entries of a view.
+
+        None stands for what is left behind the last layer.
+        """
+        return spread(values, self.groups[-1 if layer is None else layer % len(self.attended)])
+
+    def clusters(self, layouts: list[TokenLayout], shape: tuple[int, int]) -> list[Tensor]:
+        """Of every image or video the (N,) cluster of its entries, -1 at separators.
+
+        Args:
+            layouts: Of the images or videos whose views ran.
+            shape: (rows, columns) of patches in a full view.
+        """
+        group, (height, width) = self.groups[-1], shape
+        cells = group[:, -height * width :].unflatten(1, shape)
+        found, first = [], 0
+        for layout in layouts:
+            rows, cols = layout.view_shape  # fewer where the model pools
+            row = (2 * layout.row + 1) * height // (2 * rows)
+            col = (2 * layout.col + 1) * width // (2 * cols)
+            here = cells[first : first + layout.views].cpu()
+            ids = here[layout.view, row, col]
+            ids = torch.where(ids < 0, -1, ids + layout.view * group.shape[1])
+            found.append(ids.masked_fill(layout.is_separator, -1).to(group.device))
+            first += layout.views
+        return found
+
+    @property
+    def encoding(self) -> Encoding:
+        """The account of one view."""
+        return Encoding(self.by, tuple(self.attended), tuple(self.processed), self.key_width)
+
+
+@contextmanager
+def running(
+    adapter: Adapter,
+    compressor: EncoderCompressor | None,
+    call: Mapping[str, Any],
+    modality: str,
+) -> Iterator[Tower | None]:
+    """While open, the vision tower runs under ``compressor``.
+
+    Hooks and the layers' own ``forward`` are instance attributes and gone afterwards.
+
+    Args:
+        adapter: The model.
+        compressor: The method, or None to leave the tower alone.
+        call: Arguments of the encoder method that is about to run.
+        modality: Which of the adapter's encoders.
+
+    Yields:
+        What is known of the run once it is over.
+    """
+    if compressor is None:
+        yield None
+        return
+    full = adapter.layouts(call, modality)[0].view_sizes[0]
+    session = _Session(adapter, compressor, budget(full, compressor.retention), call)
+    layers = list(adapter.vision_layers)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    handles = [
+        adapter.vision_tower.register_forward_pre_hook(session.enter, with_kwargs=True),
+        adapter.vision_tower.register_forward_hook(session.leave),
+    ]
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = session.layer(index, layer)
+        yield session.tower
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, own in zip(layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if own is not None:
+                layer.forward = own
+
+
+class _Session:
+    """The hooks of one run."""
+
+    def __init__(
+        self, adapter: Adapter, compressor: EncoderCompressor, target: int, call: Mapping[str, Any]
+    ) -> None:
+        self.adapter, self.compressor, self.target = adapter, compressor, target
+        self.depth = adapter.used_vision_layers(call)
+        self.shape = compressor.grid(adapter.view_shape, target)
+        self.tower = Tower(by=repr(compressor))
+
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """In front of the tower: resize the views."""
+        pixels: Tensor = args[0] if args else kwargs["pixel_values"]
+        prefix, (rows, cols) = self.adapter.prefix_tokens, self.adapter.view_shape
+        place = torch.arange(prefix, device=pixels.device)
+        height, width = self.shape
+        row = (2 * torch.arange(rows, device=pixels.device) + 1) * height // (2 * rows)
+        col = (2 * torch.arange(cols, device=pixels.device) + 1) * width // (2 * cols)
+        cell = prefix + (row[:, None] * width + col).flatten()
+        self.tower.groups.append(torch.cat([place, cell]).repeat(len(pixels), 1))
+        if self.shape == self.adapter.view_shape:
+            return None
+        patch = self.adapter.patch_size
+        small = F.interpolate(
+            pixels.float(), (height * patch, width * patch), mode="bilinear", antialias=True
+        ).to(pixels.dtype)
+        changed = {**kwargs, "interpolate_pos_encoding": True}
+        if args:
+            return (small, *args[1:]), changed
+        return args, {**changed, "pixel_values": small}
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Behind the tower: spread what it returns over the patches of a full view."""
+        states = [
+            None if state is None else spread(state, group)
+            for state, group in zip(output.hidden_states or (), self.tower.groups, strict=False)
+        ]
+        output.hidden_states = tuple(states) or None
+        output.last_hidden_state = spread(output.last_hidden_state, self.tower.groups[-1])
+        return output
+
+    def layer(self, index: int, layer: nn.Module) -> Callable[..., Tensor]:
+        """The ``forward`` of an encoder layer that merges between attention and MLP."""
+
+        def forward(hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+            tower = self.tower
+            bias = None if tower.size is None else self.compressor.bias(tower.size)
+            tower.biases.append(bias)
+            tower.attended.append(hidden_states.shape[1])
+            mask = None if bias is None else bias[:, None, None].to(hidden_states)
+            with self.adapter.tap(index) as tapped:
+                states: Tensor = self.adapter.vision_block(
+                    layer,
+                    hidden_states,
+                    mask,
+                    lambda states: self._reduced(index, states, key_vectors(tapped)),
+                    **kwargs,
+                )
+            tower.processed.append(states.shape[1])
+            return states
+
+        return forward
+
+    def _reduced(self, index: int, states: Tensor, keys: Tensor) -> Tensor:
+        """(V, m, D) what is left of the states (V, n, D) behind the attention of a layer."""
+        tower, group = self.tower, self.tower.groups[-1]
+        size = tower.size
+        if size is None:
+            size = keys.new_ones(states.shape[:2])
+        reduction = None
+        if index < self.depth:
+            tower.key_width = keys.shape[-1]
+            with torch.no_grad():
+                reduction = self.compressor.reduce(
+                    EncoderTokens(
+                        layer=index,
+                        layers=self.depth,
+                        prefix=self.adapter.prefix_tokens,
+                        patches=self.shape[0] * self.shape[1],
+                        target=self.target,
+                        states=states.detach(),
+                        keys=keys,
+                        size=size,
+                    )
+                )
+        if reduction is None:
+            tower.groups.append(group)
+            return states
+        moved = reduction.group.to(group.device)
+        tower.groups.append(torch.where(group < 0, -1, moved.gather(1, group.clamp(min=0))))
+        states, tower.size = merge_weighted(states, size, moved.to(states.device), reduction.left)
+        return states
