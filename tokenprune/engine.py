@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ __all__ = ["Chosen", "Trace", "adapter_of", "compress"]
 
 Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
-_TEXT = Signal("llm_text")
+_TEXT, _PROMPT = Signal("llm_text"), Signal("llm_prompt")
+_BEFORE = -1  # in place of a layer's index: in front of the language model
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,11 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 @contextmanager
 def compress(
-    model: nn.Module, compressor: Compressor | str | None, **fields: Any
+    model: nn.Module,
+    compressor: Compressor | str | None,
+    *,
+    given: Iterable[Signal] = (),
+    **fields: Any,
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
 
@@ -122,6 +127,8 @@ def compress(
         model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only keep the account.
+        given: Signals that the caller puts into the `VisualTokens` handed to `Adapter.assemble`,
+            because the model cannot provide them.
         **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
     Yields:
@@ -136,14 +143,15 @@ def compress(
         compressor = parse(compressor, **fields)
     elif fields:
         raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+    given = frozenset(given)
     if compressor is not None:
-        adapter.check(compressor)
+        adapter.check(compressor, given)
     if adapter.base in _active:
         raise UserError(
             "this model already runs inside a compress context; leave it first, or combine the "
             "strategies with Chain.of(...)."
         )
-    session = _Session(adapter, compressor)
+    session = _Session(adapter, compressor, given)
     _active.add(adapter.base)
     try:
         with session.installed():
@@ -248,11 +256,13 @@ class _Pass:
 class _Session:
     """The hooks of one open context."""
 
-    def __init__(self, adapter: Adapter, compressor: Compressor | None) -> None:
+    def __init__(
+        self, adapter: Adapter, compressor: Compressor | None, given: frozenset[Signal]
+    ) -> None:
         self.adapter = adapter
         self.trace = Trace()
         self.retention = compressor.retention if compressor is not None else 1.0
-        self.signals = compressor.needs if compressor is not None else frozenset()
+        self.signals = compressor.needs - given if compressor is not None else frozenset()
         stages = list(compressor.stages()) if compressor is not None else []
         self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
         self.inside = {adapter.cut_layer(c): part.at(c) for part in stages for c in part.cuts}
@@ -421,6 +431,9 @@ class _Session:
         if spans:
             self.trace.selections = []
             self._charge_vision(state)
+        for span in spans if _PROMPT in self.signals else []:
+            prompt = embeds[span.row, self._text_slots(state, span)].detach()
+            span.tokens = replace(span.tokens, text={**span.tokens.text, _PROMPT: prompt})
         for part in self.before if spans else []:
             embeds = self._shorten(state, part, embeds, changed)
         for span in spans:
@@ -495,8 +508,13 @@ class _Session:
         keep, width = state.real, embeds.shape[1]
         gone = False
         for span in state.spans:
-            chosen = part(span.tokens)
-            state.spent[span.row] += part.flops(span.tokens)
+            asks = _PROMPT in part.needs  # of a prompt that grows where there is no KV cache
+            chosen = self._recall(state, span, _BEFORE) if asks else None
+            if chosen is None:
+                chosen = part(span.tokens)
+                state.spent[span.row] += part.flops(span.tokens)
+                if asks:
+                    self._remember(state, span, _BEFORE, chosen)
             if chosen.features is not None:
                 embeds = embeds.clone()
                 slots = state.slots(span)[chosen.keep]
@@ -601,7 +619,10 @@ class _Session:
                 features=hidden[span.row, slots],
                 layout=span.tokens.layout.to(hidden.device),
                 signals={**span.tokens.signals, **signals},
-                text={name: row[span.row, text.to(row.device)] for name, row in vectors.items()},
+                text={
+                    **span.tokens.text,
+                    **{name: row[span.row, text.to(row.device)] for name, row in vectors.items()},
+                },
             )
             chosen = self._recall(state, span, index)
             if chosen is None:

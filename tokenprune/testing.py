@@ -54,6 +54,7 @@ __all__ = [
     "Host",
     "Reference",
     "check_compressor",
+    "example",
     "hosts",
     "reference",
     "run",
@@ -259,7 +260,7 @@ def sample_tokens(
             values = values.softmax(0)
         return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
 
-    ordered = sorted((one for one in signals if one.name != "llm_inputs"), key=repr)
+    ordered = sorted((one for one in signals if one.is_aligned), key=repr)
     weight = torch.randn(6, 8, generator=draw).to(dtype)
     return VisualTokens(
         layout=layout,
@@ -271,6 +272,11 @@ def sample_tokens(
             which: torch.randn(5, 6, generator=draw).to(dtype)
             for which in ordered
             if which.is_vector and which.in_llm and which.name != "llm_text"
+        }
+        | {
+            which: torch.randn(5, 8 if which.in_llm else 6, generator=draw).to(dtype)
+            for which in sorted(signals, key=repr)
+            if which.name in ("llm_prompt", "clip_text")
         },
         inputs=(
             torch.randn(len(layout.patches), 8, generator=draw).to(dtype),
@@ -384,6 +390,8 @@ def reference(
             positions = positions - (~stays).cumsum(0)
         hidden, columns, positions = hidden[stays], columns[stays], positions[stays]
 
+    if Signal("llm_prompt") in compressor.needs:
+        vectors[Signal("llm_prompt")] = hidden.clone()
     stages = list(compressor.stages()) if images else []
     for part in stages:
         if part.stage is Stage.PRE_LLM:
@@ -742,9 +750,7 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
             own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
-        scalars = [
-            signal for signal in own.needs if not signal.is_vector and signal.name != "llm_inputs"
-        ]
+        scalars = [signal for signal in own.needs if signal.is_aligned and not signal.is_vector]
         for name in ("2x2", "one view") if scalars else ():
             tokens = sample_tokens(part.needs, LAYOUTS[name])
             token = int(tokens.layout.patches[len(tokens.layout.patches) // 2])
@@ -1341,6 +1347,15 @@ MODEL_CHECKS: tuple[Check, ...] = (
 CHECKS: tuple[Check, ...] = STRATEGY_CHECKS + MODEL_CHECKS
 
 
+def _refusal(host: Host, compressor: Compressor) -> str:
+    """Why the model cannot run the method; empty if it can."""
+    try:
+        host.adapter.check(compressor)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = None) -> None:
     """Run one check; one of the model kind in every host that has what the method needs."""
     if check in STRATEGY_CHECKS:
@@ -1349,10 +1364,9 @@ def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = Non
     tried = 0
     refusals = []
     for host in hosts() if where is None else where:
-        try:
-            host.adapter.check(compressor)
-        except UserError as error:
-            refusals.append(str(error))
+        refusal = _refusal(host, compressor)
+        if refusal:
+            refusals.append(refusal)
             continue
         tried += 1
         try:
@@ -1360,6 +1374,19 @@ def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = Non
         except AssertionError as error:
             raise AssertionError(f"{host.name} with {host.decoder}: {error}") from error
     assert tried, f"no tiny model can run {compressor}: {' '.join(refusals)}"
+
+
+def example(name: str, retention: float = RETENTION) -> Compressor:
+    """The registered method with its defaults, or with options that a model here can run.
+
+    Where no tiny model has what the defaults need, the first choice of an option counts that one
+    has, such as a substitute for a text tower.
+    """
+    method, tried = create(name, retention=retention), hosts(DECODERS[:1])
+    if all(_refusal(host, method) for host in tried):
+        for spec in (spec for host in tried for spec in host.adapter.other_options(method)):
+            return parse(spec, retention=retention)
+    return method
 
 
 def check_compressor(
