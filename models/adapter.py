@@ -250,10 +250,11 @@ class Adapter(ABC):
             lacks = f"the attention of {missing}, which the {tower} tower of this model does"
             if signal.in_llm or signal.needs_text_tower:
                 lacks = f"{missing}, which {self.name} models do"
-            others = [] if part is None else self.other_options(part)
+            works = [] if part is None else self.other_options(part)
+            if not (works and signal.needs_text_tower):  # which most strategies do without
+                works += self._compatible()
             raise UserError(
-                f"{who} needs {lacks} not have. Strategies that work here: "
-                f"{', '.join([*others, *self._compatible()])}."
+                f"{who} needs {lacks} not have. Strategies that work here: {', '.join(works)}."
             )
         depth = len(self.decoder_layers if signal.in_llm else self.vision_layers)
         if not -depth <= signal.layer < depth:

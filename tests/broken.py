@@ -437,6 +437,12 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         *_host(_forgets_extra, strategy="fastv:positions=compact"),
         *_host(
+            _wrapped(
+                engine, "rotary_product", lambda original, rotary, at: original(rotary, 0 * at)
+            ),
+            strategy="sparsevlm:version=2.0,heads=2",
+        ),
+        *_host(
             _wrapped(_Session, "_text_slots", lambda original, *args: original(*args)[:1]),
             strategy="cdpruner:relevance=text",
         ),

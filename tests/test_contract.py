@@ -45,6 +45,7 @@ VARIANTS = {
         "fastv:layer=1,allocator=globalcom2",
         "random:seed=3,allocator=topk",
         "sparsevlm:recycle=0,positions=original",
+        "sparsevlm:version=2.0,heads=2",
         "cdpruner:relevance=saliency",
         "cdpruner:relevance=none",
     )

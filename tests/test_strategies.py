@@ -343,6 +343,26 @@ def test_sparsevlm_has_no_list_for_a_fourth_cut() -> None:
         create("sparsevlm", retention=0.5, schedule="192", depths=(0.1, 0.2, 0.3, 0.4))
 
 
+def test_sparsevlm_2_corrects_for_places_and_asks_the_heads_that_look() -> None:
+    """Head 1 looks at token 3 most; corrected for its place, at token 0.  Head 0 hardly looks."""
+    states = torch.arange(4.0)[:, None].expand(-1, 2)
+    visual, text = torch.ones(4, 2), torch.ones(1, 2)
+    heads = torch.tensor([[[0.0, 0.3]], [[0.2, 0.1]], [[0.0, 0.1]], [[0.0, 0.4]]])
+    rotary = torch.tensor([[1.0], [2], [2], [4]])
+    layout = TokenLayout.single((1, 4), newline=False)
+    signals = {Signal("llm_text_heads"): heads, Signal("llm_text_rotary"): rotary}
+    tokens = VisualTokens(layout, states, signals, entered=4, inputs=(visual, text))
+    method = create("sparsevlm", retention=0.25, depths=(0.5,), version="2.0", heads=1)
+    assert method.select(tokens).keep.tolist() == [0]
+    assert method.select(tokens).features is None
+    assert method.keeps_positions
+    assert not create("sparsevlm", retention=0.25).keeps_positions
+    half = replace(method, retention=0.5)
+    assert half.select(tokens).keep.tolist() == [0, 3]
+    assert replace(half, heads=14).select(tokens).keep.tolist() == [0, 1]
+    assert replace(method, schedule="64", depths=(0.3, 0.4, 0.5)).left(tokens, rotary)[0] == 1
+
+
 # -- CDPruner ------------------------------------------------------------------------------------
 
 CLIP = Signal("clip_patches"), Signal("clip_text")

@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from tokenprune.attention import decoder_keys, decoder_row, decoder_rows, moved_keys
+from tokenprune.attention import (
+    decoder_keys,
+    decoder_row,
+    decoder_rows,
+    moved_keys,
+    rotary_product,
+)
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
@@ -46,7 +52,9 @@ __all__ = ["Chosen", "Trace", "adapter_of", "compress"]
 
 Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
-_TEXT, _PROMPT = Signal("llm_text"), Signal("llm_prompt")
+_TEXT, _HEADS, _ROTARY = Signal("llm_text"), Signal("llm_text_heads"), Signal("llm_text_rotary")
+_ASKED = frozenset({_TEXT, _HEADS, _ROTARY})  # that which text asks in the layer before a cut
+_PROMPT = Signal("llm_prompt")
 _BEFORE = -1  # in place of a layer's index: in front of the language model
 
 
@@ -292,7 +300,7 @@ class _Session:
             hooks.append((adapter.model, self._labels))
         tapped = ("llm_attention", "llm_keys")
         layers = {signal.layer for signal in self.signals if signal.name in tapped}
-        layers |= {cut - 1 for cut, part in self.inside.items() if _TEXT in part.needs}
+        layers |= {cut - 1 for cut, part in self.inside.items() if part.needs & _ASKED}
         for index in layers:
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
@@ -603,7 +611,7 @@ class _Session:
         rows = self._rows(state, part)
         if any(signal.name == "llm_ahead" for signal in part.needs):
             rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
-        vectors, asking = self._vectors(state, part, hidden), _TEXT in part.needs
+        vectors, asking = self._vectors(state, part, hidden), part.needs & _ASKED
         keep, gone = state.real, False
         for span in state.spans:
             slots = state.slots(span).to(hidden.device)
@@ -612,8 +620,9 @@ class _Session:
                 for name, row in {**rows, **vectors}.items()
             }
             text = self._text_slots(state, span) if vectors or asking else slots
-            if asking:
-                signals[_TEXT] = self._text_rows(state, span, index - 1, text)[:, slots].T
+            for signal in asking:
+                asked = self._text_rows(state, span, index - 1, text, signal)
+                signals[signal] = asked[:, slots].transpose(0, 1)
             tokens = replace(
                 span.tokens,
                 features=hidden[span.row, slots],
@@ -760,8 +769,10 @@ class _Session:
         return row[state.slots(span)[patches]], row[self._text_slots(state, span)]
 
     @torch.no_grad()
-    def _text_rows(self, state: _Pass, span: _Span, index: int, text: Tensor) -> Tensor:
-        """(T, M) attention of an image's text to the current slots in layer ``index``."""
+    def _text_rows(
+        self, state: _Pass, span: _Span, index: int, text: Tensor, signal: Signal
+    ) -> Tensor:
+        """(T, M) or (T, M, heads) what an image's text asks the current slots in a layer."""
         tapped = state.tapped[index]
         hidden = tapped["hidden_states"][span.row]
         device, count = hidden.device, len(hidden)
@@ -776,8 +787,11 @@ class _Session:
             visible = torch.cat([past.expand(len(text), -1), visible], 1)
         rotary = tapped["position_embeddings"]
         cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
+        if signal == _ROTARY:
+            return rotary_product((cos, sin), text)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        rows = decoder_rows(attention, hidden, (cos, sin), text, visible, keys)
+        by_head = signal == _HEADS
+        rows = decoder_rows(attention, hidden, (cos, sin), text, visible, keys, by_head=by_head)
         state.asked.append((span.row, index, len(text), keys is None))
         return rows[:, -count:]
 

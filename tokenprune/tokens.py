@@ -46,12 +46,14 @@ class Signal:
             a decoder layer, all heads, and ``llm_states`` the hidden states in front of the
             selection, behind the final norm: both vectors.  ``llm_text`` is (N, T), the attention
             that each of the T text tokens behind the image pays to the entries, softmaxed, mean
-            over heads, in the layer that ran just before the selection.  ``llm_inputs`` asks for
-            `VisualTokens.inputs`.  Of the prompt's text alone, hence in `VisualTokens.text`, are
-            ``llm_prompt``, the input embeddings (T, D) of the text behind the image, known in front
-            of the language model too, and ``clip_text``, the embeddings (M, E) of the question in
-            CLIP's joint space, to which ``clip_patches`` (N, E) belong; no model here provides
-            these two, the caller may (``given`` of `tokenprune.compress`).
+            over heads, in the layer that ran just before the selection; ``llm_text_heads``,
+            (N, T, heads), is the same of every head, and ``llm_text_rotary``, (N, T), what rotary
+            positions alone make of all-one queries and keys there (`rotary_product`).
+            ``llm_inputs`` asks for `VisualTokens.inputs`.  Of the prompt's text alone, hence in
+            `VisualTokens.text`, are ``llm_prompt``, the input embeddings (T, D) of the text behind
+            the image, known in front of the language model too, and ``clip_text``, the embeddings
+            (M, E) of the question in CLIP's joint space, to which ``clip_patches`` (N, E) belong;
+            no model here provides these two, the caller may (``given`` of `tokenprune.compress`).
         layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
             for ``head_attention`` and ``unprojected``, which come behind all layers.
     """
@@ -71,6 +73,8 @@ class Signal:
         "llm_keys",
         "llm_states",
         "llm_text",
+        "llm_text_heads",
+        "llm_text_rotary",
         "llm_inputs",
         "llm_prompt",
         "clip_patches",
@@ -98,6 +102,8 @@ class Signal:
             "llm_keys",
             "llm_states",
             "llm_text",
+            "llm_text_heads",
+            "llm_text_rotary",
             "clip_patches",
         )
 
