@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -263,8 +264,13 @@ class Adapter(ABC):
         sample: Tensor = view[..., ::7, ::7]
         return sample
 
-    def check(self, compressor: Compressor) -> None:
-        """Raise `UserError` if the model lacks what ``compressor`` needs."""
+    def check(self, compressor: Compressor, given: Collection[Signal] = ()) -> None:
+        """Raise `UserError` if the model lacks what ``compressor`` needs and nobody has ``given``.
+
+        Args:
+            compressor: A method.
+            given: Signals that come with the images.
+        """
         taken: dict[int, Compressor] = {}
         for part in compressor.stages():
             if part.stage is Stage.LLM and not self.has_language_model:
@@ -274,8 +280,8 @@ class Adapter(ABC):
                 )
             if isinstance(part, EncoderCompressor):
                 self._check_tower(part)
-            for signal in part.needs:
-                self._check_signal(signal, part.name)
+            for signal in sorted(part.needs.difference(given), key=repr):
+                self._check_signal(signal, part.name, part)
             for cut in part.cuts:
                 layer = self.cut_layer(cut)
                 if not 0 < layer < len(self.decoder_layers):
@@ -309,16 +315,21 @@ class Adapter(ABC):
                 "load the model with attn_implementation='sdpa'."
             )
 
-    def _check_signal(self, signal: Signal, who: str) -> None:
+    def _check_signal(self, signal: Signal, who: str, part: Compressor | None = None) -> None:
         """Raise `UserError` if the model cannot provide ``signal``, which ``who`` needs."""
-        depth = len(self.decoder_layers if signal.in_llm else self.vision_layers)
         missing = self._missing(signal)
         if missing:
+            tower = self.base.config.vision_config.model_type
+            lacks = f"the attention of {missing}, which the {tower} tower of this model does"
+            if signal.in_llm or signal.needs_text_tower:
+                lacks = f"{missing}, which {self.name} models do"
+            works = [] if part is None else self.other_options(part)
+            if not (works and signal.needs_text_tower):  # which most strategies do without
+                works += self._compatible()
             raise UserError(
-                f"{who} needs the attention of {missing}, which the "
-                f"{self.base.config.vision_config.model_type} tower of this model does "
-                f"not have. Strategies that work here: {', '.join(self._compatible())}."
+                f"{who} needs {lacks} not have. Strategies that work here: {', '.join(works)}."
             )
+        depth = len(self.decoder_layers if signal.in_llm else self.vision_layers)
         if not -depth <= signal.layer < depth:
             raise UserError(
                 f"{who} asks for layer {signal.layer} of the "
@@ -342,12 +353,27 @@ class Adapter(ABC):
             )
 
     def _missing(self, signal: Signal) -> str:
-        """The part of the vision tower that ``signal`` needs and that is not there, or nothing."""
+        """The part of the model that ``signal`` needs and that is not there, or nothing."""
+        if signal.in_llm and not self.has_language_model:
+            return "a language model"
         if signal.needs_cls and not self.has_cls:
             return "a CLS token"
         if signal.needs_head and self.pooling_head is None:
             return "a pooling head"
+        if signal.needs_text_tower:
+            return "a CLIP text tower, to compare the patches with the question"
         return ""
+
+    def other_options(self, part: Compressor) -> list[str]:
+        """Specs that differ from ``part`` in one option and have what they need in this model."""
+        hints = get_type_hints(type(part), include_extras=False)
+        found = []
+        for name in (item.name for item in dataclasses.fields(part)):
+            for value in get_args(hints[name]) if get_origin(hints[name]) is Literal else ():
+                other = dataclasses.replace(part, **{name: value})
+                if not any(self._missing(signal) for signal in other.needs):
+                    found.append(other.label)
+        return found
 
     def _compatible(self) -> list[str]:
         fine = []
@@ -521,6 +547,11 @@ class Adapter(ABC):
             raise UserError(
                 f"{compressor.label} does not act in front of the language model alone; run it "
                 "with tokenprune.compress."
+            )
+        if any(signal.in_llm for signal in compressor.needs):
+            raise UserError(
+                f"{compressor.label} looks at the prompt, which an image alone does not have; run "
+                "it with tokenprune.compress."
             )
         encoded = self.encode(images, compressor.needs, compressor)
         return [

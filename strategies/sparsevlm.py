@@ -2,7 +2,7 @@
 
 Paper:  https://arxiv.org/abs/2410.04417 (ICML 2025)
 Code:   https://github.com/Gumpest/SparseVLMs, llava/model/language_model/ (score.py, utils.py;
-        rank-based: 91fb6d9, fixed lists: 26a5f48)
+        rank-based: 91fb6d9, fixed lists and version 2.0, SparseVLM+: 26a5f48)
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,11 @@ from tokenprune.tokens import Signal, VisualTokens
 
 Cut = Annotated[float, Field(gt=0, lt=1)]
 ROWS, INPUTS = Signal("llm_text"), Signal("llm_inputs")
-LISTS = {"192": (300, 200, 110), "128": (303, 110, 36), "96": (238, 48, 26), "64": (66, 30, 17)}
+HEADS, ROTARY = Signal("llm_text_heads"), Signal("llm_text_rotary")
+LISTS = {
+    "1.0": {"192": (300, 200, 110), "128": (303, 110, 36), "96": (238, 48, 26), "64": (66, 30, 17)},
+    "2.0": {"192": (300, 200, 118), "128": (238, 108, 60), "96": (246, 54, 28), "64": (66, 34, 20)},
+}
 
 
 @register("sparsevlm")
@@ -37,24 +41,32 @@ class SparseVLM(Compressor):
     At cut ``i`` of ``n`` at most ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered are left,
     kept and merged together, whatever `schedule` says; the ledger tells the average over layers.
 
+    Version 2.0 (SparseVLM+) divides every attention by what rotary positions alone make of it
+    (`rotary_product`), lets only the heads rate in which the raters look most at the image, merges
+    nothing and leaves the positions as they were.
+
     Args:
+        version: 1.0 or 2.0.
+        heads: How many heads rate in version 2.0, at most all.  Official: 14, whatever the model.
         depths: Cuts as shares of the decoder's depth.  Official: behind layers 2, 6 and 15 of 32
             (and 19, rank-based).
         schedule: How many are kept besides the merged ones: as many as ``retention`` allows, by the
             ``rank`` of the raters' attention (``int(rank * scale + bias)``), or one of the official
             lists for 576 tokens, called by their nominal average.
         scale, bias: Of ``rank``.
-        recycle: Share of the dropped tokens that is merged; 0 merges none.
-        positions: Officially what is left is numbered anew.
+        recycle: Share of the dropped tokens that is merged; None for the official 0.3 of version
+            1.0 and nothing of version 2.0.
+        positions: ``auto`` numbers anew what is left in version 1.0 only.
         cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
     """
 
+    version: Literal["1.0", "2.0"] = "1.0"
+    heads: Annotated[int, Field(ge=1)] = 14
     depths: Annotated[tuple[Cut, ...], Field(min_length=1)] = (3 / 32, 7 / 32, 16 / 32)
     schedule: Literal["retention", "rank", "192", "128", "96", "64"] = "retention"
     scale: Annotated[float, Field(gt=0)] = 13.5
     bias: float = 0.0
-    recycle: Annotated[float, Field(ge=0, le=1)] = 0.3
-    positions: Literal["auto", "compact", "original"] = "compact"
+    recycle: Annotated[float, Field(ge=0, le=1)] | None = None
     cut: Annotated[int, Field(ge=0)] = 0
 
     stage: ClassVar[Stage] = Stage.LLM
@@ -71,14 +83,14 @@ class SparseVLM(Compressor):
             "Every image and row is rated by itself; officially batches of one image. Separators "
             "are neither rated nor merged.",
             "Where no text stands out as rater, all of it rates; officially the result is NaN.",
-            "SparseVLM+ (code version 2.0), which divides attention by a positional term that may "
-            "be near zero, is not offered.",
+            "Version 2.0 divides by a positional term that far from the text may be near zero or "
+            "negative; that is the official formula.",
         ),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule in LISTS and len(self.depths) > 3:
+        if self.schedule in LISTS[self.version] and len(self.depths) > 3:
             raise UserError(
                 f"sparsevlm: the list {self.schedule} has 3 counts for {len(self.depths)} cuts."
             )
@@ -92,11 +104,20 @@ class SparseVLM(Compressor):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({ROWS, INPUTS})
+        return frozenset({INPUTS} | ({ROWS} if self.version == "1.0" else {HEADS, ROTARY}))
+
+    @property
+    def keeps_positions(self) -> bool:
+        return self.version == "2.0" if self.positions == "auto" else super().keeps_positions
+
+    @property
+    def recycled(self) -> float:
+        """Share of the dropped tokens that is merged."""
+        return (0.3 if self.version == "1.0" else 0.0) if self.recycle is None else self.recycle
 
     def flops(self, tokens: VisualTokens) -> float:
         visual, text = tokens.inputs or (tokens.features, tokens.features[:0])
-        recycled = self.recycle * len(tokens)
+        recycled = self.recycled * len(tokens)
         return 2.0 * visual.shape[1] * (len(visual) * len(text) + recycled**2)
 
     def raters(self, tokens: VisualTokens) -> Tensor:
@@ -116,22 +137,32 @@ class SparseVLM(Compressor):
         kept = most if self.schedule == "retention" else there - 1
         if self.schedule == "rank":
             kept = min(int(int(torch.linalg.matrix_rank(rows)) * self.scale + self.bias), kept)
-        elif self.schedule in LISTS:
-            kept = min(LISTS[self.schedule][stage - 1], kept)
+        elif self.schedule != "retention":
+            kept = min(LISTS[self.version][self.schedule][stage - 1], kept)
         kept = max(1, min(kept, most))
         while kept > 1 and kept + self._clusters(there - kept) > most:
             kept -= 1
         return kept, min(self._clusters(there - kept), most - kept)
 
     def _clusters(self, dropped: int) -> int:
-        return self._recycled(dropped) // 10 + 1 if self.recycle and dropped else 0
+        return self._recycled(dropped) // 10 + 1 if self.recycled and dropped else 0
 
     def _recycled(self, dropped: int) -> int:
-        return min(int(self.recycle * dropped) + 1, dropped)
+        return min(int(self.recycled * dropped) + 1, dropped)
+
+    def rows(self, tokens: VisualTokens) -> Tensor:
+        """(P, r) attention that the patch tokens get of the raters, float32."""
+        patches, raters = tokens.layout.patches, self.raters(tokens)
+        if self.version == "1.0":
+            return tokens[ROWS][patches][:, raters].float()
+        rotary = tokens[ROTARY][patches][:, raters].float()
+        corrected = tokens[HEADS][patches][:, raters].float() / rotary[..., None]
+        order = corrected.sum((0, 1)).argsort(descending=True, stable=True)
+        return corrected[..., order[: self.heads]].mean(-1)
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
-        rows = tokens[ROWS][patches][:, self.raters(tokens)].float()
+        rows = self.rows(tokens)
         kept, clusters = self.left(tokens, rows)
         order = rows.mean(1).argsort(descending=True, stable=True)
         if not clusters:

@@ -436,6 +436,16 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             strategy="fastv",
         ),
         *_host(_forgets_extra, strategy="fastv:positions=compact"),
+        *_host(
+            _wrapped(
+                engine, "rotary_product", lambda original, rotary, at: original(rotary, 0 * at)
+            ),
+            strategy="sparsevlm:version=2.0,heads=2",
+        ),
+        *_host(
+            _wrapped(_Session, "_text_slots", lambda original, *args: original(*args)[:1]),
+            strategy="cdpruner:relevance=text",
+        ),
     ),
     "check_prompt_logits": _host(
         _replaced(_Session, "_leave", _spread_nothing),
@@ -448,6 +458,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_generate_batch_equals_single": _host(_replaced(PrunedLayer, "mask", _sees_padding)),
     "check_cache_agrees": (
         *_host(NO_MEMORY, strategy="fastv"),
+        *_host(NO_MEMORY, strategy="cdpruner:relevance=text"),
         *_host(_forgets_shift),
     ),
     "check_sampling_agrees": _broken(GlobalTorch),

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune.compressor import create
 from tokenprune.engine import compress
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
 from tokenprune.models.adapter import load
+from tokenprune.testing import example
 
 pytestmark = [
     pytest.mark.skipif("testbed-next" not in testbed.names(), reason="the testbed is not built"),
@@ -63,7 +63,7 @@ def test_encoding_once_gives_what_pixels_give(
     adapter: Any, name: str, options: dict[str, Any]
 ) -> None:
     """The images of a comparison are encoded once and shared by all cells."""
-    method = create(name, retention=0.4)
+    method = example(name)
     with compress(adapter.model, method) as trace:
         pixels = _generate(adapter, adapter.prepare(IMAGES, QUESTIONS), **options)
         kept = [chosen.keep.tolist() for chosen in trace.selections]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tokenprune.attention import (
     decoder_row,
     decoder_rows,
     projections,
+    rotary_product,
 )
 from tokenprune.golden import read as replay_cases
 
@@ -198,17 +200,31 @@ def test_decoder_rows_are_rows_of_eager_attention(
     cos, sin = call["position_embeddings"]
     for row in range(2):
         visible = mask[row].bool() & (torch.arange(12) <= asking[:, None])
+        given = (
+            model.layers[1].self_attn,
+            call["hidden_states"][row],
+            (cos.expand(2, -1, -1)[row], sin.expand(2, -1, -1)[row]),
+            asking,
+            visible,
+            out.past_key_values.layers[1].keys[row] if cached else None,
+        )
         with torch.no_grad():
-            got = decoder_rows(
-                model.layers[1].self_attn,
-                call["hidden_states"][row],
-                (cos.expand(2, -1, -1)[row], sin.expand(2, -1, -1)[row]),
-                asking,
-                visible,
-                out.past_key_values.layers[1].keys[row] if cached else None,
-            )
-        wanted = out.attentions[1][row].mean(0)[asking]
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+            got, heads = decoder_rows(*given), decoder_rows(*given, by_head=True)
+        wanted = out.attentions[1][row][:, asking]
+        torch.testing.assert_close(got, wanted.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(heads, wanted.movedim(0, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_rotary_product_depends_on_the_distance_alone() -> None:
+    """Two channels turn by ``i``, two by ``i / 10``: ones times ones is twice the cosines."""
+    angle = (torch.arange(9.0)[:, None] * torch.tensor([1, 0.1])).repeat(1, 2)
+    asking = torch.tensor([8, 3])
+    got = rotary_product((angle.cos(), angle.sin()), asking)
+    assert got.shape == (2, 9)
+    for row, place in enumerate(asking.tolist()):
+        for other in range(9):
+            wanted = 2 * (math.cos(place - other) + math.cos((place - other) / 10)) / math.sqrt(4)
+            assert float(got[row, other]) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_decoder_row_of_an_earlier_token() -> None:

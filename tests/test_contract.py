@@ -19,6 +19,7 @@ from tokenprune.testing import (
     STRATEGY_CHECKS,
     Check,
     check_compressor,
+    example,
     hosts,
     run,
 )
@@ -46,10 +47,14 @@ VARIANTS = {
         "sparsevlm:recycle=0,positions=original",
         "prumerge+:adaptive=true",
         "uniform:pattern=dispersed",
+        "sparsevlm:version=2.0,heads=2",
+        "cdpruner:relevance=saliency",
+        "cdpruner:relevance=none",
     )
 } | {
     "divprune:allocator=globalcom2": parse("divprune:allocator=globalcom2", retention=RETENTION),
     "globalcom2 + fastv": _chain("globalcom2", "fastv"),
+    "cdpruner by text + fastv": _chain("cdpruner:relevance=text", "fastv"),
     "uniform + sparsevlm": _chain("uniform:separators=none", "sparsevlm:recycle=1"),
     "uniform original + two cuts": _chain(
         "uniform:positions=original,separators=none", "fastv:layer=1", "fastv:layer=3"
@@ -70,7 +75,7 @@ def test_strategy(name: str, check: Check) -> None:
 @pytest.mark.parametrize("check", MODEL_CHECKS, ids=_name)
 @pytest.mark.parametrize("name", tp.available())
 def test_strategy_in_models(name: str, check: Check) -> None:
-    run(check, create(name, retention=RETENTION), hosts(["llama"]))
+    run(check, example(name), hosts(["llama"]))
 
 
 # Decoders differ for the engine, not for a strategy: one of each stage, and one with signals.
@@ -93,7 +98,7 @@ def test_hardly_anything_and_nearly_everything(name: str, retention: float) -> N
     """At 3 % two images of a prompt keep a token or two; at 95 % single ones go."""
     for check in MODEL_CHECKS:
         if check.__name__ in {"check_equals_reference", "check_batch_equals_single"}:
-            run(check, create(name, retention=retention), hosts(["mistral"]))
+            run(check, example(name, retention), hosts(["mistral"]))
 
 
 def test_one_call_for_other_packages() -> None:
@@ -104,6 +109,15 @@ def test_a_method_no_model_can_run_is_an_error_not_a_pass() -> None:
     too_deep = create("fastv", retention=0.5, layer=99)
     with pytest.raises(AssertionError, match="no tiny model can run"):
         run(MODEL_CHECKS[0], too_deep)
+
+
+def test_only_what_needs_a_text_tower_runs_with_other_options_than_its_defaults() -> None:
+    changed = {name for name in tp.available() if example(name) != create(name, retention=0.4)}
+    assert changed == {"cdpruner"}
+    assert example("cdpruner").label == "cdpruner:relevance=text"
+    for host in hosts(["llama"]):
+        with pytest.raises(UserError, match=r"a CLIP text tower.*cdpruner:relevance=text, cdpru"):
+            host.adapter.check(create("cdpruner", retention=0.4))
 
 
 def test_adapters_are_discovered() -> None:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 METHODS = [
     *tp.available(),
+    "cdpruner:relevance=text",
     "uniform:positions=original",
     "fastv:layer=1,positions=compact",
     "fastv:layer=3",

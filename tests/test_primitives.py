@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from tokenprune.compressor import create
 from tokenprune.primitives import (
     density_peaks,
     dispersed,
+    dpp_greedy_map,
     evenly_spaced,
     normalise,
     project_thumbnail,
@@ -222,3 +223,54 @@ def test_density_peaks_prefers_the_earlier_of_equally_dense_points() -> None:
     centres, cluster = density_peaks(points, 2)
     assert centres.tolist() == [0, 1]
     assert cluster.tolist() == [0, 1, 1, 0]
+
+
+# -- determinantal point processes ---------------------------------------------------------------
+
+
+def _features(size: int, rank: int, seed: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(size, rank, generator=draw)
+
+
+@settings(max_examples=40)
+@given(size=st.integers(1, 24), seed=st.integers(0, 99), share=st.floats(0, 1))
+def test_dpp_greedy_map_maximises_the_determinant(size: int, seed: int, share: float) -> None:
+    """Slowly: whichever row makes the determinant of the chosen rows the largest."""
+    rows = _features(size, size + 4, seed)
+    kernel = rows @ rows.T
+    count = int(share * min(size, 10))
+    chosen: list[int] = []
+    for _ in range(count):
+        rest = [row for row in range(size) if row not in chosen]
+        volumes = [kernel.double()[[*chosen, row]][:, [*chosen, row]].logdet() for row in rest]
+        chosen.append(rest[int(torch.stack(volumes).argmax())])
+    assert dpp_greedy_map(kernel, count).tolist() == chosen
+
+
+@pytest.mark.parametrize(("size", "rank"), [(30, 4), (30, 1), (7, 7), (50, 12)])
+def test_dpp_greedy_map_goes_on_beyond_the_rank(size: int, rank: int) -> None:
+    """The first picks span everything; of what adds nothing, the largest diagonal goes first."""
+    rows = _features(size, rank, 0)
+    kernel = rows @ rows.T
+    chosen = dpp_greedy_map(kernel, size)
+    assert sorted(chosen.tolist()) == list(range(size))
+    assert int(torch.linalg.matrix_rank(rows[chosen[:rank]])) == min(rank, size)
+    rest = kernel.diagonal()[chosen[rank:]]
+    assert torch.equal(rest, rest.sort(descending=True).values)
+
+
+def test_dpp_greedy_map_of_nothing_and_of_twins() -> None:
+    assert dpp_greedy_map(torch.eye(3), 0).tolist() == []
+    assert sorted(dpp_greedy_map(torch.zeros(4, 4), 3).tolist()) == [0, 1, 2]
+    twins = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    assert sorted(dpp_greedy_map(twins @ twins.T, 2).tolist()) == [0, 2]
+
+
+def test_dpp_greedy_map_breaks_ties_by_what_a_row_shares_not_by_its_place() -> None:
+    """All of length one: the loneliest goes first, wherever it lies."""
+    rows = torch.nn.functional.normalize(_features(9, 20, 1) + 1, dim=-1)
+    kernel = (rows @ rows.T).fill_diagonal_(1)
+    lonely = int(kernel.sum(1).argmin())
+    assert int(dpp_greedy_map(kernel, 1)) == lonely
+    assert int(dpp_greedy_map(kernel.flip(0, 1), 1)) == 8 - lonely

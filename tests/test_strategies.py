@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
+import tokenprune as tp
 from tokenprune.compressor import create
 from tokenprune.errors import UserError
+from tokenprune.experiments.data import held_out
 from tokenprune.primitives import cover, max_min_diversity
 from tokenprune.strategies.hired import MarkedPatches
 from tokenprune.strategies.prumerge import outliers
@@ -367,3 +371,136 @@ def test_sparsevlm_never_exceeds_its_budget(schedule: str, retention: float) -> 
 def test_sparsevlm_has_no_list_for_a_fourth_cut() -> None:
     with pytest.raises(UserError, match="3 counts for 4 cuts"):
         create("sparsevlm", retention=0.5, schedule="192", depths=(0.1, 0.2, 0.3, 0.4))
+
+
+def test_sparsevlm_2_corrects_for_places_and_asks_the_heads_that_look() -> None:
+    """Head 1 looks at token 3 most; corrected for its place, at token 0.  Head 0 hardly looks."""
+    states = torch.arange(4.0)[:, None].expand(-1, 2)
+    visual, text = torch.ones(4, 2), torch.ones(1, 2)
+    heads = torch.tensor([[[0.0, 0.3]], [[0.2, 0.1]], [[0.0, 0.1]], [[0.0, 0.4]]])
+    rotary = torch.tensor([[1.0], [2], [2], [4]])
+    layout = TokenLayout.single((1, 4), newline=False)
+    signals = {Signal("llm_text_heads"): heads, Signal("llm_text_rotary"): rotary}
+    tokens = VisualTokens(layout, states, signals, entered=4, inputs=(visual, text))
+    method = create("sparsevlm", retention=0.25, depths=(0.5,), version="2.0", heads=1)
+    assert method.select(tokens).keep.tolist() == [0]
+    assert method.select(tokens).features is None
+    assert method.keeps_positions
+    assert not create("sparsevlm", retention=0.25).keeps_positions
+    half = replace(method, retention=0.5)
+    assert half.select(tokens).keep.tolist() == [0, 3]
+    assert replace(half, heads=14).select(tokens).keep.tolist() == [0, 1]
+    assert replace(method, schedule="64", depths=(0.3, 0.4, 0.5)).left(tokens, rotary)[0] == 1
+
+
+# -- CDPruner ------------------------------------------------------------------------------------
+
+CLIP = Signal("clip_patches"), Signal("clip_text")
+
+
+def _with_text(seed: int = 0) -> VisualTokens:
+    tokens = _tokens(dim=5, seed=seed)
+    draw = torch.Generator().manual_seed(seed + 1)
+    patches = torch.randn(len(LAYOUT), 4, generator=draw)
+    patches[LAYOUT.is_separator] = torch.nan
+    text = {CLIP[1]: torch.randn(2, 4, generator=draw)}
+    text[Signal("llm_prompt")] = torch.randn(3, 5, generator=draw)
+    saliency = torch.randn(len(LAYOUT), generator=draw)
+    signals = {CLIP[0]: patches, Signal("saliency"): saliency}
+    return VisualTokens(LAYOUT, tokens.features, signals, text=text)
+
+
+def _cos(a: Tensor, b: Tensor) -> float:
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+@pytest.mark.parametrize("relevance", ["clip", "text", "saliency", "none"])
+def test_cdpruner_weighs_by_relevance_over_all_views(relevance: str) -> None:
+    tokens = _with_text()
+    patches = [index for index in range(14) if index not in (8, 13)]
+    words = tokens.text[Signal("llm_prompt")].mean(0)
+    related = {
+        "clip": [
+            -sum(_cos(tokens[CLIP[0]][i], m) for m in tokens.text[CLIP[1]]) / 2 for i in patches
+        ],
+        "text": [_cos(tokens.features[i], words) for i in patches],
+        "saliency": [float(tokens[Signal("saliency")][i]) for i in patches],
+        "none": [0.0] * 12,
+    }[relevance]
+    low, spread = min(related), max(related) - min(related)
+    quality = [(one - low + 1e-6) / spread if spread else 1.0 for one in related]
+    strategy = create("cdpruner", retention=0.5, relevance=relevance)
+    assert strategy.quality(tokens).tolist() == pytest.approx(quality, abs=1e-5)  # type: ignore[attr-defined]
+
+    worth = dict(zip(patches, quality, strict=True))
+    wanted: list[int] = []
+    for view in ([0, 1, 2, 3], [4, 5, 9, 10], [6, 7, 11, 12]):
+        best, volume = [], -math.inf
+        firsts = [i for i in view if worth[i] == max(worth[j] for j in view)]
+        sums = {i: sum(_cos(tokens.features[i], tokens.features[j]) for j in view) for i in firsts}
+        first = min(firsts, key=lambda i: sums[i])
+        for other in (i for i in view if i != first):
+            gain = worth[other] ** 2 * (
+                1 - _cos(tokens.features[first], tokens.features[other]) ** 2
+            )
+            if gain > volume:
+                best, volume = [first, other], gain
+        wanted += best
+    assert strategy.select(tokens).keep.tolist() == sorted(wanted)
+
+
+def test_cdpruner_takes_a_constant_relevance_as_one() -> None:
+    tokens = _with_text()
+    tokens.signals[Signal("saliency")].fill_(0.3)
+    flat = create("cdpruner", retention=0.5, relevance="saliency").select(tokens).keep
+    plain = create("cdpruner", retention=0.5, relevance="none").select(tokens).keep
+    assert torch.equal(flat, plain)
+
+
+def test_cdpruner_by_text_needs_text() -> None:
+    tokens = replace(_with_text(), text={Signal("llm_prompt"): torch.zeros(0, 5)})
+    with pytest.raises(UserError, match="needs text behind the image"):
+        create("cdpruner", retention=0.5, relevance="text").select(tokens)
+
+
+def test_cdpruner_keeps_twins_apart_and_more_than_the_rank() -> None:
+    tokens = VisualTokens(LAYOUT, torch.ones(len(LAYOUT), 3))
+    assert len(create("cdpruner", retention=0.75, relevance="none").select(tokens).keep) == 9
+
+
+def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
+    """What no model here has comes with the images; without it, the refusal names substitutes."""
+    adapter = tp.load("testbed-next")
+    image = Image.fromarray(torch.arange(64 * 96 * 3).view(64, 96, 3).to(torch.uint8).numpy())
+    (tokens,) = adapter.encode([image])
+    draw = torch.Generator().manual_seed(0)
+    brought = replace(
+        tokens,
+        signals={CLIP[0]: torch.randn(len(tokens), 4, generator=draw)},
+        text={CLIP[1]: torch.randn(1, 4, generator=draw)},
+    )
+    method = create("cdpruner", retention=0.3)
+    inputs = adapter.assemble([[brought]], ["How many objects are there?"])
+    with tp.compress(adapter.model, method, given=CLIP) as trace:
+        adapter.model.generate(**inputs, max_new_tokens=2)
+    assert torch.equal(trace.selections[0].keep, method(brought).keep)
+    with tp.compress(adapter.model, method, given=CLIP), pytest.raises(UserError, match="provided"):
+        adapter.model.generate(**adapter.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
+    with (
+        pytest.raises(UserError, match=r"CLIP text tower.*LLaVA-NeXT.*cdpruner:relevance=text"),
+        tp.compress(adapter.model, method),
+    ):
+        pass
+    with pytest.raises(UserError, match="looks at the prompt"):
+        adapter.choose("cdpruner:relevance=text", [image], retention=0.3)
+
+
+def test_cdpruner_by_text_follows_the_question() -> None:
+    adapter = tp.load("testbed-next")
+    image = next(iter(held_out(1, 0, "image"))).images[0].open()
+    kept = []
+    for question in ("How many objects are there?", "What digit is on the red square?"):
+        with tp.compress(adapter.model, "cdpruner:relevance=text", retention=0.2) as trace:
+            adapter.model.generate(**adapter.prepare([image], [question]), max_new_tokens=1)
+        kept.append(trace.selections[0].keep.tolist())
+    assert kept[0] != kept[1]

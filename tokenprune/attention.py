@@ -26,6 +26,7 @@ __all__ = [
     "head_rows",
     "moved_keys",
     "projections",
+    "rotary_product",
 ]
 
 CHUNK = 128  # queries whose attention exists at the same time in `attention_received`
@@ -251,6 +252,8 @@ def decoder_rows(
     query_slots: Tensor,
     visible: Tensor,
     keys: Tensor | None = None,
+    *,
+    by_head: bool = False,
 ) -> Tensor:
     """Attention that several queries of ONE prompt pay to every key, mean over heads.
 
@@ -263,18 +266,40 @@ def decoder_rows(
         query_slots: (T,) which of the M entries ask.
         visible: (T, K) bool, keys each query may look at; K >= M with cached keys in front.
         keys: (kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
+        by_head: Whether every head is wanted instead of the mean.
 
     Returns:
-        (T, K) float32 softmaxed rows.
+        (T, K) float32 softmaxed rows, or (T, K, heads).
     """
     if keys is None:
         keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
-    rows = [visible.new_zeros(0, keys.shape[1], dtype=torch.float32)]
+    rows = []
     for slots, allowed in zip(query_slots.split(CHUNK), visible.split(CHUNK), strict=True):
         at = rotary[0][slots][None], rotary[1][slots][None]
         query = _rotated(attention, "q", hidden[slots][None], at)
+        groups = query.shape[1] // len(keys)
         grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
         logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
-        heads = rearrange(logits, "g (r t) k -> (g r) t k", t=len(slots))
-        rows.append(heads.masked_fill(~allowed, -torch.inf).softmax(-1).mean(0))
+        heads = rearrange(logits, "g (r t) k -> t k (g r)", r=groups, t=len(slots))
+        shares = heads.masked_fill(~allowed[..., None], -torch.inf).softmax(1)
+        rows.append(shares if by_head else shares.mean(-1))
     return torch.cat(rows)
+
+
+def rotary_product(rotary: tuple[Tensor, Tensor], query_slots: Tensor) -> Tensor:
+    """What rotary positions alone make of a query and a key that are all ones.
+
+    ``1ᵀ R(i - j) 1 / sqrt(d)``: the product of the rotated vectors over the root of their width.
+
+    Args:
+        rotary: cos and sin, (M, head_dim).
+        query_slots: (T,) which of the M entries ask.
+
+    Returns:
+        (T, M) float32.
+    """
+    cos, sin = (part.float() for part in rotary)
+    (left, right), (low, high) = cos.chunk(2, -1), sin.chunk(2, -1)
+    ones = torch.cat([left - low, right + high], -1)
+    result: Tensor = ones[query_slots] @ ones.T / ones.shape[-1] ** 0.5
+    return result

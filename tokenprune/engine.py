@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from tokenprune.attention import decoder_keys, decoder_row, decoder_rows, moved_keys
+from tokenprune.attention import (
+    decoder_keys,
+    decoder_row,
+    decoder_rows,
+    moved_keys,
+    rotary_product,
+)
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.encoder import encoder_part
@@ -48,7 +54,10 @@ __all__ = ["Chosen", "Trace", "adapter_of", "compress"]
 
 Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
-_TEXT = Signal("llm_text")
+_TEXT, _HEADS, _ROTARY = Signal("llm_text"), Signal("llm_text_heads"), Signal("llm_text_rotary")
+_ASKED = frozenset({_TEXT, _HEADS, _ROTARY})  # that which text asks in the layer before a cut
+_PROMPT = Signal("llm_prompt")
+_BEFORE = -1  # in place of a layer's index: in front of the language model
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +125,11 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 @contextmanager
 def compress(
-    model: nn.Module, compressor: Compressor | str | None, **fields: Any
+    model: nn.Module,
+    compressor: Compressor | str | None,
+    *,
+    given: Iterable[Signal] = (),
+    **fields: Any,
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
 
@@ -124,6 +137,8 @@ def compress(
         model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only keep the account.
+        given: Signals that the caller puts into the `VisualTokens` handed to `Adapter.assemble`,
+            because the model cannot provide them.
         **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
     Yields:
@@ -138,14 +153,15 @@ def compress(
         compressor = parse(compressor, **fields)
     elif fields:
         raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+    given = frozenset(given)
     if compressor is not None:
-        adapter.check(compressor)
+        adapter.check(compressor, given)
     if adapter.base in _active:
         raise UserError(
             "this model already runs inside a compress context; leave it first, or combine the "
             "strategies with Chain.of(...)."
         )
-    session = _Session(adapter, compressor)
+    session = _Session(adapter, compressor, given)
     _active.add(adapter.base)
     try:
         with session.installed():
@@ -250,11 +266,13 @@ class _Pass:
 class _Session:
     """The hooks of one open context."""
 
-    def __init__(self, adapter: Adapter, compressor: Compressor | None) -> None:
+    def __init__(
+        self, adapter: Adapter, compressor: Compressor | None, given: frozenset[Signal]
+    ) -> None:
         self.adapter = adapter
         self.trace = Trace()
         self.retention = compressor.retention if compressor is not None else 1.0
-        self.signals = compressor.needs if compressor is not None else frozenset()
+        self.signals = compressor.needs - given if compressor is not None else frozenset()
         stages = list(compressor.stages()) if compressor is not None else []
         self.encoder = encoder_part(compressor)
         self.before = [part for part in stages if part.stage is not Stage.LLM]
@@ -286,7 +304,7 @@ class _Session:
             hooks.append((adapter.model, self._labels))
         tapped = ("llm_attention", "llm_keys")
         layers = {signal.layer for signal in self.signals if signal.name in tapped}
-        layers |= {cut - 1 for cut, part in self.inside.items() if _TEXT in part.needs}
+        layers |= {cut - 1 for cut, part in self.inside.items() if part.needs & _ASKED}
         for index in layers:
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
@@ -437,6 +455,9 @@ class _Session:
         if spans:
             self.trace.selections = []
             self._charge_vision(state)
+        for span in spans if _PROMPT in self.signals else []:
+            prompt = embeds[span.row, self._text_slots(state, span)].detach()
+            span.tokens = replace(span.tokens, text={**span.tokens.text, _PROMPT: prompt})
         for part in self.before if spans else []:
             embeds = self._shorten(state, part, embeds, changed)
         for span in spans:
@@ -511,8 +532,13 @@ class _Session:
         keep, width = state.real, embeds.shape[1]
         gone = False
         for span in state.spans:
-            chosen = part(span.tokens)
-            state.spent[span.row] += part.flops(span.tokens)
+            asks = _PROMPT in part.needs  # of a prompt that grows where there is no KV cache
+            chosen = self._recall(state, span, _BEFORE) if asks else None
+            if chosen is None:
+                chosen = part(span.tokens)
+                state.spent[span.row] += part.flops(span.tokens)
+                if asks:
+                    self._remember(state, span, _BEFORE, chosen)
             if chosen.features is not None:
                 embeds = embeds.clone()
                 slots = state.slots(span)[chosen.keep]
@@ -601,7 +627,7 @@ class _Session:
         rows = self._rows(state, part)
         if any(signal.name == "llm_ahead" for signal in part.needs):
             rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
-        vectors, asking = self._vectors(state, part, hidden), _TEXT in part.needs
+        vectors, asking = self._vectors(state, part, hidden), part.needs & _ASKED
         keep, gone = state.real, False
         for span in state.spans:
             slots = state.slots(span).to(hidden.device)
@@ -610,14 +636,18 @@ class _Session:
                 for name, row in {**rows, **vectors}.items()
             }
             text = self._text_slots(state, span) if vectors or asking else slots
-            if asking:
-                signals[_TEXT] = self._text_rows(state, span, index - 1, text)[:, slots].T
+            for signal in asking:
+                asked = self._text_rows(state, span, index - 1, text, signal)
+                signals[signal] = asked[:, slots].transpose(0, 1)
             tokens = replace(
                 span.tokens,
                 features=hidden[span.row, slots],
                 layout=span.tokens.layout.to(hidden.device),
                 signals={**span.tokens.signals, **signals},
-                text={name: row[span.row, text.to(row.device)] for name, row in vectors.items()},
+                text={
+                    **span.tokens.text,
+                    **{name: row[span.row, text.to(row.device)] for name, row in vectors.items()},
+                },
             )
             chosen = self._recall(state, span, index)
             if chosen is None:
@@ -755,8 +785,10 @@ class _Session:
         return row[state.slots(span)[patches]], row[self._text_slots(state, span)]
 
     @torch.no_grad()
-    def _text_rows(self, state: _Pass, span: _Span, index: int, text: Tensor) -> Tensor:
-        """(T, M) attention of an image's text to the current slots in layer ``index``."""
+    def _text_rows(
+        self, state: _Pass, span: _Span, index: int, text: Tensor, signal: Signal
+    ) -> Tensor:
+        """(T, M) or (T, M, heads) what an image's text asks the current slots in a layer."""
         tapped = state.tapped[index]
         hidden = tapped["hidden_states"][span.row]
         device, count = hidden.device, len(hidden)
@@ -771,8 +803,11 @@ class _Session:
             visible = torch.cat([past.expand(len(text), -1), visible], 1)
         rotary = tapped["position_embeddings"]
         cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
+        if signal == _ROTARY:
+            return rotary_product((cos, sin), text)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        rows = decoder_rows(attention, hidden, (cos, sin), text, visible, keys)
+        by_head = signal == _HEADS
+        rows = decoder_rows(attention, hidden, (cos, sin), text, visible, keys, by_head=by_head)
         state.asked.append((span.row, index, len(text), keys is None))
         return rows[:, -count:]
 

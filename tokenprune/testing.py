@@ -54,6 +54,7 @@ __all__ = [
     "Host",
     "Reference",
     "check_compressor",
+    "example",
     "hosts",
     "reference",
     "run",
@@ -249,6 +250,10 @@ def sample_tokens(
     def signal(which: Signal) -> Tensor:
         if which.name == "llm_text":
             return torch.randn(len(layout), 5, generator=draw).softmax(0)
+        if which.name == "llm_text_heads":
+            return torch.randn(len(layout), 5, 4, generator=draw).softmax(0)
+        if which.name == "llm_text_rotary":
+            return 1 + torch.rand(len(layout), 5, generator=draw)
         if which.is_vector:
             vectors = torch.randn(len(layout), 6, generator=draw)
             if which.in_llm:
@@ -259,7 +264,7 @@ def sample_tokens(
             values = values.softmax(0)
         return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
 
-    ordered = sorted((one for one in signals if one.name != "llm_inputs"), key=repr)
+    ordered = sorted((one for one in signals if one.is_aligned), key=repr)
     weight = torch.randn(6, 8, generator=draw).to(dtype)
     return VisualTokens(
         layout=layout,
@@ -270,7 +275,12 @@ def sample_tokens(
         text={
             which: torch.randn(5, 6, generator=draw).to(dtype)
             for which in ordered
-            if which.is_vector and which.in_llm and which.name != "llm_text"
+            if which.is_vector and which.in_llm and not which.name.startswith("llm_text")
+        }
+        | {
+            which: torch.randn(5, 8 if which.in_llm else 6, generator=draw).to(dtype)
+            for which in sorted(signals, key=repr)
+            if which.name in ("llm_prompt", "clip_text")
         },
         inputs=(
             torch.randn(len(layout.patches), 8, generator=draw).to(dtype),
@@ -354,7 +364,7 @@ def reference(
     attention: dict[Signal, Tensor] = {}  # by asking and asked column
     vectors: dict[Signal, Tensor] = {}  # by column
     everything = torch.cat(places) if places else columns[:0]
-    before: Tensor | None = None  # attention in the layer before, by asking and asked column
+    before: dict[Signal, Tensor] = {}  # what text asks in the layer before, by both columns
 
     def cut(part: Compressor) -> None:
         nonlocal hidden, columns, positions
@@ -367,8 +377,8 @@ def reference(
             behind = (columns > last[index]) & (columns <= askers[index])
             text = columns[behind & ~torch.isin(columns, everything)]
             seen |= {signal: values[places[index]] for signal, values in vectors.items()}
-            if before is not None and Signal("llm_text") in part.needs:
-                seen[Signal("llm_text")] = before[text][:, places[index]].T
+            for signal, square in before.items():
+                seen[signal] = square[text][:, places[index]].transpose(0, 1)
             tokens = replace(tokens, text={s: values[text] for s, values in vectors.items()})
             tokens = replace(tokens, features=hidden[slots], signals={**tokens.signals, **seen})
             chosen = part(tokens)
@@ -384,6 +394,8 @@ def reference(
             positions = positions - (~stays).cumsum(0)
         hidden, columns, positions = hidden[stays], columns[stays], positions[stays]
 
+    if Signal("llm_prompt") in compressor.needs:
+        vectors[Signal("llm_prompt")] = hidden.clone()
     stages = list(compressor.stages()) if images else []
     for part in stages:
         if part.stage is Stage.PRE_LLM:
@@ -415,9 +427,11 @@ def reference(
                     cut(part.at(where))
         seen_positions.append(positions)
         rotary = language.rotary_emb(hidden[None], positions[None])
-        if Signal("llm_text") in compressor.needs:
-            before = torch.full((len(ids), len(ids)), torch.nan)
-            before[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+        for signal in compressor.needs:
+            if signal.name.startswith("llm_text"):
+                asked = _asked_by_text(signal, layer, hidden, rotary)
+                before[signal] = torch.full((len(ids), len(ids), *asked.shape[2:]), torch.nan)
+                before[signal][columns[:, None], columns] = asked
         for signal in compressor.needs:
             if signal.name == "llm_keys" and signal.layer == index:
                 rotated = _decoder_keys(layer, hidden, rotary)
@@ -540,8 +554,27 @@ def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
     return full[:, 0, first:] if signal.needs_cls else full.mean(1)[:, first:]
 
 
+def _asked_by_text(
+    signal: Signal, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """(M, M) or (M, M, heads) of a signal in a decoder layer, by asking and asked entry."""
+    if signal.name == "llm_text_rotary":
+        pairs = [part[0][:, : part.shape[-1] // 2] for part in rotary]
+        angle = torch.atan2(pairs[1], pairs[0])  # of every pair of channels
+        turned = (angle[:, None] - angle[None]).cos().sum(-1)
+        result: Tensor = 2 * turned / rotary[0].shape[-1] ** 0.5
+        return result
+    heads = _heads_attention(layer, hidden, rotary)
+    return heads.movedim(0, -1) if signal.name == "llm_text_heads" else heads.mean(0)
+
+
 def _decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """(M, M) attention of a decoder layer, mean over heads, as eager attention computes it."""
+    return _heads_attention(layer, hidden, rotary).mean(0)
+
+
+def _heads_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """(heads, M, M) attention of a decoder layer."""
     attention: Any = layer.self_attn
     states = layer.get_submodule("input_layernorm")(hidden)
     cos, sin = rotary[0][0], rotary[1][0]
@@ -556,7 +589,7 @@ def _decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, T
     key = key.repeat_interleave(len(query) // len(key), dim=0)
     logits: Tensor = query @ key.mT / attention.head_dim**0.5
     future = torch.ones(len(hidden), len(hidden), dtype=torch.bool).triu(1)
-    return logits.masked_fill(future, -torch.inf).softmax(-1).mean(0)
+    return logits.masked_fill(future, -torch.inf).softmax(-1)
 
 
 def _decoder_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -742,9 +775,7 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
             own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
-        scalars = [
-            signal for signal in own.needs if not signal.is_vector and signal.name != "llm_inputs"
-        ]
+        scalars = [signal for signal in own.needs if signal.is_aligned and not signal.is_vector]
         for name in ("2x2", "one view") if scalars else ():
             tokens = sample_tokens(part.needs, LAYOUTS[name])
             token = int(tokens.layout.patches[len(tokens.layout.patches) // 2])
@@ -1341,6 +1372,15 @@ MODEL_CHECKS: tuple[Check, ...] = (
 CHECKS: tuple[Check, ...] = STRATEGY_CHECKS + MODEL_CHECKS
 
 
+def _refusal(host: Host, compressor: Compressor) -> str:
+    """Why the model cannot run the method; empty if it can."""
+    try:
+        host.adapter.check(compressor)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = None) -> None:
     """Run one check; one of the model kind in every host that has what the method needs."""
     if check in STRATEGY_CHECKS:
@@ -1349,10 +1389,9 @@ def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = Non
     tried = 0
     refusals = []
     for host in hosts() if where is None else where:
-        try:
-            host.adapter.check(compressor)
-        except UserError as error:
-            refusals.append(str(error))
+        refusal = _refusal(host, compressor)
+        if refusal:
+            refusals.append(refusal)
             continue
         tried += 1
         try:
@@ -1360,6 +1399,19 @@ def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = Non
         except AssertionError as error:
             raise AssertionError(f"{host.name} with {host.decoder}: {error}") from error
     assert tried, f"no tiny model can run {compressor}: {' '.join(refusals)}"
+
+
+def example(name: str, retention: float = RETENTION) -> Compressor:
+    """The registered method with its defaults, or with options that a model here can run.
+
+    Where no tiny model has what the defaults need, the first choice of an option counts that one
+    has, such as a substitute for a text tower.
+    """
+    method, tried = create(name, retention=retention), hosts(DECODERS[:1])
+    if all(_refusal(host, method) for host in tried):
+        for spec in (spec for host in tried for spec in host.adapter.other_options(method)):
+            return parse(spec, retention=retention)
+    return method
 
 
 def check_compressor(

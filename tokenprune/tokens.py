@@ -46,8 +46,14 @@ class Signal:
             a decoder layer, all heads, and ``llm_states`` the hidden states in front of the
             selection, behind the final norm: both vectors.  ``llm_text`` is (N, T), the attention
             that each of the T text tokens behind the image pays to the entries, softmaxed, mean
-            over heads, in the layer that ran just before the selection.  ``llm_inputs`` asks for
-            `VisualTokens.inputs`.
+            over heads, in the layer that ran just before the selection; ``llm_text_heads``,
+            (N, T, heads), is the same of every head, and ``llm_text_rotary``, (N, T), what rotary
+            positions alone make of all-one queries and keys there (`rotary_product`).
+            ``llm_inputs`` asks for `VisualTokens.inputs`.  Of the prompt's text alone, hence in
+            `VisualTokens.text`, are ``llm_prompt``, the input embeddings (T, D) of the text behind
+            the image, known in front of the language model too, and ``clip_text``, the embeddings
+            (M, E) of the question in CLIP's joint space, to which ``clip_patches`` (N, E) belong;
+            no model here provides these two, the caller may (``given`` of `tokenprune.compress`).
         layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
             for ``head_attention`` and ``unprojected``, which come behind all layers.
     """
@@ -67,7 +73,12 @@ class Signal:
         "llm_keys",
         "llm_states",
         "llm_text",
+        "llm_text_heads",
+        "llm_text_rotary",
         "llm_inputs",
+        "llm_prompt",
+        "clip_patches",
+        "clip_text",
     ]
     layer: int = -1
 
@@ -91,7 +102,20 @@ class Signal:
             "llm_keys",
             "llm_states",
             "llm_text",
+            "llm_text_heads",
+            "llm_text_rotary",
+            "clip_patches",
         )
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether it has a value for each of the N entries; otherwise it is of the text alone."""
+        return self.name not in ("llm_inputs", "llm_prompt", "clip_text")
+
+    @property
+    def needs_text_tower(self) -> bool:
+        """Whether there must be a text tower that shares a space with the vision tower."""
+        return self.name.startswith("clip")
 
     @property
     def needs_head(self) -> bool:
@@ -319,8 +343,8 @@ class VisualTokens:
         fingerprint: Some of the image's pixels, from which `seed` derives.
         projector: Maps ``unprojected`` vectors to features; there where that signal is.
         entered: Inside the language model, how many patch tokens of the image entered it.
-        text: Inside the language model, vector signals (T, C) of the prompt's text tokens behind
-            the image or video, up to the last one of the prompt.
+        text: Vector signals (T, C) of the prompt's text tokens behind the image or video, up to
+            the last one of the prompt; those of the language model's layers inside it only.
         inputs: Inside the language model, for strategies that need ``llm_inputs``: what entered
             it, (P, D) for all patch tokens of the image and (T, D) for the text tokens behind it.
             The same at every cut.
@@ -363,6 +387,15 @@ class VisualTokens:
                 f"{', '.join(map(str, self.signals)) or 'none'}."
             )
         return self.signals[signal].to(self.features.device)
+
+    def of_text(self, signal: Signal) -> Tensor:
+        """(T, C) the signal of the prompt's text, on the device of the features."""
+        if signal not in self.text:
+            raise UserError(
+                f"{signal} was not provided: it is a signal of the prompt's text, which is known "
+                "inside tokenprune.compress, not where images are encoded by themselves."
+            )
+        return self.text[signal].to(self.features.device)
 
     def project(self, vectors: Tensor) -> Tensor:
         """Features (M, D) that the model makes of vectors (M, C) changed before its projector.

@@ -1,9 +1,13 @@
 """How vectors of SparseVLM go through our API."""
 
-import torch
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from tokenprune.attention import rotary_product
 from tokenprune.golden import Case, Verdict, replay
-from tokenprune.strategies.sparsevlm import ROWS, SparseVLM
+from tokenprune.strategies.sparsevlm import HEADS, ROTARY, ROWS, SparseVLM
 from tokenprune.tokens import TokenLayout, VisualTokens
 
 
@@ -11,28 +15,41 @@ from tokenprune.tokens import TokenLayout, VisualTokens
 def sparsevlm(case: Case) -> Verdict:
     """Raters, kept and merged tokens of every cut, in the order the official code leaves them."""
     verdict, given, params = Verdict(), case.tensors, case.params
-    if "heads_kept" in params:
-        return Verdict(skipped="SparseVLM+ is not offered (see the card)")
     embeds, start = given["embeds"][0], params["visual_start"]
     visual, text = embeds[start:].split([params["visual_tokens"], params["text_tokens"]])
     states, cuts = visual, params["pruning_layers"]
+    version: Literal["1.0", "2.0"] = "2.0" if "heads_kept" in params else "1.0"
     named = {"scale": params["scale"], "bias": params["bias"]} if "scale" in params else {}
     strategy = SparseVLM(
         retention=0.999,  # bounds nothing here
+        version=version,
+        heads=params.get("heads_kept", 1),
         schedule="rank" if named else str(params["retain_setting"]),  # type: ignore[arg-type]
         depths=tuple((layer + 1) / 32 for layer in cuts),
         **named,
     )
+    places = torch.arange(start, len(embeds) - len(text))
     for layer, depth in zip(cuts, strategy.depths, strict=True):
-        rows = given[f"layer{layer}_text_to_visual"].mean(0).T
+        heads = given[f"layer{layer}_text_to_visual"].permute(2, 1, 0)
         layout = TokenLayout.single((1, len(states)), newline=False)
-        tokens = VisualTokens(layout, states, {ROWS: rows}, inputs=(visual, text))
+        signals = {ROWS: heads.mean(-1), HEADS: heads}
+        if version == "2.0":
+            signals[ROTARY] = _rotary(params, places, len(text), len(embeds))
+        tokens = VisualTokens(layout, states, signals, inputs=(visual, text))
         raters = strategy.raters(tokens)
-        score = rows[:, raters].mean(1)
+        score = strategy.rows(tokens).mean(1)
         verdict.same("rater_idx", raters.nonzero().squeeze(1), given["rater_idx"])
         verdict.close(f"relation of layer {layer}", score, given[f"layer{layer}_relation"], 1e-6)
         chosen = strategy.at(depth).select(tokens)
-        kept, recycled = given[f"layer{layer}_kept"], given[f"layer{layer}_recycled"]
+        kept = given[f"layer{layer}_kept"]
+        if version == "2.0":  # nothing is merged, and positions stay
+            verdict.same(f"kept in layer {layer}", chosen.keep, kept)
+            states, places = states[chosen.keep], places[chosen.keep]
+            after = torch.arange(len(embeds) - len(text), len(embeds))
+            positions = torch.cat([torch.arange(start), places, after])
+            verdict.same("position_ids", positions, given[f"layer{layer}_position_ids"])
+            continue
+        recycled = given[f"layer{layer}_recycled"]
         merged = given[f"layer{layer}_merged"]
         # With one cluster the official centre is noise; ours is then the best of the recycled.
         centres = recycled[given.get(f"layer{layer}_centers", torch.tensor([0]))]
@@ -45,3 +62,12 @@ def sparsevlm(case: Case) -> Verdict:
     left = torch.cat([embeds[:start], states, text])
     verdict.close("final_sequence", left, given["final_sequence"], 1e-5)
     return verdict
+
+
+def _rotary(params: dict[str, Any], places: Tensor, text: int, length: int) -> Tensor:
+    """(N, T) `rotary_product` of the text at the end of a prompt and tokens at ``places``."""
+    width = params["rope_head_dim"]
+    pace = params["rope_base"] ** -(torch.arange(0, width, 2) / width)
+    angle = (torch.arange(length)[:, None] * pace).repeat(1, 2)
+    asking = torch.arange(length - text, length)
+    return rotary_product((angle.cos(), angle.sin()), asking)[:, places].T
