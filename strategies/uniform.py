@@ -11,7 +11,7 @@ import torch
 
 from tokenprune.budget import Proportional
 from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
-from tokenprune.primitives import dispersed, evenly_spaced
+from tokenprune.primitives import dithered, evenly_spaced
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -35,5 +35,5 @@ class Uniform(Compressor):
     def select(self, tokens: VisualTokens) -> Selection:
         counts = Proportional().counts(tokens, torch.empty(0), self.retention)
         warn_about_empty_views(self, tokens.layout, counts)
-        spread = evenly_spaced if self.pattern == "stride" else dispersed
+        spread = evenly_spaced if self.pattern == "stride" else dithered
         return Selection(spread(tokens.layout, counts))

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenprune.compressor import create
 from tokenprune.primitives import (
     density_peaks,
-    dispersed,
+    dithered,
     dpp_greedy_map,
     evenly_spaced,
     normalise,
@@ -90,17 +90,17 @@ def test_dispersed(shape: tuple[int, int]) -> None:
     layout, matrix = TokenLayout.single(shape), _bayer(8)[: shape[0], : shape[1]].flatten()
     for count in (1, 4, shape[0] * shape[1] // 3, shape[0] * shape[1]):
         wanted = sorted(sorted(range(len(matrix)), key=lambda i: int(matrix[i]))[:count])
-        assert dispersed(layout, torch.tensor([count])).tolist() == wanted
+        assert dithered(layout, torch.tensor([count])).tolist() == wanted
 
 
 def test_dispersed_leaves_no_column_out_where_the_stride_does() -> None:
     layout = TokenLayout.video(1, (8, 8))
     kept = {
         spread: layout.col[spread(layout, torch.tensor([16]))]
-        for spread in (evenly_spaced, dispersed)
+        for spread in (evenly_spaced, dithered)
     }
     assert kept[evenly_spaced].unique().tolist() == [2, 6]
-    assert kept[dispersed].unique().tolist() == [0, 2, 4, 6]
+    assert kept[dithered].unique().tolist() == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2), (3, 1), (5, 5), (2, 5), (7, 3)])

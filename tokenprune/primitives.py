@@ -17,7 +17,7 @@ __all__ = [
     "central_members",
     "cover",
     "density_peaks",
-    "dispersed",
+    "dithered",
     "dpp_greedy_map",
     "evenly_spaced",
     "max_min_diversity",
@@ -149,7 +149,7 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
     return order[(first[view] + slot).to(order.device)].sort().values
 
 
-def dispersed(layout: TokenLayout, counts: Tensor) -> Tensor:
+def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
     """``counts[v]`` patch tokens of every view, spread evenly over its rows *and* columns.
 
     A view's tokens are taken in the order of a dispersed-dot dither (Bayer 1973): every further
