@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.errors import UserError
-from tokenprune.primitives import density_peaks
+from tokenprune.primitives import density_peaks, group_means
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -139,8 +139,7 @@ class SparseVLM(Compressor):
         recycled = patches[order[kept:][: self._recycled(len(order) - kept)]]
         vectors = tokens.features[recycled].float()
         centres, cluster = density_peaks(vectors, clusters)
-        member = torch.nn.functional.one_hot(cluster, clusters).to(vectors)
-        merged = (member.T @ vectors) / member.sum(0)[:, None]
+        merged = group_means(vectors, cluster, clusters)
         keep = torch.cat([patches[order[:kept]], recycled[centres]])
         features = torch.cat([tokens.features[keep[:kept]], merged.to(tokens.features)])
         keep, order = keep.sort()

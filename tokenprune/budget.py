@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -16,7 +16,15 @@ from tokenprune.errors import UserError, unknown
 from tokenprune.primitives import region_sums, summary_distance
 from tokenprune.tokens import Kind, Signal, VisualTokens
 
-__all__ = ["ALLOCATORS", "Allocator", "Proportional", "ThumbnailCommand", "TopK", "budget"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "Proportional",
+    "ThumbnailCommand",
+    "TopK",
+    "apportion",
+    "budget",
+]
 
 SALIENCY = Signal("saliency")  # of the last encoder layer
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
@@ -36,6 +44,19 @@ def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
         "ceil": math.ceil,
     }
     return min(tokens, max(1, rounders[rounding](exact)))
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """``total`` shared out in proportion to ``sizes``, exactly.
+
+    What rounding leaves over goes to the largest remainders, earlier entries first.
+    """
+    quotas = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
+    counts = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - quotas[i], i))
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
 
 
 class Allocator(ABC):
@@ -68,13 +89,7 @@ class Proportional(Allocator):
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
-        total = budget(sum(sizes), retention, self.rounding)
-        quotas = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
-        counts = [math.floor(quota) for quota in quotas]
-        by_remainder = sorted(range(len(sizes)), key=lambda v: (counts[v] - quotas[v], v))
-        for view in by_remainder[: total - sum(counts)]:
-            counts[view] += 1
-        return torch.tensor(counts)
+        return torch.tensor(apportion(budget(sum(sizes), retention, self.rounding), sizes))
 
 
 @dataclass(frozen=True)

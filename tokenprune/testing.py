@@ -354,9 +354,11 @@ def reference(
     attention: dict[Signal, Tensor] = {}  # by asking and asked column
     vectors: dict[Signal, Tensor] = {}  # by column
     everything = torch.cat(places) if places else columns[:0]
-    before: Tensor | None = None  # attention in the layer before, by asking and asked column
+    # Attention of all heads in the layer before, by asking and asked column.
+    before: Tensor | None = None
+    sizes = torch.ones(len(ids))  # how often attention counts a column
 
-    def cut(part: Compressor) -> None:
+    def cut(part: Compressor, ahead: nn.Module | None = None) -> None:
         nonlocal hidden, columns, positions
         stays = torch.ones(len(columns), dtype=torch.bool)
         for index, tokens in enumerate(images):
@@ -367,13 +369,26 @@ def reference(
             behind = (columns > last[index]) & (columns <= askers[index])
             text = columns[behind & ~torch.isin(columns, everything)]
             seen |= {signal: values[places[index]] for signal, values in vectors.items()}
-            if before is not None and Signal("llm_text") in part.needs:
-                seen[Signal("llm_text")] = before[text][:, places[index]].T
+            if before is not None:
+                patches = places[index][tokens.layout.patches]
+                for name, asks in (("text", text), ("self", patches), ("cross", text)):
+                    rows = before[:, asks][..., places[index]]
+                    values = rows.mean(0).T if name == "text" else rows.amax(0).mean(0)
+                    if Signal(f"llm_{name}") in part.needs:  # type: ignore[arg-type]
+                        seen[Signal(f"llm_{name}")] = values  # type: ignore[arg-type]
+            if ahead is not None and Signal("llm_global") in part.needs:
+                upto = hidden[columns <= last[index]]
+                query, key = (_decoder_projected(ahead, upto, name) for name in "qk")
+                key = key.repeat_interleave(len(query) // len(key), dim=0)
+                logits = (query.mean(1, keepdim=True) @ key.mT)[:, 0] / query.shape[-1] ** 0.5
+                seen[Signal("llm_global")] = logits.softmax(-1).mean(0)[slots]
             tokens = replace(tokens, text={s: values[text] for s, values in vectors.items()})
             tokens = replace(tokens, features=hidden[slots], signals={**tokens.signals, **seen})
             chosen = part(tokens)
             if chosen.features is not None:
                 hidden[slots[chosen.keep]] = chosen.features
+            if chosen.sizes is not None:
+                sizes[places[index][chosen.keep]] = chosen.sizes
             stays[slots] = False
             stays[slots[chosen.keep]] = True
             images[index] = tokens.take(chosen.keep)
@@ -407,17 +422,23 @@ def reference(
                 if adapter.cut_layer(where) == index:
                     rotary = language.rotary_emb(hidden[None], positions[None])
                     square = torch.full((len(ids), len(ids)), torch.nan)
-                    square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+                    heads = _decoder_attention(layer, hidden, rotary, sizes[columns])
+                    square[columns[:, None], columns] = heads.mean(0)
                     attention[Signal("llm_ahead")] = square
+                    if Signal("llm_keys_ahead") in part.needs:
+                        keys = _decoder_keys(layer, hidden, rotary)
+                        ahead = torch.full((len(ids), keys.shape[1]), torch.nan)
+                        ahead[columns] = keys
+                        vectors[Signal("llm_keys_ahead")] = ahead
                     states = torch.full((len(ids), hidden.shape[1]), torch.nan)
                     states[columns] = language.norm(hidden)
                     vectors[Signal("llm_states")] = states
-                    cut(part.at(where))
+                    cut(part.at(where), layer)
         seen_positions.append(positions)
         rotary = language.rotary_emb(hidden[None], positions[None])
-        if Signal("llm_text") in compressor.needs:
-            before = torch.full((len(ids), len(ids)), torch.nan)
-            before[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+        heads = _decoder_attention(layer, hidden, rotary, sizes[columns])
+        before = torch.full((len(heads), len(ids), len(ids)), torch.nan)
+        before[:, columns[:, None], columns] = heads
         for signal in compressor.needs:
             if signal.name == "llm_keys" and signal.layer == index:
                 rotated = _decoder_keys(layer, hidden, rotary)
@@ -425,12 +446,12 @@ def reference(
                 vectors[signal][columns] = rotated
             if signal.name == "llm_attention" and signal.layer == index:
                 square = torch.full((len(ids), len(ids)), torch.nan)
-                square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+                square[columns[:, None], columns] = heads.mean(0)
                 attention[signal] = square
         causal = torch.full((len(hidden), len(hidden)), -torch.inf).triu(1)
         hidden = layer(
             hidden[None],
-            attention_mask=causal[None, None],
+            attention_mask=(causal + sizes[columns].log())[None, None],
             position_ids=positions[None],
             position_embeddings=rotary,
         )[0]
@@ -540,33 +561,39 @@ def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
     return full[:, 0, first:] if signal.needs_cls else full.mean(1)[:, first:]
 
 
-def _decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(M, M) attention of a decoder layer, mean over heads, as eager attention computes it."""
+def _decoder_projected(layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
+    """(heads, M, head_dim) queries (``q``) or keys (``k``) of a decoder layer, not rotated."""
     attention: Any = layer.self_attn
     states = layer.get_submodule("input_layernorm")(hidden)
-    cos, sin = rotary[0][0], rotary[1][0]
+    out: Tensor = attention.get_submodule(f"{name}_proj")(states)
+    return out.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
 
-    def heads(name: str) -> Tensor:
-        out: Tensor = getattr(attention, name)(states).unflatten(-1, (-1, attention.head_dim))
-        out = out.transpose(0, 1)
-        left, right = out.chunk(2, dim=-1)
-        return out * cos + torch.cat([-right, left], dim=-1) * sin
 
-    query, key = heads("q_proj"), heads("k_proj")
+def _decoder_rotated(
+    layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], name: str
+) -> Tensor:
+    """The same, rotated."""
+    out = _decoder_projected(layer, hidden, name)
+    left, right = out.chunk(2, dim=-1)
+    return out * rotary[0][0] + torch.cat([-right, left], dim=-1) * rotary[1][0]
+
+
+def _decoder_attention(
+    layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], sizes: Tensor
+) -> Tensor:
+    """(heads, M, M) attention of a decoder layer, as eager attention computes it, in which the
+    weight of a key counts as often as ``sizes`` (M,) says."""
+    query, key = (_decoder_rotated(layer, hidden, rotary, name) for name in "qk")
     key = key.repeat_interleave(len(query) // len(key), dim=0)
-    logits: Tensor = query @ key.mT / attention.head_dim**0.5
-    future = torch.ones(len(hidden), len(hidden), dtype=torch.bool).triu(1)
-    return logits.masked_fill(future, -torch.inf).softmax(-1).mean(0)
+    logits: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+    past = torch.ones(len(hidden), len(hidden), dtype=torch.bool).tril()
+    weight = (logits - logits.amax(-1, keepdim=True)).exp() * past * sizes
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def _decoder_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """(M, kv_heads * head_dim) rotated keys of a decoder layer."""
-    attention: Any = layer.self_attn
-    states = layer.get_submodule("input_layernorm")(hidden)
-    keys: Tensor = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
-    left, right = keys.chunk(2, dim=-1)
-    cos, sin = rotary[0][0][:, None], rotary[1][0][:, None]
-    return (keys * cos + torch.cat([-right, left], dim=-1) * sin).flatten(1)
+    return _decoder_rotated(layer, hidden, rotary, "k").transpose(0, 1).flatten(1)
 
 
 # -- what the checks have in common --------------------------------------------------------------
@@ -737,7 +764,7 @@ def check_budget(compressor: Compressor) -> None:
 
 
 def check_keeps_what_stands_out(compressor: Compressor) -> None:
-    """A token that all attention goes to is kept: the ranking is not upside down."""
+    """A token that all attention goes to is kept or merged: the ranking is not upside down."""
     for part in compressor.stages():
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
@@ -754,11 +781,23 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
                     tokens.layout.is_separator, torch.nan
                 )
                 signals[signal][token] = 1.0
-            keep = _select(part, replace(tokens, signals=signals)).keep
-            assert token in keep.tolist(), (
+            tokens = replace(tokens, signals=signals)
+            chosen = _select(part, tokens)
+            assert token in chosen.keep.tolist() or _merges(part, tokens, token), (
                 f"{part.label} drops the one token that gets all of {[s.name for s in scalars]} "
                 f"(layout {name!r}); is the ranking inverted?"
             )
+
+
+def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
+    """Whether what is kept shows something of ``token``."""
+    nudged = tokens.features.clone()
+    nudged[token] *= 1.001
+    shown = [
+        _select(part, replace(tokens, features=features)).features
+        for features in (tokens.features, nudged)
+    ]
+    return shown[0] is not None and shown[1] is not None and not torch.equal(*shown)
 
 
 def check_follows_content(compressor: Compressor) -> None:

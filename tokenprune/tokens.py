@@ -46,8 +46,12 @@ class Signal:
             a decoder layer, all heads, and ``llm_states`` the hidden states in front of the
             selection, behind the final norm: both vectors.  ``llm_text`` is (N, T), the attention
             that each of the T text tokens behind the image pays to the entries, softmaxed, mean
-            over heads, in the layer that ran just before the selection.  ``llm_inputs`` asks for
-            `VisualTokens.inputs`.
+            over heads, in the layer that ran just before the selection; ``llm_cross`` (N,) is the
+            mean over these text tokens, and ``llm_self`` (N,) over the image's patch tokens, of the
+            largest attention of any head there.  ``llm_keys_ahead`` are the keys of the layer that
+            the selection stands in front of, and ``llm_global`` is the attention that the mean of
+            all states up to the image's last token pays there to them, without rotation, softmaxed
+            over the same, mean over heads.  ``llm_inputs`` asks for `VisualTokens.inputs`.
         layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
             for ``head_attention`` and ``unprojected``, which come behind all layers.
     """
@@ -67,6 +71,10 @@ class Signal:
         "llm_keys",
         "llm_states",
         "llm_text",
+        "llm_self",
+        "llm_cross",
+        "llm_global",
+        "llm_keys_ahead",
         "llm_inputs",
     ]
     layer: int = -1
@@ -89,6 +97,7 @@ class Signal:
             "joint_keys",
             "unprojected",
             "llm_keys",
+            "llm_keys_ahead",
             "llm_states",
             "llm_text",
         )
