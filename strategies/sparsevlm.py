@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import budget
+from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.errors import UserError
 from tokenprune.primitives import density_peaks, group_means
@@ -111,8 +111,7 @@ class SparseVLM(Compressor):
     def left(self, tokens: VisualTokens, rows: Tensor) -> tuple[int, int]:
         """How many tokens are kept and how many clusters made, given the raters' rows (N, r)."""
         there, stage = len(rows), self.cut or len(self.depths)
-        ratio = round(self.retention ** (stage / len(self.depths)), 12)
-        most = min(budget(tokens.entered or there, ratio), there)
+        most = left_at(tokens, self.retention, stage / len(self.depths))
         kept = most if self.schedule == "retention" else there - 1
         if self.schedule == "rank":
             kept = min(int(int(torch.linalg.matrix_rank(rows)) * self.scale + self.bias), kept)

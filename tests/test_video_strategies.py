@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.compressor import create
-from tokenprune.tokens import TokenLayout, VisualTokens
+from tokenprune.primitives import segments
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -126,3 +128,134 @@ def test_dycoke_of_an_image_keeps_what_is_least_like_its_view() -> None:
         mean = tokens.features[patches].mean(0)
         ranked = sorted(patches, key=lambda i: _cosine(tokens.features[i], mean))
         assert [k for k in keep if k in patches] == sorted(ranked[:2])
+
+
+# -- HoliTom -------------------------------------------------------------------------------------
+
+
+def _all_cuts(length: int) -> list[list[tuple[int, int]]]:
+    """Every way to cut 0 .. length - 1 into runs, short last runs first."""
+    if not length:
+        return [[]]
+    return [
+        [*rest, (first, length - 1)]
+        for first in reversed(range(length))
+        for rest in _all_cuts(first)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 7), st.integers(0, 9))
+def test_segments_are_the_best_of_all(length: int, seed: int) -> None:
+    gain = torch.randint(0, 9, (length, length), generator=torch.Generator().manual_seed(seed))
+    gain.fill_diagonal_(0)
+    runs = segments(gain.float())
+    assert [i for s, e in runs for i in range(s, e + 1)] == [*range(length)]
+    totals = [sum(int(gain[s, e]) for s, e in cut) for cut in _all_cuts(length)]
+    assert sum(int(gain[s, e]) for s, e in runs) == max(totals)
+
+
+def test_segments_stay_single_where_nothing_is_gained() -> None:
+    assert segments(torch.zeros(4, 4)) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert segments(torch.tensor([[0.0, 5, 6], [0, 0, 7], [0, 0, 0]])) == [(0, 0), (1, 2)]
+
+
+def _peaks_slowly(vectors: Tensor, count: int, near: int) -> tuple[list[int], list[int]]:
+    """Centres, best first, and the cluster of every point."""
+    everyone = range(len(vectors))
+    rows = vectors.tolist()
+    distance = [
+        [math.dist(rows[i], rows[j]) / math.sqrt(len(rows[0])) for j in everyone] for i in everyone
+    ]
+    density = []
+    for i in everyone:
+        closest = sorted(distance[i])[: min(near, count)]
+        # Two points that are nearest to each other are equally dense: the earlier one counts as
+        # denser.
+        density.append((round(math.exp(-sum(d * d for d in closest) / len(closest)), 9), -i))
+    worst = max(map(max, distance))
+    score = []
+    for i in everyone:
+        denser = [distance[i][j] for j in everyone if density[j] > density[i]]
+        score.append(density[i][0] * min(denser, default=worst))
+    centres = sorted(everyone, key=lambda i: -score[i])[:count]
+    cluster = [min(range(count), key=lambda c: distance[i][centres[c]]) for i in everyone]
+    for place, centre in enumerate(centres):
+        cluster[centre] = place
+    return centres, cluster
+
+
+def _holitom_slowly(
+    tokens: VisualTokens, frames: int, size: int, retention: float
+) -> dict[int, Tensor]:
+    """Index to feature of everything that is left, with tau = 0.8 and beta = 0.6."""
+    features, scores = tokens.features, tokens.signals[Signal("received")].tolist()
+    at = [[frame * size + place for place in range(size)] for frame in range(frames)]
+    like = [
+        [_cosine(features[at[f][i]], features[at[f + 1][i]]) for i in range(size)]
+        for f in range(frames - 1)
+    ]
+
+    def static(first: int, last: int) -> list[int]:
+        if first == last:
+            return []
+        return [i for i in range(size) if all(like[f][i] > 0.8 for f in range(first, last))]
+
+    best = max(_all_cuts(frames), key=lambda cut: sum(len(static(s, e)) * (e - s) for s, e in cut))
+    groups = []  # (frames, places)
+    for first, last in best:
+        still = static(first, last)
+        groups.append(([*range(first, last + 1)], still, True))
+        moving = [i for i in range(size) if i not in still]
+        groups += [([frame], moving, False) for frame in range(first, last + 1)]
+    whole = sum(len(places) for _, places, _ in groups)
+    total = min(int(retention * frames * size + 1e-9), whole)
+    quotas = [total * len(places) / whole for _, places, _ in groups]
+    counts = [int(quota + 1e-9) for quota in quotas]
+    while sum(counts) < total:
+        index = max(range(len(counts)), key=lambda g: (round(quotas[g] - counts[g], 9), -g))
+        counts[index] += 1
+    left = {}
+    for (some, places, still), count in zip(groups, counts, strict=True):
+        if still and count:
+            means = torch.stack([sum(features[at[f][i]] for f in some) / len(some) for i in places])
+            centres, cluster = _peaks_slowly(means, count, 7)
+            for c, centre in enumerate(centres):
+                others = [i for i in range(len(places)) if cluster[i] == c and i != centre]
+                value = means[centre]
+                if others:
+                    value = 0.6 * value + 0.4 * sum(means[i] for i in others) / len(others)
+                left[at[some[0]][places[centre]]] = value
+        elif count:
+            ranked = sorted(places, key=lambda i: -scores[at[some[0]][i]])[:count]
+            left |= {at[some[0]][i]: features[at[some[0]][i]] for i in ranked}
+    return left
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.sampled_from([0.1, 0.25, 0.4, 0.6, 0.9]), st.integers(0, 5))
+def test_holitom_equals_loops(frames: int, retention: float, seed: int) -> None:
+    tokens = _video(frames, (3, 4), seed)
+    scores = torch.randn(len(tokens), generator=torch.Generator().manual_seed(seed))
+    tokens = replace(tokens, signals={Signal("received"): scores})
+    chosen = create("holitom", retention=retention).select(tokens)
+    wanted = _holitom_slowly(tokens, frames, 12, retention)
+    assert chosen.keep.tolist() == sorted(wanted)
+    assert chosen.features is not None
+    for index, feature in zip(chosen.keep.tolist(), chosen.features, strict=True):
+        torch.testing.assert_close(feature, wanted[index], rtol=1e-5, atol=1e-5)
+
+
+def test_holitom_of_a_video_that_stands_still_is_one_frame() -> None:
+    """All places are static: what is left is the mean of the frames, however large R is."""
+    layout = TokenLayout.video(4, (2, 2))
+    frame = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([1.0, 2.0, 3.0, 6.0])  # the cosine does not see lengths
+    features = torch.cat([frame * length for length in lengths] + [torch.zeros(1, 3)])
+    tokens = VisualTokens(layout, features, {Signal("received"): torch.rand(17)})
+    chosen = create("holitom", retention=0.5).select(tokens)
+    assert chosen.keep.tolist() == [0, 1, 2, 3]
+    assert chosen.features is not None
+    torch.testing.assert_close(chosen.features, frame * 3)
+    moving = create("holitom", retention=0.5, tau=1).select(tokens)
+    assert len(moving.keep) == 8

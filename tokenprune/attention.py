@@ -311,7 +311,8 @@ def _heads(
     grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
     heads = rearrange(logits, "g (r t) k -> (g r) t k", t=len(slots))
-    return (heads + visible.float().log()).softmax(-1)
+    softmaxed: Tensor = (heads + visible.float().log()).softmax(-1)
+    return softmaxed
 
 
 def proportional_mask(

@@ -24,6 +24,7 @@ __all__ = [
     "TopK",
     "apportion",
     "budget",
+    "left_at",
 ]
 
 SALIENCY = Signal("saliency")  # of the last encoder layer
@@ -57,6 +58,21 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     for index in by_remainder[: total - sum(counts)]:
         counts[index] += 1
     return counts
+
+
+def left_at(tokens: VisualTokens, retention: float, share: float = 1.0) -> int:
+    """How many patch tokens are left at one of several cuts inside the language model.
+
+    ``floor(R ** share * P)`` of the ``P`` that entered it, at most those that are still there.
+
+    Args:
+        tokens: What is there.
+        retention: R, what is left at the last cut.
+        share: How much of the way to R is gone, in [0, 1]; evenly spaced ones drop the same share
+            at every cut.
+    """
+    there = len(tokens.layout.patches)
+    return min(budget(tokens.entered or there, round(retention**share, 12)), there)
 
 
 class Allocator(ABC):

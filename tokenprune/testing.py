@@ -565,8 +565,9 @@ def _decoder_projected(layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
     """(heads, M, head_dim) queries (``q``) or keys (``k``) of a decoder layer, not rotated."""
     attention: Any = layer.self_attn
     states = layer.get_submodule("input_layernorm")(hidden)
-    out: Tensor = attention.get_submodule(f"{name}_proj")(states)
-    return out.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+    out = attention.get_submodule(f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+    heads: Tensor = out.transpose(0, 1)
+    return heads
 
 
 def _decoder_rotated(
@@ -793,11 +794,9 @@ def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
     """Whether what is kept shows something of ``token``."""
     nudged = tokens.features.clone()
     nudged[token] *= 1.001
-    shown = [
-        _select(part, replace(tokens, features=features)).features
-        for features in (tokens.features, nudged)
-    ]
-    return shown[0] is not None and shown[1] is not None and not torch.equal(*shown)
+    shown = _select(part, tokens).features
+    other = _select(part, replace(tokens, features=nudged)).features
+    return shown is not None and other is not None and not torch.equal(shown, other)
 
 
 def check_follows_content(compressor: Compressor) -> None:
