@@ -339,10 +339,11 @@ class Adapter(ABC):
     def cut_layer(self, cut: int | float) -> int:
         """Index of the decoder layer that a cut, perhaps a share of the depth, lies in front of.
 
-        A share is at least one layer.  Where two cuts of a strategy fall together in a shallow
-        decoder, the later one counts.
+        A share is at least one layer and leaves at least one.  Where two cuts of a strategy fall
+        together in a shallow decoder, the later one counts.
         """
-        return cut if isinstance(cut, int) else max(1, round(cut * len(self.decoder_layers)))
+        depth = len(self.decoder_layers)
+        return cut if isinstance(cut, int) else max(1, min(round(cut * depth), depth - 1))
 
     def require_language_model(self) -> None:
         """Raise `UserError` if there is none."""

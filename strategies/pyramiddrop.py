@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from tokenprune.budget import budget
+from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.primitives import top
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -66,10 +66,6 @@ class PyramidDrop(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
-        entered = tokens.entered or len(patches)
         stage = self.cut or len(self.depths)
-        ratio = self.retention ** (stage / len(self.depths))
-        count = min(budget(entered, round(ratio, 12)), len(patches))
-        scores: Tensor = tokens[Signal("llm_ahead")][patches].float()
-        order = scores.argsort(descending=True, stable=True)
-        return Selection(patches[order[:count].sort().values])
+        count = left_at(tokens, self.retention, stage / len(self.depths))
+        return Selection(patches[top(tokens[Signal("llm_ahead")][patches], count)])

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import budget
+from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.errors import UserError
-from tokenprune.primitives import density_peaks
+from tokenprune.primitives import density_peaks, group_means
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -132,8 +132,7 @@ class SparseVLM(Compressor):
     def left(self, tokens: VisualTokens, rows: Tensor) -> tuple[int, int]:
         """How many tokens are kept and how many clusters made, given the raters' rows (N, r)."""
         there, stage = len(rows), self.cut or len(self.depths)
-        ratio = round(self.retention ** (stage / len(self.depths)), 12)
-        most = min(budget(tokens.entered or there, ratio), there)
+        most = left_at(tokens, self.retention, stage / len(self.depths))
         kept = most if self.schedule == "retention" else there - 1
         if self.schedule == "rank":
             kept = min(int(int(torch.linalg.matrix_rank(rows)) * self.scale + self.bias), kept)
@@ -170,8 +169,7 @@ class SparseVLM(Compressor):
         recycled = patches[order[kept:][: self._recycled(len(order) - kept)]]
         vectors = tokens.features[recycled].float()
         centres, cluster = density_peaks(vectors, clusters)
-        member = torch.nn.functional.one_hot(cluster, clusters).to(vectors)
-        merged = (member.T @ vectors) / member.sum(0)[:, None]
+        merged = group_means(vectors, cluster, clusters)
         keep = torch.cat([patches[order[:kept]], recycled[centres]])
         features = torch.cat([tokens.features[keep[:kept]], merged.to(tokens.features)])
         keep, order = keep.sort()

@@ -21,11 +21,13 @@ __all__ = [
     "attention_received",
     "cls_row",
     "decoder_keys",
+    "decoder_mass",
     "decoder_row",
     "decoder_rows",
     "head_rows",
     "moved_keys",
     "projections",
+    "proportional_mask",
     "rotary_product",
 ]
 
@@ -221,7 +223,8 @@ def decoder_row(
         hidden: (B, M, D) its input, already normalised.
         rotary: cos and sin, (B or 1, M, head_dim).
         query_slots: (B,) which of the M entries asks.
-        visible: (B, K) bool, keys the query may look at; K >= M with cached keys in front.
+        visible: (B, K) keys the query may look at, bool or how often each counts; K >= M with
+            cached keys in front.
         keys: (B, kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
         past: (B, kv_heads, K - M, head_dim) rotated keys in front of those that are computed.
 
@@ -240,8 +243,7 @@ def decoder_row(
     # The query heads of a group become rows of one product: the keys are never repeated.
     grouped = rearrange(query, "b (g r) 1 d -> b g r d", g=keys.shape[1])
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
-    logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
-    row: Tensor = logits.softmax(-1).mean((1, 2))
+    row: Tensor = (logits + visible.float().log()[:, None, None]).softmax(-1).mean((1, 2))
     return row
 
 
@@ -264,7 +266,8 @@ def decoder_rows(
         hidden: (M, D) its input, already normalised.
         rotary: cos and sin, (M, head_dim).
         query_slots: (T,) which of the M entries ask.
-        visible: (T, K) bool, keys each query may look at; K >= M with cached keys in front.
+        visible: (T, K) keys each query may look at, bool or how often each counts; K >= M with
+            cached keys in front.
         keys: (kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
         by_head: Whether every head is wanted instead of the mean.
 
@@ -275,14 +278,8 @@ def decoder_rows(
         keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
     rows = []
     for slots, allowed in zip(query_slots.split(CHUNK), visible.split(CHUNK), strict=True):
-        at = rotary[0][slots][None], rotary[1][slots][None]
-        query = _rotated(attention, "q", hidden[slots][None], at)
-        groups = query.shape[1] // len(keys)
-        grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
-        logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
-        heads = rearrange(logits, "g (r t) k -> t k (g r)", r=groups, t=len(slots))
-        shares = heads.masked_fill(~allowed[..., None], -torch.inf).softmax(1)
-        rows.append(shares if by_head else shares.mean(-1))
+        heads = _heads(attention, hidden, rotary, slots, allowed, keys)
+        rows.append(heads.movedim(0, -1) if by_head else heads.mean(0))
     return torch.cat(rows)
 
 
@@ -303,3 +300,73 @@ def rotary_product(rotary: tuple[Tensor, Tensor], query_slots: Tensor) -> Tensor
     ones = torch.cat([left - low, right + high], -1)
     result: Tensor = ones[query_slots] @ ones.T / ones.shape[-1] ** 0.5
     return result
+
+
+def decoder_mass(
+    attention: nn.Module,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    query_slots: Tensor,
+    visible: Callable[[Tensor], Tensor],
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Attention that every key gets from several queries of ONE prompt, each by its keenest head.
+
+    Computed for `CHUNK` queries at a time: nothing of size T×K is kept.
+
+    Args:
+        attention, hidden, rotary, query_slots, keys: As in `decoder_rows`.
+        visible: Gives (t, K) for ``t`` of the slots, as in `decoder_rows`.
+
+    Returns:
+        (K,) float32: the mean over queries of the largest softmaxed attention of all heads, 0
+        without queries.
+    """
+    if keys is None:
+        keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
+    total = hidden.new_zeros(keys.shape[1], dtype=torch.float32)
+    for slots in query_slots.split(CHUNK):
+        total += _heads(attention, hidden, rotary, slots, visible(slots), keys).amax(0).sum(0)
+    return total / max(len(query_slots), 1)
+
+
+def _heads(
+    attention: nn.Module,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    slots: Tensor,
+    visible: Tensor,
+    keys: Tensor,
+) -> Tensor:
+    """(heads, t, K) float32 softmaxed attention of the queries in ``slots`` (t,)."""
+    at = rotary[0][slots][None], rotary[1][slots][None]
+    query = _rotated(attention, "q", hidden[slots][None], at)
+    grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
+    logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
+    heads = rearrange(logits, "g (r t) k -> (g r) t k", t=len(slots))
+    softmaxed: Tensor = (heads + visible.float().log()).softmax(-1)
+    return softmaxed
+
+
+def proportional_mask(
+    mask: Tensor | None, sizes: Tensor, queries: int, dtype: torch.dtype
+) -> Tensor:
+    """A decoder layer's attention mask that counts key ``j`` ``sizes[j]`` times.
+
+    Args:
+        mask: What the model's own mask factory made for ``sdpa`` (bool, or None for plain causal)
+            or ``eager`` (additive), (B or 1, 1, q, K).
+        sizes: (B, K) at least 1.
+        queries: q.
+        dtype: Of the hidden states.
+
+    Returns:
+        (B, 1, q, K) additive: ``log(sizes)`` where a query may look, else the least number.
+    """
+    bias = sizes.log().to(dtype)[:, None, None]
+    if mask is None:
+        keys = sizes.shape[1]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=sizes.device).tril(keys - queries)
+    if mask.dtype == torch.bool:
+        return bias.expand(-1, -1, queries, -1).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask + bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -22,8 +22,10 @@ __all__ = [
     "Proportional",
     "ThumbnailCommand",
     "TopK",
+    "apportion",
     "budget",
     "coarse_grid",
+    "left_at",
 ]
 
 SALIENCY = Signal("saliency")  # of the last encoder layer
@@ -60,6 +62,34 @@ def coarse_grid(shape: tuple[int, int], count: int) -> tuple[int, int]:
     return rows, min(width, count // rows)
 
 
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """``total`` shared out in proportion to ``sizes``, exactly.
+
+    What rounding leaves over goes to the largest remainders, earlier entries first.
+    """
+    quotas = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
+    counts = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - quotas[i], i))
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def left_at(tokens: VisualTokens, retention: float, share: float = 1.0) -> int:
+    """How many patch tokens are left at one of several cuts inside the language model.
+
+    ``floor(R ** share * P)`` of the ``P`` that entered it, at most those that are still there.
+
+    Args:
+        tokens: What is there.
+        retention: R, what is left at the last cut.
+        share: How much of the way to R is gone, in [0, 1]; evenly spaced ones drop the same share
+            at every cut.
+    """
+    there = len(tokens.layout.patches)
+    return min(budget(tokens.entered or there, round(retention**share, 12)), there)
+
+
 class Allocator(ABC):
     """Decides how many patch tokens each view keeps, whatever ranks them inside the view."""
 
@@ -90,13 +120,7 @@ class Proportional(Allocator):
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
-        total = budget(sum(sizes), retention, self.rounding)
-        quotas = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
-        counts = [math.floor(quota) for quota in quotas]
-        by_remainder = sorted(range(len(sizes)), key=lambda v: (counts[v] - quotas[v], v))
-        for view in by_remainder[: total - sum(counts)]:
-            counts[view] += 1
-        return torch.tensor(counts)
+        return torch.tensor(apportion(budget(sum(sizes), retention, self.rounding), sizes))
 
 
 @dataclass(frozen=True)

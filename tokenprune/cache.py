@@ -35,6 +35,7 @@ class PrunedLayer(DynamicLayer):
         cut: How many selections this layer lies behind; layers with the same count share a mask.
         shift: (B, 1) how far the position ids of later tokens move back.
         extra: (B, 1) how much further they move from this layer on, or None.
+        sizes: (B, K) how often attention counts each entry of `valid`, or None for once.
     """
 
     is_sliding = False
@@ -48,6 +49,7 @@ class PrunedLayer(DynamicLayer):
         self.cut = 0
         self.shift = torch.zeros(len(valid), 1, dtype=torch.long, device=valid.device)
         self.extra: Tensor | None = None
+        self.sizes: Tensor | None = None
         self.window: int | None = getattr(layer, "sliding_window", None)
 
     @property
@@ -60,15 +62,20 @@ class PrunedLayer(DynamicLayer):
             return 0
         return self.keys.shape[-2]
 
-    def expect(self, valid: Tensor, dropped: int = 0) -> None:
+    def expect(self, valid: Tensor, dropped: int = 0, sizes: Tensor | None = None) -> None:
         """Announce the entries of the next `update`; again, to take back what was announced.
 
         Args:
             valid: (B, q) bool, which of the new entries are real.
             dropped: How many columns have been left out of them since the last announcement.
+            sizes: (B, q) how often each counts, or None for once.
         """
-        new = valid.to(self.valid.device)
-        self.valid = torch.cat([self.valid[:, : self._physical()], new], dim=1)
+        new, held = valid.to(self.valid.device), self._physical()
+        if sizes is not None or self.sizes is not None:
+            before = self.valid.new_ones(len(new), held) if self.sizes is None else self.sizes
+            coming = torch.ones_like(new) if sizes is None else sizes.to(new.device)
+            self.sizes = torch.cat([before[:, :held].float(), coming.float()], dim=1)
+        self.valid = torch.cat([self.valid[:, :held], new], dim=1)
         self.dropped += dropped
         if self.window is not None and self.dropped + self.valid.shape[1] > self.window:
             raise UserError(
@@ -105,12 +112,13 @@ class PrunedLayer(DynamicLayer):
         """Forget everything, as a new cache."""
         super().reset()
         self.valid, self.dropped, self.cut = self.valid[:, :0], 0, 0
-        self.shift, self.extra = torch.zeros_like(self.shift), None
+        self.shift, self.extra, self.sizes = torch.zeros_like(self.shift), None, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens."""
         super().crop(tokens_to_remove)
         self.valid = self.valid[:, : self._physical()]
+        self.sizes = None if self.sizes is None else self.sizes[:, : self._physical()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of ``beam_idx``."""
@@ -131,6 +139,7 @@ class PrunedLayer(DynamicLayer):
         index = index.to(self.valid.device)
         self.valid, self.shift = self.valid[index], self.shift[index]
         self.extra = None if self.extra is None else self.extra[index]
+        self.sizes = None if self.sizes is None else self.sizes[index]
 
 
 def is_pruned(cache: Cache | None) -> bool:

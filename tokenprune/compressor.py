@@ -53,10 +53,14 @@ class Selection:
         keep: (M,) int64 sorted, unique indices into the N entries.
         features: (M, D) new features of the kept entries where dropped ones were merged into
             them, else None.
+        sizes: (M,) how many entries each kept one stands for, where attention behind the cut shall
+            count it that often (proportional attention: the logarithm is added to the logits of its
+            key, also in later decode steps), else None.  Inside the language model only.
     """
 
     keep: Tensor
     features: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +169,12 @@ class Compressor(ABC):
         if not len(extra):
             return chosen
         both, order = torch.cat([keep, extra.to(keep.device)]).sort()
-        if chosen.features is None:
-            return Selection(both)
-        merged = torch.cat([chosen.features, tokens.features[extra]])[order]
-        return Selection(both, merged)
+        merged, sizes = chosen.features, chosen.sizes
+        if merged is not None:
+            merged = torch.cat([merged, tokens.features[extra]])[order]
+        if sizes is not None:
+            sizes = torch.cat([sizes, sizes.new_ones(len(extra))])[order]
+        return Selection(both, merged, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +350,13 @@ def _check(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> Non
         raise UserError(
             f"{who} must return features of shape {shape}, one row per kept token, got "
             f"{tuple(chosen.features.shape)}."
+        )
+    if chosen.sizes is not None and (
+        strategy.stage is not Stage.LLM or len(chosen.sizes) != shape[0]
+    ):
+        raise UserError(
+            f"{who} may return sizes inside the language model only, one per kept token "
+            f"({len(keep)}), got {len(chosen.sizes)} at stage {strategy.stage}."
         )
 
 

@@ -33,9 +33,11 @@ from transformers.masking_utils import create_causal_mask
 
 from tokenprune.attention import (
     decoder_keys,
+    decoder_mass,
     decoder_row,
     decoder_rows,
     moved_keys,
+    proportional_mask,
     rotary_product,
 )
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
@@ -56,6 +58,8 @@ Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
 _TEXT, _HEADS, _ROTARY = Signal("llm_text"), Signal("llm_text_heads"), Signal("llm_text_rotary")
 _ASKED = frozenset({_TEXT, _HEADS, _ROTARY})  # that which text asks in the layer before a cut
+_SELF, _CROSS = Signal("llm_self"), Signal("llm_cross")
+_GLOBAL, _KEYS = Signal("llm_global"), Signal("llm_keys_ahead")
 _PROMPT = Signal("llm_prompt")
 _BEFORE = -1  # in place of a layer's index: in front of the language model
 
@@ -210,12 +214,14 @@ class _Pass:
         entered: (B,) tokens that the first decoder layer processes.
         spent: (B,) FLOPs of choosing, per row.
         order: (B, M) slot in which each slot's content was before the latest packing.
+        sizes: (B, M) how often attention counts each slot, or None for once.
         rotary: cos and sin behind the latest cut.
         inherited: How much further positions move back from each layer on, by earlier prefills.
         masks: Masks behind cuts, by the number of cuts in front.
         tapped: Arguments of the attention modules whose rows are wanted.
         read: Layers whose rows were computed, and whether the keys had to be computed again.
         asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
+        projected: Layers as many of whose slots were made into keys ahead of the next one.
     """
 
     columns: Tensor
@@ -232,12 +238,14 @@ class _Pass:
     entered: Tensor
     packed: bool = False
     cuts: int = 0
+    sizes: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
     tapped: dict[int, Kwargs] = field(default_factory=dict)
     read: list[tuple[int, bool]] = field(default_factory=list)
     asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
+    projected: list[int] = field(default_factory=list)
 
     @property
     def real(self) -> Tensor:
@@ -304,7 +312,8 @@ class _Session:
             hooks.append((adapter.model, self._labels))
         tapped = ("llm_attention", "llm_keys")
         layers = {signal.layer for signal in self.signals if signal.name in tapped}
-        layers |= {cut - 1 for cut, part in self.inside.items() if part.needs & _ASKED}
+        behind = _ASKED | {_SELF, _CROSS}
+        layers |= {cut - 1 for cut, part in self.inside.items() if part.needs & behind}
         for index in layers:
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
@@ -589,6 +598,8 @@ class _Session:
             state.positions = state.positions - lost.cumsum(1)
         state.positions = state.positions.gather(1, state.order)
         state.columns = torch.where(keep, state.columns, -1).gather(1, state.order)
+        if state.sizes is not None:
+            state.sizes = state.sizes.gather(1, state.order)
         state.packed = True
         shift = lost.sum(1, keepdim=True)
         return torch.zeros_like(shift) if keeps_positions else shift
@@ -627,7 +638,9 @@ class _Session:
         rows = self._rows(state, part)
         if any(signal.name == "llm_ahead" for signal in part.needs):
             rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
-        vectors, asking = self._vectors(state, part, hidden), part.needs & _ASKED
+        vectors, asking = self._vectors(state, part, hidden), part.needs & (_ASKED | {_CROSS})
+        if _KEYS in part.needs:
+            vectors[_KEYS] = self._keys_ahead(state, index, hidden, kwargs)
         keep, gone = state.real, False
         for span in state.spans:
             slots = state.slots(span).to(hidden.device)
@@ -636,9 +649,15 @@ class _Session:
                 for name, row in {**rows, **vectors}.items()
             }
             text = self._text_slots(state, span) if vectors or asking else slots
-            for signal in asking:
+            for signal in part.needs & _ASKED:
                 asked = self._text_rows(state, span, index - 1, text, signal)
                 signals[signal] = asked[:, slots].transpose(0, 1)
+            patches = slots[span.tokens.layout.patches.to(slots.device)]
+            for signal, asks in ((_SELF, patches), (_CROSS, text)):
+                if signal in part.needs:
+                    signals[signal] = self._mass(state, span, index - 1, asks)[slots]
+            if _GLOBAL in part.needs:
+                signals[_GLOBAL] = self._global_row(state, span, index, hidden)[slots]
             tokens = replace(
                 span.tokens,
                 features=hidden[span.row, slots],
@@ -657,6 +676,11 @@ class _Session:
             if chosen.features is not None:
                 hidden = hidden.clone()
                 hidden[span.row, slots[chosen.keep]] = chosen.features.to(hidden.dtype)
+            if chosen.sizes is not None:
+                if state.sizes is None:
+                    state.sizes = torch.ones_like(state.columns, dtype=torch.float32)
+                where = slots[chosen.keep].to(state.sizes.device)
+                state.sizes[span.row, where] = chosen.sizes.to(state.sizes)
             left = chosen.keep.to(span.columns.device)
             gone |= self._narrow(state, span, left, keep, Stage.LLM, index)
         state.tapped.clear()
@@ -677,7 +701,7 @@ class _Session:
             at = state.positions.to(hidden.device)
             state.rotary = self.adapter.language_model.rotary_emb(hidden, at)
         for layer in state.layers[index:]:
-            layer.expect(state.real, width - hidden.shape[1])
+            layer.expect(state.real, width - hidden.shape[1], state.sizes)
             layer.cut += 1
             if not part.keeps_positions:
                 more = shift.to(layer.valid.device)
@@ -707,12 +731,26 @@ class _Session:
                 layer_idx=index,
                 **{CACHE: state.cache},
             )
+            sizes = state.sizes if layer is None else layer.sizes
+            if sizes is not None:
+                state.masks[behind] = self._proportional(state.masks[behind], sizes, hidden)
         mask = state.masks[behind]
         return {
             "attention_mask": None if mask is None else mask.to(hidden.device),
             "position_ids": positions,
             "position_embeddings": tuple(table.to(hidden.device) for table in rotary),
         }
+
+    def _proportional(self, mask: Tensor | None, sizes: Tensor, hidden: Tensor) -> Tensor:
+        """``mask`` for attention that counts merged tokens as often as ``sizes`` says."""
+        kernel = self.adapter.language_model.config._attn_implementation
+        if kernel not in ("sdpa", "eager"):
+            raise UserError(
+                f"attention in proportion to the sizes of merged tokens needs sdpa or eager "
+                f"attention, this model runs {kernel}; load it with attn_implementation='sdpa', or "
+                "turn the strategy's option off (pact:proportional=false)."
+            )
+        return proportional_mask(mask, sizes.to(hidden.device), hidden.shape[1], hidden.dtype)
 
     @torch.no_grad()
     def _rows(self, state: _Pass, part: Compressor) -> dict[Signal, Tensor]:
@@ -730,6 +768,7 @@ class _Session:
                 layer = state.layers[signal.layer]
                 keys = layer.keys
                 visible = torch.cat([layer.valid[:, :-count].to(device), visible], 1)
+            visible = _counted(visible, layer.sizes if state.layers else state.sizes)
             cos, sin = tapped["position_embeddings"]
             attention = self.adapter.decoder_layers[signal.layer].get_submodule("self_attn")
             rotary = cos.to(device), sin.to(device)
@@ -789,35 +828,57 @@ class _Session:
         self, state: _Pass, span: _Span, index: int, text: Tensor, signal: Signal
     ) -> Tensor:
         """(T, M) or (T, M, heads) what an image's text asks the current slots in a layer."""
+        prompt, keys, visible = self._prompt(state, span, index)
+        _, hidden, rotary = prompt
+        text = text.to(hidden.device)
+        if signal == _ROTARY:
+            return rotary_product(rotary, text)
+        rows = decoder_rows(*prompt, text, visible(text), keys, by_head=signal == _HEADS)
+        state.asked.append((span.row, index, len(text), keys is None))
+        return rows[:, -len(hidden) :]
+
+    @torch.no_grad()
+    def _mass(self, state: _Pass, span: _Span, index: int, asks: Tensor) -> Tensor:
+        """(M,) what the current slots get in layer ``index`` from the queries ``asks``."""
+        prompt, keys, visible = self._prompt(state, span, index)
+        mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
+        state.asked.append((span.row, index, len(asks), keys is None))
+        return mass[-len(prompt[1]) :]
+
+    def _prompt(
+        self, state: _Pass, span: _Span, index: int
+    ) -> tuple[
+        tuple[nn.Module, Tensor, tuple[Tensor, Tensor]],
+        Tensor | None,
+        Callable[[Tensor], Tensor],
+    ]:
+        """Of layer ``index`` and an image's prompt: attention module, input (M, D) and rotation,
+        then cached keys, and a function from slots (T,) to how often each key counts (T, K)."""
         tapped = state.tapped[index]
         hidden = tapped["hidden_states"][span.row]
         device, count = hidden.device, len(hidden)
-        text, columns = text.to(device), state.columns[span.row].to(device)
-        visible = (columns >= 0) & (columns <= columns[text][:, None])
-        keys = None
+        columns = state.columns[span.row].to(device)
+        keys, sizes, past = None, state.sizes, columns[:0].bool()
         if state.layers:
             layer = state.layers[index]
             if layer.keys is not None:
                 keys = layer.keys[span.row].to(device)
-            past = layer.valid[span.row, :-count].to(device)
-            visible = torch.cat([past.expand(len(text), -1), visible], 1)
+            past, sizes = layer.valid[span.row, :-count].to(device), layer.sizes
+
+        def visible(slots: Tensor) -> Tensor:
+            allowed = (columns >= 0) & (columns <= columns[slots][:, None])
+            allowed = torch.cat([past.expand(len(slots), -1), allowed], 1)
+            return _counted(allowed, None if sizes is None else sizes[span.row])
+
         rotary = tapped["position_embeddings"]
         cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
-        if signal == _ROTARY:
-            return rotary_product((cos, sin), text)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        by_head = signal == _HEADS
-        rows = decoder_rows(attention, hidden, (cos, sin), text, visible, keys, by_head=by_head)
-        state.asked.append((span.row, index, len(text), keys is None))
-        return rows[:, -count:]
+        return (attention, hidden, (cos, sin)), keys, visible
 
     @torch.no_grad()
     def _row_ahead(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
         """(B, M) the attention row over the current slots in the layer that is about to run."""
-        layer: Any = self.adapter.decoder_layers[index]
-        norm = layer.input_layernorm
-        # With layers on several devices, the norm's weight says where this one lies.
-        states = norm(hidden.to(norm.weight.device))
+        states = self._states_ahead(index, hidden)
         device, count = states.device, states.shape[1]
         asking, visible = state.asking(device)
         past = None
@@ -825,16 +886,59 @@ class _Session:
         if cached is not None and cached.keys is not None and cached.held:
             past = cached.keys.to(device)
             visible = torch.cat([cached.valid[:, : past.shape[2]].to(device), visible], 1)
+        visible = _counted(visible, state.sizes if cached is None else cached.sizes)
+        rotary = self._rotary_ahead(state, index, states, kwargs)
+        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
+        row = decoder_row(attention, states, rotary, asking, visible, past=past)
+        state.read.append((index - 1, True))  # as many keys as the layer before processed
+        return row[:, -count:]
+
+    def _states_ahead(self, index: int, hidden: Tensor) -> Tensor:
+        """(..., D) ``hidden`` as the attention of layer ``index`` will see it."""
+        norm: Any = self.adapter.decoder_layers[index].get_submodule("input_layernorm")
+        # With layers on several devices, the norm's weight says where this one lies.
+        states: Tensor = norm(hidden.to(norm.weight.device))
+        return states
+
+    def _rotary_ahead(
+        self, state: _Pass, index: int, states: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of the current slots in layer ``index``, which is about to run."""
         moved = state.inherited[index] if state.inherited else None
         if moved is None:
             cos, sin = state.rotary or kwargs["position_embeddings"]
         else:
-            positions = (state.positions - moved.to(state.positions.device)).to(device)
+            positions = (state.positions - moved.to(state.positions.device)).to(states.device)
             cos, sin = self.adapter.language_model.rotary_emb(states, positions)
-        rotary = cos.to(device), sin.to(device)
-        row = decoder_row(layer.self_attn, states, rotary, asking, visible, past=past)
-        state.read.append((index - 1, True))  # as many keys as the layer before processed
-        return row[:, -count:]
+        return cos.to(states.device), sin.to(states.device)
+
+    @torch.no_grad()
+    def _keys_ahead(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+        """(B, M, kv_heads * head_dim) keys of the current slots in the layer about to run."""
+        states = self._states_ahead(index, hidden)
+        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
+        keys = decoder_keys(attention, states, self._rotary_ahead(state, index, states, kwargs))
+        state.projected.append(index - 1)
+        return keys.transpose(1, 2).flatten(2)
+
+    @torch.no_grad()
+    def _global_row(self, state: _Pass, span: _Span, index: int, hidden: Tensor) -> Tensor:
+        """(M,) attention of the mean state up to an image's last token, in the layer about to run.
+
+        Queries and keys are not rotated.  The query of the mean is the mean of the queries.
+        """
+        states = self._states_ahead(index, hidden[span.row])
+        columns = state.columns[span.row].to(states.device)
+        seen = (columns >= 0) & (columns <= span.columns[-1].to(states.device))
+        mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
+        both = torch.cat([states, mean.to(states)[None]])[None]
+        still = torch.ones_like(both[..., : self.shape.head_dim])
+        asking = torch.tensor([len(states)], device=states.device)
+        visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
+        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
+        row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
+        state.asked.append((span.row, index - 1, 1, True))
+        return row[0, :-1]
 
     def _recall(self, state: _Pass, span: _Span, index: int) -> Selection | None:
         """What was chosen when this very prompt ran before, without a KV cache."""
@@ -910,7 +1014,7 @@ class _Session:
         images = [(span.row, span.layout, span.index) for span in state.spans]
         towers = [(span.row, span.layout.views, span.tokens.encoding) for span in state.spans]
         entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
-        asked = state.asked
+        asked, projected = state.asked, state.projected
         plain = encoder_flops([self.adapter.vision_tokens] * self.vision.layers, self.vision)
 
         def tower(run: Encoding | None) -> float:
@@ -929,6 +1033,7 @@ class _Session:
                 selector = spent[row]
                 if before:
                     selector += sum(self._row_flops(tokens[layer], new) for layer, new in read)
+                    selector += sum(self._row_flops(tokens[layer], True, 0) for layer in projected)
                 for where, layer, queries, new in asked:
                     if where == row:
                         selector += self._row_flops(tokens[layer], new, queries)
@@ -963,6 +1068,11 @@ class _Session:
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
+
+
+def _counted(visible: Tensor, sizes: Tensor | None) -> Tensor:
+    """Which keys may be looked at, merged ones as often as ``sizes`` says."""
+    return visible if sizes is None else visible * sizes.to(visible.device)
 
 
 def _argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:

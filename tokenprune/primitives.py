@@ -17,9 +17,13 @@ __all__ = [
     "central_members",
     "cover",
     "density_peaks",
+    "dispersed",
     "dithered",
     "dpp_greedy_map",
     "evenly_spaced",
+    "group_means",
+    "kernel_density",
+    "least_cutoff",
     "max_min_diversity",
     "merge_weighted",
     "normalise",
@@ -27,8 +31,10 @@ __all__ = [
     "patches_by_view",
     "project_thumbnail",
     "region_sums",
+    "segments",
     "spread",
     "summary_distance",
+    "top",
     "top_per_view",
 ]
 
@@ -64,6 +70,19 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
     view = layout.view[ranked]
     kept = ranked[_rank_in_group(view) < counts.to(view.device)[view]]
     return kept.sort().values
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Sorted indices of the ``count`` highest of the scores (P,), earlier ones first on ties."""
+    order = scores.float().argsort(descending=True, stable=True)
+    return order[:count].sort().values
+
+
+def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(groups, D) mean of the vectors (P, D) of every group (P,) in float32, 0 of an empty one."""
+    sums = vectors.new_zeros(groups, vectors.shape[1], dtype=torch.float32)
+    sums = sums.index_add_(0, group, vectors.float())
+    return sums / torch.bincount(group, minlength=groups).clamp(min=1)[:, None]
 
 
 def patches_by_view(layout: TokenLayout) -> list[Tensor]:
@@ -277,7 +296,97 @@ def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
     return order[chosen]
 
 
-def density_peaks(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def kernel_density(distance: Tensor, width: float = 2.0) -> Tensor:
+    """(P,) ``sum_j exp(-(d_ij / width)²)`` of distances (P, P)."""
+    return (-(distance / width).square()).exp().sum(1)
+
+
+def dispersed(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
+    """The points that, densest first, are farther than ``cutoff`` from all chosen before.
+
+    Every other point lies within ``cutoff`` of a chosen one.  Found in rounds over all points, of
+    which there are few: whoever is denser than all undecided points nearby is chosen, and decides
+    them.  That gives what a walk from point to point gives (the centres of DBDPC, arXiv 2504.08966,
+    algorithm 2; the earlier of equally dense points counts as denser).
+
+    Args:
+        distance: (P, P) symmetric.
+        density: (P,).
+        cutoff: At least 0.
+
+    Returns:
+        (P,) bool.
+    """
+    rank = torch.empty(len(density), dtype=torch.long, device=density.device)
+    order = density.argsort(descending=True, stable=True)
+    rank[order] = torch.arange(len(density), device=density.device)
+    near = (distance <= cutoff).fill_diagonal_(False)
+    denser = near & (rank[None] < rank[:, None])
+    chosen = torch.zeros_like(near[0])
+    free = ~chosen
+    while free.any():
+        new = free & ~(denser & free).any(1)
+        chosen |= new
+        free &= ~new & ~(near & new).any(1)
+    return chosen
+
+
+def least_cutoff(
+    distance: Tensor, density: Tensor, count: int, least: float = 0.0
+) -> tuple[float, Tensor]:
+    """The smallest cutoff, at least ``least``, at which at most ``count`` points are `dispersed`.
+
+    Found by halving [``least``, largest distance] 16 times.
+
+    Args:
+        distance, density: As in `dispersed`.
+        count: At least 1.
+        least: Where to begin.
+
+    Returns:
+        The cutoff, and what `dispersed` gives for it.
+    """
+    low, high = least, max(least, float(distance.max()))
+    found = dispersed(distance, density, low)
+    if int(found.sum()) <= count:
+        return low, found
+    found = dispersed(distance, density, high)
+    for _ in range(16):
+        middle = (low + high) / 2
+        tried = dispersed(distance, density, middle)
+        if int(tried.sum()) <= count:
+            high, found = middle, tried
+        else:
+            low = middle
+    return high, found
+
+
+def segments(gain: Tensor) -> list[tuple[int, int]]:
+    """The cut of a sequence of F into runs whose gains sum to the most (dynamic programming).
+
+    Args:
+        gain: (F, F), of the run from ``s`` to ``e`` inclusive at ``[s, e]``; 0 of a single entry.
+
+    Returns:
+        First and last entry of every run, in order.  Of equally good ones the shortest last run.
+    """
+    table = gain.tolist()
+    best, start = [0.0], []
+    for end in range(len(table)):
+        options = [best[first] + table[first][end] for first in range(end, -1, -1)]
+        most = max(options)
+        best.append(most)
+        start.append(end - options.index(most))
+    runs, end = [], len(table) - 1
+    while end >= 0:
+        runs.append((start[end], end))
+        end = start[end] - 1
+    return runs[::-1]
+
+
+def density_peaks(
+    vectors: Tensor, count: int, neighbours: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cluster around points that are dense and far from denser ones.
 
     With ``d`` the Euclidean distance over the root of the dimension, the density of a point is
@@ -290,6 +399,7 @@ def density_peaks(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Args:
         vectors: (P, D); compared in float32.
         count: Number of clusters, in [1, P].
+        neighbours: How many nearest points make the density instead, at most ``count``.
 
     Returns:
         (count,) indices of the centres, best first, and (P,) cluster of every point.
@@ -297,7 +407,8 @@ def density_peaks(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
     points = vectors.float()
     distance = torch.cdist(points, points) / points.shape[1] ** 0.5
     distance = torch.maximum(distance, distance.T).fill_diagonal_(0)  # rounding is not symmetric
-    density = (-distance.topk(count, largest=False).values.square().mean(-1)).exp()
+    nearest = count if neighbours is None else min(neighbours, count)
+    density = (-distance.topk(nearest, largest=False).values.square().mean(-1)).exp()
     rank = torch.empty_like(density, dtype=torch.long)
     place = torch.arange(len(points), device=points.device)
     rank[density.argsort(descending=True, stable=True)] = place

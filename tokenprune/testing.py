@@ -364,9 +364,11 @@ def reference(
     attention: dict[Signal, Tensor] = {}  # by asking and asked column
     vectors: dict[Signal, Tensor] = {}  # by column
     everything = torch.cat(places) if places else columns[:0]
-    before: dict[Signal, Tensor] = {}  # what text asks in the layer before, by both columns
+    # Of the layer before, by asking and asked column: attention of all heads, and rotation alone.
+    before: tuple[Tensor, Tensor] | None = None
+    sizes = torch.ones(len(ids))  # how often attention counts a column
 
-    def cut(part: Compressor) -> None:
+    def cut(part: Compressor, ahead: nn.Module | None = None) -> None:
         nonlocal hidden, columns, positions
         stays = torch.ones(len(columns), dtype=torch.bool)
         for index, tokens in enumerate(images):
@@ -377,13 +379,31 @@ def reference(
             behind = (columns > last[index]) & (columns <= askers[index])
             text = columns[behind & ~torch.isin(columns, everything)]
             seen |= {signal: values[places[index]] for signal, values in vectors.items()}
-            for signal, square in before.items():
-                seen[signal] = square[text][:, places[index]].transpose(0, 1)
+            if before is not None:
+                every, turned = before
+                asked = every[:, text][..., places[index]]
+                patches = places[index][tokens.layout.patches]
+                given = {
+                    "llm_text": asked.mean(0).T,
+                    "llm_text_heads": asked.permute(2, 1, 0),
+                    "llm_text_rotary": turned[text][:, places[index]].T,
+                    "llm_cross": asked.amax(0).mean(0),
+                    "llm_self": every[:, patches][..., places[index]].amax(0).mean(0),
+                }
+                seen |= {one: given[one.name] for one in part.needs if one.name in given}
+            if ahead is not None and Signal("llm_global") in part.needs:
+                upto = hidden[columns <= last[index]]
+                query, key = (_decoder_projected(ahead, upto, name) for name in "qk")
+                key = key.repeat_interleave(len(query) // len(key), dim=0)
+                logits = (query.mean(1, keepdim=True) @ key.mT)[:, 0] / query.shape[-1] ** 0.5
+                seen[Signal("llm_global")] = logits.softmax(-1).mean(0)[slots]
             tokens = replace(tokens, text={s: values[text] for s, values in vectors.items()})
             tokens = replace(tokens, features=hidden[slots], signals={**tokens.signals, **seen})
             chosen = part(tokens)
             if chosen.features is not None:
                 hidden[slots[chosen.keep]] = chosen.features
+            if chosen.sizes is not None:
+                sizes[places[index][chosen.keep]] = chosen.sizes
             stays[slots] = False
             stays[slots[chosen.keep]] = True
             images[index] = tokens.take(chosen.keep)
@@ -419,19 +439,26 @@ def reference(
                 if adapter.cut_layer(where) == index:
                     rotary = language.rotary_emb(hidden[None], positions[None])
                     square = torch.full((len(ids), len(ids)), torch.nan)
-                    square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+                    heads = _decoder_attention(layer, hidden, rotary, sizes[columns])
+                    square[columns[:, None], columns] = heads.mean(0)
                     attention[Signal("llm_ahead")] = square
+                    if Signal("llm_keys_ahead") in part.needs:
+                        keys = _decoder_keys(layer, hidden, rotary)
+                        ahead = torch.full((len(ids), keys.shape[1]), torch.nan)
+                        ahead[columns] = keys
+                        vectors[Signal("llm_keys_ahead")] = ahead
                     states = torch.full((len(ids), hidden.shape[1]), torch.nan)
                     states[columns] = language.norm(hidden)
                     vectors[Signal("llm_states")] = states
-                    cut(part.at(where))
+                    cut(part.at(where), layer)
         seen_positions.append(positions)
         rotary = language.rotary_emb(hidden[None], positions[None])
-        for signal in compressor.needs:
-            if signal.name.startswith("llm_text"):
-                asked = _asked_by_text(signal, layer, hidden, rotary)
-                before[signal] = torch.full((len(ids), len(ids), *asked.shape[2:]), torch.nan)
-                before[signal][columns[:, None], columns] = asked
+        heads = _decoder_attention(layer, hidden, rotary, sizes[columns])
+        every = torch.full((len(heads), len(ids), len(ids)), torch.nan)
+        every[:, columns[:, None], columns] = heads
+        turned = torch.full((len(ids), len(ids)), torch.nan)
+        turned[columns[:, None], columns] = _rotation_alone(rotary)
+        before = every, turned
         for signal in compressor.needs:
             if signal.name == "llm_keys" and signal.layer == index:
                 rotated = _decoder_keys(layer, hidden, rotary)
@@ -439,12 +466,12 @@ def reference(
                 vectors[signal][columns] = rotated
             if signal.name == "llm_attention" and signal.layer == index:
                 square = torch.full((len(ids), len(ids)), torch.nan)
-                square[columns[:, None], columns] = _decoder_attention(layer, hidden, rotary)
+                square[columns[:, None], columns] = heads.mean(0)
                 attention[signal] = square
         causal = torch.full((len(hidden), len(hidden)), -torch.inf).triu(1)
         hidden = layer(
             hidden[None],
-            attention_mask=causal[None, None],
+            attention_mask=(causal + sizes[columns].log())[None, None],
             position_ids=positions[None],
             position_embeddings=rotary,
         )[0]
@@ -554,52 +581,49 @@ def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
     return full[:, 0, first:] if signal.needs_cls else full.mean(1)[:, first:]
 
 
-def _asked_by_text(
-    signal: Signal, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]
-) -> Tensor:
-    """(M, M) or (M, M, heads) of a signal in a decoder layer, by asking and asked entry."""
-    if signal.name == "llm_text_rotary":
-        pairs = [part[0][:, : part.shape[-1] // 2] for part in rotary]
-        angle = torch.atan2(pairs[1], pairs[0])  # of every pair of channels
-        turned = (angle[:, None] - angle[None]).cos().sum(-1)
-        result: Tensor = 2 * turned / rotary[0].shape[-1] ** 0.5
-        return result
-    heads = _heads_attention(layer, hidden, rotary)
-    return heads.movedim(0, -1) if signal.name == "llm_text_heads" else heads.mean(0)
+def _rotation_alone(rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """(M, M) products of all-one queries and keys, rotated, over the root of their width."""
+    pairs = [part[0][:, : part.shape[-1] // 2] for part in rotary]
+    angle = torch.atan2(pairs[1], pairs[0])  # of every pair of channels
+    turned = (angle[:, None] - angle[None]).cos().sum(-1)
+    result: Tensor = 2 * turned / rotary[0].shape[-1] ** 0.5
+    return result
 
 
-def _decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(M, M) attention of a decoder layer, mean over heads, as eager attention computes it."""
-    return _heads_attention(layer, hidden, rotary).mean(0)
-
-
-def _heads_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(heads, M, M) attention of a decoder layer."""
+def _decoder_projected(layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
+    """(heads, M, head_dim) queries (``q``) or keys (``k``) of a decoder layer, not rotated."""
     attention: Any = layer.self_attn
     states = layer.get_submodule("input_layernorm")(hidden)
-    cos, sin = rotary[0][0], rotary[1][0]
+    out = attention.get_submodule(f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+    heads: Tensor = out.transpose(0, 1)
+    return heads
 
-    def heads(name: str) -> Tensor:
-        out: Tensor = getattr(attention, name)(states).unflatten(-1, (-1, attention.head_dim))
-        out = out.transpose(0, 1)
-        left, right = out.chunk(2, dim=-1)
-        return out * cos + torch.cat([-right, left], dim=-1) * sin
 
-    query, key = heads("q_proj"), heads("k_proj")
+def _decoder_rotated(
+    layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], name: str
+) -> Tensor:
+    """The same, rotated."""
+    out = _decoder_projected(layer, hidden, name)
+    left, right = out.chunk(2, dim=-1)
+    return out * rotary[0][0] + torch.cat([-right, left], dim=-1) * rotary[1][0]
+
+
+def _decoder_attention(
+    layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], sizes: Tensor
+) -> Tensor:
+    """(heads, M, M) attention of a decoder layer, as eager attention computes it, in which the
+    weight of a key counts as often as ``sizes`` (M,) says."""
+    query, key = (_decoder_rotated(layer, hidden, rotary, name) for name in "qk")
     key = key.repeat_interleave(len(query) // len(key), dim=0)
-    logits: Tensor = query @ key.mT / attention.head_dim**0.5
-    future = torch.ones(len(hidden), len(hidden), dtype=torch.bool).triu(1)
-    return logits.masked_fill(future, -torch.inf).softmax(-1)
+    logits: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+    past = torch.ones(len(hidden), len(hidden), dtype=torch.bool).tril()
+    weight = (logits - logits.amax(-1, keepdim=True)).exp() * past * sizes
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def _decoder_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """(M, kv_heads * head_dim) rotated keys of a decoder layer."""
-    attention: Any = layer.self_attn
-    states = layer.get_submodule("input_layernorm")(hidden)
-    keys: Tensor = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
-    left, right = keys.chunk(2, dim=-1)
-    cos, sin = rotary[0][0][:, None], rotary[1][0][:, None]
-    return (keys * cos + torch.cat([-right, left], dim=-1) * sin).flatten(1)
+    return _decoder_rotated(layer, hidden, rotary, "k").transpose(0, 1).flatten(1)
 
 
 # -- what the checks have in common --------------------------------------------------------------
@@ -770,7 +794,7 @@ def check_budget(compressor: Compressor) -> None:
 
 
 def check_keeps_what_stands_out(compressor: Compressor) -> None:
-    """A token that all attention goes to is kept: the ranking is not upside down."""
+    """A token that all attention goes to is kept or merged: the ranking is not upside down."""
     for part in compressor.stages():
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
@@ -785,11 +809,21 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
                     tokens.layout.is_separator, torch.nan
                 )
                 signals[signal][token] = 1.0
-            keep = _select(part, replace(tokens, signals=signals)).keep
-            assert token in keep.tolist(), (
+            tokens = replace(tokens, signals=signals)
+            chosen = _select(part, tokens)
+            assert token in chosen.keep.tolist() or _merges(part, tokens, token), (
                 f"{part.label} drops the one token that gets all of {[s.name for s in scalars]} "
                 f"(layout {name!r}); is the ranking inverted?"
             )
+
+
+def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
+    """Whether what is kept shows something of ``token``."""
+    nudged = tokens.features.clone()
+    nudged[token] *= 1.001
+    shown = _select(part, tokens).features
+    other = _select(part, replace(tokens, features=nudged)).features
+    return shown is not None and other is not None and not torch.equal(shown, other)
 
 
 def check_follows_content(compressor: Compressor) -> None:

@@ -48,8 +48,13 @@ class Signal:
             that each of the T text tokens behind the image pays to the entries, softmaxed, mean
             over heads, in the layer that ran just before the selection; ``llm_text_heads``,
             (N, T, heads), is the same of every head, and ``llm_text_rotary``, (N, T), what rotary
-            positions alone make of all-one queries and keys there (`rotary_product`).
-            ``llm_inputs`` asks for `VisualTokens.inputs`.  Of the prompt's text alone, hence in
+            positions alone make of all-one queries and keys there (`rotary_product`);
+            ``llm_cross`` (N,) is the mean over these text tokens, and ``llm_self`` (N,) over the
+            image's patch tokens, of the largest attention of any head there.  ``llm_keys_ahead``
+            are the keys of the layer that the selection stands in front of, and ``llm_global`` is
+            the attention that the mean of all states up to the image's last token pays there to
+            them, without rotation, softmaxed over the same, mean over heads.  ``llm_inputs`` asks
+            for `VisualTokens.inputs`.  Of the prompt's text alone, hence in
             `VisualTokens.text`, are ``llm_prompt``, the input embeddings (T, D) of the text behind
             the image, known in front of the language model too, and ``clip_text``, the embeddings
             (M, E) of the question in CLIP's joint space, to which ``clip_patches`` (N, E) belong;
@@ -75,6 +80,10 @@ class Signal:
         "llm_text",
         "llm_text_heads",
         "llm_text_rotary",
+        "llm_self",
+        "llm_cross",
+        "llm_global",
+        "llm_keys_ahead",
         "llm_inputs",
         "llm_prompt",
         "clip_patches",
@@ -100,6 +109,7 @@ class Signal:
             "joint_keys",
             "unprojected",
             "llm_keys",
+            "llm_keys_ahead",
             "llm_states",
             "llm_text",
             "llm_text_heads",

@@ -1,0 +1,97 @@
+"""FitPrune: after every layer drop what neither the image nor the text attends to.
+
+Paper:  https://arxiv.org/abs/2409.10197 (AAAI 2025)
+Code:   https://github.com/ywh187/FitPrune, llava/model/language_model/modeling_llama.py and
+        llava/eval/statistical_analysis.py (d28e418)
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from tokenprune.budget import left_at
+from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.errors import UserError
+from tokenprune.primitives import top
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+SELF, CROSS = Signal("llm_self"), Signal("llm_cross")
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@register("fitprune")
+@dataclass(frozen=True, kw_only=True)
+class FitPrune(Compressor):
+    """Behind layer ``i`` of ``n + 1`` keep the largest products of self- and cross-attention.
+
+    With ``A`` the largest attention of any head in the layer that just ran, the score of ``j`` is
+    ``mean_i A_ij`` over the image's tokens ``i`` times ``mean_t A_tj`` over the text behind it.
+    Of the ``P`` tokens that entered, ``floor(R^e P)`` are left behind the ``i``-th cut, where
+    ``e = i / n`` drops the same share everywhere, and a fitted schedule that leaves the shares
+    ``s_1 .. s_n`` gives ``e = log s_i / log s_n``: its shape is kept and R is what is left at the
+    end.  The ledger tells the average over layers.
+
+    Args:
+        steps: ``n``, cuts at ``i / (n + 1)`` of the depth.  Official: every layer of 32.
+        shares: A fitted schedule instead, one share for every cut, for instance from the official
+            procedure.
+        cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 31
+    shares: tuple[Share, ...] = ()
+    cut: Annotated[int, Field(ge=0)] = 0
+
+    stage: ClassVar[Stage] = Stage.LLM
+    card = Card(
+        paper="FitPrune",
+        arxiv="2409.10197",
+        code="https://github.com/ywh187/FitPrune (d28e418)",
+        deviations=(
+            "How many go in which layer is geometric unless shares are given; officially a table "
+            "fitted to LLaVA-1.5 for one reduction of FLOPs each.",
+            "Tokens leave behind the layer whose attention ranks them; officially behind its "
+            "attention, which saves its MLP and changes nothing else.",
+            "Every image and row is ranked by itself. Separators are not ranked and do not rank.",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rising = any(late > early for early, late in pairwise(self.shares))
+        if self.shares and (rising or self.shares[-1] == 1):
+            raise UserError(
+                f"fitprune: shares must fall from layer to layer to less than 1, got {self.shares}."
+            )
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        number = len(self.shares) or self.steps
+        return tuple(i / (number + 1) for i in range(1, number + 1))
+
+    def at(self, cut: int | float) -> Compressor:
+        return replace(self, cut=1 + self.cuts.index(float(cut)))
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({SELF, CROSS})
+
+    @property
+    def _way(self) -> float:
+        """How much of the way to R is gone behind this cut."""
+        if not self.cut:
+            return 1.0
+        if self.shares:
+            return math.log(self.shares[self.cut - 1]) / math.log(self.shares[-1])
+        return self.cut / self.steps
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        patches = tokens.layout.patches
+        seen, asked = (tokens[signal][patches].float() for signal in (SELF, CROSS))
+        if not asked.any():
+            raise UserError("fitprune needs text behind the image, whose attention ranks it.")
+        return Selection(patches[top(seen * asked, left_at(tokens, self.retention, self._way))])

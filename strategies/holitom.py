@@ -1,0 +1,123 @@
+"""HoliTom: what stands still over frames is merged once, the rest is pruned by attention.
+
+Paper:  https://arxiv.org/abs/2505.21334 (NeurIPS 2025)
+Code:   https://github.com/cokeshao/HoliTom, holitom/llava_arch.py (e9b2972)
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from tokenprune.budget import apportion, budget
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.primitives import density_peaks, group_means, patches_by_view, segments, top
+from tokenprune.registry import Card, register
+from tokenprune.tokens import Signal, VisualTokens
+
+
+@register("holitom")
+@dataclass(frozen=True, kw_only=True)
+class HoliTom(Compressor):
+    """Segments of frames share the tokens of the places that do not change in them.
+
+    A place is static in frames ``s .. e`` if the cosine of its tokens in any two neighbouring ones
+    is larger than ``tau``; that saves ``e - s`` tokens.  The video is cut into the segments that
+    save the most.  Static tokens become one, their mean over the segment; of these, and of the
+    other tokens of every frame, an equal share is left, such that ``floor(R * P)`` are left in
+    all.  Static ones are clustered (`density_peaks` over ``neighbours``), a cluster being
+    ``beta`` times its centre plus ``1 - beta`` times the mean of its other members, in the first
+    frame of the segment; of the others those stay that receive the most attention.
+
+    Views of an image share nothing: they are pruned by attention.
+
+    Args:
+        tau: Official: 0.8 for LLaVA-OneVision, 0.65 for LLaVA-Video.
+        beta: Official: 0.6.
+        neighbours: Official: 7.
+        layer: Encoder layer whose attention ranks.  Official: the last one.
+    """
+
+    tau: Annotated[float, Field(ge=-1, le=1)] = 0.8
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.6
+    neighbours: Annotated[int, Field(ge=1)] = 7
+    layer: int = -1
+
+    positional = True  # frames are neighbours
+    card = Card(
+        paper="HoliTom (before the language model)",
+        arxiv="2505.21334",
+        code="https://github.com/cokeshao/HoliTom (e9b2972)",
+        deviations=(
+            "The budget is kept exactly, by largest remainders; officially counts are rounded up "
+            "frame by frame, and R has to be found by trial.",
+            "Tokens stay in their places; officially those of a segment's static places come "
+            "first.",
+            "Equally dense tokens rank by place; officially random noise decides.",
+            "No dynamic tokens are clustered, as in the official settings (D = 0). Merging inside "
+            "the language model is not part of it; chain it with an llm strategy.",
+            "Images, which the official code leaves alone, are pruned by attention.",
+        ),
+    )
+
+    @property
+    def saliency(self) -> Signal:
+        """What ranks dynamic tokens."""
+        return Signal("received", self.layer)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({self.saliency})
+
+    def flops(self, tokens: VisualTokens) -> float:
+        patches, dim = len(tokens.layout.patches), tokens.features.shape[1]
+        # Neighbouring frames, and at worst every segment's distances between all places.
+        return 2.0 * patches * dim * (1 + max(tokens.layout.view_sizes))
+
+    def windows(self, tokens: VisualTokens) -> list[tuple[list[Tensor], Tensor]]:
+        """For every segment the patch indices of its frames, and (L,) which places are static."""
+        views = patches_by_view(tokens.layout)
+        moving = [([patches], patches.new_zeros(len(patches)).bool()) for patches in views]
+        if tokens.layout.modality != "video" or len(views) == 1:
+            return moving
+        frames = tokens.features.float()[torch.stack(views)]
+        still = F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau
+        saved = torch.zeros(len(views), len(views))
+        for first in range(len(views) - 1):
+            static = still[first:].cumprod(0).sum(1).cpu()
+            saved[first, first + 1 :] = static * torch.arange(1, len(static) + 1)
+        runs = segments(saved)
+        static_places = [still[s:e].all(0) if e > s else moving[s][1] for s, e in runs]
+        return [(views[s : e + 1], one) for (s, e), one in zip(runs, static_places, strict=True)]
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        scores, groups = tokens[self.saliency].float(), []
+        for frames, static in self.windows(tokens):
+            groups.append((torch.stack(frames)[:, static], True))
+            groups.extend((patches[~static][None], False) for patches in frames)
+        sizes = [places.shape[1] for places, _ in groups]
+        total = min(budget(len(tokens.layout.patches), self.retention), sum(sizes))
+        kept, features = [], []
+        for (places, static), count in zip(groups, apportion(total, sizes), strict=True):
+            if static and count:
+                chosen, vectors = self._clustered(tokens.features[places].float().mean(0), count)
+            else:
+                chosen = top(scores[places[0]], count)
+                vectors = tokens.features[places[0, chosen]].float()
+            kept.append(places[0, chosen])
+            features.append(vectors)
+        keep, order = torch.cat(kept).sort()
+        return Selection(keep, torch.cat(features)[order].to(tokens.features))
+
+    def _clustered(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` centres among the vectors (P, D), and what their clusters become."""
+        centres, cluster = density_peaks(vectors, count, self.neighbours)
+        others = torch.ones_like(cluster, dtype=torch.bool)
+        others[centres] = False
+        means = group_means(vectors[others], cluster[others], count)
+        alone = torch.bincount(cluster[others], minlength=count) == 0
+        means = torch.where(alone[:, None], vectors[centres], means)
+        return centres, self.beta * vectors[centres] + (1 - self.beta) * means
