@@ -164,8 +164,8 @@ def paired_bias(
     middle, which lies in the middle of a reversed sequence as well.
 
     Args:
-        kept_before: (n,) bool, of the content units of all images.
-        kept_after: (n,) bool, of the same units at their other places.
+        kept_before: (n,) bool (or weights), of the content units of all images.
+        kept_after: (n,) the same at their other places.
         position_before: (n,) in [0, 1].
         position_after: (n,) in [0, 1].
         image: (n,) what each unit belongs to.
@@ -276,7 +276,7 @@ def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         the number of images that have one, ``content_agreement`` and ``position_agreement``.
         Values stand beside their 95 % intervals (``_low``, ``_high``).
 
-        A view that a budget's rounding alone gave one token more or less counts as unchanged
+        What rounding does to equal budgets of views is taken out of the comparison of conditions
         (`_without_rounding`).
 
         The row `ALL` of each level has the mean of every image's equivariance over the conditions,
@@ -344,8 +344,9 @@ def _compared(
     by_content, by_position = origin["kept"].to_numpy(bool), same["kept"].to_numpy(bool)
     names = known["image"].to_numpy()
     views = known.groupby(["image", "view"], sort=False, observed=True).ngroup().to_numpy()
-    now = _without_rounding(by_content, by_position, known["kept"].to_numpy(bool), views)
-    bias = paired_bias(by_content, now, origin["position"], known["position"], names, seed=seed)
+    now = known["kept"].to_numpy(bool)
+    now, before, after = _without_rounding(by_content, by_position, now, views, names)
+    bias = paired_bias(before, after, origin["position"], known["position"], names, seed=seed)
     of = known.reset_index(drop=True).groupby("image", observed=True).indices
     agreed = [_agreement(by_content[of[i]], by_position[of[i]], now[of[i]]) for i in bias.images]
     images = pd.DataFrame(agreed, columns=list(Agreement._fields), dtype=float)
@@ -354,19 +355,43 @@ def _compared(
     return figures, images
 
 
-def _without_rounding(by_content: Array, by_position: Array, now: Array, views: Array) -> Array:
-    """(n,) what is kept now, as if a view's odd token had moved with its content.
+def _without_rounding(
+    by_content: Array, by_position: Array, now: Array, views: Array, images: Array
+) -> tuple[Array, Array, Array]:
+    """Take out what the rounding of equal budgets does to an image's views.
 
-    Where a budget is the same for all views but does not divide evenly, allocators give the tokens
-    left over to earlier views.  A view that keeps as many as it did, one more or one less than
-    content alone would have had it, and is otherwise the choice by content, was rounded only;
-    counted as it stands, it would make the plainest choice by content look significantly biased.
-    The shares and slopes of each condition are left as they are.
+    Where all views have the same budget but it does not divide evenly, allocators give the tokens
+    left over to earlier views.  That is a preference for places, but of a single token and none of
+    the ranking's doing; counted as it stands, it would make the plainest choice by content, or one
+    at random, look significantly biased.  It is taken for rounding where every view of an image
+    keeps as many tokens as it did with its original content, at least one, and none keeps more than
+    one token more or less than the view its content comes from did.  The shares and slopes of each
+    condition are left as they are.
+
+    Args:
+        by_content, by_position, now: (n,) bool, what content alone and position alone would keep
+            at each place, and what is kept.
+        views: (n,) int from 0, numbers of the views (of all images) that the places lie in.
+        images: (n,) what image the places lie in.
+
+    Returns:
+        (n,) bool what is kept, with the odd token of a view that is otherwise the choice by content
+        moved along; and (n,) what is kept before and after, weighted so that both sum to the same
+        in every view that was rounded, for `paired_bias`.
     """
-    counts = [np.bincount(views, one) for one in (now, by_position, by_content, now & by_content)]
+    counts = (np.bincount(views, one) for one in (now, by_position, by_content, now & by_content))
     have, had, due, shared = counts
-    rounded = (have == had) & (abs(have - due) == 1) & (shared == np.minimum(have, due))
-    return np.where(rounded[views], by_content, now)
+    codes, names = pd.factorize(images)
+    of = np.zeros(len(have), dtype=int)
+    of[views] = codes
+    same = (have == had) & ((have == due) | ((abs(have - due) == 1) & (np.minimum(have, due) > 0)))
+    even = np.bincount(of, ~same, len(names)) == 0
+    rounded = even[of] & (have != due)
+    now = np.where((rounded & (shared == np.minimum(have, due)))[views], by_content, now)
+    have = np.bincount(views, now)
+    middle = np.where(rounded, (have + due) / 2, 1.0)
+    scale = [middle / np.where(rounded, count, 1.0) for count in (due, have)]
+    return now, by_content * scale[0][views], now * scale[1][views]
 
 
 def _closing(images: pd.DataFrame, p: float, seed: int) -> dict[Hashable, Any]:

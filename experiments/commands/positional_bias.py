@@ -191,7 +191,7 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
-    for name in ("slope (95 %)", "p", "follows", f"first {slot}", f"last {slot}"):
+    for name in ("slope (95 %)", "p", "follows", "first", "last"):
         table.add_column(name, justify="right", no_wrap=True)
     for retention, method, rows in _cells(statistics):
         normal = _row(rows, NORMAL, NORMAL)
@@ -200,10 +200,10 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
         table.add_row(
             percent(retention, None),
             method_label(method),
-            f"{_signed(normal['slope'])} ({_signed(normal['slope_low'])} to "
-            f"{_signed(normal['slope_high'])})",
+            f"{_signed(normal['slope'])} [{_signed(normal['slope_low'])}, "
+            f"{_signed(normal['slope_high'])}]",
             _p_value(both[0]["p"]),
-            " / ".join(_number(one["equivariance"]) for one in both),
+            "/".join(_number(one["equivariance"]) for one in both),
             *(f"{_share(normal[end])} → {_share(reversed_[end])}" for end in ("first", "last")),
         )
     return table
@@ -214,8 +214,9 @@ def _by_condition(statistics: pd.DataFrame) -> Table:
 
     table = new_table(
         title="What the choice follows, by condition",
-        caption="Selector alone / whole pipeline, 1 content, ½ neither, 0 place, - cannot be told; "
-        "* place matters in the selector, p < 0.05; ** p < 1e-6.",
+        caption="Selector/pipeline, 1 content, ½ neither, 0 place, - cannot be told; then by how "
+        "much the keep probability changes as the same content moves from the first to the last "
+        "place (selector; linear; * p < 0.05, ** p < 1e-6).",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
@@ -228,8 +229,8 @@ def _by_condition(statistics: pd.DataFrame) -> Table:
             selector, pipeline = (_row(rows, name, level) for level in ("selector", "pipeline"))
             mark = "**" if selector["p"] < 1e-6 else "*" if selector["p"] < 0.05 else ""
             figures.append(
-                f"{_number(selector['equivariance'])} / {_number(pipeline['equivariance'])}"
-                f"{mark:<2}"
+                f"{_number(selector['equivariance'])}/{_number(pipeline['equivariance'])} "
+                f"{_signed(selector['paired_slope'])}{mark:<2}"
             )
         table.add_row(percent(retention, None), method_label(method), *figures)
     return table
