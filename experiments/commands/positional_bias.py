@@ -1,0 +1,273 @@
+"""``tokenprune positional-bias``: content or place, on the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenprune.terminal import (
+    FAILED,
+    OK,
+    ManyValues,
+    app,
+    as_exit_status,
+    method_label,
+    new_table,
+    percent,
+    progress,
+    quiet,
+    ratio,
+    split_specs,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tokenprune.experiments.positional_bias import Outcome, Request
+
+__all__ = ["positional_bias", "tables"]
+
+
+@app.command("positional-bias", cls=ManyValues)
+def positional_bias(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[IMAGE]...",
+            help="Your own images, in front of the options. [default: the testbed's]",
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")
+    ] = "testbed-next",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="SPEC...",
+            help="Methods with options, or chains: 'globalcom2@0.5 + fastv@0.5'. "
+            "[default: uniform random last fastv globalcom2]",
+        ),
+    ] = None,
+    retention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--retention",
+            "-r",
+            metavar="R...",
+            help="Shares of patch tokens to keep, in (0, 1]. [default: 0.25]",
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(help="How many images. [default: 60 of the testbed, or all of your own]"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own questions, JSON lines as for compare; each image or video is used once.",
+        ),
+    ] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(metavar="image|video", help="[default: image, or all of --data]"),
+    ] = None,
+    conditions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--conditions",
+            metavar="C...",
+            help="Of reversed-crops, reversed-frames, flip-lr, flip-tb. [default: all]",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Prompts run at once. [default: 50 on a testbed, otherwise 4]"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Draws the testbed's images and the bootstrap samples.")
+    ] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of the run. [default: one in runs/, named after it]"
+        ),
+    ] = None,
+) -> None:
+    """Test whether methods choose tokens by what they show or by where they lie.
+
+    Shows every method the same content at other places: crops (or frames) in reversed order,
+    flipped images. Prints how the share kept rises along the sequence, whether place matters, and
+    what the choice follows; writes tables and plots to a folder.
+
+    Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
+    """
+    with as_exit_status():
+        asked: dict[str, Any] = {
+            "model": model,
+            "paths": tuple(paths or ()),
+            "data": data,
+            "images": images,
+            "modality": modality,
+            "batch_size": batch_size,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+            "out": out,
+        }
+        if methods:
+            asked["methods"] = tuple(split_specs(methods))
+        if retention:
+            asked["retention"] = tuple(map(ratio, split_specs(retention)))
+        if conditions:
+            asked["conditions"] = tuple(split_specs(conditions))
+
+        from tokenprune.experiments.positional_bias import Request
+
+        status = _run(Request(**asked))
+    raise typer.Exit(status)
+
+
+def _run(request: Request) -> int:
+    """Run the analysis, show it, and return the exit status."""
+    from tokenprune.experiments.positional_bias import run
+
+    quiet()
+    started = time.monotonic()
+    with progress() as report:
+        outcome = run(request, report)
+    console = Console()
+    for table in tables(outcome.result.statistics):
+        console.print(table, "")
+    for line in _remarks(outcome):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    seconds = time.monotonic() - started
+    console.print(
+        f"{seconds:.0f} s. Written to {outcome.folder}: tokens.parquet, statistics.csv, "
+        "profiles.csv, plots/",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+    return FAILED if outcome.result.failures else OK
+
+
+def _remarks(outcome: Outcome) -> Iterator[str]:
+    for (condition, level, why), count in outcome.result.skipped.items():
+        where = "" if condition == "all" else f" {condition} ({level})"
+        yield f"SKIPPED{where}: {count} image{'s' * (count != 1)} with {why}."
+    for (method, retention), failure in outcome.result.failures.items():
+        yield f"FAILED {method} at {retention:g}: {failure.error}"
+
+
+def tables(statistics: pd.DataFrame) -> Iterator[Table]:
+    """The findings as tables of at most 80 columns: in short, then condition by condition."""
+    for modality, part in statistics.groupby("modality", sort=False, observed=True):
+        yield _overview(part, str(modality))
+        yield _by_condition(part)
+
+
+def _overview(statistics: pd.DataFrame, modality: str) -> Table:
+    from tokenprune.experiments.position_statistics import ALL, NORMAL
+
+    slot = "frame" if modality == "video" else "crop"
+    turned = "reversed-frames" if modality == "video" else "reversed-crops"
+    table = new_table(
+        title=f"Positional bias, {statistics['images'].max():.0f} {modality}s",
+        caption="Slope: rise of the keep probability from the first to the last place of the "
+        "sequence, 95 % interval. p: that place has no influence on which content is kept "
+        f"(selector, all conditions). Follows: 1 content, ½ neither, 0 place; selector alone and "
+        f"whole pipeline. First and last {slot}: share kept in % in normal → reversed order.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("slope (95 %)", "p", "follows", "first", "last"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for retention, method, rows in _cells(statistics):
+        normal = _row(rows, NORMAL, NORMAL)
+        reversed_ = _row(rows, turned, "selector")
+        both = [_row(rows, ALL, level) for level in ("selector", "pipeline")]
+        table.add_row(
+            percent(retention, None),
+            method_label(method),
+            f"{_signed(normal['slope'])} [{_signed(normal['slope_low'])}, "
+            f"{_signed(normal['slope_high'])}]",
+            _p_value(both[0]["p"]),
+            "/".join(_number(one["equivariance"]) for one in both),
+            *(f"{_share(normal[end])} → {_share(reversed_[end])}" for end in ("first", "last")),
+        )
+    return table
+
+
+def _by_condition(statistics: pd.DataFrame) -> Table:
+    from tokenprune.experiments.position_statistics import ALL, NORMAL
+
+    table = new_table(
+        title="What the choice follows, by condition",
+        caption="Selector/pipeline, 1 content, ½ neither, 0 place, - cannot be told; then by how "
+        "much the keep probability changes as the same content moves from the first to the last "
+        "place (selector; linear; * p < 0.05, ** p < 1e-6).",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    conditions = [name for name in statistics["condition"].unique() if name not in (NORMAL, ALL)]
+    for name in conditions:
+        table.add_column(name, justify="right", no_wrap=True)
+    for retention, method, rows in _cells(statistics):
+        figures = []
+        for name in conditions:
+            selector, pipeline = (_row(rows, name, level) for level in ("selector", "pipeline"))
+            mark = "**" if selector["p"] < 1e-6 else "*" if selector["p"] < 0.05 else ""
+            figures.append(
+                f"{_number(selector['equivariance'])}/{_number(pipeline['equivariance'])} "
+                f"{_signed(selector['paired_slope'])}{mark:<2}"
+            )
+        table.add_row(percent(retention, None), method_label(method), *figures)
+    return table
+
+
+def _cells(statistics: pd.DataFrame) -> Iterator[tuple[float, str, pd.DataFrame]]:
+    for (retention, method), rows in statistics.groupby(
+        ["retention", "method"], sort=False, observed=True
+    ):
+        yield float(retention), str(method), rows
+
+
+def _row(rows: pd.DataFrame, condition: str, level: str) -> pd.Series:
+    """The row of a condition, or missing values."""
+    import pandas as pd
+
+    found = rows[(rows["condition"] == condition) & (rows["level"] == level)]
+    return found.iloc[0] if len(found) else pd.Series(float("nan"), index=rows.columns)
+
+
+def _missing(value: float) -> bool:
+    return value != value
+
+
+def _signed(value: float) -> str:
+    return "-" if _missing(value) else f"{value:+.2f}".replace("-", "−")
+
+
+def _number(value: float) -> str:
+    return "-" if _missing(value) else f"{value:.2f}"
+
+
+def _share(value: float) -> str:
+    return "-" if _missing(value) else f"{100 * value:.0f}"
+
+
+def _p_value(value: float) -> str:
+    if _missing(value):
+        return "-"
+    return f"{value:.0e}" if value < 0.001 else f"{value:.3f}"
