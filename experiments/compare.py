@@ -47,7 +47,17 @@ from tokenprune.registry import strategies
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
 
-__all__ = ["Outcome", "Report", "Request", "Runner", "asked", "cells", "compare", "run"]
+__all__ = [
+    "Outcome",
+    "Report",
+    "Request",
+    "Runner",
+    "Setting",
+    "cells",
+    "compare",
+    "prepare",
+    "run",
+]
 
 METHODS = ("uniform", "random", "fastv", "globalcom2")
 RETENTION = (1.0, 0.5, 0.25, 0.1)
@@ -252,7 +262,7 @@ def run(
                 new = {i.image_id: i for i in batch if i.image_id not in encoded}
                 found = runner.encode(list(new.values()), signals) if new else []
                 encoded.update(zip(new, found, strict=True))
-        full: Sequence[dict[str, Any]] | None = None  # answers of the uncompressed model
+        loyalty = _Loyalty()
         for key in lacking:
             if key in broken:
                 continue
@@ -260,14 +270,13 @@ def run(
             # A whole batch even if some of its answers are there already: the same batches give
             # the same answers to the last bit, whether the run was interrupted or not.
             with _noting_failure(journal, [key], broken), _warning_once(key, warned):
+                ids = [item.id for item in batch]
                 shown = [encoded[item.image_id] for item in batch]
-                records = _answer(runner, todo[key], shown, batch)
-                if key == UNCOMPRESSED:
-                    full = records
-                elif full is None and any(FIRST_TOKEN in record for record in records):
-                    # Taken up again in the middle of a batch.
+                records = dict(zip(ids, _answer(runner, todo[key], shown, batch), strict=True))
+                if loyalty.lacks_reference(key, records):  # taken up again amid a batch
                     full = _answer(runner, Cell(), shown, batch)
-                journal.add(key, _entries(batch, records, full))
+                    loyalty.entries(UNCOMPRESSED, dict(zip(ids, full, strict=True)))
+                journal.add(key, loyalty.entries(key, records))
         encoded = {name: value for name, value in encoded.items() if last_use[name] > index}
     report(len(journal.answers), total, "")
 
@@ -282,25 +291,35 @@ def _answer(
     return runner.answer(cell.compressor, shown, prompts)
 
 
-def _entries(
-    batch: Sequence[Question],
-    records: Sequence[dict[str, Any]],
-    full: Sequence[dict[str, Any]] | None,
-) -> dict[str, dict[str, Any]]:
-    """Question id to what the journal takes in of its answer.
+class _Loyalty:
+    """What the journal takes in of records: divergences in the place of distributions.
 
-    Args:
-        batch: The questions.
-        records: As the runner gave them.
-        full: Those of the uncompressed model.
+    Attributes:
+        full: Question id to the uncompressed model's log-probabilities of the first token.
     """
-    entries = {}
-    for index, (item, record) in enumerate(zip(batch, records, strict=True)):
-        entry = {name: value for name, value in record.items() if name != FIRST_TOKEN}
-        if FIRST_TOKEN in record and full is not None:
-            entry["kl"] = divergence(full[index][FIRST_TOKEN], record[FIRST_TOKEN])
-        entries[item.id] = entry
-    return entries
+
+    def __init__(self) -> None:
+        self.full: dict[str, Tensor] = {}
+
+    def lacks_reference(self, key: str, records: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether records of cell ``key`` have distributions but nothing to compare them with."""
+        return key != UNCOMPRESSED and any(
+            FIRST_TOKEN in record and name not in self.full for name, record in records.items()
+        )
+
+    def entries(
+        self, key: str, records: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Question id to entry; those of the uncompressed model are remembered."""
+        found = {}
+        for name, record in records.items():
+            first = record.get(FIRST_TOKEN)
+            if key == UNCOMPRESSED and first is not None:
+                self.full[name] = first
+            found[name] = {what: value for what, value in record.items() if what != FIRST_TOKEN}
+            if first is not None and name in self.full:
+                found[name]["kl"] = divergence(self.full[name], first)
+        return found
 
 
 def divergence(full: Tensor, short: Tensor) -> float:
@@ -358,28 +377,25 @@ def compare(
     request: Request,
     report: Report = lambda *_: None,
     *,
+    name: str = "",
     columns: Sequence[Cell] | None = None,
-    adapter: Adapter | None = None,
+    setting: "Setting | None" = None,
 ) -> Outcome:
     """Do what is asked, or what is left of it if it was begun before.
 
     Args:
         request: What to compare.
         report: Told how far it is.
-        columns: Cells that stand in the place of methods and retentions, for experiments of their
-            own; the uncompressed model and the references are added.
-        adapter: The model, if it is loaded already.
+        name: Of the experiment, if it is another one; the folder is named after it.
+        columns: Cells of that experiment, in the place of methods and retentions.  The uncompressed
+            model and the references are added.
+        setting: The model and its questions, if they are there already.
 
     Raises:
         UserError: Bad input, found before the model answers a question.
     """
-    _check_numbers(request)
-    cells([spec for spec in request.methods if spec != ALL], request.retention)
-    check_writable(request.out or Path("runs"))
-    report(0, 0, "checking the questions")
-    questions = asked(request)
-    report(0, 0, f"loading {request.model}")
-    adapter = adapter or load(request)
+    setting = setting or prepare(request, report)
+    questions, adapter = setting.questions, setting.adapter
     skipped: dict[str, str] = {}
     if columns is None:
         methods, skipped = _expanded(request.methods, adapter)
@@ -393,6 +409,7 @@ def compare(
 
     surroundings = environment()
     experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
+    experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / _folder_name(experiment)
     folder = RunFolder.open(path, experiment, _details(request, adapter) | surroundings)
     try:
@@ -449,9 +466,28 @@ def _fill(
     )
 
 
-def load(request: Request) -> Adapter:
-    """The model that is asked for."""
-    return tp.load(request.model, device=_device(request), dtype=request.dtype)
+@dataclass(frozen=True)
+class Setting:
+    """A loaded model and the questions it is to answer."""
+
+    adapter: Adapter
+    questions: list[Question]
+
+
+def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
+    """Check what is asked, read the questions and load the model.
+
+    Raises:
+        UserError: As `compare`.
+    """
+    _check_numbers(request)
+    cells([spec for spec in request.methods if spec != ALL], request.retention)
+    check_writable(request.out or Path("runs"))
+    report(0, 0, "checking the questions")
+    questions = _questions(request)
+    report(0, 0, f"loading {request.model}")
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Setting(tp.load(request.model, device=device, dtype=request.dtype), questions)
 
 
 def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:
@@ -525,16 +561,11 @@ def _check_numbers(request: Request) -> None:
             )
 
 
-def asked(request: Request) -> list[Question]:
-    """The questions that are asked for."""
+def _questions(request: Request) -> list[Question]:
     if request.data is None:
         count = request.questions or TESTBED_QUESTIONS
         return data.held_out(count, request.seed, request.modality or "image")
     return data.read_jsonl(request.data, request.questions, request.modality)
-
-
-def _device(request: Request) -> str:
-    return request.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
@@ -596,7 +627,7 @@ def _details(request: Request, adapter: Adapter) -> dict[str, Any]:
 
 def _folder_name(experiment: dict[str, Any]) -> str:
     """Readable, and different for different experiments, so that none is refused its folder."""
-    methods = "+".join(experiment["methods"])
+    methods = experiment.get("name") or "+".join(experiment["methods"])
     if len(methods) > 60:
         methods = f"{len(experiment['methods'])}-methods"
     parts = [Path(experiment["model"]).name, methods, f"{experiment['questions']}-questions"]

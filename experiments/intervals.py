@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 __all__ = [
     "OVERALL",
     "Interval",
+    "bootstrap_ratio",
     "compared",
     "holm",
     "mcnemar",
@@ -82,18 +83,49 @@ def paired_bootstrap(
         clusters: (n,) what each question belongs to, e.g. its image.
         seed: Of the generator used; the same seed gives the same interval.
     """
+    ones = np.ones(np.shape(difference))
+    return bootstrap_ratio(
+        difference, ones, clusters, seed=seed, resamples=resamples, confidence=confidence
+    )
+
+
+def bootstrap_ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 4000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of a ratio of sums; whole clusters are resampled, both sums together.
+
+    Resamples whose denominator is 0 do not count.
+
+    Args:
+        numerator, denominator: (n,) per question, e.g. right with a part of the image, and right
+            with all of it.
+        clusters: As in `paired_bootstrap`.
+        seed: As in `paired_bootstrap`.
+    """
     codes, names = pd.factorize(np.asarray(clusters))
-    sums = np.bincount(codes, np.asarray(difference, dtype=float))
-    sizes = np.bincount(codes)
+    sums, sizes = (
+        np.bincount(codes, np.asarray(values, dtype=float)) for values in (numerator, denominator)
+    )
     generator = np.random.default_rng(seed)
     block = max(1, 2_000_000 // len(names))  # of resamples drawn at once: bounds the memory
     means = []
     for start in range(0, resamples, block):
         shape = (min(block, resamples - start), len(names))
         drawn = generator.integers(len(names), size=shape)
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    ratios = np.concatenate(means)
+    ratios = ratios[np.isfinite(ratios)]
+    if not len(ratios):
+        return Interval(np.nan, np.nan)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 
@@ -235,7 +267,8 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
 
     Returns:
         ``n`` questions, both accuracies, their ``difference`` with its 95 % bootstrap interval
-        ``low`` to ``high`` (whole images resampled), how many questions ``only_first`` and
+        ``low`` to ``high`` (whole images resampled; where no question differs, how many still might
+        by Wilson's interval of 0 in n), how many questions ``only_first`` and
         ``only_second`` got right, and the p-value of McNemar's exact test; the last three only if
         each answered once and not with several seeds.  Empty if either failed or nothing is shared.
     """
@@ -253,6 +286,9 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
     mine, theirs = mine.loc[shared], theirs.loc[shared]
     images = first.drop_duplicates("question_id").set_index("question_id")["image_id"].loc[shared]
     low, high = paired_bootstrap(mine - theirs, images, seed=seed)
+    if not (mine != theirs).any():  # no certainty either
+        high = wilson(0, len(shared)).high
+        low = -high
     found: dict[Hashable, Any] = {
         "n": len(shared),
         "first_accuracy": mine.mean(),

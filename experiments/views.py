@@ -3,18 +3,24 @@
 These are no methods of compression: how many tokens stay follows from the picture, not from R.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from tokenprune.budget import SALIENCY, ThumbnailCommand
 from tokenprune.compressor import Compressor, Selection, Separators
+from tokenprune.errors import UserError
+from tokenprune.experiments.data import Picture
 from tokenprune.experiments.results import IMAGE_FREE, THUMBNAIL_ONLY, Cell
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
 
-__all__ = ["CROPS_ONLY", "DropCrop", "KeepViews", "crop_of", "references"]
+if TYPE_CHECKING:
+    from tokenprune.experiments.compare import Setting
+
+__all__ = ["CROPS_ONLY", "DropCrop", "KeepViews", "crop_of", "references", "with_crops"]
 
 CROPS_ONLY = "crops-only"
 
@@ -102,6 +108,35 @@ def references(modalities: set[str]) -> list[Cell]:
     blind = Cell(name=IMAGE_FREE, blind=True)
     low = Cell(KeepViews(views="thumbnail"), name=THUMBNAIL_ONLY)
     return [blind, low] if "image" in modalities else [blind]
+
+
+def with_crops(setting: "Setting", least: int = 1) -> "tuple[Setting, int]":
+    """The same with only those questions whose image is cut into ``least`` crops or more.
+
+    Returns:
+        The setting, and how many questions were left out.
+
+    Raises:
+        UserError: None is left.
+    """
+
+    @cache
+    def crops(picture: Picture) -> int:
+        width, height = picture.open().size
+        rows, cols = setting.adapter.layout((height, width)).grid
+        return rows * cols
+
+    left = [
+        item
+        for item in setting.questions
+        if item.modality == "image" and crops(item.images[0]) >= least
+    ]
+    if not left:
+        raise UserError(
+            f"{setting.adapter.name} cuts none of the images into {least} or more crops; give "
+            "larger single images, or a model that cuts images into crops."
+        )
+    return replace(setting, questions=left), len(setting.questions) - len(left)
 
 
 def crop_of(layout: TokenLayout, place: tuple[float, float]) -> int | None:

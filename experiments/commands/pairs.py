@@ -110,9 +110,13 @@ def table(found: pd.DataFrame) -> Table:
     return made
 
 
-def difference(value: float, low: float, high: float) -> str:
-    """A difference of accuracies in points and its interval."""
-    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+def difference(value: float, low: float, high: float, *, decimals: int = 1) -> str:
+    """A difference of accuracies in points and its interval, whose ends have ``decimals``."""
+
+    def points(share: float, digits: int) -> str:
+        return f"{round(100 * share, digits) + 0.0:+.{digits}f}"  # no minus in front of zero
+
+    return f"{points(value, 1)} ({points(low, decimals)} to {points(high, decimals)})"
 
 
 def p_value(value: float) -> str:
