@@ -13,12 +13,13 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
@@ -27,6 +28,7 @@ from tokenprune.experiments import data, plots
 from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.results import (
+    UNCOMPRESSED,
     Cell,
     Failure,
     Journal,
@@ -36,19 +38,32 @@ from tokenprune.experiments.results import (
     code_fingerprint,
     environment,
     files_fingerprint,
+    without_seed,
 )
+from tokenprune.experiments.views import references
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
 from tokenprune.registry import strategies
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
 
-__all__ = ["Outcome", "Report", "Request", "Runner", "cells", "compare", "run"]
+__all__ = [
+    "Outcome",
+    "Report",
+    "Request",
+    "Runner",
+    "Setting",
+    "cells",
+    "compare",
+    "prepare",
+    "run",
+]
 
 METHODS = ("uniform", "random", "fastv", "globalcom2")
 RETENTION = (1.0, 0.5, 0.25, 0.1)
 TESTBED_QUESTIONS = 500
 ALL = "all"
+FIRST_TOKEN = "first_token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +82,7 @@ class Request:
         data: JSON lines with your own questions (`data.read_jsonl`); None for the testbed's.
         batch_size: Questions answered at once; None for 50 on a testbed, otherwise 4.
         seed: Draws the testbed's questions and the bootstrap samples.
+        seeds: How many seeds a method that draws at random runs with; reported together.
         device: None for CUDA where there is one, otherwise the CPU.
         dtype: As in `tokenprune.load`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
@@ -81,6 +97,7 @@ class Request:
     data: Path | None = None
     batch_size: int | None = None
     seed: int = 0
+    seeds: int = 1
     device: str | None = None
     dtype: str = "auto"
     out: Path | None = None
@@ -122,7 +139,17 @@ class Runner(Protocol):
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        """Answer one batch; for every prompt its ``answer`` and the figures of its ledger."""
+        """Answer one batch.
+
+        Returns:
+            For every prompt its ``answer``, the figures of its ledger, and in `FIRST_TOKEN`, if it
+            is known, (V,) the log-probabilities of the first token of the answer.
+        """
+
+    def answer_blind(
+        self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        """The same from the same prompts without a visual token."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +180,31 @@ class ModelRunner:
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        inputs = self.adapter.assemble(images, prompts)
+        return self._generate(compressor, self.adapter.assemble(images, prompts))
+
+    def answer_blind(
+        self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        return self._generate(None, self.adapter.assemble(images, prompts, blind=True))
+
+    def _generate(
+        self, compressor: Compressor | None, inputs: dict[str, Any]
+    ) -> Sequence[dict[str, Any]]:
         with tp.compress(self.adapter.model, compressor) as trace:
-            ids = self.adapter.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+            output = self.adapter.model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                output_logits=True,
+                return_dict_in_generate=True,
             )
-        texts = self.adapter.decode(ids, inputs)
+        texts = self.adapter.decode(output.sequences, inputs)
+        first = output.logits[0].float().log_softmax(-1)
         return [
             {
                 "answer": text,
+                FIRST_TOKEN: row,
                 "patch_tokens": ledger.patch_tokens,
                 "kept_patches": ledger.kept_patches,
                 "separators": ledger.separators,
@@ -173,7 +216,7 @@ class ModelRunner:
                 "selector_flops": ledger.selector_flops,
                 "uncompressed_flops": ledger.uncompressed_flops,
             }
-            for text, ledger in zip(texts, trace.ledgers, strict=True)
+            for text, row, ledger in zip(texts, first, trace.ledgers, strict=True)
         ]
 
 
@@ -219,6 +262,7 @@ def run(
                 new = {i.image_id: i for i in batch if i.image_id not in encoded}
                 found = runner.encode(list(new.values()), signals) if new else []
                 encoded.update(zip(new, found, strict=True))
+        loyalty = _Loyalty()
         for key in lacking:
             if key in broken:
                 continue
@@ -226,15 +270,63 @@ def run(
             # A whole batch even if some of its answers are there already: the same batches give
             # the same answers to the last bit, whether the run was interrupted or not.
             with _noting_failure(journal, [key], broken), _warning_once(key, warned):
-                records = runner.answer(
-                    todo[key].compressor,
-                    [encoded[item.image_id] for item in batch],
-                    [item.question for item in batch],
-                )
-                ids = (item.id for item in batch)
-                journal.add(key, dict(zip(ids, records, strict=True)))
+                ids = [item.id for item in batch]
+                shown = [encoded[item.image_id] for item in batch]
+                records = dict(zip(ids, _answer(runner, todo[key], shown, batch), strict=True))
+                if loyalty.lacks_reference(key, records):  # taken up again amid a batch
+                    full = _answer(runner, Cell(), shown, batch)
+                    loyalty.entries(UNCOMPRESSED, dict(zip(ids, full, strict=True)))
+                journal.add(key, loyalty.entries(key, records))
         encoded = {name: value for name, value in encoded.items() if last_use[name] > index}
     report(len(journal.answers), total, "")
+
+
+def _answer(
+    runner: Runner, cell: Cell, shown: Sequence[Sequence[Any]], batch: Sequence[Question]
+) -> Sequence[dict[str, Any]]:
+    """The answers of ``cell`` to a batch of questions, whose encoded images are ``shown``."""
+    prompts = [item.question for item in batch]
+    if cell.blind:
+        return runner.answer_blind(shown, prompts)
+    return runner.answer(cell.compressor, shown, prompts)
+
+
+class _Loyalty:
+    """What the journal takes in of records: divergences in the place of distributions.
+
+    Attributes:
+        full: Question id to the uncompressed model's log-probabilities of the first token.
+    """
+
+    def __init__(self) -> None:
+        self.full: dict[str, Tensor] = {}
+
+    def lacks_reference(self, key: str, records: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether records of cell ``key`` have distributions but nothing to compare them with."""
+        return key != UNCOMPRESSED and any(
+            FIRST_TOKEN in record and name not in self.full for name, record in records.items()
+        )
+
+    def entries(
+        self, key: str, records: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Question id to entry; those of the uncompressed model are remembered."""
+        found = {}
+        for name, record in records.items():
+            first = record.get(FIRST_TOKEN)
+            if key == UNCOMPRESSED and first is not None:
+                self.full[name] = first
+            found[name] = {what: value for what, value in record.items() if what != FIRST_TOKEN}
+            if first is not None and name in self.full:
+                found[name]["kl"] = divergence(self.full[name], first)
+        return found
+
+
+def divergence(full: Tensor, short: Tensor) -> float:
+    """KL(p || q) in nats of two distributions given as log-probabilities (V,)."""
+    terms = full.exp() * (full - short)
+    # What the one holds impossible adds nothing; rounding must not make the sum negative.
+    return max(0.0, float(terms.masked_fill(full == -torch.inf, 0.0).double().sum()))
 
 
 def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
@@ -281,21 +373,35 @@ def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def compare(request: Request, report: Report = lambda *_: None) -> Outcome:
+def compare(
+    request: Request,
+    report: Report = lambda *_: None,
+    *,
+    name: str = "",
+    columns: Sequence[Cell] | None = None,
+    setting: "Setting | None" = None,
+) -> Outcome:
     """Do what is asked, or what is left of it if it was begun before.
+
+    Args:
+        request: What to compare.
+        report: Told how far it is.
+        name: Of the experiment, if it is another one; the folder is named after it.
+        columns: Cells of that experiment, in the place of methods and retentions.  The uncompressed
+            model and the references are added.
+        setting: The model and its questions, if they are there already.
 
     Raises:
         UserError: Bad input, found before the model answers a question.
     """
-    _check_numbers(request)
-    cells([spec for spec in request.methods if spec != ALL], request.retention)
-    check_writable(request.out or Path("runs"))
-    report(0, 0, "checking the questions")
-    questions = _questions(request)
-    report(0, 0, f"loading {request.model}")
-    adapter = tp.load(request.model, device=_device(request), dtype=request.dtype)
-    methods, skipped = _expanded(request.methods, adapter)
-    columns = cells(methods, request.retention)
+    setting = setting or prepare(request, report)
+    questions, adapter = setting.questions, setting.adapter
+    skipped: dict[str, str] = {}
+    if columns is None:
+        methods, skipped = _expanded(request.methods, adapter)
+        columns = cells(methods, request.retention, request.seeds)
+    beside = [Cell(), *references({item.modality for item in questions})]
+    columns = [*beside, *(cell for cell in columns if cell not in beside)]
     for cell in columns:
         if cell.compressor:
             adapter.check(cell.compressor)
@@ -303,6 +409,7 @@ def compare(request: Request, report: Report = lambda *_: None) -> Outcome:
 
     surroundings = environment()
     experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
+    experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / _folder_name(experiment)
     folder = RunFolder.open(path, experiment, _details(request, adapter) | surroundings)
     try:
@@ -359,22 +466,60 @@ def _fill(
     )
 
 
-def cells(methods: Iterable[str], retention: Iterable[float]) -> list[Cell]:
+@dataclass(frozen=True)
+class Setting:
+    """A loaded model and the questions it is to answer."""
+
+    adapter: Adapter
+    questions: list[Question]
+
+
+def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
+    """Check what is asked, read the questions and load the model.
+
+    Raises:
+        UserError: As `compare`.
+    """
+    _check_numbers(request)
+    cells([spec for spec in request.methods if spec != ALL], request.retention)
+    check_writable(request.out or Path("runs"))
+    report(0, 0, "checking the questions")
+    questions = _questions(request)
+    report(0, 0, f"loading {request.model}")
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Setting(tp.load(request.model, device=device, dtype=request.dtype), questions)
+
+
+def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:
     """The uncompressed model, then every method at every retention, most tokens first.
 
     Methods that say what they keep (``uniform@0.3``, ``globalcom2@0.5 + fastv@0.5``) are one cell.
+    Those that draw at random and are given no seed are as many as there are ``seeds``.
 
     Raises:
         UserError: An unknown method or option, or a retention outside (0, 1].
     """
     ratios = sorted(set(retention), reverse=True)
     chosen = [
-        Cell(tp.parse(spec) if "@" in spec or " + " in spec else tp.parse(spec, retention=ratio))
+        cell
         for spec in methods
         for ratio in ratios
+        for cell in _seeded(
+            tp.parse(spec) if "@" in spec or " + " in spec else tp.parse(spec, retention=ratio),
+            seeds,
+        )
     ]
     distinct = {repr(cell.compressor): cell for cell in chosen}
     return [Cell(), *distinct.values()]
+
+
+def _seeded(compressor: Compressor, seeds: int) -> list[Cell]:
+    """The method with each of the seeds 0, 1, ... if it draws at random and has no other seed."""
+    given = {item.name: getattr(compressor, item.name) for item in fields(compressor)}
+    if seeds == 1 or "seed" not in given or compressor != without_seed(compressor):
+        return [Cell(compressor)]
+    changes: list[dict[str, Any]] = [{"seed": seed} for seed in range(seeds)]
+    return [Cell(replace(compressor, **change), pooled=True) for change in changes]
 
 
 def _expanded(specs: Iterable[str], adapter: Adapter) -> tuple[list[str], dict[str, str]]:
@@ -396,7 +541,7 @@ def _expanded(specs: Iterable[str], adapter: Adapter) -> tuple[list[str], dict[s
 
 
 def _check_numbers(request: Request) -> None:
-    for name in ("questions", "batch_size", "max_new_tokens"):
+    for name in ("questions", "batch_size", "max_new_tokens", "seeds"):
         value = getattr(request, name)
         if value is not None and value < 1:
             option = "--" + name.replace("_", "-")
@@ -423,12 +568,9 @@ def _questions(request: Request) -> list[Question]:
     return data.read_jsonl(request.data, request.questions, request.modality)
 
 
-def _device(request: Request) -> str:
-    return request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
-    if not summary["accuracy"].notna().any():
+    compressed = summary["retention"] < 1
+    if not summary["accuracy"].notna().any() or not compressed.any():
         return
     per_kind = summary["n"][summary["kind"] != OVERALL].dropna()
     count = int(summary["n"].max())
@@ -455,10 +597,12 @@ def _experiment(
     """All that the answers depend on; two runs may share a folder only if this is equal."""
     config = adapter.model.config
     compressors = [cell.compressor for cell in columns if cell.compressor]
+    methods = [cell.compressor for cell in columns if cell.compressor and not cell.name]
     return {
         "model": request.model,
-        "methods": list(dict.fromkeys(compressor.label for compressor in compressors)),
-        "retention": list(dict.fromkeys(compressor.retention for compressor in compressors)),
+        "methods": list(dict.fromkeys(compressor.label for compressor in methods)),
+        "retention": list(dict.fromkeys(compressor.retention for compressor in methods)),
+        "references": {cell.name: repr(cell.compressor) for cell in columns if cell.name},
         "questions": len(questions),
         "modality": sorted({item.modality for item in questions}),
         "data": data.fingerprint(questions),
@@ -483,7 +627,7 @@ def _details(request: Request, adapter: Adapter) -> dict[str, Any]:
 
 def _folder_name(experiment: dict[str, Any]) -> str:
     """Readable, and different for different experiments, so that none is refused its folder."""
-    methods = "+".join(experiment["methods"])
+    methods = experiment.get("name") or "+".join(experiment["methods"])
     if len(methods) > 60:
         methods = f"{len(experiment['methods'])}-methods"
     parts = [Path(experiment["model"]).name, methods, f"{experiment['questions']}-questions"]

@@ -79,6 +79,8 @@ class Question:
         images: In the order the model sees them; of a video, its frames.
         kind: What accuracies are broken down by.
         video: Whether the images are the frames of a video.
+        place: Where in its single image the answer is to be seen, (x, y) as shares of width and
+            height; None if unknown.
     """
 
     id: str
@@ -87,6 +89,7 @@ class Question:
     answer: str
     kind: str = "other"
     video: bool = False
+    place: tuple[float, float] | None = None
 
     @property
     def modality(self) -> Modality:
@@ -130,7 +133,15 @@ def held_out(count: int, seed: int, modality: Modality = "image") -> list[Questi
         )
 
     return [
-        Question(item.id, shown(item), item.question, item.answer, item.kind, modality == "video")
+        Question(
+            item.id,
+            shown(item),
+            item.question,
+            item.answer,
+            item.kind,
+            modality == "video",
+            item.place,
+        )
         for item in scenes.questions(count, seed=seed, split="test", modality=modality)
     ]
 
@@ -141,8 +152,9 @@ def read_jsonl(
     """The questions of a JSON-lines file, the first ``count`` of them or all.
 
     Every line has ``image`` (a path), ``images`` (a list of paths) or ``video`` (the paths of its
-    frames), ``question`` and ``answer``, and may have ``kind`` and ``id``.  Paths are relative to
-    the file.  Other fields and blank lines are passed over.  Every image is decoded once to see
+    frames), ``question`` and ``answer``, and may have ``kind``, ``id`` and ``place`` ([x, y] of the
+    spot in the image that matters, as shares of width and height).  Paths are relative to the file.
+     Other fields and blank lines are passed over.  Every image is decoded once to see
     that it can be.
 
     Args:
@@ -233,7 +245,20 @@ def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Pictur
         answer=_text(fields, "answer"),
         kind=kind,
         video="video" in fields,
+        place=_place(fields.get("place")),
     )
+
+
+def _place(value: Any) -> tuple[float, float] | None:
+    """(x, y), each from 0 to 1.  Raises `UserError` for anything else but None."""
+    if value is None:
+        return None
+    numbers = isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 2
+    if not numbers or not all(0 <= share <= 1 for share in value):
+        raise UserError(
+            f"'place' must be [x, y] with shares of width and height from 0 to 1, got {value!r}."
+        )
+    return float(value[0]), float(value[1])
 
 
 def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:

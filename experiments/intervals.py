@@ -1,14 +1,27 @@
 """How sure we are: intervals of proportions, and paired differences on the same questions."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
-__all__ = ["OVERALL", "Interval", "mcnemar", "paired_bootstrap", "summarise", "wilson"]
+__all__ = [
+    "OVERALL",
+    "Interval",
+    "bootstrap_ratio",
+    "compared",
+    "holm",
+    "mcnemar",
+    "paired_bootstrap",
+    "pairs",
+    "proportion",
+    "summarise",
+    "wilson",
+]
 
 OVERALL = "overall"
 """The `kind` of a summary row that takes all questions together."""
@@ -70,33 +83,108 @@ def paired_bootstrap(
         clusters: (n,) what each question belongs to, e.g. its image.
         seed: Of the generator used; the same seed gives the same interval.
     """
+    ones = np.ones(np.shape(difference))
+    return bootstrap_ratio(
+        difference, ones, clusters, seed=seed, resamples=resamples, confidence=confidence
+    )
+
+
+def bootstrap_ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 4000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of a ratio of sums; whole clusters are resampled, both sums together.
+
+    Resamples whose denominator is 0 do not count.
+
+    Args:
+        numerator, denominator: (n,) per question, e.g. right with a part of the image, and right
+            with all of it.
+        clusters: As in `paired_bootstrap`.
+        seed: As in `paired_bootstrap`.
+    """
     codes, names = pd.factorize(np.asarray(clusters))
-    sums = np.bincount(codes, np.asarray(difference, dtype=float))
-    sizes = np.bincount(codes)
+    sums, sizes = (
+        np.bincount(codes, np.asarray(values, dtype=float)) for values in (numerator, denominator)
+    )
     generator = np.random.default_rng(seed)
     block = max(1, 2_000_000 // len(names))  # of resamples drawn at once: bounds the memory
     means = []
     for start in range(0, resamples, block):
         shape = (min(block, resamples - start), len(names))
         drawn = generator.integers(len(names), size=shape)
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    ratios = np.concatenate(means)
+    ratios = ratios[np.isfinite(ratios)]
+    if not len(ratios):
+        return Interval(np.nan, np.nan)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """(m,) p-values adjusted for m tests, so that all claims below a level hold together.
+
+    The i-th smallest is multiplied by ``m - i``, i from 0, and is at least the one before it
+    (S. Holm, A simple sequentially rejective multiple test procedure, 1979).  Missing values stay
+    missing and are no tests.
+    """
+    values = np.asarray(p_values, dtype=float)
+    adjusted = np.full(len(values), np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known])]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def proportion(right: pd.Series, images: pd.Series, *, seed: int) -> Interval:
+    """95 % interval of how often ``right`` is true.
+
+    Wilson's, of one answer a question.  Where questions are answered several times (with several
+    seeds) the answers are not independent, and whole images are resampled instead.
+
+    Args:
+        right: Booleans, indexed by question.
+        images: What each of them belongs to.
+        seed: Of the bootstrap.
+    """
+    if right.index.is_unique or right.nunique() == 1:  # or there is nothing to resample
+        questions = right.index.nunique()
+        return wilson(questions if right.all() else int(right.sum()), questions)
+    return paired_bootstrap(right.astype(float), images, seed=seed)
 
 
 def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row per method, retention and question kind (and `OVERALL`), from ``answers.parquet``.
 
-    Accuracy and agreement stand beside their 95 % Wilson intervals.  ``vs_uncompressed`` and
-    ``vs_uniform`` are differences of accuracy to the uncompressed model and to `uniform` at the
-    same retention, on the questions both answered, with a 95 % bootstrap interval (whole images
-    resampled) and the p-value of McNemar's exact test.  Costs are means per question.
+    Accuracy and agreement stand beside their 95 % intervals (`proportion`), the mean divergence
+    ``kl`` of the answer token beside that of a bootstrap.  ``vs_uncompressed`` and ``vs_uniform``
+    are differences of accuracy to the uncompressed model and to `uniform` at the same retention
+    (`compared`).  Costs are means per question.
+
+    ``easy_accuracy`` is that on questions which the model answers rightly without the image or
+    from the thumbnail alone, ``hard_accuracy`` that on all others.  The two references themselves
+    have 0 on hard questions by construction.
+
+    A method that ran with several seeds is one row: ``seeds`` says how many, the accuracy is their
+    mean, and ``seed_spread`` the standard deviation of theirs.
+
+    References without a retention (``thumbnail-only``, ``image-free``) have NaN there.
 
     A cell that failed has ``status`` "failed" and no figures: neither its missing answers nor the
     ones it gave before it failed are scored.
     """
-    cells = dict(iter(answers.groupby(["label", "retention"], sort=False)))
+    missing = {name: pd.NA for name in ("kl", "easy") if name not in answers}
+    answers = answers.assign(**missing)
+    cells = dict(iter(answers.groupby(["label", "retention"], sort=False, dropna=False)))
     kinds = [OVERALL, *pd.unique(answers["kind"])]
     if len(kinds) == 2:
         kinds = [OVERALL]
@@ -120,11 +208,108 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             rows.append(row)
             if not failed:
                 part = _only(cell, kind)
-                row |= _figures(part)
+                row |= _figures(part, seed)
                 for name, other in references.items():
                     if other is not None:
-                        row |= _comparison(name, part, _only(other, kind), seed)
+                        found = compared(part, _only(other, kind), seed=seed)
+                        row |= _named(
+                            name,
+                            found,
+                            {"difference": "", "low": "_low", "high": "_high", "p": "_p"},
+                        )
     return pd.DataFrame(rows, columns=list(_columns()))
+
+
+def pairs(
+    answers: pd.DataFrame,
+    *,
+    seed: int,
+    labels: Sequence[str] = (),
+    kind: str = OVERALL,
+) -> pd.DataFrame:
+    """Every two methods at every retention, compared on the questions both answered.
+
+    Args:
+        answers: As in ``answers.parquet``.
+        seed: Of the bootstrap.
+        labels: Only these, in this order; all if empty.
+        kind: Only questions of this kind.
+
+    Returns:
+        One row per retention and pair: ``first``, ``second``, and the figures of `compared`.
+        ``p_holm`` is p adjusted for the number of rows (`holm`).
+    """
+    part = _only(answers, kind)
+    rows = []
+    for retention, group in part.groupby("retention", sort=False):
+        cells = dict(iter(group.groupby("label", sort=False)))
+        names = [name for name in (labels or cells) if name in cells]
+        for first, second in combinations(names, 2):
+            found = compared(cells[first], cells[second], seed=seed)
+            if found:
+                rows.append({"retention": retention, "first": first, "second": second, **found})
+    table = pd.DataFrame(rows, columns=["retention", "first", "second", *_COMPARED])
+    return table.assign(kind=kind, p_holm=holm(table["p"]))
+
+
+_COMPARED = (
+    *("n", "first_accuracy", "second_accuracy"),
+    *("difference", "low", "high", "only_first", "only_second", "p"),
+)
+
+
+def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Hashable, Any]:
+    """How much oftener ``first`` is right than ``second``, on the questions both answered.
+
+    Args:
+        first, second: Rows of ``answers.parquet``, of one method each.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``n`` questions, both accuracies, their ``difference`` with its 95 % bootstrap interval
+        ``low`` to ``high`` (whole images resampled; where no question differs, how many still might
+        by Wilson's interval of 0 in n), how many questions ``only_first`` and
+        ``only_second`` got right, and the p-value of McNemar's exact test; the last three only if
+        each answered once and not with several seeds.  Empty if either failed or nothing is shared.
+    """
+    if any((part["status"] == "failed").any() for part in (first, second)):
+        return {}
+    known = [part.dropna(subset="correct") for part in (first, second)]
+    repeated = any(part["question_id"].duplicated().any() for part in known)
+    mine, theirs = (
+        part["correct"].astype(float).groupby(part["question_id"], sort=False).mean()
+        for part in known
+    )
+    shared = mine.index.intersection(theirs.index, sort=False)
+    if shared.empty:
+        return {}
+    mine, theirs = mine.loc[shared], theirs.loc[shared]
+    images = first.drop_duplicates("question_id").set_index("question_id")["image_id"].loc[shared]
+    low, high = paired_bootstrap(mine - theirs, images, seed=seed)
+    if not (mine != theirs).any():  # no certainty either
+        high = wilson(0, len(shared)).high
+        low = -high
+    found: dict[Hashable, Any] = {
+        "n": len(shared),
+        "first_accuracy": mine.mean(),
+        "second_accuracy": theirs.mean(),
+        "difference": (mine - theirs).mean(),
+        "low": low,
+        "high": high,
+    }
+    if not repeated:
+        found |= {
+            "only_first": int((mine > theirs).sum()),
+            "only_second": int((mine < theirs).sum()),
+            "p": mcnemar(mine, theirs),
+        }
+    return found
+
+
+def _named(
+    prefix: str, found: dict[Hashable, Any], suffixes: dict[str, str]
+) -> dict[Hashable, Any]:
+    return {f"{prefix}{end}": found[name] for name, end in suffixes.items() if name in found}
 
 
 def _columns() -> Iterator[str]:
@@ -134,40 +319,44 @@ def _columns() -> Iterator[str]:
     yield from _COSTS
     for name in ("vs_uncompressed", "vs_uniform"):
         yield from (name, f"{name}_low", f"{name}_high", f"{name}_p")
+    yield from ("kl", "kl_low", "kl_high")
+    for part in ("easy", "hard"):
+        yield from (f"{part}_n", *(f"{part}_accuracy{end}" for end in ("", "_low", "_high")))
+    yield from ("seeds", "seed_spread")
 
 
 def _only(cell: pd.DataFrame, kind: str) -> pd.DataFrame:
     return cell if kind == OVERALL else cell[cell["kind"] == kind]
 
 
-def _figures(cell: pd.DataFrame) -> dict[Hashable, Any]:
-    figures: dict[Hashable, Any] = {"n": len(cell)}
-    for name, column in (("accuracy", "correct"), ("agreement", "agrees")):
-        known = cell[column].dropna().astype(bool)
-        if len(known):
-            low, high = wilson(int(known.sum()), len(known))
-            figures |= {name: known.mean(), f"{name}_low": low, f"{name}_high": high}
+def _figures(cell: pd.DataFrame, seed: int) -> dict[Hashable, Any]:
+    cell = cell.set_index("question_id")
+    figures: dict[Hashable, Any] = {"n": cell.index.nunique()}
+    figures |= _share("accuracy", cell, "correct", seed)
+    figures |= _share("agreement", cell, "agrees", seed)
+    easy = cell["easy"].astype("boolean")
+    for name, part in (("easy", cell[easy.fillna(False)]), ("hard", cell[~easy.fillna(True)])):
+        if easy.notna().any():
+            figures[f"{name}_n"] = part.index.nunique()
+        figures |= _share(f"{name}_accuracy", part, "correct", seed)
+    known = cell[cell["kl"].notna()]
+    if len(known):
+        values = known["kl"].astype(float)
+        low, high = paired_bootstrap(values, known["image_id"], seed=seed)
+        figures |= {"kl": values.mean(), "kl_low": low, "kl_high": high}
     if len(cell):
         figures |= cell[list(_COSTS)].mean().to_dict()
+        figures["seeds"] = cell["parameters"].nunique()
+    if figures.get("seeds", 1) > 1:
+        each = cell["correct"].astype(float).groupby(cell["parameters"]).mean()
+        figures["seed_spread"] = each.std(ddof=1)
     return figures
 
 
-def _comparison(
-    name: str, cell: pd.DataFrame, other: pd.DataFrame, seed: int
-) -> dict[Hashable, Any]:
-    if (other["status"] == "failed").any():
+def _share(name: str, cell: pd.DataFrame, column: str, seed: int) -> dict[Hashable, Any]:
+    known = cell[cell[column].notna()]
+    if not len(known):
         return {}
-    mine, theirs = (part.set_index("question_id")["correct"].dropna() for part in (cell, other))
-    shared = mine.index.intersection(theirs.index, sort=False)
-    if shared.empty:
-        return {}
-    mine, theirs = (part.loc[shared].astype(bool) for part in (mine, theirs))
-    difference = mine.astype(float) - theirs.astype(float)
-    images = cell.set_index("question_id")["image_id"].loc[shared]
-    low, high = paired_bootstrap(difference, images, seed=seed)
-    return {
-        name: difference.mean(),
-        f"{name}_low": low,
-        f"{name}_high": high,
-        f"{name}_p": mcnemar(mine, theirs),
-    }
+    right = known[column].astype(bool)
+    low, high = proportion(right, known["image_id"], seed=seed)
+    return {name: right.mean(), f"{name}_low": low, f"{name}_high": high}

@@ -1,6 +1,6 @@
 """Figures of a comparison, made from its summary table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ from matplotlib.ticker import PercentFormatter
 from tokenprune.experiments.intervals import OVERALL
 from tokenprune.experiments.results import replace_file
 
-__all__ = ["accuracy", "accuracy_by_cost", "accuracy_by_kind", "save"]
+__all__ = [
+    "accuracy",
+    "accuracy_by_cost",
+    "accuracy_by_kind",
+    "bars",
+    "grouped_bars",
+    "legend_above",
+    "save",
+]
 
 _INK, _FAINT = "#262626", "#8c8c8c"
 _MARKERS = "osD^vPX*"
@@ -77,6 +85,69 @@ def accuracy_by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> F
         figure.supylabel("accuracy", fontsize=13, color=_INK)
         _titles(figure, title, subtitle)
     return figure
+
+
+def bars(
+    table: pd.DataFrame,
+    *,
+    places: Mapping[str, str],
+    hues: Sequence[str],
+    title: str,
+    subtitle: str,
+    label: str,
+    reference: float | None = None,
+    colours: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Groups of bars with intervals on a slide of its own; see `grouped_bars`."""
+    with _style():
+        figure, axes = _slide(title, subtitle)
+        grouped_bars(axes, table, places, hues, colours)
+        if reference is not None:
+            axes.axhline(reference, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
+        axes.set_ylabel(label)
+        legend_above(axes)
+    return figure
+
+
+def legend_above(axes: Axes) -> None:
+    """The legend in one line on top of the panel."""
+    axes.legend(
+        frameon=False, fontsize=12, ncols=10, loc="lower left", bbox_to_anchor=(0, 1),
+        borderaxespad=0, handlelength=1.2, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def grouped_bars(
+    axes: Axes,
+    table: pd.DataFrame,
+    places: Mapping[str, str],
+    hues: Sequence[str],
+    colours: Mapping[str, Any] | None = None,
+) -> None:
+    """One group of bars for every place, one bar for every hue, with intervals, in percent.
+
+    Args:
+        axes: Where to draw.
+        table: ``place``, ``shown`` (the hue), ``value``, ``low`` and ``high``.
+        places: Places in their order, and what to write below.
+        hues: In their order.
+        colours: Of hues; those of the palette for others.
+    """
+    width = 0.8 / len(hues)
+    palette = sns.color_palette("colorblind", len(hues))
+    chosen = dict(zip(hues, palette, strict=True)) | dict(colours or {})
+    for index, hue in enumerate(hues):
+        rows = table[table["shown"] == hue].set_index("place").reindex(list(places))
+        x = np.arange(len(places)) + (index - (len(hues) - 1) / 2) * width
+        errors = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        axes.bar(x, rows["value"], 0.92 * width, color=chosen[hue], label=hue, zorder=2)
+        axes.errorbar(
+            x, rows["value"], yerr=np.abs(errors), ls="", color=_INK, elinewidth=1.3, zorder=3
+        )
+    axes.set_xticks(range(len(places)), list(places.values()))
+    axes.set_xlim(-0.6, len(places) - 0.4)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=_INK)
 
 
 def save(figure: Figure, path: Path) -> None:

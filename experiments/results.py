@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import platform
 import subprocess
@@ -36,6 +37,9 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.data import Question, normalise
 
 __all__ = [
+    "IMAGE_FREE",
+    "THUMBNAIL_ONLY",
+    "UNCOMPRESSED",
     "Cell",
     "Failure",
     "Journal",
@@ -46,17 +50,31 @@ __all__ = [
     "environment",
     "files_fingerprint",
     "git_state",
+    "read_answers",
     "replace_file",
+    "without_seed",
 ]
 
-UNCOMPRESSED = "uncompressed"
+UNCOMPRESSED, THUMBNAIL_ONLY, IMAGE_FREE = "uncompressed", "thumbnail-only", "image-free"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One column of a comparison: a method at a retention, or the uncompressed model (None)."""
+    """One column of a comparison: a method at a retention, or a reference it stands beside.
+
+    Attributes:
+        compressor: None for the uncompressed model.
+        name: Of a reference whose tokens are no share R of all, such as ``thumbnail-only``; empty
+            for a method and for the uncompressed model.
+        blind: Whether the question is asked without its images.
+        pooled: Whether the method is one of several that differ in their `seed` alone and are
+            reported together, under the label without the seed.
+    """
 
     compressor: Compressor | None = None
+    name: str = ""
+    blind: bool = False
+    pooled: bool = False
 
     @property
     def key(self) -> str:
@@ -64,21 +82,29 @@ class Cell:
 
         Every method at R = 1 is the uncompressed model, so these cells share their answers.
         """
+        if self.blind:
+            return self.name
         if self.compressor is None or self.compressor.retention == 1:
             return UNCOMPRESSED
         return repr(self.compressor)
 
     @property
     def method(self) -> str:
-        return UNCOMPRESSED if self.compressor is None else self.compressor.name
+        return self.name or (UNCOMPRESSED if self.compressor is None else self.compressor.name)
 
     @property
     def label(self) -> str:
         """Method and the options that differ from its defaults."""
-        return UNCOMPRESSED if self.compressor is None else self.compressor.label
+        if self.name or self.compressor is None:
+            return self.name or UNCOMPRESSED
+        shown = without_seed(self.compressor) if self.pooled else self.compressor
+        return shown.label
 
     @property
     def retention(self) -> float:
+        """R; NaN for a reference that has none."""
+        if self.name:
+            return math.nan
         return 1.0 if self.compressor is None else self.compressor.retention
 
     @property
@@ -93,7 +119,18 @@ class Cell:
         )
 
     def __str__(self) -> str:
-        return self.label if self.compressor is None else f"{self.label} at {self.retention:g}"
+        if self.name or self.compressor is None:
+            return self.label
+        return f"{self.compressor.label} at {self.retention:g}"
+
+
+def without_seed(compressor: Compressor) -> Compressor:
+    """The method with the seed it has by default; itself if it has no `seed`."""
+    plain = {item.name: item.default for item in dataclasses.fields(compressor)}
+    if "seed" not in plain:
+        return compressor
+    changes: dict[str, Any] = {"seed": plain["seed"]}
+    return dataclasses.replace(compressor, **changes)
 
 
 @dataclass(frozen=True)
@@ -390,7 +427,7 @@ _COUNTS = (*_WHOLE, "layer_average", "flops", "selector_flops", "uncompressed_fl
 _COLUMNS = [
     *("model", "method", "label", "parameters", "retention"),
     *("question_id", "image_id", "kind", "question", "truth"),
-    *("answer", "correct", "agrees", "status", *_COUNTS),
+    *("answer", "correct", "agrees", "kl", "easy", "status", *_COUNTS),
 ]
 
 
@@ -400,8 +437,12 @@ def answers_frame(
     """One row per cell and question that has an answer, or whose cell failed (without answer).
 
     ``correct`` and ``agrees`` (the same answer as the uncompressed model's) compare normalised
-    texts and are missing where there is no answer to compare.
+    texts and are missing where there is no answer to compare.  ``kl`` is the divergence of the
+    first answer token's distribution from the uncompressed model's, in nats.  ``easy`` tells
+    questions that are answered rightly without the image or from the thumbnail alone; it is the
+    same for all cells, and missing where nobody asked.
     """
+    easy = {item.id: _easy(item, cells, journal) for item in questions}
     rows = []
     for cell in cells:
         shared = {
@@ -431,14 +472,41 @@ def answers_frame(
                     "agrees": None
                     if answer is None or full is None
                     else answer == normalise(full["answer"]),
+                    "kl": None,
+                    "easy": easy[item.id],
                     "status": "failed" if record is None else "ok",
                     **dict.fromkeys(_COUNTS),
                     **(record or {}),
                 }
             )
-    types = {"correct": "boolean", "agrees": "boolean"} | dict.fromkeys(_COUNTS, "Float64")
-    types |= dict.fromkeys(_WHOLE, "Int64")
+    types = dict.fromkeys(("correct", "agrees", "easy"), "boolean")
+    types |= dict.fromkeys(("kl", *_COUNTS), "Float64") | dict.fromkeys(_WHOLE, "Int64")
     return pd.DataFrame(rows, columns=_COLUMNS).astype(types)
+
+
+def _easy(item: Question, cells: Iterable[Cell], journal: Journal) -> bool | None:
+    """Whether ``item`` is answered rightly by a model that sees little or nothing of the image."""
+    keys = {cell.name: cell.key for cell in cells if cell.name in (IMAGE_FREE, THUMBNAIL_ONLY)}
+    said = {name: journal.answers.get((key, item.id)) for name, key in keys.items()}
+    if not said or None in said.values():
+        return None
+    # Where an image has no crops, its thumbnail is all of it and tells nothing about difficulty.
+    return any(
+        record["kept_patches"] < record["patch_tokens"] or name == IMAGE_FREE
+        for name, record in said.items()
+        if record is not None and normalise(record["answer"]) == normalise(item.answer)
+    )
+
+
+def read_answers(folder: Path) -> pd.DataFrame:
+    """``answers.parquet`` of a run.  Raises `UserError` if the folder holds none."""
+    path = folder / "answers.parquet"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no answers.parquet; give the folder of a run, as tokenprune compare "
+            "prints it at its end."
+        )
+    return pd.read_parquet(path)
 
 
 # --- what a result depends on ---------------------------------------------------------------------

@@ -609,7 +609,11 @@ class Adapter(ABC):
         return {name: batch[name] for name in self.image_arguments}
 
     def assemble(
-        self, encoded: Sequence[Sequence[VisualTokens]], prompts: Sequence[str]
+        self,
+        encoded: Sequence[Sequence[VisualTokens]],
+        prompts: Sequence[str],
+        *,
+        blind: bool = False,
     ) -> dict[str, Any]:
         """Inputs for ``model.generate`` from images and videos that are encoded already.
 
@@ -618,6 +622,7 @@ class Adapter(ABC):
         Args:
             encoded: For every prompt its encoded images and videos.
             prompts: As in `prepare`.
+            blind: Leave the visual tokens out of the prompts, which stay the same otherwise.
         """
         self.require_language_model()
         texts = []
@@ -625,10 +630,12 @@ class Adapter(ABC):
         for some, question in zip(encoded, prompts, strict=True):
             lengths: dict[str, list[int]] = {name: [] for name in self.encoders}
             for tokens in some:
+                lengths[tokens.layout.modality].append(0 if blind else len(tokens))
+                if blind:
+                    continue
                 feature = tokens.features.detach()  # new, so that beams and reruns tell apart
                 feature.visual = tokens  # type: ignore[attr-defined]
                 features[tokens.layout.modality].append(feature)
-                lengths[tokens.layout.modality].append(len(tokens))
             text = self.prompt(question, *map(len, lengths.values()))
             for modality, token in self.placeholder_texts.items():
                 pieces = text.split(token)

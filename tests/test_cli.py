@@ -1,5 +1,6 @@
 """The command line: how options are read, what is printed, and with which status it ends."""
 
+import math
 import os
 import re
 import signal
@@ -161,7 +162,16 @@ SMALL = ("compare", "-m", "uniform", "fastv", "-r", "0.25", "--questions", "5")
 def test_a_comparison_and_the_same_again(tmp_path: Path) -> None:
     first = invoke(*SMALL, "--out", str(tmp_path / "run"))
     assert first.exit_code == terminal.OK, first.output
-    for word in ("uncompressed", "uniform", "fastv", "100 %", "25 %", "digit", "15 answers in"):
+    for word in (
+        "uncompressed",
+        "uniform",
+        "fastv",
+        "100 %",
+        "25 %",
+        "digit",
+        "25 answers in",
+        "image-free",
+    ):
         assert word in first.stdout
     assert str(tmp_path / "run") in first.stdout
     assert "\x1b" not in first.output, "no colours where there is no terminal"
@@ -171,6 +181,35 @@ def test_a_comparison_and_the_same_again(tmp_path: Path) -> None:
     third = invoke(*SMALL, "--seed", "1", "--out", str(tmp_path / "run"))
     assert third.exit_code == terminal.BAD_INPUT
     assert "seed: 0 there, 1 here" in third.stderr
+
+
+def test_pairs_of_a_run(tmp_path: Path) -> None:
+    rows = [
+        {"label": label, "retention": 0.25, "question_id": f"q{i}", "image_id": f"i{i}"}
+        | {"kind": "count" if i < 4 else "digit", "correct": i < right, "status": "ok"}
+        for label, right in (("globalcom2:alpha=0.3,tau=5", 10), ("uniform", 4), ("fastv", 9))
+        for i in range(12)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "answers.parquet")
+    result = invoke("pairs", str(tmp_path))
+    assert result.exit_code == terminal.OK, result.output
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
+    assert re.search(r"uniform +\+50\.0 \(\+25\.0 to \+\d\d\.\d\) +0\.031 +0\.094", result.stdout)
+    written = pd.read_csv(tmp_path / "pairs.csv")
+    assert list(written["only_first"]) == [6, 1, 0]
+    assert (
+        invoke("pairs", str(tmp_path), "--kind", "digit", "-m", "fastv", "uniform").exit_code == 0
+    )
+    assert list(pd.read_csv(tmp_path / "pairs-digit.csv")["n"]) == [8]
+    for words, said in (
+        (["--methods", "fastw"], "Did you mean 'fastv'"),
+        (["--kind", "counts"], "Did you mean 'count'"),
+        (["--methods", "fastv"], "at least two"),
+    ):
+        bad = invoke("pairs", str(tmp_path), *words)
+        assert (bad.exit_code, said in bad.stderr) == (terminal.BAD_INPUT, True), bad.output
+    bad = invoke("pairs", str(tmp_path / "nowhere"))
+    assert (bad.exit_code, "no answers.parquet" in bad.stderr) == (terminal.BAD_INPUT, True)
 
 
 def test_a_failing_method_is_shown_and_changes_the_status(
@@ -205,7 +244,7 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path: Path, kind: signal.Signals) ->
     assert process.returncode == terminal.INTERRUPTED
     assert b"the same command goes on" in output
     kept = len(Journal(journal).answers)
-    assert f"{kept} of 1000 answers".encode() in output
+    assert f"{kept} of 1400 answers".encode() in output
     assert kept == len(journal.read_text().splitlines())
     assert len(pd.read_parquet(tmp_path / "answers.parquet")) == kept
 
@@ -216,7 +255,12 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path: Path, kind: signal.Signals) ->
 def test_tables_fit_into_80_columns() -> None:
     rows = []
     kinds = ("overall", "existence", "colour", "count", "position", "digit", "reading", "other")
-    cells = (("uncompressed", 1.0), ("globalcom2", 0.25), ("fastv", 0.25))
+    cells = (
+        ("uncompressed", 1.0),
+        ("thumbnail-only", math.nan),
+        ("globalcom2", 0.25),
+        ("fastv", 0.25),
+    )
     for label, retention in cells:
         for kind in kinds:
             row: dict[str, Any] = {"method": label, "label": label, "retention": retention}
@@ -229,9 +273,17 @@ def test_tables_fit_into_80_columns() -> None:
             row |= {"agreement": 1.0} | dict.fromkeys(_COSTS, 2880.0)
             row |= {"flops": 41.7e12, "uncompressed_flops": 41.7e12}
             row |= {"vs_uniform": -0.1, "vs_uniform_p": 0.04 if label == "globalcom2" else None}
+            ends = ("", "_low", "_high")
+            row |= {f"vs_uniform{end}": math.nan for end in ends[1:]} | {
+                "easy_n": 400,
+                "hard_n": 100,
+            }
+            for part in ("easy_accuracy", "hard_accuracy"):
+                row |= {part: 1.0, f"{part}_low": 0.963, f"{part}_high": 1.0}
+            row |= {f"kl{end}": 10.001 for end in ends}
             rows.append(row)
     found = list(tables(pd.DataFrame(rows)))
-    assert len(found) == 3, "overall, and seven kinds in two tables"
+    assert len(found) == 4, "overall, loyalty, and seven kinds in two tables"
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     for table in found:
         assert console.measure(table).maximum <= 80, "nothing has to be broken"
@@ -242,7 +294,9 @@ def test_tables_fit_into_80_columns() -> None:
     assert "100 96–100" in text
     assert "TFLOPs" in text
     assert "…" not in text
-    assert text.count("FAILED") == 8
+    assert text.count("FAILED") == 9
+    assert re.search(r"thumbnail-only +100\.0 \(99\.2–100\.0\) +10\.0 10\.0–10\.0 *\n", text)
+    assert "accuracy in % on the 400 questions" in re.sub(r"\s+", " ", text)
 
 
 def test_long_labels_break_between_options() -> None:

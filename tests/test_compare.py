@@ -1,6 +1,7 @@
 """The comparison: its loop with a stand-in for the model, and all of it on the testbed."""
 
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import scipy.stats
+import torch
 from PIL import Image
 
 import tokenprune as tp
@@ -223,7 +226,7 @@ def finished(folder: Path) -> module.Outcome:
 
 def test_the_run_folder(finished: module.Outcome, folder: Path) -> None:
     assert finished.status == "complete"
-    assert (finished.answered, finished.wanted, finished.new) == (30, 30, 30)
+    assert (finished.answered, finished.wanted, finished.new) == (50, 50, 50)
     for name in ("accuracy.png", "accuracy.pdf", "accuracy-by-kind.png", "accuracy-by-cost.pdf"):
         assert (folder / "plots" / name).stat().st_size > 10_000
 
@@ -236,7 +239,7 @@ def test_the_run_folder(finished: module.Outcome, folder: Path) -> None:
     assert manifest["versions"]["torch"]
 
     frame = pd.read_parquet(folder / "answers.parquet")
-    assert len(frame) == 30
+    assert len(frame) == 50
     assert not frame.duplicated(["model", "method", "parameters", "retention", "question_id"]).any()
     assert set(frame["status"]) == {"ok"}
     full = frame[frame["method"] == "uncompressed"]
@@ -246,9 +249,9 @@ def test_the_run_folder(finished: module.Outcome, folder: Path) -> None:
     for _, row in frame[frame["method"] == "uniform"].iterrows():
         assert row["kept_patches"] == int(0.25 * row["patch_tokens"])
         assert row["layer_average"] == row["kept_patches"] + row["kept_separators"]
-    pruned = frame[frame["method"] != "uncompressed"]
+    pruned = frame[frame["retention"] < 1]
     assert (pruned["flops"] < pruned["uncompressed_flops"]).all()
-    assert (folder / "summary.csv").read_text().count("\n") == 1 + 3 * 6
+    assert (folder / "summary.csv").read_text().count("\n") == 1 + 5 * 6
 
 
 def test_the_answers_are_those_of_a_plain_generate(finished: module.Outcome, folder: Path) -> None:
@@ -260,6 +263,69 @@ def test_the_answers_are_those_of_a_plain_generate(finished: module.Outcome, fol
         with tp.compress(adapter.model, tp.create("fastv", layer=3, retention=0.25)):
             ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
         assert adapter.decode(ids, inputs) == [given[item.id]]
+
+
+def test_divergence_is_that_of_the_answer_tokens_distribution(
+    finished: module.Outcome, folder: Path
+) -> None:
+    adapter = tp.load("testbed-next")
+    frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
+    fastv = tp.create("fastv", layer=3, retention=0.25)
+    for item in module.data.held_out(3, seed=0):
+        inputs = adapter.prepare([item.images[0].open()], [item.question])
+        probabilities = []
+        for compressor in (None, fastv):
+            with tp.compress(adapter.model, compressor), torch.no_grad():
+                logits = adapter.model(**inputs).logits[0, -1].double()
+            probabilities.append(logits.softmax(-1).numpy())
+        expected = scipy.stats.entropy(*probabilities)
+        assert frame.loc[("fastv", item.id), "kl"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert frame.loc[("uncompressed", item.id), "kl"] == 0
+    summary = finished.summary.set_index(["method", "kind"]).loc[("fastv", "overall")]
+    assert summary["kl"] == pytest.approx(frame.loc["fastv", "kl"].mean())
+    assert summary["kl_low"] <= summary["kl"] <= summary["kl_high"]
+
+
+def test_divergence_of_what_cannot_be() -> None:
+    full, short = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.25, 0.75]).log()
+    assert module.divergence(full, short) == pytest.approx(math.log(4))
+    assert module.divergence(full, full) == 0
+
+
+def test_the_references_see_no_image_and_the_thumbnail_alone(
+    finished: module.Outcome, folder: Path
+) -> None:
+    adapter = tp.load("testbed-next")
+    frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
+    for item in module.data.held_out(4, seed=0):
+        blind, low = (frame.loc[(name, item.id)] for name in ("image-free", "thumbnail-only"))
+        assert (blind["patch_tokens"], blind["kept_patches"]) == (0, 0)
+        assert (low["kept_patches"], low["kept_separators"]) == (49, 0)
+        assert math.isnan(low["retention"])
+        assert low["patch_tokens"] > 49
+        prompt = adapter.prompt(item.question, 1)
+        inputs = adapter.processor.tokenizer(prompt.replace("<image>", ""), return_tensors="pt")
+        ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert adapter.decode(ids, inputs) == [blind["answer"]]
+        right = {item.answer} & {blind["answer"], low["answer"]}
+        assert set(frame.xs(item.id, level=1)["easy"]) == {bool(right)}
+    assert finished.summary["retention"].isna().sum() == 2 * 6
+
+
+def test_several_seeds_are_one_method(tmp_path: Path) -> None:
+    found = cells(["uniform", "random", "random:seed=7"], [0.5], seeds=3)
+    assert [str(cell) for cell in found] == [
+        "uncompressed",
+        "uniform at 0.5",
+        "random at 0.5",
+        "random:seed=1 at 0.5",
+        "random:seed=2 at 0.5",
+        "random:seed=7 at 0.5",
+    ]
+    assert [cell.label for cell in found[2:]] == ["random"] * 3 + ["random:seed=7"]
+    assert len({cell.key for cell in found}) == 6
+    with pytest.raises(UserError, match="--seeds must be at least 1"):
+        compare(Request(seeds=0, out=tmp_path))
 
 
 def test_the_same_again_computes_nothing(finished: module.Outcome, folder: Path) -> None:
@@ -306,11 +372,11 @@ def test_interrupted_then_resumed(
     monkeypatch.setattr(module.ModelRunner, "answer", impatient)
     request = replace(SMALL, out=tmp_path)
     first = compare(request)
-    assert (first.status, first.answered, first.wanted) == ("interrupted", 10, 30)
+    assert (first.status, first.answered, first.wanted) == ("interrupted", 15, 50)
     assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "interrupted"
-    assert len(pd.read_parquet(tmp_path / "answers.parquet")) == 10
+    assert len(pd.read_parquet(tmp_path / "answers.parquet")) == 15
     second = compare(request)
-    assert (second.status, second.new) == ("complete", 20)
+    assert (second.status, second.new) == ("complete", 35)
     for name in ("answers.parquet", "summary.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -367,7 +433,7 @@ def test_own_questions(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     request = Request(methods=("uniform",), retention=(0.5,), data=path, out=tmp_path / "run")
     outcome = compare(request)
-    assert (outcome.status, outcome.answered) == ("complete", 10)
+    assert (outcome.status, outcome.answered) == ("complete", 20)
     assert not (tmp_path / "run" / "plots" / "accuracy-by-kind.png").exists(), "one kind only"
 
     path.write_text("\n".join([*lines, lines[-1].replace("<image> <image>", "<image>")]))
@@ -391,7 +457,7 @@ def test_videos_and_pairs_with_every_method(tmp_path: Path, modality: Any) -> No
     )
     assert outcome.status == "complete"
     assert "CLS token" in outcome.skipped["fastervlm"]
-    methods = set(outcome.summary["method"]) - {"uncompressed"}
+    methods = set(outcome.summary["method"]) - {"uncompressed", "image-free"}
     assert methods | set(outcome.skipped) == set(tp.available())
     assert not methods & set(outcome.skipped)
     answers = pd.read_parquet(tmp_path / "run" / "answers.parquet")

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from tokenprune.experiments.intervals import (
     _COSTS,
     OVERALL,
+    compared,
+    holm,
     mcnemar,
     paired_bootstrap,
+    pairs,
+    proportion,
     summarise,
     wilson,
 )
@@ -139,3 +143,100 @@ def test_an_unfinished_cell_is_compared_on_what_both_answered() -> None:
 def test_one_kind_is_not_shown_twice() -> None:
     single = answers("uncompressed", 1.0, [True] * 4).assign(kind="other")
     assert list(summarise(single, seed=0)["kind"]) == [OVERALL]
+
+
+# --- pairs, seeds, difficulty ---------------------------------------------------------------------
+
+
+def test_holm_by_hand() -> None:
+    # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2 (not below 0.06), 0.9 * 1.
+    assert list(holm([0.03, 0.01, 0.9, 0.02])) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    assert list(holm([0.5, 0.6])) == [1.0, 1.0]
+    with_gap = holm([0.01, math.nan, 0.04])
+    assert with_gap[0] == pytest.approx(0.02)
+    assert with_gap[2] == pytest.approx(0.04)
+    assert math.isnan(with_gap[1])
+
+
+def test_every_pair_by_hand() -> None:
+    table = pd.concat(
+        [
+            answers("a", 0.5, [True] * 8 + [False] * 2),
+            answers("b", 0.5, [True] * 4 + [False] * 5 + [True]),
+            answers("c", 0.5, [True] * 10),
+            answers("c", 0.1, [True] * 10),
+        ]
+    )
+    found = pairs(table, seed=0)
+    assert list(zip(found["first"], found["second"], strict=True)) == [
+        ("a", "b"),
+        ("a", "c"),
+        ("b", "c"),
+    ]
+    row = found.iloc[0]
+    assert (row["n"], row["only_first"], row["only_second"]) == (10, 4, 1)
+    assert row["difference"] == pytest.approx(0.3)
+    assert row["p"] == pytest.approx(0.375)  # 2 * (1 + 5) / 2**5
+    assert row["low"] <= 0.3 <= row["high"]
+    assert list(found["p_holm"]) == pytest.approx([0.75, 0.75, 0.1875])  # of 0.375, 0.5, 0.0625
+    (single,) = pairs(table, seed=0, labels=["c", "a"], kind="odd").to_dict("records")
+    assert (single["first"], single["second"], single["n"]) == ("c", "a", 5)
+    assert single["difference"] == pytest.approx(0.2)
+
+
+def test_a_pair_shares_questions_or_there_is_no_row() -> None:
+    other = answers("b", 0.5, [True] * 4).assign(question_id=list("wxyz"))
+    failed = answers("c", 0.5, [True, None])
+    assert pairs(pd.concat([answers("a", 0.5, [True] * 4), other, failed]), seed=0).empty
+
+
+def test_several_seeds_are_one_row_with_their_spread() -> None:
+    runs = [
+        answers("random", 0.5, right).assign(parameters=f"seed={seed}")
+        for seed, right in enumerate(([True] * 8 + [False] * 2, [True] * 6 + [False] * 4))
+    ]
+    uniform = answers("uniform", 0.5, [True] * 4 + [False] * 6)
+    table = summarise(pd.concat([*runs, uniform]), seed=0).set_index(["label", "kind"])
+    row = table.loc[("random", OVERALL)]
+    assert (row["n"], row["seeds"]) == (10, 2)
+    assert row["accuracy"] == pytest.approx(0.7)
+    assert row["seed_spread"] == pytest.approx(math.sqrt(0.02))  # 0.8 and 0.6 about 0.7
+    assert row["vs_uniform"] == pytest.approx(0.3)
+    assert math.isnan(row["vs_uniform_p"]), "McNemar's test is of single answers"
+    assert row["accuracy_low"] < 0.7 < row["accuracy_high"]
+    assert math.isnan(table.loc[("uniform", OVERALL), "seed_spread"])
+
+
+def test_answers_of_several_seeds_are_not_independent() -> None:
+    right = pd.Series([True] * 30 + [False] * 20, index=range(50))
+    images = pd.Series(range(50), index=range(50))
+    once = proportion(right, images, seed=0)
+    assert once == wilson(30, 50)
+    same = [pd.concat([part] * 8) for part in (right, images)]
+    again = proportion(*same, seed=0)
+    assert again == pytest.approx(once, abs=0.02), "the same answers again tell nothing new"
+    certain = pd.Series([True] * 20, index=[0, 1] * 10)
+    assert proportion(certain, images, seed=0) == wilson(2, 2)
+    assert proportion(~certain, images, seed=0) == wilson(0, 2)
+
+
+def test_easy_and_hard_questions_and_divergence() -> None:
+    cell = answers("a", 0.5, [True, True, True, False, False, True, False, True, True, True])
+    cell = cell.assign(
+        easy=pd.array([True] * 4 + [False] * 5 + [None], dtype="boolean"),
+        kl=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+    )
+    row = summarise(cell, seed=0).iloc[0]
+    assert (row["easy_n"], row["hard_n"]) == (4, 5)
+    assert (row["easy_accuracy"], row["hard_accuracy"]) == (0.75, 0.6)
+    assert (row["hard_accuracy_low"], row["hard_accuracy_high"]) == pytest.approx(wilson(3, 5))
+    assert row["kl"] == pytest.approx(0.45)
+    assert row["kl_low"] < 0.45 < row["kl_high"]
+
+
+def test_a_comparison_with_the_worse_is_the_better_turned_round() -> None:
+    a, b = answers("a", 0.5, [True] * 7 + [False] * 3), answers("b", 0.5, [False] * 5 + [True] * 5)
+    one, other = compared(a, b, seed=0), compared(b, a, seed=0)
+    assert one["difference"] == pytest.approx(-other["difference"])
+    assert (one["low"], one["p"]) == (pytest.approx(-other["high"]), other["p"])
+    assert one["only_first"] == other["only_second"] == 5

@@ -26,6 +26,7 @@ from tokenprune.experiments.results import (
     git_state,
     replace_file,
 )
+from tokenprune.experiments.views import references
 
 EXPERIMENT: dict[str, Any] = {
     "model": "m",
@@ -233,6 +234,31 @@ def test_answers_frame(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(
         pd.read_parquet(tmp_path / "answers.parquet"), frame, check_dtype=False
     )
+
+
+def test_easy_is_what_little_of_the_image_suffices_for(tmp_path: Path) -> None:
+    picture = Picture("p", Image.new("RGB", (2, 2)))
+    questions = [Question(f"q{i}", (picture,), "Is it red?", "yes") for i in range(4)]
+    cells = [Cell(), *references({"image"})]
+    assert [cell.key for cell in cells][:2] == ["uncompressed", "image-free"]
+    assert len({cell.key for cell in cells}) == 3
+    said = {
+        "image-free": ["yes", "no", "no", "no"],
+        "thumbnail-only": ["no", "Yes.", "no", "yes"],
+    }
+    with Journal(tmp_path / "answers.jsonl") as journal:
+        for cell in cells[1:]:
+            records = [record(answer, kept_patches=5) for answer in said[cell.name]]
+            records[3]["kept_patches"] = 10  # this image has no crops, its thumbnail is all of it
+            journal.add(cell.key, {f"q{i}": entry for i, entry in enumerate(records)})
+        journal.add("uncompressed", {f"q{i}": record("yes") | {"kl": 0.0} for i in range(4)})
+    frame = answers_frame("m", cells, questions, journal)
+    full = frame[frame["label"] == "uncompressed"]
+    assert list(full["easy"]) == [True, True, False, False]
+    assert list(full["kl"]) == [0.0] * 4
+    assert frame["retention"].isna().sum() == 8
+    assert answers_frame("m", cells[:1], questions, journal)["easy"].isna().all()
+    assert [cell.label for cell in references({"video"})] == ["image-free"]
 
 
 # --- fingerprints ---------------------------------------------------------------------------------

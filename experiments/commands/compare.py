@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -91,6 +92,9 @@ def compare(
     seed: Annotated[
         int, typer.Option(help="Draws the testbed's questions and the bootstrap samples.")
     ] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Run methods that draw at random with this many seeds.")
+    ] = 1,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
     ] = None,
@@ -120,6 +124,7 @@ def compare(
             "data": data,
             "batch_size": batch_size,
             "seed": seed,
+            "seeds": seeds,
             "device": device,
             "dtype": dtype,
             "out": out,
@@ -219,9 +224,56 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
             )
     yield table
 
+    yield _loyalty_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
     for start in range(0, len(kinds), _KINDS_PER_TABLE):
         yield _kinds_table(rows, kinds[start : start + _KINDS_PER_TABLE])
+
+
+def _loyalty_table(rows: pd.DataFrame) -> Table:
+    """How near every method stays to the uncompressed model, and where it loses; overall rows."""
+    counts = rows[["easy_n", "hard_n"]].max().fillna(0).astype(int)
+    table = new_table(
+        title="Loyalty and difficulty",
+        caption="KL: divergence of the answer token from the uncompressed model's, in nats, and "
+        f"its 95 % interval. Easy: accuracy in % on the {counts['easy_n']} questions answered "
+        "rightly without the image or from the thumbnail alone; hard: on the other "
+        f"{counts['hard_n']}.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("accuracy", "KL", "easy", "hard"):
+        table.add_column(name, justify="right", no_wrap=True)
+    beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
+    ordered = rows[~beside & (rows["retention"] < 1)]
+    ordered = ordered.sort_values("retention", ascending=False, kind="stable")
+    last = ""
+    for position, row in enumerate([*_rows(rows[beside]), *_rows(ordered)]):
+        keep = "" if position < beside.sum() else percent(row["retention"], None)
+        figures = ["FAILED", "", "", ""]
+        if row["status"] == "ok":
+            decimals = 3 if row["kl_high"] < 10 else 1
+            figures = [_accuracy(row, decimals=1), _between(row, "kl", decimals, scale=1)]
+            # The references' own answers are what sorts the questions.
+            parts = () if math.isnan(row["retention"]) else ("easy", "hard")
+            figures += [_between(row, f"{part}_accuracy", 0) for part in parts]
+        if keep != last:
+            table.add_section()
+        table.add_row("" if keep == last else keep, method_label(row["label"]), *figures)
+        last = keep
+    return table
+
+
+def _rows(table: pd.DataFrame) -> list[pd.Series]:
+    return [row for _, row in table.iterrows()]
+
+
+def _between(row: pd.Series, name: str, decimals: int, scale: float = 100) -> str:
+    """A figure and its interval; a dash if there is none."""
+    value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{decimals}f} {low:.{decimals}f}–{high:.{decimals}f}"
 
 
 def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
@@ -254,6 +306,11 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
 
 def _verdict(row: pd.Series) -> str:
     """An arrow where the method and `uniform` at the same retention are not equally right."""
-    if not row["vs_uniform_p"] < 0.05:  # or missing
+    import pandas as pd
+
+    sure = row["vs_uniform_p"] < 0.05
+    if pd.isna(row["vs_uniform_p"]):  # with several seeds; then the interval tells
+        sure = row["vs_uniform_low"] * row["vs_uniform_high"] > 0
+    if not sure:
         return ""
     return "↑" if row["vs_uniform"] > 0 else "↓"

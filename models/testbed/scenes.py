@@ -166,7 +166,9 @@ class Pair:
 class Question:
     """A question with a one-word answer about an image, two images or the frames of a video.
 
-    Questions may share what they are about, which `image_id` names.
+    Questions may share what they are about, which `image_id` names.  `place` is where the object
+    that an image's question names is centred, (x, y) as shares of width and height; None where it
+    names none that is there.
     """
 
     id: str
@@ -176,6 +178,7 @@ class Question:
     kind: str
     image_id: str
     modality: Modality = "image"
+    place: tuple[float, float] | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -581,8 +584,18 @@ def questions(
         images = tuple(Image.fromarray(scene.pixels) for scene in shown)
         for kind, (question, answer) in zip(kinds, asked, strict=True):
             identity = f"{image_id}-{kind}"
-            result.append(Question(identity, images, question, answer, kind, image_id, modality))
+            place = _place(shown[0], question) if modality == "image" else None
+            result.append(
+                Question(identity, images, question, answer, kind, image_id, modality, place)
+            )
     return result[:count]
+
+
+def _place(scene: Scene, question: str) -> tuple[float, float] | None:
+    """Where the object that `question` names is centred, (x, y) as shares of width and height."""
+    height, width = scene.size
+    found = [(item.x / width, item.y / height) for item in scene.items if item.name in question]
+    return found[0] if found else None
 
 
 def _quiz(

@@ -1,0 +1,84 @@
+"""Options that the commands of several experiments share."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from tokenprune.terminal import FAILED, INTERRUPTED, OK
+
+if TYPE_CHECKING:
+    from tokenprune.experiments.compare import Outcome
+
+__all__ = [
+    "BatchSize",
+    "Data",
+    "Device",
+    "Dtype",
+    "MaxNewTokens",
+    "Model",
+    "Out",
+    "Questions",
+    "Seed",
+    "closing",
+    "stoppable",
+]
+
+Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")]
+Questions = Annotated[
+    int | None,
+    typer.Option(help="How many questions. [default: 500 of the testbed, or all of --data]"),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Your own questions, JSON lines as for compare."),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Questions answered at once. [default: 50 on a testbed, otherwise 4]"),
+]
+Seed = Annotated[int, typer.Option(help="Draws the testbed's questions and the bootstrap samples.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder of the run. The same command takes up an unfinished run in it. "
+        "[default: one in runs/, named after what is asked]",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+
+
+def stoppable() -> float:
+    """Treat a polite request to end as Ctrl-C; the time, for `closing`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return time.monotonic()
+
+
+def closing(outcome: Outcome, started: float, files: str) -> int:
+    """Say what failed, how long it took and where ``files`` are; the exit status."""
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    if outcome.status == "interrupted":
+        say(
+            f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
+            f"{outcome.folder}; the same command goes on from there."
+        )
+        return INTERRUPTED
+    for cell, failure in outcome.failures.items():
+        say(f"FAILED {cell}: {failure.error}")
+    seconds = time.monotonic() - started
+    say(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
+    return FAILED if outcome.failures else OK

@@ -1,0 +1,120 @@
+"""``tokenprune crop-importance``: what the thumbnail says of the crops, and what each is worth."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.experiments.commands._options import (
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Out,
+    Questions,
+    Seed,
+    closing,
+    stoppable,
+)
+from tokenprune.experiments.commands.pairs import difference, p_value
+from tokenprune.terminal import app, as_exit_status, new_table, progress, quiet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["crop_importance", "table"]
+
+
+@app.command("crop-importance")
+def crop_importance(
+    model: Model = "testbed-next",
+    score: Annotated[
+        str,
+        typer.Option(
+            metavar="SIGNAL",
+            help="What the thumbnail is scored by: saliency, cls_logits, cls_attention, received "
+            "or head_attention.",
+        ),
+    ] = "saliency",
+    layer: Annotated[int, typer.Option(help="Encoder layer of the score.")] = -1,
+    seeds: Annotated[int, typer.Option(help="How many random crops to drop in turn.")] = 1,
+    questions: Questions = None,
+    data: Data = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    out: Out = None,
+    max_new_tokens: MaxNewTokens = 8,
+) -> None:
+    """Drop the highest-, the lowest- or a random crop by the thumbnail's score.
+
+    Prints what each costs, kind of question by kind of question, and separately where the object
+    asked about lies in the dropped crop (known on the testbed, or from "place" in --data).
+
+    Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
+    """
+    with as_exit_status():
+        from tokenprune.experiments.compare import Request
+        from tokenprune.experiments.crop_importance import crop_importance
+
+        request = Request(
+            model=model,
+            questions=questions,
+            data=data,
+            batch_size=batch_size,
+            seed=seed,
+            seeds=seeds,
+            device=device,
+            dtype=dtype,
+            out=out,
+            max_new_tokens=max_new_tokens,
+        )
+        quiet()
+        started = stoppable()
+        with progress() as report:
+            result = crop_importance(request, report, score=score, layer=layer)
+        if len(result.table):
+            Console().print(table(result.table), "")
+        if result.left_out:
+            typer.echo(f"{result.left_out} questions were left out: fewer than two crops.")
+        files = "crop_importance.csv, crops.csv, objects.csv, answers.parquet, plots/"
+        status = closing(result.outcome, started, files)
+    raise typer.Exit(status)
+
+
+def table(found: pd.DataFrame) -> Table:
+    """At most 80 columns; ``found`` is as `experiments.crop_importance.drops` returns it."""
+    made = new_table(
+        title="Accuracy lost without a crop",
+        caption="Loss in points with its 95 % interval, against the whole image and against "
+        "dropping a random crop (whole images resampled); p of McNemar's exact test, on the same "
+        "questions, - with several seeds.",
+    )
+    made.add_column("questions")
+    made.add_column("n", justify="right")
+    made.add_column("dropped")
+    for name in ("loss", "p", "beyond random", "p"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for group, part in found.groupby("group", sort=False):
+        for position, (_, row) in enumerate(part.iterrows()):
+            beyond = [-row[f"vs_random{end}"] for end in ("", "_high", "_low")]
+            alone = math.isnan(beyond[0])
+            made.add_row(
+                "" if position else escape(str(group)),
+                str(row["n"]),
+                row["dropped"],
+                difference(row["drop"], row["low"], row["high"], decimals=0),
+                p_value(row["p"]),
+                "" if alone else difference(*beyond, decimals=0),
+                "" if alone else p_value(row["vs_random_p"]),
+                end_section=position + 1 == len(part),
+            )
+    return made
