@@ -23,7 +23,7 @@ import torch
 import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
-from tokenprune.experiments import data, plots
+from tokenprune.experiments import data, kept, plots
 from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.results import (
@@ -159,6 +159,7 @@ class ModelRunner:
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
             )
         texts = self.adapter.decode(ids, inputs)
+        keeps = kept.packed_rows(trace.selections, len(texts))
         return [
             {
                 "answer": text,
@@ -172,8 +173,9 @@ class ModelRunner:
                 "flops": ledger.flops,
                 "selector_flops": ledger.selector_flops,
                 "uncompressed_flops": ledger.uncompressed_flops,
+                **({"kept": keep} if keep else {}),
             }
-            for text, ledger in zip(texts, trace.ledgers, strict=True)
+            for text, ledger, keep in zip(texts, trace.ledgers, keeps, strict=True)
         ]
 
 
