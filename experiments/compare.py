@@ -24,7 +24,7 @@ from torch import Tensor
 import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
-from tokenprune.experiments import data, plots
+from tokenprune.experiments import data, kept, plots
 from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.results import (
@@ -201,6 +201,7 @@ class ModelRunner:
             )
         texts = self.adapter.decode(output.sequences, inputs)
         first = output.logits[0].float().log_softmax(-1)
+        keeps = kept.packed_rows(trace.selections, len(texts))
         return [
             {
                 "answer": text,
@@ -215,8 +216,9 @@ class ModelRunner:
                 "flops": ledger.flops,
                 "selector_flops": ledger.selector_flops,
                 "uncompressed_flops": ledger.uncompressed_flops,
+                **({"kept": keep} if keep else {}),
             }
-            for text, row, ledger in zip(texts, first, trace.ledgers, strict=True)
+            for text, row, ledger, keep in zip(texts, first, trace.ledgers, keeps, strict=True)
         ]
 
 

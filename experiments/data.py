@@ -147,7 +147,11 @@ def held_out(count: int, seed: int, modality: Modality = "image") -> list[Questi
 
 
 def read_jsonl(
-    path: Path, count: int | None = None, modality: Modality | None = None
+    path: Path,
+    count: int | None = None,
+    modality: Modality | None = None,
+    *,
+    check_images: bool = True,
 ) -> list[Question]:
     """The questions of a JSON-lines file, the first ``count`` of them or all.
 
@@ -161,6 +165,7 @@ def read_jsonl(
         path: The file.
         count: How many.
         modality: Only questions of this one, or of all.
+        check_images: Whether to decode the images; otherwise some may be missing.
 
     Raises:
         UserError: The file cannot be read or is empty, a line is malformed (its number is given),
@@ -182,7 +187,7 @@ def read_jsonl(
         if len(questions) == count:
             break
         try:
-            item = _question(line, number, path.parent, pictures)
+            item = _question(line, number, path.parent, pictures, check_images)
             if item.id in seen:
                 raise UserError(f"the id {item.id!r} was given on line {seen[item.id]} already.")
         except UserError as error:
@@ -202,7 +207,9 @@ def read_jsonl(
     return questions
 
 
-def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Picture]) -> Question:
+def _question(
+    line: bytes, number: int, folder: Path, pictures: dict[str, Picture], check_images: bool
+) -> Question:
     """Read one line; ``pictures`` are those met so far, and is added to."""
     try:
         fields = json.loads(line)
@@ -237,7 +244,8 @@ def _question(line: bytes, number: int, folder: Path, pictures: dict[str, Pictur
     for name in names:
         if name not in pictures:
             pictures[name] = Picture(name, folder / name)
-            pictures[name].open()
+            if check_images:
+                pictures[name].open()
     return Question(
         id=_text(fields, "id", f"line-{number}"),
         images=tuple(pictures[name] for name in names),

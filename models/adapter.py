@@ -42,6 +42,8 @@ class Adapter(ABC):
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: What that method takes for images of an image processor's output.
         has_language_model: Whether there is anything behind the vision tower.
+        fit: How the processor makes a square of an image that is one view and has no crops:
+            ``stretch`` its sides, ``pad`` the shorter ones, or ``crop`` the longer ones.
         model: The user's model, untouched.
         processor: Its processor, or None where only the model was given.
         path: Folder it was loaded from, or None.
@@ -52,6 +54,7 @@ class Adapter(ABC):
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     has_language_model: ClassVar[bool] = True
+    fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
 
     def __init__(self, model: nn.Module, processor: Any = None, path: Path | None = None) -> None:
         self.model: Any = model
@@ -141,6 +144,12 @@ class Adapter(ABC):
         """(rows, columns) of the patches the vision tower makes of a view."""
         config = self.base.config.vision_config
         side = config.image_size // config.patch_size
+        return side, side
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels of the view."""
+        side = int(self.base.config.vision_config.patch_size)
         return side, side
 
     @property

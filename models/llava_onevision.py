@@ -40,6 +40,7 @@ class LlavaOnevision(Adapter):
         "image": "get_image_features",
         "video": "get_video_features",
     }
+    fit = "pad"
     image_arguments: ClassVar[tuple[str, ...]] = (
         "pixel_values",
         "image_sizes",

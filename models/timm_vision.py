@@ -149,6 +149,11 @@ class TimmVision(Adapter):
         return int(rows), int(cols)
 
     @property
+    def patch_size(self) -> tuple[int, int]:
+        height, width = self.model.vit.patch_embed.patch_size
+        return int(height), int(width)
+
+    @property
     def has_cls(self) -> bool:
         return getattr(self.model.vit, "cls_token", None) is not None
 

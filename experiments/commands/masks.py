@@ -1,0 +1,154 @@
+"""``tokenprune masks``: what each method keeps of a picture, on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tokenprune.terminal import (
+    OK,
+    ManyValues,
+    app,
+    as_exit_status,
+    method_label,
+    new_table,
+    percent,
+    progress,
+    quiet,
+    ratio,
+    split_specs,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tokenprune.experiments.masks import Seen
+
+__all__ = ["masks", "table"]
+
+
+@app.command(cls=ManyValues)
+def masks(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE...] [QUESTION]",
+            help="Image files and, last, what to ask about them. With --video the frames, or a "
+            "folder of them, or an animated GIF. [default: an example of the testbed]",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="As of compare, or timm/NAME. [default: testbed-next, or testbed-onevision for "
+            "several images and videos]"
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="SPEC...",
+            help="Methods with options, as of compare. [default: globalcom2 fastv; globalcom2 "
+            "without a question]",
+        ),
+    ] = None,
+    retention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--retention", "-r", metavar="R...", help="Shares of patch tokens. [default: 0.25]"
+        ),
+    ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="The images are a video's frames.")
+    ] = False,
+    frames: Annotated[
+        int, typer.Option(help="Of a longer video, take so many frames, evenly spaced.")
+    ] = 8,
+    cuts: Annotated[
+        bool, typer.Option("--cuts", help="Show what is left after every cut, not only at last.")
+    ] = False,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Weights of a timm model; without, they are random."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the example.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="[default: one in runs/, named after the picture]"),
+    ] = None,
+) -> None:
+    """Draw what each method keeps of a picture, and what the model then answers.
+
+    Writes masks (dropped patches pale, the share kept in the corner of every crop) and heat (the
+    vision tower's saliency, and the scores of methods that score) as PNG and PDF, and kept.csv.
+
+    Exit status: 0 done, 2 bad input.
+    """
+    with as_exit_status():
+        from tokenprune.experiments.masks import Request, render
+
+        quiet()
+        request = Request(
+            words=tuple(words or ()),
+            model=model,
+            methods=tuple(split_specs(methods)) if methods else None,
+            retention=tuple(map(ratio, split_specs(retention or ["0.25"]))),
+            video=video,
+            frames=frames,
+            cuts=cuts,
+            pretrained=pretrained,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            out=out,
+        )
+        with progress() as report:
+            seen, folder, files = render(request, report)
+        console = Console()
+        console.print(table(seen), "")
+        console.print(
+            f"Written to {folder}: {', '.join(files)}",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+    raise typer.Exit(OK)
+
+
+def table(seen: Seen) -> Table:
+    """What was kept of each view, and the answers."""
+    made = new_table(title=escape(seen.question or "No question"))
+    made.add_column("keep", justify="right")
+    made.add_column("method", overflow="fold")
+    made.add_column("answer", overflow="fold")
+    made.add_column("tokens", justify="right")
+    made.add_column("of each view", overflow="fold")
+    rows = seen.table()
+    for _, group in rows.groupby(["method", "retention", "acts"], sort=False):
+        first = group.iloc[0]
+        made.add_row(
+            percent(first["retention"], None),
+            method_label(first["method"]),
+            escape(first["answer"] or "-"),
+            str(group["kept"].sum()),
+            _shares(group["share"].tolist()),
+        )
+    if seen.truth is not None:
+        made.caption = f"True answer: {escape(seen.truth)}"
+    return made
+
+
+def _shares(shares: Sequence[float]) -> str:
+    shown = [f"{100 * share:.0f}" for share in shares[:10]]
+    return f"{' '.join(shown)}{' …' if len(shares) > 10 else ''} %"
