@@ -28,7 +28,7 @@ class HoliTom(Compressor):
     is larger than ``tau``; that saves ``e - s`` tokens.  The video is cut into the segments that
     save the most.  Static tokens become one, their mean over the segment; of these, and of the
     other tokens of every frame, an equal share is left, such that ``floor(R * P)`` are left in
-    all.  Static ones are clustered (`density_peaks` over ``neighbours``), a cluster being
+    all (fewer where the segments save more than that by themselves).  Static ones are clustered (`density_peaks` over ``neighbours``), a cluster being
     ``beta`` times its centre plus ``1 - beta`` times the mean of its other members, in the first
     frame of the segment; of the others those stay that receive the most attention.
 
@@ -53,7 +53,7 @@ class HoliTom(Compressor):
         code="https://github.com/cokeshao/HoliTom (e9b2972)",
         deviations=(
             "The budget is kept exactly, by largest remainders; officially counts are rounded up "
-            "frame by frame, and R has to be found by trial.",
+            "frame by frame.",
             "Tokens stay in their places; officially those of a segment's static places come "
             "first.",
             "Equally dense tokens rank by place; officially random noise decides.",
