@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from tokenprune.compressor import Compressor, Selection, create
 from tokenprune.engine import _Session, compress
 from tokenprune.errors import UserError
 from tokenprune.primitives import dispersed, kernel_density, least_cutoff, top
+from tokenprune.strategies.fitprune import fit
 from tokenprune.strategies.pact import GLOBAL, KEYS
 from tokenprune.testing import Host, sample_tokens
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
@@ -256,6 +259,77 @@ def test_fitprune_cuts_in_front_of_every_layer_but_the_first() -> None:
     visual = trace.ledger.visual_per_layer
     assert list(visual) == sorted(set(visual), reverse=True)  # fewer in every layer
     assert visual[-1] == int(trace.ledger.patch_tokens * 0.25)
+
+
+def _calibration(samples: int, layers: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """For every image and layer both scores of its 20 tokens."""
+    draw = torch.Generator().manual_seed(0)
+    pairs = torch.randn(samples, layers, 2, 20, generator=draw).mul(1.5).softmax(-1)
+    return [[(one[0], one[1]) for one in image] for image in pairs]
+
+
+def _fitted_slowly(images: list[list[tuple[Tensor, Tensor]]], tolerance: float) -> list[float]:
+    """The average share that is left behind every layer."""
+    shares = [0.0] * len(images[0])
+    for image in images:
+        there = set(range(20))
+        for layer, scores in enumerate(image):
+            tails = []
+            for values in (score.tolist() for score in scores):
+                rest, tail = sum(values[i] for i in there), set()
+                for i in sorted(there, key=lambda i: values[i]):
+                    rest -= values[i]
+                    if rest < (1 - tolerance) * sum(values):
+                        break
+                    tail.add(i)
+                tails.append(tail)
+            there -= tails[0] & tails[1]
+            shares[layer] += len(there) / 20 / len(images)
+    return shares
+
+
+@pytest.mark.parametrize("retention", [0.25, 0.5, 0.8])
+def test_fit_halves_down_to_a_tolerance_that_reaches_r(retention: float) -> None:
+    images, layers = _calibration(4, 5), 6
+    layout = TokenLayout.single((4, 5), newline=False)
+
+    def run(method: Compressor) -> None:
+        for image in images:
+            tokens = VisualTokens(layout, torch.zeros(20, 2), entered=20)
+            index = torch.arange(20)
+            for cut, (seen, asked) in zip(method.cuts, image, strict=True):
+                signals = {Signal("llm_self"): seen[index], Signal("llm_cross"): asked[index]}
+                keep = method.at(cut).select(replace(tokens, signals=signals)).keep
+                tokens, index = tokens.take(keep), index[keep]
+
+    shares = fit(run, layers, retention)
+    slow = [_fitted_slowly(images, step / 128) for step in range(128)]
+    assert shares[-1] <= retention
+    assert any(
+        shares == pytest.approx(after) and before[-1] > retention
+        for before, after in pairwise(slow)
+    )
+    assert create("fitprune", retention=retention, shares=shares).shares == shares
+
+
+def test_fit_in_a_model() -> None:
+    """The schedule of a model: as many shares as cuts, and R at the end."""
+    host = Host.tiny("LLaVA-OneVision")
+    depth = len(host.adapter.decoder_layers)
+
+    def run(method: Compressor) -> None:
+        for row in (0, 2):
+            with compress(host.model, method):
+                host.logits(host.inputs((row,)))
+
+    shares = fit(run, depth, 0.3)
+    assert len(shares) == depth - 1
+    assert 1 >= shares[0] >= shares[-1] > 0.1
+    assert shares[-1] <= 0.3
+    method = create("fitprune", retention=0.3, shares=shares, separators="none")
+    with compress(host.model, method) as trace:
+        host.logits(host.inputs((0,)))
+    assert trace.ledger.visual_per_layer[-1] == int(0.3 * trace.ledger.patch_tokens)
 
 
 @pytest.mark.parametrize("name", ["fitprune", "sparsevlm"])
