@@ -128,11 +128,6 @@ class Adapter(ABC):
         return max(index % states for index in ([chosen] if isinstance(chosen, int) else chosen))
 
     @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return int(self.base.config.vision_config.patch_size)
-
-    @property
     def pooling_head(self) -> Any:
         """Multi-head attention of the tower's pooling head, or None where there is none."""
         tower = self.base.vision_tower

@@ -27,10 +27,11 @@ class HoliTom(Compressor):
     A place is static in frames ``s .. e`` if the cosine of its tokens in any two neighbouring ones
     is larger than ``tau``; that saves ``e - s`` tokens.  The video is cut into the segments that
     save the most.  Static tokens become one, their mean over the segment; of these, and of the
-    other tokens of every frame, an equal share is left, such that ``floor(R * P)`` are left in
-    all.  Static ones are clustered (`density_peaks` over ``neighbours``), a cluster being
-    ``beta`` times its centre plus ``1 - beta`` times the mean of its other members, in the first
-    frame of the segment; of the others those stay that receive the most attention.
+    other tokens of every frame, an equal share is left, such that ``floor(R * P)`` are left in all
+    (fewer where the segments save more than that by themselves).  Static ones are clustered
+    (`density_peaks` over ``neighbours``) in the first frame of the segment; a cluster becomes
+    ``beta`` times its centre plus ``1 - beta`` times the mean of its other members.  Of the other
+    tokens those stay that receive the most attention.
 
     Views of an image share nothing: they are pruned by attention.
 
@@ -53,7 +54,7 @@ class HoliTom(Compressor):
         code="https://github.com/cokeshao/HoliTom (e9b2972)",
         deviations=(
             "The budget is kept exactly, by largest remainders; officially counts are rounded up "
-            "frame by frame, and R has to be found by trial.",
+            "frame by frame.",
             "Tokens stay in their places; officially those of a segment's static places come "
             "first.",
             "Equally dense tokens rank by place; officially random noise decides.",
@@ -85,10 +86,10 @@ class HoliTom(Compressor):
             return moving
         frames = tokens.features.float()[torch.stack(views)]
         still = F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau
-        saved = torch.zeros(len(views), len(views))
+        saved = frames.new_zeros(len(views), len(views))
         for first in range(len(views) - 1):
-            static = still[first:].cumprod(0).sum(1).cpu()
-            saved[first, first + 1 :] = static * torch.arange(1, len(static) + 1)
+            static = still[first:].cumprod(0).sum(1)
+            saved[first, first + 1 :] = static * (1 + torch.arange(len(static)).to(static))
         runs = segments(saved)
         static_places = [still[s:e].all(0) if e > s else moving[s][1] for s, e in runs]
         return [(views[s : e + 1], one) for (s, e), one in zip(runs, static_places, strict=True)]
@@ -101,8 +102,8 @@ class HoliTom(Compressor):
         sizes = [places.shape[1] for places, _ in groups]
         total = min(budget(len(tokens.layout.patches), self.retention), sum(sizes))
         kept, features = [], []
-        for (places, static), count in zip(groups, apportion(total, sizes), strict=True):
-            if static and count:
+        for (places, shared), count in zip(groups, apportion(total, sizes), strict=True):
+            if shared and count:
                 chosen, vectors = self._clustered(tokens.features[places].float().mean(0), count)
             else:
                 chosen = top(scores[places[0]], count)

@@ -40,8 +40,8 @@ class PACT(Compressor):
 
     Args:
         depth: Where, as a share of the decoder's depth.  Official: in front of layer 4 of 28.
-        important: Official: 0.55 for all budgets.  0 stands for ``sqrt(R)``, which leaves both
-            steps the same factor; 0.55 is that at R = 0.3.
+        important: Official: 0.55, with ``cutoff=0.21``.  0 stands for ``sqrt(R)``, which leaves
+            both steps the same factor; 0.55 is that at R = 0.3.
         cutoff: Smallest cutoff.  Official: 0.21 and no other bound.
         recover: Official: 1.5.
         proportional: Whether attention counts the members.

@@ -352,6 +352,11 @@ def _forgets_extra(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrunedLayer, "extra", nothing, raising=False)
 
 
+def _counts_once(patch: pytest.MonkeyPatch) -> None:
+    nothing = property(lambda layer: None, lambda layer, value: None)
+    patch.setattr(PrunedLayer, "sizes", nothing, raising=False)
+
+
 def _sees_padding(layer: PrunedLayer) -> Tensor:
     gap = layer.valid.new_zeros(len(layer.valid), layer.dropped)
     return torch.cat([gap, torch.ones_like(layer.valid)], dim=1)
@@ -445,6 +450,17 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(
             _wrapped(_Session, "_text_slots", lambda original, *args: original(*args)[:1]),
             strategy="cdpruner:relevance=text",
+        ),
+        *_host(
+            _counts_once,
+            _wrapped(engine, "proportional_mask", lambda original, mask, *args: mask),
+            _wrapped(engine, "decoder_row", _scrambled),
+            _wrapped(engine, "decoder_keys", _scrambled),
+            strategy="pact",
+        ),
+        *_host(
+            _wrapped(engine, "decoder_mass", _scrambled),
+            strategy="fitprune",
         ),
     ),
     "check_prompt_logits": _host(

@@ -25,6 +25,7 @@ import tokenprune.attention
 from tokenprune.attention import (
     attention_received,
     cls_row,
+    decoder_mass,
     decoder_row,
     decoder_rows,
     projections,
@@ -225,6 +226,35 @@ def test_rotary_product_depends_on_the_distance_alone() -> None:
         for other in range(9):
             wanted = 2 * (math.cos(place - other) + math.cos((place - other) / 10)) / math.sqrt(4)
             assert float(got[row, other]) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["recomputed", "cached keys"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_decoder_mass_is_the_mean_of_the_keenest_heads(
+    monkeypatch: pytest.MonkeyPatch, kind: str, cached: bool
+) -> None:
+    monkeypatch.setattr(tokenprune.attention, "CHUNK", 2)
+    model, mask = _decoder(kind, 2), _mask("left")
+    call, out = _tapped(model, 1, mask)
+    asking = torch.tensor([11, 7, 10, 8, 9])
+    cos, sin = call["position_embeddings"]
+    for row in range(2):
+
+        def visible(slots: Tensor, row: int = row) -> Tensor:
+            return mask[row].bool() & (torch.arange(12) <= slots[:, None])
+
+        given = (
+            model.layers[1].self_attn,
+            call["hidden_states"][row],
+            (cos.expand(2, -1, -1)[row], sin.expand(2, -1, -1)[row]),
+        )
+        keys = out.past_key_values.layers[1].keys[row] if cached else None
+        with torch.no_grad():
+            got = decoder_mass(*given, asking, visible, keys)
+            nobody = decoder_mass(*given, asking[:0], visible, keys)
+        wanted = out.attentions[1][row][:, asking].amax(0).mean(0)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        assert not nobody.any()
 
 
 def test_decoder_row_of_an_earlier_token() -> None:

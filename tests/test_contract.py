@@ -50,12 +50,23 @@ VARIANTS = {
         "sparsevlm:version=2.0,heads=2",
         "cdpruner:relevance=saliency",
         "cdpruner:relevance=none",
+        "dycoke:official=true",
+        "pact:cutoff=0.6,positions=compact",
+        "pact:proportional=false,separators=none",
+        "fitprune:steps=1,positions=compact",
     )
 } | {
     "divprune:allocator=globalcom2": parse("divprune:allocator=globalcom2", retention=RETENTION),
     "globalcom2 + fastv": _chain("globalcom2", "fastv"),
     "cdpruner by text + fastv": _chain("cdpruner:relevance=text", "fastv"),
     "uniform + sparsevlm": _chain("uniform:separators=none", "sparsevlm:recycle=1"),
+    # Rows that are read behind tokens that count several times.
+    "fastv + pact + fastv": _chain("fastv:layer=1", "pact:depth=0.5", "fastv:layer=3"),
+    "pact + fitprune": _chain("pact", "fitprune:steps=1,separators=none"),
+    "pact + pyramiddrop": Chain.of(
+        parse("pact", retention=0.6), create("pyramiddrop", retention=0.6, depths=(0.75,))
+    ),
+    "holitom + fastv": _chain("holitom", "fastv"),
     "uniform original + two cuts": _chain(
         "uniform:positions=original,separators=none", "fastv:layer=1", "fastv:layer=3"
     ),

@@ -166,6 +166,21 @@ def test_text_that_asks_is_charged(host: Host) -> None:
     )
 
 
+def test_fitprune_and_pact_are_charged(host: Host) -> None:
+    """Row 0: 64 patches, 6 separators, 3 words behind the image, 3 tokens in front."""
+    method = create("fitprune", retention=0.25, steps=1, separators="none")
+    ledger = _ledgers(host, method, (0,))[0]
+    assert ledger.visual_per_layer == (70, 70, 16, 16)
+    # All patches and all words ask in layer 1, whose keys are in the cache.
+    assert ledger.selector_flops == (64 + 3) * (2 * 32 * 32 + 2 * 76 * 32)
+    method = create("pact", retention=0.25, separators="none")
+    ledger = _ledgers(host, method, (0,))[0]
+    assert ledger.visual_per_layer[0] == 70
+    again = 2 * 76 * 32 * 16  # keys of layer 1, once rotated and once not
+    own = 2 * 16 * 64 * 32  # distances of all patches to the half that EUTI keeps
+    assert ledger.selector_flops == 2 * again + 2 * 32 * 32 + 2 * 76 * 32 + own
+
+
 def test_a_signal_of_the_tower_is_charged(host: Host) -> None:
     """Five views, a CLS row over 17 keys of width 16 each."""
     ledger = _ledgers(host, create("globalcom2", retention=0.4))[0]

@@ -343,7 +343,7 @@ def _heads(
     query = _rotated(attention, "q", hidden[slots][None], at)
     grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
-    heads = rearrange(logits, "g (r t) k -> (g r) t k", t=len(slots))
+    heads = logits.reshape(query.shape[1], len(slots), keys.shape[1])  # also without queries
     softmaxed: Tensor = (heads + visible.float().log()).softmax(-1)
     return softmaxed
 

@@ -260,9 +260,9 @@ class _Session:
         self.tower.groups.append(torch.cat([place, cell]).repeat(len(pixels), 1))
         if self.shape == self.adapter.view_shape:
             return None
-        patch = self.adapter.patch_size
+        tall, wide = self.adapter.patch_size
         small = F.interpolate(
-            pixels.float(), (height * patch, width * patch), mode="bilinear", antialias=True
+            pixels.float(), (height * tall, width * wide), mode="bilinear", antialias=True
         ).to(pixels.dtype)
         changed = {**kwargs, "interpolate_pos_encoding": True}
         if args:
