@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from tokenprune.tokens import Kind, TokenLayout
@@ -27,6 +26,7 @@ __all__ = [
     "region_sums",
     "spread",
     "summary_distance",
+    "thumbnail_map",
     "top_per_view",
 ]
 
@@ -169,6 +169,33 @@ def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     return sums.index_add_(0, region.flatten(), scores.flatten())
 
 
+def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
+    """The thumbnail's scores as a map.
+
+    Where an earlier stage took patches out, the nearest one that is left stands in, the earlier of
+    equally near ones.
+
+    Args:
+        layout: Geometry of the N entries.
+        scores: (N,) per-entry scores.
+
+    Returns:
+        (rows, columns) of a view.
+    """
+    there = (layout.kind == Kind.THUMBNAIL).nonzero().squeeze(1)
+    rows, cols = layout.view_shape
+    values = scores[there]
+    if len(there) == rows * cols:
+        return values.view(rows, cols)
+    if not len(there):
+        return scores.new_zeros(rows, cols)
+    index = torch.arange(rows * cols, device=there.device)
+    away = (index[:, None] // cols - layout.row[there]).square()
+    away += (index[:, None] % cols - layout.col[there]).square()
+    nearest = (away * len(there) + index[: len(there)]).argmin(1)
+    return values[nearest.to(values.device)].view(rows, cols)
+
+
 def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
     """The thumbnail's scores where each crop token lies (bilinear, ``align_corners=False``).
 
@@ -181,12 +208,7 @@ def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
     Returns:
         (N,) NaN outside the crops.
     """
-    thumbnail = rearrange(
-        scores[layout.kind == Kind.THUMBNAIL],
-        "(h w) -> 1 1 h w",
-        h=layout.view_shape[0],
-        w=layout.view_shape[1],
-    )
+    thumbnail = thumbnail_map(layout, scores)[None, None]
     canvas = F.interpolate(thumbnail, layout.canvas_shape, mode="bilinear", align_corners=False)
     crop = layout.kind == Kind.CROP
     values = canvas[0, 0, layout.canvas_row.clamp(min=0), layout.canvas_col.clamp(min=0)]
