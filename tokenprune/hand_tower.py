@@ -110,7 +110,8 @@ def _embedded(adapter: Any, view: Tensor, grid: tuple[int, int]) -> Tensor:
     if embed.patch_embedding.bias is not None:
         states = states + embed.patch_embedding.bias
     if not prefix:
-        return states + positions
+        summed: Tensor = states + positions
+        return summed
     states = torch.cat([embed.class_embedding[None], states]) + positions
     normed: Tensor = tower.pre_layrnorm(states)
     return normed
@@ -135,8 +136,14 @@ def _bias(part: EncoderCompressor, sizes: list[float]) -> Tensor:
 def features_by_hand(adapter: Any, runs: list[HandRun]) -> Tensor:
     """(V, patches, D) the used hidden states of views, spread over the patches of a full view."""
     feature, prefix = adapter.base.config.vision_feature_layer, int(adapter.has_cls)
-    views = [run.states[feature][torch.tensor(run.groups[feature])] for run in runs]
+    views = [_over_patches(run.states[feature], run.groups[feature]) for run in runs]
     return torch.stack(views)[:, prefix:]
+
+
+def _over_patches(values: Tensor, group: list[int]) -> Tensor:
+    """The row of every entry of a full view, zeros where it was dropped."""
+    nothing = torch.zeros_like(values[0])
+    return torch.stack([nothing if place < 0 else values[place] for place in group])
 
 
 def signal_by_hand(
@@ -155,12 +162,12 @@ def signal_by_hand(
         logits = query @ key.mT / query.shape[-1] ** 0.5
         attention = (logits + _bias(part, run.sizes[index])).softmax(-1).mean(0)
         values = {
-            "keys": lambda key=key: key.mean(0),
-            "joint_keys": lambda key=key: key[0],
-            "cls_logits": lambda logits=logits: logits.mean(0)[0],
-            "received": lambda attention=attention: attention.mean(0),
-        }.get(signal.name, lambda attention=attention: attention[0])()
-        found.append(values[torch.tensor(run.groups[index])])
+            "keys": key.mean(0),
+            "joint_keys": key[0],
+            "cls_logits": logits.mean(0)[0],
+            "received": attention.mean(0),
+        }.get(signal.name, attention[0])
+        found.append(_over_patches(values, run.groups[index]))
     return torch.stack(found)[:, prefix:]
 
 

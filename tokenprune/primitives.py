@@ -322,7 +322,7 @@ def bipartite_matching(
     if class_token:
         alike[:, 0] = -torch.inf
     if distill_token:
-        alike[:, :, 0] = -torch.inf
+        alike[:, :, :1] = -torch.inf
     even, odd = alike.shape[1:]
     best, partner = alike.max(-1) if odd else (alike.new_zeros(views, even), None)
     order = best.argsort(dim=-1, descending=True, stable=True)
@@ -372,9 +372,10 @@ def merge_weighted(
 
 
 def spread(vectors: Tensor, group: Tensor) -> Tensor:
-    """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...); -1 shows group 0's."""
-    index = group.to(vectors.device).clamp(min=0).reshape(*group.shape, *[1] * (vectors.ndim - 2))
-    return vectors.gather(1, index.expand(*group.shape, *vectors.shape[2:]))
+    """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...), zeros where it is -1."""
+    index = group.to(vectors.device).reshape(*group.shape, *[1] * (vectors.ndim - 2))
+    rows = vectors.gather(1, index.clamp(min=0).expand(*group.shape, *vectors.shape[2:]))
+    return rows.masked_fill(index < 0, 0)
 
 
 def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
