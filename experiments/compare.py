@@ -23,6 +23,7 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
+from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments import data, kept, plots
 from tokenprune.experiments.data import Modality, Question
@@ -132,9 +133,12 @@ class Runner(Protocol):
     """What answers questions: a model, or a stand-in for tests."""
 
     def encode(
-        self, questions: Sequence[Question], signals: frozenset[Signal]
+        self,
+        questions: Sequence[Question],
+        signals: frozenset[Signal],
+        encoder: EncoderCompressor | None,
     ) -> Sequence[Sequence[Any]]:
-        """Run the vision tower once; for every question its encoded images or video."""
+        """Run the vision tower, under ``encoder``; for every question its images or video."""
 
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
@@ -160,21 +164,24 @@ class ModelRunner:
     max_new_tokens: int
 
     def encode(
-        self, questions: Sequence[Question], signals: frozenset[Signal]
+        self,
+        questions: Sequence[Question],
+        signals: frozenset[Signal],
+        encoder: EncoderCompressor | None,
     ) -> Sequence[Sequence[Any]]:
         opened = [[picture.open() for picture in item.images] for item in questions]
         encode = self.adapter.encode
         # Single images, the common case, go through the vision tower together.
         alone = [index for index, item in enumerate(questions) if item.modality == "image"]
-        single = iter(encode([opened[index][0] for index in alone], signals))
+        single = iter(encode([opened[index][0] for index in alone], signals, encoder))
         found = []
         for item, images in zip(questions, opened, strict=True):
             if item.modality == "image":
                 found.append([next(single)])
             elif item.modality == "video":
-                found.append(self.adapter.encode_videos([images], signals))
+                found.append(self.adapter.encode_videos([images], signals, encoder))
             else:
-                found.append(encode(images, signals, together=True))
+                found.append(encode(images, signals, encoder, together=True))
         return found
 
     def answer(
@@ -236,18 +243,21 @@ def run(
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
-    Each image or video is encoded once, however many cells and questions need it.  A cell that
-    raises is entered as failed and left alone until the next run; the others go on.
+    Each image or video is encoded once, however many cells and questions need it, and once more for
+    every method that acts inside the vision tower.  A cell that raises is entered as failed and
+    left alone until the next run; the others go on.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
         todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
-    signals = frozenset[Signal]().union(
-        *(cell.compressor.needs for cell in todo.values() if cell.compressor)
-    )
+    towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
+    signals: dict[EncoderCompressor | None, frozenset[Signal]] = {}
+    for key, cell in todo.items():
+        needs = cell.compressor.needs if cell.compressor else frozenset()
+        signals[towers[key]] = signals.get(towers[key], frozenset[Signal]()) | needs
     batches = _batches(questions, batch_size)
     last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
-    encoded: dict[str, Any] = {}
+    encoded: dict[tuple[EncoderCompressor | None, str], Any] = {}
     broken: set[str] = set()
     warned: set[tuple[str, str]] = set()
     total = len(todo) * len(questions)
@@ -258,12 +268,13 @@ def run(
             for key in todo
             if key not in broken and any((key, item.id) not in journal.answers for item in batch)
         ]
-        if lacking:
+        for tower in dict.fromkeys(towers[key] for key in lacking):
             report(len(journal.answers), total, "vision tower")
-            with _noting_failure(journal, lacking, broken):
-                new = {i.image_id: i for i in batch if i.image_id not in encoded}
-                found = runner.encode(list(new.values()), signals) if new else []
-                encoded.update(zip(new, found, strict=True))
+            sharing = [key for key in lacking if towers[key] == tower]
+            with _noting_failure(journal, sharing, broken):
+                new = {i.image_id: i for i in batch if (tower, i.image_id) not in encoded}
+                found = runner.encode(list(new.values()), signals[tower], tower) if new else []
+                encoded.update(((tower, name), one) for name, one in zip(new, found, strict=True))
         loyalty = _Loyalty()
         for key in lacking:
             if key in broken:
@@ -273,13 +284,16 @@ def run(
             # the same answers to the last bit, whether the run was interrupted or not.
             with _noting_failure(journal, [key], broken), _warning_once(key, warned):
                 ids = [item.id for item in batch]
-                shown = [encoded[item.image_id] for item in batch]
+                shown = [encoded[towers[key], item.image_id] for item in batch]
                 records = dict(zip(ids, _answer(runner, todo[key], shown, batch), strict=True))
                 if loyalty.lacks_reference(key, records):  # taken up again amid a batch
-                    full = _answer(runner, Cell(), shown, batch)
+                    seen = shown
+                    if towers[key] is not None:
+                        seen = list(runner.encode(batch, frozenset(), None))
+                    full = _answer(runner, Cell(), seen, batch)
                     loyalty.entries(UNCOMPRESSED, dict(zip(ids, full, strict=True)))
                 journal.add(key, loyalty.entries(key, records))
-        encoded = {name: value for name, value in encoded.items() if last_use[name] > index}
+        encoded = {which: one for which, one in encoded.items() if last_use[which[1]] > index}
     report(len(journal.answers), total, "")
 
 

@@ -301,23 +301,31 @@ class Adapter(ABC):
 
     def _check_tower(self, part: EncoderCompressor) -> None:
         """Raise `UserError` if the vision tower cannot run under ``part``."""
+        reason = self._tower_refuses(part)
+        if reason:
+            raise UserError(
+                f"{part.name} {reason}. Strategies that work here: {', '.join(self._compatible())}."
+            )
+
+    def _tower_refuses(self, part: EncoderCompressor) -> str:
+        """Why the vision tower cannot run under ``part``, or nothing."""
         known = all(
             hasattr(layer, name)
             for layer in self.vision_layers
             for name in ("layer_norm1", "self_attn", "layer_norm2", "mlp")
         )
         if not known:
-            raise UserError(
-                f"{part.name} acts inside the vision tower, which is offered for the CLIP and "
-                f"SigLIP towers of transformers, not for "
-                f"{self.base.config.vision_config.model_type!r}."
+            return (
+                "acts inside the vision tower, which is offered for the CLIP and SigLIP towers of "
+                f"transformers, not for {self.base.config.vision_config.model_type!r}"
             )
         kind = getattr(self.vision_tower.config, "_attn_implementation", "sdpa")
         if kind not in ("sdpa", "eager") and part.bias(torch.ones(1, 2)) is not None:
-            raise UserError(
-                f"{part.name} adds to the attention logits, which {kind} attention does not take; "
-                "load the model with attn_implementation='sdpa'."
+            return (
+                f"adds to the attention logits, which {kind} attention does not take; load the "
+                "model with attn_implementation='sdpa'"
             )
+        return ""
 
     def _check_signal(self, signal: Signal, who: str, part: Compressor | None = None) -> None:
         """Raise `UserError` if the model cannot provide ``signal``, which ``who`` needs."""
@@ -388,11 +396,8 @@ class Adapter(ABC):
                 continue
             if any(self._missing(signal) for signal in method.needs):
                 continue
-            if isinstance(method, EncoderCompressor):
-                try:
-                    self._check_tower(method)
-                except UserError:
-                    continue
+            if isinstance(method, EncoderCompressor) and self._tower_refuses(method):
+                continue
             fine.append(name)
         return fine
 

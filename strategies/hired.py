@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tokenprune.budget import Allocator, Proportional, budget
 from tokenprune.compressor import ScoringCompressor
-from tokenprune.primitives import region_sums
+from tokenprune.primitives import region_sums, thumbnail_map
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Kind, Signal, VisualTokens
+from tokenprune.tokens import Signal, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MarkedPatches(Allocator):
         total = budget(sum(sizes), retention)
         thumbnail = min(budget(total, self.alpha) if self.alpha else 1, sizes[0])
         rest = min(total - thumbnail, sum(sizes[1:]))
-        seen = tokens[self.signal][layout.kind == Kind.THUMBNAIL].float()
+        seen = thumbnail_map(layout, tokens[self.signal]).flatten().float()
         marked = int(len(seen) * (1 - self.alpha))
         marks = torch.zeros_like(seen)
         marks[seen.argsort(descending=True, stable=True)[:marked]] = 1

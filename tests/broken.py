@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenprune import engine, observe
+from tokenprune import encoder, engine, observe
 from tokenprune.attention import Projections
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, Selection, parse
 from tokenprune.engine import _Session
 from tokenprune.errors import UserError
+from tokenprune.models.adapter import Adapter
 from tokenprune.registry import Card
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -300,6 +301,50 @@ def _leaves_a_wrapper_on_error(adapter: Any, *args: Any) -> Iterator[None]:
         del adapter.base.pack_image_features
 
 
+@contextmanager
+def _leaves_a_forward(adapter: Any, *args: Any) -> Iterator[Any]:
+    with encoder.running(adapter, *args) as tower:
+        yield tower
+    layer = adapter.vision_layers[0]
+    layer.forward = layer.forward
+
+
+@contextmanager
+def _leaves_hooks_on_error(adapter: Any, *args: Any) -> Iterator[Any]:
+    handle = adapter.vision_tower.register_forward_hook(lambda *args: None)
+    with encoder.running(adapter, *args) as tower:
+        yield tower
+    handle.remove()
+
+
+def _forgets_sizes(
+    original: Any, states: Tensor, size: Tensor, group: Tensor, left: int
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = original(states, torch.ones_like(size), group, left)
+    return result
+
+
+def _spreads_the_next(original: Any, values: Tensor, group: Tensor) -> Tensor:
+    result: Tensor = original(values, (group + 1).clamp(max=values.shape[1] - 1))
+    return result
+
+
+def _no_bias(
+    original: Any, self: Any, layer: Any, states: Tensor, mask: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    result: Tensor = original(self, layer, states, None, *args, **kwargs)
+    return result
+
+
+def _shares_clusters(original: Any, self: Any, *args: Any) -> list[Tensor]:
+    return [clusters % self.groups[-1].shape[1] for clusters in original(self, *args)]
+
+
+def _takes_it_for_full(original: Any, tokens: Any, shape: Any, behind: Any = None) -> float:
+    result: float = original(tokens, shape)
+    return result
+
+
 class _Never(set[Any]):
     def __contains__(self, item: object) -> bool:
         return False
@@ -462,6 +507,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             _wrapped(engine, "decoder_mass", _scrambled),
             strategy="fitprune",
         ),
+        *_host(
+            _wrapped(encoder, "merge_weighted", _forgets_sizes),
+            _wrapped(encoder, "spread", _spreads_the_next),
+            _wrapped(Adapter, "vision_block", _no_bias),
+            _wrapped(encoder.Tower, "clusters", _shares_clusters),
+            strategy="tome",
+        ),
     ),
     "check_prompt_logits": _host(
         _replaced(_Session, "_leave", _spread_nothing),
@@ -482,6 +534,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_ledger_is_true": (
         *_host(_replaced(_Session, "_count", lambda *args: None)),
         *_host(_wrapped(_Session, "_count", _counts_late), strategy="fastv"),
+        *_host(_wrapped(engine, "encoder_flops", _takes_it_for_full), strategy="tome"),
     ),
     "check_eager_agrees": _host(
         _replaced(engine, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
@@ -494,6 +547,9 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_restores_model": _host(
         _replaced(engine, "observing", _leaves_an_attribute),
         _replaced(engine, "observing", _leaves_a_wrapper_on_error),
+        _replaced(observe, "running", _leaves_a_forward),
+        _replaced(observe, "running", _leaves_hooks_on_error),
+        strategy="tome",
     ),
     "check_nesting_refused": _host(_replaced(engine, "_active", _Never())),
     "check_order_of_rows": _broken(Counting),

@@ -17,6 +17,7 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
+from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import RetentionWarning, UserError
 from tokenprune.experiments import compare as module
 from tokenprune.experiments.compare import Request, cells, compare, run
@@ -51,9 +52,13 @@ class Stand:
     fails_to_encode: int | None = None
     warns: str = ""
     batches: list[int] = field(default_factory=list)
+    towers: Counter[tuple[str, float]] = field(default_factory=Counter)
 
     def encode(
-        self, questions: Sequence[Question], signals: frozenset[Signal]
+        self,
+        questions: Sequence[Question],
+        signals: frozenset[Signal],
+        encoder: EncoderCompressor | None,
     ) -> Sequence[Sequence[int]]:
         images = [item.images[0].open() for item in questions]
         codes = [image.getpixel((0, 0))[0] for image in images]  # type: ignore[index]
@@ -61,6 +66,9 @@ class Stand:
             raise MemoryError("the picture is too large")
         self.encoded.update(codes)
         self.signals.add(signals)
+        if encoder is not None:
+            self.towers[encoder.label, encoder.retention] += len(codes)
+            codes = [1000 * encoder.retention + code for code in codes]
         return [[code] for code in codes]
 
     def answer(
@@ -133,6 +141,30 @@ def test_every_image_is_encoded_once_and_every_question_asked_once(
         code = item.images[0].open().getpixel((0, 0))[0]  # type: ignore[index]
         answer = journal.answers["uncompressed", item.id]["answer"]
         assert answer == f"uncompressed {code} {item.question}", "the right image for each question"
+
+
+def test_methods_inside_the_tower_have_passes_of_their_own(tmp_path: Path) -> None:
+    """Cells with the same method in the tower share one; signals are those of its cells."""
+    chain = "tome@0.5 + globalcom2@0.5"
+    columns = cells(["uniform", "tome", chain, "downsample"], [1.0, 0.5, 0.1])
+    stand, asked = Stand(), questions()
+    with Journal(tmp_path / "j") as journal:
+        run(stand, columns, asked, journal, batch_size=5)
+    assert stand.towers == {
+        ("tome", 0.5): 4,
+        ("tome", 0.1): 4,
+        ("downsample", 0.5): 4,
+        ("downsample", 0.1): 4,
+    }
+    assert set(stand.encoded.values()) == {5}, "once plainly and once each"
+    assert stand.signals == {frozenset(), frozenset({Signal("saliency")})}
+    assert not journal.failures
+    for cell in columns:
+        tower = encoder_part(cell.compressor)
+        for item in asked:
+            code = item.images[0].open().getpixel((0, 0))[0]  # type: ignore[index]
+            seen = code if tower is None else 1000 * tower.retention + code
+            assert f" {seen} {item.question}" in journal.answers[cell.key, item.id]["answer"]
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 6, 7, 8, 15, 20])

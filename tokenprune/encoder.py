@@ -38,7 +38,8 @@ class Reduction(NamedTuple):
 
     Attributes:
         group: (V, n) int64 place of every entry in what is left, in [0, left), none of them
-            empty; -1 drops it.  The entries in front of the patches must stay where they are.
+            empty; -1 drops it: where the model mixes patches, it then counts as zeros.  The entries
+            in front of the patches must stay where they are.
         left: How many are left, the same number in all views.
     """
 

@@ -78,6 +78,7 @@ def _wrapped(
 ) -> Iterator[None]:
     base, method = adapter.base, adapter.encoders[modality]
     original = getattr(base, method)
+    original = getattr(original, "unwatched", original)  # each context sees to itself alone
     before = base.__dict__.get(method)
     signature = inspect.signature(original)
 
@@ -99,6 +100,7 @@ def _wrapped(
             seen.append(features)
         return output
 
+    encode.unwatched = original  # type: ignore[attr-defined]
     setattr(base, method, encode)
     try:
         yield

@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from tokenprune.tokens import Kind, TokenLayout
@@ -34,6 +33,7 @@ __all__ = [
     "segments",
     "spread",
     "summary_distance",
+    "thumbnail_map",
     "top",
     "top_per_view",
 ]
@@ -207,6 +207,33 @@ def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     return sums.index_add_(0, region.flatten(), scores.flatten())
 
 
+def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
+    """The thumbnail's scores as a map.
+
+    Where an earlier stage took patches out, the nearest one that is left stands in, the earlier of
+    equally near ones.
+
+    Args:
+        layout: Geometry of the N entries.
+        scores: (N,) per-entry scores.
+
+    Returns:
+        (rows, columns) of a view.
+    """
+    there = (layout.kind == Kind.THUMBNAIL).nonzero().squeeze(1)
+    rows, cols = layout.view_shape
+    values = scores[there]
+    if len(there) == rows * cols:
+        return values.view(rows, cols)
+    if not len(there):
+        return scores.new_zeros(rows, cols)
+    index = torch.arange(rows * cols, device=there.device)
+    away = (index[:, None] // cols - layout.row[there]).square()
+    away += (index[:, None] % cols - layout.col[there]).square()
+    nearest = (away * len(there) + index[: len(there)]).argmin(1)
+    return values[nearest.to(values.device)].view(rows, cols)
+
+
 def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
     """The thumbnail's scores where each crop token lies (bilinear, ``align_corners=False``).
 
@@ -219,12 +246,7 @@ def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
     Returns:
         (N,) NaN outside the crops.
     """
-    thumbnail = rearrange(
-        scores[layout.kind == Kind.THUMBNAIL],
-        "(h w) -> 1 1 h w",
-        h=layout.view_shape[0],
-        w=layout.view_shape[1],
-    )
+    thumbnail = thumbnail_map(layout, scores)[None, None]
     canvas = F.interpolate(thumbnail, layout.canvas_shape, mode="bilinear", align_corners=False)
     crop = layout.kind == Kind.CROP
     values = canvas[0, 0, layout.canvas_row.clamp(min=0), layout.canvas_col.clamp(min=0)]
@@ -468,7 +490,7 @@ def bipartite_matching(
     if class_token:
         alike[:, 0] = -torch.inf
     if distill_token:
-        alike[:, :, 0] = -torch.inf
+        alike[:, :, :1] = -torch.inf
     even, odd = alike.shape[1:]
     best, partner = alike.max(-1) if odd else (alike.new_zeros(views, even), None)
     order = best.argsort(dim=-1, descending=True, stable=True)
@@ -518,9 +540,10 @@ def merge_weighted(
 
 
 def spread(vectors: Tensor, group: Tensor) -> Tensor:
-    """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...); -1 shows group 0's."""
-    index = group.to(vectors.device).clamp(min=0).reshape(*group.shape, *[1] * (vectors.ndim - 2))
-    return vectors.gather(1, index.expand(*group.shape, *vectors.shape[2:]))
+    """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...), zeros where it is -1."""
+    index = group.to(vectors.device).reshape(*group.shape, *[1] * (vectors.ndim - 2))
+    rows = vectors.gather(1, index.clamp(min=0).expand(*group.shape, *vectors.shape[2:]))
+    return rows.masked_fill(index < 0, 0)
 
 
 def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:

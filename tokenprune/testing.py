@@ -38,11 +38,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune.attention
-from tokenprune.budget import Proportional
+from tokenprune.budget import Proportional, budget
 from tokenprune.cache import CACHE
 from tokenprune.compressor import Chain, Compressor, Selection, Stage, create, parse
+from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.engine import Trace, adapter_of, compress
 from tokenprune.errors import RetentionWarning, UserError
+from tokenprune.hand_tower import (
+    clusters_by_hand,
+    features_by_hand,
+    signal_by_hand,
+    tower_by_hand,
+)
 from tokenprune.registry import adapters
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens, unpadded_box
 
@@ -286,6 +293,12 @@ def sample_tokens(
             torch.randn(len(layout.patches), 8, generator=draw).to(dtype),
             torch.randn(5, 8, generator=draw).to(dtype),
         ),
+        clusters=torch.where(
+            layout.is_separator,
+            -1,
+            layout.view * len(layout)
+            + torch.randint(max(1, len(layout) // 2), (len(layout),), generator=draw),
+        ),
     )
 
 
@@ -350,7 +363,7 @@ def reference(
     """
     model, adapter, language = host.model, host.adapter, host.adapter.language_model
     ids = torch.tensor([*host.prompt(row), *answer])
-    images = _images_by_hand(host, compressor.needs, row)
+    images = _images_by_hand(host, compressor.needs, row, encoder_part(compressor))
     hidden = model.get_input_embeddings()(ids)
     columns = positions = torch.arange(len(ids))
     askers = asking or [len(host.prompt(row)) - 1] * len(images)
@@ -418,7 +431,7 @@ def reference(
         vectors[Signal("llm_prompt")] = hidden.clone()
     stages = list(compressor.stages()) if images else []
     for part in stages:
-        if part.stage is Stage.PRE_LLM:
+        if part.stage is not Stage.LLM:
             cut(part)
     for index, some in enumerate(images):
         patches = torch.isin(columns, places[index][some.layout.patches])
@@ -478,7 +491,9 @@ def reference(
     return Reference(columns, model.lm_head(language.norm(hidden)), seen_positions, kept)
 
 
-def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[VisualTokens]:
+def _images_by_hand(
+    host: Host, signals: frozenset[Signal], row: int, part: EncoderCompressor | None = None
+) -> list[VisualTokens]:
     """The images and videos of a prompt, with signals from full attention matrices."""
     adapter, images = host.adapter, []
     layouts = {name: [] for name in adapter.encoders}  # type: dict[str, list[TokenLayout]]
@@ -490,6 +505,11 @@ def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[Vi
         for index, layout in enumerate(layouts[modality]):
             views = pixels[index, : layout.views] if pixels.ndim == 5 else pixels[index][None]
             size = ROWS[row].sizes[index] if modality == "image" else None
+            if part is not None:
+                first = layouts[modality][0].view_sizes[0]
+                made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
+                images.append(replace(made, fingerprint=adapter.fingerprint(call, index, 0)))
+                continue
             maps = {
                 signal: _packed_by_hand(
                     layout, size, _vision_signal(adapter, signal, views), adapter.view_shape
@@ -507,6 +527,36 @@ def _images_by_hand(host: Host, signals: frozenset[Signal], row: int) -> list[Vi
                 )
             )
     return images
+
+
+def _encoded_by_hand(
+    adapter: Any,
+    part: EncoderCompressor,
+    signals: frozenset[Signal],
+    views: Tensor,
+    layout: TokenLayout,
+    size: tuple[int, int] | None,
+    full: int,
+) -> VisualTokens:
+    """An image whose views, of ``full`` tokens each, ran under a method inside the tower."""
+    target, shape = budget(full, part.retention), adapter.view_shape
+    runs = [tower_by_hand(adapter, part, view, target) for view in views]
+    projected = adapter.base.multi_modal_projector(features_by_hand(adapter, runs))
+    features = _packed_by_hand(layout, size, projected, shape)
+    features[layout.is_separator] = adapter.base.image_newline
+    return VisualTokens(
+        layout=layout,
+        features=features,
+        signals={
+            signal: _packed_by_hand(
+                layout, size, signal_by_hand(adapter, part, signal, runs), shape
+            )
+            for signal in signals
+            if not signal.in_llm
+        },
+        projector=adapter.base.multi_modal_projector,
+        clusters=clusters_by_hand(adapter, layout, runs),
+    )
 
 
 def _packed_by_hand(
@@ -653,6 +703,34 @@ def _spy(host: Host) -> Iterator[list[Seen]]:
     ]
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _vision_products(host: Host) -> Iterator[list[int]]:
+    """While open, notes the FLOPs of attention and MLP of every encoder layer that runs."""
+    found: list[int] = []
+
+    def attention(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        views, tokens, width = (kwargs.get("hidden_states", args[0] if args else None)).shape
+        found.append(views * (4 * 2 * tokens * width**2 + 2 * 2 * tokens**2 * width))
+
+    def linear(module: Any, args: Any) -> None:
+        views, tokens, width = args[0].shape
+        found.append(views * 2 * tokens * width * module.out_features)
+
+    handles = []
+    for layer in host.adapter.vision_layers:
+        handles.append(layer.self_attn.register_forward_pre_hook(attention, with_kwargs=True))
+        handles += [
+            module.register_forward_pre_hook(linear)
+            for module in layer.mlp.modules()
+            if isinstance(module, nn.Linear)
+        ]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()
@@ -1016,7 +1094,12 @@ def check_beams_agree(compressor: Compressor, host: Host) -> None:
 def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
     """Invariant 5: the ledger says what hidden states and KV cache really hold."""
     for row in range(len(ROWS)):
-        with compress(host.model, compressor) as trace, _spy(host) as calls, torch.no_grad():
+        with (
+            compress(host.model, compressor) as trace,
+            _spy(host) as calls,
+            _vision_products(host) as products,
+            torch.no_grad(),
+        ):
             out = host.model(**host.inputs([row]), use_cache=True)
         ledger, layers = trace.ledger, out.past_key_values.layers
         told = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
@@ -1027,6 +1110,12 @@ def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
         tensors = [part for layer in layers for part in (layer.keys, layer.values)]
         size = sum(part.numel() * part.element_size() for part in tensors)
         assert size == ledger.kv_bytes, f"row {row}: {size} KV bytes, not {ledger.kv_bytes}"
+        ran = sum(products)
+        assert ran == ledger.vision_flops, f"row {row}: {ran} FLOPs, not {ledger.vision_flops}"
+        views = sum(layout.views for layout in host.layouts(row))
+        most = ledger.uncompressed_vision_flops
+        assert ran <= most, f"row {row}: the tower takes {ran} FLOPs, uncompressed {most}"
+        assert bool(views) == bool(ran), f"row {row}: {views} views take {ran} FLOPs"
         layouts = host.layouts(row)
         patches = sum(len(layout.patches) for layout in layouts)
         assert ledger.patch_tokens == patches, f"row {row}: {ledger.patch_tokens}, not {patches}"
@@ -1142,21 +1231,21 @@ def check_restores_model(compressor: Compressor, host: Host) -> None:
     except KeyError:
         pass
     _unchanged(host.model, before, "after an exception in the context")
-    last = host.adapter.decoder_layers[-1]
 
     def burst(*args: Any) -> None:
         raise KeyError("in the last layer")
 
-    try:
-        with compress(host.model, compressor):
-            handle = last.register_forward_pre_hook(burst)
-            try:
-                host.logits(inputs)
-            finally:
-                handle.remove()
-    except KeyError:
-        pass
-    _unchanged(host.model, before, "after an exception in a forward")
+    for last in (host.adapter.decoder_layers[-1], host.adapter.vision_layers[-1]):
+        try:
+            with compress(host.model, compressor):
+                handle = last.register_forward_pre_hook(burst)
+                try:
+                    host.logits(inputs)
+                finally:
+                    handle.remove()
+        except KeyError:
+            pass
+        _unchanged(host.model, before, "after an exception in a forward")
     _same_bits(host.logits(inputs), plain[0], "the plain logits before and after")
     _same(host.generate(inputs), plain[1], "plain ids after the context")
 
