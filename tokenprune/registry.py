@@ -11,9 +11,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from tokenprune.errors import UserError, unknown
@@ -96,8 +97,26 @@ class Registry(Generic[T]):
             if not found.name.startswith("_") and not found.ispkg:
                 importlib.import_module(f"{self.package}.{found.name}")
         for entry in entry_points(group=self.group):
-            if entry.name not in self._classes:
-                self.add(entry.name, entry.load())
+            self._join(entry)
+
+    def _join(self, entry: EntryPoint) -> None:
+        """Add what another package brings, or warn: a broken one must not take ours down."""
+        if entry.name in self._classes:
+            return
+        try:
+            cls = entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist is not None else "an unknown package"
+            warnings.warn(
+                f"the {self.what} {entry.name!r} of {package} cannot be loaded and is left out: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            return
+        if entry.name not in self._classes:  # unless it registered itself while it was imported
+            self.add(entry.name, cls)
+            if not getattr(cls, "name", ""):
+                cls.name = entry.name
 
 
 def _origin(cls: type) -> str:
