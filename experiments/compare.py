@@ -166,11 +166,17 @@ class ModelRunner:
                 "kept_patches": ledger.kept_patches,
                 "separators": ledger.separators,
                 "kept_separators": ledger.kept_separators,
+                "entered_patches": ledger.entered_patches,
+                "entered_separators": ledger.entered_separators,
                 "text_tokens": ledger.text_tokens,
+                "visual_per_layer": list(ledger.visual_per_layer),
                 "layer_average": ledger.layer_average,
+                "layer_average_with_text": ledger.layer_average_with_text,
+                "kv_entries": ledger.kv_entries,
                 "kv_bytes": ledger.kv_bytes,
                 "flops": ledger.flops,
                 "selector_flops": ledger.selector_flops,
+                "selector_bytes": ledger.selector_bytes,
                 "uncompressed_flops": ledger.uncompressed_flops,
             }
             for text, ledger in zip(texts, trace.ledgers, strict=True)

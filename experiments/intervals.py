@@ -18,11 +18,16 @@ _COSTS = (
     "kept_patches",
     "separators",
     "kept_separators",
+    "entered_patches",
+    "entered_separators",
     "text_tokens",
     "layer_average",
+    "layer_average_with_text",
+    "kv_entries",
     "kv_bytes",
     "flops",
     "selector_flops",
+    "selector_bytes",
     "uncompressed_flops",
 )
 
@@ -148,7 +153,8 @@ def _figures(cell: pd.DataFrame) -> dict[Hashable, Any]:
             low, high = wilson(int(known.sum()), len(known))
             figures |= {name: known.mean(), f"{name}_low": low, f"{name}_high": high}
     if len(cell):
-        figures |= cell[list(_COSTS)].mean().to_dict()
+        # Answers of an older run lack the younger columns.
+        figures |= cell.reindex(columns=list(_COSTS)).mean().to_dict()
     return figures
 
 

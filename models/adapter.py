@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 
 from tokenprune.attention import Projections, head_rows, projections
-from tokenprune.compressor import Compressor, Stage, create, parse
+from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.errors import UserError, unknown
 from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import observing
@@ -109,6 +109,12 @@ class Adapter(ABC):
     def vision_width(self) -> int:
         """Width of the vision tower."""
         return int(self.base.config.vision_config.hidden_size)
+
+    @property
+    def vision_heads(self) -> int:
+        """Attention heads of the vision tower."""
+        config = self.base.config.vision_config
+        return int(getattr(config, "num_attention_heads", None) or config.num_heads)
 
     @property
     def has_cls(self) -> bool:
@@ -253,12 +259,8 @@ class Adapter(ABC):
             )
 
     def cut_layer(self, cut: int | float) -> int:
-        """Index of the decoder layer that a cut, perhaps a share of the depth, lies in front of.
-
-        A share is at least one layer.  Where two cuts of a strategy fall together in a shallow
-        decoder, the later one counts.
-        """
-        return cut if isinstance(cut, int) else max(1, round(cut * len(self.decoder_layers)))
+        """Index of the decoder layer that a cut lies in front of (`compressor.cut_layer`)."""
+        return cut_layer(cut, len(self.decoder_layers))
 
     def require_language_model(self) -> None:
         """Raise `UserError` if there is none."""

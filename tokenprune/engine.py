@@ -32,9 +32,16 @@ from transformers.masking_utils import create_causal_mask
 
 from tokenprune.attention import decoder_keys, decoder_row, decoder_rows, moved_keys
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
-from tokenprune.compressor import Compressor, Selection, Stage, parse
+from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.errors import UserError, unknown
-from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
+from tokenprune.ledger import (
+    DecoderShape,
+    Ledger,
+    held_bytes,
+    settle,
+    signal_bytes,
+    signal_flops,
+)
 from tokenprune.observe import encoded, observing
 from tokenprune.registry import adapters
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
@@ -164,6 +171,7 @@ class _Span:
         layout: Geometry of all that were there.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
         image: How many images and videos come before in the row.
+        entered: (M,) indices of those that enter the language model.
     """
 
     row: int
@@ -174,6 +182,7 @@ class _Span:
     tokens: VisualTokens
     layout: TokenLayout
     carrier: Tensor
+    entered: Tensor
     image: int = 0
 
 
@@ -191,6 +200,7 @@ class _Pass:
         tally: For every row, the visual tokens each decoder layer processes.
         entered: (B,) tokens that the first decoder layer processes.
         spent: (B,) FLOPs of choosing, per row.
+        most: (B,) bytes that choosing took at one moment, per row.
         order: (B, M) slot in which each slot's content was before the latest packing.
         rotary: cos and sin behind the latest cut.
         inherited: How much further positions move back from each layer on, by earlier prefills.
@@ -209,6 +219,7 @@ class _Pass:
     spans: list[_Span]
     tally: list[list[int]]
     spent: list[float]
+    most: list[int]
     width: int
     order: Tensor
     entered: Tensor
@@ -233,6 +244,11 @@ class _Pass:
         slot = torch.arange(columns.shape[1], device=device)
         return torch.where(visible, slot, 0).amax(1), visible
 
+    def charge(self, row: int, part: Compressor, tokens: VisualTokens, shown: int) -> None:
+        """Enter what one selection cost; ``shown`` bytes are held beside the strategy's own."""
+        self.spent[row] += part.flops(tokens)
+        self.most[row] = max(self.most[row], shown + int(part.memory(tokens)))
+
     def slots(self, span: _Span) -> Tensor:
         """(M,) where the span's tokens lie now."""
         if not self.packed:
@@ -253,9 +269,7 @@ class _Session:
         self.trace = Trace()
         self.retention = compressor.retention if compressor is not None else 1.0
         self.signals = compressor.needs if compressor is not None else frozenset()
-        stages = list(compressor.stages()) if compressor is not None else []
-        self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
-        self.inside = {adapter.cut_layer(c): part.at(c) for part in stages for c in part.cuts}
+        self.before, self.inside = placed(compressor, len(adapter.decoder_layers))
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
         self.placeholders: dict[str, Tensor] = {}
@@ -355,6 +369,7 @@ class _Session:
                         "(prefill_chunk_size is not supported under compression)."
                     )
                 layout = record.layout.to(device)
+                whole = torch.arange(len(feature), device=device)
                 tokens = replace(record, features=feature.to(device), layout=layout)
                 spans.append(
                     _Span(
@@ -362,10 +377,11 @@ class _Session:
                         first=int(place[0, 1]),
                         last=int(place[-1, 1]),
                         columns=place[:, 1].to(device),
-                        index=torch.arange(len(feature), device=device),
+                        index=whole,
                         tokens=tokens,
                         layout=layout,
                         carrier=feature,
+                        entered=whole,
                     )
                 )
         # Images and videos of a prompt are told apart by their order in it.
@@ -420,10 +436,11 @@ class _Session:
             self._join_cache(state, changed, cache, continued)
         if spans:
             self.trace.selections = []
-            self._charge_vision(state)
+            self._charge_vision(state, embeds.element_size())
         for part in self.before if spans else []:
             embeds = self._shorten(state, part, embeds, changed)
         for span in spans:
+            span.entered = span.index
             span.tokens = replace(
                 span.tokens,
                 entered=len(span.tokens.layout.patches),
@@ -464,6 +481,7 @@ class _Session:
             spans=spans,
             tally=[[0] * self.shape.layers for _ in range(rows)],
             spent=[0.0] * rows,
+            most=[0] * rows,
             width=width,
             order=column,
             entered=column,
@@ -494,9 +512,10 @@ class _Session:
         """Drop columns of the prompt: (B, M, D) embeddings of what is left."""
         keep, width = state.real, embeds.shape[1]
         gone = False
+        shown = self._shown(state)
         for span in state.spans:
             chosen = part(span.tokens)
-            state.spent[span.row] += part.flops(span.tokens)
+            state.charge(span.row, part, span.tokens, shown[span.row])
             if chosen.features is not None:
                 embeds = embeds.clone()
                 slots = state.slots(span)[chosen.keep]
@@ -586,7 +605,7 @@ class _Session:
         if any(signal.name == "llm_ahead" for signal in part.needs):
             rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
         vectors, asking = self._vectors(state, part, hidden), _TEXT in part.needs
-        keep, gone = state.real, False
+        keep, gone, shown = state.real, False, self._shown(state)
         for span in state.spans:
             slots = state.slots(span).to(hidden.device)
             signals = {
@@ -606,7 +625,8 @@ class _Session:
             chosen = self._recall(state, span, index)
             if chosen is None:
                 chosen = part(tokens)
-                state.spent[span.row] += part.flops(tokens)
+                copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
+                state.charge(span.row, part, tokens, shown[span.row] + copies)
                 self._remember(state, span, index, chosen)
             if chosen.features is not None:
                 hidden = hidden.clone()
@@ -830,25 +850,20 @@ class _Session:
             count = sum(len(span.columns) for span in state.spans if span.row == row)
             layers[start:] = [count] * (len(layers) - start)
 
-    def _charge_vision(self, state: _Pass) -> None:
-        adapter = self.adapter
-        rows, columns = adapter.view_shape
-        patches = rows * columns
-        width = adapter.vision_width
-        for signal in self.signals:
-            if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
-                continue
-            keys = patches + adapter.prefix_tokens
-            queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
-            for span in state.spans:
-                state.spent[span.row] += 2 * span.layout.views * queries * keys * width
+    def _charge_vision(self, state: _Pass, size: int) -> None:
+        views = [0] * len(state.spent)
+        for span in state.spans:
+            views[span.row] += span.layout.views
+        for row, count in enumerate(views):
+            state.spent[row] += signal_flops(self.signals, self.adapter, count)
+            state.most[row] = signal_bytes(self.signals, self.adapter, count, size)
 
-    def _row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
-        """FLOPs of attention rows over ``tokens`` keys, all heads, and of their queries."""
-        shape = self.shape
-        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        again = 2 * tokens * shape.hidden * key if recomputed else 0
-        return rows * (2 * shape.hidden * query + 2 * tokens * query) + again
+    def _shown(self, state: _Pass) -> list[int]:
+        """Bytes of the tower's signals of all images, per row."""
+        shown = [0] * len(state.most)
+        for span in state.spans:
+            shown[span.row] += held_bytes(span.tokens, inside=False)
+        return shown
 
     def _tell(self, state: _Pass, size: int) -> None:
         """Let the trace tell what this prefill did.
@@ -856,39 +871,32 @@ class _Session:
         The sums are made when they are asked for, so that nothing waits for the device here, from
         counts and indices alone: a trace must not keep features or a KV cache alive.
         """
-        images = [(span.row, span.layout, span.index) for span in state.spans]
-        entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
-        asked = state.asked
+        images = [(span.row, span.layout, span.entered, span.index) for span in state.spans]
+        entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
+        read, asked, shape = state.read, state.asked, self.shape
 
         def ledgers() -> list[Ledger]:
             made = []
             for row, total in enumerate(entered.tolist()):
-                before = [layout for where, layout, _ in images if where == row]
-                after = [layout.take(index) for where, layout, index in images if where == row]
+                mine = [(layout, at, end) for where, layout, at, end in images if where == row]
                 text = total - tally[row][0]
-                full = text + sum(len(layout) for layout in before)
                 tokens = [text + visual for visual in tally[row]]
-                selector = spent[row]
-                if before:
-                    selector += sum(self._row_flops(tokens[layer], new) for layer, new in read)
-                for where, layer, queries, new in asked:
-                    if where == row:
-                        selector += self._row_flops(tokens[layer], new, queries)
+                rows = [(layer, count, new) for at, layer, count, new in asked if at == row]
+                rows += [(layer, 1, new) for layer, new in read if mine]
+                flops = [shape.row_flops(tokens[layer], new, n) for layer, n, new in rows]
+                held = [shape.row_bytes(tokens[layer], new, size, n) for layer, n, new in rows]
                 made.append(
-                    Ledger(
+                    settle(
+                        shape=shape,
+                        size=size,
                         requested=self.retention,
-                        patch_tokens=sum(len(layout.patches) for layout in before),
-                        kept_patches=sum(len(layout.patches) for layout in after),
-                        separators=sum(int(layout.is_separator.sum()) for layout in before),
-                        kept_separators=sum(int(layout.is_separator.sum()) for layout in after),
-                        patches_per_view=tuple(layout.view_sizes for layout in before),
-                        kept_per_view=tuple(layout.view_sizes for layout in after),
-                        text_tokens=text,
-                        visual_per_layer=tuple(tally[row]),
-                        kv_bytes=sum(tokens) * self.shape.kv_bytes(size),
-                        flops=prefill_flops(tokens, self.shape) + selector,
-                        selector_flops=selector,
-                        uncompressed_flops=prefill_flops([full] * self.shape.layers, self.shape),
+                        before=[layout for layout, _, _ in mine],
+                        entered=[layout.take(index) for layout, index, _ in mine],
+                        after=[layout.take(index) for layout, _, index in mine],
+                        text=text,
+                        visual_per_layer=tally[row],
+                        selector_flops=spent[row] + sum(flops),
+                        selector_bytes=max([most[row], *held]),
                     )
                 )
             return made

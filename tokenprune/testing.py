@@ -973,6 +973,34 @@ def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
         entries = sum(map(len, kept))
         assert ledger.kept_patches + ledger.kept_separators == entries, f"row {row}: separators"
         assert ledger.visual_per_layer[-1] == entries, f"row {row}: last layer"
+        entering = {c.image: c for c in trace.selections if c.stage is Stage.PRE_LLM}
+        there = [
+            layout.take(entering[i].keep) if i in entering else layout
+            for i, layout in enumerate(layouts)
+        ]
+        patches = sum(len(layout.patches) for layout in there)
+        assert ledger.entered_patches == patches, f"row {row}: {patches} patches enter the model"
+        separators = sum(map(len, there)) - patches
+        assert ledger.entered_separators == separators, f"row {row}: {separators} separators enter"
+        assert ledger.requested == compressor.retention, f"row {row}: R = {ledger.requested}"
+        average = sum(processed) / len(processed) - ledger.text_tokens
+        assert math.isclose(ledger.layer_average, average), f"row {row}: average {average}"
+        assert ledger.selector_bytes >= 0, f"row {row}: {ledger.selector_bytes} selector bytes"
+    _batch_account(compressor, host)
+
+
+def _batch_account(compressor: Compressor, host: Host) -> None:
+    """In a batch a layer is as wide as its longest prompt; the rest is padding, not tokens."""
+    with compress(host.model, compressor) as trace, _spy(host) as calls, torch.no_grad():
+        out = host.model(**host.inputs(), use_cache=True)
+    for layer, (call, cached) in enumerate(zip(calls, out.past_key_values.layers, strict=True)):
+        told = [ledger.kv_per_layer[layer] for ledger in trace.ledgers]
+        assert call.length == max(told), f"layer {layer}: {call.length} wide, ledgers say {told}"
+        rows, _, entries, _ = cached.keys.shape
+        padding = sum(max(told) - each for each in told)
+        assert rows * entries - padding == sum(told), (
+            f"layer {layer}: {rows} x {entries} KV entries with {padding} of padding, not {told}"
+        )
 
 
 def check_eager_agrees(compressor: Compressor, host: Host) -> None:
