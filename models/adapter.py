@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tokenprune.engine import Chosen
 
-__all__ = ["Adapter", "load"]
+__all__ = ["Adapter", "host_of", "load", "read_config"]
 
 
 class Adapter(ABC):
@@ -597,8 +597,6 @@ def load(
     """
     import transformers
 
-    from tokenprune.models import testbed
-
     dtype, device = _dtype(dtype), _device(device)
     if name.startswith("timm/"):
         from tokenprune.models.timm_vision import load_timm
@@ -608,34 +606,65 @@ def load(
         raise UserError(
             f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
         )
+    where, folder, embedded = _source(name)
+    if embedded and dtype == "auto":
+        dtype = torch.float32
+    config = read_config(
+        name, **{key: options[key] for key in ("revision", "token") if key in options}
+    )
+    kind, family = host_of(config)
+    model = getattr(transformers, kind).from_pretrained(where, dtype=dtype, **options).eval()
+    if device is not None:
+        model = model.to(device)
+    processor = transformers.AutoProcessor.from_pretrained(where)
+    processor.tokenizer.padding_side = "left"  # what batched generation needs
+    return family(model, processor, folder)
+
+
+def _source(name: str) -> tuple[str, Path | None, bool]:
+    """What ``from_pretrained`` takes for ``name``, its folder if it is one, whether embedded."""
+    from tokenprune.models import testbed
+
     embedded = name in testbed.names()
     source = testbed.path(name) if embedded else Path(name)
     where = str(source) if embedded or source.is_dir() else name
-    if embedded and dtype == "auto":
-        dtype = torch.float32
     if "/" not in where and not source.is_dir():
         raise unknown("model", name, testbed.names())
+    return where, source if source.is_dir() else None, embedded
+
+
+def read_config(name: str, **options: Any) -> Any:
+    """The ``transformers`` config of a testbed, a Hub id or a local folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    import transformers
+
+    from tokenprune.models import testbed
+
+    where, _, _ = _source(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            where, **{key: options[key] for key in ("revision", "token") if key in options}
-        )
+        return transformers.AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
             f"cannot load {name!r}: {first} Give an embedded testbed "
             f"({', '.join(testbed.names())}), a local folder or a Hub id."
         ) from error
+
+
+def host_of(config: Any) -> tuple[str, type[Adapter]]:
+    """The model class that ``config`` is for, and its adapter.
+
+    Raises:
+        UnknownNameError: No adapter knows the class.
+    """
     hosts = {host: adapters.get(a) for a in adapters.names() for host in adapters.get(a).hosts}
     kind = (config.architectures or [type(config).__name__])[0]
     if kind not in hosts:
         raise unknown("model class with an adapter", kind, hosts)
-    model = getattr(transformers, kind).from_pretrained(where, dtype=dtype, **options).eval()
-    if device is not None:
-        model = model.to(device)
-    processor = transformers.AutoProcessor.from_pretrained(where)
-    processor.tokenizer.padding_side = "left"  # what batched generation needs
-    found: Adapter = hosts[kind](model, processor, source if Path(where).is_dir() else None)
-    return found
+    return kind, hosts[kind]
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

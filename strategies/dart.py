@@ -71,6 +71,12 @@ class DART(Compressor):
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.keys, Signal("llm_states")})
 
+    def flops(self, tokens: VisualTokens) -> float:
+        """The norms of all keys, and cosines of every pivot with all states."""
+        states, keys = tokens[Signal("llm_states")], tokens[self.keys]
+        pivots = self.image_pivots + min(self.text_pivots, len(tokens.text[self.keys]))
+        return 2.0 * (pivots + 1) * states.numel() + keys.numel()
+
     def memory(self, tokens: VisualTokens) -> float:
         """Absolute keys, or normalised states; at most two float32 copies of either."""
         states = tokens[Signal("llm_states")]

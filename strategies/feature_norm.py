@@ -21,6 +21,10 @@ class FeatureNorm(ScoringCompressor):
 
     card = Card(paper="Feature norm (baseline)")
 
+    def flops(self, tokens: VisualTokens) -> float:
+        """A square and a sum for every number."""
+        return 2.0 * tokens.features.numel()
+
     def memory(self, tokens: VisualTokens) -> float:
         return super().memory(tokens) + float_copy(tokens.features)
 

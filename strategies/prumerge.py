@@ -87,6 +87,13 @@ class PruMerge(Compressor):
         keep, order = torch.cat(kept).sort()
         return Selection(keep, tokens.project(torch.cat(merged))[order])
 
+    def flops(self, tokens: VisualTokens) -> float:
+        """Cosines of centres with all patches, view by view, and the sums over neighbours."""
+        keys, vectors = tokens[self.metric], tokens[Signal("unprojected")]
+        pairs = self.retention * sum(size * size for size in tokens.layout.view_sizes)
+        gathered = self.retention * len(tokens.layout.patches) * self.neighbours
+        return 2.0 * pairs * keys.shape[1] + (gathered + len(tokens)) * vectors.shape[1]
+
     def memory(self, tokens: VisualTokens) -> float:
         """Keys of unit length, and the neighbours that the centres of the largest view gather."""
         vectors, keys = tokens[Signal("unprojected")], tokens[self.metric]

@@ -29,6 +29,10 @@ class SpatialPool(Compressor):
     positional = True
     card = Card(paper="Average pooling (baseline)")
 
+    def flops(self, tokens: VisualTokens) -> float:
+        """One addition for every number."""
+        return float(tokens.features.numel())
+
     def memory(self, tokens: VisualTokens) -> float:
         """All features in float32, and their sums, means and what is kept."""
         share = 1 + 3 * self.retention

@@ -44,6 +44,7 @@ from tokenprune.compressor import Chain, Compressor, Selection, Stage, create, p
 from tokenprune.engine import Trace, adapter_of, compress
 from tokenprune.errors import RetentionWarning, UserError
 from tokenprune.registry import adapters
+from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens, unpadded_box
 
 __all__ = [
@@ -234,49 +235,6 @@ LAYOUTS = {
     "2x2 resampled": TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8), canvas=(4, 6)),
     "video": TokenLayout.video(4, (2, 2)),
 }
-
-
-def sample_tokens(
-    signals: frozenset[Signal],
-    layout: TokenLayout,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> VisualTokens:
-    """Random features, and of the signals exactly those that were declared."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def signal(which: Signal) -> Tensor:
-        if which.name == "llm_text":
-            return torch.randn(len(layout), 5, generator=draw).softmax(0)
-        if which.is_vector:
-            vectors = torch.randn(len(layout), 6, generator=draw)
-            if which.in_llm:
-                return vectors
-            return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
-        values = torch.randn(len(layout), generator=draw)
-        if which.name not in ("cls_logits", "saliency"):
-            values = values.softmax(0)
-        return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
-
-    ordered = sorted((one for one in signals if one.name != "llm_inputs"), key=repr)
-    weight = torch.randn(6, 8, generator=draw).to(dtype)
-    return VisualTokens(
-        layout=layout,
-        features=torch.randn(len(layout), 8, generator=draw).to(dtype),
-        signals={which: signal(which).to(dtype) for which in ordered},
-        fingerprint=torch.randn(3, 4, 4, generator=draw),
-        projector=lambda vectors: vectors.relu() @ weight,
-        text={
-            which: torch.randn(5, 6, generator=draw).to(dtype)
-            for which in ordered
-            if which.is_vector and which.in_llm and which.name != "llm_text"
-        },
-        inputs=(
-            torch.randn(len(layout.patches), 8, generator=draw).to(dtype),
-            torch.randn(5, 8, generator=draw).to(dtype),
-        ),
-    )
 
 
 def _samples(part: Compressor, **options: Any) -> Iterator[tuple[str, VisualTokens]]:

@@ -1,0 +1,64 @@
+"""Made-up visual tokens, for tests and for forecasts without a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+__all__ = ["sample_tokens"]
+
+WIDTH, VECTOR = 8, 6
+
+
+def sample_tokens(
+    signals: frozenset[Signal],
+    layout: TokenLayout,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    text: int = 5,
+) -> VisualTokens:
+    """Random features, and of the signals exactly those that were declared.
+
+    Args:
+        signals: What the strategy `Compressor.needs`.
+        layout: Geometry of the N entries.
+        seed: Of everything that is drawn.
+        dtype: Of everything that is drawn.
+        text: How many text tokens lie behind the image.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def signal(which: Signal) -> Tensor:
+        if which.name == "llm_text":
+            return torch.randn(len(layout), text, generator=draw).softmax(0)
+        if which.is_vector:
+            vectors = torch.randn(len(layout), VECTOR, generator=draw)
+            if which.in_llm:
+                return vectors
+            return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
+        values = torch.randn(len(layout), generator=draw)
+        if which.name not in ("cls_logits", "saliency"):
+            values = values.softmax(0)
+        return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
+
+    ordered = sorted((one for one in signals if one.name != "llm_inputs"), key=repr)
+    weight = torch.randn(VECTOR, WIDTH, generator=draw).to(dtype)
+    return VisualTokens(
+        layout=layout,
+        features=torch.randn(len(layout), WIDTH, generator=draw).to(dtype),
+        signals={which: signal(which).to(dtype) for which in ordered},
+        fingerprint=torch.randn(3, 4, 4, generator=draw),
+        projector=lambda vectors: vectors.relu() @ weight,
+        text={
+            which: torch.randn(text, VECTOR, generator=draw).to(dtype)
+            for which in ordered
+            if which.is_vector and which.in_llm and which.name != "llm_text"
+        },
+        inputs=(
+            torch.randn(len(layout.patches), WIDTH, generator=draw).to(dtype),
+            torch.randn(text, WIDTH, generator=draw).to(dtype),
+        ),
+    )
