@@ -21,7 +21,7 @@ import torch
 from tokenprune.errors import UserError
 from tokenprune.models.adapter import Adapter, host_of, read_config
 
-__all__ = ["KNOWN", "adapter_without_weights", "config_of"]
+__all__ = ["KNOWN", "adapter_at_random", "adapter_without_weights", "config_of"]
 
 _CLIP = {
     "model_type": "clip_vision_model",
@@ -136,22 +136,43 @@ def adapter_without_weights(name: str, *, layers: int | None = None) -> Adapter:
     Raises:
         UserError: There is no such config, no adapter for it, or no language model behind it.
     """
+    return adapter_at_random(name, layers=layers, device="meta")
+
+
+def adapter_at_random(
+    name: str,
+    *,
+    layers: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """The adapter of a model with random weights, whose speed is that of the trained one.
+
+    Args:
+        name: As for `config_of`.
+        layers: Decoder layers, if not all of them.
+        device: Where the weights are made.
+        dtype: Of the weights.
+
+    Raises:
+        UserError: As `adapter_without_weights`, or ``layers`` below 1 or above what there is.
+    """
+    from transformers import AutoModelForImageTextToText
+
     if name.startswith("timm/"):
         raise UserError(f"{name} has no language model whose cost could be told.")
-    config = config_of(name)
-    with torch.device("meta"):
-        return built(config, layers)
-
-
-def built(config: Any, layers: int | None = None) -> Adapter:
-    """The adapter of a model of ``config`` with random weights, on the default device."""
-    import transformers
-
-    kind, family = host_of(config)
+    config = copy.deepcopy(config_of(name))
+    _, family = host_of(config)
+    text = config.get_text_config()
     if layers is not None:
-        config = copy.deepcopy(config)
-        text = config.get_text_config()
+        if not 1 <= layers <= text.num_hidden_layers:
+            raise UserError(
+                f"{name} has {text.num_hidden_layers} decoder layers, so layers must lie in "
+                f"1 .. {text.num_hidden_layers}, got {layers}."
+            )
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
-    return family(getattr(transformers, kind)(config).eval())
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    return family(model.eval())

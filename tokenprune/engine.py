@@ -20,7 +20,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -82,10 +82,13 @@ class Trace:
 
     Attributes:
         selections: Every selection, in the order made.
+        around: Makes the context that every selection runs in, attention rows and packing
+            included; put a stopwatch there to time what choosing takes.
     """
 
     def __init__(self) -> None:
         self.selections: list[Chosen] = []
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._account: Callable[[], list[Ledger]] = list
 
     @property
@@ -438,7 +441,8 @@ class _Session:
             self.trace.selections = []
             self._charge_vision(state, embeds.element_size())
         for part in self.before if spans else []:
-            embeds = self._shorten(state, part, embeds, changed)
+            with self.trace.around():
+                embeds = self._shorten(state, part, embeds, changed)
         for span in spans:
             span.entered = span.index
             span.tokens = replace(
@@ -587,7 +591,8 @@ class _Session:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if state.spans and index in self.inside:
-            hidden = self._cut(state, index, hidden, kwargs)
+            with self.trace.around():
+                hidden = self._cut(state, index, hidden, kwargs)
         behind = state.cuts
         if state.layers:
             behind = state.layers[index].cut - state.layers[0].cut

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ def sample_tokens(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     text: int = 5,
+    widths: Mapping[str, int] | None = None,
 ) -> VisualTokens:
     """Random features, and of the signals exactly those that were declared.
 
@@ -28,14 +31,17 @@ def sample_tokens(
         seed: Of everything that is drawn.
         dtype: Of everything that is drawn.
         text: How many text tokens lie behind the image.
+        widths: Of ``features`` and of vector signals by name, where a few numbers will not do.
     """
+    wide = widths or {}
+    width = wide.get("features", WIDTH)
     draw = torch.Generator().manual_seed(seed)
 
     def signal(which: Signal) -> Tensor:
         if which.name == "llm_text":
             return torch.randn(len(layout), text, generator=draw).softmax(0)
         if which.is_vector:
-            vectors = torch.randn(len(layout), VECTOR, generator=draw)
+            vectors = torch.randn(len(layout), wide.get(which.name, VECTOR), generator=draw)
             if which.in_llm:
                 return vectors
             return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
@@ -45,20 +51,20 @@ def sample_tokens(
         return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
 
     ordered = sorted((one for one in signals if one.name != "llm_inputs"), key=repr)
-    weight = torch.randn(VECTOR, WIDTH, generator=draw).to(dtype)
+    weight = torch.randn(wide.get("unprojected", VECTOR), width, generator=draw).to(dtype)
     return VisualTokens(
         layout=layout,
-        features=torch.randn(len(layout), WIDTH, generator=draw).to(dtype),
+        features=torch.randn(len(layout), width, generator=draw).to(dtype),
         signals={which: signal(which).to(dtype) for which in ordered},
         fingerprint=torch.randn(3, 4, 4, generator=draw),
         projector=lambda vectors: vectors.relu() @ weight,
         text={
-            which: torch.randn(text, VECTOR, generator=draw).to(dtype)
+            which: torch.randn(text, wide.get(which.name, VECTOR), generator=draw).to(dtype)
             for which in ordered
             if which.is_vector and which.in_llm and which.name != "llm_text"
         },
         inputs=(
-            torch.randn(len(layout.patches), WIDTH, generator=draw).to(dtype),
-            torch.randn(text, WIDTH, generator=draw).to(dtype),
+            torch.randn(len(layout.patches), width, generator=draw).to(dtype),
+            torch.randn(text, width, generator=draw).to(dtype),
         ),
     )
