@@ -31,11 +31,16 @@ _COSTS = (
     "kept_patches",
     "separators",
     "kept_separators",
+    "entered_patches",
+    "entered_separators",
     "text_tokens",
     "layer_average",
+    "layer_average_with_text",
+    "kv_entries",
     "kv_bytes",
     "flops",
     "selector_flops",
+    "selector_bytes",
     "uncompressed_flops",
 )
 
@@ -345,7 +350,8 @@ def _figures(cell: pd.DataFrame, seed: int) -> dict[Hashable, Any]:
         low, high = paired_bootstrap(values, known["image_id"], seed=seed)
         figures |= {"kl": values.mean(), "kl_low": low, "kl_high": high}
     if len(cell):
-        figures |= cell[list(_COSTS)].mean().to_dict()
+        # Answers of an older run lack the younger columns.
+        figures |= cell.reindex(columns=list(_COSTS)).mean().to_dict()
         figures["seeds"] = cell["parameters"].nunique()
     if figures.get("seeds", 1) > 1:
         each = cell["correct"].astype(float).groupby(cell["parameters"]).mean()

@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ class Timing:
     Attributes:
         median: Seconds.
         spread: Interquartile range of the repeats, in seconds; 0 for a single one.
-        repeats: How often it was timed.
+        runs: Seconds of every single run, in order.
     """
 
     median: float
     spread: float
-    repeats: int
+    runs: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         return f"{1000 * self.median:.3g} ± {1000 * self.spread / 2:.1g} ms"
@@ -71,13 +71,13 @@ def timed(
     return median_of(seconds)
 
 
-def median_of(seconds: list[float]) -> Timing:
+def median_of(seconds: Sequence[float]) -> Timing:
     """The `Timing` of runs that were timed already, at least one."""
     spread = 0.0
     if len(seconds) > 1:
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
         spread = high - low
-    return Timing(statistics.median(seconds), spread, len(seconds))
+    return Timing(statistics.median(seconds), spread, tuple(seconds))
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:

@@ -420,14 +420,21 @@ _WHOLE = (
     "kept_patches",
     "separators",
     "kept_separators",
+    "entered_patches",
+    "entered_separators",
     "text_tokens",
+    "kv_entries",
     "kv_bytes",
+    "selector_bytes",
 )
-_COUNTS = (*_WHOLE, "layer_average", "flops", "selector_flops", "uncompressed_flops")
+_COUNTS = (
+    *(*_WHOLE, "layer_average", "layer_average_with_text"),
+    *("flops", "selector_flops", "uncompressed_flops"),
+)
 _COLUMNS = [
     *("model", "method", "label", "parameters", "retention"),
     *("question_id", "image_id", "kind", "question", "truth"),
-    *("answer", "correct", "agrees", "kl", "easy", "status", *_COUNTS),
+    *("answer", "correct", "agrees", "kl", "easy", "status", *_COUNTS, "visual_per_layer"),
 ]
 
 
@@ -475,7 +482,7 @@ def answers_frame(
                     "kl": None,
                     "easy": easy[item.id],
                     "status": "failed" if record is None else "ok",
-                    **dict.fromkeys(_COUNTS),
+                    **dict.fromkeys([*_COUNTS, "visual_per_layer"]),
                     **(record or {}),
                 }
             )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 
 from tokenprune.attention import Projections, head_rows, projections
-from tokenprune.compressor import Compressor, Stage, create, parse
+from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.observe import encoded as as_encoded
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from tokenprune.engine import Chosen
 
-__all__ = ["Adapter", "load"]
+__all__ = ["Adapter", "host_of", "load", "read_config"]
 
 
 class Adapter(ABC):
@@ -156,6 +156,12 @@ class Adapter(ABC):
     def vision_width(self) -> int:
         """Width of the vision tower."""
         return int(self.base.config.vision_config.hidden_size)
+
+    @property
+    def vision_heads(self) -> int:
+        """Attention heads of the vision tower."""
+        config = self.base.config.vision_config
+        return int(getattr(config, "num_attention_heads", None) or config.num_heads)
 
     @property
     def has_cls(self) -> bool:
@@ -349,13 +355,8 @@ class Adapter(ABC):
             )
 
     def cut_layer(self, cut: int | float) -> int:
-        """Index of the decoder layer that a cut, perhaps a share of the depth, lies in front of.
-
-        A share is at least one layer and leaves at least one.  Where two cuts of a strategy fall
-        together in a shallow decoder, the later one counts.
-        """
-        depth = len(self.decoder_layers)
-        return cut if isinstance(cut, int) else max(1, min(round(cut * depth), depth - 1))
+        """Index of the decoder layer that a cut lies in front of (`compressor.cut_layer`)."""
+        return cut_layer(cut, len(self.decoder_layers))
 
     def require_language_model(self) -> None:
         """Raise `UserError` if there is none."""
@@ -741,8 +742,6 @@ def load(
     """
     import transformers
 
-    from tokenprune.models import testbed
-
     dtype, device = _dtype(dtype), _device(device)
     if name.startswith("timm/"):
         from tokenprune.models.timm_vision import load_timm
@@ -752,34 +751,65 @@ def load(
         raise UserError(
             f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
         )
+    where, folder, embedded = _source(name)
+    if embedded and dtype == "auto":
+        dtype = torch.float32
+    config = read_config(
+        name, **{key: options[key] for key in ("revision", "token") if key in options}
+    )
+    kind, family = host_of(config)
+    model = getattr(transformers, kind).from_pretrained(where, dtype=dtype, **options).eval()
+    if device is not None:
+        model = model.to(device)
+    processor = transformers.AutoProcessor.from_pretrained(where)
+    processor.tokenizer.padding_side = "left"  # what batched generation needs
+    return family(model, processor, folder)
+
+
+def _source(name: str) -> tuple[str, Path | None, bool]:
+    """What ``from_pretrained`` takes for ``name``, its folder if it is one, whether embedded."""
+    from tokenprune.models import testbed
+
     embedded = name in testbed.names()
     source = testbed.path(name) if embedded else Path(name)
     where = str(source) if embedded or source.is_dir() else name
-    if embedded and dtype == "auto":
-        dtype = torch.float32
     if "/" not in where and not source.is_dir():
         raise unknown("model", name, testbed.names())
+    return where, source if source.is_dir() else None, embedded
+
+
+def read_config(name: str, **options: Any) -> Any:
+    """The ``transformers`` config of a testbed, a Hub id or a local folder.
+
+    Raises:
+        UserError: There is none.
+    """
+    import transformers
+
+    from tokenprune.models import testbed
+
+    where, _, _ = _source(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            where, **{key: options[key] for key in ("revision", "token") if key in options}
-        )
+        return transformers.AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
             f"cannot load {name!r}: {first} Give an embedded testbed "
             f"({', '.join(testbed.names())}), a local folder or a Hub id."
         ) from error
+
+
+def host_of(config: Any) -> tuple[str, type[Adapter]]:
+    """The model class that ``config`` is for, and its adapter.
+
+    Raises:
+        UnknownNameError: No adapter knows the class.
+    """
     hosts = {host: adapters.get(a) for a in adapters.names() for host in adapters.get(a).hosts}
     kind = (config.architectures or [type(config).__name__])[0]
     if kind not in hosts:
         raise unknown("model class with an adapter", kind, hosts)
-    model = getattr(transformers, kind).from_pretrained(where, dtype=dtype, **options).eval()
-    if device is not None:
-        model = model.to(device)
-    processor = transformers.AutoProcessor.from_pretrained(where)
-    processor.tokenizer.padding_side = "left"  # what batched generation needs
-    found: Adapter = hosts[kind](model, processor, source if Path(where).is_dir() else None)
-    return found
+    return kind, hosts[kind]
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

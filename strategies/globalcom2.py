@@ -113,3 +113,8 @@ class GlobalCom2(Compressor):
         counts = self.allocation.counts(tokens, scores, self.retention)
         warn_about_empty_views(self, tokens.layout, counts)
         return Selection(top_per_view(tokens.layout, scores, counts))
+
+    def memory(self, tokens: VisualTokens) -> float:
+        """Of a video, the features in float32, of unit length, and beside their summary."""
+        video = tokens.layout.modality == "video"
+        return super().memory(tokens) + (12.0 * tokens.features.numel() if video else 0)

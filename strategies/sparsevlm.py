@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.errors import UserError
-from tokenprune.primitives import density_peaks, group_means
+from tokenprune.primitives import density_peaks, float_copy, group_means
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -119,6 +119,16 @@ class SparseVLM(Compressor):
         visual, text = tokens.inputs or (tokens.features, tokens.features[:0])
         recycled = self.recycled * len(tokens)
         return 2.0 * visual.shape[1] * (len(visual) * len(text) + recycled**2)
+
+    def memory(self, tokens: VisualTokens) -> float:
+        """What entered in float32, distances of what is recycled, or twice what is kept."""
+        stage = self.cut or len(self.depths)
+        kept = left_at(tokens, self.retention, stage / len(self.depths))
+        recycled, width = self.recycled * (len(tokens) - kept), tokens.features.shape[1]
+        entered: float = sum(map(float_copy, tokens.inputs or ()))
+        clusters = 13.0 * recycled**2 + 8.0 * recycled * width
+        twice = 2.0 * kept * width * tokens.features.element_size()
+        return super().memory(tokens) + max(entered, clusters, twice)
 
     def raters(self, tokens: VisualTokens) -> Tensor:
         """(T,) bool, which of the text tokens behind the image rate."""

@@ -74,6 +74,14 @@ class VidCom2(Compressor):
         mean = share.sum() / (sizes > 0).sum()
         return (self.retention * (1 + share - mean)).clamp(max=1) * (sizes > 0)
 
+    def flops(self, tokens: VisualTokens) -> float:
+        """The variance of all channels, and differences to two centres, squared and summed."""
+        return (3 + 2 * 4 * self.channels) * tokens.features.numel()
+
+    def memory(self, tokens: VisualTokens) -> float:
+        """All features in float32, and four copies of the channels that are looked at."""
+        return super().memory(tokens) + 4 * (1 + 4 * self.channels) * tokens.features.numel()
+
     def select(self, tokens: VisualTokens) -> Selection:
         to_video, to_frame = self.resemblance(tokens)
         layout = tokens.layout

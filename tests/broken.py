@@ -418,6 +418,10 @@ def _counts_late(original: Any, self: _Session, state: Any, start: int) -> None:
     original(self, state, start + 1 if start else 0)
 
 
+def _enters_in_full(original: Any, **account: Any) -> Any:
+    return original(**{**account, "entered": account["before"]})
+
+
 def _swaps_slots(original: Any, state: Any, states: Tensor) -> Tensor:
     result: Tensor = original(state, states)
     return torch.cat([result[:, :-2], result[:, -2:].flip(1)], dim=1)
@@ -535,6 +539,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(_replaced(_Session, "_count", lambda *args: None)),
         *_host(_wrapped(_Session, "_count", _counts_late), strategy="fastv"),
         *_host(_wrapped(engine, "encoder_flops", _takes_it_for_full), strategy="tome"),
+        *_host(_wrapped(engine, "settle", _enters_in_full)),
     ),
     "check_eager_agrees": _host(
         _replaced(engine, "create_causal_mask", lambda **kwargs: None), strategy="fastv"

@@ -185,6 +185,22 @@ def test_a_signal_of_the_tower_is_charged(host: Host) -> None:
     """Five views, a CLS row over 17 keys of width 16 each."""
     ledger = _ledgers(host, create("globalcom2", retention=0.4))[0]
     assert ledger.selector_flops == 5 * 2 * 17 * 16
+    kept = 2 * 5 * 17 * 16 * 4  # queries and keys of one layer
+    assert ledger.selector_bytes == kept + 2 * 5 * 2 * 17 * 4  # two heads' logits and softmax
+
+
+def test_what_enters_is_told_apart_from_what_is_left_at_the_end(host: Host) -> None:
+    """Row 0: 64 patches, 6 separators, 6 words; 32 patches enter, 16 reach layers 2 and 3."""
+    chain = Chain.of(create("uniform", retention=0.5), create("fastv", retention=0.5))
+    ledger = _ledgers(host, chain)[0]
+    assert (ledger.entered_patches, ledger.entered_separators) == (32, 6)
+    assert (ledger.kept_patches, ledger.kept_separators) == (16, 6)
+    assert ledger.tokens_per_layer == ledger.kv_per_layer == (44, 44, 28, 28)
+    assert ledger.kv_entries == 144
+    assert (ledger.layer_average, ledger.layer_average_with_text) == (30, 36)
+    # FastV's row, 44 keys of 4 heads: logits, softmax, mean.  Choosing: 38 rows of width 32 are
+    # copied beside one score each; ranking takes more than the row.
+    assert ledger.selector_bytes == 38 * (32 + 1) * 4 + 80 * 38
 
 
 def test_a_prompt_without_images(host: Host) -> None:

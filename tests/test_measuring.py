@@ -48,7 +48,7 @@ def test_the_stopwatch_runs_as_often_as_told_and_in_order() -> None:
     calls: list[int] = []
     found = timed(lambda: calls.append(len(calls)), warmup=3, repeats=5)
     assert len(calls) == 8
-    assert found.repeats == 5
+    assert len(found.runs) == 5
 
 
 def test_the_stopwatch_does_not_time_the_warm_up() -> None:
@@ -62,8 +62,8 @@ def test_a_known_nap() -> None:
 
 def test_median_and_interquartile_range() -> None:
     """Of 1..5: median 3, quartiles 2 and 4."""
-    assert median_of([5.0, 1.0, 4.0, 2.0, 3.0]) == Timing(3.0, 2.0, 5)
-    assert median_of([7.0]) == Timing(7.0, 0.0, 1)
+    assert median_of([5.0, 1.0, 4.0, 2.0, 3.0]) == Timing(3.0, 2.0, (5.0, 1.0, 4.0, 2.0, 3.0))
+    assert median_of([7.0]) == Timing(7.0, 0.0, (7.0,))
 
 
 @pytest.mark.parametrize(("warmup", "repeats"), [(0, 0), (-1, 3)])

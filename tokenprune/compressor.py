@@ -31,7 +31,10 @@ __all__ = [
     "Separators",
     "Stage",
     "create",
+    "cut_layer",
     "parse",
+    "placed",
+    "ranking_bytes",
 ]
 
 Separators = Literal["all", "rows", "none"]
@@ -151,6 +154,15 @@ class Compressor(ABC):
         Strategies with N×N similarities override it.
         """
         return 0.0
+
+    def memory(self, tokens: VisualTokens) -> float:
+        """Bytes that `select` holds at its peak besides what ``tokens`` holds.
+
+        The default is what ranking N scores takes: the scores, their order, and a few index
+        vectors.  Strategies that copy features or build N×N similarities override it.  Like
+        `flops`, it goes by shapes and dtypes alone, never by values.
+        """
+        return ranking_bytes(len(tokens))
 
     def __call__(self, tokens: VisualTokens) -> Selection:
         """`select` plus the separators, checked.  This is what the engine runs.
@@ -300,6 +312,30 @@ def parse(spec: str, **fields: Any) -> Compressor:
             )
         given[key.strip()] = value.strip()
     return create(name.strip(), **{**fields, **given})
+
+
+def ranking_bytes(count: int) -> float:
+    """Bytes that ranking ``count`` scores and listing what is kept takes."""
+    return 80.0 * count
+
+
+def cut_layer(cut: int | float, depth: int) -> int:
+    """Which of ``depth`` decoder layers a cut (see `Compressor.cuts`) lies in front of.
+
+    A share is at least one layer and leaves at least one.  Where two cuts of a strategy fall
+    together in a shallow decoder, the later one counts.
+    """
+    return cut if isinstance(cut, int) else max(1, min(round(cut * depth), depth - 1))
+
+
+def placed(
+    compressor: Compressor | None, depth: int
+) -> tuple[list[Compressor], dict[int, Compressor]]:
+    """What selects in front of a decoder, in order, and what in front of which of its layers."""
+    stages = list(compressor.stages()) if compressor is not None else []
+    before = [part for part in stages if part.stage is not Stage.LLM]
+    inside = {cut_layer(cut, depth): part.at(cut) for part in stages for cut in part.cuts}
+    return before, dict(sorted(inside.items()))
 
 
 def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Tensor) -> None:

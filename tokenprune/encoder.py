@@ -30,7 +30,15 @@ from tokenprune.tokens import Encoding, TokenLayout, VisualTokens
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
 
-__all__ = ["EncoderCompressor", "EncoderTokens", "Reduction", "Tower", "encoder_part", "running"]
+__all__ = [
+    "EncoderCompressor",
+    "EncoderTokens",
+    "Reduction",
+    "Tower",
+    "encoder_part",
+    "foreseen",
+    "running",
+]
 
 
 class Reduction(NamedTuple):
@@ -238,6 +246,24 @@ def running(
                 layer.forward = own
 
 
+def foreseen(
+    adapter: Adapter, compressor: EncoderCompressor, layout: TokenLayout, seed: int = 0
+) -> Tower:
+    """A run on the views of one image without weights: the method sees made-up states and keys."""
+    session = _Session(adapter, compressor, budget(layout.view_sizes[0], compressor.retention), {})
+    rows, cols = adapter.view_shape
+    tall, wide = adapter.patch_size
+    session.enter(None, (torch.zeros(layout.views, 1, rows * tall, cols * wide),), {})
+    tower, draw = session.tower, torch.Generator().manual_seed(seed)
+    entries = adapter.prefix_tokens + session.shape[0] * session.shape[1]
+    states = torch.randn(layout.views, entries, 8, generator=draw)
+    for index in range(len(adapter.vision_layers)):
+        tower.attended.append(states.shape[1])
+        states = session._reduced(index, states, states)
+        tower.processed.append(states.shape[1])
+    return tower
+
+
 class _Session:
     """The hooks of one run."""
 
@@ -249,7 +275,9 @@ class _Session:
         self.shape = compressor.grid(adapter.view_shape, target)
         self.tower = Tower(by=repr(compressor))
 
-    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def enter(
+        self, module: nn.Module | None, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
         """In front of the tower: resize the views."""
         pixels: Tensor = args[0] if args else kwargs["pixel_values"]
         prefix, (rows, cols) = self.adapter.prefix_tokens, self.adapter.view_shape

@@ -21,7 +21,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -41,10 +41,19 @@ from tokenprune.attention import (
     rotary_product,
 )
 from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
-from tokenprune.compressor import Compressor, Selection, Stage, parse
+from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
-from tokenprune.ledger import DecoderShape, Ledger, VisionShape, encoder_flops, prefill_flops
+from tokenprune.ledger import (
+    DecoderShape,
+    Ledger,
+    VisionShape,
+    encoder_flops,
+    held_bytes,
+    settle,
+    signal_bytes,
+    signal_flops,
+)
 from tokenprune.observe import encoded, observing
 from tokenprune.registry import adapters
 from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
@@ -90,10 +99,13 @@ class Trace:
 
     Attributes:
         selections: Every selection, in the order made.
+        around: Makes the context that every selection runs in, attention rows and packing
+            included; put a stopwatch there to time what choosing takes.
     """
 
     def __init__(self) -> None:
         self.selections: list[Chosen] = []
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._account: Callable[[], list[Ledger]] = list
 
     @property
@@ -186,6 +198,7 @@ class _Span:
         layout: Geometry of all that were there.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
         image: How many images and videos come before in the row.
+        entered: (M,) indices of those that enter the language model.
     """
 
     row: int
@@ -196,6 +209,7 @@ class _Span:
     tokens: VisualTokens
     layout: TokenLayout
     carrier: Tensor
+    entered: Tensor
     image: int = 0
 
 
@@ -213,6 +227,7 @@ class _Pass:
         tally: For every row, the visual tokens each decoder layer processes.
         entered: (B,) tokens that the first decoder layer processes.
         spent: (B,) FLOPs of choosing, per row.
+        most: (B,) bytes that choosing took at one moment, per row.
         order: (B, M) slot in which each slot's content was before the latest packing.
         sizes: (B, M) how often attention counts each slot, or None for once.
         rotary: cos and sin behind the latest cut.
@@ -233,6 +248,7 @@ class _Pass:
     spans: list[_Span]
     tally: list[list[int]]
     spent: list[float]
+    most: list[int]
     width: int
     order: Tensor
     entered: Tensor
@@ -259,6 +275,11 @@ class _Pass:
         slot = torch.arange(columns.shape[1], device=device)
         return torch.where(visible, slot, 0).amax(1), visible
 
+    def charge(self, row: int, part: Compressor, tokens: VisualTokens, shown: int) -> None:
+        """Enter what one selection cost; ``shown`` bytes are held beside the strategy's own."""
+        self.spent[row] += part.flops(tokens)
+        self.most[row] = max(self.most[row], shown + int(part.memory(tokens)))
+
     def slots(self, span: _Span) -> Tensor:
         """(M,) where the span's tokens lie now."""
         if not self.packed:
@@ -281,10 +302,8 @@ class _Session:
         self.trace = Trace()
         self.retention = compressor.retention if compressor is not None else 1.0
         self.signals = compressor.needs - given if compressor is not None else frozenset()
-        stages = list(compressor.stages()) if compressor is not None else []
         self.encoder = encoder_part(compressor)
-        self.before = [part for part in stages if part.stage is not Stage.LLM]
-        self.inside = {adapter.cut_layer(c): part.at(c) for part in stages for c in part.cuts}
+        self.before, self.inside = placed(compressor, len(adapter.decoder_layers))
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.vision = VisionShape.of(adapter.base.config.vision_config)
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
@@ -387,6 +406,7 @@ class _Session:
                     )
                 self._check_encoding(record)
                 layout = record.layout.to(device)
+                whole = torch.arange(len(feature), device=device)
                 tokens = replace(record, features=feature.to(device), layout=layout)
                 spans.append(
                     _Span(
@@ -394,10 +414,11 @@ class _Session:
                         first=int(place[0, 1]),
                         last=int(place[-1, 1]),
                         columns=place[:, 1].to(device),
-                        index=torch.arange(len(feature), device=device),
+                        index=whole,
                         tokens=tokens,
                         layout=layout,
                         carrier=feature,
+                        entered=whole,
                     )
                 )
         # Images and videos of a prompt are told apart by their order in it.
@@ -463,13 +484,15 @@ class _Session:
             self._join_cache(state, changed, cache, continued)
         if spans:
             self.trace.selections = []
-            self._charge_vision(state)
+            self._charge_vision(state, embeds.element_size())
         for span in spans if _PROMPT in self.signals else []:
             prompt = embeds[span.row, self._text_slots(state, span)].detach()
             span.tokens = replace(span.tokens, text={**span.tokens.text, _PROMPT: prompt})
         for part in self.before if spans else []:
-            embeds = self._shorten(state, part, embeds, changed)
+            with self.trace.around():
+                embeds = self._shorten(state, part, embeds, changed)
         for span in spans:
+            span.entered = span.index
             span.tokens = replace(
                 span.tokens,
                 entered=len(span.tokens.layout.patches),
@@ -510,6 +533,7 @@ class _Session:
             spans=spans,
             tally=[[0] * self.shape.layers for _ in range(rows)],
             spent=[0.0] * rows,
+            most=[0] * rows,
             width=width,
             order=column,
             entered=column,
@@ -540,12 +564,13 @@ class _Session:
         """Drop columns of the prompt: (B, M, D) embeddings of what is left."""
         keep, width = state.real, embeds.shape[1]
         gone = False
+        shown = self._shown(state)
         for span in state.spans:
             asks = _PROMPT in part.needs  # of a prompt that grows where there is no KV cache
             chosen = self._recall(state, span, _BEFORE) if asks else None
             if chosen is None:
                 chosen = part(span.tokens)
-                state.spent[span.row] += part.flops(span.tokens)
+                state.charge(span.row, part, span.tokens, shown[span.row])
                 if asks:
                     self._remember(state, span, _BEFORE, chosen)
             if chosen.features is not None:
@@ -621,7 +646,8 @@ class _Session:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if state.spans and index in self.inside:
-            hidden = self._cut(state, index, hidden, kwargs)
+            with self.trace.around():
+                hidden = self._cut(state, index, hidden, kwargs)
         behind = state.cuts
         if state.layers:
             behind = state.layers[index].cut - state.layers[0].cut
@@ -641,7 +667,7 @@ class _Session:
         vectors, asking = self._vectors(state, part, hidden), part.needs & (_ASKED | {_CROSS})
         if _KEYS in part.needs:
             vectors[_KEYS] = self._keys_ahead(state, index, hidden, kwargs)
-        keep, gone = state.real, False
+        keep, gone, shown = state.real, False, self._shown(state)
         for span in state.spans:
             slots = state.slots(span).to(hidden.device)
             signals = {
@@ -671,7 +697,8 @@ class _Session:
             chosen = self._recall(state, span, index)
             if chosen is None:
                 chosen = part(tokens)
-                state.spent[span.row] += part.flops(tokens)
+                copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
+                state.charge(span.row, part, tokens, shown[span.row] + copies)
                 self._remember(state, span, index, chosen)
             if chosen.features is not None:
                 hidden = hidden.clone()
@@ -985,25 +1012,23 @@ class _Session:
             count = sum(len(span.columns) for span in state.spans if span.row == row)
             layers[start:] = [count] * (len(layers) - start)
 
-    def _charge_vision(self, state: _Pass) -> None:
-        adapter = self.adapter
-        width = adapter.vision_width
-        for signal in self.signals:
-            if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
-                continue
-            for span in state.spans:
-                keys = adapter.vision_tokens
-                if span.tokens.encoding is not None:
-                    keys = span.tokens.encoding.attended[signal.layer]
-                queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
-                state.spent[span.row] += 2 * span.layout.views * queries * keys * width
+    def _charge_vision(self, state: _Pass, size: int) -> None:
+        views, towers = [0] * len(state.spent), {}
+        for span in state.spans:
+            views[span.row] += span.layout.views
+            if span.tokens.encoding is not None:  # the same for all images
+                towers[span.row] = span.tokens.encoding.attended
+        for row, count in enumerate(views):
+            looked = self.signals, self.adapter, count
+            state.spent[row] += signal_flops(*looked, towers.get(row))
+            state.most[row] = signal_bytes(*looked, size, towers.get(row))
 
-    def _row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
-        """FLOPs of attention rows over ``tokens`` keys, all heads, and of their queries."""
-        shape = self.shape
-        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        again = 2 * tokens * shape.hidden * key if recomputed else 0
-        return rows * (2 * shape.hidden * query + 2 * tokens * query) + again
+    def _shown(self, state: _Pass) -> list[int]:
+        """Bytes of the tower's signals of all images, per row."""
+        shown = [0] * len(state.most)
+        for span in state.spans:
+            shown[span.row] += held_bytes(span.tokens, inside=False)
+        return shown
 
     def _tell(self, state: _Pass, size: int) -> None:
         """Let the trace tell what this prefill did.
@@ -1011,51 +1036,46 @@ class _Session:
         The sums are made when they are asked for, so that nothing waits for the device here, from
         counts and indices alone: a trace must not keep features or a KV cache alive.
         """
-        images = [(span.row, span.layout, span.index) for span in state.spans]
+        images = [(span.row, span.layout, span.entered, span.index) for span in state.spans]
+        entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
+        read, asked, projected = state.read, state.asked, state.projected
+        shape, vision = self.shape, self.vision
         towers = [(span.row, span.layout.views, span.tokens.encoding) for span in state.spans]
-        entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
-        asked, projected = state.asked, state.projected
-        plain = encoder_flops([self.adapter.vision_tokens] * self.vision.layers, self.vision)
+        plain = encoder_flops([self.adapter.vision_tokens] * vision.layers, vision)
 
         def tower(run: Encoding | None) -> float:
             if run is None:
                 return plain
-            return encoder_flops(run.attended, self.vision, run.processed)
+            return encoder_flops(run.attended, vision, run.processed)
 
         def ledgers() -> list[Ledger]:
             made = []
             for row, total in enumerate(entered.tolist()):
-                before = [layout for where, layout, _ in images if where == row]
-                after = [layout.take(index) for where, layout, index in images if where == row]
+                mine = [(layout, at, end) for where, layout, at, end in images if where == row]
                 text = total - tally[row][0]
-                full = text + sum(len(layout) for layout in before)
                 tokens = [text + visual for visual in tally[row]]
-                selector = spent[row]
-                if before:
-                    selector += sum(self._row_flops(tokens[layer], new) for layer, new in read)
-                    selector += sum(self._row_flops(tokens[layer], True, 0) for layer in projected)
-                for where, layer, queries, new in asked:
-                    if where == row:
-                        selector += self._row_flops(tokens[layer], new, queries)
+                rows = [(layer, count, new) for at, layer, count, new in asked if at == row]
+                rows += [(layer, 1, new) for layer, new in read if mine]
+                rows += [(layer, 0, True) for layer in projected if mine]
+                flops = [shape.row_flops(tokens[layer], new, n) for layer, n, new in rows]
+                held = [shape.row_bytes(tokens[layer], new, size, n) for layer, n, new in rows]
                 made.append(
-                    Ledger(
+                    settle(
+                        shape=shape,
+                        size=size,
                         requested=self.retention,
-                        patch_tokens=sum(len(layout.patches) for layout in before),
-                        kept_patches=sum(len(layout.patches) for layout in after),
-                        separators=sum(int(layout.is_separator.sum()) for layout in before),
-                        kept_separators=sum(int(layout.is_separator.sum()) for layout in after),
-                        patches_per_view=tuple(layout.view_sizes for layout in before),
-                        kept_per_view=tuple(layout.view_sizes for layout in after),
-                        text_tokens=text,
-                        visual_per_layer=tuple(tally[row]),
-                        kv_bytes=sum(tokens) * self.shape.kv_bytes(size),
-                        flops=prefill_flops(tokens, self.shape) + selector,
-                        selector_flops=selector,
-                        uncompressed_flops=prefill_flops([full] * self.shape.layers, self.shape),
+                        before=[layout for layout, _, _ in mine],
+                        entered=[layout.take(index) for layout, index, _ in mine],
+                        after=[layout.take(index) for layout, _, index in mine],
+                        text=text,
+                        visual_per_layer=tally[row],
+                        selector_flops=spent[row] + sum(flops),
+                        selector_bytes=max([most[row], *held]),
                         vision_flops=sum(
                             views * tower(run) for where, views, run in towers if where == row
                         ),
-                        uncompressed_vision_flops=plain * sum(layout.views for layout in before),
+                        uncompressed_vision_flops=plain
+                        * sum(layout.views for layout, _, _ in mine),
                     )
                 )
             return made

@@ -1,12 +1,41 @@
-"""What a compression really cost: tokens, FLOPs, KV bytes."""
+"""What a compression really cost: tokens, FLOPs, KV bytes, and what the selector takes.
+
+Conventions, the same everywhere (engine, forecast, translator, tables):
+
+* a *visual token* is an entry of the packed sequence, patch token or separator; ``retention`` is of
+  patch tokens alone;
+* a layer's tokens are those that **enter** it: a selection in front of layer K counts from layer K
+  on, layers 0 .. K-1 count in full;
+* merged tokens are tokens; a token that stands for dropped ones counts once;
+* an average over layers is the plain mean of what enters each of them, without text unless the name
+  says so;
+* the KV cache of a layer has one entry for every token that entered it, text included;
+* a multiplication and an addition are two FLOPs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DecoderShape", "Ledger", "VisionShape", "encoder_flops", "prefill_flops"]
+from tokenprune.attention import CHUNK
+
+if TYPE_CHECKING:
+    from tokenprune.models.adapter import Adapter
+    from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+__all__ = [
+    "DecoderShape",
+    "Ledger",
+    "VisionShape",
+    "encoder_flops",
+    "held_bytes",
+    "prefill_flops",
+    "settle",
+    "signal_bytes",
+    "signal_flops",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +66,28 @@ class DecoderShape:
         """Bytes that one token takes in one layer's KV cache, ``size`` bytes a number."""
         return 2 * self.kv_heads * self.head_dim * size
 
+    def row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
+        """FLOPs of attention rows over ``tokens`` keys: queries, products of all heads, keys.
+
+        Args:
+            tokens: How many keys.
+            recomputed: Whether the keys have to be projected again (no KV cache to read).
+            rows: How many queries.
+        """
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        again = 2 * tokens * self.hidden * key if recomputed else 0
+        return rows * (2 * self.hidden * query + 2 * tokens * query) + again
+
+    def row_bytes(self, tokens: int, recomputed: bool, size: int, rows: int = 1) -> int:
+        """Bytes that exist at the same time while such rows are computed.
+
+        float32 logits and their softmax of all heads, for at most `CHUNK` queries at a time, the
+        mean over heads of all rows, and keys that are computed again, before and behind the
+        rotation.
+        """
+        again = 2 * tokens * self.kv_heads * self.head_dim * size if recomputed else 0
+        return 4 * tokens * (2 * self.heads * min(rows, CHUNK) + rows) + again
+
 
 def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
     """FLOPs of a prefill in which layer ``l`` processes ``tokens[l]`` tokens.
@@ -49,6 +100,72 @@ def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     linear = 2 * shape.hidden * (2 * query + 2 * key_value + 3 * shape.intermediate)
     return float(sum(n * linear + 4 * n * n * query for n in tokens))
+
+
+def signal_flops(
+    signals: Iterable[Signal],
+    adapter: Adapter,
+    views: int,
+    attended: Sequence[int] | None = None,
+) -> float:
+    """FLOPs of the vision tower's attention rows that a method asks for, over ``views`` views.
+
+    ``received`` needs a row for every query, every other kind the CLS row alone; projections run
+    anyway.  Keys and unprojected vectors are read off, and a pooling head computes its row anyway.
+    ``attended`` says how many tokens of a view each layer saw, where a method acted inside the
+    tower.
+    """
+    total = 0.0
+    for signal in signals:
+        if signal.in_llm or signal.needs_head:
+            continue
+        keys = adapter.vision_tokens if attended is None else attended[signal.layer]
+        queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
+        total += 2 * views * queries * keys * adapter.vision_width
+    return total
+
+
+def signal_bytes(
+    signals: Iterable[Signal],
+    adapter: Adapter,
+    views: int,
+    size: int,
+    attended: Sequence[int] | None = None,
+) -> int:
+    """Bytes that the tower's signals hold until they are packed.
+
+    Queries and keys of every layer that is looked at outlive the layer (``size`` bytes a number,
+    and a float32 copy where that is smaller); the logits and the softmax of one row, or of `CHUNK`
+    rows at a time for ``received``, come on top, for the largest of the signals.
+    """
+    seen = [s for s in signals if not s.in_llm and not s.needs_head and s.name != "unprojected"]
+
+    def keys_of(layer: int) -> int:
+        return adapter.vision_tokens if attended is None else attended[layer]
+
+    wide = 2 * views * adapter.vision_width
+    kept = sum(wide * keys_of(layer) * size for layer in {signal.layer for signal in seen})
+    most = 0
+    for signal in seen:
+        keys = keys_of(signal.layer)
+        kind = signal.resolve(adapter.has_cls).name
+        copies = wide * keys * 4 if size < 4 else 0
+        heads = 1 if kind in ("cls_joint", "joint_keys") else adapter.vision_heads
+        queries = {"keys": 0, "joint_keys": 0, "received": min(CHUNK, keys)}.get(kind, 1)
+        most = max(most, copies + 2 * 4 * views * heads * queries * keys)
+    return kept + most
+
+
+def held_bytes(tokens: VisualTokens, *, inside: bool) -> int:
+    """Bytes of all that a strategy is shown of one image beyond what the model holds anyway.
+
+    Signals, and inside the language model the copies that are made of hidden states and of what
+    entered: features, text vectors, `VisualTokens.inputs`.
+    """
+    shown = list(tokens.signals.values())
+    if inside:
+        shown += [tokens.features, *tokens.text.values(), *(tokens.inputs or ())]
+    return sum(value.numel() * value.element_size() for value in shown)
 
 
 @dataclass(frozen=True)
@@ -97,17 +214,23 @@ class Ledger:
         requested: R as asked for.
         patch_tokens, kept_patches: Patch tokens before compression, and entering the last layer.
         separators, kept_separators: The same for separators.
+        entered_patches, entered_separators: What enters the language model, its first layer: what
+            a ``pre_llm`` method left.
         patches_per_view, kept_per_view: For every image, the patch tokens of each of its views,
             before compression and at the end.
         text_tokens: Tokens of the prompt that are not visual.
         visual_per_layer: Visual tokens (separators included) that each decoder layer processed.
-        kv_bytes: Size of the KV cache after the prefill.
+        kv_bytes: Size of what this prefill put into the KV cache.
         flops: Prefill FLOPs of the decoder, layer by layer, plus `selector_flops`.
         selector_flops: What choosing cost: attention rows and the strategy's own arithmetic.
         uncompressed_flops: Prefill FLOPs of the decoder on the full prompt.
         vision_flops: FLOPs of the vision tower's layers on all views, as many tokens in each as
             really ran (`encoder_flops`); not part of `flops`.
         uncompressed_vision_flops: The same on full views.
+        selector_bytes: The most memory that choosing took at one moment, beyond what the
+            uncompressed model holds: while the tower's signals are computed (`signal_bytes`), while
+            attention rows are (`DecoderShape.row_bytes`), or while a strategy selects: what it is
+            shown (`held_bytes`) and what it says it needs (`Compressor.memory`).
     """
 
     requested: float
@@ -125,6 +248,9 @@ class Ledger:
     uncompressed_flops: float
     vision_flops: float
     uncompressed_vision_flops: float
+    entered_patches: int
+    entered_separators: int
+    selector_bytes: int
 
     @property
     def realised(self) -> float:
@@ -135,3 +261,85 @@ class Ledger:
     def layer_average(self) -> float:
         """Visual tokens processed by a decoder layer on average."""
         return sum(self.visual_per_layer) / len(self.visual_per_layer)
+
+    @property
+    def tokens_per_layer(self) -> tuple[int, ...]:
+        """All tokens that each decoder layer processed, text included."""
+        return tuple(self.text_tokens + visual for visual in self.visual_per_layer)
+
+    @property
+    def layer_average_with_text(self) -> float:
+        """All tokens processed by a decoder layer on average."""
+        return self.text_tokens + self.layer_average
+
+    @property
+    def kv_per_layer(self) -> tuple[int, ...]:
+        """Entries of each layer's KV cache when decoding begins, text included, padding not.
+
+        Of what this prefill added; a cache that is continued holds the earlier turns' besides.
+        """
+        return self.tokens_per_layer
+
+    @property
+    def kv_entries(self) -> int:
+        """`kv_per_layer` of all layers together."""
+        return sum(self.kv_per_layer)
+
+
+def settle(
+    *,
+    shape: DecoderShape,
+    size: int,
+    requested: float,
+    before: Sequence[TokenLayout],
+    entered: Sequence[TokenLayout],
+    after: Sequence[TokenLayout],
+    text: int,
+    visual_per_layer: Sequence[int],
+    selector_flops: float,
+    selector_bytes: int,
+    vision_flops: float,
+    uncompressed_vision_flops: float,
+) -> Ledger:
+    """The `Ledger` of one prompt.
+
+    Args:
+        shape: Of the decoder.
+        size: Bytes of a number in the KV cache.
+        requested: R as asked for.
+        before, entered, after: Layouts of the prompt's images and videos: in full, in front of the
+            first decoder layer, in front of the last one.
+        text: Tokens that are not visual.
+        visual_per_layer: As in the ledger.
+        selector_flops, selector_bytes, vision_flops, uncompressed_vision_flops: As in the ledger.
+    """
+    tokens = [text + visual for visual in visual_per_layer]
+    full = text + sum(map(len, before))
+    return Ledger(
+        requested=requested,
+        patch_tokens=_patches(before),
+        kept_patches=_patches(after),
+        separators=_separators(before),
+        kept_separators=_separators(after),
+        patches_per_view=tuple(layout.view_sizes for layout in before),
+        kept_per_view=tuple(layout.view_sizes for layout in after),
+        text_tokens=text,
+        visual_per_layer=tuple(visual_per_layer),
+        kv_bytes=sum(tokens) * shape.kv_bytes(size),
+        flops=prefill_flops(tokens, shape) + selector_flops,
+        selector_flops=selector_flops,
+        uncompressed_flops=prefill_flops([full] * shape.layers, shape),
+        entered_patches=_patches(entered),
+        entered_separators=_separators(entered),
+        selector_bytes=selector_bytes,
+        vision_flops=vision_flops,
+        uncompressed_vision_flops=uncompressed_vision_flops,
+    )
+
+
+def _patches(layouts: Sequence[TokenLayout]) -> int:
+    return sum(len(layout.patches) for layout in layouts)
+
+
+def _separators(layouts: Sequence[TokenLayout]) -> int:
+    return sum(len(layout) - len(layout.patches) for layout in layouts)

@@ -20,6 +20,7 @@ __all__ = [
     "dithered",
     "dpp_greedy_map",
     "evenly_spaced",
+    "float_copy",
     "group_means",
     "kernel_density",
     "least_cutoff",
@@ -148,6 +149,11 @@ def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
         covered = torch.maximum(covered, alike[:, index])
         free[index] = -torch.inf
     return chosen.sort().values
+
+
+def float_copy(values: Tensor) -> int:
+    """Bytes that ``values.float()`` takes: none where they are float32 already."""
+    return 0 if values.dtype == torch.float32 else 4 * values.numel()
 
 
 def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:

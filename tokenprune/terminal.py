@@ -27,6 +27,7 @@ __all__ = [
     "Report",
     "app",
     "as_exit_status",
+    "bytes_unit",
     "flops_unit",
     "method_label",
     "new_table",
@@ -181,3 +182,10 @@ def flops_unit(largest: float) -> tuple[str, float]:
         if largest >= 0.1 * scale:
             return unit, scale
     return "MFLOPs", 1e6
+
+
+def bytes_unit(largest: float) -> tuple[str, float]:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if largest >= scale:
+            return unit, scale
+    return "KiB", 2**10

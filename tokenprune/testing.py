@@ -51,6 +51,7 @@ from tokenprune.hand_tower import (
     tower_by_hand,
 )
 from tokenprune.registry import adapters
+from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens, unpadded_box
 
 __all__ = [
@@ -242,64 +243,6 @@ LAYOUTS = {
     "2x2 resampled": TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8), canvas=(4, 6)),
     "video": TokenLayout.video(4, (2, 2)),
 }
-
-
-def sample_tokens(
-    signals: frozenset[Signal],
-    layout: TokenLayout,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> VisualTokens:
-    """Random features, and of the signals exactly those that were declared."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def signal(which: Signal) -> Tensor:
-        if which.name == "llm_text":
-            return torch.randn(len(layout), 5, generator=draw).softmax(0)
-        if which.name == "llm_text_heads":
-            return torch.randn(len(layout), 5, 4, generator=draw).softmax(0)
-        if which.name == "llm_text_rotary":
-            return 1 + torch.rand(len(layout), 5, generator=draw)
-        if which.is_vector:
-            vectors = torch.randn(len(layout), 6, generator=draw)
-            if which.in_llm:
-                return vectors
-            return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
-        values = torch.randn(len(layout), generator=draw)
-        if which.name not in ("cls_logits", "saliency"):
-            values = values.softmax(0)
-        return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
-
-    ordered = sorted((one for one in signals if one.is_aligned), key=repr)
-    weight = torch.randn(6, 8, generator=draw).to(dtype)
-    return VisualTokens(
-        layout=layout,
-        features=torch.randn(len(layout), 8, generator=draw).to(dtype),
-        signals={which: signal(which).to(dtype) for which in ordered},
-        fingerprint=torch.randn(3, 4, 4, generator=draw),
-        projector=lambda vectors: vectors.relu() @ weight,
-        text={
-            which: torch.randn(5, 6, generator=draw).to(dtype)
-            for which in ordered
-            if which.is_vector and which.in_llm and not which.name.startswith("llm_text")
-        }
-        | {
-            which: torch.randn(5, 8 if which.in_llm else 6, generator=draw).to(dtype)
-            for which in sorted(signals, key=repr)
-            if which.name in ("llm_prompt", "clip_text")
-        },
-        inputs=(
-            torch.randn(len(layout.patches), 8, generator=draw).to(dtype),
-            torch.randn(5, 8, generator=draw).to(dtype),
-        ),
-        clusters=torch.where(
-            layout.is_separator,
-            -1,
-            layout.view * len(layout)
-            + torch.randint(max(1, len(layout) // 2), (len(layout),), generator=draw),
-        ),
-    )
 
 
 def _samples(part: Compressor, **options: Any) -> Iterator[tuple[str, VisualTokens]]:
@@ -1127,6 +1070,34 @@ def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
         entries = sum(map(len, kept))
         assert ledger.kept_patches + ledger.kept_separators == entries, f"row {row}: separators"
         assert ledger.visual_per_layer[-1] == entries, f"row {row}: last layer"
+        entering = {c.image: c for c in trace.selections if c.stage is Stage.PRE_LLM}
+        there = [
+            layout.take(entering[i].keep) if i in entering else layout
+            for i, layout in enumerate(layouts)
+        ]
+        patches = sum(len(layout.patches) for layout in there)
+        assert ledger.entered_patches == patches, f"row {row}: {patches} patches enter the model"
+        separators = sum(map(len, there)) - patches
+        assert ledger.entered_separators == separators, f"row {row}: {separators} separators enter"
+        assert ledger.requested == compressor.retention, f"row {row}: R = {ledger.requested}"
+        average = sum(processed) / len(processed) - ledger.text_tokens
+        assert math.isclose(ledger.layer_average, average), f"row {row}: average {average}"
+        assert ledger.selector_bytes >= 0, f"row {row}: {ledger.selector_bytes} selector bytes"
+    _batch_account(compressor, host)
+
+
+def _batch_account(compressor: Compressor, host: Host) -> None:
+    """In a batch a layer is as wide as its longest prompt; the rest is padding, not tokens."""
+    with compress(host.model, compressor) as trace, _spy(host) as calls, torch.no_grad():
+        out = host.model(**host.inputs(), use_cache=True)
+    for layer, (call, cached) in enumerate(zip(calls, out.past_key_values.layers, strict=True)):
+        told = [ledger.kv_per_layer[layer] for ledger in trace.ledgers]
+        assert call.length == max(told), f"layer {layer}: {call.length} wide, ledgers say {told}"
+        rows, _, entries, _ = cached.keys.shape
+        padding = sum(max(told) - each for each in told)
+        assert rows * entries - padding == sum(told), (
+            f"layer {layer}: {rows} x {entries} KV entries with {padding} of padding, not {told}"
+        )
 
 
 def check_eager_agrees(compressor: Compressor, host: Host) -> None:

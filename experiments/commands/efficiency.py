@@ -1,0 +1,264 @@
+"""``tokenprune efficiency``: what methods cost, with or without a model at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenprune.terminal import (
+    OK,
+    ManyValues,
+    app,
+    as_exit_status,
+    bytes_unit,
+    flops_unit,
+    method_label,
+    new_table,
+    percent,
+    progress,
+    quiet,
+    ratio,
+    split_specs,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tokenprune.experiments.efficiency import Prompt
+
+__all__ = ["describe", "efficiency"]
+
+_RETENTION = ("1", "0.75", "0.5", "0.25", "0.1")
+
+
+@app.command(cls=ManyValues)
+def efficiency(
+    config: Annotated[
+        str,
+        typer.Option(
+            "--config",
+            "--model",
+            help="A model by its config alone: a known name (llava-v1.6-vicuna-7b, "
+            "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json or a Hub id.",
+        ),
+    ] = "llava-v1.6-vicuna-7b",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="SPEC...",
+            help="As for compare, e.g. fastv:layer=2 pyramiddrop. [default: uniform]",
+        ),
+    ] = None,
+    retention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--retention",
+            "-r",
+            metavar="R...",
+            help="Shares of patch tokens to keep, in (0, 1]. [default: 1 0.75 0.5 0.25 0.1]",
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH",
+            help="Pixels of the image, height first as in transformers, or spelled out: "
+            "1008wx672h. [default: thumbnail and 2x2 whole crops without separators, as the "
+            "field's tables count: 2880 tokens on LLaVA-NeXT]",
+        ),
+    ] = None,
+    text_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of the prompt that are not visual; those tables count none."),
+    ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and KV cache: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time and weigh the real shapes on this device, with random weights.",
+        ),
+    ] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="With --measure: build this many decoder layers only and extrapolate to all."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="With --measure: prompts at once.")] = 1,
+    repeats: Annotated[int, typer.Option(help="With --measure: timed runs of each part.")] = 5,
+    device: Annotated[
+        str | None, typer.Option(help="With --measure. [default: cuda if there is one]")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where tables and plots go. [default: one in runs/]"),
+    ] = None,
+) -> None:
+    """Tell what methods cost: tokens, FLOPs, KV cache, memory, and from when on they pay.
+
+    Needs no weights: the methods' own code runs on made-up tokens of the model's shapes. "≈" marks
+    counts that depend on what is in the picture.
+
+    Exit status: 0 done, 2 bad input, 130 interrupted.
+    """
+    with as_exit_status():
+        from tokenprune.experiments import cost_plots, plots, results
+        from tokenprune.experiments import efficiency as experiment
+
+        quiet()
+        size = None if image_size is None else experiment.read_size(image_size)
+        folder = out or Path("runs") / f"efficiency_{Path(config).name}"
+        results.check_writable(folder)
+        specs = list(split_specs(methods)) if methods else ["uniform"]
+        ratios = [ratio(text) for text in split_specs(retention or _RETENTION)]
+        asked = experiment.chosen(specs, ratios)
+        prompt = experiment.prompt_of(config, size, text=text_tokens, dtype=dtype)
+        for method in asked:
+            prompt.adapter.check(method)
+        with progress() as report:
+            report(0, 0, "forecast")
+            told = experiment.costs(prompt, asked)
+            told["pays_from"] = [
+                None if method is None else experiment.analytic_break_even(prompt, method)
+                for method in (None, *asked)
+            ]
+            by_layer = experiment.layers(prompt, asked)
+        tables = {"costs": told, "layers": by_layer}
+        console = Console(highlight=False)
+        console.print(_table(told, describe(config, prompt)), "")
+        if measure:
+            from tokenprune.experiments import speed
+
+            with progress() as report:
+                measured = speed.measure(
+                    config,
+                    prompt,
+                    asked,
+                    layers=layers,
+                    batch_size=batch_size,
+                    repeats=repeats,
+                    device=device,
+                    report=report,
+                )
+            tables |= {"measured": measured.table}
+            console.print(_measured(measured.table, measured.words), "")
+        details: dict[str, Any] = {
+            "model": config,
+            "methods": specs,
+            "retention": ratios,
+            "image_size": None if size is None else {"height": size[0], "width": size[1]},
+            "text_tokens": text_tokens,
+            "dtype": dtype,
+            "measure": measure,
+            "layers": layers,
+            "batch_size": batch_size,
+            **results.environment(),
+        }
+        experiment.write(folder, tables, details)
+        title = f"What methods cost on {Path(config).name}"
+        plots.save(
+            cost_plots.cost_by_retention(told, title, _what(prompt)), folder / "plots" / "cost"
+        )
+        figure = cost_plots.tokens_by_layer(by_layer, "Where tokens are processed", _what(prompt))
+        plots.save(figure, folder / "plots" / "layers")
+        console.print(
+            f"Written to {folder}: {', '.join(f'{name}.csv' for name in tables)}, plots/",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+    raise typer.Exit(OK)
+
+
+def _what(prompt: Prompt) -> str:
+    separators = prompt.visual - prompt.patches
+    parts = [f"{prompt.patches} patch tokens"]
+    parts += [f"{separators} separators"] if separators else ["no separators"]
+    return ", ".join([*parts, f"{prompt.text} of text" if prompt.text else "no text"])
+
+
+def describe(name: str, prompt: Prompt) -> str:
+    """Model and prompt in a line."""
+    image = ""
+    if prompt.image_size is not None:
+        height, width = prompt.image_size
+        image = f"image {height} high x {width} wide, "
+    return f"{Path(name).name}: {image}{_what(prompt)}"
+
+
+def _table(told: pd.DataFrame, title: str) -> Table:
+    flops, whole = flops_unit(told["uncompressed_flops"].max())
+    chosen, part = flops_unit(told["selector_flops"].max())
+    units = {
+        name: bytes_unit(told[name].max())
+        for name in ("kv_bytes", "selector_bytes", "memory_bytes")
+    }
+    table = new_table(
+        title=title,
+        caption="Tokens: visual ones with separators that enter a decoder layer, mean over layers. "
+        f"{flops}: prefill of the decoder, selection included. KV: cache after the prefill. "
+        "Select: what choosing alone takes, in all and of memory at one moment. Peak: weights, KV "
+        "cache and the larger of activations and selector, without the tower's activations. Pays: "
+        "from how many visual tokens on the whole takes fewer FLOPs than the plain prefill.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    names = ["KV", "select", "peak"]
+    memory = [f"{name}\n{unit}" for name, (unit, _) in zip(names, units.values(), strict=True)]
+    for name in ("tokens", flops, "of all", memory[0], f"select\n{chosen}", *memory[1:], "pays"):
+        table.add_column(name, justify="right")
+    rows = told[(told["retention"] < 1) | (told["method"] == "uncompressed")]
+    for keep, group in rows.groupby("retention", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            plain = row["method"] == "uncompressed"
+            kv, held, most = (f"{row[name] / scale:.3g}" for name, (_, scale) in units.items())
+            table.add_row(
+                "" if position else percent(float(str(keep)), None),
+                method_label(row["label"]),
+                f"{'≈' if row['estimate'] else ''}{row['layer_average']:.1f}",
+                f"{row['flops'] / whole:.1f}" if whole > 1e9 else f"{row['flops'] / whole:.3g}",
+                percent(row["flops_share"], 0),
+                kv,
+                "" if plain else f"{row['selector_flops'] / part:.3g}",
+                "" if plain else held,
+                most,
+                "" if plain else _length(row["pays_from"]),
+                end_section=position + 1 == len(group),
+            )
+    return table
+
+
+def _length(tokens: float | None) -> str:
+    return "never" if tokens is None or tokens != tokens else f"{tokens:.0f}"
+
+
+def _measured(measured: pd.DataFrame, words: str) -> Table:
+    unit, scale = bytes_unit(measured["peak_bytes"].max())
+    table = new_table(title="Measured, in milliseconds", caption=words)
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("vision", "selector", "prefill", "decode", f"peak {unit}", "pays"):
+        table.add_column(name, justify="right")
+    for _, row in measured.iterrows():
+        plain = row["method"] == "uncompressed"
+        if row["status"] != "ok":
+            table.add_row(percent(row["retention"], None), method_label(row["label"]), "skipped")
+            continue
+        table.add_row(
+            percent(row["retention"], None),
+            method_label(row["label"]),
+            *(
+                f"{1000 * row[name]:.3g} ±{500 * row[f'{name}_spread']:.1g}"
+                for name in ("vision", "selector", "prefill", "decode")
+            ),
+            f"{row['peak_bytes'] / scale:.3g}",
+            "" if plain else _length(row["pays_from"]),
+        )
+    return table

@@ -1,0 +1,311 @@
+"""What methods cost on a model of which there may be nothing but a config.
+
+Tokens, FLOPs and bytes are forecasts (`tokenprune.forecast`): the strategies' own code on made-up
+tokens, the ledger's arithmetic.  Conventions are the ledger's.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import tokenprune as tp
+from tokenprune.compressor import Compressor
+from tokenprune.errors import UserError
+from tokenprune.experiments.results import replace_file
+from tokenprune.forecast import Forecast, forecast
+from tokenprune.ledger import DecoderShape, Ledger
+from tokenprune.models.adapter import Adapter
+from tokenprune.models.configs import adapter_without_weights
+from tokenprune.tokens import TokenLayout
+
+__all__ = [
+    "Prompt",
+    "activation_bytes",
+    "analytic_break_even",
+    "break_even",
+    "chosen",
+    "costs",
+    "equivalent",
+    "layers",
+    "pays_from",
+    "prompt_of",
+    "read_size",
+    "write",
+]
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FIGURES = (
+    *("patch_tokens", "kept_patches", "separators", "kept_separators"),
+    *("entered_patches", "entered_separators", "text_tokens"),
+    *("layer_average", "layer_average_with_text", "kv_entries", "kv_bytes"),
+    *("flops", "selector_flops", "selector_bytes", "uncompressed_flops"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt on a model: all that its cost depends on.
+
+    Attributes:
+        adapter: Of the model, with or without weights.
+        layouts: Of its images and videos.
+        text: Its tokens that are not visual.
+        asking: How many of them lie behind the images; None for all.
+        size: Bytes of a number.
+        image_size: (height, width) of its image where one was given.
+    """
+
+    adapter: Adapter
+    layouts: tuple[TokenLayout, ...]
+    text: int = 0
+    asking: int | None = None
+    size: int = 2
+    image_size: tuple[int, int] | None = None
+
+    @cached_property
+    def shape(self) -> DecoderShape:
+        """Of the decoder."""
+        return DecoderShape.of(self.adapter.language_model.config)
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens, separators included."""
+        return sum(map(len, self.layouts))
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens."""
+        return sum(len(layout.patches) for layout in self.layouts)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of the whole model, tower and projector included, ``size`` bytes a number."""
+        return self.size * sum(weight.numel() for weight in self.adapter.model.parameters())
+
+    def forecast(self, method: Compressor | None, draws: int = 5) -> Forecast:
+        """What ``method`` costs on it."""
+        return forecast(
+            self.adapter,
+            method,
+            self.layouts,
+            self.text,
+            asking=self.asking,
+            size=self.size,
+            draws=draws,
+        )
+
+    def square(self, side: int) -> "Prompt":
+        """The same with a single view of ``side`` x ``side`` patches and no separator."""
+        layout = TokenLayout.single((side, side), newline=False)
+        return Prompt(self.adapter, (layout,), self.text, self.asking, self.size)
+
+
+def prompt_of(
+    model: str,
+    image_size: tuple[int, int] | None = None,
+    *,
+    text: int = 0,
+    dtype: str = "bfloat16",
+) -> Prompt:
+    """One image in front of ``text`` tokens, on a model known by its config alone.
+
+    Args:
+        model: As for `models.configs.config_of`.
+        image_size: (height, width) in pixels; the adapter's layout says how many tokens that is.
+            None stands for a thumbnail and 2x2 whole crops **without separators**, which is how the
+            efficiency tables of the field count: 2880 tokens on LLaVA-NeXT.
+        text: Tokens of the prompt that are not visual; those tables count none.
+        dtype: Of weights and KV cache.
+
+    Raises:
+        UserError: Unknown model or dtype, or a size that is none.
+    """
+    if dtype not in SIZES:
+        raise UserError(f"dtype must be one of {', '.join(SIZES)}, got {dtype!r}.")
+    if text < 0:
+        raise UserError(f"--text-tokens must not be negative, got {text}.")
+    adapter = adapter_without_weights(model)
+    if image_size is None:
+        rows, cols = adapter.view_shape
+        box = (0, 2 * rows, 0, 2 * cols)
+        layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
+    else:
+        layout = adapter.layout(image_size)
+    return Prompt(adapter, (layout,), text, size=SIZES[dtype], image_size=image_size)
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """(height, width) of ``672x1008``, height first as in ``transformers``, or ``1008wx672h``.
+
+    Raises:
+        UserError: Not two positive numbers.
+
+    >>> read_size("672x1008"), read_size("1008wx672h"), read_size("h672xw1008")
+    ((672, 1008), (672, 1008), (672, 1008))
+    """
+    found = re.fullmatch(r"([hw]?)(\d+)([hw]?)\s*[x×,]\s*([hw]?)(\d+)([hw]?)", text.strip().lower())
+    if found:
+        marks = [found[1] + found[3], found[4] + found[6]]
+        sides = int(found[2]), int(found[5])
+        if min(sides) and marks in (["", ""], ["h", "w"], ["w", "h"]):
+            return sides if marks != ["w", "h"] else (sides[1], sides[0])
+    raise UserError(
+        f"cannot read the image size {text!r}; write HEIGHTxWIDTH in pixels, such as 672x1008, or "
+        "say which is which: 1008wx672h."
+    )
+
+
+def chosen(specs: Iterable[str], retention: Iterable[float]) -> list[Compressor]:
+    """Every method at every retention, most tokens first; each once.
+
+    Methods that say themselves what they keep (``uniform@0.3``, ``fastv:retention=0.3``, chains)
+    are there once.
+    """
+    ratios = sorted(set(retention), reverse=True)
+    found: dict[str, Compressor] = {}
+    for spec in specs:
+        own = "@" in spec or re.search(r"\bretention\s*=", spec)
+        for method in (
+            [tp.parse(spec)] if own else [tp.parse(spec, retention=ratio) for ratio in ratios]
+        ):
+            found.setdefault(repr(method), method)
+    return list(found.values())
+
+
+def activation_bytes(shape: DecoderShape, tokens: int, size: int) -> int:
+    """Bytes that a decoder layer holds at its peak while it processes ``tokens`` tokens.
+
+    In the MLP: hidden states in front of the layer and behind attention, normalised ones, and the
+    three intermediate products of a gated MLP.  Attention without an N×N matrix needs less.
+    """
+    return tokens * size * (3 * shape.hidden + 3 * shape.intermediate)
+
+
+def costs(prompt: Prompt, methods: Sequence[Compressor]) -> pd.DataFrame:
+    """One row for the uncompressed model and one for every method.
+
+    Columns are those of the ledger, and ``estimate`` (whether counts depend on the content),
+    ``flops_share`` (of the uncompressed prefill's FLOPs, selection included), ``equivalent`` (the
+    retention of a ``pre_llm`` method with equal layer average, see `translation`),
+    ``weight_bytes``, ``activation_bytes`` and ``memory_bytes``: weights, KV cache, and the larger
+    of activations and selector, at one prompt; neither the tower's activations nor what libraries
+    and the device's allocator take.
+    """
+    rows = []
+    for method in (None, *methods):
+        told = prompt.forecast(method)
+        ledger = told.ledger
+        working = activation_bytes(prompt.shape, max(ledger.tokens_per_layer), prompt.size)
+        rows.append(
+            {
+                "method": "uncompressed" if method is None else method.name,
+                "label": "uncompressed" if method is None else method.label,
+                "retention": ledger.requested,
+                "estimate": not told.exact,
+                **{name: getattr(ledger, name) for name in _FIGURES},
+                "flops_share": ledger.flops / ledger.uncompressed_flops,
+                "equivalent": equivalent(ledger),
+                "weight_bytes": prompt.weight_bytes,
+                "activation_bytes": working,
+                "memory_bytes": prompt.weight_bytes
+                + ledger.kv_bytes
+                + max(working, ledger.selector_bytes),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def equivalent(ledger: Ledger) -> float:
+    """Retention of a ``pre_llm`` method that keeps all separators and has the same layer average.
+
+    ``(layer average - separators) / patch tokens``: such a method's layers all process what it
+    keeps.  Not positive where not even the separators would fit.
+    """
+    return (ledger.layer_average - ledger.separators) / max(1, ledger.patch_tokens)
+
+
+def layers(prompt: Prompt, methods: Sequence[Compressor]) -> pd.DataFrame:
+    """Visual tokens that enter every decoder layer: one row per method, retention and layer."""
+    rows = []
+    for method in (None, *methods):
+        ledger = prompt.forecast(method).ledger
+        label = "uncompressed" if method is None else method.label
+        for layer, visual in enumerate(ledger.visual_per_layer):
+            rows.append(
+                {
+                    "label": label,
+                    "retention": ledger.requested,
+                    "layer": layer,
+                    "visual_tokens": visual,
+                    "tokens": visual + ledger.text_tokens,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+# --- break-even -----------------------------------------------------------------------------------
+
+
+def pays_from(lengths: Sequence[int], pays: Sequence[bool]) -> int | None:
+    """The shortest of ``lengths`` (ascending) from which on a method pays; None if none."""
+    found = None
+    for length, good in zip(reversed(lengths), reversed(pays), strict=True):
+        if not good:
+            break
+        found = length
+    return found
+
+
+def break_even(
+    prompt: Prompt,
+    method: Compressor,
+    compressed: Callable[[Ledger], float],
+    uncompressed: Callable[[Ledger], float],
+) -> int | None:
+    """From how many visual tokens on ``method`` is cheaper than doing nothing.
+
+    Tried on single views of 1x1, 2x2, ... patches up to as many tokens as the prompt has.
+
+    Args:
+        prompt: Gives model and text.
+        method: At its retention.
+        compressed: What an account costs, selection included.
+        uncompressed: What the same prompt costs without a method.
+
+    Returns:
+        Visual tokens, or None where it never pays.
+    """
+    longest = max(2, round(prompt.visual**0.5))
+    step = max(1, longest // 24)
+    sides = sorted({*range(1, min(9, longest)), *range(9, longest, step), longest})
+    pays = []
+    for side in sides:
+        ledger = prompt.square(side).forecast(method, draws=1).ledger
+        pays.append(compressed(ledger) < uncompressed(ledger))
+    return pays_from([side * side for side in sides], pays)
+
+
+def analytic_break_even(prompt: Prompt, method: Compressor) -> int | None:
+    """`break_even` in FLOPs of prefill and selection."""
+    return break_even(
+        prompt, method, lambda ledger: ledger.flops, lambda ledger: ledger.uncompressed_flops
+    )
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write(folder: Path, tables: dict[str, pd.DataFrame], asked: dict[str, Any]) -> None:
+    """``<name>.csv`` of every table and ``efficiency.json``, what was asked; each in one step."""
+    for name, table in tables.items():
+        with replace_file(folder / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False)
+    with replace_file(folder / "efficiency.json") as temporary:
+        text = json.dumps(asked, indent=2, ensure_ascii=False, default=str)
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,154 @@
+"""The forecast says what the engine does, without running a model."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import tokenprune as tp
+from tokenprune.compressor import Compressor
+from tokenprune.engine import compress
+from tokenprune.errors import UserError
+from tokenprune.forecast import forecast
+from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
+from tokenprune.models.configs import KNOWN, adapter_without_weights, config_of
+from tokenprune.testing import ROWS, Host, hosts
+from tokenprune.tokens import TokenLayout
+
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
+CHAINS = (
+    "uniform:separators=none@0.6 + pyramiddrop@0.6",
+    "first@0.5 + fastv:layer=1@0.5 + dart:layer=3@0.5",
+    "feature-norm@0.7 + sparsevlm@0.7",
+)
+METHODS = [
+    *(tp.create(name, retention=0.4) for name in tp.available()),
+    *map(tp.parse, CHAINS),
+    tp.create("uniform", retention=1.0),
+]
+HOSTS = {host.name: host for host in hosts(["qwen2"])}
+
+
+def _engine(host: Host, method: Compressor, row: int) -> Ledger:
+    with compress(host.model, method) as trace, torch.no_grad():
+        host.model(**host.inputs((row,)), use_cache=True)
+    return trace.ledger
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda one: f"{one.label}@{one.retention:g}")
+def test_forecast_is_what_the_engine_does(method: Compressor, name: str) -> None:
+    """One image, several images and a video; exact to the last FLOP and byte with one image."""
+    host = HOSTS[name]
+    try:
+        host.adapter.check(method)
+    except UserError:
+        pytest.skip("needs CLS")
+    for row in range(len(ROWS)):
+        real = _engine(host, method, row)
+        found = forecast(
+            host.adapter,
+            method,
+            host.layouts(row),
+            real.text_tokens,
+            asking=ROWS[row].text,
+            size=4,
+        )
+        if found.exact and row != 2:
+            assert found.ledger == _with_views(found.ledger, real)
+        elif found.exact:  # words behind the first image are not behind the second
+            assert found.ledger.visual_per_layer == real.visual_per_layer
+        else:
+            views = sum(map(len, real.patches_per_view))
+            lows, highs = zip(*((min(c), max(c)) for c in _layers(found.draws)), strict=True)
+            for low, high, count in zip(lows, highs, real.visual_per_layer, strict=True):
+                assert low - views <= count <= high + views
+
+
+def _with_views(told: Ledger, real: Ledger) -> Ledger:
+    """The real account, with the forecast's split into views, which content decides."""
+    return Ledger(**{**vars(real), "kept_per_view": told.kept_per_view})
+
+
+def _layers(draws: tuple[Ledger, ...]) -> list[tuple[int, ...]]:
+    return list(zip(*(one.visual_per_layer for one in draws), strict=True))
+
+
+def test_counts_that_depend_on_content_are_marked() -> None:
+    adapter = adapter_without_weights("llava-v1.6-vicuna-7b")
+    layouts = [adapter.layout((336, 1000))]
+    assert forecast(adapter, tp.create("fastv", retention=0.3), layouts).exact
+    rated = tp.parse("sparsevlm:schedule=rank,scale=2", retention=0.9)
+    found = forecast(adapter, rated, layouts, 60)
+    assert not found.exact
+    assert found.mark == "≈"
+    averages = sorted(one.layer_average for one in found.draws)
+    assert found.ledger.layer_average == averages[len(averages) // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llava-v1.6-vicuna-7b", 7.06),
+        ("llava-v1.6-vicuna-13b", 13.35),
+        ("llava-v1.6-mistral-7b", 7.57),
+        ("llava-v1.6-34b", 34.75),
+        ("llava-onevision-qwen2-0.5b", 0.894),
+        ("llava-onevision-qwen2-7b", 8.03),
+    ],
+)
+def test_known_sizes_have_the_published_number_of_weights(name: str, billions: float) -> None:
+    """As the Hub counts the checkpoints of llava-hf."""
+    adapter = adapter_without_weights(name)
+    count = sum(weight.numel() for weight in adapter.model.parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_published_flops_from_the_known_config() -> None:
+    """GlobalCom2's table: 2880 visual tokens, no text, no separators."""
+    adapter = adapter_without_weights("llava-v1.6-vicuna-7b")
+    shape = DecoderShape.of(adapter.language_model.config)
+    layout = TokenLayout.anyres((2, 2), (24, 24), (0, 48, 0, 48), newlines=False)
+    for ratio, count, tera in [(0.75, 2160, 30.4), (0.5, 1440, 19.7), (0.25, 720, 9.6)]:
+        found = forecast(adapter, tp.create("uniform", retention=ratio), [layout]).ledger
+        assert found.visual_per_layer == (count,) * 32
+        assert round(found.flops / 1e12, 1) == tera
+        assert found.uncompressed_flops == prefill_flops([2880] * 32, shape)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [
+        ((672, 672), 576 + 48 * 49),  # the whole 2x2 canvas
+        ((336, 336), 576 + 24 * 25),  # half of a 1x2 canvas: as sharp as any, least waste
+        ((336, 1008), 576 + 24 * 73),  # one row of three
+        ((1080, 1920), 576 + 28 * 49),  # padded above and below
+        ((1200, 600), 576 + 48 * 25),  # two crops, one above the other
+    ],
+)
+def test_layout_of_known_sizes(size: tuple[int, int], tokens: int) -> None:
+    """(height, width); counted by hand from pinpoints and the unpad rule."""
+    assert len(adapter_without_weights("llava-v1.6-mistral-7b").layout(size)) == tokens
+
+
+def test_hub_spelling_of_known_names() -> None:
+    for hub, name in [
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-v1.6-vicuna-7b"),
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-onevision-qwen2-7b"),
+    ]:
+        assert config_of(hub).to_dict() == config_of(name).to_dict()
+    assert list(itertools.islice(KNOWN, 1)) == ["llava-v1.6-vicuna-7b"]
+
+
+def test_unknown_configs_name_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"Sizes known without a download: llava-v1\.6"):
+        config_of("llava-v9")
+
+
+def test_fewer_layers() -> None:
+    for name in ("llava-v1.6-vicuna-7b", "llava-onevision-qwen2-7b"):
+        assert len(adapter_without_weights(name, layers=3).decoder_layers) == 3
+    assert len(adapter_without_weights("testbed-next").decoder_layers) == 6

@@ -1,0 +1,88 @@
+"""Made-up visual tokens, for tests and for forecasts without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+__all__ = ["sample_tokens"]
+
+WIDTH, VECTOR, HEADS = 8, 6, 4
+
+
+def sample_tokens(
+    signals: frozenset[Signal],
+    layout: TokenLayout,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    text: int = 5,
+    widths: Mapping[str, int] | None = None,
+) -> VisualTokens:
+    """Random features, and of the signals exactly those that were declared.
+
+    Args:
+        signals: What the strategy `Compressor.needs`.
+        layout: Geometry of the N entries.
+        seed: Of everything that is drawn.
+        dtype: Of everything that is drawn.
+        text: How many text tokens lie behind the image.
+        widths: Of ``features`` and of vector signals by name, where a few numbers will not do.
+    """
+    wide = widths or {}
+    width = wide.get("features", WIDTH)
+    draw = torch.Generator().manual_seed(seed)
+
+    def signal(which: Signal) -> Tensor:
+        if which.name == "llm_text":
+            return torch.randn(len(layout), text, generator=draw).softmax(0)
+        if which.name == "llm_text_heads":
+            heads = wide.get(which.name, HEADS)
+            return torch.randn(len(layout), text, heads, generator=draw).softmax(0)
+        if which.name == "llm_text_rotary":
+            return 1 + torch.rand(len(layout), text, generator=draw)
+        if which.is_vector:
+            vectors = torch.randn(len(layout), wide.get(which.name, VECTOR), generator=draw)
+            if which.in_llm:
+                return vectors
+            return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
+        values = torch.randn(len(layout), generator=draw)
+        if which.name not in ("cls_logits", "saliency"):
+            values = values.softmax(0)
+        return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
+
+    ordered = sorted((one for one in signals if one.is_aligned), key=repr)
+    weight = torch.randn(wide.get("unprojected", VECTOR), width, generator=draw).to(dtype)
+    return VisualTokens(
+        layout=layout,
+        features=torch.randn(len(layout), width, generator=draw).to(dtype),
+        signals={which: signal(which).to(dtype) for which in ordered},
+        fingerprint=torch.randn(3, 4, 4, generator=draw),
+        projector=lambda vectors: vectors.relu() @ weight,
+        text={
+            which: torch.randn(text, wide.get(which.name, VECTOR), generator=draw).to(dtype)
+            for which in ordered
+            if which.is_vector and which.in_llm and not which.name.startswith("llm_text")
+        }
+        | {
+            which: torch.randn(
+                text, width if which.in_llm else wide.get(which.name, VECTOR), generator=draw
+            ).to(dtype)
+            for which in sorted(signals, key=repr)
+            if which.name in ("llm_prompt", "clip_text")
+        },
+        inputs=(
+            torch.randn(len(layout.patches), width, generator=draw).to(dtype),
+            torch.randn(text, width, generator=draw).to(dtype),
+        ),
+        clusters=torch.where(
+            layout.is_separator,
+            -1,
+            layout.view * len(layout)
+            + torch.randint(max(1, len(layout) // 2), (len(layout),), generator=draw),
+        ),
+    )
