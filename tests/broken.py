@@ -9,8 +9,8 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,12 +21,13 @@ from transformers.cache_utils import DynamicLayer
 from tokenprune import encoder, engine, observe
 from tokenprune.attention import Projections
 from tokenprune.cache import PrunedLayer
-from tokenprune.compressor import Compressor, Selection, parse
+from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage, parse
 from tokenprune.engine import _Session
 from tokenprune.errors import UserError
 from tokenprune.models.adapter import Adapter
+from tokenprune.primitives import top_per_view
 from tokenprune.registry import Card
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.tokens import Kind, Signal, VisualTokens
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -64,6 +65,112 @@ class Inverted(Sound):
         return order[: max(1, int(len(patches) * self.retention))].sort().values
 
 
+class InvertedInCrops(Inverted):
+    """Upside down in crops alone."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches, layout = tokens.layout.patches, tokens.layout
+        received = tokens[Signal("received")]
+        scores = torch.where(layout.kind == Kind.CROP, -received, received)[patches]
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores.argsort(descending=True)[:count]].sort().values
+
+
+class InvertedInVideos(Inverted):
+    """Upside down in videos alone."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        if tokens.layout.modality == "video":
+            return super().picked(tokens)
+        patches = tokens.layout.patches
+        order = patches[tokens[Signal("received")][patches].argsort(descending=True)]
+        return order[: max(1, int(len(patches) * self.retention))].sort().values
+
+
+class InvertedWords(Inverted):
+    """Keeps what the text looks at least."""
+
+    stage = Stage.LLM
+    cuts = (2,)  # type: ignore[assignment]
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("llm_text")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        order = patches[tokens[Signal("llm_text")][patches].mean(1).argsort()]
+        return order[: max(1, int(len(patches) * self.retention))].sort().values
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsTheWorst(ScoringCompressor):
+    """Scores, and keeps the lowest."""
+
+    card = Card(paper="Feature norm (baseline)")
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.float().norm(dim=-1)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        counts = self.allocation.counts(tokens, self.score(tokens), self.retention)
+        return Selection(top_per_view(tokens.layout, -self.score(tokens), counts))
+
+
+class ForgetsTheAllocator(KeepsTheWorst):
+    """Keeps the highest of the whole image, whatever each view is due."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        patches = tokens.layout.patches
+        order = patches[self.score(tokens)[patches].argsort(descending=True)]
+        return Selection(order[: max(1, int(len(patches) * self.retention))].sort().values)
+
+
+class PeeksAtTheCanvas(Sound):
+    """Prefers the right of the canvas, which a picture of one view does not have."""
+
+    positional = False
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches, layout = tokens.layout.patches, tokens.layout
+        scores = tokens.features.float().norm(dim=-1) + 0.3 * layout.canvas_col
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores[patches].argsort(descending=True)[:count]].sort().values
+
+
+class PeeksAtViews(PeeksAtTheCanvas):
+    """Prefers later crops."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        view = tokens.layout.view
+        return super().picked(replace(tokens, layout=replace(tokens.layout, canvas_col=view)))
+
+
+class RemembersByLength(PeeksAtTheCanvas):
+    """Chooses for the first image of a length, and the same of all others."""
+
+    known: ClassVar[dict[tuple[int, float], Tensor]] = {}
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        flat = torch.zeros_like(tokens.layout.canvas_col)
+        plain = replace(tokens, layout=replace(tokens.layout, canvas_col=flat))
+        return self.known.setdefault((len(tokens), self.retention), super().picked(plain))
+
+
+class SumsSeparators(PeeksAtTheCanvas):
+    """Takes the mean of keys over separators, where there are none: all scores are NaN."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("keys")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        keys, patches = tokens[Signal("keys")], tokens.layout.patches
+        scores = (keys - keys.mean(0)).norm(dim=-1)[patches]
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores.argsort(descending=True, stable=True)[:count]].sort().values
+
+
 class PeeksAtPlaces(Sound):
     """Says that it goes by content, but prefers what comes late."""
 
@@ -82,6 +189,23 @@ class OneTooMany(Sound):
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
         return patches[: int(len(patches) * self.retention) + 1]
+
+
+class SometimesTooMany(Sound):
+    """Keeps two tokens more than it may, around a third."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        more = 2 if 0.32 < self.retention < 0.35 else 0
+        return patches[: max(1, int(len(patches) * self.retention)) + more]
+
+
+class Stingy(Sound):
+    """Keeps a quarter of what it may."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: max(1, int(len(patches) * self.retention / 4))]
 
 
 class Undocumented(Sound):
@@ -131,6 +255,14 @@ class Unsorted(Sound):
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         return super().picked(tokens).flip(0)
+
+
+class SometimesRepeated(Sound):
+    """The same token twice, at some retentions."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        kept = super().picked(tokens)
+        return torch.cat([kept[:1], kept]) if 0.45 < self.retention < 0.7 else kept
 
 
 class Repeated(Sound):
@@ -189,6 +321,62 @@ class Scribbler(Sound):
     def picked(self, tokens: VisualTokens) -> Tensor:
         tokens.features.mul_(1.5)
         return super().picked(tokens)
+
+
+class MovesRows(Sound):
+    """Writes to the geometry."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        tokens.layout.canvas_row.add_(1)
+        return super().picked(tokens)
+
+
+class ScribblesOnText(Sound):
+    """Writes to what entered the language model."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("llm_inputs")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        assert tokens.inputs is not None
+        tokens.inputs[1].mul_(2)
+        return super().picked(tokens)
+
+
+class HidesItsDraws(Sound):
+    """Draws from numpy's global generator and puts it back as it was."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        state = np.random.get_state()  # noqa: NPY002 (the fault)
+        drawn = torch.from_numpy(np.random.rand(len(tokens.layout.patches)))  # noqa: NPY002
+        np.random.set_state(state)  # noqa: NPY002
+        return tokens.layout.patches[drawn.argsort()[: len(super().picked(tokens))]].sort().values
+
+
+class HidesItsChoice(HidesItsDraws):
+    """The same with Python's."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        state = random.getstate()
+        drawn = torch.tensor([random.random() for _ in tokens.layout.patches])
+        random.setstate(state)
+        count = max(1, int(len(drawn) * self.retention))
+        return tokens.layout.patches[drawn.argsort()[:count]].sort().values
+
+
+class ComparesNeighbours(Sound):
+    """Keeps the tokens whose norm is least like the mean of the image before."""
+
+    before: ClassVar[list[Tensor]] = [torch.tensor(0.0)]
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        norms = tokens.features[patches].float().norm(dim=-1)
+        far = (norms - self.before[0]).abs()
+        self.before[0] = norms.mean()
+        count = max(1, int(len(patches) * self.retention))
+        return patches[far.argsort(descending=True)[:count]].sort().values
 
 
 _calls = itertools.count()
@@ -453,7 +641,7 @@ class Fault:
     patch: Patch = lambda patch: None
 
 
-def _broken(*kinds: type[Sound]) -> tuple[Fault, ...]:
+def _broken(*kinds: type[Compressor]) -> tuple[Fault, ...]:
     return tuple(Fault(kind(retention=0.4)) for kind in kinds)
 
 
@@ -468,13 +656,18 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_documented": _broken(Undocumented, Anonymous, Uncited),
     "check_is_a_value": _broken(Mutable, Forgetful, Mute),
     "check_selection_form": _broken(
-        Unsorted, Repeated, OffByOne, OutOfRange, Empty, Short, Misshapen
+        Unsorted, Repeated, SometimesRepeated, OffByOne, OutOfRange, Empty, Short, Misshapen
     ),
-    "check_budget": _broken(Greedy, OneTooMany),
-    "check_keeps_what_stands_out": _broken(Inverted),
-    "check_follows_content": _broken(PeeksAtPlaces),
-    "check_tokens_untouched": _broken(Scribbler),
-    "check_deterministic": _broken(Counting, GlobalTorch),
+    "check_budget": _broken(Greedy, OneTooMany, SometimesTooMany, Stingy),
+    "check_keeps_what_stands_out": _broken(
+        Inverted, InvertedInCrops, InvertedInVideos, InvertedWords
+    ),
+    "check_keeps_the_best_scores": _broken(KeepsTheWorst, ForgetsTheAllocator),
+    "check_follows_content": _broken(
+        PeeksAtPlaces, PeeksAtTheCanvas, PeeksAtViews, RemembersByLength, SumsSeparators
+    ),
+    "check_tokens_untouched": _broken(Scribbler, MovesRows, ScribblesOnText),
+    "check_deterministic": _broken(Counting, GlobalTorch, HidesItsDraws, HidesItsChoice),
     "check_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),
     "check_full_retention_is_identity": _host(_wrapped(Compressor, "__call__", _thins_out)),
     "check_equals_reference": (
@@ -524,6 +717,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         _wrapped(_Session, "_leave", _shifts_spread),
     ),
     "check_batch_equals_single": (
+        *_broken(ComparesNeighbours),
         *_host(_replaced(PrunedLayer, "mask", _sees_padding)),
         *_host(_wrapped(engine, "decoder_row", _last_slot_asks), strategy="fastv"),
     ),
@@ -557,8 +751,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         strategy="tome",
     ),
     "check_nesting_refused": _host(_replaced(engine, "_active", _Never())),
-    "check_order_of_rows": _broken(Counting),
-    "check_model_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),
+    "check_order_of_rows": _broken(Counting, ComparesNeighbours),
+    "check_model_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython, HidesItsDraws),
     "check_positions": (
         *_broken(Stubborn),
         *_host(_wrapped(_Session, "_pack", _compacts_always)),

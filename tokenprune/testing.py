@@ -40,7 +40,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokenprune.attention
 from tokenprune.budget import Proportional, budget
 from tokenprune.cache import CACHE
-from tokenprune.compressor import Chain, Compressor, Selection, Stage, create, parse
+from tokenprune.compressor import (
+    Chain,
+    Compressor,
+    ScoringCompressor,
+    Selection,
+    Stage,
+    create,
+    parse,
+)
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.engine import Trace, adapter_of, compress
 from tokenprune.errors import RetentionWarning, UserError
@@ -50,9 +58,10 @@ from tokenprune.hand_tower import (
     signal_by_hand,
     tower_by_hand,
 )
+from tokenprune.primitives import patches_by_view
 from tokenprune.registry import adapters
 from tokenprune.synthetic import sample_tokens
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens, unpadded_box
+from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
 
 __all__ = [
     "CHECKS",
@@ -74,6 +83,7 @@ Inputs = dict[str, Any]
 
 DECODERS = ("llama", "mistral", "qwen2")
 RETENTION = 0.4
+SHARES = (0.01, 0.1, 0.25, 0.5, 0.6, 0.75, 0.99)
 TOLERANCE = 1e-4
 
 
@@ -716,6 +726,21 @@ def _refused(action: Callable[[], Any], word: str, what: str) -> None:
     assert word in sentence, f"{what}: refused, but without naming {word!r}: {sentence}"
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Every global generator seeded while open, and as it was afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
 def _rng() -> tuple[Any, ...]:
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is the point)
     return random.getstate(), name, np.asarray(keys).tolist(), rest, torch.get_rng_state().tolist()
@@ -768,7 +793,7 @@ def check_is_a_value(compressor: Compressor) -> None:
 def check_selection_form(compressor: Compressor) -> None:
     """``keep`` is a sorted, unique, non-empty int64 vector of patch tokens."""
     for part in compressor.stages():
-        for retention in (part.retention, 0.01, 0.99):
+        for retention in (part.retention, *SHARES):
             method = replace(part, retention=retention)
             for dtype in (torch.float32, torch.bfloat16):
                 for name, tokens in _samples(method, dtype=dtype):
@@ -794,48 +819,112 @@ def _well_formed(chosen: Selection, tokens: VisualTokens, what: str) -> None:
 
 
 def check_budget(compressor: Compressor) -> None:
-    """No more than ``R * P`` tokens, rounding up at most once per view.
+    """No more than ``R * P`` tokens, rounding up at most once per view, and no less than half.
 
     Where views are of different size, an allocator may give a large view more than its share, but
     never more than twice the budget in all.
     """
+    hundredths = [percent / 100 for percent in range(1, 100)]
     for part in compressor.stages():
-        for retention in (0.1, 0.25, 0.4, 0.77):
-            for name, tokens in _samples(part):
-                sizes = [size for size in tokens.layout.view_sizes if size]
-                share = retention * sum(sizes) * (1 if len(set(sizes)) == 1 else 2)
-                # Rounding up may add one token a view; where nothing is to be rounded, none.
-                extra = len(sizes) if len(sizes) > 1 else math.ceil(share - 1e-9) - share
-                most = max(share + extra, 1)
-                kept = len(_select(replace(part, retention=retention), tokens).keep)
-                assert kept <= most, (
-                    f"{part.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
-                    f"R = {retention}, at most {most:.1f} were due"
-                )
+        for name, tokens in _samples(part):
+            # Every retention where it is cheap; a fault may show at some of them only.
+            for retention in hundredths if name == "one view" else (*SHARES, 0.4, 0.77):
+                _due(replace(part, retention=retention), name, tokens)
+
+
+def _due(method: Compressor, name: str, tokens: VisualTokens) -> None:
+    sizes = [size for size in tokens.layout.view_sizes if size]
+    share = method.retention * sum(sizes) * (1 if len(set(sizes)) == 1 else 2)
+    # Rounding up may add one token a view; where nothing is to be rounded, none.
+    extra = len(sizes) if len(sizes) > 1 else math.ceil(share - 1e-9) - share
+    most = max(share + extra, 1)
+    least = method.retention * sum(sizes) / 2 - len(sizes)
+    kept = len(_select(method, tokens).keep)
+    assert least <= kept <= most, (
+        f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
+        f"R = {method.retention}, at least {max(least, 1):.1f} and at most {most:.1f} were due"
+    )
 
 
 def check_keeps_what_stands_out(compressor: Compressor) -> None:
-    """A token that all attention goes to is kept or merged: the ranking is not upside down."""
+    """A token that all attention goes to is kept or merged, in whichever view.
+
+    Else a ranking is upside down.  What a method makes of features alone has no upside that could
+    be known from outside.
+    """
     for part in compressor.stages():
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
             own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
-        scalars = [signal for signal in own.needs if signal.is_aligned and not signal.is_vector]
-        for name in ("2x2", "one view") if scalars else ():
-            tokens = sample_tokens(part.needs, LAYOUTS[name])
-            token = int(tokens.layout.patches[len(tokens.layout.patches) // 2])
-            signals = dict(tokens.signals)
-            for signal in scalars:
-                signals[signal] = torch.full_like(signals[signal], 1e-3).masked_fill(
-                    tokens.layout.is_separator, torch.nan
+        asked = [
+            signal
+            for signal in own.needs
+            if (signal.is_aligned and not signal.is_vector)
+            or signal.name in ("llm_text", "llm_text_heads")
+        ]
+        # Views large enough for methods that keep only some of their tokens by attention.
+        frames = {"two frames": TokenLayout.video(2, (4, 4))}
+        layouts = {name: LAYOUTS[name] for name in ("2x2", "2x2 padded", "one view")} | frames
+        for name, layout in layouts.items() if asked else ():
+            tokens = sample_tokens(part.needs, layout)
+            patches = tokens.layout.patches
+            for token in patches[len(patches) // 8 :: len(patches) // 4].tolist():
+                bright = _lit(tokens, asked, token, 1.0)
+                keep = _select(part, bright).keep.tolist()
+                if token in keep or _merges(part, bright, token):
+                    continue
+                # Frames may be chosen from by what changes instead, whoever gets attention.
+                dark = _lit(tokens, asked, token, 0.0)
+                moot = layout.modality == "video" and keep == _select(part, dark).keep.tolist()
+                assert moot, (
+                    f"{part.label} drops token {token}, the one that gets all of "
+                    f"{[s.name for s in asked]} (layout {name!r}); is the ranking inverted?"
                 )
-                signals[signal][token] = 1.0
-            tokens = replace(tokens, signals=signals)
-            chosen = _select(part, tokens)
-            assert token in chosen.keep.tolist() or _merges(part, tokens, token), (
-                f"{part.label} drops the one token that gets all of {[s.name for s in scalars]} "
-                f"(layout {name!r}); is the ranking inverted?"
-            )
+
+
+def _lit(tokens: VisualTokens, asked: Sequence[Signal], token: int, share: float) -> VisualTokens:
+    """The same where ``token`` gets ``share`` of the attention, and all others 0.001."""
+    signals = dict(tokens.signals)
+    for signal in asked:
+        signals[signal] = torch.full_like(signals[signal], 1e-3)
+        if not signal.in_llm:
+            signals[signal][tokens.layout.is_separator] = torch.nan
+        signals[signal][_at_place_of(tokens.layout, token)] = share
+    return replace(tokens, signals=signals)
+
+
+def _at_place_of(layout: TokenLayout, token: int) -> list[int]:
+    """The token and, of one in a crop, what shows the same place in the thumbnail."""
+    if layout.kind[token] != Kind.CROP:
+        return [token]
+    at = int(layout.canvas_row[token]), int(layout.canvas_col[token])
+    row, col = (
+        place * side // full
+        for place, side, full in zip(at, layout.view_shape, layout.canvas_shape, strict=True)
+    )
+    return [token, row * layout.view_shape[1] + col]
+
+
+def check_keeps_the_best_scores(compressor: Compressor) -> None:
+    """A method that scores keeps the highest scores of every view, as many as are allocated."""
+    for part in compressor.stages():
+        if not isinstance(part, ScoringCompressor):
+            continue
+        for name, tokens in _samples(part):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RetentionWarning)
+                scores, keep = part.score(tokens).float(), _select(part, tokens).keep
+                counts = part.allocation.counts(tokens, part.score(tokens), part.retention)
+            for view, patches in enumerate(patches_by_view(tokens.layout)):
+                kept = torch.isin(patches, keep)
+                what = f"{part.label}, layout {name!r}, view {view}"
+                assert kept.sum() == counts[view], (
+                    f"{what}: keeps {int(kept.sum())} tokens, {int(counts[view])} were allocated"
+                )
+                best, worst = scores[patches[~kept]], scores[patches[kept]]
+                assert not len(best) or not len(worst) or best.max() <= worst.min(), (
+                    f"{what}: drops a score of {best.max():.4g} and keeps one of {worst.min():.4g}"
+                )
 
 
 def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
@@ -855,44 +944,71 @@ def check_follows_content(compressor: Compressor) -> None:
     for part in compressor.stages():
         if part.positional:
             continue
-        layout = TokenLayout.single((5, 5))
-        for seed in range(3):
-            tokens = sample_tokens(part.needs, layout, seed=seed)
-            patches = layout.patches
-            order = torch.arange(len(layout))
-            order[patches] = patches.flip(0)
-            turned = replace(
-                tokens,
-                features=tokens.features[order],
-                signals={signal: values[order] for signal, values in tokens.signals.items()},
-            )
-            keep, mirrored = _select(part, tokens).keep, _select(part, turned).keep
-            want = order[keep].sort().values
-            _same(mirrored, want, f"{part.label}, with all tokens in reverse order, keeps")
+        half = replace(part, retention=0.5)  # of equal views, so that nothing is left to round
+        for method, layout in (
+            (part, TokenLayout.single((5, 5))),
+            (half, LAYOUTS["2x2"]),
+            (half, TokenLayout.anyres((1, 2), (4, 4), (0, 4, 0, 8))),
+        ):
+            turned, order = _turned(layout)
+            for seed in range(3):
+                tokens = sample_tokens(part.needs, layout, seed=seed)
+                other = replace(
+                    tokens,
+                    features=tokens.features[order],
+                    signals={signal: values[order] for signal, values in tokens.signals.items()},
+                )
+                keep, mirrored = _select(method, tokens).keep, _select(method, other).keep
+                what = f"{part.label}, with {turned}, keeps"
+                _same(mirrored, order[keep].sort().values, what)
+
+
+def _turned(layout: TokenLayout) -> tuple[str, Tensor]:
+    """(N,) where each entry's content comes from if the picture is turned upside down."""
+    order = torch.arange(len(layout))
+    for kind in (Kind.THUMBNAIL, Kind.CROP):
+        there = (layout.kind == kind).nonzero().squeeze(1)
+        order[there] = there.flip(0)
+    shape = f"{layout.grid[0]}x{layout.grid[1]} crops" if layout.grid != (0, 0) else "one view"
+    return f"the picture of {shape} upside down", order
 
 
 def check_tokens_untouched(compressor: Compressor) -> None:
     """What the strategy is shown is not written to."""
     for part in compressor.stages():
         for name, tokens in _samples(part):
-            shown = {"features": tokens.features, **{str(k): v for k, v in tokens.signals.items()}}
-            shown |= {item: getattr(tokens.layout, item) for item in ("kind", "view", "row", "col")}
-            before = {key: values.clone() for key, values in shown.items()}
+            before = {key: values.clone() for key, values in _shown(tokens).items()}
             _select(part, tokens)
-            for key, values in shown.items():
+            for key, values in _shown(tokens).items():
                 unchanged = torch.equal(values.nan_to_num(), before[key].nan_to_num())
                 assert unchanged, f"{part.label} writes to {key} (layout {name!r})"
+
+
+def _shown(tokens: VisualTokens) -> dict[str, Tensor]:
+    """Every tensor that a strategy can get at."""
+    groups: tuple[Mapping[Any, Any], ...] = (
+        vars(tokens),
+        vars(tokens.layout),
+        {f"text: {signal}": values for signal, values in tokens.text.items()},
+        tokens.signals,
+        dict(zip(("inputs: image", "inputs: text"), tokens.inputs or (), strict=False)),
+    )
+    return {
+        str(key): values
+        for group in groups
+        for key, values in group.items()
+        if isinstance(values, Tensor)
+    }
 
 
 def check_deterministic(compressor: Compressor) -> None:
     """The same image gives the same choice, whatever came before and whatever the global seed."""
     for part in compressor.stages():
         for name, tokens in _samples(part):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1)
+            with _seeded(1):
                 first = _select(part, tokens).keep
-                torch.manual_seed(2)
-                _select(part, sample_tokens(part.needs, LAYOUTS["2x2"], seed=99))
+            with _seeded(2):
+                _select(part, sample_tokens(part.needs, LAYOUTS[name], seed=99))
                 again = _select(copy.deepcopy(part), tokens).keep
             _same(again, first, f"{part.label} on layout {name!r}, a second time")
 
@@ -1252,8 +1368,7 @@ def check_model_rng_untouched(compressor: Compressor, host: Host) -> None:
     """Invariant 8: a compressed forward leaves the global generators alone and ignores them."""
     kept = []
     for seed in (1, 2):
-        with torch.random.fork_rng(devices=[]), compress(host.model, compressor) as trace:
-            torch.manual_seed(seed)
+        with _seeded(seed), compress(host.model, compressor) as trace:
             before = _rng()
             host.logits(host.inputs())
             assert _rng() == before, "a compressed forward drew from a global generator"
@@ -1429,6 +1544,7 @@ STRATEGY_CHECKS: tuple[Check, ...] = (
     check_selection_form,
     check_budget,
     check_keeps_what_stands_out,
+    check_keeps_the_best_scores,
     check_follows_content,
     check_tokens_untouched,
     check_deterministic,
