@@ -94,15 +94,15 @@ def by_slot(tokens: pd.DataFrame, where: str) -> Figure:
     return figure
 
 
-def by_place(tokens: pd.DataFrame, where: str, bins: int = 20) -> Figure:
+def by_place(tokens: pd.DataFrame, where: str) -> Figure:
     """Keep probability along the packed sequence, normal and reversed order.
 
     Args:
         tokens: As for `by_slot`.
         where: As for `by_slot`.
-        bins: Along the sequence.
     """
-    table = profiles(tokens, bins=bins)
+    # About ten tokens a bin, or the curves show which bin is the larger one.
+    table = profiles(tokens, bins=int(np.clip(tokens["token"].max() / 10, 5, 20)))
     table = table[table["axis"] == "position"]
     methods = list(pd.unique(tokens["method"]))
     thumbnail = tokens["position"][tokens["slot"] < 0].max()

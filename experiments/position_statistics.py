@@ -51,10 +51,10 @@ class PairedBias(NamedTuple):
     """What moving the same content to another place does to its being kept.
 
     Attributes:
-        slope: Change of the keep probability when content moves from the very beginning of the
-            sequence to its very end, linear; 0 where content alone decides.
+        slope: Change of the keep probability as content moves from position 0 to position 1,
+            linear; 0 where content alone decides.
         p: Two-sided p-value of "which content is kept does not depend on its place".
-        scores: (images,) whose signs the test flips; positive: later places are kept more.
+        scores: (images,) whose signs the test flips; positive: larger positions are kept more.
         images: (images,) what each score belongs to.
     """
 
@@ -175,9 +175,12 @@ def paired_bias(
     codes, names = pd.factorize(np.asarray(image))
     moved = np.asarray(position_after, dtype=float) - np.asarray(position_before, dtype=float)
     changed = np.asarray(kept_after, dtype=float) - np.asarray(kept_before, dtype=float)
-    products, squares = (
-        np.bincount(codes, moved * other, len(names)) for other in (changed, moved)
+    products, squares, sizes = (
+        np.bincount(codes, values, len(names))
+        for values in (moved * changed, moved * moved, np.abs(moved * changed))
     )
+    # What cancels out exactly must not leave rounding errors behind: their signs count as others'.
+    products[np.abs(products) < 1e-9 * sizes] = 0.0
     apart = squares > 0  # images in which nothing moved say nothing
     scores = products[apart] / np.sqrt(squares[apart])
     estimate = _ratio(products[apart], squares[apart], seed, resamples)
@@ -260,6 +263,7 @@ def _mean(values: Array, seed: int) -> Estimate:
 # --- tables ---------------------------------------------------------------------------------------
 
 _CELL = ["method", "retention", "modality"]
+_AXES = {"flip-lr": "x", "flip-tb": "y"}  # what a condition moves content along; else the sequence
 
 
 def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
@@ -272,15 +276,18 @@ def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     Returns:
         ``slope`` (of what is kept in that condition along the sequence), ``first`` and ``last``
         (share kept of the first and the last crop slot or frame), and for every condition but the
-        normal one ``paired_slope`` and ``p`` (`paired_bias`), ``equivariance`` with ``defined``,
-        the number of images that have one, ``content_agreement`` and ``position_agreement``.
+        normal one ``paired_slope`` and ``p`` (`paired_bias` along the sequence; of flips from the
+        left edge of the image to the right one, or top to bottom), ``equivariance`` with
+        ``defined``, the number of images that have one, ``content_agreement`` and
+        ``position_agreement``.
         Values stand beside their 95 % intervals (``_low``, ``_high``).
 
         What rounding does to equal budgets of views is taken out of the comparison of conditions
         (`_without_rounding`).
 
         The row `ALL` of each level has the mean of every image's equivariance over the conditions,
-        and the p-value of the sum of its scores over the conditions; its slopes are missing.
+        and the smallest of their p-values times their number (Bonferroni: biases along different
+        axes may not cancel each other); its slopes are missing.
     """
     rows: list[dict[Hashable, Any]] = []
     for cell, group in tokens.groupby(_CELL, sort=False, observed=True):
@@ -289,16 +296,16 @@ def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         normal = by_condition.pop((NORMAL, NORMAL))
         place: dict[Hashable, Any] = {"condition": NORMAL, "level": NORMAL}
         rows.append(shared | place | _described(normal, seed))
-        collected: dict[str, list[pd.DataFrame]] = {}
+        collected: dict[str, list[tuple[float, pd.DataFrame]]] = {}
         for (condition, level), part in by_condition.items():
             place = {"condition": condition, "level": level}
             figures, images = _compared(normal, part, seed)
             rows.append(shared | place | _described(part, seed) | figures)
-            collected.setdefault(level, []).append(images)
-        for level, tables in collected.items():
-            by_image = pd.concat(tables).groupby("image", sort=False)
+            collected.setdefault(level, []).append((figures["p"], images))
+        for level, found in collected.items():
+            by_image = pd.concat([images for _, images in found]).groupby("image", sort=False)
             place = {"condition": ALL, "level": level, "images": len(by_image)}
-            p = sign_flip(by_image["score"].sum())
+            p = min(1.0, len(found) * min(p for p, _ in found))
             rows.append(shared | place | _closing(by_image.mean(), p, seed))
     return pd.DataFrame(rows, columns=list(_columns()))
 
@@ -337,7 +344,8 @@ def _compared(
     normal: pd.DataFrame, part: pd.DataFrame, seed: int
 ) -> tuple[dict[Hashable, Any], pd.DataFrame]:
     """One condition against the normal one: figures, and every image's score and equivariance."""
-    places = normal.set_index(["image", "token"])[["kept", "position"]]
+    axis = _AXES.get(str(part["condition"].iloc[0]), "position")
+    places = normal.set_index(["image", "token"])[["kept", axis]]
     known = part[part["content"] >= 0]
     origin = places.loc[pd.MultiIndex.from_frame(known[["image", "content"]])]
     same = places.loc[pd.MultiIndex.from_frame(known[["image", "token"]])]
@@ -346,11 +354,11 @@ def _compared(
     views = known.groupby(["image", "view"], sort=False, observed=True).ngroup().to_numpy()
     now = known["kept"].to_numpy(bool)
     now, before, after = _without_rounding(by_content, by_position, now, views, names)
-    bias = paired_bias(before, after, origin["position"], known["position"], names, seed=seed)
+    bias = paired_bias(before, after, origin[axis], known[axis], names, seed=seed)
     of = known.reset_index(drop=True).groupby("image", observed=True).indices
     agreed = [_agreement(by_content[of[i]], by_position[of[i]], now[of[i]]) for i in bias.images]
     images = pd.DataFrame(agreed, columns=list(Agreement._fields), dtype=float)
-    images = images.assign(image=np.asarray(bias.images), score=bias.scores)
+    images = images.assign(image=np.asarray(bias.images))
     figures = _named("paired_slope", bias.slope) | _closing(images, bias.p, seed)
     return figures, images
 
@@ -398,7 +406,7 @@ def _closing(images: pd.DataFrame, p: float, seed: int) -> dict[Hashable, Any]:
     """What is said of a condition, or of all together, from a table with a row per image."""
     values = images["equivariance"].to_numpy(float)
     return {
-        "p": p if len(images) else np.nan,
+        "p": p,
         **_named("equivariance", _mean(values, seed)),
         "defined": int((~np.isnan(values)).sum()),
         "content_agreement": images["content"].mean(),

@@ -13,8 +13,9 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ __all__ = [
     "positional_bias",
     "profiles",
     "run",
+    "selector_bias",
     "sign_flip",
     "slope",
     "statistics",
@@ -125,6 +127,40 @@ class _Case:
     level: str
     tokens: VisualTokens
     content: Tensor
+
+    @cached_property
+    def layout(self) -> TokenLayout:
+        """On the CPU."""
+        return self.tokens.layout.to("cpu")
+
+    @cached_property
+    def geometry(self) -> dict[str, np.ndarray[Any, Any]]:
+        """(P,) columns of the table of tokens that do not depend on the method."""
+        layout, index = self.layout, torch.arange(len(self.tokens))
+        canvas = layout.kind == Kind.CROP
+        (height, width), (rows, cols) = layout.view_shape, layout.canvas_shape
+        y = torch.where(
+            canvas, (layout.canvas_row + 0.5) / max(rows, 1), (layout.row + 0.5) / height
+        )
+        x = torch.where(
+            canvas, (layout.canvas_col + 0.5) / max(cols, 1), (layout.col + 0.5) / width
+        )
+        columns: dict[str, tuple[Tensor, Any]] = {
+            "token": (index, np.int32),
+            "position": ((index.double() + 0.5) / len(index), np.float64),
+            "kind": (layout.kind, np.int8),
+            "view": (layout.view, np.int16),
+            "slot": (layout.view - int(layout.modality != "video"), np.int16),
+            "row": (layout.row, np.int16),
+            "col": (layout.col, np.int16),
+            "y": (y, np.float32),
+            "x": (x, np.float32),
+            "content": (self.content.cpu(), np.int32),
+        }
+        return {
+            name: values[layout.patches].numpy().astype(kind)
+            for name, (values, kind) in columns.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,19 +216,74 @@ def positional_bias(
     signals = frozenset[Signal]().union(*(compressor.needs for compressor in compressors))
     outside = frozenset(signal for signal in signals if not signal.in_llm)
     skipped: Counter[tuple[str, str, str]] = Counter()
+
+    def cases(index: int) -> Iterator[_Case]:
+        return _cases(adapter, index, images[index], outside, conditions, levels, skipped)
+
+    def choices(compressor: Compressor, some: Sequence[_Case]) -> list[_Choice]:
+        return _choices(adapter, compressor, some, [asked[case.image] for case in some])
+
+    return _analysed(compressors, len(images), cases, choices, skipped, batch_size, seed, report)
+
+
+def selector_bias(
+    methods: Sequence[str | Compressor],
+    encoded: Sequence[VisualTokens],
+    *,
+    retention: Sequence[float] = (0.25,),
+    conditions: Sequence[Condition] = CONDITIONS,
+    seed: int = 0,
+    report: Report = lambda *_: None,
+) -> Result:
+    """The same for encoded images, real or made up, without a model.
+
+    Args:
+        methods: As for `positional_bias`, all of them in front of the language model.
+        encoded: As `Adapter.encode` returns them, with the signals that the methods need.
+        retention, conditions, seed, report: As for `positional_bias`.
+
+    Raises:
+        UserError: Bad input, found before anything is run.
+    """
+    compressors = _compressors(methods, retention)
+    for compressor in compressors:
+        if not _in_front(compressor):
+            raise UserError(
+                f"{compressor.label} does not act in front of the language model alone; use "
+                "positional_bias with a model."
+            )
+    _check_names(conditions, LEVELS)
+    if not encoded:
+        raise UserError("positional bias needs at least one image.")
+    skipped: Counter[tuple[str, str, str]] = Counter()
+
+    def cases(index: int) -> Iterator[_Case]:
+        yield _as_it_is(index, encoded[index])
+        yield from _moved(index, encoded[index], conditions, skipped)
+
+    return _analysed(compressors, len(encoded), cases, _chosen, skipped, 16, seed, report)
+
+
+def _analysed(
+    compressors: Sequence[Compressor],
+    images: int,
+    cases: Callable[[int], Iterator[_Case]],
+    choices: Callable[[Compressor, Sequence[_Case]], list[_Choice]],
+    skipped: Mapping[tuple[str, str, str], int],
+    batch_size: int,
+    seed: int,
+    report: Report,
+) -> Result:
+    """Run the methods on all cases of all images; a method that fails is left out."""
     failures: dict[tuple[str, float], Failure] = {}
-    tables: dict[tuple[str, float], list[pd.DataFrame]] = {
+    found: dict[tuple[str, float], list[_Rows]] = {
         (one.label, one.retention): [] for one in compressors
     }
-    total, done = len(compressors) * len(images), 0
-    for start in range(0, len(images), batch_size):
-        here = range(start, min(start + batch_size, len(images)))
+    total, done = len(compressors) * images, 0
+    for start in range(0, images, batch_size):
         report(done, total, "vision tower")
-        cases = [
-            case
-            for index in here
-            for case in _cases(adapter, index, images[index], outside, conditions, levels, skipped)
-        ]
+        here = range(start, min(start + batch_size, images))
+        batch = [case for index in here for case in cases(index)]
         for compressor in compressors:
             key = (compressor.label, compressor.retention)
             report(done, total, f"{key[0]} at {key[1]:g}")
@@ -200,14 +291,14 @@ def positional_bias(
             if key in failures:
                 continue
             try:
-                for first in range(0, len(cases), batch_size):
-                    some = cases[first : first + batch_size]
-                    chosen = _choices(adapter, compressor, some, [asked[c.image] for c in some])
-                    tables[key] += map(_frame, some, chosen)
+                for first in range(0, len(batch), batch_size):
+                    some = batch[first : first + batch_size]
+                    made = choices(compressor, some)
+                    found[key] += map(_rows, [compressor] * len(some), some, made)
             except Exception as error:
                 failures[key] = Failure.of(error)
     report(total, total, "statistics")
-    tokens = _joined({key: some for key, some in tables.items() if key not in failures})
+    tokens = _joined([one for key in found if key not in failures for one in found[key]])
     return Result(tokens, statistics(tokens, seed=seed), profiles(tokens), dict(skipped), failures)
 
 
@@ -237,13 +328,7 @@ def _check(
     prompts: Sequence[str] | None,
     batch_size: int,
 ) -> None:
-    for what, values, known in (
-        ("condition", conditions, CONDITIONS),
-        ("level", levels, LEVELS),
-    ):
-        for value in values:
-            if value not in known:
-                raise unknown(what, value, known)
+    _check_names(conditions, levels)
     if not images:
         raise UserError("positional bias needs at least one image.")
     if prompts is not None and len(prompts) != len(images):
@@ -261,6 +346,16 @@ def _check(
                 raise UserError("a video needs at least one frame, got an empty list.")
 
 
+def _check_names(conditions: Sequence[str], levels: Sequence[str]) -> None:
+    for what, values, known in (
+        ("condition", conditions, CONDITIONS),
+        ("level", levels, LEVELS),
+    ):
+        for value in values:
+            if value not in known:
+                raise unknown(what, value, known)
+
+
 def _cases(
     adapter: Adapter,
     index: int,
@@ -272,28 +367,49 @@ def _cases(
 ) -> Iterator[_Case]:
     """An image as it is and in every condition that is possible, encoded."""
     normal = _encoded(adapter, shown, signals)
-    layout = normal.layout
-    itself = torch.arange(len(layout)).masked_fill(layout.is_separator.cpu(), -1)
-    yield _Case(index, NORMAL, NORMAL, normal, itself)
-    video = not isinstance(shown, Image.Image)
-    other = "reversed-crops" if video else "reversed-frames"
-    for condition in conditions:
-        if condition == other:  # not a question of this image
-            continue
-        for level in levels:
-            try:
-                content = paired(layout, condition).cpu()
-                if level == "selector":
-                    moved = move_tokens(normal, condition)
-                else:
-                    pixels = move_pixels(shown, condition, layout, _side(adapter))
-                    moved = _encoded(adapter, pixels, signals)
-                    if not _alike(moved.layout, layout):
-                        raise NotPossible("another grid once rearranged")
-            except NotPossible as reason:
-                skipped[condition, level, str(reason)] += 1
-            else:
-                yield _Case(index, condition, level, moved, content)
+    yield _as_it_is(index, normal)
+    if "selector" in levels:
+        yield from _moved(index, normal, conditions, skipped)
+    for condition in _fitting(normal.layout, conditions) if "pipeline" in levels else ():
+        try:
+            pixels = move_pixels(shown, condition, normal.layout, _side(adapter))
+            moved = _encoded(adapter, pixels, signals)
+            if not _alike(moved.layout, normal.layout):
+                raise NotPossible("another grid once rearranged")
+        except NotPossible as reason:
+            skipped[condition, "pipeline", str(reason)] += 1
+        else:
+            yield _Case(index, condition, "pipeline", moved, paired(normal.layout, condition))
+
+
+def _as_it_is(index: int, tokens: VisualTokens) -> _Case:
+    layout = tokens.layout
+    itself = torch.arange(len(layout), device=layout.is_separator.device)
+    if tokens.fingerprint is None:  # scores are told apart by it
+        tokens = replace(tokens, fingerprint=torch.zeros(1))
+    return _Case(index, NORMAL, NORMAL, tokens, itself.masked_fill(layout.is_separator, -1))
+
+
+def _moved(
+    index: int,
+    tokens: VisualTokens,
+    conditions: Sequence[Condition],
+    skipped: Counter[tuple[str, str, str]],
+) -> Iterator[_Case]:
+    """An encoded image in every condition that is possible, at the selector level."""
+    for condition in _fitting(tokens.layout, conditions):
+        try:
+            content = paired(tokens.layout, condition)
+        except NotPossible as reason:
+            skipped[condition, "selector", str(reason)] += 1
+        else:
+            yield _Case(index, condition, "selector", move_tokens(tokens, condition), content)
+
+
+def _fitting(layout: TokenLayout, conditions: Sequence[Condition]) -> list[Condition]:
+    """Those that are a question of an image, or of a video."""
+    other = "reversed-crops" if layout.modality == "video" else "reversed-frames"
+    return [condition for condition in conditions if condition != other]
 
 
 def _encoded(adapter: Adapter, shown: Shown, signals: frozenset[Signal]) -> VisualTokens:
@@ -319,35 +435,45 @@ def _alike(one: TokenLayout, other: TokenLayout) -> bool:
 # --- choosing -------------------------------------------------------------------------------------
 
 
+def _in_front(compressor: Compressor) -> bool:
+    """Whether it acts in front of the language model alone, so that nothing behind need run."""
+    return compressor.stage is Stage.PRE_LLM and list(compressor.stages()) == [compressor]
+
+
+def _chosen(compressor: Compressor, cases: Sequence[_Case]) -> list[_Choice]:
+    """What a method in front of the language model keeps of each case, as `Adapter.choose`."""
+    noting, notes = _noting(compressor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetentionWarning)  # the shares show it
+        return [_choice(case, [noting(case.tokens).keep], notes) for case in cases]
+
+
 def _choices(
     adapter: Adapter, compressor: Compressor, cases: Sequence[_Case], prompts: Sequence[str]
 ) -> list[_Choice]:
-    """What ``compressor`` keeps of each case."""
-    noted, scores = _noting(compressor)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RetentionWarning)  # the shares show it
-        if compressor.stage is Stage.PRE_LLM and list(compressor.stages()) == [compressor]:
-            cuts = [[noted(case.tokens).keep] for case in cases]
-        else:
-            inputs = adapter.assemble([[case.tokens] for case in cases], prompts)
-            with tp.compress(adapter.model, noted) as trace:
-                adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
-            cuts = [
-                [chosen.keep for chosen in trace.selections if chosen.row == row]
-                for row in range(len(cases))
-            ]
-    return [_choice(case, keeps, scores) for case, keeps in zip(cases, cuts, strict=True)]
+    """What any method keeps of each case."""
+    if _in_front(compressor):
+        return _chosen(compressor, cases)
+    noting, notes = _noting(compressor)
+    inputs = adapter.assemble([[case.tokens] for case in cases], prompts)
+    with warnings.catch_warnings(), tp.compress(adapter.model, noting) as trace:
+        warnings.simplefilter("ignore", RetentionWarning)
+        adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+    cuts: list[list[Tensor]] = [[] for _ in cases]
+    for chosen in trace.selections:
+        cuts[chosen.row].append(chosen.keep)
+    return [_choice(case, keeps, notes) for case, keeps in zip(cases, cuts, strict=True)]
 
 
 def _choice(
-    case: _Case, keeps: Sequence[Tensor], scores: Sequence[tuple[VisualTokens, Tensor]]
+    case: _Case, keeps: Sequence[Tensor], notes: Sequence[tuple[VisualTokens, Tensor]]
 ) -> _Choice:
     size = len(case.tokens)
     first, last = (torch.zeros(size, dtype=torch.bool) for _ in range(2))
     first[keeps[0].cpu()] = True
     last[keeps[-1].cpu()] = True
     score = torch.full((size,), torch.nan)
-    for seen, values in scores:  # a later cut sees fewer tokens
+    for seen, values in notes:  # a later cut sees fewer tokens
         if seen.fingerprint is case.tokens.fingerprint and len(values) == size:
             score = values.detach().float().cpu()
             break
@@ -382,42 +508,34 @@ def _noting(compressor: Compressor) -> tuple[Compressor, list[tuple[VisualTokens
 # --- the table of tokens --------------------------------------------------------------------------
 
 
-def _frame(case: _Case, choice: _Choice) -> pd.DataFrame:
-    layout = case.tokens.layout.to("cpu")
-    patches = layout.patches
-    canvas = layout.kind == Kind.CROP
-    (height, width), (rows, cols) = layout.view_shape, layout.canvas_shape
-    y = torch.where(canvas, (layout.canvas_row + 0.5) / max(rows, 1), (layout.row + 0.5) / height)
-    x = torch.where(canvas, (layout.canvas_col + 0.5) / max(cols, 1), (layout.col + 0.5) / width)
-    frames = layout.modality == "video"
-    slots = layout.frames if frames else layout.grid[0] * layout.grid[1]
-    columns: dict[str, tuple[Tensor, Any]] = {
-        "token": (torch.arange(len(layout)), np.int32),
-        "position": ((torch.arange(len(layout)) + 0.5) / len(layout), np.float64),
-        "view": (layout.view, np.int16),
-        "slot": (layout.view if frames else layout.view - 1, np.int16),
-        "row": (layout.row, np.int16),
-        "col": (layout.col, np.int16),
-        "y": (y, np.float32),
-        "x": (x, np.float32),
-        "content": (case.content, np.int32),
-        "kept": (choice.kept, np.bool_),
-        "kept_first": (choice.kept_first, np.bool_),
-        "score": (choice.score, np.float32),
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of one choice: what is the same in all of them, and what is not."""
+
+    shared: Mapping[str, Any]
+    columns: Mapping[str, np.ndarray[Any, Any]]
+
+
+def _rows(compressor: Compressor, case: _Case, choice: _Choice) -> _Rows:
+    layout = case.layout
+    patches = layout.patches.numpy()
+    slots = layout.frames if layout.modality == "video" else layout.grid[0] * layout.grid[1]
+    shared = {
+        "method": compressor.label,
+        "retention": compressor.retention,
+        "modality": layout.modality,
+        "image": case.image,
+        "condition": case.condition,
+        "level": case.level,
+        "slots": slots,
+        "grid": f"{layout.grid[0]}x{layout.grid[1]}",
     }
-    table = pd.DataFrame(
-        {name: values[patches].numpy().astype(kind) for name, (values, kind) in columns.items()}
-    )
-    kinds = layout.kind[patches].numpy()
-    return table.assign(
-        image=np.int32(case.image),
-        modality=layout.modality,
-        condition=case.condition,
-        level=case.level,
-        kind=pd.Categorical.from_codes(kinds, [kind.name.lower() for kind in Kind]),
-        slots=np.int16(slots),
-        grid=f"{layout.grid[0]}x{layout.grid[1]}",
-    )
+    made = {
+        "kept": choice.kept.numpy()[patches],
+        "kept_first": choice.kept_first.numpy()[patches],
+        "score": choice.score.numpy()[patches],
+    }
+    return _Rows(shared, {**case.geometry, **made})
 
 
 _ORDER = [
@@ -427,19 +545,26 @@ _ORDER = [
 ]
 
 
-def _joined(tables: Mapping[tuple[str, float], list[pd.DataFrame]]) -> pd.DataFrame:
-    parts = [
-        pd.concat(some).assign(method=method, retention=retention)
-        for (method, retention), some in tables.items()
-    ]
+def _joined(parts: Sequence[_Rows]) -> pd.DataFrame:
+    """The table of tokens; columns that are the same for many rows are categories."""
     if not parts:
         return pd.DataFrame(columns=_ORDER)
-    tokens = pd.concat(parts, ignore_index=True)[_ORDER]
-    names = {"method": list(dict.fromkeys(method for method, _ in tables))}
-    names |= {"condition": [NORMAL, *CONDITIONS], "level": [NORMAL, *LEVELS]}
-    for column, values in names.items():
-        tokens[column] = pd.Categorical(tokens[column], values)
-    return tokens
+    sizes = [len(part.columns["token"]) for part in parts]
+    columns: dict[str, Any] = {
+        name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
+    }
+    known = {"condition": [NORMAL, *CONDITIONS], "level": [NORMAL, *LEVELS]}
+    for name in parts[0].shared:
+        values = [part.shared[name] for part in parts]
+        if isinstance(values[0], str):
+            categories = known.get(name, list(dict.fromkeys(values)))
+            codes = pd.Categorical(values, categories).codes.repeat(sizes)
+            columns[name] = pd.Categorical.from_codes(codes, categories)
+        else:
+            columns[name] = np.repeat(np.asarray(values), sizes)
+    kinds = [kind.name.lower() for kind in Kind]
+    columns["kind"] = pd.Categorical.from_codes(columns["kind"], kinds)
+    return pd.DataFrame(columns)[_ORDER]
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -577,20 +702,22 @@ def _questions(request: Request) -> tuple[list[Question], int]:
         found = [
             Question(str(path), (Picture(str(path), path),), PROMPT, "") for path in request.paths
         ]
+        for item in found:
+            item.images[0].open()  # raises before anything is computed
     elif request.data is not None:
         found = data.read_jsonl(request.data, None, request.modality)
     else:
+        from tokenprune.models.testbed import scenes
+
         count, modality = request.images or TESTBED_IMAGES, request.modality or "image"
-        kinds = len(testbed_kinds(modality))
+        kinds = len(scenes.MODALITIES[modality])
         found = data.held_out(count * kinds, request.seed, modality)
         # Every kind of question in turn, each about another image.
         found = [found[index * kinds + index % kinds] for index in range(count)]
-    usable = {item.image_id: item for item in reversed(found) if item.modality != "multi-image"}
-    ordered = [
-        usable[name]
-        for name in dict.fromkeys(item.image_id for item in found if item.image_id in usable)
-    ]
-    left_out = len({item.image_id for item in found}) - len(ordered)
+    by_image = {item.image_id: item for item in reversed(found)}  # its first question
+    names = list(dict.fromkeys(item.image_id for item in found))
+    ordered = [by_image[name] for name in names if by_image[name].modality != "multi-image"]
+    left_out = len(names) - len(ordered)
     if not ordered:
         raise UserError("there is no single image and no video among the questions.")
     if request.images is not None and len(ordered) < request.images:
@@ -599,13 +726,6 @@ def _questions(request: Request) -> tuple[list[Question], int]:
             "--images out to use all."
         )
     return ordered[: request.images], left_out
-
-
-def testbed_kinds(modality: Modality) -> tuple[str, ...]:
-    """Kinds of questions that the testbed asks in turn about each image or video."""
-    from tokenprune.models.testbed import scenes
-
-    return scenes.MODALITIES[modality]
 
 
 def _shown(item: Question) -> Shown:

@@ -99,10 +99,10 @@ def paired(layout: TokenLayout, condition: Condition) -> Tensor:
 def move_tokens(tokens: VisualTokens, condition: Condition) -> VisualTokens:
     """An encoded image with rearranged content: features and all signals move, places stay."""
     source = origins(tokens.layout, condition)
-    fingerprint = tokens.fingerprint
-    if fingerprint is not None:  # another picture: strategies that draw must draw anew
-        mark = fingerprint.new_tensor([1.0 + CONDITIONS.index(condition)])
-        fingerprint = torch.cat([fingerprint.flatten(), mark])
+    # Another picture: strategies that draw must draw anew.
+    mark = torch.tensor([1.0 + CONDITIONS.index(condition)], device=tokens.features.device)
+    seen = mark[:0] if tokens.fingerprint is None else tokens.fingerprint.flatten().to(mark)
+    fingerprint = torch.cat([seen, mark])
     return replace(
         tokens,
         features=tokens.features[source],
@@ -163,6 +163,8 @@ def _places(layout: TokenLayout) -> Tensor:
 def _reversed_crops(layout: TokenLayout) -> Tensor:
     """(N,) `origins` of reversed crops: the i-th token of a crop for the i-th of its partner."""
     crops = (layout.kind == Kind.CROP).nonzero().squeeze(1)
+    if not len(crops):
+        raise NotPossible("no crop left of the padding")
     view, last = layout.view[crops], layout.views
     shapes = torch.zeros(last, 2, dtype=torch.int64, device=crops.device)
     for axis, values in enumerate((layout.canvas_row[crops], layout.canvas_col[crops])):

@@ -186,7 +186,7 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
         title=f"Positional bias, {statistics['images'].max():.0f} {modality}s",
         caption="Slope: rise of the keep probability from the first to the last place of the "
         "sequence, 95 % interval. p: that place has no influence on which content is kept "
-        f"(selector, all conditions). Follows: 1 content, ½ neither, 0 place; selector alone and "
+        f"(selector; smallest of the conditions, Bonferroni). Follows: 1 content, ½ neither, 0 place; selector alone and "
         f"whole pipeline. First and last {slot}: share kept in % in normal → reversed order.",
     )
     table.add_column("keep", justify="right")
@@ -214,9 +214,10 @@ def _by_condition(statistics: pd.DataFrame) -> Table:
 
     table = new_table(
         title="What the choice follows, by condition",
-        caption="Selector/pipeline, 1 content, ½ neither, 0 place, - cannot be told; then by how "
-        "much the keep probability changes as the same content moves from the first to the last "
-        "place (selector; linear; * p < 0.05, ** p < 1e-6).",
+        caption="Selector/pipeline: 1 content, ½ neither, 0 place, - cannot be told. Then by how "
+        "much the keep probability changes as the same content moves from the start of the "
+        "sequence to its end, from left to right, from top to bottom (selector; linear; "
+        "* p < 0.05, ** p < 1e-6).",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
