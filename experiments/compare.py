@@ -474,7 +474,7 @@ def _fill(
     answers = answers_frame(request.model, columns, questions, journal)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
-    if not interrupted:
+    if not interrupted and "name" not in folder.manifest["experiment"]:  # others draw their own
         _draw(folder, request.model, summary)
     failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
     return Outcome(

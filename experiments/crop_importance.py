@@ -111,7 +111,7 @@ def crop_importance(
         with replace_file(outcome.folder / f"{name}.csv") as temporary:
             made.to_csv(temporary, index=False)
     if len(table):
-        drawn = figure(table, crops, objects, Path(request.model).name)
+        drawn = figure(table, crops, objects, Path(request.model).name, score)
         plots.save(drawn, outcome.folder / "plots" / "crop-importance")
     return Result(outcome, crops, objects, table, left_out)
 
@@ -279,13 +279,16 @@ def holding(objects: pd.DataFrame) -> pd.DataFrame:
 _HUES = {"highest": "#c44e52", "random": "#8c8c8c", "lowest": "#4c72b0"}
 
 
-def figure(table: pd.DataFrame, crops: pd.DataFrame, objects: pd.DataFrame, model: str) -> Figure:
+def figure(
+    table: pd.DataFrame, crops: pd.DataFrame, objects: pd.DataFrame, model: str, score: str
+) -> Figure:
     """Scores by rank, where the objects lie, and what dropping a crop costs.
 
     Args:
         table: As `drops` returns it.
         crops, objects: As `scored` returns them.
         model: What to call the model.
+        score: What the thumbnail was scored by.
     """
     held = holding(objects)
     widths = [1.1, 0.9, 2.2] if len(held) else [1.1, 2.4]
@@ -304,7 +307,7 @@ def figure(table: pd.DataFrame, crops: pd.DataFrame, objects: pd.DataFrame, mode
         _titles(
             figure,
             f"What a crop is worth to {model}",
-            f"{images} images; scores: the thumbnail's, summed over the region of a crop; "
+            f"{images} images; score of a crop: {score} of the thumbnail, summed over its region; "
             "bars: 95 % confidence intervals",
         )
     return figure

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.budget import Proportional, ThumbnailCommand, TopK, allocator, budget
+from tokenprune.budget import (
+    Proportional,
+    ThumbnailCommand,
+    ThumbnailPeak,
+    TopK,
+    allocator,
+    budget,
+)
 from tokenprune.compressor import create
 from tokenprune.errors import RetentionWarning, UnknownNameError, UserError
 from tokenprune.testing import LAYOUTS, sample_tokens
@@ -192,6 +199,36 @@ def test_a_single_crop_gets_the_retention() -> None:
 def test_an_image_without_crops_is_cut_to_the_retention() -> None:
     tokens = _tokens(LAYOUTS["one view"])
     assert ThumbnailCommand().counts(tokens, tokens[CLS], 0.25).tolist() == [4]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_best_token_of_a_region_in_place_of_the_sum(grid: tuple[int, int]) -> None:
+    side, tau = 12, 0.7
+    layout = TokenLayout.anyres(grid, (side, side), (0, side * grid[0], 0, side * grid[1]))
+    thumbnail = torch.randn(side, side, generator=torch.Generator().manual_seed(grid[1]))
+    best = [-math.inf] * (grid[0] * grid[1])
+    for i in range(side):
+        for j in range(side):
+            row = min(i // (side // grid[0]), grid[0] - 1)
+            col = min(j // (side // grid[1]), grid[1] - 1)
+            cell = row * grid[1] + col
+            best[cell] = max(best[cell], float(thumbnail[i, j]))
+    weights = [math.exp((value - max(best)) / tau) for value in best]
+    sigma = [weight / (sum(weights) + 1e-8) for weight in weights]
+    slow = [min(0.3 * (1 + value - sum(sigma) / len(sigma)), 1.0) for value in sigma]
+    got = ThumbnailPeak(tau=tau).ratios(_tokens(layout, thumbnail), 0.3)
+    torch.testing.assert_close(got, torch.tensor(slow, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert isinstance(allocator("max"), ThumbnailPeak)
+    assert create("fastv", retention=0.5, allocator="max").label == "fastv:allocator=max"
+
+
+def test_the_richest_frame_by_its_farthest_token() -> None:
+    layout = LAYOUTS["video"]
+    features = torch.ones(len(layout), 3)
+    features[:, 1:] = 0
+    features[5] = torch.tensor([0.0, 1.0, 0.0])  # one token of frame 1 is like no other
+    tokens = VisualTokens(layout, features)
+    assert int(ThumbnailPeak().richness(tokens).argmax()) == 1
 
 
 # -- what users may get wrong --------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UserError, unknown
-from tokenprune.primitives import region_sums, summary_distance
+from tokenprune.primitives import regions, summary_distance
 from tokenprune.tokens import Kind, Signal, VisualTokens
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Allocator",
     "Proportional",
     "ThumbnailCommand",
+    "ThumbnailPeak",
     "TopK",
     "apportion",
     "budget",
@@ -181,13 +182,17 @@ class ThumbnailCommand(Allocator):
         if layout.modality == "video":
             patches = layout.patches
             distance = summary_distance(layout, tokens.features)[patches].double()
-            sums = distance.new_zeros(layout.views)
-            return sums.index_add_(0, layout.view[patches], distance)
+            return self.summary(distance, layout.view[patches], layout.views)
         there = layout.kind == Kind.THUMBNAIL  # not all of it where something was dropped before
         scores = tokens[self.signal].double()
         thumbnail = scores.new_zeros(layout.view_shape)
         thumbnail[layout.row[there], layout.col[there]] = scores[there]
-        return region_sums(thumbnail, layout.grid)
+        region = regions(layout.view_shape, layout.grid).flatten().to(thumbnail.device)
+        return self.summary(thumbnail.flatten(), region, layout.grid[0] * layout.grid[1])
+
+    def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
+        """(regions,) what the scores (P,) of a region, in [0, regions), amount to: their sum."""
+        return scores.new_zeros(regions).index_add_(0, region, scores)
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
@@ -205,10 +210,30 @@ class ThumbnailCommand(Allocator):
         return torch.cat([thumbnail, crops])
 
 
+@dataclass(frozen=True)
+class ThumbnailPeak(ThumbnailCommand):
+    """As `ThumbnailCommand`, but a crop is as rich as the best thumbnail token in its region.
+
+    ``S_j`` is the largest score there, not their sum; of a video, the largest distance in frame
+    ``f``.  A variant to compare GlobalCom²'s own rule with.
+
+    Args:
+        tau: Temperature.  A single logit varies less than a sum of them, hence the smaller default,
+            which is ours.
+        signal: The thumbnail's scores.
+    """
+
+    tau: float = 1.0
+
+    def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
+        return scores.new_full((regions,), -torch.inf).scatter_reduce(0, region, scores, "amax")
+
+
 ALLOCATORS: dict[str, type[Allocator]] = {
     "proportional": Proportional,
     "topk": TopK,
     "globalcom2": ThumbnailCommand,
+    "max": ThumbnailPeak,
 }
 
 

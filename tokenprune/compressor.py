@@ -194,7 +194,7 @@ class ScoringCompressor(Compressor):
     """The common case: score every token, an allocator says how many each view keeps.
 
     Attributes:
-        allocator: An `Allocator` or its name (``proportional``, ``topk``, ``globalcom2``).
+        allocator: An `Allocator` or its name (``proportional``, ``topk``, ``globalcom2``, ``max``).
     """
 
     allocator: Allocator = field(default_factory=Proportional)

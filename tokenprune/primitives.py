@@ -31,6 +31,7 @@ __all__ = [
     "patches_by_view",
     "project_thumbnail",
     "region_sums",
+    "regions",
     "segments",
     "spread",
     "summary_distance",
@@ -194,9 +195,6 @@ def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
 def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     """Sum of a thumbnail's scores over the region each crop covers, crops in row-major order.
 
-    Cells are ``side // n`` wide; the last row and column of cells take what is left over
-    (official GlobalCom² code, ``generate_scale_for_crop_features``).
-
     Args:
         scores: (H, W).
         grid: (rows, columns) of crops.
@@ -204,11 +202,8 @@ def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (rows * columns,) in the dtype of ``scores``.
     """
-    cell = [
-        (torch.arange(side, device=scores.device) // max(side // cells, 1)).clamp(max=cells - 1)
-        for side, cells in zip(scores.shape, grid, strict=True)
-    ]
-    region = cell[0][:, None] * grid[1] + cell[1][None, :]
+    height, width = scores.shape
+    region = regions((height, width), grid).to(scores.device)
     sums = scores.new_zeros(grid[0] * grid[1])
     return sums.index_add_(0, region.flatten(), scores.flatten())
 
@@ -238,6 +233,26 @@ def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
     away += (index[:, None] % cols - layout.col[there]).square()
     nearest = (away * len(there) + index[: len(there)]).argmin(1)
     return values[nearest.to(values.device)].view(rows, cols)
+
+
+def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Which crop covers each token of a thumbnail, crops in row-major order.
+
+    Cells are ``side // n`` wide; the last row and column of cells take what is left over
+    (official GlobalCom² code, ``generate_scale_for_crop_features``).
+
+    Args:
+        shape: (H, W) of the thumbnail.
+        grid: (rows, columns) of crops.
+
+    Returns:
+        (H, W) int64 in [0, rows * columns).
+    """
+    row, col = (
+        (torch.arange(side) // max(side // cells, 1)).clamp(max=cells - 1)
+        for side, cells in zip(shape, grid, strict=True)
+    )
+    return row[:, None] * grid[1] + col[None, :]
 
 
 def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
