@@ -80,6 +80,10 @@ class PruMerge(Compressor):
     def needs(self) -> frozenset[Signal]:
         return self.allocator.needs | {self.saliency, self.metric, Signal("unprojected")}
 
+    @property
+    def fills_budget(self) -> bool:
+        return not self.adaptive
+
     def select(self, tokens: VisualTokens) -> Selection:
         scores, vectors = tokens[self.saliency].float(), tokens[Signal("unprojected")].float()
         unit = F.normalize(tokens[self.metric].float(), dim=-1)

@@ -122,6 +122,11 @@ class Compressor(ABC):
         return self
 
     @property
+    def fills_budget(self) -> bool:
+        """Whether it keeps as much as R allows; False where content may decide to keep less."""
+        return True
+
+    @property
     def keeps_positions(self) -> bool:
         """Whether survivors keep the position ids of the full prompt."""
         default = "original" if self.stage is Stage.LLM else "compact"

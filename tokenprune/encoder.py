@@ -99,6 +99,10 @@ class EncoderCompressor(Compressor, ABC):
     stage: ClassVar[Stage] = Stage.ENCODER
     positional: ClassVar[bool] = True
 
+    @property
+    def fills_budget(self) -> bool:
+        return False  # patches that share a vector become one token
+
     def grid(self, view_shape: tuple[int, int], target: int) -> tuple[int, int]:
         """(rows, columns) of patches that a view is resized to; ``view_shape`` leaves it alone."""
         return view_shape

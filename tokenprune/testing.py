@@ -821,6 +821,8 @@ def _well_formed(chosen: Selection, tokens: VisualTokens, what: str) -> None:
 def check_budget(compressor: Compressor) -> None:
     """No more than ``R * P`` tokens, rounding up at most once per view, and no less than half.
 
+    Fewer are fine where content decides by design (`Compressor.fills_budget`).
+
     Where views are of different size, an allocator may give a large view more than its share, but
     never more than twice the budget in all.
     """
@@ -838,7 +840,7 @@ def _due(method: Compressor, name: str, tokens: VisualTokens) -> None:
     # Rounding up may add one token a view; where nothing is to be rounded, none.
     extra = len(sizes) if len(sizes) > 1 else math.ceil(share - 1e-9) - share
     most = max(share + extra, 1)
-    least = method.retention * sum(sizes) / 2 - len(sizes)
+    least = method.retention * sum(sizes) / 2 - len(sizes) if method.fills_budget else 0
     kept = len(_select(method, tokens).keep)
     assert least <= kept <= most, (
         f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "

@@ -187,7 +187,8 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
         caption="Slope: rise of the keep probability from the first to the last place of the "
         "sequence, 95 % interval. p: that place has no influence on which content is kept "
         "(selector; smallest of the conditions, Bonferroni). Follows: 1 content, ½ neither, 0 "
-        f"place; selector alone and whole pipeline. First and last {slot}: share kept in % in normal → reversed order.",
+        f"place; selector alone and whole pipeline. First and last {slot}: share kept in % in "
+        "normal → reversed order.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
