@@ -81,6 +81,10 @@ class PACT(Compressor):
             return math.ceil(round(patches * math.sqrt(self.retention), 6))
         return budget(patches, self.important)
 
+    @property
+    def fills_budget(self) -> bool:
+        return not self.cutoff
+
     def flops(self, tokens: VisualTokens) -> float:
         patches = len(tokens.layout.patches)
         return 2.0 * tokens[KEYS].shape[1] * patches * self._stay(patches)
