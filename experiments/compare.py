@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,8 +37,10 @@ from tokenprune.experiments.results import (
     environment,
     files_fingerprint,
 )
+from tokenprune.experiments.sharing import Job, Plan, separate, together
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
+from tokenprune.prefix import Prefix
 from tokenprune.registry import strategies
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
@@ -153,8 +155,16 @@ class ModelRunner:
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        inputs = self.adapter.assemble(images, prompts)
-        with tp.compress(self.adapter.model, compressor) as trace:
+        return self.generate(compressor, self.adapter.assemble(images, prompts))
+
+    def generate(
+        self,
+        compressor: Compressor | Sequence[Compressor] | None,
+        inputs: Mapping[str, Any],
+        prefix: Prefix | None = None,
+    ) -> list[dict[str, Any]]:
+        """The record of every row of ``inputs``; ``compressor`` and ``prefix`` as `tp.compress`."""
+        with tp.compress(self.adapter.model, compressor, prefix=prefix) as trace:
             ids = self.adapter.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
             )
@@ -187,12 +197,14 @@ def run(
     journal: Journal,
     *,
     batch_size: int,
+    plan: Plan = separate,
     report: Report = lambda *_: None,
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
-    Each image or video is encoded once, however many cells and questions need it.  A cell that
-    raises is entered as failed and left alone until the next run; the others go on.
+    Each image or video is encoded once, however many cells and questions need it; ``plan`` says
+    what else is computed together.  What fails together is tried again cell by cell.  A cell that
+    raises by itself is entered as failed and left alone until the next run; the others go on.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
@@ -219,20 +231,31 @@ def run(
                 new = {i.image_id: i for i in batch if i.image_id not in encoded}
                 found = runner.encode(list(new.values()), signals) if new else []
                 encoded.update(zip(new, found, strict=True))
-        for key in lacking:
-            if key in broken:
-                continue
-            report(len(journal.answers), total, str(todo[key]))
-            # A whole batch even if some of its answers are there already: the same batches give
-            # the same answers to the last bit, whether the run was interrupted or not.
-            with _noting_failure(journal, [key], broken), _warning_once(key, warned):
-                records = runner.answer(
-                    todo[key].compressor,
-                    [encoded[item.image_id] for item in batch],
-                    [item.question for item in batch],
-                )
-                ids = (item.id for item in batch)
-                journal.add(key, dict(zip(ids, records, strict=True)))
+        if not broken.issuperset(lacking):
+            # All cells, answered or not: the same cells and questions are put together the same way
+            # and give the same answers to the last bit, whether the run was interrupted or not.
+            left = [cell for key, cell in todo.items() if key not in broken]
+            images = [encoded[item.image_id] for item in batch]
+            prompts = [item.question for item in batch]
+            for job in _jobs(plan, runner, left, images, prompts):
+                rows = [(left[cell].key, batch[question].id) for cell, question in job.rows]
+                sharing = {left[cell].key: left[cell] for cell, _ in job.rows}
+                if all(row in journal.answers or row[0] in broken for row in rows):
+                    continue
+                if job.run is not None:
+                    names = [str(cell) for cell in sharing.values()]
+                    many = f"{len(names)} cells together" if len(names) > 1 else names[0]
+                    report(len(journal.answers), total, many)
+                    if _answered(job.run, rows, journal, warned):
+                        continue
+                for key, cell in sharing.items():
+                    if key in broken or all((key, item.id) in journal.answers for item in batch):
+                        continue
+                    report(len(journal.answers), total, str(cell))
+                    with _noting_failure(journal, [key], broken), _warning_once(key, warned):
+                        records = runner.answer(cell.compressor, images, prompts)
+                        ids = (item.id for item in batch)
+                        journal.add(key, dict(zip(ids, records, strict=True)))
         encoded = {name: value for name, value in encoded.items() if last_use[name] > index}
     report(len(journal.answers), total, "")
 
@@ -246,6 +269,43 @@ def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
+def _jobs(plan: Plan, *arguments: Any) -> Iterator[Job]:
+    """What ``plan`` puts together; where it cannot, one cell after the other."""
+    try:
+        yield from plan(*arguments)
+    except Exception:  # each cell will say by itself what is wrong
+        yield from separate(*arguments)
+
+
+def _answered(
+    run: Callable[[], Sequence[dict[str, Any]]],
+    rows: Sequence[tuple[str, str]],
+    journal: Journal,
+    warned: set[tuple[str, str]],
+) -> bool:
+    """Enter what ``run`` answers to ``rows`` (cell key, question id); False if it fails."""
+    try:
+        with _warning_once(rows[0][0], warned):
+            records = run()
+    except Exception:
+        records = []
+    if not records:
+        _let_go()
+        return False
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for (key, question), record in zip(rows, records, strict=True):
+        found.setdefault(key, {})[question] = record
+    for key, some in found.items():
+        journal.add(key, some)
+    return True
+
+
+def _let_go() -> None:
+    """Give back memory, where a traceback no longer holds on to a batch that was too large."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def _noting_failure(journal: Journal, keys: Sequence[str], broken: set[str]) -> Iterator[None]:
     """Enter an exception of the block into the journal, for all cells ``keys``, and go on."""
@@ -255,9 +315,7 @@ def _noting_failure(journal: Journal, keys: Sequence[str], broken: set[str]) -> 
         failure = Failure.of(error)
     else:
         return
-    # Here the traceback no longer holds on to the tensors of a batch that was too large.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _let_go()
     for key in keys:
         journal.fail(key, failure)
         broken.add(key)
@@ -270,7 +328,8 @@ def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        known = (key, warning.category.__name__)
+        about = getattr(warning.message, "about", "") or key
+        known = (about, warning.category.__name__)
         if known not in warned:
             warned.add(known)
             warnings.warn_explicit(
@@ -335,6 +394,7 @@ def _fill(
                 questions,
                 journal,
                 batch_size=request.batch_size or (50 if embedded else 4),
+                plan=together,
                 report=report,
             )
         except KeyboardInterrupt:

@@ -303,13 +303,12 @@ def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Te
     kept = counts.tolist()
     empty = [view for view, starves in enumerate(starving) if starves and not kept[view]]
     if empty:
-        warnings.warn(
+        text = (
             f"{strategy.name}: retention {strategy.retention:g} of {sum(layout.view_sizes)} patch "
             f"tokens keeps {sum(kept)}, and nothing of view"
-            f"{'s' if len(empty) > 1 else ''} {', '.join(map(str, empty))} of {layout.views}.",
-            RetentionWarning,
-            stacklevel=2,
+            f"{'s' if len(empty) > 1 else ''} {', '.join(map(str, empty))} of {layout.views}."
         )
+        warnings.warn(RetentionWarning(text, repr(strategy)), stacklevel=2)
 
 
 def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor:

@@ -19,9 +19,9 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -36,6 +36,7 @@ from tokenprune.compressor import Compressor, Selection, Stage, parse
 from tokenprune.errors import UserError, unknown
 from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
 from tokenprune.observe import encoded, observing
+from tokenprune.prefix import Prefix, cuts_of, tapped_layers
 from tokenprune.registry import adapters
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -114,14 +115,20 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 @contextmanager
 def compress(
-    model: nn.Module, compressor: Compressor | str | None, **fields: Any
+    model: nn.Module,
+    compressor: Compressor | str | Sequence[Compressor] | None,
+    *,
+    prefix: Prefix | None = None,
+    **fields: Any,
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
 
     Args:
         model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
-            to run uncompressed and only keep the account.
+            to run uncompressed and only keep the account.  A list has one compressor for each row
+            of the batch, all of them in front of the language model.
+        prefix: What other contexts that run the same prompts have in common with this one.
         **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
     Yields:
@@ -136,20 +143,40 @@ def compress(
         compressor = parse(compressor, **fields)
     elif fields:
         raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
-    if compressor is not None:
-        adapter.check(compressor)
+    rows: list[Compressor | None]
+    rows = [*compressor] if isinstance(compressor, Sequence) else [compressor]
+    for one in {id(one): one for one in rows if one is not None}.values():
+        adapter.check(one)
+    if len(rows) > 1:
+        _check_rows(rows)
     if adapter.base in _active:
         raise UserError(
             "this model already runs inside a compress context; leave it first, or combine the "
             "strategies with Chain.of(...)."
         )
-    session = _Session(adapter, compressor)
+    session = _Session(adapter, rows, prefix)
     _active.add(adapter.base)
     try:
         with session.installed():
             yield session.trace
     finally:
         _active.discard(adapter.base)
+
+
+def _check_rows(compressors: Sequence[Compressor | None]) -> None:
+    """Raise `UserError` unless ``compressors`` can act in the rows of one batch."""
+    parts = [part for one in compressors if one is not None for part in one.stages()]
+    for part in parts:
+        if part.stage is not Stage.PRE_LLM:
+            raise UserError(
+                f"{part.label} does not act in front of the language model, so it cannot share a "
+                "batch with other compressors; run it in a context of its own."
+            )
+    if len({part.keeps_positions for part in parts}) > 1:
+        raise UserError(
+            "some of these compressors keep the positions of the full prompt and some do not; run "
+            "them in contexts of their own."
+        )
 
 
 @dataclass(eq=False)
@@ -163,6 +190,7 @@ class _Span:
         tokens: What is known of them.
         layout: Geometry of all that were there.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
+        record: What the encoder told of it, the same object wherever the image is used.
         image: How many images and videos come before in the row.
     """
 
@@ -174,7 +202,17 @@ class _Span:
     tokens: VisualTokens
     layout: TokenLayout
     carrier: Tensor
+    record: VisualTokens
     image: int = 0
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was taken from or added to what the encoder told of the image."""
+        return all(
+            getattr(self.tokens, item.name) is getattr(self.record, item.name)
+            for item in fields(VisualTokens)
+            if item.name not in ("features", "layout")
+        )
 
 
 @dataclass(eq=False)
@@ -195,7 +233,7 @@ class _Pass:
         rotary: cos and sin behind the latest cut.
         inherited: How much further positions move back from each layer on, by earlier prefills.
         masks: Masks behind cuts, by the number of cuts in front.
-        tapped: Arguments of the attention modules whose rows are wanted.
+        tapped: Input and rotary embedding of the attention modules whose rows are wanted.
         read: Layers whose rows were computed, and whether the keys had to be computed again.
         asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
     """
@@ -217,7 +255,7 @@ class _Pass:
     rotary: tuple[Tensor, Tensor] | None = None
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
-    tapped: dict[int, Kwargs] = field(default_factory=dict)
+    tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     read: list[tuple[int, bool]] = field(default_factory=list)
     asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
 
@@ -248,14 +286,21 @@ class _Pass:
 class _Session:
     """The hooks of one open context."""
 
-    def __init__(self, adapter: Adapter, compressor: Compressor | None) -> None:
+    def __init__(
+        self, adapter: Adapter, compressors: Sequence[Compressor | None], prefix: Prefix | None
+    ) -> None:
         self.adapter = adapter
         self.trace = Trace()
-        self.retention = compressor.retention if compressor is not None else 1.0
-        self.signals = compressor.needs if compressor is not None else frozenset()
-        stages = list(compressor.stages()) if compressor is not None else []
-        self.before = [part for part in stages if part.stage is Stage.PRE_LLM]
-        self.inside = {adapter.cut_layer(c): part.at(c) for part in stages for c in part.cuts}
+        self.compressors = compressors
+        needs = [one.needs for one in compressors if one is not None]
+        self.signals = frozenset[Signal]().union(*needs)
+        self.before = [
+            [part for part in one.stages() if part.stage is Stage.PRE_LLM] if one else []
+            for one in compressors
+        ]
+        self.inside = cuts_of(adapter, compressors[0])
+        self.prefix = prefix
+        self.repeating: Any = None  # this session's use of the prefix
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
         self.placeholders: dict[str, Tensor] = {}
@@ -280,18 +325,21 @@ class _Session:
         ]
         if adapter.model is not adapter.base:
             hooks.append((adapter.model, self._labels))
-        tapped = ("llm_attention", "llm_keys")
-        layers = {signal.layer for signal in self.signals if signal.name in tapped}
-        layers |= {cut - 1 for cut, part in self.inside.items() if _TEXT in part.needs}
-        for index in layers:
+        for index in tapped_layers(self.signals, self.inside):
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
         ]
         handles.append(adapter.language_model.register_forward_hook(self._leave))
+        first = min(self.inside, default=self.shape.layers)
         try:
-            with observing(adapter, self.signals, self.seen):
+            with (
+                observing(adapter, self.signals, self.seen),
+                self.prefix.installed(adapter.decoder_layers, first, self._tap)
+                if self.prefix is not None
+                else nullcontext() as self.repeating,
+            ):
                 yield
         finally:
             for handle in handles:
@@ -366,6 +414,7 @@ class _Session:
                         tokens=tokens,
                         layout=layout,
                         carrier=feature,
+                        record=record,
                     )
                 )
         # Images and videos of a prompt are told apart by their order in it.
@@ -397,7 +446,7 @@ class _Session:
             changed[CACHE] = changed.pop("past_key_values")
         cache = changed.get(CACHE)
         spans, continued = self._find_spans(embeds.device), is_pruned(cache)
-        stages = bool(self.before or self.inside)
+        stages = any(self.before) or bool(self.inside)
         if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
             self._warn_blind()
         if stages and not spans and embeds.shape[1] > 1:
@@ -414,15 +463,24 @@ class _Session:
             config = self.adapter.language_model.config
             if cache is None and (config.use_cache if use_cache is None else use_cache):
                 cache = changed[CACHE] = DynamicCache(config=config)
+        if spans and len(embeds) % len(self.compressors):
+            raise UserError(
+                f"{len(self.compressors)} compressors, one for each row, were given for a batch of "
+                f"{len(embeds)} rows."
+            )
         state = self._start(embeds, changed, spans, labels)
         if work or continued:
             self.current = state
             self._join_cache(state, changed, cache, continued)
+        if self.repeating is not None:
+            given = [self.ids, changed.get("attention_mask")]
+            images = [span.record for span in spans]
+            self.repeating.begin(changed.get(CACHE), [*given, *images] if spans else [])
         if spans:
             self.trace.selections = []
             self._charge_vision(state)
-        for part in self.before if spans else []:
-            embeds = self._shorten(state, part, embeds, changed)
+        for step in range(max(map(len, self.before)) if spans else 0):
+            embeds = self._shorten(state, step, embeds, changed)
         for span in spans:
             span.tokens = replace(
                 span.tokens,
@@ -490,22 +548,33 @@ class _Session:
             state.positions = state.positions - first.shift.to(state.positions.device)
             changed.update(attention_mask=first.mask().long(), position_ids=state.positions)
 
-    def _shorten(self, state: _Pass, part: Compressor, embeds: Tensor, changed: Kwargs) -> Tensor:
+    def _shorten(self, state: _Pass, step: int, embeds: Tensor, changed: Kwargs) -> Tensor:
         """Drop columns of the prompt: (B, M, D) embeddings of what is left."""
         keep, width = state.real, embeds.shape[1]
-        gone = False
+        gone, keeps_positions = False, False
+        made: dict[Any, tuple[Selection, float]] = {}
         for span in state.spans:
-            chosen = part(span.tokens)
-            state.spent[span.row] += part.flops(span.tokens)
+            parts = self.before[self._index(state, span.row)]
+            if step >= len(parts):
+                continue
+            part = parts[step]
+            keeps_positions = part.keeps_positions
+            # Questions about one image share what is chosen of it, unless the question has a say.
+            key = (id(part), id(span.record)) if span.is_untouched else None
+            if key is None or key not in made:
+                made[key] = part(span.tokens), part.flops(span.tokens)
+            chosen, flops = made[key]
+            state.spent[span.row] += flops
             if chosen.features is not None:
-                embeds = embeds.clone()
+                if embeds is changed["inputs_embeds"]:
+                    embeds = embeds.clone()
                 slots = state.slots(span)[chosen.keep]
                 embeds[span.row, slots] = chosen.features.to(embeds.dtype)
             gone |= self._narrow(state, span, chosen.keep, keep, Stage.PRE_LLM, None)
         changed["inputs_embeds"] = embeds
         if not gone:
             return embeds
-        shift = self._pack(state, keep, part.keeps_positions)
+        shift = self._pack(state, keep, keeps_positions)
         embeds = state.repack(embeds)
         for layer in state.layers:
             layer.expect(state.real, width - embeds.shape[1])
@@ -515,6 +584,10 @@ class _Session:
             inputs_embeds=embeds, attention_mask=mask.long(), position_ids=state.positions
         )
         return embeds
+
+    def _index(self, state: _Pass, row: int) -> int:
+        """Which of the compressors acts in ``row``; the beams of a prompt lie side by side."""
+        return row * len(self.compressors) // len(state.columns)
 
     def _narrow(
         self,
@@ -554,11 +627,13 @@ class _Session:
     # -- between decoder layers ------------------------------------------------------------------
 
     def _attention(self, index: int, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+        wanted = ("hidden_states", "position_embeddings")
+        self._tap(index, *(_argument(module, args, kwargs, name) for name in wanted))
+
+    def _tap(self, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        """Keep what the attention module of decoder layer ``index`` receives."""
         if self.current is not None and self.current.spans:
-            self.current.tapped[index] = {
-                name: _argument(module, args, kwargs, name)
-                for name in ("hidden_states", "position_embeddings")
-            }
+            self.current.tapped[index] = hidden, rotary
 
     def _layer(
         self, index: int, module: nn.Module, args: Any, kwargs: Kwargs
@@ -675,8 +750,7 @@ class _Session:
         for signal in part.needs:
             if signal.name != "llm_attention":
                 continue
-            tapped = state.tapped[signal.layer]
-            hidden = tapped["hidden_states"]
+            hidden, (cos, sin) = state.tapped[signal.layer]
             device, count = hidden.device, hidden.shape[1]
             asking, visible = state.asking(device)
             keys = None
@@ -684,7 +758,6 @@ class _Session:
                 layer = state.layers[signal.layer]
                 keys = layer.keys
                 visible = torch.cat([layer.valid[:, :-count].to(device), visible], 1)
-            cos, sin = tapped["position_embeddings"]
             attention = self.adapter.decoder_layers[signal.layer].get_submodule("self_attn")
             rotary = cos.to(device), sin.to(device)
             row = decoder_row(attention, hidden, rotary, asking, visible, keys)
@@ -712,9 +785,7 @@ class _Session:
         if cached is not None:
             keys = cached[:, :, -count:]
         else:
-            tapped = state.tapped[index]
-            states = tapped["hidden_states"]
-            cos, sin = tapped["position_embeddings"]
+            states, (cos, sin) = state.tapped[index]
             keys = decoder_keys(attention, states, (cos.to(states.device), sin.to(states.device)))
         first = state.real.int().argmax(1, keepdim=True)
         back = -state.positions.gather(1, first).to(keys.device)
@@ -741,8 +812,8 @@ class _Session:
     @torch.no_grad()
     def _text_rows(self, state: _Pass, span: _Span, index: int, text: Tensor) -> Tensor:
         """(T, M) attention of an image's text to the current slots in layer ``index``."""
-        tapped = state.tapped[index]
-        hidden = tapped["hidden_states"][span.row]
+        states, rotary = state.tapped[index]
+        hidden = states[span.row]
         device, count = hidden.device, len(hidden)
         text, columns = text.to(device), state.columns[span.row].to(device)
         visible = (columns >= 0) & (columns <= columns[text][:, None])
@@ -753,7 +824,6 @@ class _Session:
                 keys = layer.keys[span.row].to(device)
             past = layer.valid[span.row, :-count].to(device)
             visible = torch.cat([past.expand(len(text), -1), visible], 1)
-        rotary = tapped["position_embeddings"]
         cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
         rows = decoder_rows(attention, hidden, (cos, sin), text, visible, keys)
@@ -804,6 +874,8 @@ class _Session:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         opened, self.opened = self.opened, None
+        if self.repeating is not None:
+            self.repeating.end()
         if opened is not None:
             self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
@@ -835,12 +907,13 @@ class _Session:
         rows, columns = adapter.view_shape
         patches = rows * columns
         width = adapter.vision_width
-        for signal in self.signals:
-            if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
-                continue
-            keys = patches + adapter.prefix_tokens
-            queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
-            for span in state.spans:
+        for span in state.spans:
+            compressor = self.compressors[self._index(state, span.row)]
+            for signal in compressor.needs if compressor is not None else ():
+                if signal.in_llm or signal.needs_head:  # the head's row is computed anyway
+                    continue
+                keys = patches + adapter.prefix_tokens
+                queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
                 state.spent[span.row] += 2 * span.layout.views * queries * keys * width
 
     def _row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
@@ -859,6 +932,8 @@ class _Session:
         images = [(span.row, span.layout, span.index) for span in state.spans]
         entered, tally, spent, read = state.entered, state.tally, state.spent, state.read
         asked = state.asked
+        rows = [self.compressors[self._index(state, row)] for row in range(len(state.columns))]
+        requested = [1.0 if one is None else one.retention for one in rows]
 
         def ledgers() -> list[Ledger]:
             made = []
@@ -876,7 +951,7 @@ class _Session:
                         selector += self._row_flops(tokens[layer], new, queries)
                 made.append(
                     Ledger(
-                        requested=self.retention,
+                        requested=requested[row],
                         patch_tokens=sum(len(layout.patches) for layout in before),
                         kept_patches=sum(len(layout.patches) for layout in after),
                         separators=sum(int(layout.is_separator.sum()) for layout in before),
