@@ -88,7 +88,8 @@ class TopK(Allocator):
         total = budget(len(patches), retention, self.rounding)
         order = scores[patches].float().argsort(descending=True, stable=True)
         kept = tokens.layout.view[patches[order[:total]]]
-        return torch.bincount(kept, minlength=tokens.layout.views)
+        # Not bincount, which waits for the largest entry.
+        return kept.new_zeros(tokens.layout.views).index_add_(0, kept, torch.ones_like(kept))
 
 
 @dataclass(frozen=True)

@@ -313,10 +313,12 @@ def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Te
 
 def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor:
     """(S,) indices of the separators that stay."""
-    stays = layout.is_separator
     if policy == "none":
-        stays = torch.zeros_like(stays)
-    elif policy == "rows" and layout.canvas_shape[0]:
+        return layout.separators[:0]
+    if policy == "all":
+        return layout.separators
+    stays = layout.is_separator
+    if layout.canvas_shape[0]:
         rows = torch.zeros(layout.canvas_shape[0] + 1, dtype=torch.bool, device=keep.device)
         rows[layout.canvas_row[keep]] = True
         rows[-1] = False  # where the -1 of thumbnail tokens went

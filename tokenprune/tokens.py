@@ -244,6 +244,11 @@ class TokenLayout:
         """(P,) indices of the patch tokens."""
         return (~self.is_separator).nonzero().squeeze(1)
 
+    @cached_property
+    def separators(self) -> Tensor:
+        """(S,) indices of the separators."""
+        return self.is_separator.nonzero().squeeze(1)
+
     @property
     def views(self) -> int:
         """How many views the image was cut into, also those without a token left."""
@@ -287,6 +292,7 @@ class TokenLayout:
         moved.__dict__["frames"] = self.frames
         moved.__dict__["modality"] = self.modality
         moved.__dict__["patches"] = self.patches.to(device)
+        moved.__dict__["separators"] = self.separators.to(device)
         return moved
 
 
