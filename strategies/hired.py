@@ -48,7 +48,7 @@ class MarkedPatches(Allocator):
         total = budget(sum(sizes), retention)
         thumbnail = min(budget(total, self.alpha) if self.alpha else 1, sizes[0])
         rest = min(total - thumbnail, sum(sizes[1:]))
-        seen = tokens[self.signal][layout.kind == Kind.THUMBNAIL].float()
+        seen = tokens[self.signal][layout.places[Kind.THUMBNAIL]].float()
         marked = int(len(seen) * (1 - self.alpha))
         marks = torch.zeros_like(seen)
         marks[seen.argsort(descending=True, stable=True)[:marked]] = 1

@@ -138,7 +138,7 @@ class ThumbnailCommand(Allocator):
             distance = summary_distance(layout, tokens.features)[patches].double()
             sums = distance.new_zeros(layout.views)
             return sums.index_add_(0, layout.view[patches], distance)
-        there = layout.kind == Kind.THUMBNAIL  # not all of it where something was dropped before
+        there = layout.places[Kind.THUMBNAIL]  # not all of it where something was dropped before
         scores = tokens[self.signal].double()
         thumbnail = scores.new_zeros(layout.view_shape)
         thumbnail[layout.row[there], layout.col[there]] = scores[there]

@@ -163,7 +163,7 @@ def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
         (N,) NaN outside the crops.
     """
     thumbnail = rearrange(
-        scores[layout.kind == Kind.THUMBNAIL],
+        scores[layout.places[Kind.THUMBNAIL]],
         "(h w) -> 1 1 h w",
         h=layout.view_shape[0],
         w=layout.view_shape[1],

@@ -245,9 +245,14 @@ class TokenLayout:
         return (~self.is_separator).nonzero().squeeze(1)
 
     @cached_property
+    def places(self) -> dict[Kind, Tensor]:
+        """Indices of the entries of each kind."""
+        return {kind: (self.kind == kind).nonzero().squeeze(1) for kind in Kind}
+
+    @property
     def separators(self) -> Tensor:
         """(S,) indices of the separators."""
-        return self.is_separator.nonzero().squeeze(1)
+        return self.places[Kind.SEPARATOR]
 
     @property
     def views(self) -> int:
@@ -292,7 +297,7 @@ class TokenLayout:
         moved.__dict__["frames"] = self.frames
         moved.__dict__["modality"] = self.modality
         moved.__dict__["patches"] = self.patches.to(device)
-        moved.__dict__["separators"] = self.separators.to(device)
+        moved.__dict__["places"] = {kind: at.to(device) for kind, at in self.places.items()}
         return moved
 
 
