@@ -96,7 +96,8 @@ def tokens_at(
         return made.to(device, dtype)
 
     projector = nn.Linear(vision, width, device=device, dtype=dtype).requires_grad_(False)
-    inputs = [torch.randn(n, width, generator=draw) for n in (len(layout.patches), TEXT)]
+    image = torch.randn(len(layout.patches), width, generator=draw)
+    text = torch.randn(TEXT, width, generator=draw)
     there = layout.to(device)
     for name in ("is_separator", "patches", "separators", "view_sizes", "frames", "modality"):
         getattr(there, name)  # known before any selection, as in the engine
@@ -109,7 +110,7 @@ def tokens_at(
         text={
             one: wide(one.name, value.repeat(TEXT, 1)[:TEXT]) for one, value in small.text.items()
         },
-        inputs=tuple(one.to(device, dtype) for one in inputs),
+        inputs=(image.to(device, dtype), text.to(device, dtype)),
     )
 
 

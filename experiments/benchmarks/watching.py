@@ -64,6 +64,7 @@ class _Operators(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         name = func.name().partition(".")[0]
         given, kept = tree_leaves((args, kwargs)), tree_leaves(made)
+        before = {_place(one) for one in given if isinstance(one, Tensor)}
         if not any(self.seen.is_on_device(one) for one in given):
             return made
         self.seen.on_device(kept)
@@ -78,14 +79,19 @@ class _Operators(TorchDispatchMode):
         elif name.startswith("aten::_scaled_dot_product") and not name.endswith("_math"):
             self.seen.fused += 1
         for one in kept:
-            if isinstance(one, Tensor) and not one._is_view():
+            if isinstance(one, Tensor) and _place(one) not in before:
                 self.seen.largest = max(self.seen.largest, one.numel())
         return made
 
 
+def _place(one: Tensor) -> int:
+    """Where its memory is; a view's is that of what it shows."""
+    return one.untyped_storage().data_ptr()
+
+
 class _Methods(TorchFunctionMode):
     def __init__(self, seen: Watched) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,9 +118,9 @@ class watching:
         self.seen.on_device(self.given)
         self._modes = _Methods(self.seen), _Operators(self.seen)
         for mode in self._modes:
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
         return self.seen
 
     def __exit__(self, *error: Any) -> None:
         for mode in reversed(self._modes):
-            mode.__exit__(*error)
+            mode.__exit__(*error)  # type: ignore[no-untyped-call]
