@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -41,9 +41,11 @@ from tokenprune.experiments.results import (
     files_fingerprint,
     without_seed,
 )
+from tokenprune.experiments.sharing import Job, Plan, separate, together
 from tokenprune.experiments.views import references
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
+from tokenprune.prefix import Prefix
 from tokenprune.registry import strategies
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
@@ -187,17 +189,21 @@ class ModelRunner:
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        return self._generate(compressor, self.adapter.assemble(images, prompts))
+        return self.generate(compressor, self.adapter.assemble(images, prompts))
 
     def answer_blind(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        return self._generate(None, self.adapter.assemble(images, prompts, blind=True))
+        return self.generate(None, self.adapter.assemble(images, prompts, blind=True))
 
-    def _generate(
-        self, compressor: Compressor | None, inputs: dict[str, Any]
-    ) -> Sequence[dict[str, Any]]:
-        with tp.compress(self.adapter.model, compressor) as trace:
+    def generate(
+        self,
+        compressor: Compressor | Sequence[Compressor] | None,
+        inputs: Mapping[str, Any],
+        prefix: Prefix | None = None,
+    ) -> list[dict[str, Any]]:
+        """The record of every row of ``inputs``; ``compressor`` and ``prefix`` as `tp.compress`."""
+        with tp.compress(self.adapter.model, compressor, prefix=prefix) as trace:
             output = self.adapter.model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,
@@ -245,13 +251,15 @@ def run(
     journal: Journal,
     *,
     batch_size: int,
+    plan: Plan = separate,
     report: Report = lambda *_: None,
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
     Each image or video is encoded once, however many cells and questions need it, and once more for
-    every method that acts inside the vision tower.  A cell that raises is entered as failed and
-    left alone until the next run; the others go on.
+    every method that acts inside the vision tower; ``plan`` says what else is computed together.
+    What fails together is tried again cell by cell.  A cell that raises by itself is entered as
+    failed and left alone until the next run; the others go on.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
@@ -281,24 +289,36 @@ def run(
                 new = {i.image_id: i for i in batch if (tower, i.image_id) not in encoded}
                 found = runner.encode(list(new.values()), signals[tower], tower) if new else []
                 encoded.update(((tower, name), one) for name, one in zip(new, found, strict=True))
-        loyalty = _Loyalty()
-        for key in lacking:
-            if key in broken:
+        entering = _Entering(runner, journal, batch, warned)
+        # All cells, answered or not: the same cells and questions are put together the same way and
+        # give the same answers to the last bit, whether the run was interrupted or not.
+        for tower in dict.fromkeys(towers.values()):
+            left = [key for key in todo if towers[key] == tower and key not in broken]
+            if not set(left).intersection(lacking):
                 continue
-            report(len(journal.answers), total, str(todo[key]))
-            # A whole batch even if some of its answers are there already: the same batches give
-            # the same answers to the last bit, whether the run was interrupted or not.
-            with _noting_failure(journal, [key], broken), _warning_once(key, warned):
-                ids = [item.id for item in batch]
-                shown = [encoded[towers[key], item.image_id] for item in batch]
-                records = dict(zip(ids, _answer(runner, todo[key], shown, batch), strict=True))
-                if loyalty.lacks_reference(key, records):  # taken up again amid a batch
-                    seen = shown
-                    if towers[key] is not None:
-                        seen = list(runner.encode(batch, frozenset(), None))
-                    full = _answer(runner, Cell(), seen, batch)
-                    loyalty.entries(UNCOMPRESSED, dict(zip(ids, full, strict=True)))
-                journal.add(key, loyalty.entries(key, records))
+            shown = [encoded[tower, item.image_id] for item in batch]
+            several = [todo[key] for key in left if tower is None and not todo[key].blind]
+            alone = [todo[key] for key in left if todo[key] not in several]
+            prompts = [item.question for item in batch]
+            jobs = [(several, job) for job in _jobs(plan, runner, several, shown, prompts)]
+            jobs += [(alone, job) for job in separate(runner, alone, shown, prompts)]
+            for cells_of, job in jobs:
+                rows = [(cells_of[cell].key, batch[question].id) for cell, question in job.rows]
+                together = {cells_of[cell].key: cells_of[cell] for cell, _ in job.rows}
+                if all(row in journal.answers or row[0] in broken for row in rows):
+                    continue
+                if job.run is not None:
+                    names = [str(cell) for cell in together.values()]
+                    many = f"{len(names)} cells together" if len(names) > 1 else names[0]
+                    report(len(journal.answers), total, many)
+                    if entering.enter_all(job.run, rows):
+                        continue
+                for key, cell in together.items():
+                    if key in broken or all((key, item.id) in journal.answers for item in batch):
+                        continue
+                    report(len(journal.answers), total, str(cell))
+                    with _noting_failure(journal, [key], broken), _warning_once(key, warned):
+                        entering.enter(key, _answer(runner, cell, shown, batch))
         encoded = {which: one for which, one in encoded.items() if last_use[which[1]] > index}
     report(len(journal.answers), total, "")
 
@@ -360,6 +380,65 @@ def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
+def _jobs(plan: Plan, *arguments: Any) -> Iterator[Job]:
+    """What ``plan`` puts together; where it cannot, one cell after the other."""
+    try:
+        yield from plan(*arguments)
+    except Exception:  # each cell will say by itself what is wrong
+        yield from separate(*arguments)
+
+
+class _Entering:
+    """Takes the answers to one batch of questions into the journal."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        journal: Journal,
+        batch: Sequence[Question],
+        warned: set[tuple[str, str]],
+    ) -> None:
+        self.runner, self.journal, self.batch, self.warned = runner, journal, batch, warned
+        self.loyalty = _Loyalty()
+
+    def enter(self, key: str, records: Sequence[dict[str, Any]]) -> None:
+        """The records of cell ``key``, one for every question."""
+        self._add(key, dict(zip((item.id for item in self.batch), records, strict=True)))
+
+    def enter_all(
+        self, run: Callable[[], Sequence[dict[str, Any]]], rows: Sequence[tuple[str, str]]
+    ) -> bool:
+        """What ``run`` answers to ``rows`` (cell key, question id); False if it fails."""
+        try:
+            with _warning_once(rows[0][0], self.warned):
+                records = run()
+        except Exception:
+            records = []
+        if not records:
+            _let_go()
+            return False
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for (key, question), record in zip(rows, records, strict=True):
+            found.setdefault(key, {})[question] = record
+        for key, some in found.items():
+            self._add(key, some)
+        return True
+
+    def _add(self, key: str, records: dict[str, dict[str, Any]]) -> None:
+        if self.loyalty.lacks_reference(key, records):  # taken up again amid a batch
+            shown = self.runner.encode(self.batch, frozenset(), None)
+            full = _answer(self.runner, Cell(), shown, self.batch)
+            ids = (item.id for item in self.batch)
+            self.loyalty.entries(UNCOMPRESSED, dict(zip(ids, full, strict=True)))
+        self.journal.add(key, self.loyalty.entries(key, records))
+
+
+def _let_go() -> None:
+    """Give back memory, where a traceback no longer holds on to a batch that was too large."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def _noting_failure(journal: Journal, keys: Sequence[str], broken: set[str]) -> Iterator[None]:
     """Enter an exception of the block into the journal, for all cells ``keys``, and go on."""
@@ -369,9 +448,7 @@ def _noting_failure(journal: Journal, keys: Sequence[str], broken: set[str]) -> 
         failure = Failure.of(error)
     else:
         return
-    # Here the traceback no longer holds on to the tensors of a batch that was too large.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _let_go()
     for key in keys:
         journal.fail(key, failure)
         broken.add(key)
@@ -384,7 +461,8 @@ def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        known = (key, warning.category.__name__)
+        about = getattr(warning.message, "about", "") or key
+        known = (about, warning.category.__name__)
         if known not in warned:
             warned.add(known)
             warnings.warn_explicit(
@@ -464,6 +542,7 @@ def _fill(
                 questions,
                 journal,
                 batch_size=request.batch_size or (50 if embedded else 4),
+                plan=together,
                 report=report,
             )
         except KeyboardInterrupt:

@@ -548,7 +548,7 @@ def code_fingerprint(compressors: Iterable[Compressor]) -> str:
         root / "cli.py",
         root / "terminal.py",
     }
-    files.add(root / "experiments" / "compare.py")
+    files |= {root / "experiments" / "compare.py", root / "experiments" / "sharing.py"}
     for compressor in compressors:
         for part in compressor.stages():
             try:

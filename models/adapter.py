@@ -636,16 +636,10 @@ class Adapter(ABC):
         """
         self.require_language_model()
         texts = []
-        features: dict[str, list[Tensor]] = {name: [] for name in self.encoders}
         for some, question in zip(encoded, prompts, strict=True):
             lengths: dict[str, list[int]] = {name: [] for name in self.encoders}
             for tokens in some:
                 lengths[tokens.layout.modality].append(0 if blind else len(tokens))
-                if blind:
-                    continue
-                feature = tokens.features.detach()  # new, so that beams and reruns tell apart
-                feature.visual = tokens  # type: ignore[attr-defined]
-                features[tokens.layout.modality].append(feature)
             text = self.prompt(question, *map(len, lengths.values()))
             for modality, token in self.placeholder_texts.items():
                 pieces = text.split(token)
@@ -653,9 +647,34 @@ class Adapter(ABC):
                 text = "".join(a + b for a, b in zip(pieces, spelled, strict=True))
             texts.append(text)
         batch = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
-        inputs = dict(batch.to(self.device))
+        return dict(batch.to(self.device)) | ({} if blind else self._outputs(encoded))
+
+    def take(
+        self,
+        inputs: Mapping[str, Any],
+        encoded: Sequence[Sequence[VisualTokens]],
+        rows: Sequence[int],
+    ) -> dict[str, Any]:
+        """Inputs for prompts that `assemble` has spelled out already.
+
+        Args:
+            inputs: What `assemble` returned.
+            encoded: What it was given.
+            rows: Which prompts, in any order and as often as wanted.
+        """
+        index = torch.tensor(rows, device=self.device)
+        text = {name: value[index] for name, value in inputs.items() if isinstance(value, Tensor)}
+        return text | self._outputs([encoded[row] for row in rows])
+
+    def _outputs(self, encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Any]:
+        """What the encoders return for the images and videos of some prompts."""
+        features: dict[str, list[Tensor]] = {name: [] for name in self.encoders}
+        for tokens in (tokens for some in encoded for tokens in some):
+            feature = tokens.features.detach()  # new, so that beams and reruns tell apart
+            feature.visual = tokens  # type: ignore[attr-defined]
+            features[tokens.layout.modality].append(feature)
         outputs = {name: as_encoded(some) for name, some in features.items() if some}
-        return inputs | ({"mm_encoder_outputs": outputs} if outputs else {})
+        return {"mm_encoder_outputs": outputs} if outputs else {}
 
     def dummy_images(
         self, sizes: Sequence[tuple[int, int]], seed: int = 0, *, together: bool = False

@@ -104,7 +104,9 @@ class DART(Compressor):
         for pivot, share in zip(pivots, shares, strict=True):
             alike = (unit @ pivot).masked_fill(~free, torch.inf)
             free[alike.argsort(stable=True)[:share]] = False
-        return Selection(patches[~free])
+        # How many are taken is known here; a mask as an index would wait for the device to count.
+        taken = min(len(patches), len(image) + sum(shares))
+        return Selection(patches[free.int().argsort(stable=True)[:taken]])
 
 
 def _largest(keys: Tensor, count: int) -> Tensor:

@@ -97,11 +97,11 @@ class GlobalCom2(Compressor):
         """(N,) the thumbnail's own scores, and the holistic scores of crops or frames."""
         layout, local = tokens.layout, tokens[self.saliency].float()
         if layout.modality == "video":
-            commanded, guide = layout.kind == Kind.FRAME, summary_distance(layout, tokens.features)
+            commanded, guide = layout.places[Kind.FRAME], summary_distance(layout, tokens.features)
         elif layout.grid == (0, 0) or 0 in layout.canvas_shape:
             return local
         else:
-            commanded, guide = layout.kind == Kind.CROP, project_thumbnail(layout, local)
+            commanded, guide = layout.places[Kind.CROP], project_thumbnail(layout, local)
         view, scores = layout.view[commanded], local.clone()
         scores[commanded] = self.alpha * normalise(
             guide[commanded], view, layout.views, self.normalisation

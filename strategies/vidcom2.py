@@ -60,14 +60,14 @@ class VidCom2(Compressor):
         calm = features.var(0, unbiased=False).argsort(stable=True)[:count].sort().values
         unit = F.normalize(features[:, calm], dim=-1)
         sums = unit.new_zeros(layout.views, count).index_add_(0, view, unit)
-        sizes = torch.bincount(view, minlength=layout.views).clamp(min=1)
+        sizes = torch.tensor(layout.view_sizes, device=view.device).clamp(min=1)
         return _kernel(unit, unit.mean(0)), _kernel(unit, (sums / sizes[:, None])[view])
 
     def ratios(self, tokens: VisualTokens, to_video: Tensor) -> Tensor:
         """(V,) retention ratio of every frame; 0 of one without tokens."""
         layout = tokens.layout
         view = layout.view[layout.patches]
-        sizes = torch.bincount(view, minlength=layout.views)
+        sizes = torch.tensor(layout.view_sizes, device=view.device)
         sums = to_video.new_zeros(layout.views).index_add_(0, view, to_video)
         score = torch.where(sizes > 0, -sums / sizes.clamp(min=1), -torch.inf)
         share = ((score - score.max()) / self.temperature).softmax(0)

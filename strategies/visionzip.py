@@ -110,13 +110,14 @@ class VisionZip(Compressor):
     ) -> tuple[Tensor, Tensor]:
         """``count`` targets among the indices ``rest`` (M,), and their new vectors."""
         step = max(1, len(rest) // count)
-        chosen = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
-        chosen[torch.arange(count, device=rest.device) * step] = True
-        targets, others = rest[chosen], rest[~chosen]
+        other = torch.ones(len(rest), dtype=torch.bool)  # on the host, which knows all of this
+        other[: count * step : step] = False
+        targets = rest[: count * step : step]
+        others = rest[other.nonzero().squeeze(1).to(rest.device)]
         nearest = (keys[others] @ keys[targets].T).argmax(-1)
         came = vectors[others].float()
         sums = came.new_zeros(count, came.shape[1]).index_add_(0, nearest, came)
-        number = torch.bincount(nearest, minlength=count)[:, None]
+        number = nearest.new_zeros(count).index_add_(0, nearest, torch.ones_like(nearest))[:, None]
         own = vectors[targets].float()
         if self.merge == "mean":
             return targets, (own + sums) / (1 + number)

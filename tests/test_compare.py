@@ -392,7 +392,7 @@ def test_interrupted_then_resumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = 0
-    original = module.ModelRunner.answer
+    original = module.ModelRunner.generate
 
     def impatient(self: Any, *arguments: Any) -> Any:
         nonlocal calls
@@ -401,7 +401,7 @@ def test_interrupted_then_resumed(
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(module.ModelRunner, "answer", impatient)
+    monkeypatch.setattr(module.ModelRunner, "generate", impatient)
     request = replace(SMALL, out=tmp_path)
     first = compare(request)
     assert (first.status, first.answered, first.wanted) == ("interrupted", 15, 50)
@@ -413,28 +413,37 @@ def test_interrupted_then_resumed(
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_failing_method_is_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module.ModelRunner.answer
+def rows_of(compressor: Any) -> list[Any]:
+    return compressor if isinstance(compressor, list) else [compressor]
 
-    def broken(self: Any, compressor: Compressor | None, *rest: Any) -> Any:
-        if compressor is not None and compressor.name == "fastv":
+
+@pytest.mark.parametrize("method", ["fastv:layer=3", "uniform"])
+def test_a_failing_method_is_not_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    original = module.ModelRunner.generate
+
+    def broken(self: Any, compressor: Any, *rest: Any) -> Any:
+        if any(one and one.label == method for one in rows_of(compressor)):
             raise RuntimeError("out of memory")
         return original(self, compressor, *rest)
 
-    monkeypatch.setattr(module.ModelRunner, "answer", broken)
-    outcome = compare(replace(SMALL, out=tmp_path, questions=5))
+    monkeypatch.setattr(module.ModelRunner, "generate", broken)
+    methods = (*SMALL.methods, "first")
+    outcome = compare(replace(SMALL, methods=methods, out=tmp_path, questions=5))
     assert outcome.status == "failed"
     (cell,) = outcome.failures
-    assert str(cell) == "fastv:layer=3 at 0.25"
+    assert str(cell) == f"{method} at 0.25"
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["failures"][0]["error"] == "RuntimeError: out of memory"
     assert "Traceback" in manifest["failures"][0]["traceback"]
     table = outcome.summary.set_index(["label", "kind"])
-    assert pd.isna(table.loc[("fastv:layer=3", "overall"), "accuracy"])
-    assert table.loc[("uniform", "overall"), "n"] == 5
+    assert pd.isna(table.loc[(method, "overall"), "accuracy"])
+    for other in {*methods} - {method}:
+        assert table.loc[(other, "overall"), "n"] == 5
     frame = pd.read_parquet(tmp_path / "answers.parquet")
-    assert list(frame["status"][frame["method"] == "fastv"]) == ["failed"] * 5
-    assert frame["correct"][frame["method"] == "fastv"].isna().all()
+    assert list(frame["status"][frame["label"] == method]) == ["failed"] * 5
+    assert frame["correct"][frame["label"] == method].isna().all()
 
 
 def test_the_default_folder_says_what_was_asked_and_never_clashes(

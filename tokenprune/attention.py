@@ -146,7 +146,8 @@ def cls_row(tapped: Projections, *, softmax: bool) -> Tensor:
     Returns:
         (views, tokens - 1) float32.
     """
-    query, key = tapped.split()
+    one = tapped if tapped.query is None else replace(tapped, query=tapped.query[:, :1])
+    query, key = one.split()  # in float32, which of all queries would be a large copy
     row = torch.einsum("vhd,vhnd->vhn", query[:, :, 0], key) * tapped.scale
     return (tapped.softmax(row) if softmax else row).mean(1)[:, 1:]
 

@@ -135,7 +135,8 @@ class TopK(Allocator):
         total = budget(len(patches), retention, self.rounding)
         order = scores[patches].float().argsort(descending=True, stable=True)
         kept = tokens.layout.view[patches[order[:total]]]
-        return torch.bincount(kept, minlength=tokens.layout.views)
+        # Not bincount, which waits for the largest entry.
+        return kept.new_zeros(tokens.layout.views).index_add_(0, kept, torch.ones_like(kept))
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class ThumbnailCommand(Allocator):
             patches = layout.patches
             distance = summary_distance(layout, tokens.features)[patches].double()
             return self.summary(distance, layout.view[patches], layout.views)
-        there = layout.kind == Kind.THUMBNAIL  # not all of it where something was dropped before
+        there = layout.places[Kind.THUMBNAIL]  # not all of it where something was dropped before
         scores = tokens[self.signal].double()
         thumbnail = scores.new_zeros(layout.view_shape)
         thumbnail[layout.row[there], layout.col[there]] = scores[there]

@@ -351,21 +351,22 @@ def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Te
     kept = counts.tolist()
     empty = [view for view, starves in enumerate(starving) if starves and not kept[view]]
     if empty:
-        warnings.warn(
+        text = (
             f"{strategy.name}: retention {strategy.retention:g} of {sum(layout.view_sizes)} patch "
             f"tokens keeps {sum(kept)}, and nothing of view"
-            f"{'s' if len(empty) > 1 else ''} {', '.join(map(str, empty))} of {layout.views}.",
-            RetentionWarning,
-            stacklevel=2,
+            f"{'s' if len(empty) > 1 else ''} {', '.join(map(str, empty))} of {layout.views}."
         )
+        warnings.warn(RetentionWarning(text, repr(strategy)), stacklevel=2)
 
 
 def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor:
     """(S,) indices of the separators that stay."""
-    stays = layout.is_separator
     if policy == "none":
-        stays = torch.zeros_like(stays)
-    elif policy == "rows" and layout.canvas_shape[0]:
+        return layout.separators[:0]
+    if policy == "all":
+        return layout.separators
+    stays = layout.is_separator
+    if layout.canvas_shape[0]:
         rows = torch.zeros(layout.canvas_shape[0] + 1, dtype=torch.bool, device=keep.device)
         rows[layout.canvas_row[keep]] = True
         rows[-1] = False  # where the -1 of thumbnail tokens went

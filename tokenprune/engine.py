@@ -20,9 +20,9 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -55,6 +55,7 @@ from tokenprune.ledger import (
     signal_flops,
 )
 from tokenprune.observe import encoded, observing
+from tokenprune.prefix import Prefix, tapped_layers
 from tokenprune.registry import adapters
 from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
 
@@ -142,9 +143,10 @@ def adapter_of(model: nn.Module) -> Adapter:
 @contextmanager
 def compress(
     model: nn.Module,
-    compressor: Compressor | str | None,
+    compressor: Compressor | str | Sequence[Compressor] | None,
     *,
     given: Iterable[Signal] = (),
+    prefix: Prefix | None = None,
     **fields: Any,
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
@@ -152,9 +154,11 @@ def compress(
     Args:
         model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
-            to run uncompressed and only keep the account.
+            to run uncompressed and only keep the account.  A list has one compressor for each row
+            of the batch, all of them in front of the language model.
         given: Signals that the caller puts into the `VisualTokens` handed to `Adapter.assemble`,
             because the model cannot provide them.
+        prefix: What other contexts that run the same prompts have in common with this one.
         **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
     Yields:
@@ -170,20 +174,40 @@ def compress(
     elif fields:
         raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
     given = frozenset(given)
-    if compressor is not None:
-        adapter.check(compressor, given)
+    rows: list[Compressor | None]
+    rows = [*compressor] if isinstance(compressor, Sequence) else [compressor]
+    for one in {id(one): one for one in rows if one is not None}.values():
+        adapter.check(one, given)
+    if len(rows) > 1:
+        _check_rows(rows)
     if adapter.base in _active:
         raise UserError(
             "this model already runs inside a compress context; leave it first, or combine the "
             "strategies with Chain.of(...)."
         )
-    session = _Session(adapter, compressor, given)
+    session = _Session(adapter, rows, given, prefix)
     _active.add(adapter.base)
     try:
         with session.installed():
             yield session.trace
     finally:
         _active.discard(adapter.base)
+
+
+def _check_rows(compressors: Sequence[Compressor | None]) -> None:
+    """Raise `UserError` unless ``compressors`` can act in the rows of one batch."""
+    parts = [part for one in compressors if one is not None for part in one.stages()]
+    for part in parts:
+        if part.stage is not Stage.PRE_LLM:
+            raise UserError(
+                f"{part.label} does not act in front of the language model, so it cannot share a "
+                "batch with other compressors; run it in a context of its own."
+            )
+    if len({part.keeps_positions for part in parts}) > 1:
+        raise UserError(
+            "some of these compressors keep the positions of the full prompt and some do not; run "
+            "them in contexts of their own."
+        )
 
 
 @dataclass(eq=False)
@@ -197,6 +221,7 @@ class _Span:
         tokens: What is known of them.
         layout: Geometry of all that were there.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
+        record: What the encoder told of it, the same object wherever the image is used.
         image: How many images and videos come before in the row.
         entered: (M,) indices of those that enter the language model.
     """
@@ -210,7 +235,17 @@ class _Span:
     layout: TokenLayout
     carrier: Tensor
     entered: Tensor
+    record: VisualTokens
     image: int = 0
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was taken from or added to what the encoder told of the image."""
+        return all(
+            getattr(self.tokens, item.name) is getattr(self.record, item.name)
+            for item in fields(VisualTokens)
+            if item.name not in ("features", "layout")
+        )
 
 
 @dataclass(eq=False)
@@ -233,7 +268,7 @@ class _Pass:
         rotary: cos and sin behind the latest cut.
         inherited: How much further positions move back from each layer on, by earlier prefills.
         masks: Masks behind cuts, by the number of cuts in front.
-        tapped: Arguments of the attention modules whose rows are wanted.
+        tapped: Input and rotary embedding of the attention modules whose rows are wanted.
         read: Layers whose rows were computed, and whether the keys had to be computed again.
         asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
         projected: Layers as many of whose slots were made into keys ahead of the next one.
@@ -258,7 +293,7 @@ class _Pass:
     rotary: tuple[Tensor, Tensor] | None = None
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
-    tapped: dict[int, Kwargs] = field(default_factory=dict)
+    tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     read: list[tuple[int, bool]] = field(default_factory=list)
     asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
     projected: list[int] = field(default_factory=list)
@@ -296,14 +331,23 @@ class _Session:
     """The hooks of one open context."""
 
     def __init__(
-        self, adapter: Adapter, compressor: Compressor | None, given: frozenset[Signal]
+        self,
+        adapter: Adapter,
+        compressors: Sequence[Compressor | None],
+        given: frozenset[Signal],
+        prefix: Prefix | None,
     ) -> None:
         self.adapter = adapter
         self.trace = Trace()
-        self.retention = compressor.retention if compressor is not None else 1.0
-        self.signals = compressor.needs - given if compressor is not None else frozenset()
-        self.encoder = encoder_part(compressor)
-        self.before, self.inside = placed(compressor, len(adapter.decoder_layers))
+        self.compressors = compressors
+        self.needs = [one.needs - given if one else frozenset[Signal]() for one in compressors]
+        self.signals = frozenset[Signal]().union(*self.needs)
+        self.encoder = encoder_part(compressors[0])
+        depth = len(adapter.decoder_layers)
+        self.before = [placed(one, depth)[0] for one in compressors]
+        self.inside = placed(compressors[0], depth)[1]
+        self.prefix = prefix
+        self.repeating: Any = None  # this session's use of the prefix
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.vision = VisionShape.of(adapter.base.config.vision_config)
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
@@ -329,19 +373,21 @@ class _Session:
         ]
         if adapter.model is not adapter.base:
             hooks.append((adapter.model, self._labels))
-        tapped = ("llm_attention", "llm_keys")
-        layers = {signal.layer for signal in self.signals if signal.name in tapped}
-        behind = _ASKED | {_SELF, _CROSS}
-        layers |= {cut - 1 for cut, part in self.inside.items() if part.needs & behind}
-        for index in layers:
+        for index in tapped_layers(self.signals, self.inside):
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
         ]
         handles.append(adapter.language_model.register_forward_hook(self._leave))
+        first = min(self.inside, default=self.shape.layers)
         try:
-            with observing(adapter, self.signals, self.seen, self.encoder):
+            with (
+                observing(adapter, self.signals, self.seen, self.encoder),
+                self.prefix.installed(adapter.decoder_layers, first, self._tap)
+                if self.prefix is not None
+                else nullcontext() as self.repeating,
+            ):
                 yield
         finally:
             for handle in handles:
@@ -419,6 +465,7 @@ class _Session:
                         layout=layout,
                         carrier=feature,
                         entered=whole,
+                        record=record,
                     )
                 )
         # Images and videos of a prompt are told apart by their order in it.
@@ -461,7 +508,7 @@ class _Session:
             changed[CACHE] = changed.pop("past_key_values")
         cache = changed.get(CACHE)
         spans, continued = self._find_spans(embeds.device), is_pruned(cache)
-        stages = bool(self.before or self.inside)
+        stages = any(self.before) or bool(self.inside)
         if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
             self._warn_blind()
         if stages and not spans and embeds.shape[1] > 1:
@@ -478,19 +525,28 @@ class _Session:
             config = self.adapter.language_model.config
             if cache is None and (config.use_cache if use_cache is None else use_cache):
                 cache = changed[CACHE] = DynamicCache(config=config)
+        if spans and len(embeds) % len(self.compressors):
+            raise UserError(
+                f"{len(self.compressors)} compressors, one for each row, were given for a batch of "
+                f"{len(embeds)} rows."
+            )
         state = self._start(embeds, changed, spans, labels)
         if work or continued:
             self.current = state
             self._join_cache(state, changed, cache, continued)
+        if self.repeating is not None:
+            given = [self.ids, changed.get("attention_mask")]
+            images = [span.record for span in spans]
+            self.repeating.begin(changed.get(CACHE), [*given, *images] if spans else [])
         if spans:
             self.trace.selections = []
             self._charge_vision(state, embeds.element_size())
         for span in spans if _PROMPT in self.signals else []:
             prompt = embeds[span.row, self._text_slots(state, span)].detach()
             span.tokens = replace(span.tokens, text={**span.tokens.text, _PROMPT: prompt})
-        for part in self.before if spans else []:
+        for step in range(max(map(len, self.before)) if spans else 0):
             with self.trace.around():
-                embeds = self._shorten(state, part, embeds, changed)
+                embeds = self._shorten(state, step, embeds, changed)
         for span in spans:
             span.entered = span.index
             span.tokens = replace(
@@ -560,28 +616,40 @@ class _Session:
             state.positions = state.positions - first.shift.to(state.positions.device)
             changed.update(attention_mask=first.mask().long(), position_ids=state.positions)
 
-    def _shorten(self, state: _Pass, part: Compressor, embeds: Tensor, changed: Kwargs) -> Tensor:
+    def _shorten(self, state: _Pass, step: int, embeds: Tensor, changed: Kwargs) -> Tensor:
         """Drop columns of the prompt: (B, M, D) embeddings of what is left."""
         keep, width = state.real, embeds.shape[1]
-        gone = False
-        shown = self._shown(state)
+        gone, keeps_positions, shown = False, False, self._shown(state)
+        made: dict[Any, Selection] = {}
         for span in state.spans:
+            parts = self.before[self._index(state, span.row)]
+            if step >= len(parts):
+                continue
+            part = parts[step]
+            keeps_positions = part.keeps_positions
             asks = _PROMPT in part.needs  # of a prompt that grows where there is no KV cache
             chosen = self._recall(state, span, _BEFORE) if asks else None
             if chosen is None:
-                chosen = part(span.tokens)
+                # Questions about one image share what is chosen of it, unless they have a say.
+                key = (id(part), id(span.record)) if span.is_untouched else None
+                chosen = made.get(key)
+                if chosen is None:
+                    chosen = part(span.tokens)
+                if key is not None:
+                    made[key] = chosen
                 state.charge(span.row, part, span.tokens, shown[span.row])
                 if asks:
                     self._remember(state, span, _BEFORE, chosen)
             if chosen.features is not None:
-                embeds = embeds.clone()
+                if embeds is changed["inputs_embeds"]:
+                    embeds = embeds.clone()
                 slots = state.slots(span)[chosen.keep]
                 embeds[span.row, slots] = chosen.features.to(embeds.dtype)
             gone |= self._narrow(state, span, chosen.keep, keep, part.stage, None)
         changed["inputs_embeds"] = embeds
         if not gone:
             return embeds
-        shift = self._pack(state, keep, part.keeps_positions)
+        shift = self._pack(state, keep, keeps_positions)
         embeds = state.repack(embeds)
         for layer in state.layers:
             layer.expect(state.real, width - embeds.shape[1])
@@ -591,6 +659,10 @@ class _Session:
             inputs_embeds=embeds, attention_mask=mask.long(), position_ids=state.positions
         )
         return embeds
+
+    def _index(self, state: _Pass, row: int) -> int:
+        """Which of the compressors acts in ``row``; the beams of a prompt lie side by side."""
+        return row * len(self.compressors) // len(state.columns)
 
     def _narrow(
         self,
@@ -632,11 +704,13 @@ class _Session:
     # -- between decoder layers ------------------------------------------------------------------
 
     def _attention(self, index: int, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+        wanted = ("hidden_states", "position_embeddings")
+        self._tap(index, *(_argument(module, args, kwargs, name) for name in wanted))
+
+    def _tap(self, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+        """Keep what the attention module of decoder layer ``index`` receives."""
         if self.current is not None and self.current.spans:
-            self.current.tapped[index] = {
-                name: _argument(module, args, kwargs, name)
-                for name in ("hidden_states", "position_embeddings")
-            }
+            self.current.tapped[index] = hidden, rotary
 
     def _layer(
         self, index: int, module: nn.Module, args: Any, kwargs: Kwargs
@@ -786,8 +860,7 @@ class _Session:
         for signal in part.needs:
             if signal.name != "llm_attention":
                 continue
-            tapped = state.tapped[signal.layer]
-            hidden = tapped["hidden_states"]
+            hidden, (cos, sin) = state.tapped[signal.layer]
             device, count = hidden.device, hidden.shape[1]
             asking, visible = state.asking(device)
             keys = None
@@ -796,7 +869,6 @@ class _Session:
                 keys = layer.keys
                 visible = torch.cat([layer.valid[:, :-count].to(device), visible], 1)
             visible = _counted(visible, layer.sizes if state.layers else state.sizes)
-            cos, sin = tapped["position_embeddings"]
             attention = self.adapter.decoder_layers[signal.layer].get_submodule("self_attn")
             rotary = cos.to(device), sin.to(device)
             row = decoder_row(attention, hidden, rotary, asking, visible, keys)
@@ -824,9 +896,7 @@ class _Session:
         if cached is not None:
             keys = cached[:, :, -count:]
         else:
-            tapped = state.tapped[index]
-            states = tapped["hidden_states"]
-            cos, sin = tapped["position_embeddings"]
+            states, (cos, sin) = state.tapped[index]
             keys = decoder_keys(attention, states, (cos.to(states.device), sin.to(states.device)))
         first = state.real.int().argmax(1, keepdim=True)
         back = -state.positions.gather(1, first).to(keys.device)
@@ -881,8 +951,8 @@ class _Session:
     ]:
         """Of layer ``index`` and an image's prompt: attention module, input (M, D) and rotation,
         then cached keys, and a function from slots (T,) to how often each key counts (T, K)."""
-        tapped = state.tapped[index]
-        hidden = tapped["hidden_states"][span.row]
+        states, rotary = state.tapped[index]
+        hidden = states[span.row]
         device, count = hidden.device, len(hidden)
         columns = state.columns[span.row].to(device)
         keys, sizes, past = None, state.sizes, columns[:0].bool()
@@ -897,7 +967,6 @@ class _Session:
             allowed = torch.cat([past.expand(len(slots), -1), allowed], 1)
             return _counted(allowed, None if sizes is None else sizes[span.row])
 
-        rotary = tapped["position_embeddings"]
         cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
         return (attention, hidden, (cos, sin)), keys, visible
@@ -986,6 +1055,8 @@ class _Session:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         opened, self.opened = self.opened, None
+        if self.repeating is not None:
+            self.repeating.end()
         if opened is not None:
             self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
@@ -1019,7 +1090,7 @@ class _Session:
             if span.tokens.encoding is not None:  # the same for all images
                 towers[span.row] = span.tokens.encoding.attended
         for row, count in enumerate(views):
-            looked = self.signals, self.adapter, count
+            looked = self.needs[self._index(state, row)], self.adapter, count
             state.spent[row] += signal_flops(*looked, towers.get(row))
             state.most[row] = signal_bytes(*looked, size, towers.get(row))
 
@@ -1048,6 +1119,9 @@ class _Session:
                 return plain
             return encoder_flops(run.attended, vision, run.processed)
 
+        compressors = [self.compressors[self._index(state, row)] for row in range(len(tally))]
+        requested = [1.0 if one is None else one.retention for one in compressors]
+
         def ledgers() -> list[Ledger]:
             made = []
             for row, total in enumerate(entered.tolist()):
@@ -1063,7 +1137,7 @@ class _Session:
                     settle(
                         shape=shape,
                         size=size,
-                        requested=self.retention,
+                        requested=requested[row],
                         before=[layout for layout, _, _ in mine],
                         entered=[layout.take(index) for layout, index, _ in mine],
                         after=[layout.take(index) for layout, _, index in mine],

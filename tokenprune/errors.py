@@ -17,7 +17,15 @@ class UnknownNameError(UserError, LookupError):
 
 
 class RetentionWarning(UserWarning):
-    """The requested retention leaves a view without a single token."""
+    """The requested retention leaves a view without a single token.
+
+    Attributes:
+        about: `repr` of the strategy.
+    """
+
+    def __init__(self, message: str, about: str = "") -> None:
+        super().__init__(message)
+        self.about = about
 
 
 def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> UnknownNameError:

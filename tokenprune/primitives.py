@@ -70,8 +70,12 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
     order = scores[patches].float().argsort(descending=True, stable=True)
     ranked = patches[order]
     view = layout.view[ranked]
-    kept = ranked[_rank_in_group(view) < counts.to(view.device)[view]]
-    return kept.sort().values
+    kept = _rank_in_group(view) < counts.to(view.device)[view]
+    if counts.device.type != "cpu":
+        return ranked[kept].sort().values
+    # How many are kept is known here, so that nobody waits for the device to count them.
+    total = sum(map(min, counts.tolist(), layout.view_sizes))
+    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -146,9 +150,11 @@ def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
     free = torch.zeros_like(covered)
     for step in range(count):
         gain = (alike - covered[:, None]).clamp(min=0).sum(0) * worth + free
-        chosen[step] = index = gain.argmax()
-        covered = torch.maximum(covered, alike[:, index])
-        free[index] = -torch.inf
+        # As a vector of one: a number as an index would make the host wait for it.
+        index = gain.argmax(0, keepdim=True)
+        chosen[step : step + 1] = index
+        covered = torch.maximum(covered, alike.index_select(1, index).squeeze(1))
+        free.index_fill_(0, index, -torch.inf)
     return chosen.sort().values
 
 
@@ -294,10 +300,12 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
     distance = 1 - unit @ unit.T
     closest = distance.clone().fill_diagonal_(torch.inf).amin(0)
     for step in range(count):
-        index = closest.argmax()
-        chosen[step] = index
-        closest = distance[index].clone() if step == 0 else torch.minimum(closest, distance[index])
-        closest[chosen[: step + 1]] = -torch.inf
+        # As a vector of one: a number as an index would make the host wait for it.
+        index = closest.argmax(0, keepdim=True)
+        chosen[step : step + 1] = index
+        row = distance.index_select(0, index).squeeze(0)
+        closest = row if step == 0 else torch.minimum(closest, row)
+        closest.index_fill_(0, index, -torch.inf)
     return chosen.sort().values
 
 

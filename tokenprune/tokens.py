@@ -278,6 +278,16 @@ class TokenLayout:
         """(P,) indices of the patch tokens."""
         return (~self.is_separator).nonzero().squeeze(1)
 
+    @cached_property
+    def places(self) -> dict[Kind, Tensor]:
+        """Indices of the entries of each kind."""
+        return {kind: (self.kind == kind).nonzero().squeeze(1) for kind in Kind}
+
+    @property
+    def separators(self) -> Tensor:
+        """(S,) indices of the separators."""
+        return self.places[Kind.SEPARATOR]
+
     @property
     def views(self) -> int:
         """How many views the image was cut into, also those without a token left."""
@@ -321,6 +331,7 @@ class TokenLayout:
         moved.__dict__["frames"] = self.frames
         moved.__dict__["modality"] = self.modality
         moved.__dict__["patches"] = self.patches.to(device)
+        moved.__dict__["places"] = {kind: at.to(device) for kind, at in self.places.items()}
         return moved
 
 

@@ -1,0 +1,73 @@
+"""Prefill time and memory with fewer visual tokens, against what the FLOPs promise.
+
+LLaVA-NeXT with random weights and one square image of 2880 patch tokens, pruned by ``uniform``: on
+a GPU the 7B shape in bfloat16, on the CPU a decoder of 8 layers of width 512.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+import tokenprune as tp
+from tokenprune.experiments.benchmarks.record import Figure
+from tokenprune.experiments.benchmarks.shapes import (
+    FIVE_VIEWS,
+    LLAVA_NEXT_7B,
+    TEXT,
+    llava,
+    prompt_of,
+    tokens_at,
+)
+from tokenprune.experiments.measuring import peak_memory, timed
+from tokenprune.ledger import DecoderShape, prefill_flops
+from tokenprune.tokens import TokenLayout
+
+RETENTION = (0.75, 0.5, 0.25, 0.1)
+SMALLER = DecoderShape(layers=8, hidden=512, intermediate=1376, heads=8, kv_heads=8, head_dim=64)
+TOY = DecoderShape(layers=2, hidden=32, intermediate=48, heads=4, kv_heads=4, head_dim=8)
+
+
+def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
+    """Speed-up and memory at every retention, beside the bound."""
+    cuda = device.startswith("cuda")
+    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12)) if quick else FIVE_VIEWS
+    shape = TOY if quick else LLAVA_NEXT_7B if cuda else SMALLER
+    dtype = torch.bfloat16 if cuda else torch.float32
+    adapter = llava(shape, device, dtype)
+    width = adapter.base.config.vision_config.hidden_size
+    tokens = tokens_at(layout, frozenset(), shape.hidden, vision=width, dtype=dtype, device=device)
+    inputs = prompt_of(adapter, tokens)
+    case = f"{shape.layers} layers of {shape.hidden}, {str(dtype).removeprefix('torch.')}"
+
+    @torch.no_grad()
+    def forward(ratio: float) -> None:
+        method = None if ratio == 1 else tp.create("uniform", retention=ratio)
+        with tp.compress(adapter.model, method):
+            adapter.model(**inputs, use_cache=True, logits_to_keep=1)
+
+    def cost(ratio: float) -> tuple[float, int]:
+        tell(f"R = {ratio:g}")
+        work = functools.partial(forward, ratio)
+        taken = timed(work, warmup=1, repeats=1 if quick else 3, device=device).median
+        return taken, peak_memory(work, device)
+
+    separators = len(layout) - len(layout.patches)
+    full = prefill_flops([len(layout) + TEXT] * shape.layers, shape)
+    seconds, memory = cost(1.0)
+    for ratio in RETENTION:
+        less, held = cost(ratio)
+        count = int(ratio * len(layout.patches)) + separators + TEXT
+        bound = full / prefill_flops([count] * shape.layers, shape)
+        yield Figure(
+            case=case, figure=f"speed-up at R = {ratio:g}", value=seconds / less, better="high",
+            note=f"FLOPs promise {bound:.2f}; {1000 * less:.4g} of {1000 * seconds:.4g} ms",
+        )  # fmt: skip
+        yield Figure(
+            case=case, figure=f"of the promise at R = {ratio:g}", value=seconds / less / bound,
+            better="high",
+        )  # fmt: skip
+        yield Figure(
+            case=case, figure=f"memory at R = {ratio:g}", value=held / memory, better="low",
+            note="activations and KV cache, without weights",
+        )  # fmt: skip

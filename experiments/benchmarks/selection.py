@@ -1,0 +1,263 @@
+"""What choosing costs beside the prefill of LLaVA-NeXT-7B, method by method.
+
+One square image: 5 views, 2880 patch tokens, features of width 4096.  Measured are the strategy
+itself at R = 0.25 and the signals that it asks for, on random numbers of the real shapes.  The
+prefill is one real decoder layer times 32, and its memory the layer's working memory and the KV
+cache of 32; weights are left out, which makes the shares of memory larger than they would be.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+import tokenprune as tp
+from tokenprune.attention import (
+    Projections,
+    attention_received,
+    cls_row,
+    decoder_keys,
+    decoder_row,
+    decoder_rows,
+    key_vectors,
+    moved_keys,
+)
+from tokenprune.compressor import Compressor, Stage
+from tokenprune.experiments.benchmarks.record import Figure
+from tokenprune.experiments.benchmarks.shapes import (
+    FIVE_VIEWS,
+    LLAVA_NEXT_7B,
+    PREFIX,
+    TEXT,
+    VISION_HEADS,
+    VISION_WIDTH,
+    decoder_config,
+    tokens_at,
+)
+from tokenprune.experiments.benchmarks.watching import watching
+from tokenprune.experiments.measuring import peak_memory, timed
+from tokenprune.ledger import DecoderShape
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+GOALS = dict.fromkeys(("globalcom2", "fastv", "visionzip", "fastervlm", "vidcom2", "hired"), 0.01)
+GOALS |= dict.fromkeys(("divprune", "cdpruner", "dart", "pyramiddrop", "sparsevlm"), 0.03)
+RETENTION = 0.25
+TINY = DecoderShape(layers=32, hidden=64, intermediate=96, heads=32, kv_heads=32, head_dim=2)
+
+
+def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
+    """Shares of the prefill, host waits and the largest tensor of every registered method."""
+    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12)) if quick else FIVE_VIEWS
+    shape = TINY if quick else LLAVA_NEXT_7B
+    bench = _Bench(shape, layout, device, _dtype(device, quick), quick)
+    tell("prefill")
+    seconds, held = bench.prefill()
+    case = "one layer" if quick else "LLaVA-NeXT-7B"
+    what = f"one decoder layer times {shape.layers}, {bench.dtype}".replace("torch.", "")
+    yield Figure(case=case, figure="prefill", value=seconds, unit="s", note=what)
+    yield Figure(case=case, figure="prefill memory", value=held / 2**20, unit="MiB", note=what)
+    for name in tp.available():
+        compressor = tp.create(name, retention=RETENTION)
+        if compressor.stage is Stage.ENCODER:
+            continue
+        tell(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield from bench.figures(name, compressor, seconds, held)
+    tell("attention kernels")
+    yield from _kernels(device)
+
+
+def _dtype(device: str, quick: bool) -> torch.dtype:
+    """bfloat16 on a GPU; on the CPU whatever multiplies matrices faster there."""
+    if device.startswith("cuda"):
+        return torch.bfloat16
+    if quick:
+        return torch.float32
+    taken = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        one, other = torch.ones(256, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
+        taken[dtype] = timed(functools.partial(torch.mm, one, other), repeats=3).median
+    return min(taken, key=lambda dtype: taken[dtype])
+
+
+class _Bench:
+    """One decoder layer of a shape, and what a selection meets in front of it."""
+
+    def __init__(
+        self, shape: DecoderShape, layout: TokenLayout, device: str, dtype: torch.dtype, quick: bool
+    ) -> None:
+        self.shape, self.layout, self.device, self.dtype = shape, layout, device, dtype
+        self.repeats = 1 if quick else 3
+        config = decoder_config(shape)
+        config._attn_implementation = "sdpa"
+        self.layer = LlamaDecoderLayer(config, 0).to(device, dtype).requires_grad_(False).eval()
+        self.norm = LlamaRMSNorm(shape.hidden).to(device, dtype).requires_grad_(False)
+        self.rotary = LlamaRotaryEmbedding(config).to(device)
+        views, patches = layout.views, layout.view_shape[0] * layout.view_shape[1] + PREFIX
+        draw = functools.partial(torch.randn, device=device, dtype=dtype)
+        self.vision = Projections(
+            VISION_HEADS, (VISION_WIDTH / VISION_HEADS) ** -0.5,
+            draw(views, patches, VISION_WIDTH), draw(views, patches, VISION_WIDTH),
+        )  # fmt: skip
+        self.draw = draw
+
+    def _hidden(self, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden = self.draw(1, count + TEXT, self.shape.hidden)
+        at = torch.arange(count + TEXT, device=self.device)[None]
+        return hidden, self.rotary(hidden, at)
+
+    def prefill(self) -> tuple[float, float]:
+        """Seconds of all layers, and bytes of one at work and the KV cache of all."""
+        hidden, rotary = self._hidden(len(self.layout))
+        work = functools.partial(self.layer, hidden, position_embeddings=rotary)
+        taken = timed(work, warmup=1, repeats=max(1, self.repeats - 1), device=self.device).median
+        cache = self.shape.layers * self.shape.kv_bytes(hidden.element_size()) * hidden.shape[1]
+        return self.shape.layers * taken, peak_memory(work, self.device) + cache
+
+    def figures(
+        self, name: str, compressor: Compressor, seconds: float, held: float
+    ) -> Iterator[Figure]:
+        steps = [(compressor, 0.0)]
+        if compressor.cuts:
+            steps = [(compressor.at(cut), float(cut)) for cut in compressor.cuts]
+        needs = frozenset().union(*(part.needs for part, _ in steps))
+        tokens = tokens_at(
+            self.layout, needs, self.shape.hidden, dtype=self.dtype, device=self.device
+        )
+        tokens = replace(tokens, entered=len(tokens.layout.patches))
+        chosen = asked = memory = 0.0
+        waits: list[Any] = []
+        largest = 0.0
+        for part, _ in steps:
+            work = functools.partial(part, tokens)
+            with watching(*_tensors(tokens)) as seen:
+                selection = work()
+            waits.append(seen.waits)
+            largest = max(largest, seen.largest / len(tokens) ** 2)
+            chosen += timed(work, warmup=0, repeats=self.repeats, device=self.device).median
+            memory = max(memory, peak_memory(work, self.device))
+            for signal in part.needs:
+                look = self._signal(signal, len(tokens))
+                if look is not None:
+                    asked += timed(look, repeats=self.repeats, device=self.device).median
+                    memory = max(memory, peak_memory(look, self.device))
+            tokens = _left(tokens, selection.keep)
+        goal = GOALS.get(name)
+        yield Figure(
+            case=name, figure="time / prefill", value=(chosen + asked) / seconds, better="low",
+            goal=goal, note=f"selection {1000 * chosen:.3g} ms, signals {1000 * asked:.3g} ms",
+        )  # fmt: skip
+        yield Figure(
+            case=name, figure="memory / prefill", value=memory / held, better="low", goal=goal
+        )
+        most = max(waits, key=lambda seen: sum(seen.values()))
+        yield Figure(
+            case=name, figure="host waits a stage", value=sum(most.values()), unit="count",
+            better="low", goal=1, note=", ".join(f"{n} {what}" for what, n in most.items() if n),
+        )  # fmt: skip
+        yield Figure(
+            case=name, figure="largest tensor / N x N", value=largest, better="low",
+            goal=self.shape.heads - 1, note="less than one N x N for every head",
+        )  # fmt: skip
+
+    def _signal(self, signal: Signal, count: int) -> Callable[[], Any] | None:
+        """What the engine computes for ``signal``; None where it is there anyway."""
+        name = signal.resolve(has_cls=True).name
+        vision = self.vision.joint() if name in ("cls_joint", "joint_keys") else self.vision
+        if name.startswith("cls"):
+            return functools.partial(cls_row, vision, softmax=name != "cls_logits")
+        if name == "received":
+            return functools.partial(attention_received, vision)
+        if name in ("keys", "joint_keys"):
+            return functools.partial(key_vectors, vision)
+        if not signal.in_llm:
+            return None
+        hidden, rotary = self._hidden(count)
+        attention: Any = self.layer.self_attn
+        total, device = hidden.shape[1], self.device
+        last = torch.tensor([total - 1], device=device)
+        visible = torch.ones(1, total, dtype=torch.bool, device=device)
+        if name == "llm_ahead":
+            norm = self.layer.input_layernorm
+            return lambda: decoder_row(attention, norm(hidden), rotary, last, visible)
+        if name == "llm_states":
+            return lambda: self.norm(hidden)
+        keys = decoder_keys(attention, hidden, rotary)
+        if name == "llm_attention":
+            return lambda: decoder_row(attention, hidden, rotary, last, visible, keys)
+        if name == "llm_keys":
+            back = self.rotary(hidden, torch.zeros(1, 1, dtype=torch.long, device=device))
+            return lambda: moved_keys(attention, keys, back)
+        if name == "llm_text":
+            asking = torch.arange(total - TEXT, total, device=device)
+            both = (rotary[0][0], rotary[1][0])
+            allowed = visible.expand(TEXT, -1)
+            return lambda: decoder_rows(attention, hidden[0], both, asking, allowed, keys[0])
+        return None
+
+
+def _left(tokens: VisualTokens, keep: Tensor) -> VisualTokens:
+    """What the next cut meets, with its layout's counts known."""
+    left = tokens.take(keep)
+    for name in ("is_separator", "patches", "separators", "view_sizes"):
+        getattr(left.layout, name)
+    return left
+
+
+def _tensors(tokens: VisualTokens) -> list[Tensor]:
+    """What lies on the device before a selection: everything but the fingerprint and counts."""
+    layout = tokens.layout
+    places = [
+        layout.kind,
+        layout.view,
+        layout.row,
+        layout.col,
+        layout.canvas_row,
+        layout.canvas_col,
+    ]
+    known = [layout.is_separator, layout.patches, layout.separators]
+    more = [*tokens.signals.values(), *tokens.text.values(), *(tokens.inputs or ())]
+    return [tokens.features, *places, *known, *more]
+
+
+def _kernels(device: str) -> Iterator[Figure]:
+    """Whether every attention of the testbed ran in a fused kernel, in its usual implementation."""
+    from tokenprune.experiments.data import held_out
+
+    adapter = tp.load("testbed-next", device=device)
+    (item,) = held_out(1, 0, "image")
+    inputs = adapter.prepare([item.images[0].open()], [item.question])
+    modules = [*adapter.model.modules()]
+    before = [
+        getattr(one.config, "_attn_implementation", "") for one in modules if hasattr(one, "config")
+    ]
+    weights = [*adapter.model.parameters()]
+    slow, eager = 0, 0
+    for name in tp.available():
+        compressor = tp.create(name, retention=RETENTION)
+        if compressor.stage is Stage.ENCODER:
+            continue
+        with tp.compress(adapter.model, compressor), watching(*weights) as seen:
+            adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+            inside = [one.config._attn_implementation for one in modules if hasattr(one, "config")]
+        slow += seen.attention - seen.fused
+        eager += inside != before or not seen.attention
+    note = f"over all methods, {before[0]}"
+    yield Figure(
+        case="testbed-next", figure="attention calls not fused", value=slow, unit="count",
+        better="low", goal=0, note=note,
+    )  # fmt: skip
+    yield Figure(
+        case="testbed-next", figure="methods that switch kernels", value=eager, unit="count",
+        better="low", goal=0, note=note,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Models and visual tokens of the shapes that are measured."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from tokenprune.engine import adapter_of
+from tokenprune.ledger import DecoderShape
+from tokenprune.models import testbed
+from tokenprune.models.adapter import Adapter
+from tokenprune.models.llava_next import LlavaNext
+from tokenprune.testing import sample_tokens
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+
+LLAVA_NEXT_7B = DecoderShape(
+    layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128
+)
+VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PREFIX = 1024, 24, 16, 1  # CLIP ViT-L/14 at 336 pixels
+FIVE_VIEWS = TokenLayout.anyres((2, 2), (24, 24), (0, 48, 0, 48))
+"""2880 patch tokens and 48 separators: a square image in LLaVA-NeXT."""
+TEXT = 64  # tokens of a prompt that are not visual
+
+
+def decoder_config(shape: DecoderShape) -> LlamaConfig:
+    """A Llama of ``shape``, with a small vocabulary: logits are no part of what is measured."""
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=65536,
+    )
+
+
+def llava(shape: DecoderShape, device: str, dtype: torch.dtype) -> Adapter:
+    """A LLaVA-NeXT with random weights: a decoder of ``shape`` behind a tiny vision tower."""
+    config = LlavaNextConfig(**LlavaNext.tiny().config.to_dict())
+    config.text_config = decoder_config(shape)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a float32 copy of a large one may not fit
+    try:
+        with torch.device(device):
+            model = LlavaNextForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(usual)
+    return adapter_of(model)
+
+
+def larger_testbed(shape: DecoderShape) -> Adapter:
+    """The testbed's processor and vision tower, random, with a decoder of ``shape``."""
+    from transformers import AutoProcessor
+
+    folder = testbed.path("testbed-next")
+    config = AutoConfig.from_pretrained(folder)
+    vocabulary = config.text_config.vocab_size
+    config.text_config = decoder_config(shape)
+    config.text_config.vocab_size = vocabulary
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    return LlavaNext(model, processor)
+
+
+def tokens_at(
+    layout: TokenLayout,
+    needs: frozenset[Signal],
+    width: int,
+    *,
+    vision: int = VISION_WIDTH,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> VisualTokens:
+    """Random visual tokens whose features and vectors are as wide as in the model."""
+    draw = torch.Generator().manual_seed(0)
+    small = sample_tokens(needs, layout, dtype=dtype)
+
+    def wide(name: str, value: Tensor) -> Tensor:
+        columns = {
+            "llm_keys": width, "llm_states": width, "llm_text": TEXT, "keys": vision // 16,
+            "joint_keys": vision, "unprojected": vision,
+        }.get(name)  # fmt: skip
+        if columns is None:
+            return value.to(device)
+        made = torch.randn(len(value), columns, generator=draw)
+        if name == "llm_text":
+            made = made.softmax(0)
+        if not name.startswith("llm"):
+            made = made.masked_fill(layout.is_separator[:, None], torch.nan)
+        return made.to(device, dtype)
+
+    projector = nn.Linear(vision, width, device=device, dtype=dtype).requires_grad_(False)
+    image = torch.randn(len(layout.patches), width, generator=draw)
+    text = torch.randn(TEXT, width, generator=draw)
+    there = layout.to(device)
+    for name in ("is_separator", "patches", "separators", "view_sizes", "frames", "modality"):
+        getattr(there, name)  # known before any selection, as in the engine
+    return replace(
+        small,
+        layout=there,
+        features=torch.randn(len(layout), width, generator=draw).to(device, dtype),
+        signals={one: wide(one.name, value) for one, value in small.signals.items()},
+        projector=projector,
+        text={
+            one: wide(one.name, value.repeat(TEXT, 1)[:TEXT]) for one, value in small.text.items()
+        },
+        inputs=(image.to(device, dtype), text.to(device, dtype)),
+    )
+
+
+def prompt_of(adapter: Adapter, tokens: VisualTokens) -> dict[str, Any]:
+    """Inputs for a forward: the visual tokens, then `TEXT` ids."""
+    device = tokens.features.device
+    image = torch.full((1, len(tokens)), adapter.placeholders["image"])
+    ids = torch.cat([torch.tensor([[1]]), image, torch.full((1, TEXT - 1), 5)], 1).to(device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | adapter._outputs([[tokens]])
+
+
+def vit_flops(views: int, patches: int, width: int, mlp: int, layers: int) -> float:
+    """FLOPs of a vision transformer over ``views`` views."""
+    n = patches + PREFIX
+    return float(views * layers * (2 * n * (4 * width**2 + 2 * width * mlp) + 4 * n * n * width))

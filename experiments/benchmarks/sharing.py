@@ -1,0 +1,163 @@
+"""A whole comparison against its cells one by one, and against what sharing can save at best.
+
+"Separately" is each cell in a comparison of its own, with its own pass of the vision tower; nothing
+but the cell differs.  Answers and accounts of both ways must be equal.
+"""
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokenprune as tp
+from tokenprune.experiments import sharing
+from tokenprune.experiments.benchmarks.record import Figure
+from tokenprune.experiments.benchmarks.shapes import (
+    LLAVA_NEXT_7B,
+    VISION_LAYERS,
+    VISION_WIDTH,
+    larger_testbed,
+    vit_flops,
+)
+from tokenprune.experiments.compare import RETENTION, ModelRunner, cells, run
+from tokenprune.experiments.data import Question, held_out
+from tokenprune.experiments.results import Cell, Journal
+from tokenprune.ledger import DecoderShape, prefill_flops
+from tokenprune.models.adapter import Adapter
+from tokenprune.prefix import cuts_of
+from tokenprune.tokens import TokenLayout
+
+METHODS = ("uniform", "globalcom2", "visionzip", "fastv", "dart", "pyramiddrop")
+HARDER = (0.75, 0.5, 0.25, 0.1)  # without R = 1, which all methods share
+SCALED = DecoderShape(layers=32, hidden=256, intermediate=688, heads=2, kv_heads=2, head_dim=128)
+Answers = dict[tuple[str, str], dict[str, Any]]
+
+
+def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
+    """Time ratios; see the module."""
+    count, size = (4, 4) if quick else (50, 50)
+    adapter = tp.load("testbed-next", device=device)
+    runner = ModelRunner(adapter, 8)
+    several = held_out(5 * count, 0, "image")
+    for label, ratios, asked, goal in (
+        ("testbed-next, default grid", RETENTION, several[::5], 0.4),
+        ("testbed-next, four compressed", HARDER, several[::5], None),
+        ("testbed-next, 5 questions an image", RETENTION, several[:count], None),
+    ):
+        tell(label)
+        together, alone, _, _ = _both(runner, ratios, asked, size)
+        note = f"{len(METHODS)} methods x {len(ratios)} retentions, {len(asked)} questions"
+        yield Figure(
+            case=label, figure="time / separately", value=together / alone, better="low",
+            goal=goal, note=note,
+        )  # fmt: skip
+        if quick:
+            return
+    tell("decoder of 32 layers")
+    yield from _against_bound(device, 4)
+
+
+def _both(
+    runner: ModelRunner, ratios: Sequence[float], asked: Sequence[Question], size: int
+) -> tuple[float, float, list[Cell], Answers]:
+    """Seconds of the whole comparison and of all cells by themselves."""
+    columns = cells(METHODS, ratios)
+    _run(runner, columns[-1:], asked[:1], size, sharing.together)  # warm up
+    together, answers = _run(runner, columns, asked, size, sharing.together)
+    alone = 0.0
+    for cell in columns[1:]:  # the uncompressed model comes on top of the grid
+        seconds, same = _run(runner, [cell], asked, size, sharing.separate)
+        alone += seconds
+        # At R = 1 the account of a method by itself has what it spent on choosing everything.
+        if cell.retention < 1 and any(answers[key] != made for key, made in same.items()):
+            raise RuntimeError(f"{cell} answers differently together and by itself")
+    return together, alone, columns[1:], answers
+
+
+def _run(
+    runner: ModelRunner,
+    columns: Sequence[Cell],
+    asked: Sequence[Question],
+    size: int,
+    plan: sharing.Plan,
+) -> tuple[float, Answers]:
+    device = runner.adapter.device
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Journal(Path(folder) / "answers.jsonl") as journal,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        start = time.perf_counter()
+        run(runner, columns, asked, journal, batch_size=size, plan=plan)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+        if journal.failures:
+            raise RuntimeError(next(iter(journal.failures.values())).traceback)
+        return seconds, journal.answers
+
+
+def _against_bound(device: str, count: int) -> Iterator[Figure]:
+    """Where the decoder dominates: the measured ratio over the ratio of FLOPs."""
+    adapter = larger_testbed(SCALED)
+    adapter.model.to(device)
+    runner = ModelRunner(adapter, 1)
+    asked = held_out(5 * count, 0, "image")[::5]
+    together, alone, columns, answers = _both(runner, HARDER, asked, count)
+    vision = adapter.base.config.vision_config
+    views = sum(_layouts(adapter, item).views for item in asked)
+    tower = vit_flops(
+        views, vision.image_size**2 // vision.patch_size**2, vision.hidden_size,
+        vision.intermediate_size, vision.num_hidden_layers,
+    )  # fmt: skip
+    flops = {
+        cell.key: sum(answers[cell.key, item.id]["flops"] for item in asked) for cell in columns
+    }
+    full = [answers["uncompressed", item.id]["uncompressed_flops"] for item in asked]
+    bound = _bound(adapter, columns, flops, sum(full), tower)
+    case, note = "32 layers of 256", "FLOPs of prefill and vision tower; no new tokens"
+    yield Figure(case=case, figure="time / separately", value=together / alone, better="low")
+    yield Figure(case=case, figure="bound on it", value=bound, note=note)
+    yield Figure(
+        case=case, figure="time / bound", value=together / alone / bound, better="low", goal=1.1
+    )
+    yield Figure(case="LLaVA-NeXT-7B", figure="bound on it", value=_bound_7b(adapter, columns))
+
+
+def _layouts(adapter: Adapter, item: Question) -> TokenLayout:
+    width, height = item.images[0].open().size
+    return adapter.layout((height, width))
+
+
+def _bound(
+    adapter: Adapter, columns: Sequence[Cell], flops: dict[str, float], full: float, tower: float
+) -> float:
+    """FLOPs of everything once over FLOPs of all cells by themselves."""
+    layers = len(adapter.decoder_layers)
+    together = tower + full
+    for cell in columns:
+        first = min(cuts_of(adapter, cell.compressor), default=0)
+        together += flops[cell.key] - full * first / layers  # that much ran before
+    return together / sum(tower + flops[cell.key] for cell in columns)
+
+
+def _bound_7b(adapter: Adapter, columns: Sequence[Cell]) -> float:
+    """The same for one square image in LLaVA-NeXT-7B, cuts and budgets as the methods say."""
+    shape, patches, rest = LLAVA_NEXT_7B, 2880, 48 + 64
+    full = prefill_flops([patches + rest] * shape.layers, shape)
+    flops = {}
+    for cell in columns:
+        assert cell.compressor is not None
+        cuts = sorted(cuts_of(adapter, cell.compressor)) or [0]  # this decoder has 32 layers too
+        tokens = []
+        for layer in range(shape.layers):
+            passed = sum(cut <= layer for cut in cuts)
+            tokens.append(int(cell.retention ** (passed / len(cuts)) * patches) + rest)
+        flops[cell.key] = prefill_flops(tokens, shape)
+    tower = vit_flops(5, 576, VISION_WIDTH, 4 * VISION_WIDTH, VISION_LAYERS)
+    return _bound(adapter, columns, flops, full, tower)

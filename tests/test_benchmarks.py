@@ -1,0 +1,147 @@
+"""The benchmarks run, count what they say they count, and show what has become worse."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tokenprune as tp
+from tokenprune.errors import UserError
+from tokenprune.experiments.benchmarks import changes, record, save, table
+from tokenprune.experiments.benchmarks.growth import _exponent
+from tokenprune.experiments.benchmarks.record import Figure
+from tokenprune.experiments.benchmarks.shapes import (
+    FIVE_VIEWS,
+    LLAVA_NEXT_7B,
+    larger_testbed,
+    vit_flops,
+)
+from tokenprune.experiments.benchmarks.sharing import METHODS, _bound_7b
+from tokenprune.experiments.benchmarks.watching import watching
+from tokenprune.experiments.compare import cells
+from tokenprune.ledger import DecoderShape, prefill_flops
+
+
+@pytest.mark.slow
+def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
+    from tokenprune.cli import app
+
+    out = tmp_path / "figures.csv"
+    result = CliRunner().invoke(app, ["benchmark", "--quick", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    frame = table(out)
+    assert set(frame["benchmark"]) == {"sharing", "selection", "prefill", "growth"}
+    assert set(frame["case"]) >= {*tp.available(), "testbed-next"}
+    assert frame["value"].notna().all()
+    for column in ("device", "machine", "torch", "transformers", "date"):
+        assert frame[column].notna().all()
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_names_and_devices_are_checked_before_anything_runs() -> None:
+    with pytest.raises(UserError, match="Did you mean 'growth'"):
+        record(["growht"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device"):
+            record(device="cuda")
+
+
+def frame(**values: float) -> pd.DataFrame:
+    better = {"fast": "high", "slow": "low", "zero": "low", "why": None}
+    return pd.DataFrame(
+        {"benchmark": "b", "case": "c", "figure": name, "value": value, "better": better[name]}
+        for name, value in values.items()
+    )
+
+
+def test_what_became_worse_comes_first() -> None:
+    before = frame(fast=2.0, slow=1.0, zero=0.0, why=1.0)
+    moved = changes(frame(fast=1.5, slow=0.5, zero=1.0, why=9.0), before)
+    assert list(moved["figure"]) == ["zero", "fast", "slow"]
+    assert list(moved["worse"]) == [True, True, False]
+    assert moved["change"].iloc[1] == pytest.approx(-0.25)
+    assert changes(frame(fast=1.9, slow=1.05, zero=0.0), before).empty
+    assert changes(frame(slow=1.0), frame(fast=2.0)).empty
+
+
+@pytest.mark.parametrize("name", ["figures.csv", "figures.parquet"])
+def test_files(tmp_path: Path, name: str) -> None:
+    kept = frame(fast=2.0, why=1.0)
+    save(kept, tmp_path / name)
+    assert len(changes(table(tmp_path / name), kept)) == 0
+    with pytest.raises(UserError, match="cannot read benchmark figures"):
+        table(tmp_path / "other.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="lacks benchmark, better, case"):
+        table(tmp_path / "other.csv")
+
+
+def test_goals() -> None:
+    low = Figure(case="c", figure="f", value=1.0, better="low", goal=1.0)
+    assert low.met
+    assert not Figure(case="c", figure="f", value=0.9, better="high", goal=1.0).met
+    assert Figure(case="c", figure="f", value=0.9).met is None
+
+
+def test_waits_are_counted_where_the_tensors_come_from_the_device() -> None:
+    here, there = torch.tensor([3, 1, 2]), torch.tensor([3, 1, 2])
+    with watching(there) as seen:
+        here.tolist()
+        here[here > 1].nonzero()
+        int(here.max())
+    assert not seen.waits.total()
+    with watching(there) as seen:
+        more = there + here
+        assert more[more > 2].tolist() == [6, 4]
+        int(more.max())
+        torch.bincount(more)
+        more[torch.argmax(more)]  # a number as an index
+        more.index_select(0, more.argmax(0, keepdim=True))
+    assert seen.waits == {
+        "mask as index": 1, "tolist": 1, "aten::_local_scalar_dense": 2, "aten::bincount": 1,
+    }  # fmt: skip
+    with watching(there) as seen:
+        square = there[:, None] * there
+        square.expand(100, 3, 3)
+    assert seen.largest == 9, "a view takes no memory"
+
+
+def test_attention_kernels_are_told_apart() -> None:
+    one = torch.randn(1, 2, 5, 8)
+    with watching(one) as seen:
+        torch.nn.functional.scaled_dot_product_attention(one, one, one)
+    assert (seen.attention, seen.fused) == (1, 1)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), watching(one) as seen:
+        torch.nn.functional.scaled_dot_product_attention(one, one, one)
+    assert (seen.attention, seen.fused) == (1, 0)
+
+
+def test_exponents_are_slopes() -> None:
+    sizes = [10, 100, 1000, 10000]
+    assert _exponent(sizes, [1.0, 3.0, 300.0, 30000.0]) == pytest.approx(2)
+    assert _exponent(sizes, [size**1.5 for size in sizes]) == pytest.approx(1.5)
+
+
+def test_the_shapes_are_those_of_the_real_model() -> None:
+    assert (len(FIVE_VIEWS.patches), FIVE_VIEWS.views) == (2880, 5)
+    assert prefill_flops([2880] * 32, LLAVA_NEXT_7B) == pytest.approx(41.7e12, rel=2e-3)
+    # CLIP ViT-L/14 at 336 pixels is about 191 GMACs an image.
+    assert vit_flops(1, 576, 1024, 4096, 24) == pytest.approx(2 * 191e9, rel=0.05)
+
+
+def test_the_bound_by_hand() -> None:
+    small = DecoderShape(layers=32, hidden=16, intermediate=16, heads=2, kv_heads=2, head_dim=8)
+    adapter = larger_testbed(small)
+    full = prefill_flops([2992] * 32, LLAVA_NEXT_7B)
+    half = prefill_flops([1552] * 32, LLAVA_NEXT_7B)
+    tower = vit_flops(5, 576, 1024, 4096, 24)
+    bound = _bound_7b(adapter, cells(["uniform", "first"], [0.5])[1:])
+    assert bound == pytest.approx((tower + full + 2 * half) / (2 * (tower + half)))
+    late = prefill_flops([2992] * 2 + [1552] * 30, LLAVA_NEXT_7B)
+    bound = _bound_7b(adapter, cells(["fastv", "dart"], [0.5])[1:])
+    assert bound == pytest.approx(
+        (tower + full + 2 * (late - 2 / 32 * full)) / (2 * (tower + late))
+    )
+    assert 0.5 < _bound_7b(adapter, cells(METHODS, [0.75, 0.5, 0.25, 0.1])[1:]) < 0.95
