@@ -49,7 +49,6 @@ VARIANTS = {
     "divprune:allocator=globalcom2": parse("divprune:allocator=globalcom2", retention=RETENTION),
     "globalcom2 + fastv": _chain("globalcom2", "fastv"),
     "tome + globalcom2": _chain("tome", "globalcom2"),
-    "downsample + divprune + fastv": _chain("downsample:separators=rows", "divprune", "fastv"),
     "uniform + sparsevlm": _chain("uniform:separators=none", "sparsevlm:recycle=1"),
     "uniform original + two cuts": _chain(
         "uniform:positions=original,separators=none", "fastv:layer=1", "fastv:layer=3"
