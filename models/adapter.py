@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 
 from tokenprune.attention import Projections, head_rows, projections
+from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
@@ -325,6 +328,10 @@ class Adapter(ABC):
                 "acts inside the vision tower, which is offered for the CLIP and SigLIP towers of "
                 f"transformers, not for {self.base.config.vision_config.model_type!r}"
             )
+        grid = part.grid(self.view_shape, budget(math.prod(self.view_shape), part.retention))
+        takes = inspect.signature(self.vision_tower.forward).parameters
+        if grid != self.view_shape and "interpolate_pos_encoding" not in takes:
+            return "resizes the views, but this vision tower cannot interpolate its positions"
         kind = getattr(self.vision_tower.config, "_attn_implementation", "sdpa")
         if kind not in ("sdpa", "eager") and part.bias(torch.ones(1, 2)) is not None:
             return (

@@ -67,7 +67,7 @@ def test_encoding_once_gives_what_pixels_give(
     with compress(adapter.model, method) as trace:
         pixels = _generate(adapter, adapter.prepare(IMAGES, QUESTIONS), **options)
         kept = [chosen.keep.tolist() for chosen in trace.selections]
-    encoded = [adapter.encode(images, method.needs) if images else [] for images in IMAGES]
+    encoded = [adapter.encode(images, method.needs, method) for images in IMAGES]
     with compress(adapter.model, method) as trace:
         for _ in range(2):  # beams expand what they are given; the second call must not notice
             ids = _generate(adapter, adapter.assemble(encoded, QUESTIONS), **options)

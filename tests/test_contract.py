@@ -60,7 +60,6 @@ VARIANTS = {
     "globalcom2 + fastv": _chain("globalcom2", "fastv"),
     "cdpruner by text + fastv": _chain("cdpruner:relevance=text", "fastv"),
     "tome + globalcom2": _chain("tome", "globalcom2"),
-    "downsample + divprune + fastv": _chain("downsample:separators=rows", "divprune", "fastv"),
     "uniform + sparsevlm": _chain("uniform:separators=none", "sparsevlm:recycle=1"),
     # Rows that are read behind tokens that count several times.
     "fastv + pact + fastv": _chain("fastv:layer=1", "pact:depth=0.5", "fastv:layer=3"),

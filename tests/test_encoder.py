@@ -387,6 +387,13 @@ def test_a_method_that_drops_in_the_tower(check: Any) -> None:
         check(DropQuietest(retention=0.4), one)
 
 
+@pytest.mark.parametrize("check", [check_equals_reference, check_batch_equals_single])
+def test_all_three_stages_in_one_chain(check: Any) -> None:
+    chain = parse("downsample:separators=rows@0.6 + divprune@0.6 + fastv@0.6")
+    for one in hosts(["llama"]):
+        check(chain, one)
+
+
 def test_an_exception_inside_the_tower_restores_it(host: Host) -> None:
     class Bursting(EncoderCompressor):
         """Raises in the second layer."""
@@ -480,6 +487,15 @@ def test_what_cannot_run_is_a_sentence(host: Host) -> None:
     with pytest.raises(UserError, match="attn_implementation='sdpa'"):
         host.adapter.check(create("tome", retention=0.5))
     host.adapter.check(create("tome", retention=0.5, proportional=False))
+
+
+def test_a_tower_with_fixed_positions_is_refused_before_it_runs(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.adapter.vision_tower, "forward", lambda pixel_values, **options: None)
+    with pytest.raises(UserError, match="cannot interpolate its positions"):
+        host.adapter.check(create("downsample", retention=0.5))
+    host.adapter.check(create("tome", retention=0.5))
 
 
 def test_chains_have_one_encoder_stage_in_front() -> None:

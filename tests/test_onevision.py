@@ -311,8 +311,8 @@ def test_encoding_once_gives_what_pixels_give(
         kept = [chosen.keep.tolist() for chosen in trace.selections]
     encoded = [
         [
-            *adapter.encode(images, method.needs, together=len(images) > 1),
-            *adapter.encode_videos(videos, method.needs),
+            *adapter.encode(images, method.needs, method, together=len(images) > 1),
+            *adapter.encode_videos(videos, method.needs, method),
         ]
         if images or videos
         else []

@@ -187,14 +187,13 @@ class Tower:
             shape: (rows, columns) of patches in a full view.
         """
         group, (height, width) = self.groups[-1], shape
-        cells = group[:, -height * width :].unflatten(1, shape)
+        cells = group[:, -height * width :].unflatten(1, shape).cpu()  # where layouts are made
         found, first = [], 0
         for layout in layouts:
             rows, cols = layout.view_shape  # fewer where the model pools
             row = (2 * layout.row + 1) * height // (2 * rows)
             col = (2 * layout.col + 1) * width // (2 * cols)
-            here = cells[first : first + layout.views].cpu()
-            ids = here[layout.view, row, col]
+            ids = cells[first : first + layout.views][layout.view, row, col]
             ids = torch.where(ids < 0, -1, ids + layout.view * group.shape[1])
             found.append(ids.masked_fill(layout.is_separator, -1).to(group.device))
             first += layout.views
@@ -338,8 +337,7 @@ class _Session:
         """(V, m, D) what is left of the states (V, n, D) behind the attention of a layer."""
         tower, group = self.tower, self.tower.groups[-1]
         size = tower.size
-        if size is None:
-            size = keys.new_ones(states.shape[:2])
+        size = keys.new_ones(states.shape[:2]) if size is None else size.to(states.device)
         reduction = None
         if index < self.depth:
             tower.key_width = keys.shape[-1]
@@ -361,5 +359,6 @@ class _Session:
             return states
         moved = reduction.group.to(group.device)
         tower.groups.append(torch.where(group < 0, -1, moved.gather(1, group.clamp(min=0))))
-        states, tower.size = merge_weighted(states, size, moved.to(states.device), reduction.left)
+        where = reduction.group.to(states.device)
+        states, tower.size = merge_weighted(states, size, where, reduction.left)
         return states
