@@ -66,6 +66,7 @@ __all__ = [
     "example",
     "hosts",
     "reference",
+    "refusal",
     "run",
     "sample_tokens",
 ]
@@ -729,9 +730,16 @@ def check_is_a_value(compressor: Compressor) -> None:
         pass
     else:
         raise AssertionError(f"{type(compressor).__name__} is not frozen: {field} can be assigned")
+    try:
+        pickled = pickle.loads(pickle.dumps(compressor))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AssertionError(
+            f"{type(compressor).__name__} cannot be pickled: {error}. Define the class at the top "
+            "of a module or notebook, and make the method anew where its cell has run again."
+        ) from error
     copies = {
         "deepcopy": copy.deepcopy(compressor),
-        "pickle": pickle.loads(pickle.dumps(compressor)),
+        "pickle": pickled,
         "dataclasses.replace": replace(compressor),
     }
     for part in compressor.stages():
@@ -1491,7 +1499,7 @@ MODEL_CHECKS: tuple[Check, ...] = (
 CHECKS: tuple[Check, ...] = STRATEGY_CHECKS + MODEL_CHECKS
 
 
-def _refusal(host: Host, compressor: Compressor) -> str:
+def refusal(host: Host, compressor: Compressor) -> str:
     """Why the model cannot run the method; empty if it can."""
     try:
         host.adapter.check(compressor)
@@ -1508,9 +1516,9 @@ def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = Non
     tried = 0
     refusals = []
     for host in hosts() if where is None else where:
-        refusal = _refusal(host, compressor)
-        if refusal:
-            refusals.append(refusal)
+        refused = refusal(host, compressor)
+        if refused:
+            refusals.append(refused)
             continue
         tried += 1
         try:
@@ -1527,7 +1535,7 @@ def example(name: str, retention: float = RETENTION) -> Compressor:
     has, such as a substitute for a text tower.
     """
     method, tried = create(name, retention=retention), hosts(DECODERS[:1])
-    if all(_refusal(host, method) for host in tried):
+    if all(refusal(host, method) for host in tried):
         for spec in (spec for host in tried for spec in host.adapter.other_options(method)):
             return parse(spec, retention=retention)
     return method
