@@ -36,7 +36,10 @@ class CDPruner(Compressor):
             model here has; bring its signals (``given`` of `tokenprune.compress`) or choose a
             substitute: ``text`` is the cosine of ``x`` and the mean input embedding of the
             prompt's text behind the image, ``saliency`` that of the vision tower, and ``none``
-            takes ``q = 1``, the plain determinantal point process.
+            takes ``q = 1``, the plain determinantal point process.  To bring them with a
+            ``CLIPModel`` that shares the vision tower: ``clip_patches`` is its
+            ``visual_projection`` of the ``post_layernorm`` of ``unprojected``, ``clip_text`` its
+            text features, one row for every 77 tokens of the question.
         allocator: How many tokens each view keeps.
     """
 

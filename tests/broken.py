@@ -243,6 +243,13 @@ class Forgetful(Sound):
         super().__init__(retention=retention, **fields)
 
 
+def _local() -> type[Sound]:
+    class Local(Sound):
+        """Defined where pickle cannot find it."""
+
+    return Local
+
+
 class Mute(Sound):
     """Its repr says nothing."""
 
@@ -654,7 +661,7 @@ NO_MEMORY = _replaced(_Session, "_recall", lambda *args: None)
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_documented": _broken(Undocumented, Anonymous, Uncited),
-    "check_is_a_value": _broken(Mutable, Forgetful, Mute),
+    "check_is_a_value": _broken(Mutable, Forgetful, Mute, _local()),
     "check_selection_form": _broken(
         Unsorted, Repeated, SometimesRepeated, OffByOne, OutOfRange, Empty, Short, Misshapen
     ),

@@ -346,7 +346,12 @@ def test_a_methods_card_names_its_source_options_and_deviations() -> None:
         ("Unsorted", "selection form", "not sorted and unique"),
         ("Repeated", "selection form", "not sorted and unique"),
         ("OneTooMany", "budget", "at most"),
-        ("PeeksAtPlaces", "follows content", "in reverse order"),
+        ("InvertedWords", "keeps what stands out", "is the ranking inverted?"),
+        ("KeepsTheWorst", "keeps the best scores", "drops a score of"),
+        ("SometimesTooMany", "budget", "at most"),
+        ("PeeksAtPlaces", "follows content", "upside down"),
+        ("PeeksAtTheCanvas", "follows content", "with the picture of 2x2 crops upside down"),
+        ("HidesItsDraws", "deterministic", "a second time"),
         ("GlobalTorch", "rng untouched", "global generator"),
         ("Counting", "batch equals single", "of the batch"),
     ],
@@ -380,6 +385,7 @@ def test_audit_of_a_sound_method() -> None:
         ("broken:FAULTS", "is not a class derived from Compressor"),
         ("unifrm", "Did you mean 'uniform'"),
         ("uniform:separator=none", "separators"),
+        ("cdpruner", "cdpruner:relevance=text"),
     ],
 )
 def test_audit_of_nothing_is_a_sentence(method: str, said: str) -> None:

@@ -5,6 +5,9 @@ Strategies and adapters are discovered: nothing has to be added here for a new f
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import tokenprune as tp
@@ -152,3 +155,27 @@ def test_chain_refuses_two_cuts_in_one_place() -> None:
     with pytest.raises(UserError, match=r"fastv and pyramiddrop both cut .* layer 2"):
         host.adapter.check(both)
     host.adapter.check(parse("fastv:layer=1@0.5 + fastv:layer=2@0.5"))
+
+
+def test_a_class_of_a_notebook_is_checked_like_any_other() -> None:
+    """Defined in ``__main__``, under a name of its own, by a cell that runs twice."""
+    cell = (
+        "from dataclasses import dataclass\n"
+        "from tokenprune.compressor import ScoringCompressor\n"
+        "from tokenprune.registry import Card, register\n"
+        "@register('mine')\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(ScoringCompressor):\n"
+        "    'The longest.'\n"
+        "    card = Card(paper='Norm (baseline)')\n"
+        "    def score(self, tokens):\n"
+        "        return tokens.features.float().norm(dim=-1)\n"
+    )
+    code = (
+        f"for _ in range(2): exec({cell!r})\n"
+        "from tokenprune.testing import Host, check_compressor\n"
+        "check_compressor('mine', [Host.tiny('LLaVA-NeXT')])\n"
+        "check_compressor(Mine, [Host.tiny('LLaVA-NeXT')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

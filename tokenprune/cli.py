@@ -155,6 +155,7 @@ def audit(
     with as_exit_status():
         quiet()
         compressor = _auditee(method, retention)
+        _refuse_without_host(compressor)
         failed = _audit(compressor)
     raise typer.Exit(FAILED if failed else OK)
 
@@ -179,6 +180,15 @@ def _auditee(method: str, retention: float) -> Compressor:
     if not (isinstance(found, type) and issubclass(found, Compressor)):
         raise UserError(f"{name!r} of {module!r} is not a class derived from Compressor.")
     return found(retention=retention)
+
+
+def _refuse_without_host(compressor: Compressor) -> None:
+    """Raise `UserError` if no tiny model has what the method needs."""
+    from tokenprune.testing import hosts, refusal
+
+    refusals = [refusal(host, compressor) for host in hosts(["llama"])]
+    if all(refusals):
+        raise UserError(f"there is no tiny model to check it in: {refusals[0]}")
 
 
 def _audit(compressor: Compressor) -> int:

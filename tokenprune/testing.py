@@ -74,6 +74,7 @@ __all__ = [
     "example",
     "hosts",
     "reference",
+    "refusal",
     "run",
     "sample_tokens",
 ]
@@ -774,9 +775,16 @@ def check_is_a_value(compressor: Compressor) -> None:
         pass
     else:
         raise AssertionError(f"{type(compressor).__name__} is not frozen: {field} can be assigned")
+    try:
+        pickled = pickle.loads(pickle.dumps(compressor))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise AssertionError(
+            f"{type(compressor).__name__} cannot be pickled: {error}. Define the class at the top "
+            "of a module or notebook, and make the method anew where its cell has run again."
+        ) from error
     copies = {
         "deepcopy": copy.deepcopy(compressor),
-        "pickle": pickle.loads(pickle.dumps(compressor)),
+        "pickle": pickled,
         "dataclasses.replace": replace(compressor),
     }
     for part in compressor.stages():
@@ -819,7 +827,9 @@ def _well_formed(chosen: Selection, tokens: VisualTokens, what: str) -> None:
 
 
 def check_budget(compressor: Compressor) -> None:
-    """No more than ``R * P`` tokens, rounding up at most once per view, and no less than half.
+    """No more than ``R * P`` tokens, rounding up at most once per view; of small budgets half.
+
+    Where ``R`` is large a method may have a schedule of its own that keeps less.
 
     Fewer are fine where content decides by design (`Compressor.fills_budget`).
 
@@ -840,7 +850,8 @@ def _due(method: Compressor, name: str, tokens: VisualTokens) -> None:
     # Rounding up may add one token a view; where nothing is to be rounded, none.
     extra = len(sizes) if len(sizes) > 1 else math.ceil(share - 1e-9) - share
     most = max(share + extra, 1)
-    least = method.retention * sum(sizes) / 2 - len(sizes) if method.fills_budget else 0
+    floor = method.fills_budget and method.retention <= 0.4
+    least = method.retention * sum(sizes) / 2 - len(sizes) if floor else 1
     kept = len(_select(method, tokens).keep)
     assert least <= kept <= most, (
         f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
@@ -868,16 +879,16 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
         frames = {"two frames": TokenLayout.video(2, (4, 4))}
         layouts = {name: LAYOUTS[name] for name in ("2x2", "2x2 padded", "one view")} | frames
         for name, layout in layouts.items() if asked else ():
-            tokens = sample_tokens(part.needs, layout)
+            tokens = sample_tokens(own.needs, layout)
             patches = tokens.layout.patches
             for token in patches[len(patches) // 8 :: len(patches) // 4].tolist():
                 bright = _lit(tokens, asked, token, 1.0)
-                keep = _select(part, bright).keep.tolist()
-                if token in keep or _merges(part, bright, token):
+                keep = _select(own, bright).keep.tolist()
+                if token in keep or _merges(own, bright, token):
                     continue
                 # Frames may be chosen from by what changes instead, whoever gets attention.
                 dark = _lit(tokens, asked, token, 0.0)
-                moot = layout.modality == "video" and keep == _select(part, dark).keep.tolist()
+                moot = layout.modality == "video" and keep == _select(own, dark).keep.tolist()
                 assert moot, (
                     f"{part.label} drops token {token}, the one that gets all of "
                     f"{[s.name for s in asked]} (layout {name!r}); is the ranking inverted?"
@@ -1584,7 +1595,7 @@ MODEL_CHECKS: tuple[Check, ...] = (
 CHECKS: tuple[Check, ...] = STRATEGY_CHECKS + MODEL_CHECKS
 
 
-def _refusal(host: Host, compressor: Compressor) -> str:
+def refusal(host: Host, compressor: Compressor) -> str:
     """Why the model cannot run the method; empty if it can."""
     try:
         host.adapter.check(compressor)
@@ -1601,9 +1612,9 @@ def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = Non
     tried = 0
     refusals = []
     for host in hosts() if where is None else where:
-        refusal = _refusal(host, compressor)
-        if refusal:
-            refusals.append(refusal)
+        refused = refusal(host, compressor)
+        if refused:
+            refusals.append(refused)
             continue
         tried += 1
         try:
@@ -1620,7 +1631,7 @@ def example(name: str, retention: float = RETENTION) -> Compressor:
     has, such as a substitute for a text tower.
     """
     method, tried = create(name, retention=retention), hosts(DECODERS[:1])
-    if all(_refusal(host, method) for host in tried):
+    if all(refusal(host, method) for host in tried):
         for spec in (spec for host in tried for spec in host.adapter.other_options(method)):
             return parse(spec, retention=retention)
     return method
