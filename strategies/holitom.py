@@ -58,8 +58,8 @@ class HoliTom(Compressor):
             "Tokens stay in their places; officially those of a segment's static places come "
             "first.",
             "Equally dense tokens rank by place; officially random noise decides.",
-            "No dynamic tokens are clustered, as in the official settings (D = 0). Merging inside "
-            "the language model is not part of it; chain it with an llm strategy.",
+            "No dynamic tokens are clustered, as in the official settings (D = 0). What happens "
+            "inside the language model is holitom-inner.",
             "Images, which the official code leaves alone, are pruned by attention.",
         ),
     )

@@ -70,7 +70,7 @@ VARIANTS = {
     "pact + pyramiddrop": Chain.of(
         parse("pact", retention=0.6), create("pyramiddrop", retention=0.6, depths=(0.75,))
     ),
-    "holitom + fastv": _chain("holitom", "fastv"),
+    "holitom + holitom-inner": _chain("holitom", "holitom-inner"),
     "uniform original + two cuts": _chain(
         "uniform:positions=original,separators=none", "fastv:layer=1", "fastv:layer=3"
     ),

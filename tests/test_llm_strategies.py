@@ -342,3 +342,25 @@ def test_a_prompt_that_ends_with_the_image_is_refused(name: str) -> None:
         pytest.raises(UserError, match="needs text behind the image"),
     ):
         host.logits({**inputs, **short})
+
+
+# -- HoliTom inside the language model -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_inner_holitom_equals_loops(seed: int) -> None:
+    layout = TokenLayout.anyres((1, 2), (3, 3), (0, 3, 0, 6))
+    row = Signal("llm_attention", 1)
+    tokens = sample_tokens(frozenset({row}), layout, seed=seed)
+    chosen = create("holitom-inner", retention=0.3).select(tokens)
+    patches, scores = layout.patches.tolist(), tokens.signals[row].tolist()
+    kept = sorted(sorted(patches, key=lambda i: -scores[i])[:8])  # of 27, rounded
+    assert chosen.keep.tolist() == kept
+    assert chosen.features is not None
+    states = tokens.features
+    like = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=-1).tolist()
+    members: dict[int, list[int]] = {k: [k] for k in kept}
+    for i in set(patches) - set(kept):
+        members[max(kept, key=lambda k: like[i][k])].append(i)
+    wanted = torch.stack([states[members[k]].mean(0) for k in kept])
+    torch.testing.assert_close(chosen.features, wanted)

@@ -27,6 +27,7 @@ METHODS = [
     "fastv:layer=3",
     "fastv:layer=2,allocator=globalcom2",
     "globalcom2 + fastv",
+    "pact + fastv",
 ]
 
 

@@ -58,7 +58,8 @@ class Selection:
             them, else None.
         sizes: (M,) how many entries each kept one stands for, where attention behind the cut shall
             count it that often (proportional attention: the logarithm is added to the logits of its
-            key, also in later decode steps), else None.  Inside the language model only.
+            key, also in later decode steps), else None.  Inside the language model only; a later
+            selection that gives sizes counts what it sees as one each.
     """
 
     keep: Tensor

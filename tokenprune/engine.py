@@ -751,13 +751,16 @@ class _Session:
             text = self._text_slots(state, span) if vectors or asking else slots
             for signal in part.needs & _ASKED:
                 asked = self._text_rows(state, span, index - 1, text, signal)
-                signals[signal] = asked[:, slots].transpose(0, 1)
-            patches = slots[span.tokens.layout.patches.to(slots.device)]
-            for signal, asks in ((_SELF, patches), (_CROSS, text)):
-                if signal in part.needs:
-                    signals[signal] = self._mass(state, span, index - 1, asks)[slots]
+                signals[signal] = asked[:, slots.to(asked.device)].transpose(0, 1)
+            single = {}
+            if _SELF in part.needs:
+                patches = slots[span.tokens.layout.patches.to(slots.device)]
+                single[_SELF] = self._mass(state, span, index - 1, patches)
+            if _CROSS in part.needs:
+                single[_CROSS] = self._mass(state, span, index - 1, text)
             if _GLOBAL in part.needs:
-                signals[_GLOBAL] = self._global_row(state, span, index, hidden)[slots]
+                single[_GLOBAL] = self._global_row(state, span, index, hidden)
+            signals |= {name: row[slots.to(row.device)] for name, row in single.items()}
             tokens = replace(
                 span.tokens,
                 features=hidden[span.row, slots],
@@ -1028,7 +1031,7 @@ class _Session:
         seen = (columns >= 0) & (columns <= span.columns[-1].to(states.device))
         mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
         both = torch.cat([states, mean.to(states)[None]])[None]
-        still = torch.ones_like(both[..., : self.shape.head_dim])
+        still = both.new_ones(*both.shape[:2], self.shape.head_dim)  # cos of no rotation
         asking = torch.tensor([len(states)], device=states.device)
         visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
