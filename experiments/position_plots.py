@@ -15,7 +15,7 @@ from tokenprune.experiments.plots import _FAINT, _INK, _style, _titles
 from tokenprune.experiments.position_statistics import ALL, NORMAL, profiles
 from tokenprune.experiments.rearrange import CONDITIONS
 
-__all__ = ["by_place", "by_slot", "equivariance", "figures"]
+__all__ = ["by_place", "by_slot", "equivariance", "figures", "on_the_image"]
 
 _COLUMNS = 4  # of the small multiples
 _REVERSED = ("reversed-crops", "reversed-frames")
@@ -53,6 +53,7 @@ def figures(
         if turned.any() and len(usual):
             yield f"slots-{suffix}", by_slot(usual, where)
             yield f"sequence-{suffix}", by_place(usual, where)
+            yield f"map-{suffix}", on_the_image(usual, where)
         yield f"equivariance-{suffix}", equivariance(statistics[chosen], where)
 
 
@@ -141,6 +142,47 @@ def by_place(tokens: pd.DataFrame, where: str) -> Figure:
     return figure
 
 
+def on_the_image(tokens: pd.DataFrame, where: str) -> Figure:
+    """Keep probability by row and column: a map of the crop canvas, or of all frames together.
+
+    Args:
+        tokens: As for `by_slot`; the normal condition is shown.
+        where: As for `by_slot`.
+    """
+    shown = tokens[(tokens["condition"] == NORMAL) & (tokens["slot"] >= 0)]
+    methods = list(pd.unique(tokens["method"]))
+    what = "frame" if (tokens["modality"] == "video").any() else "crop slot"
+    rows, cols = (1, 1) if what == "frame" else map(int, tokens["grid"].iloc[0].split("x"))
+    with _style():
+        figure, grid = _multiples(methods, height=2.7)
+        largest = shown.groupby(["method", "y", "x"], observed=True)["kept"].mean().max()
+        for axes, method in zip(grid, methods, strict=False):
+            cells = shown[shown["method"] == method].pivot_table(
+                index="y", columns="x", values="kept", aggfunc="mean"
+            )
+            image = axes.imshow(
+                cells, cmap="Blues", vmin=0, vmax=largest, extent=(0, cols, rows, 0), aspect="auto"
+            )
+            for row in range(1, rows):
+                axes.axhline(row, color=_INK, lw=0.9)
+            for col in range(1, cols):
+                axes.axvline(col, color=_INK, lw=0.9)
+            _finish(axes, method)
+            axes.set(xticks=[], yticks=[])
+        bar = figure.colorbar(image, ax=grid, shrink=0.6, pad=0.015, aspect=26)
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0, labelsize=11.5, labelcolor=_INK)
+        lines = "all frames together" if what == "frame" else "lines part the crops"
+        _titles(
+            figure,
+            "Where in the image tokens are kept",
+            f"{where}. Share kept by row and column, normal order; {lines}. "
+            f"{_counted(tokens, what)}.",
+        )
+    return figure
+
+
 def equivariance(statistics: pd.DataFrame, where: str) -> Figure:
     """What the choice follows: a panel per condition, a line per method, both levels.
 
@@ -215,14 +257,16 @@ def _counted(tokens: pd.DataFrame, what: str) -> str:
 
 
 def _multiples(methods: list[str], height: float) -> tuple[Figure, list[Axes]]:
-    columns = min(_COLUMNS, len(methods))
-    rows = -(-len(methods) // columns)
+    rows = -(-len(methods) // _COLUMNS)
+    columns = -(-len(methods) // rows)
     figure = Figure(
         figsize=(max(1.2 + 3.1 * columns, 9.6), 1.7 + height * rows), layout="constrained"
     )
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes in grid[len(methods) :]:
         axes.set_axis_off()
+    for axes in grid[max(0, len(methods) - columns) : len(methods)]:
+        axes.tick_params(labelbottom=True)  # also where there is no panel below
     return figure, list(grid)
 
 

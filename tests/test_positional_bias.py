@@ -602,7 +602,21 @@ def test_the_model_is_left_alone(testbed: Adapter, pictures: list[Image.Image]) 
 
 def test_figures_show_the_table(result: Result) -> None:
     made = dict(position_plots.figures(result.tokens, result.statistics, "testbed-next"))
-    assert set(made) == {f"{name}-image-25" for name in ("slots", "sequence", "equivariance")}
+    assert set(made) == {
+        f"{name}-image-25" for name in ("slots", "sequence", "map", "equivariance")
+    }
+    (canvas,) = made["map-image-25"].axes[0].images
+    norms = result.tokens[
+        (result.tokens["method"] == "feature-norm")
+        & (result.tokens["condition"] == "normal")
+        & (result.tokens["kind"] == "crop")
+        & (result.tokens["image"] < 5)
+    ]
+    rows = norms["row"] + 7 * (norms["slot"] // 2)
+    cols = norms["col"] + 7 * (norms["slot"] % 2)
+    cell = norms["kept"][(rows == 3) & (cols == 9)]
+    assert canvas.get_array()[3, 9] == pytest.approx(cell.mean())
+    assert canvas.get_array().shape == (14, 14)
     axes = made["slots-image-25"].axes[1]
     assert axes.get_title(loc="left") == "globalcom2"
     heights = [patch.get_height() for patch in axes.patches]  # type: ignore[attr-defined]

@@ -185,10 +185,10 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
     table = new_table(
         title=f"Positional bias, {statistics['images'].max():.0f} {modality}s",
         caption="Slope: rise of the keep probability from the first to the last place of the "
-        "sequence, 95 % interval. p: that place has no influence on which content is kept "
-        "(selector; smallest of the conditions, Bonferroni). Follows: 1 content, ½ neither, 0 "
-        f"place; selector alone and whole pipeline. First and last {slot}: share kept in % in "
-        "normal → reversed order.",
+        "sequence, 95 % interval. p: that no end of the sequence or of the image is preferred, "
+        "whatever it shows (selector; all conditions, Bonferroni). Follows: 1 content, ½ neither, "
+        f"0 place; selector/pipeline. First and last {slot}: share kept in %, normal → reversed "
+        "order.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
