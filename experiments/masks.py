@@ -611,7 +611,8 @@ def _show_kept(pixels: Pixels, token: NDArray[np.int64], keep: NDArray[np.bool_]
 
 def _eroded(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
     """What lies at least ``width`` pixels inside; the edge of the view does not count as one."""
-    return binary_erosion(inside, np.ones((3, 3)), iterations=width, border_value=1)
+    found = binary_erosion(inside, np.ones((3, 3)), iterations=width, border_value=1)
+    return np.asarray(found, dtype=bool)
 
 
 def _show_heat(pixels: Pixels, token: NDArray[np.int64], value: Pixels) -> Pixels:
@@ -693,9 +694,8 @@ def heat(seen: Seen) -> Figure:
         )
     figure = _figure(seen, panels, "Percentile of the score among all tokens shown.")
     bar = ScalarMappable(Normalize(0, 100), _HEAT)
-    figure.colorbar(
-        bar, ax=figure.axes, shrink=0.6, aspect=30, pad=0.01, format="%d %%"
-    ).outline.set_visible(False)  # type: ignore[operator]
+    scale = figure.colorbar(bar, ax=figure.axes, shrink=0.6, aspect=30, pad=0.01, format="%d %%")
+    scale.outline.set_visible(False)
     return figure
 
 

@@ -27,6 +27,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments import plots
 from tokenprune.experiments.compare import cells
 from tokenprune.experiments.data import (
+    Modality,
     Picture,
     Question,
     fingerprint,
@@ -188,7 +189,7 @@ def _questions(
     experiment = manifest["experiment"]
     file = moved or asked.get("data")
     if file is None:
-        modality = asked.get("modality") or "image"
+        modality: Modality = asked.get("modality") or "image"
         found = held_out(experiment["questions"], experiment["seed"], modality)
     else:
         try:
@@ -419,12 +420,8 @@ def _data_uri(image: Image.Image, side: int) -> str:
     """``image`` as WebP, its longest side at most ``side`` pixels."""
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _webp(small, quality=85)
-
-
-def _webp(image: Image.Image, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", method=4, **options)
+    small.save(buffer, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
@@ -444,7 +441,7 @@ def _planner(manifest: Mapping[str, Any], notes: list[str]) -> Adapter | None:
             where, revision=experiment.get("revision"), local_files_only=True
         )
         kind = (config.architectures or [""])[0]
-        found: Adapter = hosts[kind](SimpleNamespace(config=config))  # type: ignore[arg-type]
+        found: Adapter = hosts[kind](SimpleNamespace(config=config))
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [""])[0]
         notes.append(f"No masks: the configuration of {name} is not here ({first}).")
@@ -649,19 +646,26 @@ def _figures(
     folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any]
 ) -> Iterator[dict[str, str]]:
     """The run's figures as data URIs; made afresh if an interrupted run has none."""
-    files = sorted((folder / "plots").glob("*.png"))
+    files = sorted((folder / "plots").glob("*.png"), key=lambda file: file.stem)
     for file in files:
         with Image.open(file) as image:
             image.thumbnail((_PLOT_WIDTH, 4 * _PLOT_WIDTH), Image.Resampling.LANCZOS)
             name = file.stem.replace("-", " ")
-            yield {"name": name, "uri": _webp(image.convert("RGB"), lossless=True)}
+            yield {"name": name, "uri": _plot_uri(image)}
     if not files and len(summary) and summary["accuracy"].notna().any():
         name = Path(manifest["experiment"]["model"]).name
         figure = plots.accuracy(summary, f"Accuracy of {name} so far")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
         with Image.open(buffer) as image:
-            yield {"name": "accuracy so far", "uri": _webp(image.convert("RGB"), lossless=True)}
+            yield {"name": "accuracy so far", "uri": _plot_uri(image)}
+
+
+def _plot_uri(image: Image.Image) -> str:
+    """A figure has few colours: a palette keeps its text sharp and the file small."""
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _sources(columns: Sequence[_Column]) -> list[dict[str, Any]]:

@@ -1,0 +1,501 @@
+"""The page about a run: whole, closed to what answers contain, and working in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+import tokenprune as tp
+from tokenprune.cli import app
+from tokenprune.errors import UserError
+from tokenprune.experiments.compare import Request as Comparison
+from tokenprune.experiments.compare import compare
+from tokenprune.experiments.geometry import ViewSize, patch_boxes
+from tokenprune.experiments.report import Request, Written, _planner, _script_safe, _views, report
+from tokenprune.tokens import Kind
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+HOSTILE = "</script><img src=x onerror=noteError('broken')><b>&amp;"
+VOID = {"meta", "link", "img", "input", "br"}
+
+
+class Page(HTMLParser):
+    """The elements of a page, every one closed; raises where it is not well formed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.silent: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> in {self.open}"
+
+    def handle_data(self, text: str) -> None:
+        silent = self.open and self.open[-1] in ("script", "style")
+        (self.silent if silent else self.texts).append(text)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def data_of(path: Path) -> dict[str, Any]:
+    """What the page's script is given."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    parsed: dict[str, Any] = json.loads(found[1])
+    return parsed
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "answers.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def rewrite(folder: Path, lines: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "answers.jsonl").write_text(text, encoding="utf-8")
+
+
+def change(folder: Path, **fields: Any) -> None:
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "testbed"
+    compare(
+        Comparison(methods=("uniform", "fastv"), retention=(0.5, 0.1), questions=20, out=folder)
+    )
+    for file in (folder / "plots").glob("*.png"):  # to be quick
+        with Image.open(file) as image:
+            image.resize((60, 40)).save(file)
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, to do with as one likes."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one's own data: images of several shapes, several images, a video."""
+    root = tmp_path_factory.mktemp("own")
+    for index, size in enumerate([(90, 60), (30, 90), (60, 60)]):
+        pixels = np.random.default_rng(index).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{index}.png")
+    rows: list[dict[str, Any]] = [
+        {"image": "0.png", "question": f"{HOSTILE} one?", "answer": HOSTILE, "kind": HOSTILE},
+        {"image": "1.png", "question": "two?", "answer": "2", "id": "second"},
+        {"images": ["0.png", "1.png"], "question": "three?", "answer": "3"},
+        {"video": ["2.png", "2.png", "2.png"], "question": "four?", "answer": "4"},
+    ]
+    (root / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    request = Comparison(
+        model="testbed-onevision",
+        methods=("globalcom2",),
+        retention=(0.3,),
+        data=root / "my.jsonl",
+        out=root / "run",
+    )
+    compare(request)
+    lines = lines_of(root / "run")
+    for line in lines:
+        line["answer"] = HOSTILE if line["question"] == "line-1" else line["answer"]
+    rewrite(root / "run", lines)
+    return root
+
+
+# --- what the page holds --------------------------------------------------------------------------
+
+
+def test_the_page_of_a_finished_run(run: Path) -> None:
+    written = report(Request(folder=run))
+    assert written == Written(run / "report.html", 20, 20, ())
+    page = Page(written.path.read_text(encoding="utf-8"))
+    for element, attributes in page.elements:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            place = attributes.get(name)
+            if place is not None:
+                assert place.startswith(("data:", "#", "https://arxiv.org/abs/")), (element, place)
+                assert element == "a" or place.startswith("data:"), "a link, not something loaded"
+    (style,) = (text for text in page.silent if "color-scheme" in text)
+    assert "url(" not in style
+    assert "@import" not in style
+    manifest = json.loads((run / "manifest.json").read_text())
+    experiment = manifest["experiment"]
+    for said in (
+        "complete",
+        experiment["weights"],
+        experiment["data"],
+        experiment["code"],
+        manifest["versions"]["transformers"],
+        manifest["git"]["commit"] if manifest["git"] else "",
+        "arXiv 2403.06764",
+        "eprint = {2403.06764}",
+        "@software{tokenprune,",
+        "layer average",
+    ):
+        assert said in page.text
+    assert len(page.all("img")) == 3, "accuracy, by cost, by kind"
+    assert not list(run.glob(".report*")), "no temporary file is left"
+
+
+def test_the_script_is_given_what_the_journal_says(run: Path) -> None:
+    report(Request(folder=run))
+    data, lines = data_of(run / "report.html"), lines_of(run)
+    keys = {
+        ("uncompressed", 1.0): "uncompressed",
+        **{
+            (label, r): repr(tp.create(label, retention=r))
+            for label in ("uniform", "fastv")
+            for r in (0.5, 0.1)
+        },
+    }
+    assert [(cell["label"], cell["keep"]) for cell in data["cells"]] == list(keys)
+    journal = {(line["cell"], line["question"]): line for line in lines}
+    assert len(data["questions"]) == 20
+    for item in data["questions"]:
+        full = journal["uncompressed", item["id"]]["answer"]
+        for index, key in enumerate(keys.values()):
+            line = journal[key, item["id"]]
+            assert item["answers"][index] == line["answer"]
+            assert item["right"][index] == str(int(line["answer"] == item["truth"]))
+            assert item["same"][index] == str(int(line["answer"] == full))
+            assert item["kept"][index] == line.get("kept")
+        pairs = [(i, j) for i in range(5) for j in range(5)]
+        for i, j in pairs:
+            equal = item["answers"][i] == item["answers"][j]
+            assert (item["ways"][i] == item["ways"][j]) == equal
+    unlike = [item["same"].count("0") for item in data["questions"]]
+    assert unlike == sorted(unlike, reverse=True), "the most informative ones first"
+    assert len(data["media"]) == len({json.dumps(item["media"]) for item in data["questions"]})
+
+
+def test_how_many_and_which(run: Path, tmp_path: Path) -> None:
+    few = report(Request(folder=run, questions=3, out=tmp_path / "few.html"))
+    assert (few.shown, few.of) == (3, 20)
+    first = report(Request(folder=run, questions=3, first=True, out=tmp_path / "first.html"))
+    ids = [item["id"] for item in data_of(first.path)["questions"]]
+    assert ids == list(dict.fromkeys(line["question"] for line in lines_of(run)))[:3]
+    none = report(Request(folder=run, questions=0, out=tmp_path / "none.html"))
+    assert none.path.stat().st_size < few.path.stat().st_size
+    assert data_of(none.path)["pictures"] == []
+
+
+@settings(max_examples=30)
+@given(size=st.tuples(st.integers(8, 300), st.integers(8, 300)), several=st.booleans())
+def test_the_lattices_are_the_patches(size: tuple[int, int], several: bool) -> None:
+    for name in ("testbed-next", "testbed-onevision"):
+        notes: list[str] = []
+        adapter = _planner({"experiment": {"model": name}}, notes)
+        assert adapter is not None, notes
+        layout = adapter.layout(size, together=several)
+        if 0 in layout.canvas_shape and layout.grid != (0, 0):
+            continue
+        view = ViewSize.of(adapter)
+        expected, (height, width) = patch_boxes(layout, size, view), size
+        found = np.full_like(expected, np.nan)
+        for part in _views(layout, size, view):
+            left, top, right, bottom = np.array(part["box"]) * (width, height, width, height)
+            rows, cols = np.array(part["rows"]), np.array(part["cols"])
+            for row in range(rows.shape[1]):
+                for col in range(cols.shape[1]):
+                    x = left + cols[:, col] * (right - left)
+                    y = top + rows[:, row] * (bottom - top)
+                    found[part["at"] + row * part["step"] + col] = [x[0], y[0], x[1], y[1]]
+        found = found.clip(0, (width, height, width, height))
+        np.testing.assert_allclose(found, expected, atol=2e-5 * max(size) + 1e-6)
+        assert np.isnan(found[(layout.kind == Kind.SEPARATOR).numpy()]).all()
+
+
+@given(st.text())
+def test_nothing_ends_the_script(text: str) -> None:
+    safe = _script_safe({"a": text})
+    assert not set(safe) & set("<>&\u2028\u2029")
+    assert json.loads(safe)["a"] == text.encode("utf-8", "backslashreplace").decode()
+
+
+# --- runs that are not as they should be ----------------------------------------------------------
+
+
+def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
+    whole = report(Request(folder=own / "run", out=tmp_path / "whole.html"))
+    assert whole.notes == ()
+    data = data_of(whole.path)
+    assert [len(data["media"]), len(data["pictures"])] == [5, 3], "each picture once"
+    assert all(all(item["kept"][1]) for item in data["questions"])
+    page = Page(whole.path.read_text(encoding="utf-8"))
+    assert len(page.all("script")) == 3
+    assert len(page.all("b")) == len(data["cells"]), "those of the table alone"
+
+    moved = Path(shutil.copytree(own, tmp_path / "moved"))
+    (moved / "1.png").unlink()
+    change(moved / "run", request={"data": str(moved / "gone.jsonl")})
+    gone = report(Request(folder=moved / "run"))
+    assert any("give its place with --data" in note for note in gone.notes)
+    assert data_of(gone.path)["pictures"] == []
+    assert gone.shown == 4, "answers stand in answers.parquet"
+    found = report(Request(folder=moved / "run", data=moved / "my.jsonl"))
+    assert any("images are missing" in note for note in found.notes)
+    again = data_of(found.path)
+    assert again["pictures"].count(None) == 1
+    by_id = {item["id"]: item for item in again["questions"]}
+    assert by_id["second"]["kept"][1] is None
+    assert by_id["line-1"]["kept"][1]
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        report(Request(folder=moved / "run", data=moved / "nowhere.jsonl"))
+
+    file = moved / "my.jsonl"
+    (moved / "1.png").write_bytes((own / "1.png").read_bytes())
+    file.write_text(file.read_text().replace("two?", "2?"))
+    changed = report(Request(folder=moved / "run", data=file))
+    assert any("have changed since the run" in note for note in changed.notes)
+
+
+def test_a_run_that_did_not_record_what_was_kept(run: Path) -> None:
+    lines = lines_of(run)
+    for line in lines:
+        line.pop("kept", None)
+    rewrite(run, lines)
+    written = report(Request(folder=run))
+    assert any("did not record what was kept" in note for note in written.notes)
+    assert all(not any(item["kept"]) for item in data_of(written.path)["questions"])
+
+
+def test_a_record_of_another_image_is_not_drawn(run: Path) -> None:
+    lines = lines_of(run)
+    for line in lines:
+        if line["cell"].startswith("FastV"):
+            line["kept"] = ["AAAA"]
+    rewrite(run, lines)
+    data = data_of(report(Request(folder=run)).path)
+    for item in data["questions"]:
+        assert [bool(kept) for kept in item["kept"]] == [False, True, True, False, False]
+
+
+def test_an_interrupted_run(run: Path) -> None:
+    """Killed in the middle of a line, before any table or figure was made."""
+    lines = lines_of(run)
+    rewrite(run, lines[:55])
+    with (run / "answers.jsonl").open("a") as file:
+        file.write('{"cell": "uncomp')
+    for name in ("answers.parquet", "summary.csv"):
+        (run / name).unlink()
+    shutil.rmtree(run / "plots")
+    change(run, status="running")
+    written = report(Request(folder=run))
+    page = Page(written.path.read_text(encoding="utf-8"))
+    assert "This run was not finished" in page.text
+    assert "55 answers" in page.text
+    assert len(page.all("img")) == 1
+    said = sum(
+        len([a for a in q["answers"] if a is not None]) for q in data_of(written.path)["questions"]
+    )
+    assert said == 55
+
+
+def test_a_failed_run(run: Path) -> None:
+    key = repr(tp.create("fastv", retention=0.5))
+    lines = [line for line in lines_of(run) if line["cell"] != key]
+    why = {"cell": key, "error": "RuntimeError: <b>luck</b>", "traceback": "Traceback <i>"}
+    rewrite(run, [*lines, why])
+    (run / "summary.csv").unlink()
+    change(run, status="failed", failures=[why | {"cell": "fastv at 0.5"}])
+    written = report(Request(folder=run))
+    page = Page(written.path.read_text(encoding="utf-8"))
+    assert "fastv at 0.5 : RuntimeError: <b>luck</b>" in page.text
+    assert "Traceback <i>" in page.text
+    failed = [cell["failed"] for cell in data_of(written.path)["cells"]]
+    assert failed == [False, False, False, True, False]
+
+
+def test_nothing_was_answered(run: Path) -> None:
+    rewrite(run, [])
+    for name in ("answers.parquet", "summary.csv"):
+        (run / name).unlink()
+    shutil.rmtree(run / "plots")
+    change(run, status="interrupted")
+    written = report(Request(folder=run))
+    assert (written.shown, written.of) == (0, 0)
+    assert "There is no answer yet" in Page(written.path.read_text()).text
+
+
+def test_a_method_that_is_not_registered_here(run: Path) -> None:
+    experiment = json.loads((run / "manifest.json").read_text())["experiment"]
+    change(run, experiment=experiment | {"methods": ["uniform", "someones-own"]})
+    written = report(Request(folder=run))
+    assert any("someones-own" in note for note in written.notes)
+    assert written.shown == 20
+    assert data_of(written.path)["questions"][0]["kept"][1]
+
+
+def test_a_model_that_is_not_here(run: Path) -> None:
+    experiment = json.loads((run / "manifest.json").read_text())["experiment"]
+    change(run, experiment=experiment | {"model": "someone/model-7b"})
+    written = report(Request(folder=run))
+    assert any("No masks: the configuration of someone/model-7b" in note for note in written.notes)
+    assert data_of(written.path)["pictures"], "images are there nevertheless"
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    for content in (None, "{}", "no"):
+        if content is not None:
+            (tmp_path / "manifest.json").write_text(content)
+        result = CliRunner().invoke(app, ["report", str(tmp_path)])
+        assert result.exit_code == 2
+        assert "is not the folder of a comparison" in result.stderr
+    with pytest.raises(UserError, match="must not be negative"):
+        report(Request(folder=tmp_path, questions=-1))
+
+
+def test_the_command_says_where_the_page_is(run: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(run), "--questions", "2"])
+    assert result.exit_code == 0, result.output
+    assert f"Written to {run / 'report.html'}" in result.stdout
+    assert "2 of 20 questions" in result.stdout
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[[Path, str], Page]:
+    """The page as it is once its script ran; no error may be on the console."""
+
+    def open_(path: Path, fragment: str = "") -> Page:
+        command = [
+            *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+            *("--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
+            *("--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1300,900"),
+            f"{path.as_uri()}{fragment}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert "CONSOLE" not in done.stderr, done.stderr
+        page = Page(done.stdout)
+        (errors,) = (item for item in page.all("pre") if item.get("id") == "errors")
+        assert "hidden" in errors
+        (root,) = page.all("html")
+        assert root.get("data-ready") == "yes"
+        return page
+
+    return open_
+
+
+def listed(page: Page) -> list[str | None]:
+    return [item["data-id"] for item in page.all("li") if "data-id" in item]
+
+
+@in_browser
+def test_it_opens_and_counts_what_was_kept(run: Path, opened: Callable[..., Page]) -> None:
+    report(Request(folder=run))
+    item = data_of(run / "report.html")["questions"][4]
+    page = opened(run / "report.html", f"#q={item['id']}")
+    assert len(listed(page)) == 20
+    assert "20 of 20 questions" in page.text
+    (chosen,) = (e for e in page.all("li") if e.get("aria-selected") == "true")
+    assert chosen["data-id"] == item["id"]
+    cards = [card["data-cell"] for card in page.all("div") if "data-cell" in card]
+    assert cards == ["uncompressed@1", "uniform@0.5", "uniform@0.1", "fastv@0.5", "fastv@0.1"]
+    assert len(page.all("canvas")) == 5
+    for line in lines_of(run):  # bits and places read by the script against the engine's ledger
+        if line["question"] == item["id"] and "kept" in line:
+            assert f"{line['kept_patches']} of {line['patch_tokens']} tokens" in page.text
+
+
+@in_browser
+@pytest.mark.parametrize("show", ["kind=digit&show=wrong&method=uniform", "keep=0.1&show=differ"])
+def test_filters_of_the_address(run: Path, show: str, opened: Callable[..., Page]) -> None:
+    report(Request(folder=run))
+    data = data_of(run / "report.html")
+    journal = {(line["cell"], line["question"]): line["answer"] for line in lines_of(run)}
+    expected = []
+    for item in data["questions"]:
+        full = journal["uncompressed", item["id"]]
+        if "uniform" in show:
+            keys = [repr(tp.create("uniform", retention=r)) for r in (0.5, 0.1)]
+            passes = item["kind"] == "digit" and any(
+                journal[key, item["id"]] != item["truth"] for key in keys
+            )
+        else:
+            keys = [repr(tp.create(name, retention=0.1)) for name in ("uniform", "fastv")]
+            passes = any(journal[key, item["id"]] != full for key in keys)
+        if passes:
+            expected.append(item["id"])
+    assert 0 < len(expected) < 20
+    page = opened(run / "report.html", f"#{show}")
+    assert listed(page) == expected
+    assert f"{len(expected)} of 20 questions" in page.text
+    cards = {str(card["data-cell"]) for card in page.all("div") if "data-cell" in card}
+    wanted = {"uniform@0.5", "uniform@0.1"} if "uniform" in show else {"uniform@0.1", "fastv@0.1"}
+    assert cards == wanted | {"uncompressed@1"}
+
+
+@in_browser
+def test_keys_search_and_disagreement(run: Path, opened: Callable[..., Page]) -> None:
+    path = report(Request(folder=run)).path
+    data = data_of(path)
+    differ = [item["id"] for item in data["questions"] if len(set(item["ways"][1:])) > 1]
+    press = """<script>
+    for (const key of ["ArrowRight", "j", "ArrowLeft", "k", "k", "ArrowRight"])
+      document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    document.body.dataset.hash = location.hash;
+    </script></body>"""
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", press), encoding="utf-8")
+    page = opened(path, "#show=disagree")
+    assert listed(page) == differ
+    (chosen,) = (e for e in page.all("li") if e.get("aria-selected") == "true")
+    assert chosen["data-id"] == differ[1]
+    (body,) = page.all("body")
+    assert body["data-hash"] == f"#show=disagree&q={differ[1]}"
+    word = data["questions"][3]["question"].split()[-1].upper()
+    found = [q["id"] for q in data["questions"] if word.lower() in q["question"].lower()]
+    assert listed(opened(path, f"#text={word}&kind=nonsense"))[: len(found)] == found
+
+
+@in_browser
+def test_hostile_texts_and_missing_images(own: Path, tmp_path: Path, opened: Any) -> None:
+    moved = Path(shutil.copytree(own, tmp_path / "moved"))
+    (moved / "1.png").unlink()
+    path = report(Request(folder=moved / "run", data=moved / "my.jsonl")).path
+    page = opened(path, "#q=line-1")
+    assert not [item for item in page.all("img") if item.get("src") == "x"]
+    assert "onerror=noteError" in page.text, "shown as it was written"
+    assert len(page.all("canvas")) == 2
+    page = opened(path, "#q=second")
+    assert page.text.count("image missing") == 1
+    assert "what was kept is not recorded" in page.text
+    several = opened(path, "#q=line-4")
+    assert len(several.all("canvas")) == 2, "a video is one strip"
