@@ -285,6 +285,8 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         lines = [axes for axes in grid if axes.containers]
+        for axes in lines[1:]:
+            axes.sharey(lines[0])
         if lines and table["retention"].nunique() > 1:
             handles, labels = lines[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
@@ -292,7 +294,7 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
             figure,
             f"What the options are worth on {model}",
             f"accuracy on {int(table['n'].max())} questions; bars: 95 % confidence intervals; "
-            "dashed: uncompressed",
+            "dashed: uncompressed; shaded: what the others are compared with",
         )
     return figure
 
@@ -327,6 +329,8 @@ def _lines(axes: Axes, part: pd.DataFrame, full: float) -> None:
             lw=1.5, label=f"keeps {100 * ratio:.3g} %", zorder=3,
         )  # fmt: skip
     axes.axhline(full, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
+    base = places[part["first_value"].iloc[0]]
+    axes.axvspan(base - 0.3, base + 0.3, color="black", alpha=0.06, lw=0)
     broken = [value.replace("_", "_\n") for value in places]
     axes.set_xticks(list(places.values()), broken)
     axes.set_xlim(-0.5, len(places) - 0.5)

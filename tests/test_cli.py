@@ -183,6 +183,18 @@ def test_a_comparison_and_the_same_again(tmp_path: Path) -> None:
     assert "seed: 0 there, 1 here" in third.stderr
 
 
+def test_several_seeds(tmp_path: Path) -> None:
+    words = ["compare", "-m", "random", "-r", "0.25", "--questions", "5", "--seeds", "3"]
+    result = invoke(*words, "--out", str(tmp_path))
+    assert result.exit_code == terminal.OK, result.output
+    frame = pd.read_parquet(tmp_path / "answers.parquet")
+    each = frame[frame["method"] == "random"].groupby("parameters")["correct"].mean()
+    assert len(each) == 3
+    spread = "random at 0.25: 3 seeds, whose accuracies have a standard deviation of "
+    assert f"{spread}{100 * each.std():.1f} points" in result.stdout
+    assert "fastv" not in result.stdout
+
+
 def test_pairs_of_a_run(tmp_path: Path) -> None:
     rows = [
         {"label": label, "retention": 0.25, "question_id": f"q{i}", "image_id": f"i{i}"}

@@ -111,8 +111,9 @@ def compare(
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with the uncompressed model and cost, and writes every answer, a
-    summary and plots to a folder. Ctrl-C keeps what was computed; the same command goes on.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, beside the
+    model that sees no image or the thumbnail alone; writes every answer, a summary and plots to a
+    folder. Ctrl-C keeps what was computed; the same command goes on.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -164,12 +165,25 @@ def _compare(request: Request) -> int:
         return INTERRUPTED
     for table in tables(outcome.summary):
         console.print(table, "")
+    for words in _spreads(outcome.summary):
+        console.print(words, soft_wrap=True, highlight=False, markup=False)
     for name, why in outcome.skipped.items():
         console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
     for cell, failure in outcome.failures.items():
         console.print(f"FAILED {cell}: {failure.error}", soft_wrap=True, markup=False)
     console.print(_closing_words(outcome, seconds), soft_wrap=True, highlight=False, markup=False)
     return FAILED if outcome.failures else OK
+
+
+def _spreads(summary: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method that ran with several seeds."""
+    from tokenprune.experiments.intervals import OVERALL
+
+    for row in _rows(summary[(summary["kind"] == OVERALL) & (summary["seeds"] > 1)]):
+        yield (
+            f"{row['label']} at {row['retention']:g}: {row['seeds']:.0f} seeds, whose accuracies "
+            f"have a standard deviation of {100 * row['seed_spread']:.1f} points"
+        )
 
 
 def _closing_words(outcome: Outcome, seconds: float) -> str:
