@@ -404,11 +404,11 @@ def test_interrupted_then_resumed(
     monkeypatch.setattr(module.ModelRunner, "generate", impatient)
     request = replace(SMALL, out=tmp_path)
     first = compare(request)
-    assert (first.status, first.answered, first.wanted) == ("interrupted", 15, 50)
+    assert (first.status, first.answered, first.wanted) == ("interrupted", 10, 50)
     assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "interrupted"
-    assert len(pd.read_parquet(tmp_path / "answers.parquet")) == 15
+    assert len(pd.read_parquet(tmp_path / "answers.parquet")) == 10
     second = compare(request)
-    assert (second.status, second.new) == ("complete", 35)
+    assert (second.status, second.new) == ("complete", 40)
     for name in ("answers.parquet", "summary.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
