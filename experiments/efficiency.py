@@ -86,7 +86,8 @@ class Prompt:
     @cached_property
     def weight_bytes(self) -> int:
         """Of the whole model, tower and projector included, ``size`` bytes a number."""
-        return self.size * sum(weight.numel() for weight in self.adapter.model.parameters())
+        counts: list[int] = [weight.numel() for weight in self.adapter.model.parameters()]
+        return self.size * sum(counts)
 
     def forecast(self, method: Compressor | None, draws: int = 5) -> Forecast:
         """What ``method`` costs on it."""

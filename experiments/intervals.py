@@ -32,6 +32,9 @@ _COSTS = (
 )
 
 
+_MATCH = ("match", "match_target")
+
+
 class Interval(NamedTuple):
     """Lower and upper end."""
 
@@ -95,8 +98,9 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
 
     Accuracy and agreement stand beside their 95 % Wilson intervals.  ``vs_uncompressed`` and
     ``vs_uniform`` are differences of accuracy to the uncompressed model and to `uniform` at the
-    same retention, on the questions both answered, with a 95 % bootstrap interval (whole images
-    resampled) and the p-value of McNemar's exact test.  Costs are means per question.
+    same retention (the same cost, where costs were matched), on the questions both answered, with a
+    95 % bootstrap interval (whole images resampled) and the p-value of McNemar's exact test.  Costs
+    are means per question.
 
     A cell that failed has ``status`` "failed" and no figures: neither its missing answers nor the
     ones it gave before it failed are scored.
@@ -107,9 +111,11 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
         kinds = [OVERALL]
     rows = []
     for (label, retention), cell in cells.items():
+        # Where costs were matched, with the uniform cell whose cost was the target.
+        asked = cell["asked_retention"].iloc[0] if "asked_retention" in cell else retention
         references = {
             "vs_uncompressed": cells.get(("uncompressed", 1.0)),
-            "vs_uniform": cells.get(("uniform", retention)),
+            "vs_uniform": cells.get(("uniform", asked)),
         }
         failed = bool((cell["status"] == "failed").any())
         for kind in kinds:
@@ -119,6 +125,8 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
                 "label": label,
                 "parameters": cell["parameters"].iloc[0],
                 "retention": retention,
+                "asked_retention": asked,
+                **{name: cell[name].iloc[0] for name in _MATCH if name in cell},
                 "kind": kind,
                 "status": "failed" if failed else "ok",
             }
@@ -134,6 +142,7 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
 
 def _columns() -> Iterator[str]:
     yield from ("model", "method", "label", "parameters", "retention", "kind", "status", "n")
+    yield from ("asked_retention", *_MATCH)
     for share in ("accuracy", "agreement"):
         yield from (share, f"{share}_low", f"{share}_high")
     yield from _COSTS

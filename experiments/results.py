@@ -39,6 +39,7 @@ __all__ = [
     "Cell",
     "Failure",
     "Journal",
+    "Matched",
     "RunFolder",
     "answers_frame",
     "check_writable",
@@ -53,10 +54,28 @@ UNCOMPRESSED = "uncompressed"
 
 
 @dataclass(frozen=True)
+class Matched:
+    """Why a cell has its retention: it was solved for, so that the cell costs what another does.
+
+    Attributes:
+        kind: Which cost (`matching.KINDS`).
+        asked: Retention of `uniform`, whose cost is the target.
+        target: That cost, on a representative prompt.
+        cost: What the cell costs there.
+    """
+
+    kind: str
+    asked: float
+    target: float
+    cost: float
+
+
+@dataclass(frozen=True)
 class Cell:
     """One column of a comparison: a method at a retention, or the uncompressed model (None)."""
 
     compressor: Compressor | None = None
+    matched: Matched | None = None
 
     @property
     def key(self) -> str:
@@ -80,6 +99,11 @@ class Cell:
     @property
     def retention(self) -> float:
         return 1.0 if self.compressor is None else self.compressor.retention
+
+    @property
+    def asked(self) -> float:
+        """The retention that was asked for; not the cell's own where that was solved for."""
+        return self.retention if self.matched is None else self.matched.asked
 
     @property
     def parameters(self) -> str:
@@ -396,6 +420,7 @@ _COUNTS = (
 )
 _COLUMNS = [
     *("model", "method", "label", "parameters", "retention"),
+    *("asked_retention", "match", "match_target"),
     *("question_id", "image_id", "kind", "question", "truth"),
     *("answer", "correct", "agrees", "status", *_COUNTS, "visual_per_layer"),
 ]
@@ -417,6 +442,9 @@ def answers_frame(
             "label": cell.label,
             "parameters": cell.parameters,
             "retention": cell.retention,
+            "asked_retention": cell.asked,
+            "match": None if cell.matched is None else cell.matched.kind,
+            "match_target": None if cell.matched is None else cell.matched.target,
         }
         failed = cell.key in journal.failures
         for item in questions:
@@ -444,7 +472,7 @@ def answers_frame(
                 }
             )
     types = {"correct": "boolean", "agrees": "boolean"} | dict.fromkeys(_COUNTS, "Float64")
-    types |= dict.fromkeys(_WHOLE, "Int64")
+    types |= dict.fromkeys(_WHOLE, "Int64") | {"match_target": "Float64"}
     return pd.DataFrame(rows, columns=_COLUMNS).astype(types)
 
 

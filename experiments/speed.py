@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -168,9 +168,7 @@ class Bench:
         with torch.no_grad():
             for length in lengths:
                 states = self._states(length)
-                whole = self._timed(
-                    lambda states=states: language(inputs_embeds=states, use_cache=True)
-                )
+                whole = self._timed(partial(language, inputs_embeds=states, use_cache=True))
                 seconds.append(whole.median / self.depth)
         return Curve.through(lengths, seconds)
 
