@@ -204,7 +204,7 @@ class Bench:
     def _decode(self, inputs: dict[str, Any]) -> Timing:
         """Single tokens, one after the other, behind the prompt."""
         out, mask = self._forward(inputs), inputs["attention_mask"]
-        cache, seconds = out.past_key_values, []
+        cache, seconds = getattr(out, CACHE), []
         token = torch.full((self.batch_size, 1), 5, device=self.device)
         for _ in range(WARM_UP + DECODED):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
