@@ -210,6 +210,7 @@ class _Pass:
         masks: Masks behind cuts, by the number of cuts in front.
         tapped: Arguments of the attention modules whose rows are wanted.
         read: Layers whose rows were computed, and whether the keys had to be computed again.
+        held: For every layer, (B,) entries that the KV cache held before; empty without any.
         asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
     """
 
@@ -232,6 +233,7 @@ class _Pass:
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
     tapped: dict[int, Kwargs] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
     read: list[tuple[int, bool]] = field(default_factory=list)
     asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
 
@@ -437,6 +439,12 @@ class _Session:
         if work or continued:
             self.current = state
             self._join_cache(state, changed, cache, continued)
+        elif cache is not None and spans and (held := cache.get_seq_length()):
+            mask = changed.get("attention_mask")
+            there = state.real.new_ones(len(embeds), held)
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                there = mask[:, :held]
+            state.held = [there.sum(1)] * self.shape.layers
         if spans:
             self.trace.selections = []
             self._charge_vision(state, embeds.element_size())
@@ -504,6 +512,8 @@ class _Session:
             past = mask[:, :held].to(past.device).bool()
         state.cache = cache
         state.layers = adopt(cache, past, self.shape.layers)
+        if held:
+            state.held = [layer.valid[:, : layer.held].sum(1) for layer in state.layers]
         for layer in state.layers:
             layer.expect(state.real)
         if continued:
@@ -878,7 +888,7 @@ class _Session:
         """
         images = [(span.row, span.layout, span.entered, span.index) for span in state.spans]
         entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
-        read, asked, shape = state.read, state.asked, self.shape
+        read, asked, shape, past = state.read, state.asked, self.shape, state.held
 
         def ledgers() -> list[Ledger]:
             made = []
@@ -902,6 +912,7 @@ class _Session:
                         visual_per_layer=tally[row],
                         selector_flops=spent[row] + sum(flops),
                         selector_bytes=max([most[row], *held]),
+                        kv_before=[int(layer[row]) for layer in past],
                     )
                 )
             return made
