@@ -28,6 +28,7 @@ from tokenprune.errors import UserError, unknown
 from tokenprune.experiments import data, kept, plots
 from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.intervals import OVERALL, summarise
+from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
     UNCOMPRESSED,
     Cell,
@@ -90,6 +91,9 @@ class Request:
         dtype: As in `tokenprune.load`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
         max_new_tokens: Longest answer.
+        match: Bring every method to the cost of `uniform` at each retention: ``tokens``, ``flops``
+            or ``prefill-ms`` (`matching.matched_cells`); None takes retentions as they are.  Times
+            are measured anew by every call, so that such a run cannot be resumed.
     """
 
     model: str = "testbed-next"
@@ -105,6 +109,7 @@ class Request:
     dtype: str = "auto"
     out: Path | None = None
     max_new_tokens: int = 8
+    match: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -499,7 +504,19 @@ def compare(
     skipped: dict[str, str] = {}
     if columns is None:
         methods, skipped = _expanded(request.methods, adapter)
-        columns = cells(methods, request.retention, request.seeds)
+        if request.match is None:
+            columns = cells(methods, request.retention, request.seeds)
+        else:
+            columns, left_out = matched_cells(
+                adapter,
+                questions,
+                methods,
+                request.retention,
+                request.match,
+                optional=set(methods) - set(request.methods),
+                report=report,
+            )
+            skipped |= left_out
     beside = [Cell(), *references({item.modality for item in questions})]
     columns = [*beside, *(cell for cell in columns if cell not in beside)]
     for cell in columns:
@@ -582,6 +599,7 @@ def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
         UserError: As `compare`.
     """
     _check_numbers(request)
+    check_kind(request.match)
     cells([spec for spec in request.methods if spec != ALL], request.retention)
     check_writable(request.out or Path("runs"))
     report(0, 0, "checking the questions")
@@ -675,7 +693,12 @@ def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
         return
     per_kind = summary["n"][summary["kind"] != OVERALL].dropna()
     count = int(summary["n"].max())
+    matched = summary["match"].dropna()
+    # Matched methods share a place on the axis, that of the retention whose cost they have.
+    summary = summary.assign(retention=summary["asked_retention"])
     note = "bars and band: 95 % confidence intervals"
+    if len(matched):
+        note += f"; all at the {matched.iloc[0]} of uniform at that retention"
     title = f"Accuracy of {Path(model).name} with fewer visual tokens"
     figure = plots.accuracy(summary, title, f"{count} questions; {note}")
     plots.save(figure, folder.path / "plots" / "accuracy")
@@ -711,12 +734,22 @@ def _experiment(
         "device": adapter.device.type,
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
         "max_new_tokens": request.max_new_tokens,
+        **({} if request.match is None else {"match": _match(columns)}),
         **files_fingerprint(adapter.path),
         "revision": getattr(config, "_commit_hash", None),
         "code": code_fingerprint(compressors),
         "torch": versions["torch"],
         "transformers": versions["transformers"],
     }
+
+
+def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What every retention was solved for."""
+    return [
+        {"method": cell.label, "retention": cell.retention, **asdict(cell.matched)}
+        for cell in columns
+        if cell.matched is not None
+    ]
 
 
 def _details(request: Request, adapter: Adapter) -> dict[str, Any]:

@@ -7,7 +7,7 @@ tokens, the ledger's arithmetic.  Conventions are the ledger's.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Prompt:
     asking: int | None = None
     size: int = 2
     image_size: tuple[int, int] | None = None
+    _told: dict[Any, Forecast] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def shape(self) -> DecoderShape:
@@ -86,19 +87,22 @@ class Prompt:
     @cached_property
     def weight_bytes(self) -> int:
         """Of the whole model, tower and projector included, ``size`` bytes a number."""
-        return self.size * sum(weight.numel() for weight in self.adapter.model.parameters())
+        counts: list[int] = [weight.numel() for weight in self.adapter.model.parameters()]
+        return self.size * sum(counts)
 
     def forecast(self, method: Compressor | None, draws: int = 5) -> Forecast:
-        """What ``method`` costs on it."""
-        return forecast(
-            self.adapter,
-            method,
-            self.layouts,
-            self.text,
-            asking=self.asking,
-            size=self.size,
-            draws=draws,
-        )
+        """What ``method`` costs on it; told again without computing it again."""
+        if (method, draws) not in self._told:
+            self._told[method, draws] = forecast(
+                self.adapter,
+                method,
+                self.layouts,
+                self.text,
+                asking=self.asking,
+                size=self.size,
+                draws=draws,
+            )
+        return self._told[method, draws]
 
     def square(self, side: int) -> "Prompt":
         """The same with a single view of ``side`` x ``side`` patches and no separator."""

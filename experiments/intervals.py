@@ -45,6 +45,9 @@ _COSTS = (
 )
 
 
+_MATCH = ("match", "match_target")
+
+
 class Interval(NamedTuple):
     """Lower and upper end."""
 
@@ -172,8 +175,8 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
 
     Accuracy and agreement stand beside their 95 % intervals (`proportion`), the mean divergence
     ``kl`` of the answer token beside that of a bootstrap.  ``vs_uncompressed`` and ``vs_uniform``
-    are differences of accuracy to the uncompressed model and to `uniform` at the same retention
-    (`compared`).  Costs are means per question.
+    are differences of accuracy to the uncompressed model and to `uniform` at the same retention, or
+    at the same cost where costs were matched (`compared`).  Costs are means per question.
 
     ``easy_accuracy`` is that on questions which the model answers rightly without the image or
     from the thumbnail alone, ``hard_accuracy`` that on all others.  The two references themselves
@@ -195,9 +198,11 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
         kinds = [OVERALL]
     rows = []
     for (label, retention), cell in cells.items():
+        # Where costs were matched, with the uniform cell whose cost was the target.
+        asked = cell["asked_retention"].iloc[0] if "asked_retention" in cell else retention
         references = {
             "vs_uncompressed": cells.get(("uncompressed", 1.0)),
-            "vs_uniform": cells.get(("uniform", retention)),
+            "vs_uniform": cells.get(("uniform", asked)),
         }
         failed = bool((cell["status"] == "failed").any())
         for kind in kinds:
@@ -207,6 +212,8 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
                 "label": label,
                 "parameters": cell["parameters"].iloc[0],
                 "retention": retention,
+                "asked_retention": asked,
+                **{name: cell[name].iloc[0] for name in _MATCH if name in cell},
                 "kind": kind,
                 "status": "failed" if failed else "ok",
             }
@@ -319,6 +326,7 @@ def _named(
 
 def _columns() -> Iterator[str]:
     yield from ("model", "method", "label", "parameters", "retention", "kind", "status", "n")
+    yield from ("asked_retention", *_MATCH)
     for share in ("accuracy", "agreement"):
         yield from (share, f"{share}_low", f"{share}_high")
     yield from _COSTS

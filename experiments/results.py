@@ -43,6 +43,7 @@ __all__ = [
     "Cell",
     "Failure",
     "Journal",
+    "Matched",
     "RunFolder",
     "answers_frame",
     "check_writable",
@@ -56,6 +57,23 @@ __all__ = [
 ]
 
 UNCOMPRESSED, THUMBNAIL_ONLY, IMAGE_FREE = "uncompressed", "thumbnail-only", "image-free"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Why a cell has its retention: it was solved for, so that the cell costs what another does.
+
+    Attributes:
+        kind: Which cost (`matching.KINDS`).
+        asked: Retention of `uniform`, whose cost is the target.
+        target: That cost, on a representative prompt.
+        cost: What the cell costs there.
+    """
+
+    kind: str
+    asked: float
+    target: float
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,7 @@ class Cell:
     name: str = ""
     blind: bool = False
     pooled: bool = False
+    matched: Matched | None = None
 
     @property
     def key(self) -> str:
@@ -106,6 +125,11 @@ class Cell:
         if self.name:
             return math.nan
         return 1.0 if self.compressor is None else self.compressor.retention
+
+    @property
+    def asked(self) -> float:
+        """The retention that was asked for; not the cell's own where that was solved for."""
+        return self.retention if self.matched is None else self.matched.asked
 
     @property
     def parameters(self) -> str:
@@ -433,6 +457,7 @@ _COUNTS = (
 )
 _COLUMNS = [
     *("model", "method", "label", "parameters", "retention"),
+    *("asked_retention", "match", "match_target"),
     *("question_id", "image_id", "kind", "question", "truth"),
     *("answer", "correct", "agrees", "kl", "easy", "status", *_COUNTS, "visual_per_layer"),
 ]
@@ -458,6 +483,9 @@ def answers_frame(
             "label": cell.label,
             "parameters": cell.parameters,
             "retention": cell.retention,
+            "asked_retention": cell.asked,
+            "match": None if cell.matched is None else cell.matched.kind,
+            "match_target": None if cell.matched is None else cell.matched.target,
         }
         failed = cell.key in journal.failures
         for item in questions:
@@ -488,6 +516,7 @@ def answers_frame(
             )
     types = dict.fromkeys(("correct", "agrees", "easy"), "boolean")
     types |= dict.fromkeys(("kl", *_COUNTS), "Float64") | dict.fromkeys(_WHOLE, "Int64")
+    types |= {"match_target": "Float64"}
     return pd.DataFrame(rows, columns=_COLUMNS).astype(types)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -168,9 +168,7 @@ class Bench:
         with torch.no_grad():
             for length in lengths:
                 states = self._states(length)
-                whole = self._timed(
-                    lambda states=states: language(inputs_embeds=states, use_cache=True)
-                )
+                whole = self._timed(partial(language, inputs_embeds=states, use_cache=True))
                 seconds.append(whole.median / self.depth)
         return Curve.through(lengths, seconds)
 
@@ -206,7 +204,7 @@ class Bench:
     def _decode(self, inputs: dict[str, Any]) -> Timing:
         """Single tokens, one after the other, behind the prompt."""
         out, mask = self._forward(inputs), inputs["attention_mask"]
-        cache, seconds = out.past_key_values, []
+        cache, seconds = getattr(out, CACHE), []
         token = torch.full((self.batch_size, 1), 5, device=self.device)
         for _ in range(WARM_UP + DECODED):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

@@ -17,7 +17,7 @@ from tokenprune.ledger import Ledger
 __all__ = ["MEASURES", "Measure", "Solution", "solve", "translate"]
 
 Measure = Literal["tokens", "flops", "equivalent"]
-MEASURES: dict[str, Callable[[Ledger], float]] = {
+MEASURES: dict[Measure, Callable[[Ledger], float]] = {
     "tokens": lambda ledger: ledger.layer_average,
     "flops": lambda ledger: ledger.flops / ledger.uncompressed_flops,
     "equivalent": equivalent,
@@ -54,7 +54,7 @@ def translate(prompt: Prompt, method: Compressor) -> dict[str, float]:
         "kept_separators": ledger.kept_separators,
         "tokens_with_text": ledger.layer_average_with_text,
     }
-    return found | {name: measure(ledger) for name, measure in MEASURES.items()}
+    return {**found, **{name: measure(ledger) for name, measure in MEASURES.items()}}
 
 
 def solve(
@@ -86,13 +86,13 @@ def solve(
             f"{method.label} says itself what it keeps; only the retention of single methods can "
             "be solved for."
         )
-    if isinstance(cost, str):
-        measure, what = MEASURES[cost], _WORDS[cost]
+    what = what or _WORDS.get(str(cost), "")
 
-        def price(one: Compressor) -> float:
-            return measure(prompt.forecast(one, draws=1).ledger)
-    else:
-        price = cost
+    def price(one: Compressor) -> float:
+        if callable(cost):
+            return cost(one)
+        return MEASURES[cost](prompt.forecast(one, draws=1).ledger)
+
     known: dict[int, float] = {}
 
     def at(step: int) -> float:

@@ -323,6 +323,19 @@ def test_efficiency_on_the_command_line(
     assert asked["retention"] == [1, 0.75, 0.5, 0.25, 0.1]
 
 
+def test_measured_on_the_command_line(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    status, said = run(
+        "efficiency", "--config", "testbed-next", "-m", "fastv", "-r", "0.5", "--out", "there",
+        "--image-size", "56x56", "--measure", "--repeats", "1", "--layers", "3", "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0, said
+    assert "3 of 6 decoder layers were built" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
+    table = pd.read_csv(tmp_path / "there" / "measured.csv")
+    assert list(table["label"]) == ["uncompressed", "fastv"]
+    assert (table[["vision", "prefill", "decode", "peak_bytes"]] > 0).all(axis=None)
+
+
 def test_convert_on_the_command_line(run: Callable[..., tuple[int, str]]) -> None:
     status, said = run("convert", "fastv:layer=2,retention=0.25", "--image-size", "672x672")
     assert status == 0, said
@@ -345,6 +358,8 @@ def test_convert_on_the_command_line(run: Callable[..., tuple[int, str]]) -> Non
         (("efficiency", "--retention", "2"), "larger than 0 and at most 1"),
         (("efficiency", "-m", "scope", "--config", "llava-onevision-qwen2-7b"), "CLS"),
         (("efficiency", "--dtype", "int8"), "dtype must be one of"),
+        (("compare", "--match", "watts"), "cost to match"),
+        (("compare", "--match", "tokens", "-m", "fastv", "-r", "0.1"), "Leave the method out"),
     ],
 )
 def test_bad_input_is_a_sentence(

@@ -126,7 +126,11 @@ def test_a_failed_cell_has_no_figures_and_is_nobodys_reference() -> None:
     ).set_index(["label", "kind"])
     failed = table.loc[("uniform", OVERALL)]
     assert failed["status"] == "failed"
-    assert failed.drop(["model", "method", "parameters", "retention", "status"]).isna().all()
+    assert (
+        failed.drop(["model", "method", "parameters", "retention", "asked_retention", "status"])
+        .isna()
+        .all()
+    )
     assert math.isnan(table.loc[("other", OVERALL), "vs_uniform"])
     assert table.loc[("other", OVERALL), "vs_uncompressed"] == 0
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from tokenprune.compressor import Chain, create
+from tokenprune.cache import CACHE
+from tokenprune.compressor import Chain, create, parse
 from tokenprune.engine import compress
 from tokenprune.errors import UserError
 from tokenprune.ledger import DecoderShape, Ledger, VisionShape, encoder_flops, prefill_flops
@@ -187,6 +188,27 @@ def test_a_signal_of_the_tower_is_charged(host: Host) -> None:
     assert ledger.selector_flops == 5 * 2 * 17 * 16
     kept = 2 * 5 * 17 * 16 * 4  # queries and keys of one layer
     assert ledger.selector_bytes == kept + 2 * 5 * 2 * 17 * 4  # two heads' logits and softmax
+
+
+@pytest.mark.parametrize("spec", [None, "uniform@0.4", "fastv@0.4", "uniform@0.6 + fastv@0.5"])
+def test_a_second_turn_tells_what_the_first_one_left(host: Host, spec: str | None) -> None:
+    """The same image again behind the first turn: what the cache holds, layer by layer."""
+    method = None if spec is None else parse(spec)
+    inputs = host.inputs((0,))
+    ids = inputs["input_ids"]
+    with compress(host.model, method) as trace, torch.no_grad():
+        out = host.model(**inputs, use_cache=True)
+        first = trace.ledger.kv_per_layer
+        cache = getattr(out, CACHE)
+        assert list(first) == [layer.keys.shape[-2] for layer in cache.layers]
+        mask = torch.ones(1, 2 * ids.shape[1], dtype=torch.long)
+        host.model(**{**inputs, "attention_mask": mask, CACHE: cache}, use_cache=True)
+    ledger = trace.ledger
+    assert ledger.kv_before == first
+    assert ledger.text_tokens == 6
+    assert list(ledger.kv_per_layer) == [layer.keys.shape[-2] for layer in cache.layers]
+    size = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 4
+    assert ledger.kv_bytes == size
 
 
 def test_what_enters_is_told_apart_from_what_is_left_at_the_end(host: Host) -> None:

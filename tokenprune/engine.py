@@ -270,6 +270,7 @@ class _Pass:
         masks: Masks behind cuts, by the number of cuts in front.
         tapped: Input and rotary embedding of the attention modules whose rows are wanted.
         read: Layers whose rows were computed, and whether the keys had to be computed again.
+        held: For every layer, (B,) entries that the KV cache held before; empty without any.
         asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
         projected: Layers as many of whose slots were made into keys ahead of the next one.
     """
@@ -294,6 +295,7 @@ class _Pass:
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
     tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
     read: list[tuple[int, bool]] = field(default_factory=list)
     asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
     projected: list[int] = field(default_factory=list)
@@ -534,6 +536,12 @@ class _Session:
         if work or continued:
             self.current = state
             self._join_cache(state, changed, cache, continued)
+        elif cache is not None and spans and (held := cache.get_seq_length()):
+            mask = changed.get("attention_mask")
+            there = state.real.new_ones(len(embeds), held)
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                there = mask[:, :held]
+            state.held = [there.sum(1)] * self.shape.layers
         if self.repeating is not None:
             given = [self.ids, changed.get("attention_mask")]
             images = [span.record for span in spans]
@@ -608,6 +616,8 @@ class _Session:
             past = mask[:, :held].to(past.device).bool()
         state.cache = cache
         state.layers = adopt(cache, past, self.shape.layers)
+        if held:
+            state.held = [layer.valid[:, : layer.held].sum(1) for layer in state.layers]
         for layer in state.layers:
             layer.expect(state.real)
         if continued:
@@ -1113,7 +1123,7 @@ class _Session:
         images = [(span.row, span.layout, span.entered, span.index) for span in state.spans]
         entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
         read, asked, projected = state.read, state.asked, state.projected
-        shape, vision = self.shape, self.vision
+        shape, vision, past = self.shape, self.vision, state.held
         towers = [(span.row, span.layout.views, span.tokens.encoding) for span in state.spans]
         plain = encoder_flops([self.adapter.vision_tokens] * vision.layers, vision)
 
@@ -1148,6 +1158,7 @@ class _Session:
                         visual_per_layer=tally[row],
                         selector_flops=spent[row] + sum(flops),
                         selector_bytes=max([most[row], *held]),
+                        kv_before=[int(layer[row]) for layer in past],
                         vision_flops=sum(
                             views * tower(run) for where, views, run in towers if where == row
                         ),

@@ -220,7 +220,7 @@ class Ledger:
             before compression and at the end.
         text_tokens: Tokens of the prompt that are not visual.
         visual_per_layer: Visual tokens (separators included) that each decoder layer processed.
-        kv_bytes: Size of what this prefill put into the KV cache.
+        kv_bytes: Size of the KV cache when decoding begins, `kv_entries` in all.
         flops: Prefill FLOPs of the decoder, layer by layer, plus `selector_flops`.
         selector_flops: What choosing cost: attention rows and the strategy's own arithmetic.
         uncompressed_flops: Prefill FLOPs of the decoder on the full prompt.
@@ -231,6 +231,8 @@ class Ledger:
             uncompressed model holds: while the tower's signals are computed (`signal_bytes`), while
             attention rows are (`DecoderShape.row_bytes`), or while a strategy selects: what it is
             shown (`held_bytes`) and what it says it needs (`Compressor.memory`).
+        kv_before: Entries that earlier turns had left in each layer's KV cache; empty for a first
+            turn.  FLOPs of attending to them are not counted.
     """
 
     requested: float
@@ -251,6 +253,7 @@ class Ledger:
     entered_patches: int
     entered_separators: int
     selector_bytes: int
+    kv_before: tuple[int, ...] = ()
 
     @property
     def realised(self) -> float:
@@ -274,11 +277,9 @@ class Ledger:
 
     @property
     def kv_per_layer(self) -> tuple[int, ...]:
-        """Entries of each layer's KV cache when decoding begins, text included, padding not.
-
-        Of what this prefill added; a cache that is continued holds the earlier turns' besides.
-        """
-        return self.tokens_per_layer
+        """Entries of each layer's KV cache when decoding begins, text included, padding not."""
+        before = self.kv_before or (0,) * len(self.visual_per_layer)
+        return tuple(a + b for a, b in zip(before, self.tokens_per_layer, strict=True))
 
     @property
     def kv_entries(self) -> int:
@@ -300,6 +301,7 @@ def settle(
     selector_bytes: int,
     vision_flops: float,
     uncompressed_vision_flops: float,
+    kv_before: Sequence[int] = (),
 ) -> Ledger:
     """The `Ledger` of one prompt.
 
@@ -311,7 +313,8 @@ def settle(
             first decoder layer, in front of the last one.
         text: Tokens that are not visual.
         visual_per_layer: As in the ledger.
-        selector_flops, selector_bytes, vision_flops, uncompressed_vision_flops: As in the ledger.
+        selector_flops, selector_bytes, vision_flops, uncompressed_vision_flops, kv_before: As in
+            the ledger.
     """
     tokens = [text + visual for visual in visual_per_layer]
     full = text + sum(map(len, before))
@@ -325,13 +328,14 @@ def settle(
         kept_per_view=tuple(layout.view_sizes for layout in after),
         text_tokens=text,
         visual_per_layer=tuple(visual_per_layer),
-        kv_bytes=sum(tokens) * shape.kv_bytes(size),
+        kv_bytes=(sum(tokens) + sum(kv_before)) * shape.kv_bytes(size),
         flops=prefill_flops(tokens, shape) + selector_flops,
         selector_flops=selector_flops,
         uncompressed_flops=prefill_flops([full] * shape.layers, shape),
         entered_patches=_patches(entered),
         entered_separators=_separators(entered),
         selector_bytes=selector_bytes,
+        kv_before=tuple(kv_before),
         vision_flops=vision_flops,
         uncompressed_vision_flops=uncompressed_vision_flops,
     )

@@ -108,6 +108,14 @@ def compare(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 8,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tokens|flops|prefill-ms",
+            help="Let every method keep what makes it cost as much as uniform at the retention "
+            "asked for: tokens a layer, FLOPs of the prefill, or its measured time.",
+        ),
+    ] = None,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
@@ -130,6 +138,7 @@ def compare(
             "dtype": dtype,
             "out": out,
             "max_new_tokens": max_new_tokens,
+            "match": match,
         }
         if methods:
             asked["methods"] = tuple(split_specs(methods))
@@ -204,7 +213,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     # At R = 1 all methods are the uncompressed model, which has a row of its own.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
-    rows = rows.sort_values("retention", ascending=False, kind="stable")
+    rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
+    rows = rows.sort_values("keep", ascending=False, kind="stable")
     overall = rows[rows["kind"] == OVERALL]
     unit, scale = flops_unit(overall["uncompressed_flops"].max())
 
@@ -213,13 +223,13 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
         caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ better or worse than uniform "
         "at the same retention (exact McNemar test on the same questions, p < 0.05). Same: answers "
         "in % that equal the uncompressed model's. Tokens: visual ones with separators, mean over "
-        "decoder layers. FLOPs: prefill of the decoder, selection included.",
+        "decoder layers. FLOPs: prefill of the decoder, selection included." + _matching(rows),
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
     for name in ("accuracy", "", "same", "tokens", unit, "of all"):
         table.add_column(name, justify="right", no_wrap=True)
-    for retention, group in overall.groupby("retention", sort=False):
+    for retention, group in overall.groupby("keep", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             figures = ["FAILED", "", "", "", "", ""]
             if row["status"] == "ok":
@@ -234,7 +244,7 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
                 ]
             keep = "" if position else percent(float(str(retention)), None)
             table.add_row(
-                keep, method_label(row["label"]), *figures, end_section=position + 1 == len(group)
+                keep, method_label(row["name"]), *figures, end_section=position + 1 == len(group)
             )
     yield table
 
@@ -296,7 +306,7 @@ def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
     table.add_column("method", overflow="fold")
     for kind in kinds:
         table.add_column(escape(kind), justify="right")
-    for retention, group in rows[rows["kind"].isin(kinds)].groupby("retention", sort=False):
+    for retention, group in rows[rows["kind"].isin(kinds)].groupby("keep", sort=False):
         methods = list(group.groupby("label", sort=False))
         for position, (label, cell) in enumerate(methods):
             by_kind = cell.set_index("kind")
@@ -306,6 +316,27 @@ def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
                 keep, method_label(str(label)), *texts, end_section=position + 1 == len(methods)
             )
     return table
+
+
+def _matching(rows: pd.DataFrame) -> str:
+    kinds = rows["match"].dropna().unique() if "match" in rows else []
+    return "".join(
+        f" Matched: every method keeps what gives it the {kind} of uniform at that retention; "
+        "how much that is stands behind its name."
+        for kind in kinds
+    )
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    """Labels; with the retention where it is not the one asked for but was solved for."""
+    if "asked_retention" not in rows:
+        return list(rows["label"])
+    return [
+        label if own == asked else f"{label}@{own:.3g}"
+        for label, own, asked in zip(
+            rows["label"], rows["retention"], rows["asked_retention"], strict=True
+        )
+    ]
 
 
 def _accuracy(row: pd.Series, decimals: int) -> str:

@@ -1,0 +1,153 @@
+"""Methods at equal cost: what each may keep to cost as much as `uniform` at a retention."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import tokenprune as tp
+from tokenprune.compressor import Chain, Compressor
+from tokenprune.errors import UserError, unknown
+from tokenprune.experiments.data import Question
+from tokenprune.experiments.efficiency import Prompt
+from tokenprune.experiments.results import Cell, Matched
+from tokenprune.experiments.speed import Bench
+from tokenprune.experiments.translation import solve
+from tokenprune.models.adapter import Adapter
+from tokenprune.terminal import Report
+from tokenprune.tokens import TokenLayout
+
+__all__ = ["KINDS", "Kind", "matched_cells", "representative"]
+
+Kind = Literal["tokens", "flops", "prefill-ms"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_LOOKED_AT = 200  # questions at most, to find one of median length
+
+
+def check_kind(kind: str | None) -> None:
+    """Raise `UserError` unless ``kind`` is None or one of `KINDS`."""
+    if kind is not None and kind not in KINDS:
+        raise unknown("cost to match", kind, KINDS)
+
+
+def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
+    """The question with the median number of visual tokens, as the model sees its prompt.
+
+    Of very many questions evenly spaced ones are looked at.
+    """
+    step = -(-len(questions) // _LOOKED_AT)
+    prompts = [_prompt(adapter, item) for item in questions[::step]]
+    ordered = sorted(prompts, key=lambda prompt: prompt.visual)
+    return ordered[len(ordered) // 2]
+
+
+def _prompt(adapter: Adapter, item: Question) -> Prompt:
+    video = item.modality == "video"
+    layouts: tuple[TokenLayout, ...]
+    if video:
+        layouts = (adapter.video_layout(len(item.images)),)  # type: ignore[attr-defined]
+        size = None
+    else:
+        sizes = [picture.open().size[::-1] for picture in item.images]
+        together = len(sizes) > 1
+        layouts = tuple(adapter.layout(one, together=together) for one in sizes)
+        size = None if together else sizes[0]
+    text = adapter.prompt(item.question, 0 if video else len(layouts), int(video))
+    ids = adapter.processor.tokenizer(text)["input_ids"]
+    marks = [index for index, each in enumerate(ids) if each in adapter.placeholders.values()]
+    return Prompt(
+        adapter,
+        layouts,
+        text=len(ids) - len(marks),
+        asking=len(ids) - 1 - marks[-1] if marks else None,
+        size=adapter.model.dtype.itemsize,
+        image_size=size,
+    )
+
+
+def matched_cells(
+    adapter: Adapter,
+    questions: Sequence[Question],
+    specs: Iterable[str],
+    retention: Iterable[float],
+    kind: Kind,
+    *,
+    optional: Iterable[str] = (),
+    report: Report = lambda *_: None,
+) -> tuple[list[Cell], dict[str, str]]:
+    """The uncompressed model, and every method at retentions where it costs what `uniform` does.
+
+    Args:
+        adapter: Of the model, with weights if times are to be matched.
+        questions: Where the `representative` prompt comes from.
+        specs: Methods; those that say what they keep are refused.
+        retention: Of `uniform`, the reference; it is added if it is not among the methods.
+        kind: ``tokens`` (visual ones a layer on average), ``flops`` (of the prefill, selection
+            included) or ``prefill-ms`` (measured here: choice and prefill of one prompt).
+        optional: Specs that may be left out where they cannot cost so little.
+        report: Told what is being done.
+
+    Returns:
+        The cells, and why some of ``optional`` are not among them.
+
+    Raises:
+        UserError: A method cannot be brought to the cost.
+    """
+    ratios = sorted(set(retention), reverse=True)
+    methods = [tp.create("uniform", retention=0.5)]
+    for spec in specs:
+        method = _unsettled(spec)
+        methods += [method] if method.label != methods[0].label else []
+    may_fail = {_unsettled(spec).label for spec in optional}
+    prompt = representative(adapter, questions)
+    bench = Bench(adapter, prompt) if kind == "prefill-ms" else None
+    cells, left_out = [Cell()], {}
+    for index, method in enumerate(methods):
+        report(index, len(methods), f"matching {method.label}")
+        price = bench.price(method) if bench is not None else None
+        for ratio in ratios:
+            if index == 0:
+                reference = replace(method, retention=ratio)
+                cost = price(reference) if price else _cost(prompt, reference, kind)
+                cells.append(Cell(reference, matched=Matched(kind, ratio, cost, cost)))
+                continue
+            target = next(c.matched.target for c in cells if c.matched and c.matched.asked == ratio)
+            if ratio == 1:  # every method is the uncompressed model then
+                cells.append(
+                    Cell(replace(method, retention=1.0), matched=Matched(kind, 1.0, target, target))
+                )
+                continue
+            try:
+                if price:
+                    what = "ms of choice and prefill"
+                    found = solve(prompt, method, target, price, what=what)
+                else:
+                    found = solve(prompt, method, target, "tokens" if kind == "tokens" else "flops")
+            except UserError as error:
+                sentence = f"uniform at {ratio:g} sets the cost, but {error}"
+                if method.label not in may_fail:
+                    raise UserError(
+                        f"{sentence} Leave the method out, or ask for a larger retention."
+                    ) from None
+                left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
+                continue
+            cells.append(Cell(found.method, matched=Matched(kind, ratio, target, found.cost)))
+    distinct = {repr(cell.compressor): cell for cell in cells}
+    return list(distinct.values()), left_out
+
+
+def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:
+    ledger = prompt.forecast(method, draws=1).ledger
+    if kind == "tokens":
+        return ledger.layer_average
+    return ledger.flops / ledger.uncompressed_flops
+
+
+def _unsettled(spec: str) -> Compressor:
+    """The method of ``spec``, whose retention is to be found."""
+    own = "@" in spec or "retention" in spec
+    if own or isinstance(method := tp.parse(spec, retention=0.5), Chain):
+        raise UserError(
+            f"{spec!r} says itself what it keeps; with --match the retention is solved for, so "
+            "give single methods without one."
+        )
+    return method

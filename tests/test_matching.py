@@ -1,0 +1,300 @@
+"""Methods at equal cost, and what their parts take."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import tokenprune as tp
+from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.errors import UserError
+from tokenprune.experiments import data, speed
+from tokenprune.experiments.compare import Request, compare
+from tokenprune.experiments.data import Question
+from tokenprune.experiments.efficiency import Prompt, prompt_of
+from tokenprune.experiments.intervals import OVERALL, summarise
+from tokenprune.experiments.matching import matched_cells, representative
+from tokenprune.experiments.measuring import Timing
+from tokenprune.experiments.results import Cell, Matched
+from tokenprune.experiments.speed import Bench, Curve, measure
+from tokenprune.ledger import DecoderShape, prefill_flops
+from tokenprune.models.adapter import Adapter
+from tokenprune.models.configs import adapter_at_random
+from tokenprune.tokens import Signal, VisualTokens
+
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Adapter:
+    return tp.load("testbed-next")
+
+
+@pytest.fixture(scope="module")
+def questions() -> Sequence[Question]:
+    return data.held_out(20, 0, "image")
+
+
+# --- matching -------------------------------------------------------------------------------------
+
+
+def test_the_representative_prompt_is_as_the_engine_sees_it(
+    adapter: Adapter, questions: Sequence[Question]
+) -> None:
+    """Its tokens are those of the real batch; half of the questions have no more."""
+    prompt = representative(adapter, questions)
+    lengths = []
+    for item in questions:
+        image = item.images[0].open()
+        ids = adapter.prepare([image], [item.question])["input_ids"]
+        lengths.append((int((ids == adapter.placeholders["image"]).sum()), ids.shape[1]))
+    ordered = sorted(visual for visual, _ in lengths)
+    assert prompt.visual == ordered[len(ordered) // 2]
+    assert (prompt.visual, prompt.visual + prompt.text) in lengths
+    assert prompt.asking is not None
+    assert 0 < prompt.asking < prompt.text
+
+
+@pytest.mark.parametrize("kind", ["tokens", "flops"])
+def test_cells_cost_what_uniform_costs(
+    adapter: Adapter, questions: Sequence[Question], kind: str
+) -> None:
+    """Counted by hand from the layers the method would process."""
+    methods = ["fastv", "uniform", "globalcom2", "sparsevlm"]
+    found, left_out = matched_cells(adapter, questions, methods, [0.6, 1.0], kind)  # type: ignore[arg-type]
+    prompt = representative(adapter, questions)
+    shape = DecoderShape.of(adapter.language_model.config)
+    assert not left_out
+    assert found[0] == Cell()
+    half = [cell for cell in found[1:] if cell.asked == 0.6]
+    assert [cell.method for cell in half] == ["uniform", "fastv", "globalcom2", "sparsevlm"]
+    assert half[0].retention == 0.6
+    kept = int(0.6 * prompt.patches) + prompt.visual - prompt.patches
+    full = prefill_flops([prompt.visual + prompt.text] * shape.layers, shape)
+    target = kept if kind == "tokens" else prefill_flops([kept + prompt.text] * 6, shape) / full
+    for cell in half:
+        assert cell.matched is not None
+        assert cell.matched.target == pytest.approx(target)
+        assert cell.matched.cost == pytest.approx(target, abs=2 * target / kept)
+    fastv = half[1].compressor
+    assert fastv is not None
+    layers = prompt.forecast(fastv).ledger.visual_per_layer
+    if kind == "tokens":  # two full layers, four shorter ones
+        assert abs(sum(layers) / 6 - kept) <= 1
+        assert fastv.retention < 0.6
+    assert {cell.retention for cell in found if cell.asked == 1} == {1.0}
+
+
+def test_only_the_retention_is_solved_for(adapter: Adapter, questions: Sequence[Question]) -> None:
+    found, _ = matched_cells(adapter, questions, ["fastv:layer=1"], [0.5], "tokens")
+    solved = found[-1].compressor
+    assert solved is not None
+    assert replace(solved, retention=0.5) == tp.parse("fastv:layer=1", retention=0.5)
+    assert [cell.method for cell in found[1:]] == ["uniform", "fastv"]  # the reference is there
+
+
+def test_what_cannot_be_reached_is_refused_or_left_out(
+    adapter: Adapter, questions: Sequence[Question]
+) -> None:
+    with pytest.raises(UserError, match=r"fastv cannot go down .* 2 of 6 layers run at full"):
+        matched_cells(adapter, questions, ["fastv"], [0.1], "tokens")
+    found, left_out = matched_cells(
+        adapter, questions, ["fastv"], [0.6, 0.1], "tokens", optional=["fastv"]
+    )
+    assert [(cell.method, cell.asked) for cell in found[1:]] == [
+        ("uniform", 0.6), ("uniform", 0.1), ("fastv", 0.6),
+    ]  # fmt: skip
+    assert list(left_out) == ["fastv at the cost of uniform at 0.1"]
+
+
+@pytest.mark.parametrize("spec", ["fastv@0.3", "first@0.5 + fastv@0.5", "uniform:retention=0.3"])
+def test_methods_that_say_what_they_keep_are_refused(
+    adapter: Adapter, questions: Sequence[Question], spec: str
+) -> None:
+    with pytest.raises(UserError, match="says itself what it keeps"):
+        matched_cells(adapter, questions, [spec], [0.5], "tokens")
+
+
+def test_times_can_be_matched(
+    adapter: Adapter, questions: Sequence[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer takes 1 ms a token, FastV's choice 60 ms: at equal time it processes 10 fewer."""
+    monkeypatch.setattr(Bench, "layer", Curve(0.0, 1e-3, 0.0))
+    monkeypatch.setattr(Bench, "outside", 0.0)
+    monkeypatch.setattr(Bench, "signals", lambda self, method: 0.0)
+
+    def run(self: Bench, method: Compressor) -> speed.Run:
+        chose = Timing(0.06 if method.name == "fastv" else 0.0, 0.0)
+        ledger = self.prompt.forecast(method).ledger
+        return speed.Run(Timing(0.0, 0.0), chose, Timing(0.0, 0.0), 0, ledger)
+
+    monkeypatch.setattr(Bench, "run", run)
+    found, _ = matched_cells(adapter, questions, ["fastv"], [0.7], "prefill-ms")
+    prompt = representative(adapter, questions)
+    averages = [prompt.forecast(cell.compressor).ledger.layer_average for cell in found[1:]]
+    assert averages[0] - averages[1] == pytest.approx(10, abs=0.7)
+
+
+def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
+    request = Request(
+        methods=("fastv",), retention=(0.7,), questions=4, match="tokens", out=tmp_path / "run"
+    )
+    outcome = compare(request)
+    assert outcome.status == "complete"
+    answers = pd.read_parquet(tmp_path / "run" / "answers.parquet")
+    mine = answers[answers["method"] == "fastv"].iloc[0]
+    assert mine["asked_retention"] == 0.7
+    assert mine["retention"] < 0.7
+    assert mine["match"] == "tokens"
+    assert mine["match_target"] > 0
+    assert len(mine["visual_per_layer"]) == 6
+    assert mine["kv_entries"] == sum(mine["visual_per_layer"]) + 6 * mine["text_tokens"]
+    summary = outcome.summary[outcome.summary["kind"] == OVERALL].set_index("method")
+    assert pd.notna(summary.loc["fastv", "vs_uniform_p"])  # compared with uniform at 0.7
+    assert abs(summary.loc["fastv", "layer_average"] - summary.loc["uniform", "layer_average"]) < 2
+    again = compare(request)
+    assert again.new == 0
+
+
+def test_unknown_costs_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match="cost to match"):
+        compare(Request(match="watts"))  # type: ignore[arg-type]
+
+
+def test_answers_of_older_runs_are_still_summarised() -> None:
+    """Without the columns that came later."""
+    old = pd.DataFrame(
+        {
+            "model": "m", "method": "uniform", "label": "uniform", "parameters": "",
+            "retention": 0.5, "question_id": ["a", "b"], "image_id": ["a", "b"], "kind": "k",
+            "correct": [True, False], "agrees": [True, True], "status": "ok", "flops": [1.0, 3.0],
+        }
+    )  # fmt: skip
+    row = summarise(old, seed=0).iloc[0]
+    assert (row["flops"], row["accuracy"], row["asked_retention"]) == (2.0, 0.5, 0.5)
+    assert pd.isna(row["selector_bytes"])
+
+
+def test_a_cell_asks_for_what_it_keeps_unless_matched() -> None:
+    method = tp.create("uniform", retention=0.3)
+    assert Cell(method).asked == 0.3
+    assert Cell(method, Matched("tokens", 0.5, 1.0, 1.0)).asked == 0.5
+    assert Cell().asked == 1
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sleepy(Compressor):
+    """Keeps the first half, slowly."""
+
+    nap: float = 0.05
+    inside: bool = False
+
+    @property
+    def stage(self) -> Stage:  # type: ignore[override]
+        return Stage.LLM if self.inside else Stage.PRE_LLM
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        return (2,) if self.inside else ()
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset()
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        time.sleep(self.nap)
+        patches = tokens.layout.patches
+        return Selection(patches[: max(1, int(len(patches) * self.retention))])
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    prompt = dataclasses.replace(prompt_of("testbed-next", (56, 56), text=8), size=4)
+    return Bench(adapter_at_random("testbed-next"), prompt, repeats=2)
+
+
+def test_a_curve_is_found_again() -> None:
+    wanted = Curve(2e-3, 3e-5, 4e-8)
+    lengths = [50, 200, 500, 900, 1500]
+    found = Curve.through(lengths, [wanted(n) for n in lengths])
+    for mine, theirs in zip(dataclasses.astuple(found), dataclasses.astuple(wanted), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    assert Curve.through([10, 20, 30], [3e-3, 2e-3, 1e-3]).b == 0  # never faster with more
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_selector_is_told_apart(bench: Bench, inside: bool) -> None:
+    """A nap of 50 ms in the selection is the selector's, not the prefill's."""
+    slow = bench.run(Sleepy(retention=0.5, inside=inside))
+    assert slow.selector.median >= 0.05
+    quick = bench.run(Sleepy(retention=0.5, inside=inside, nap=0.0))
+    assert quick.selector.median < slow.selector.median - 0.03
+    whole = slow.selector.runs[0] + slow.prefill.runs[0]
+    assert slow.prefill.runs[0] > 0
+    assert whole > 0.05
+
+
+def test_a_run_is_that_of_the_forecast(bench: Bench) -> None:
+    for spec in ("divprune", "visionzip", "sparsevlm", "dart"):
+        method = tp.parse(spec, retention=0.4)
+        run = bench.run(method)
+        told = bench.prompt.forecast(method).ledger
+        assert run.ledger.visual_per_layer == told.visual_per_layer
+        assert run.ledger.text_tokens == 8
+        assert run.peak > run.ledger.kv_bytes
+        assert len(run.decode.runs) == speed.DECODED
+
+
+def test_signals_are_the_towers(bench: Bench) -> None:
+    assert bench.vision(tp.create("fastv", retention=0.5).needs) is bench.vision()
+    wanted = tp.create("globalcom2", retention=0.5).needs
+    assert bench.vision(wanted) is not bench.vision()
+    assert bench.vision(wanted) is bench.vision(wanted)
+
+
+def test_missing_layers_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of six layers, 1 s a token and layer: FastV's four short ones are not there."""
+    monkeypatch.setattr(Bench, "layer", Curve(0.0, 1.0, 0.0))
+    monkeypatch.setattr(Bench, "outside", 0.0)
+    prompt = prompt_of("testbed-next", (56, 56), text=8)
+    method = tp.create("uniform", retention=0.5)
+    found = measure("testbed-next", prompt, [method], layers=2, repeats=1, device="cpu")
+    row = found.table.iloc[1]
+    left = method.retention * prompt.patches // 1 + prompt.visual - prompt.patches + 8
+    assert row["prefill"] == pytest.approx(4 * left, abs=2)
+    assert row["layers_measured"] == 2
+    assert "EXTRAPOLATED" in found.words
+    plain = found.table.iloc[0]
+    assert plain["prefill"] == pytest.approx(4 * (prompt.visual + 8), abs=2)
+    assert pd.isna(plain["pays_from"])
+
+
+def test_methods_that_need_more_layers_are_said_to() -> None:
+    prompt = prompt_of("testbed-next", (56, 56))
+    method = tp.create("fastv", layer=3, retention=0.5)
+    found = measure("testbed-next", prompt, [method], layers=2, repeats=1, device="cpu")
+    assert found.table["status"][0] == "ok"
+    assert "decoder, which has 2" in found.table["status"][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"repeats": 0}, "--repeats must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"layers": 9}, "layers must lie in 1 .. 6"),
+    ],
+)
+def test_nonsense_is_refused(options: dict[str, int], words: str) -> None:
+    prompt: Prompt = prompt_of("testbed-next")
+    with pytest.raises(UserError, match=words):
+        measure("testbed-next", prompt, [], device="cpu", **options)  # type: ignore[arg-type]
