@@ -40,8 +40,8 @@ class PACT(Compressor):
 
     Args:
         depth: Where, as a share of the decoder's depth.  Official: in front of layer 4 of 28.
-        important: Official: 0.55, with ``cutoff=0.21``.  0 stands for ``sqrt(R)``, which leaves
-            both steps the same factor; 0.55 is that at R = 0.3.
+        important: Official: 0.55, with ``cutoff=0.21``.  0 stands for 0.55, or from R = 0.3 on for
+            ``sqrt(R)``, which leaves both steps the same factor.
         cutoff: Smallest cutoff.  Official: 0.21 and no other bound.
         recover: Official: 1.5.
         proportional: Whether attention counts the members.
@@ -77,9 +77,8 @@ class PACT(Compressor):
 
     def _stay(self, patches: int) -> int:
         """How many of the patch tokens EUTI keeps."""
-        if not self.important:
-            return math.ceil(round(patches * math.sqrt(self.retention), 6))
-        return budget(patches, self.important)
+        same = math.ceil(round(patches * math.sqrt(self.retention), 6))
+        return budget(patches, self.important) if self.important else max(int(0.55 * patches), same)
 
     @property
     def fills_budget(self) -> bool:

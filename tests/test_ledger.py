@@ -178,7 +178,7 @@ def test_fitprune_and_pact_are_charged(host: Host) -> None:
     ledger = _ledgers(host, method, (0,))[0]
     assert ledger.visual_per_layer[0] == 70
     again = 2 * 76 * 32 * 16  # keys of layer 1, once rotated and once not
-    own = 2 * 16 * 64 * 32  # distances of all patches to the half that EUTI keeps
+    own = 2 * 16 * 64 * 35  # distances of all patches to the 55 % that EUTI keeps
     assert ledger.selector_flops == 2 * again + 2 * 32 * 32 + 2 * 76 * 32 + own
 
 
