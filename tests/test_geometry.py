@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -225,6 +226,21 @@ def test_pooled_frames(size: tuple[int, int], frames: int) -> None:
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         token = (boxes[:, 2:] - boxes[:, :2]).amax(0)
         assert ((centre - codes[:-1, :2]).abs() < 0.3 * token + 1).all()
+
+
+@settings(max_examples=20)
+@given(size=st.tuples(st.integers(24, 200), st.integers(24, 200)))
+def test_an_image_that_is_cropped_to_a_square(size: tuple[int, int]) -> None:
+    """The shorter side resized to the view's, the middle of the longer one: LLaVA-1.5."""
+    side = {"height": 24, "width": 24}
+    processor = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=side)
+    plain = {"do_rescale": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    pixels = processor(_ramp(size), return_tensors="pt", **plain)["pixel_values"].double()
+    codes = F.avg_pool2d(pixels[:, :2], 6).flatten(2)[0].T
+    layout = TokenLayout.single((4, 4), newline=False)
+    boxes = torch.from_numpy(patch_boxes(layout, size, ViewSize(24, (24, 24), "crop")))
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    assert ((centre - codes).abs() < 1.01 * max(1, min(size) / 24)).all()
 
 
 def test_real_sizes_of_the_published_checkpoints() -> None:
