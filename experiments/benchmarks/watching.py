@@ -57,7 +57,7 @@ class Watched:
 
 class _Operators(TorchDispatchMode):
     def __init__(self, seen: Watched) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +91,7 @@ def _place(one: Tensor) -> int:
 
 class _Methods(TorchFunctionMode):
     def __init__(self, seen: Watched) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
