@@ -414,13 +414,22 @@ class _Entering:
         self, run: Callable[[], Sequence[dict[str, Any]]], rows: Sequence[tuple[str, str]]
     ) -> bool:
         """What ``run`` answers to ``rows`` (cell key, question id); False if it fails."""
+        records, why = None, ""
         try:
             with _warning_once(rows[0][0], self.warned):
                 records = run()
-        except Exception:
-            records = []
-        if not records:
+        except Exception as error:
+            why = Failure.of(error).error
+        if records is None:
             _let_go()
+            if ("", why) not in self.warned:
+                self.warned.add(("", why))
+                warnings.warn(
+                    f"what cells have in common cannot be computed once ({why}); trying them one "
+                    "by one, which takes longer.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return False
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for (key, question), record in zip(rows, records, strict=True):

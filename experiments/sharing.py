@@ -92,6 +92,7 @@ def together(
             taken = adapter.take(inputs, images, everything)
             run = functools.partial(_generate, runner, methods[index], taken, prefix)
             yield Job([(index, question) for question in everything], run)
+        prefix.clear()
 
     for group in joined.values():
         lengths = _lengths(methods, group, images, inputs["attention_mask"].sum(1).tolist())
