@@ -348,7 +348,7 @@ def test_a_methods_card_names_its_source_options_and_deviations() -> None:
         assert part in said
     unknown = CliRunner().invoke(app, ["list", "globalcom"])
     assert unknown.exit_code == 2
-    assert "Did you mean 'globalcom2'?" in unknown.output
+    assert "Did you mean 'globalcom2'" in unknown.output
 
 
 @pytest.mark.parametrize(
