@@ -26,6 +26,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments import position_plots
 from tokenprune.experiments.data import held_out
 from tokenprune.experiments.position_statistics import (
+    _without_rounding,
     agreement,
     equivariance,
     paired_bias,
@@ -267,6 +268,12 @@ def test_origins_equal_a_slow_loop(layout: TokenLayout, condition: Any) -> None:
     assert [found[i] for i in found] == list(range(len(layout)))
 
 
+def test_the_thumbnail_has_no_counterpart_in_reversed_crops() -> None:
+    aside = FULL.kind != Kind.CROP
+    assert ((paired(FULL, "reversed-crops") == -1) == aside).all()
+    assert ((paired(FULL, "flip-lr") == -1) == FULL.is_separator).all()
+
+
 def test_reversed_frames() -> None:
     found = origins(VIDEO, "reversed-frames")
     assert found.tolist() == [12, 13, 14, 15, 8, 9, 10, 11, 4, 5, 6, 7, 0, 1, 2, 3, 16]
@@ -415,6 +422,23 @@ def test_real_differences_between_slots_are_not_rounding() -> None:
     found = selector_bias([method], encoded(24), conditions=["reversed-crops"]).statistics
     assert row(found, "reversed-crops")["p"] < 1e-6
     assert row(found, "reversed-crops")["equivariance"] < 1
+
+
+@pytest.mark.parametrize("now", [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
+def test_only_budgets_that_stay_are_rounded(now: list[int]) -> None:
+    """A view of three keeps 3 and one keeps 2; content alone would have them change places."""
+    by_position = np.array([1, 1, 1, 1, 1, 0], bool)
+    by_content = np.array([1, 1, 0, 1, 1, 1], bool)
+    stays = _without_rounding(
+        by_content, by_position, by_position, np.array([0, 0, 0, 1, 1, 1]), np.zeros(6)
+    )
+    assert stays[0].tolist() == by_content.tolist()
+    changes = _without_rounding(
+        by_content, by_position, np.array(now, bool), np.array([0, 0, 0, 1, 1, 1]), np.zeros(6)
+    )
+    assert changes[0].tolist() == [bool(one) for one in now]
+    assert changes[2].tolist() == now
+    assert changes[1].sum() == by_content.sum()
 
 
 def test_everything_kept_tells_nothing() -> None:
