@@ -44,9 +44,7 @@ VARIANTS = {
         "fastv:layer=1,allocator=globalcom2",
         "random:seed=3,allocator=topk",
         "sparsevlm:recycle=0,positions=original",
-        "dycoke:official=true",
         "pact:cutoff=0.6,positions=compact",
-        "pact:proportional=false,separators=none",
         "fitprune:steps=1,positions=compact",
     )
 } | {
