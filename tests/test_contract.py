@@ -55,7 +55,6 @@ VARIANTS = {
         "cdpruner:relevance=none",
         "dycoke:official=true",
         "pact:cutoff=0.6,positions=compact",
-        "pact:proportional=false,separators=none",
         "fitprune:steps=1,positions=compact",
     )
 } | {
