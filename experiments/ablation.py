@@ -285,8 +285,9 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         lines = [axes for axes in grid if axes.containers]
-        for axes in lines[1:]:
-            axes.sharey(lines[0])
+        limits = [end for axes in lines for end in axes.get_ylim()]
+        for axes in lines:
+            axes.set_ylim(min(limits), max(limits))
         if lines and table["retention"].nunique() > 1:
             handles, labels = lines[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
