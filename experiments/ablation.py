@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import tokenprune as tp
 from tokenprune.errors import UserError
@@ -285,8 +285,9 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         lines = [axes for axes in grid if axes.containers]
-        for axes in lines[1:]:
-            axes.sharey(lines[0])
+        limits = [end for axes in lines for end in axes.get_ylim()]
+        for axes in lines:
+            axes.set_ylim(min(limits), max(limits))
         if lines and table["retention"].nunique() > 1:
             handles, labels = lines[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
@@ -335,6 +336,7 @@ def _lines(axes: Axes, part: pd.DataFrame, full: float) -> None:
     axes.set_xticks(list(places.values()), broken)
     axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set(xlabel=part["first"].iloc[0], ylabel="accuracy")
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # whole percents
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.set_title(part["method"].iloc[0], loc="left", fontsize=14, fontweight="bold")
 

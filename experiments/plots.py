@@ -104,7 +104,7 @@ def bars(
         grouped_bars(axes, table, places, hues, colours)
         if reference is not None:
             axes.axhline(reference, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
-        axes.set_ylabel(label)
+        axes.set_ylabel(label, fontsize=13)
         legend_above(axes)
     return figure
 

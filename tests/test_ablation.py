@@ -138,6 +138,22 @@ def test_figure_has_a_panel_for_every_sweep_and_a_heat_map_for_every_retention()
     assert "10 %" in tenth.get_title(loc="left")
 
 
+def test_panels_share_an_axis_on_which_every_interval_fits() -> None:
+    rows = [
+        {"sweep": sweep, "method": "m", "first": "a", "second": "", "first_value": value}
+        | {"second_value": "", "label": sweep + value, "retention": 0.5, "n": 5, "accuracy": level}
+        for sweep, levels in (("s", (0.9, 0.92)), ("t", (0.3, 0.99)))
+        for value, level in zip("xy", levels, strict=True)
+    ]
+    table = pd.DataFrame(rows)
+    summary = table[["label", "retention", "accuracy"]].assign(
+        kind=OVERALL, method="m", accuracy_low=table["accuracy"] - 0.2, accuracy_high=1.0
+    )
+    panels = [axes for axes in figure(table, summary, "m").axes if axes.axison]
+    assert len({axes.get_ylim() for axes in panels}) == 1
+    assert panels[0].get_ylim()[0] < 0.1
+
+
 def test_ablation_on_the_testbed(tmp_path: Path) -> None:
     words = ["ablation", "globalcom2:alpha=0,1;tau=0.1,10", "fastv:allocator=default,globalcom2"]
     words += ["-r", "0.25", "--questions", "5", "--out", str(tmp_path / "run")]
