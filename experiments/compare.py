@@ -25,6 +25,7 @@ from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments import data, plots
 from tokenprune.experiments.data import Modality, Question
+from tokenprune.experiments.efficiency import chosen
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
@@ -391,14 +392,7 @@ def cells(methods: Iterable[str], retention: Iterable[float]) -> list[Cell]:
     Raises:
         UserError: An unknown method or option, or a retention outside (0, 1].
     """
-    ratios = sorted(set(retention), reverse=True)
-    chosen = [
-        Cell(tp.parse(spec) if "@" in spec or " + " in spec else tp.parse(spec, retention=ratio))
-        for spec in methods
-        for ratio in ratios
-    ]
-    distinct = {repr(cell.compressor): cell for cell in chosen}
-    return [Cell(), *distinct.values()]
+    return [Cell(), *map(Cell, chosen(methods, retention))]
 
 
 def _expanded(specs: Iterable[str], adapter: Adapter) -> tuple[list[str], dict[str, str]]:
