@@ -27,6 +27,7 @@ from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments import data, kept, plots
 from tokenprune.experiments.data import Modality, Question
+from tokenprune.experiments.efficiency import chosen
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
@@ -627,17 +628,8 @@ def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) ->
     Raises:
         UserError: An unknown method or option, or a retention outside (0, 1].
     """
-    ratios = sorted(set(retention), reverse=True)
-    chosen = [
-        cell
-        for spec in methods
-        for ratio in ratios
-        for cell in _seeded(
-            tp.parse(spec) if "@" in spec or " + " in spec else tp.parse(spec, retention=ratio),
-            seeds,
-        )
-    ]
-    distinct = {repr(cell.compressor): cell for cell in chosen}
+    wanted = [cell for one in chosen(methods, retention) for cell in _seeded(one, seeds)]
+    distinct = {repr(cell.compressor): cell for cell in wanted}
     return [Cell(), *distinct.values()]
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "pays_from",
     "prompt_of",
     "read_size",
+    "says_retention",
     "write",
 ]
 
@@ -174,12 +175,22 @@ def chosen(specs: Iterable[str], retention: Iterable[float]) -> list[Compressor]
     ratios = sorted(set(retention), reverse=True)
     found: dict[str, Compressor] = {}
     for spec in specs:
-        own = "@" in spec or re.search(r"\bretention\s*=", spec)
-        for method in (
-            [tp.parse(spec)] if own else [tp.parse(spec, retention=ratio) for ratio in ratios]
-        ):
+        if says_retention(spec):
+            methods = [tp.parse(spec)]
+        else:
+            methods = [tp.parse(spec, retention=ratio) for ratio in ratios]
+        for method in methods:
             found.setdefault(repr(method), method)
     return list(found.values())
+
+
+def says_retention(spec: str) -> bool:
+    """Whether ``spec`` says itself what it keeps: ``@0.5``, ``retention=0.5``, or a chain.
+
+    >>> [says_retention(spec) for spec in ("fastv", "fastv@0.5", "sparsevlm:schedule=retention")]
+    [False, True, False]
+    """
+    return "@" in spec or " + " in spec or bool(re.search(r"\bretention\s*=", spec))
 
 
 def activation_bytes(shape: DecoderShape, tokens: int, size: int) -> int:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor
+from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.data import Question
-from tokenprune.experiments.efficiency import Prompt
+from tokenprune.experiments.efficiency import Prompt, says_retention
 from tokenprune.experiments.results import Cell, Matched
 from tokenprune.experiments.speed import Bench
 from tokenprune.experiments.translation import solve
@@ -144,10 +144,9 @@ def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:
 
 def _unsettled(spec: str) -> Compressor:
     """The method of ``spec``, whose retention is to be found."""
-    own = "@" in spec or "retention" in spec
-    if own or isinstance(method := tp.parse(spec, retention=0.5), Chain):
+    if says_retention(spec):
         raise UserError(
             f"{spec!r} says itself what it keeps; with --match the retention is solved for, so "
             "give single methods without one."
         )
-    return method
+    return tp.parse(spec, retention=0.5)

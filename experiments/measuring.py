@@ -1,6 +1,5 @@
 """Time and memory of a piece of work on the device at hand."""
 
-import gc
 import os
 import statistics
 import time
@@ -102,7 +101,6 @@ def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> 
         return torch.cuda.max_memory_allocated(device) - before
     if kind != "cpu":
         raise UserError(f"peak memory can be measured on cpu and cuda, not on {kind}.")
-    gc.collect()  # so that garbage of earlier work is not released in between
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks on standard error
     with profile(use_device=None, profile_memory=True) as seen:
         work()

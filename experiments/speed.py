@@ -6,6 +6,7 @@ layers than it has, what the missing ones would take is added from a fit of a la
 number of tokens it processes.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -179,7 +180,8 @@ class Bench:
         inputs = self._inputs(needs, layouts or self.prompt.layouts)
         watch = _Watch(self.device)
         choosing: list[float] = []
-        with compress(self.adapter.model, method):  # before there is anything that it could free
+        gc.collect()  # so that garbage of earlier runs is not released while memory is counted
+        with compress(self.adapter.model, method):
             fresh = inputs()
             peak = peak_memory(lambda: self._forward(fresh), self.device)
         with compress(self.adapter.model, method) as trace:

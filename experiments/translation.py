@@ -107,7 +107,7 @@ def solve(
     if target < least - slack:
         raise UserError(
             f"{method.label} cannot go down to {target:.4g} {what}: whatever its retention, it "
-            f"costs at least {least:.4g} here{_why(prompt, method)}."
+            f"costs at least {least:.4g} here{'' if callable(cost) else _why(prompt, method)}."
         )
     if target > most + slack:
         raise UserError(

@@ -121,6 +121,14 @@ def test_methods_that_say_what_they_keep_are_refused(
         matched_cells(adapter, questions, [spec], [0.5], "tokens")
 
 
+def test_options_that_sound_like_it_are_none(
+    adapter: Adapter, questions: Sequence[Question]
+) -> None:
+    spec = "sparsevlm:schedule=retention"
+    found, _ = matched_cells(adapter, questions, [spec], [0.7], "tokens")
+    assert found[-1].method == "sparsevlm"
+
+
 def test_times_can_be_matched(
     adapter: Adapter, questions: Sequence[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def convert(
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) > 1:
             raise UserError(f"give one target, not {' and '.join('--' + name for name in given)}.")
-        own = "@" in method or "retention" in method
+        own = experiment.says_retention(method)
         if own == bool(given):
             raise UserError(
                 f"{method!r} needs a retention (fastv@0.25) or a target (--tokens, --flops or "

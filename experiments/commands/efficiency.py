@@ -195,7 +195,7 @@ def describe(name: str, prompt: Prompt) -> str:
 
 def _table(told: pd.DataFrame, title: str) -> Table:
     flops, whole = flops_unit(told["uncompressed_flops"].max())
-    chosen, part = flops_unit(told["selector_flops"].max())
+    chosen, part = flops_unit(min(told["selector_flops"].max(), 1e10))  # never in TFLOPs
     units = {
         name: bytes_unit(told[name].max())
         for name in ("kv_bytes", "selector_bytes", "memory_bytes")
