@@ -252,6 +252,7 @@ def render(request: Request, report: Report = lambda *_: None) -> tuple[Seen, Pa
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = tp.load(model, device=device, dtype=request.dtype, **extra)
     asks = shown.question is not None and adapter.has_language_model
+    untrained = model.startswith("timm/") and request.pretrained is None
     seen = look(
         adapter,
         shown.images,
@@ -261,7 +262,7 @@ def render(request: Request, report: Report = lambda *_: None) -> tuple[Seen, Pa
         video=request.video,
         cuts=request.cuts,
         truth=shown.truth if asks else None,
-        name=model,
+        name=f"{model}, random weights" if untrained else model,
         max_new_tokens=request.max_new_tokens,
         report=report,
     )

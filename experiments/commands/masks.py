@@ -37,7 +37,7 @@ def masks(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[IMAGE...] [QUESTION]",
+            metavar="IMAGE... QUESTION",
             help="Image files and, last, what to ask about them. With --video the frames, or a "
             "folder of them, or an animated GIF. [default: an example of the testbed]",
         ),
