@@ -91,7 +91,11 @@ def record(
             if quick:
                 figure = dataclasses.replace(figure, goal=None)
             rows.append({"benchmark": name, **dataclasses.asdict(figure), "met": figure.met})
-    return pd.DataFrame(rows).assign(**_machine(device, quick)).astype({"met": "boolean"})
+    return (
+        pd.DataFrame(rows)
+        .assign(**_machine(device, quick))
+        .astype({"goal": float, "met": "boolean"})
+    )
 
 
 def _machine(device: str, quick: bool) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 One square image: 5 views, 2880 patch tokens, features of width 4096.  Measured are the strategy
 itself at R = 0.25 and the signals that it asks for, on random numbers of the real shapes.  The
-prefill is one real decoder layer times 32, and its memory the layer's working memory and the KV
-cache of 32; weights are left out, which makes the shares of memory larger than they would be.
+prefill is one real decoder layer times 32, and its memory the layer's working memory, the KV cache
+of 32 layers and, as they have to be there, their weights; the share of what is beside the weights
+is shown apart.
 """
 
 import functools
@@ -60,11 +61,12 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
     shape = TINY if quick else LLAVA_NEXT_7B
     bench = _Bench(shape, layout, device, _dtype(device, quick), quick)
     tell("prefill")
-    seconds, held = bench.prefill()
+    seconds, held, weights = bench.prefill()
     case = "one layer" if quick else "LLaVA-NeXT-7B"
     what = f"one decoder layer times {shape.layers}, {bench.dtype}".replace("torch.", "")
     yield Figure(case=case, figure="prefill", value=seconds, unit="s", note=what)
     yield Figure(case=case, figure="prefill memory", value=held / 2**20, unit="MiB", note=what)
+    yield Figure(case=case, figure="weights", value=weights / 2**20, unit="MiB", note=what)
     for name in tp.available():
         compressor = tp.create(name, retention=RETENTION)
         if compressor.stage is Stage.ENCODER:
@@ -72,7 +74,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
         tell(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield from bench.figures(name, compressor, seconds, held)
+            yield from bench.figures(name, compressor, seconds, held, weights)
     tell("attention kernels")
     yield from _kernels(device)
 
@@ -116,16 +118,18 @@ class _Bench:
         at = torch.arange(count + TEXT, device=self.device)[None]
         return hidden, self.rotary(hidden, at)
 
-    def prefill(self) -> tuple[float, float]:
-        """Seconds of all layers, and bytes of one at work and the KV cache of all."""
+    def prefill(self) -> tuple[float, float, float]:
+        """Seconds of all layers, bytes of one at work and the KV cache of all, and of weights."""
         hidden, rotary = self._hidden(len(self.layout))
         work = functools.partial(self.layer, hidden, position_embeddings=rotary)
         taken = timed(work, warmup=1, repeats=max(1, self.repeats - 1), device=self.device).median
         cache = self.shape.layers * self.shape.kv_bytes(hidden.element_size()) * hidden.shape[1]
-        return self.shape.layers * taken, peak_memory(work, self.device) + cache
+        weights = sum(one.numel() * one.element_size() for one in self.layer.parameters())
+        layers = self.shape.layers
+        return layers * taken, peak_memory(work, self.device) + cache, layers * weights
 
     def figures(
-        self, name: str, compressor: Compressor, seconds: float, held: float
+        self, name: str, compressor: Compressor, seconds: float, held: float, weights: float
     ) -> Iterator[Figure]:
         steps = [(compressor, 0.0)]
         if compressor.cuts:
@@ -158,7 +162,11 @@ class _Bench:
             goal=goal, note=f"selection {1000 * chosen:.3g} ms, signals {1000 * asked:.3g} ms",
         )  # fmt: skip
         yield Figure(
-            case=name, figure="memory / prefill", value=memory / held, better="low", goal=goal
+            case=name, figure="memory / prefill", value=memory / (held + weights), better="low",
+            goal=goal, note=f"{memory / 2**20:.3g} MiB",
+        )  # fmt: skip
+        yield Figure(
+            case=name, figure="memory / all but weights", value=memory / held, better="low"
         )
         most = max(waits, key=lambda seen: sum(seen.values()))
         yield Figure(
