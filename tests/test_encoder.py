@@ -265,6 +265,20 @@ def test_downsample_by_hand_count(host: Host) -> None:
     assert trace.ledger.selector_flops == 0
 
 
+def test_grids_of_downsample() -> None:
+    method = create("downsample", retention=0.5)
+    for shape, target, wanted in [
+        ((24, 24), 144, (12, 12)),
+        ((24, 24), 57, (7, 8)),
+        ((7, 7), 24, (4, 6)),
+        ((7, 7), 23, (4, 5)),  # 3 x 7 would be 21, but stretched by more than two
+        ((4, 8), 8, (2, 4)),
+        ((4, 4), 1, (1, 1)),
+        ((3, 3), 9, (3, 3)),
+    ]:
+        assert method.grid(shape, target) == wanted  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_downsample_is_the_view_resized(host: Host, attention: str) -> None:
     """What stays is what the plain tower makes of views that were resized beforehand."""
