@@ -32,6 +32,7 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.compressor import Chain, Compressor, ScoringCompressor, Stage
+from tokenprune.encoder import encoder_part
 from tokenprune.engine import Chosen
 from tokenprune.errors import UserError
 from tokenprune.experiments import kept
@@ -379,9 +380,11 @@ def look(
     for cell in columns:
         if cell.compressor is not None:
             adapter.check(cell.compressor)
-            inside = [part for part in cell.compressor.stages() if part.stage is not Stage.PRE_LLM]
+            inside = [part for part in cell.compressor.stages() if part.stage is Stage.LLM]
             if inside and not asks:
                 raise UserError(f"{inside[0].name} acts inside the language model; ask a question.")
+            if len(list(cell.compressor.stages())) > 1 and not asks:
+                raise UserError(f"{cell.compressor.label} acts in several places; ask a question.")
     pictures = [image.convert("RGB") for image in images]
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)
@@ -402,9 +405,11 @@ def look(
         if cell.compressor is not None and cell.compressor.retention == 1:
             continue  # is the first, the uncompressed model
         compressor, heard = (None, []) if cell.compressor is None else _listening(cell.compressor)
-        answer = None
+        answer, shown = None, encoded
+        if compressor is not None and encoder_part(compressor) is not None:
+            shown = _encode(adapter, pictures, compressor.needs, video, compressor)
         if asks:
-            inputs = adapter.assemble([encoded], [str(question)])
+            inputs = adapter.assemble([shown], [str(question)])
             with tp.compress(adapter.model, compressor) as trace:
                 ids = adapter.model.generate(
                     **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
@@ -413,8 +418,8 @@ def look(
             selections = trace.selections
         else:
             selections = [
-                Chosen(0, number, Stage.PRE_LLM, None, tokens.layout, compressor(tokens).keep)
-                for number, tokens in enumerate(encoded)
+                Chosen(0, number, compressor.stage, None, tokens.layout, compressor(tokens).keep)
+                for number, tokens in enumerate(shown)
                 if compressor is not None
             ]
         made = _steps(selections) if cuts else [kept.final(selections)]
@@ -432,11 +437,15 @@ def look(
 
 
 def _encode(
-    adapter: Adapter, pictures: Sequence[Image.Image], signals: frozenset[Signal], video: bool
+    adapter: Adapter,
+    pictures: Sequence[Image.Image],
+    signals: frozenset[Signal],
+    video: bool,
+    compressor: Compressor | None = None,
 ) -> list[VisualTokens]:
     if video:
-        return adapter.encode_videos([list(pictures)], signals)
-    return adapter.encode(pictures, signals, together=len(pictures) > 1)
+        return adapter.encode_videos([list(pictures)], signals, compressor)
+    return adapter.encode(pictures, signals, compressor, together=len(pictures) > 1)
 
 
 def _listening(compressor: Compressor) -> tuple[Compressor, list[tuple[TokenLayout, Tensor]]]:
@@ -472,6 +481,8 @@ def _steps(selections: Sequence[Chosen]) -> list[dict[tuple[int, int], Chosen]]:
 def _where(chosen: Chosen | None) -> str:
     if chosen is None:
         return ""
+    if chosen.stage is Stage.ENCODER:
+        return "in the encoder"
     return "before the LLM" if chosen.layer is None else f"before layer {chosen.layer}"
 
 

@@ -191,7 +191,7 @@ def test_sizes_live_on_the_cache() -> None:
 def test_other_attention_kernels_are_refused() -> None:
     host = Host.tiny("LLaVA-NeXT")
     config = SimpleNamespace(_attn_implementation="flash_attention_2")
-    session = _Session(host.adapter, None)
+    session = _Session(host.adapter, [None], frozenset(), None)
     session.adapter = SimpleNamespace(language_model=SimpleNamespace(config=config))  # type: ignore[assignment]
     with pytest.raises(UserError, match="flash_attention_2; load it with"):
         session._proportional(None, torch.ones(1, 2), torch.zeros(1, 2, 4))

@@ -192,7 +192,7 @@ def test_answers_of_older_runs_are_still_summarised() -> None:
 def test_a_cell_asks_for_what_it_keeps_unless_matched() -> None:
     method = tp.create("uniform", retention=0.3)
     assert Cell(method).asked == 0.3
-    assert Cell(method, Matched("tokens", 0.5, 1.0, 1.0)).asked == 0.5
+    assert Cell(method, matched=Matched("tokens", 0.5, 1.0, 1.0)).asked == 0.5
     assert Cell().asked == 1
 
 

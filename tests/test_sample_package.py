@@ -66,7 +66,7 @@ def test_compare_runs_it_beside_ours(installed: Path, tmp_path: Path) -> None:
     options = ["--retention", "0.25", "--questions", "2", "--out", str(out)]
     _run(installed, "compare", *methods, *options)
     answers = pd.read_parquet(out / "answers.parquet")
-    assert set(answers["method"]) == {"uncompressed", "contrast", "uniform"}
+    assert set(answers["method"]) > {"uncompressed", "contrast", "uniform"}
     assert "power=1.0" in answers[answers["method"] == "contrast"].to_string()
     assert answers["answer"].notna().all()
 
