@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, ScoringCompressor, Stage
+from tokenprune.compressor import Compressor, Stage
 from tokenprune.encoder import encoder_part
 from tokenprune.engine import Chosen
 from tokenprune.errors import UserError
@@ -47,6 +47,7 @@ from tokenprune.experiments.geometry import (
     lattices,
 )
 from tokenprune.experiments.plots import _FAINT, _INK, _style, save
+from tokenprune.experiments.ranking import Note, noting
 from tokenprune.experiments.results import check_writable, environment, replace_file
 from tokenprune.models.adapter import Adapter
 from tokenprune.terminal import Report, percent
@@ -113,7 +114,7 @@ class Kept:
         answer: The model's; None where there is no language model or no question.
         where: Where the method acts, in words.
         scores: For every medium, the layout of the tokens it scored last and (M,) their scores;
-            empty unless it is a `ScoringCompressor`.
+            empty unless it ranks (`Compressor.ranking`).
     """
 
     label: str
@@ -404,7 +405,7 @@ def look(
         report(index, len(columns), str(cell))
         if cell.compressor is not None and cell.compressor.retention == 1:
             continue  # is the first, the uncompressed model
-        compressor, heard = (None, []) if cell.compressor is None else _listening(cell.compressor)
+        compressor, heard = (None, []) if cell.compressor is None else noting(cell.compressor)
         answer, shown = None, encoded
         if compressor is not None and encoder_part(compressor) is not None:
             shown = _encode(adapter, pictures, compressor.needs, video, compressor)
@@ -429,7 +430,8 @@ def look(
                 for number, tokens in enumerate(encoded)
             )
             last = step is made[-1]
-            scores = tuple(heard[-len(media) :]) if last and len(heard) >= len(media) else ()
+            enough = last and len(heard) >= len(media)
+            scores = tuple(map(_on_cpu, heard[-len(media) :] if enough else ()))
             where = _where(next(iter(step.values()), None))
             found.append(Kept(cell.label, cell.retention, keeps, answer, where, scores))
     view = ViewSize.of(adapter)
@@ -448,28 +450,9 @@ def _encode(
     return adapter.encode(pictures, signals, compressor, together=len(pictures) > 1)
 
 
-def _listening(compressor: Compressor) -> tuple[Compressor, list[tuple[TokenLayout, Tensor]]]:
-    """The same method, and a list to which it adds what it scores and how."""
-    heard: list[tuple[TokenLayout, Tensor]] = []
-
-    def with_ears(part: Compressor) -> Compressor:
-        if not isinstance(part, ScoringCompressor):
-            return part
-        kind = type(part)
-
-        def score(self: Any, tokens: VisualTokens) -> Tensor:
-            scores: Tensor = kind.score(self, tokens)
-            heard.append((tokens.layout.to("cpu"), scores.detach().float().cpu()))
-            return scores
-
-        heedful = type(kind.__name__, (kind,), {"score": score, "__module__": kind.__module__})
-        own = {item.name: getattr(part, item.name) for item in fields(part)}
-        made: Compressor = heedful(**own)
-        return made
-
-    if isinstance(compressor, Chain):
-        return replace(compressor, parts=tuple(map(with_ears, compressor.parts))), heard
-    return with_ears(compressor), heard
+def _on_cpu(note: Note) -> tuple[TokenLayout, Tensor]:
+    tokens, scores = note
+    return tokens.layout.to("cpu"), scores.detach().float().cpu()
 
 
 def _steps(selections: Sequence[Chosen]) -> list[dict[tuple[int, int], Chosen]]:

@@ -6,7 +6,6 @@ content at other places (`rearrange`), and statistics say which the choice follo
 (`position_statistics`).
 """
 
-import copy
 import hashlib
 import json
 import re
@@ -26,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, ScoringCompressor, Stage
+from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments import data, plots, position_plots
 from tokenprune.experiments.compare import cells
@@ -41,6 +40,7 @@ from tokenprune.experiments.position_statistics import (
     slope,
     statistics,
 )
+from tokenprune.experiments.ranking import noting
 from tokenprune.experiments.rearrange import (
     CONDITIONS,
     LEVELS,
@@ -442,10 +442,10 @@ def _in_front(compressor: Compressor) -> bool:
 
 def _chosen(compressor: Compressor, cases: Sequence[_Case]) -> list[_Choice]:
     """What a method in front of the language model keeps of each case, as `Adapter.choose`."""
-    noting, notes = _noting(compressor)
+    heedful, notes = noting(compressor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetentionWarning)  # the shares show it
-        return [_choice(case, [noting(case.tokens).keep], notes) for case in cases]
+        return [_choice(case, [heedful(case.tokens).keep], notes) for case in cases]
 
 
 def _choices(
@@ -454,9 +454,9 @@ def _choices(
     """What any method keeps of each case."""
     if _in_front(compressor):
         return _chosen(compressor, cases)
-    noting, notes = _noting(compressor)
+    heedful, notes = noting(compressor)
     inputs = adapter.assemble([[case.tokens] for case in cases], prompts)
-    with warnings.catch_warnings(), tp.compress(adapter.model, noting) as trace:
+    with warnings.catch_warnings(), tp.compress(adapter.model, heedful) as trace:
         warnings.simplefilter("ignore", RetentionWarning)
         adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
     cuts: list[list[Tensor]] = [[] for _ in cases]
@@ -478,31 +478,6 @@ def _choice(
             score = values.detach().float().cpu()
             break
     return _Choice(last, first, score)
-
-
-def _noting(compressor: Compressor) -> tuple[Compressor, list[tuple[VisualTokens, Tensor]]]:
-    """A copy that notes every score vector it ranks by, and where it notes them.
-
-    The copy's own ``score`` stands in front of its class's; nothing else is touched.
-    """
-    notes: list[tuple[VisualTokens, Tensor]] = []
-
-    def noting(part: Compressor) -> Compressor:
-        made = copy.copy(part)
-        if isinstance(part, Chain):
-            object.__setattr__(made, "parts", tuple(map(noting, part.parts)))
-        if isinstance(part, ScoringCompressor):
-            score = part.score
-
-            def noted(tokens: VisualTokens) -> Tensor:
-                values = score(tokens)
-                notes.append((tokens, values))
-                return values
-
-            object.__setattr__(made, "score", noted)
-        return made
-
-    return noting(compressor), notes
 
 
 # --- the table of tokens --------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class GlobalCom2(Compressor):
     def needs(self) -> frozenset[Signal]:
         return self.allocation.needs | {self.saliency}
 
-    def holistic(self, tokens: VisualTokens) -> Tensor:
+    def ranking(self, tokens: VisualTokens) -> Tensor:
         """(N,) the thumbnail's own scores, and the holistic scores of crops or frames."""
         layout, local = tokens.layout, tokens[self.saliency].float()
         if layout.modality == "video":
@@ -109,7 +109,7 @@ class GlobalCom2(Compressor):
         return scores
 
     def select(self, tokens: VisualTokens) -> Selection:
-        scores = self.holistic(tokens)
+        scores = self.ranking(tokens)
         counts = self.allocation.counts(tokens, scores, self.retention)
         warn_about_empty_views(self, tokens.layout, counts)
         return Selection(top_per_view(tokens.layout, scores, counts))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage
@@ -64,8 +65,11 @@ class PyramidDrop(Compressor):
     def needs(self) -> frozenset[Signal]:
         return frozenset({Signal("llm_ahead")})
 
+    def ranking(self, tokens: VisualTokens) -> Tensor:
+        return tokens[Signal("llm_ahead")]
+
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         stage = self.cut or len(self.depths)
         count = left_at(tokens, self.retention, stage / len(self.depths))
-        return Selection(patches[top(tokens[Signal("llm_ahead")][patches], count)])
+        return Selection(patches[top(self.ranking(tokens)[patches], count)])

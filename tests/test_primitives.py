@@ -176,7 +176,7 @@ def test_holistic_score_of_globalcom2(name: str, alpha: float) -> None:
     image = tokens[CLS][: high * wide].reshape(high, wide).tolist()
     rows, cols = layout.canvas_shape
     method = create("globalcom2", retention=0.5, alpha=alpha)
-    got = method.holistic(tokens)  # type: ignore[attr-defined]
+    got = method.ranking(tokens)
     for view in range(1, layout.views):
         mine = [i for i in range(len(layout)) if int(layout.view[i]) == view]
         guide = [

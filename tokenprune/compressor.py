@@ -110,6 +110,13 @@ class Compressor(ABC):
         """What the strategy needs to see besides features and layout; nothing else is computed."""
         return frozenset()
 
+    def ranking(self, tokens: VisualTokens) -> Tensor | None:
+        """(N,) by what `select` ranks these tokens, higher is kept first; None if it does not.
+
+        For pictures and analyses; values at separators have no meaning.
+        """
+        return None
+
     @property
     def cuts(self) -> tuple[int | float, ...]:
         """Where an ``llm`` strategy selects: in front of which decoder layers, ascending.
@@ -218,6 +225,9 @@ class ScoringCompressor(Compressor):
     def needs(self) -> frozenset[Signal]:
         """What the allocator needs; a strategy adds what `score` looks at."""
         return self.allocation.needs
+
+    def ranking(self, tokens: VisualTokens) -> Tensor | None:
+        return self.score(tokens)
 
     def select(self, tokens: VisualTokens) -> Selection:
         scores = self.score(tokens)
