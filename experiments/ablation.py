@@ -18,7 +18,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments import plots
 from tokenprune.experiments.compare import Outcome, Request, compare, prepare
 from tokenprune.experiments.intervals import OVERALL, compared, holm
-from tokenprune.experiments.plots import _INK, _MARKERS, _style, _titles
+from tokenprune.experiments.plots import INK, MARKERS, style, titles
 from tokenprune.experiments.results import UNCOMPRESSED, Cell, read_answers, replace_file
 from tokenprune.models.adapter import Adapter
 from tokenprune.terminal import Report
@@ -271,7 +271,7 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
     columns = min(_PANELS, len(panels))
     rows = -(-len(panels) // columns)
     full = overall.loc[overall["method"] == UNCOMPRESSED, "accuracy"]
-    with _style():
+    with style():
         figure = Figure(figsize=(max(9.6, 5.2 * columns), 1.3 + 4.1 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
         for axes, part in zip(grid, panels, strict=False):
@@ -279,7 +279,7 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
                 _heat(axes, part)
             else:
                 _lines(axes, part, float(full.iloc[0]) if len(full) else np.nan)
-            axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=_INK)
+            axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
             axes.xaxis.label.set_size(13)
             axes.yaxis.label.set_size(13)
         for axes in grid[len(panels) :]:
@@ -291,7 +291,7 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
         if lines and table["retention"].nunique() > 1:
             handles, labels = lines[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-        _titles(
+        titles(
             figure,
             f"What the options are worth on {model}",
             f"accuracy on {int(table['n'].max())} questions; bars: 95 % confidence intervals; "
@@ -326,10 +326,10 @@ def _lines(axes: Axes, part: pd.DataFrame, full: float) -> None:
         errors = [rows["accuracy"] - rows["accuracy_low"], rows["accuracy_high"] - rows["accuracy"]]
         axes.errorbar(
             x, rows["accuracy"], yerr=np.abs(errors), color=colours[index], ms=8, mec="white",
-            mew=0.8, elinewidth=1.6, fmt=_MARKERS[index], ls="-" if _numbers(places) else "",
+            mew=0.8, elinewidth=1.6, fmt=MARKERS[index], ls="-" if _numbers(places) else "",
             lw=1.5, label=f"keeps {100 * ratio:.3g} %", zorder=3,
         )  # fmt: skip
-    axes.axhline(full, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
+    axes.axhline(full, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
     base = places[part["first_value"].iloc[0]]
     axes.axvspan(base - 0.3, base + 0.3, color="black", alpha=0.06, lw=0)
     broken = [value.replace("_", "_\n") for value in places]

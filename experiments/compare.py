@@ -25,7 +25,7 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import UserError, unknown
-from tokenprune.experiments import data, kept, plots
+from tokenprune.experiments import crowd_plots, data, kept, plots
 from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.efficiency import chosen
 from tokenprune.experiments.intervals import OVERALL, summarise
@@ -68,6 +68,7 @@ METHODS = ("uniform", "random", "fastv", "globalcom2")
 RETENTION = (1.0, 0.5, 0.25, 0.1)
 TESTBED_QUESTIONS = 500
 ALL = "all"
+CROWD = 8  # methods whose curves can still be told apart
 FIRST_TOKEN = "first_token"
 
 
@@ -701,14 +702,18 @@ def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
     if len(matched):
         note += f"; all at the {matched.iloc[0]} of uniform at that retention"
     title = f"Accuracy of {Path(model).name} with fewer visual tokens"
-    figure = plots.accuracy(summary, title, f"{count} questions; {note}")
+    drawn = (plots.accuracy, plots.accuracy_by_cost, plots.accuracy_by_kind)
+    if summary["label"][compressed].nunique() > CROWD:
+        drawn = (crowd_plots.by_retention, crowd_plots.by_cost, crowd_plots.by_kind)
+    overall, by_cost, by_kind = drawn
+    figure = overall(summary, title, f"{count} questions; {note}")
     plots.save(figure, folder.path / "plots" / "accuracy")
-    figure = plots.accuracy_by_cost(summary, title, f"{count} questions; {note}")
+    figure = by_cost(summary, title, f"{count} questions; {note}")
     plots.save(figure, folder.path / "plots" / "accuracy-by-cost")
     if len(per_kind):
         low, high = int(per_kind.min()), int(per_kind.max())
         each = f"{low}" if low == high else f"{low} to {high}"
-        figure = plots.accuracy_by_kind(summary, title, f"{each} questions a panel; {note}")
+        figure = by_kind(summary, title, f"{each} questions of a kind; {note}")
         plots.save(figure, folder.path / "plots" / "accuracy-by-kind")
 
 

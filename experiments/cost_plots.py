@@ -24,7 +24,7 @@ def cost_by_retention(costs: pd.DataFrame, title: str, subtitle: str = "") -> Fi
     table = costs[costs["method"] != "uncompressed"].copy()
     table["kv_share"] = table["kv_bytes"] / full["kv_bytes"]
     looks = plots._looks(table)
-    with plots._style():
+    with plots.style():
         figure = Figure(figsize=(11.5, 5.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, column, name in (
@@ -32,7 +32,7 @@ def cost_by_retention(costs: pd.DataFrame, title: str, subtitle: str = "") -> Fi
             (right, "kv_share", "KV cache"),
         ):
             ends = [0.0, 1.0]
-            axes.plot(ends, ends, color=plots._FAINT, lw=1.2, ls=(0, (5, 3)), zorder=1)
+            axes.plot(ends, ends, color=plots.FAINT, lw=1.2, ls=(0, (5, 3)), zorder=1)
             for label, look in looks.items():
                 rows = table[table["label"] == label].sort_values("retention")
                 axes.plot(
@@ -46,9 +46,9 @@ def cost_by_retention(costs: pd.DataFrame, title: str, subtitle: str = "") -> Fi
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
             _quiet(axes)
         left.set_ylabel("of the uncompressed model", fontsize=13)
-        figure.supxlabel("patch tokens kept (retention)", fontsize=13, color=plots._INK)
+        figure.supxlabel("patch tokens kept (retention)", fontsize=13, color=plots.INK)
         _legend(figure, left)
-        plots._titles(figure, title, f"{subtitle}; dashed: as much as is kept")
+        plots.titles(figure, title, f"{subtitle}; dashed: as much as is kept")
     return figure
 
 
@@ -65,13 +65,13 @@ def tokens_by_layer(layers: pd.DataFrame, title: str, subtitle: str = "") -> Fig
     kept = sorted(table["retention"].unique(), reverse=True)[-_PANELS:]
     looks = plots._looks(table)
     depth = int(layers["layer"].max()) + 1
-    with plots._style():
+    with plots.style():
         figure = Figure(figsize=(2.2 + 4.2 * max(1, len(kept)), 4.9), layout="constrained")
         panels = figure.subplots(1, max(1, len(kept)), sharey=True, squeeze=False)[0]
         for axes, share in zip(panels, kept or [1.0], strict=True):
             edges = [*range(depth), depth]
             level = [*full["visual_tokens"], full["visual_tokens"].iloc[-1]]
-            axes.step(edges, level, where="post", color=plots._INK, lw=1.2, ls=(0, (5, 3)))
+            axes.step(edges, level, where="post", color=plots.INK, lw=1.2, ls=(0, (5, 3)))
             for place, (label, look) in enumerate(looks.items()):
                 rows = table[(table["label"] == label) & (table["retention"] == share)]
                 if rows.empty:
@@ -89,14 +89,14 @@ def tokens_by_layer(layers: pd.DataFrame, title: str, subtitle: str = "") -> Fig
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             _quiet(axes)
         panels[0].set_ylabel("visual tokens entering", fontsize=13)
-        figure.supxlabel("decoder layer", fontsize=13, color=plots._INK)
+        figure.supxlabel("decoder layer", fontsize=13, color=plots.INK)
         _legend(figure, panels[0])
-        plots._titles(figure, title, f"{subtitle}; dashed: uncompressed")
+        plots.titles(figure, title, f"{subtitle}; dashed: uncompressed")
     return figure
 
 
 def _quiet(axes: Axes) -> None:
-    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=plots._INK)
+    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=plots.INK)
     axes.tick_params(axis="x", pad=8)
 
 

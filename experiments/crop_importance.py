@@ -20,7 +20,7 @@ from tokenprune.experiments import plots
 from tokenprune.experiments.compare import Outcome, Request, Setting, compare, prepare
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.intervals import OVERALL, compared, wilson
-from tokenprune.experiments.plots import _FAINT, _INK, _style, _titles
+from tokenprune.experiments.plots import FAINT, INK, style, titles
 from tokenprune.experiments.results import UNCOMPRESSED, Cell, read_answers, replace_file
 from tokenprune.experiments.views import DropCrop, crop_of, with_crops
 from tokenprune.terminal import Report
@@ -292,7 +292,7 @@ def figure(
     """
     held = holding(objects)
     widths = [1.1, 0.9, 2.2] if len(held) else [1.1, 2.4]
-    with _style():
+    with style():
         figure = Figure(figsize=(3.9 * sum(widths), 5.6), layout="constrained")
         panels = figure.subplots(1, len(widths), width_ratios=widths)
         _scores(panels[0], crops)
@@ -300,11 +300,11 @@ def figure(
             _objects(panels[1], held)
         _costs(panels[-1], table)
         for axes in panels:
-            axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=_INK)
+            axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
             axes.xaxis.label.set_size(13)
             axes.yaxis.label.set_size(13)
         images = crops["image_id"].nunique()
-        _titles(
+        titles(
             figure,
             f"What a crop is worth to {model}",
             f"{images} images; score of a crop: {score} of the thumbnail, summed over its region; "
@@ -318,9 +318,9 @@ def _scores(axes: Axes, crops: pd.DataFrame) -> None:
     usual = crops[count == count.mode().iloc[0]]
     sns.boxplot(
         usual, x="rank", y="centred", ax=axes, color="#d9d9d9", width=0.6, fliersize=0,
-        linewidth=1.2, linecolor=_INK,
+        linewidth=1.2, linecolor=INK,
     )  # fmt: skip
-    sns.stripplot(usual, x="rank", y="centred", ax=axes, color=_INK, size=2.5, alpha=0.35)
+    sns.stripplot(usual, x="rank", y="centred", ax=axes, color=INK, size=2.5, alpha=0.35)
     axes.set(xlabel="rank of the crop", ylabel="score minus the image's mean")
     axes.set_title(f"Scores ({usual['image_id'].nunique()} images)", loc="left", fontsize=13)
 
@@ -329,13 +329,13 @@ def _objects(axes: Axes, held: pd.DataFrame) -> None:
     errors = [held["share"] - held["low"], held["high"] - held["share"]]
     axes.bar(held["rank"], held["share"], 0.7, color="#d9d9d9", zorder=2)
     axes.errorbar(
-        held["rank"], held["share"], yerr=errors, ls="", color=_INK, elinewidth=1.3, zorder=3
+        held["rank"], held["share"], yerr=errors, ls="", color=INK, elinewidth=1.3, zorder=3
     )
     chance = held["chance"].iloc[0]
-    axes.axhline(chance, color=_FAINT, lw=1.2, ls=(0, (5, 3)), zorder=4)
+    axes.axhline(chance, color=FAINT, lw=1.2, ls=(0, (5, 3)), zorder=4)
     axes.annotate(
         "chance", (1, chance), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom",
-        fontsize=11, color=_FAINT,
+        fontsize=11, color=FAINT,
     )  # fmt: skip
     axes.set(xlabel="rank of the crop", ylabel="share of objects asked about")
     axes.set_xticks(held["rank"])
@@ -352,7 +352,7 @@ def _costs(axes: Axes, table: pd.DataFrame) -> None:
         DROPPED,
         _HUES,
     )
-    axes.axhline(0, color=_INK, lw=1.2)
+    axes.axhline(0, color=INK, lw=1.2)
     axes.set_ylabel("accuracy lost")
     axes.legend(
         title="dropped crop", frameon=False, fontsize=12, title_fontsize=12, loc="upper left"

@@ -46,7 +46,7 @@ from tokenprune.experiments.geometry import (
     frame_box,
     lattices,
 )
-from tokenprune.experiments.plots import _FAINT, _INK, _style, save
+from tokenprune.experiments.plots import FAINT, INK, save, style
 from tokenprune.experiments.ranking import Note, noting
 from tokenprune.experiments.results import check_writable, environment, replace_file
 from tokenprune.models.adapter import Adapter
@@ -751,7 +751,7 @@ def _figure(seen: Seen, panels: Sequence[_Panel], note: str) -> Figure:
     density = min(400.0, max(160.0, 1.1 * 200 * width / wide), 3000 / max(wide, tall))
     head = _heading(seen, note, columns * width)
     height = rows * (width * tall / wide + text) + 0.24 * len(head) + 0.25
-    with _style():
+    with style():
         figure = Figure(figsize=(columns * width + 0.3, height), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.09, h_pad=0.08, wspace=0.02, hspace=0.01)  # type: ignore[union-attr,call-arg]
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -760,7 +760,7 @@ def _figure(seen: Seen, panels: Sequence[_Panel], note: str) -> Figure:
         for panel, place in zip(panels, places, strict=True):
             _draw_panel(grid[place], panel, sheets, starts, (wide, tall), density, width / wide)
         figure.suptitle(
-            "\n".join(head), x=0.01, ha="left", fontsize=11, color=_INK, linespacing=1.4,
+            "\n".join(head), x=0.01, ha="left", fontsize=11, color=INK, linespacing=1.4,
             parse_math=False,
         )  # fmt: skip
     return figure
@@ -829,14 +829,14 @@ def _draw_panel(
     axes.set_xlim(0, wide)
     axes.set_ylim(tall, 0)
     axes.set_title(
-        panel.title, loc="left", fontsize=11, fontweight="bold", color=_INK, pad=4,
+        panel.title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=4,
         parse_math=False,
     )  # fmt: skip
     for index, line in enumerate(panel.lines):
         axes.annotate(
             line, (0, 0), (0, -6 - 14 * index), xycoords="axes fraction",
             textcoords="offset points", va="top", fontsize=10, parse_math=False,
-            color=_INK if line.startswith("“") else _FAINT, annotation_clip=False,
+            color=INK if line.startswith("“") else FAINT, annotation_clip=False,
         )  # fmt: skip
 
 

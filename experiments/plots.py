@@ -26,8 +26,8 @@ __all__ = [
     "save",
 ]
 
-_INK, _FAINT = "#262626", "#8c8c8c"
-_MARKERS = "osD^vPX*"
+INK, FAINT = "#262626", "#8c8c8c"
+MARKERS = "osD^vPX*"
 _COLUMNS = 3  # of the small multiples
 
 
@@ -40,7 +40,7 @@ def accuracy(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
         subtitle: On what, in smaller letters.
     """
     table = _by_retention(summary)
-    with _style():
+    with style():
         figure, axes = _slide(title, subtitle)
         _panel(axes, table, summary, OVERALL, start=0)
         _retention_axis(axes, table)
@@ -53,7 +53,7 @@ def accuracy_by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> F
     """Accuracy against what the prefill costs, which at one retention differs between methods."""
     table = _compressed(summary)
     table = table.assign(place=table["flops"] / table["uncompressed_flops"])
-    with _style():
+    with style():
         figure, axes = _slide(title, subtitle)
         _panel(axes, table, summary, OVERALL, start=1)
         axes.set_xlim(1.05, max(0, table["place"].min() - 0.05))
@@ -70,7 +70,7 @@ def accuracy_by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> F
     columns = min(_COLUMNS, len(kinds))
     cells = len(kinds) + (len(kinds) % columns == 0)  # a place for the legend
     rows = -(-cells // columns)
-    with _style():
+    with style():
         figure = Figure(figsize=(1.2 + 3.9 * columns, 1.2 + 3.1 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
         for axes, kind in zip(grid, kinds, strict=False):
@@ -81,9 +81,9 @@ def accuracy_by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> F
             axes.set_axis_off()
         handles, labels = grid[0].get_legend_handles_labels()
         grid[len(kinds)].legend(handles, labels, loc="center left", frameon=False, fontsize=13)
-        figure.supxlabel("visual tokens kept (retention)", fontsize=13, color=_INK)
-        figure.supylabel("accuracy", fontsize=13, color=_INK)
-        _titles(figure, title, subtitle)
+        figure.supxlabel("visual tokens kept (retention)", fontsize=13, color=INK)
+        figure.supylabel("accuracy", fontsize=13, color=INK)
+        titles(figure, title, subtitle)
     return figure
 
 
@@ -99,11 +99,11 @@ def bars(
     colours: Mapping[str, Any] | None = None,
 ) -> Figure:
     """Groups of bars with intervals on a slide of its own; see `grouped_bars`."""
-    with _style():
+    with style():
         figure, axes = _slide(title, subtitle)
         grouped_bars(axes, table, places, hues, colours)
         if reference is not None:
-            axes.axhline(reference, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
+            axes.axhline(reference, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
         axes.set_ylabel(label, fontsize=13)
         legend_above(axes)
     return figure
@@ -142,12 +142,12 @@ def grouped_bars(
         errors = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
         axes.bar(x, rows["value"], 0.92 * width, color=chosen[hue], label=hue, zorder=2)
         axes.errorbar(
-            x, rows["value"], yerr=np.abs(errors), ls="", color=_INK, elinewidth=1.3, zorder=3
+            x, rows["value"], yerr=np.abs(errors), ls="", color=INK, elinewidth=1.3, zorder=3
         )
     axes.set_xticks(range(len(places)), list(places.values()))
     axes.set_xlim(-0.6, len(places) - 0.4)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=_INK)
+    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -161,16 +161,16 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     details: Any = {
         "axes.grid.axis": "y",
-        "axes.labelcolor": _INK,
+        "axes.labelcolor": INK,
         "axes.spines.left": False,
         "axes.spines.right": False,
         "axes.spines.top": False,
         "grid.linewidth": 0.7,
         "pdf.fonttype": 42,  # text stays text in PDF editors
-        "text.color": _INK,
+        "text.color": INK,
     }
     with (
         sns.axes_style("whitegrid"),
@@ -185,16 +185,16 @@ def _slide(title: str, subtitle: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     axes = figure.subplots()
     axes.set_ylabel("accuracy")
-    _titles(figure, title, subtitle)
+    titles(figure, title, subtitle)
     return figure, axes
 
 
-def _titles(figure: Figure, title: str, subtitle: str) -> None:
+def titles(figure: Figure, title: str, subtitle: str) -> None:
     figure.suptitle(
         f"{title}\n", x=0.01, ha="left", fontsize=17, fontweight="bold", linespacing=1.5
     )
     # Below the title, in the line that its line break makes room for.
-    figure.text(0.01, 1 - 0.62 / figure.get_figheight(), subtitle, fontsize=12, color=_FAINT)
+    figure.text(0.01, 1 - 0.62 / figure.get_figheight(), subtitle, fontsize=12, color=FAINT)
 
 
 def _compressed(summary: pd.DataFrame) -> pd.DataFrame:
@@ -235,10 +235,8 @@ def _panel(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame, kind: str, st
     full = _reference(summary, kind)
     if not np.isnan(full["accuracy"]):
         axes.axhspan(full["accuracy_low"], full["accuracy_high"], color="black", alpha=0.06, lw=0)
-        axes.axhline(full["accuracy"], color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
-        axes.plot(
-            [start], [full["accuracy"]], "o", color=_INK, ms=7, zorder=4, label="uncompressed"
-        )
+        axes.axhline(full["accuracy"], color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
+        axes.plot([start], [full["accuracy"]], "o", color=INK, ms=7, zorder=4, label="uncompressed")
     for method, look in _looks(table).items():
         rows = table[(table["kind"] == kind) & (table["label"] == method)]
         rows = rows.sort_values("retention", ascending=False)
@@ -251,7 +249,7 @@ def _panel(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame, kind: str, st
             capsize=0, label=method, zorder=3, **look,
         )  # fmt: skip
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=_INK)
+    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
 
 
 def _reference(summary: pd.DataFrame, kind: str) -> pd.Series:
@@ -270,7 +268,7 @@ def _looks(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     methods = _methods(table)
     colours = sns.color_palette("colorblind", max(len(methods), 1))
     return {
-        method: {"color": colours[i], "fmt": _MARKERS[i % len(_MARKERS)]}
+        method: {"color": colours[i], "fmt": MARKERS[i % len(MARKERS)]}
         for i, method in enumerate(methods)
     }
 
@@ -285,7 +283,7 @@ def _label_lines(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame) -> None
         ends.append((name, level, {"color": look["color"], "fontweight": "bold"}))
     level = _reference(summary, OVERALL)["accuracy"]
     if not np.isnan(level):
-        ends.append((f"uncompressed {_percent(level, 1)}", level, {"color": _INK}))
+        ends.append((f"uncompressed {_percent(level, 1)}", level, {"color": INK}))
     low, high = axes.get_ylim()
     lines = max((name.count("\n") + 1 for name, *_ in ends), default=1)
     heights = _spread([level for _, level, _ in ends], 0.058 * lines * (high - low))

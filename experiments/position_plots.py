@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from tokenprune.experiments.plots import _FAINT, _INK, _style, _titles
+from tokenprune.experiments.plots import FAINT, INK, style, titles
 from tokenprune.experiments.position_statistics import ALL, NORMAL, profiles
 from tokenprune.experiments.rearrange import CONDITIONS
 
@@ -74,19 +74,19 @@ def by_slot(tokens: pd.DataFrame, where: str) -> Figure:
     shares["order"] = np.where(shares["condition"] == NORMAL, *_HUES)
     shares["slot"] += 1
     what = "frame" if (tokens["modality"] == "video").any() else "crop slot"
-    with _style():
+    with style():
         figure, grid = _multiples(list(pd.unique(tokens["method"])), height=2.7)
         for axes, (method, rows) in zip(grid, shares.groupby("method", sort=False), strict=False):
             sns.barplot(
                 rows, x="slot", y="kept", hue="order", hue_order=list(_HUES), palette=_HUES,
                 errorbar=("ci", 95), n_boot=500, seed=0, width=0.78, ax=axes, legend=False,
-                err_kws={"color": _INK, "linewidth": 1.1}, saturation=1,
+                err_kws={"color": INK, "linewidth": 1.1}, saturation=1,
             )  # fmt: skip
             _finish(axes, str(method))
-        figure.supxlabel(f"{what} in the order of the sequence", fontsize=13, color=_INK)
-        figure.supylabel("share of its tokens kept", fontsize=13, color=_INK)
+        figure.supxlabel(f"{what} in the order of the sequence", fontsize=13, color=INK)
+        figure.supylabel("share of its tokens kept", fontsize=13, color=INK)
         _legend(figure, [Patch(color=colour, label=name) for name, colour in _HUES.items()])
-        _titles(
+        titles(
             figure,
             f"Which {what}s keep their tokens",
             f"{where}. Bars of a pair alike: the place decides; mirrored: the content. "
@@ -108,7 +108,7 @@ def by_place(tokens: pd.DataFrame, where: str) -> Figure:
     methods = list(pd.unique(tokens["method"]))
     thumbnail = tokens["position"][tokens["slot"] < 0].max()
     what = "frame" if (tokens["modality"] == "video").any() else "crop slot"
-    with _style():
+    with style():
         figure, grid = _multiples(methods, height=2.5)
         for axes, method in zip(grid, methods, strict=False):
             for condition, rows in table[table["method"] == method].groupby(
@@ -123,18 +123,18 @@ def by_place(tokens: pd.DataFrame, where: str) -> Figure:
                 width = 4.5 if condition == NORMAL else 1.6
                 axes.plot(rows["place"], rows["kept"], color=colour, lw=width)
             if not np.isnan(thumbnail):
-                axes.axvspan(0, thumbnail, color=_FAINT, alpha=0.12, lw=0)
+                axes.axvspan(0, thumbnail, color=FAINT, alpha=0.12, lw=0)
             axes.set_xlim(0, 1)
             axes.set_ylim(0, 1.02)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
             _finish(axes, method)
-        figure.supxlabel("place in the packed sequence, %", fontsize=13, color=_INK)
-        figure.supylabel("share kept", fontsize=13, color=_INK)
+        figure.supxlabel("place in the packed sequence, %", fontsize=13, color=INK)
+        figure.supylabel("share kept", fontsize=13, color=INK)
         handles = [Patch(color=colour, label=name) for name, colour in _HUES.items()]
         if not np.isnan(thumbnail):
-            handles.append(Patch(color=_FAINT, alpha=0.2, label="thumbnail"))
+            handles.append(Patch(color=FAINT, alpha=0.2, label="thumbnail"))
         _legend(figure, handles)
-        _titles(
+        titles(
             figure,
             "Where in the sequence tokens are kept",
             f"{where}. {_counted(tokens, what)}; bands: 95 % intervals over images.",
@@ -153,7 +153,7 @@ def on_the_image(tokens: pd.DataFrame, where: str) -> Figure:
     methods = list(pd.unique(tokens["method"]))
     what = "frame" if (tokens["modality"] == "video").any() else "crop slot"
     rows, cols = (1, 1) if what == "frame" else map(int, tokens["grid"].iloc[0].split("x"))
-    with _style():
+    with style():
         figure, grid = _multiples(methods, height=2.7)
         largest = shown.groupby(["method", "y", "x"], observed=True)["kept"].mean().max()
         for axes, method in zip(grid, methods, strict=False):
@@ -164,17 +164,17 @@ def on_the_image(tokens: pd.DataFrame, where: str) -> Figure:
                 cells, cmap="Blues", vmin=0, vmax=largest, extent=(0, cols, rows, 0), aspect="auto"
             )
             for row in range(1, rows):
-                axes.axhline(row, color=_INK, lw=0.9)
+                axes.axhline(row, color=INK, lw=0.9)
             for col in range(1, cols):
-                axes.axvline(col, color=_INK, lw=0.9)
+                axes.axvline(col, color=INK, lw=0.9)
             _finish(axes, method)
             axes.set(xticks=[], yticks=[])
         bar = figure.colorbar(image, ax=grid, shrink=0.6, pad=0.015, aspect=26)
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0, labelsize=11.5, labelcolor=_INK)
+        bar.ax.tick_params(length=0, labelsize=11.5, labelcolor=INK)
         lines = "all frames together" if what == "frame" else "lines part the crops"
-        _titles(
+        titles(
             figure,
             "Where in the image tokens are kept",
             f"{where}. Share kept by row and column, normal order; {lines}. "
@@ -197,14 +197,14 @@ def equivariance(statistics: pd.DataFrame, where: str) -> Figure:
         "selector": {"color": "#08519c", "marker": "o", "shift": -0.13},
         "pipeline": {"color": "#e6863b", "marker": "D", "shift": 0.13},
     }
-    with _style():
+    with style():
         figure = Figure(
             figsize=(2.2 + 2.9 * max(len(conditions), 2), 2.0 + 0.42 * len(methods)),
             layout="constrained",
         )
         grid = figure.subplots(1, max(len(conditions), 1), sharey=True, squeeze=False).flatten()
         for axes, condition in zip(grid, conditions, strict=False):
-            axes.axvline(0.5, color=_FAINT, lw=1.2, ls=(0, (4, 3)), zorder=1)
+            axes.axvline(0.5, color=FAINT, lw=1.2, ls=(0, (4, 3)), zorder=1)
             for level, look in looks.items():
                 rows = there[(there["condition"] == condition) & (there["level"] == level)]
                 rows = rows.set_index("method").reindex(methods)
@@ -222,11 +222,11 @@ def equivariance(statistics: pd.DataFrame, where: str) -> Figure:
             axes.set_yticks(range(len(methods)), methods)
             axes.set_xticks([0, 0.5, 1], ["0\nplace", "½\nneither", "1\ncontent"])
             axes.grid(axis="y", color="#e5e5e5", lw=0.7)
-            axes.tick_params(length=0, labelsize=11.5, labelcolor=_INK)
+            axes.tick_params(length=0, labelsize=11.5, labelcolor=INK)
             axes.set_title(_NAMES[condition], fontsize=13, fontweight="bold")
         if conditions:
             _legend(figure, grid[0].get_legend_handles_labels()[0])
-        _titles(
+        titles(
             figure,
             "Does the choice follow content or place?",
             f"{where}. Equivariance, mean over images with 95 % interval; none where a method "
@@ -274,7 +274,7 @@ def _finish(axes: Axes, method: str) -> None:
     axes.set_title(method, loc="left", fontweight="bold", fontsize=13)
     axes.set(xlabel="", ylabel="")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.tick_params(axis="both", length=0, labelsize=11.5, labelcolor=_INK)
+    axes.tick_params(axis="both", length=0, labelsize=11.5, labelcolor=INK)
 
 
 def _legend(figure: Figure, handles: list[Any]) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tokenprune.experiments import crowd_plots
 from tokenprune.experiments.intervals import OVERALL
 from tokenprune.experiments.plots import (
     _spread,
@@ -115,3 +116,39 @@ def test_labels_keep_their_order_and_distance(values: list[float], gap: float) -
     steps = [b - a for a, b in pairwise(ordered)]
     assert all(step >= gap - 1e-6 for step in steps)
     assert sum(placed) == pytest.approx(sum(values), abs=1e-5), "moved as a whole: by nothing"
+
+
+# --- many methods ---------------------------------------------------------------------------------
+
+CROWD = ("uniform", "fastv", "dart", "broken")
+
+
+def test_a_crowd_is_ranked_and_every_point_is_there() -> None:
+    table = summary("broken", CROWD)
+    figure = crowd_plots.by_retention(table, "title", "subtitle")
+    (axes,) = figure.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["uniform", "fastv", "dart"], "best first, what failed left out"
+    shown = {c.get_label(): c.lines[0].get_xdata() for c in axes.containers}
+    assert list(shown) == ["50 % kept", "10 % kept"]
+    assert list(shown["50 % kept"]) == pytest.approx([0.74, 0.73, 0.72])
+    assert list(shown["10 % kept"]) == pytest.approx([0.62, 0.61, 0.60])
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_label() == "uncompressed"] == [
+        0.9
+    ]
+
+
+def test_a_crowd_by_cost_names_the_best_at_each_cost() -> None:
+    figure = crowd_plots.by_cost(summary("broken", CROWD), "title")
+    assert texts(figure) == ["uniform 50 %", "uniform 10 %"]
+    (first, *_) = figure.axes[0].lines
+    assert list(first.get_xdata()) == pytest.approx([0.6] * 3)
+
+
+def test_a_crowd_by_kind_is_a_map_per_retention(tmp_path: Path) -> None:
+    figure = crowd_plots.by_kind(summary("broken", CROWD), "title", "40 questions")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["50 % kept", "10 % kept"]
+    numbers = [text.get_text() for text in figure.axes[0].texts]
+    assert numbers == ["74", "74", "73", "73", "72", "72"]
+    save(figure, tmp_path / "kinds")
+    assert (tmp_path / "kinds.png").exists()
