@@ -62,8 +62,8 @@ class DivPrune(Compressor):
         """Cosines and distances of all pairs, and the features of unit length."""
         sizes = tokens.layout.view_sizes if self.allocator else (len(tokens.layout.patches),)
         count, width = max(sizes), tokens.features.shape[1]
-        copies = float_copy(tokens.features) if self.allocator else 0
-        return super().memory(tokens) + 8.0 * count * count + 8.0 * count * width + copies
+        norms = float_copy(tokens.features) if self.allocator else 0
+        return super().memory(tokens) + max(norms, 8.0 * count * (count + width))
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of all pairs, and one comparison with every token for each that is picked."""

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import patches_by_view, top_per_view
+from tokenprune.primitives import float_copy, patches_by_view, top_per_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -105,3 +105,14 @@ class DyCoke(Compressor):
             other = other if before >= 0 else other.mean(0)
             scores[patches] = -F.cosine_similarity(features[patches], other, dim=-1)
         return Selection(top_per_view(layout, scores, torch.tensor(counts)))
+
+    def flops(self, tokens: VisualTokens) -> float:
+        """One cosine for every token, of two norms and a product."""
+        return 6.0 * len(tokens.layout.patches) * tokens.features.shape[1]
+
+    def memory(self, tokens: VisualTokens) -> float:
+        """All features in float32, and of one view: they, what they are compared with, both of
+        unit length, and the products."""
+        view = max(tokens.layout.view_sizes) * tokens.features.shape[1]
+        copies = 5 if tokens.layout.modality == "video" else 4  # or with a single vector
+        return super().memory(tokens) + float_copy(tokens.features) + 4.0 * copies * view

@@ -121,14 +121,16 @@ class SparseVLM(Compressor):
         return 2.0 * visual.shape[1] * (len(visual) * len(text) + recycled**2)
 
     def memory(self, tokens: VisualTokens) -> float:
-        """What entered in float32, distances of what is recycled, or twice what is kept."""
+        """What entered in float32, the raters' rows twice, distances of what is recycled, or, where
+        any is, twice what is kept."""
         stage = self.cut or len(self.depths)
         kept = left_at(tokens, self.retention, stage / len(self.depths))
         recycled, width = self.recycled * (len(tokens) - kept), tokens.features.shape[1]
         entered: float = sum(map(float_copy, tokens.inputs or ()))
         clusters = 13.0 * recycled**2 + 8.0 * recycled * width
-        twice = 2.0 * kept * width * tokens.features.element_size()
-        return super().memory(tokens) + max(entered, clusters, twice)
+        merging = 2.0 * kept * width * tokens.features.element_size() if recycled else 0.0
+        rows = 8.0 * tokens[ROWS if self.version == "1.0" else HEADS].numel()  # of all the text
+        return super().memory(tokens) + max(entered, rows, clusters, merging)
 
     def raters(self, tokens: VisualTokens) -> Tensor:
         """(T,) bool, which of the text tokens behind the image rate."""

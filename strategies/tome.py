@@ -73,6 +73,15 @@ class ToMe(EncoderCompressor):
         )
         return 2.0 * pairs * run.key_width * tokens.layout.views
 
+    def memory(self, tokens: VisualTokens) -> float:
+        """As others, or in the tower keys of unit length and cosines of even with odd entries."""
+        run, ranking = tokens.encoding, super().memory(tokens)
+        if run is None:
+            return ranking
+        entries = max(run.attended)
+        matched = 4.0 * entries * run.key_width + 4.0 * (entries // 2) * (entries - entries // 2)
+        return max(ranking, tokens.layout.views * matched)
+
 
 def schedule(patches: int, target: int, layers: int) -> list[int]:
     """How many patches each of ``layers`` merges so that ``target`` of ``patches`` are left.

@@ -21,6 +21,12 @@ from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 IMAGE = TokenLayout.anyres((2, 2), (12, 12), (0, 24, 0, 24))
 VIDEO = TokenLayout.video(6, (9, 9))
 WIDTH = 96
+OPTIONS = (  # that other code stands behind
+    "cdpruner:relevance=text",
+    "cdpruner:relevance=none",
+    "sparsevlm:version=2.0",
+    "divprune:allocator=proportional",
+)
 
 
 def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> VisualTokens:
@@ -31,7 +37,11 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
         return torch.randn(rows, WIDTH).to(dtype)
 
     weight = torch.randn(WIDTH, WIDTH).to(dtype)
-    vectors = {s: wide(len(layout)) for s in plain.signals if s.is_vector and s.name != "llm_text"}
+    vectors = {
+        signal: wide(len(layout))
+        for signal in plain.signals
+        if signal.is_vector and not signal.name.startswith("llm_text")
+    }
     return replace(
         plain,
         features=wide(len(layout)),
@@ -44,10 +54,10 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [IMAGE, VIDEO], ids=["image", "video"])
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", [*tp.available(), *OPTIONS])
 def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: torch.dtype) -> None:
     """Not a fifth more than is said, and half of what is said at least."""
-    method = tp.create(name, retention=0.4)
+    method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         tokens = _tokens(part, layout, dtype)
         with warnings.catch_warnings():
@@ -60,10 +70,10 @@ def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: t
         assert told <= 2 * real + some, f"memory() says {told:,.0f}, {real:,} bytes were taken"
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", [*tp.available(), *OPTIONS])
 def test_memory_and_flops_go_by_shapes_alone(name: str) -> None:
     """The forecast asks tensors that hold nothing."""
-    method = tp.create(name, retention=0.4)
+    method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         real = _tokens(part, IMAGE, torch.float32)
         empty = replace(

@@ -1199,7 +1199,7 @@ def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
         entries = sum(map(len, kept))
         assert ledger.kept_patches + ledger.kept_separators == entries, f"row {row}: separators"
         assert ledger.visual_per_layer[-1] == entries, f"row {row}: last layer"
-        entering = {c.image: c for c in trace.selections if c.stage is Stage.PRE_LLM}
+        entering = {c.image: c for c in trace.selections if c.stage is not Stage.LLM}
         there = [
             layout.take(entering[i].keep) if i in entering else layout
             for i, layout in enumerate(layouts)
