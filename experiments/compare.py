@@ -145,7 +145,7 @@ class Runner(Protocol):
         self,
         questions: Sequence[Question],
         signals: frozenset[Signal],
-        encoder: EncoderCompressor | None,
+        encoder: EncoderCompressor | None = None,
     ) -> Sequence[Sequence[Any]]:
         """Run the vision tower, under ``encoder``; for every question its images or video."""
 
@@ -176,7 +176,7 @@ class ModelRunner:
         self,
         questions: Sequence[Question],
         signals: frozenset[Signal],
-        encoder: EncoderCompressor | None,
+        encoder: EncoderCompressor | None = None,
     ) -> Sequence[Sequence[Any]]:
         opened = [[picture.open() for picture in item.images] for item in questions]
         encode = self.adapter.encode
@@ -296,7 +296,7 @@ def run(
                 new = {i.image_id: i for i in batch if (tower, i.image_id) not in encoded}
                 found = runner.encode(list(new.values()), signals[tower], tower) if new else []
                 encoded.update(((tower, name), one) for name, one in zip(new, found, strict=True))
-        entering = _Entering(runner, journal, batch, warned)
+        entering = _Entering(runner, journal, batch, warned, loyal=UNCOMPRESSED in todo)
         # All cells, answered or not: the same cells and questions are put together the same way and
         # give the same answers to the last bit, whether the run was interrupted or not.
         for tower in dict.fromkeys(towers.values()):
@@ -404,9 +404,11 @@ class _Entering:
         journal: Journal,
         batch: Sequence[Question],
         warned: set[tuple[str, str]],
+        *,
+        loyal: bool,
     ) -> None:
         self.runner, self.journal, self.batch, self.warned = runner, journal, batch, warned
-        self.loyalty = _Loyalty()
+        self.loyal, self.loyalty = loyal, _Loyalty()
 
     def enter(self, key: str, records: Sequence[dict[str, Any]]) -> None:
         """The records of cell ``key``, one for every question."""
@@ -441,8 +443,8 @@ class _Entering:
         return True
 
     def _add(self, key: str, records: dict[str, dict[str, Any]]) -> None:
-        if self.loyalty.lacks_reference(key, records):  # taken up again amid a batch
-            shown = self.runner.encode(self.batch, frozenset(), None)
+        if self.loyal and self.loyalty.lacks_reference(key, records):  # taken up amid a batch
+            shown = self.runner.encode(self.batch, frozenset())
             full = _answer(self.runner, Cell(), shown, self.batch)
             ids = (item.id for item in self.batch)
             self.loyalty.entries(UNCOMPRESSED, dict(zip(ids, full, strict=True)))

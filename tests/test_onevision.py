@@ -429,7 +429,7 @@ def test_head_attention_is_the_row_of_the_pooling_head() -> None:
 def _features_and_maps(adapter: Any, call: Any, signal: Signal) -> tuple[Any, Any]:
     from tokenprune.observe import _tapped
 
-    with torch.no_grad(), _tapped(adapter, frozenset({signal})) as maps:
+    with torch.no_grad(), _tapped(adapter, frozenset({signal}), None) as maps:
         features = adapter.base.get_image_features(**call).pooler_output
     return features, maps()
 

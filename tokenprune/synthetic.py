@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -33,6 +34,7 @@ def sample_tokens(
         text: How many text tokens lie behind the image.
         widths: Of ``features`` and of vector signals by name, where a few numbers will not do.
     """
+    layout = copy.deepcopy(layout)  # a strategy that writes to its own must not spoil others'
     wide = widths or {}
     width = wide.get("features", WIDTH)
     draw = torch.Generator().manual_seed(seed)
