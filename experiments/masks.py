@@ -828,9 +828,10 @@ def _draw_panel(
                 )  # fmt: skip
     axes.set_xlim(0, wide)
     axes.set_ylim(tall, 0)
+    room = 10 * inches * wide  # characters of a title in full size
     axes.set_title(
-        panel.title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=4,
-        parse_math=False,
+        panel.title, loc="left", fontsize=11 * min(1.0, room / len(panel.title)),
+        fontweight="bold", color=INK, pad=4, parse_math=False,
     )  # fmt: skip
     for index, line in enumerate(panel.lines):
         axes.annotate(
