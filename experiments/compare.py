@@ -226,22 +226,8 @@ class ModelRunner:
             {
                 "answer": text,
                 FIRST_TOKEN: row,
-                "patch_tokens": ledger.patch_tokens,
-                "kept_patches": ledger.kept_patches,
-                "separators": ledger.separators,
-                "kept_separators": ledger.kept_separators,
-                "entered_patches": ledger.entered_patches,
-                "entered_separators": ledger.entered_separators,
-                "text_tokens": ledger.text_tokens,
+                **ledger.figures,
                 "visual_per_layer": list(ledger.visual_per_layer),
-                "layer_average": ledger.layer_average,
-                "layer_average_with_text": ledger.layer_average_with_text,
-                "kv_entries": ledger.kv_entries,
-                "kv_bytes": ledger.kv_bytes,
-                "flops": ledger.flops,
-                "selector_flops": ledger.selector_flops,
-                "selector_bytes": ledger.selector_bytes,
-                "uncompressed_flops": ledger.uncompressed_flops,
                 **({"kept": keep} if keep else {}),
             }
             for text, row, ledger, keep in zip(texts, first, trace.ledgers, keeps, strict=True)

@@ -41,12 +41,6 @@ __all__ = [
 ]
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_FIGURES = (
-    *("patch_tokens", "kept_patches", "separators", "kept_separators"),
-    *("entered_patches", "entered_separators", "text_tokens"),
-    *("layer_average", "layer_average_with_text", "kv_entries", "kv_bytes"),
-    *("flops", "selector_flops", "selector_bytes", "uncompressed_flops"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +217,7 @@ def costs(prompt: Prompt, methods: Sequence[Compressor]) -> pd.DataFrame:
                 "label": "uncompressed" if method is None else method.label,
                 "retention": ledger.requested,
                 "estimate": not told.exact,
-                **{name: getattr(ledger, name) for name in _FIGURES},
+                **ledger.figures,
                 "flops_share": ledger.flops / ledger.uncompressed_flops,
                 "equivalent": equivalent(ledger),
                 "weight_bytes": prompt.weight_bytes,

@@ -9,6 +9,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
+from tokenprune.ledger import FIGURES
+
 __all__ = [
     "OVERALL",
     "Interval",
@@ -25,25 +27,6 @@ __all__ = [
 
 OVERALL = "overall"
 """The `kind` of a summary row that takes all questions together."""
-
-_COSTS = (
-    "patch_tokens",
-    "kept_patches",
-    "separators",
-    "kept_separators",
-    "entered_patches",
-    "entered_separators",
-    "text_tokens",
-    "layer_average",
-    "layer_average_with_text",
-    "kv_entries",
-    "kv_bytes",
-    "flops",
-    "selector_flops",
-    "selector_bytes",
-    "uncompressed_flops",
-)
-
 
 _MATCH = ("match", "match_target")
 
@@ -329,7 +312,7 @@ def _columns() -> Iterator[str]:
     yield from ("asked_retention", *_MATCH)
     for share in ("accuracy", "agreement"):
         yield from (share, f"{share}_low", f"{share}_high")
-    yield from _COSTS
+    yield from FIGURES
     for name in ("vs_uncompressed", "vs_uniform"):
         yield from (name, f"{name}_low", f"{name}_high", f"{name}_p")
     yield from ("kl", "kl_low", "kl_high")
@@ -359,7 +342,7 @@ def _figures(cell: pd.DataFrame, seed: int) -> dict[Hashable, Any]:
         figures |= {"kl": values.mean(), "kl_low": low, "kl_high": high}
     if len(cell):
         # Answers of an older run lack the younger columns.
-        figures |= cell.reindex(columns=list(_COSTS)).mean().to_dict()
+        figures |= cell.reindex(columns=list(FIGURES)).mean().to_dict()
         figures["seeds"] = cell["parameters"].nunique()
     if figures.get("seeds", 1) > 1:
         each = cell["correct"].astype(float).groupby(cell["parameters"]).mean()

@@ -35,6 +35,7 @@ import tokenprune
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.data import Question, normalise
+from tokenprune.ledger import FIGURES, WHOLE_FIGURES
 
 __all__ = [
     "IMAGE_FREE",
@@ -439,27 +440,11 @@ def _now() -> str:
 # --- the tidy table -------------------------------------------------------------------------------
 
 
-_WHOLE = (
-    "patch_tokens",
-    "kept_patches",
-    "separators",
-    "kept_separators",
-    "entered_patches",
-    "entered_separators",
-    "text_tokens",
-    "kv_entries",
-    "kv_bytes",
-    "selector_bytes",
-)
-_COUNTS = (
-    *(*_WHOLE, "layer_average", "layer_average_with_text"),
-    *("flops", "selector_flops", "uncompressed_flops"),
-)
 _COLUMNS = [
     *("model", "method", "label", "parameters", "retention"),
     *("asked_retention", "match", "match_target"),
     *("question_id", "image_id", "kind", "question", "truth"),
-    *("answer", "correct", "agrees", "kl", "easy", "status", *_COUNTS, "visual_per_layer"),
+    *("answer", "correct", "agrees", "kl", "easy", "status", *FIGURES, "visual_per_layer"),
 ]
 
 
@@ -510,12 +495,12 @@ def answers_frame(
                     "kl": None,
                     "easy": easy[item.id],
                     "status": "failed" if record is None else "ok",
-                    **dict.fromkeys([*_COUNTS, "visual_per_layer"]),
+                    **dict.fromkeys([*FIGURES, "visual_per_layer"]),
                     **(record or {}),
                 }
             )
     types = dict.fromkeys(("correct", "agrees", "easy"), "boolean")
-    types |= dict.fromkeys(("kl", *_COUNTS), "Float64") | dict.fromkeys(_WHOLE, "Int64")
+    types |= dict.fromkeys(("kl", *FIGURES), "Float64") | dict.fromkeys(WHOLE_FIGURES, "Int64")
     types |= {"match_target": "Float64"}
     return pd.DataFrame(rows, columns=_COLUMNS).astype(types)
 

@@ -22,8 +22,8 @@ from tokenprune.cli import app
 from tokenprune.experiments.commands import compare as command
 from tokenprune.experiments.commands.compare import tables
 from tokenprune.experiments.compare import Request
-from tokenprune.experiments.intervals import _COSTS
 from tokenprune.experiments.results import Journal
+from tokenprune.ledger import FIGURES
 from tokenprune.terminal import split_specs, spread
 
 
@@ -282,7 +282,7 @@ def test_tables_fit_into_80_columns() -> None:
                 "accuracy_low": 0.9924 if kind == "overall" else 0.963,
                 "accuracy_high": 1.0,
             }
-            row |= {"agreement": 1.0} | dict.fromkeys(_COSTS, 2880.0)
+            row |= {"agreement": 1.0} | dict.fromkeys(FIGURES, 2880.0)
             row |= {"flops": 41.7e12, "uncompressed_flops": 41.7e12}
             row |= {"vs_uniform": -0.1, "vs_uniform_p": 0.04 if label == "globalcom2" else None}
             ends = ("", "_low", "_high")

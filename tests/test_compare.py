@@ -286,6 +286,26 @@ def test_the_run_folder(finished: module.Outcome, folder: Path) -> None:
     assert (folder / "summary.csv").read_text().count("\n") == 1 + 5 * 6
 
 
+def test_every_number_of_the_ledger_is_in_the_tables(
+    finished: module.Outcome, folder: Path
+) -> None:
+    adapter = tp.load("testbed-next")
+    item = module.data.held_out(1, seed=0)[0]
+    method = tp.create("uniform", retention=0.25)
+    with tp.compress(adapter.model, method) as trace, torch.no_grad():
+        adapter.model(**adapter.prepare([item.images[0].open()], [item.question]))
+    told = trace.ledger
+    frame = pd.read_parquet(folder / "answers.parquet")
+    row = frame.set_index(["method", "question_id"]).loc[("uniform", item.id)]
+    numbers = {n: v for n, v in vars(told).items() if isinstance(v, int | float)}
+    assert {"vision_flops", "uncompressed_vision_flops", "selector_bytes"} <= set(numbers)
+    for name in numbers.keys() - {"requested"}:
+        assert row[name] == numbers[name], name
+        assert name in finished.summary
+    assert row["kv_entries"] == sum(told.kv_per_layer)
+    assert list(row["visual_per_layer"]) == list(told.visual_per_layer)
+
+
 def test_the_answers_are_those_of_a_plain_generate(finished: module.Outcome, folder: Path) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet")

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.experiments.intervals import (
-    _COSTS,
     OVERALL,
     compared,
     holm,
@@ -20,6 +19,7 @@ from tokenprune.experiments.intervals import (
     summarise,
     wilson,
 )
+from tokenprune.ledger import FIGURES
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -83,7 +83,7 @@ def answers(method: str, retention: float, right: list[bool | None]) -> pd.DataF
             "correct": pd.array(right, dtype="boolean"),
             "agrees": pd.array(right, dtype="boolean"),
             "status": ["failed" if value is None else "ok" for value in right],
-            **{name: float(index) for index, name in enumerate(_COSTS)},
+            **{name: float(index) for index, name in enumerate(FIGURES)},
         }
     )
 
@@ -108,7 +108,7 @@ def test_summary() -> None:
     assert other["vs_uniform"] == pytest.approx(0.4)
     assert other["vs_uniform_p"] == pytest.approx(0.125)  # 4 of 4 discordant: 2 / 2⁴
     assert other["vs_uniform_low"] <= 0.4 <= other["vs_uniform_high"]
-    assert other["layer_average"] == _COSTS.index("layer_average")
+    assert other["layer_average"] == FIGURES.index("layer_average")
     assert table.loc[("other", "odd"), "n"] == 5
     assert table.loc[("other", "odd"), "vs_uniform"] == pytest.approx(0.4)
 

@@ -111,6 +111,11 @@ class EncoderCompressor(Compressor, ABC):
         """What merges or goes in this layer; None for nothing."""
         return None
 
+    @property
+    def by_content(self) -> bool:
+        """Whether the image decides which patches share a vector, and so how many are left."""
+        return type(self).reduce is not EncoderCompressor.reduce and self.retention < 1
+
     def bias(self, size: Tensor) -> Tensor | None:
         """(V, n) what is added to the attention logits of every key, given its size, or None.
 
@@ -259,7 +264,8 @@ def foreseen(
     session.enter(None, (torch.zeros(layout.views, 1, rows * tall, cols * wide),), {})
     tower, draw = session.tower, torch.Generator().manual_seed(seed)
     entries = adapter.prefix_tokens + session.shape[0] * session.shape[1]
-    states = torch.randn(layout.views, entries, 8, generator=draw)
+    width = adapter.vision_width // adapter.vision_heads  # of keys, which cost by it
+    states = torch.randn(layout.views, entries, width, generator=draw)
     for index in range(len(adapter.vision_layers)):
         tower.attended.append(states.shape[1])
         states = session._reduced(index, states, states)

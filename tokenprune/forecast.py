@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Forecast", "forecast"]
 
-_INPUTS = Signal("llm_inputs")
+_INPUTS, _PROMPT = Signal("llm_inputs"), Signal("llm_prompt")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ class Forecast:
 
     Attributes:
         draws: A `Ledger` for each.
+        by_content: Whether counts depend on the image even where all draws agree, as where patches
+            merge in the tower: those of the padding vanish with it.
     """
 
     draws: tuple[Ledger, ...]
+    by_content: bool = False
 
     @property
     def ledger(self) -> Ledger:
@@ -58,8 +61,11 @@ class Forecast:
 
     @property
     def exact(self) -> bool:
-        """Whether every draw processes equally many tokens in every layer."""
-        return len({one.visual_per_layer for one in self.draws}) == 1
+        """Whether every draw processes equally many tokens in every layer.
+
+        What a few draws do not show is not known: rounding that content seldom changes.
+        """
+        return not self.by_content and len({one.visual_per_layer for one in self.draws}) == 1
 
     @property
     def mark(self) -> str:
@@ -73,7 +79,7 @@ def forecast(
     layouts: Sequence[TokenLayout],
     text: int = 0,
     *,
-    asking: int | None = None,
+    asking: int | Sequence[int] | None = None,
     size: int = 2,
     draws: int = 5,
 ) -> Forecast:
@@ -85,7 +91,8 @@ def forecast(
         layouts: Of the prompt's images and videos (`Adapter.layout`).
         text: Tokens of the prompt that are not visual.
         asking: How many of them lie behind the images, for methods that ask the text; default all
-            of them.  Where there are none, one that is not counted stands in.
+            of them.  Where there are none, one that is not counted stands in.  A number for each
+            image or video where words lie between them.
         size: Bytes of a number: 2 for half precision.
         draws: On how many made-up contents the strategy runs.
 
@@ -94,14 +101,17 @@ def forecast(
     """
     if compressor is not None:
         adapter.check(compressor)
-    asking = max(1, text if asking is None else asking)
+    behind = text if asking is None else asking
+    each = [behind] * len(layouts) if isinstance(behind, int) else behind
+    each = [max(1, number) for number in each]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetentionWarning)
         made = [
-            _Draw(adapter, compressor, layouts, text, asking, size, seed).ledger()
+            _Draw(adapter, compressor, layouts, text, each, size, seed).ledger()
             for seed in range(draws)
         ]
-    return Forecast(tuple(made))
+    tower = encoder_part(compressor)
+    return Forecast(tuple(made), tower is not None and bool(layouts) and tower.by_content)
 
 
 class _Draw:
@@ -113,7 +123,7 @@ class _Draw:
         compressor: Compressor | None,
         layouts: Sequence[TokenLayout],
         text: int,
-        asking: int,
+        asking: Sequence[int],
         size: int,
         seed: int,
     ) -> None:
@@ -124,9 +134,10 @@ class _Draw:
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.before, self.inside = placed(compressor, self.shape.layers)
         towers = frozenset(signal for signal in self.needs if not signal.in_llm)
+        early = towers | (self.needs & {_PROMPT})
         self.images = [
-            sample_tokens(towers, layout, seed=1000 * seed + index)
-            for index, layout in enumerate(layouts)
+            sample_tokens(early, layout, seed=1000 * seed + index, text=words)
+            for index, (layout, words) in enumerate(zip(layouts, asking, strict=True))
         ]
         views = sum(layout.views for layout in layouts)
         vision = VisionShape.of(adapter.base.config.vision_config)
@@ -142,7 +153,7 @@ class _Draw:
                 )
                 for tokens, run in zip(self.images, runs, strict=True)
             ]
-            attended = runs[0].attended
+            attended = runs[-1].attended  # as the engine does
             self.vision = sum(
                 layout.views * encoder_flops(run.attended, vision, run.processed)
                 for layout, run in zip(layouts, runs, strict=True)
@@ -159,17 +170,18 @@ class _Draw:
             replace(
                 tokens,
                 entered=len(tokens.layout.patches),
-                inputs=sample_tokens(
-                    frozenset(), tokens.layout, seed=self.seed, text=self.asking
-                ).inputs,
+                inputs=sample_tokens(frozenset(), tokens.layout, seed=self.seed, text=words).inputs,
             )
-            for tokens in self.images
+            for tokens, words in zip(self.images, self.asking, strict=True)
         ]
         visual: list[int] = []
         for layer in range(self.shape.layers):
             if layer in self.inside:
                 self._ask(self.inside[layer], layer, visual)
-                shown = [self._shown(self.inside[layer], tokens) for tokens in self.images]
+                shown = [
+                    self._shown(self.inside[layer], tokens, words)
+                    for tokens, words in zip(self.images, self.asking, strict=True)
+                ]
                 self._select(self.inside[layer], shown, inside=True)
             visual.append(sum(map(len, self.images)))
         return settle(
@@ -210,8 +222,7 @@ class _Draw:
             elif signal.name == "llm_ahead":
                 rows.append((layer - 1, 1, True))
             elif signal.name in ("llm_text", "llm_text_heads", "llm_cross"):
-                queries = min(self.asking, self.text)
-                rows += [(layer - 1, queries, False)] * len(self.images)
+                rows += [(layer - 1, min(words, self.text), False) for words in self.asking]
             elif signal.name == "llm_self":
                 rows += [(layer - 1, len(one.layout.patches), False) for one in self.images]
             elif signal.name == "llm_global":
@@ -223,15 +234,15 @@ class _Draw:
             self.flops += self.shape.row_flops(count, again, queries)
             self.bytes = max(self.bytes, self.shape.row_bytes(count, again, self.size, queries))
 
-    def _shown(self, part: Compressor, tokens: VisualTokens) -> VisualTokens:
-        """What ``part`` sees of one image between two layers."""
+    def _shown(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:
+        """What ``part`` sees between two layers of one image with ``words`` behind it."""
         wanted = frozenset(signal for signal in part.needs if signal.in_llm)
-        drawn = sample_tokens(wanted, tokens.layout, seed=self.seed + 7, text=self.asking)
+        drawn = sample_tokens(wanted, tokens.layout, seed=self.seed + 7, text=words)
         return replace(
             tokens,
             features=drawn.features,
             signals={**tokens.signals, **drawn.signals},
-            text=drawn.text,
+            text={**tokens.text, **drawn.text},
         )
 
     def _sized(self, tokens: VisualTokens) -> VisualTokens:
@@ -246,13 +257,14 @@ class _Draw:
             "llm_keys_ahead": (shape.kv_heads * shape.head_dim, half),
             "llm_prompt": (shape.hidden, half),
             "llm_states": (shape.hidden, half),
+            "llm_text_heads": (shape.heads, torch.float32),
         }
 
         def empty(signal: Signal, value: Tensor) -> Tensor:
             if signal.name not in widths:
                 return value.to("meta")
             width, dtype = widths[signal.name]
-            return torch.empty(len(value), width, device="meta", dtype=dtype)
+            return torch.empty(*value.shape[:-1], width, device="meta", dtype=dtype)
 
         def wide(value: Tensor) -> Tensor:
             return torch.empty(len(value), shape.hidden, device="meta", dtype=half)

@@ -16,7 +16,7 @@ Conventions, the same everywhere (engine, forecast, translator, tables):
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.attention import CHUNK
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
 __all__ = [
+    "FIGURES",
+    "WHOLE_FIGURES",
     "DecoderShape",
     "Ledger",
     "VisionShape",
@@ -285,6 +287,24 @@ class Ledger:
     def kv_entries(self) -> int:
         """`kv_per_layer` of all layers together."""
         return sum(self.kv_per_layer)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All single numbers of the account that were not asked for, by name: `FIGURES`."""
+        return {name: getattr(self, name) for name in FIGURES}
+
+
+def _fields(kind: str) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(Ledger) if item.type == kind)
+
+
+WHOLE_FIGURES = (*_fields("int"), "kv_entries")
+"""Names of the figures that count something."""
+FIGURES = (
+    *(*WHOLE_FIGURES, "layer_average", "layer_average_with_text"),
+    *(name for name in _fields("float") if name != "requested"),
+)
+"""Names of `Ledger.figures`, as tables show them."""
 
 
 def settle(
