@@ -158,9 +158,7 @@ def signal_bytes(
     return kept + most
 
 
-def held_bytes(
-    tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | None = None
-) -> int:
+def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | None = None) -> int:
     """Bytes of all that a strategy is shown of one image beyond what the model holds anyway.
 
     Signals, and inside the language model the copies that are made of hidden states and of what
