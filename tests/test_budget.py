@@ -72,6 +72,14 @@ def test_budget_is_exact_for_every_decimal(tokens: int, thousandths: int) -> Non
         assert abs(budget(tokens, retention, rounding) - max(exact, 1)) <= Fraction(1, 2)
 
 
+@given(st.integers(1, 60_000), st.data())
+def test_a_quotient_keeps_what_was_divided(tokens: int, data: st.DataObject) -> None:
+    """The field's "192" is 192 / 576, a float that is a little less than a third."""
+    kept = data.draw(st.integers(1, tokens))
+    for rounding in ("floor", "half-even", "half-up", "ceil"):
+        assert budget(tokens, kept / tokens, rounding) == kept
+
+
 # -- views share ---------------------------------------------------------------------------------
 
 

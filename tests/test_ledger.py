@@ -178,7 +178,8 @@ def test_fitprune_and_pact_are_charged(host: Host) -> None:
     ledger = _ledgers(host, method, (0,))[0]
     assert ledger.visual_per_layer[0] == 70
     again = 2 * 76 * 32 * 16  # keys of layer 1, once rotated and once not
-    own = 2 * 16 * 64 * 35  # distances of all patches to the 55 % that EUTI keeps
+    # Cosines of the 55 % that EUTI keeps with each other, and of all patches with 16 centres.
+    own = 2 * 16 * (35 * 35 + 64 * 16)
     assert ledger.selector_flops == 2 * again + 2 * 32 * 32 + 2 * 76 * 32 + own
 
 

@@ -236,6 +236,16 @@ def test_together_is_the_same_as_separately(
     assert together == one_by_one
 
 
+def test_the_company_of_others_does_not_show_in_the_account(host: Host) -> None:
+    """Images encoded for many methods hold more signals than any one of them asked for."""
+    wanted = methods(("uniform", "visionzip", "fastv", "globalcom2"))
+    images = encoded(host, (0, 2), wanted)
+    for one in wanted:
+        mine = encoded(host, (0, 2), [one])
+        with_others, alone = (outcome(host, some, (0, 2), one)[2] for some in (images, mine))
+        assert with_others == alone
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_are_put_together_by_length(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -33,13 +33,20 @@ SALIENCY = Signal("saliency")  # of the last encoder layer
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
 
 
+# Retentions this close to a quotient of whole numbers are it: no float of one is farther off.
+_QUOTIENT = Fraction(1, 10**12)
+
+
 def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
     """How many of ``tokens`` are kept, at least one of a non-empty sequence.
 
     The product is taken exactly, from the decimal that was written: ``0.29`` of 100 is 29, where
-    ``int(100 * 0.29)`` gives 28.
+    ``int(100 * 0.29)`` gives 28.  A quotient is what was divided: ``192 / 576`` of 576 is 192,
+    though the float is a little less than a third.
     """
     exact = tokens * Fraction(str(retention))
+    if abs(exact - round(exact)) <= tokens * _QUOTIENT:
+        exact = Fraction(round(exact))
     rounders: dict[Rounding, Callable[[Fraction], int]] = {
         "floor": math.floor,
         "half-even": round,

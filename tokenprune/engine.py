@@ -1108,10 +1108,15 @@ class _Session:
             state.most[row] = signal_bytes(*looked, size, towers.get(row))
 
     def _shown(self, state: _Pass) -> list[int]:
-        """Bytes of the tower's signals of all images, per row."""
+        """Bytes of the tower's signals of all images, per row.
+
+        Those that the row's compressor asked for: images that were encoded for several have more.
+        """
         shown = [0] * len(state.most)
         for span in state.spans:
-            shown[span.row] += held_bytes(span.tokens, inside=False)
+            compressor = self.compressors[self._index(state, span.row)]
+            needs = compressor.needs if compressor is not None else ()
+            shown[span.row] += held_bytes(span.tokens, inside=False, needs=needs)
         return shown
 
     def _tell(self, state: _Pass, size: int) -> None:

@@ -158,13 +158,19 @@ def signal_bytes(
     return kept + most
 
 
-def held_bytes(tokens: VisualTokens, *, inside: bool) -> int:
+def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | None = None) -> int:
     """Bytes of all that a strategy is shown of one image beyond what the model holds anyway.
 
     Signals, and inside the language model the copies that are made of hidden states and of what
     entered: features, text vectors, `VisualTokens.inputs`.
+
+    Args:
+        tokens: What is known of the image.
+        inside: Whether the strategy acts inside the language model.
+        needs: Signals that it asked for, others being there for somebody else; None for all.
     """
-    shown = list(tokens.signals.values())
+    asked = set(tokens.signals if needs is None else map(tokens.found_as, needs))
+    shown = [value for signal, value in tokens.signals.items() if signal in asked]
     if inside:
         shown += [tokens.features, *tokens.text.values(), *(tokens.inputs or ())]
     return sum(value.numel() * value.element_size() for value in shown)

@@ -399,15 +399,20 @@ class VisualTokens:
 
     def __getitem__(self, signal: Signal) -> Tensor:
         """(N,) or (N, C) the signal, on the device of the features."""
-        if signal not in self.signals and signal.name == "saliency":
-            both = signal.resolve(has_cls=True), signal.resolve(has_cls=False)
-            signal = next((one for one in both if one in self.signals), signal)
+        signal = self.found_as(signal)
         if signal not in self.signals:
             raise UserError(
                 f"{signal} was not provided. Name it in the strategy's `needs`; provided here: "
                 f"{', '.join(map(str, self.signals)) or 'none'}."
             )
         return self.signals[signal].to(self.features.device)
+
+    def found_as(self, signal: Signal) -> Signal:
+        """Under what name ``signal`` lies here: ``saliency`` also under what it stands for."""
+        if signal not in self.signals and signal.name == "saliency":
+            both = signal.resolve(has_cls=True), signal.resolve(has_cls=False)
+            return next((one for one in both if one in self.signals), signal)
+        return signal
 
     def of_text(self, signal: Signal) -> Tensor:
         """(T, C) the signal of the prompt's text, on the device of the features."""
