@@ -258,8 +258,9 @@ def selector_bias(
     skipped: Counter[tuple[str, str, str]] = Counter()
 
     def cases(index: int) -> Iterator[_Case]:
-        yield _as_it_is(index, encoded[index])
-        yield from _moved(index, encoded[index], conditions, skipped)
+        tokens = _told_apart(index, encoded[index])
+        yield _as_it_is(index, tokens)
+        yield from _moved(index, tokens, conditions, skipped)
 
     return _analysed(compressors, len(encoded), cases, _chosen, skipped, 16, seed, report)
 
@@ -366,7 +367,7 @@ def _cases(
     skipped: Counter[tuple[str, str, str]],
 ) -> Iterator[_Case]:
     """An image as it is and in every condition that is possible, encoded."""
-    normal = _encoded(adapter, shown, signals)
+    normal = _told_apart(index, _encoded(adapter, shown, signals))
     yield _as_it_is(index, normal)
     if "selector" in levels:
         yield from _moved(index, normal, conditions, skipped)
@@ -382,11 +383,16 @@ def _cases(
             yield _Case(index, condition, "pipeline", moved, paired(normal.layout, condition))
 
 
+def _told_apart(index: int, tokens: VisualTokens) -> VisualTokens:
+    """With a fingerprint, by which scores are told apart and strategies draw anew."""
+    if tokens.fingerprint is not None:
+        return tokens
+    return replace(tokens, fingerprint=torch.tensor([float(index)]))
+
+
 def _as_it_is(index: int, tokens: VisualTokens) -> _Case:
     layout = tokens.layout
     itself = torch.arange(len(layout), device=layout.is_separator.device)
-    if tokens.fingerprint is None:  # scores are told apart by it
-        tokens = replace(tokens, fingerprint=torch.zeros(1))
     return _Case(index, NORMAL, NORMAL, tokens, itself.masked_fill(layout.is_separator, -1))
 
 

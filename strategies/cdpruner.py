@@ -58,6 +58,8 @@ class CDPruner(Compressor):
             "More tokens than the rank of the features are no error; officially NaN.",
             "Every prompt is compared with its own question; officially all questions of a batch "
             "are averaged.",
+            "Of equal gains the token least like the others goes first, wherever it lies; "
+            "officially the earlier one.",
             "The canvas is unpadded and its rows keep their separators; officially neither.",
         ),
     )

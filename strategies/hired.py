@@ -46,7 +46,8 @@ class MarkedPatches(Allocator):
         if layout.grid == (0, 0):
             return Proportional().counts(tokens, scores, retention)
         total = budget(sum(sizes), retention)
-        thumbnail = min(budget(total, self.alpha) if self.alpha else 1, sizes[0])
+        least = 0 if self.official else 1
+        thumbnail = min(budget(total, self.alpha) if self.alpha else least, sizes[0])
         rest = min(total - thumbnail, sum(sizes[1:]))
         seen = thumbnail_map(layout, tokens[self.signal]).flatten().float()
         marked = int(len(seen) * (1 - self.alpha))

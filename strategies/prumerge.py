@@ -62,6 +62,8 @@ class PruMerge(Compressor):
             "attention decides, over a whole batch (about 5 % of the tokens, 20 % for PruMerge+).",
             "Tokens stay in their places, the extra token at the most attended dropped one; "
             "officially they come in score order, samples and the extra token last.",
+            "No patch is a centre twice; officially the samples of the training path repeat "
+            "attended patches, which merge twice, and as many dropped patches are lost.",
             "Every view is merged by itself; the official code takes one view.",
         ),
     )

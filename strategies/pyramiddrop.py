@@ -46,6 +46,7 @@ class PyramidDrop(Compressor):
         code="https://github.com/Cooperx521/PyramidDrop (6444f30)",
         verified="pyramiddrop",
         deviations=(
+            "Every cut drops the same share of what is left; officially any list of ratios.",
             "Every image of a prompt is ranked; officially the first only.",
             "Separators are not ranked; the separator policy decides about them.",
             "Key and value heads may be fewer than query heads; officially they may not.",

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tokenprune import golden
-from tokenprune.golden import Verdict, app, replay_folder
+from tokenprune.golden import Case, Verdict, app, replay_folder
+from tokenprune.primitives import density_peaks
 from tokenprune.registry import strategies
 
 HERE = Path(__file__).parent / "data" / "golden"
@@ -34,6 +35,123 @@ def test_official_vectors_are_reproduced(root: Path, method: str) -> None:
         assert verdict.compared
         # The order is ours as well; GlobalCom²'s differs exactly by the documented defects.
         assert verdict.reordered == (method == "globalcom2"), case.id
+
+
+def _ranked(scores: torch.Tensor, count: int) -> list[int]:
+    return sorted(sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:count])
+
+
+@pytest.fixture(scope="module")
+def draw() -> torch.Generator:
+    replay_folder(HERE / "fastv")
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("count", [3, 16])
+def test_fastervlm_replays_several_single_views(draw: torch.Generator, count: int) -> None:
+    attention = torch.rand(3, 2, 16, generator=draw)
+    kept = torch.tensor([_ranked(one.mean(0), count) for one in attention])
+    mask = torch.zeros(3, 16, dtype=torch.bool).scatter_(1, kept, True)
+    params = {"views": 3, "patches": 16, "visual_token_num": count}
+    tensors = {"cls_attention": attention, "keep_mask": mask, "sequence_code": kept}
+    assert str(golden._replays["fastervlm"](Case("", "", params, tensors))) == "exact"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("ratios", [(0.5, 0.25, 0.125), (0.7, 0.4, 0.1)])
+def test_pyramiddrop_replays_any_list(
+    draw: torch.Generator, ratios: tuple[float, ...], stage: int
+) -> None:
+    original, text = [40, 24], [3, 5]
+    before = [int(n * ratios[stage - 1]) if stage else n for n in original]
+    number = [int(n * ratios[stage]) for n in original]
+    row = torch.rand(2, 2, 2 + max(map(sum, zip(before, text, strict=True))), generator=draw)
+    score, kept, left = (torch.full((2, 60), -1.0), *torch.full((2, 2, 60), -1))
+    for i, mine in enumerate(row.mean(1)):
+        score[i, : before[i]] = visual = mine[2 : 2 + before[i]]
+        kept[i, : number[i]] = chosen = torch.tensor(_ranked(visual, number[i]))
+        end = 2 + before[i] + torch.arange(text[i])
+        left[i, : 2 + number[i] + text[i]] = torch.cat([torch.arange(2), 2 + chosen, end])
+    params = {
+        "ratio_list": list(ratios), "stage": stage, "image_start": 2, "original_visual": original,
+        "visual_before": before, "kept": number, "text_tokens": text,
+    }  # fmt: skip
+    tensors = {"attention_row": row, "visual_score": score, "kept": kept, "survivors": left}
+    assert str(golden._replays["pyramiddrop"](Case("", "", params, tensors))) == "exact"
+
+
+def test_sparsevlm_looks_a_list_up_by_layer(draw: torch.Generator) -> None:
+    """Cuts behind layers 2 and 15 only take the first and the third count, 66 and 17."""
+    text, visual = 6, 67
+    embeds = torch.randn(1, visual + text, 8, generator=draw)
+    related = (embeds[0, :visual] @ embeds[0, visual:].T).softmax(1).mean(0)
+    raters = (related > related.mean()).nonzero().squeeze(1)
+    states, tensors = embeds[0, :visual], {"embeds": embeds, "rater_idx": raters}
+    for layer, count in ((2, 66), (15, 17)):
+        heads = torch.rand(2, text, len(states), generator=draw)
+        score = heads.mean(0)[raters].mean(0)
+        order = score.argsort(descending=True)
+        kept, recycled = order[:count].sort().values, order[count:]
+        recycled = recycled[: int(0.3 * len(recycled)) + 1]
+        if layer == 15:  # 16 recycled make two clusters; one would be the mean of all
+            centres, cluster = density_peaks(states[recycled], 2)
+            merged = torch.stack([states[recycled[cluster == c]].mean(0) for c in (0, 1)])
+            tensors[f"layer{layer}_centers"] = centres
+        else:
+            merged = states[recycled].mean(0, keepdim=True)
+        tensors |= {
+            f"layer{layer}_text_to_visual": heads,
+            f"layer{layer}_relation": score,
+            f"layer{layer}_kept": kept,
+            f"layer{layer}_recycled": recycled,
+            f"layer{layer}_merged": merged,
+        }
+        states = torch.cat([states[kept], merged])
+    tensors["final_sequence"] = torch.cat([states, embeds[0, visual:]])
+    params = {
+        "visual_start": 0, "visual_tokens": visual, "text_tokens": text, "retain_setting": 64,
+        "pruning_layers": [2, 15],
+    }  # fmt: skip
+    assert str(golden._replays["sparsevlm"](Case("", "", params, tensors))) == "exact"
+
+
+def test_prumerge_replays_other_grids_and_unequal_repeats(draw: torch.Generator) -> None:
+    """The training path with k = 8 of 64: samples 4, 12, 20, ..., whether chosen already or not."""
+    query, key, hidden = (torch.randn(2, *size, 4, generator=draw) for size in ((), (65,), (65,)))
+    score = (query[:, None] @ key.mT / 2).softmax(-1)[:, 0, 1:]
+    best = torch.stack([one.argsort(descending=True)[:8] for one in score])
+    centres = torch.cat([best, torch.arange(4, 63, 8).repeat(2, 1)], 1)
+    assert len(centres[0].unique()) != len(centres[1].unique()), "draw other ones"
+    params = {
+        "patches": 64, "dim": 4, "adaptive": False, "reduction_ratio": 0.125, "top_k": 8,
+        "spatial_added": 8, "centers": 16, "spatial_step": 8,
+    }  # fmt: skip
+    tensors = {
+        "query_cls": query, "key": key, "hidden_states": hidden, "cls_attn": score,
+        "center_idx": centres, "output": torch.zeros(2, 17, 4),
+    }  # fmt: skip
+    assert str(golden._replays["prumerge"](Case("", "", params, tensors))) == "exact"
+
+
+def test_divprune_replays_a_window_that_is_officially_wrong(draw: torch.Generator) -> None:
+    """The visual tokens begin at 3, the official code assumes 5: it picks from its own window."""
+    embeds = torch.randn(20, 4, generator=draw)
+    unit = torch.nn.functional.normalize(embeds[5:15], dim=-1)
+    distance = 1 - unit @ unit.T
+    chosen = [int(distance.sort(0).values[1].argmax())]
+    for _ in range(3):
+        chosen.append(int(distance[chosen].amin(0).argmax()))
+    kept = [*range(5), *(5 + i for i in sorted(chosen)), *range(15, 20)]
+    params = {
+        "kind": "sequence", "system_tokens": 3, "assumed_system_tokens": 5, "visual_tokens": 10,
+        "ratio": 0.4,
+    }  # fmt: skip
+    tensors = {
+        "sequence_embeds": embeds,
+        "selected": torch.tensor(chosen),
+        "sequence_keep": torch.tensor(kept),
+    }
+    assert str(golden._replays["divprune"](Case("", "", params, tensors))) == "exact"
 
 
 def test_a_replay_lies_in_a_file_of_its_own_and_every_verified_card_has_one() -> None:

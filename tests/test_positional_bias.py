@@ -472,6 +472,15 @@ def test_images_without_fingerprint_are_told_apart() -> None:
         np.testing.assert_allclose(rows["score"], norms.numpy(), rtol=1e-6)
 
 
+def test_random_draws_anew_for_images_without_fingerprint() -> None:
+    """One draw for all images would look like a preference for its places."""
+    plain = [VisualTokens(one.layout, one.features) for one in encoded(24)]
+    found = selector_bias(["random:allocator=topk"], plain)
+    assert (found.statistics["p"].dropna() > 1e-3).all()
+    kept = found.tokens.groupby(["condition", "token"], observed=True)["kept"].mean()
+    assert kept.between(0, 1, inclusive="neither").all()
+
+
 def test_profiles_by_hand() -> None:
     found = selector_bias(["last"], encoded(2), conditions=["reversed-crops"])
     table = found.profiles

@@ -165,6 +165,16 @@ def test_hired_counts_marks_where_the_crops_are(official: bool) -> None:
     assert counts.tolist() == ([16, 4, 4, 4, 4] if official else [16, 8, 0, 8, 0])
 
 
+def test_hired_leaves_the_thumbnail_one_token_or_officially_none() -> None:
+    layout = TokenLayout.anyres((2, 2), (4, 4), (0, 8, 0, 8))
+    values = torch.arange(float(len(layout)))
+    early = Signal("cls_attention", 0)
+    tokens = VisualTokens(layout, torch.zeros(len(layout), 1), {early: values})
+    counts = [MarkedPatches(0.0, early, on).counts(tokens, values, 0.4) for on in (False, True)]
+    # Of 32 tokens; all patches are marked, so that the crops share equally and lose remainders.
+    assert [one.tolist() for one in counts] == [[1, 7, 7, 7, 7], [0, 8, 8, 8, 8]]
+
+
 def test_vidcom2_gives_the_odd_frame_more() -> None:
     draw = torch.Generator().manual_seed(0)
     still = torch.randn(16, 8, generator=draw)

@@ -13,9 +13,11 @@ def fastervlm(case: Case) -> Verdict:
     layout = padded(given["cls_attention"], params)
     scores = packed(layout, given["cls_attention"].mean(1))
     strategy = FasterVLM(retention=params["visual_token_num"] / params["patches"])
-    keep = strategy(VisualTokens(layout, scores[:, None], {strategy.saliency: scores})).keep
+    keep = strategy.select(VisualTokens(layout, scores[:, None], {strategy.saliency: scores})).keep
     code = layout.view * params["patches"] + places(layout)
     verdict.same("keep_mask", mask_like(given["keep_mask"], code[keep]), given["keep_mask"])
-    if "sequence_code" in given:
-        verdict.same("sequence_code", code[keep], given["sequence_code"].flatten())
+    if "sequence_code" in given:  # of single views the places in each, of an image's the codes
+        alone = given["sequence_code"].ndim == 2
+        sequence = places(layout)[keep] if alone else code[keep]
+        verdict.same("sequence_code", sequence, given["sequence_code"].flatten())
     return verdict

@@ -17,23 +17,22 @@ def prumerge(case: Case) -> Verdict:
     tapped = Projections(1, params["dim"] ** -0.5, given["query_cls"][:, None], given["key"])
     scores = cls_row(tapped, softmax=True)
     verdict.close("cls_attn", scores, given["cls_attn"], 1e-5)
-    layout = TokenLayout.single((24, 24), newline=False)
-    repeated = params.get("duplicate_centers", False)
-    if repeated:  # the training path: every `step`-th patch, also those chosen already
+    side = int(params["patches"] ** 0.5)
+    layout = TokenLayout.single((side, side), newline=False)
+    best, step, start = params["top_k"], params["spatial_step"] or 0, 0
+    if centres > best and not params["adaptive"]:  # the training path, repeats included
         step = int(1 / params["reduction_ratio"])
-        centres, best = len(given["center_idx"][0].unique()), params["top_k"]
-        sampling = {"spatial": (centres - best) / centres, "step": step, "start": step // 2}
-    else:
-        sampling = {
-            "spatial": params["spatial_added"] / centres,
-            "step": params["spatial_step"] or 0,
-        }
-    budget = {
-        "retention": (centres + 1) / params["patches"],
-        "allocator": Proportional("half-even"),
-    }
-    strategy = PruMerge(**budget, **sampling)
+        start = step // 2
     for image, score in enumerate(scores):
+        wanted, output = given["center_idx"][image], given["output"][image]
+        number = len(wanted.unique())
+        strategy = PruMerge(
+            retention=(number + 1) / params["patches"],
+            allocator=Proportional("half-even"),
+            spatial=(number - best) / number,
+            step=step,
+            start=start,
+        )
         signals = {
             strategy.saliency: score,
             strategy.metric: given["key"][image, 1:],
@@ -42,9 +41,8 @@ def prumerge(case: Case) -> Verdict:
         tokens = VisualTokens(
             layout, given["hidden_states"][image, 1:], signals, projector=lambda x: x
         )
-        wanted, output = given["center_idx"][image], given["output"][image]
         if params["adaptive"] and len(scores) == 1:  # officially one count for a whole batch
-            free = PruMerge(retention=0.999, adaptive=True, spatial=sampling["spatial"])
+            free = PruMerge(retention=0.999, adaptive=True, spatial=strategy.spatial)
             kept = free.select(tokens).keep  # and the extra token
             verdict.same("adaptive centres", wanted, wanted[torch.isin(wanted, kept)])
             verdict.same("adaptive count", torch.tensor(len(kept) - 1), torch.tensor(centres))
@@ -52,7 +50,7 @@ def prumerge(case: Case) -> Verdict:
         assert chosen.features is not None
         ours = torch.isin(chosen.keep, wanted)
         verdict.same("center_idx", chosen.keep[ours], wanted.unique())
-        if repeated:  # officially a repeated centre is merged twice, and the extra token is wrong
+        if number < centres:  # the card says what the repeats do to the official values
             continue
         verdict.close("output", chosen.features[ours], output[:-1][wanted.argsort()], 1e-4)
         verdict.close("extra", chosen.features[~ours], output[-1:], 1e-4)

@@ -1,5 +1,7 @@
 """How vectors of PyramidDrop go through our API."""
 
+import math
+
 import torch
 
 from tokenprune.golden import Case, Verdict, replay
@@ -12,8 +14,13 @@ def pyramiddrop(case: Case) -> Verdict:
     """The kept set of a stage and what is left of the prompt, from the official attention row."""
     verdict, given, params = Verdict(), case.tensors, case.params
     ratios, start = params["ratio_list"], params["image_start"]
-    depths = tuple((i + 1) / (len(ratios) + 1) for i in range(len(ratios)))
-    strategy = PyramidDrop(retention=ratios[-1], depths=depths).at(depths[params["stage"]])
+    stage, count = params["stage"], len(ratios)
+    shares = [(i + 1) / count for i in range(count)]
+    if all(math.isclose(a, ratios[-1] ** b) for a, b in zip(ratios, shares, strict=True)):
+        depths = tuple((i + 1) / (count + 1) for i in range(count))
+        strategy = PyramidDrop(retention=ratios[-1], depths=depths).at(depths[stage])
+    else:  # stages that do not drop the same share; each is a cut by itself
+        strategy = PyramidDrop(retention=ratios[stage], depths=(0.5,))
     for row, attention in enumerate(given["attention_row"]):
         length, entered = params["visual_before"][row], params["original_visual"][row]
         score = attention.float().mean(0)
@@ -22,8 +29,8 @@ def pyramiddrop(case: Case) -> Verdict:
         signals = {Signal("llm_ahead"): visual}
         tokens = VisualTokens(layout, torch.zeros(length, 1), signals, entered=entered)
         keep = strategy.select(tokens).keep
-        verdict.close("visual_score", visual, given["visual_score"][row], 1e-6)
-        verdict.same("kept", keep, given["kept"][row])
+        verdict.close("visual_score", visual, given["visual_score"][row][:length], 1e-6)
+        verdict.same("kept", keep, given["kept"][row][: params["kept"][row]])
         after = start + length + torch.arange(params["text_tokens"][row])
         survivors = torch.cat([torch.arange(start), start + keep, after])
         expected = given["survivors"][row]

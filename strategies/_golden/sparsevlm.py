@@ -20,16 +20,18 @@ def sparsevlm(case: Case) -> Verdict:
     states, cuts = visual, params["pruning_layers"]
     version: Literal["1.0", "2.0"] = "2.0" if "heads_kept" in params else "1.0"
     named = {"scale": params["scale"], "bias": params["bias"]} if "scale" in params else {}
+    # A list's counts belong to these layers; a case may cut behind some of them only.
+    layers = cuts if named else sorted({2, 6, 15, *cuts})
     strategy = SparseVLM(
-        retention=0.999,  # bounds nothing here
+        retention=1.0,  # bounds nothing here
         version=version,
         heads=params.get("heads_kept", 1),
         schedule="rank" if named else str(params["retain_setting"]),  # type: ignore[arg-type]
-        depths=tuple((layer + 1) / 32 for layer in cuts),
+        depths=tuple((layer + 1) / 32 for layer in layers),
         **named,
     )
     places = torch.arange(start, len(embeds) - len(text))
-    for layer, depth in zip(cuts, strategy.depths, strict=True):
+    for layer in cuts:
         heads = given[f"layer{layer}_text_to_visual"].permute(2, 1, 0)
         layout = TokenLayout.single((1, len(states)), newline=False)
         signals = {ROWS: heads.mean(-1), HEADS: heads}
@@ -40,7 +42,7 @@ def sparsevlm(case: Case) -> Verdict:
         score = strategy.rows(tokens).mean(1)
         verdict.same("rater_idx", raters.nonzero().squeeze(1), given["rater_idx"])
         verdict.close(f"relation of layer {layer}", score, given[f"layer{layer}_relation"], 1e-6)
-        chosen = strategy.at(depth).select(tokens)
+        chosen = strategy.at((layer + 1) / 32).select(tokens)
         kept = given[f"layer{layer}_kept"]
         if version == "2.0":  # nothing is merged, and positions stay
             verdict.same(f"kept in layer {layer}", chosen.keep, kept)

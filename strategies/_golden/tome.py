@@ -33,7 +33,8 @@ def tome(case: Case) -> Verdict:
     verdict.close("merged", merged, given["merged"], tolerance)
     verdict.close("merged_size", total[..., None], given["merged_size"], tolerance)
     group = found.group
-    if params["distill_token"]:  # the official way back forgets that the two tokens were led out
+    if params["distill_token"] and found.source.shape[1]:
+        # The official way back forgets that the two tokens were led out.
         alone = found.unmerged.shape[1]
         group = torch.where(group == 1, alone, group - ((group > 1) & (group <= alone)).long())
     verdict.close("unmerged", spread(merged, group), given["unmerged"], tolerance)
