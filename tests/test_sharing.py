@@ -220,9 +220,7 @@ def answers(model: str, modality: Any, plan: sharing.Plan, path: Path, count: in
         ("testbed-onevision", "video", 4),
         ("testbed-onevision", "multi-image", 4),
         pytest.param("testbed-next", "image", 50, marks=pytest.mark.slow),
-        pytest.param("testbed-onevision", "image", 50, marks=pytest.mark.slow),
         pytest.param("testbed-onevision", "video", 50, marks=pytest.mark.slow),
-        pytest.param("testbed-onevision", "multi-image", 50, marks=pytest.mark.slow),
     ],
 )
 def test_together_is_the_same_as_separately(
