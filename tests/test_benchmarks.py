@@ -27,7 +27,7 @@ from tokenprune.ledger import DecoderShape, prefill_flops
 @pytest.mark.slow
 def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
     from tokenprune.cli import app
-from tokenprune.registry import strategies
+    from tokenprune.registry import strategies
 
     out = tmp_path / "figures.csv"
     result = CliRunner().invoke(app, ["benchmark", "--quick", "--out", str(out)])
