@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tokenprune.experiments.commands import _options as options
 from tokenprune.terminal import (
     FAILED,
     INTERRUPTED,
@@ -43,9 +44,7 @@ _KINDS_PER_TABLE = 5
 
 @app.command(cls=ManyValues)
 def compare(
-    model: Annotated[
-        str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")
-    ] = "testbed-next",
+    model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,10 +65,7 @@ def compare(
             help="Shares of patch tokens to keep, in (0, 1]. [default: 1 0.5 0.25 0.1]",
         ),
     ] = None,
-    questions: Annotated[
-        int | None,
-        typer.Option(help="How many questions. [default: 500 of the testbed, or all of --data]"),
-    ] = None,
+    questions: options.Questions = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -85,29 +81,15 @@ def compare(
             help="What the questions are about. [default: image, or all of --data]",
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Questions answered at once. [default: 50 on a testbed, otherwise 4]"),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Draws the testbed's questions and the bootstrap samples.")
-    ] = 0,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
     seeds: Annotated[
         int, typer.Option(help="Run methods that draw at random with this many seeds.")
     ] = 1,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder of the run. The same command takes up an unfinished run in it. "
-            "[default: one in runs/, named after what is asked]",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 8,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    out: options.Out = None,
+    max_new_tokens: options.MaxNewTokens = 8,
     match: Annotated[
         str | None,
         typer.Option(

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune.experiments.commands import _options as options
 from tokenprune.terminal import (
     FAILED,
     OK,
@@ -43,9 +44,7 @@ def positional_bias(
             help="Your own images, in front of the options. [default: the testbed's]",
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")
-    ] = "testbed-next",
+    model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,10 +94,8 @@ def positional_bias(
     seed: Annotated[
         int, typer.Option(help="Draws the testbed's images and the bootstrap samples.")
     ] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
     out: Annotated[
         Path | None,
         typer.Option(
