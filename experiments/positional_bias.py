@@ -210,7 +210,7 @@ def positional_bias(
     """
     compressors = _compressors(methods, retention)
     for compressor in compressors:
-        adapter.check(compressor)
+        _check_method(adapter, compressor)
     _check(adapter, images, conditions, levels, prompts, batch_size)
     asked = list(prompts or [PROMPT] * len(images))
     signals = frozenset[Signal]().union(*(compressor.needs for compressor in compressors))
@@ -318,6 +318,17 @@ def _compressors(
     if not found:
         raise UserError("positional bias needs at least one method and one retention.")
     return list(found.values())
+
+
+def _check_method(adapter: Adapter, compressor: Compressor) -> None:
+    adapter.check(compressor)
+    for part in compressor.stages():
+        if part.stage is Stage.ENCODER:
+            raise UserError(
+                f"{part.name} acts inside the vision tower, in front of the sequence in which this "
+                "analysis moves content to other places; leave it out (tokenprune masks shows what "
+                "it keeps)."
+            )
 
 
 def _check(
@@ -610,7 +621,7 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     adapter = tp.load(request.model, device=device, dtype=request.dtype)
     compressors = _compressors(request.methods, request.retention)
     for compressor in compressors:
-        adapter.check(compressor)
+        _check_method(adapter, compressor)
     if adapter.has_language_model:
         data.check_placeholders(questions, adapter.placeholder_texts)
 

@@ -708,6 +708,7 @@ def test_own_images_and_videos(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("--methods unifrom", "uniform"),
+        ("--methods tome", "inside the vision tower"),
         ("--conditions sideways", "condition"),
         ("--images 0", "at least 1"),
         ("-r 25", "at most 1"),
