@@ -27,7 +27,7 @@ from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments import crowd_plots, data, kept, plots
 from tokenprune.experiments.data import Modality, Question
-from tokenprune.experiments.efficiency import chosen
+from tokenprune.experiments.efficiency import ALL, chosen, expanded
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
@@ -48,7 +48,6 @@ from tokenprune.experiments.views import references
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
 from tokenprune.prefix import Prefix
-from tokenprune.registry import strategies
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
 
@@ -67,7 +66,6 @@ __all__ = [
 METHODS = ("uniform", "random", "fastv", "globalcom2")
 RETENTION = (1.0, 0.5, 0.25, 0.1)
 TESTBED_QUESTIONS = 500
-ALL = "all"
 CROWD = 8  # methods whose curves can still be told apart
 FIRST_TOKEN = "first_token"
 
@@ -502,7 +500,7 @@ def compare(
     questions, adapter = setting.questions, setting.adapter
     skipped: dict[str, str] = {}
     if columns is None:
-        methods, skipped = _expanded(request.methods, adapter)
+        methods, skipped = expanded(request.methods, adapter.check)
         if request.match is None:
             columns = cells(methods, request.retention, request.seeds)
         else:
@@ -629,24 +627,6 @@ def _seeded(compressor: Compressor, seeds: int) -> list[Cell]:
         return [Cell(compressor)]
     changes: list[dict[str, Any]] = [{"seed": seed} for seed in range(seeds)]
     return [Cell(replace(compressor, **change), pooled=True) for change in changes]
-
-
-def _expanded(specs: Iterable[str], adapter: Adapter) -> tuple[list[str], dict[str, str]]:
-    """``all`` replaced by the methods that run in the model, and why the others do not."""
-    methods: list[str] = []
-    skipped: dict[str, str] = {}
-    for spec in specs:
-        if spec != ALL:
-            methods.append(spec)
-            continue
-        for name in strategies.names():
-            try:
-                adapter.check(tp.create(name, retention=0.5))
-            except UserError as error:
-                skipped[name] = str(error)
-            else:
-                methods.append(name)
-    return methods, skipped
 
 
 def _check_numbers(request: Request) -> None:

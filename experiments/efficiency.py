@@ -22,6 +22,7 @@ from tokenprune.forecast import Forecast, forecast
 from tokenprune.ledger import DecoderShape, Ledger
 from tokenprune.models.adapter import Adapter
 from tokenprune.models.configs import adapter_without_weights
+from tokenprune.registry import strategies
 from tokenprune.tokens import TokenLayout
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "chosen",
     "costs",
     "equivalent",
+    "expanded",
     "layers",
     "pays_from",
     "prompt_of",
@@ -40,6 +42,7 @@ __all__ = [
     "write",
 ]
 
+ALL = "all"
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -176,6 +179,29 @@ def chosen(specs: Iterable[str], retention: Iterable[float]) -> list[Compressor]
         for method in methods:
             found.setdefault(repr(method), method)
     return list(found.values())
+
+
+def expanded(
+    specs: Iterable[str], check: Callable[[Compressor], None]
+) -> tuple[list[str], dict[str, str]]:
+    """``all`` replaced by the methods that pass ``check``, and why the others do not.
+
+    ``check`` raises `UserError` for a method that does not run, as `Adapter.check` does.
+    """
+    methods: list[str] = []
+    skipped: dict[str, str] = {}
+    for spec in specs:
+        if spec != ALL:
+            methods.append(spec)
+            continue
+        for name in strategies.names():
+            try:
+                check(tp.create(name, retention=0.5))
+            except UserError as error:
+                skipped[name] = str(error)
+            else:
+                methods.append(name)
+    return methods, skipped
 
 
 def says_retention(spec: str) -> bool:

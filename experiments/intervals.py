@@ -232,11 +232,15 @@ def pairs(
 
     Returns:
         One row per retention and pair: ``first``, ``second``, and the figures of `compared`.
-        ``p_holm`` is p adjusted for the number of rows (`holm`).
+        ``p_holm`` is p adjusted for the number of rows (`holm`).  Matched methods meet at the
+        retention whose cost they have.  There are none at R = 1, where all methods are the
+        uncompressed model and would only add to what Holm adjusts for.
     """
     part = _only(answers, kind)
+    asked = part.get("asked_retention", part["retention"]).fillna(part["retention"])
+    part = part.assign(asked=asked)
     rows = []
-    for retention, group in part.groupby("retention", sort=False):
+    for retention, group in part[part["asked"] != 1].groupby("asked", sort=False):
         cells = dict(iter(group.groupby("label", sort=False)))
         names = [name for name in (labels or cells) if name in cells]
         for first, second in combinations(names, 2):

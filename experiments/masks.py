@@ -38,6 +38,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments import kept
 from tokenprune.experiments.compare import cells
 from tokenprune.experiments.data import Picture, held_out, normalise
+from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.geometry import (
     Box,
     Lattice,
@@ -233,15 +234,20 @@ class Request:
     out: Path | None = None
 
 
-def render(request: Request, report: Report = lambda *_: None) -> tuple[Seen, Path, list[str]]:
+def render(
+    request: Request, report: Report = lambda *_: None
+) -> tuple[Seen, Path, list[str], dict[str, str]]:
     """Do what is asked; what was seen, the folder it is drawn in, and the files there.
+
+    Last, which methods ``all`` left out, and why.
 
     Raises:
         UserError: Bad input, found before the model runs.
     """
     if request.frames < 1:
         raise UserError(f"--frames must be at least 1, got {request.frames}.")
-    columns = cells(request.methods or (), request.retention)  # a misspelt method is found early
+    named = [spec for spec in request.methods or () if spec != ALL]
+    cells(named, request.retention)  # a misspelt method is found early
     shown = _example(request) if not request.words else _given(request)
     single = len(shown.images) == 1 and not request.video
     model = request.model or ("testbed-next" if single else "testbed-onevision")
@@ -254,12 +260,16 @@ def render(request: Request, report: Report = lambda *_: None) -> tuple[Seen, Pa
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = tp.load(model, device=device, dtype=request.dtype, **extra)
     asks = shown.question is not None and adapter.has_language_model
+    methods, skipped = expanded(
+        request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),
+        lambda compressor: _check(adapter, compressor, asks),
+    )
     untrained = model.startswith("timm/") and request.pretrained is None
     seen = look(
         adapter,
         shown.images,
         shown.question if asks else None,
-        request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),
+        methods,
         request.retention,
         video=request.video,
         cuts=request.cuts,
@@ -268,7 +278,7 @@ def render(request: Request, report: Report = lambda *_: None) -> tuple[Seen, Pa
         max_new_tokens=request.max_new_tokens,
         report=report,
     )
-    report(len(columns), len(columns), "drawing")
+    report(0, 0, "drawing")
     save(draw(seen), folder / "masks")
     files = ["masks.png", "masks.pdf"]
     if seen.saliency or any(one.scores for one in seen.kept):
@@ -281,7 +291,18 @@ def render(request: Request, report: Report = lambda *_: None) -> tuple[Seen, Pa
         temporary.write_text(
             json.dumps(asked, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
         )
-    return seen, folder, [*files, "kept.csv", "manifest.json"]
+    return seen, folder, [*files, "kept.csv", "manifest.json"], skipped
+
+
+def _check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
+    """Raises `UserError` if the model, or a missing question, leaves it nothing to work on."""
+    adapter.check(compressor)
+    stages = list(compressor.stages())
+    inside = [part for part in stages if part.stage is Stage.LLM]
+    if inside and not asks:
+        raise UserError(f"{inside[0].name} acts inside the language model; ask a question.")
+    if len(stages) > 1 and not asks:
+        raise UserError(f"{compressor.label} acts in several places; ask a question.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,12 +401,7 @@ def look(
     asks = question is not None and adapter.has_language_model
     for cell in columns:
         if cell.compressor is not None:
-            adapter.check(cell.compressor)
-            inside = [part for part in cell.compressor.stages() if part.stage is Stage.LLM]
-            if inside and not asks:
-                raise UserError(f"{inside[0].name} acts inside the language model; ask a question.")
-            if len(list(cell.compressor.stages())) > 1 and not asks:
-                raise UserError(f"{cell.compressor.label} acts in several places; ask a question.")
+            _check(adapter, cell.compressor, asks)
     pictures = [image.convert("RGB") for image in images]
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)

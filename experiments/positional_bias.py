@@ -30,6 +30,7 @@ from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments import data, plots, position_plots
 from tokenprune.experiments.compare import cells
 from tokenprune.experiments.data import Modality, Picture, Question
+from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.position_statistics import (
     NORMAL,
     agreement,
@@ -210,7 +211,7 @@ def positional_bias(
     """
     compressors = _compressors(methods, retention)
     for compressor in compressors:
-        adapter.check(compressor)
+        _check_method(adapter, compressor)
     _check(adapter, images, conditions, levels, prompts, batch_size)
     asked = list(prompts or [PROMPT] * len(images))
     signals = frozenset[Signal]().union(*(compressor.needs for compressor in compressors))
@@ -319,6 +320,17 @@ def _compressors(
     if not found:
         raise UserError("positional bias needs at least one method and one retention.")
     return list(found.values())
+
+
+def _check_method(adapter: Adapter, compressor: Compressor) -> None:
+    adapter.check(compressor)
+    for part in compressor.stages():
+        if part.stage is Stage.ENCODER:
+            raise UserError(
+                f"{part.name} acts inside the vision tower, in front of the sequence in which this "
+                "analysis moves content to other places; leave it out (tokenprune masks shows what "
+                "it keeps)."
+            )
 
 
 def _check(
@@ -594,10 +606,12 @@ class Outcome:
         folder: ``manifest.json``, ``tokens.parquet``, ``statistics.csv``, ``profiles.csv`` and
             ``plots/``.
         result: As `positional_bias` returns it.
+        left_out: Methods of ``all`` that do not run here, and why.
     """
 
     folder: Path
     result: Result
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(request: Request, report: Report = lambda *_: None) -> Outcome:
@@ -607,16 +621,17 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
         UserError: Bad input, found before the model runs.
     """
     _check_request(request)
-    cells(request.methods, request.retention)
+    cells([spec for spec in request.methods if spec != ALL], request.retention)
     check_writable(request.out or Path("runs"))
     report(0, 0, "checking the images")
     questions, left_out = _questions(request)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = tp.load(request.model, device=device, dtype=request.dtype)
-    compressors = _compressors(request.methods, request.retention)
+    methods, unfit = expanded(request.methods, lambda one: _check_method(adapter, one))
+    compressors = _compressors(methods, request.retention)
     for compressor in compressors:
-        adapter.check(compressor)
+        _check_method(adapter, compressor)
     if adapter.has_language_model:
         data.check_placeholders(questions, adapter.placeholder_texts)
 
@@ -655,7 +670,7 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
         raise
     finally:
         folder.close(status, failures)
-    return Outcome(folder.path, result)
+    return Outcome(folder.path, result, unfit)
 
 
 def _check_request(request: Request) -> None:

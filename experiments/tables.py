@@ -75,10 +75,14 @@ def _read(folder: Path) -> tuple[str, pd.DataFrame]:
         summary = pd.read_csv(folder / "summary.csv")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{str(folder)!r} is not the folder of a run of compare ({type(error).__name__}: "
-            f"{error}); expected manifest.json and summary.csv."
+            f"{str(folder)!r} is not the folder of a run of compare (it has no readable "
+            "manifest.json and summary.csv of one); give what tokenprune compare printed behind "
+            "'Written to'."
         ) from error
     done = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
+    if "asked_retention" in done:  # with --match: whose cost it has, not what was solved for
+        done = done.assign(retention=done["asked_retention"].fillna(done["retention"]))
+    done = done.dropna(subset="retention")  # answers without the image or from one kind of view
     if done.empty:
         raise UserError(f"nothing has been finished in {str(folder)!r}; run the command again.")
     kinds = ", ".join(experiment["modality"])

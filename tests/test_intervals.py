@@ -188,6 +188,20 @@ def test_every_pair_by_hand() -> None:
     assert single["difference"] == pytest.approx(0.2)
 
 
+def test_pairs_meet_at_the_retention_whose_cost_they_have_and_not_where_all_are_alike() -> None:
+    table = pd.concat(
+        [
+            answers("a", 1.0, [True] * 4),
+            answers("b", 1.0, [True] * 4),
+            answers("a", 0.5, [True] * 4),
+            answers("b", 0.19, [True] * 3 + [False]).assign(asked_retention=0.5),
+        ]
+    )
+    (single,) = pairs(table, seed=0).to_dict("records")
+    assert (single["retention"], single["first"], single["second"]) == (0.5, "a", "b")
+    assert single["p_holm"] == single["p"]
+
+
 def test_a_pair_shares_questions_or_there_is_no_row() -> None:
     other = answers("b", 0.5, [True] * 4).assign(question_id=list("wxyz"))
     failed = answers("c", 0.5, [True, None])

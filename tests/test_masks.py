@@ -31,6 +31,7 @@ from tokenprune.experiments.masks import (
     masks,
     sheet,
 )
+from tokenprune.registry import strategies
 from tokenprune.tokens import TokenLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -244,6 +245,17 @@ def test_what_cannot_be_drawn(following: Any) -> None:
 
 def invoke(*words: str) -> Result:
     return CliRunner().invoke(app, ["masks", *words])
+
+
+def test_all_are_those_that_run_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategies, "names", lambda: ["fastv", "last"])
+    picture(60, 90).save(tmp_path / "a.png")
+    result = invoke(str(tmp_path / "a.png"), "-m", "all", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert "SKIPPED fastv: fastv acts inside the language model; ask a question" in result.output
+    assert set(pd.read_csv(tmp_path / "out" / "kept.csv")["method"]) == {"uncompressed", "last"}
 
 
 def test_an_example_without_arguments(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ from tokenprune.experiments.rearrange import (
     paired,
 )
 from tokenprune.models.adapter import Adapter
+from tokenprune.registry import strategies
 from tokenprune.testing import LAYOUTS, sample_tokens
 from tokenprune.tokens import Kind, TokenLayout, VisualTokens
 
@@ -689,6 +690,16 @@ def test_command(tmp_path: Path) -> None:
     assert "with a padded canvas" in found.output
 
 
+def test_all_are_those_that_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["last", "tome", "cdpruner"]
+    monkeypatch.setattr(strategies, "names", lambda: names)
+    found = invoke("--methods", "all", "--images", "1", "--out", str(tmp_path / "run"))
+    assert found.exit_code == 0, found.output
+    assert "SKIPPED tome: tome acts inside the vision tower" in found.output
+    assert "SKIPPED cdpruner: cdpruner needs a CLIP text tower" in found.output
+    assert set(pd.read_csv(tmp_path / "run" / "statistics.csv")["method"]) == {"last"}
+
+
 def test_own_images_and_videos(tmp_path: Path) -> None:
     frames = [picture.open() for picture in held_out(1, 0, "video")[0].images]
     for index, frame in enumerate(frames):
@@ -717,6 +728,7 @@ def test_own_images_and_videos(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("--methods unifrom", "uniform"),
+        ("--methods tome", "inside the vision tower"),
         ("--conditions sideways", "condition"),
         ("--images 0", "at least 1"),
         ("-r 25", "at most 1"),

@@ -370,7 +370,8 @@ def test_a_model_that_is_not_here(run: Path) -> None:
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
-    for content in (None, "{}", "no"):
+    other = '{"experiment": {"methods": ["fastv"]}}'  # of another analysis
+    for content in (None, "{}", "no", other):
         if content is not None:
             (tmp_path / "manifest.json").write_text(content)
         result = CliRunner().invoke(app, ["report", str(tmp_path)])

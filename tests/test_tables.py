@@ -48,6 +48,29 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     ]
 
 
+def test_matched_methods_stand_below_the_retention_whose_cost_they_have(tmp_path: Path) -> None:
+    rows = [
+        ("uncompressed", 1.0, 0.98, 1.0),
+        ("uniform", 0.5, 0.9, 0.48),
+        ("fastv", 0.19, 0.8, 0.47),
+        ("image-free", float("nan"), 0.3, 0.1),
+    ]
+    folder = _run(tmp_path / "a", "testbed-next", "image", rows)
+    summary = pd.read_csv(folder / "summary.csv")
+    summary.assign(asked_retention=2 * [1.0, 0.5, 0.5, float("nan")]).to_csv(
+        folder / "summary.csv", index=False
+    )
+    result = CliRunner().invoke(app, ["table", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines() == [
+        "| method | testbed-next, image: 50 % |",
+        "| --- | --- |",
+        "| uncompressed | 98.0 (100) |",
+        "| fastv | 80.0 (47) |",
+        "| uniform | 90.0 (48) |",
+    ]
+
+
 @pytest.mark.parametrize("what", ["nothing there", "not a manifest", "nothing finished"])
 def test_what_is_no_run_is_a_sentence(tmp_path: Path, what: str) -> None:
     folder = _run(tmp_path / "a", "m", "image", [("x", 0.5, float("nan"), 1.0)])

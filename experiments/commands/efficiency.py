@@ -120,8 +120,10 @@ def efficiency(
         results.check_writable(folder)
         specs = list(split_specs(methods)) if methods else ["uniform"]
         ratios = [ratio(text) for text in split_specs(retention or _RETENTION)]
-        asked = experiment.chosen(specs, ratios)
+        experiment.chosen([spec for spec in specs if spec != experiment.ALL], ratios)  # early
         prompt = experiment.prompt_of(config, size, text=text_tokens, dtype=dtype)
+        runs, skipped = experiment.expanded(specs, prompt.adapter.check)
+        asked = experiment.chosen(runs, ratios)
         for method in asked:
             prompt.adapter.check(method)
         with progress() as report:
@@ -170,6 +172,8 @@ def efficiency(
         )
         figure = cost_plots.tokens_by_layer(by_layer, "Where tokens are processed", _what(prompt))
         plots.save(figure, folder / "plots" / "layers")
+        for name, why in skipped.items():
+            console.print(f"SKIPPED {name}: {why}", soft_wrap=True, markup=False)
         console.print(
             f"Written to {folder}: {', '.join(f'{name}.csv' for name in tables)}, plots/",
             soft_wrap=True, markup=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -116,9 +117,11 @@ def masks(
             out=out,
         )
         with progress() as report:
-            seen, folder, files = render(request, report)
+            seen, folder, files, skipped = render(request, report)
         console = Console()
         console.print(table(seen), "")
+        for name, why in skipped.items():
+            console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
         console.print(
             f"Written to {folder}: {', '.join(files)}",
             soft_wrap=True, highlight=False, markup=False,
@@ -150,5 +153,6 @@ def table(seen: Seen) -> Table:
 
 
 def _shares(shares: Sequence[float]) -> str:
-    shown = [f"{100 * share:.0f}" for share in shares[:10]]
+    # A crop that is padding all over has no tokens.
+    shown = ["-" if math.isnan(share) else f"{100 * share:.0f}" for share in shares[:10]]
     return f"{' '.join(shown)}{' …' if len(shares) > 10 else ''} %"

@@ -51,7 +51,7 @@ def positional_bias(
             "--methods",
             "-m",
             metavar="SPEC...",
-            help="Methods with options, or chains: 'globalcom2@0.5 + fastv@0.5'. "
+            help="Methods with options, all, or chains: 'globalcom2@0.5 + fastv@0.5'. "
             "[default: uniform random last fastv globalcom2]",
         ),
     ] = None,
@@ -163,6 +163,8 @@ def _remarks(outcome: Outcome) -> Iterator[str]:
     for (condition, level, why), count in outcome.result.skipped.items():
         where = "" if condition == "all" else f" {condition} ({level})"
         yield f"SKIPPED{where}: {count} image{'s' * (count != 1)} with {why}."
+    for name, why in outcome.left_out.items():
+        yield f"SKIPPED {name}: {why}"
     for (method, retention), failure in outcome.result.failures.items():
         yield f"FAILED {method} at {retention:g}: {failure.error}"
 
