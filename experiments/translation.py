@@ -5,6 +5,7 @@ retention; each of them, taken as the target, leads back to the retention.  All 
 of the retention, one token at a time, and the way back finds the step that comes nearest.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,6 +90,8 @@ def solve(
             f"{method.label} says itself what it keeps; only the retention of single methods can "
             "be solved for."
         )
+    if not math.isfinite(target):
+        raise UserError(f"the cost to reach must be a number, got {target}.")
     what = what or _WORDS.get(str(cost), "")
 
     if callable(cost):

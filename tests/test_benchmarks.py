@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.experiments.benchmarks import changes, record, save, table
+from tokenprune.experiments.benchmarks import changes, record, save, selection, table
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
@@ -22,6 +22,7 @@ from tokenprune.experiments.benchmarks.sharing import METHODS, _bound_7b
 from tokenprune.experiments.benchmarks.watching import watching
 from tokenprune.experiments.compare import cells
 from tokenprune.ledger import DecoderShape, prefill_flops
+from tokenprune.tokens import TokenLayout
 
 
 @pytest.mark.slow
@@ -39,6 +40,19 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
         assert frame[column].notna().all()
     shown, _, _ = result.output.partition("Written to")
     assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", tp.available())
+def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
+    """Each takes rows of attention, keys or a norm, none of which is there anyway."""
+    layout = TokenLayout.single((4, 4))
+    bench = selection._Bench(selection.TINY, layout, "cpu", torch.float32, True)
+    method = tp.create(name, retention=0.5)
+    for signal in method.needs:
+        if signal.in_llm and signal.name not in ("llm_inputs", "llm_prompt"):
+            look = bench._signal(signal, len(layout))
+            assert look is not None, f"what {signal} takes is left out"
+            assert torch.isfinite(look()).all()
 
 
 def test_names_and_devices_are_checked_before_anything_runs() -> None:

@@ -275,6 +275,12 @@ def test_there_and_back_where_more_may_cost_less(
     assert abs(found["kept_patches"] - there["kept_patches"]) <= 1
 
 
+@pytest.mark.parametrize("target", [float("nan"), float("inf")])
+def test_a_target_must_be_a_number(square: Prompt, target: float) -> None:
+    with pytest.raises(UserError, match="must be a number, got"):
+        solve(square, tp.parse("fastv", retention=0.5), target, "flops")
+
+
 @pytest.mark.parametrize("retention", [0.9, 0.25, 0.1])
 def test_the_equivalent_is_as_long(vicuna: Prompt, retention: float) -> None:
     """A method in front of the language model at the equivalent retention has that average."""
