@@ -11,11 +11,15 @@ import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks import changes, record, save, selection, table
 from tokenprune.experiments.benchmarks.growth import _exponent
+from tokenprune.experiments.benchmarks.prefill import TOY
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
     LLAVA_NEXT_7B,
     larger_testbed,
+    llava,
+    prompt_of,
+    tokens_at,
     vit_flops,
 )
 from tokenprune.experiments.benchmarks.sharing import METHODS, _bound_7b
@@ -53,6 +57,21 @@ def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
             look = bench._signal(signal, len(layout))
             assert look is not None, f"what {signal} takes is left out"
             assert torch.isfinite(look()).all()
+
+
+def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
+    """36 patches a view: half of 180, in each of three rows, and what one row by itself says."""
+    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
+    adapter = llava(TOY, "cpu", torch.float32)
+    width = adapter.base.config.vision_config.hidden_size
+    tokens = tokens_at(layout, frozenset(), TOY.hidden, vision=width)
+    logits = []
+    for rows in (1, 3):
+        with tp.compress(adapter.model, "uniform", retention=0.5) as trace, torch.no_grad():
+            inputs = prompt_of(adapter, tokens, rows)
+            logits.append(adapter.model(**inputs, use_cache=True, logits_to_keep=1).logits)
+        assert [ledger.kept_patches for ledger in trace.ledgers] == [90] * rows
+    torch.testing.assert_close(logits[1], logits[0].expand(3, -1, -1))
 
 
 def test_names_and_devices_are_checked_before_anything_runs() -> None:
