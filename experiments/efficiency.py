@@ -44,6 +44,7 @@ __all__ = [
 
 ALL = "all"
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DRAWS = 5  # of made-up content, the median of which is told
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class Prompt:
         counts: list[int] = [weight.numel() for weight in self.adapter.model.parameters()]
         return self.size * sum(counts)
 
-    def forecast(self, method: Compressor | None, draws: int = 5) -> Forecast:
+    def forecast(self, method: Compressor | None, draws: int = DRAWS) -> Forecast:
         """What ``method`` costs on it; told again without computing it again."""
         if (method, draws) not in self._told:
             self._told[method, draws] = forecast(

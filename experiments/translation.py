@@ -5,13 +5,16 @@ retention; each of them, taken as the target, leads back to the retention.  All 
 of the retention, one token at a time, and the way back finds the step that comes nearest.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 from tokenprune.compressor import Chain, Compressor
 from tokenprune.errors import UserError
-from tokenprune.experiments.efficiency import Prompt, equivalent
+from tokenprune.experiments.efficiency import DRAWS, Prompt, equivalent
 from tokenprune.ledger import Ledger
 
 __all__ = ["MEASURES", "Measure", "Solution", "solve", "translate"]
@@ -28,6 +31,7 @@ _WORDS = {
     "equivalent": "equivalent retention in front of the language model",
 }
 _DIGITS = 6  # of a solved retention; no prompt has a million tokens
+_PLACES = 128  # where to look for a cost that does not simply rise with the retention
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def solve(
         prompt: On which it costs that.
         method: Its own retention does not matter.
         target: The cost wanted.
-        cost: A measure, or anything that does not fall as the retention rises.
+        cost: A measure, or anything else that rises with the retention, by and large.
         what: What the cost is, for sentences; known for measures.
         slack: How far from the target the nearest step may lie; default: what two tokens in all
             layers are worth.
@@ -86,13 +90,38 @@ def solve(
             f"{method.label} says itself what it keeps; only the retention of single methods can "
             "be solved for."
         )
+    if not math.isfinite(target):
+        raise UserError(f"the cost to reach must be a number, got {target}.")
     what = what or _WORDS.get(str(cost), "")
 
-    def price(one: Compressor) -> float:
-        if callable(cost):
-            return cost(one)
-        return MEASURES[cost](prompt.forecast(one, draws=1).ledger)
+    if callable(cost):
+        return _solve(prompt, method, target, cost, what, slack, why=False)
+    measure = MEASURES[cost]
+    # One draw of the content will do wherever the counts turn out not to depend on it.
+    quick = partial(_price, prompt, measure, 1)
+    found = _solve(prompt, method, target, quick, what, slack, why=True)
+    if prompt.forecast(found.method).exact:
+        return found
+    return _solve(
+        prompt, method, target, partial(_price, prompt, measure, DRAWS), what, slack, True
+    )
 
+
+def _price(
+    prompt: Prompt, measure: Callable[[Ledger], float], draws: int, method: Compressor
+) -> float:
+    return measure(prompt.forecast(method, draws).ledger)
+
+
+def _solve(
+    prompt: Prompt,
+    method: Compressor,
+    target: float,
+    price: Callable[[Compressor], float],
+    what: str,
+    slack: float | None,
+    why: bool,
+) -> Solution:
     known: dict[int, float] = {}
 
     def at(step: int) -> float:
@@ -102,28 +131,47 @@ def solve(
 
     low, high = 1, 10**_DIGITS
     least, most = at(low), at(high)
-    if slack is None:
-        slack = 2 * (most - least) / max(1, prompt.patches)
+    token = (most - least) / max(1, prompt.patches)
+    slack = 2 * token if slack is None else slack
     if target < least - slack:
         raise UserError(
             f"{method.label} cannot go down to {target:.4g} {what}: whatever its retention, it "
-            f"costs at least {least:.4g} here{'' if callable(cost) else _why(prompt, method)}."
+            f"costs at least {least:.4g} here{_why(prompt, method) if why else ''}."
         )
     if target > most + slack:
         raise UserError(
             f"{method.label} cannot go up to {target:.4g} {what}; keeping everything costs "
             f"{most:.4g}."
         )
-    while high - low > 1:  # at(low) <= target < at(high), or the target is at an end
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle) <= target else (low, middle)
-    nearest = min((low, high, 10**_DIGITS), key=lambda step: (abs(at(step) - target), step))
+
+    def miss(step: int) -> float:
+        return abs(at(step) - target)
+
+    _close_in(at, target, low, high)
+    if min(map(miss, known)) > token:
+        # Grids round to whole rows, so that keeping more may cost less: look everywhere.
+        count = min(prompt.patches, _PLACES)
+        places = [max(1, round(high * place / count)) for place in range(count + 1)]
+        for one, other in pairwise(places):
+            if (at(one) <= target) != (at(other) <= target) and min(map(miss, known)) > token:
+                _close_in(at, target, one, other)
+    nearest = min(known, key=lambda step: (miss(step), step))
     for digits in range(1, _DIGITS):  # as short as it may be written
         step = round(nearest, digits - _DIGITS)
         if step > 0 and at(step) == at(nearest):
             nearest = step
             break
     return Solution(_at(method, nearest), at(nearest), target)
+
+
+def _close_in(at: Callable[[int], float], target: float, one: int, other: int) -> None:
+    """Halve the way between two steps, one of which costs more than the target, until they meet."""
+    while abs(other - one) > 1:
+        middle = (one + other) // 2
+        if (at(middle) <= target) == (at(one) <= target):
+            one = middle
+        else:
+            other = middle
 
 
 def _at(method: Compressor, step: int) -> Compressor:

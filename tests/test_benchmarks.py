@@ -9,19 +9,24 @@ from typer.testing import CliRunner
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.experiments.benchmarks import changes, record, save, table
+from tokenprune.experiments.benchmarks import changes, record, save, selection, table
 from tokenprune.experiments.benchmarks.growth import _exponent
+from tokenprune.experiments.benchmarks.prefill import TOY
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
     LLAVA_NEXT_7B,
     larger_testbed,
+    llava,
+    prompt_of,
+    tokens_at,
     vit_flops,
 )
 from tokenprune.experiments.benchmarks.sharing import METHODS, _bound_7b
 from tokenprune.experiments.benchmarks.watching import watching
 from tokenprune.experiments.compare import cells
 from tokenprune.ledger import DecoderShape, prefill_flops
+from tokenprune.tokens import TokenLayout
 
 
 @pytest.mark.slow
@@ -42,6 +47,34 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
         assert frame[column].notna().all()
     shown, _, _ = result.output.partition("Written to")
     assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", tp.available())
+def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
+    """Each takes rows of attention, keys or a norm, none of which is there anyway."""
+    layout = TokenLayout.single((4, 4))
+    bench = selection._Bench(selection.TINY, layout, "cpu", torch.float32, True)
+    method = tp.create(name, retention=0.5)
+    for signal in method.needs:
+        if signal.in_llm and signal.name not in ("llm_inputs", "llm_prompt"):
+            look = bench._signal(signal, len(layout))
+            assert look is not None, f"what {signal} takes is left out"
+            assert torch.isfinite(look()).all()
+
+
+def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
+    """36 patches a view: half of 180, in each of three rows, and what one row by itself says."""
+    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
+    adapter = llava(TOY, "cpu", torch.float32)
+    width = adapter.base.config.vision_config.hidden_size
+    tokens = tokens_at(layout, frozenset(), TOY.hidden, vision=width)
+    logits = []
+    for rows in (1, 3):
+        with tp.compress(adapter.model, "uniform", retention=0.5) as trace, torch.no_grad():
+            inputs = prompt_of(adapter, tokens, rows)
+            logits.append(adapter.model(**inputs, use_cache=True, logits_to_keep=1).logits)
+        assert [ledger.kept_patches for ledger in trace.ledgers] == [90] * rows
+    torch.testing.assert_close(logits[1], logits[0].expand(3, -1, -1))
 
 
 def test_names_and_devices_are_checked_before_anything_runs() -> None:

@@ -255,6 +255,32 @@ def test_there_and_back_within_one_token(spec: str, measure: str, retention: flo
     assert abs(translate(prompt, back)["kept_patches"] - there["kept_patches"]) <= 1
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "spec", "retention"),
+    [
+        ("testbed-next", (100, 150), "downsample", 0.72),  # keeps more than at 0.857
+        ("testbed-next", (100, 150), "hired", 0.796),  # views share by what is in them
+        ("testbed-next", (100, 150), "spatial-pool", 0.2),
+        ("testbed-onevision", (130, 60), "vidcom2", 0.49),
+    ],
+)
+def test_there_and_back_where_more_may_cost_less(
+    model: str, size: tuple[int, int], spec: str, retention: float
+) -> None:
+    prompt = prompt_of(model, size, text=20)
+    there = translate(prompt, tp.parse(spec, retention=retention))
+    back = solve(prompt, tp.parse(spec, retention=0.5), there["tokens"])
+    found = translate(prompt, back.method)
+    assert found["tokens"] == back.cost, "what was solved for is what is told"
+    assert abs(found["kept_patches"] - there["kept_patches"]) <= 1
+
+
+@pytest.mark.parametrize("target", [float("nan"), float("inf")])
+def test_a_target_must_be_a_number(square: Prompt, target: float) -> None:
+    with pytest.raises(UserError, match="must be a number, got"):
+        solve(square, tp.parse("fastv", retention=0.5), target, "flops")
+
+
 @pytest.mark.parametrize("retention", [0.9, 0.25, 0.1])
 def test_the_equivalent_is_as_long(vicuna: Prompt, retention: float) -> None:
     """A method in front of the language model at the equivalent retention has that average."""

@@ -27,10 +27,12 @@ from tokenprune.attention import (
     attention_received,
     cls_row,
     decoder_keys,
+    decoder_mass,
     decoder_row,
     decoder_rows,
     key_vectors,
     moved_keys,
+    rotary_product,
 )
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import UserError
@@ -201,18 +203,47 @@ class _Bench:
             return lambda: decoder_row(attention, norm(hidden), rotary, last, visible)
         if name == "llm_states":
             return lambda: self.norm(hidden)
+        if name == "llm_keys_ahead":
+            norm = self.layer.input_layernorm
+            return lambda: decoder_keys(attention, norm(hidden), rotary)
+        if name == "llm_global":
+            return lambda: self._global_row(hidden)
         keys = decoder_keys(attention, hidden, rotary)
         if name == "llm_attention":
             return lambda: decoder_row(attention, hidden, rotary, last, visible, keys)
         if name == "llm_keys":
             back = self.rotary(hidden, torch.zeros(1, 1, dtype=torch.long, device=device))
             return lambda: moved_keys(attention, keys, back)
-        if name == "llm_text":
-            asking = torch.arange(total - TEXT, total, device=device)
-            both = (rotary[0][0], rotary[1][0])
+        both = (rotary[0][0], rotary[1][0])
+        asking = torch.arange(total - TEXT, total, device=device)
+        if name == "llm_text_rotary":
+            return lambda: rotary_product(both, asking)
+        if name in ("llm_text", "llm_text_heads"):
+            rows = functools.partial(decoder_rows, by_head=name == "llm_text_heads")
             allowed = visible.expand(TEXT, -1)
-            return lambda: decoder_rows(attention, hidden[0], both, asking, allowed, keys[0])
+            return lambda: rows(attention, hidden[0], both, asking, allowed, keys[0])
+        if name in ("llm_self", "llm_cross"):
+            asks = asking if name == "llm_cross" else torch.arange(count, device=device)
+            return lambda: decoder_mass(
+                attention,
+                hidden[0],
+                both,
+                asks,
+                lambda some: visible.expand(len(some), -1),
+                keys[0],
+            )
         return None
+
+    def _global_row(self, hidden: Tensor) -> Tensor:
+        """As the engine asks with the mean of all states, without rotation."""
+        states = self.layer.input_layernorm(hidden)
+        both = torch.cat([states, states.float().mean(1, keepdim=True).to(states)], 1)
+        still = both.new_ones(*both.shape[:2], self.shape.head_dim)
+        last = torch.tensor([both.shape[1] - 1], device=self.device)
+        visible = torch.ones(both.shape[:2], dtype=torch.bool, device=self.device)
+        visible[:, -1] = False
+        attention: Any = self.layer.self_attn
+        return decoder_row(attention, both, (still, torch.zeros_like(still)), last, visible)
 
 
 def _left(tokens: VisualTokens, keep: Tensor) -> VisualTokens:

@@ -114,13 +114,14 @@ def tokens_at(
     )
 
 
-def prompt_of(adapter: Adapter, tokens: VisualTokens) -> dict[str, Any]:
-    """Inputs for a forward: the visual tokens, then `TEXT` ids."""
+def prompt_of(adapter: Adapter, tokens: VisualTokens, rows: int = 1) -> dict[str, Any]:
+    """Inputs for a forward of ``rows`` equal prompts: the visual tokens, then `TEXT` ids."""
     device = tokens.features.device
     image = torch.full((1, len(tokens)), adapter.placeholders["image"])
     ids = torch.cat([torch.tensor([[1]]), image, torch.full((1, TEXT - 1), 5)], 1).to(device)
+    ids = ids.repeat(rows, 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | adapter._outputs([[tokens]])
+    return inputs | adapter._outputs([[tokens]] * rows)
 
 
 def vit_flops(views: int, patches: int, width: int, mlp: int, layers: int) -> float:
