@@ -103,6 +103,7 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
     journal = Journal(request.folder / "answers.jsonl")
     answers = _answers(request.folder, manifest, questions, journal, notes)
     summary = _summary(request.folder, answers, manifest)
+    compressed = summary.dropna(subset="retention")
     columns = _columns(answers)
     chosen = _chosen(answers, columns, request)
     gallery = _Gallery(_planner(manifest, notes), notes)
@@ -133,8 +134,8 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
         failures=_failures(manifest, journal),
         results=_results(summary),
         kinds=_kinds(summary),
-        costs=_costs(summary),
-        figures=list(_figures(request.folder, summary, manifest)),
+        costs=_costs(compressed),
+        figures=list(_figures(request.folder, compressed, manifest)),
         sources=_sources(columns),
         citation=_own_citation(manifest),
         browser=_script_safe(browser),
@@ -241,12 +242,13 @@ def _answers(
 
 
 def _summary(folder: Path, answers: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """As `summarise`, of a finished run with the references, which have no retention."""
     file, journal = folder / "summary.csv", folder / "answers.jsonl"
     if file.exists() and journal.exists() and file.stat().st_mtime >= journal.stat().st_mtime:
         found = pd.read_csv(file)
     else:
         found = summarise(answers, seed=manifest["experiment"]["seed"])
-    return found[(found["retention"] < 1) | (found["method"] == UNCOMPRESSED)]
+    return found[~(found["retention"] >= 1) | (found["method"] == UNCOMPRESSED)]
 
 
 @dataclass(frozen=True)
@@ -575,16 +577,17 @@ def _kinds(summary: pd.DataFrame) -> list[str]:
 
 
 def _results(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row for each method and retention, most tokens first."""
+    """A row for each method and retention, most tokens first; last what sees less of the image."""
     rows = []
     ordered = summary.sort_values("retention", ascending=False, kind="stable")
-    for (retention, label), group in ordered.groupby(["retention", "label"], sort=False):
+    cells = ordered.groupby(["retention", "label"], sort=False, dropna=False)
+    for (retention, label), group in cells:
         by_kind = {row["kind"]: row for _, row in group.iterrows()}
         overall = by_kind[OVERALL]
         p = overall.get("vs_uncompressed_p")
         rows.append(
             {
-                "keep": percent(float(retention), None),
+                "keep": "" if pd.isna(retention) else percent(float(retention), None),
                 "label": label,
                 "failed": overall["status"] != "ok",
                 "n": _number(overall["n"], "{:.0f}"),

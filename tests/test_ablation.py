@@ -164,6 +164,7 @@ def test_ablation_on_the_testbed(tmp_path: Path) -> None:
     assert len(table) == 4 + 2
     frame = pd.read_parquet(tmp_path / "run" / "answers.parquet")
     right = frame.groupby("label")["correct"].mean()
+    assert f"Without the image {100 * right['image-free']:.1f} %" in first.stdout
     assert list(table["accuracy"]) == pytest.approx([right[label] for label in table["label"]])
     assert (tmp_path / "run" / "plots" / "ablation.png").stat().st_size > 10_000
     again = CliRunner().invoke(app, words)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -386,6 +387,14 @@ def test_the_command_says_where_the_page_is(run: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"Written to {run / 'report.html'}" in result.stdout
     assert "2 of 20 questions" in result.stdout
+
+
+def test_accuracy_without_the_image_is_among_the_results(run: Path) -> None:
+    report(Request(folder=run))
+    text = Page((run / "report.html").read_text(encoding="utf-8")).text
+    right = pd.read_parquet(run / "answers.parquet").groupby("label")["correct"].mean()
+    for label in ("image-free", "thumbnail-only"):
+        assert f"{label} 20 {100 * right[label]:.1f}" in text
 
 
 # --- in a browser ---------------------------------------------------------------------------------

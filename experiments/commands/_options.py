@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,6 +80,21 @@ def closing(outcome: Outcome, started: float, files: str) -> int:
         return INTERRUPTED
     for cell, failure in outcome.failures.items():
         say(f"FAILED {cell}: {failure.error}")
+    for words in _without_image(outcome):
+        say(words)
     seconds = time.monotonic() - started
     say(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
     return FAILED if outcome.failures else OK
+
+
+def _without_image(outcome: Outcome) -> Iterator[str]:
+    """How often the model is right without seeing anything."""
+    from tokenprune.experiments.intervals import OVERALL, summarise
+    from tokenprune.experiments.results import IMAGE_FREE, read_answers
+
+    answers = read_answers(outcome.folder)
+    for row in summarise(answers[answers["label"] == IMAGE_FREE], seed=0).itertuples():
+        if row.kind == OVERALL and row.status == "ok":
+            shares = (row.accuracy, row.accuracy_low, row.accuracy_high)
+            right, low, high = (f"{100 * share:.1f}" for share in shares)
+            yield f"Without the image {right} % of the answers are right ({low}–{high})."
