@@ -1108,10 +1108,16 @@ class _Session:
             state.most[row] = signal_bytes(*looked, size, towers.get(row))
 
     def _shown(self, state: _Pass) -> list[int]:
-        """Bytes of the tower's signals of all images, per row."""
+        """Bytes of the tower's signals of all images, per row, as far as its method asks for them.
+
+        Images that several methods share carry the signals of all.
+        """
         shown = [0] * len(state.most)
         for span in state.spans:
-            shown[span.row] += held_bytes(span.tokens, inside=False)
+            one = self.compressors[self._index(state, span.row)]
+            asked = one.needs if one else frozenset[Signal]()
+            signals = {name: value for name, value in span.tokens.signals.items() if name in asked}
+            shown[span.row] += held_bytes(replace(span.tokens, signals=signals), inside=False)
         return shown
 
     def _tell(self, state: _Pass, size: int) -> None:
