@@ -174,9 +174,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         manifest = None
-    experiment = manifest.get("experiment") if isinstance(manifest, dict) else None
     # Folders of other analyses have a manifest as well, but no questions that were answered.
-    if not isinstance(experiment, dict) or not {"questions", "data"} <= experiment.keys():
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(manifest.get("experiment"), dict)
+        or not {"questions", "data"} <= manifest["experiment"].keys()
+    ):
         raise UserError(
             f"{str(folder)!r} is not the folder of a comparison (it has no readable manifest.json "
             "of one); give what tokenprune compare printed behind 'Written to'."

@@ -107,6 +107,15 @@ def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, 
     assert {name: set(vars(module)) for name, module in host.model.named_modules()} == before
 
 
+@pytest.mark.parametrize("host", hosts(), ids=str)
+def test_signals_of_other_methods_are_nobodys_account(host: Host) -> None:
+    mine, other = (tp.parse(name, retention=0.5) for name in ("uniform", "globalcom2"))
+    alone, shared = (encoded(host, (0,), wanted) for wanted in ([mine], [mine, other]))
+    assert shared[0][0].signals
+    assert not alone[0][0].signals
+    same(outcome(host, shared, (0,), mine), outcome(host, alone, (0,), mine), exactly=True)
+
+
 def test_chains_share_what_lies_behind_the_same_first_part(host: Host) -> None:
     chains = [tp.parse(f"uniform@0.6 + {name}@0.5") for name in ("fastv", "fastv:layer=3")]
     images = encoded(host, (0, 2), chains)
