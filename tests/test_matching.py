@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.errors import UserError
 from tokenprune.experiments import data, speed
+from tokenprune.experiments.commands.compare import tables
 from tokenprune.experiments.compare import Request, compare
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.efficiency import Prompt, prompt_of
@@ -166,6 +169,11 @@ def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
     summary = outcome.summary[outcome.summary["kind"] == OVERALL].set_index("method")
     assert pd.notna(summary.loc["fastv", "vs_uniform_p"])  # compared with uniform at 0.7
     assert abs(summary.loc["fastv", "layer_average"] - summary.loc["uniform", "layer_average"]) < 2
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in list(tables(outcome.summary))[:2]:  # of all questions, and loyalty
+        console.print(table)
+    own = f"fastv@{summary.loc['fastv', 'retention']:.3g} "
+    assert console.export_text().count(own) == 2, "beside uniform at 0.7 in both"
     again = compare(request)
     assert again.new == 0
 

@@ -195,8 +195,7 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     # At R = 1 all methods are the uncompressed model, which has a row of its own.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
-    rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
-    rows = rows.sort_values("keep", ascending=False, kind="stable")
+    rows = _as_asked(rows)
     overall = rows[rows["kind"] == OVERALL]
     unit, scale = flops_unit(overall["uncompressed_flops"].max())
 
@@ -251,11 +250,11 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
     for name in ("accuracy", "KL", "easy", "hard"):
         table.add_column(name, justify="right", no_wrap=True)
     beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
-    ordered = rows[~beside & (rows["retention"] < 1)]
-    ordered = ordered.sort_values("retention", ascending=False, kind="stable")
+    ordered = _as_asked(rows[~beside & (rows["retention"] < 1)])
+    references = rows[beside].assign(name=rows["label"])
     last = ""
-    for position, row in enumerate([*_rows(rows[beside]), *_rows(ordered)]):
-        keep = "" if position < beside.sum() else percent(row["retention"], None)
+    for position, row in enumerate([*_rows(references), *_rows(ordered)]):
+        keep = "" if position < beside.sum() else percent(row["keep"], None)
         figures = ["FAILED", "", "", ""]
         if row["status"] == "ok":
             decimals = 3 if row["kl_high"] < 10 else 1
@@ -265,7 +264,7 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
             figures += [_between(row, f"{part}_accuracy", 0) for part in parts]
         if keep != last:
             table.add_section()
-        table.add_row("" if keep == last else keep, method_label(row["label"]), *figures)
+        table.add_row("" if keep == last else keep, method_label(row["name"]), *figures)
         last = keep
     return table
 
@@ -307,6 +306,12 @@ def _matching(rows: pd.DataFrame) -> str:
         "how much that is stands behind its name."
         for kind in kinds
     )
+
+
+def _as_asked(rows: pd.DataFrame) -> pd.DataFrame:
+    """By the retention asked for (``keep``), most first; ``name`` tells one that was solved for."""
+    rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
+    return rows.sort_values("keep", ascending=False, kind="stable")
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
