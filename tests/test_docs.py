@@ -26,8 +26,8 @@ def _blocks(name: str) -> list[str]:
 @pytest.fixture
 def third_family(monkeypatch: pytest.MonkeyPatch) -> Host:
     """The adapter of the page, registered for one test only."""
+    adapters.names()  # finds them all, once; a copy would take them along
     monkeypatch.setattr(adapters, "_classes", dict(adapters._classes))
-    adapters.names()
     exec(_blocks("adding-a-model.md")[1], {"__name__": "third_family"})
     return Host.tiny("LLaVA-1.5")
 
