@@ -1,6 +1,7 @@
 """The command line: how options are read, what is printed, and with which status it ends."""
 
 import math
+import functools
 import os
 import re
 import signal
@@ -245,7 +246,10 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path: Path, kind: signal.Signals) ->
     command = [sys.executable, "-m", "tokenprune", "compare", "--questions", "200"]
     command += ["--batch-size", "5", "-r", "0.25", "--out", str(tmp_path)]
     journal = tmp_path / "answers.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and their children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, **pipes, preexec_fn=heed) as process:
         limit = time.monotonic() + 240
         while not journal.exists() or journal.stat().st_size < 1000:
             assert process.poll() is None
