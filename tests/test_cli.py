@@ -1,7 +1,7 @@
 """The command line: how options are read, what is printed, and with which status it ends."""
 
-import math
 import functools
+import math
 import os
 import re
 import signal
