@@ -235,10 +235,11 @@ class Ledger:
         vision_flops: FLOPs of the vision tower's layers on all views, as many tokens in each as
             really ran (`encoder_flops`); not part of `flops`.
         uncompressed_vision_flops: The same on full views.
-        selector_bytes: The most memory that choosing took at one moment, beyond what the
-            uncompressed model holds: while the tower's signals are computed (`signal_bytes`), while
-            attention rows are (`DecoderShape.row_bytes`), or while a strategy selects: what it is
-            shown (`held_bytes`) and what it says it needs (`Compressor.memory`).
+        selector_bytes: The most memory that choosing takes at one moment, told by formulas, beyond
+            what the uncompressed model holds: while the tower's signals are computed
+            (`signal_bytes`), while attention rows are (`DecoderShape.row_bytes`), or while a
+            strategy selects: what it is shown (`held_bytes`) and what it says it needs
+            (`Compressor.memory`).  Packing what is left, the same for all methods, is not in it.
         kv_before: Entries that earlier turns had left in each layer's KV cache; empty for a first
             turn.  FLOPs of attending to them are not counted.
     """
