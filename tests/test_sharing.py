@@ -228,8 +228,8 @@ def answers(model: str, modality: Any, plan: sharing.Plan, path: Path, count: in
         ("testbed-next", "image", 6),
         ("testbed-onevision", "video", 4),
         ("testbed-onevision", "multi-image", 4),
-        pytest.param("testbed-next", "image", 50, marks=pytest.mark.slow),
-        pytest.param("testbed-onevision", "video", 50, marks=pytest.mark.slow),
+        pytest.param("testbed-next", "image", 20, marks=pytest.mark.slow),
+        pytest.param("testbed-onevision", "video", 20, marks=pytest.mark.slow),
     ],
 )
 def test_together_is_the_same_as_separately(
