@@ -339,11 +339,15 @@ def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
     taken = torch.zeros_like(gain)
     for step in range(count):
         spent = gain <= 1e-5 * worth
-        chosen[step] = index = (torch.where(spent, last, gain) + taken).argmax()
-        row = (kernel[index] - factor[:step, index] @ factor[:step]) / gain[index].sqrt()
-        factor[step] = torch.where(spent[index], 0, row)
+        # One entry, not a number: nothing waits for the device.
+        index = (torch.where(spent, last, gain) + taken).argmax(0, keepdim=True)
+        chosen[step : step + 1] = index
+        row = kernel.index_select(0, index)[0]
+        row = row - factor[:step].index_select(1, index)[:, 0] @ factor[:step]
+        row = row / gain.index_select(0, index).sqrt()
+        factor[step] = torch.where(spent.index_select(0, index), 0, row)
         gain = gain - factor[step].square()
-        taken[index] = -torch.inf
+        taken.index_fill_(0, index, -torch.inf)
     return order[chosen]
 
 
