@@ -23,7 +23,9 @@ def visionzip(case: Case) -> Verdict:
         Signal("unprojected"): hidden,
     }
     chosen = strategy.select(VisualTokens(layout, hidden, signals, projector=lambda x: x))
-    assert chosen.features is not None
+    if chosen.features is None:
+        verdict.mismatch = "no merged features"
+        return verdict
     place, view = places(layout)[chosen.keep], layout.view[chosen.keep]
     for index, (ranked, output) in enumerate(
         zip(given["dominant_idx"], given["output"], strict=True)
