@@ -41,7 +41,7 @@ class LlavaNext(Adapter):
             maps,
             image_sizes(call),
             vision_feature_select_strategy="full",
-            image_newline=torch.full(maps[0].shape[-1:], torch.nan),
+            image_newline=maps[0].new_full(maps[0].shape[-1:], torch.nan),
         )
         return list(packed)
 

@@ -89,7 +89,7 @@ class LlavaOnevision(Adapter):
         ]
 
     def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
-        separator = torch.full(maps[0].shape[-1:], torch.nan)
+        separator = maps[0].new_full(maps[0].shape[-1:], torch.nan)
         if modality == "video":
             pooled = [self.base.apply_pooling(values).flatten(0, 1) for values in maps]
             return [torch.cat([values, separator[None].to(values)]) for values in pooled]

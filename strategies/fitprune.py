@@ -95,8 +95,6 @@ class FitPrune(Compressor):
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         seen, asked = (tokens[signal][patches].float() for signal in (SELF, CROSS))
-        if not asked.any():
-            raise UserError("fitprune needs text behind the image, whose attention ranks it.")
         return Selection(patches[top(seen * asked, left_at(tokens, self.retention, self._way))])
 
 

@@ -11,13 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.budget import Allocator, ThumbnailCommand
-from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
-from tokenprune.primitives import (
-    normalise,
-    project_thumbnail,
-    summary_distance,
-    top_per_view,
-)
+from tokenprune.compressor import Compressor, Selection, keep_best
+from tokenprune.primitives import normalise, project_thumbnail, summary_distance
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Kind, Signal, VisualTokens
 
@@ -109,10 +104,7 @@ class GlobalCom2(Compressor):
         return scores
 
     def select(self, tokens: VisualTokens) -> Selection:
-        scores = self.ranking(tokens)
-        counts = self.allocation.counts(tokens, scores, self.retention)
-        warn_about_empty_views(self, tokens.layout, counts)
-        return Selection(top_per_view(tokens.layout, scores, counts))
+        return keep_best(self, tokens, self.ranking(tokens), self.allocation)
 
     def memory(self, tokens: VisualTokens) -> float:
         """Of a video, the features in float32, of unit length, and beside their summary."""

@@ -15,7 +15,7 @@ from tokenprune.budget import Allocator, Proportional, budget
 from tokenprune.compressor import ScoringCompressor
 from tokenprune.primitives import region_sums, thumbnail_map
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.tokens import Signal, VisualTokens, moved
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class MarkedPatches(Allocator):
         else:
             per_crop = region_sums(marks.view(layout.view_shape), layout.grid)
         share = per_crop / per_crop.sum().clamp(min=1)
-        limit = torch.tensor(sizes[1:], device=share.device)
-        crops = (share * rest).long().minimum(limit)
-        return torch.cat([torch.tensor([thumbnail], device=share.device), crops])
+        crops = (share * rest).long().minimum(moved(torch.tensor(sizes[1:]), share.device))
+        return torch.cat([crops.new_full((1,), thumbnail), crops])
 
 
 @register("hired")

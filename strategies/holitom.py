@@ -14,9 +14,16 @@ from torch import Tensor
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import density_peaks, group_means, patches_by_view, segments, top
+from tokenprune.primitives import (
+    density_peaks,
+    group_means,
+    patches_by_view,
+    segments,
+    tally,
+    top,
+)
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.tokens import Signal, VisualTokens, moved
 
 
 @register("holitom")
@@ -90,17 +97,20 @@ class HoliTom(Compressor):
         return super().memory(tokens) + most
 
     def windows(self, tokens: VisualTokens) -> list[tuple[list[Tensor], Tensor]]:
-        """For every segment the patch indices of its frames, and (L,) which places are static."""
-        views = patches_by_view(tokens.layout)
+        """For every segment the patch indices of its frames, and (L,) which places are static.
+
+        On the CPU, where segments are found and counted: one wait for the device.
+        """
+        views = patches_by_view(tokens.layout.host)
         moving = [([patches], patches.new_zeros(len(patches)).bool()) for patches in views]
         if tokens.layout.modality != "video" or len(views) == 1:
             return moving
-        frames = tokens.features.float()[torch.stack(views)]
-        still = F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau
-        saved = frames.new_zeros(len(views), len(views))
+        frames = tokens.features.float()[moved(torch.stack(views), tokens.features.device)]
+        still = (F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau).cpu()
+        saved = torch.zeros(len(views), len(views))
         for first in range(len(views) - 1):
             static = still[first:].cumprod(0).sum(1)
-            saved[first, first + 1 :] = static * (1 + torch.arange(len(static)).to(static))
+            saved[first, first + 1 :] = static * (1 + torch.arange(len(static)))
         runs = segments(saved)
         static_places = [still[s:e].all(0) if e > s else moving[s][1] for s, e in runs]
         return [(views[s : e + 1], one) for (s, e), one in zip(runs, static_places, strict=True)]
@@ -114,6 +124,7 @@ class HoliTom(Compressor):
         total = min(budget(len(tokens.layout.patches), self.retention), sum(sizes))
         kept, features = [], []
         for (places, shared), count in zip(groups, apportion(total, sizes), strict=True):
+            places = moved(places, scores.device)
             if shared and count:
                 chosen, vectors = self._clustered(tokens.features[places].float().mean(0), count)
             else:
@@ -127,9 +138,8 @@ class HoliTom(Compressor):
     def _clustered(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """``count`` centres among the vectors (P, D), and what their clusters become."""
         centres, cluster = density_peaks(vectors, count, self.neighbours)
-        others = torch.ones_like(cluster, dtype=torch.bool)
-        others[centres] = False
-        means = group_means(vectors[others], cluster[others], count)
-        alone = torch.bincount(cluster[others], minlength=count) == 0
+        others = cluster.index_fill(0, centres, count)  # the centres by themselves
+        means = group_means(vectors, others, count + 1)[:-1]
+        alone = tally(others, count + 1)[:-1] == 0
         means = torch.where(alone[:, None], vectors[centres], means)
         return centres, self.beta * vectors[centres] + (1 - self.beta) * means

@@ -4,7 +4,7 @@ Paper:  https://arxiv.org/abs/2505.21334 (NeurIPS 2025), inner-LLM merging
 Code:   https://github.com/cokeshao/HoliTom, holitom/modeling_qwen2.py (e9b2972)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from tokenprune.compressor import Selection
 from tokenprune.primitives import float_copy, group_means
 from tokenprune.registry import Card, register
 from tokenprune.strategies.fastv import FastV
-from tokenprune.tokens import VisualTokens
+from tokenprune.tokens import VisualTokens, moved
 
 
 @register("holitom-inner")
@@ -56,10 +56,11 @@ class HoliTomInner(FastV):
         return super().memory(tokens) + 4.0 * tokens.features.numel() + max(cosines, means)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        keep, patches = super().select(tokens).keep, tokens.layout.patches
+        chosen, patches = super().select(tokens), tokens.layout.patches
+        keep = moved(chosen.keep, patches.device)
         unit = F.normalize(tokens.features.float(), dim=-1)
         joins = (unit[patches] @ unit[keep].T).argmax(1)
         place = torch.searchsorted(patches, keep)
         joins[place] = torch.arange(len(keep), device=keep.device)
         merged = group_means(tokens.features[patches], joins, len(keep))
-        return Selection(keep, merged.to(tokens.features))
+        return replace(chosen, features=merged.to(tokens.features))

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
-from tokenprune.primitives import group_means, kernel_density, least_cutoff, top
+from tokenprune.primitives import group_means, kernel_density, least_cutoff, tally, top
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.tokens import Signal, VisualTokens, listed, moved
 
 GLOBAL, KEYS = Signal("llm_global"), Signal("llm_keys_ahead")
 
@@ -114,12 +114,13 @@ class PACT(Compressor):
         far = torch.maximum(far, far.T).fill_diagonal_(0)  # rounding is not symmetric
         count = budget(len(patches), self.retention)
         cutoff, is_centre = least_cutoff(far, kernel_density(far), count, self.cutoff)
-        centres = stay[is_centre]
+        centres = stay[moved(listed(is_centre), stay.device)]
         nearest, cluster = (1 - unit @ unit[centres].T).min(1)
         joins = nearest <= self.recover * cutoff
         joins[stay] = True
         cluster[centres] = torch.arange(len(centres), device=centres.device)
-        merged = group_means(vectors[joins], cluster[joins], len(centres))
-        sizes = torch.bincount(cluster[joins], minlength=len(centres)).to(vectors)
+        cluster[~joins] = len(centres)  # what belongs to nobody meets in one more
+        merged = group_means(vectors, cluster, len(centres) + 1)[:-1]
+        sizes = tally(cluster, len(centres) + 1)[:-1].to(vectors)
         features = merged.to(tokens.features)
         return Selection(patches[centres], features, sizes if self.proportional else None)

@@ -16,7 +16,7 @@ from tokenprune.budget import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.primitives import float_copy, patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.tokens import Signal, VisualTokens, listed, moved
 
 
 @register("prumerge")
@@ -130,7 +130,7 @@ class PruMerge(Compressor):
         dropped = torch.ones_like(scores, dtype=torch.bool)
         dropped[centres] = False
         place = scores.masked_fill(~dropped, -torch.inf).argmax()
-        extra = weighted[dropped].sum(0)
+        extra = dropped.float() @ weighted
         return torch.cat([centres, place[None]]), torch.cat([made, extra[None]])
 
     def _centres(self, scores: Tensor, count: int) -> Tensor:
@@ -151,9 +151,10 @@ class PruMerge(Compressor):
         spaced = torch.zeros_like(free)
         # Officially the last patch is never sampled.
         spaced[self.start : len(scores) - 1 : step] = True
-        chosen = (free & spaced).nonzero().squeeze(1)
-        if not self.adaptive:
-            chosen = torch.cat([chosen, (free & ~spaced).nonzero().squeeze(1)])
+        if self.adaptive:
+            chosen = moved(listed(free & spaced), scores.device)
+        else:  # those that are not, behind them
+            chosen = (free.int() + (free & spaced).int()).argsort(descending=True, stable=True)
         return torch.cat([best, chosen[:samples]])
 
 

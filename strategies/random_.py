@@ -31,6 +31,6 @@ class Random(ScoringCompressor):
     card = Card(paper="Random tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        # Drawn on the CPU: the same subset on every device.
+        # Drawn and left on the CPU: the same subset on every device.
         generator = torch.Generator().manual_seed(hash((self.seed, tokens.seed)) % 2**63)
-        return torch.rand(len(tokens), generator=generator).to(tokens.features.device)
+        return torch.rand(len(tokens), generator=generator)

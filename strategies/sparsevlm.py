@@ -142,12 +142,13 @@ class SparseVLM(Compressor):
         return raters | ~raters.any()
 
     def left(self, tokens: VisualTokens, rows: Tensor) -> tuple[int, int]:
-        """How many tokens are kept and how many clusters made, given the raters' rows (N, r)."""
+        """How many tokens are kept and how many clusters made, given the raters' `rows`."""
         there, stage = len(rows), self.cut or len(self.depths)
         most = left_at(tokens, self.retention, stage / len(self.depths))
         kept = most if self.schedule == "retention" else there - 1
         if self.schedule == "rank":
-            kept = min(int(int(torch.linalg.matrix_rank(rows)) * self.scale + self.bias), kept)
+            rank = int(torch.linalg.matrix_rank(rows[:, self.raters(tokens)]))
+            kept = min(int(rank * self.scale + self.bias), kept)
         elif self.schedule != "retention":
             kept = min(LISTS[self.version][self.schedule][stage - 1], kept)
         kept = max(1, min(kept, most))
@@ -162,12 +163,14 @@ class SparseVLM(Compressor):
         return min(int(self.recycled * dropped) + 1, dropped)
 
     def rows(self, tokens: VisualTokens) -> Tensor:
-        """(P, r) attention that the patch tokens get of the raters, float32."""
-        patches, raters = tokens.layout.patches, self.raters(tokens)
+        """(P, T) attention that the patch tokens get of the raters, 0 of other text, float32."""
+        # Not taken out by a mask: the device would have to be waited for to learn how many rate.
+        patches, others = tokens.layout.patches, ~self.raters(tokens).to(tokens.features.device)
         if self.version == "1.0":
-            return tokens[ROWS][patches][:, raters].float()
-        rotary = tokens[ROTARY][patches][:, raters].float()
-        corrected = tokens[HEADS][patches][:, raters].float() / rotary[..., None]
+            return tokens[ROWS][patches].float().masked_fill(others, 0)
+        rotary = tokens[ROTARY][patches].float()[..., None]
+        corrected = tokens[HEADS][patches].float() / rotary
+        corrected = corrected.masked_fill(others[:, None], 0)
         order = corrected.sum((0, 1)).argsort(descending=True, stable=True)
         return corrected[..., order[: self.heads]].mean(-1)
 
@@ -175,7 +178,7 @@ class SparseVLM(Compressor):
         patches = tokens.layout.patches
         rows = self.rows(tokens)
         kept, clusters = self.left(tokens, rows)
-        order = rows.mean(1).argsort(descending=True, stable=True)
+        order = rows.sum(1).argsort(descending=True, stable=True)
         if not clusters:
             return Selection(patches[order[:kept].sort().values])
         recycled = patches[order[kept:][: self._recycled(len(order) - kept)]]

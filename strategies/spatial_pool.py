@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tokenprune.budget import budget, coarse_grid
 from tokenprune.compressor import Compressor, Selection
+from tokenprune.primitives import group_means
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Kind, VisualTokens
+from tokenprune.tokens import Kind, VisualTokens, moved
 
 
 @register("spatial-pool")
@@ -38,7 +39,7 @@ class SpatialPool(Compressor):
         return super().memory(tokens) + 4.0 * share * tokens.features.numel()
 
     def select(self, tokens: VisualTokens) -> Selection:
-        layout, patches = tokens.layout, tokens.layout.patches
+        layout, patches = tokens.layout.host, tokens.layout.host.patches
         on_canvas = (layout.kind == Kind.CROP)[patches]
         row = torch.where(on_canvas, layout.canvas_row[patches], layout.row[patches])
         col = torch.where(on_canvas, layout.canvas_col[patches], layout.col[patches])
@@ -49,7 +50,7 @@ class SpatialPool(Compressor):
             for of_canvas, of_view in zip(layout.canvas_shape, layout.view_shape, strict=True)
         )
         canvas, view = (
-            torch.tensor(_grid(shape, self.retention), device=row.device)
+            torch.tensor(_grid(shape, self.retention))
             for shape in (layout.canvas_shape, layout.view_shape)
         )
         grid = torch.where(on_canvas[:, None], canvas, view)
@@ -57,12 +58,11 @@ class SpatialPool(Compressor):
         # A plane has at most as many cells as there are tokens.
         key = (plane * len(patches) + y) * len(patches) + x
         _, cell = key.unique(return_inverse=True)
-        cells = int(cell.max()) + 1
-        features = tokens.features[patches].float()
-        sums = features.new_zeros(cells, features.shape[1]).index_add_(0, cell, features)
-        means = sums / torch.bincount(cell, minlength=cells)[:, None]
         middle = _middle(row, y, height, grid[:, 0]) & _middle(col, x, width, grid[:, 1])
-        return Selection(patches[middle], means[cell[middle]].to(tokens.features.dtype))
+        device, cells = tokens.features.device, int(cell.max()) + 1
+        features = tokens.features[tokens.layout.patches]
+        means = group_means(features, moved(cell, device), cells)[moved(cell[middle], device)]
+        return Selection(patches[middle], means.to(features.dtype))
 
 
 def _grid(shape: tuple[int, int], retention: float) -> tuple[int, int]:

@@ -34,6 +34,7 @@ class Uniform(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         counts = Proportional().counts(tokens, torch.empty(0), self.retention)
-        warn_about_empty_views(self, tokens.layout, counts)
         spread = evenly_spaced if self.pattern == "stride" else dithered
-        return Selection(spread(tokens.layout, counts))
+        keep = spread(tokens.layout, counts)
+        warn_about_empty_views(self, tokens.layout.host, keep)
+        return Selection(keep)

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import top_per_view
+from tokenprune.primitives import tally, top_per_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import VisualTokens
+from tokenprune.tokens import VisualTokens, moved
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 
@@ -60,14 +60,14 @@ class VidCom2(Compressor):
         calm = features.var(0, unbiased=False).argsort(stable=True)[:count].sort().values
         unit = F.normalize(features[:, calm], dim=-1)
         sums = unit.new_zeros(layout.views, count).index_add_(0, view, unit)
-        sizes = torch.tensor(layout.view_sizes, device=view.device).clamp(min=1)
+        sizes = tally(view, layout.views).clamp(min=1)
         return _kernel(unit, unit.mean(0)), _kernel(unit, (sums / sizes[:, None])[view])
 
     def ratios(self, tokens: VisualTokens, to_video: Tensor) -> Tensor:
         """(V,) retention ratio of every frame; 0 of one without tokens."""
         layout = tokens.layout
         view = layout.view[layout.patches]
-        sizes = torch.tensor(layout.view_sizes, device=view.device)
+        sizes = tally(view, layout.views)
         sums = to_video.new_zeros(layout.views).index_add_(0, view, to_video)
         score = torch.where(sizes > 0, -sums / sizes.clamp(min=1), -torch.inf)
         share = ((score - score.max()) / self.temperature).softmax(0)
@@ -85,7 +85,7 @@ class VidCom2(Compressor):
     def select(self, tokens: VisualTokens) -> Selection:
         to_video, to_frame = self.resemblance(tokens)
         layout = tokens.layout
-        sizes = torch.tensor(layout.view_sizes, device=to_video.device)
+        sizes = tally(layout.view[layout.patches], layout.views)
         counts = (self.ratios(tokens, to_video) * sizes).round().long()
         counts = counts.clamp(min=1).minimum(sizes)
         scores = to_video.new_zeros(len(tokens))
@@ -96,5 +96,5 @@ class VidCom2(Compressor):
 def _kernel(unit: Tensor, centre: Tensor) -> Tensor:
     """(P,) ``G`` of tokens (P, C) and the centre of each."""
     squared = (unit - centre).square().sum(-1)
-    scales = torch.tensor(SCALES, device=unit.device)
+    scales = moved(torch.tensor(SCALES), unit.device)
     return (-squared[:, None] / (2 * scales)).exp().sum(-1)

@@ -16,7 +16,7 @@ from tokenprune.budget import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.primitives import patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.tokens import Signal, VisualTokens, listed, moved
 
 
 @register("visionzip")
@@ -113,7 +113,7 @@ class VisionZip(Compressor):
         other = torch.ones(len(rest), dtype=torch.bool)  # on the host, which knows all of this
         other[: count * step : step] = False
         targets = rest[: count * step : step]
-        others = rest[other.nonzero().squeeze(1).to(rest.device)]
+        others = rest[moved(listed(other), rest.device)]
         nearest = (keys[others] @ keys[targets].T).argmax(-1)
         came = vectors[others].float()
         sums = came.new_zeros(count, came.shape[1]).index_add_(0, nearest, came)

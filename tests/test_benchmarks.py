@@ -14,6 +14,7 @@ from tokenprune.experiments.benchmarks import changes, record, save, selection, 
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.prefill import TOY
 from tokenprune.experiments.benchmarks.record import Figure
+from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
     LLAVA_NEXT_7B,
@@ -122,35 +123,45 @@ def test_goals() -> None:
     assert Figure(case="c", figure="f", value=0.9).met is None
 
 
-def test_waits_are_counted_where_the_tensors_come_from_the_device() -> None:
-    here, there = torch.tensor([3, 1, 2]), torch.tensor([3, 1, 2])
-    with watching(there) as seen:
+def test_waits_are_counted_on_the_second_device() -> None:
+    here = torch.tensor([3, 1, 2])
+    with SecondDevice() as device:
+        there = here.to(OTHER, non_blocking=True)
         here.tolist()
         here[here > 1].nonzero()
         int(here.max())
-    assert not seen.waits.total()
-    with watching(there) as seen:
-        more = there + here
-        assert more[more > 2].tolist() == [6, 4]
-        int(more.max())
-        torch.bincount(more)
-        more[torch.argmax(more)]  # a number as an index
-        more.index_select(0, more.argmax(0, keepdim=True))
-    assert seen.waits == {
-        "mask as index": 1, "tolist": 1, "aten::_local_scalar_dense": 2, "aten::bincount": 1,
+        there.index_select(0, there.argmax(0, keepdim=True))
+        there[there > 1] = 2
+        torch.arange(3, device=OTHER)
+        assert not device.waits
+        here.to(OTHER)
+        torch.tensor([1], device=OTHER)
+        assert there[there > 1].tolist() == [2, 2]
+        int(there.max())
+        torch.bincount(there)
+        there[torch.argmax(there)]
+        there[here - 1]
+        there.cpu().tolist()
+    assert device.waits == {
+        "to the device": 2, "mask as index": 1, "tolist": 1, "__int__": 1, "bincount": 1,
+        "number as index": 1, "index on the host": 1, "to the host": 1,
     }  # fmt: skip
-    with watching(there) as seen:
-        square = there[:, None] * there
+
+
+def test_views_take_no_memory() -> None:
+    one = torch.tensor([3, 1, 2])
+    with watching() as seen:
+        square = one[:, None] * one
         square.expand(100, 3, 3)
-    assert seen.largest == 9, "a view takes no memory"
+    assert seen.largest == 9
 
 
 def test_attention_kernels_are_told_apart() -> None:
     one = torch.randn(1, 2, 5, 8)
-    with watching(one) as seen:
+    with watching() as seen:
         torch.nn.functional.scaled_dot_product_attention(one, one, one)
     assert (seen.attention, seen.fused) == (1, 1)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), watching(one) as seen:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), watching() as seen:
         torch.nn.functional.scaled_dot_product_attention(one, one, one)
     assert (seen.attention, seen.fused) == (1, 0)
 

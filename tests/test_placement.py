@@ -9,12 +9,13 @@ import accelerate
 import pytest
 import torch
 from torch import Tensor
-from two_devices import CPU, OTHER, TwoDevices, place, where
+from two_devices import place
 
 import tokenprune as tp
 from tokenprune.compressor import Chain, Compressor, create, parse
 from tokenprune.engine import compress
 from tokenprune.errors import UserError
+from tokenprune.experiments.benchmarks.second_device import CPU, OTHER, SecondDevice, where
 from tokenprune.testing import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -71,7 +72,7 @@ def test_layers_on_two_devices(host: Host, spec: str, split: int) -> None:
     place(host.adapter.language_model.norm, OTHER)
     for module in (host.adapter.base.multi_modal_projector, host.model.lm_head):
         place(module, CPU)
-    with TwoDevices():
+    with SecondDevice():
         got = list(_results(host, method))
     for mine, theirs in zip(got, wanted, strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
@@ -79,7 +80,7 @@ def test_layers_on_two_devices(host: Host, spec: str, split: int) -> None:
 
 def test_the_simulation_notices_a_mix() -> None:
     """What the test above relies on."""
-    with TwoDevices():
+    with SecondDevice():
         here = torch.ones(3)
         there = torch.ones(3, device=OTHER)
         assert (where(here), where(there), there.device) == (CPU, OTHER, OTHER)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UserError, unknown
-from tokenprune.primitives import regions, summary_distance
-from tokenprune.tokens import Kind, Signal, VisualTokens
+from tokenprune.primitives import regions, summary_distance, tally
+from tokenprune.tokens import Kind, Signal, VisualTokens, moved
 
 __all__ = [
     "ALLOCATORS",
@@ -138,12 +138,10 @@ class TopK(Allocator):
     rounding: Rounding = "floor"
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        patches = tokens.layout.patches
-        total = budget(len(patches), retention, self.rounding)
-        order = scores[patches].float().argsort(descending=True, stable=True)
-        kept = tokens.layout.view[patches[order[:total]]]
-        # Not bincount, which waits for the largest entry.
-        return kept.new_zeros(tokens.layout.views).index_add_(0, kept, torch.ones_like(kept))
+        layout = tokens.layout.to(scores.device)
+        total = budget(len(layout.patches), retention, self.rounding)
+        order = scores[layout.patches].float().argsort(descending=True, stable=True)
+        return tally(layout.view[layout.patches[order[:total]]], layout.views)
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ class ThumbnailCommand(Allocator):
         scores = tokens[self.signal].double()
         thumbnail = scores.new_zeros(layout.view_shape)
         thumbnail[layout.row[there], layout.col[there]] = scores[there]
-        region = regions(layout.view_shape, layout.grid).flatten().to(thumbnail.device)
+        region = moved(regions(layout.view_shape, layout.grid).flatten(), thumbnail.device)
         return self.summary(thumbnail.flatten(), region, layout.grid[0] * layout.grid[1])
 
     def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
@@ -206,16 +204,15 @@ class ThumbnailCommand(Allocator):
         sizes = tokens.layout.view_sizes
         if tokens.layout.modality == "video":
             ratios = self.ratios(tokens, retention)
-            frames = (ratios * torch.tensor(sizes, device=ratios.device)).long()
+            frames = (ratios * moved(torch.tensor(sizes), ratios.device)).long()
             # At a tiny retention no frame may be due a whole token; the richest one gets it.
             richest = torch.arange(len(sizes), device=ratios.device) == ratios.argmax()
             return torch.where(richest, frames.clamp(min=1), frames)
         if tokens.layout.grid == (0, 0):
             return Proportional().counts(tokens, scores, retention)
         ratios = self.ratios(tokens, retention)
-        crops = (ratios * torch.tensor(sizes[1:], device=ratios.device)).long()
-        thumbnail = torch.tensor([budget(sizes[0], retention)], device=ratios.device)
-        return torch.cat([thumbnail, crops])
+        crops = (ratios * moved(torch.tensor(sizes[1:]), ratios.device)).long()
+        return torch.cat([crops.new_full((1,), budget(sizes[0], retention)), crops])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -21,7 +21,7 @@ from tokenprune.budget import Allocator, Proportional
 from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.primitives import top_per_view
 from tokenprune.registry import Card, strategies
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens, moved
 
 __all__ = [
     "Chain",
@@ -32,6 +32,7 @@ __all__ = [
     "Stage",
     "create",
     "cut_layer",
+    "keep_best",
     "parse",
     "placed",
     "ranking_bytes",
@@ -53,7 +54,8 @@ class Selection:
     """What is left of N entries.
 
     Attributes:
-        keep: (M,) int64 sorted, unique indices into the N entries.
+        keep: (M,) int64 sorted, unique indices into the N entries, on whatever device; on the CPU
+            once the core has checked them.
         features: (M, D) new features of the kept entries where dropped ones were merged into
             them, else None.
         sizes: (M,) how many entries each kept one stands for, where attention behind the cut shall
@@ -184,22 +186,26 @@ class Compressor(ABC):
             UserError: The strategy broke the contract (unsorted, repeated, out of range, empty, or
                 features of the wrong shape).
         """
+        layout = tokens.layout.host
         if self.retention == 1:  # nothing to choose, whatever a formula makes of it
-            chosen = Selection(tokens.layout.patches)
+            chosen = Selection(layout.patches)
         else:
             chosen = self.select(tokens)
+            # The one wait for the device: places are checked and looked up on the host.
+            chosen = replace(chosen, keep=chosen.keep.cpu())
             _check(self, tokens, chosen)
-        keep = chosen.keep
-        extra = _separators(tokens.layout, keep, self.separators)
+        keep, merged, sizes = chosen.keep, chosen.features, chosen.sizes
+        extra = _separators(layout, keep, self.separators)
         if not len(extra):
             return chosen
-        both, order = torch.cat([keep, extra.to(keep.device)]).sort()
-        merged, sizes = chosen.features, chosen.sizes
+        keep, order = torch.cat([keep, extra]).sort()
         if merged is not None:
-            merged = torch.cat([merged, tokens.features[extra]])[order]
+            device = merged.device
+            merged = torch.cat([merged, tokens.features[moved(extra, device)]])
+            merged = merged[moved(order, device)]
         if sizes is not None:
-            sizes = torch.cat([sizes, sizes.new_ones(len(extra))])[order]
-        return Selection(both, merged, sizes)
+            sizes = torch.cat([sizes, sizes.new_ones(len(extra))])[moved(order, sizes.device)]
+        return Selection(keep, merged, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +236,7 @@ class ScoringCompressor(Compressor):
         return self.score(tokens)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        scores = self.score(tokens)
-        counts = self.allocation.counts(tokens, scores, self.retention)
-        warn_about_empty_views(self, tokens.layout, counts)
-        return Selection(top_per_view(tokens.layout, scores, counts))
+        return keep_best(self, tokens, self.score(tokens), self.allocation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,12 +357,22 @@ def placed(
     return before, dict(sorted(inside.items()))
 
 
-def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Tensor) -> None:
+def keep_best(
+    strategy: Compressor, tokens: VisualTokens, scores: Tensor, allocator: Allocator
+) -> Selection:
+    """The tokens of the highest ``scores`` (N,), as many of each view as ``allocator`` says."""
+    counts = allocator.counts(tokens, scores, strategy.retention)
+    keep = top_per_view(tokens.layout, scores, counts).cpu()
+    warn_about_empty_views(strategy, tokens.layout.host, keep)
+    return Selection(keep)
+
+
+def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, keep: Tensor) -> None:
     """Warn when a view's share of the budget is less than one token and it keeps none."""
     starving = [0 < strategy.retention * size < 1 for size in layout.view_sizes]
-    if not any(starving):  # an allocator may empty a view on purpose; nothing to wait for either
+    if not any(starving):  # an allocator may empty a view on purpose
         return
-    kept = counts.tolist()
+    kept = torch.bincount(layout.view[keep], minlength=layout.views).tolist()
     empty = [view for view, starves in enumerate(starving) if starves and not kept[view]]
     if empty:
         text = (
@@ -371,7 +384,7 @@ def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, counts: Te
 
 
 def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor:
-    """(S,) indices of the separators that stay."""
+    """(S,) indices of the separators that stay; all of it on the CPU."""
     if policy == "none":
         return layout.separators[:0]
     if policy == "all":
@@ -392,9 +405,8 @@ def _check(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> Non
             f"{who} must return a non-empty 1-D int64 tensor of indices, got {keep.dtype} of "
             f"shape {tuple(keep.shape)}."
         )
-    # One reduction, hence one wait for the device, for all three conditions.
     bad = (keep.diff() <= 0).any() | (keep[0] < 0) | (keep[-1] >= len(tokens))
-    if bad | tokens.layout.is_separator[keep.clamp(0, len(tokens) - 1)].any():
+    if bad or tokens.layout.host.is_separator[keep].any():
         raise UserError(
             f"{who} must return sorted, unique indices of patch tokens in [0, {len(tokens)}); "
             "separators are added by the core."

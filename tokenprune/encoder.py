@@ -25,7 +25,7 @@ from tokenprune.budget import Proportional, budget
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
-from tokenprune.tokens import Encoding, TokenLayout, VisualTokens
+from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -125,26 +125,23 @@ class EncoderCompressor(Compressor, ABC):
         return size.log()
 
     def select(self, tokens: VisualTokens) -> Selection:
-        layout, patches = tokens.layout, tokens.layout.patches
         if tokens.clusters is None:
             raise UserError(
                 f"{self.name or type(self).__name__} acts inside the vision tower, but these "
                 "features were encoded without it; run it with tokenprune.compress, or give it to "
                 "adapter.encode."
             )
-        cluster = tokens.clusters[patches]
-        there = patches[cluster >= 0]
-        found, members = central_members(
-            tokens.clusters[there], layout.row[there], layout.col[there]
-        )
+        layout, cluster = tokens.layout.host, tokens.clusters.cpu()
+        there = listed(cluster >= 0)
+        found, members = central_members(cluster[there], layout.row[there], layout.col[there])
         chosen = there[found]
-        size = tokens.clusters.new_full((len(layout),), -1)
+        size = cluster.new_full((len(layout),), -1)
         size[chosen] = members
         views = torch.bincount(layout.view[chosen], minlength=layout.views)
         share = Proportional().counts(tokens, size, self.retention)
-        counts = torch.minimum(share.to(views.device), views)
-        warn_about_empty_views(self, layout, counts)
-        return Selection(top_per_view(layout, size, counts))
+        keep = top_per_view(layout, size, torch.minimum(share, views))
+        warn_about_empty_views(self, layout, keep)
+        return Selection(keep)
 
 
 def encoder_part(compressor: Compressor | None) -> EncoderCompressor | None:
@@ -185,14 +182,14 @@ class Tower:
         return spread(values, self.groups[-1 if layer is None else layer % len(self.attended)])
 
     def clusters(self, layouts: list[TokenLayout], shape: tuple[int, int]) -> list[Tensor]:
-        """Of every image or video the (N,) cluster of its entries, -1 at separators.
+        """Of every image or video the (N,) cluster of its entries, -1 at separators, on the CPU.
 
         Args:
             layouts: Of the images or videos whose views ran.
             shape: (rows, columns) of patches in a full view.
         """
         group, (height, width) = self.groups[-1], shape
-        cells = group[:, -height * width :].unflatten(1, shape).cpu()  # where layouts are made
+        cells = group[:, -height * width :].unflatten(1, shape).cpu()
         found, first = [], 0
         for layout in layouts:
             rows, cols = layout.view_shape  # fewer where the model pools
@@ -200,7 +197,7 @@ class Tower:
             col = (2 * layout.col + 1) * width // (2 * cols)
             ids = cells[first : first + layout.views][layout.view, row, col]
             ids = torch.where(ids < 0, -1, ids + layout.view * group.shape[1])
-            found.append(ids.masked_fill(layout.is_separator, -1).to(group.device))
+            found.append(ids.masked_fill(layout.is_separator, -1))
             first += layout.views
         return found
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ from tokenprune.ledger import (
 from tokenprune.observe import encoded, observing
 from tokenprune.prefix import Prefix, tapped_layers
 from tokenprune.registry import adapters
-from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens, moved
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -83,8 +83,8 @@ class Chosen:
         image: How many images and videos come before in that row.
         stage: Where.
         layer: Decoder layer in front of which it was made, or None.
-        layout: Geometry of the image's full packed sequence.
-        keep: (M,) indices into it.
+        layout: Geometry of the image's full packed sequence, on the CPU.
+        keep: (M,) indices into it, on the CPU.
     """
 
     row: int
@@ -216,10 +216,10 @@ class _Span:
 
     Attributes:
         first, last: Columns of the first and the last of them.
-        columns: (M,) their columns in the prompt.
-        index: (M,) their indices in the image's full packed sequence.
+        columns: (M,) their columns in the prompt, on the CPU.
+        index: (M,) their indices in the image's full packed sequence, on the CPU.
         tokens: What is known of them.
-        layout: Geometry of all that were there.
+        layout: Geometry of all that were there, on the CPU.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
         record: What the encoder told of it, the same object wherever the image is used.
         image: How many images and videos come before in the row.
@@ -254,6 +254,8 @@ class _Pass:
 
     Attributes:
         columns: (B, M) column in each slot, -1 for padding; rising along a row once packed.
+        left: How many slots of each row are not padding, and for every row the columns of text up
+            to the last prompt token: what the host knows where there are images (`look`).
         positions: (B, M) position ids of the slots.
         query: (B,) column of the last prompt token, whose attention ranks.
         ids: (B, S) input ids, where known.
@@ -288,6 +290,8 @@ class _Pass:
     width: int
     order: Tensor
     entered: Tensor
+    left: list[int] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
     packed: bool = False
     cuts: int = 0
     sizes: Tensor | None = None
@@ -317,11 +321,33 @@ class _Pass:
         self.spent[row] += part.flops(tokens)
         self.most[row] = max(self.most[row], shown + int(part.memory(tokens)))
 
-    def slots(self, span: _Span) -> Tensor:
-        """(M,) where the span's tokens lie now."""
+    def look(self, placeholders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring what is known of the prompts to the host: (B, S) placeholders by modality.
+
+        The one wait for the device that a forward with images takes, however many there are.
+        """
+        query = self.query[:, None].expand_as(self.columns)
+        masks = [mask.to(query) for mask in placeholders.values()]
+        columns, query, *masks = torch.stack([self.columns, query, *masks]).cpu()
+        visual = {name: mask.bool() for name, mask in zip(placeholders, masks, strict=True)}
+        asked = (columns >= 0) & (columns <= query)
+        for mask in visual.values():
+            asked &= ~mask
+        self.left = (columns >= 0).sum(1).tolist()
+        self.text = [row.nonzero().squeeze(1) for row in asked]
+        return visual
+
+    def slots(self, row: int, columns: Tensor) -> Tensor:
+        """(M,) where these columns (M,) of a row lie now."""
+        columns = moved(columns, self.columns.device)
         if not self.packed:
-            return span.columns
-        return torch.searchsorted(self.columns[span.row].contiguous(), span.columns)
+            return columns
+        return torch.searchsorted(self.columns[row].contiguous(), columns)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row has padding, nor the KV cache anything from before."""
+        return bool(self.left) and len(set(self.left)) == 1 and not self.held
 
     def repack(self, states: Tensor) -> Tensor:
         """(B, M, ...) ``states`` in the order of the latest packing."""
@@ -428,14 +454,20 @@ class _Session:
         joined = {name: encoded(given[name].pooler_output) for name in plain}
         return args, {**kwargs, "mm_encoder_outputs": {**given, **joined}}
 
-    def _find_spans(self, device: torch.device) -> list[_Span]:
+    def _find_spans(self, state: _Pass, device: torch.device) -> list[_Span]:
         """The visual tokens of this forward, image by image, in the order of the placeholders."""
         spans: list[_Span] = []
-        for modality, calls in self.seen.items():
-            features = [feature for call in calls for feature in call]
+        found = {
+            modality: [feature for call in calls for feature in call]
+            for modality, calls in self.seen.items()
+        }
+        if not any(found.values()):
+            return []
+        visual = state.look(self.placeholders)
+        for modality, features in found.items():
             if not features:
                 continue
-            where = self.placeholders[modality].nonzero().cpu()
+            where = visual[modality].nonzero()
             if len(where) != sum(map(len, features)):
                 raise UserError(
                     f"this forward has {len(where)} {modality} placeholders but "
@@ -453,18 +485,19 @@ class _Session:
                         "(prefill_chunk_size is not supported under compression)."
                     )
                 self._check_encoding(record)
-                layout = record.layout.to(device)
-                whole = torch.arange(len(feature), device=device)
-                tokens = replace(record, features=feature.to(device), layout=layout)
+                whole = torch.arange(len(feature))
+                tokens = replace(
+                    record, features=feature.to(device), layout=record.layout.to(device)
+                )
                 spans.append(
                     _Span(
                         row=int(place[0, 0]),
                         first=int(place[0, 1]),
                         last=int(place[-1, 1]),
-                        columns=place[:, 1].to(device),
+                        columns=place[:, 1],
                         index=whole,
                         tokens=tokens,
-                        layout=layout,
+                        layout=record.layout.host,
                         carrier=feature,
                         entered=whole,
                         record=record,
@@ -509,7 +542,8 @@ class _Session:
         if "past_key_values" in changed:  # the old name is still understood
             changed[CACHE] = changed.pop("past_key_values")
         cache = changed.get(CACHE)
-        spans, continued = self._find_spans(embeds.device), is_pruned(cache)
+        state, continued = self._start(embeds, changed, labels), is_pruned(cache)
+        spans = state.spans = self._find_spans(state, embeds.device)
         stages = any(self.before) or bool(self.inside)
         if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
             self._warn_blind()
@@ -532,7 +566,6 @@ class _Session:
                 f"{len(self.compressors)} compressors, one for each row, were given for a batch of "
                 f"{len(embeds)} rows."
             )
-        state = self._start(embeds, changed, spans, labels)
         if work or continued:
             self.current = state
             self._join_cache(state, changed, cache, continued)
@@ -567,9 +600,7 @@ class _Session:
             self.opened, state.entered = state, state.real.sum(1)
         return args, changed
 
-    def _start(
-        self, embeds: Tensor, changed: Kwargs, spans: list[_Span], labels: Tensor | None
-    ) -> _Pass:
+    def _start(self, embeds: Tensor, changed: Kwargs, labels: Tensor | None) -> _Pass:
         (rows, width), device = embeds.shape[:2], embeds.device
         mask, cache = changed.get("attention_mask"), changed.get(CACHE)
         column = torch.arange(width, device=device).expand(rows, -1)
@@ -594,7 +625,7 @@ class _Session:
             ids=self.ids,
             cache=None,
             layers=[],
-            spans=spans,
+            spans=[],
             tally=[[0] * self.shape.layers for _ in range(rows)],
             spent=[0.0] * rows,
             most=[0] * rows,
@@ -653,7 +684,7 @@ class _Session:
             if chosen.features is not None:
                 if embeds is changed["inputs_embeds"]:
                     embeds = embeds.clone()
-                slots = state.slots(span)[chosen.keep]
+                slots = state.slots(span.row, span.columns[chosen.keep])
                 embeds[span.row, slots] = chosen.features.to(embeds.dtype)
             gone |= self._narrow(state, span, chosen.keep, keep, part.stage, None)
         changed["inputs_embeds"] = embeds
@@ -686,10 +717,10 @@ class _Session:
         """Take what was not chosen out of the span and of ``keep`` (B, M); whether any was."""
         gone = len(chosen) < len(span.columns)
         if gone:
-            slots = state.slots(span)
-            keep[span.row, slots] = False
-            keep[span.row, slots[chosen]] = True
+            keep[span.row, state.slots(span.row, span.columns)] = False
+            state.left[span.row] -= len(span.columns) - len(chosen)
             span.index, span.columns = span.index[chosen], span.columns[chosen]
+            keep[span.row, state.slots(span.row, span.columns)] = True
             span.tokens = span.tokens.take(chosen)
         layout = span.layout
         self.trace.selections.append(Chosen(span.row, span.image, stage, layer, layout, span.index))
@@ -698,7 +729,7 @@ class _Session:
     def _pack(self, state: _Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
         """Move the kept slots of every row to the right; (B, 1) positions each row lost."""
         lost = state.real & ~keep
-        width = int(keep.sum(1).max())  # the one wait for the device
+        width = max(state.left)
         # A stable sort puts what goes in front and leaves what stays in order behind it.
         state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
         if not keeps_positions:
@@ -753,12 +784,14 @@ class _Session:
             vectors[_KEYS] = self._keys_ahead(state, index, hidden, kwargs)
         keep, gone, shown = state.real, False, self._shown(state)
         for span in state.spans:
-            slots = state.slots(span).to(hidden.device)
+            slots = state.slots(span.row, span.columns).to(hidden.device)
             signals = {
                 name: row[span.row, slots.to(row.device)]
                 for name, row in {**rows, **vectors}.items()
             }
             text = self._text_slots(state, span) if vectors or asking else slots
+            if asking and not len(text):
+                raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
             for signal in part.needs & _ASKED:
                 asked = self._text_rows(state, span, index - 1, text, signal)
                 signals[signal] = asked[:, slots.to(asked.device)].transpose(0, 1)
@@ -789,14 +822,14 @@ class _Session:
                 self._remember(state, span, index, chosen)
             if chosen.features is not None:
                 hidden = hidden.clone()
-                hidden[span.row, slots[chosen.keep]] = chosen.features.to(hidden.dtype)
+                where = slots[moved(chosen.keep, slots.device)]
+                hidden[span.row, where] = chosen.features.to(hidden.dtype)
             if chosen.sizes is not None:
                 if state.sizes is None:
                     state.sizes = torch.ones_like(state.columns, dtype=torch.float32)
-                where = slots[chosen.keep].to(state.sizes.device)
+                where = state.slots(span.row, span.columns[chosen.keep])
                 state.sizes[span.row, where] = chosen.sizes.to(state.sizes)
-            left = chosen.keep.to(span.columns.device)
-            gone |= self._narrow(state, span, left, keep, Stage.LLM, index)
+            gone |= self._narrow(state, span, chosen.keep, keep, Stage.LLM, index)
         state.tapped.clear()
         if not gone:
             return hidden
@@ -840,7 +873,10 @@ class _Session:
             state.masks[behind] = create_causal_mask(
                 config=language.config,
                 inputs_embeds=hidden,
-                attention_mask=(state.real if layer is None else layer.mask()).long(),
+                # Where there is no padding, no mask at all; to see that from one would be a wait.
+                attention_mask=None
+                if state.is_whole
+                else (state.real if layer is None else layer.mask()).long(),
                 position_ids=positions,
                 layer_idx=index,
                 **{CACHE: state.cache},
@@ -918,20 +954,17 @@ class _Session:
 
     def _text_slots(self, state: _Pass, span: _Span) -> Tensor:
         """(T,) slots of the prompt's text behind an image, up to the last prompt token."""
-        columns, row = state.columns[span.row], span.row
-        visual = torch.zeros(state.width, dtype=torch.bool, device=columns.device)
-        for where in self.placeholders.values():
-            visual |= where[row].to(columns.device)
-        text = (columns > span.last) & (columns <= state.query[row].to(columns.device))
-        return (text & ~visual[columns.clamp(min=0)]).nonzero().squeeze(1)
+        text = state.text[span.row]
+        return state.slots(span.row, text[text > span.last])
 
     def _inputs(self, state: _Pass, span: _Span, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
         """What enters the language model: an image's patch tokens, and the text behind it."""
         if Signal("llm_inputs") not in self.signals:
             return None
-        patches = span.tokens.layout.patches.to(span.columns.device)
+        patches = span.tokens.layout.patches
         row = embeds[span.row].detach()
-        return row[state.slots(span)[patches]], row[self._text_slots(state, span)]
+        slots = state.slots(span.row, span.columns)
+        return row[slots[patches]], row[self._text_slots(state, span)]
 
     @torch.no_grad()
     def _text_rows(
@@ -1038,11 +1071,11 @@ class _Session:
         """
         states = self._states_ahead(index, hidden[span.row])
         columns = state.columns[span.row].to(states.device)
-        seen = (columns >= 0) & (columns <= span.columns[-1].to(states.device))
+        seen = (columns >= 0) & (columns <= int(span.columns[-1]))
         mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
         both = torch.cat([states, mean.to(states)[None]])[None]
         still = both.new_ones(*both.shape[:2], self.shape.head_dim)  # cos of no rotation
-        asking = torch.tensor([len(states)], device=states.device)
+        asking = torch.full((1,), len(states), device=states.device)
         visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
         row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)

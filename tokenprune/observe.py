@@ -84,7 +84,10 @@ def _wrapped(
 
     @functools.wraps(original)  # generate reads the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs).arguments
+        call = {
+            name: value.cpu() if _counts(value) else value  # sizes and numbers of images, once
+            for name, value in signature.bind(*args, **kwargs).arguments.items()
+        }
         with (
             running(adapter, encoder, call, modality) as tower,
             _tapped(adapter, signals, tower) as maps,
@@ -108,6 +111,10 @@ def _wrapped(
         delattr(base, method)
         if before is not None:
             setattr(base, method, before)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
 
 
 @contextmanager

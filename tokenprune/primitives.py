@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.tokens import Kind, TokenLayout
+from tokenprune.tokens import Kind, TokenLayout, listed, moved
 
 __all__ = [
+    "ROUNDS",
     "Matching",
     "bipartite_matching",
     "central_members",
@@ -35,10 +36,15 @@ __all__ = [
     "segments",
     "spread",
     "summary_distance",
+    "tally",
     "thumbnail_map",
     "top",
     "top_per_view",
 ]
+
+
+ROUNDS = 16
+"""Of `dispersed`, before the host asks whether all points are decided; few need as many."""
 
 
 def _rank_in_group(group: Tensor) -> Tensor:
@@ -64,16 +70,18 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
         counts: (V,) int64.
 
     Returns:
-        (M,) sorted indices into the N entries.
+        (M,) sorted indices into the N entries; on the CPU where the counts are on another device,
+        which has to be waited for to learn how many they are.
     """
-    patches = layout.patches
-    order = scores[patches].float().argsort(descending=True, stable=True)
-    ranked = patches[order]
+    layout = layout.to(scores.device)
+    order = scores[layout.patches].float().argsort(descending=True, stable=True)
+    ranked = layout.patches[order]
     view = layout.view[ranked]
-    kept = _rank_in_group(view) < counts.to(view.device)[view]
+    kept = _rank_in_group(view) < moved(counts, view.device)[view]
     if counts.device.type != "cpu":
-        return ranked[kept].sort().values
-    # How many are kept is known here, so that nobody waits for the device to count them.
+        mask = torch.zeros(len(layout), dtype=torch.bool, device=view.device)
+        mask[ranked] = kept
+        return listed(mask)
     total = sum(map(min, counts.tolist(), layout.view_sizes))
     return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
 
@@ -88,7 +96,12 @@ def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:
     """(groups, D) mean of the vectors (P, D) of every group (P,) in float32, 0 of an empty one."""
     sums = vectors.new_zeros(groups, vectors.shape[1], dtype=torch.float32)
     sums = sums.index_add_(0, group, vectors.float())
-    return sums / torch.bincount(group, minlength=groups).clamp(min=1)[:, None]
+    return sums / tally(group, groups).clamp(min=1)[:, None]
+
+
+def tally(group: Tensor, groups: int) -> Tensor:
+    """(groups,) how many entries of ``group`` (P,) name each.  `bincount`, but waits for nobody."""
+    return group.new_zeros(groups).index_add_(0, group, torch.ones_like(group))
 
 
 def patches_by_view(layout: TokenLayout) -> list[Tensor]:
@@ -103,10 +116,11 @@ def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
 
     The thumbnail is a plane, the crops together are one (their canvas), and so is every frame.
     """
-    crop = (layout.kind == Kind.CROP)[layout.patches]
-    plane = layout.view[layout.patches].masked_fill(crop, 1)
+    host = layout.host
+    crop = (host.kind == Kind.CROP)[host.patches]
+    plane = host.view[host.patches].masked_fill(crop, 1)
     sizes = torch.bincount(plane).tolist()
-    ordered = layout.patches[plane.argsort(stable=True)]
+    ordered = moved(host.patches[plane.argsort(stable=True)], layout.kind.device)
     return [part for part in ordered.split(sizes) if len(part)]
 
 
@@ -169,16 +183,16 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
     Of ``n`` tokens of which ``T`` are kept, those at ``floor((i + 0.5) * n / T)``, ``i < T``.
 
     Returns:
-        (M,) sorted indices into the N entries.
+        (M,) sorted indices into the N entries, on the CPU.
     """
+    layout, counts = layout.host, counts.cpu()
     sizes = torch.tensor(layout.view_sizes)
-    counts = counts.to(sizes.device)
     view = torch.arange(len(sizes)).repeat_interleave(counts)
     slot = (2 * _rank_in_group(view) + 1) * sizes[view] // (2 * counts[view])
     # A view's patches need not be neighbours in the sequence: crops share canvas rows.
     order = layout.patches[layout.view[layout.patches].argsort(stable=True)]
     first = sizes.cumsum(0) - sizes
-    return order[(first[view] + slot).to(order.device)].sort().values
+    return order[first[view] + slot].sort().values
 
 
 def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
@@ -189,8 +203,9 @@ def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
     of the bits of ``row xor col`` and ``row``.
 
     Returns:
-        (M,) sorted indices into the N entries.
+        (M,) sorted indices into the N entries, on the CPU.
     """
+    layout, counts = layout.host, counts.cpu()
     row, col = layout.row.clamp(min=0), layout.col.clamp(min=0)
     rank = torch.zeros_like(row)
     for bit in range(max(layout.view_shape).bit_length()):
@@ -209,7 +224,7 @@ def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
         (rows * columns,) in the dtype of ``scores``.
     """
     height, width = scores.shape
-    region = regions((height, width), grid).to(scores.device)
+    region = moved(regions((height, width), grid), scores.device)
     sums = scores.new_zeros(grid[0] * grid[1])
     return sums.index_add_(0, region.flatten(), scores.flatten())
 
@@ -227,7 +242,7 @@ def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
     Returns:
         (rows, columns) of a view.
     """
-    there = (layout.kind == Kind.THUMBNAIL).nonzero().squeeze(1)
+    there = layout.places[Kind.THUMBNAIL]
     rows, cols = layout.view_shape
     values = scores[there]
     if len(there) == rows * cols:
@@ -238,7 +253,7 @@ def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
     away = (index[:, None] // cols - layout.row[there]).square()
     away += (index[:, None] % cols - layout.col[there]).square()
     nearest = (away * len(there) + index[: len(there)]).argmin(1)
-    return values[nearest.to(values.device)].view(rows, cols)
+    return values[nearest].view(rows, cols)
 
 
 def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -372,26 +387,21 @@ def dispersed(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
     Returns:
         (P,) bool.
     """
-    rank = torch.empty(len(density), dtype=torch.long, device=density.device)
-    order = density.argsort(descending=True, stable=True)
-    rank[order] = torch.arange(len(density), device=density.device)
-    near = (distance <= cutoff).fill_diagonal_(False)
-    denser = near & (rank[None] < rank[:, None])
-    chosen = torch.zeros_like(near[0])
-    free = ~chosen
-    while free.any():
-        new = free & ~(denser & free).any(1)
-        chosen |= new
-        free &= ~new & ~(near & new).any(1)
-    return chosen
+    rounds, rank = ROUNDS, _rank(density)
+    while True:
+        chosen, undecided = _rounds(distance, rank, cutoff, rounds)
+        if not undecided.any():
+            return chosen
+        rounds *= 2
 
 
 def least_cutoff(
     distance: Tensor, density: Tensor, count: int, least: float = 0.0
-) -> tuple[float, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The smallest cutoff, at least ``least``, at which at most ``count`` points are `dispersed`.
 
-    Found by halving [``least``, largest distance] 16 times.
+    Found by halving [``least``, largest distance] 16 times.  The host waits for the device once,
+    at the end, to learn whether `ROUNDS` were enough.
 
     Args:
         distance, density: As in `dispersed`.
@@ -399,21 +409,49 @@ def least_cutoff(
         least: Where to begin.
 
     Returns:
-        The cutoff, and what `dispersed` gives for it.
+        The cutoff, () on the device, and on the CPU what `dispersed` gives for it.
     """
-    low, high = least, max(least, float(distance.max()))
-    found = dispersed(distance, density, low)
-    if int(found.sum()) <= count:
-        return low, found
-    found = dispersed(distance, density, high)
-    for _ in range(16):
-        middle = (low + high) / 2
-        tried = dispersed(distance, density, middle)
-        if int(tried.sum()) <= count:
-            high, found = middle, tried
-        else:
-            low = middle
-    return high, found
+    rounds, rank = ROUNDS, _rank(density)
+    while True:
+        low = torch.full((), least, dtype=torch.float64, device=distance.device)
+        high = distance.max().double().clamp(min=least)
+        first, undecided = _rounds(distance, rank, low, rounds)
+        found, more = _rounds(distance, rank, high, rounds)
+        fits, undecided = first.sum() <= count, undecided | more
+        high, found = torch.where(fits, low, high), torch.where(fits, first, found)
+        for _ in range(16):
+            middle = (low + high) / 2
+            tried, more = _rounds(distance, rank, middle, rounds)
+            few, undecided = tried.sum() <= count, undecided | more
+            low, high = torch.where(few, low, middle), torch.where(few, middle, high)
+            found = torch.where(few, tried, found)
+        found, undecided = torch.stack([found, undecided]).cpu()
+        if not undecided.any():
+            return high, found
+        rounds *= 2
+
+
+def _rank(density: Tensor) -> Tensor:
+    """(P,) how many points are denser, the earlier of equally dense ones first."""
+    place = torch.arange(len(density), device=density.device)
+    return torch.empty_like(place).scatter_(0, density.argsort(descending=True, stable=True), place)
+
+
+def _rounds(
+    distance: Tensor, rank: Tensor, cutoff: Tensor | float, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """(P,) bool each: what `dispersed` has chosen after some rounds, and what is undecided."""
+    near = (distance <= cutoff).fill_diagonal_(False)
+    denser = near & (rank[None] < rank[:, None])
+    chosen = torch.zeros_like(near[0])
+    free = ~chosen
+    for _ in range(rounds):
+        if free.device.type == "cpu" and not free.any():  # on a GPU this would be a wait
+            break
+        new = free & ~(denser & free).any(1)
+        chosen |= new
+        free &= ~new & ~(near & new).any(1)
+    return chosen, free
 
 
 def segments(gain: Tensor) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import Any, Literal
@@ -264,9 +264,14 @@ class TokenLayout:
         return len(self.kind)
 
     @cached_property
+    def host(self) -> TokenLayout:
+        """The same layout on the CPU, where listing and counting wait for no device."""
+        return self if self.kind.device.type == "cpu" else self._on(torch.device("cpu"))
+
+    @cached_property
     def modality(self) -> str:
         """``video`` or ``image``."""
-        return "video" if bool((self.kind == Kind.FRAME).any()) else "image"
+        return "video" if bool((self.host.kind == Kind.FRAME).any()) else "image"
 
     @cached_property
     def is_separator(self) -> Tensor:
@@ -276,12 +281,13 @@ class TokenLayout:
     @cached_property
     def patches(self) -> Tensor:
         """(P,) indices of the patch tokens."""
-        return (~self.is_separator).nonzero().squeeze(1)
+        return moved(listed(~self.host.is_separator), self.kind.device)
 
     @cached_property
     def places(self) -> dict[Kind, Tensor]:
         """Indices of the entries of each kind."""
-        return {kind: (self.kind == kind).nonzero().squeeze(1) for kind in Kind}
+        kinds, device = self.host.kind, self.kind.device
+        return {kind: moved(listed(kinds == kind), device) for kind in Kind}
 
     @property
     def separators(self) -> Tensor:
@@ -296,43 +302,58 @@ class TokenLayout:
     @cached_property
     def frames(self) -> int:
         """How many views there are when there is no crop grid."""
-        return int(self.view.max()) + 1 if len(self) else 0
+        return int(self.host.view.max()) + 1 if len(self) else 0
 
     @cached_property
     def view_sizes(self) -> tuple[int, ...]:
         """Patch tokens of each view."""
-        return tuple(torch.bincount(self.view[self.patches], minlength=self.views).tolist())
+        view = self.host.view[self.host.patches]
+        return tuple(torch.bincount(view, minlength=self.views).tolist())
 
     def take(self, index: Tensor) -> TokenLayout:
-        """The layout of the entries at ``index`` (M,); grid, shapes and frames stay."""
-        taken = replace(
-            self,
-            **{
-                name: getattr(self, name)[index]
-                for name in ("kind", "view", "row", "col", "canvas_row", "canvas_col")
-            },
-        )
+        """The layout of the entries at ``index`` (M,); grid, shapes and frames stay.
+
+        With indices on the CPU nothing waits for the device.
+        """
+        at = moved(index, self.kind.device)
+        taken = self._each(lambda values: values[at])
         taken.__dict__.update(frames=self.frames, modality=self.modality)
+        if self.host is not self:
+            taken.__dict__["host"] = self.host.take(index.cpu())
         return taken
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on ``device``."""
-        if self.kind.device == torch.device(device):
+        device = torch.device(device)
+        if self.kind.device == device:
             return self
-        moved = replace(
-            self,
-            **{
-                name: getattr(self, name).to(device)
-                for name in ("kind", "view", "row", "col", "canvas_row", "canvas_col")
-            },
-        )
-        # Host-side counts are known already; asking the device again would wait for it.
-        moved.__dict__["view_sizes"] = self.view_sizes
-        moved.__dict__["frames"] = self.frames
-        moved.__dict__["modality"] = self.modality
-        moved.__dict__["patches"] = self.patches.to(device)
-        moved.__dict__["places"] = {kind: at.to(device) for kind, at in self.places.items()}
-        return moved
+        return self.host if device.type == "cpu" else self._on(device)
+
+    def _on(self, device: torch.device) -> TokenLayout:
+        copy = self._each(lambda values: moved(values, device))
+        if device.type != "cpu":
+            copy.__dict__["host"] = self.host
+        return copy
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
+        """The layout with everything that there is of every entry changed."""
+        names = [item.name for item in fields(self) if item.type == "Tensor"]
+        made: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **made)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; what comes from the CPU does not wait for what runs there."""
+    return values.to(device, non_blocking=values.device.type == "cpu")
+
+
+def listed(mask: Tensor) -> Tensor:
+    """(M,) sorted indices at which ``mask`` (N,) is set, on the CPU.
+
+    One wait for the device of the mask, which has to be done with it; to index by the mask itself
+    would wait as well, and the host would not know what it got.
+    """
+    return mask.cpu().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -370,7 +391,7 @@ class VisualTokens:
             it, (P, D) for all patch tokens of the image and (T, D) for the text tokens behind it.
             The same at every cut.
         clusters: Where a method acted inside the vision tower, (N,) which entries share a vector of
-            it; -1 at separators and where it was dropped.
+            it, on the CPU; -1 at separators and where it was dropped.
         encoding: How the tower ran then.
     """
 
@@ -447,14 +468,18 @@ class VisualTokens:
         return zlib.crc32(self.fingerprint.float().cpu().contiguous().numpy().tobytes())
 
     def take(self, index: Tensor) -> VisualTokens:
-        """The entries at ``index`` (M,)."""
+        """The entries at ``index`` (M,), best on the CPU (`TokenLayout.take`)."""
         return replace(
             self,
             layout=self.layout.take(index),
-            features=self.features[index],
-            signals={name: value[index.to(value.device)] for name, value in self.signals.items()},
-            clusters=None if self.clusters is None else self.clusters[index],
+            features=_at(self.features, index),
+            signals={name: _at(value, index) for name, value in self.signals.items()},
+            clusters=None if self.clusters is None else _at(self.clusters, index),
         )
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    return values[moved(index, values.device)]
 
 
 def unpadded_box(

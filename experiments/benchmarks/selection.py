@@ -47,7 +47,7 @@ from tokenprune.experiments.benchmarks.shapes import (
     decoder_config,
     tokens_at,
 )
-from tokenprune.experiments.benchmarks.watching import watching
+from tokenprune.experiments.benchmarks.watching import host_waits, watching
 from tokenprune.experiments.measuring import peak_memory, timed
 from tokenprune.ledger import DecoderShape
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
@@ -147,9 +147,9 @@ class _Bench:
         largest = 0.0
         for part, _ in steps:
             work = functools.partial(part, tokens)
-            with watching(*_tensors(tokens)) as seen:
+            with watching() as seen:
                 selection = work()
-            waits.append(seen.waits)
+            waits.append(host_waits(part, tokens))
             largest = max(largest, seen.largest / len(tokens) ** 2)
             chosen += timed(work, warmup=0, repeats=self.repeats, device=self.device).median
             memory = max(memory, peak_memory(work, self.device))
@@ -158,7 +158,7 @@ class _Bench:
                 if look is not None:
                     asked += timed(look, repeats=self.repeats, device=self.device).median
                     memory = max(memory, peak_memory(look, self.device))
-            tokens = _left(tokens, selection.keep)
+            tokens = tokens.take(selection.keep)
         goal = GOALS.get(name)
         yield Figure(
             case=name, figure="time / prefill", value=(chosen + asked) / seconds, better="low",
@@ -246,30 +246,6 @@ class _Bench:
         return decoder_row(attention, both, (still, torch.zeros_like(still)), last, visible)
 
 
-def _left(tokens: VisualTokens, keep: Tensor) -> VisualTokens:
-    """What the next cut meets, with its layout's counts known."""
-    left = tokens.take(keep)
-    for name in ("is_separator", "patches", "separators", "view_sizes"):
-        getattr(left.layout, name)
-    return left
-
-
-def _tensors(tokens: VisualTokens) -> list[Tensor]:
-    """What lies on the device before a selection: everything but the fingerprint and counts."""
-    layout = tokens.layout
-    places = [
-        layout.kind,
-        layout.view,
-        layout.row,
-        layout.col,
-        layout.canvas_row,
-        layout.canvas_col,
-    ]
-    known = [layout.is_separator, layout.patches, layout.separators]
-    more = [*tokens.signals.values(), *tokens.text.values(), *(tokens.inputs or ())]
-    return [tokens.features, *places, *known, *more]
-
-
 def _kernels(device: str) -> Iterator[Figure]:
     """Whether every attention of the testbed ran in a fused kernel, in its usual implementation."""
     from tokenprune.experiments.data import held_out
@@ -281,7 +257,6 @@ def _kernels(device: str) -> Iterator[Figure]:
     before = [
         getattr(one.config, "_attn_implementation", "") for one in modules if hasattr(one, "config")
     ]
-    weights = [*adapter.model.parameters()]
     slow, eager, ran = 0, 0, 0
     for name in tp.available():
         compressor = tp.create(name, retention=RETENTION)
@@ -292,7 +267,7 @@ def _kernels(device: str) -> Iterator[Figure]:
         except UserError:  # it needs what no model here has
             continue
         ran += 1
-        with tp.compress(adapter.model, compressor), watching(*weights) as seen:
+        with tp.compress(adapter.model, compressor), watching() as seen:
             adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
             inside = [one.config._attn_implementation for one in modules if hasattr(one, "config")]
         slow += seen.attention - seen.fused

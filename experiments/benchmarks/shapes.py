@@ -98,12 +98,9 @@ def tokens_at(
     projector = nn.Linear(vision, width, device=device, dtype=dtype).requires_grad_(False)
     image = torch.randn(len(layout.patches), width, generator=draw)
     text = torch.randn(TEXT, width, generator=draw)
-    there = layout.to(device)
-    for name in ("is_separator", "patches", "separators", "view_sizes", "frames", "modality"):
-        getattr(there, name)  # known before any selection, as in the engine
     return replace(
         small,
-        layout=there,
+        layout=layout.to(device),
         features=torch.randn(len(layout), width, generator=draw).to(device, dtype),
         signals={one: wide(one.name, value) for one, value in small.signals.items()},
         projector=projector,

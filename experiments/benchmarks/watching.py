@@ -1,8 +1,9 @@
 """What a selection does behind its caller's back: waits for the device, and large tensors."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,22 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
-# Operators whose result, or its size, the host has to know.
-WAITING = {
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::unique_dim",
-    "aten::unique_consecutive",
-    "aten::bincount",
-    "aten::histc",
-    "aten::is_nonzero",
-    "aten::equal",
-}
-HOST = {"tolist", "numpy", "cpu"}
+from tokenprune.compressor import Compressor
+from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice, put
+from tokenprune.tokens import VisualTokens
 
 
 @dataclass
@@ -33,26 +22,53 @@ class Watched:
     """What was seen.
 
     Attributes:
-        waits: Name of what made the host wait to how often.
         largest: Elements of the largest tensor that was made.
         attention: Calls of scaled_dot_product_attention.
         fused: Those among them that ran in one fused kernel.
     """
 
-    waits: Counter[str] = field(default_factory=Counter)
     largest: int = 0
     attention: int = 0
     fused: int = 0
-    _device: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
-    def on_device(self, some: Iterable[Any]) -> None:
-        """Take the tensors of ``some`` for tensors on the GPU."""
-        for one in some:
-            if isinstance(one, Tensor):
-                self._device[one] = True
 
-    def is_on_device(self, one: Any) -> bool:
-        return isinstance(one, Tensor) and one in self._device
+def host_waits(part: Compressor, tokens: VisualTokens) -> Counter[str]:
+    """What makes the host wait while ``part`` selects, to how often it does.
+
+    Tokens on a GPU are selected there, and CUDA tells; those on the CPU are taken for tensors on a
+    second device that is simulated.
+    """
+    if tokens.features.device.type == "cuda":
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                part(tokens)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        told = sum("synchronizing" in str(one.message) for one in caught)
+        return Counter({"synchronisation": told} if told else {})
+    device = SecondDevice()
+    with device:
+        there = _elsewhere(tokens)
+        device.waits.clear()
+        part(there)
+    return device.waits
+
+
+def _elsewhere(tokens: VisualTokens) -> VisualTokens:
+    """The same tokens on the second device, their geometry known to the host."""
+    for weight in getattr(tokens.projector, "parameters", tuple)():
+        put(weight, OTHER)
+    return replace(
+        tokens,
+        features=tokens.features.to(OTHER),
+        layout=tokens.layout.to(OTHER),
+        signals={name: value.to(OTHER) for name, value in tokens.signals.items()},
+        text={name: value.to(OTHER) for name, value in tokens.text.items()},
+        inputs=tokens.inputs and (tokens.inputs[0].to(OTHER), tokens.inputs[1].to(OTHER)),
+    )
 
 
 class _Operators(TorchDispatchMode):
@@ -65,18 +81,7 @@ class _Operators(TorchDispatchMode):
         name = func.name().partition(".")[0]
         given, kept = tree_leaves((args, kwargs)), tree_leaves(made)
         before = {_place(one) for one in given if isinstance(one, Tensor)}
-        if not any(self.seen.is_on_device(one) for one in given):
-            return made
-        self.seen.on_device(kept)
-        if name in WAITING:
-            self.seen.waits[name] += 1
-        elif name in ("aten::index", "aten::index_put", "aten::index_put_"):
-            # A mask as an index is turned into places first.
-            masks = [one for one in args[1] if one is not None and one.dtype == torch.bool]
-            self.seen.waits["mask as index"] += len(masks)
-        elif name == "aten::repeat_interleave" and not (kwargs or {}).get("output_size"):
-            self.seen.waits[name] += 1
-        elif name.startswith("aten::_scaled_dot_product") and not name.endswith("_math"):
+        if name.startswith("aten::_scaled_dot_product") and not name.endswith("_math"):
             self.seen.fused += 1
         for one in kept:
             if isinstance(one, Tensor) and _place(one) not in before:
@@ -95,27 +100,16 @@ class _Methods(TorchFunctionMode):
         self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in HOST and args and self.seen.is_on_device(args[0]):
-            self.seen.waits[name] += 1
         if func is torch.nn.functional.scaled_dot_product_attention:
             self.seen.attention += 1
         return func(*args, **(kwargs or {}))
 
 
 class watching:
-    """While open, what is run is noted in the `Watched` it yields.
-
-    On the CPU nothing waits; what is counted is what would wait on a GPU if the tensors given, and
-    all that is computed from them, lay there.
-    """
-
-    def __init__(self, *given: Any) -> None:
-        self.given = given
+    """While open, what is run is noted in the `Watched` it yields."""
 
     def __enter__(self) -> Watched:
         self.seen = Watched()
-        self.seen.on_device(self.given)
         self._modes = _Methods(self.seen), _Operators(self.seen)
         for mode in self._modes:
             mode.__enter__()  # type: ignore[no-untyped-call]

@@ -39,7 +39,7 @@ def sparsevlm(case: Case) -> Verdict:
             signals[ROTARY] = _rotary(params, places, len(text), len(embeds))
         tokens = VisualTokens(layout, states, signals, inputs=(visual, text))
         raters = strategy.raters(tokens)
-        score = strategy.rows(tokens).mean(1)
+        score = strategy.rows(tokens).sum(1) / raters.sum()
         verdict.same("rater_idx", raters.nonzero().squeeze(1), given["rater_idx"])
         verdict.close(f"relation of layer {layer}", score, given[f"layer{layer}_relation"], 1e-6)
         chosen = strategy.at((layer + 1) / 32).select(tokens)

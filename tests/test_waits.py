@@ -1,0 +1,73 @@
+"""How often the host waits for the device, on a second device that is simulated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import tokenprune as tp
+from tokenprune.compressor import Compressor, parse
+from tokenprune.errors import UserError
+from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice, put
+from tokenprune.experiments.benchmarks.watching import host_waits
+from tokenprune.testing import Host, hosts, sample_tokens
+from tokenprune.tokens import TokenLayout
+
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
+# Of one selection: 1 but for what has to know numbers that only the device has.
+MORE = {"holitom": 2, "pact": 2}  # where segments lie; how many rounds it took
+SPECS = [*tp.available(), "fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"]
+
+
+def _steps(spec: str, retention: float = 0.4) -> list[Compressor]:
+    method = parse(spec, retention=retention)
+    return [method.at(cut) for cut in method.cuts] or [method]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_one_wait_a_selection(spec: str, modality: str) -> None:
+    layout = TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8))
+    if modality == "video":
+        layout = TokenLayout.video(4, (4, 4))
+    for part in _steps(spec):
+        tokens = replace(sample_tokens(part.needs, layout), projector=torch.nn.Linear(6, 8))
+        waits = host_waits(part, tokens)
+        assert waits.total() <= MORE.get(spec, 1), dict(waits)
+
+
+@pytest.mark.parametrize("name", [host.name for host in hosts(["qwen2"])])
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_wait_for_every_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
+    """And three a forward, however many images: sizes, numbers of images, and what the prompts are;
+    one more for every signal of the tower, for which Hugging Face's packing sends lengths."""
+    host = Host.tiny(name, "qwen2")
+    method = parse(spec, retention=0.4)
+    try:
+        host.adapter.check(method)
+    except UserError as error:
+        pytest.skip(str(error))
+    for weight in [*host.model.parameters(), *host.model.buffers()]:
+        put(weight, OTHER)
+
+    def inputs() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = tree_map(lambda one: put(one, OTHER), host.inputs())
+        return found
+
+    with SecondDevice() as device, torch.no_grad():
+        host.model(**inputs())
+    plain = device.waits.total()
+    with tp.compress(host.model, method) as trace, SecondDevice() as device, torch.no_grad():
+        host.model(**inputs())
+    assert trace.selections
+    calls = len(host.adapter.encoders)
+    signals = sum(not one.in_llm for one in method.needs) * calls
+    padded = len(method.cuts)  # with padding a mask is made anew behind a cut, and looked at
+    stages = len(trace.selections) * MORE.get(spec, 1)
+    waits = device.waits.total() - plain
+    assert waits <= stages + signals + 1 + 3 * calls + padded, dict(device.waits)
