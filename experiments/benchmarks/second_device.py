@@ -40,7 +40,7 @@ def where(tensor: Tensor) -> torch.device:
 def put(value: Any, device: torch.device) -> Any:
     """Let ``value`` pretend to be on ``device``; what is no tensor stays as it is."""
     if isinstance(value, Tensor):
-        value._elsewhere = device == OTHER
+        value._elsewhere = device == OTHER  # type: ignore[attr-defined]
     return value
 
 
@@ -63,7 +63,7 @@ class SecondDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:
             return where(args[0])
         if func is torch.device:
             return func(*args, **kwargs)
