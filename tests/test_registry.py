@@ -194,6 +194,15 @@ def test_spec_options_win_over_fields() -> None:
     assert parse("uniform:retention=0.1", retention=0.5).retention == 0.1
 
 
+@pytest.mark.parametrize("spec", ["pyramiddrop:depths=0.3/0.6", "fitprune:shares=0.9/0.5/0.5"])
+def test_several_values_of_one_field(spec: str) -> None:
+    method = parse(spec, retention=0.3)
+    assert method.label == spec
+    assert parse(method.label, retention=0.3) == method
+    with pytest.raises(UserError, match=r"depths=.*valid number"):
+        parse("pyramiddrop:depths=0.3/x", retention=0.3)
+
+
 def test_label_of_a_chain_names_its_parts() -> None:
     chain = Chain.of(create("uniform", retention=0.5), create("fastv", retention=0.2, layer=3))
     assert chain.label == "uniform@0.5 + fastv:layer=3@0.2"

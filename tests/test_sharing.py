@@ -107,6 +107,46 @@ def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, 
     assert {name: set(vars(module)) for name, module in host.model.named_modules()} == before
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "fastv",
+        "dart",
+        "pact",
+        "pyramiddrop:depths=0.5",
+        "sparsevlm:depths=0.5",
+        "fitprune:steps=1",
+    ],
+)
+def test_what_a_first_cut_looks_at_is_computed_once(
+    host: Host, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, keys and states do not depend on how much is kept."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        original = getattr(tp.engine, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("decoder_row", "decoder_rows", "decoder_mass", "decoder_keys", "moved_keys"):
+        monkeypatch.setattr(tp.engine, name, counted(name))
+    wanted = [tp.parse(spec, retention=ratio) for ratio in (0.7, 0.4, 0.2)]
+    images = encoded(host, (0, 1, 2), wanted)
+    alone = [outcome(host, images, (0, 1, 2), one) for one in wanted]
+    each = {name: count // 3 for name, count in calls.items()}
+    assert each
+    calls.clear()
+    prefix = Prefix(host.adapter, wanted)
+    for one, other in zip(wanted, alone, strict=True):
+        same(outcome(host, images, (0, 1, 2), one, prefix=prefix), other, exactly=True)
+    assert calls == each
+
+
 @pytest.mark.parametrize("host", hosts(), ids=str)
 def test_signals_of_other_methods_are_nobodys_account(host: Host) -> None:
     mine, other = (tp.parse(name, retention=0.5) for name in ("uniform", "globalcom2"))

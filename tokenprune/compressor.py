@@ -300,6 +300,8 @@ def create(name: str, **fields: Any) -> Compressor:
 def parse(spec: str, **fields: Any) -> Compressor:
     """Build a strategy from ``name`` or ``name:field=value,field=value``, or a chain of them.
 
+    Several values of one field are joined by ``/``: ``pyramiddrop:depths=0.3/0.6``.
+
     ``name@0.5`` carries its own retention.  Strategies joined by `` + `` become a `Chain`, and each
     of them must: ``globalcom2@0.5 + fastv:layer=3@0.5``.
 
@@ -446,6 +448,8 @@ def _validated(cls: type, name: str, value: Any) -> Any:
     try:
         return _adapters(cls)[name].validate_python(value)
     except ValidationError as error:
+        if isinstance(value, str) and error.errors()[0]["type"] == "tuple_type":
+            return _validated(cls, name, tuple(value.split("/")))
         said = "; ".join(item["msg"] for item in error.errors())
         called = getattr(cls, "name", "") or cls.__name__
         raise UserError(f"{called}: {name}={value!r} is not valid: {said}.") from None
@@ -453,4 +457,6 @@ def _validated(cls: type, name: str, value: Any) -> Any:
 
 def _spell(value: Any) -> str:
     named = {type(v()): k for k, v in budget.ALLOCATORS.items()}
+    if isinstance(value, tuple):
+        return "/".join(map(_spell, value))
     return named.get(type(value), str(value)) if isinstance(value, Allocator) else f"{value}"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ _active: WeakSet[nn.Module] = WeakSet()
 _TEXT, _HEADS, _ROTARY = Signal("llm_text"), Signal("llm_text_heads"), Signal("llm_text_rotary")
 _ASKED = frozenset({_TEXT, _HEADS, _ROTARY})  # that which text asks in the layer before a cut
 _SELF, _CROSS = Signal("llm_self"), Signal("llm_cross")
-_GLOBAL, _KEYS = Signal("llm_global"), Signal("llm_keys_ahead")
+_GLOBAL = Signal("llm_global")
 _PROMPT = Signal("llm_prompt")
 _BEFORE = -1  # in place of a layer's index: in front of the language model
 
@@ -776,44 +776,14 @@ class _Session:
     def _cut(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
         """Select in front of decoder layer ``index``: (B, M, D) hidden states of what is left."""
         part, width = self.inside[index], hidden.shape[1]
-        rows = self._rows(state, part)
-        if any(signal.name == "llm_ahead" for signal in part.needs):
-            rows[Signal("llm_ahead")] = self._row_ahead(state, index, hidden, kwargs)
-        vectors, asking = self._vectors(state, part, hidden), part.needs & (_ASKED | {_CROSS})
-        if _KEYS in part.needs:
-            vectors[_KEYS] = self._keys_ahead(state, index, hidden, kwargs)
-        keep, gone, shown = state.real, False, self._shown(state)
+        whole, keep, gone, shown = hidden, state.real, False, self._shown(state)
+        rows = {
+            signal: self._once(state, index, signal, look)
+            for signal in part.needs
+            if (look := self._look(state, signal, index, whole, kwargs)) is not None
+        }
         for span in state.spans:
-            slots = state.slots(span.row, span.columns).to(hidden.device)
-            signals = {
-                name: row[span.row, slots.to(row.device)]
-                for name, row in {**rows, **vectors}.items()
-            }
-            text = self._text_slots(state, span) if vectors or asking else slots
-            if asking and not len(text):
-                raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
-            for signal in part.needs & _ASKED:
-                asked = self._text_rows(state, span, index - 1, text, signal)
-                signals[signal] = asked[:, slots.to(asked.device)].transpose(0, 1)
-            single = {}
-            if _SELF in part.needs:
-                patches = slots[span.tokens.layout.patches.to(slots.device)]
-                single[_SELF] = self._mass(state, span, index - 1, patches)
-            if _CROSS in part.needs:
-                single[_CROSS] = self._mass(state, span, index - 1, text)
-            if _GLOBAL in part.needs:
-                single[_GLOBAL] = self._global_row(state, span, index, hidden)
-            signals |= {name: row[slots.to(row.device)] for name, row in single.items()}
-            tokens = replace(
-                span.tokens,
-                features=hidden[span.row, slots],
-                layout=span.tokens.layout.to(hidden.device),
-                signals={**span.tokens.signals, **signals},
-                text={
-                    **span.tokens.text,
-                    **{name: row[span.row, text.to(row.device)] for name, row in vectors.items()},
-                },
-            )
+            tokens = self._show(state, span, part, index, whole, rows)
             chosen = self._recall(state, span, index)
             if chosen is None:
                 chosen = part(tokens)
@@ -822,7 +792,7 @@ class _Session:
                 self._remember(state, span, index, chosen)
             if chosen.features is not None:
                 hidden = hidden.clone()
-                where = slots[moved(chosen.keep, slots.device)]
+                where = state.slots(span.row, span.columns[chosen.keep]).to(hidden.device)
                 hidden[span.row, where] = chosen.features.to(hidden.dtype)
             if chosen.sizes is not None:
                 if state.sizes is None:
@@ -902,44 +872,104 @@ class _Session:
             )
         return proportional_mask(mask, sizes.to(hidden.device), hidden.shape[1], hidden.dtype)
 
-    @torch.no_grad()
-    def _rows(self, state: _Pass, part: Compressor) -> dict[Signal, Tensor]:
-        """(B, M) the attention rows over the current slots that ``part`` asks for."""
-        rows = {}
-        for signal in part.needs:
-            if signal.name != "llm_attention":
-                continue
-            hidden, (cos, sin) = state.tapped[signal.layer]
-            device, count = hidden.device, hidden.shape[1]
-            asking, visible = state.asking(device)
-            keys = None
-            if state.layers:
-                layer = state.layers[signal.layer]
-                keys = layer.keys
-                visible = torch.cat([layer.valid[:, :-count].to(device), visible], 1)
-            visible = _counted(visible, layer.sizes if state.layers else state.sizes)
-            attention = self.adapter.decoder_layers[signal.layer].get_submodule("self_attn")
-            rotary = cos.to(device), sin.to(device)
-            row = decoder_row(attention, hidden, rotary, asking, visible, keys)
-            rows[signal] = row[:, -count:]
-            state.read.append((signal.layer, keys is None))
-        return rows
+    # -- what a selection between layers is shown -------------------------------------------------
 
-    @torch.no_grad()
-    def _vectors(self, state: _Pass, part: Compressor, hidden: Tensor) -> dict[Signal, Tensor]:
-        """(B, M, C) the vectors over the current slots that ``part`` asks for."""
-        found = {}
-        for signal in part.needs:
-            if signal.name == "llm_states":
-                norm = self.adapter.language_model.norm
-                found[signal] = norm(hidden.to(norm.weight.device)).to(hidden.device)
-            elif signal.name == "llm_keys":
-                keys = self._keys(state, signal.layer, hidden.shape[1])
-                found[signal] = keys.transpose(1, 2).flatten(2)
+    def _show(
+        self,
+        state: _Pass,
+        span: _Span,
+        part: Compressor,
+        index: int,
+        hidden: Tensor,
+        rows: Mapping[Signal, Tensor],
+    ) -> VisualTokens:
+        """What ``part`` sees of one image in front of layer ``index``.
+
+        Args:
+            hidden: (B, M, D) states of the current slots.
+            rows: Signals (B, M) or (B, M, C) of all slots.
+        """
+        needs = part.needs
+        slots = state.slots(span.row, span.columns).to(hidden.device)
+        text = self._text_slots(state, span)
+        if needs & (_ASKED | {_CROSS}) and not len(text):
+            raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
+
+        def once(signal: Signal, look: Callable[[], Tensor]) -> Tensor:
+            return self._once(state, index, (signal, span.row, span.image), look)
+
+        signals = {name: row[span.row, slots.to(row.device)] for name, row in rows.items()}
+        for signal in needs & _ASKED:
+            ask = functools.partial(self._text_rows, state, span, index - 1, text, signal)
+            asked = once(signal, ask)
+            signals[signal] = asked[:, slots.to(asked.device)].transpose(0, 1)
+        patches = slots[span.tokens.layout.patches.to(slots.device)]
+        looks = {
+            _SELF: lambda: self._mass(state, span, index - 1, patches),
+            _CROSS: lambda: self._mass(state, span, index - 1, text),
+            _GLOBAL: lambda: self._global_row(state, span, index, hidden),
+        }
+        for signal in needs & looks.keys():
+            row = once(signal, looks[signal])
+            signals[signal] = row[slots.to(row.device)]
+        words = {
+            name: row[span.row, text.to(row.device)] for name, row in rows.items() if name.is_vector
+        }
+        return replace(
+            span.tokens,
+            features=hidden[span.row, slots],
+            layout=span.tokens.layout.to(hidden.device),
+            signals={**span.tokens.signals, **signals},
+            text={**span.tokens.text, **words},
+        )
+
+    def _once(self, state: _Pass, index: int, what: Hashable, look: Callable[[], Tensor]) -> Tensor:
+        """What ``look`` computes; in front of the first cut once for all that share a `Prefix`."""
+        if self.repeating is None or index != min(self.inside):
+            return look()
+        account = state.read, state.asked, state.projected
+        found: Tensor = self.repeating.once((index, what), account, look)
         return found
 
+    def _look(
+        self, state: _Pass, signal: Signal, index: int, hidden: Tensor, kwargs: Kwargs
+    ) -> Callable[[], Tensor] | None:
+        """What computes a signal of all slots; None for one of a single image or of the tower."""
+        looks: dict[str, Callable[[], Tensor]] = {
+            "llm_attention": lambda: self._row(state, signal.layer),
+            "llm_ahead": lambda: self._row_ahead(state, index, hidden, kwargs),
+            "llm_keys": lambda: self._keys(state, signal.layer, hidden.shape[1]),
+            "llm_keys_ahead": lambda: self._keys_ahead(state, index, hidden, kwargs),
+            "llm_states": lambda: self._states(hidden),
+        }
+        return looks.get(signal.name)
+
+    @torch.no_grad()
+    def _row(self, state: _Pass, index: int) -> Tensor:
+        """(B, M) the attention row over the current slots in layer ``index``, which has run."""
+        hidden, (cos, sin) = state.tapped[index]
+        device, count = hidden.device, hidden.shape[1]
+        asking, visible = state.asking(device)
+        keys, sizes = None, state.sizes
+        if state.layers:
+            keys, sizes = state.layers[index].keys, state.layers[index].sizes
+            visible = torch.cat([state.layers[index].valid[:, :-count].to(device), visible], 1)
+        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
+        rotary = cos.to(device), sin.to(device)
+        row = decoder_row(attention, hidden, rotary, asking, _counted(visible, sizes), keys)
+        state.read.append((index, keys is None))
+        return row[:, -count:]
+
+    @torch.no_grad()
+    def _states(self, hidden: Tensor) -> Tensor:
+        """(B, M, D) states of the current slots behind the final norm."""
+        norm = self.adapter.language_model.norm
+        states: Tensor = norm(hidden.to(norm.weight.device))
+        return states.to(hidden.device)
+
+    @torch.no_grad()
     def _keys(self, state: _Pass, index: int, count: int) -> Tensor:
-        """(B, kv_heads, M, head_dim) keys of a layer, rotated as if no padding lay in front."""
+        """(B, M, kv_heads * head_dim) keys of a layer, rotated as if no padding lay in front."""
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
         cached = state.layers[index].keys if state.layers else None
         if cached is not None:
@@ -950,7 +980,8 @@ class _Session:
         first = state.real.int().argmax(1, keepdim=True)
         back = -state.positions.gather(1, first).to(keys.device)
         cos, sin = self.adapter.language_model.rotary_emb(keys, back)
-        return moved_keys(attention, keys, (cos.to(keys.device), sin.to(keys.device)))
+        keys = moved_keys(attention, keys, (cos.to(keys.device), sin.to(keys.device)))
+        return keys.transpose(1, 2).flatten(2)
 
     def _text_slots(self, state: _Pass, span: _Span) -> Tensor:
         """(T,) slots of the prompt's text behind an image, up to the last prompt token."""

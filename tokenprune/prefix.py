@@ -3,12 +3,13 @@
 What runs in front of a compressor's first cut does not depend on the compressor.  A `Prefix` notes
 what those layers made of the prompts when one `compress` context ran them, and hands it to the
 others: their KV cache gets the same entries, the layer behind gets the same hidden states, to the
-last bit.  The call of ``model.generate`` stays what it is.
+last bit; whoever looks at attention or keys in front of the same cut is shown the same.  The call
+of ``model.generate`` stays what it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,11 +90,13 @@ class Prefix:
             self.cuts |= {min(inside)} if inside else set()
             self.taps |= tapped_layers(needs, inside)
         self._ran: dict[int, _Ran] = {}
+        self._looked: dict[Hashable, tuple[Tensor, list[list[Any]]]] = {}
         self._prompts: Sequence[Any] = ()
 
     def clear(self) -> None:
         """Forget what the layers made."""
         self._ran.clear()
+        self._looked.clear()
 
     @contextmanager
     def installed(self, layers: Sequence[nn.Module], first_cut: int, tap: Tap) -> Iterator[_Run]:
@@ -155,6 +158,29 @@ class _Run:
             raise RuntimeError("a Prefix belongs to one batch of prompts; make a new one")
         missing = next((at for at in range(self.until) if at not in ran), self.until)
         self.skip = max((cut for cut in self.prefix.cuts if cut <= missing), default=0)
+
+    def once(
+        self, key: Hashable, account: Sequence[list[Any]], look: Callable[[], Tensor]
+    ) -> Tensor:
+        """What ``look`` computes, once for all contexts that look at the same in front of all cuts.
+
+        Args:
+            key: What is looked at.
+            account: Lists that ``look`` enters its cost into; each context gets the same entries.
+            look: Computes it.
+        """
+        if not self.open:
+            return look()
+        looked = self.prefix._looked
+        if key in looked:
+            value, entries = looked[key]
+            for one, more in zip(account, entries, strict=True):
+                one.extend(more)
+            return value
+        before = [len(one) for one in account]
+        value = look()
+        looked[key] = value, [one[at:] for one, at in zip(account, before, strict=True)]
+        return value
 
     def end(self) -> None:
         """The forward is over."""
