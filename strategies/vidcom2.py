@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import tally, top_per_view
+from tokenprune.primitives import group_means, tally, top_per_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens, moved
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+PART = 256  # channels or tokens
 
 
 @register("vidcom2")
@@ -54,14 +55,16 @@ class VidCom2(Compressor):
 
     def resemblance(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
         """(P,) float32 each: resemblance of the patch tokens to the video, and to their frame."""
-        layout, patches = tokens.layout, tokens.layout.patches
-        features, view = tokens.features[patches].float(), layout.view[patches]
+        layout, patches, features = tokens.layout, tokens.layout.patches, tokens.features
+        # A part of the channels, or of the tokens, at a time: float32 copies of all take memory.
+        parts = features.split(PART, dim=1)
+        varies = torch.cat([part[patches].float().var(0, unbiased=False) for part in parts])
         count = max(1, int(features.shape[1] * self.channels))
-        calm = features.var(0, unbiased=False).argsort(stable=True)[:count].sort().values
-        unit = F.normalize(features[:, calm], dim=-1)
-        sums = unit.new_zeros(layout.views, count).index_add_(0, view, unit)
-        sizes = tally(view, layout.views).clamp(min=1)
-        return _kernel(unit, unit.mean(0)), _kernel(unit, (sums / sizes[:, None])[view])
+        calm = varies.argsort(stable=True)[:count].sort().values
+        unit = F.normalize(features[patches[:, None], calm].float(), dim=-1)
+        view = layout.view[patches]
+        frames = group_means(unit, view, layout.views)
+        return _kernel(unit, unit.mean(0)[None], torch.zeros_like(view)), _kernel(unit, frames, view)
 
     def ratios(self, tokens: VisualTokens, to_video: Tensor) -> Tensor:
         """(V,) retention ratio of every frame; 0 of one without tokens."""
@@ -79,8 +82,8 @@ class VidCom2(Compressor):
         return (3 + 2 * 4 * self.channels) * tokens.features.numel()
 
     def memory(self, tokens: VisualTokens) -> float:
-        """All features in float32, and four copies of the channels that are looked at."""
-        return super().memory(tokens) + 4 * (1 + 4 * self.channels) * tokens.features.numel()
+        """The channels that are looked at, in float32 and of unit length."""
+        return super().memory(tokens) + 8.0 * self.channels * tokens.features.numel()
 
     def select(self, tokens: VisualTokens) -> Selection:
         to_video, to_frame = self.resemblance(tokens)
@@ -93,8 +96,9 @@ class VidCom2(Compressor):
         return Selection(top_per_view(layout, scores, counts))
 
 
-def _kernel(unit: Tensor, centre: Tensor) -> Tensor:
-    """(P,) ``G`` of tokens (P, C) and the centre of each."""
-    squared = (unit - centre).square().sum(-1)
+def _kernel(unit: Tensor, centres: Tensor, which: Tensor) -> Tensor:
+    """(P,) ``G`` of tokens (P, C) and the centre of each, ``which`` (P,) of the centres (V, C)."""
+    parts = zip(unit.split(PART), which.split(PART), strict=True)
+    squared = torch.cat([(rows - centres[own]).square().sum(-1) for rows, own in parts])
     scales = moved(torch.tensor(SCALES), unit.device)
     return (-squared[:, None] / (2 * scales)).exp().sum(-1)
