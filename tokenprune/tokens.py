@@ -344,7 +344,9 @@ class TokenLayout:
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``; what comes from the CPU does not wait for what runs there."""
-    return values.to(device, non_blocking=values.device.type == "cpu")
+    # Back from a device the host must wait for the numbers, and not all backends can do without.
+    to_cuda = values.device.type == "cpu" and device.type == "cuda"
+    return values.to(device, non_blocking=to_cuda)
 
 
 def listed(mask: Tensor) -> Tensor:
