@@ -132,7 +132,7 @@ class EncoderCompressor(Compressor, ABC):
                 "adapter.encode."
             )
         layout, cluster = tokens.layout.host, tokens.clusters.cpu()
-        there = listed(cluster >= 0)
+        there = listed((cluster >= 0) & ~layout.is_separator)
         found, members = central_members(cluster[there], layout.row[there], layout.col[there])
         chosen = there[found]
         size = cluster.new_full((len(layout),), -1)

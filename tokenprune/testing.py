@@ -338,6 +338,7 @@ def reference(
     def cut(part: Compressor, ahead: nn.Module | None = None) -> None:
         nonlocal hidden, columns, positions
         stays = torch.ones(len(columns), dtype=torch.bool)
+        found = hidden.clone()  # what is merged of one image is nothing to another
         for index, tokens in enumerate(images):
             slots = torch.isin(columns, places[index]).nonzero().squeeze(1)
             seen = {
@@ -359,13 +360,13 @@ def reference(
                 }
                 seen |= {one: given[one.name] for one in part.needs if one.name in given}
             if ahead is not None and Signal("llm_global") in part.needs:
-                upto = hidden[columns <= last[index]]
+                upto = found[columns <= last[index]]
                 query, key = (_decoder_projected(ahead, upto, name) for name in "qk")
                 key = key.repeat_interleave(len(query) // len(key), dim=0)
                 logits = (query.mean(1, keepdim=True) @ key.mT)[:, 0] / query.shape[-1] ** 0.5
                 seen[Signal("llm_global")] = logits.softmax(-1).mean(0)[slots]
             tokens = replace(tokens, text={s: values[text] for s, values in vectors.items()})
-            tokens = replace(tokens, features=hidden[slots], signals={**tokens.signals, **seen})
+            tokens = replace(tokens, features=found[slots], signals={**tokens.signals, **seen})
             chosen = part(tokens)
             if chosen.features is not None:
                 hidden[slots[chosen.keep]] = chosen.features
