@@ -298,7 +298,7 @@ def test_rows_are_put_together_by_length(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     drawn: Tensor = torch.randint(20, 200, (5, 12), generator=draw)
     lengths = {(c, q): int(drawn[c, q]) for c in range(5) for q in range(12)}
-    batches = list(sharing._of_equal_length(lengths, 12, 200))
+    batches = list(sharing._of_equal_length(lengths, 12 * 200, 200))
     assert sorted(row for batch in batches for row in batch) == sorted(lengths)
     for batch in batches:
         longest = max(lengths[row] for row in batch)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -505,8 +506,10 @@ class _Session:
                 )
         # Images and videos of a prompt are told apart by their order in it.
         spans.sort(key=lambda span: (span.row, span.first))
-        for index, span in enumerate(spans):
-            span.image = sum(other.row == span.row for other in spans[:index])
+        before: Counter[int] = Counter()
+        for span in spans:
+            span.image = before[span.row]
+            before[span.row] += 1
         return spans
 
     def _check_encoding(self, record: VisualTokens) -> None:
@@ -1156,8 +1159,10 @@ class _Session:
 
     def _count(self, state: _Pass, start: int) -> None:
         """Note how many visual tokens the layers from ``start`` on process."""
-        for row, layers in enumerate(state.tally):
-            count = sum(len(span.columns) for span in state.spans if span.row == row)
+        counts = [0] * len(state.tally)
+        for span in state.spans:
+            counts[span.row] += len(span.columns)
+        for count, layers in zip(counts, state.tally, strict=True):
             layers[start:] = [count] * (len(layers) - start)
 
     def _charge_vision(self, state: _Pass, size: int) -> None:
@@ -1166,10 +1171,15 @@ class _Session:
             views[span.row] += span.layout.views
             if span.tokens.encoding is not None:  # the same for all images
                 towers[span.row] = span.tokens.encoding.attended
+        known: dict[Any, tuple[float, int]] = {}  # most rows look at the same
         for row, count in enumerate(views):
             looked = self.needs[self._index(state, row)], self.adapter, count
-            state.spent[row] += signal_flops(*looked, towers.get(row))
-            state.most[row] = signal_bytes(*looked, size, towers.get(row))
+            tower = towers.get(row)
+            if (key := (*looked, tower)) not in known:
+                bytes_held = signal_bytes(*looked, size, tower)
+                known[key] = signal_flops(*looked, tower), bytes_held
+            flops, state.most[row] = known[key]
+            state.spent[row] += flops
 
     def _shown(self, state: _Pass) -> list[int]:
         """Bytes of the tower's signals of all images, per row.
