@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
+import pandas as pd
+
 import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
@@ -16,11 +18,13 @@ from tokenprune.models.adapter import Adapter
 from tokenprune.terminal import Report
 from tokenprune.tokens import TokenLayout
 
-__all__ = ["KINDS", "Kind", "matched_cells", "representative"]
+__all__ = ["KINDS", "Kind", "matched_cells", "realised", "representative"]
 
 Kind = Literal["tokens", "flops", "prefill-ms"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _LOOKED_AT = 200  # questions at most, to find one of median length
+_COSTS: dict[str, str] = {"tokens": "layer_average", "flops": "flops"}  # columns of answers
+_NEAR = 0.01  # share of a cost that is as good as met
 
 
 def check_kind(kind: str | None) -> None:
@@ -133,6 +137,43 @@ def matched_cells(
             cells.append(Cell(found.method, matched=Matched(kind, ratio, target, found.cost)))
     distinct = {repr(cell.compressor): cell for cell in cells}
     return list(distinct.values()), left_out
+
+
+def realised(answers: pd.DataFrame) -> pd.DataFrame:
+    """What matched methods cost on the questions that were asked, beside `uniform`.
+
+    Args:
+        answers: As in ``answers.parquet``.
+
+    Returns:
+        One row per method and retention of `uniform`, most tokens first: ``label``, ``asked``,
+        ``retention`` (solved for), ``match``, ``target`` and ``cost`` (on the representative
+        prompt), ``coarse`` (whether they lie more than a token apart, or more than 1 % of a cost
+        that is not tokens), ``ratio`` (mean over questions of the cost over that of `uniform`),
+        ``least`` and ``most`` of it; missing for measured times, which were not measured again.
+    """
+    columns = ["label", "asked", "retention", "match", "target", "cost", "coarse"]
+    columns += ["ratio", "least", "most"]
+    if "match_cost" not in answers:
+        return pd.DataFrame(columns=columns)
+    done = answers[(answers["status"] == "ok") & answers["match"].notna()]
+    rows = []
+    for asked, group in sorted(done.groupby("asked_retention"), reverse=True):
+        for label, cell in group[group["retention"] < 1].groupby("label", sort=False):
+            kind, target, cost = cell[["match", "match_target", "match_cost"]].iloc[0]
+            allowed = 1.0 if kind == "tokens" else _NEAR * target
+            row = {"label": label, "asked": asked, "retention": cell["retention"].iloc[0]}
+            row |= {"match": kind, "target": target, "cost": cost}
+            row |= {"coarse": abs(cost - target) > allowed}
+            if kind in _COSTS:
+                both = [
+                    one.groupby("question_id")[_COSTS[kind]].mean()
+                    for one in (cell, group[group["label"] == "uniform"])
+                ]
+                ratio = (both[0] / both[1]).dropna().astype(float)
+                row |= {"ratio": ratio.mean(), "least": ratio.min(), "most": ratio.max()}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:

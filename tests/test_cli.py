@@ -148,6 +148,15 @@ def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "no CUDA device" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "words", ["compare --methods --out x", "efficiency -m fastv -r --out x", "compare -m -r 0.5"]
+)
+def test_an_option_is_no_value(words: str) -> None:
+    result = invoke(*words.split())
+    assert result.exit_code == terminal.BAD_INPUT
+    assert "needs at least one value" in result.stderr
+
+
 def test_unknown_options_and_commands() -> None:
     result = invoke("compare", "--retentoin", "0.5")
     assert result.exit_code == terminal.BAD_INPUT

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -58,6 +59,10 @@ class ManyValues(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         lists = {name for option in self.params if option.multiple for name in option.opts}
+        for name, value in pairwise(args):
+            # Typer would take the next option for the value; no value but a number starts so.
+            if name in lists and re.match(r"-[^\d.]", value):
+                ctx.fail(f"{name} needs at least one value, got the option {value}.")
         return super().parse_args(ctx, spread(args, lists))
 
 
@@ -91,11 +96,14 @@ def split_specs(values: Sequence[str]) -> Iterator[str]:
 
 
 def ratio(text: str) -> float:
+    """The retention that ``text`` says; whether it is in (0, 1] is checked where it is used."""
     try:
         return float(text)
     except ValueError:
+        share = re.fullmatch(r"(\d*\.?\d+)\s*%", text.strip())
+        hint = f"; write {float(share[1]) / 100:g}" if share else ""
         raise UserError(
-            f"retention must be a number larger than 0 and at most 1, got {text!r}."
+            f"retention must be a number larger than 0 and at most 1, got {text!r}{hint}."
         ) from None
 
 

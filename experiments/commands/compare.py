@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "tables"]
 
 _KINDS_PER_TABLE = 5
+_FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
 
 
 @app.command(cls=ManyValues)
@@ -156,6 +157,15 @@ def _compare(request: Request) -> int:
         return INTERRUPTED
     for table in tables(outcome.summary):
         console.print(table, "")
+    if request.match:
+        from tokenprune.experiments.matching import realised
+        from tokenprune.experiments.results import read_answers
+
+        found = realised(read_answers(folder))
+        if len(found):
+            console.print(matched_table(found), "")
+        for words in _misses(found):
+            console.print(words, soft_wrap=True, highlight=False, markup=False)
     for words in _spreads(outcome.summary):
         console.print(words, soft_wrap=True, highlight=False, markup=False)
     for name, why in outcome.skipped.items():
@@ -306,6 +316,56 @@ def _matching(rows: pd.DataFrame) -> str:
         "how much that is stands behind its name."
         for kind in kinds
     )
+
+
+def matched_table(found: pd.DataFrame) -> Table:
+    """How far costs were matched; ``found`` is as `matching.realised` returns it."""
+    kind = found["match"].iloc[0]
+    table = new_table(
+        title=f"Matched: {kind}",
+        caption="Wanted, got: on the prompt of median length, for which retentions were solved. "
+        "Of uniform's: what the method really cost on the questions asked, over what uniform did; "
+        "mean, least and most.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("retention", "wanted", "got", "of uniform's"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for asked, group in found.groupby("asked", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            ratio = f"{row['ratio']:.3f} ({row['least']:.2f}–{row['most']:.2f})"
+            table.add_row(
+                "" if position else percent(float(str(asked)), None),
+                method_label(row["label"]),
+                f"{row['retention']:.4g}",
+                *(_cost(row[name], kind) for name in ("target", "cost")),
+                "-" if math.isnan(row["ratio"]) else ratio,
+                end_section=position + 1 == len(group),
+            )
+    return table
+
+
+def _misses(found: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method whose cost is not that of uniform."""
+    for row in _rows(found):
+        name = f"{row['label']} does not have the cost of uniform at {row['asked']:g}"
+        if row["coarse"]:
+            yield (
+                f"{name}: it goes in steps, of which {_cost(row['cost'], row['match'])} is the "
+                f"nearest to {_cost(row['target'], row['match'])}."
+            )
+        elif abs(row["ratio"] - 1) > _FAR:
+            yield (
+                f"{name} on these questions, but {row['ratio']:.2f} times as much: content decides "
+                "how much it keeps."
+            )
+
+
+def _cost(cost: float, kind: str) -> str:
+    """A cost of `matching.KINDS` in words."""
+    if kind == "flops":
+        return percent(cost, 2)
+    return f"{cost:.1f}" if kind == "tokens" else f"{cost:.3g} ms"
 
 
 def _as_asked(rows: pd.DataFrame) -> pd.DataFrame:
