@@ -24,12 +24,12 @@ from tokenprune.terminal import (
     as_exit_status,
     flops_unit,
     method_label,
+    method_specs,
     new_table,
     percent,
     progress,
     quiet,
-    ratio,
-    split_specs,
+    ratios,
 )
 
 if TYPE_CHECKING:
@@ -48,24 +48,14 @@ def compare(
     model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            metavar="SPEC...",
-            help="Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all. "
-            "One before and one inside the language model: 'globalcom2@0.5 + fastv@0.5'. "
-            "[default: uniform random fastv globalcom2]",
+        options.methods(
+            "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
+            "of yours: my_module:Mine. One before and one inside the language model: "
+            "'globalcom2@0.5 + fastv@0.5'.",
+            default="uniform random fastv globalcom2",
         ),
     ] = None,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--retention",
-            "-r",
-            metavar="R...",
-            help="Shares of patch tokens to keep, in (0, 1]. [default: 1 0.5 0.25 0.1]",
-        ),
-    ] = None,
+    retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: Annotated[
         Path | None,
@@ -75,13 +65,7 @@ def compare(
             "video), question, answer and optionally kind and id; paths are relative to the file.",
         ),
     ] = None,
-    modality: Annotated[
-        str | None,
-        typer.Option(
-            metavar="image|video|multi-image",
-            help="What the questions are about. [default: image, or all of --data]",
-        ),
-    ] = None,
+    modality: options.Modality = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: Annotated[
@@ -124,9 +108,9 @@ def compare(
             "match": match,
         }
         if methods:
-            asked["methods"] = tuple(split_specs(methods))
+            asked["methods"] = tuple(method_specs(methods))
         if retention:
-            asked["retention"] = tuple(map(ratio, split_specs(retention)))
+            asked["retention"] = ratios(retention)
 
         from tokenprune.experiments.compare import Request
 
@@ -268,7 +252,7 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
         figures = ["FAILED", "", "", ""]
         if row["status"] == "ok":
             decimals = 3 if row["kl_high"] < 10 else 1
-            figures = [_accuracy(row, decimals=1), _between(row, "kl", decimals, scale=1)]
+            figures = [_accuracy(row, decimals=0), _between(row, "kl", decimals, scale=1)]
             # The references' own answers are what sorts the questions.
             parts = () if math.isnan(row["retention"]) else ("easy", "hard")
             figures += [_between(row, f"{part}_accuracy", 0) for part in parts]

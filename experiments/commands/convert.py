@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tokenprune.experiments.commands import _options as options
 from tokenprune.experiments.commands.efficiency import describe, prompt_asked, stand_in
-from tokenprune.terminal import OK, app, as_exit_status, new_table, percent, quiet
+from tokenprune.terminal import OK, app, as_exit_status, new_table, percent, quiet, registered
 
 __all__ = ["convert"]
 
@@ -58,6 +58,7 @@ def convert(
         from tokenprune.experiments.translation import MEASURES, WORDS, solve, translate
 
         quiet()
+        method = registered(method)
         targets = {"tokens": tokens, "flops": flops, "equivalent": equivalent}
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) > 1:

@@ -19,12 +19,12 @@ from tokenprune.terminal import (
     bytes_unit,
     flops_unit,
     method_label,
+    method_specs,
     new_table,
     percent,
     progress,
     quiet,
-    ratio,
-    split_specs,
+    ratios,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def efficiency(
     config: options.Config = "llava-v1.6-vicuna-7b",
     methods: Annotated[
         list[str] | None,
-        options.methods("As for compare, e.g. fastv:layer=2 pyramiddrop.", "uniform"),
+        options.methods("As for compare.", "uniform"),
     ] = None,
     retention: Annotated[list[str] | None, options.retention("1 0.75 0.5 0.25 0.1")] = None,
     image_size: options.ImageSize = None,
@@ -87,12 +87,12 @@ def efficiency(
         quiet()
         folder = out or Path("runs") / f"efficiency_{Path(config).name}"
         results.check_writable(folder)
-        specs = list(split_specs(methods)) if methods else ["uniform"]
-        ratios = [ratio(text) for text in split_specs(retention or _RETENTION)]
-        experiment.chosen([spec for spec in specs if spec != experiment.ALL], ratios)  # early
+        specs = method_specs(methods) if methods else ["uniform"]
+        shares = ratios(retention or _RETENTION)
+        experiment.chosen([spec for spec in specs if spec != experiment.ALL], shares)  # early
         prompt = prompt_asked(config, image_size, patches, text_tokens, dtype)
         runs, skipped = experiment.expanded(specs, prompt.adapter.check)
-        asked = experiment.chosen(runs, ratios)
+        asked = experiment.chosen(runs, shares)
         for method in asked:
             prompt.adapter.check(method)
         with progress() as report:
@@ -126,7 +126,7 @@ def efficiency(
         details: dict[str, Any] = {
             "model": config,
             "methods": specs,
-            "retention": ratios,
+            "retention": shares,
             "image_size": None if size is None else {"height": size[0], "width": size[1]},
             "patches": patches,
             "text_tokens": text_tokens,

@@ -19,11 +19,12 @@ from tokenprune.terminal import (
     app,
     as_exit_status,
     method_label,
+    method_specs,
     new_table,
     percent,
     progress,
     quiet,
-    ratio,
+    ratios,
     split_specs,
 )
 
@@ -47,23 +48,9 @@ def positional_bias(
     model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            metavar="SPEC...",
-            help="Methods with options, all, or chains: 'globalcom2@0.5 + fastv@0.5'. "
-            "[default: uniform random last fastv globalcom2]",
-        ),
+        options.methods("As for compare.", "uniform random last fastv globalcom2"),
     ] = None,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--retention",
-            "-r",
-            metavar="R...",
-            help="Shares of patch tokens to keep, in (0, 1]. [default: 0.25]",
-        ),
-    ] = None,
+    retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     images: Annotated[
         int | None,
         typer.Option(help="How many images. [default: 60 of the testbed, or all of your own]"),
@@ -125,9 +112,9 @@ def positional_bias(
             "out": out,
         }
         if methods:
-            asked["methods"] = tuple(split_specs(methods))
+            asked["methods"] = tuple(method_specs(methods))
         if retention:
-            asked["retention"] = tuple(map(ratio, split_specs(retention)))
+            asked["retention"] = ratios(retention)
         if conditions:
             asked["conditions"] = tuple(split_specs(conditions))
 
