@@ -556,14 +556,14 @@ def _hash_files(folder: Path | None, patterns: Iterable[str]) -> str | None:
     return total.hexdigest()
 
 
-def code_fingerprint(compressors: Iterable[Compressor]) -> str:
-    """SHA-256 of the source the answers depend on: the core, the adapters and these methods."""
+def code_fingerprint(compressors: Iterable[Compressor], others: Iterable[Path] = ()) -> str:
+    """SHA-256 of the source the answers depend on: core, adapters, these methods and ``others``."""
     root = Path(tokenprune.__file__).parent
     files = {*root.glob("[!_]*.py"), *(root / "models").glob("*.py")} - {
         root / "cli.py",
         root / "terminal.py",
     }
-    files |= {root / "experiments" / "compare.py", root / "experiments" / "sharing.py"}
+    files |= {root / "experiments" / "compare.py", root / "experiments" / "sharing.py", *others}
     for compressor in compressors:
         for part in compressor.stages():
             try:

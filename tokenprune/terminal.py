@@ -179,8 +179,8 @@ def as_exit_status() -> Iterator[None]:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted.", err=True)
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop) or "interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 

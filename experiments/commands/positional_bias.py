@@ -83,18 +83,14 @@ def positional_bias(
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Folder of the run. [default: one in runs/, named after it]"
-        ),
-    ] = None,
+    out: options.Out = None,
 ) -> None:
     """Test whether methods choose tokens by what they show or by where they lie.
 
     Shows every method the same content at other places: crops (or frames) in reversed order,
     flipped images. Prints how the share kept rises along the sequence, whether place matters, and
-    what the choice follows; writes tables and plots to a folder.
+    what the choice follows; writes tables and plots to a folder. Ctrl-C keeps what was computed;
+    the same command goes on.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -129,7 +125,7 @@ def _run(request: Request) -> int:
     from tokenprune.experiments.positional_bias import run
 
     quiet()
-    started = time.monotonic()
+    started = options.stoppable()
     with progress() as report:
         outcome = run(request, report)
     console = Console()
