@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tokenprune.terminal import FAILED, INTERRUPTED, OK
 
@@ -32,6 +31,7 @@ __all__ = [
     "Seed",
     "TextTokens",
     "closing",
+    "interrupted",
     "methods",
     "retention",
     "stoppable",
@@ -117,30 +117,30 @@ TextTokens = Annotated[
 
 
 def stoppable() -> float:
-    """Treat a polite request to end as Ctrl-C; the time, for `closing`."""
+    """Treat a polite request to end, as schedulers make, as Ctrl-C; the time, for `closing`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return time.monotonic()
 
 
+def interrupted(outcome: Outcome) -> int:
+    """Say what is kept; the exit status."""
+    typer.echo(
+        f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
+        f"{outcome.folder}; the same command goes on from there."
+    )
+    return INTERRUPTED
+
+
 def closing(outcome: Outcome, started: float, files: str) -> int:
     """Say what failed, how long it took and where ``files`` are; the exit status."""
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-
     if outcome.status == "interrupted":
-        say(
-            f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
-            f"{outcome.folder}; the same command goes on from there."
-        )
-        return INTERRUPTED
+        return interrupted(outcome)
     for cell, failure in outcome.failures.items():
-        say(f"FAILED {cell}: {failure.error}")
+        typer.echo(f"FAILED {cell}: {failure.error}")
     for words in _without_image(outcome):
-        say(words)
+        typer.echo(words)
     seconds = time.monotonic() - started
-    say(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
+    typer.echo(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
     return FAILED if outcome.failures else OK
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from rich.table import Table
 from tokenprune.experiments.commands import _options as options
 from tokenprune.terminal import (
     FAILED,
-    INTERRUPTED,
     OK,
     ManyValues,
     app,
@@ -123,22 +121,13 @@ def _compare(request: Request) -> int:
     from tokenprune.experiments.compare import compare
 
     quiet()
-    # A scheduler that takes the machine away asks politely first; treat it as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    started = time.monotonic()
+    started = options.stoppable()
     with progress() as report:
         outcome = compare(request, report)
     seconds = time.monotonic() - started
-
-    folder, console = outcome.folder, Console()
     if outcome.status == "interrupted":
-        console.print(
-            f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
-            f"{folder}; the same command goes on from there.",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
-        return INTERRUPTED
+        return options.interrupted(outcome)
+    folder, console = outcome.folder, Console()
     for table in tables(outcome.summary):
         console.print(table, "")
     if request.match:
@@ -149,14 +138,14 @@ def _compare(request: Request) -> int:
         if len(found):
             console.print(matched_table(found), "")
         for words in _misses(found):
-            console.print(words, soft_wrap=True, highlight=False, markup=False)
+            typer.echo(words)
     for words in _spreads(outcome.summary):
-        console.print(words, soft_wrap=True, highlight=False, markup=False)
+        typer.echo(words)
     for name, why in outcome.skipped.items():
-        console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
+        typer.echo(f"SKIPPED {name}: {why}")
     for cell, failure in outcome.failures.items():
-        console.print(f"FAILED {cell}: {failure.error}", soft_wrap=True, markup=False)
-    console.print(_closing_words(outcome, seconds), soft_wrap=True, highlight=False, markup=False)
+        typer.echo(f"FAILED {cell}: {failure.error}")
+    typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures else OK
 
 

@@ -98,8 +98,8 @@ def convert(
         table.add_row("FLOPs of the vision tower", percent(terms["vision_flops"], 2))
     table.add_row("equivalent pre-LLM retention", f"{mark}{terms['equivalent']:.4f}")
     console = Console(highlight=False)
-    console.print(describe(config, prompt), soft_wrap=True, markup=False)
+    typer.echo(describe(config, prompt))
     console.print(table)
     for remark in remarks:
-        console.print(remark, soft_wrap=True, markup=False)
+        typer.echo(remark)
     raise typer.Exit(OK)

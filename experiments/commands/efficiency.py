@@ -144,13 +144,11 @@ def efficiency(
         figure = cost_plots.tokens_by_layer(by_layer, "Where tokens are processed", _what(prompt))
         plots.save(figure, folder / "plots" / "layers")
         for remark in stand_in(prompt, asked):
-            console.print(remark, soft_wrap=True, markup=False)
+            typer.echo(remark)
         for name, why in skipped.items():
-            console.print(f"SKIPPED {name}: {why}", soft_wrap=True, markup=False)
-        console.print(
-            f"Written to {folder}: {', '.join(f'{name}.csv' for name in tables)}, plots/",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
+            typer.echo(f"SKIPPED {name}: {why}")
+        names = ", ".join(f"{name}.csv" for name in tables)
+        typer.echo(f"Written to {folder}: {names}, plots/")
     raise typer.Exit(OK)
 
 

@@ -109,11 +109,8 @@ def masks(
         console = Console()
         console.print(table(seen), "")
         for name, why in skipped.items():
-            console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
-        console.print(
-            f"Written to {folder}: {', '.join(files)}",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+            typer.echo(f"SKIPPED {name}: {why}")
+        typer.echo(f"Written to {folder}: {', '.join(files)}")
     raise typer.Exit(OK)
 
 

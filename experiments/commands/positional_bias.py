@@ -132,13 +132,12 @@ def _run(request: Request) -> int:
     for table in tables(outcome.result.statistics):
         console.print(table, "")
     for line in _remarks(outcome):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        typer.echo(line)
     seconds = time.monotonic() - started
-    console.print(
+    typer.echo(
         f"{seconds:.0f} s. Written to {outcome.folder}: tokens.parquet, statistics.csv, "
-        "profiles.csv, plots/",
-        soft_wrap=True, highlight=False, markup=False,
-    )  # fmt: skip
+        "profiles.csv, plots/"
+    )
     return FAILED if outcome.result.failures else OK
 
 
