@@ -1,19 +1,22 @@
 """Methods at equal cost: what each may keep to cost as much as `uniform` at a retention."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Literal, get_args
 
 import pandas as pd
+import torch
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.efficiency import Prompt, says_retention
 from tokenprune.experiments.results import Cell, Matched
 from tokenprune.experiments.speed import Bench
-from tokenprune.experiments.translation import solve
+from tokenprune.experiments.translation import MEASURES, WORDS, Measure, solve
 from tokenprune.models.adapter import Adapter
 from tokenprune.terminal import Report
 from tokenprune.tokens import TokenLayout
@@ -38,9 +41,13 @@ def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
 
     Of very many questions evenly spaced ones are looked at.
     """
+    return _median(adapter, questions)[1]
+
+
+def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
-    prompts = [_prompt(adapter, item) for item in questions[::step]]
-    ordered = sorted(prompts, key=lambda prompt: prompt.visual)
+    prompts = [(item, _prompt(adapter, item)) for item in questions[::step]]
+    ordered = sorted(prompts, key=lambda pair: pair[1].visual)
     return ordered[len(ordered) // 2]
 
 
@@ -80,8 +87,11 @@ def matched_cells(
 ) -> tuple[list[Cell], dict[str, str]]:
     """The uncompressed model, and every method at retentions where it costs what `uniform` does.
 
+    Costs are forecasts on the `representative` prompt, or, of methods whose counts depend on the
+    content, those of running them on it.
+
     Args:
-        adapter: Of the model, with weights if times are to be matched.
+        adapter: Of the model, with weights unless all costs are to be forecasts.
         questions: Where the `representative` prompt comes from.
         specs: Methods; those that say what they keep are refused.
         retention: Of `uniform`, the reference; it is added if it is not among the methods.
@@ -102,8 +112,12 @@ def matched_cells(
         method = _unsettled(spec)
         methods += [method] if method.label != methods[0].label else []
     may_fail = {_unsettled(spec).label for spec in optional}
-    prompt = representative(adapter, questions)
+    question, prompt = _median(adapter, questions)
     bench = Bench(adapter, prompt) if kind == "prefill-ms" else None
+    real: dict[Measure, Callable[[Compressor], float]] = {
+        measure: cache(partial(_real_cost, adapter, question, measure))
+        for measure in get_args(Measure)
+    }
     cells, left_out = [Cell()], {}
     for index, method in enumerate(methods):
         report(index, len(methods), f"matching {method.label}")
@@ -125,7 +139,10 @@ def matched_cells(
                     what = "ms of choice and prefill"
                     found = solve(prompt, method, target, price, what=what)
                 else:
-                    found = solve(prompt, method, target, "tokens" if kind == "tokens" else "flops")
+                    measure: Measure = "tokens" if kind == "tokens" else "flops"
+                    found = solve(prompt, method, target, measure)
+                    if not prompt.forecast(found.method).exact and adapter.device.type != "meta":
+                        found = solve(prompt, method, target, real[measure], what=WORDS[measure])
             except UserError as error:
                 sentence = f"uniform at {ratio:g} sets the cost, but {error}"
                 if method.label not in may_fail:
@@ -181,6 +198,17 @@ def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:
     if kind == "tokens":
         return ledger.layer_average
     return ledger.flops / ledger.uncompressed_flops
+
+
+def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compressor) -> float:
+    """What ``method`` really costs on a question, where content decides how much it keeps."""
+    shown = [picture.open() for picture in item.images]
+    images, videos = (None, [[shown]]) if item.video else ([shown], None)
+    inputs = adapter.prepare(images, [item.question], videos)
+    with warnings.catch_warnings(), torch.no_grad(), tp.compress(adapter.model, method) as trace:
+        warnings.simplefilter("ignore", RetentionWarning)
+        adapter.model(**inputs, use_cache=True)
+    return MEASURES[measure](trace.ledger)
 
 
 def _unsettled(spec: str) -> Compressor:

@@ -94,6 +94,23 @@ def test_cells_cost_what_uniform_costs(
     assert {cell.retention for cell in found if cell.asked == 1} == {1.0}
 
 
+def test_what_content_decides_is_run() -> None:
+    """ToMe merges like patches of frames, more than random ones: the forecast would be too high."""
+    onevision = tp.load("testbed-onevision")
+    videos = data.held_out(1, 0, "video")
+    found, _ = matched_cells(onevision, videos, ["tome"], [0.4], "tokens")
+    cell = found[-1]
+    assert cell.matched is not None
+    frames = [picture.open() for picture in videos[0].images]
+    encoded = onevision.encode_videos([frames], (), cell.compressor)  # type: ignore[arg-type]
+    inputs = onevision.assemble([encoded], [videos[0].question])
+    with tp.compress(onevision.model, cell.compressor) as trace:
+        onevision.model.generate(**inputs, max_new_tokens=1)
+    assert cell.matched.cost == trace.ledger.layer_average
+    told = representative(onevision, videos).forecast(cell.compressor).ledger
+    assert told.layer_average > cell.matched.cost, "else this test shows nothing"
+
+
 def test_only_the_retention_is_solved_for(adapter: Adapter, questions: Sequence[Question]) -> None:
     found, _ = matched_cells(adapter, questions, ["fastv:layer=1"], [0.5], "tokens")
     solved = found[-1].compressor

@@ -293,16 +293,20 @@ def _matching(rows: pd.DataFrame) -> str:
 
 def matched_table(found: pd.DataFrame) -> Table:
     """How far costs were matched; ``found`` is as `matching.realised` returns it."""
-    kind = found["match"].iloc[0]
+    kind, measured = found["match"].iloc[0], found["ratio"].notna().any()
     table = new_table(
         title=f"Matched: {kind}",
-        caption="Wanted, got: on the prompt of median length, for which retentions were solved. "
-        "Of uniform's: what the method really cost on the questions asked, over what uniform did; "
-        "mean, least and most.",
+        caption="Wanted, got: on the prompt of median length, for which retentions were solved."
+        + (
+            " Of uniform's: what the method really cost on the questions asked, over what uniform "
+            "did; mean, least and most."
+            if measured
+            else ""
+        ),
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
-    for name in ("retention", "wanted", "got", "of uniform's"):
+    for name in ("retention", "wanted", "got", *(["of uniform's"] if measured else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for asked, group in found.groupby("asked", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
@@ -312,7 +316,7 @@ def matched_table(found: pd.DataFrame) -> Table:
                 method_label(row["label"]),
                 f"{row['retention']:.4g}",
                 *(_cost(row[name], kind) for name in ("target", "cost")),
-                "-" if math.isnan(row["ratio"]) else ratio,
+                *([ratio] if measured else []),
                 end_section=position + 1 == len(group),
             )
     return table
