@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
+from tokenprune.budget import check_retention
 from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import UserError, unknown
@@ -643,11 +644,7 @@ def _check_numbers(request: Request) -> None:
     if request.modality not in (None, *data.MODALITIES):
         raise unknown("modality", str(request.modality), data.MODALITIES)
     for value in request.retention:
-        if not 0 < value <= 1:
-            raise UserError(
-                f"retention must be larger than 0 and at most 1 (the share of patch tokens kept), "
-                f"got {value:g}{f'; for {value:g} % write {value / 100:g}' if value > 1 else ''}."
-            )
+        check_retention(value)
 
 
 def _questions(request: Request) -> list[Question]:

@@ -316,11 +316,18 @@ def figure(
 def _scores(axes: Axes, crops: pd.DataFrame) -> None:
     count = crops.groupby("image_id")["crop"].transform("size")
     usual = crops[count == count.mode().iloc[0]]
-    sns.boxplot(
-        usual, x="rank", y="centred", ax=axes, color="#d9d9d9", width=0.6, fliersize=0,
-        linewidth=1.2, linecolor=INK,
+    ranks = sorted(usual["rank"].unique())
+    line = {"color": INK, "linewidth": 1.2}
+    # Not seaborn's, which hands Matplotlib an argument that it is about to drop.
+    axes.boxplot(
+        [usual["centred"][usual["rank"] == rank] for rank in ranks],
+        positions=range(len(ranks)), widths=0.6, showfliers=False, patch_artist=True,
+        boxprops={"facecolor": "#d9d9d9", "edgecolor": INK, "linewidth": 1.2},
+        medianprops=line, whiskerprops=line, capprops=line,
     )  # fmt: skip
-    sns.stripplot(usual, x="rank", y="centred", ax=axes, color=INK, size=2.5, alpha=0.35)
+    sns.stripplot(
+        usual, x="rank", y="centred", order=ranks, ax=axes, color=INK, size=2.5, alpha=0.35
+    )
     axes.set(xlabel="rank of the crop", ylabel="score minus the image's mean")
     axes.set_title(f"Scores ({usual['image_id'].nunique()} images)", loc="left", fontsize=13)
 

@@ -7,7 +7,7 @@ tokens, the ledger's arithmetic.  Conventions are the ledger's.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ __all__ = [
     "Prompt",
     "activation_bytes",
     "analytic_break_even",
+    "asks",
     "break_even",
     "chosen",
     "costs",
@@ -45,6 +46,7 @@ __all__ = [
 ALL = "all"
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DRAWS = 5  # of made-up content, the median of which is told
+QUESTION = 32  # tokens that methods see of a question where no text is counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,8 @@ class Prompt:
         adapter: Of the model, with or without weights.
         layouts: Of its images and videos.
         text: Its tokens that are not visual.
-        asking: How many of them lie behind the images; None for all.
+        asking: How many of them lie behind the images, or are to be seen there though nobody counts
+            them; None for all.
         size: Bytes of a number.
         image_size: (height, width) of its image where one was given.
     """
@@ -113,6 +116,7 @@ def prompt_of(
     model: str,
     image_size: tuple[int, int] | None = None,
     *,
+    patches: tuple[int, int] | None = None,
     text: int = 0,
     dtype: str = "bfloat16",
 ) -> Prompt:
@@ -123,24 +127,39 @@ def prompt_of(
         image_size: (height, width) in pixels; the adapter's layout says how many tokens that is.
             None stands for a thumbnail and 2x2 whole crops **without separators**, which is how the
             efficiency tables of the field count: 2880 tokens on LLaVA-NeXT.
-        text: Tokens of the prompt that are not visual; those tables count none.
+        patches: (rows, columns) of a single view without separators, in place of an image.
+        text: Tokens of the prompt that are not visual; those tables count none.  Methods that look
+            at the question then see one of `QUESTION` tokens that nobody counts.
         dtype: Of weights and KV cache.
 
     Raises:
-        UserError: Unknown model or dtype, or a size that is none.
+        UserError: Unknown model or dtype, a size that is none, or both an image and patches.
     """
     if dtype not in SIZES:
         raise UserError(f"dtype must be one of {', '.join(SIZES)}, got {dtype!r}.")
     if text < 0:
         raise UserError(f"--text-tokens must not be negative, got {text}.")
+    if image_size is not None and patches is not None:
+        raise UserError("give --image-size or --patches, not both.")
     adapter = adapter_without_weights(model)
-    if image_size is None:
+    if patches is not None:
+        layout = TokenLayout.single(patches, newline=False)
+    elif image_size is None:
         rows, cols = adapter.view_shape
         box = (0, 2 * rows, 0, 2 * cols)
         layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
     else:
         layout = adapter.layout(image_size)
-    return Prompt(adapter, (layout,), text, size=SIZES[dtype], image_size=image_size)
+    asking = None if text else QUESTION
+    return Prompt(adapter, (layout,), text, asking, SIZES[dtype], image_size)
+
+
+def asks(prompt: Prompt, method: Compressor) -> bool:
+    """Whether what ``method`` keeps or costs depends on how long the question is."""
+    told = [
+        replace(prompt, asking=words).forecast(method, draws=1).ledger for words in (1, QUESTION)
+    ]
+    return told[0] != told[1]
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -159,8 +178,8 @@ def read_size(text: str) -> tuple[int, int]:
         if min(sides) and marks in (["", ""], ["h", "w"], ["w", "h"]):
             return sides if marks != ["w", "h"] else (sides[1], sides[0])
     raise UserError(
-        f"cannot read the image size {text!r}; write HEIGHTxWIDTH in pixels, such as 672x1008, or "
-        "say which is which: 1008wx672h."
+        f"cannot read the size {text!r}; write HEIGHTxWIDTH, such as 672x1008, or say which is "
+        "which: 1008wx672h."
     )
 
 

@@ -1,26 +1,33 @@
 """Methods at equal cost: what each may keep to cost as much as `uniform` at a retention."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Literal, get_args
+
+import pandas as pd
+import torch
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.efficiency import Prompt, says_retention
 from tokenprune.experiments.results import Cell, Matched
 from tokenprune.experiments.speed import Bench
-from tokenprune.experiments.translation import solve
+from tokenprune.experiments.translation import MEASURES, WORDS, Measure, solve
 from tokenprune.models.adapter import Adapter
 from tokenprune.terminal import Report
 from tokenprune.tokens import TokenLayout
 
-__all__ = ["KINDS", "Kind", "matched_cells", "representative"]
+__all__ = ["KINDS", "Kind", "matched_cells", "realised", "representative"]
 
 Kind = Literal["tokens", "flops", "prefill-ms"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _LOOKED_AT = 200  # questions at most, to find one of median length
+_COSTS: dict[str, str] = {"tokens": "layer_average", "flops": "flops"}  # columns of answers
+_NEAR = 0.01  # share of a cost that is as good as met
 
 
 def check_kind(kind: str | None) -> None:
@@ -34,9 +41,13 @@ def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
 
     Of very many questions evenly spaced ones are looked at.
     """
+    return _median(adapter, questions)[1]
+
+
+def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
-    prompts = [_prompt(adapter, item) for item in questions[::step]]
-    ordered = sorted(prompts, key=lambda prompt: prompt.visual)
+    prompts = [(item, _prompt(adapter, item)) for item in questions[::step]]
+    ordered = sorted(prompts, key=lambda pair: pair[1].visual)
     return ordered[len(ordered) // 2]
 
 
@@ -76,8 +87,11 @@ def matched_cells(
 ) -> tuple[list[Cell], dict[str, str]]:
     """The uncompressed model, and every method at retentions where it costs what `uniform` does.
 
+    Costs are forecasts on the `representative` prompt, or, of methods whose counts depend on the
+    content, those of running them on it.
+
     Args:
-        adapter: Of the model, with weights if times are to be matched.
+        adapter: Of the model, with weights unless all costs are to be forecasts.
         questions: Where the `representative` prompt comes from.
         specs: Methods; those that say what they keep are refused.
         retention: Of `uniform`, the reference; it is added if it is not among the methods.
@@ -98,8 +112,12 @@ def matched_cells(
         method = _unsettled(spec)
         methods += [method] if method.label != methods[0].label else []
     may_fail = {_unsettled(spec).label for spec in optional}
-    prompt = representative(adapter, questions)
+    question, prompt = _median(adapter, questions)
     bench = Bench(adapter, prompt) if kind == "prefill-ms" else None
+    real: dict[Measure, Callable[[Compressor], float]] = {
+        measure: cache(partial(_real_cost, adapter, question, measure))
+        for measure in get_args(Measure)
+    }
     cells, left_out = [Cell()], {}
     for index, method in enumerate(methods):
         report(index, len(methods), f"matching {method.label}")
@@ -121,7 +139,10 @@ def matched_cells(
                     what = "ms of choice and prefill"
                     found = solve(prompt, method, target, price, what=what)
                 else:
-                    found = solve(prompt, method, target, "tokens" if kind == "tokens" else "flops")
+                    measure: Measure = "tokens" if kind == "tokens" else "flops"
+                    found = solve(prompt, method, target, measure)
+                    if not prompt.forecast(found.method).exact and adapter.device.type != "meta":
+                        found = solve(prompt, method, target, real[measure], what=WORDS[measure])
             except UserError as error:
                 sentence = f"uniform at {ratio:g} sets the cost, but {error}"
                 if method.label not in may_fail:
@@ -135,11 +156,59 @@ def matched_cells(
     return list(distinct.values()), left_out
 
 
+def realised(answers: pd.DataFrame) -> pd.DataFrame:
+    """What matched methods cost on the questions that were asked, beside `uniform`.
+
+    Args:
+        answers: As in ``answers.parquet``.
+
+    Returns:
+        One row per method and retention of `uniform`, most tokens first: ``label``, ``asked``,
+        ``retention`` (solved for), ``match``, ``target`` and ``cost`` (on the representative
+        prompt), ``coarse`` (whether they lie more than a token apart, or more than 1 % of a cost
+        that is not tokens), ``ratio`` (mean over questions of the cost over that of `uniform`),
+        ``least`` and ``most`` of it; missing for measured times, which were not measured again.
+    """
+    columns = ["label", "asked", "retention", "match", "target", "cost", "coarse"]
+    columns += ["ratio", "least", "most"]
+    if "match_cost" not in answers:
+        return pd.DataFrame(columns=columns)
+    done = answers[(answers["status"] == "ok") & answers["match"].notna()]
+    rows = []
+    for asked, group in sorted(done.groupby("asked_retention"), reverse=True):
+        for label, cell in group[group["retention"] < 1].groupby("label", sort=False):
+            kind, target, cost = cell[["match", "match_target", "match_cost"]].iloc[0]
+            allowed = 1.0 if kind == "tokens" else _NEAR * target
+            row = {"label": label, "asked": asked, "retention": cell["retention"].iloc[0]}
+            row |= {"match": kind, "target": target, "cost": cost}
+            row |= {"coarse": abs(cost - target) > allowed}
+            if kind in _COSTS:
+                both = [
+                    one.groupby("question_id")[_COSTS[kind]].mean()
+                    for one in (cell, group[group["label"] == "uniform"])
+                ]
+                ratio = (both[0] / both[1]).dropna().astype(float)
+                row |= {"ratio": ratio.mean(), "least": ratio.min(), "most": ratio.max()}
+            rows.append(row)
+    return pd.DataFrame(rows, columns=columns)
+
+
 def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:
     ledger = prompt.forecast(method, draws=1).ledger
     if kind == "tokens":
         return ledger.layer_average
     return ledger.flops / ledger.uncompressed_flops
+
+
+def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compressor) -> float:
+    """What ``method`` really costs on a question, where content decides how much it keeps."""
+    shown = [picture.open() for picture in item.images]
+    images, videos = (None, [[shown]]) if item.video else ([shown], None)
+    inputs = adapter.prepare(images, [item.question], videos)
+    with warnings.catch_warnings(), torch.no_grad(), tp.compress(adapter.model, method) as trace:
+        warnings.simplefilter("ignore", RetentionWarning)
+        adapter.model(**inputs, use_cache=True)
+    return MEASURES[measure](trace.ledger)
 
 
 def _unsettled(spec: str) -> Compressor:

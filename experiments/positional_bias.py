@@ -27,10 +27,11 @@ from torch import Tensor
 import tokenprune as tp
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning, UserError, unknown
-from tokenprune.experiments import data, plots, position_plots
+from tokenprune.experiments import data, plots, position_plots, rearrange
 from tokenprune.experiments.compare import cells
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
+from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
 from tokenprune.experiments.position_statistics import (
     NORMAL,
     agreement,
@@ -86,6 +87,7 @@ __all__ = [
     "statistics",
 ]
 
+PARTS = "parts"  # folder of what an interrupted run has finished
 METHODS = ("uniform", "random", "last", "fastv", "globalcom2")
 TESTBED_IMAGES = 60
 PROMPT = "What is in the image?"
@@ -184,6 +186,7 @@ def positional_bias(
     prompts: Sequence[str] | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    parts: Path | None = None,
     report: Report = lambda *_: None,
 ) -> Result:
     """Run methods on images whose content is rearranged, and test what the choice follows.
@@ -204,6 +207,8 @@ def positional_bias(
             "What is in the image?".
         batch_size: Prompts that run at once.
         seed: Of the bootstrap.
+        parts: Folder in which every finished batch is kept at once; what it holds of these methods
+            and images is not computed again.
         report: Told about progress.
 
     Raises:
@@ -216,15 +221,15 @@ def positional_bias(
     asked = list(prompts or [PROMPT] * len(images))
     signals = frozenset[Signal]().union(*(compressor.needs for compressor in compressors))
     outside = frozenset(signal for signal in signals if not signal.in_llm)
-    skipped: Counter[tuple[str, str, str]] = Counter()
+    known = Parts(parts)
 
     def cases(index: int) -> Iterator[_Case]:
-        return _cases(adapter, index, images[index], outside, conditions, levels, skipped)
+        return _cases(adapter, index, images[index], outside, conditions, levels, known.skipped)
 
     def choices(compressor: Compressor, some: Sequence[_Case]) -> list[_Choice]:
         return _choices(adapter, compressor, some, [asked[case.image] for case in some])
 
-    return _analysed(compressors, len(images), cases, choices, skipped, batch_size, seed, report)
+    return _analysed(compressors, len(images), cases, choices, known, batch_size, seed, report)
 
 
 def selector_bias(
@@ -256,14 +261,14 @@ def selector_bias(
     _check_names(conditions, LEVELS)
     if not encoded:
         raise UserError("positional bias needs at least one image.")
-    skipped: Counter[tuple[str, str, str]] = Counter()
+    known = Parts(None)
 
     def cases(index: int) -> Iterator[_Case]:
         tokens = _told_apart(index, encoded[index])
         yield _as_it_is(index, tokens)
-        yield from _moved(index, tokens, conditions, skipped)
+        yield from _moved(index, tokens, conditions, known.skipped)
 
-    return _analysed(compressors, len(encoded), cases, _chosen, skipped, 16, seed, report)
+    return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, report)
 
 
 def _analysed(
@@ -271,36 +276,37 @@ def _analysed(
     images: int,
     cases: Callable[[int], Iterator[_Case]],
     choices: Callable[[Compressor, Sequence[_Case]], list[_Choice]],
-    skipped: Mapping[tuple[str, str, str], int],
+    known: Parts,
     batch_size: int,
     seed: int,
     report: Report,
 ) -> Result:
     """Run the methods on all cases of all images; a method that fails is left out."""
     failures: dict[tuple[str, float], Failure] = {}
-    found: dict[tuple[str, float], list[_Rows]] = {
-        (one.label, one.retention): [] for one in compressors
-    }
-    total, done = len(compressors) * images, 0
+    keys = {(one.label, one.retention): one for one in compressors}
+    total, done = len(keys) * images, 0
     for start in range(0, images, batch_size):
         report(done, total, "vision tower")
         here = range(start, min(start + batch_size, images))
-        batch = [case for index in here for case in cases(index)]
-        for compressor in compressors:
-            key = (compressor.label, compressor.retention)
+        lacking = {key: set(here) - known.images(*key) for key in keys if key not in failures}
+        needed = sorted(set().union(*lacking.values()))
+        batch = [case for index in needed for case in cases(index)]
+        for key, compressor in keys.items():
             report(done, total, f"{key[0]} at {key[1]:g}")
             done += len(here)
-            if key in failures:
-                continue
+            mine = [case for case in batch if case.image in lacking.get(key, ())]
+            rows: list[Rows] = []
             try:
-                for first in range(0, len(batch), batch_size):
-                    some = batch[first : first + batch_size]
-                    made = choices(compressor, some)
-                    found[key] += map(_rows, [compressor] * len(some), some, made)
+                for first in range(0, len(mine), batch_size):
+                    some = mine[first : first + batch_size]
+                    rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
             except Exception as error:
                 failures[key] = Failure.of(error)
+            else:
+                known.add(rows)
     report(total, total, "statistics")
-    tokens = _joined([one for key in found if key not in failures for one in found[key]])
+    tokens = joined([one for key in keys if key not in failures for one in known.rows(*key)])
+    skipped = Counter(skip[1:] for skip in known.skipped)
     return Result(tokens, statistics(tokens, seed=seed), profiles(tokens), dict(skipped), failures)
 
 
@@ -376,7 +382,7 @@ def _cases(
     signals: frozenset[Signal],
     conditions: Sequence[Condition],
     levels: Sequence[Level],
-    skipped: Counter[tuple[str, str, str]],
+    skipped: set[Skip],
 ) -> Iterator[_Case]:
     """An image as it is and in every condition that is possible, encoded."""
     normal = _told_apart(index, _encoded(adapter, shown, signals))
@@ -390,7 +396,7 @@ def _cases(
             if not _alike(moved.layout, normal.layout):
                 raise NotPossible("another grid once rearranged")
         except NotPossible as reason:
-            skipped[condition, "pipeline", str(reason)] += 1
+            skipped.add((index, condition, "pipeline", str(reason)))
         else:
             yield _Case(index, condition, "pipeline", moved, paired(normal.layout, condition))
 
@@ -412,14 +418,14 @@ def _moved(
     index: int,
     tokens: VisualTokens,
     conditions: Sequence[Condition],
-    skipped: Counter[tuple[str, str, str]],
+    skipped: set[Skip],
 ) -> Iterator[_Case]:
     """An encoded image in every condition that is possible, at the selector level."""
     for condition in _fitting(tokens.layout, conditions):
         try:
             content = paired(tokens.layout, condition)
         except NotPossible as reason:
-            skipped[condition, "selector", str(reason)] += 1
+            skipped.add((index, condition, "selector", str(reason)))
         else:
             yield _Case(index, condition, "selector", move_tokens(tokens, condition), content)
 
@@ -498,18 +504,7 @@ def _choice(
     return _Choice(last, first, score)
 
 
-# --- the table of tokens --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The rows of one choice: what is the same in all of them, and what is not."""
-
-    shared: Mapping[str, Any]
-    columns: Mapping[str, np.ndarray[Any, Any]]
-
-
-def _rows(compressor: Compressor, case: _Case, choice: _Choice) -> _Rows:
+def _rows(compressor: Compressor, case: _Case, choice: _Choice) -> Rows:
     layout = case.layout
     patches = layout.patches.numpy()
     slots = layout.frames if layout.modality == "video" else layout.grid[0] * layout.grid[1]
@@ -528,36 +523,7 @@ def _rows(compressor: Compressor, case: _Case, choice: _Choice) -> _Rows:
         "kept_first": choice.kept_first.numpy()[patches],
         "score": choice.score.numpy()[patches],
     }
-    return _Rows(shared, {**case.geometry, **made})
-
-
-_ORDER = [
-    *("method", "retention", "modality", "image", "condition", "level", "token", "position"),
-    *("kind", "view", "slot", "slots", "grid", "row", "col", "y", "x", "content"),
-    *("kept", "kept_first", "score"),
-]
-
-
-def _joined(parts: Sequence[_Rows]) -> pd.DataFrame:
-    """The table of tokens; columns that are the same for many rows are categories."""
-    if not parts:
-        return pd.DataFrame(columns=_ORDER)
-    sizes = [len(part.columns["token"]) for part in parts]
-    columns: dict[str, Any] = {
-        name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
-    }
-    known = {"condition": [NORMAL, *CONDITIONS], "level": [NORMAL, *LEVELS]}
-    for name in parts[0].shared:
-        values = [part.shared[name] for part in parts]
-        if isinstance(values[0], str):
-            categories = known.get(name, list(dict.fromkeys(values)))
-            codes = pd.Categorical(values, categories).codes.repeat(sizes)
-            columns[name] = pd.Categorical.from_codes(codes, categories)
-        else:
-            columns[name] = np.repeat(np.asarray(values), sizes)
-    kinds = [kind.name.lower() for kind in Kind]
-    columns["kind"] = pd.Categorical.from_codes(columns["kind"], kinds)
-    return pd.DataFrame(columns)[_ORDER]
+    return Rows(shared, {**case.geometry, **made})
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -603,8 +569,8 @@ class Outcome:
     """Where a run was written, and what was found.
 
     Attributes:
-        folder: ``manifest.json``, ``tokens.parquet``, ``statistics.csv``, ``profiles.csv`` and
-            ``plots/``.
+        folder: ``manifest.json``, ``parts/`` (batches as they were finished), and, made from them,
+            ``tokens.parquet``, ``statistics.csv``, ``profiles.csv`` and ``plots/``.
         result: As `positional_bias` returns it.
         left_out: Methods of ``all`` that do not run here, and why.
     """
@@ -615,10 +581,11 @@ class Outcome:
 
 
 def run(request: Request, report: Report = lambda *_: None) -> Outcome:
-    """Do what is asked and write it to a folder.
+    """Do what is asked, or what is left of it if it was begun before, and write it to a folder.
 
     Raises:
         UserError: Bad input, found before the model runs.
+        KeyboardInterrupt: Ctrl-C, with a sentence about what is kept.
     """
     _check_request(request)
     cells([spec for spec in request.methods if spec != ALL], request.retention)
@@ -653,6 +620,7 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
             prompts=[item.question for item in questions],
             batch_size=request.batch_size or (50 if request.model in testbed.names() else 4),
             seed=request.seed,
+            parts=folder.path / PARTS,
             report=report,
         )
         if left_out:
@@ -667,7 +635,11 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
         status = "failed" if failures else "complete"
     except KeyboardInterrupt:
         status = "interrupted"
-        raise
+        there = len(Parts(folder.path / PARTS))
+        raise KeyboardInterrupt(
+            f"interrupted: of {len(questions) * len(compressors)} choices (an image by a method), "
+            f"{there} are kept in {folder.path}; the same command goes on from there."
+        ) from None
     finally:
         folder.close(status, failures)
     return Outcome(folder.path, result, unfit)
@@ -742,6 +714,7 @@ def _experiment(
         "model": request.model,
         "methods": list(dict.fromkeys(compressor.label for compressor in compressors)),
         "retention": list(dict.fromkeys(compressor.retention for compressor in compressors)),
+        "cells": [repr(compressor) for compressor in compressors],
         "images": len(questions),
         "conditions": list(request.conditions),
         "data": data.fingerprint(questions),
@@ -749,7 +722,7 @@ def _experiment(
         "device": adapter.device.type,
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
         **files_fingerprint(adapter.path),
-        "code": code_fingerprint(compressors),
+        "code": code_fingerprint(compressors, map(Path, (__file__, rearrange.__file__))),
         "torch": versions["torch"],
         "transformers": versions["transformers"],
     }

@@ -442,7 +442,7 @@ def _now() -> str:
 
 _COLUMNS = [
     *("model", "method", "label", "parameters", "retention"),
-    *("asked_retention", "match", "match_target"),
+    *("asked_retention", "match", "match_target", "match_cost"),
     *("question_id", "image_id", "kind", "question", "truth"),
     *("answer", "correct", "agrees", "kl", "easy", "status", *FIGURES, "visual_per_layer"),
 ]
@@ -471,6 +471,7 @@ def answers_frame(
             "asked_retention": cell.asked,
             "match": None if cell.matched is None else cell.matched.kind,
             "match_target": None if cell.matched is None else cell.matched.target,
+            "match_cost": None if cell.matched is None else cell.matched.cost,
         }
         failed = cell.key in journal.failures
         for item in questions:
@@ -501,7 +502,7 @@ def answers_frame(
             )
     types = dict.fromkeys(("correct", "agrees", "easy"), "boolean")
     types |= dict.fromkeys(("kl", *FIGURES), "Float64") | dict.fromkeys(WHOLE_FIGURES, "Int64")
-    types |= {"match_target": "Float64"}
+    types |= {"match_target": "Float64", "match_cost": "Float64"}
     return pd.DataFrame(rows, columns=_COLUMNS).astype(types)
 
 
@@ -555,14 +556,14 @@ def _hash_files(folder: Path | None, patterns: Iterable[str]) -> str | None:
     return total.hexdigest()
 
 
-def code_fingerprint(compressors: Iterable[Compressor]) -> str:
-    """SHA-256 of the source the answers depend on: the core, the adapters and these methods."""
+def code_fingerprint(compressors: Iterable[Compressor], others: Iterable[Path] = ()) -> str:
+    """SHA-256 of the source the answers depend on: core, adapters, these methods and ``others``."""
     root = Path(tokenprune.__file__).parent
     files = {*root.glob("[!_]*.py"), *(root / "models").glob("*.py")} - {
         root / "cli.py",
         root / "terminal.py",
     }
-    files |= {root / "experiments" / "compare.py", root / "experiments" / "sharing.py"}
+    files |= {root / "experiments" / "compare.py", root / "experiments" / "sharing.py", *others}
     for compressor in compressors:
         for part in compressor.stages():
             try:

@@ -17,7 +17,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.efficiency import DRAWS, Prompt, equivalent
 from tokenprune.ledger import Ledger
 
-__all__ = ["MEASURES", "Measure", "Solution", "solve", "translate"]
+__all__ = ["MEASURES", "WORDS", "Measure", "Solution", "solve", "translate"]
 
 Measure = Literal["tokens", "flops", "equivalent"]
 MEASURES: dict[Measure, Callable[[Ledger], float]] = {
@@ -25,7 +25,7 @@ MEASURES: dict[Measure, Callable[[Ledger], float]] = {
     "flops": lambda ledger: ledger.flops / ledger.uncompressed_flops,
     "equivalent": equivalent,
 }
-_WORDS = {
+WORDS: dict[Measure, str] = {
     "tokens": "visual tokens a layer on average",
     "flops": "of the prefill's FLOPs",
     "equivalent": "equivalent retention in front of the language model",
@@ -42,11 +42,18 @@ class Solution:
         method: With the retention that was found.
         cost: What it costs.
         target: What it was to cost.
+        token: What one token more costs.
     """
 
     method: Compressor
     cost: float
     target: float
+    token: float
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the nearest step lies more than a token off the target."""
+        return abs(self.cost - self.target) > self.token * (1 + 1e-9)
 
 
 def translate(prompt: Prompt, method: Compressor) -> dict[str, float]:
@@ -57,6 +64,8 @@ def translate(prompt: Prompt, method: Compressor) -> dict[str, float]:
         "kept_patches": ledger.kept_patches,
         "kept_separators": ledger.kept_separators,
         "tokens_with_text": ledger.layer_average_with_text,
+        "selector_flops": ledger.selector_flops / ledger.uncompressed_flops,
+        "vision_flops": ledger.vision_flops / ledger.uncompressed_vision_flops,
     }
     return {**found, **{name: measure(ledger) for name, measure in MEASURES.items()}}
 
@@ -92,10 +101,9 @@ def solve(
         )
     if not math.isfinite(target):
         raise UserError(f"the cost to reach must be a number, got {target}.")
-    what = what or _WORDS.get(str(cost), "")
-
     if callable(cost):
         return _solve(prompt, method, target, cost, what, slack, why=False)
+    what = what or WORDS[cost]
     measure = MEASURES[cost]
     # One draw of the content will do wherever the counts turn out not to depend on it.
     quick = partial(_price, prompt, measure, 1)
@@ -161,7 +169,7 @@ def _solve(
         if step > 0 and at(step) == at(nearest):
             nearest = step
             break
-    return Solution(_at(method, nearest), at(nearest), target)
+    return Solution(_at(method, nearest), at(nearest), target, token)
 
 
 def _close_in(at: Callable[[int], float], target: float, one: int, other: int) -> None:

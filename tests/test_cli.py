@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from typer.testing import CliRunner, Result
 import tokenprune as tp
 from tokenprune import terminal
 from tokenprune.cli import app
+from tokenprune.errors import UserError
 from tokenprune.experiments.commands import compare as command
 from tokenprune.experiments.commands.compare import tables
 from tokenprune.experiments.compare import Request
 from tokenprune.experiments.results import Journal
 from tokenprune.ledger import FIGURES
+from tokenprune.registry import strategies
 from tokenprune.terminal import split_specs, spread
 
 
@@ -146,6 +149,15 @@ def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     result = invoke("compare", "--device", "cuda", "--questions", "5")
     assert result.exit_code == terminal.BAD_INPUT
     assert "no CUDA device" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["compare --methods --out x", "efficiency -m fastv -r --out x", "compare -m -r 0.5"]
+)
+def test_an_option_is_no_value(words: str) -> None:
+    result = invoke(*words.split())
+    assert result.exit_code == terminal.BAD_INPUT
+    assert "needs at least one value" in result.stderr
 
 
 def test_unknown_options_and_commands() -> None:
@@ -311,8 +323,27 @@ def test_tables_fit_into_80_columns() -> None:
     assert "TFLOPs" in text
     assert "…" not in text
     assert text.count("FAILED") == 9
-    assert re.search(r"thumbnail-only +100\.0 \(99\.2–100\.0\) +10\.0 10\.0–10\.0 *\n", text)
+    assert re.search(r"thumbnail-only +100 99–100 +10\.0 10\.0–10\.0 *\n", text)
     assert "accuracy in % on the 400 questions" in re.sub(r"\s+", " ", text)
+
+
+def test_few_questions_do_not_break_labels() -> None:
+    """With the widest intervals that there are, every label of the loyalty table is in one line."""
+    labels = ("uncompressed", "thumbnail-only", "downsample@0.7143", "spatial-pool@0.51")
+    share = {"accuracy": 1.0, "accuracy_low": 0.839, "accuracy_high": 1.0}
+    parts = ("easy_accuracy", "hard_accuracy")
+    share |= {f"{part}{end}": 1.0 for part in parts for end in ("", "_low", "_high")}
+    share |= {f"kl{end}": 1.725 for end in ("", "_low", "_high")} | {"easy_n": 16, "hard_n": 4}
+    rows = pd.DataFrame(
+        {"method": label, "label": label, "retention": 1.0 if index == 0 else 0.5}
+        | share
+        | {"status": "ok"}
+        for index, label in enumerate(labels)
+    )
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(command._loyalty_table(rows))
+    text = console.export_text()
+    assert all(label in text for label in labels)
 
 
 def test_long_labels_break_between_options() -> None:
@@ -385,6 +416,60 @@ def test_audit_finds_the_fault(
     assert result.exit_code == 1, result.output
     assert "0 of 1 checks passed" in result.output
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compare -r 0.5 --questions 2 -m",
+        "positional-bias --images 2 -m",
+        "efficiency --patches 4x4 -m",
+        "masks -m",
+    ],
+)
+def test_a_class_of_your_own_runs_everywhere(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_module: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*words.split(), f"{own_module}:Mine", "--out", str(tmp_path / "run"))
+    assert result.exit_code == terminal.OK, result.output
+    assert f"{own_module}-norm" in result.output
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A file with a registered class `Mine` and one without a name, beside where we work."""
+    name = f"own{tmp_path.name[-2:].strip('_')}"
+    source = (
+        "from dataclasses import dataclass\n"
+        "from tokenprune.compressor import ScoringCompressor\n"
+        "from tokenprune.registry import register\n"
+        f"@register('{name}-norm')\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(ScoringCompressor):\n"
+        "    def score(self, tokens):\n"
+        "        return tokens.features.norm(dim=-1)\n"
+        "class Nameless(ScoringCompressor):\n"
+        "    score = Mine.score\n"
+    )
+    (tmp_path / f"{name}.py").write_text(source)
+    yield name
+    strategies._classes.pop(f"{name}-norm", None)
+    sys.modules.pop(name, None)
+
+
+def test_own_classes_in_specs(
+    own_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chain = f"{own_module}:Mine@0.5 + fastv:layer=3@0.5"
+    assert terminal.registered(chain) == f"{own_module}-norm@0.5 + fastv:layer=3@0.5"
+    for spec in ("fastv:layer=3", "fastv:layer", "fastv@0.5", "fastv"):
+        assert terminal.registered(spec) == spec
+    with pytest.raises(UserError, match="has no name yet"):
+        terminal.registered(f"{own_module}:Nameless")
+    with pytest.raises(UserError, match="not a class derived"):
+        terminal.registered(f"{own_module}:Other")
 
 
 def test_audit_of_a_sound_method() -> None:

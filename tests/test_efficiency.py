@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -372,10 +373,52 @@ def test_convert_on_the_command_line(run: Callable[..., tuple[int, str]]) -> Non
     assert "0.25" in said
 
 
+def test_the_fields_square_view_and_its_question(run: Callable[..., tuple[int, str]]) -> None:
+    """DART's "128" of 576: 8 pivots pick 16 each, 4 image pivots stay; 4 of the 8 are words."""
+    dart = ("convert", "dart:official=true,retention=0.222223", "--patches", "24x24")
+    status, said = run(*dart)
+    assert status == 0, said
+    assert "576 patch tokens, no separators, no text" in said
+    assert re.search(r"patch tokens at the end +132\b", said)
+    assert "32 tokens stand in for it" in said
+    status, said = run(*dart, "--text-tokens", "1")
+    assert re.search(r"patch tokens at the end +129\b", said)  # 5 pivots of 25, and 4
+    assert "stand in" not in said
+    _, said = run("convert", "uniform@0.5")
+    assert "stand in" not in said, "it asks nothing"
+
+
+def test_steps_that_are_too_large_are_said(run: Callable[..., tuple[int, str]]) -> None:
+    """24x24 is pooled to nearly square grids: 23x23 = 529 is one, nothing is near 540."""
+    status, said = run("convert", "spatial-pool", "--tokens", "540", "--patches", "24x24")
+    assert status == 0, said
+    assert "No retention gives 540 visual tokens a layer on average" in said
+    _, said = run("convert", "spatial-pool", "--tokens", "529", "--patches", "24x24")
+    assert "No retention" not in said
+
+
+def test_towers_that_do_less_are_told(run: Callable[..., tuple[int, str]]) -> None:
+    """12x12 of 24x24 patches and the CLS token: 145 of 577, by the ledger's formula."""
+    _, said = run("convert", "downsample@0.25")
+    wide, deep = 1024, 4096
+    small, full = (n * 8 * wide**2 + 4 * n * n * wide + 4 * n * wide * deep for n in (145, 577))
+    assert f"{100 * small / full:.2f} %" in said
+    _, said = run("convert", "uniform@0.25")
+    assert "vision tower" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("convert", "fastv"), "needs a retention"),
+        (("convert", "fastv@25"), "for 25 % write 0.25"),
+        (("convert", "fastv@0.5", "--patches", "24x24", "--image-size", "9x9"), "not both"),
+        (("efficiency", "-r", "25"), "for 25 % write 0.25"),
+        (("efficiency", "-r", "25%"), "write 0.25"),
+        (("positional-bias", "-r", "25"), "for 25 % write 0.25"),
+        (("masks", "-r", "25"), "for 25 % write 0.25"),
+        (("ablation", "globalcom2:alpha=0,1", "-r", "25"), "for 25 % write 0.25"),
+        (("audit", "fastv", "-r", "25"), "for 25 % write 0.25"),
         (("convert", "fastv@0.5", "--tokens", "100"), "and not both"),
         (("convert", "fastv", "--tokens", "100", "--flops", "0.5"), "give one target"),
         (("convert", "fastv", "--tokens", "10"), "2 of 32 layers run at full length"),

@@ -17,12 +17,12 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.errors import UserError
 from tokenprune.experiments import data, speed
-from tokenprune.experiments.commands.compare import tables
+from tokenprune.experiments.commands.compare import _misses, matched_table, tables
 from tokenprune.experiments.compare import Request, compare
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.efficiency import Prompt, prompt_of
 from tokenprune.experiments.intervals import OVERALL, summarise
-from tokenprune.experiments.matching import matched_cells, representative
+from tokenprune.experiments.matching import matched_cells, realised, representative
 from tokenprune.experiments.measuring import Timing
 from tokenprune.experiments.results import Cell, Matched
 from tokenprune.experiments.speed import Bench, Curve, measure
@@ -92,6 +92,23 @@ def test_cells_cost_what_uniform_costs(
         assert abs(sum(layers) / 6 - kept) <= 1
         assert fastv.retention < 0.6
     assert {cell.retention for cell in found if cell.asked == 1} == {1.0}
+
+
+def test_what_content_decides_is_run() -> None:
+    """ToMe merges like patches of frames, more than random ones: the forecast would be too high."""
+    onevision = tp.load("testbed-onevision")
+    videos = data.held_out(1, 0, "video")
+    found, _ = matched_cells(onevision, videos, ["tome"], [0.4], "tokens")
+    cell = found[-1]
+    assert cell.matched is not None
+    frames = [picture.open() for picture in videos[0].images]
+    encoded = onevision.encode_videos([frames], (), cell.compressor)  # type: ignore[arg-type]
+    inputs = onevision.assemble([encoded], [videos[0].question])
+    with tp.compress(onevision.model, cell.compressor) as trace:
+        onevision.model.generate(**inputs, max_new_tokens=1)
+    assert cell.matched.cost == trace.ledger.layer_average
+    told = representative(onevision, videos).forecast(cell.compressor).ledger
+    assert told.layer_average > cell.matched.cost, "else this test shows nothing"
 
 
 def test_only_the_retention_is_solved_for(adapter: Adapter, questions: Sequence[Question]) -> None:
@@ -164,6 +181,11 @@ def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
     assert mine["retention"] < 0.7
     assert mine["match"] == "tokens"
     assert mine["match_target"] > 0
+    assert abs(mine["match_cost"] - mine["match_target"]) <= 1
+    told = realised(answers).set_index("label")
+    uniform = answers[answers["method"] == "uniform"].set_index("question_id")["layer_average"]
+    fastv = answers[answers["method"] == "fastv"].set_index("question_id")["layer_average"]
+    assert told.loc["fastv", "ratio"] == pytest.approx((fastv / uniform).mean())
     assert len(mine["visual_per_layer"]) == 6
     assert mine["kv_entries"] == sum(mine["visual_per_layer"]) + 6 * mine["text_tokens"]
     summary = outcome.summary[outcome.summary["kind"] == OVERALL].set_index("method")
@@ -176,6 +198,51 @@ def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
     assert console.export_text().count(own) == 2, "beside uniform at 0.7 in both"
     again = compare(request)
     assert again.new == 0
+
+
+def _matched_answers() -> pd.DataFrame:
+    """Two questions; coarse goes in steps, vague costs what the image says, fine fits."""
+    rows = [
+        ("uniform", 0.5, 100.0, 100.0, [90.0, 110.0]),
+        ("fine", 0.3, 100.0, 100.9, [90.9, 110.0]),
+        ("coarse", 0.4, 100.0, 101.1, [91.0, 111.0]),
+        ("vague", 0.6, 100.0, 100.0, [45.0, 110.0]),
+    ]
+    return pd.DataFrame(
+        {
+            "label": label, "retention": own, "asked_retention": 0.5, "status": "ok",
+            "match": "tokens", "match_target": target, "match_cost": cost,
+            "question_id": question, "layer_average": real,
+        }
+        for label, own, target, cost, both in rows
+        for question, real in zip("ab", both, strict=True)
+    )  # fmt: skip
+
+
+def test_what_matched_methods_really_cost() -> None:
+    """(45 / 90 + 110 / 110) / 2 = 0.75 of uniform's; a token off is near, more is not."""
+    found = realised(_matched_answers()).set_index("label")
+    assert list(found["coarse"]) == [False, False, True, False]
+    vague = found.loc["vague"]
+    assert (vague["ratio"], vague["least"], vague["most"]) == (0.75, 0.5, 1.0)
+    assert found.loc["fine", "ratio"] == pytest.approx((90.9 / 90 + 1) / 2)
+    flops = _matched_answers().assign(match="flops", match_cost=100.9, flops=1.0)
+    assert not realised(flops)["coarse"].any(), "1 % of FLOPs is near enough"
+    assert realised(flops.assign(match_cost=101.1))["coarse"].all()
+    older = _matched_answers().drop(columns="match_cost")
+    assert realised(older).empty
+
+
+def test_methods_that_miss_the_cost_are_named() -> None:
+    found = realised(_matched_answers())
+    coarse, vague = _misses(found)
+    assert coarse.startswith("coarse does not have the cost of uniform at 0.5: it goes in steps")
+    assert "101.1 is the nearest to 100.0" in coarse
+    assert vague.startswith("vague does not have the cost of uniform at 0.5 on these questions")
+    assert "0.75 times" in vague
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(matched_table(found))
+    assert "0.750 (0.50–1.00)" in console.export_text()
 
 
 def test_unknown_costs_are_refused_at_once() -> None:

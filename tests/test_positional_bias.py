@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tokenprune.cli import app
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection
 from tokenprune.errors import UserError
 from tokenprune.experiments import position_plots
+from tokenprune.experiments import positional_bias as module
 from tokenprune.experiments.data import held_out
 from tokenprune.experiments.position_statistics import (
     _without_rounding,
@@ -678,7 +680,7 @@ def test_command(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert max(map(len, found.output.split("SKIPPED")[0].splitlines())) <= 80
     assert {path.name for path in out.iterdir()} == {
-        *("manifest.json", "tokens.parquet", "statistics.csv", "profiles.csv", "plots")
+        *("manifest.json", "tokens.parquet", "statistics.csv", "profiles.csv", "plots", "parts")
     }
     assert (out / "plots" / "slots-image-25.png").stat().st_size > 10_000
     table = pd.read_csv(out / "statistics.csv")
@@ -688,6 +690,86 @@ def test_command(tmp_path: Path) -> None:
     assert tokens["image_id"].nunique() == 24
     assert "last" in found.output
     assert "with a padded canvas" in found.output
+
+
+def _stopped(request: Request, calls: int) -> None:
+    """Begin a run and press Ctrl-C when it reports for the ``calls``-th time that it works."""
+    seen: list[str] = []
+
+    def report(done: int, total: int, doing: str) -> None:
+        seen.append(doing)
+        if total and len([one for one in seen if " at " in one]) == calls:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+        run(request, report)
+
+
+@pytest.mark.parametrize("batch_size", [4, 3])
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Nothing is lost, doubled or computed again, with batches of another size either."""
+    monkeypatch.setattr(position_plots, "figures", lambda *_: [])
+    asked: dict[str, Any] = {
+        "methods": ("globalcom2", "fastv"), "retention": (0.5, 0.25), "images": 10,
+    }  # fmt: skip
+    whole = run(Request(**asked, batch_size=4, out=tmp_path / "whole")).result
+    out = tmp_path / "run"
+    _stopped(Request(**asked, batch_size=4, out=out), 7)  # amid the second batch of four
+    assert not (out / "tokens.parquet").exists()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
+    there = pd.concat(map(pd.read_parquet, (out / "parts").glob("*.parquet")))
+    assert there.groupby(["method", "retention"])["image"].nunique().sum() == 4 * 4 + 2 * 4
+
+    counted: list[int] = []
+    real = module._choices
+
+    def counting(adapter: Any, compressor: Any, cases: Any, prompts: Any) -> Any:
+        counted.extend(case.image for case in cases if case.condition == "normal")
+        return real(adapter, compressor, cases, prompts)
+
+    monkeypatch.setattr(module, "_choices", counting)
+    again = run(Request(**asked, batch_size=batch_size, out=out)).result
+    assert sorted(counted) == sorted([*range(4, 8)] * 2 + [*range(8, 10)] * 4)
+    if batch_size == 4:
+        pd.testing.assert_frame_equal(again.tokens, whole.tokens)
+        pd.testing.assert_frame_equal(again.statistics, whole.statistics)
+    keys = ["method", "retention", "image", "condition", "level", "token"]
+    assert not again.tokens.duplicated(keys).any()
+    assert again.tokens[keys].astype(str).equals(whole.tokens[keys].astype(str))
+    assert again.skipped == whole.skipped
+    assert json.loads((out / "manifest.json").read_text())["status"] == "complete"
+
+    counted.clear()
+    run(Request(**asked, out=out))
+    assert not counted, "all of it was there"
+
+
+def test_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(position_plots, "figures", lambda *_: [])
+    request = Request(methods=("last", "first"), images=3, out=tmp_path / "run")
+    real = type(tp.create("last", retention=0.5)).select
+    with monkeypatch.context() as broken:
+        broken.setattr(type(tp.create("last", retention=0.5)), "select", lambda *_: 1 / 0)
+        found = run(request).result
+    assert set(found.tokens["method"]) == {"first"}
+    assert list(found.failures) == [("last", 0.25)]
+    assert type(tp.create("last", retention=0.5)).select is real
+    found = run(request).result
+    assert not found.failures
+    assert found.tokens.groupby("method", observed=True)["image"].nunique().to_dict() == {
+        "last": 3, "first": 3,
+    }  # fmt: skip
+
+
+def test_runs_of_other_methods_do_not_mix(tmp_path: Path) -> None:
+    """The same names and retentions, put together otherwise."""
+    out = tmp_path / "run"
+    run(Request(methods=("last@0.5", "first@0.25"), images=2, out=out))
+    with pytest.raises(UserError, match="holds another experiment"):
+        run(Request(methods=("last@0.25", "first@0.5"), images=2, out=out))
 
 
 def test_all_are_those_that_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

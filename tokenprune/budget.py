@@ -252,7 +252,8 @@ def allocator(name: str) -> Allocator:
 def check_retention(retention: float) -> None:
     """Raise `UserError` unless ``retention`` lies in (0, 1]."""
     if not 0 < retention <= 1:
+        hint = f"; for {retention:g} % write {retention / 100:g}" if 1 < retention <= 100 else ""
         raise UserError(
             f"retention must be larger than 0 and at most 1 (the share of patch tokens kept), "
-            f"got {retention!r}."
+            f"got {retention:g}{hint}."
         )

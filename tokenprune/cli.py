@@ -9,7 +9,6 @@ import importlib
 import inspect
 import json
 import pkgutil
-import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +22,16 @@ from rich.table import Table
 import tokenprune
 from tokenprune.errors import UserError
 from tokenprune.experiments import commands
-from tokenprune.terminal import FAILED, OK, app, as_exit_status, new_table, progress, quiet
+from tokenprune.terminal import (
+    FAILED,
+    OK,
+    app,
+    as_exit_status,
+    new_table,
+    own_class,
+    progress,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -162,24 +170,10 @@ def audit(
 
 def _auditee(method: str, retention: float) -> Compressor:
     """The method to be checked.  Raises `UserError` if there is none of that name."""
-    from tokenprune.compressor import Compressor, parse
+    from tokenprune.compressor import parse
 
-    module, colon, name = method.partition(":")
-    if not colon or "=" in name or not module.replace(".", "").isidentifier():
-        return parse(method, retention=retention)
-    sys.path.insert(0, "")  # a file in the working directory is a module, too
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"cannot import {module!r}: {error}. Give package.module:Class, or a registered method "
-            "(see tokenprune list)."
-        ) from error
-    finally:
-        sys.path.pop(0)
-    if not (isinstance(found, type) and issubclass(found, Compressor)):
-        raise UserError(f"{name!r} of {module!r} is not a class derived from Compressor.")
-    return found(retention=retention)
+    own = own_class(method)
+    return parse(method, retention=retention) if own is None else own(retention=retention)
 
 
 def _refuse_without_host(compressor: Compressor) -> None:

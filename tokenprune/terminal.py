@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
@@ -17,6 +20,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from tokenprune.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenprune.compressor import Compressor
 
 __all__ = [
     "BAD_INPUT",
@@ -30,11 +36,15 @@ __all__ = [
     "bytes_unit",
     "flops_unit",
     "method_label",
+    "method_specs",
     "new_table",
+    "own_class",
     "percent",
     "progress",
     "quiet",
     "ratio",
+    "ratios",
+    "registered",
     "split_specs",
     "spread",
 ]
@@ -58,6 +68,10 @@ class ManyValues(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         lists = {name for option in self.params if option.multiple for name in option.opts}
+        for name, value in pairwise(args):
+            # Typer would take the next option for the value; no value but a number starts so.
+            if name in lists and re.match(r"-[^\d.]", value):
+                ctx.fail(f"{name} needs at least one value, got the option {value}.")
         return super().parse_args(ctx, spread(args, lists))
 
 
@@ -90,12 +104,70 @@ def split_specs(values: Sequence[str]) -> Iterator[str]:
                 yield spec.strip()
 
 
+def method_specs(values: Sequence[str]) -> list[str]:
+    """`split_specs`, each `registered`."""
+    return [registered(spec) for spec in split_specs(values)]
+
+
+def registered(spec: str) -> str:
+    """``spec``; a class of your own in it, ``module:Class``, is imported and called by its name.
+
+    Raises:
+        UserError: As `own_class`, or the class is not registered.
+    """
+    parts = []
+    for part in spec.split(" + "):
+        path, at, retention = part.strip().partition("@")
+        own = own_class(path)
+        if own is not None and not own.name:
+            raise UserError(f'{path} has no name yet; write @register("name") above the class.')
+        parts.append(part if own is None else f"{own.name}{at}{retention}")
+    return " + ".join(parts)
+
+
+def own_class(path: str) -> type[Compressor] | None:
+    """The class at ``package.module:Class``; None for a spec such as ``fastv:layer=3``.
+
+    Raises:
+        UserError: There is no such module, or no compressor of that name in it.
+    """
+    from tokenprune.compressor import Compressor
+    from tokenprune.registry import strategies
+
+    module, _, name = path.partition(":")
+    if not (name.isidentifier() and module.replace(".", "").isidentifier()):
+        return None
+    if module in strategies.names():  # a method whose options cannot be read
+        return None
+    sys.path.insert(0, "")  # a file in the working directory is a module, too
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"cannot import {module!r}: {error}. Give package.module:Class, or a registered method "
+            "(see tokenprune list) with options, name:option=value."
+        ) from error
+    finally:
+        sys.path.remove("")
+    if not (isinstance(found, type) and issubclass(found, Compressor)):
+        raise UserError(f"{name!r} of {module!r} is not a class derived from Compressor.")
+    return found
+
+
+def ratios(values: Sequence[str]) -> tuple[float, ...]:
+    """Retentions, each a value of its own or several with commas between them."""
+    return tuple(map(ratio, split_specs(values)))
+
+
 def ratio(text: str) -> float:
+    """The retention that ``text`` says; whether it is in (0, 1] is checked where it is used."""
     try:
         return float(text)
     except ValueError:
+        share = re.fullmatch(r"(\d*\.?\d+)\s*%", text.strip())
+        hint = f"; write {float(share[1]) / 100:g}" if share else ""
         raise UserError(
-            f"retention must be a number larger than 0 and at most 1, got {text!r}."
+            f"retention must be a number larger than 0 and at most 1, got {text!r}{hint}."
         ) from None
 
 
@@ -107,8 +179,8 @@ def as_exit_status() -> Iterator[None]:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted.", err=True)
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop) or "interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 

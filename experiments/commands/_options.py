@@ -6,10 +6,9 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tokenprune.terminal import FAILED, INTERRUPTED, OK
 
@@ -18,17 +17,38 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchSize",
+    "Config",
     "Data",
     "Device",
     "Dtype",
+    "ImageSize",
     "MaxNewTokens",
+    "Modality",
     "Model",
     "Out",
+    "Patches",
     "Questions",
     "Seed",
+    "TextTokens",
     "closing",
+    "interrupted",
+    "methods",
+    "retention",
     "stoppable",
 ]
+
+
+def methods(about: str, default: str) -> Any:
+    """The option ``--methods``; what it takes and what it is if not given differ by command."""
+    text = f"{about} [default: {default}]"
+    return typer.Option("--methods", "-m", metavar="SPEC...", help=text)
+
+
+def retention(default: str) -> Any:
+    """The option ``--retention``."""
+    text = f"Shares of patch tokens to keep, in (0, 1]. [default: {default}]"
+    return typer.Option("--retention", "-r", metavar="R...", help=text)
+
 
 Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")]
 Questions = Annotated[
@@ -57,33 +77,70 @@ Out = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Modality = Annotated[
+    str | None,
+    typer.Option(
+        metavar="image|video|multi-image",
+        help="What the questions are about. [default: image, or all of --data]",
+    ),
+]
+Config = Annotated[
+    str,
+    typer.Option(
+        "--config",
+        "--model",
+        help="A model by its config alone: a known name (llava-v1.6-vicuna-7b, "
+        "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json or a Hub id.",
+    ),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH",
+        help="Pixels of the image, height first as in transformers, or spelled out: 1008wx672h. "
+        "[default: thumbnail and 2x2 whole crops without separators, as the field's tables count: "
+        "2880 tokens on LLaVA-NeXT]",
+    ),
+]
+Patches = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ROWSxCOLUMNS",
+        help="In place of an image: one view of so many patches without separators, such as the "
+        "24x24 that the field's tables for LLaVA-1.5 count.",
+    ),
+]
+TextTokens = Annotated[
+    int,
+    typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
+]
 
 
 def stoppable() -> float:
-    """Treat a polite request to end as Ctrl-C; the time, for `closing`."""
+    """Treat a polite request to end, as schedulers make, as Ctrl-C; the time, for `closing`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return time.monotonic()
 
 
+def interrupted(outcome: Outcome) -> int:
+    """Say what is kept; the exit status."""
+    typer.echo(
+        f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
+        f"{outcome.folder}; the same command goes on from there."
+    )
+    return INTERRUPTED
+
+
 def closing(outcome: Outcome, started: float, files: str) -> int:
     """Say what failed, how long it took and where ``files`` are; the exit status."""
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-
     if outcome.status == "interrupted":
-        say(
-            f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
-            f"{outcome.folder}; the same command goes on from there."
-        )
-        return INTERRUPTED
+        return interrupted(outcome)
     for cell, failure in outcome.failures.items():
-        say(f"FAILED {cell}: {failure.error}")
+        typer.echo(f"FAILED {cell}: {failure.error}")
     for words in _without_image(outcome):
-        say(words)
+        typer.echo(words)
     seconds = time.monotonic() - started
-    say(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
+    typer.echo(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
     return FAILED if outcome.failures else OK
 
 

@@ -11,19 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.experiments.commands._options import (
-    BatchSize,
-    Data,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    Out,
-    Questions,
-    Seed,
-    closing,
-    stoppable,
-)
+from tokenprune.experiments.commands import _options as options
 from tokenprune.experiments.commands.pairs import difference, p_value
 from tokenprune.terminal import (
     ManyValues,
@@ -33,8 +21,7 @@ from tokenprune.terminal import (
     percent,
     progress,
     quiet,
-    ratio,
-    split_specs,
+    ratios,
 )
 
 if TYPE_CHECKING:
@@ -56,31 +43,17 @@ def ablation(
     paper: Annotated[
         bool, typer.Option("--paper", help="Also what GlobalCom² is made of, option by option.")
     ] = False,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--retention",
-            "-r",
-            metavar="R...",
-            help="Shares of patch tokens to keep, in (0, 1]. [default: 0.25]",
-        ),
-    ] = None,
-    model: Model = "testbed-next",
-    questions: Questions = None,
-    data: Data = None,
-    modality: Annotated[
-        str | None,
-        typer.Option(
-            metavar="image|video|multi-image",
-            help="What the questions are about. [default: image, or all of --data]",
-        ),
-    ] = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    out: Out = None,
-    max_new_tokens: MaxNewTokens = 8,
+    retention: Annotated[list[str] | None, options.retention("0.25")] = None,
+    model: options.Model = "testbed-next",
+    questions: options.Questions = None,
+    data: options.Data = None,
+    modality: options.Modality = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    out: options.Out = None,
+    max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Sweep options of methods, e.g. 'globalcom2:alpha=0,0.5,1;tau=1,10'.
 
@@ -95,7 +68,7 @@ def ablation(
 
         request = Request(
             model=model,
-            retention=tuple(map(ratio, split_specs(retention or ["0.25"]))),
+            retention=ratios(retention or ["0.25"]),
             questions=questions,
             data=data,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
@@ -107,7 +80,7 @@ def ablation(
             max_new_tokens=max_new_tokens,
         )
         quiet()
-        started = stoppable()
+        started = options.stoppable()
         asked = dict.fromkeys([*(sweeps or ()), *(PAPER if paper else ())])
         with progress() as report:
             result = ablation(request, list(asked), report)
@@ -116,7 +89,7 @@ def ablation(
                 Console().print(table, "")
         for spec, why in result.skipped.items():
             typer.echo(f"SKIPPED {spec}: {why}")
-        status = closing(result.outcome, started, "ablation.csv, answers.parquet, plots/")
+        status = options.closing(result.outcome, started, "ablation.csv, answers.parquet, plots/")
     raise typer.Exit(status)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,19 +16,18 @@ from rich.table import Table
 from tokenprune.experiments.commands import _options as options
 from tokenprune.terminal import (
     FAILED,
-    INTERRUPTED,
     OK,
     ManyValues,
     app,
     as_exit_status,
     flops_unit,
     method_label,
+    method_specs,
     new_table,
     percent,
     progress,
     quiet,
-    ratio,
-    split_specs,
+    ratios,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "tables"]
 
 _KINDS_PER_TABLE = 5
+_FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
 
 
 @app.command(cls=ManyValues)
@@ -47,24 +46,14 @@ def compare(
     model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            metavar="SPEC...",
-            help="Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all. "
-            "One before and one inside the language model: 'globalcom2@0.5 + fastv@0.5'. "
-            "[default: uniform random fastv globalcom2]",
+        options.methods(
+            "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
+            "of yours: my_module:Mine. One before and one inside the language model: "
+            "'globalcom2@0.5 + fastv@0.5'.",
+            default="uniform random fastv globalcom2",
         ),
     ] = None,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--retention",
-            "-r",
-            metavar="R...",
-            help="Shares of patch tokens to keep, in (0, 1]. [default: 1 0.5 0.25 0.1]",
-        ),
-    ] = None,
+    retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: Annotated[
         Path | None,
@@ -74,13 +63,7 @@ def compare(
             "video), question, answer and optionally kind and id; paths are relative to the file.",
         ),
     ] = None,
-    modality: Annotated[
-        str | None,
-        typer.Option(
-            metavar="image|video|multi-image",
-            help="What the questions are about. [default: image, or all of --data]",
-        ),
-    ] = None,
+    modality: options.Modality = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: Annotated[
@@ -123,9 +106,9 @@ def compare(
             "match": match,
         }
         if methods:
-            asked["methods"] = tuple(split_specs(methods))
+            asked["methods"] = tuple(method_specs(methods))
         if retention:
-            asked["retention"] = tuple(map(ratio, split_specs(retention)))
+            asked["retention"] = ratios(retention)
 
         from tokenprune.experiments.compare import Request
 
@@ -138,31 +121,31 @@ def _compare(request: Request) -> int:
     from tokenprune.experiments.compare import compare
 
     quiet()
-    # A scheduler that takes the machine away asks politely first; treat it as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    started = time.monotonic()
+    started = options.stoppable()
     with progress() as report:
         outcome = compare(request, report)
     seconds = time.monotonic() - started
-
-    folder, console = outcome.folder, Console()
     if outcome.status == "interrupted":
-        console.print(
-            f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
-            f"{folder}; the same command goes on from there.",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
-        return INTERRUPTED
+        return options.interrupted(outcome)
+    folder, console = outcome.folder, Console()
     for table in tables(outcome.summary):
         console.print(table, "")
+    if request.match:
+        from tokenprune.experiments.matching import realised
+        from tokenprune.experiments.results import read_answers
+
+        found = realised(read_answers(folder))
+        if len(found):
+            console.print(matched_table(found), "")
+        for words in _misses(found):
+            typer.echo(words)
     for words in _spreads(outcome.summary):
-        console.print(words, soft_wrap=True, highlight=False, markup=False)
+        typer.echo(words)
     for name, why in outcome.skipped.items():
-        console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
+        typer.echo(f"SKIPPED {name}: {why}")
     for cell, failure in outcome.failures.items():
-        console.print(f"FAILED {cell}: {failure.error}", soft_wrap=True, markup=False)
-    console.print(_closing_words(outcome, seconds), soft_wrap=True, highlight=False, markup=False)
+        typer.echo(f"FAILED {cell}: {failure.error}")
+    typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures else OK
 
 
@@ -258,7 +241,7 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
         figures = ["FAILED", "", "", ""]
         if row["status"] == "ok":
             decimals = 3 if row["kl_high"] < 10 else 1
-            figures = [_accuracy(row, decimals=1), _between(row, "kl", decimals, scale=1)]
+            figures = [_accuracy(row, decimals=0), _between(row, "kl", decimals, scale=1)]
             # The references' own answers are what sorts the questions.
             parts = () if math.isnan(row["retention"]) else ("easy", "hard")
             figures += [_between(row, f"{part}_accuracy", 0) for part in parts]
@@ -306,6 +289,60 @@ def _matching(rows: pd.DataFrame) -> str:
         "how much that is stands behind its name."
         for kind in kinds
     )
+
+
+def matched_table(found: pd.DataFrame) -> Table:
+    """How far costs were matched; ``found`` is as `matching.realised` returns it."""
+    kind, measured = found["match"].iloc[0], found["ratio"].notna().any()
+    table = new_table(
+        title=f"Matched: {kind}",
+        caption="Wanted, got: on the prompt of median length, for which retentions were solved."
+        + (
+            " Of uniform's: what the method really cost on the questions asked, over what uniform "
+            "did; mean, least and most."
+            if measured
+            else ""
+        ),
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("retention", "wanted", "got", *(["of uniform's"] if measured else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for asked, group in found.groupby("asked", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            ratio = f"{row['ratio']:.3f} ({row['least']:.2f}–{row['most']:.2f})"
+            table.add_row(
+                "" if position else percent(float(str(asked)), None),
+                method_label(row["label"]),
+                f"{row['retention']:.4g}",
+                *(_cost(row[name], kind) for name in ("target", "cost")),
+                *([ratio] if measured else []),
+                end_section=position + 1 == len(group),
+            )
+    return table
+
+
+def _misses(found: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method whose cost is not that of uniform."""
+    for row in _rows(found):
+        name = f"{row['label']} does not have the cost of uniform at {row['asked']:g}"
+        if row["coarse"]:
+            yield (
+                f"{name}: it goes in steps, of which {_cost(row['cost'], row['match'])} is the "
+                f"nearest to {_cost(row['target'], row['match'])}."
+            )
+        elif abs(row["ratio"] - 1) > _FAR:
+            yield (
+                f"{name} on these questions, but {row['ratio']:.2f} times as much: content decides "
+                "how much it keeps."
+            )
+
+
+def _cost(cost: float, kind: str) -> str:
+    """A cost of `matching.KINDS` in words."""
+    if kind == "flops":
+        return percent(cost, 2)
+    return f"{cost:.1f}" if kind == "tokens" else f"{cost:.3g} ms"
 
 
 def _as_asked(rows: pd.DataFrame) -> pd.DataFrame:

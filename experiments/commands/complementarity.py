@@ -9,19 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.experiments.commands._options import (
-    BatchSize,
-    Data,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    Out,
-    Questions,
-    Seed,
-    closing,
-    stoppable,
-)
+from tokenprune.experiments.commands import _options as options
 from tokenprune.experiments.commands.pairs import difference, p_value
 from tokenprune.terminal import app, as_exit_status, new_table, progress, quiet
 
@@ -33,15 +21,15 @@ __all__ = ["complementarity", "table"]
 
 @app.command()
 def complementarity(
-    model: Model = "testbed-next",
-    questions: Questions = None,
-    data: Data = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    out: Out = None,
-    max_new_tokens: MaxNewTokens = 8,
+    model: options.Model = "testbed-next",
+    questions: options.Questions = None,
+    data: options.Data = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    out: options.Out = None,
+    max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Answer from the thumbnail, from the crops and from both.
 
@@ -66,14 +54,16 @@ def complementarity(
             max_new_tokens=max_new_tokens,
         )
         quiet()
-        started = stoppable()
+        started = options.stoppable()
         with progress() as report:
             result = complementarity(request, report)
         if len(result.table):
             Console().print(table(result.table), "")
         if result.left_out:
             typer.echo(f"{result.left_out} questions were left out: their images have no crops.")
-        status = closing(result.outcome, started, "complementarity.csv, answers.parquet, plots/")
+        status = options.closing(
+            result.outcome, started, "complementarity.csv, answers.parquet, plots/"
+        )
     raise typer.Exit(status)
 
 

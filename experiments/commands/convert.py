@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tokenprune.experiments.commands.efficiency import describe
-from tokenprune.terminal import OK, app, as_exit_status, new_table, percent, quiet
+from tokenprune.experiments.commands import _options as options
+from tokenprune.experiments.commands.efficiency import describe, prompt_asked, stand_in
+from tokenprune.terminal import OK, app, as_exit_status, new_table, percent, quiet, registered
 
 __all__ = ["convert"]
 
@@ -22,14 +23,10 @@ def convert(
             "without one, if a target is given."
         ),
     ],
-    config: Annotated[
-        str, typer.Option("--config", "--model", help="As for efficiency.")
-    ] = "llava-v1.6-vicuna-7b",
-    image_size: Annotated[
-        str | None,
-        typer.Option(metavar="HEIGHTxWIDTH", help="As for efficiency."),
-    ] = None,
-    text_tokens: Annotated[int, typer.Option(help="As for efficiency.")] = 0,
+    config: options.Config = "llava-v1.6-vicuna-7b",
+    image_size: options.ImageSize = None,
+    patches: options.Patches = None,
+    text_tokens: options.TextTokens = 0,
     tokens: Annotated[
         float | None,
         typer.Option(help="Find the retention with this many visual tokens a layer on average."),
@@ -49,7 +46,8 @@ def convert(
     """Translate between retention, tokens a layer, FLOPs and the equivalent pre-LLM retention.
 
     Tokens are visual ones with separators that enter a decoder layer, averaged over all layers;
-    merged tokens count. Text is left out of them.
+    merged tokens count. Text is left out of them. FLOPs are in % of the uncompressed model's, of
+    the decoder with choosing, or of the vision tower where a method acts there.
 
     Exit status: 0 done, 2 bad input or a target that cannot be met.
     """
@@ -57,10 +55,10 @@ def convert(
         from tokenprune.compressor import parse
         from tokenprune.errors import UserError
         from tokenprune.experiments import efficiency as experiment
-        from tokenprune.experiments.translation import MEASURES, solve, translate
+        from tokenprune.experiments.translation import MEASURES, WORDS, solve, translate
 
         quiet()
-        size = None if image_size is None else experiment.read_size(image_size)
+        method = registered(method)
         targets = {"tokens": tokens, "flops": flops, "equivalent": equivalent}
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) > 1:
@@ -71,11 +69,20 @@ def convert(
                 f"{method!r} needs a retention (fastv@0.25) or a target (--tokens, --flops or "
                 "--equivalent), and not both."
             )
-        prompt = experiment.prompt_of(config, size, text=text_tokens)
+        prompt = prompt_asked(config, image_size, patches, text_tokens)
         found = parse(method) if own else parse(method, retention=0.5)
         prompt.adapter.check(found)
-        for name, value in given.items():
-            found = solve(prompt, found, value, next(m for m in MEASURES if m == name)).method
+        remarks = []
+        for name in MEASURES:
+            if name in given:
+                solution = solve(prompt, found, given[name], name)
+                found = solution.method
+                if solution.coarse:
+                    remarks.append(
+                        f"No retention gives {solution.target:g} {WORDS[name]}: {found.label} goes "
+                        f"in larger steps, the nearest of which is {solution.cost:.4g}."
+                    )
+        remarks += stand_in(prompt, [found])
         terms = translate(prompt, found)
         mark = prompt.forecast(found).mark
     table = new_table("", "", show_header=False)
@@ -86,8 +93,13 @@ def convert(
     table.add_row("tokens a layer, mean over layers", f"{mark}{terms['tokens']:.2f}")
     table.add_row("  with text", f"{mark}{terms['tokens_with_text']:.2f}")
     table.add_row("FLOPs of the prefill", f"{mark}{percent(terms['flops'], 2)}")
+    table.add_row("  of which for choosing", f"{mark}{percent(terms['selector_flops'], None)}")
+    if terms["vision_flops"] != 1:
+        table.add_row("FLOPs of the vision tower", percent(terms["vision_flops"], 2))
     table.add_row("equivalent pre-LLM retention", f"{mark}{terms['equivalent']:.4f}")
     console = Console(highlight=False)
-    console.print(describe(config, prompt), soft_wrap=True, markup=False)
+    typer.echo(describe(config, prompt))
     console.print(table)
+    for remark in remarks:
+        typer.echo(remark)
     raise typer.Exit(OK)

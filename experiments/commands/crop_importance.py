@@ -10,19 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.experiments.commands._options import (
-    BatchSize,
-    Data,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    Out,
-    Questions,
-    Seed,
-    closing,
-    stoppable,
-)
+from tokenprune.experiments.commands import _options as options
 from tokenprune.experiments.commands.pairs import difference, p_value
 from tokenprune.terminal import app, as_exit_status, new_table, progress, quiet
 
@@ -34,7 +22,7 @@ __all__ = ["crop_importance", "table"]
 
 @app.command("crop-importance")
 def crop_importance(
-    model: Model = "testbed-next",
+    model: options.Model = "testbed-next",
     score: Annotated[
         str,
         typer.Option(
@@ -45,14 +33,14 @@ def crop_importance(
     ] = "saliency",
     layer: Annotated[int, typer.Option(help="Encoder layer of the score.")] = -1,
     seeds: Annotated[int, typer.Option(help="How many random crops to drop in turn.")] = 1,
-    questions: Questions = None,
-    data: Data = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    out: Out = None,
-    max_new_tokens: MaxNewTokens = 8,
+    questions: options.Questions = None,
+    data: options.Data = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    out: options.Out = None,
+    max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Drop the highest-, the lowest- or a random crop by the thumbnail's score.
 
@@ -78,7 +66,7 @@ def crop_importance(
             max_new_tokens=max_new_tokens,
         )
         quiet()
-        started = stoppable()
+        started = options.stoppable()
         with progress() as report:
             result = crop_importance(request, report, score=score, layer=layer)
         if len(result.table):
@@ -86,7 +74,7 @@ def crop_importance(
         if result.left_out:
             typer.echo(f"{result.left_out} questions were left out: fewer than two crops.")
         files = "crop_importance.csv, crops.csv, objects.csv, answers.parquet, plots/"
-        status = closing(result.outcome, started, files)
+        status = options.closing(result.outcome, started, files)
     raise typer.Exit(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune.experiments.commands import _options as options
 from tokenprune.terminal import (
     OK,
     ManyValues,
@@ -17,66 +19,36 @@ from tokenprune.terminal import (
     bytes_unit,
     flops_unit,
     method_label,
+    method_specs,
     new_table,
     percent,
     progress,
     quiet,
-    ratio,
-    split_specs,
+    ratios,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tokenprune.compressor import Compressor
     from tokenprune.experiments.efficiency import Prompt
 
-__all__ = ["describe", "efficiency"]
+__all__ = ["describe", "efficiency", "prompt_asked", "stand_in"]
 
 _RETENTION = ("1", "0.75", "0.5", "0.25", "0.1")
 
 
 @app.command(cls=ManyValues)
 def efficiency(
-    config: Annotated[
-        str,
-        typer.Option(
-            "--config",
-            "--model",
-            help="A model by its config alone: a known name (llava-v1.6-vicuna-7b, "
-            "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json or a Hub id.",
-        ),
-    ] = "llava-v1.6-vicuna-7b",
+    config: options.Config = "llava-v1.6-vicuna-7b",
     methods: Annotated[
         list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            metavar="SPEC...",
-            help="As for compare, e.g. fastv:layer=2 pyramiddrop. [default: uniform]",
-        ),
+        options.methods("As for compare.", "uniform"),
     ] = None,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--retention",
-            "-r",
-            metavar="R...",
-            help="Shares of patch tokens to keep, in (0, 1]. [default: 1 0.75 0.5 0.25 0.1]",
-        ),
-    ] = None,
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HEIGHTxWIDTH",
-            help="Pixels of the image, height first as in transformers, or spelled out: "
-            "1008wx672h. [default: thumbnail and 2x2 whole crops without separators, as the "
-            "field's tables count: 2880 tokens on LLaVA-NeXT]",
-        ),
-    ] = None,
-    text_tokens: Annotated[
-        int,
-        typer.Option(help="Tokens of the prompt that are not visual; those tables count none."),
-    ] = 0,
+    retention: Annotated[list[str] | None, options.retention("1 0.75 0.5 0.25 0.1")] = None,
+    image_size: options.ImageSize = None,
+    patches: options.Patches = None,
+    text_tokens: options.TextTokens = 0,
     dtype: Annotated[
         str, typer.Option(help="Of weights and KV cache: bfloat16, float16 or float32.")
     ] = "bfloat16",
@@ -95,9 +67,7 @@ def efficiency(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="With --measure: prompts at once.")] = 1,
     repeats: Annotated[int, typer.Option(help="With --measure: timed runs of each part.")] = 5,
-    device: Annotated[
-        str | None, typer.Option(help="With --measure. [default: cuda if there is one]")
-    ] = None,
+    device: options.Device = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where tables and plots go. [default: one in runs/]"),
@@ -115,15 +85,14 @@ def efficiency(
         from tokenprune.experiments import efficiency as experiment
 
         quiet()
-        size = None if image_size is None else experiment.read_size(image_size)
         folder = out or Path("runs") / f"efficiency_{Path(config).name}"
         results.check_writable(folder)
-        specs = list(split_specs(methods)) if methods else ["uniform"]
-        ratios = [ratio(text) for text in split_specs(retention or _RETENTION)]
-        experiment.chosen([spec for spec in specs if spec != experiment.ALL], ratios)  # early
-        prompt = experiment.prompt_of(config, size, text=text_tokens, dtype=dtype)
+        specs = method_specs(methods) if methods else ["uniform"]
+        shares = ratios(retention or _RETENTION)
+        experiment.chosen([spec for spec in specs if spec != experiment.ALL], shares)  # early
+        prompt = prompt_asked(config, image_size, patches, text_tokens, dtype)
         runs, skipped = experiment.expanded(specs, prompt.adapter.check)
-        asked = experiment.chosen(runs, ratios)
+        asked = experiment.chosen(runs, shares)
         for method in asked:
             prompt.adapter.check(method)
         with progress() as report:
@@ -153,11 +122,13 @@ def efficiency(
                 )
             tables |= {"measured": measured.table}
             console.print(_measured(measured.table, measured.words), "")
+        size = prompt.image_size
         details: dict[str, Any] = {
             "model": config,
             "methods": specs,
-            "retention": ratios,
+            "retention": shares,
             "image_size": None if size is None else {"height": size[0], "width": size[1]},
+            "patches": patches,
             "text_tokens": text_tokens,
             "dtype": dtype,
             "measure": measure,
@@ -172,13 +143,34 @@ def efficiency(
         )
         figure = cost_plots.tokens_by_layer(by_layer, "Where tokens are processed", _what(prompt))
         plots.save(figure, folder / "plots" / "layers")
+        for remark in stand_in(prompt, asked):
+            typer.echo(remark)
         for name, why in skipped.items():
-            console.print(f"SKIPPED {name}: {why}", soft_wrap=True, markup=False)
-        console.print(
-            f"Written to {folder}: {', '.join(f'{name}.csv' for name in tables)}, plots/",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
+            typer.echo(f"SKIPPED {name}: {why}")
+        names = ", ".join(f"{name}.csv" for name in tables)
+        typer.echo(f"Written to {folder}: {names}, plots/")
     raise typer.Exit(OK)
+
+
+def prompt_asked(
+    config: str, image_size: str | None, patches: str | None, text: int, dtype: str = "bfloat16"
+) -> Prompt:
+    """The prompt that options describe.  Raises `UserError` as `efficiency.prompt_of`."""
+    from tokenprune.experiments.efficiency import prompt_of, read_size
+
+    size, grid = (None if given is None else read_size(given) for given in (image_size, patches))
+    return prompt_of(config, size, patches=grid, text=text, dtype=dtype)
+
+
+def stand_in(prompt: Prompt, methods: Sequence[Compressor]) -> Iterator[str]:
+    """A sentence, if a method looks at a question and there is none."""
+    from tokenprune.experiments.efficiency import asks
+
+    if not prompt.text and any(asks(prompt, method) for method in methods):
+        yield (
+            f"No text is counted; where a method looks at the question, {prompt.asking} tokens "
+            "stand in for it (--text-tokens gives and counts others)."
+        )
 
 
 def _what(prompt: Prompt) -> str:

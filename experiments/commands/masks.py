@@ -11,18 +11,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tokenprune.experiments.commands import _options as options
 from tokenprune.terminal import (
     OK,
     ManyValues,
     app,
     as_exit_status,
     method_label,
+    method_specs,
     new_table,
     percent,
     progress,
     quiet,
-    ratio,
-    split_specs,
+    ratios,
 )
 
 if TYPE_CHECKING:
@@ -52,20 +53,9 @@ def masks(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            metavar="SPEC...",
-            help="Methods with options, as of compare. [default: globalcom2 fastv; globalcom2 "
-            "without a question]",
-        ),
+        options.methods("As for compare.", "globalcom2 fastv; globalcom2 without a question"),
     ] = None,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--retention", "-r", metavar="R...", help="Shares of patch tokens. [default: 0.25]"
-        ),
-    ] = None,
+    retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     video: Annotated[
         bool, typer.Option("--video", help="The images are a video's frames.")
     ] = False,
@@ -80,11 +70,9 @@ def masks(
         typer.Option(metavar="FILE", help="Weights of a timm model; without, they are random."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the example.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 8,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    max_new_tokens: options.MaxNewTokens = 8,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="[default: one in runs/, named after the picture]"),
@@ -104,8 +92,8 @@ def masks(
         request = Request(
             words=tuple(words or ()),
             model=model,
-            methods=tuple(split_specs(methods)) if methods else None,
-            retention=tuple(map(ratio, split_specs(retention or ["0.25"]))),
+            methods=tuple(method_specs(methods)) if methods else None,
+            retention=ratios(retention or ["0.25"]),
             video=video,
             frames=frames,
             cuts=cuts,
@@ -121,11 +109,8 @@ def masks(
         console = Console()
         console.print(table(seen), "")
         for name, why in skipped.items():
-            console.print(f"SKIPPED {name}: {why}", soft_wrap=True, highlight=False, markup=False)
-        console.print(
-            f"Written to {folder}: {', '.join(files)}",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+            typer.echo(f"SKIPPED {name}: {why}")
+        typer.echo(f"Written to {folder}: {', '.join(files)}")
     raise typer.Exit(OK)
 
 

@@ -59,7 +59,7 @@ def pairs(
             found.to_csv(temporary, index=False)
         console = Console()
         console.print(table(found))
-        console.print(f"Written to {path}", soft_wrap=True, highlight=False, markup=False)
+        typer.echo(f"Written to {path}")
     raise typer.Exit(OK)
 
 

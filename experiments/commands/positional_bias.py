@@ -19,11 +19,12 @@ from tokenprune.terminal import (
     app,
     as_exit_status,
     method_label,
+    method_specs,
     new_table,
     percent,
     progress,
     quiet,
-    ratio,
+    ratios,
     split_specs,
 )
 
@@ -47,23 +48,9 @@ def positional_bias(
     model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            metavar="SPEC...",
-            help="Methods with options, all, or chains: 'globalcom2@0.5 + fastv@0.5'. "
-            "[default: uniform random last fastv globalcom2]",
-        ),
+        options.methods("As for compare.", "uniform random last fastv globalcom2"),
     ] = None,
-    retention: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--retention",
-            "-r",
-            metavar="R...",
-            help="Shares of patch tokens to keep, in (0, 1]. [default: 0.25]",
-        ),
-    ] = None,
+    retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     images: Annotated[
         int | None,
         typer.Option(help="How many images. [default: 60 of the testbed, or all of your own]"),
@@ -96,18 +83,14 @@ def positional_bias(
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Folder of the run. [default: one in runs/, named after it]"
-        ),
-    ] = None,
+    out: options.Out = None,
 ) -> None:
     """Test whether methods choose tokens by what they show or by where they lie.
 
     Shows every method the same content at other places: crops (or frames) in reversed order,
     flipped images. Prints how the share kept rises along the sequence, whether place matters, and
-    what the choice follows; writes tables and plots to a folder.
+    what the choice follows; writes tables and plots to a folder. Ctrl-C keeps what was computed;
+    the same command goes on.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -125,9 +108,9 @@ def positional_bias(
             "out": out,
         }
         if methods:
-            asked["methods"] = tuple(split_specs(methods))
+            asked["methods"] = tuple(method_specs(methods))
         if retention:
-            asked["retention"] = tuple(map(ratio, split_specs(retention)))
+            asked["retention"] = ratios(retention)
         if conditions:
             asked["conditions"] = tuple(split_specs(conditions))
 
@@ -142,20 +125,19 @@ def _run(request: Request) -> int:
     from tokenprune.experiments.positional_bias import run
 
     quiet()
-    started = time.monotonic()
+    started = options.stoppable()
     with progress() as report:
         outcome = run(request, report)
     console = Console()
     for table in tables(outcome.result.statistics):
         console.print(table, "")
     for line in _remarks(outcome):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        typer.echo(line)
     seconds = time.monotonic() - started
-    console.print(
+    typer.echo(
         f"{seconds:.0f} s. Written to {outcome.folder}: tokens.parquet, statistics.csv, "
-        "profiles.csv, plots/",
-        soft_wrap=True, highlight=False, markup=False,
-    )  # fmt: skip
+        "profiles.csv, plots/"
+    )
     return FAILED if outcome.result.failures else OK
 
 
