@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -37,6 +38,7 @@ Rounding = Literal["floor", "half-even", "half-up", "ceil"]
 _QUOTIENT = Fraction(1, 10**12)
 
 
+@lru_cache(maxsize=4096)  # a comparison asks for few, thousands of times
 def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
     """How many of ``tokens`` are kept, at least one of a non-empty sequence.
 
