@@ -91,7 +91,7 @@ class PACT(Compressor):
         return 2.0 * tokens[KEYS].shape[1] * (stay**2 + patches * centres)
 
     def memory(self, tokens: VisualTokens) -> float:
-        """States and keys in float32, distances of what stays, and the largest of: their density,
+        """States and keys in float32, distances of what stays, and the largest of: who is near,
         the keys on both sides, distances of all to the centres, the means."""
         patches, width, key = (
             len(tokens.layout.patches),
@@ -101,7 +101,7 @@ class PACT(Compressor):
         stay, centres = self._stay(patches), budget(patches, self.retention)
         vectors = 4.0 * patches * (width + key) + 4.0 * stay**2
         means = 4.0 * patches * width + 8.0 * centres * width
-        most = max(8.0 * stay**2, 8.0 * stay * key, 8.0 * patches * centres, means)
+        most = max(12.0 * stay**2, 8.0 * stay * key, 8.0 * patches * centres, means)
         return super().memory(tokens) + vectors + most
 
     def select(self, tokens: VisualTokens) -> Selection:

@@ -387,9 +387,9 @@ def dispersed(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
     Returns:
         (P,) bool.
     """
-    rounds, rank = ROUNDS, _rank(density)
+    rounds, denser = ROUNDS, _denser(density)
     while True:
-        chosen, undecided = _rounds(distance, rank, cutoff, rounds)
+        chosen, undecided = _rounds(distance, denser, cutoff, rounds)
         if not undecided.any():
             return chosen
         rounds *= 2
@@ -411,17 +411,17 @@ def least_cutoff(
     Returns:
         The cutoff, () on the device, and on the CPU what `dispersed` gives for it.
     """
-    rounds, rank = ROUNDS, _rank(density)
+    rounds, denser = ROUNDS, _denser(density)
     while True:
         low = torch.full((), least, dtype=torch.float64, device=distance.device)
         high = distance.max().double().clamp(min=least)
-        first, undecided = _rounds(distance, rank, low, rounds)
-        found, more = _rounds(distance, rank, high, rounds)
+        first, undecided = _rounds(distance, denser, low, rounds)
+        found, more = _rounds(distance, denser, high, rounds)
         fits, undecided = first.sum() <= count, undecided | more
         high, found = torch.where(fits, low, high), torch.where(fits, first, found)
         for _ in range(16):
             middle = (low + high) / 2
-            tried, more = _rounds(distance, rank, middle, rounds)
+            tried, more = _rounds(distance, denser, middle, rounds)
             few, undecided = tried.sum() <= count, undecided | more
             low, high = torch.where(few, low, middle), torch.where(few, middle, high)
             found = torch.where(few, tried, found)
@@ -431,26 +431,29 @@ def least_cutoff(
         rounds *= 2
 
 
-def _rank(density: Tensor) -> Tensor:
-    """(P,) how many points are denser, the earlier of equally dense ones first."""
+def _denser(density: Tensor) -> Tensor:
+    """(P, P) 1 where ``j`` is denser than ``i``, else 0; of equally dense points the earlier is."""
     place = torch.arange(len(density), device=density.device)
-    return torch.empty_like(place).scatter_(0, density.argsort(descending=True, stable=True), place)
+    order = density.argsort(descending=True, stable=True)
+    rank = torch.empty_like(place).scatter_(0, order, place)
+    return (rank[None] < rank[:, None]).float()
 
 
 def _rounds(
-    distance: Tensor, rank: Tensor, cutoff: Tensor | float, rounds: int
+    distance: Tensor, denser: Tensor, cutoff: Tensor | float, rounds: int
 ) -> tuple[Tensor, Tensor]:
     """(P,) bool each: what `dispersed` has chosen after some rounds, and what is undecided."""
-    near = (distance <= cutoff).fill_diagonal_(False)
-    denser = near & (rank[None] < rank[:, None])
-    chosen = torch.zeros_like(near[0])
+    # Products of numbers, which count, take a small part of the time that those of bools do.
+    near = torch.le(distance, cutoff, out=torch.empty_like(distance)).fill_diagonal_(0)
+    before = near * denser
+    chosen = torch.zeros_like(near[0], dtype=torch.bool)
     free = ~chosen
     for _ in range(rounds):
         if free.device.type == "cpu" and not free.any():  # on a GPU this would be a wait
             break
-        new = free & ~(denser & free).any(1)
+        new = free & (before @ free.float() == 0)
         chosen |= new
-        free &= ~new & ~(near & new).any(1)
+        free &= ~new & (near @ new.float() == 0)
     return chosen, free
 
 
