@@ -23,7 +23,7 @@ from tokenprune.experiments.benchmarks.shapes import (
     tokens_at,
     vit_flops,
 )
-from tokenprune.experiments.benchmarks.sharing import METHODS, _bound_7b
+from tokenprune.experiments.benchmarks.sharing import METHODS, _bound, _bound_7b
 from tokenprune.experiments.benchmarks.watching import watching
 from tokenprune.experiments.compare import cells
 from tokenprune.ledger import DecoderShape, prefill_flops
@@ -182,3 +182,16 @@ def test_the_bound_by_hand() -> None:
         (tower + full + 2 * (late - 2 / 32 * full)) / (2 * (tower + late))
     )
     assert 0.5 < _bound_7b(adapter, cells(METHODS, [0.75, 0.5, 0.25, 0.1])[1:]) < 0.95
+
+
+def test_the_bound_counts_full_length_once() -> None:
+    """At R = 1 both methods are the uncompressed model, which runs anyway; FastV cuts at layer 2.
+
+    Together: a tower of 10, the uncompressed 320, 150, and 200 less 2 of 32 layers of 320.
+    """
+    small = DecoderShape(layers=32, hidden=16, intermediate=16, heads=2, kv_heads=2, head_dim=8)
+    columns = cells(["uniform", "fastv"], [1.0, 0.5])[1:]
+    cost = {("uniform", 0.5): 150.0, ("fastv", 0.5): 200.0}
+    flops = {cell.key: cost.get((cell.method, cell.retention), 320.0) for cell in columns}
+    found = _bound(larger_testbed(small), columns, flops, 320.0, 10.0)
+    assert found == pytest.approx((10 + 320 + 150 + 180) / (330 + 330 + 160 + 210))
