@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.compressor import Stage
+from tokenprune.encoder import running
 from tokenprune.errors import UserError
-from tokenprune.experiments.benchmarks import changes, record, save, selection, table
+from tokenprune.experiments.benchmarks import changes, record, save, selection, table, tower
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.prefill import TOY
 from tokenprune.experiments.benchmarks.record import Figure
@@ -39,9 +39,7 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     frame = table(out)
     assert set(frame["benchmark"]) == {"sharing", "selection", "prefill", "growth"}
-    methods = [tp.create(name, retention=0.5) for name in tp.available()]
-    names = {one.name for one in methods if one.stage is not Stage.ENCODER}
-    assert set(frame["case"]) >= {*names, "testbed-next"}
+    assert set(frame["case"]) >= {*tp.available(), "testbed-next"}
     assert frame["value"].notna().all()
     for column in ("device", "machine", "torch", "transformers", "date"):
         assert frame[column].notna().all()
@@ -195,3 +193,21 @@ def test_the_bound_counts_full_length_once() -> None:
     flops = {cell.key: cost.get((cell.method, cell.retention), 320.0) for cell in columns}
     found = _bound(larger_testbed(small), columns, flops, 320.0, 10.0)
     assert found == pytest.approx((10 + 320 + 150 + 180) / (330 + 330 + 160 + 210))
+
+
+@pytest.mark.parametrize("name", ["tome", "downsample"])
+def test_the_steps_inside_a_tower_are_those_of_the_real_run(name: str) -> None:
+    """As many entries in every layer as where the whole tower runs, and a selection behind it."""
+    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
+    adapter, method = (
+        tower.clip(6, "cpu", torch.float32, **tower.SMALL),
+        tp.create(name, retention=0.25),
+    )
+    steps = tower.Steps(adapter, method, layout, 8)
+    made = steps()
+    call = {"pixel_values": steps.pixels[None], "image_sizes": torch.tensor([[168, 168]])}
+    with running(adapter, method, call, "image") as real, torch.no_grad():
+        adapter.vision_tower(steps.pixels, output_hidden_states=True)
+    assert made.encoding == real.encoding
+    assert len(made.encoding.attended) == 4
+    assert len(method(steps.shown(made)).keep) <= 45 + len(layout.separators)

@@ -49,13 +49,13 @@ class Projections:
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Both as (views, heads, tokens, head_dim) in float32."""
-        if self.query is None or self.key is None:
+        return self.by_head(self.query), self.by_head(self.key)
+
+    def by_head(self, values: Tensor | None) -> Tensor:
+        """One of both as (views, heads, tokens, head_dim) in float32."""
+        if values is None:
             raise RuntimeError("the vision tower was not run while its projections were tapped")
-        pattern = "v n (h d) -> v h n d"
-        return (
-            rearrange(self.query, pattern, h=self.heads).float(),
-            rearrange(self.key, pattern, h=self.heads).float(),
-        )
+        return rearrange(values, "v n (h d) -> v h n d", h=self.heads).float()
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Attention of logits (views, ..., tokens)."""
@@ -111,8 +111,7 @@ def key_vectors(tapped: Projections) -> Tensor:
     Returns:
         (views, tokens, head_dim) float32; of `Projections.joint`, the whole width.
     """
-    _, key = tapped.split()
-    return key.mean(1)
+    return tapped.by_head(tapped.key).mean(1)  # a float32 copy of the queries would be large
 
 
 @contextmanager
