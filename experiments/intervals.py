@@ -295,7 +295,8 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
         ``only_second`` got right, and the p-value of McNemar's exact test; the last three only if
         each answered once and not with several seeds.  Empty if either failed or nothing is shared.
     """
-    return _compared(*(_Part(one.set_index("question_id")) for one in (first, second)), seed)
+    one, other = (_Part(answers.set_index("question_id")) for answers in (first, second))
+    return _compared(one, other, seed)
 
 
 class _Part:

@@ -10,6 +10,7 @@ cluster stays.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -273,7 +274,7 @@ def foreseen(
     states = torch.randn(layout.views, entries, width, generator=draw)
     for index in range(len(adapter.vision_layers)):
         tower.attended.append(states.shape[1])
-        states = session._reduced(index, states, lambda states=states: states)
+        states = session._reduced(index, states, functools.partial(torch.clone, states))
         tower.processed.append(states.shape[1])
     return tower
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -46,10 +47,14 @@ from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.ledger import (
     DecoderShape,
+    Kept,
     Ledger,
     VisionShape,
+    copied_bytes,
     encoder_flops,
     held_bytes,
+    kept_of,
+    merging_bytes,
     settle,
     signal_bytes,
     signal_flops,
@@ -248,6 +253,24 @@ class _Span:
         )
 
 
+@dataclass(frozen=True)
+class _Picked:
+    """What one selection took, counted once the row's length is known.
+
+    Attributes:
+        bytes: What it was shown and its own.
+        tapped: Layers whose states were there for attention rows.
+        visual: Visual tokens of the row in front of it.
+        merged: How many vectors were put in.
+    """
+
+    row: int
+    bytes: int
+    tapped: tuple[int, ...]
+    visual: int
+    merged: int
+
+
 @dataclass(eq=False)
 class _Pass:
     """One forward of the language model: B rows, S columns of the prompt in M slots.
@@ -263,6 +286,8 @@ class _Pass:
         entered: (B,) tokens that the first decoder layer processes.
         spent: (B,) FLOPs of choosing, per row.
         most: (B,) bytes that choosing took at one moment, per row.
+        picked: What selections took.
+        taps: Layers whose states this session wants, whatever others tapped.
         order: (B, M) slot in which each slot's content was before the latest packing.
         sizes: (B, M) how often attention counts each slot, or None for once.
         rotary: cos and sin behind the latest cut.
@@ -285,6 +310,7 @@ class _Pass:
     tally: list[list[int]]
     spent: list[float]
     most: list[int]
+    taps: set[int]
     width: int
     order: Tensor
     entered: Tensor
@@ -294,6 +320,7 @@ class _Pass:
     rotary: tuple[Tensor, Tensor] | None = None
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
+    picked: list[_Picked] = field(default_factory=list)
     tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
     read: list[tuple[int, bool]] = field(default_factory=list)
@@ -312,10 +339,21 @@ class _Pass:
         slot = torch.arange(columns.shape[1], device=device)
         return torch.where(visible, slot, 0).amax(1), visible
 
-    def charge(self, row: int, part: Compressor, tokens: VisualTokens, shown: int) -> None:
+    def charge(
+        self, row: int, part: Compressor, tokens: VisualTokens, shown: int, chosen: Selection
+    ) -> None:
         """Enter what one selection cost; ``shown`` bytes are held beside the strategy's own."""
         self.spent[row] += part.flops(tokens)
-        self.most[row] = max(self.most[row], shown + int(part.memory(tokens)))
+        images = sum(len(one.layout) for one in self.spans if one.row == row)
+        self.picked.append(
+            _Picked(
+                row=row,
+                bytes=shown + int(part.memory(tokens)),
+                tapped=tuple(sorted(self.taps.intersection(self.tapped))),
+                visual=self.tally[row][-1] or images,  # nothing was counted in front of layer 0
+                merged=0 if chosen.features is None else len(chosen.keep),
+            )
+        )
 
     def slots(self, span: _Span) -> Tensor:
         """(M,) where the span's tokens lie now."""
@@ -326,7 +364,10 @@ class _Pass:
     def repack(self, states: Tensor) -> Tensor:
         """(B, M, ...) ``states`` in the order of the latest packing."""
         order = self.order.to(states.device)
-        return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+        first = torch.arange(len(states), device=order.device)[:, None] * states.shape[1]
+        # On the CPU `gather` would make a float32 copy of half-precision numbers.
+        taken = states.flatten(0, 1).index_select(0, (first + order).flatten())
+        return taken.reshape(*order.shape, -1)
 
 
 class _Session:
@@ -598,6 +639,7 @@ class _Session:
             tally=[[0] * self.shape.layers for _ in range(rows)],
             spent=[0.0] * rows,
             most=[0] * rows,
+            taps=tapped_layers(self.signals, self.inside),
             width=width,
             order=column,
             entered=column,
@@ -647,7 +689,7 @@ class _Session:
                     chosen = part(span.tokens)
                 if key is not None:
                     made[key] = chosen
-                state.charge(span.row, part, span.tokens, shown[span.row])
+                state.charge(span.row, part, span.tokens, shown[span.row], chosen)
                 if asks:
                     self._remember(state, span, _BEFORE, chosen)
             if chosen.features is not None:
@@ -785,7 +827,7 @@ class _Session:
             if chosen is None:
                 chosen = part(tokens)
                 copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
-                state.charge(span.row, part, tokens, shown[span.row] + copies)
+                state.charge(span.row, part, tokens, shown[span.row] + copies, chosen)
                 self._remember(state, span, index, chosen)
             if chosen.features is not None:
                 hidden = hidden.clone()
@@ -1101,11 +1143,16 @@ class _Session:
         for span in state.spans:
             views[span.row] += span.layout.views
             if span.tokens.encoding is not None:  # the same for all images
-                towers[span.row] = span.tokens.encoding.attended
+                towers[span.row] = span.tokens.encoding
         for row, count in enumerate(views):
             looked = self.needs[self._index(state, row)], self.adapter, count
-            state.spent[row] += signal_flops(*looked, towers.get(row))
-            state.most[row] = signal_bytes(*looked, size, towers.get(row))
+            run = towers.get(row)
+            attended = None if run is None else run.attended
+            state.spent[row] += signal_flops(*looked, attended)
+            state.most[row] = signal_bytes(*looked, size, attended)
+            if run is not None:
+                merging = merging_bytes(run, self.adapter.vision_width, count, size)
+                state.most[row] = max(state.most[row], merging)
 
     def _shown(self, state: _Pass) -> list[int]:
         """Bytes of the tower's signals of all images, per row.
@@ -1128,6 +1175,7 @@ class _Session:
         images = [(span.row, span.layout, span.entered, span.index) for span in state.spans]
         entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
         read, asked, projected = state.read, state.asked, state.projected
+        picked, cuts = state.picked, self.inside
         shape, vision, past = self.shape, self.vision, state.held
         towers = [(span.row, span.layout.views, span.tokens.encoding) for span in state.spans]
         plain = encoder_flops([self.adapter.vision_tokens] * vision.layers, vision)
@@ -1137,6 +1185,8 @@ class _Session:
                 return plain
             return encoder_flops(run.attended, vision, run.processed)
 
+        kept = defaultdict[int, Kept](lambda: "mean")
+        kept.update((cut, kept_of(one.name for one in part.needs)) for cut, part in cuts.items())
         compressors = [self.compressors[self._index(state, row)] for row in range(len(tally))]
         requested = [1.0 if one is None else one.retention for one in compressors]
 
@@ -1150,7 +1200,23 @@ class _Session:
                 rows += [(layer, 1, new) for layer, new in read if mine]
                 rows += [(layer, 0, True) for layer in projected if mine]
                 flops = [shape.row_flops(tokens[layer], new, n) for layer, n, new in rows]
-                held = [shape.row_bytes(tokens[layer], new, size, n) for layer, n, new in rows]
+                held = [
+                    shape.row_bytes(tokens[layer], new, size, n, kept[layer + 1])
+                    for layer, n, new in rows
+                ]
+                held += [
+                    shape.vector_bytes(tokens[cut - 1], size, signal.name)
+                    for cut, part in cuts.items()
+                    for signal in part.needs
+                    if mine and signal.name in ("llm_states", "llm_keys")
+                ]
+                copied = 0
+                for one in picked:
+                    if one.row == row:
+                        states = sum(tokens[layer] for layer in one.tapped)
+                        held.append(one.bytes + states * shape.hidden * size)
+                        slots = text + one.visual
+                        copied = max(copied, copied_bytes(slots, one.merged, shape, size))
                 made.append(
                     settle(
                         shape=shape,
@@ -1163,6 +1229,7 @@ class _Session:
                         visual_per_layer=tally[row],
                         selector_flops=spent[row] + sum(flops),
                         selector_bytes=max([most[row], *held]),
+                        merged_bytes=copied,
                         kv_before=[int(layer[row]) for layer in past],
                         vision_flops=sum(
                             views * tower(run) for where, views, run in towers if where == row

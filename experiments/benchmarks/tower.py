@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaNextConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from tokenprune.attention import Projections, key_vectors
 from tokenprune.budget import budget
 from tokenprune.encoder import EncoderCompressor, Tower, _Session, running
-from tokenprune.engine import adapter_of
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
     VISION_HEADS,
     VISION_LAYERS,
     VISION_WIDTH,
     decoder_config,
+    random_model,
     tokens_at,
 )
 from tokenprune.experiments.measuring import peak_memory, timed
@@ -45,7 +45,7 @@ def clip(side: int, device: str, dtype: torch.dtype, **sizes: int) -> Adapter:
         device, dtype: Of the weights.
         **sizes: Of the tower, where they are others.
     """
-    usual = {
+    usual: dict[str, Any] = {
         "hidden_size": VISION_WIDTH,
         "intermediate_size": 4 * VISION_WIDTH,
         "num_hidden_layers": VISION_LAYERS,
@@ -66,13 +66,7 @@ def clip(side: int, device: str, dtype: torch.dtype, **sizes: int) -> Adapter:
         image_seq_length=side**2,
         vision_feature_layer=-2,
     )
-    usual_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return adapter_of(LlavaNextForConditionalGeneration(config).eval())
-    finally:
-        torch.set_default_dtype(usual_dtype)
+    return random_model(config, device, dtype)
 
 
 class Steps:
@@ -100,9 +94,8 @@ class Steps:
         seen = [states]
         for index in range(len(self.adapter.vision_layers)):
             seen.append(self._layer(session, index, seen[-1]))
-        session.leave(
-            None, None, BaseModelOutput(last_hidden_state=seen[-1], hidden_states=tuple(seen))
-        )
+        output = BaseModelOutput(last_hidden_state=seen[-1], hidden_states=tuple(seen))
+        session.leave(self.adapter.vision_tower, (), output)
         return session.tower
 
     def first(self) -> None:
