@@ -1,6 +1,7 @@
 """How sure we are: intervals of proportions, and paired differences on the same questions."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ OVERALL = "overall"
 """The `kind` of a summary row that takes all questions together."""
 
 _MATCH = ("match", "match_target")
+_BLOCK = 2_000_000  # places of clusters drawn at once: bounds the memory
 
 
 class Interval(NamedTuple):
@@ -38,6 +40,7 @@ class Interval(NamedTuple):
     high: float
 
 
+@lru_cache(maxsize=4096)
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion; unlike Wald's, it is right near 0 and 1."""
     interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
@@ -53,7 +56,13 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     only_one, only_other = int((one & ~other).sum()), int((other & ~one).sum())
     discordant = only_one + only_other
-    return float(binomtest(only_one, discordant).pvalue) if discordant else 1.0
+    return _even(only_one, discordant) if discordant else 1.0
+
+
+@lru_cache(maxsize=4096)
+def _even(heads: int, tosses: int) -> float:
+    """Exact two-sided p-value of a fair coin."""
+    return float(binomtest(heads, tosses).pvalue)
 
 
 def paired_bootstrap(
@@ -103,21 +112,35 @@ def bootstrap_ratio(
     sums, sizes = (
         np.bincount(codes, np.asarray(values, dtype=float)) for values in (numerator, denominator)
     )
-    generator = np.random.default_rng(seed)
-    block = max(1, 2_000_000 // len(names))  # of resamples drawn at once: bounds the memory
-    means = []
-    for start in range(0, resamples, block):
-        shape = (min(block, resamples - start), len(names))
-        drawn = generator.integers(len(names), size=shape)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
-    ratios = np.concatenate(means)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.concatenate(
+            [
+                sums[drawn].sum(1) / sizes[drawn].sum(1)
+                for drawn in _resampled(len(names), resamples, seed)
+            ]
+        )
     ratios = ratios[np.isfinite(ratios)]
     if not len(ratios):
         return Interval(np.nan, np.nan)
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def _resampled(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """(block, clusters) places of the clusters in each resample, block by block."""
+    if resamples * clusters <= _BLOCK:
+        yield _drawn(clusters, resamples, seed)
+        return
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // clusters)
+    for start in range(0, resamples, block):
+        yield generator.integers(clusters, size=(min(block, resamples - start), clusters))
+
+
+@lru_cache(maxsize=4)  # all methods of a comparison answer the same questions
+def _drawn(clusters: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(clusters, size=(resamples, clusters))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -174,19 +197,19 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     ones it gave before it failed are scored.
     """
     missing = {name: pd.NA for name in ("kl", "easy") if name not in answers}
-    answers = answers.assign(**missing)
+    answers = answers.assign(**missing).set_index("question_id")
     cells = dict(iter(answers.groupby(["label", "retention"], sort=False, dropna=False)))
     kinds = [OVERALL, *pd.unique(answers["kind"])]
     if len(kinds) == 2:
         kinds = [OVERALL]
+    parts = {
+        (*which, kind): _Part(_only(cell, kind)) for which, cell in cells.items() for kind in kinds
+    }
     rows = []
     for (label, retention), cell in cells.items():
         # Where costs were matched, with the uniform cell whose cost was the target.
         asked = cell["asked_retention"].iloc[0] if "asked_retention" in cell else retention
-        references = {
-            "vs_uncompressed": cells.get(("uncompressed", 1.0)),
-            "vs_uniform": cells.get(("uniform", asked)),
-        }
+        references = {"vs_uncompressed": ("uncompressed", 1.0), "vs_uniform": ("uniform", asked)}
         failed = bool((cell["status"] == "failed").any())
         for kind in kinds:
             row: dict[Hashable, Any] = {
@@ -202,11 +225,12 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             }
             rows.append(row)
             if not failed:
-                part = _only(cell, kind)
+                part = parts[label, retention, kind]
                 row |= _figures(part, seed)
-                for name, other in references.items():
+                for name, which in references.items():
+                    other = parts.get((*which, kind))
                     if other is not None:
-                        found = compared(part, _only(other, kind), seed=seed)
+                        found = _compared(part, other, seed)
                         row |= _named(
                             name,
                             found,
@@ -238,13 +262,13 @@ def pairs(
     """
     part = _only(answers, kind)
     asked = part.get("asked_retention", part["retention"]).fillna(part["retention"])
-    part = part.assign(asked=asked)
+    part = part.assign(asked=asked).set_index("question_id")
     rows = []
     for retention, group in part[part["asked"] != 1].groupby("asked", sort=False):
-        cells = dict(iter(group.groupby("label", sort=False)))
+        cells = {name: _Part(cell) for name, cell in group.groupby("label", sort=False)}
         names = [name for name in (labels or cells) if name in cells]
         for first, second in combinations(names, 2):
-            found = compared(cells[first], cells[second], seed=seed)
+            found = _compared(cells[first], cells[second], seed)
             if found:
                 rows.append({"retention": retention, "first": first, "second": second, **found})
     table = pd.DataFrame(rows, columns=["retention", "first", "second", *_COMPARED])
@@ -271,20 +295,56 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
         ``only_second`` got right, and the p-value of McNemar's exact test; the last three only if
         each answered once and not with several seeds.  Empty if either failed or nothing is shared.
     """
-    if any((part["status"] == "failed").any() for part in (first, second)):
+    one, other = (_Part(answers.set_index("question_id")) for answers in (first, second))
+    return _compared(one, other, seed)
+
+
+class _Part:
+    """Answers of one cell, all or those of one kind, and what is asked of them more than once.
+
+    Attributes:
+        answers: Rows of ``answers.parquet``, indexed by question.
+    """
+
+    def __init__(self, answers: pd.DataFrame) -> None:
+        self.answers = answers
+
+    @cached_property
+    def failed(self) -> bool:
+        return bool((self.answers["status"] == "failed").any())
+
+    @cached_property
+    def known(self) -> pd.Series:
+        """Whether each answer that there is was right, indexed by question."""
+        return self.answers["correct"].dropna().astype(float)
+
+    @cached_property
+    def repeated(self) -> bool:
+        """Whether a question was answered several times, with several seeds."""
+        return not self.known.index.is_unique
+
+    @cached_property
+    def right(self) -> pd.Series:
+        """How often each question was answered rightly."""
+        return self.known.groupby(level=0, sort=False).mean() if self.repeated else self.known
+
+    @cached_property
+    def images(self) -> pd.Series:
+        """What each question belongs to."""
+        images = self.answers["image_id"]
+        return images[~images.index.duplicated()]
+
+
+def _compared(first: _Part, second: _Part, seed: int) -> dict[Hashable, Any]:
+    if first.failed or second.failed:
         return {}
-    known = [part.dropna(subset="correct") for part in (first, second)]
-    repeated = any(part["question_id"].duplicated().any() for part in known)
-    mine, theirs = (
-        part["correct"].astype(float).groupby(part["question_id"], sort=False).mean()
-        for part in known
-    )
-    shared = mine.index.intersection(theirs.index, sort=False)
+    shared = first.right.index
+    if not shared.equals(second.right.index):
+        shared = shared.intersection(second.right.index, sort=False)
     if shared.empty:
         return {}
-    mine, theirs = mine.loc[shared], theirs.loc[shared]
-    images = first.drop_duplicates("question_id").set_index("question_id")["image_id"].loc[shared]
-    low, high = paired_bootstrap(mine - theirs, images, seed=seed)
+    mine, theirs = (part.right.reindex(shared).to_numpy() for part in (first, second))
+    low, high = paired_bootstrap(mine - theirs, first.images.reindex(shared), seed=seed)
     if not (mine != theirs).any():  # no certainty either
         high = wilson(0, len(shared)).high
         low = -high
@@ -296,7 +356,7 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
         "low": low,
         "high": high,
     }
-    if not repeated:
+    if not (first.repeated or second.repeated):
         found |= {
             "only_first": int((mine > theirs).sum()),
             "only_second": int((mine < theirs).sum()),
@@ -329,24 +389,25 @@ def _only(cell: pd.DataFrame, kind: str) -> pd.DataFrame:
     return cell if kind == OVERALL else cell[cell["kind"] == kind]
 
 
-def _figures(cell: pd.DataFrame, seed: int) -> dict[Hashable, Any]:
-    cell = cell.set_index("question_id")
-    figures: dict[Hashable, Any] = {"n": cell.index.nunique()}
-    figures |= _share("accuracy", cell, "correct", seed)
-    figures |= _share("agreement", cell, "agrees", seed)
+def _figures(part: _Part, seed: int) -> dict[Hashable, Any]:
+    cell = part.answers
     easy = cell["easy"].astype("boolean")
-    for name, part in (("easy", cell[easy.fillna(False)]), ("hard", cell[~easy.fillna(True)])):
+    images = cell["image_id"]
+    figures: dict[Hashable, Any] = {"n": cell.index.nunique()}
+    figures |= _share("accuracy", cell["correct"], images, seed)
+    figures |= _share("agreement", cell["agrees"], images, seed)
+    for name, which in (("easy", easy.fillna(False)), ("hard", ~easy.fillna(True))):
         if easy.notna().any():
-            figures[f"{name}_n"] = part.index.nunique()
-        figures |= _share(f"{name}_accuracy", part, "correct", seed)
-    known = cell[cell["kl"].notna()]
-    if len(known):
-        values = known["kl"].astype(float)
-        low, high = paired_bootstrap(values, known["image_id"], seed=seed)
+            figures[f"{name}_n"] = cell.index[which].nunique()
+        figures |= _share(f"{name}_accuracy", cell["correct"][which], images[which], seed)
+    known = cell["kl"].notna()
+    if known.any():
+        values = cell["kl"][known].astype(float)
+        low, high = paired_bootstrap(values, images[known], seed=seed)
         figures |= {"kl": values.mean(), "kl_low": low, "kl_high": high}
     if len(cell):
         # Answers of an older run lack the younger columns.
-        figures |= cell.reindex(columns=list(FIGURES)).mean().to_dict()
+        figures |= {name: cell[name].mean() for name in FIGURES if name in cell}
         figures["seeds"] = cell["parameters"].nunique()
     if figures.get("seeds", 1) > 1:
         each = cell["correct"].astype(float).groupby(cell["parameters"]).mean()
@@ -354,10 +415,10 @@ def _figures(cell: pd.DataFrame, seed: int) -> dict[Hashable, Any]:
     return figures
 
 
-def _share(name: str, cell: pd.DataFrame, column: str, seed: int) -> dict[Hashable, Any]:
-    known = cell[cell[column].notna()]
-    if not len(known):
+def _share(name: str, right: pd.Series, images: pd.Series, seed: int) -> dict[Hashable, Any]:
+    known = right.notna()
+    if not known.any():
         return {}
-    right = known[column].astype(bool)
-    low, high = proportion(right, known["image_id"], seed=seed)
+    right = right[known].astype(bool)
+    low, high = proportion(right, images[known], seed=seed)
     return {name: right.mean(), f"{name}_low": low, f"{name}_high": high}

@@ -3,7 +3,8 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.autograd.profiler import profile
 
 from tokenprune.errors import UserError
 
-__all__ = ["Timing", "median_of", "peak_memory", "synchronise", "timed"]
+__all__ = ["Timing", "allocations", "median_of", "peak_memory", "synchronise", "timed"]
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,31 @@ def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> 
         return torch.cuda.max_memory_allocated(device) - before
     if kind != "cpu":
         raise UserError(f"peak memory can be measured on cpu and cuda, not on {kind}.")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks on standard error
-    with profile(use_device=None, profile_memory=True) as seen:
+    with allocations() as seen:
         work()
+    return seen.peak
+
+
+@dataclass
+class Allocations:
+    """What `allocations` counted.
+
+    Attributes:
+        peak: Bytes held at most, known once the context is over.
+    """
+
+    peak: int = 0
+
+
+@contextmanager
+def allocations() -> Iterator[Allocations]:
+    """While open, tensors on the CPU are counted as in `peak_memory`."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks on standard error
+    found = Allocations()
+    with profile(use_device=None, profile_memory=True) as seen:
+        yield found
     events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
+    held = 0
     for event in sorted(events, key=lambda one: one.start_ns()):  # stable: ties stay in order
         held += event.nbytes()
-        most = max(most, held)
-    return most
+        found.peak = max(found.peak, held)

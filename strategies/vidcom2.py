@@ -64,7 +64,9 @@ class VidCom2(Compressor):
         unit = F.normalize(features[patches[:, None], calm].float(), dim=-1)
         view = layout.view[patches]
         frames = group_means(unit, view, layout.views)
-        return _kernel(unit, unit.mean(0)[None], torch.zeros_like(view)), _kernel(unit, frames, view)
+        return _kernel(unit, unit.mean(0)[None], torch.zeros_like(view)), _kernel(
+            unit, frames, view
+        )
 
     def ratios(self, tokens: VisualTokens, to_video: Tensor) -> Tensor:
         """(V,) retention ratio of every frame; 0 of one without tokens."""

@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.compressor import Stage
+from tokenprune.encoder import running
 from tokenprune.errors import UserError
-from tokenprune.experiments.benchmarks import changes, record, save, selection, table
+from tokenprune.experiments.benchmarks import changes, record, save, selection, table, tower
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.prefill import TOY
 from tokenprune.experiments.benchmarks.record import Figure
@@ -24,7 +24,7 @@ from tokenprune.experiments.benchmarks.shapes import (
     tokens_at,
     vit_flops,
 )
-from tokenprune.experiments.benchmarks.sharing import METHODS, _bound_7b
+from tokenprune.experiments.benchmarks.sharing import METHODS, _bound, _bound_7b
 from tokenprune.experiments.benchmarks.watching import watching
 from tokenprune.experiments.compare import cells
 from tokenprune.ledger import DecoderShape, prefill_flops
@@ -40,9 +40,7 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     frame = table(out)
     assert set(frame["benchmark"]) == {"sharing", "selection", "prefill", "growth"}
-    methods = [tp.create(name, retention=0.5) for name in tp.available()]
-    names = {one.name for one in methods if one.stage is not Stage.ENCODER}
-    assert set(frame["case"]) >= {*names, "testbed-next"}
+    assert set(frame["case"]) >= {*tp.available(), "testbed-next"}
     assert frame["value"].notna().all()
     for column in ("device", "machine", "torch", "transformers", "date"):
         assert frame[column].notna().all()
@@ -193,3 +191,34 @@ def test_the_bound_by_hand() -> None:
         (tower + full + 2 * (late - 2 / 32 * full)) / (2 * (tower + late))
     )
     assert 0.5 < _bound_7b(adapter, cells(METHODS, [0.75, 0.5, 0.25, 0.1])[1:]) < 0.95
+
+
+def test_the_bound_counts_full_length_once() -> None:
+    """At R = 1 both methods are the uncompressed model, which runs anyway; FastV cuts at layer 2.
+
+    Together: a tower of 10, the uncompressed 320, 150, and 200 less 2 of 32 layers of 320.
+    """
+    small = DecoderShape(layers=32, hidden=16, intermediate=16, heads=2, kv_heads=2, head_dim=8)
+    columns = cells(["uniform", "fastv"], [1.0, 0.5])[1:]
+    cost = {("uniform", 0.5): 150.0, ("fastv", 0.5): 200.0}
+    flops = {cell.key: cost.get((cell.method, cell.retention), 320.0) for cell in columns}
+    found = _bound(larger_testbed(small), columns, flops, 320.0, 10.0)
+    assert found == pytest.approx((10 + 320 + 150 + 180) / (330 + 330 + 160 + 210))
+
+
+@pytest.mark.parametrize("name", ["tome", "downsample"])
+def test_the_steps_inside_a_tower_are_those_of_the_real_run(name: str) -> None:
+    """As many entries in every layer as where the whole tower runs, and a selection behind it."""
+    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
+    adapter, method = (
+        tower.clip(6, "cpu", torch.float32, **tower.SMALL),
+        tp.create(name, retention=0.25),
+    )
+    steps = tower.Steps(adapter, method, layout, 8)
+    made = steps()
+    call = {"pixel_values": steps.pixels[None], "image_sizes": torch.tensor([[168, 168]])}
+    with running(adapter, method, call, "image") as real, torch.no_grad():
+        adapter.vision_tower(steps.pixels, output_hidden_states=True)
+    assert made.encoding == real.encoding
+    assert len(made.encoding.attended) == 4
+    assert len(method(steps.shown(made)).keep) <= 45 + len(layout.separators)

@@ -10,7 +10,14 @@ from tokenprune.cache import CACHE
 from tokenprune.compressor import Chain, create, parse
 from tokenprune.engine import compress
 from tokenprune.errors import UserError
-from tokenprune.ledger import DecoderShape, Ledger, VisionShape, encoder_flops, prefill_flops
+from tokenprune.ledger import (
+    DecoderShape,
+    Ledger,
+    VisionShape,
+    copied_bytes,
+    encoder_flops,
+    prefill_flops,
+)
 from tokenprune.testing import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -221,9 +228,19 @@ def test_what_enters_is_told_apart_from_what_is_left_at_the_end(host: Host) -> N
     assert ledger.tokens_per_layer == ledger.kv_per_layer == (44, 44, 28, 28)
     assert ledger.kv_entries == 144
     assert (ledger.layer_average, ledger.layer_average_with_text) == (30, 36)
-    # FastV's row, 44 keys of 4 heads: logits, softmax, mean.  Choosing: 38 rows of width 32 are
-    # copied beside one score each; ranking takes more than the row.
-    assert ledger.selector_bytes == 38 * (32 + 1) * 4 + 80 * 38
+    # FastV's row is made of 44 states of width 32, which are kept meanwhile.  Choosing: 38 rows are
+    # copied beside one score each, and ranked; that takes more than the row and packing do.
+    assert ledger.selector_bytes == 44 * 32 * 4 + 38 * (32 + 1) * 4 + 80 * 38
+
+
+def test_packing_by_hand(host: Host) -> None:
+    """Of 76 tokens of width 32 in float32, 37 are left, 31 of them of the image."""
+    ledger = _ledgers(host, create("uniform", retention=0.4), (0,))[0]
+    assert ledger.selector_bytes == (37 + 31) * 32 * 4
+    # Merged vectors lie beside a copy of the whole prompt that they are put in.
+    shape = DecoderShape.of(host.adapter.language_model.config)
+    assert copied_bytes(76, 25, shape, 4) == (76 + 25) * 32 * 4
+    assert copied_bytes(76, 0, shape, 4) == 0
 
 
 def test_a_prompt_without_images(host: Host) -> None:

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import tokenprune as tp
-from tokenprune.attention import Projections, attention_received, cls_row, decoder_rows
-from tokenprune.compressor import Compressor
+from tokenprune.attention import (
+    Projections,
+    attention_received,
+    cls_row,
+    decoder_keys,
+    decoder_mass,
+    decoder_row,
+    decoder_rows,
+    key_vectors,
+    moved_keys,
+)
+from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning
-from tokenprune.experiments.measuring import peak_memory
-from tokenprune.ledger import DecoderShape, held_bytes, signal_bytes
+from tokenprune.experiments.benchmarks import tower
+from tokenprune.experiments.benchmarks.shapes import (
+    TEXT,
+    decoder_config,
+    llava,
+    prompt_of,
+    tokens_at,
+)
+from tokenprune.experiments.measuring import allocations, peak_memory
+from tokenprune.ledger import DecoderShape, Kept, held_bytes, merging_bytes, signal_bytes
 from tokenprune.testing import Host, sample_tokens
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -86,32 +109,118 @@ def test_memory_and_flops_go_by_shapes_alone(name: str) -> None:
         assert part.flops(empty) == part.flops(real)
 
 
-@pytest.mark.parametrize("queries", [1, 5, 300])
-def test_bytes_of_decoder_rows(queries: int) -> None:
-    """The rows themselves, from keys that are cached."""
-    host = Host.tiny("LLaVA-NeXT")
-    attention = host.adapter.decoder_layers[0].self_attn
-    shape = DecoderShape.of(host.adapter.language_model.config)
-    count = 400
-    hidden = torch.randn(count, shape.hidden)
-    cos = sin = torch.randn(count, shape.head_dim)
-    slots, visible = torch.arange(queries), torch.ones(queries, count, dtype=torch.bool)
-    keys = torch.randn(shape.kv_heads, count, shape.head_dim)
-    with torch.no_grad():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", ["mean", "heads", "sum"])
+@pytest.mark.parametrize("queries", [1, 5, 100, 300, 900])
+def test_bytes_of_decoder_rows(queries: int, kept: Kept, dtype: torch.dtype) -> None:
+    """The rows themselves, from keys that are cached: within 15 %."""
+    layer, hidden, rotary = _layer(dtype)
+    keys = decoder_keys(layer.self_attn, hidden, rotary).contiguous()[0]
+    given = layer.self_attn, hidden[0], (rotary[0][0], rotary[1][0]), torch.arange(queries)
+    visible = torch.ones(1, COUNT, dtype=torch.bool)
+    if kept == "sum":
         real = peak_memory(
-            lambda: decoder_rows(attention, hidden, (cos, sin), slots, visible, keys)
+            lambda: decoder_mass(*given, lambda at: visible.expand(len(at), -1), keys)
         )
-    told = shape.row_bytes(count, False, 4, queries)
-    assert 0.5 * told <= real <= 2 * told, f"{real:,} taken, {told:,} told"
+    else:
+        rows = functools.partial(decoder_rows, *given, visible.expand(queries, -1), keys)
+        real = peak_memory(lambda: rows(by_head=kept == "heads"))
+    told = DECODER.row_bytes(COUNT, False, hidden.element_size(), queries, kept)
+    told -= hidden.nbytes  # which are there before
+    small = 8 * COUNT * 4 + 6 * queries * DECODER.hidden * 4  # the queries, and which are visible
+    assert 0.85 * told <= real <= 1.15 * told + small, f"{real:,} taken, {told:,} told"
 
 
-@pytest.mark.parametrize("kind", ["cls_logits", "cls_attention", "received"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bytes_of_keys_made_again(dtype: torch.dtype) -> None:
+    """Normed states, keys, and copies while they turn: within 5 %."""
+    layer, hidden, rotary = _layer(dtype)
+    last, visible = torch.tensor([COUNT - 1]), torch.ones(1, COUNT, dtype=torch.bool)
+
+    def ahead() -> Tensor:
+        states = layer.input_layernorm(hidden)
+        return decoder_row(layer.self_attn, states, rotary, last, visible)
+
+    size = hidden.element_size()
+    told = DECODER.row_bytes(COUNT, True, size)
+    assert peak_memory(ahead) == pytest.approx(told, rel=0.05)
+    keys, back = torch.randn(1, 8, COUNT, 32).to(dtype), (rotary[0][:, :1], rotary[1][:, :1])
+    told = DECODER.vector_bytes(COUNT, size, "llm_keys")
+    assert peak_memory(lambda: moved_keys(layer.self_attn, keys, back)) == pytest.approx(told, 0.05)
+    told = DECODER.vector_bytes(COUNT, size, "llm_states")
+    assert peak_memory(lambda: layer.input_layernorm(hidden)) == pytest.approx(told, rel=0.05)
+
+
+COUNT = 1000
+DECODER = DecoderShape(layers=4, hidden=256, intermediate=344, heads=8, kv_heads=8, head_dim=32)
+
+
+def _layer(dtype: torch.dtype) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
+    """A decoder layer, and states and rotary embedding of `COUNT` tokens."""
+    config = decoder_config(DECODER)
+    config._attn_implementation = "sdpa"
+    layer = LlamaDecoderLayer(config, 0).to(dtype).requires_grad_(False)
+    hidden = torch.randn(1, COUNT, DECODER.hidden).to(dtype)
+    return layer, hidden, LlamaRotaryEmbedding(config)(hidden, torch.arange(COUNT)[None])
+
+
+WHOLE = [
+    name
+    for name in tp.available()
+    if tp.create(name, retention=0.25).stage is not Stage.ENCODER and name != "cdpruner"
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_told_memory_is_what_choosing_and_packing_take(name: str, dtype: torch.dtype) -> None:
+    """Everything from the first attention row to the packed prompt, in a real forward.
+
+    At least three quarters of what is allocated are told, and what is told beyond a third more was
+    there before: signals of the tower, and the input of a layer that rows are made of.
+    """
+    method = tp.create(name, retention=0.25)
+    given = frozenset(signal for signal in method.needs if not signal.in_llm)
+    adapter = llava(DECODER, "cpu", dtype)
+    width = adapter.base.config.vision_config.hidden_size
+    tokens = tokens_at(IMAGE, given, DECODER.hidden, vision=width, dtype=dtype)
+    inputs = prompt_of(adapter, replace(tokens, clusters=None, inputs=None, text={}))
+    taken = []
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        with allocations() as seen:
+            yield
+        taken.append(seen.peak)
+
+    with tp.compress(adapter.model, method, given=given) as trace, torch.no_grad():
+        adapter.model(**inputs, use_cache=True, logits_to_keep=1)  # what is loaded on first use
+        trace.around = around
+        adapter.model(**inputs, use_cache=True, logits_to_keep=1)
+    told, real = trace.ledger.selector_bytes, max(taken)
+    there = (len(IMAGE) + TEXT) * DECODER.hidden * tokens.features.element_size()
+    assert 0.75 * real <= told <= 1.33 * (real + there), f"{real:,} taken, {told:,} told"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bytes_of_merging_in_the_tower(dtype: torch.dtype) -> None:
+    """The first layer under ToMe, with queries and keys that the attention left: within 30 %."""
+    adapter = tower.clip(12, "cpu", dtype, **{**tower.SMALL, "hidden_size": 256})
+    steps = tower.Steps(adapter, tp.create("tome", retention=0.25), IMAGE, 8)
+    run, size = steps().encoding, steps.key.element_size()
+    told = merging_bytes(run, adapter.vision_width, IMAGE.views, size)
+    real = peak_memory(steps.first) + steps.key.nbytes + steps.query.nbytes
+    assert told == pytest.approx(real, rel=0.3)
+
+
+@pytest.mark.parametrize("kind", ["cls_logits", "cls_attention", "received", "keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bytes_of_tower_rows(kind: str, dtype: torch.dtype) -> None:
     """Queries and keys that are kept, and the work on them, of four views."""
     adapter = Host.tiny("LLaVA-NeXT").adapter
     keys, width = 17, adapter.vision_width
-    work = attention_received if kind == "received" else lambda t: cls_row(t, softmax=True)
+    looks = {"received": attention_received, "keys": key_vectors}
+    work = looks.get(kind, functools.partial(cls_row, softmax=True))
 
     def run() -> None:
         query, key = (torch.ones(4, keys, width).to(dtype) for _ in range(2))

@@ -49,13 +49,13 @@ class Projections:
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Both as (views, heads, tokens, head_dim) in float32."""
-        if self.query is None or self.key is None:
+        return self.by_head(self.query), self.by_head(self.key)
+
+    def by_head(self, values: Tensor | None) -> Tensor:
+        """One of both as (views, heads, tokens, head_dim) in float32."""
+        if values is None:
             raise RuntimeError("the vision tower was not run while its projections were tapped")
-        pattern = "v n (h d) -> v h n d"
-        return (
-            rearrange(self.query, pattern, h=self.heads).float(),
-            rearrange(self.key, pattern, h=self.heads).float(),
-        )
+        return rearrange(values, "v n (h d) -> v h n d", h=self.heads).float()
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Attention of logits (views, ..., tokens)."""
@@ -111,8 +111,7 @@ def key_vectors(tapped: Projections) -> Tensor:
     Returns:
         (views, tokens, head_dim) float32; of `Projections.joint`, the whole width.
     """
-    _, key = tapped.split()
-    return key.mean(1)
+    return tapped.by_head(tapped.key).mean(1)  # a float32 copy of the queries would be large
 
 
 @contextmanager
@@ -178,7 +177,7 @@ def _rotated(
     heads = rearrange(projected, "b n (h d) -> b n h d", d=dim)
     norm = getattr(attention, f"{name}_norm", None)
     made: Tensor = (heads if norm is None else norm(heads)).transpose(1, 2)
-    turned: Tensor = rotate(made, made, *rotary)[0]
+    turned: Tensor = rotate(made, made[:, :0], *rotary)[0]  # it wants queries and keys
     return turned
 
 
@@ -203,7 +202,7 @@ def moved_keys(attention: nn.Module, keys: Tensor, rotary: tuple[Tensor, Tensor]
         rotary: cos and sin of how far they move, (B, 1, head_dim).
     """
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    turned: Tensor = rotate(keys, keys, *rotary)[0]
+    turned: Tensor = rotate(keys, keys[:, :0], *rotary)[0]
     return turned
 
 
@@ -277,11 +276,12 @@ def decoder_rows(
     """
     if keys is None:
         keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
-    rows = []
-    for slots, allowed in zip(query_slots.split(CHUNK), visible.split(CHUNK), strict=True):
+
+    def rows(slots: Tensor, allowed: Tensor) -> Tensor:
         heads = _heads(attention, hidden, rotary, slots, allowed, keys)
-        rows.append(heads.movedim(0, -1) if by_head else heads.mean(0))
-    return torch.cat(rows)
+        return heads.movedim(0, -1) if by_head else heads.mean(0)
+
+    return torch.cat([*map(rows, query_slots.split(CHUNK), visible.split(CHUNK))])
 
 
 def rotary_product(rotary: tuple[Tensor, Tensor], query_slots: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ cluster stays.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,7 +115,12 @@ class EncoderCompressor(Compressor, ABC):
     @property
     def by_content(self) -> bool:
         """Whether the image decides which patches share a vector, and so how many are left."""
-        return type(self).reduce is not EncoderCompressor.reduce and self.retention < 1
+        return self.reduces and self.retention < 1
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it does anything between attention and MLP, so that it has to see keys."""
+        return type(self).reduce is not EncoderCompressor.reduce
 
     def bias(self, size: Tensor) -> Tensor | None:
         """(V, n) what is added to the attention logits of every key, given its size, or None.
@@ -265,7 +271,7 @@ def foreseen(
     states = torch.randn(layout.views, entries, width, generator=draw)
     for index in range(len(adapter.vision_layers)):
         tower.attended.append(states.shape[1])
-        states = session._reduced(index, states, states)
+        states = session._reduced(index, states, functools.partial(torch.clone, states))
         tower.processed.append(states.shape[1])
     return tower
 
@@ -328,7 +334,7 @@ class _Session:
                     layer,
                     hidden_states,
                     mask,
-                    lambda states: self._reduced(index, states, key_vectors(tapped)),
+                    lambda states: self._reduced(index, states, lambda: key_vectors(tapped)),
                     **kwargs,
                 )
             tower.processed.append(states.shape[1])
@@ -336,13 +342,17 @@ class _Session:
 
         return forward
 
-    def _reduced(self, index: int, states: Tensor, keys: Tensor) -> Tensor:
-        """(V, m, D) what is left of the states (V, n, D) behind the attention of a layer."""
+    def _reduced(self, index: int, states: Tensor, look: Callable[[], Tensor]) -> Tensor:
+        """(V, m, D) what is left of the states (V, n, D) behind the attention of a layer.
+
+        ``look`` makes its keys (V, n, d), where the method wants to see them.
+        """
         tower, group = self.tower, self.tower.groups[-1]
         size = tower.size
-        size = keys.new_ones(states.shape[:2]) if size is None else size.to(states.device)
-        reduction = None
-        if index < self.depth:
+        size = states.new_ones(states.shape[:2], dtype=torch.float32) if size is None else size
+        size, reduction = size.to(states.device), None
+        if index < self.depth and self.compressor.reduces:
+            keys = look()
             tower.key_width = keys.shape[-1]
             with torch.no_grad():
                 reduction = self.compressor.reduce(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -47,10 +47,14 @@ from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.ledger import (
     DecoderShape,
+    Kept,
     Ledger,
     VisionShape,
+    copied_bytes,
     encoder_flops,
     held_bytes,
+    kept_of,
+    merging_bytes,
     settle,
     signal_bytes,
     signal_flops,
@@ -249,6 +253,24 @@ class _Span:
         )
 
 
+@dataclass(frozen=True)
+class _Picked:
+    """What one selection took, counted once the row's length is known.
+
+    Attributes:
+        bytes: What it was shown and its own.
+        tapped: Layers whose states were there for attention rows.
+        visual: Visual tokens of the row in front of it.
+        merged: How many vectors were put in.
+    """
+
+    row: int
+    bytes: int
+    tapped: tuple[int, ...]
+    visual: int
+    merged: int
+
+
 @dataclass(eq=False)
 class _Pass:
     """One forward of the language model: B rows, S columns of the prompt in M slots.
@@ -266,6 +288,8 @@ class _Pass:
         entered: (B,) tokens that the first decoder layer processes.
         spent: (B,) FLOPs of choosing, per row.
         most: (B,) bytes that choosing took at one moment, per row.
+        picked: What selections took.
+        taps: Layers whose states this session wants, whatever others tapped.
         order: (B, M) slot in which each slot's content was before the latest packing.
         sizes: (B, M) how often attention counts each slot, or None for once.
         rotary: cos and sin behind the latest cut.
@@ -288,6 +312,7 @@ class _Pass:
     tally: list[list[int]]
     spent: list[float]
     most: list[int]
+    taps: set[int]
     width: int
     order: Tensor
     entered: Tensor
@@ -299,6 +324,7 @@ class _Pass:
     rotary: tuple[Tensor, Tensor] | None = None
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
+    picked: list[_Picked] = field(default_factory=list)
     tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
     read: list[tuple[int, bool]] = field(default_factory=list)
@@ -317,10 +343,23 @@ class _Pass:
         slot = torch.arange(columns.shape[1], device=device)
         return torch.where(visible, slot, 0).amax(1), visible
 
-    def charge(self, row: int, part: Compressor, tokens: VisualTokens, shown: int) -> None:
+    def charge(
+        self, row: int, part: Compressor, tokens: VisualTokens, shown: int, chosen: Selection
+    ) -> None:
         """Enter what one selection cost; ``shown`` bytes are held beside the strategy's own."""
         self.spent[row] += part.flops(tokens)
-        self.most[row] = max(self.most[row], shown + int(part.memory(tokens)))
+        visual = self.tally[row][-1]
+        if not visual:  # nothing is counted yet in front of layer 0
+            visual = sum(len(one.layout) for one in self.spans if one.row == row)
+        self.picked.append(
+            _Picked(
+                row=row,
+                bytes=shown + int(part.memory(tokens)),
+                tapped=tuple(sorted(self.taps.intersection(self.tapped))),
+                visual=visual,
+                merged=0 if chosen.features is None else len(chosen.keep),
+            )
+        )
 
     def look(self, placeholders: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bring what is known of the prompts to the host: (B, S) placeholders by modality.
@@ -353,7 +392,10 @@ class _Pass:
     def repack(self, states: Tensor) -> Tensor:
         """(B, M, ...) ``states`` in the order of the latest packing."""
         order = self.order.to(states.device)
-        return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+        first = torch.arange(len(states), device=order.device)[:, None] * states.shape[1]
+        # On the CPU `gather` would make a float32 copy of half-precision numbers.
+        taken = states.flatten(0, 1).index_select(0, (first + order).flatten())
+        return taken.reshape(*order.shape, -1)
 
 
 class _Session:
@@ -632,6 +674,7 @@ class _Session:
             tally=[[0] * self.shape.layers for _ in range(rows)],
             spent=[0.0] * rows,
             most=[0] * rows,
+            taps=tapped_layers(self.signals, self.inside),
             width=width,
             order=column,
             entered=column,
@@ -681,7 +724,7 @@ class _Session:
                     chosen = part(span.tokens)
                 if key is not None:
                     made[key] = chosen
-                state.charge(span.row, part, span.tokens, shown[span.row])
+                state.charge(span.row, part, span.tokens, shown[span.row], chosen)
                 if asks:
                     self._remember(state, span, _BEFORE, chosen)
             if chosen.features is not None:
@@ -791,7 +834,7 @@ class _Session:
             if chosen is None:
                 chosen = part(tokens)
                 copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
-                state.charge(span.row, part, tokens, shown[span.row] + copies)
+                state.charge(span.row, part, tokens, shown[span.row] + copies, chosen)
                 self._remember(state, span, index, chosen)
             if chosen.features is not None:
                 hidden = hidden.clone()
@@ -1170,14 +1213,17 @@ class _Session:
         for span in state.spans:
             views[span.row] += span.layout.views
             if span.tokens.encoding is not None:  # the same for all images
-                towers[span.row] = span.tokens.encoding.attended
+                towers[span.row] = span.tokens.encoding
         known: dict[Any, tuple[float, int]] = {}  # most rows look at the same
         for row, count in enumerate(views):
             looked = self.needs[self._index(state, row)], self.adapter, count
-            tower = towers.get(row)
-            if (key := (*looked, tower)) not in known:
-                bytes_held = signal_bytes(*looked, size, tower)
-                known[key] = signal_flops(*looked, tower), bytes_held
+            run = towers.get(row)
+            if (key := (*looked, run)) not in known:
+                attended = None if run is None else run.attended
+                held = signal_bytes(*looked, size, attended)
+                if run is not None:
+                    held = max(held, merging_bytes(run, self.adapter.vision_width, count, size))
+                known[key] = signal_flops(*looked, attended), held
             flops, state.most[row] = known[key]
             state.spent[row] += flops
 
@@ -1202,6 +1248,7 @@ class _Session:
         images = [(span.row, span.layout, span.entered, span.index) for span in state.spans]
         entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
         read, asked, projected = state.read, state.asked, state.projected
+        picked, cuts = state.picked, self.inside
         shape, vision, past = self.shape, self.vision, state.held
         towers = [(span.row, span.layout.views, span.tokens.encoding) for span in state.spans]
         plain = encoder_flops([self.adapter.vision_tokens] * vision.layers, vision)
@@ -1211,6 +1258,8 @@ class _Session:
                 return plain
             return encoder_flops(run.attended, vision, run.processed)
 
+        kept = defaultdict[int, Kept](lambda: "mean")
+        kept.update((cut, kept_of(one.name for one in part.needs)) for cut, part in cuts.items())
         compressors = [self.compressors[self._index(state, row)] for row in range(len(tally))]
         requested = [1.0 if one is None else one.retention for one in compressors]
 
@@ -1224,7 +1273,23 @@ class _Session:
                 rows += [(layer, 1, new) for layer, new in read if mine]
                 rows += [(layer, 0, True) for layer in projected if mine]
                 flops = [shape.row_flops(tokens[layer], new, n) for layer, n, new in rows]
-                held = [shape.row_bytes(tokens[layer], new, size, n) for layer, n, new in rows]
+                held = [
+                    shape.row_bytes(tokens[layer], new, size, n, kept[layer + 1])
+                    for layer, n, new in rows
+                ]
+                held += [
+                    shape.vector_bytes(tokens[cut - 1], size, signal.name)
+                    for cut, part in cuts.items()
+                    for signal in part.needs
+                    if mine and signal.name in ("llm_states", "llm_keys")
+                ]
+                copied = 0
+                for one in picked:
+                    if one.row == row:
+                        states = sum(tokens[layer] for layer in one.tapped)
+                        held.append(one.bytes + states * shape.hidden * size)
+                        slots = text + one.visual
+                        copied = max(copied, copied_bytes(slots, one.merged, shape, size))
                 made.append(
                     settle(
                         shape=shape,
@@ -1237,6 +1302,7 @@ class _Session:
                         visual_per_layer=tally[row],
                         selector_flops=spent[row] + sum(flops),
                         selector_bytes=max([most[row], *held]),
+                        merged_bytes=copied,
                         kv_before=[int(layer[row]) for layer in past],
                         vision_flops=sum(
                             views * tower(run) for where, views, run in towers if where == row

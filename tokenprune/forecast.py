@@ -21,14 +21,19 @@ from tokenprune.encoder import encoder_part, foreseen
 from tokenprune.errors import RetentionWarning
 from tokenprune.ledger import (
     DecoderShape,
+    Kept,
     Ledger,
     VisionShape,
+    copied_bytes,
     encoder_flops,
     held_bytes,
+    kept_of,
+    merging_bytes,
     settle,
     signal_bytes,
     signal_flops,
 )
+from tokenprune.prefix import tapped_layers
 from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -143,6 +148,7 @@ class _Draw:
         vision = VisionShape.of(adapter.base.config.vision_config)
         self.plain = views * encoder_flops([adapter.vision_tokens] * vision.layers, vision)
         self.vision, attended, part = self.plain, None, encoder_part(compressor)
+        merging = 0
         if part is not None and layouts:
             runs = [foreseen(adapter, part, layout, seed) for layout in layouts]
             self.images = [
@@ -158,8 +164,12 @@ class _Draw:
                 layout.views * encoder_flops(run.attended, vision, run.processed)
                 for layout, run in zip(layouts, runs, strict=True)
             )
+            width = adapter.vision_width
+            merging = max(merging_bytes(run.encoding, width, views, size) for run in runs)
         self.flops = signal_flops(towers, adapter, views, attended)
-        self.bytes = signal_bytes(towers, adapter, views, size, attended)
+        self.bytes = max(merging, signal_bytes(towers, adapter, views, size, attended))
+        self.tapped = 0  # bytes of the states that attention rows are made of
+        self.merged = 0  # bytes of copies that merged tokens are put in
 
     def ledger(self) -> Ledger:
         """Run the method and settle."""
@@ -195,6 +205,7 @@ class _Draw:
             visual_per_layer=visual,
             selector_flops=self.flops,
             selector_bytes=self.bytes,
+            merged_bytes=self.merged,
             vision_flops=self.vision,
             uncompressed_vision_flops=self.plain,
         )
@@ -202,37 +213,50 @@ class _Draw:
     def _select(self, part: Compressor, shown: Sequence[VisualTokens], *, inside: bool) -> None:
         """Let ``part`` choose of every image, and charge what that takes."""
         held = [held_bytes(self._sized(tokens), inside=False) for tokens in self.images]
+        tapped = self.tapped if inside else 0
         for index, tokens in enumerate(shown):
             sized = self._sized(tokens)
             own = held_bytes(sized, inside=True) - held[index] if inside else 0
             self.flops += part.flops(sized)
-            self.bytes = max(self.bytes, sum(held) + own + int(part.memory(sized)))
-        self.images = [
-            old.take(part(tokens).keep) for old, tokens in zip(self.images, shown, strict=True)
-        ]
+            self.bytes = max(self.bytes, tapped + sum(held) + own + int(part.memory(sized)))
+        slots = self.text + sum(map(len, self.images))
+        chosen = [part(tokens) for tokens in shown]
+        for one in chosen:
+            if one.features is not None:
+                copied = copied_bytes(slots, len(one.keep), self.shape, self.size)
+                self.merged = max(self.merged, copied)
+        self.images = [old.take(one.keep) for old, one in zip(self.images, chosen, strict=True)]
 
     def _ask(self, part: Compressor, layer: int, visual: Sequence[int]) -> None:
         """Charge the attention rows that ``part`` wants in front of ``layer``."""
         if not self.images:
             return
-        rows = []  # (layer, queries, whether the keys are projected for it)
+        rows: list[tuple[int, int, bool, Kept]] = []  # layer, queries, keys projected for it, kept
         for signal in part.needs:
+            kept = kept_of([signal.name])
             if signal.name == "llm_attention":
-                rows.append((signal.layer, 1, False))
+                rows.append((signal.layer, 1, False, kept))
             elif signal.name == "llm_ahead":
-                rows.append((layer - 1, 1, True))
+                rows.append((layer - 1, 1, True, kept))
             elif signal.name in ("llm_text", "llm_text_heads", "llm_cross"):
-                rows += [(layer - 1, min(words, self.text), False) for words in self.asking]
+                rows += [(layer - 1, min(words, self.text), False, kept) for words in self.asking]
             elif signal.name == "llm_self":
-                rows += [(layer - 1, len(one.layout.patches), False) for one in self.images]
+                rows += [(layer - 1, len(one.layout.patches), False, kept) for one in self.images]
             elif signal.name == "llm_global":
-                rows += [(layer - 1, 1, True)] * len(self.images)
+                rows += [(layer - 1, 1, True, kept)] * len(self.images)
             elif signal.name == "llm_keys_ahead":
-                rows.append((layer - 1, 0, True))
-        for where, queries, again in rows:
+                rows.append((layer - 1, 0, True, kept))
+            elif signal.name in ("llm_keys", "llm_states"):
+                count = self.text + visual[layer - 1]
+                taken = self.shape.vector_bytes(count, self.size, signal.name)
+                self.bytes = max(self.bytes, taken)
+        for where, queries, again, kept in rows:
             count = self.text + visual[where]
             self.flops += self.shape.row_flops(count, again, queries)
-            self.bytes = max(self.bytes, self.shape.row_bytes(count, again, self.size, queries))
+            taken = self.shape.row_bytes(count, again, self.size, queries, kept)
+            self.bytes = max(self.bytes, taken)
+        seen = [visual[where] for where in tapped_layers(part.needs, {layer: part})]
+        self.tapped = self.size * self.shape.hidden * sum(self.text + count for count in seen)
 
     def _shown(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:
         """What ``part`` sees between two layers of one image with ``words`` behind it."""

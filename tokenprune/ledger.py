@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenprune.attention import CHUNK
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
-    from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+    from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
 
 __all__ = [
     "FIGURES",
@@ -31,13 +32,29 @@ __all__ = [
     "DecoderShape",
     "Ledger",
     "VisionShape",
+    "copied_bytes",
     "encoder_flops",
     "held_bytes",
+    "kept_of",
+    "merging_bytes",
     "prefill_flops",
     "settle",
     "signal_bytes",
     "signal_flops",
 ]
+
+
+_OF_ALL = {"llm_states", "llm_keys", "llm_keys_ahead"}
+Kept = Literal["mean", "heads", "sum"]
+"""What is kept of the attention rows of several queries (`DecoderShape.row_bytes`)."""
+
+
+def kept_of(names: Iterable[str]) -> Kept:
+    """What is kept of the rows that signals of these names are made of; the most, of several."""
+    names = set(names)
+    if "llm_text_heads" in names:
+        return "heads"
+    return "sum" if names & {"llm_self", "llm_cross"} and "llm_text" not in names else "mean"
 
 
 @dataclass(frozen=True)
@@ -80,15 +97,35 @@ class DecoderShape:
         again = 2 * tokens * self.hidden * key if recomputed else 0
         return rows * (2 * self.hidden * query + 2 * tokens * query) + again
 
-    def row_bytes(self, tokens: int, recomputed: bool, size: int, rows: int = 1) -> int:
+    def row_bytes(
+        self, tokens: int, recomputed: bool, size: int, rows: int = 1, kept: Kept = "mean"
+    ) -> int:
         """Bytes that exist at the same time while such rows are computed.
 
-        float32 logits and their softmax of all heads, for at most `CHUNK` queries at a time, the
-        mean over heads of all rows, and keys that are computed again, before and behind the
-        rotation.
+        The normalised input of the layer, which outlives it; keys that are computed again, with
+        three copies of them while they are rotated; float32 logits, masked logits and their softmax
+        of all heads, for at most `CHUNK` queries at a time; and what is kept of all queries, once
+        as it grows and once joined.
+
+        Args:
+            tokens, recomputed, rows: As in `row_flops`.
+            size: Bytes of a number in the model.
+            kept: Of every query the mean over heads, all heads, or nothing but a sum over queries.
         """
-        again = 2 * tokens * self.kv_heads * self.head_dim * size if recomputed else 0
-        return 4 * tokens * (2 * self.heads * min(rows, CHUNK) + rows) + again
+        states = tokens * self.hidden
+        keys = tokens * self.kv_heads * self.head_dim * size if recomputed else 0
+        wide, chunk = 4 * tokens, min(rows, CHUNK)
+        of_each = {"mean": 1, "heads": self.heads, "sum": 0}[kept]
+        working = wide * (3 * self.heads * chunk + (rows - chunk) * of_each)
+        joined = wide * 2 * rows * of_each
+        looking = states * size + max(4 * keys, keys + max(working, joined))
+        return max(looking, 8 * states) if recomputed else looking  # RMSNorm works in float32
+
+    def vector_bytes(self, tokens: int, size: int, name: str) -> int:
+        """Bytes at work while all tokens' ``llm_states`` are normed or ``llm_keys`` moved."""
+        if name == "llm_states":
+            return 8 * tokens * self.hidden  # in float32
+        return 3 * tokens * self.kv_heads * self.head_dim * size
 
 
 def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
@@ -152,17 +189,41 @@ def signal_bytes(
         keys = keys_of(signal.layer)
         kind = signal.resolve(adapter.has_cls).name
         copies = wide * keys * 4 if size < 4 else 0
+        if kind in ("keys", "joint_keys"):
+            copies //= 2  # queries are not looked at
         heads = 1 if kind in ("cls_joint", "joint_keys") else adapter.vision_heads
         queries = {"keys": 0, "joint_keys": 0, "received": min(CHUNK, keys)}.get(kind, 1)
         most = max(most, copies + 2 * 4 * views * heads * queries * keys)
     return kept + most
 
 
+def merging_bytes(encoding: Encoding, width: int, views: int, size: int) -> int:
+    """Bytes that merging inside the vision tower takes, in the layer where it takes most.
+
+    Queries and keys outlive the attention; states and their weighted sums are in float32.
+
+    Args:
+        encoding: How the tower ran.
+        width: Of the tower.
+        views: How many ran together.
+        size: Bytes of a number in the tower.
+    """
+    layers = zip(encoding.attended, encoding.processed, strict=True)
+    most = max((2 * size * n + 4 * (n + 2 * left) for n, left in layers if left < n), default=0)
+    return views * width * most
+
+
+def copied_bytes(slots: int, merged: int, shape: DecoderShape, size: int) -> int:
+    """Bytes of ``merged`` vectors and of the copy of all ``slots`` of a prompt they are put in."""
+    return (slots + merged) * shape.hidden * size if merged else 0
+
+
 def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | None = None) -> int:
     """Bytes of all that a strategy is shown of one image beyond what the model holds anyway.
 
     Signals, and inside the language model the copies that are made of hidden states and of what
-    entered: features, text vectors, `VisualTokens.inputs`.
+    entered: features, text vectors, `VisualTokens.inputs`.  Vectors that the layers make of all
+    tokens count twice, as the image's are a copy of its part.
 
     Args:
         tokens: What is known of the image.
@@ -173,6 +234,7 @@ def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | 
     shown = [value for signal, value in tokens.signals.items() if signal in asked]
     if inside:
         shown += [tokens.features, *tokens.text.values(), *(tokens.inputs or ())]
+        shown += [value for signal, value in tokens.signals.items() if signal.name in _OF_ALL]
     return sum(value.numel() * value.element_size() for value in shown)
 
 
@@ -237,9 +299,10 @@ class Ledger:
         uncompressed_vision_flops: The same on full views.
         selector_bytes: The most memory that choosing takes at one moment, told by formulas, beyond
             what the uncompressed model holds: while the tower's signals are computed
-            (`signal_bytes`), while attention rows are (`DecoderShape.row_bytes`), or while a
-            strategy selects: what it is shown (`held_bytes`) and what it says it needs
-            (`Compressor.memory`).  Packing what is left, the same for all methods, is not in it.
+            (`signal_bytes`) or its tokens merged (`merging_bytes`), while attention rows are
+            (`DecoderShape.row_bytes`), while a strategy selects: what it is shown (`held_bytes`)
+            and what it says it needs (`Compressor.memory`), or while what is left is packed: copies
+            of it, and where tokens were merged one of everything (`copied_bytes`).
         kv_before: Entries that earlier turns had left in each layer's KV cache; empty for a first
             turn.  FLOPs of attending to them are not counted.
     """
@@ -328,6 +391,7 @@ def settle(
     selector_bytes: int,
     vision_flops: float,
     uncompressed_vision_flops: float,
+    merged_bytes: int = 0,
     kv_before: Sequence[int] = (),
 ) -> Ledger:
     """The `Ledger` of one prompt.
@@ -341,10 +405,14 @@ def settle(
         text: Tokens that are not visual.
         visual_per_layer: As in the ledger.
         selector_flops, selector_bytes, vision_flops, uncompressed_vision_flops, kv_before: As in
-            the ledger.
+            the ledger; packing is added to the bytes here.
+        merged_bytes: Of the copies that merged tokens are put in (`copied_bytes`).
     """
     tokens = [text + visual for visual in visual_per_layer]
     full = text + sum(map(len, before))
+    left = max((new for old, new in pairwise([full, *tokens]) if new < old), default=0)
+    # The visual ones twice: in the prompt, and in what is known of the image.
+    packing = (left + max(left - text, 0)) * shape.hidden * size + merged_bytes
     return Ledger(
         requested=requested,
         patch_tokens=_patches(before),
@@ -361,7 +429,7 @@ def settle(
         uncompressed_flops=prefill_flops([full] * shape.layers, shape),
         entered_patches=_patches(entered),
         entered_separators=_separators(entered),
-        selector_bytes=selector_bytes,
+        selector_bytes=max(selector_bytes, packing),
         kv_before=tuple(kv_before),
         vision_flops=vision_flops,
         uncompressed_vision_flops=uncompressed_vision_flops,

@@ -9,9 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 
 import tokenprune as tp
-from tokenprune.compressor import Compressor, Stage
+from tokenprune.compressor import Compressor
+from tokenprune.encoder import EncoderCompressor
+from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import tokens_at
 from tokenprune.experiments.measuring import peak_memory, timed
@@ -28,8 +31,6 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
     """Exponents of every registered method."""
     for name in tp.available():
         compressor = tp.create(name, retention=RETENTION)
-        if compressor.stage is Stage.ENCODER:
-            continue
         tell(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -58,12 +59,21 @@ def _grown(
             factor = (len(layout) / sizes[-1]) ** 2  # nothing here grows faster
             if seconds[-1] * factor > LONGEST or held[-1] * factor > LARGEST:
                 break
-        tokens = tokens_at(layout, part.needs, WIDTH, vision=WIDTH, device=device)
-        work = functools.partial(part, tokens)
+        work = _work(part, layout, device)
         sizes.append(len(layout))
         seconds.append(timed(work, warmup=1, repeats=2, device=device).median)
         held.append(peak_memory(work, device))
     return sizes, seconds, held
+
+
+def _work(part: Compressor, layout: TokenLayout, device: str) -> Callable[[], object]:
+    """What a selection takes; inside the vision tower with all that is added there."""
+    if isinstance(part, EncoderCompressor):
+        adapter = tower.clip(FRAME[0], device, torch.float32, **tower.SMALL)
+        steps = tower.Steps(adapter, part, layout, WIDTH)
+        return lambda: part(steps.shown(steps()))
+    tokens = tokens_at(layout, part.needs, WIDTH, vision=WIDTH, device=device)
+    return functools.partial(part, tokens)
 
 
 def _exponent(sizes: list[int], values: list[float] | list[int]) -> float:

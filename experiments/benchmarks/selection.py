@@ -4,7 +4,8 @@ One square image: 5 views, 2880 patch tokens, features of width 4096.  Measured 
 itself at R = 0.25 and the signals that it asks for, on random numbers of the real shapes.  The
 prefill is one real decoder layer times 32, and its memory the layer's working memory, the KV cache
 of 32 layers and, as they have to be there, their weights; the share of what is beside the weights
-is shown apart.
+is shown apart.  Methods inside the vision tower are measured in a CLIP ViT-L/14 of random weights:
+what they add to it as a share of the same prefill, and the whole tower beside the plain one.
 """
 
 import functools
@@ -35,7 +36,9 @@ from tokenprune.attention import (
     rotary_product,
 )
 from tokenprune.compressor import Compressor, Stage
+from tokenprune.encoder import EncoderCompressor
 from tokenprune.errors import UserError
+from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
@@ -50,7 +53,7 @@ from tokenprune.experiments.benchmarks.shapes import (
 from tokenprune.experiments.benchmarks.watching import host_waits, watching
 from tokenprune.experiments.measuring import peak_memory, timed
 from tokenprune.ledger import DecoderShape
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import Signal, TokenLayout
 
 GOALS = dict.fromkeys(("globalcom2", "fastv", "visionzip", "fastervlm", "vidcom2", "hired"), 0.01)
 GOALS |= dict.fromkeys(("divprune", "cdpruner", "dart", "pyramiddrop", "sparsevlm"), 0.03)
@@ -70,14 +73,18 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
     yield Figure(case=case, figure="prefill", value=seconds, unit="s", note=what)
     yield Figure(case=case, figure="prefill memory", value=held / 2**20, unit="MiB", note=what)
     yield Figure(case=case, figure="weights", value=weights / 2**20, unit="MiB", note=what)
-    for name in tp.available():
-        compressor = tp.create(name, retention=RETENTION)
-        if compressor.stage is Stage.ENCODER:
-            continue
-        tell(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield from bench.figures(name, compressor, seconds, held, weights)
+    methods = [tp.create(name, retention=RETENTION) for name in tp.available()]
+    inside = [one for one in methods if isinstance(one, EncoderCompressor)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for one in methods:
+            if one not in inside:
+                tell(one.name)
+                yield from bench.figures(one.name, one, seconds, held, weights)
+        side = layout.view_shape[0]
+        towers = tower.clip(side, device, bench.dtype, **(tower.SMALL if quick else {}))
+        prefill = seconds, held, weights
+        yield from tower.figures(inside, layout, shape.hidden, towers, prefill, bench.repeats, tell)
     tell("attention kernels")
     yield from _kernels(device)
 

@@ -42,6 +42,11 @@ def llava(shape: DecoderShape, device: str, dtype: torch.dtype) -> Adapter:
     """A LLaVA-NeXT with random weights: a decoder of ``shape`` behind a tiny vision tower."""
     config = LlavaNextConfig(**LlavaNext.tiny().config.to_dict())
     config.text_config = decoder_config(shape)
+    return random_model(config, device, dtype)
+
+
+def random_model(config: LlavaNextConfig, device: str, dtype: torch.dtype) -> Adapter:
+    """A LLaVA-NeXT with random weights."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # a float32 copy of a large one may not fit
     try:

@@ -25,11 +25,10 @@ from tokenprune.experiments.benchmarks.shapes import (
 )
 from tokenprune.experiments.compare import RETENTION, ModelRunner, cells, run
 from tokenprune.experiments.data import Question, held_out
-from tokenprune.experiments.results import Cell, Journal
+from tokenprune.experiments.results import UNCOMPRESSED, Cell, Journal
 from tokenprune.ledger import DecoderShape, prefill_flops
 from tokenprune.models.adapter import Adapter
 from tokenprune.prefix import cuts_of
-from tokenprune.tokens import TokenLayout
 
 METHODS = ("uniform", "globalcom2", "visionzip", "fastv", "dart", "pyramiddrop")
 HARDER = (0.75, 0.5, 0.25, 0.1)  # without R = 1, which all methods share
@@ -38,10 +37,9 @@ Answers = dict[tuple[str, str], dict[str, Any]]
 
 
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
-    """Time ratios; see the module."""
+    """Time ratios, what FLOPs say of them, and both beside each other; see the module."""
     count, size = (4, 4) if quick else (50, 50)
-    adapter = tp.load("testbed-next", device=device)
-    runner = ModelRunner(adapter, 8)
+    runner = ModelRunner(tp.load("testbed-next", device=device), 8)
     several = held_out(5 * count, 0, "image")
     for label, ratios, asked, goal in (
         ("testbed-next, default grid", RETENTION, several[::5], 0.4),
@@ -49,16 +47,46 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
         ("testbed-next, 5 questions an image", RETENTION, several[:count], None),
     ):
         tell(label)
-        together, alone, _, _ = _both(runner, ratios, asked, size)
-        note = f"{len(METHODS)} methods x {len(ratios)} retentions, {len(asked)} questions"
-        yield Figure(
-            case=label, figure="time / separately", value=together / alone, better="low",
-            goal=goal, note=note,
-        )  # fmt: skip
+        yield from _grid(runner, label, ratios, asked, size, goal=goal)
         if quick:
             return
     tell("decoder of 32 layers")
-    yield from _against_bound(device, 4)
+    larger = larger_testbed(SCALED)  # where the decoder dominates
+    larger.model.to(device)
+    asked = held_out(20, 0, "image")[::5]
+    runner = ModelRunner(larger, 1)
+    yield from _grid(runner, "32 layers of 256", HARDER, asked, 4, goal_of_bound=1.1)
+    bound = _bound_7b(larger, cells(METHODS, HARDER)[1:])
+    yield Figure(case="LLaVA-NeXT-7B", figure="bound on it", value=bound)
+
+
+def _grid(
+    runner: ModelRunner,
+    case: str,
+    ratios: Sequence[float],
+    asked: Sequence[Question],
+    size: int,
+    *,
+    goal: float | None = None,
+    goal_of_bound: float | None = None,
+) -> Iterator[Figure]:
+    """All methods at all ``ratios``: the measured ratio, and the ratio of FLOPs."""
+    together, alone, columns, answers = _both(runner, ratios, asked, size)
+    flops = {
+        cell.key: sum(answers[cell.key, item.id]["flops"] for item in asked) for cell in columns
+    }
+    full = sum(answers[UNCOMPRESSED, item.id]["uncompressed_flops"] for item in asked)
+    ratio, tower = together / alone, _tower_flops(runner.adapter, asked)
+    bound = _bound(runner.adapter, columns, flops, full, tower)
+    note = f"{len(METHODS)} methods x {len(ratios)} retentions, {len(asked)} questions"
+    yield Figure(
+        case=case, figure="time / separately", value=ratio, better="low", goal=goal, note=note
+    )
+    note = "FLOPs of prefill and vision tower; no new tokens"
+    yield Figure(case=case, figure="bound on it", value=bound, note=note)
+    yield Figure(
+        case=case, figure="time / bound", value=ratio / bound, better="low", goal=goal_of_bound
+    )
 
 
 def _both(
@@ -104,36 +132,16 @@ def _run(
         return seconds, journal.answers
 
 
-def _against_bound(device: str, count: int) -> Iterator[Figure]:
-    """Where the decoder dominates: the measured ratio over the ratio of FLOPs."""
-    adapter = larger_testbed(SCALED)
-    adapter.model.to(device)
-    runner = ModelRunner(adapter, 1)
-    asked = held_out(5 * count, 0, "image")[::5]
-    together, alone, columns, answers = _both(runner, HARDER, asked, count)
+def _tower_flops(adapter: Adapter, asked: Sequence[Question]) -> float:
+    """FLOPs of the vision tower, once for every image that is asked about."""
+    images = {item.image_id: item.images[0] for item in asked}.values()
+    sizes = [image.open().size for image in images]
     vision = adapter.base.config.vision_config
-    views = sum(_layouts(adapter, item).views for item in asked)
-    tower = vit_flops(
-        views, vision.image_size**2 // vision.patch_size**2, vision.hidden_size,
-        vision.intermediate_size, vision.num_hidden_layers,
+    return vit_flops(
+        sum(adapter.layout((height, width)).views for width, height in sizes),
+        vision.image_size**2 // vision.patch_size**2,
+        vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers,
     )  # fmt: skip
-    flops = {
-        cell.key: sum(answers[cell.key, item.id]["flops"] for item in asked) for cell in columns
-    }
-    full = [answers["uncompressed", item.id]["uncompressed_flops"] for item in asked]
-    bound = _bound(adapter, columns, flops, sum(full), tower)
-    case, note = "32 layers of 256", "FLOPs of prefill and vision tower; no new tokens"
-    yield Figure(case=case, figure="time / separately", value=together / alone, better="low")
-    yield Figure(case=case, figure="bound on it", value=bound, note=note)
-    yield Figure(
-        case=case, figure="time / bound", value=together / alone / bound, better="low", goal=1.1
-    )
-    yield Figure(case="LLaVA-NeXT-7B", figure="bound on it", value=_bound_7b(adapter, columns))
-
-
-def _layouts(adapter: Adapter, item: Question) -> TokenLayout:
-    width, height = item.images[0].open().size
-    return adapter.layout((height, width))
 
 
 def _bound(
@@ -143,6 +151,8 @@ def _bound(
     layers = len(adapter.decoder_layers)
     together = tower + full
     for cell in columns:
+        if cell.key == UNCOMPRESSED:  # at R = 1 the uncompressed model has answered already
+            continue
         first = min(cuts_of(adapter, cell.compressor), default=0)
         together += flops[cell.key] - full * first / layers  # that much ran before
     return together / sum(tower + flops[cell.key] for cell in columns)
