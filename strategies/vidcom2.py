@@ -64,9 +64,8 @@ class VidCom2(Compressor):
         unit = F.normalize(features[patches[:, None], calm].float(), dim=-1)
         view = layout.view[patches]
         frames = group_means(unit, view, layout.views)
-        return _kernel(unit, unit.mean(0)[None], torch.zeros_like(view)), _kernel(
-            unit, frames, view
-        )
+        to_video = _kernel(unit, unit.mean(0)[None], torch.zeros_like(view))
+        return to_video, _kernel(unit, frames, view)
 
     def ratios(self, tokens: VisualTokens, to_video: Tensor) -> Tensor:
         """(V,) retention ratio of every frame; 0 of one without tokens."""
@@ -84,8 +83,10 @@ class VidCom2(Compressor):
         return (3 + 2 * 4 * self.channels) * tokens.features.numel()
 
     def memory(self, tokens: VisualTokens) -> float:
-        """The channels that are looked at, in float32 and of unit length."""
-        return super().memory(tokens) + 8.0 * self.channels * tokens.features.numel()
+        """The channels that are looked at, in float32 and of unit length, or a part of all."""
+        features = tokens.features
+        part = len(features) * min(PART, features.shape[1]) * (features.element_size() + 4.0)
+        return super().memory(tokens) + max(8 * self.channels * features.numel(), part)
 
     def select(self, tokens: VisualTokens) -> Selection:
         to_video, to_frame = self.resemblance(tokens)

@@ -130,9 +130,9 @@ def _waits(func: Any, args: Any, kwargs: Any, wanted: torch.device | None) -> st
 def _index(args: Any) -> str:
     """Why an access by index waits: a mask, a number on the device, or places on the host."""
     parts = [part for part in _flat(args[1]) if isinstance(part, Tensor)]
-    if len(parts) == 1 and len(args) > 2 and parts[0].dtype == torch.bool:
-        if not isinstance(args[2], Tensor) or not args[2].ndim:
-            return ""  # a number where a mask says, is filled in without counting
+    number = len(args) > 2 and not (isinstance(args[2], Tensor) and args[2].ndim)
+    if number and len(parts) == 1 and parts[0].dtype == torch.bool:
+        return ""  # a number where a mask says, is filled in without counting
     for part in parts:
         if part.dtype == torch.bool:
             return "mask as index"
