@@ -4,8 +4,11 @@ One square image: 5 views, 2880 patch tokens, features of width 4096.  Measured 
 itself at R = 0.25 and the signals that it asks for, on random numbers of the real shapes.  The
 prefill is one real decoder layer times 32, and its memory the layer's working memory, the KV cache
 of 32 layers and, as they have to be there, their weights; the share of what is beside the weights
-is shown apart.  Methods inside the vision tower are measured in a CLIP ViT-L/14 of random weights:
-what they add to it as a share of the same prefill, and the whole tower beside the plain one.
+is shown apart.  Memory is that of the strategy and of each signal by itself; what the engine copies
+for a strategy inside the language model, and packing, are in `Ledger.selector_bytes`.
+
+Methods inside the vision tower are measured in a CLIP ViT-L/14 of random weights: what they add to
+it as a share of the same prefill, and the whole tower beside the plain one.
 """
 
 import functools
