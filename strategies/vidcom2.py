@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import group_means, tally, top_per_view
+from tokenprune.primitives import float_copy, group_means, tally, top_per_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens, moved
 
@@ -85,8 +85,9 @@ class VidCom2(Compressor):
     def memory(self, tokens: VisualTokens) -> float:
         """The channels that are looked at, in float32 and of unit length, or a part of all."""
         features = tokens.features
-        part = len(features) * min(PART, features.shape[1]) * (features.element_size() + 4.0)
-        return super().memory(tokens) + max(8 * self.channels * features.numel(), part)
+        part = features[:, :PART]
+        copies = part.numel() * part.element_size() + float_copy(part)
+        return super().memory(tokens) + max(8 * self.channels * features.numel(), copies)
 
     def select(self, tokens: VisualTokens) -> Selection:
         to_video, to_frame = self.resemblance(tokens)
