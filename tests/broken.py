@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenprune import encoder, engine, observe
+from tokenprune import encoder, engine, llm_signals, observe
 from tokenprune.attention import Projections
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage, parse
 from tokenprune.engine import _Session
 from tokenprune.errors import UserError
 from tokenprune.models.adapter import Adapter
+from tokenprune.passes import Pass
 from tokenprune.primitives import top_per_view
 from tokenprune.registry import Card
 from tokenprune.tokens import Kind, Signal, VisualTokens
@@ -681,34 +682,34 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(
             _forgets_shift,
             _replaced(PrunedLayer, "mask", _sees_padding),
-            _wrapped(engine._Pass, "repack", _swaps_slots),
+            _wrapped(Pass, "repack", _swaps_slots),
             _wrapped(_Session, "_pack", _compacts_always),
         ),
         *_host(
             NO_MEMORY,
-            _wrapped(engine, "decoder_row", _scrambled),
+            _wrapped(llm_signals, "decoder_row", _scrambled),
             strategy="fastv",
         ),
         *_host(_forgets_extra, strategy="fastv:positions=compact"),
         *_host(
             _wrapped(
-                engine, "rotary_product", lambda original, rotary, at: original(rotary, 0 * at)
+                llm_signals, "rotary_product", lambda original, rotary, at: original(rotary, 0 * at)
             ),
             strategy="sparsevlm:version=2.0,heads=2",
         ),
         *_host(
-            _wrapped(_Session, "_text_slots", lambda original, *args: original(*args)[:1]),
+            _wrapped(Pass, "text_slots", lambda original, *args: original(*args)[:1]),
             strategy="cdpruner:relevance=text",
         ),
         *_host(
             _counts_once,
             _wrapped(engine, "proportional_mask", lambda original, mask, *args: mask),
-            _wrapped(engine, "decoder_row", _scrambled),
-            _wrapped(engine, "decoder_keys", _scrambled),
+            _wrapped(llm_signals, "decoder_row", _scrambled),
+            _wrapped(llm_signals, "decoder_keys", _scrambled),
             strategy="pact",
         ),
         *_host(
-            _wrapped(engine, "decoder_mass", _scrambled),
+            _wrapped(llm_signals, "decoder_mass", _scrambled),
             strategy="fitprune",
         ),
         *_host(
@@ -726,7 +727,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_batch_equals_single": (
         *_broken(ComparesNeighbours),
         *_host(_replaced(PrunedLayer, "mask", _sees_padding)),
-        *_host(_wrapped(engine, "decoder_row", _last_slot_asks), strategy="fastv"),
+        *_host(_wrapped(llm_signals, "decoder_row", _last_slot_asks), strategy="fastv"),
     ),
     "check_generate_batch_equals_single": _host(_replaced(PrunedLayer, "mask", _sees_padding)),
     "check_cache_agrees": (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
+from tokenprune import llm_signals
 from tokenprune.compressor import Compressor
 from tokenprune.engine import compress
 from tokenprune.errors import UserError
@@ -125,7 +126,7 @@ def test_what_a_first_cut_looks_at_is_computed_once(
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Any:
-        original = getattr(tp.engine, name)
+        original = getattr(llm_signals, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
@@ -134,7 +135,7 @@ def test_what_a_first_cut_looks_at_is_computed_once(
         return call
 
     for name in ("decoder_row", "decoder_rows", "decoder_mass", "decoder_keys", "moved_keys"):
-        monkeypatch.setattr(tp.engine, name, counted(name))
+        monkeypatch.setattr(llm_signals, name, counted(name))
     wanted = [tp.parse(spec, retention=ratio) for ratio in (0.7, 0.4, 0.2)]
     images = encoded(host, (0, 1, 2), wanted)
     alone = [outcome(host, images, (0, 1, 2), one) for one in wanted]

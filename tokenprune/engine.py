@@ -21,9 +21,9 @@ import functools
 import inspect
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -33,15 +33,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from tokenprune.attention import (
-    decoder_keys,
-    decoder_mass,
-    decoder_row,
-    decoder_rows,
-    moved_keys,
     proportional_mask,
-    rotary_product,
 )
-from tokenprune.cache import CACHE, PrunedLayer, adopt, is_pruned
+from tokenprune.cache import CACHE, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
@@ -59,10 +53,12 @@ from tokenprune.ledger import (
     signal_bytes,
     signal_flops,
 )
+from tokenprune.llm_signals import LayerSignals
 from tokenprune.observe import encoded, observing
+from tokenprune.passes import Pass, Span
 from tokenprune.prefix import Prefix, tapped_layers
 from tokenprune.registry import adapters
-from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens, moved
+from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -71,10 +67,6 @@ __all__ = ["Chosen", "Trace", "adapter_of", "compress"]
 
 Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
-_TEXT, _HEADS, _ROTARY = Signal("llm_text"), Signal("llm_text_heads"), Signal("llm_text_rotary")
-_ASKED = frozenset({_TEXT, _HEADS, _ROTARY})  # that which text asks in the layer before a cut
-_SELF, _CROSS = Signal("llm_self"), Signal("llm_cross")
-_GLOBAL = Signal("llm_global")
 _PROMPT = Signal("llm_prompt")
 _BEFORE = -1  # in place of a layer's index: in front of the language model
 
@@ -215,189 +207,6 @@ def _check_rows(compressors: Sequence[Compressor | None]) -> None:
         )
 
 
-@dataclass(eq=False)
-class _Span:
-    """The visual tokens of one image that are still there.
-
-    Attributes:
-        first, last: Columns of the first and the last of them.
-        columns: (M,) their columns in the prompt, on the CPU.
-        index: (M,) their indices in the image's full packed sequence, on the CPU.
-        tokens: What is known of them.
-        layout: Geometry of all that were there, on the CPU.
-        carrier: The encoder's own feature tensor, the same object for all beams and reruns.
-        record: What the encoder told of it, the same object wherever the image is used.
-        image: How many images and videos come before in the row.
-        entered: (M,) indices of those that enter the language model.
-    """
-
-    row: int
-    first: int
-    last: int
-    columns: Tensor
-    index: Tensor
-    tokens: VisualTokens
-    layout: TokenLayout
-    carrier: Tensor
-    entered: Tensor
-    record: VisualTokens
-    image: int = 0
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether nothing was taken from or added to what the encoder told of the image."""
-        return all(
-            getattr(self.tokens, item.name) is getattr(self.record, item.name)
-            for item in fields(VisualTokens)
-            if item.name not in ("features", "layout")
-        )
-
-
-@dataclass(frozen=True)
-class _Picked:
-    """What one selection took, counted once the row's length is known.
-
-    Attributes:
-        bytes: What it was shown and its own.
-        tapped: Layers whose states were there for attention rows.
-        visual: Visual tokens of the row in front of it.
-        merged: How many vectors were put in.
-    """
-
-    row: int
-    bytes: int
-    tapped: tuple[int, ...]
-    visual: int
-    merged: int
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One forward of the language model: B rows, S columns of the prompt in M slots.
-
-    Attributes:
-        columns: (B, M) column in each slot, -1 for padding; rising along a row once packed.
-        left: How many slots of each row are not padding, and for every row the columns of text up
-            to the last prompt token: what the host knows where there are images (`look`).
-        positions: (B, M) position ids of the slots.
-        query: (B,) column of the last prompt token, whose attention ranks.
-        ids: (B, S) input ids, where known.
-        layers: The layers of the KV cache, or none without one.
-        spans: The images.
-        tally: For every row, the visual tokens each decoder layer processes.
-        entered: (B,) tokens that the first decoder layer processes.
-        spent: (B,) FLOPs of choosing, per row.
-        most: (B,) bytes that choosing took at one moment, per row.
-        picked: What selections took.
-        taps: Layers whose states this session wants, whatever others tapped.
-        order: (B, M) slot in which each slot's content was before the latest packing.
-        sizes: (B, M) how often attention counts each slot, or None for once.
-        rotary: cos and sin behind the latest cut.
-        inherited: How much further positions move back from each layer on, by earlier prefills.
-        masks: Masks behind cuts, by the number of cuts in front.
-        tapped: Input and rotary embedding of the attention modules whose rows are wanted.
-        read: Layers whose rows were computed, and whether the keys had to be computed again.
-        held: For every layer, (B,) entries that the KV cache held before; empty without any.
-        asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
-        projected: Layers as many of whose slots were made into keys ahead of the next one.
-    """
-
-    columns: Tensor
-    positions: Tensor
-    query: Tensor
-    ids: Tensor | None
-    cache: Cache | None
-    layers: list[PrunedLayer]
-    spans: list[_Span]
-    tally: list[list[int]]
-    spent: list[float]
-    most: list[int]
-    taps: set[int]
-    width: int
-    order: Tensor
-    entered: Tensor
-    left: list[int] = field(default_factory=list)
-    text: list[Tensor] = field(default_factory=list)
-    packed: bool = False
-    cuts: int = 0
-    sizes: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    inherited: list[Tensor | None] = field(default_factory=list)
-    masks: dict[int, Any] = field(default_factory=dict)
-    picked: list[_Picked] = field(default_factory=list)
-    tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    held: list[Tensor] = field(default_factory=list)
-    read: list[tuple[int, bool]] = field(default_factory=list)
-    asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
-    projected: list[int] = field(default_factory=list)
-
-    @property
-    def real(self) -> Tensor:
-        """(B, M) which slots are not padding."""
-        return self.columns >= 0
-
-    def asking(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(B,) slot of the last prompt token, and (B, M) which slots it may look at."""
-        columns, query = self.columns.to(device), self.query.to(device)
-        visible = (columns >= 0) & (columns <= query[:, None])
-        slot = torch.arange(columns.shape[1], device=device)
-        return torch.where(visible, slot, 0).amax(1), visible
-
-    def charge(
-        self, row: int, part: Compressor, tokens: VisualTokens, shown: int, chosen: Selection
-    ) -> None:
-        """Enter what one selection cost; ``shown`` bytes are held beside the strategy's own."""
-        self.spent[row] += part.flops(tokens)
-        visual = self.tally[row][-1]
-        if not visual:  # nothing is counted yet in front of layer 0
-            visual = sum(len(one.layout) for one in self.spans if one.row == row)
-        self.picked.append(
-            _Picked(
-                row=row,
-                bytes=shown + int(part.memory(tokens)),
-                tapped=tuple(sorted(self.taps.intersection(self.tapped))),
-                visual=visual,
-                merged=0 if chosen.features is None else len(chosen.keep),
-            )
-        )
-
-    def look(self, placeholders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring what is known of the prompts to the host: (B, S) placeholders by modality.
-
-        The one wait for the device that a forward with images takes, however many there are.
-        """
-        query = self.query[:, None].expand_as(self.columns)
-        masks = [mask.to(query) for mask in placeholders.values()]
-        columns, query, *masks = torch.stack([self.columns, query, *masks]).cpu()
-        visual = {name: mask.bool() for name, mask in zip(placeholders, masks, strict=True)}
-        asked = (columns >= 0) & (columns <= query)
-        for mask in visual.values():
-            asked &= ~mask
-        self.left = (columns >= 0).sum(1).tolist()
-        self.text = [row.nonzero().squeeze(1) for row in asked]
-        return visual
-
-    def slots(self, row: int, columns: Tensor) -> Tensor:
-        """(M,) where these columns (M,) of a row lie now."""
-        columns = moved(columns, self.columns.device)
-        if not self.packed:
-            return columns
-        return torch.searchsorted(self.columns[row].contiguous(), columns)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether no row has padding, nor the KV cache anything from before."""
-        return bool(self.left) and len(set(self.left)) == 1 and not self.held
-
-    def repack(self, states: Tensor) -> Tensor:
-        """(B, M, ...) ``states`` in the order of the latest packing."""
-        order = self.order.to(states.device)
-        first = torch.arange(len(states), device=order.device)[:, None] * states.shape[1]
-        # On the CPU `gather` would make a float32 copy of half-precision numbers.
-        taken = states.flatten(0, 1).index_select(0, (first + order).flatten())
-        return taken.reshape(*order.shape, -1)
-
-
 class _Session:
     """The hooks of one open context."""
 
@@ -417,6 +226,7 @@ class _Session:
         depth = len(adapter.decoder_layers)
         self.before = [placed(one, depth)[0] for one in compressors]
         self.inside = placed(compressors[0], depth)[1]
+        self.layers = LayerSignals(adapter)
         self.prefix = prefix
         self.repeating: Any = None  # this session's use of the prefix
         self.shape = DecoderShape.of(adapter.language_model.config)
@@ -425,8 +235,8 @@ class _Session:
         self.placeholders: dict[str, Tensor] = {}
         self.ids: Tensor | None = None
         self.labels: Tensor | None = None
-        self.current: _Pass | None = None
-        self.opened: _Pass | None = None  # the pass that the trace will tell about
+        self.current: Pass | None = None
+        self.opened: Pass | None = None  # the pass that the trace will tell about
         # Without a KV cache the whole prefix runs again for every new token: the selection made
         # for the prompt is reused, else the newest token would rank.
         self.memory: list[tuple[Tensor, int, Tensor, Selection]] = []
@@ -497,9 +307,9 @@ class _Session:
         joined = {name: encoded(given[name].pooler_output) for name in plain}
         return args, {**kwargs, "mm_encoder_outputs": {**given, **joined}}
 
-    def _find_spans(self, state: _Pass, device: torch.device) -> list[_Span]:
+    def _find_spans(self, state: Pass, device: torch.device) -> list[Span]:
         """The visual tokens of this forward, image by image, in the order of the placeholders."""
-        spans: list[_Span] = []
+        spans: list[Span] = []
         found = {
             modality: [feature for call in calls for feature in call]
             for modality, calls in self.seen.items()
@@ -533,7 +343,7 @@ class _Session:
                     record, features=feature.to(device), layout=record.layout.to(device)
                 )
                 spans.append(
-                    _Span(
+                    Span(
                         row=int(place[0, 0]),
                         first=int(place[0, 1]),
                         last=int(place[-1, 1]),
@@ -628,7 +438,7 @@ class _Session:
             self.trace.selections = []
             self._charge_vision(state, embeds.element_size())
         for span in spans if _PROMPT in self.signals else []:
-            prompt = embeds[span.row, self._text_slots(state, span)].detach()
+            prompt = embeds[span.row, state.text_slots(span)].detach()
             span.tokens = replace(span.tokens, text={**span.tokens.text, _PROMPT: prompt})
         for step in range(max(map(len, self.before)) if spans else 0):
             with self.trace.around():
@@ -645,7 +455,7 @@ class _Session:
             self.opened, state.entered = state, state.real.sum(1)
         return args, changed
 
-    def _start(self, embeds: Tensor, changed: Kwargs, labels: Tensor | None) -> _Pass:
+    def _start(self, embeds: Tensor, changed: Kwargs, labels: Tensor | None) -> Pass:
         (rows, width), device = embeds.shape[:2], embeds.device
         mask, cache = changed.get("attention_mask"), changed.get(CACHE)
         column = torch.arange(width, device=device).expand(rows, -1)
@@ -663,7 +473,7 @@ class _Session:
             answered = labels.to(device) != -100
             first = answered.int().argmax(1)
             query = torch.where(answered.any(1), (first - 1).clamp(min=0), query)
-        return _Pass(
+        return Pass(
             columns=columns,
             positions=positions.to(device).expand(rows, -1),
             query=query,
@@ -681,7 +491,7 @@ class _Session:
         )
 
     def _join_cache(
-        self, state: _Pass, changed: Kwargs, cache: Cache | None, continued: bool
+        self, state: Pass, changed: Kwargs, cache: Cache | None, continued: bool
     ) -> None:
         """Announce the new entries to the KV cache; continue behind what was compressed before."""
         if cache is None:
@@ -703,7 +513,7 @@ class _Session:
             state.positions = state.positions - first.shift.to(state.positions.device)
             changed.update(attention_mask=first.mask().long(), position_ids=state.positions)
 
-    def _shorten(self, state: _Pass, step: int, embeds: Tensor, changed: Kwargs) -> Tensor:
+    def _shorten(self, state: Pass, step: int, embeds: Tensor, changed: Kwargs) -> Tensor:
         """Drop columns of the prompt: (B, M, D) embeddings of what is left."""
         keep, width = state.real, embeds.shape[1]
         gone, keeps_positions, shown = False, False, self._shown(state)
@@ -747,14 +557,14 @@ class _Session:
         )
         return embeds
 
-    def _index(self, state: _Pass, row: int) -> int:
+    def _index(self, state: Pass, row: int) -> int:
         """Which of the compressors acts in ``row``; the beams of a prompt lie side by side."""
         return row * len(self.compressors) // len(state.columns)
 
     def _narrow(
         self,
-        state: _Pass,
-        span: _Span,
+        state: Pass,
+        span: Span,
         chosen: Tensor,
         keep: Tensor,
         stage: Stage,
@@ -772,7 +582,7 @@ class _Session:
         self.trace.selections.append(Chosen(span.row, span.image, stage, layer, layout, span.index))
         return gone
 
-    def _pack(self, state: _Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
+    def _pack(self, state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
         """Move the kept slots of every row to the right; (B, 1) positions each row lost."""
         lost = state.real & ~keep
         width = max(state.left)
@@ -819,17 +629,14 @@ class _Session:
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}
 
-    def _cut(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+    def _cut(self, state: Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
         """Select in front of decoder layer ``index``: (B, M, D) hidden states of what is left."""
         part, width = self.inside[index], hidden.shape[1]
         whole, keep, gone, shown = hidden, state.real, False, self._shown(state)
-        rows = {
-            signal: self._once(state, index, signal, look)
-            for signal in part.needs
-            if (look := self._look(state, signal, index, whole, kwargs)) is not None
-        }
+        once = functools.partial(self._once, state, index)
+        rows = self.layers.everywhere(state, part, index, whole, kwargs, once)
         for span in state.spans:
-            tokens = self._show(state, span, part, index, whole, rows)
+            tokens = self.layers.tokens(state, span, part, index, whole, rows, once)
             chosen = self._recall(state, span, index)
             if chosen is None:
                 chosen = part(tokens)
@@ -873,7 +680,7 @@ class _Session:
         return hidden
 
     def _surroundings(
-        self, state: _Pass, index: int, behind: int, hidden: Tensor, kwargs: Kwargs
+        self, state: Pass, index: int, behind: int, hidden: Tensor, kwargs: Kwargs
     ) -> Kwargs:
         """Mask, rotary embedding and position ids of a layer behind a cut."""
         language = self.adapter.language_model
@@ -918,58 +725,7 @@ class _Session:
             )
         return proportional_mask(mask, sizes.to(hidden.device), hidden.shape[1], hidden.dtype)
 
-    # -- what a selection between layers is shown -------------------------------------------------
-
-    def _show(
-        self,
-        state: _Pass,
-        span: _Span,
-        part: Compressor,
-        index: int,
-        hidden: Tensor,
-        rows: Mapping[Signal, Tensor],
-    ) -> VisualTokens:
-        """What ``part`` sees of one image in front of layer ``index``.
-
-        Args:
-            hidden: (B, M, D) states of the current slots.
-            rows: Signals (B, M) or (B, M, C) of all slots.
-        """
-        needs = part.needs
-        slots = state.slots(span.row, span.columns).to(hidden.device)
-        text = self._text_slots(state, span)
-        if needs & (_ASKED | {_CROSS}) and not len(text):
-            raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
-
-        def once(signal: Signal, look: Callable[[], Tensor]) -> Tensor:
-            return self._once(state, index, (signal, span.row, span.image), look)
-
-        signals = {name: row[span.row, slots.to(row.device)] for name, row in rows.items()}
-        for signal in needs & _ASKED:
-            ask = functools.partial(self._text_rows, state, span, index - 1, text, signal)
-            asked = once(signal, ask)
-            signals[signal] = asked[:, slots.to(asked.device)].transpose(0, 1)
-        patches = slots[span.tokens.layout.patches.to(slots.device)]
-        looks = {
-            _SELF: lambda: self._mass(state, span, index - 1, patches),
-            _CROSS: lambda: self._mass(state, span, index - 1, text),
-            _GLOBAL: lambda: self._global_row(state, span, index, hidden),
-        }
-        for signal in needs & looks.keys():
-            row = once(signal, looks[signal])
-            signals[signal] = row[slots.to(row.device)]
-        words = {
-            name: row[span.row, text.to(row.device)] for name, row in rows.items() if name.is_vector
-        }
-        return replace(
-            span.tokens,
-            features=hidden[span.row, slots],
-            layout=span.tokens.layout.to(hidden.device),
-            signals={**span.tokens.signals, **signals},
-            text={**span.tokens.text, **words},
-        )
-
-    def _once(self, state: _Pass, index: int, what: Hashable, look: Callable[[], Tensor]) -> Tensor:
+    def _once(self, state: Pass, index: int, what: Hashable, look: Callable[[], Tensor]) -> Tensor:
         """What ``look`` computes; in front of the first cut once for all that share a `Prefix`."""
         if self.repeating is None or index != min(self.inside):
             return look()
@@ -977,189 +733,16 @@ class _Session:
         found: Tensor = self.repeating.once((index, what), account, look)
         return found
 
-    def _look(
-        self, state: _Pass, signal: Signal, index: int, hidden: Tensor, kwargs: Kwargs
-    ) -> Callable[[], Tensor] | None:
-        """What computes a signal of all slots; None for one of a single image or of the tower."""
-        looks: dict[str, Callable[[], Tensor]] = {
-            "llm_attention": lambda: self._row(state, signal.layer),
-            "llm_ahead": lambda: self._row_ahead(state, index, hidden, kwargs),
-            "llm_keys": lambda: self._keys(state, signal.layer, hidden.shape[1]),
-            "llm_keys_ahead": lambda: self._keys_ahead(state, index, hidden, kwargs),
-            "llm_states": lambda: self._states(hidden),
-        }
-        return looks.get(signal.name)
-
-    @torch.no_grad()
-    def _row(self, state: _Pass, index: int) -> Tensor:
-        """(B, M) the attention row over the current slots in layer ``index``, which has run."""
-        hidden, (cos, sin) = state.tapped[index]
-        device, count = hidden.device, hidden.shape[1]
-        asking, visible = state.asking(device)
-        keys, sizes = None, state.sizes
-        if state.layers:
-            keys, sizes = state.layers[index].keys, state.layers[index].sizes
-            visible = torch.cat([state.layers[index].valid[:, :-count].to(device), visible], 1)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        rotary = cos.to(device), sin.to(device)
-        row = decoder_row(attention, hidden, rotary, asking, _counted(visible, sizes), keys)
-        state.read.append((index, keys is None))
-        return row[:, -count:]
-
-    @torch.no_grad()
-    def _states(self, hidden: Tensor) -> Tensor:
-        """(B, M, D) states of the current slots behind the final norm."""
-        norm = self.adapter.language_model.norm
-        states: Tensor = norm(hidden.to(norm.weight.device))
-        return states.to(hidden.device)
-
-    @torch.no_grad()
-    def _keys(self, state: _Pass, index: int, count: int) -> Tensor:
-        """(B, M, kv_heads * head_dim) keys of a layer, rotated as if no padding lay in front."""
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        cached = state.layers[index].keys if state.layers else None
-        if cached is not None:
-            keys = cached[:, :, -count:]
-        else:
-            states, (cos, sin) = state.tapped[index]
-            keys = decoder_keys(attention, states, (cos.to(states.device), sin.to(states.device)))
-        first = state.real.int().argmax(1, keepdim=True)
-        back = -state.positions.gather(1, first).to(keys.device)
-        cos, sin = self.adapter.language_model.rotary_emb(keys, back)
-        keys = moved_keys(attention, keys, (cos.to(keys.device), sin.to(keys.device)))
-        return keys.transpose(1, 2).flatten(2)
-
-    def _text_slots(self, state: _Pass, span: _Span) -> Tensor:
-        """(T,) slots of the prompt's text behind an image, up to the last prompt token."""
-        text = state.text[span.row]
-        return state.slots(span.row, text[text > span.last])
-
-    def _inputs(self, state: _Pass, span: _Span, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _inputs(self, state: Pass, span: Span, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
         """What enters the language model: an image's patch tokens, and the text behind it."""
         if Signal("llm_inputs") not in self.signals:
             return None
         patches = span.tokens.layout.patches
         row = embeds[span.row].detach()
         slots = state.slots(span.row, span.columns)
-        return row[slots[patches]], row[self._text_slots(state, span)]
+        return row[slots[patches]], row[state.text_slots(span)]
 
-    @torch.no_grad()
-    def _text_rows(
-        self, state: _Pass, span: _Span, index: int, text: Tensor, signal: Signal
-    ) -> Tensor:
-        """(T, M) or (T, M, heads) what an image's text asks the current slots in a layer."""
-        prompt, keys, visible = self._prompt(state, span, index)
-        _, hidden, rotary = prompt
-        text = text.to(hidden.device)
-        if signal == _ROTARY:
-            return rotary_product(rotary, text)
-        rows = decoder_rows(*prompt, text, visible(text), keys, by_head=signal == _HEADS)
-        state.asked.append((span.row, index, len(text), keys is None))
-        return rows[:, -len(hidden) :]
-
-    @torch.no_grad()
-    def _mass(self, state: _Pass, span: _Span, index: int, asks: Tensor) -> Tensor:
-        """(M,) what the current slots get in layer ``index`` from the queries ``asks``."""
-        prompt, keys, visible = self._prompt(state, span, index)
-        mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
-        state.asked.append((span.row, index, len(asks), keys is None))
-        return mass[-len(prompt[1]) :]
-
-    def _prompt(
-        self, state: _Pass, span: _Span, index: int
-    ) -> tuple[
-        tuple[nn.Module, Tensor, tuple[Tensor, Tensor]],
-        Tensor | None,
-        Callable[[Tensor], Tensor],
-    ]:
-        """Of layer ``index`` and an image's prompt: attention module, input (M, D) and rotation,
-        then cached keys, and a function from slots (T,) to how often each key counts (T, K)."""
-        states, rotary = state.tapped[index]
-        hidden = states[span.row]
-        device, count = hidden.device, len(hidden)
-        columns = state.columns[span.row].to(device)
-        keys, sizes, past = None, state.sizes, columns[:0].bool()
-        if state.layers:
-            layer = state.layers[index]
-            if layer.keys is not None:
-                keys = layer.keys[span.row].to(device)
-            past, sizes = layer.valid[span.row, :-count].to(device), layer.sizes
-
-        def visible(slots: Tensor) -> Tensor:
-            allowed = (columns >= 0) & (columns <= columns[slots][:, None])
-            allowed = torch.cat([past.expand(len(slots), -1), allowed], 1)
-            return _counted(allowed, None if sizes is None else sizes[span.row])
-
-        cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        return (attention, hidden, (cos, sin)), keys, visible
-
-    @torch.no_grad()
-    def _row_ahead(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
-        """(B, M) the attention row over the current slots in the layer that is about to run."""
-        states = self._states_ahead(index, hidden)
-        device, count = states.device, states.shape[1]
-        asking, visible = state.asking(device)
-        past = None
-        cached = state.layers[index] if state.layers else None
-        if cached is not None and cached.keys is not None and cached.held:
-            past = cached.keys.to(device)
-            visible = torch.cat([cached.valid[:, : past.shape[2]].to(device), visible], 1)
-        visible = _counted(visible, state.sizes if cached is None else cached.sizes)
-        rotary = self._rotary_ahead(state, index, states, kwargs)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        row = decoder_row(attention, states, rotary, asking, visible, past=past)
-        state.read.append((index - 1, True))  # as many keys as the layer before processed
-        return row[:, -count:]
-
-    def _states_ahead(self, index: int, hidden: Tensor) -> Tensor:
-        """(..., D) ``hidden`` as the attention of layer ``index`` will see it."""
-        norm: Any = self.adapter.decoder_layers[index].get_submodule("input_layernorm")
-        # With layers on several devices, the norm's weight says where this one lies.
-        states: Tensor = norm(hidden.to(norm.weight.device))
-        return states
-
-    def _rotary_ahead(
-        self, state: _Pass, index: int, states: Tensor, kwargs: Kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the current slots in layer ``index``, which is about to run."""
-        moved = state.inherited[index] if state.inherited else None
-        if moved is None:
-            cos, sin = state.rotary or kwargs["position_embeddings"]
-        else:
-            positions = (state.positions - moved.to(state.positions.device)).to(states.device)
-            cos, sin = self.adapter.language_model.rotary_emb(states, positions)
-        return cos.to(states.device), sin.to(states.device)
-
-    @torch.no_grad()
-    def _keys_ahead(self, state: _Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
-        """(B, M, kv_heads * head_dim) keys of the current slots in the layer about to run."""
-        states = self._states_ahead(index, hidden)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        keys = decoder_keys(attention, states, self._rotary_ahead(state, index, states, kwargs))
-        state.projected.append(index - 1)
-        return keys.transpose(1, 2).flatten(2)
-
-    @torch.no_grad()
-    def _global_row(self, state: _Pass, span: _Span, index: int, hidden: Tensor) -> Tensor:
-        """(M,) attention of the mean state up to an image's last token, in the layer about to run.
-
-        Queries and keys are not rotated.  The query of the mean is the mean of the queries.
-        """
-        states = self._states_ahead(index, hidden[span.row])
-        columns = state.columns[span.row].to(states.device)
-        seen = (columns >= 0) & (columns <= int(span.columns[-1]))
-        mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
-        both = torch.cat([states, mean.to(states)[None]])[None]
-        still = both.new_ones(*both.shape[:2], self.shape.head_dim)  # cos of no rotation
-        asking = torch.full((1,), len(states), device=states.device)
-        visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
-        state.asked.append((span.row, index - 1, 1, True))
-        return row[0, :-1]
-
-    def _recall(self, state: _Pass, span: _Span, index: int) -> Selection | None:
+    def _recall(self, state: Pass, span: Span, index: int) -> Selection | None:
         """What was chosen when this very prompt ran before, without a KV cache."""
         if state.cache is None and state.ids is not None:
             for feature, cut, ids, chosen in self.memory:
@@ -1168,7 +751,7 @@ class _Session:
                     return chosen
         return None
 
-    def _remember(self, state: _Pass, span: _Span, index: int, chosen: Selection) -> None:
+    def _remember(self, state: Pass, span: Span, index: int, chosen: Selection) -> None:
         if state.cache is None and state.ids is not None:
             here = {id(other.carrier) for other in state.spans}
             self.memory = [entry for entry in self.memory if id(entry[0]) in here]
@@ -1200,7 +783,7 @@ class _Session:
 
     # -- the account -----------------------------------------------------------------------------
 
-    def _count(self, state: _Pass, start: int) -> None:
+    def _count(self, state: Pass, start: int) -> None:
         """Note how many visual tokens the layers from ``start`` on process."""
         counts = [0] * len(state.tally)
         for span in state.spans:
@@ -1208,7 +791,7 @@ class _Session:
         for count, layers in zip(counts, state.tally, strict=True):
             layers[start:] = [count] * (len(layers) - start)
 
-    def _charge_vision(self, state: _Pass, size: int) -> None:
+    def _charge_vision(self, state: Pass, size: int) -> None:
         views, towers = [0] * len(state.spent), {}
         for span in state.spans:
             views[span.row] += span.layout.views
@@ -1227,7 +810,7 @@ class _Session:
             flops, state.most[row] = known[key]
             state.spent[row] += flops
 
-    def _shown(self, state: _Pass) -> list[int]:
+    def _shown(self, state: Pass) -> list[int]:
         """Bytes of the tower's signals of all images, per row.
 
         Those that the row's compressor asked for: images that were encoded for several have more.
@@ -1239,7 +822,7 @@ class _Session:
             shown[span.row] += held_bytes(span.tokens, inside=False, needs=needs)
         return shown
 
-    def _tell(self, state: _Pass, size: int) -> None:
+    def _tell(self, state: Pass, size: int) -> None:
         """Let the trace tell what this prefill did.
 
         The sums are made when they are asked for, so that nothing waits for the device here, from
@@ -1321,11 +904,6 @@ class _Session:
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
-
-
-def _counted(visible: Tensor, sizes: Tensor | None) -> Tensor:
-    """Which keys may be looked at, merged ones as often as ``sizes`` says."""
-    return visible if sizes is None else visible * sizes.to(visible.device)
 
 
 def _argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:

@@ -1,0 +1,205 @@
+"""What is known of one forward of the language model while it is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from tokenprune.cache import PrunedLayer
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.tokens import TokenLayout, VisualTokens, moved
+
+__all__ = ["Pass", "Picked", "Span"]
+
+
+@dataclass(eq=False)
+class Span:
+    """The visual tokens of one image that are still there.
+
+    Attributes:
+        first, last: Columns of the first and the last of them.
+        columns: (M,) their columns in the prompt, on the CPU.
+        index: (M,) their indices in the image's full packed sequence, on the CPU.
+        tokens: What is known of them.
+        layout: Geometry of all that were there, on the CPU.
+        carrier: The encoder's own feature tensor, the same object for all beams and reruns.
+        record: What the encoder told of it, the same object wherever the image is used.
+        image: How many images and videos come before in the row.
+        entered: (M,) indices of those that enter the language model.
+    """
+
+    row: int
+    first: int
+    last: int
+    columns: Tensor
+    index: Tensor
+    tokens: VisualTokens
+    layout: TokenLayout
+    carrier: Tensor
+    entered: Tensor
+    record: VisualTokens
+    image: int = 0
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was taken from or added to what the encoder told of the image."""
+        return all(
+            getattr(self.tokens, item.name) is getattr(self.record, item.name)
+            for item in fields(VisualTokens)
+            if item.name not in ("features", "layout")
+        )
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What one selection took, counted once the row's length is known.
+
+    Attributes:
+        bytes: What it was shown and its own.
+        tapped: Layers whose states were there for attention rows.
+        visual: Visual tokens of the row in front of it.
+        merged: How many vectors were put in.
+    """
+
+    row: int
+    bytes: int
+    tapped: tuple[int, ...]
+    visual: int
+    merged: int
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward of the language model: B rows, S columns of the prompt in M slots.
+
+    Attributes:
+        columns: (B, M) column in each slot, -1 for padding; rising along a row once packed.
+        left: How many slots of each row are not padding, and for every row the columns of text up
+            to the last prompt token: what the host knows where there are images (`look`).
+        positions: (B, M) position ids of the slots.
+        query: (B,) column of the last prompt token, whose attention ranks.
+        ids: (B, S) input ids, where known.
+        layers: The layers of the KV cache, or none without one.
+        spans: The images.
+        tally: For every row, the visual tokens each decoder layer processes.
+        entered: (B,) tokens that the first decoder layer processes.
+        spent: (B,) FLOPs of choosing, per row.
+        most: (B,) bytes that choosing took at one moment, per row.
+        picked: What selections took.
+        taps: Layers whose states this session wants, whatever others tapped.
+        order: (B, M) slot in which each slot's content was before the latest packing.
+        sizes: (B, M) how often attention counts each slot, or None for once.
+        rotary: cos and sin behind the latest cut.
+        inherited: How much further positions move back from each layer on, by earlier prefills.
+        masks: Masks behind cuts, by the number of cuts in front.
+        tapped: Input and rotary embedding of the attention modules whose rows are wanted.
+        read: Layers whose rows were computed, and whether the keys had to be computed again.
+        held: For every layer, (B,) entries that the KV cache held before; empty without any.
+        asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
+        projected: Layers as many of whose slots were made into keys ahead of the next one.
+    """
+
+    columns: Tensor
+    positions: Tensor
+    query: Tensor
+    ids: Tensor | None
+    cache: Cache | None
+    layers: list[PrunedLayer]
+    spans: list[Span]
+    tally: list[list[int]]
+    spent: list[float]
+    most: list[int]
+    taps: set[int]
+    width: int
+    order: Tensor
+    entered: Tensor
+    left: list[int] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
+    packed: bool = False
+    cuts: int = 0
+    sizes: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    inherited: list[Tensor | None] = field(default_factory=list)
+    masks: dict[int, Any] = field(default_factory=dict)
+    picked: list[Picked] = field(default_factory=list)
+    tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
+    read: list[tuple[int, bool]] = field(default_factory=list)
+    asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
+    projected: list[int] = field(default_factory=list)
+
+    @property
+    def real(self) -> Tensor:
+        """(B, M) which slots are not padding."""
+        return self.columns >= 0
+
+    def asking(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(B,) slot of the last prompt token, and (B, M) which slots it may look at."""
+        columns, query = self.columns.to(device), self.query.to(device)
+        visible = (columns >= 0) & (columns <= query[:, None])
+        slot = torch.arange(columns.shape[1], device=device)
+        return torch.where(visible, slot, 0).amax(1), visible
+
+    def charge(
+        self, row: int, part: Compressor, tokens: VisualTokens, shown: int, chosen: Selection
+    ) -> None:
+        """Enter what one selection cost; ``shown`` bytes are held beside the strategy's own."""
+        self.spent[row] += part.flops(tokens)
+        visual = self.tally[row][-1]
+        if not visual:  # nothing is counted yet in front of layer 0
+            visual = sum(len(one.layout) for one in self.spans if one.row == row)
+        self.picked.append(
+            Picked(
+                row=row,
+                bytes=shown + int(part.memory(tokens)),
+                tapped=tuple(sorted(self.taps.intersection(self.tapped))),
+                visual=visual,
+                merged=0 if chosen.features is None else len(chosen.keep),
+            )
+        )
+
+    def look(self, placeholders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring what is known of the prompts to the host: (B, S) placeholders by modality.
+
+        The one wait for the device that a forward with images takes, however many there are.
+        """
+        query = self.query[:, None].expand_as(self.columns)
+        masks = [mask.to(query) for mask in placeholders.values()]
+        columns, query, *masks = torch.stack([self.columns, query, *masks]).cpu()
+        visual = {name: mask.bool() for name, mask in zip(placeholders, masks, strict=True)}
+        asked = (columns >= 0) & (columns <= query)
+        for mask in visual.values():
+            asked &= ~mask
+        self.left = (columns >= 0).sum(1).tolist()
+        self.text = [row.nonzero().squeeze(1) for row in asked]
+        return visual
+
+    def slots(self, row: int, columns: Tensor) -> Tensor:
+        """(M,) where these columns (M,) of a row lie now."""
+        columns = moved(columns, self.columns.device)
+        if not self.packed:
+            return columns
+        return torch.searchsorted(self.columns[row].contiguous(), columns)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row has padding, nor the KV cache anything from before."""
+        return bool(self.left) and len(set(self.left)) == 1 and not self.held
+
+    def repack(self, states: Tensor) -> Tensor:
+        """(B, M, ...) ``states`` in the order of the latest packing."""
+        order = self.order.to(states.device)
+        first = torch.arange(len(states), device=order.device)[:, None] * states.shape[1]
+        # On the CPU `gather` would make a float32 copy of half-precision numbers.
+        taken = states.flatten(0, 1).index_select(0, (first + order).flatten())
+        return taken.reshape(*order.shape, -1)
+
+    def text_slots(self, span: Span) -> Tensor:
+        """(T,) slots of the prompt's text behind an image, up to the last prompt token."""
+        text = self.text[span.row]
+        return self.slots(span.row, text[text > span.last])
