@@ -101,7 +101,7 @@ class PACT(Compressor):
         stay, centres = self._stay(patches), budget(patches, self.retention)
         vectors = 4.0 * patches * (width + key) + 4.0 * stay**2
         means = 4.0 * patches * width + 8.0 * centres * width
-        most = max(12.0 * stay**2, 8.0 * stay * key, 8.0 * patches * centres, means)
+        most = max(8.0 * stay**2, 8.0 * stay * key, 8.0 * patches * centres, means)
         return super().memory(tokens) + vectors + most
 
     def select(self, tokens: VisualTokens) -> Selection:
