@@ -1,12 +1,13 @@
 """Prefill time and memory with fewer visual tokens, against what the FLOPs promise.
 
 LLaVA-NeXT with random weights and one square image of 2880 patch tokens, pruned by ``uniform``: on
-a GPU the 7B shape in bfloat16 and eight prompts at once, on the CPU a decoder of 8 layers of width
-512 and one prompt.
+a GPU the 7B shape in bfloat16 and eight prompts at once, on the CPU one prompt in a decoder of 8
+layers of width 512, and in two layers of the 7B shape.
 """
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
     LLAVA_NEXT_7B,
     TEXT,
+    dtype_of,
     llava,
     prompt_of,
     tokens_at,
@@ -26,15 +28,30 @@ from tokenprune.tokens import TokenLayout
 
 RETENTION = (0.75, 0.5, 0.25, 0.1)
 SMALLER = DecoderShape(layers=8, hidden=512, intermediate=1376, heads=8, kv_heads=8, head_dim=64)
+TWO_OF_32 = replace(LLAVA_NEXT_7B, layers=2)
 TOY = DecoderShape(layers=2, hidden=32, intermediate=48, heads=4, kv_heads=4, head_dim=8)
 
 
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
     """Speed-up and memory at every retention, beside the bound."""
+    if quick:
+        yield from _measure(TOY, device, torch.float32, 1, tell)
+    elif device.startswith("cuda"):
+        yield from _measure(LLAVA_NEXT_7B, device, torch.bfloat16, 3, tell)
+    else:
+        yield from _measure(SMALLER, device, torch.float32, 3, tell)
+        yield from _measure(TWO_OF_32, device, dtype_of(device), 1, tell)
+
+
+def _measure(
+    shape: DecoderShape,
+    device: str,
+    dtype: torch.dtype,
+    repeats: int,
+    tell: Callable[[str], None],
+) -> Iterator[Figure]:
     cuda = device.startswith("cuda")
-    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12)) if quick else FIVE_VIEWS
-    shape = TOY if quick else LLAVA_NEXT_7B if cuda else SMALLER
-    dtype = torch.bfloat16 if cuda else torch.float32
+    layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12)) if shape == TOY else FIVE_VIEWS
     adapter = llava(shape, device, dtype)
     width = adapter.base.config.vision_config.hidden_size
     tokens = tokens_at(layout, frozenset(), shape.hidden, vision=width, dtype=dtype, device=device)
@@ -53,7 +70,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
     def cost(ratio: float) -> tuple[float, int]:
         tell(f"R = {ratio:g}")
         work = functools.partial(forward, ratio)
-        taken = timed(work, warmup=1, repeats=1 if quick else 3, device=device).median
+        taken = timed(work, warmup=1, repeats=repeats, device=device).median
         return taken, peak_memory(work, device)
 
     separators = len(layout) - len(layout.patches)

@@ -51,6 +51,7 @@ from tokenprune.experiments.benchmarks.shapes import (
     VISION_HEADS,
     VISION_WIDTH,
     decoder_config,
+    dtype_of,
     tokens_at,
 )
 from tokenprune.experiments.benchmarks.watching import host_waits, watching
@@ -68,7 +69,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
     """Shares of the prefill, host waits and the largest tensor of every registered method."""
     layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12)) if quick else FIVE_VIEWS
     shape = TINY if quick else LLAVA_NEXT_7B
-    bench = _Bench(shape, layout, device, _dtype(device, quick), quick)
+    bench = _Bench(shape, layout, device, torch.float32 if quick else dtype_of(device), quick)
     tell("prefill")
     seconds, held, weights = bench.prefill()
     case = "one layer" if quick else "LLaVA-NeXT-7B"
@@ -90,19 +91,6 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
         yield from tower.figures(inside, layout, shape.hidden, towers, prefill, bench.repeats, tell)
     tell("attention kernels")
     yield from _kernels(device)
-
-
-def _dtype(device: str, quick: bool) -> torch.dtype:
-    """bfloat16 on a GPU; on the CPU whatever multiplies matrices faster there."""
-    if device.startswith("cuda"):
-        return torch.bfloat16
-    if quick:
-        return torch.float32
-    taken = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        one, other = torch.ones(256, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
-        taken[dtype] = timed(functools.partial(torch.mm, one, other), repeats=3).median
-    return min(taken, key=lambda dtype: taken[dtype])
 
 
 class _Bench:

@@ -1,5 +1,6 @@
 """Models and visual tokens of the shapes that are measured."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from tokenprune.engine import adapter_of
+from tokenprune.experiments.measuring import timed
 from tokenprune.ledger import DecoderShape
 from tokenprune.models import testbed
 from tokenprune.models.adapter import Adapter
@@ -22,6 +24,17 @@ VISION_WIDTH, VISION_LAYERS, VISION_HEADS, PREFIX = 1024, 24, 16, 1  # CLIP ViT-
 FIVE_VIEWS = TokenLayout.anyres((2, 2), (24, 24), (0, 48, 0, 48))
 """2880 patch tokens and 48 separators: a square image in LLaVA-NeXT."""
 TEXT = 64  # tokens of a prompt that are not visual
+
+
+def dtype_of(device: str) -> torch.dtype:
+    """bfloat16 on a GPU; on the CPU whatever multiplies matrices faster there."""
+    if device.startswith("cuda"):
+        return torch.bfloat16
+    taken = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        one, other = torch.ones(256, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
+        taken[dtype] = timed(functools.partial(torch.mm, one, other), repeats=3).median
+    return min(taken, key=lambda dtype: taken[dtype])
 
 
 def decoder_config(shape: DecoderShape) -> LlamaConfig:
