@@ -693,13 +693,15 @@ class _Session:
             positions = (positions - moved.to(positions.device)).to(hidden.device)
             rotary = language.rotary_emb(hidden, positions)
         if behind not in state.masks:
+            there = state.real if layer is None else layer.mask()
+            # Where there is no padding, no mask at all; to see that from one would be a wait.
+            # Without a KV cache there must be one: gaps in the positions would pass for the borders
+            # of several packed sequences.
+            unmasked = state.is_whole and layer is not None
             state.masks[behind] = create_causal_mask(
                 config=language.config,
                 inputs_embeds=hidden,
-                # Where there is no padding, no mask at all; to see that from one would be a wait.
-                attention_mask=None
-                if state.is_whole
-                else (state.real if layer is None else layer.mask()).long(),
+                attention_mask=None if unmasked else there.long(),
                 position_ids=positions,
                 layer_idx=index,
                 **{CACHE: state.cache},

@@ -1141,6 +1141,12 @@ def check_cache_agrees(compressor: Compressor, host: Host) -> None:
     _close(without, with_cache, "logits without KV cache")
     _same(plain, cached, "ids without KV cache")
     _same(again, cached, "ids of a second generate in the same context")
+    for row in range(len(ROWS)):  # by itself, where no padding asks for a mask
+        alone = host.inputs([row])
+        with compress(host.model, compressor), torch.no_grad():
+            cached = host.model(**alone, use_cache=True).logits
+            plain = host.model(**alone, use_cache=False).logits
+        _close(plain, cached, f"row {row} alone, logits of the prompt without KV cache")
 
 
 def check_sampling_agrees(compressor: Compressor, host: Host) -> None:
