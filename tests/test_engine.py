@@ -42,7 +42,7 @@ METHODS = {
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
-def _close(got: Tensor, want: Tensor) -> None:
+def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -68,12 +68,12 @@ def test_odd_images(method: Compressor, monkeypatch: pytest.MonkeyPatch) -> None
     inputs = host.inputs((0, 1, 2, 3))
     with compress(host.model, method) as trace:
         ids, logits = host.generate_with_logits(inputs)
-        _close(host.generate_with_logits(inputs, use_cache=False)[1], logits)
+        assert_close(host.generate_with_logits(inputs, use_cache=False)[1], logits)
         kept = [[c.keep.tolist() for c in trace.selections if c.row == row] for row in range(4)]
     for row in range(4):
         wanted = reference(host, method, row, ids[row, :-1].tolist())
         assert kept[row] == [keep.tolist() for keep in wanted.kept]
-        _close(logits[row], wanted.logits[-4:])
+        assert_close(logits[row], wanted.logits[-4:])
 
 
 # -- conversations -------------------------------------------------------------------------------
@@ -100,8 +100,8 @@ def test_an_image_in_a_later_turn(method: Compressor, decoder: str) -> None:
         first = _step(host, parts[0])
         second = _step(host, parts[1], first.past_key_values)
         third = _decode(host, 9, first.past_key_values, len(ids) + 1)
-    _close(second.logits[0, -1], wanted.logits[-2])
-    _close(third[0], wanted.logits[-1])
+    assert_close(second.logits[0, -1], wanted.logits[-2])
+    assert_close(third[0], wanted.logits[-1])
 
 
 @each_method
@@ -126,7 +126,7 @@ def test_an_image_after_a_padded_turn_of_text(method: Compressor, host: Host) ->
 
     together = talk([0, 1])
     for row in (0, 1):
-        _close(together[row], talk([row])[0])
+        assert_close(together[row], talk([row])[0])
 
 
 @each_method
@@ -141,7 +141,7 @@ def test_new_ids_alone_with_a_compressed_cache(method: Compressor, host: Host) -
         second = _step(host, {"input_ids": new, "attention_mask": mask}, first.past_key_values)
     for row in range(3):
         wanted = reference(host, method, row, new[row].tolist())
-        _close(second.logits[row], wanted.logits[-2:])
+        assert_close(second.logits[row], wanted.logits[-2:])
 
 
 def _prefill(host: Host, row: int) -> Any:
@@ -169,7 +169,7 @@ def test_interleaved_conversations(method: Compressor, host: Host) -> None:
         ]
     for row in range(3):
         wanted = reference(host, method, row, [10, 11])
-        _close(torch.cat([got[0][row], got[1][row]]), wanted.logits[-2:])
+        assert_close(torch.cat([got[0][row], got[1][row]]), wanted.logits[-2:])
 
 
 @each_method
@@ -184,7 +184,7 @@ def test_rows_of_a_cache_can_be_selected_and_repeated(method: Compressor, host: 
         turn = {"input_ids": torch.full((4, 1), 9), "attention_mask": mask}
         got = _step(host, turn, cache).logits[:, -1]
     for place, row in enumerate(rows):
-        _close(got[place], reference(host, method, row, [9]).logits[-1])
+        assert_close(got[place], reference(host, method, row, [9]).logits[-1])
 
 
 @each_method
@@ -203,8 +203,8 @@ def test_a_cache_can_be_cropped_and_reset(method: Compressor, host: Host) -> Non
         cache.reset()
         assert cache.get_seq_length() == 0
         again = _step(host, host.inputs([0]), cache).logits[0, -1]
-    _close(other, reference(host, method, 0, [11]).logits[-1])
-    _close(again, reference(host, method, 0).logits[-1])
+    assert_close(other, reference(host, method, 0, [11]).logits[-1])
+    assert_close(again, reference(host, method, 0).logits[-1])
 
 
 # -- how the model is called ---------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_without_an_attention_mask(method: Compressor, host: Host) -> None:
     with compress(host.model, method):
         want = host.logits(inputs)
         del inputs["attention_mask"]
-        _close(host.logits(inputs), want)
+        assert_close(host.logits(inputs), want)
 
 
 @each_method
@@ -228,7 +228,7 @@ def test_with_position_ids_of_the_users_own(method: Compressor, host: Host) -> N
         want = host.logits(inputs)[mask.bool()]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         got = host.logits(inputs, position_ids=positions)[mask.bool()]
-    _close(got, want)
+    assert_close(got, want)
 
 
 @each_method
@@ -347,7 +347,7 @@ def test_training_mode_and_gradient_checkpointing(method: Compressor, host: Host
         with compress(host.model, method):
             loss = host.model(**inputs, labels=labels, use_cache=False).loss
             slopes.append(torch.autograd.grad(loss, weight)[0])
-    _close(slopes[1], slopes[0])
+    assert_close(slopes[1], slopes[0])
 
 
 # -- refusals ------------------------------------------------------------------------------------
@@ -388,10 +388,10 @@ def test_a_window_that_is_long_enough_changes_nothing(name: str) -> None:
     with compress(host.model, method), compress(plain.model, method):
         want = plain.generate_with_logits(plain.inputs())
         got = host.generate_with_logits(host.inputs())
-    _close(got[1], want[1])
+    assert_close(got[1], want[1])
     for row in range(3):
         ids = got[0][row, :-1].tolist()
-        _close(got[1][row], reference(plain, method, row, ids).logits[-4:])
+        assert_close(got[1][row], reference(plain, method, row, ids).logits[-4:])
 
 
 def test_a_wrong_number_of_placeholders_is_refused(host: Host) -> None:

@@ -307,7 +307,7 @@ class _Session:
         joined = {name: encoded(given[name].pooler_output) for name in plain}
         return args, {**kwargs, "mm_encoder_outputs": {**given, **joined}}
 
-    def _find_spans(self, state: Pass, device: torch.device) -> list[Span]:
+    def _find_spans(self, state: Pass) -> list[Span]:
         """The visual tokens of this forward, image by image, in the order of the placeholders."""
         spans: list[Span] = []
         found = {
@@ -317,6 +317,7 @@ class _Session:
         if not any(found.values()):
             return []
         visual = state.look(self.placeholders)
+        device = state.columns.device
         for modality, features in found.items():
             if not features:
                 continue
@@ -398,7 +399,7 @@ class _Session:
             changed[CACHE] = changed.pop("past_key_values")
         cache = changed.get(CACHE)
         state, continued = self._start(embeds, changed, labels), is_pruned(cache)
-        spans = state.spans = self._find_spans(state, embeds.device)
+        spans = state.spans = self._find_spans(state)
         stages = any(self.before) or bool(self.inside)
         if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
             self._warn_blind()

@@ -692,7 +692,8 @@ def _vision_products(host: Host) -> Iterator[list[int]]:
 
 
 def _close(got: Tensor, want: Tensor, what: str) -> None:
-    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    if got.shape != want.shape:
+        raise AssertionError(f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
     wrong = (got - want).abs().float() > TOLERANCE * (1 + want.abs().float())
     wrong |= got.isnan() != want.isnan()
     if wrong.any():
@@ -704,7 +705,8 @@ def _close(got: Tensor, want: Tensor, what: str) -> None:
 
 
 def _same(got: Tensor, want: Tensor, what: str) -> None:
-    assert torch.equal(got, want), f"{what}: {got.tolist()} instead of {want.tolist()}"
+    if not torch.equal(got, want):
+        raise AssertionError(f"{what}: {got.tolist()} instead of {want.tolist()}")
 
 
 def _kept(trace: Trace, row: int) -> list[Tensor]:
@@ -712,7 +714,8 @@ def _kept(trace: Trace, row: int) -> list[Tensor]:
 
 
 def _same_kept(got: Sequence[Tensor], want: Sequence[Tensor], what: str) -> None:
-    assert len(got) == len(want), f"{what}: {len(got)} selections instead of {len(want)}"
+    if len(got) != len(want):
+        raise AssertionError(f"{what}: {len(got)} selections instead of {len(want)}")
     for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         _same(mine, theirs, f"{what}: selection {index} keeps")
 
@@ -725,7 +728,8 @@ def _refused(action: Callable[[], Any], word: str, what: str) -> None:
         sentence = str(error)
     else:
         raise AssertionError(f"{what} was not refused")
-    assert word in sentence, f"{what}: refused, but without naming {word!r}: {sentence}"
+    if word not in sentence:
+        raise AssertionError(f"{what}: refused, but without naming {word!r}: {sentence}")
 
 
 @contextmanager
@@ -761,10 +765,13 @@ def check_documented(compressor: Compressor) -> None:
     for part in compressor.stages():
         cls = type(part)
         written = (cls.__doc__ or f"{cls.__name__}(").strip()  # dataclass makes up `Name(...)`
-        assert not written.startswith(f"{cls.__name__}("), f"{cls.__name__} has no docstring"
-        assert part.card.paper, f"{cls.__name__} has no card naming its paper"
+        if written.startswith(f"{cls.__name__}("):
+            raise AssertionError(f"{cls.__name__} has no docstring")
+        if not part.card.paper:
+            raise AssertionError(f"{cls.__name__} has no card naming its paper")
         known = part.card.arxiv or part.card.code or "baseline" in part.card.paper
-        assert known, f"the card of {cls.__name__} cites neither a paper nor code"
+        if not known:
+            raise AssertionError(f"the card of {cls.__name__} cites neither a paper nor code")
 
 
 def check_is_a_value(compressor: Compressor) -> None:
@@ -792,11 +799,15 @@ def check_is_a_value(compressor: Compressor) -> None:
         if part.name and part is compressor:
             copies[f"parse({part.label!r})"] = parse(part.label, retention=part.retention)
     for how, copied in copies.items():
-        assert copied == compressor, f"{how} of {compressor} gives {copied}"
-        assert hash(copied) == hash(compressor), f"{how} of {compressor} hashes differently"
-        assert repr(copied) == repr(compressor), f"{how}: repr {copied!r}, not {compressor!r}"
+        if copied != compressor:
+            raise AssertionError(f"{how} of {compressor} gives {copied}")
+        if hash(copied) != hash(compressor):
+            raise AssertionError(f"{how} of {compressor} hashes differently")
+        if repr(copied) != repr(compressor):
+            raise AssertionError(f"{how}: repr {copied!r}, not {compressor!r}")
     for item in dataclasses.fields(compressor):
-        assert f"{item.name}=" in repr(compressor), f"repr does not show {item.name}"
+        if f"{item.name}=" not in repr(compressor):
+            raise AssertionError(f"repr does not show {item.name}")
 
 
 def check_selection_form(compressor: Compressor) -> None:
@@ -812,19 +823,26 @@ def check_selection_form(compressor: Compressor) -> None:
 
 def _well_formed(chosen: Selection, tokens: VisualTokens, what: str) -> None:
     keep, listed = chosen.keep, chosen.keep.tolist()
-    assert keep.dtype == torch.int64, f"{what}: keep is {keep.dtype}"
-    assert keep.ndim == 1, f"{what}: keep has shape {tuple(keep.shape)}"
-    assert listed, f"{what}: keeps nothing"
-    assert listed == sorted(set(listed)), f"{what}: not sorted and unique: {listed}"
+    if keep.dtype != torch.int64:
+        raise AssertionError(f"{what}: keep is {keep.dtype}")
+    if keep.ndim != 1:
+        raise AssertionError(f"{what}: keep has shape {tuple(keep.shape)}")
+    if not listed:
+        raise AssertionError(f"{what}: keeps nothing")
+    if listed != sorted(set(listed)):
+        raise AssertionError(f"{what}: not sorted and unique: {listed}")
     inside = range(len(tokens))
-    assert {listed[0], listed[-1]} <= {*inside}, f"{what}: not in 0 .. {inside[-1]}: {listed}"
+    if listed[0] not in inside or listed[-1] not in inside:
+        raise AssertionError(f"{what}: not in 0 .. {inside[-1]}: {listed}")
     separators = tokens.layout.is_separator[keep].any()
-    assert not separators, f"{what}: keeps a separator; the core adds those"
+    if separators:
+        raise AssertionError(f"{what}: keeps a separator; the core adds those")
     if chosen.features is not None:
         shape = len(keep), tokens.features.shape[1]
-        assert chosen.features.shape == shape, (
-            f"{what}: features of shape {tuple(chosen.features.shape)}, not {shape}"
-        )
+        if chosen.features.shape != shape:
+            raise AssertionError(
+                f"{what}: features of shape {tuple(chosen.features.shape)}, not {shape}"
+            )
 
 
 def check_budget(compressor: Compressor) -> None:
@@ -854,10 +872,11 @@ def _due(method: Compressor, name: str, tokens: VisualTokens) -> None:
     floor = method.fills_budget and method.retention <= 0.4
     least = method.retention * sum(sizes) / 2 - len(sizes) if floor else 1
     kept = len(_select(method, tokens).keep)
-    assert least <= kept <= most, (
-        f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
-        f"R = {method.retention}, at least {max(least, 1):.1f} and at most {most:.1f} were due"
-    )
+    if not least <= kept <= most:
+        raise AssertionError(
+            f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
+            f"R = {method.retention}, at least {max(least, 1):.1f} and at most {most:.1f} were due"
+        )
 
 
 def check_keeps_what_stands_out(compressor: Compressor) -> None:
@@ -890,10 +909,11 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
                 # Frames may be chosen from by what changes instead, whoever gets attention.
                 dark = _lit(tokens, asked, token, 0.0)
                 moot = layout.modality == "video" and keep == _select(own, dark).keep.tolist()
-                assert moot, (
-                    f"{part.label} drops token {token}, the one that gets all of "
-                    f"{[s.name for s in asked]} (layout {name!r}); is the ranking inverted?"
-                )
+                if not moot:
+                    raise AssertionError(
+                        f"{part.label} drops token {token}, the one that gets all of "
+                        f"{[s.name for s in asked]} (layout {name!r}); is the ranking inverted?"
+                    )
 
 
 def _lit(tokens: VisualTokens, asked: Sequence[Signal], token: int, share: float) -> VisualTokens:
@@ -932,13 +952,15 @@ def check_keeps_the_best_scores(compressor: Compressor) -> None:
             for view, patches in enumerate(patches_by_view(tokens.layout)):
                 kept = torch.isin(patches, keep)
                 what = f"{part.label}, layout {name!r}, view {view}"
-                assert kept.sum() == counts[view], (
-                    f"{what}: keeps {int(kept.sum())} tokens, {int(counts[view])} were allocated"
-                )
+                if kept.sum() != counts[view]:
+                    raise AssertionError(
+                        f"{what}: keeps {int(kept.sum())} tokens, {int(counts[view])} were due"
+                    )
                 best, worst = scores[patches[~kept]], scores[patches[kept]]
-                assert not len(best) or not len(worst) or best.max() <= worst.min(), (
-                    f"{what}: drops a score of {best.max():.4g} and keeps one of {worst.min():.4g}"
-                )
+                if len(best) and len(worst) and not best.max() <= worst.min():
+                    raise AssertionError(
+                        f"{what}: drops a score of {best.max():.4g}, keeps one of {worst.min():.4g}"
+                    )
 
 
 def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
@@ -995,7 +1017,8 @@ def check_tokens_untouched(compressor: Compressor) -> None:
             _select(part, tokens)
             for key, values in _shown(tokens).items():
                 unchanged = torch.equal(values.nan_to_num(), before[key].nan_to_num())
-                assert unchanged, f"{part.label} writes to {key} (layout {name!r})"
+                if not unchanged:
+                    raise AssertionError(f"{part.label} writes to {key} (layout {name!r})")
 
 
 def _shown(tokens: VisualTokens) -> dict[str, Tensor]:
@@ -1033,7 +1056,8 @@ def check_rng_untouched(compressor: Compressor) -> None:
         for name, tokens in _samples(part):
             before = _rng()
             _select(part, tokens)
-            assert _rng() == before, f"{part.label} draws from a global generator ({name!r})"
+            if _rng() != before:
+                raise AssertionError(f"{part.label} draws from a global generator ({name!r})")
 
 
 # -- checks inside a model -----------------------------------------------------------------------
@@ -1051,7 +1075,8 @@ def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None
                 got = host.logits(inputs)
             _same_bits(got, plain, f"logits at R = 1, {side} padding")
             for ledger in trace.ledgers:
-                assert ledger.realised == 1, f"the ledger says {ledger.realised} at R = 1"
+                if ledger.realised != 1:
+                    raise AssertionError(f"the ledger says {ledger.realised} at R = 1")
     inputs, full = host.inputs(), _with(compressor, retention=1.0)
     for options in ({}, {"use_cache": False}, {"num_beams": 3}):
         plain = host.generate(inputs, **options)
@@ -1060,7 +1085,8 @@ def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None
 
 
 def _same_bits(got: Tensor, want: Tensor, what: str) -> None:
-    assert torch.equal(got, want), f"{what} differ by up to {(got - want).abs().max():.2g}"
+    if not torch.equal(got, want):
+        raise AssertionError(f"{what} differ by up to {(got - want).abs().max():.2g}")
 
 
 def check_equals_reference(compressor: Compressor, host: Host) -> None:
@@ -1091,7 +1117,8 @@ def check_prompt_logits(compressor: Compressor, host: Host) -> None:
         with compress(host.model, compressor):
             got = host.logits(inputs)
             last = host.logits(inputs, logits_to_keep=1)
-        assert got.shape == shape, f"logits of shape {tuple(got.shape)}, not {shape}"
+        if got.shape != shape:
+            raise AssertionError(f"logits of shape {tuple(got.shape)}, not {shape}")
         _close(last, got[:, -1:], "logits with logits_to_keep=1")
         for row in range(len(ROWS)):
             wanted = reference(host, compressor, row)
@@ -1116,9 +1143,10 @@ def check_batch_equals_single(compressor: Compressor, host: Host) -> None:
             what = f"row {row} of the batch, {side} padding"
             _same_kept(_kept(trace, row), _kept(single, 0), what)
             _close(got, want, f"{what}, logits")
-            assert ledgers[row] == single.ledger, (
-                f"{what}: its account is {ledgers[row]}, alone it is {single.ledger}"
-            )
+            if ledgers[row] != single.ledger:
+                raise AssertionError(
+                    f"{what}: its account is {ledgers[row]}, alone it is {single.ledger}"
+                )
 
 
 def check_generate_batch_equals_single(compressor: Compressor, host: Host) -> None:
@@ -1166,7 +1194,8 @@ def check_beams_agree(compressor: Compressor, host: Host) -> None:
     with compress(host.model, compressor):
         cached = host.generate(host.inputs(), **options)
         plain = host.generate(host.inputs(), use_cache=False, **options)
-    assert len(cached) == 2 * len(ROWS), f"{len(cached)} sequences, not {2 * len(ROWS)}"
+    if len(cached) != 2 * len(ROWS):
+        raise AssertionError(f"{len(cached)} sequences, not {2 * len(ROWS)}")
     _same(plain, cached, "ids of the beams without KV cache")
 
 
@@ -1184,41 +1213,57 @@ def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
         told = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
         processed = [call.length for call in calls]
         cached = [layer.keys.shape[-2] for layer in layers]
-        assert told == processed, f"row {row}: layers process {processed}, ledger says {told}"
-        assert told == cached, f"row {row}: the KV cache holds {cached}, the ledger says {told}"
+        if told != processed:
+            raise AssertionError(f"row {row}: layers process {processed}, ledger says {told}")
+        if told != cached:
+            raise AssertionError(f"row {row}: the KV cache holds {cached}, the ledger says {told}")
         tensors = [part for layer in layers for part in (layer.keys, layer.values)]
         size = sum(part.numel() * part.element_size() for part in tensors)
-        assert size == ledger.kv_bytes, f"row {row}: {size} KV bytes, not {ledger.kv_bytes}"
+        if size != ledger.kv_bytes:
+            raise AssertionError(f"row {row}: {size} KV bytes, not {ledger.kv_bytes}")
         ran = sum(products)
-        assert ran == ledger.vision_flops, f"row {row}: {ran} FLOPs, not {ledger.vision_flops}"
+        if ran != ledger.vision_flops:
+            raise AssertionError(f"row {row}: {ran} FLOPs, not {ledger.vision_flops}")
         views = sum(layout.views for layout in host.layouts(row))
         most = ledger.uncompressed_vision_flops
-        assert ran <= most, f"row {row}: the tower takes {ran} FLOPs, uncompressed {most}"
-        assert bool(views) == bool(ran), f"row {row}: {views} views take {ran} FLOPs"
+        if ran > most:
+            raise AssertionError(f"row {row}: the tower takes {ran} FLOPs, uncompressed {most}")
+        if bool(views) != bool(ran):
+            raise AssertionError(f"row {row}: {views} views take {ran} FLOPs")
         layouts = host.layouts(row)
         patches = sum(len(layout.patches) for layout in layouts)
-        assert ledger.patch_tokens == patches, f"row {row}: {ledger.patch_tokens}, not {patches}"
+        if ledger.patch_tokens != patches:
+            raise AssertionError(f"row {row}: {ledger.patch_tokens}, not {patches}")
         last = {chosen.image: chosen for chosen in trace.selections}
         kept = [layout.take(last[i].keep) for i, layout in enumerate(layouts)]
         per_view = tuple(layout.view_sizes for layout in kept)
-        assert ledger.kept_per_view == per_view, f"row {row}: {ledger.kept_per_view}, {per_view}"
-        assert ledger.kept_patches == sum(map(sum, per_view)), f"row {row}: kept_patches"
+        if ledger.kept_per_view != per_view:
+            raise AssertionError(f"row {row}: {ledger.kept_per_view}, {per_view}")
+        if ledger.kept_patches != sum(map(sum, per_view)):
+            raise AssertionError(f"row {row}: kept_patches")
         entries = sum(map(len, kept))
-        assert ledger.kept_patches + ledger.kept_separators == entries, f"row {row}: separators"
-        assert ledger.visual_per_layer[-1] == entries, f"row {row}: last layer"
+        if ledger.kept_patches + ledger.kept_separators != entries:
+            raise AssertionError(f"row {row}: separators")
+        if ledger.visual_per_layer[-1] != entries:
+            raise AssertionError(f"row {row}: last layer")
         entering = {c.image: c for c in trace.selections if c.stage is not Stage.LLM}
         there = [
             layout.take(entering[i].keep) if i in entering else layout
             for i, layout in enumerate(layouts)
         ]
         patches = sum(len(layout.patches) for layout in there)
-        assert ledger.entered_patches == patches, f"row {row}: {patches} patches enter the model"
+        if ledger.entered_patches != patches:
+            raise AssertionError(f"row {row}: {patches} patches enter the model")
         separators = sum(map(len, there)) - patches
-        assert ledger.entered_separators == separators, f"row {row}: {separators} separators enter"
-        assert ledger.requested == compressor.retention, f"row {row}: R = {ledger.requested}"
+        if ledger.entered_separators != separators:
+            raise AssertionError(f"row {row}: {separators} separators enter")
+        if ledger.requested != compressor.retention:
+            raise AssertionError(f"row {row}: R = {ledger.requested}")
         average = sum(processed) / len(processed) - ledger.text_tokens
-        assert math.isclose(ledger.layer_average, average), f"row {row}: average {average}"
-        assert ledger.selector_bytes >= 0, f"row {row}: {ledger.selector_bytes} selector bytes"
+        if not math.isclose(ledger.layer_average, average):
+            raise AssertionError(f"row {row}: average {average}")
+        if ledger.selector_bytes < 0:
+            raise AssertionError(f"row {row}: {ledger.selector_bytes} selector bytes")
     _batch_account(compressor, host)
 
 
@@ -1228,12 +1273,14 @@ def _batch_account(compressor: Compressor, host: Host) -> None:
         out = host.model(**host.inputs(), use_cache=True)
     for layer, (call, cached) in enumerate(zip(calls, out.past_key_values.layers, strict=True)):
         told = [ledger.kv_per_layer[layer] for ledger in trace.ledgers]
-        assert call.length == max(told), f"layer {layer}: {call.length} wide, ledgers say {told}"
+        if call.length != max(told):
+            raise AssertionError(f"layer {layer}: {call.length} wide, ledgers say {told}")
         rows, _, entries, _ = cached.keys.shape
         padding = sum(max(told) - each for each in told)
-        assert rows * entries - padding == sum(told), (
-            f"layer {layer}: {rows} x {entries} KV entries with {padding} of padding, not {told}"
-        )
+        if rows * entries - padding != sum(told):
+            raise AssertionError(
+                f"layer {layer}: {rows} x {entries} KV entries, {padding} of padding, not {told}"
+            )
 
 
 def check_eager_agrees(compressor: Compressor, host: Host) -> None:
@@ -1278,11 +1325,14 @@ def check_no_attention_matrix(compressor: Compressor, host: Host) -> None:
             for row in range(len(ROWS)):
                 with _Squares() as squares:
                     host.logits(host.inputs([row]))
-                assert not squares.found, f"attention matrices were made: {sorted(squares.found)}"
+                if squares.found:
+                    raise AssertionError(f"attention matrices were made: {sorted(squares.found)}")
     finally:
         tokenprune.attention.CHUNK = chunk
-    assert inside == kinds, f"the attention kernel was switched from {kinds} to {inside}"
-    assert not any(call.attentions for call in calls), "output_attentions was asked for"
+    if inside != kinds:
+        raise AssertionError(f"the attention kernel was switched from {kinds} to {inside}")
+    if any(call.attentions for call in calls):
+        raise AssertionError("output_attentions was asked for")
 
 
 def _attention_kinds(host: Host) -> list[tuple[str, str]]:
@@ -1319,7 +1369,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 def _unchanged(model: nn.Module, before: dict[str, Any], what: str) -> None:
     after = fingerprint(model)
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    assert not changed, f"{what}, these are not as they were: {', '.join(map(str, changed))}"
+    if changed:
+        raise AssertionError(f"{what}, these are not as they were: {', '.join(map(str, changed))}")
 
 
 def check_restores_model(compressor: Compressor, host: Host) -> None:
@@ -1391,7 +1442,8 @@ def check_model_rng_untouched(compressor: Compressor, host: Host) -> None:
         with _seeded(seed), compress(host.model, compressor) as trace:
             before = _rng()
             host.logits(host.inputs())
-            assert _rng() == before, "a compressed forward drew from a global generator"
+            if _rng() != before:
+                raise AssertionError("a compressed forward drew from a global generator")
             kept.append([chosen.keep for chosen in trace.selections])
     _same_kept(kept[1], kept[0], "with another global seed")
 
@@ -1422,10 +1474,13 @@ def check_inputs_untouched(compressor: Compressor, host: Host) -> None:
     with compress(host.model, compressor):
         host.logits(inputs)
         host.generate(inputs)
-    assert list(inputs) == list(before), f"the inputs are now {list(inputs)}"
+    if list(inputs) != list(before):
+        raise AssertionError(f"the inputs are now {list(inputs)}")
     for name, values in inputs.items():
-        assert torch.equal(values, before[name]), f"{name} was written to"
-        assert set(vars(values)) == attributes[name], f"{name} has new attributes {vars(values)}"
+        if not torch.equal(values, before[name]):
+            raise AssertionError(f"{name} was written to")
+        if set(vars(values)) != attributes[name]:
+            raise AssertionError(f"{name} has new attributes {vars(values)}")
 
 
 def check_bfloat16(compressor: Compressor, host: Host) -> None:
@@ -1435,15 +1490,19 @@ def check_bfloat16(compressor: Compressor, host: Host) -> None:
     with compress(half.model, compressor) as trace:
         logits = half.logits(inputs)
         half.generate(inputs)
-    assert logits.dtype == torch.bfloat16, f"logits in {logits.dtype}"
-    assert logits.isfinite().all(), "logits that are not finite in bfloat16"
+    if logits.dtype != torch.bfloat16:
+        raise AssertionError(f"logits in {logits.dtype}")
+    if not logits.isfinite().all():
+        raise AssertionError("logits that are not finite in bfloat16")
     with compress(host.model, compressor) as exact:
         host.logits(host.inputs())
     for row, (mine, theirs) in enumerate(zip(trace.ledgers, exact.ledgers, strict=True)):
-        assert mine.patch_tokens == theirs.patch_tokens, f"row {row}: {mine}, {theirs}"
+        if mine.patch_tokens != theirs.patch_tokens:
+            raise AssertionError(f"row {row}: {mine}, {theirs}")
         difference = abs(mine.kept_patches - theirs.kept_patches)
         views = sum(map(len, theirs.kept_per_view))
-        assert difference <= views, f"row {row}: bfloat16 keeps {difference} tokens more or fewer"
+        if difference > views:
+            raise AssertionError(f"row {row}: bfloat16 keeps {difference} tokens more or fewer")
 
 
 def check_inference_mode(compressor: Compressor, host: Host) -> None:
@@ -1480,8 +1539,10 @@ def check_labels(compressor: Compressor, host: Host) -> None:
         want = nn.functional.cross_entropy(torch.cat(wanted), targets)
         _close(loss.detach()[None], want[None], f"{what}, loss")
         (slope,) = torch.autograd.grad(loss, host.model.get_input_embeddings().weight)
-        assert slope.isfinite().all(), f"{what}: gradients that are not finite"
-        assert slope.any(), f"{what}: no gradient at the embeddings"
+        if not slope.isfinite().all():
+            raise AssertionError(f"{what}: gradients that are not finite")
+        if not slope.any():
+            raise AssertionError(f"{what}: no gradient at the embeddings")
 
 
 def check_second_turn(compressor: Compressor, host: Host) -> None:
@@ -1550,9 +1611,8 @@ def check_scattered_embeds_warn(compressor: Compressor, host: Host) -> None:
     with warnings.catch_warnings(record=True) as caught, compress(host.model, compressor):
         warnings.simplefilter("always")
         got = host.logits(given)
-    assert any("inputs_embeds" in str(each.message) for each in caught), (
-        "embeddings that already contain an image passed without a warning"
-    )
+    if not any("inputs_embeds" in str(each.message) for each in caught):
+        raise AssertionError("embeddings that already contain an image passed without a warning")
     _same_bits(got, plain, "logits of scattered embeddings with and without compression")
 
 
@@ -1628,7 +1688,8 @@ def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = Non
             check(compressor, host)
         except AssertionError as error:
             raise AssertionError(f"{host.name} with {host.decoder}: {error}") from error
-    assert tried, f"no tiny model can run {compressor}: {' '.join(refusals)}"
+    if not tried:
+        raise AssertionError(f"no tiny model can run {compressor}: {' '.join(refusals)}")
 
 
 def example(name: str, retention: float = RETENTION) -> Compressor:
