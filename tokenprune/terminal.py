@@ -135,7 +135,7 @@ def own_class(path: str) -> type[Compressor] | None:
     from tokenprune.registry import strategies
 
     module, _, name = path.partition(":")
-    if not (name.isidentifier() and module.replace(".", "").isidentifier()):
+    if not all(part.isidentifier() for part in [name, *module.split(".")]):
         return None
     if module in strategies.names():  # a method whose options cannot be read
         return None
