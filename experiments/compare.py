@@ -30,6 +30,7 @@ from tokenprune.experiments import crowd_plots, data, kept, plots
 from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.efficiency import ALL, chosen, expanded
 from tokenprune.experiments.intervals import OVERALL, summarise
+from tokenprune.experiments.limits import check_lengths, check_number
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
     UNCOMPRESSED,
@@ -499,6 +500,8 @@ def compare(
     """
     setting = setting or prepare(request, report)
     questions, adapter = setting.questions, setting.adapter
+    data.check_placeholders(questions, adapter.placeholder_texts)
+    check_lengths(adapter, questions, request.max_new_tokens)
     skipped: dict[str, str] = {}
     if columns is None:
         methods, skipped = expanded(request.methods, adapter.check)
@@ -520,7 +523,6 @@ def compare(
     for cell in columns:
         if cell.compressor:
             adapter.check(cell.compressor)
-    data.check_placeholders(questions, adapter.placeholder_texts)
 
     surroundings = environment()
     experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
@@ -631,13 +633,8 @@ def _seeded(compressor: Compressor, seeds: int) -> list[Cell]:
 
 
 def _check_numbers(request: Request) -> None:
-    for name in ("questions", "batch_size", "max_new_tokens", "seeds"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} must be at least 1, got {value}.")
-    if request.seed < 0:
-        raise UserError(f"--seed must not be negative, got {request.seed}.")
+    for name in ("questions", "batch_size", "max_new_tokens", "seed", "seeds"):
+        check_number(name, getattr(request, name))
     for name in ("methods", "retention"):
         if not getattr(request, name):
             raise UserError(f"--{name} needs at least one value.")

@@ -31,6 +31,7 @@ from tokenprune.experiments import data, plots, position_plots, rearrange
 from tokenprune.experiments.compare import cells
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
+from tokenprune.experiments.limits import check_lengths, check_number
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
 from tokenprune.experiments.position_statistics import (
     NORMAL,
@@ -601,6 +602,7 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
         _check_method(adapter, compressor)
     if adapter.has_language_model:
         data.check_placeholders(questions, adapter.placeholder_texts)
+    check_lengths(adapter, questions, new=1)
 
     surroundings = environment()
     experiment = _experiment(request, compressors, questions, adapter, surroundings["versions"])
@@ -646,12 +648,8 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
 
 
 def _check_request(request: Request) -> None:
-    for name in ("images", "batch_size"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    if request.seed < 0:
-        raise UserError(f"--seed must not be negative, got {request.seed}.")
+    for name in ("images", "batch_size", "seed"):
+        check_number(name, getattr(request, name))
     for name in ("methods", "retention", "conditions"):
         if not getattr(request, name):
             raise UserError(f"--{name} needs at least one value.")

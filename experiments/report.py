@@ -38,11 +38,13 @@ from tokenprune.experiments.data import (
 from tokenprune.experiments.geometry import Box, Lattice, ViewSize, crop_boxes, frame_box, lattices
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.kept import unpack
+from tokenprune.experiments.limits import check_number
 from tokenprune.experiments.results import (
     UNCOMPRESSED,
     Cell,
     Journal,
     answers_frame,
+    check_file,
     replace_file,
 )
 from tokenprune.models import testbed
@@ -94,9 +96,10 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
     Raises:
         UserError: The folder is not that of a run, or has neither answers nor questions.
     """
-    if request.questions < 0:
-        raise UserError(f"--questions must not be negative, got {request.questions}.")
+    check_number("questions", request.questions, least=0)
+    path = request.out or request.folder / "report.html"
     manifest = _manifest(request.folder)
+    check_file(path)
     notes: list[str] = []
     tell(0, 0, "reading the run")
     questions = _questions(manifest, request.data, notes)
@@ -145,7 +148,6 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
         notes=notes,
         version=tp.__version__,
     )
-    path = request.out or request.folder / "report.html"
     with replace_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Written(path, len(entries), total, tuple(notes))

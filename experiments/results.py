@@ -348,6 +348,20 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
+def check_file(path: Path) -> None:
+    """Raise `UserError` unless a file can be written to ``path``."""
+    if path.is_dir():
+        raise UserError(f"cannot write to {str(path)!r}: it is a folder; name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the file {str(path)!r} ({error.strerror}); choose another with --out."
+        ) from error
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` at the end of the block, if nothing went wrong.
@@ -523,7 +537,7 @@ def _easy(item: Question, cells: Iterable[Cell], journal: Journal) -> bool | Non
 def read_answers(folder: Path) -> pd.DataFrame:
     """``answers.parquet`` of a run.  Raises `UserError` if the folder holds none."""
     path = folder / "answers.parquet"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it takes names that no file can have
         raise UserError(
             f"{folder} holds no answers.parquet; give the folder of a run, as tokenprune compare "
             "prints it at its end."

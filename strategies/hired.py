@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenprune.budget import Allocator, Proportional, budget
 from tokenprune.compressor import ScoringCompressor
+from tokenprune.errors import UserError
 from tokenprune.primitives import region_sums, thumbnail_map
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens, moved
@@ -54,12 +55,19 @@ class MarkedPatches(Allocator):
         marks = torch.zeros_like(seen)
         marks[seen.argsort(descending=True, stable=True)[:marked]] = 1
         if self.official:
-            per_crop = marks.unflatten(0, (layout.grid[0] * layout.grid[1], -1)).sum(1)
+            crops = layout.grid[0] * layout.grid[1]
+            if len(marks) % crops:
+                raise UserError(
+                    f"hired:official=true splits the thumbnail's {len(marks)} patches into as many "
+                    f"equal runs as there are crops, which {crops} crops do not allow; leave it "
+                    "out, or show an image of another shape."
+                )
+            per_crop = marks.unflatten(0, (crops, -1)).sum(1)
         else:
             per_crop = region_sums(marks.view(layout.view_shape), layout.grid)
         share = per_crop / per_crop.sum().clamp(min=1)
-        crops = (share * rest).long().minimum(moved(torch.tensor(sizes[1:]), share.device))
-        return torch.cat([crops.new_full((1,), thumbnail), crops])
+        kept = (share * rest).long().minimum(moved(torch.tensor(sizes[1:]), share.device))
+        return torch.cat([kept.new_full((1,), thumbnail), kept])
 
 
 @register("hired")

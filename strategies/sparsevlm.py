@@ -62,7 +62,11 @@ class SparseVLM(Compressor):
 
     version: Literal["1.0", "2.0"] = "1.0"
     heads: Annotated[int, Field(ge=1)] = 14
-    depths: Annotated[tuple[Cut, ...], Field(min_length=1, max_length=1000)] = (3 / 32, 7 / 32, 16 / 32)
+    depths: Annotated[tuple[Cut, ...], Field(min_length=1, max_length=1000)] = (
+        3 / 32,
+        7 / 32,
+        16 / 32,
+    )
     schedule: Literal["retention", "rank", "192", "128", "96", "64"] = "retention"
     scale: Annotated[float, Field(gt=0)] = 13.5
     bias: float = 0.0

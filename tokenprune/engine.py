@@ -300,6 +300,8 @@ class _Session:
                 table = self.adapter.model.get_input_embeddings()
                 like = table(torch.tensor(token, device=embeds.device))
                 self.placeholders[modality] = (embeds == like).all(-1)
+        if self.ids is not None and not any(self.before):  # else it is seen what is left
+            self.adapter.check_length(self.ids.shape[1])
         plain = [name for name, output in given.items() if type(output.pooler_output) is list]
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
@@ -444,6 +446,9 @@ class _Session:
         for step in range(max(map(len, self.before)) if spans else 0):
             with self.trace.around():
                 embeds = self._shorten(state, step, embeds, changed)
+        if spans and any(self.before):
+            numbered = any(part.keeps_positions for parts in self.before for part in parts)
+            self.adapter.check_length(state.width if numbered else max(state.left))
         for span in spans:
             span.entered = span.index
             span.tokens = replace(

@@ -26,12 +26,13 @@ import torch
 from tokenprune.experiments.checks.cases import LONGEST, Area, judge
 from tokenprune.experiments.checks.fuzz_files import DataFiles, Images
 from tokenprune.experiments.checks.fuzz_folders import Checkpoints, RunFolders
-from tokenprune.experiments.checks.fuzz_words import Options, Specs
+from tokenprune.experiments.checks.fuzz_words import Options, Selections, Specs
 
 __all__ = ["AREAS", "fuzz", "main"]
 
 AREAS: dict[str, type[Area]] = {
-    area.name: area for area in (Specs, Options, DataFiles, Images, Checkpoints, RunFolders)
+    area.name: area
+    for area in (Specs, Selections, Options, DataFiles, Images, Checkpoints, RunFolders)
 }
 _LONG = 300  # characters of an input that are printed
 

@@ -15,14 +15,17 @@ from pydantic.fields import FieldInfo
 from tokenprune.budget import ALLOCATORS, Allocator
 from tokenprune.cli import app
 from tokenprune.compressor import Compressor, Stage, parse
+from tokenprune.encoder import EncoderCompressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.ablation import parse_sweep
 from tokenprune.experiments.checks.cases import Area, Case, Wrong, command, small_run
 from tokenprune.experiments.efficiency import chosen
 from tokenprune.registry import strategies
+from tokenprune.synthetic import sample_tokens
 from tokenprune.terminal import method_specs, split_specs
+from tokenprune.tokens import TokenLayout
 
-__all__ = ["Options", "Specs"]
+__all__ = ["Options", "Selections", "Specs"]
 
 DIGITS = "9" * 4301  # more than Python reads as a number
 HUGE = str(10**20)
@@ -237,11 +240,57 @@ def _asked(spec: str, *, empty: bool = False) -> None:
     chosen(specs, [0.5])
 
 
+# --- selections ---------------------------------------------------------------------------------
+
+
+class Selections(Area):
+    """Methods with any options that are allowed choose of any image, or say why they do not."""
+
+    name = "selections"
+    share = 10
+
+    def draw(self, rng: random.Random) -> Case:
+        spec, retention = _spec(rng.choice(strategies.names()), rng), _retention(rng)
+        layout, said = _layout(rng)
+        text = rng.choice([0, 1, 5, 40])
+        method = parse(spec, retention=retention)
+        if isinstance(method, EncoderCompressor):  # runs in a tower
+            method = parse("uniform", retention=retention)
+        cut = rng.choice([*method.cuts, None])
+        part = method if cut is None else method.at(cut)
+
+        def run() -> None:
+            tokens = sample_tokens(part.needs, layout, seed=1, text=text)
+            chosen = part(tokens)
+            if chosen.features is not None and not chosen.features.isfinite().all():
+                raise Wrong("merged features are not finite")
+
+        what = f"{spec} at {retention!r}, cut {cut}, on {said} in front of {text} words"
+        return Case(what, "either", run)
+
+
+def _layout(rng: random.Random) -> tuple[TokenLayout, str]:
+    """An image or a video of any shape, and what it is in words."""
+    side = rng.choice([(1, 1), (1, 5), (3, 3), (4, 4), (7, 7)])
+    kind = rng.choice(["crops", "crops", "view", "video"])
+    if kind == "view":
+        return TokenLayout.single(side, newline=rng.random() < 0.5), f"a view of {side}"
+    if kind == "video":
+        frames = rng.choice([1, 2, 3, 5, 8, 17])
+        return TokenLayout.video(frames, side), f"{frames} frames of {side}"
+    grid = rng.choice([(1, 1), (1, 2), (2, 2), (3, 1), (1, 5), (3, 3)])
+    rows, cols = grid[0] * side[0], grid[1] * side[1]
+    top, left = rng.randrange((rows + 1) // 2), rng.randrange((cols + 1) // 2)
+    box = (top, rng.choice([rows, max(top + 1, rows - top)]), left, max(left + 1, cols - left))
+    lines = rng.random() < 0.8
+    said = f"{grid} crops of {side}, box {box}, {'' if lines else 'no '}separators"
+    return TokenLayout.anyres(grid, side, box, newlines=lines), said
+
+
 # --- options --------------------------------------------------------------------------------------
 
 _NEGATIVE = {"layer"}  # counts from the end
 _ZERO = {"seed", "text_tokens", "layer", ("report", "questions")}  # 0 has a meaning
-_WHOLE, _BROKEN = ("integer", "integer range"), ("float", "float range")
 _CHOICES = ("dtype", "match", "modality", "conditions", "score", "only", "model", "config")
 _SIZES = ("image_size", "patches")
 
@@ -273,14 +322,15 @@ class Options(Area):
         }
         self.run = run
         commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-        self.numbers: list[tuple[str, str, str]] = []  # command, option, whole or broken
+        self.numbers: list[tuple[str, str, type]] = []  # command, option, int or float
         self.choices: list[tuple[str, str]] = []
         self.sizes: list[tuple[str, str]] = []
         for name in self.base:
+            hints = get_type_hints(commands[name].callback)
             for option in commands[name].params:
-                kind, spelled = option.type.name, option.opts[0]
-                if kind in (*_WHOLE, *_BROKEN) or option.name == "retention":
-                    self.numbers.append((name, spelled, "whole" if kind in _WHOLE else "broken"))
+                kind, spelled = plain(hints.get(option.name)), option.opts[0]
+                if kind in (int, float) or option.name == "retention":
+                    self.numbers.append((name, spelled, kind))
                 elif option.name in _CHOICES:
                     self.choices.append((name, spelled))
                 elif option.name in _SIZES:
@@ -301,18 +351,18 @@ class Options(Area):
         name, option, kind = rng.choice(self.numbers)
         field = option.strip("-").replace("-", "_")
         wrong = [*NO_NUMBERS, HUGE, f"-{HUGE}", DIGITS, f"-{DIGITS}", "", "x", "1e", "0x1"]
-        if kind == "whole":
+        if kind is int:
             wrong += ["0.5", "1e3", str(2**63)]
         if field not in _NEGATIVE:
             wrong += ["-1"]
             if field not in _ZERO and (name, field) not in _ZERO:
-                wrong += ["0"] if kind == "whole" or option == "--retention" else []
+                wrong += ["0"] if kind is int or option == "--retention" else []
         if option == "--retention":
+            wrong = [one for one in wrong if one or "-r" not in self.base[name]]  # added to others
             wrong += ["0", "1.0000001", "50%", "1/2", "0.5,nan", "0.5,,2"]
-        # A chain or the target that is asked for takes the place of a retention.
-        base = ("uniform", *self.base[name][1:]) if name == "convert" else self.base[name]
-        if name == "convert" and kind == "whole":
-            base = self.base[name]
+        base = self.base[name]
+        if name == "convert" and kind is float:  # the target takes the place of a retention
+            base = ("uniform", *base[1:])
         value = rng.choice(wrong)
         return (name, *base, f"{option}={value}"), False
 
@@ -352,7 +402,7 @@ class Options(Area):
                 ("pairs", self.run, "-m", rng.choice(["nope", "fastv:", "uniform@0.5"])),
                 ("table",), ("report",), ("pairs",), ("audit",), ("convert",), ("nope",),
                 ("list", rng.choice(["nope", " ", "../uniform", "unifrom"])),
-                ("audit", rng.choice(["nope", "..x:Y", "uniform:name=x", "uniform@", "json:loads"])),
+                ("audit", rng.choice(["nope", "..x:Y", "uniform:name=x", "json:loads"])),
                 ("convert", "uniform"), ("convert", "uniform@0.5", "--tokens=3"),
                 ("convert", "uniform", "--tokens=3", "--flops=0.5"),
                 ("ablation", rng.choice(["fastv", "fastv:layer=1", "x:y=1,2", "fastv:layer=1,x"])),

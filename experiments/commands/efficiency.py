@@ -81,10 +81,16 @@ def efficiency(
     Exit status: 0 done, 2 bad input, 130 interrupted.
     """
     with as_exit_status():
+        from tokenprune.errors import UserError
         from tokenprune.experiments import cost_plots, plots, results
         from tokenprune.experiments import efficiency as experiment
+        from tokenprune.experiments.limits import check_number
 
         quiet()
+        for name, value in (("layers", layers), ("batch_size", batch_size), ("repeats", repeats)):
+            check_number(name, value)
+        if layers is not None and not measure:
+            raise UserError("--layers says how many layers are measured; add --measure.")
         folder = out or Path("runs") / f"efficiency_{Path(config).name}"
         results.check_writable(folder)
         specs = method_specs(methods) if methods else ["uniform"]

@@ -49,12 +49,20 @@ def pairs(
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status():
+        from tokenprune.errors import UserError
         from tokenprune.experiments.intervals import OVERALL
-        from tokenprune.experiments.results import read_answers, replace_file
+        from tokenprune.experiments.limits import check_number
+        from tokenprune.experiments.results import check_file, read_answers, replace_file
 
+        check_number("seed", seed)
         kind = kind or OVERALL
-        found = _found(read_answers(folder), tuple(split_specs(methods or ())), kind, seed)
+        labels = tuple(split_specs(methods or ()))
+        if methods and not labels:
+            raise UserError("--methods needs at least one value.")
+        answers = read_answers(folder)
         path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{kind}.csv")
+        found = _found(answers, labels, kind, seed)
+        check_file(path)
         with replace_file(path) as temporary:
             found.to_csv(temporary, index=False)
         console = Console()

@@ -1,0 +1,91 @@
+"""How large the numbers and the prompts of a request may be."""
+
+from collections.abc import Iterable
+
+from PIL import Image
+
+from tokenprune.errors import UserError
+from tokenprune.experiments.data import Picture, Question
+from tokenprune.models.adapter import Adapter
+
+__all__ = ["LIMITS", "check_lengths", "check_number"]
+
+LIMITS: dict[str, tuple[int, int]] = {
+    "batch_size": (1, 100_000),
+    "frames": (1, 100_000),
+    "images": (1, 1_000_000),
+    "layers": (1, 1_000),
+    "max_new_tokens": (1, 1_000_000),
+    "questions": (1, 1_000_000),
+    "repeats": (1, 100_000),
+    "seed": (0, 2**32 - 1),  # what every random generator takes
+    "seeds": (1, 1_000),
+    "text_tokens": (0, 1_000_000),
+}
+"""The least and the largest value of every whole number that can be asked for."""
+
+_ORIENTATION = 0x0112  # EXIF; from 5 on the sides are swapped
+
+
+def check_number(name: str, value: int | None, *, least: int | None = None) -> None:
+    """Raise `UserError` unless ``value`` lies within `LIMITS`, or is None.
+
+    Args:
+        name: As in `LIMITS`; the option is spelled like it.
+        value: What was asked for.
+        least: In place of the least value there.
+    """
+    if value is None:
+        return
+    low, high = LIMITS[name]
+    low = low if least is None else least
+    option = "--" + name.replace("_", "-")
+    if not isinstance(value, int):
+        raise UserError(f"{option} must be a whole number, got {value!r}.")
+    if value < low:
+        raise UserError(f"{option} must be at least {low}, got {max(value, -(10**18))}.")
+    if value > high:
+        raise UserError(f"{option} must be at most {high}, got {min(value, 10**18)}.")
+
+
+def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> None:
+    """Raise `UserError` if a prompt is longer than the decoder knows positions.
+
+    Args:
+        adapter: Of the model.
+        questions: Whose prompts are meant, with all their visual tokens.
+        new: Tokens of the answer.
+    """
+    if not adapter.has_language_model or adapter.positions is None:
+        return
+    seen: dict[tuple[object, ...], int] = {}  # texts and sizes repeat
+    for item in questions:
+        video = item.modality == "video"
+        shown = item.images[:1] if video else item.images  # frames are of one size
+        sizes = tuple(map(_size, shown))
+        key = (item.question, len(item.images), video, sizes)
+        if key not in seen:
+            seen[key] = _visual(adapter, item, sizes) + _text(adapter, item)
+        adapter.check_length(seen[key], new, f"the prompt of the question {item.id!r}")
+
+
+def _visual(adapter: Adapter, item: Question, sizes: tuple[tuple[int, int], ...]) -> int:
+    if item.modality == "video":
+        return len(adapter.video_layout(len(item.images)))  # type: ignore[attr-defined]
+    return sum(len(adapter.layout(size, together=len(sizes) > 1)) for size in sizes)
+
+
+def _text(adapter: Adapter, item: Question) -> int:
+    video = item.modality == "video"
+    text = adapter.prompt(item.question, 0 if video else len(item.images), int(video))
+    ids = adapter.processor.tokenizer(text)["input_ids"]
+    return sum(each not in adapter.placeholders.values() for each in ids)
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    """(height, width) as it is shown, from the header of a file."""
+    if isinstance(picture.source, Image.Image):
+        return picture.source.height, picture.source.width
+    with Image.open(picture.source) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
