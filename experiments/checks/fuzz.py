@@ -27,6 +27,7 @@ from tokenprune.experiments.checks.cases import LONGEST, Area, judge
 from tokenprune.experiments.checks.fuzz_files import DataFiles, Images
 from tokenprune.experiments.checks.fuzz_folders import Checkpoints, RunFolders
 from tokenprune.experiments.checks.fuzz_words import Options, Selections, Specs
+from tokenprune.terminal import quiet
 
 __all__ = ["AREAS", "fuzz", "main"]
 
@@ -67,7 +68,7 @@ def fuzz(
                 if verdict.fault:
                     faults.append(verdict.fault)
                     shown = case.what.encode("ascii", "backslashreplace").decode()
-                    if len(shown) > _LONG:
+                    if len(shown) > _LONG and only is None:
                         shown = f"{shown[:_LONG]}... ({len(shown)} characters)"
                     print(f"FAILED --seed {seed} --area {name} --only {number}: {shown}")
                     print(f"    {verdict.fault}", flush=True)
@@ -93,6 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--only needs the --area of the case")
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up
     torch.set_num_threads(1)
+    quiet()
     names = asked.area or list(AREAS)
     whole = sum(AREAS[name].share for name in names)
     before = signal.getsignal(signal.SIGTERM)  # commands change it

@@ -343,9 +343,7 @@ class Options(Area):
         )[0]
         words, accepted = make(rng)
         shown = "tokenprune " + " ".join(map(repr, words))
-        return Case(
-            shown, "accepted" if accepted else "refused", lambda: command(*words) and None
-        )
+        return Case(shown, "accepted" if accepted else "refused", lambda: command(*words) and None)
 
     def _number(self, rng: random.Random) -> tuple[tuple[str, ...], bool]:
         name, option, kind = rng.choice(self.numbers)
