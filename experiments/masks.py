@@ -405,8 +405,8 @@ def look(
             _check(adapter, cell.compressor, asks)
     pictures = [image.convert("RGB") for image in images]
     if question is not None and asks:
-        shown = tuple(Picture(str(index), one) for index, one in enumerate(pictures))
-        check_lengths(adapter, [Question("0", shown, question, "", video=video)], max_new_tokens)
+        named = tuple(Picture(str(index), one) for index, one in enumerate(pictures))
+        check_lengths(adapter, [Question("0", named, question, "", video=video)], max_new_tokens)
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)
     )

@@ -51,7 +51,7 @@ class Case:
 
     what: str
     expected: Expected
-    run: Callable[[], None]
+    run: Callable[[], object]
 
 
 class Area(ABC):

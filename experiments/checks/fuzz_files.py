@@ -32,7 +32,7 @@ WORDS = (
     "nan",
     "=1+1",
 )
-NO_TEXT = (None, True, [], {}, "", "  ", ["x"], {"a": 1})
+NO_TEXT: tuple[Any, ...] = (None, True, [], {}, "", "  ", ["x"], {"a": 1})
 NO_PLACE = ("x", [0.5], [0.5, 2], [-1, 0], [0, 0, 0], {"x": 0}, ["0", "0"], 5, [None, 0])
 
 
@@ -166,11 +166,14 @@ class DataFiles(Area):
                   ("NaN", "Infinity", "-Infinity", "1e400", "9" * 5000, "yes", "01", "'a'")),
                 (head + "[" * deep + "]" * deep + "}").encode(),
                 f'{head}"a", "x": {"[" * deep}{"]" * deep}}}'.encode(),
-                f'{head}"a", "place": [NaN, 0]}}'.encode(), f'{head}"a", "place": [0, 1e400]}}'.encode(),
+                f'{head}"a", "place": [NaN, 0]}}'.encode(),
+                f'{head}"a", "place": [0, 1e400]}}'.encode(),
             ]
         )  # fmt: skip
         if rng.random() < 0.2:
-            asked = rng.choice([{"count": 10**20}, {"count": 50}, {"modality": "sound"}])
+            asked: dict[str, Any] = rng.choice(
+                [{"count": 10**20}, {"count": 50}, {"modality": "sound"}]
+            )
             return self._case(right.encode(), "refused", lambda _: None, **asked)
         return self._case(content, "refused", lambda _: None)
 
@@ -269,7 +272,7 @@ class Images(Area):
         names = ["no.png", "pipe.png", "folder.png", "text.png", "loop.png", "", ".", "a\0b.png"]
         names += ["/dev/null", "/dev/zero", "/dev/random", "/proc/self/mem", "x" * 5000, "\udcff"]
         path = self.folder / rng.choice(names)
-        return Case(f"the file {path}", "refused", lambda: Picture("image", path).open() and None)
+        return Case(f"the file {path}", "refused", lambda: Picture("image", path).open())
 
     def _damaged(self, rng: random.Random) -> Case:
         kind = rng.choice([*_EXACT, "JPEG", *_RARE])

@@ -23,7 +23,21 @@ __all__ = ["Checkpoints", "RunFolders"]
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
 NO_JSON = (b"", b"{", b"null", b"[]", b'"x"', b"5", b"\xff\xfe", b"[" * 100_000, b"NaN")
-WRONG = (None, True, -1, 0, 10**20, 0.5, "x", "", [], {}, [1], {"a": 1}, float("nan"))
+WRONG: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    10**20,
+    0.5,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    float("nan"),
+)
 
 
 class Checkpoints(Area):

@@ -139,7 +139,7 @@ class Specs(Area):
         else:
             value = bad(hint, rng)
         spec = f"{name}:{field}={value}"
-        return Case(spec, "refused", lambda: parse(spec, retention=0.5) and None)
+        return Case(spec, "refused", lambda: parse(spec, retention=0.5))
 
     def _malformed(self, rng: random.Random) -> Case:
         name = rng.choice(strategies.names())
@@ -183,7 +183,7 @@ class Specs(Area):
                 "fastv:" + "layer=1,2;" * 10_000, "fastv:layer=" + "1," * 100_000,
             ]
         )  # fmt: skip
-        return Case(f"sweep {text}", "refused", lambda: parse_sweep(text) and None)
+        return Case(f"sweep {text}", "refused", lambda: parse_sweep(text))
 
 
 def _hints(cls: type[Compressor]) -> dict[str, Any]:
@@ -343,7 +343,7 @@ class Options(Area):
         )[0]
         words, accepted = make(rng)
         shown = "tokenprune " + " ".join(map(repr, words))
-        return Case(shown, "accepted" if accepted else "refused", lambda: command(*words) and None)
+        return Case(shown, "accepted" if accepted else "refused", lambda: command(*words))
 
     def _number(self, rng: random.Random) -> tuple[tuple[str, ...], bool]:
         name, option, kind = rng.choice(self.numbers)
