@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from tokenprune.errors import UserError
+from tokenprune.errors import UserError, shown
 from tokenprune.experiments.data import Picture, Question
 from tokenprune.models.adapter import Adapter
 
@@ -41,11 +41,11 @@ def check_number(name: str, value: int | None, *, least: int | None = None) -> N
     low = low if least is None else least
     option = "--" + name.replace("_", "-")
     if not isinstance(value, int):
-        raise UserError(f"{option} must be a whole number, got {value!r}.")
+        raise UserError(f"{option} must be a whole number, got {shown(value)}.")
     if value < low:
-        raise UserError(f"{option} must be at least {low}, got {max(value, -(10**18))}.")
+        raise UserError(f"{option} must be at least {low}, got {shown(value)}.")
     if value > high:
-        raise UserError(f"{option} must be at most {high}, got {min(value, 10**18)}.")
+        raise UserError(f"{option} must be at most {high}, got {shown(value)}.")
 
 
 def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> None:
@@ -61,8 +61,7 @@ def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0)
     seen: dict[tuple[object, ...], int] = {}  # texts and sizes repeat
     for item in questions:
         video = item.modality == "video"
-        shown = item.images[:1] if video else item.images  # frames are of one size
-        sizes = tuple(map(_size, shown))
+        sizes = tuple(map(_size, item.images[:1] if video else item.images))
         key = (item.question, len(item.images), video, sizes)
         if key not in seen:
             seen[key] = _visual(adapter, item, sizes) + _text(adapter, item)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenprune import budget
 from tokenprune.budget import Allocator, Proportional
-from tokenprune.errors import RetentionWarning, UserError, unknown
+from tokenprune.errors import RetentionWarning, UserError, shown, unknown
 from tokenprune.primitives import top_per_view
 from tokenprune.registry import Card, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens, moved
@@ -482,7 +482,7 @@ def _validated(cls: type, name: str, value: Any) -> Any:
             return made
         said = f"a number must lie between -{LARGEST} and {LARGEST}"
     called = getattr(cls, "name", "") or cls.__name__
-    raise UserError(f"{called}: {name}={value!r} is not valid: {said}.") from None
+    raise UserError(f"{called}: {name}={shown(value)} is not valid: {said}.") from None
 
 
 def _numbers(value: Any) -> Iterator[int | float]:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["RetentionWarning", "UnknownNameError", "UserError", "unknown"]
+__all__ = ["RetentionWarning", "UnknownNameError", "UserError", "shown", "unknown"]
 
 
 _MOST = 1500  # characters of a message
@@ -46,6 +46,14 @@ class RetentionWarning(UserWarning):
     def __init__(self, message: str, about: str = "") -> None:
         super().__init__(message)
         self.about = about
+
+
+def shown(value: object) -> str:
+    """``value`` in a message: its `repr`, also where Python refuses to write a number out."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> UnknownNameError:

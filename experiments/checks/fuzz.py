@@ -59,7 +59,7 @@ def fuzz(
             for number in range(count) if only is None else [only]:
                 case = area.draw(random.Random(f"{seed} {name} {number}"))
                 # Should even the alarm not get through, show the stack and end.
-                faulthandler.dump_traceback_later(10 * LONGEST, exit=True)
+                faulthandler.dump_traceback_later(10 * LONGEST, exit=True, file=sys.__stderr__)
                 started = time.monotonic()
                 verdict = judge(case)
                 times.append((time.monotonic() - started, case.what))
