@@ -538,8 +538,8 @@ class _Session:
                 continue
             part = parts[step]
             keeps_positions = part.keeps_positions
-            if not len(span.index):  # the attention mask hides the whole image
-                self._narrow(state, span, span.index, keep, part.stage, None)
+            if not len(span.tokens.layout.patches):  # the attention mask hides them all
+                gone |= self._narrow(state, span, part(span.tokens).keep, keep, part.stage, None)
                 continue
             asks = _PROMPT in part.needs  # of a prompt that grows where there is no KV cache
             chosen = self._recall(state, span, _BEFORE) if asks else None
@@ -654,8 +654,8 @@ class _Session:
         once = functools.partial(self._once, state, index)
         rows = self.layers.everywhere(state, part, index, whole, kwargs, once)
         for span in state.spans:
-            if not len(span.index):  # the attention mask hides the whole image
-                self._narrow(state, span, span.index, keep, Stage.LLM, index)
+            if not len(span.tokens.layout.patches):  # the attention mask hides them all
+                gone |= self._narrow(state, span, part(span.tokens).keep, keep, Stage.LLM, index)
                 continue
             tokens = self.layers.tokens(state, span, part, index, whole, rows, once)
             chosen = self._recall(state, span, index)
@@ -791,19 +791,17 @@ class _Session:
         state, self.current = self.current, None
         if state is None or not state.packed:
             return None
-        last = output[0]
-        hidden = state.spread(last, state.columns)
+        hidden = state.spread(output[0], state.columns)
         if isinstance(output, tuple):
             return (hidden, *output[1:])
-        states = output.get("hidden_states")
-        if states is not None:
+        output.last_hidden_state = hidden
+        if output.get("hidden_states") is not None:
             # The first is what enters layer 0, each other what a layer returns.
             columns = [state.ran[0], *state.ran]
             output.hidden_states = tuple(
-                hidden if one is last else one if one is None or at is None else state.spread(one, at)
-                for one, at in zip(states, columns, strict=True)
+                states if states is None or at is None else state.spread(states, at)
+                for states, at in zip(output.hidden_states, columns, strict=True)
             )
-        output.last_hidden_state = hidden
         return output
 
     # -- the account -----------------------------------------------------------------------------
@@ -854,7 +852,7 @@ class _Session:
         counts and indices alone: a trace must not keep features or a KV cache alive.
         """
         images = [
-            (span.row, span.layout, span.there, span.entered, span.index) for span in state.spans
+            (span.row, (span.layout, span.there, span.entered, span.index)) for span in state.spans
         ]
         entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
         read, asked, projected = state.read, state.asked, state.projected
@@ -876,7 +874,7 @@ class _Session:
         def ledgers() -> list[Ledger]:
             made = []
             for row, total in enumerate(entered.tolist()):
-                mine = [rest for where, *rest in images if where == row]
+                mine = [image for where, image in images if where == row]
                 text = total - tally[row][0]
                 tokens = [text + visual for visual in tally[row]]
                 rows = [(layer, count, new) for at, layer, count, new in asked if at == row]
@@ -917,8 +915,7 @@ class _Session:
                         vision_flops=sum(
                             views * tower(run) for where, views, run in towers if where == row
                         ),
-                        uncompressed_vision_flops=plain
-                        * sum(layout.views for layout, *_ in mine),
+                        uncompressed_vision_flops=plain * sum(layout.views for layout, *_ in mine),
                     )
                 )
             return made
@@ -937,16 +934,19 @@ class _Session:
 def _steps_lost(state: Pass, keep: Tensor) -> Tensor:
     """(B, M) how many position ids become free at each slot when only ``keep`` (B, M) stays.
 
-    One for every slot that is dropped, and what the attention mask hides between two others, as far
-    as the position ids counted it: those of `generate` do not, those of a plain forward do.
+    One for every slot that is dropped.  In a row that loses any, also one for what the attention
+    mask hides between two slots, as far as the position ids counted it: those of `generate` do not,
+    those of a plain forward do.
     """
+    dropped = state.real & ~keep
     slot = torch.arange(keep.shape[1], device=keep.device)
     latest = torch.where(state.real, slot, -1).cummax(1).values
     before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the slot before that is there
     hidden = slot - before - 1
     step = state.positions - state.positions.gather(1, before.clamp(min=0)) - 1
-    skipped = torch.minimum(step, hidden).clamp(min=0) * (before >= 0)
-    return torch.where(state.real, skipped + (~keep).long(), 0)
+    skipped = torch.minimum(step, hidden).clamp(min=0)
+    counts = state.real & (before >= 0) & dropped.any(1, keepdim=True)
+    return dropped + skipped * counts
 
 
 def _asked(kwargs: Kwargs, name: str, config: Any) -> bool:
