@@ -601,18 +601,23 @@ class _Session:
 
     def _pack(self, state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
         """Move the kept slots of every row to the right; (B, 1) positions each row lost."""
-        lost = _steps_lost(state, keep)
+        lost = state.real & ~keep
+        steps, shift = lost.cumsum(1), lost.sum(1, keepdim=True)
+        if state.hidden is not None and not keeps_positions:
+            closes = shift > 0
+            steps += state.hidden.gather(1, state.columns.clamp(min=0)) * closes
+            shift = shift + state.hidden[:, -1:] * closes
+            state.hidden = state.hidden * ~closes
         width = max(state.left)
         # A stable sort puts what goes in front and leaves what stays in order behind it.
         state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
         if not keeps_positions:
-            state.positions = state.positions - lost.cumsum(1)
+            state.positions = state.positions - steps
         state.positions = state.positions.gather(1, state.order)
         state.columns = torch.where(keep, state.columns, -1).gather(1, state.order)
         if state.sizes is not None:
             state.sizes = state.sizes.gather(1, state.order)
         state.packed = True
-        shift = lost.sum(1, keepdim=True)
         return torch.zeros_like(shift) if keeps_positions else shift
 
     # -- between decoder layers ------------------------------------------------------------------
@@ -929,24 +934,6 @@ class _Session:
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
-
-
-def _steps_lost(state: Pass, keep: Tensor) -> Tensor:
-    """(B, M) how many position ids become free at each slot when only ``keep`` (B, M) stays.
-
-    One for every slot that is dropped.  In a row that loses any, also one for what the attention
-    mask hides between two slots, as far as the position ids counted it: those of `generate` do not,
-    those of a plain forward do.
-    """
-    dropped = state.real & ~keep
-    slot = torch.arange(keep.shape[1], device=keep.device)
-    latest = torch.where(state.real, slot, -1).cummax(1).values
-    before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the slot before that is there
-    hidden = slot - before - 1
-    step = state.positions - state.positions.gather(1, before.clamp(min=0)) - 1
-    skipped = torch.minimum(step, hidden).clamp(min=0)
-    counts = state.real & (before >= 0) & dropped.any(1, keepdim=True)
-    return dropped + skipped * counts
 
 
 def _asked(kwargs: Kwargs, name: str, config: Any) -> bool:
