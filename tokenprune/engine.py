@@ -134,6 +134,15 @@ def compress(
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
 
+    Methods that look at the prompt see what it asks, never an answer or a guess.  The prompt ends
+    with the last token whose logits are wanted by ``logits_to_keep`` first: draft tokens of
+    assisted decoding and continuations that are scored lie behind it.  With ``labels`` the token
+    that asks for an image is the last text token before the first label behind that image.
+
+    What ``attention_mask`` hides is not there: it is not ranked, kept or counted.  Logits and
+    ``output_hidden_states`` are in the columns of the prompt, where a dropped column shows what the
+    last kept column before it shows.
+
     Args:
         model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
@@ -229,7 +238,7 @@ class _Session:
         self.opened: Pass | None = None  # the pass that the trace will tell about
         # Without a KV cache the whole prefix runs again for every new token: the selection made
         # for the prompt is reused, else the newest token would rank.
-        self.memory: list[tuple[Tensor, int, Tensor, Selection]] = []
+        self.memory: list[tuple[Tensor, int, Tensor, Tensor, Selection]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -772,18 +781,22 @@ class _Session:
 
     def _recall(self, state: Pass, span: Span, index: int) -> Selection | None:
         """What was chosen when this very prompt ran before, without a KV cache."""
-        if state.cache is None and state.ids is not None:
-            for feature, cut, ids, chosen in self.memory:
-                same = feature is span.carrier and cut == index
-                if same and torch.equal(state.ids[span.row, : len(ids)], ids):
-                    return chosen
+        if state.prompt_ids is None:
+            return None
+        row = state.prompt_ids[span.row]
+        for feature, cut, there, ids, chosen in self.memory:
+            same = feature is span.carrier and cut == index and torch.equal(there, span.there)
+            if same and torch.equal(row[: len(ids)], ids):
+                return chosen
         return None
 
     def _remember(self, state: Pass, span: Span, index: int, chosen: Selection) -> None:
-        if state.cache is None and state.ids is not None:
-            here = {id(other.carrier) for other in state.spans}
-            self.memory = [entry for entry in self.memory if id(entry[0]) in here]
-            self.memory.append((span.carrier, index, state.ids[span.row], chosen))
+        if state.prompt_ids is None:
+            return
+        here = {id(other.carrier) for other in state.spans}
+        self.memory = [entry for entry in self.memory if id(entry[0]) in here]
+        ids = state.prompt_ids[span.row]
+        self.memory.append((span.carrier, index, span.there, ids, chosen))
 
     # -- behind the language model ---------------------------------------------------------------
 

@@ -185,6 +185,12 @@ class Pass:
         """(B, M) which slots are not padding."""
         return self.columns >= 0
 
+    @property
+    def prompt_ids(self) -> Tensor | None:
+        """(B, S) ids of prompts that `generate` may run again, longer, as there is no KV cache."""
+        is_scored = self.labels is not None or self.scored > 1
+        return None if self.cache is not None or is_scored else self.ids
+
     def asking(self, device: torch.device, group: int) -> tuple[Tensor, Tensor]:
         """(B,) slot of the token that asks, and (B, M) which slots it may look at."""
         columns, query = self.columns.to(device), moved(self.queries[group], device)
