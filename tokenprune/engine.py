@@ -471,7 +471,8 @@ class _Session:
                 embeds = self._shorten(state, step, embeds, changed)
         if spans and any(self.before):
             numbered = any(part.keeps_positions for parts in self.before for part in parts)
-            self.adapter.check_length(state.width if numbered else max(state.left))
+            left = state.width if numbered else max(state.left)
+            self.adapter.check_length(left, what="what is left of the prompt")
         for span in spans:
             span.entered = span.index
             span.tokens = replace(
