@@ -175,12 +175,14 @@ class Specs(Area):
         return Case(spec, "either", lambda: _asked(spec, empty=True))
 
     def _sweep(self, rng: random.Random) -> Case:
+        wide = ",".join(map(str, range(20_000)))
         text = rng.choice(
             [
                 "", ":", "fastv", "fastv:", "fastv:layer", "fastv:layer=", "fastv:layer=1",
                 "fastv:layer=1,1", "fastv:layer=1,,2", "fastv:layer=1;2", "fastv@0.5:layer=1,2",
                 "fastv:layer=1,2;layer=3", "a:b=1,2;c=1,2;d=1,2", "fastv + uniform",
                 "fastv:" + "layer=1,2;" * 10_000, "fastv:layer=" + "1," * 100_000,
+                f"fastv:layer={','.join(map(str, range(1, 20_000)))};start={wide}",
             ]
         )  # fmt: skip
         return Case(f"sweep {text}", "refused", lambda: parse_sweep(text))
