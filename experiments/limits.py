@@ -61,6 +61,8 @@ def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0)
     seen: dict[tuple[object, ...], int] = {}  # texts and sizes repeat
     for item in questions:
         video = item.modality == "video"
+        if video and "video" not in adapter.encoders:  # which encoding it refuses
+            continue
         sizes = tuple(map(_size, item.images[:1] if video else item.images))
         key = (item.question, len(item.images), video, sizes)
         if key not in seen:
