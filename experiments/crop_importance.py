@@ -340,6 +340,7 @@ def _scores(axes: Axes, crops: pd.DataFrame) -> None:
     sns.stripplot(
         usual, x="rank", y="centred", order=ranks, ax=axes, color=INK, size=2.5, alpha=0.35
     )
+    axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
     axes.set(xlabel="rank of the crop", ylabel="score minus the image's mean")
     axes.set_title(f"Scores ({usual['image_id'].nunique()} images)", loc="left", fontsize=13)
 
