@@ -98,7 +98,7 @@ class DropCrop(Compressor):
         if count < 2:
             return None
         if self.which == "random":
-            generator = torch.Generator().manual_seed(hash((self.seed, tokens.seed)) % 2**63)
+            generator = torch.Generator("cpu").manual_seed(hash((self.seed, tokens.seed)) % 2**63)
             return int(torch.randint(count, (), generator=generator, device="cpu"))
         scores = self.scores(tokens)
         return int(scores.argmax() if self.which == "highest" else scores.argmin())

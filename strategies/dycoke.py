@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, patches_by_view, top_per_view
+from tokenprune.primitives import ROUNDING, float_copy, patches_by_view, top_per_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -103,8 +103,9 @@ class DyCoke(Compressor):
         for patches, before in zip(views, earlier, strict=True):
             other = features[views[before] if before >= 0 else patches]
             other = other if before >= 0 else other.mean(0)
-            scores[patches] = -F.cosine_similarity(features[patches], other, dim=-1)
-        return Selection(top_per_view(layout, scores, torch.tensor(counts)))
+            alike = F.cosine_similarity(features[patches], other, dim=-1)
+            scores[patches] = -alike.clamp(max=1 - ROUNDING)
+        return Selection(top_per_view(layout, scores, torch.tensor(counts, device="cpu")))
 
     def flops(self, tokens: VisualTokens) -> float:
         """One cosine for every token, of two norms and a product."""

@@ -107,10 +107,10 @@ class HoliTom(Compressor):
             return moving
         frames = tokens.features.float()[moved(torch.stack(views), tokens.features.device)]
         still = (F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau).cpu()
-        saved = torch.zeros(len(views), len(views))
+        saved = torch.zeros(len(views), len(views), dtype=torch.int64, device="cpu")
         for first in range(len(views) - 1):
             static = still[first:].cumprod(0).sum(1)
-            saved[first, first + 1 :] = static * (1 + torch.arange(len(static)))
+            saved[first, first + 1 :] = static * (1 + torch.arange(len(static), device="cpu"))
         runs = segments(saved)
         static_places = [still[s:e].all(0) if e > s else moving[s][1] for s, e in runs]
         return [(views[s : e + 1], one) for (s, e), one in zip(runs, static_places, strict=True)]

@@ -50,7 +50,7 @@ class SpatialPool(Compressor):
             for of_canvas, of_view in zip(layout.canvas_shape, layout.view_shape, strict=True)
         )
         canvas, view = (
-            torch.tensor(_grid(shape, self.retention))
+            torch.tensor(_grid(shape, self.retention), device="cpu")
             for shape in (layout.canvas_shape, layout.view_shape)
         )
         grid = torch.where(on_canvas[:, None], canvas, view)

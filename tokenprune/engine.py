@@ -339,7 +339,7 @@ class _Session:
                         "(prefill_chunk_size is not supported under compression)."
                     )
                 self._check_encoding(record)
-                whole = torch.arange(len(feature))
+                whole = torch.arange(len(feature), device="cpu")
                 tokens = replace(
                     record, features=feature.to(device), layout=record.layout.to(device)
                 )
