@@ -330,7 +330,7 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
     if count < 1:
         return chosen
     unit = F.normalize(features.float(), dim=-1)
-    distance = F.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
+    distance = torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
     others = distance.clone().fill_diagonal_(torch.inf)
     closest = torch.minimum(others.amin(0), others.amin(1))  # rounding is not symmetric
     del others
@@ -663,7 +663,7 @@ def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
     places = layout.view_shape[0] * layout.view_shape[1]
     unit = F.normalize(features[patches].float(), dim=-1)
     summary = F.normalize(group_sums(unit, place, places), dim=-1)
-    far = F.threshold_(1 - (unit * summary[place]).sum(-1), ROUNDING, 0.0)
+    far = torch.threshold_(1 - (unit * summary[place]).sum(-1), ROUNDING, 0.0)
     if layout.frames == 2:  # equal but for rounding, which must not rank
         far = (group_sums(far, place, places) / tally(place, places))[place]
     distance = unit.new_full((len(layout),), torch.nan)
