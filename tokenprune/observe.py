@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.attention import attention_received, cls_row, first_arguments, key_vectors
 from tokenprune.encoder import EncoderCompressor, Tower, running
+from tokenprune.offload import resident
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _wrapped(
         with (
             running(adapter, encoder, call, modality) as tower,
             _tapped(adapter, signals, tower) as maps,
+            resident(base),  # the encoder reads its newline, outside a forward in `generate`
         ):
             output = original(*args, **kwargs)
         features = Ragged(output.pooler_output)
