@@ -108,7 +108,7 @@ def test_pooling_by_hand() -> None:
 def test_pooling_a_plane_with_gaps_loses_no_cell(
     shape: tuple[int, int], retention: float, seed: int
 ) -> None:
-    """Of all grids that hold few enough tokens none holds more, and every mean is that of a cell."""
+    """Of the grids that hold few enough tokens none holds more; every mean is that of a cell."""
     tokens = _tokens(TokenLayout.video(2, shape))
     draw = torch.Generator().manual_seed(seed)
     left = [i for i in range(len(tokens) - 1) if torch.rand(1, generator=draw) < 0.7]

@@ -131,7 +131,7 @@ def test_dycoke_of_an_image_keeps_what_is_least_like_its_view() -> None:
 
 
 def _with_gaps(tokens: VisualTokens, seed: int) -> VisualTokens:
-    """About two thirds of the tokens of every frame, as a method in the vision tower leaves them."""
+    """About two thirds of the tokens of every frame, as a method in the tower leaves them."""
     draw = torch.Generator().manual_seed(seed)
     left = torch.rand(len(tokens), generator=draw) < 0.7
     left[-1] = True
@@ -162,10 +162,10 @@ def test_dycoke_compares_with_what_is_nearest(frames: int, retention: float, see
             continue
         like = {}
         for i in at[frame]:
-            near = min(before, key=lambda j: math.dist(place[i], place[j]))  # noqa: B023
+            near = min(before, key=lambda j: math.dist(place[i], place[j]))
             like[i] = _cosine(tokens.features[i], tokens.features[near])
         mine = [i for i in at[frame] if i in keep]
-        assert mine == sorted(sorted(at[frame], key=lambda i: like[i])[: len(mine)])  # noqa: B023
+        assert mine == sorted(sorted(at[frame], key=lambda i: like[i])[: len(mine)])
 
 
 # -- HoliTom -------------------------------------------------------------------------------------
