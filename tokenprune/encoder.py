@@ -26,6 +26,7 @@ from tokenprune.budget import Proportional, budget
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
 from tokenprune.offload import replaced_forward, resident
+from tokenprune.precision import without_autocast
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
 from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
 
@@ -350,7 +351,7 @@ class _Session:
         if index < self.depth and self.compressor.reduces:
             keys = look()
             tower.key_width = keys.shape[-1]
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(states.device):
                 reduction = self.compressor.reduce(
                     EncoderTokens(
                         layer=index,

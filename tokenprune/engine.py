@@ -35,7 +35,7 @@ from transformers.masking_utils import create_causal_mask
 from tokenprune.attention import (
     proportional_mask,
 )
-from tokenprune.cache import CACHE, adopt, is_pruned
+from tokenprune.cache import CACHE, adopt, is_pruned, settle_layers
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
@@ -769,6 +769,8 @@ class _Session:
         if opened is not None:
             self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
+        if state is not None and state.cache is not None:
+            settle_layers(state.cache, cut=state.packed or state.sizes is not None)
         if state is None or not state.packed:
             return None
         hidden = output[0]
