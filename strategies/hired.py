@@ -55,19 +55,23 @@ class MarkedPatches(Allocator):
         marks = torch.zeros_like(seen)
         marks[seen.argsort(descending=True, stable=True)[:marked]] = 1
         if self.official:
-            crops = layout.grid[0] * layout.grid[1]
-            if len(marks) % crops:
+            runs = layout.grid[0] * layout.grid[1]
+            if len(marks) % runs:
                 raise UserError(
                     f"hired:official=true splits the thumbnail's {len(marks)} patches into as many "
-                    f"equal runs as there are crops, which {crops} crops do not allow; leave it "
+                    f"equal runs as there are crops, which {runs} crops do not allow; leave it "
                     "out, or show an image of another shape."
                 )
-            per_crop = marks.unflatten(0, (crops, -1)).sum(1)
+            per_crop = marks.unflatten(0, (runs, -1)).sum(1)
         else:
             per_crop = region_sums(marks.view(layout.view_shape), layout.grid)
         share = per_crop / per_crop.sum().clamp(min=1)
-        kept = (share * rest).long().minimum(moved(torch.tensor(sizes[1:]), share.device))
-        return torch.cat([kept.new_full((1,), thumbnail), kept])
+        crops = (
+            (share * rest)
+            .long()
+            .minimum(moved(torch.tensor(sizes[1:], device="cpu"), share.device))
+        )
+        return torch.cat([crops.new_full((1,), thumbnail), crops])
 
 
 @register("hired")
