@@ -58,8 +58,8 @@ def fuzz(
             area = AREAS[name](Path(folder))
             for number in range(count) if only is None else [only]:
                 case = area.draw(random.Random(f"{seed} {name} {number}"))
-                # Should even the alarm not get through, show the stack and end.
-                faulthandler.dump_traceback_later(10 * LONGEST, exit=True, file=sys.__stderr__)
+                # Should even the alarm not get through, show the stack on standard error and end.
+                faulthandler.dump_traceback_later(10 * LONGEST, exit=True, file=2)
                 started = time.monotonic()
                 verdict = judge(case)
                 times.append((time.monotonic() - started, case.what))
