@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ from tokenprune.cache import CACHE, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
+from tokenprune.guard import Guard, Ours, bypassed, eagerly, plain_copies
 from tokenprune.ledger import (
     DecoderShape,
     Kept,
@@ -67,6 +69,7 @@ __all__ = ["Chosen", "Trace", "adapter_of", "compress"]
 
 Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
+_entering = threading.Lock()
 _PROMPT = Signal("llm_prompt")
 _BEFORE = -1  # in place of a layer's index: in front of the language model
 
@@ -177,16 +180,18 @@ def compress(
         adapter.check(one, given)
     if len(rows) > 1:
         _check_rows(rows)
-    if adapter.base in _active:
-        raise UserError(
-            "this model already runs inside a compress context; leave it first, or combine the "
-            "strategies with Chain.of(...)."
-        )
-    session = _Session(adapter, rows, given, prefix)
-    _active.add(adapter.base)
+    trace = Trace()
+    session = _Session(adapter, rows, given, prefix, trace)
+    with _entering:
+        if adapter.base in _active:
+            raise UserError(
+                "this model already runs inside a compress context; leave it first, or combine the "
+                "strategies with Chain.of(...)."
+            )
+        _active.add(adapter.base)
     try:
-        with session.installed():
-            yield session.trace
+        with eagerly(model), session.installed():
+            yield trace
     finally:
         _active.discard(adapter.base)
 
@@ -207,8 +212,8 @@ def _check_rows(compressors: Sequence[Compressor | None]) -> None:
         )
 
 
-class _Session:
-    """The hooks of one open context."""
+class _Session(threading.local):
+    """The hooks of one open context, and what each thread that runs the model has come to."""
 
     def __init__(
         self,
@@ -216,9 +221,10 @@ class _Session:
         compressors: Sequence[Compressor | None],
         given: frozenset[Signal],
         prefix: Prefix | None,
+        trace: Trace,
     ) -> None:
         self.adapter = adapter
-        self.trace = Trace()
+        self.trace = trace
         self.compressors = compressors
         self.needs = [one.needs - given if one else frozenset[Signal]() for one in compressors]
         self.signals = frozenset[Signal]().union(*self.needs)
@@ -257,17 +263,26 @@ class _Session:
         for index in tapped_layers(self.signals, self.inside):
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
+        path = [*dict.fromkeys((adapter.model, adapter.base, adapter.language_model))]
+        guard = Guard(path, alone=self.prefix is not None)
+
+        def enter() -> dict[str, list[list[Tensor]]]:
+            guard.admit()
+            return self.seen  # of the thread that encodes
+
         handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
+            module.register_forward_pre_hook(Ours(hook), with_kwargs=True) for module, hook in hooks
         ]
-        handles.append(adapter.language_model.register_forward_hook(self._leave))
+        handles.append(adapter.language_model.register_forward_hook(Ours(self._leave)))
         first = min(self.inside, default=self.shape.layers)
         try:
             with (
-                observing(adapter, self.signals, self.seen, self.encoder),
+                observing(adapter, self.signals, enter, self.encoder),
                 self.prefix.installed(adapter.decoder_layers, first, self._tap)
                 if self.prefix is not None
                 else nullcontext() as self.repeating,
+                guard.watching(),
+                plain_copies([*path, *adapter.language_model.modules()]),
             ):
                 yield
         finally:
@@ -766,6 +781,10 @@ class _Session:
         opened, self.opened = self.opened, None
         if self.repeating is not None:
             self.repeating.end()
+        if opened is not None and opened.spans:
+            cut = {chosen.layer for chosen in self.trace.selections}
+            for index in self.inside.keys() - cut:
+                raise bypassed(f"decoder layer {index}")
         if opened is not None:
             self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
