@@ -61,6 +61,7 @@ from tokenprune.passes import Pass, Span
 from tokenprune.prefix import Prefix, tapped_layers
 from tokenprune.registry import adapters
 from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
+from tokenprune.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -125,24 +126,32 @@ class Trace:
         return found[0]
 
 
-def adapter_of(model: nn.Module) -> Adapter:
+def adapter_of(model: nn.Module | Adapter) -> Adapter:
     """The adapter for ``model``, found by its class or a parent class.
+
+    Args:
+        model: A model, also wrapped by ``torch.compile``, PEFT, Accelerate, `torch.nn.DataParallel`
+            on one device or ``DistributedDataParallel``; or an adapter, which is returned as it is.
 
     Raises:
         UnknownNameError: No adapter knows the class.
+        UserError: Not a model, or the model is wrapped in a way that compression cannot follow.
     """
     known = [adapters.get(name) for name in adapters.names()]
+    if isinstance(model, tuple(known)):
+        return model  # type: ignore[return-value]
     hosts = {host: cls for cls in known for host in cls.hosts}
-    for parent in type(model).__mro__:
+    inner = unwrapped(model, hosts)
+    for parent in type(inner).__mro__:
         if parent.__name__ in hosts:
-            found: Adapter = hosts[parent.__name__](model)
+            found: Adapter = hosts[parent.__name__](inner)
             return found
-    raise unknown("model class with an adapter", type(model).__name__, hosts)
+    raise unknown("model class with an adapter", type(inner).__name__, hosts)
 
 
 @contextmanager
 def compress(
-    model: nn.Module,
+    model: nn.Module | Adapter,
     compressor: Compressor | str | Sequence[Compressor] | None,
     *,
     given: Iterable[Signal] = (),
@@ -151,8 +160,13 @@ def compress(
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
 
+    Threads that share the context of the one that opened it (`contextvars.copy_context`) may run
+    the model side by side; others are refused.  Whatever ``torch.compile`` has compiled, this model
+    or another, runs eagerly in the meantime.  Copies of the model that are made inside are plain.
+
     Args:
-        model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
+        model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``, its
+            adapter, or a wrapper that `adapter_of` sees through.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only keep the account.  A list has one compressor for each row
             of the batch, all of them in front of the language model.
@@ -166,6 +180,7 @@ def compress(
 
     Raises:
         UserError: The model lacks what the compressor needs, or already runs inside a context.
+            Inside: a forward got past the hooks, or ran in a thread that is not of the context.
     """
     adapter = adapter_of(model)
     adapter.require_language_model()
@@ -190,7 +205,7 @@ def compress(
             )
         _active.add(adapter.base)
     try:
-        with eagerly(model), session.installed():
+        with eagerly(model if isinstance(model, nn.Module) else adapter.model), session.installed():
             yield trace
     finally:
         _active.discard(adapter.base)
@@ -263,8 +278,7 @@ class _Session(threading.local):
         for index in tapped_layers(self.signals, self.inside):
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
-        path = [*dict.fromkeys((adapter.model, adapter.base, adapter.language_model))]
-        guard = Guard(path, alone=self.prefix is not None)
+        guard = Guard(adapter, alone=self.prefix is not None)
 
         def enter() -> dict[str, list[list[Tensor]]]:
             guard.admit()
@@ -282,7 +296,7 @@ class _Session(threading.local):
                 if self.prefix is not None
                 else nullcontext() as self.repeating,
                 guard.watching(),
-                plain_copies([*path, *adapter.language_model.modules()]),
+                plain_copies([*guard.modules, *adapter.language_model.modules()]),
             ):
                 yield
         finally:

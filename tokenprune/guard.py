@@ -18,15 +18,18 @@ import functools
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from tokenprune.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenprune.models.adapter import Adapter
 
 __all__ = ["Guard", "Ours", "bypassed", "eagerly", "plain_copies", "shadowed"]
 
@@ -73,7 +76,7 @@ def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
 def plain_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While open, ``copy.deepcopy``, ``pickle`` and ``torch.save`` leave out what is `Ours`."""
     with ExitStack() as stack:
-        for module in modules:
+        for module in dict.fromkeys(modules):
             reduce = functools.partial(_reduced, module)
             stack.enter_context(shadowed(module, "__reduce_ex__", reduce))
         yield
@@ -153,6 +156,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 # -- forwards and threads ------------------------------------------------------------------------
 
+
 def bypassed(what: str) -> UserError:
     """The error for a forward that did not run, or not through the hooks, in ``what``."""
     return UserError(
@@ -179,12 +183,19 @@ class Guard:
     """Watches the forwards of one model while a context is open.
 
     Args:
-        modules: From the outside in, each called by the one before, all of which have hooks.
+        adapter: The model; its language model, the layers and what is around them have hooks.
         alone: Whether only the thread that opens the context may run the model.
+
+    Attributes:
+        modules: From the outside in, each called by the one before.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], *, alone: bool = False) -> None:
-        self.modules = modules
+    def __init__(self, adapter: Adapter, *, alone: bool = False) -> None:
+        self.adapter = adapter
+        self.modules: list[nn.Module] = [
+            *dict.fromkeys((adapter.model, adapter.base, adapter.language_model))
+        ]
+        self.layers = [*adapter.decoder_layers]
         self.owner = threading.get_ident() if alone else None
         self.token = object()
         self.here = _Here()
@@ -224,6 +235,8 @@ class Guard:
 
     def _came(self, index: int, module: nn.Module, args: Any) -> None:
         self.admit()
+        if [*self.adapter.decoder_layers] != self.layers:
+            raise bypassed("a decoder layer")
         self.here.hooked.add(index)
         self.here.fired[index] += 1
 
