@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["Guard", "Ours", "bypassed", "eagerly", "plain_copies", "shadowed"]
 
 
+PAGED = (
+    "continuous batching (generate_batch and its paged KV caches) takes prompts of text alone and "
+    "is not supported inside a compress context; call model.generate with a batch, or leave the "
+    "context."
+)
+
 # -- what a context puts on a module -------------------------------------------------------------
 
 
@@ -260,8 +266,4 @@ class Guard:
 
 
 def _refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:
-    raise UserError(
-        "continuous batching (generate_batch, paged KV caches) takes prompts of text alone and is "
-        "not supported inside a compress context; call model.generate with a batch, or leave the "
-        "context."
-    )
+    raise UserError(PAGED)
