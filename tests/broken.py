@@ -687,7 +687,7 @@ def _tells_too_early(original: Any, self: _Session, state: Pass, *args: Any) -> 
     return original(self, state, *args)
 
 
-def _looks_away(
+def _goes_straight_on(
     original: Any, self: Guard, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     return forward(*args, **kwargs)
@@ -880,7 +880,10 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_compiled": _host(
         _replaced(engine, "eagerly", lambda model: nullcontext()), strategy="fastv"
     ),
-    "check_nothing_bypasses": _host(_wrapped(Guard, "_forward", _looks_away)),
+    "check_nothing_bypasses": _host(
+        _wrapped(Guard, "_forward", _goes_straight_on),
+        _replaced(Guard, "_went", lambda *args: None),
+    ),
     "check_threads": _host(_shares_one_state, _replaced(Guard, "admit", lambda self: None)),
     "check_copies_are_plain": _host(
         _replaced(engine, "plain_copies", lambda modules: nullcontext()),

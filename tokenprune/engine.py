@@ -345,6 +345,11 @@ class _Session(threading.local):
     def _begin(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
         self.ids = _argument(module, args, kwargs, "input_ids")
         embeds = _argument(module, args, kwargs, "inputs_embeds")
+        if self.ids is None and embeds is None and args:
+            raise UserError(
+                f"the arguments of {type(module).__name__}.forward were replaced by ones without a "
+                "name, so that input_ids cannot be told; call it with input_ids=..."
+            )
         given = _argument(module, args, kwargs, "mm_encoder_outputs") or {}
         for modality, calls in self.seen.items():
             calls.clear()
@@ -1018,9 +1023,15 @@ def _argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:
     """The argument ``name`` of a forward, given by position or by name."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    names = [
+    # Whoever replaces a forward often calls its arguments *args; then the class knows their names.
+    names = _names(module.forward) or _names(type(module).forward)[1:]
+    return dict(zip(names, args, strict=False)).get(name)
+
+
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """Of the arguments that may be given by position."""
+    return [
         parameter.name
-        for parameter in inspect.signature(module.forward).parameters.values()
+        for parameter in inspect.signature(forward).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
     ]
-    return dict(zip(names, args, strict=False)).get(name)

@@ -53,7 +53,7 @@ class Ours:
     """
 
     def __init__(self, call: Callable[..., Any], before: Any = None, original: Any = None) -> None:
-        functools.update_wrapper(self, call)  # generate reads signatures
+        functools.update_wrapper(self, call, updated=())  # generate reads signatures
         self.call, self.before, self.original = call, before, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,12 +177,20 @@ _inside: ContextVar[frozenset[object]] = ContextVar("tokenprune_inside", default
 
 
 class _Here(threading.local):
-    """What a thread's forwards have passed, by the index of the module."""
+    """What a thread's forwards have passed, by the index of the module.
+
+    Attributes:
+        fired: How often its hooks have run.
+        before: How often those of the next one in had run when it began.
+        hooked: Whether its hooks have run and its ``forward`` comes next.
+        sent: Whether a call of its ``forward`` was sent through the hooks.
+    """
 
     def __init__(self) -> None:
+        self.fired: Counter[int] = Counter()
+        self.before: dict[int, int] = {}
         self.hooked: set[int] = set()
         self.sent: set[int] = set()
-        self.fired: Counter[int] = Counter()
 
 
 class Guard:
@@ -213,8 +221,10 @@ class Guard:
             for index, module in enumerate(self.modules):
                 hook = Ours(functools.partial(self._came, index))
                 stack.callback(module.register_forward_pre_hook(hook).remove)
+                hook = Ours(functools.partial(self._went, index))
+                stack.callback(module.register_forward_hook(hook).remove)
                 forward = functools.partial(self._forward, index, module.forward)
-                functools.update_wrapper(forward, module.forward)
+                functools.update_wrapper(forward, module.forward, updated=())
                 stack.enter_context(shadowed(module, "forward", forward))
             outer = self.modules[0]
             if hasattr(outer, "init_continuous_batching"):
@@ -243,26 +253,29 @@ class Guard:
         self.admit()
         if [*self.adapter.decoder_layers] != self.layers:
             raise bypassed("a decoder layer")
-        self.here.hooked.add(index)
-        self.here.fired[index] += 1
+        here = self.here
+        here.hooked.add(index)
+        here.fired[index] += 1
+        here.before[index] = here.fired[index + 1]
+
+    def _went(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        here, inner = self.here, index + 1
+        here.hooked.discard(index)  # there still if a forward has taken the place of `_forward`
+        if inner < len(self.modules) and here.before.get(index) == here.fired[inner]:
+            raise bypassed(type(self.modules[inner]).__name__)
 
     def _forward(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         here, module = self.here, self.modules[index]
-        if index not in here.hooked:  # somebody called module.forward
-            if index in here.sent:
-                raise bypassed(type(module).__name__)
-            here.sent.add(index)
-            try:
-                return module(*args, **kwargs)
-            finally:
-                here.sent.discard(index)
-        here.hooked.discard(index)
-        inner = index + 1
-        before = here.fired[inner]
-        output = original(*args, **kwargs)
-        if inner < len(self.modules) and here.fired[inner] == before:
-            raise bypassed(type(self.modules[inner]).__name__)
-        return output
+        if index in here.hooked:
+            here.hooked.discard(index)
+            return original(*args, **kwargs)
+        if index in here.sent:
+            raise bypassed(type(module).__name__)
+        here.sent.add(index)  # somebody called module.forward
+        try:
+            return module(*args, **kwargs)
+        finally:
+            here.sent.discard(index)
 
 
 def _refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:

@@ -99,7 +99,7 @@ def watched(
     with _making:
         lock = _locks.setdefault(adapter.base, threading.RLock())
 
-    @functools.wraps(original)  # generate reads the signature
+    @functools.wraps(original, updated=())  # generate reads the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
         seen = None if enter is None else enter()[modality]
         call = {

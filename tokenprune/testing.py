@@ -1121,6 +1121,8 @@ def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None
 
 
 def _same_bits(got: Tensor, want: Tensor, what: str) -> None:
+    if got.shape != want.shape:
+        raise AssertionError(f"{what} are {tuple(got.shape)} instead of {tuple(want.shape)}")
     if not torch.equal(got, want):
         raise AssertionError(f"{what} differ by up to {(got - want).abs().max():.2g}")
 
