@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from tokenprune.engine import Chosen
 
-__all__ = ["Adapter", "host_of", "load", "read_config"]
+__all__ = ["Adapter", "host_of", "load", "read_config", "without_weights"]
 
 
 class Adapter(ABC):
@@ -786,6 +787,24 @@ def load(
     processor = transformers.AutoProcessor.from_pretrained(where)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
     return family(model, processor, folder)
+
+
+def without_weights(name: str) -> Adapter:
+    """The adapter of a model with its processor, but with nothing to compute with.
+
+    Args:
+        name: As in `load`.
+
+    Raises:
+        UserError: There is no such model, or no adapter for its class.
+    """
+    import transformers
+
+    config = read_config(name)
+    _, family = host_of(config)
+    where, folder, _ = _source(name)
+    model: Any = SimpleNamespace(config=config)
+    return family(model, transformers.AutoProcessor.from_pretrained(where), folder)
 
 
 def _source(name: str) -> tuple[str, Path | None, bool]:

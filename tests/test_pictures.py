@@ -242,16 +242,13 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_images_above_the_limit_are_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.new("1", (9000, 8000)).save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:200])  # what is left would not decode
-    for source in (path, io.BytesIO(whole[:200]), Image.open(path)):
+    head = path.read_bytes()[:200]  # does not decode
+    path.write_bytes(head)
+    for source in (path, io.BytesIO(head), Image.open(path)):
         with pytest.raises(UserError, match=r"9000 x 8000 pixels.*limit of 64,000,000"):
             picture(source)
-    path.write_bytes(whole)
-    with pixel_limit(72_000_000):
-        assert picture(path).size == (9000, 8000)
-    with pytest.raises(UserError, match="limit of 64,000,000"):
-        picture(path)
+    with pixel_limit(72_000_000), pytest.raises(UserError, match="cannot decode"):
+        picture(path)  # now it was tried
     with pixel_limit(47), pytest.raises(UserError, match="limit of 47"):
         picture(stored(Image.fromarray(COLOURS), "PNG"))
 

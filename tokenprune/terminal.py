@@ -20,6 +20,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from tokenprune.errors import UserError
+from tokenprune.texts import printable
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -177,10 +178,10 @@ def as_exit_status() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(printable(f"error: {error}"), err=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt as stop:
-        typer.echo(str(stop) or "interrupted.", err=True)
+        typer.echo(printable(str(stop)) or "interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -208,10 +209,12 @@ def progress() -> Iterator[Report]:
     task = bar.add_task("starting", total=None)
 
     def report(done: int, total: int, doing: str) -> None:
-        bar.update(task, completed=done, total=total or None, description=escape(doing))
+        bar.update(task, completed=done, total=total or None, description=escape(printable(doing)))
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(f"warning: {message}", soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            printable(f"warning: {message}"), soft_wrap=True, highlight=False, markup=False
+        )
 
     usual = warnings.showwarning
     warnings.showwarning = show
