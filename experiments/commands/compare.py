@@ -135,8 +135,8 @@ def _check(request: Request) -> int:
         questions = check(request, report)
     pictures = {picture.id for item in questions for picture in item.images}
     typer.echo(
-        f"{len(questions)} questions about {len(pictures)} images (frames of videos among them) "
-        f"can be asked of {request.model}. Nothing was computed."
+        f"Questions: {len(questions)}, images and frames: {len(pictures)}. All can be asked of "
+        f"{request.model}; nothing was computed."
     )
     return OK
 
