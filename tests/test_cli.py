@@ -290,10 +290,18 @@ def test_check_reads_everything_and_computes_nothing(
 
 
 def test_a_sentence_cannot_command_the_terminal(tmp_path: Path) -> None:
-    bad = invoke("compare", "--data", str(tmp_path / "a\x1b[2J\udcff.jsonl"), "--check")
+    bad = invoke("compare", "--data", str(tmp_path / "a\x1b[2J.jsonl"), "--check")
     assert bad.exit_code == terminal.BAD_INPUT
     assert "\x1b" not in bad.stderr
     assert "\\x1b[2J" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("masks", "\udcff.png"), ("report", "\udcff"), ("list", "\udcff")]
+)
+def test_arguments_that_no_file_can_hold_are_refused(words: tuple[str, ...]) -> None:
+    bad = invoke(*words)
+    assert (bad.exit_code, "is not UTF-8" in bad.stderr) == (terminal.BAD_INPUT, True)
 
 
 def test_kinds_that_look_like_missing_values_stay_themselves(tmp_path: Path) -> None:

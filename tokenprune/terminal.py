@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
-from tokenprune.texts import printable
+from tokenprune.texts import is_whole, printable
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -55,7 +55,22 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Report = Callable[[int, int, str], None]
 """Called with how much is done, how much there is (0: not known yet), and what is being done."""
 
+
+class Commands(TyperGroup):
+    """The commands; what they are given can be written to their manifests."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for value in args:
+            if not is_whole(value):
+                ctx.fail(
+                    f"the argument {value!r} is not UTF-8 (it has a lone surrogate); type the text "
+                    "again, or rename the file."
+                )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Run and compare visual-token compression methods inside vision-language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
