@@ -60,8 +60,14 @@ class Picture:
         return picture(self.source)
 
     def digest(self) -> str:
-        """SHA-256 of the file, or of the pixels of an image in memory."""
+        """SHA-256 of the file, or of the pixels of an image in memory.
+
+        Raises:
+            OSError: The file cannot be read, or is a pipe or a device, which may never end.
+        """
         if isinstance(self.source, Path):
+            if not self.source.is_file():
+                raise OSError(f"{str(self.source)!r} is not a regular file")
             return hashlib.sha256(self.source.read_bytes()).hexdigest()
         header = f"{self.source.mode} {self.source.size} ".encode()
         return hashlib.sha256(header + self.source.tobytes()).hexdigest()

@@ -22,6 +22,7 @@ from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.models.inputs import (
+    channels_first,
     chat_prompt,
     clips_by_prompt,
     images_by_prompt,
@@ -486,7 +487,7 @@ class Adapter(ABC):
             self.prompt(question, len(some), len(many))
             for question, some, many in zip(prompts, pictures, moving, strict=True)
         ]
-        media = {"videos": clips} if clips else {}
+        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
         batch = self.processor(
             images=self.grouped(pictures) if any(pictures) else None,
             text=texts,
@@ -593,7 +594,8 @@ class Adapter(ABC):
         self._check_videos(videos)
         found = []
         for video in videos:
-            batch = self.processor.video_processor([frames(video)], return_tensors="pt")
+            clip = channels_first(frames(video))
+            batch = self.processor.video_processor([clip], return_tensors="pt")
             call = {"pixel_values_videos": batch["pixel_values_videos"]}
             found += self._encode("video", call, signals, compressor)
         return found

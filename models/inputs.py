@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,14 @@ from tokenprune.errors import UserError
 from tokenprune.pictures import frames, is_one_picture, picture
 from tokenprune.texts import is_whole
 
-__all__ = ["chat_prompt", "clips_by_prompt", "images_by_prompt", "listed", "questions"]
+__all__ = [
+    "channels_first",
+    "chat_prompt",
+    "clips_by_prompt",
+    "images_by_prompt",
+    "listed",
+    "questions",
+]
 
 Message = dict[str, Any]
 
@@ -44,6 +52,14 @@ def clips_by_prompt(videos: Any, prompts: int) -> list[list[np.ndarray[Any, Any]
         [frames(one) for one in ([some] if _is_one_video(some) else some)]
         for some in _by_prompt(videos, prompts, "video")
     ]
+
+
+def channels_first(clip: np.ndarray[Any, Any]) -> Tensor:
+    """(frames, 3, height, width) of a video; processors guess where the channels of an array are.
+
+    Of frames of 1, 3 or 4 rows they would guess wrong.
+    """
+    return torch.from_numpy(np.ascontiguousarray(clip.transpose(0, 3, 1, 2)))
 
 
 def listed(media: Any, what: str) -> list[Any]:

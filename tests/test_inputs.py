@@ -263,6 +263,20 @@ def test_videos_of_every_kind_give_the_same_inputs(onevision: Any, tmp_path: Pat
         assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_a_low_video_is_not_taken_for_channels(onevision: Any, height: int) -> None:
+    """Every row of a frame is alike, and so is every row of what the tower sees."""
+    frame = np.repeat(PIXELS[:1], height, axis=0)
+    side = onevision.base.config.vision_config.image_size
+    seen = onevision.prepare(None, [ASKED], videos=[[frame]])["pixel_values_videos"][0, 0]
+    tall = onevision.prepare(None, [ASKED], videos=[[np.repeat(PIXELS[:1], side, axis=0)]])
+    expected = tall["pixel_values_videos"][0, 0]
+    assert torch.allclose(seen, expected, atol=0.01)
+    encoded = onevision.encode_videos([[frame]])[0].features
+    whole = onevision.encode_videos([[np.repeat(PIXELS[:1], side, axis=0)]])[0].features
+    assert torch.allclose(encoded, whole, atol=0.05)
+
+
 def test_what_is_no_list_gets_a_sentence(adapter: Any, onevision: Any) -> None:
     image = Image.fromarray(PIXELS)
     for bare in (image, "photo.jpg", Path("photo.jpg"), PIXELS, torch.tensor(PIXELS)):
