@@ -29,6 +29,7 @@ from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments import data, plots, position_plots, rearrange
 from tokenprune.experiments.compare import cells
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
@@ -624,7 +625,7 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     for compressor in compressors:
         _check_method(adapter, compressor)
     if adapter.has_language_model:
-        data.check_placeholders(questions, adapter.placeholder_texts)
+        data.check_placeholders(questions, adapter)
 
     surroundings = environment()
     experiment = _experiment(request, compressors, questions, adapter, surroundings["versions"])
@@ -769,6 +770,6 @@ def _write(path: Path, result: Result, questions: Sequence[Question], model: str
         tokens.to_parquet(temporary, index=False)
     for name, table in (("statistics", result.statistics), ("profiles", result.profiles)):
         with replace_file(path / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     for name, figure in position_plots.figures(result.tokens, result.statistics, model):
         plots.save(figure, path / "plots" / name)

@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
@@ -22,9 +22,18 @@ from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.guard import eagerly
+from tokenprune.models.inputs import (
+    channels_first,
+    chat_prompt,
+    clips_by_prompt,
+    images_by_prompt,
+    listed,
+    questions,
+)
 from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import watched
 from tokenprune.offload import execution_device
+from tokenprune.pictures import frames, picture
 from tokenprune.registry import adapters, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
 
     from tokenprune.engine import Chosen
 
-__all__ = ["Adapter", "host_of", "load", "read_config"]
+__all__ = ["Adapter", "host_of", "load", "read_config", "without_weights"]
 
 
 class Adapter(ABC):
@@ -426,31 +435,17 @@ class Adapter(ABC):
         return execution_device(self.model)
 
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
-        """``question`` in the model's chat template, behind the images and videos.
+        """``question`` in the model's chat template, with its images and videos.
 
-        A question that already has one placeholder for each is taken as it is.
+        These stand where the question marks them (``<image>\\nWhat is this?``), or else in front.
+        A text that has the turn markers of the template already is taken as it is; so is, without a
+        chat template, any text with marks.
 
         Raises:
-            UserError: It has placeholders, but not as many as images or videos.
+            UserError: It has marks, but not as many as images or videos.
         """
-        texts = self.placeholder_texts
-        found = {modality: question.count(text) for modality, text in texts.items()}
-        given = dict(zip(self.encoders, (images, videos), strict=False))
-        for modality, count in found.items():
-            if any(found.values()) and count != given[modality]:
-                raise UserError(
-                    f"the prompt {question[:60]!r} has {count} {texts[modality]!r} placeholders "
-                    f"but {given[modality]} {modality}s; write one for each, or none to have them "
-                    "put in front."
-                )
-        if any(found.values()):
-            return question
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * images + [{"type": "video"}] * videos
-            message = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-            text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-            return str(text)
-        return "".join(f"{texts[name]}\n" * count for name, count in given.items()) + question
+        counts = dict(zip(self.encoders, (images, videos), strict=False))
+        return chat_prompt(question, self.processor, counts, self.placeholder_texts)
 
     @property
     def placeholder_texts(self) -> dict[str, str]:
@@ -465,26 +460,29 @@ class Adapter(ABC):
 
     def prepare(
         self,
-        images: Sequence[Image | Sequence[Image]] | None,
+        images: Sequence[Any] | None,
         prompts: Sequence[str],
         videos: Sequence[Any] | None = None,
     ) -> Any:
         """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
 
         Args:
-            images: For every prompt an image or a list of images (empty for text only).
-            prompts: Questions, or full prompts with placeholders.
-            videos: For every prompt a video or a list of videos (empty for none).  A video is a
-                list of images or an array (frames, height, width, 3) of 8-bit RGB; the videos of
-                one call must have equally many frames, because the model stacks them.
+            images: For every prompt an image or a list of images (empty for text only), each
+                anything that `pictures.picture` takes: PIL images, paths, open files, arrays, ...
+            prompts: Questions, which may mark the places of their images and videos, or finished
+                prompts (`prompt`).
+            videos: For every prompt a video or a list of videos (empty for none), each anything
+                that `pictures.frames` takes: lists of images, arrays, animated images, ...; the
+                videos of one call must have equally many frames, because the model stacks them.
 
         Raises:
-            UserError: As many prompts as image and video lists are needed, placeholders must
-                match, and the model must take videos.
+            UserError: As many prompts as image and video lists are needed, marks must match, the
+                model must take videos, and images and videos must be readable.
         """
         self.require_language_model()
-        stills = _nested(images, len(prompts), "image")
-        moving = [[_frames(v) for v in some] for some in _nested(videos, len(prompts), "video")]
+        prompts = questions(prompts)
+        pictures = images_by_prompt(images, len(prompts))
+        moving = clips_by_prompt(videos, len(prompts))
         clips = [video for some in moving for video in some]
         self._check_videos(clips)
         if len({len(clip) for clip in clips}) > 1:
@@ -495,10 +493,9 @@ class Adapter(ABC):
             )
         texts = [
             self.prompt(question, len(some), len(many))
-            for question, some, many in zip(prompts, stills, moving, strict=True)
+            for question, some, many in zip(prompts, pictures, moving, strict=True)
         ]
-        pictures = [[image.convert("RGB") for image in some] for some in stills]
-        media = {"videos": clips} if clips else {}
+        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
         batch = self.processor(
             images=self.grouped(pictures) if any(pictures) else None,
             text=texts,
@@ -521,7 +518,7 @@ class Adapter(ABC):
 
     def encode(
         self,
-        images: Sequence[Image],
+        images: Sequence[Any],
         signals: Iterable[Signal] = (),
         compressor: Compressor | None = None,
         *,
@@ -530,7 +527,7 @@ class Adapter(ABC):
         """Run the vision tower once over ``images``.
 
         Args:
-            images: Any number.
+            images: Any number, each anything that `pictures.picture` takes.
             signals: What to compute on the way.
             compressor: A method that acts inside the tower, or a chain that begins with one; what
                 else is in it does not matter here.
@@ -540,15 +537,15 @@ class Adapter(ABC):
             For every image its packed features with layout and ``signals``; hand them to
             `assemble` as often as you like.
         """
-        if not images:
+        pictures = [picture(image) for image in listed(images, "image")]
+        if not pictures:
             return []
-        pictures = [image.convert("RGB") for image in images]
         grouped = self.grouped([pictures] if together else [[image] for image in pictures])
         batch = self.processor.image_processor(grouped, return_tensors="pt")
         return self._encode("image", self.encoder_inputs(batch), signals, compressor)
 
     def choose(
-        self, compressor: Compressor | str, images: Sequence[Image], **fields: Any
+        self, compressor: Compressor | str, images: Sequence[Any], **fields: Any
     ) -> list[Chosen]:
         """What a method that acts inside the vision tower or right behind it keeps of each image.
 
@@ -556,7 +553,7 @@ class Adapter(ABC):
 
         Args:
             compressor: A `Compressor` or a spec such as ``"globalcom2"``.
-            images: Any number, each by itself.
+            images: Any number, each by itself; as in `encode`.
             **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
         Raises:
@@ -601,10 +598,12 @@ class Adapter(ABC):
         Returns:
             As `encode`.
         """
+        videos = listed(videos, "video")
         self._check_videos(videos)
         found = []
         for video in videos:
-            batch = self.processor.video_processor([_frames(video)], return_tensors="pt")
+            clip = channels_first(frames(video))
+            batch = self.processor.video_processor([clip], return_tensors="pt")
             call = {"pixel_values_videos": batch["pixel_values_videos"]}
             found += self._encode("video", call, signals, compressor)
         return found
@@ -651,7 +650,7 @@ class Adapter(ABC):
         """
         self.require_language_model()
         texts = []
-        for some, question in zip(encoded, prompts, strict=True):
+        for some, question in zip(encoded, questions(prompts), strict=True):
             lengths: dict[str, list[int]] = {name: [] for name in self.encoders}
             for tokens in some:
                 lengths[tokens.layout.modality].append(0 if blind else len(tokens))
@@ -800,6 +799,24 @@ def load(
     return family(model, processor, folder)
 
 
+def without_weights(name: str) -> Adapter:
+    """The adapter of a model with its processor, but with nothing to compute with.
+
+    Args:
+        name: As in `load`.
+
+    Raises:
+        UserError: There is no such model, or no adapter for its class.
+    """
+    import transformers
+
+    config = read_config(name)
+    _, family = host_of(config)
+    where, folder, _ = _source(name)
+    model: Any = SimpleNamespace(config=config)
+    return family(model, transformers.AutoProcessor.from_pretrained(where), folder)
+
+
 def _source(name: str) -> tuple[str, Path | None, bool]:
     """What ``from_pretrained`` takes for ``name``, its folder if it is one, whether embedded."""
     from tokenprune.models import testbed
@@ -873,39 +890,3 @@ def _device(device: str | torch.device | None) -> torch.device | None:
 def _pixels(draw: torch.Generator, *shape: int) -> Tensor:
     """Random pixels on the CPU in float32, whatever the defaults of PyTorch are."""
     return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")
-
-
-def _nested(media: Sequence[Any] | None, prompts: int, what: str) -> list[list[Any]]:
-    """For every prompt the list of its images or videos."""
-    lists = [
-        list(some) if isinstance(some, Sequence) and not _is_video(some, what) else [some]
-        for some in (media if media is not None else [[]] * prompts)
-    ]
-    if len(lists) != prompts:
-        raise UserError(f"{len(lists)} {what} lists for {prompts} prompts; give one per prompt.")
-    return lists
-
-
-def _is_video(some: Sequence[Any], what: str) -> bool:
-    """Whether a list is the frames of one video, not a list of videos."""
-    return what == "video" and len(some) > 0 and hasattr(some[0], "convert")
-
-
-def _frames(video: Any) -> np.ndarray[Any, Any]:
-    """(frames, height, width, 3) uint8 of a video given as images or as an array."""
-    if isinstance(video, Sequence):
-        sizes = {image.size for image in video}
-        if len(sizes) != 1:
-            raise UserError(
-                f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
-                if video
-                else "a video needs at least one frame, got an empty list."
-            )
-        return np.stack([np.asarray(image.convert("RGB")) for image in video])
-    array = np.asarray(video)
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not len(array):
-        raise UserError(
-            "a video is a list of images or an array (frames, height, width, 3) of 8-bit RGB, got "
-            f"{array.dtype} of shape {array.shape}."
-        )
-    return array

@@ -35,6 +35,7 @@ def crop_importance(
     seeds: Annotated[int, typer.Option(help="How many random crops to drop in turn.")] = 1,
     questions: options.Questions = None,
     data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -49,7 +50,7 @@ def crop_importance(
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.compare import Request
         from tokenprune.experiments.crop_importance import crop_importance
 

@@ -62,6 +62,7 @@ def positional_bias(
             help="Your own questions, JSON lines as for compare; each image or video is used once.",
         ),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: Annotated[
         str | None,
         typer.Option(metavar="image|video", help="[default: image, or all of --data]"),
@@ -95,7 +96,7 @@ def positional_bias(
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         asked: dict[str, Any] = {
             "model": model,
             "paths": tuple(paths or ()),
