@@ -418,6 +418,9 @@ class Adapter(ABC):
     def device(self) -> torch.device:
         """Where inputs belong."""
         device: torch.device = self.model.device
+        hook = getattr(self.model, "_hf_hook", None)  # of accelerate, where weights are offloaded
+        if device.type == "meta" and hook is not None:
+            device = torch.device(hook.execution_device)
         return device
 
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
@@ -773,7 +776,8 @@ def load(
             are not finite, or code that is not trusted.
     """
     name = str(name)
-    dtype, device = loading.dtype_of(dtype), loading.device_of(device)
+    dtype = loading.dtype_of(dtype)
+    device = None if device is None else loading.device_of(device)
     if name.startswith("timm/"):
         from tokenprune.models.timm_vision import load_timm
 
@@ -803,36 +807,47 @@ def load(
 def _rehearse(adapter: Adapter, name: str) -> None:
     """Prepare a small image, and raise `UserError` if processor and model do not agree on it."""
     rows, columns = adapter.view_shape
-    height, width = rows * adapter.patch_size[0], columns * adapter.patch_size[1]
-    size = height + 1, width
+    view = rows * adapter.patch_size[0], columns * adapter.patch_size[1]
+    size = view[0] + 1, view[1]
     with loading.reading(name, "its processor fails on an image: "):
         inputs = adapter.prepare([PIL.Image.new("RGB", size[::-1])], ["?"])
-        found = int((inputs["input_ids"] == adapter.placeholders["image"]).sum())
+        ids, pixels = inputs["input_ids"], inputs[adapter.image_arguments[0]]
+        written = int((ids == adapter.placeholders["image"]).sum())
     with loading.reading(name, "its config: "):
-        expected = len(adapter.layout(size))
+        made = len(adapter.layout(size))
         words = adapter.model.get_input_embeddings().num_embeddings
-        states = len(adapter.vision_layers) + 1
-        chosen = getattr(adapter.base.config, "vision_feature_layer", -1)
-        outside = [
-            layer
-            for layer in ([chosen] if isinstance(chosen, int) else chosen)
-            if not -states <= layer < states
-        ]
-    pixels = inputs[adapter.image_arguments[0]]
-    reason = ""
-    if found != expected:
-        reason = f"its processor writes {found} placeholders where the model makes {expected} tokens"
-    elif pixels.ndim > 3 and tuple(pixels.shape[-2:]) != (height, width):
-        reason = (
-            f"its processor makes views of {tuple(pixels.shape[-2:])} pixels, the model takes "
-            f"{(height, width)}"
-        )
-    elif int(inputs["input_ids"].max()) >= words:
-        reason = f"its tokenizer has ids beyond the {words} words of the model"
-    elif outside:
-        reason = f"vision_feature_layer={chosen} is none of the {states} states of its vision tower"
-    if reason:
-        raise UserError(f"cannot load {name!r}: {reason}; its files do not belong together.")
+    reasons = {
+        f"its processor writes {written} placeholders where the model makes {made} tokens": (
+            written != made
+        ),
+        f"its processor makes views of {tuple(pixels.shape[-2:])} pixels for a tower of {view}": (
+            pixels.ndim > 3 and tuple(pixels.shape[-2:]) != view
+        ),
+        "its processor makes NaN or infinite pixels": not bool(pixels.isfinite().all()),
+        f"its tokenizer has ids beyond the {words} words of the model": int(ids.max()) >= words,
+        "a vision_feature_layer of its config is not in the vision tower": not _has_layers(adapter),
+        "a token id in its generation_config.json is not a number": not _has_ids(adapter.model),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UserError(f"cannot load {name!r}: {reason}; its files do not belong together.")
+
+
+def _has_layers(adapter: Adapter) -> bool:
+    """Whether the hidden states that are used are those of layers of the tower."""
+    chosen = getattr(adapter.base.config, "vision_feature_layer", -1)
+    depth = len(adapter.vision_layers)
+    layers = [chosen] if isinstance(chosen, int) else chosen
+    # transformers cannot name the embeddings by 0, only by the negative index.
+    return all(-depth - 1 <= layer <= depth and layer != 0 for layer in layers)
+
+
+def _has_ids(model: Any) -> bool:
+    """Whether the special tokens that generation knows are ids or lists of them."""
+    settings = getattr(model, "generation_config", None)
+    given = [getattr(settings, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    listed = [some if isinstance(some, list) else [some] for some in given]
+    return all(isinstance(one, int | None) for some in listed for one in some)
 
 
 def host_of(config: Any) -> tuple[str, type[Adapter]]:

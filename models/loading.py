@@ -93,8 +93,8 @@ def source_of(name: str, *, trusted: bool = False) -> Source:
         folder = testbed.path(name)
         return Source(name, str(folder), folder, embedded=True, trusted=trusted)
     try:
-        is_folder = Path(name).is_dir()
-    except ValueError:  # a path with a NUL
+        is_folder = name != "" and Path(name).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a NUL
         is_folder = False
     if is_folder:
         return Source(name, name, Path(name), trusted=trusted)
@@ -136,7 +136,7 @@ def shortened(said: str) -> str:
     """The first line of another library's error, at most `_LONGEST` characters, without its dot."""
     first = next((line for line in said.splitlines() if line.strip()), "")
     short = " ".join(first.split()).rstrip(".: ")
-    return short if len(short) <= _LONGEST else f"{short[:_LONGEST]} ..."
+    return short if len(short) <= _LONGEST else f"{short[:_LONGEST].rstrip()} …"
 
 
 # --- config and processor -------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def _places(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_files(name: str, folder: Path) -> None:
-    """Raise `UserError` if a file in ``folder`` is a pointer or no JSON object, or config.json lacks.
+    """Raise `UserError` if ``folder`` has no config.json, or a pointer or broken JSON in it.
 
     Transformers does without some of them when it cannot read them.
     """
@@ -230,13 +230,15 @@ def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    places = _places(options)
     with reading(source.name, "its processor: "):
         processor = transformers.AutoProcessor.from_pretrained(
-            source.where, trust_remote_code=source.trusted, **places
+            source.where, trust_remote_code=source.trusted, **_places(options)
         )
-        folder = _folder(source, places)
-    for files in (("tokenizer_config.json",), ("processor_config.json", "preprocessor_config.json")):
+        folder = _folder(source, options)
+    for files in (
+        ("tokenizer_config.json",),
+        ("processor_config.json", "preprocessor_config.json"),
+    ):
         if not any((folder / file).is_file() for file in files):
             raise UserError(
                 f"cannot load {source.name!r}: there is no {' or '.join(files)} in it, so it is "
@@ -251,13 +253,13 @@ def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
     return processor
 
 
-def _folder(source: Source, places: Mapping[str, Any]) -> Path:
+def _folder(source: Source, options: Mapping[str, Any]) -> Path:
     """Where the files of a model lie on this machine."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if source.folder is not None:
-        return source.folder / places.get("subfolder", "")
-    return Path(str(cached_file(source.where, "config.json", **places))).parent
+        return source.folder / str(options.get("subfolder", ""))
+    return Path(str(cached_file(source.where, "config.json", **_places(options)))).parent
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -295,10 +297,8 @@ def read_model(
                 f"{key}: {tuple(found)} for {tuple(wanted)}"
                 for key, found, wanted in report["mismatched_keys"]
             ],
-            "NaN or infinite": infinite(model),
+            **_bad_values(model, _weight_files(_folder(source, options), options.get("variant"))),
         }
-        if getattr(model, "hf_quantizer", None) is None:
-            faults["of integers"] = _stored_integers(source, model, options)
     refuse_faults(source.name, faults)
     return model.eval()
 
@@ -350,57 +350,63 @@ def refuse_faults(name: str, faults: Mapping[str, Iterable[str]]) -> None:
         )
 
 
+def _bad_values(model: nn.Module, files: Iterable[Path]) -> dict[str, list[str]]:
+    """Faults in the values of weights that ``model`` was given from ``files``.
+
+    Where weights are quantised, the numbers that they were made from are looked at in the files.
+    """
+    from transformers.modeling_utils import load_state_dict
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    faults: dict[str, list[str]] = {"NaN or infinite": [], "of integers": []}
+    for file in files:
+        state = load_state_dict(file, map_location="meta" if quantizer is None else "cpu")
+        if quantizer is None or not quantizer.pre_quantized:
+            faults["of integers"] += integers(state, model)
+        faults["NaN or infinite"] += _infinite(state)
+    if quantizer is None:
+        faults["NaN or infinite"] = infinite(model)
+    return faults
+
+
 def infinite(model: nn.Module) -> list[str]:
     """Names of weights (parameters and stored buffers) with NaN or infinite values.
 
-    Quantised ones, which are not tensors of floating-point numbers, are left out; those that are
-    offloaded are read back, one module at a time.
+    Those that are offloaded are read back, one module at a time.
     """
     stored = model.state_dict().keys()
-    extremes: dict[str, Tensor] = {}
+    found: list[str] = []
     for prefix, module in model.named_modules():
         with torch.no_grad(), align_module_device(module):
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for short, value in own:
-                name = f"{prefix}.{short}".lstrip(".")
-                if name in stored and _can_be_infinite(value):
-                    extremes[name] = torch.stack(value.detach().aminmax())
-    return [name for name, ends in extremes.items() if not ends.isfinite().all()]
+            named = {f"{prefix}.{short}".lstrip("."): value for short, value in own}
+            found += _infinite({name: named[name] for name in named.keys() & stored})
+    return found
 
 
-def _can_be_infinite(value: Tensor) -> bool:
-    plain = type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.numel() > 0
-    return plain and value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+def _infinite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors with NaN or infinite values, which `aminmax` passes on."""
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    extremes = {
+        name: torch.stack(value.detach().aminmax()).isfinite().all()
+        for name, value in state.items()
+        if value.dtype in floats and not value.is_meta and value.numel()
+    }
+    return [name for name, finite in extremes.items() if not finite]
 
 
 def integers(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """Names of stored tensors of integers, which would be cast, other than the model's buffers.
+    """Names of stored tensors of integers, which would be cast, other than buffers of the model.
 
     Args:
         state: What is stored, by any names.
         model: What it is for.
     """
-    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    whole = [
-        name for name, value in model.named_parameters() if not value.dtype.is_floating_point
-    ]
-    buffers |= {name.rpartition(".")[2] for name in whole}
+    own = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     return [
         f"{name}: {str(value.dtype).removeprefix('torch.')}"
         for name, value in state.items()
-        if not value.dtype.is_floating_point and name.rpartition(".")[2] not in buffers
-    ]
-
-
-def _stored_integers(source: Source, model: nn.Module, options: Mapping[str, Any]) -> list[str]:
-    """`integers` of all files that hold the weights of ``model``; no weight is read."""
-    from transformers.modeling_utils import load_state_dict
-
-    folder = _folder(source, _places(options))
-    return [
-        name
-        for file in _weight_files(folder, options.get("variant"))
-        for name in integers(load_state_dict(file, map_location="meta"), model)
+        if not value.is_floating_point() and name.rpartition(".")[2] not in own
     ]
 
 
@@ -423,10 +429,17 @@ def _check_shards(name: str, folder: Path) -> None:
     for index in (folder / file for file in _FILES if file.endswith(".index.json")):
         if not index.is_file():
             continue
-        shards = _json_object(name, index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(one, str) for one in shards.values()):
+        found = _json_object(name, index)
+        shards = found.get("weight_map")
+        if not (
+            isinstance(found.get("metadata"), dict)
+            and isinstance(shards, dict)
+            and shards
+            and all(isinstance(file, str) for file in shards.values())
+        ):
             raise UserError(
-                f"cannot load {name!r}: 'weight_map' of {index.name} must map tensors to files."
+                f"cannot load {name!r}: {index.name} must have 'metadata' and a 'weight_map' of "
+                "tensors to files."
             )
         gone = sorted(file for file in set(shards.values()) if not (folder / file).is_file())
         if gone:
@@ -450,14 +463,12 @@ def dtype_of(dtype: str | torch.dtype) -> str | torch.dtype:
     return floats[dtype]
 
 
-def device_of(device: str | torch.device | None) -> torch.device | None:
-    """The device called ``device``, which is there; None stays None.
+def device_of(device: str | torch.device) -> torch.device:
+    """The device called ``device``, which is there.
 
     Raises:
         UserError: There is no device of that name, or not on this machine.
     """
-    if device is None:
-        return None
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
