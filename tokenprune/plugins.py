@@ -33,12 +33,12 @@ def import_plugins(modules: Iterable[str] | None) -> None:
         UserError: There is no module of that name, or it fails.
     """
     for module in modules or ():
-        if not _is_dotted(module):
-            raise UserError(
-                f"--plugin takes the name of a module, as import does, got {module!r}; for "
-                "my_module.py here write my_module."
-            )
         with _working_directory():
+            if module not in sys.modules and not (_is_dotted(module) and _spec(module)):
+                raise UserError(
+                    f"--plugin: there is no module {module!r}; give a name as import takes it, "
+                    "my_module for the file my_module.py here."
+                )
             _import(module)
 
 

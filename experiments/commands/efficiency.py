@@ -86,8 +86,11 @@ def efficiency(
         import_plugins(plugin)
         from tokenprune.experiments import cost_plots, plots, results
         from tokenprune.experiments import efficiency as experiment
+        from tokenprune.models.loading import device_of
 
         quiet()
+        if device is not None:
+            device_of(device)
         folder = out or Path("runs") / f"efficiency_{Path(config).name}"
         results.check_writable(folder)
         specs = method_specs(methods) if methods else ["uniform"]

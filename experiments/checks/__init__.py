@@ -1,1 +1,0 @@
-"""Scripts that check what the tool promises."""
