@@ -28,8 +28,10 @@ from checkpoints import (
     write,
 )
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import tokenprune as tp
+from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.models import testbed
 from tokenprune.models.testbed.scenes import questions
@@ -275,3 +277,41 @@ def test_names_that_are_no_models() -> None:
     for name in ("", "a/b/c", "./none", "a\0b/c", "/dev/null", "x" * 5000 + "/y"):
         with pytest.raises(UserError):
             tp.load(name)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "compare --questions 1 -m uniform --model",
+        "ablation fastv:layer=1,2 --questions 1 --model",
+        "complementarity --questions 1 --model",
+        "crop-importance --questions 1 --model",
+        "positional-bias --images 1 -m uniform --model",
+        "masks --model",
+        "efficiency --config",
+        "convert fastv@0.5 --config",
+    ],
+)
+def test_every_command_refuses_it_with_status_2(
+    words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    broken_file = "config.json" if "--config" in words else "model.safetensors"
+    (folder / broken_file).write_bytes((folder / broken_file).read_bytes()[:500])
+    result = CliRunner().invoke(app, [*words.split(), str(folder)])
+    assert result.exit_code == 2, result.output
+    assert re.fullmatch(r"error: cannot load [^\n]*\n", result.stderr)
+    assert not list(folder.parent.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "meta", "cuda:99", "cpu:7"])
+def test_devices_that_are_not_there(device: str) -> None:
+    for words in ("compare", "efficiency --measure", "benchmark --quick"):
+        result = CliRunner().invoke(app, [*words.split(), "--device", device])
+        assert result.exit_code == 2
+        assert re.match(rf"error: device '{device}' was asked for, but this", result.stderr)
+    with pytest.raises(UserError, match="either device= or device_map="):
+        tp.load("testbed-next", device="cpu", device_map="auto")
