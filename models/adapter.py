@@ -26,6 +26,7 @@ from tokenprune.models import loading
 from tokenprune.models.loading import read_config
 from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import observing
+from tokenprune.offload import execution_device
 from tokenprune.registry import adapters, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -97,6 +98,13 @@ class Adapter(ABC):
         tower = self.vision_tower
         layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
         return layers
+
+    @property
+    def vision_positions(self) -> nn.Module:
+        """Table of the position embeddings of the vision tower."""
+        tower = self.vision_tower
+        table: nn.Module = getattr(tower, "vision_model", tower).embeddings.position_embedding
+        return table
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Attention module of encoder layer ``layer`` (negative counts from the end)."""
@@ -417,11 +425,7 @@ class Adapter(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        device: torch.device = self.model.device
-        hook = getattr(self.model, "_hf_hook", None)  # of accelerate, where weights are offloaded
-        if device.type == "meta" and hook is not None:
-            device = torch.device(hook.execution_device)
-        return device
+        return execution_device(self.model)
 
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
         """``question`` in the model's chat template, behind the images and videos.
@@ -699,22 +703,22 @@ class Adapter(ABC):
             seed: Of the pixels.
             together: Whether they belong to one prompt.
         """
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
         views = max(self.layout(size, together=together).views for size in sizes)
         numbers = [len(sizes)] if together else [1] * len(sizes)
         made = {
-            "pixel_values": torch.randn(len(sizes), views, 3, side, side, generator=draw),
-            "image_sizes": torch.tensor(sizes),
-            "batch_num_images": torch.tensor(numbers),
+            "pixel_values": _pixels(draw, len(sizes), views, 3, side, side),
+            "image_sizes": torch.tensor(sizes, device="cpu"),
+            "batch_num_images": torch.tensor(numbers, device="cpu"),
         }
         return {name: made[name] for name in self.image_arguments}
 
     def dummy_video(self, frames: int, seed: int = 0) -> dict[str, Tensor]:
         """Random encoder inputs for one video of ``frames`` frames."""
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
-        return {"pixel_values_videos": torch.randn(1, frames, 3, side, side, generator=draw)}
+        return {"pixel_values_videos": _pixels(draw, 1, frames, 3, side, side)}
 
     def decode(self, ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """The newly generated text of every row."""
@@ -861,6 +865,11 @@ def host_of(config: Any) -> tuple[str, type[Adapter]]:
     if kind not in hosts:
         raise unknown("model class with an adapter", kind, hosts)
     return kind, hosts[kind]
+
+
+def _pixels(draw: torch.Generator, *shape: int) -> Tensor:
+    """Random pixels on the CPU in float32, whatever the defaults of PyTorch are."""
+    return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
 def _nested(media: Sequence[Any] | None, prompts: int, what: str) -> list[list[Any]]:

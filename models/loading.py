@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from tokenprune.errors import UserError, unknown
+from tokenprune.offload import resident
 
 __all__ = [
     "Source",
@@ -377,7 +377,7 @@ def infinite(model: nn.Module) -> list[str]:
     stored = model.state_dict().keys()
     found: list[str] = []
     for prefix, module in model.named_modules():
-        with torch.no_grad(), align_module_device(module):
+        with torch.no_grad(), resident(module):
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             named = {f"{prefix}.{short}".lstrip("."): value for short, value in own}
             found += _infinite({name: named[name] for name in named.keys() & stored})
