@@ -91,6 +91,7 @@ class Request:
         seeds: How many seeds a method that draws at random runs with; reported together.
         device: None for CUDA where there is one, otherwise the CPU.
         dtype: As in `tokenprune.load`.
+        trust_remote_code: As in `tokenprune.load`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
         max_new_tokens: Longest answer.
         match: Bring every method to the cost of `uniform` at each retention: ``tokens``, ``flops``
@@ -109,6 +110,7 @@ class Request:
     seeds: int = 1
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     out: Path | None = None
     max_new_tokens: int = 8
     match: Kind | None = None
@@ -601,7 +603,13 @@ def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
     questions = _checked_questions(request, report)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Setting(tp.load(request.model, device=device, dtype=request.dtype), questions)
+    adapter = tp.load(
+        request.model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return Setting(adapter, questions)
 
 
 def check(request: Request, report: Report = lambda *_: None) -> list[Question]:

@@ -217,7 +217,7 @@ class Request:
         cuts: As of `look`.
         pretrained: Checkpoint of a timm model.
         seed: Draws the example.
-        device, dtype: As of `tokenprune.load`.
+        device, dtype, trust_remote_code: As of `tokenprune.load`.
         max_new_tokens: Longest answer.
         out: Folder; None for one in ``runs/``.
     """
@@ -233,6 +233,7 @@ class Request:
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     max_new_tokens: int = 8
     out: Path | None = None
 
@@ -261,7 +262,13 @@ def render(
     report(0, 0, f"loading {model}")
     extra = {} if request.pretrained is None else {"pretrained": request.pretrained}
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(model, device=device, dtype=request.dtype, **extra)
+    adapter = tp.load(
+        model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        **extra,
+    )
     asks = shown.question is not None and adapter.has_language_model
     methods, skipped = expanded(
         request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),

@@ -570,7 +570,7 @@ class Request:
         conditions: As in `positional_bias`.
         batch_size: Prompts that run at once; None for 50 on a testbed, otherwise 4.
         seed: Draws the testbed's images and the bootstrap samples.
-        device, dtype: As in `compare.Request`.
+        device, dtype, trust_remote_code: As in `compare.Request`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
     """
 
@@ -586,6 +586,7 @@ class Request:
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     out: Path | None = None
 
 
@@ -619,7 +620,12 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     questions, left_out = _questions(request)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(request.model, device=device, dtype=request.dtype)
+    adapter = tp.load(
+        request.model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
     methods, unfit = expanded(request.methods, lambda one: _check_method(adapter, one))
     compressors = _compressors(methods, request.retention)
     for compressor in compressors:

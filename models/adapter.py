@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import PIL.Image
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
@@ -22,6 +23,7 @@ from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.guard import eagerly
+from tokenprune.models import loading
 from tokenprune.models.inputs import (
     channels_first,
     chat_prompt,
@@ -30,6 +32,7 @@ from tokenprune.models.inputs import (
     listed,
     questions,
 )
+from tokenprune.models.loading import read_config
 from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import watched
 from tokenprune.offload import execution_device
@@ -750,10 +753,11 @@ def tiny_decoder(kind: str) -> Any:
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Adapter:
     """Load a model and its processor.
@@ -765,17 +769,19 @@ def load(
         device: Where to put it; None leaves it to ``device_map`` or the CPU.
         dtype: ``float32``, ``bfloat16``, ... or ``auto`` for that of the checkpoint.  The testbeds
             are stored in half precision and run in float32 unless told otherwise.
+        trust_remote_code: Whether Python code that comes with the checkpoint may be executed.
         **options: For ``from_pretrained``: ``device_map``, ``quantization_config``,
             ``attn_implementation``, ``revision``, ...; of timm models for `load_timm`:
             ``pretrained``, ``grid``, ``img_size``, ...
 
     Raises:
-        UserError: Unknown name, a model class without an adapter, bad dtype, or a device that is
-            not there.
+        UserError: Unknown name, a model class without an adapter, bad dtype, a device that is not
+            there, a checkpoint that is incomplete or broken, weights that do not fit the model or
+            are not finite, or code that is not trusted.
     """
-    import transformers
-
-    dtype, device = _dtype(dtype), _device(device)
+    name = str(name)
+    dtype = loading.dtype_of(dtype)
+    device = None if device is None else loading.device_of(device)
     if name.startswith("timm/"):
         from tokenprune.models.timm_vision import load_timm
 
@@ -784,19 +790,22 @@ def load(
         raise UserError(
             f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
         )
-    where, folder, embedded = _source(name)
-    if embedded and dtype == "auto":
+    if device is not None and options.get("device_map") is not None:
+        raise UserError("give either device= or device_map=, which places the layers by itself.")
+    source = loading.source_of(name, trusted=trust_remote_code)
+    if source.embedded and dtype == "auto":
         dtype = torch.float32
-    config = read_config(
-        name, **{key: options[key] for key in ("revision", "token") if key in options}
-    )
+    config = loading.config_of(source, options)
     kind, family = host_of(config)
-    model = getattr(transformers, kind).from_pretrained(where, dtype=dtype, **options).eval()
+    processor = loading.read_processor(source, options)
+    model = loading.read_model(kind, config, source, dtype, options)
     if device is not None:
-        model = model.to(device)
-    processor = transformers.AutoProcessor.from_pretrained(where)
+        with loading.reading(name, f"on {device}: "):
+            model = model.to(device)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
-    return family(model, processor, folder)
+    adapter = family(model, processor, source.folder)
+    _rehearse(adapter, name)
+    return adapter
 
 
 def without_weights(name: str) -> Adapter:
@@ -808,46 +817,57 @@ def without_weights(name: str) -> Adapter:
     Raises:
         UserError: There is no such model, or no adapter for its class.
     """
-    import transformers
-
-    config = read_config(name)
+    source = loading.source_of(name)
+    config = loading.config_of(source, {})
     _, family = host_of(config)
-    where, folder, _ = _source(name)
     model: Any = SimpleNamespace(config=config)
-    return family(model, transformers.AutoProcessor.from_pretrained(where), folder)
+    return family(model, loading.read_processor(source, {}), source.folder)
 
 
-def _source(name: str) -> tuple[str, Path | None, bool]:
-    """What ``from_pretrained`` takes for ``name``, its folder if it is one, whether embedded."""
-    from tokenprune.models import testbed
+def _rehearse(adapter: Adapter, name: str) -> None:
+    """Prepare a small image, and raise `UserError` if processor and model do not agree on it."""
+    rows, columns = adapter.view_shape
+    view = rows * adapter.patch_size[0], columns * adapter.patch_size[1]
+    size = view[0] + 1, view[1]
+    with loading.reading(name, "its processor fails on an image: "):
+        inputs = adapter.prepare([PIL.Image.new("RGB", size[::-1])], ["?"])
+        ids, pixels = inputs["input_ids"], inputs[adapter.image_arguments[0]]
+        written = int((ids == adapter.placeholders["image"]).sum())
+    with loading.reading(name, "its config: "):
+        made = len(adapter.layout(size))
+        words = adapter.model.get_input_embeddings().num_embeddings
+    reasons = {
+        f"its processor writes {written} placeholders where the model makes {made} tokens": (
+            written != made
+        ),
+        f"its processor makes views of {tuple(pixels.shape[-2:])} pixels for a tower of {view}": (
+            pixels.ndim > 3 and tuple(pixels.shape[-2:]) != view
+        ),
+        "its processor makes NaN or infinite pixels": not bool(pixels.isfinite().all()),
+        f"its tokenizer has ids beyond the {words} words of the model": int(ids.max()) >= words,
+        "a vision_feature_layer of its config is not in the vision tower": not _has_layers(adapter),
+        "a token id in its generation_config.json is not a number": not _has_ids(adapter.model),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UserError(f"cannot load {name!r}: {reason}; its files do not belong together.")
 
-    embedded = name in testbed.names()
-    source = testbed.path(name) if embedded else Path(name)
-    where = str(source) if embedded or source.is_dir() else name
-    if "/" not in where and not source.is_dir():
-        raise unknown("model", name, testbed.names())
-    return where, source if source.is_dir() else None, embedded
+
+def _has_layers(adapter: Adapter) -> bool:
+    """Whether the hidden states that are used are those of layers of the tower."""
+    chosen = getattr(adapter.base.config, "vision_feature_layer", -1)
+    depth = len(adapter.vision_layers)
+    layers = [chosen] if isinstance(chosen, int) else chosen
+    # transformers cannot name the embeddings by 0, only by the negative index.
+    return all(-depth - 1 <= layer <= depth and layer != 0 for layer in layers)
 
 
-def read_config(name: str, **options: Any) -> Any:
-    """The ``transformers`` config of a testbed, a Hub id or a local folder.
-
-    Raises:
-        UserError: There is none.
-    """
-    import transformers
-
-    from tokenprune.models import testbed
-
-    where, _, _ = _source(name)
-    try:
-        return transformers.AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot load {name!r}: {first} Give an embedded testbed "
-            f"({', '.join(testbed.names())}), a local folder or a Hub id."
-        ) from error
+def _has_ids(model: Any) -> bool:
+    """Whether the special tokens that generation knows are ids or lists of them."""
+    settings = getattr(model, "generation_config", None)
+    given = [getattr(settings, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    listed = [some if isinstance(some, list) else [some] for some in given]
+    return all(isinstance(one, int | None) for some in listed for one in some)
 
 
 def host_of(config: Any) -> tuple[str, type[Adapter]]:
@@ -857,34 +877,10 @@ def host_of(config: Any) -> tuple[str, type[Adapter]]:
         UnknownNameError: No adapter knows the class.
     """
     hosts = {host: adapters.get(a) for a in adapters.names() for host in adapters.get(a).hosts}
-    kind = (config.architectures or [type(config).__name__])[0]
+    kind = str((config.architectures or [type(config).__name__])[0])
     if kind not in hosts:
         raise unknown("model class with an adapter", kind, hosts)
     return kind, hosts[kind]
-
-
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in floats:
-        raise unknown("dtype", dtype, [*floats, "auto"])
-    return floats[dtype]
-
-
-def _device(device: str | torch.device | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise unknown("device", str(device), ["cpu", "cuda", "cuda:0", "mps"]) from None
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"device {str(device)!r} was asked for, but this machine has no CUDA device that "
-            "PyTorch can see; use --device cpu."
-        )
-    return wanted
 
 
 def _pixels(draw: torch.Generator, *shape: int) -> Tensor:

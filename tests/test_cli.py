@@ -455,6 +455,30 @@ def test_help_is_quick() -> None:
     assert result.returncode == 0, f"--help imports {result.stderr}"
 
 
+def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    commands: dict[str, list[str]] = {
+        "ablation": ["--paper"],
+        "benchmark": [],
+        "compare": [],
+        "complementarity": [],
+        "convert": ["fastv@0.5"],
+        "crop-importance": [],
+        "efficiency": [],
+        "masks": [],
+        "positional-bias": [],
+        "report": ["runs"],
+    }
+    for name, words in commands.items():
+        module = f"tokenprune.experiments.commands.{name.replace('-', '_')}"
+        monkeypatch.setattr(sys.modules[module], "quiet", interrupted)
+        assert invoke(name, *words).exit_code == terminal.INTERRUPTED, name
+    monkeypatch.setattr("tokenprune.cli.new_table", interrupted)
+    assert invoke("list").exit_code == terminal.INTERRUPTED
+
+
 def test_version() -> None:
     assert invoke("--version").stdout.strip() == tp.__version__
 

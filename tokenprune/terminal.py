@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich import box
@@ -21,9 +19,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
 from tokenprune.texts import is_whole, printable
-
-if TYPE_CHECKING:
-    from tokenprune.compressor import Compressor
 
 __all__ = [
     "BAD_INPUT",
@@ -39,7 +34,6 @@ __all__ = [
     "method_label",
     "method_specs",
     "new_table",
-    "own_class",
     "percent",
     "progress",
     "quiet",
@@ -129,8 +123,10 @@ def registered(spec: str) -> str:
     """``spec``; a class of your own in it, ``module:Class``, is imported and called by its name.
 
     Raises:
-        UserError: As `own_class`, or the class is not registered.
+        UserError: As `plugins.own_class`, or the class is not registered.
     """
+    from tokenprune.plugins import own_class
+
     parts = []
     for part in spec.split(" + "):
         path, at, retention = part.strip().partition("@")
@@ -139,35 +135,6 @@ def registered(spec: str) -> str:
             raise UserError(f'{path} has no name yet; write @register("name") above the class.')
         parts.append(part if own is None else f"{own.name}{at}{retention}")
     return " + ".join(parts)
-
-
-def own_class(path: str) -> type[Compressor] | None:
-    """The class at ``package.module:Class``; None for a spec such as ``fastv:layer=3``.
-
-    Raises:
-        UserError: There is no such module, or no compressor of that name in it.
-    """
-    from tokenprune.compressor import Compressor
-    from tokenprune.registry import strategies
-
-    module, _, name = path.partition(":")
-    if not (name.isidentifier() and module.replace(".", "").isidentifier()):
-        return None
-    if module in strategies.names():  # a method whose options cannot be read
-        return None
-    sys.path.insert(0, "")  # a file in the working directory is a module, too
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"cannot import {module!r}: {error}. Give package.module:Class, or a registered method "
-            "(see tokenprune list) with options, name:option=value."
-        ) from error
-    finally:
-        sys.path.remove("")
-    if not (isinstance(found, type) and issubclass(found, Compressor)):
-        raise UserError(f"{name!r} of {module!r} is not a class derived from Compressor.")
-    return found
 
 
 def ratios(values: Sequence[str]) -> tuple[float, ...]:

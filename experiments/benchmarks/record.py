@@ -15,6 +15,7 @@ import torch
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.csv_files import read_csv, write_csv
 from tokenprune.experiments.results import environment, replace_file
+from tokenprune.models.loading import device_of
 from tokenprune.terminal import Report
 
 __all__ = ["BENCHMARKS", "Figure", "changes", "record", "save", "table"]
@@ -77,8 +78,7 @@ def record(
     for name in names:
         if name not in BENCHMARKS:
             raise unknown("benchmark", name, BENCHMARKS)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} was asked for, but there is no CUDA device.")
+    device_of(device)
     rows: list[dict[str, Any]] = []
     for done, name in enumerate(names):
         measure: Callable[..., Iterable[Figure]] = importlib.import_module(

@@ -29,9 +29,11 @@ __all__ = [
     "Model",
     "Out",
     "Patches",
+    "Plugin",
     "Questions",
     "Seed",
     "TextTokens",
+    "TrustRemoteCode",
     "closing",
     "image_limit",
     "interrupted",
@@ -122,6 +124,21 @@ Patches = Annotated[
 TextTokens = Annotated[
     int,
     typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
+]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE...",
+        help="Import a module first, which executes it, for the methods that it registers.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Execute Python code that comes with the model. Without it such a model is refused.",
+    ),
 ]
 
 

@@ -29,6 +29,7 @@ def complementarity(
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
@@ -51,6 +52,7 @@ def complementarity(
             seed=seed,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             out=out,
             max_new_tokens=max_new_tokens,
         )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     OK,
     ManyValues,
@@ -56,6 +57,7 @@ def masks(
         list[str] | None,
         options.methods("As for compare.", "globalcom2 fastv; globalcom2 without a question"),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     video: Annotated[
         bool, typer.Option("--video", help="The images are a video's frames.")
@@ -74,6 +76,7 @@ def masks(
     seed: Annotated[int, typer.Option(help="Draws the example.")] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
     out: Annotated[
         Path | None,
@@ -88,6 +91,7 @@ def masks(
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         from tokenprune.experiments.masks import Request, render
 
         quiet()
@@ -103,6 +107,7 @@ def masks(
             seed=seed,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             max_new_tokens=max_new_tokens,
             out=out,
         )
