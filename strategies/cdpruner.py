@@ -100,7 +100,7 @@ class CDPruner(Compressor):
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
             kernel = self.kernel(tokens.features[patches], quality[patches])
             kept.append(patches[dpp_greedy_map(kernel, count)])
-        return Selection(torch.cat(kept).sort().values)
+        return Selection(torch.cat(kept).sort().values, scores=quality)
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of all pairs of each view, and the Cholesky rows of what is kept."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from tokenprune.budget import apportion, budget
-from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, patches_by_view, top_per_view
+from tokenprune.compressor import Compressor, Selection, best
+from tokenprune.primitives import float_copy, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -104,7 +104,7 @@ class DyCoke(Compressor):
             other = features[views[before] if before >= 0 else patches]
             other = other if before >= 0 else other.mean(0)
             scores[patches] = -F.cosine_similarity(features[patches], other, dim=-1)
-        return Selection(top_per_view(layout, scores, torch.tensor(counts)))
+        return Selection(best(self, tokens, scores, torch.tensor(counts)))
 
     def flops(self, tokens: VisualTokens) -> float:
         """One cosine for every token, of two norms and a product."""

@@ -38,7 +38,7 @@ from tokenprune.attention import (
 from tokenprune.cache import CACHE, adopt, is_pruned
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import ContractError, UserError, unknown
 from tokenprune.ledger import (
     DecoderShape,
     Kept,
@@ -532,7 +532,7 @@ class _Session:
                 key = (id(part), id(span.record)) if span.is_untouched else None
                 chosen = made.get(key)
                 if chosen is None:
-                    chosen = part(span.tokens)
+                    chosen = _choose(part, span, span.tokens)
                 if key is not None:
                     made[key] = chosen
                 state.charge(span.row, part, span.tokens, shown[span.row], chosen)
@@ -640,7 +640,7 @@ class _Session:
             tokens = self.layers.tokens(state, span, part, index, whole, rows, once)
             chosen = self._recall(state, span, index)
             if chosen is None:
-                chosen = part(tokens)
+                chosen = _choose(part, span, tokens)
                 copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
                 state.charge(span.row, part, tokens, shown[span.row] + copies, chosen)
                 self._remember(state, span, index, chosen)
@@ -907,6 +907,15 @@ class _Session:
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
+
+
+def _choose(part: Compressor, span: Span, tokens: VisualTokens) -> Selection:
+    """What ``part`` chooses of an image, which is named where it breaks the contract."""
+    try:
+        return part(tokens)
+    except ContractError as error:
+        where = f"{span.layout.modality} {span.image} of prompt {span.row}, both counted from 0"
+        raise ContractError(f"{error} ({where})") from error
 
 
 def _argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:

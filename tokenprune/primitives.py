@@ -13,6 +13,7 @@ from tokenprune.tokens import Kind, TokenLayout, listed, moved
 __all__ = [
     "ROUNDS",
     "Matching",
+    "best_per_view",
     "bipartite_matching",
     "central_members",
     "cover",
@@ -73,17 +74,32 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
         (M,) sorted indices into the N entries; on the CPU where the counts are on another device,
         which has to be waited for to learn how many they are.
     """
+    ranked, kept = _ranked_per_view(layout, scores, counts)
+    if counts.device.type != "cpu":
+        return listed(_as_mask(ranked, kept, len(layout)))
+    total = sum(map(min, counts.tolist(), layout.view_sizes))
+    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+
+
+def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
+    """(N,) bool which entries `top_per_view` lists, on the device of the scores, without a wait."""
+    return _as_mask(*_ranked_per_view(layout, scores, counts), len(layout))
+
+
+def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) indices of the patch tokens, best first, and which are among the best of their view."""
     layout = layout.to(scores.device)
     order = scores[layout.patches].float().argsort(descending=True, stable=True)
     ranked = layout.patches[order]
     view = layout.view[ranked]
-    kept = _rank_in_group(view) < moved(counts, view.device)[view]
-    if counts.device.type != "cpu":
-        mask = torch.zeros(len(layout), dtype=torch.bool, device=view.device)
-        mask[ranked] = kept
-        return listed(mask)
-    total = sum(map(min, counts.tolist(), layout.view_sizes))
-    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+    return ranked, _rank_in_group(view) < moved(counts, view.device)[view]
+
+
+def _as_mask(index: Tensor, which: Tensor, size: int) -> Tensor:
+    """(size,) bool, ``which`` (P,) at ``index`` (P,)."""
+    mask = torch.zeros(size, dtype=torch.bool, device=index.device)
+    mask[index] = which
+    return mask
 
 
 def top(scores: Tensor, count: int) -> Tensor:
