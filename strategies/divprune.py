@@ -10,7 +10,7 @@ import torch
 
 from tokenprune.budget import Allocator, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, max_min_diversity, patches_by_view
+from tokenprune.primitives import float_copy, lengths, max_min_diversity, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -49,7 +49,7 @@ class DivPrune(Compressor):
         if self.allocator is None:
             count = budget(len(patches), self.retention, "half-even")
             features = tokens.features[patches]
-            return Selection(patches[max_min_diversity(features, count)], scores=features)
+            return Selection(patches[max_min_diversity(features, count)], scores=lengths(features))
         norms = tokens.features.float().norm(dim=-1)
         counts = self.allocator.counts(tokens, norms, self.retention).tolist()
         views = patches_by_view(tokens.layout)

@@ -26,6 +26,7 @@ __all__ = [
     "group_means",
     "kernel_density",
     "least_cutoff",
+    "lengths",
     "max_min_diversity",
     "merge_weighted",
     "normalise",
@@ -106,6 +107,12 @@ def top(scores: Tensor, count: int) -> Tensor:
     """Sorted indices of the ``count`` highest of the scores (P,), earlier ones first on ties."""
     order = scores.float().argsort(descending=True, stable=True)
     return order[:count].sort().values
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """(P,) Euclidean norms of ``vectors`` (P, D), summed up in float32 without a copy of them."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+    return norms
 
 
 def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -56,8 +56,6 @@ def digest(values: Tensor) -> Tensor:
     """
     rows = values.detach().flatten(1) if values.ndim > 1 else values.detach()[..., None]
     rows = rows.contiguous()
-    if rows.dtype == torch.bool:
-        return rows.sum(1)
     size = rows.element_size()
     # Longer words are fewer; they must fill the row.
     word = next((n for n in (8, 4, 2, 1) if n >= size and rows.shape[1] * size % n == 0), size)

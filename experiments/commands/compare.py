@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "tables"]
 
 _KINDS_PER_TABLE = 5
+_NAMED = 10  # questions whose answers are missing that are named
 _FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
 
 
@@ -73,6 +74,14 @@ def compare(
     dtype: options.Dtype = "auto",
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
+    timeout_per_batch: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="What takes longer at once, such as a method that hangs on a batch of questions, "
+            "is stopped and reported as failed. [default: no limit]",
+        ),
+    ] = None,
     match: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +113,7 @@ def compare(
             "out": out,
             "max_new_tokens": max_new_tokens,
             "match": match,
+            "timeout_per_batch": timeout_per_batch,
         }
         if methods:
             asked["methods"] = tuple(method_specs(methods))
@@ -145,8 +155,27 @@ def _compare(request: Request) -> int:
         typer.echo(f"SKIPPED {name}: {why}")
     for cell, failure in outcome.failures.items():
         typer.echo(f"FAILED {cell}: {failure.error}")
+    for words in _missing(outcome):
+        typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
-    return FAILED if outcome.failures else OK
+    return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _missing(outcome: Outcome) -> Iterator[str]:
+    """How many answers are missing, and a sentence for each of the first questions they are to."""
+    if not outcome.missing:
+        return
+    number = sum(map(len, outcome.missing.values()))
+    yield (
+        f"{number} answers to {len(outcome.missing)} questions are missing; what stands above is "
+        "of the others, and differences are of what both methods answered."
+    )
+    for question, failures in list(outcome.missing.items())[:_NAMED]:
+        cells, why = list(map(str, failures)), next(iter(failures.values()))
+        few = ", ".join(cells) if len(cells) <= 3 else f"{len(cells)} cells, {cells[0]} first"
+        yield f"MISSING {question!r} in {few}: {why.error}"
+    if len(outcome.missing) > _NAMED:
+        yield f"MISSING {len(outcome.missing) - _NAMED} more questions; all are in manifest.json."
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
@@ -162,13 +191,16 @@ def _spreads(summary: pd.DataFrame) -> Iterator[str]:
 
 def _closing_words(outcome: Outcome, seconds: float) -> str:
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-    if not outcome.new and not outcome.failures:
+    if not (outcome.new or outcome.failures or outcome.missing):
         first = "Every answer was there already; nothing was computed again."
     else:
         first = f"{outcome.new} answers in {took}."
     words = f"{first}\nWritten to {outcome.folder}: answers.parquet, summary.csv, plots/"
     if outcome.failures:
         words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
+    if outcome.missing:
+        words += "\nWhy answers are missing is in manifest.json, tracebacks in answers.jsonl; the "
+        words += "same command asks for them again."
     return words
 
 
