@@ -334,8 +334,10 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     from tokenprune.experiments.commands import compare as command
     from tokenprune.experiments.compare import Request
 
-    bad, uniform = held_out(4, 0)[2], type(tp.create("uniform", retention=0.5))
-    original, seed = uniform.select, adapter.encode([bad.images[0].open()])[0].seed
+    image = held_out(8, 0)[-1].images[0]
+    bad = [item.id for item in held_out(8, 0) if item.image_id == image.id]
+    uniform = type(tp.create("uniform", retention=0.5))
+    original, seed = uniform.select, adapter.encode([image.open()])[0].seed
 
     def picky(self: Any, tokens: VisualTokens) -> Selection:
         if tokens.seed == seed:
@@ -345,18 +347,19 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     monkeypatch.setattr(uniform, "select", picky)
     monkeypatch.setattr("warnings.warn", lambda *_, **__: None)
     request = Request(
-        methods=("uniform",), retention=(0.5,), questions=4, batch_size=2, out=tmp_path / "run"
+        methods=("uniform",), retention=(0.5,), questions=8, batch_size=4, out=tmp_path / "run"
     )
     assert command._compare(request) == 1
     said = capsys.readouterr().out
-    assert "1 answers to 1 questions are missing" in said
-    assert f"MISSING {bad.id!r} in uniform at 0.5: RuntimeError: no way" in said
+    assert 0 < len(bad) < 8
+    assert f"Answers missing: {len(bad)}; questions: {len(bad)}." in said
+    assert f"MISSING {bad[0]!r} in uniform at 0.5: RuntimeError: no way" in said
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "failed"
-    assert list(manifest["missing"]) == [bad.id]
-    assert "no way" in manifest["missing"][bad.id]["uniform at 0.5"]
+    assert list(manifest["missing"]) == bad
+    assert "no way" in manifest["missing"][bad[0]]["uniform at 0.5"]
     table = pd.read_csv(tmp_path / "run" / "summary.csv").set_index(["label", "kind"])
-    assert list(table.loc[("uniform", "overall"), ["n", "missing"]]) == [3, 1]
+    assert list(table.loc[("uniform", "overall"), ["n", "missing"]]) == [8 - len(bad), len(bad)]
     monkeypatch.undo()
     assert command._compare(request) == 0
     assert "MISSING" not in capsys.readouterr().out

@@ -167,8 +167,8 @@ def _missing(outcome: Outcome) -> Iterator[str]:
         return
     number = sum(map(len, outcome.missing.values()))
     yield (
-        f"{number} answers to {len(outcome.missing)} questions are missing; what stands above is "
-        "of the others, and differences are of what both methods answered."
+        f"Answers missing: {number}; questions: {len(outcome.missing)}. What stands above is of the "
+        "others, and differences are of what both methods answered."
     )
     for question, failures in list(outcome.missing.items())[:_NAMED]:
         cells, why = list(map(str, failures)), next(iter(failures.values()))
