@@ -13,6 +13,7 @@ from torch import Tensor
 import tokenprune as tp
 from tokenprune.budget import Proportional, ThumbnailCommand
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection
+from tokenprune.encoder import EncoderCompressor, EncoderTokens, Reduction
 from tokenprune.errors import ContractError
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing import Host
@@ -188,6 +189,27 @@ def test_scores_at_separators_have_no_meaning() -> None:
     tokens = sample_tokens(frozenset(), LAYOUT)
     nowhere = int(LAYOUT.separators[0])
     assert len(Scored(retention=0.5, value=torch.nan, at=nowhere)(tokens).keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerWriter(EncoderCompressor):
+    """Writes to one of the tensors of the vision tower."""
+
+    what: str
+
+    def reduce(self, tokens: EncoderTokens) -> Reduction | None:
+        getattr(tokens, self.what).mul_(2)
+        return None
+
+
+@pytest.mark.parametrize("what", ["states", "keys", "size"])
+def test_inside_the_vision_tower_too(what: str) -> None:
+    host = Host.tiny("LLaVA-NeXT")
+    with (
+        pytest.raises(ContractError, match=f"TowerWriter wrote to {what}"),
+        tp.compress(host.model, TowerWriter(retention=0.5, what=what)),
+    ):
+        host.logits(host.inputs([0]))
 
 
 def test_the_sentence_says_of_which_image() -> None:

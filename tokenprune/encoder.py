@@ -27,6 +27,7 @@ from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty
 from tokenprune.errors import UserError
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
 from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
+from tokenprune.untouched import untouched
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -354,19 +355,19 @@ class _Session:
         if index < self.depth and self.compressor.reduces:
             keys = look()
             tower.key_width = keys.shape[-1]
-            with torch.no_grad():
-                reduction = self.compressor.reduce(
-                    EncoderTokens(
-                        layer=index,
-                        layers=self.depth,
-                        prefix=self.adapter.prefix_tokens,
-                        patches=self.shape[0] * self.shape[1],
-                        target=self.target,
-                        states=states.detach(),
-                        keys=keys,
-                        size=size,
-                    )
-                )
+            tokens = EncoderTokens(
+                layer=index,
+                layers=self.depth,
+                prefix=self.adapter.prefix_tokens,
+                patches=self.shape[0] * self.shape[1],
+                target=self.target,
+                states=states.detach(),
+                keys=keys,
+                size=size,
+            )
+            who = self.compressor.name or type(self.compressor).__name__
+            with torch.no_grad(), untouched(who, {"states": states, "keys": keys, "size": size}):
+                reduction = self.compressor.reduce(tokens)
         if reduction is None:
             tower.groups.append(group)
             return states

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["compare", "tables"]
 
 _KINDS_PER_TABLE = 5
-_NAMED = 10  # questions whose answers are missing that are named
 _FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
 
 
@@ -155,27 +154,10 @@ def _compare(request: Request) -> int:
         typer.echo(f"SKIPPED {name}: {why}")
     for cell, failure in outcome.failures.items():
         typer.echo(f"FAILED {cell}: {failure.error}")
-    for words in _missing(outcome):
+    for words in options.missing(outcome):
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
-
-
-def _missing(outcome: Outcome) -> Iterator[str]:
-    """How many answers are missing, and a sentence for each of the first questions they are to."""
-    if not outcome.missing:
-        return
-    number = sum(map(len, outcome.missing.values()))
-    yield (
-        f"Answers missing: {number}; questions: {len(outcome.missing)}. What stands above is of the "
-        "others, and differences are of what both methods answered."
-    )
-    for question, failures in list(outcome.missing.items())[:_NAMED]:
-        cells, why = list(map(str, failures)), next(iter(failures.values()))
-        few = ", ".join(cells) if len(cells) <= 3 else f"{len(cells)} cells, {cells[0]} first"
-        yield f"MISSING {question!r} in {few}: {why.error}"
-    if len(outcome.missing) > _NAMED:
-        yield f"MISSING {len(outcome.missing) - _NAMED} more questions; all are in manifest.json."
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
@@ -399,6 +381,8 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
     """Accuracy in percent and its interval."""
     if row["status"] != "ok":
         return "FAILED"
+    if math.isnan(row["accuracy"]):  # all of its answers are missing
+        return "-"
     value, low, high = (
         f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
     )
