@@ -289,7 +289,7 @@ def test_a_question_that_cannot_be_looked_at_is_passed_over(
     monkeypatch.setattr(matching, "_prompt", half)
     found = matching._median(None, ["bad", "a", "ccc", "bad too", "bb"])  # type: ignore[arg-type, list-item]
     assert found[0] == "bb"
-    with pytest.raises(UserError, match="no question can be looked at.*truncated"):
+    with pytest.raises(UserError, match=r"no question can be looked at.*truncated"):
         matching._median(None, ["bad"])  # type: ignore[arg-type, list-item]
 
 
