@@ -211,7 +211,8 @@ class Compressor(ABC):
                 it wrote to what it was shown (`tokenprune.untouched`).
         """
         layout = tokens.layout.host
-        if self.retention == 1:  # nothing to choose, whatever a formula makes of it
+        # Nothing to choose, whatever a formula makes of it.
+        if self.retention == 1 or not len(layout.patches):
             chosen = Selection(layout.patches)
         else:
             with watched(_name(self), tokens):
