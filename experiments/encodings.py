@@ -57,7 +57,8 @@ class Encodings:
         return [self._found[tower, item.image_id][0] for item in questions]
 
     def changed(self, tower: Tower, questions: Sequence[Question]) -> list[Question]:
-        """Questions whose images are not what was encoded any more."""
+        """One question for every image that is not what was encoded any more."""
+        questions = list({item.image_id: item for item in questions}.values())
         entries = [self._found[tower, item.image_id] for item in questions]
         now = [None if before is None else _digest(images) for images, before in entries]
         pairs = [(one, before) for one, (_, before) in zip(now, entries, strict=True)]

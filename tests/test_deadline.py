@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.errors import UserError
 from tokenprune.experiments import deadline
+from tokenprune.experiments.compare import Request, compare
 from tokenprune.experiments.deadline import TimeLimit, check_time_limit, time_limit
 from tokenprune.experiments.failing import tried
 from tokenprune.experiments.results import Failure
@@ -127,6 +129,9 @@ def test_a_context_is_left_in_peace_but_not_for_ever(monkeypatch: pytest.MonkeyP
 def test_no_limit_that_is_none(seconds: float) -> None:
     with pytest.raises(UserError, match="number of seconds above 0"):
         check_time_limit(seconds)
+    with pytest.raises(UserError, match="number of seconds above 0"):
+        compare(Request(timeout_per_batch=seconds, out=Path("never")))
+    assert not Path("never").exists()
 
 
 def test_where_there_are_no_signals_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
