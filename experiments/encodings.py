@@ -36,7 +36,7 @@ class Encodings:
     def __init__(self, runner: Runner, signals: Mapping[Tower, frozenset[Signal]]) -> None:
         """Encode with ``runner``, and with a tower (None: the plain one) its ``signals``."""
         self.runner, self.signals = runner, signals
-        self._found: dict[tuple[Tower, str], tuple[Sequence[Any], Tensor | None]] = {}
+        self._found: dict[tuple[Tower, str], tuple[Sequence[Any], Tensor]] = {}
 
     def __contains__(self, which: tuple[Tower, Question]) -> bool:
         tower, item = which
@@ -60,38 +60,26 @@ class Encodings:
         """One question for every image that is not what was encoded any more."""
         questions = list({item.image_id: item for item in questions}.values())
         entries = [self._found[tower, item.image_id] for item in questions]
-        now = [None if before is None else _digest(images) for images, before in entries]
-        pairs = [(one, before) for one, (_, before) in zip(now, entries, strict=True)]
-        if all(a is None or b is None for a, b in pairs):
+        now = [_digest(images) for images, _ in entries]
+        before = [digests for _, digests in entries]
+        if not entries or torch.equal(torch.cat(now), torch.cat(before)):  # one wait for the device
             return []
-        flat = [
-            _flat([one for one in side if one is not None]) for side in zip(*pairs, strict=True)
-        ]
-        if torch.equal(*flat):  # one wait for the device
-            return []
-        return [
-            item
-            for item, (a, b) in zip(questions, pairs, strict=True)
-            if a is not None and b is not None and not torch.equal(a, b)
-        ]
+        pairs = zip(questions, now, before, strict=True)
+        return [item for item, one, other in pairs if not torch.equal(one, other)]
 
     def keep(self, images: set[str]) -> None:
         """Forget all but these images."""
         self._found = {which: one for which, one in self._found.items() if which[1] in images}
 
 
-def _flat(digests: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(digests))
-
-
-def _digest(images: Sequence[Any]) -> Tensor | None:
-    """Sums of the bits of all that methods are shown of some images; None of a stand-in."""
-    parts = []
+def _digest(images: Sequence[Any]) -> Tensor:
+    """Sums of the bits of all that methods are shown of some images; of stand-ins nothing."""
+    parts = [torch.zeros(0, dtype=torch.int64)]
     for tokens in images:
-        if not isinstance(tokens, VisualTokens):
-            return None
-        values = [tokens.features, *tokens.signals.values()]
-        values += [one for one in (tokens.fingerprint, tokens.clusters) if one is not None]
-        values.append(torch.stack([getattr(tokens.layout, name) for name in _GEOMETRY]))
-        parts += [digest(one).to(tokens.features.device) for one in values]
-    return torch.cat(parts) if parts else None
+        if isinstance(tokens, VisualTokens):
+            values = [tokens.features, *tokens.signals.values()]
+            values += [one for one in (tokens.fingerprint, tokens.clusters) if one is not None]
+            values.append(torch.stack([getattr(tokens.layout, name) for name in _GEOMETRY]))
+            parts += [digest(one) for one in values]
+    device = max((part.device for part in parts), key=lambda one: one.type != "cpu")
+    return torch.cat([part.to(device) for part in parts])
