@@ -665,10 +665,6 @@ def _sees_hidden_tokens(original: Any, state: Pass, placeholders: Any) -> Any:
     return visual, torch.ones_like(real)
 
 
-def _leaves_gaps(original: Any, state: Pass, keep: Tensor) -> Tensor:
-    return (state.real & ~keep).long()
-
-
 def _spreads_as_in_the_end(original: Any, state: Pass, states: Tensor, columns: Tensor) -> Tensor:
     result: Tensor = original(state, states, state.columns[:, -states.shape[1] :])
     return result
@@ -855,7 +851,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(_wrapped(Pass, "look", _sees_hidden_tokens), strategy="fastv"),
         *_host(
             _wrapped(Pass, "look", _sees_hidden_tokens),
-            _wrapped(engine, "_steps_lost", _leaves_gaps),
+            _replaced(Pass, "_spent_on_hidden", lambda state: None),
         ),
     ),
     "check_hidden_states": (

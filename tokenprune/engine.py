@@ -172,6 +172,15 @@ def compress(
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
 
+    Methods that look at the prompt see what it asks, never an answer or a guess.  The prompt ends
+    with the last token whose logits are wanted by ``logits_to_keep`` first: draft tokens of
+    assisted decoding and continuations that are scored lie behind it.  With ``labels`` the token
+    that asks for an image is the last text token before the first label behind that image.
+
+    What ``attention_mask`` hides is not there: it is not ranked, kept or counted.  Logits and
+    ``output_hidden_states`` are in the columns of the prompt, where a dropped column shows what the
+    last kept column before it shows.
+
     Threads that share the context of the one that opened it (`contextvars.copy_context`) may run
     the model side by side; others are refused.  Whatever ``torch.compile`` has compiled, this model
     or another, runs eagerly in the meantime.  Copies of the model that are made inside are plain.
@@ -276,7 +285,7 @@ class _Session(threading.local):
         self.opened: Pass | None = None  # the pass that the trace will tell about
         # Without a KV cache the whole prefix runs again for every new token: the selection made
         # for the prompt is reused, else the newest token would rank.
-        self.memory: list[tuple[Tensor, int, Tensor, Selection]] = []
+        self.memory: list[tuple[Tensor, int, Tensor, Tensor, Selection]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -662,18 +671,23 @@ class _Session(threading.local):
 
     def _pack(self, state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
         """Move the kept slots of every row to the right; (B, 1) positions each row lost."""
-        lost = _steps_lost(state, keep)
+        lost = state.real & ~keep
+        steps, shift = lost.cumsum(1), lost.sum(1, keepdim=True)
+        if state.hidden is not None and not keeps_positions:
+            closes = shift > 0
+            steps += state.hidden.gather(1, state.columns.clamp(min=0)) * closes
+            shift = shift + state.hidden[:, -1:] * closes
+            state.hidden = state.hidden * ~closes
         width = max(state.left)
         # A stable sort puts what goes in front and leaves what stays in order behind it.
         state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
         if not keeps_positions:
-            state.positions = state.positions - lost.cumsum(1)
+            state.positions = state.positions - steps
         state.positions = state.positions.gather(1, state.order)
         state.columns = torch.where(keep, state.columns, -1).gather(1, state.order)
         if state.sizes is not None:
             state.sizes = state.sizes.gather(1, state.order)
         state.packed = True
-        shift = lost.sum(1, keepdim=True)
         return torch.zeros_like(shift) if keeps_positions else shift
 
     # -- between decoder layers ------------------------------------------------------------------
@@ -828,18 +842,22 @@ class _Session(threading.local):
 
     def _recall(self, state: Pass, span: Span, index: int) -> Selection | None:
         """What was chosen when this very prompt ran before, without a KV cache."""
-        if state.cache is None and state.ids is not None:
-            for feature, cut, ids, chosen in self.memory:
-                same = feature is span.carrier and cut == index
-                if same and torch.equal(state.ids[span.row, : len(ids)], ids):
-                    return chosen
+        if state.prompt_ids is None:
+            return None
+        row = state.prompt_ids[span.row]
+        for feature, cut, there, ids, chosen in self.memory:
+            same = feature is span.carrier and cut == index and torch.equal(there, span.there)
+            if same and torch.equal(row[: len(ids)], ids):
+                return chosen
         return None
 
     def _remember(self, state: Pass, span: Span, index: int, chosen: Selection) -> None:
-        if state.cache is None and state.ids is not None:
-            here = {id(other.carrier) for other in state.spans}
-            self.memory = [entry for entry in self.memory if id(entry[0]) in here]
-            self.memory.append((span.carrier, index, state.ids[span.row], chosen))
+        if state.prompt_ids is None:
+            return
+        here = {id(other.carrier) for other in state.spans}
+        self.memory = [entry for entry in self.memory if id(entry[0]) in here]
+        ids = state.prompt_ids[span.row]
+        self.memory.append((span.carrier, index, span.there, ids, chosen))
 
     # -- behind the language model ---------------------------------------------------------------
 
@@ -993,24 +1011,6 @@ class _Session(threading.local):
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
-
-
-def _steps_lost(state: Pass, keep: Tensor) -> Tensor:
-    """(B, M) how many position ids become free at each slot when only ``keep`` (B, M) stays.
-
-    One for every slot that is dropped.  In a row that loses any, also one for what the attention
-    mask hides between two slots, as far as the position ids counted it: those of `generate` do not,
-    those of a plain forward do.
-    """
-    dropped = state.real & ~keep
-    slot = torch.arange(keep.shape[1], device=keep.device)
-    latest = torch.where(state.real, slot, -1).cummax(1).values
-    before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the slot before that is there
-    hidden = slot - before - 1
-    step = state.positions - state.positions.gather(1, before.clamp(min=0)) - 1
-    skipped = torch.minimum(step, hidden).clamp(min=0)
-    counts = state.real & (before >= 0) & dropped.any(1, keepdim=True)
-    return dropped + skipped * counts
 
 
 def _asked(kwargs: Kwargs, name: str, config: Any) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -115,6 +116,8 @@ class Pass:
     Attributes:
         columns: (B, M) column in each slot, -1 for padding; rising along a row once packed.
         positions: (B, M) position ids of the slots.
+        hidden: (B, S) how many position ids in front of each column are spent on columns that the
+            attention mask hides between two others, until a cut has freed them; None without any.
         scored: How many of the last columns are scored, as in teacher forcing or when draft tokens
             are verified: the prompt ends with the first of them.  1 where all is prompt.
         labels: (B, S) targets of the columns, -100 where there is none, or None.
@@ -169,6 +172,7 @@ class Pass:
     ends: list[int] = field(default_factory=list)
     answers: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
+    hidden: Tensor | None = None
     selections: list[Chosen] = field(default_factory=list)
     ran: list[Tensor | None] = field(default_factory=list)
     packed: bool = False
@@ -188,6 +192,12 @@ class Pass:
     def real(self) -> Tensor:
         """(B, M) which slots are not padding."""
         return self.columns >= 0
+
+    @property
+    def prompt_ids(self) -> Tensor | None:
+        """(B, S) ids of prompts that `generate` may run again, longer, as there is no KV cache."""
+        is_scored = self.labels is not None or self.scored > 1
+        return None if self.cache is not None or is_scored else self.ids
 
     def asking(self, device: torch.device, group: int) -> tuple[Tensor, Tensor]:
         """(B,) slot of the token that asks, and (B, M) which slots it may look at."""
@@ -236,8 +246,23 @@ class Pass:
         if self.labels is not None:
             self.answers = [row.nonzero().squeeze(1) for row in masks[-1]]
         prompt = real[:, : self.width - self.scored + 1]
+        inside = real.cumsum(1).bool() & real.flip(1).cumsum(1).flip(1).bool()
+        if bool((inside & ~real).any()):
+            self.hidden = self._spent_on_hidden()
         self.ends = [_last(row.nonzero(), -1) for row in prompt]
         return visual, real
+
+    def _spent_on_hidden(self) -> Tensor:
+        """(B, S) `hidden` of this prompt.
+
+        The position ids of a plain forward count what the mask hides, those of `generate` do not.
+        """
+        column = torch.arange(self.width, device=self.columns.device)
+        latest = torch.where(self.real, column, -1).cummax(1).values
+        before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the column before that is there
+        step = self.positions - self.positions.gather(1, before.clamp(min=0)) - 1
+        spent = torch.minimum(step, column - before - 1).clamp(min=0)
+        return (spent * (self.real & (before >= 0))).cumsum(1)
 
     def ask(self) -> None:
         """Say of every image which token asks for it, and list these tokens in `queries`.

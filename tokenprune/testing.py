@@ -351,6 +351,7 @@ def reference(
         places[index] = place[there[place]]
     prompt, hidden, columns = hidden, hidden[there], columns[there]
     positions = columns if counted else torch.arange(len(columns))
+    gaps = (~there).cumsum(0) * int(counted)  # closed by the first cut that re-indexes
     kept: list[Tensor] = []
     attention: dict[Signal, Tensor] = {}  # by asking and asked column
     vectors: dict[Signal, Tensor] = {}  # by column
@@ -410,9 +411,10 @@ def reference(
             places[index] = places[index][chosen.keep]
             whole[index] = whole[index][chosen.keep]
             kept.append(whole[index])
-        hidden, columns, positions = hidden[stays], columns[stays], positions[stays]
         if not part.keeps_positions and not stays.all():
-            positions = torch.arange(len(columns))
+            positions = positions - (~stays).cumsum(0) - gaps[columns]
+            gaps.zero_()
+        hidden, columns, positions = hidden[stays], columns[stays], positions[stays]
 
     if Signal("llm_prompt") in compressor.needs:
         vectors[Signal("llm_prompt")] = prompt
