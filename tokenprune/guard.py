@@ -53,7 +53,6 @@ class Ours:
     """
 
     def __init__(self, call: Callable[..., Any], before: Any = None, original: Any = None) -> None:
-        functools.update_wrapper(self, call, updated=())  # generate reads signatures
         self.call, self.before, self.original = call, before, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +66,7 @@ def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
     Whoever still holds it afterwards calls the original.
     """
     mine = Ours(call, module.__dict__.get(name), getattr(module, name))
+    functools.update_wrapper(mine, mine.original, updated=())  # generate reads signatures
     setattr(module, name, mine)
     try:
         yield
@@ -80,12 +80,18 @@ def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def plain_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, ``copy.deepcopy``, ``pickle`` and ``torch.save`` leave out what is `Ours`."""
-    with ExitStack() as stack:
-        for module in dict.fromkeys(modules):
-            reduce = functools.partial(_reduced, module)
-            stack.enter_context(shadowed(module, "__reduce_ex__", reduce))
+    """While open, ``copy.deepcopy``, ``pickle`` and ``torch.save`` leave out what is `Ours`.
+
+    All three ask the module itself how to take it apart.
+    """
+    modules = [*dict.fromkeys(modules)]
+    for module in modules:
+        module.__dict__["__reduce_ex__"] = Ours(functools.partial(_reduced, module))
+    try:
         yield
+    finally:
+        for module in modules:
+            del module.__dict__["__reduce_ex__"]
 
 
 def _reduced(module: nn.Module, protocol: Any) -> Any:
@@ -224,7 +230,6 @@ class Guard:
                 hook = Ours(functools.partial(self._went, index))
                 stack.callback(module.register_forward_hook(hook).remove)
                 forward = functools.partial(self._forward, index, module.forward)
-                functools.update_wrapper(forward, module.forward, updated=())
                 stack.enter_context(shadowed(module, "forward", forward))
             outer = self.modules[0]
             if hasattr(outer, "init_continuous_batching"):
