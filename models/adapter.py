@@ -21,6 +21,7 @@ from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
+from tokenprune.guard import eagerly
 from tokenprune.models.inputs import (
     channels_first,
     chat_prompt,
@@ -30,7 +31,7 @@ from tokenprune.models.inputs import (
     questions,
 )
 from tokenprune.observe import encoded as as_encoded
-from tokenprune.observe import observing
+from tokenprune.observe import watched
 from tokenprune.offload import execution_device
 from tokenprune.pictures import frames, picture
 from tokenprune.registry import adapters, strategies
@@ -622,9 +623,9 @@ class Adapter(ABC):
             if not signal.in_llm:
                 self._check_signal(signal, signal.name)
         moved = BatchFeature(dict(call)).to(self.device, self.model.dtype)
-        watching = observing(self, signals, encoder=part)
-        with watching, torch.inference_mode(False), torch.no_grad():
-            output = getattr(self.base, self.encoders[modality])(**moved)
+        encode = watched(self, modality, signals, encoder=part)
+        with eagerly(self.base), torch.inference_mode(False), torch.no_grad():
+            output = encode(**moved)
         return [feature.visual for feature in output.pooler_output]
 
     def encoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
