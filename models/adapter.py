@@ -23,6 +23,7 @@ from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
 from tokenprune.observe import encoded as as_encoded
 from tokenprune.observe import observing
+from tokenprune.offload import execution_device
 from tokenprune.registry import adapters, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -94,6 +95,13 @@ class Adapter(ABC):
         tower = self.vision_tower
         layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
         return layers
+
+    @property
+    def vision_positions(self) -> nn.Module:
+        """Table of the position embeddings of the vision tower."""
+        tower = self.vision_tower
+        table: nn.Module = getattr(tower, "vision_model", tower).embeddings.position_embedding
+        return table
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Attention module of encoder layer ``layer`` (negative counts from the end)."""
@@ -414,8 +422,7 @@ class Adapter(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        device: torch.device = self.model.device
-        return device
+        return execution_device(self.model)
 
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
         """``question`` in the model's chat template, behind the images and videos.

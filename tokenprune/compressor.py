@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenprune import budget
 from tokenprune.budget import Allocator, Proportional
 from tokenprune.errors import RetentionWarning, UserError, unknown
+from tokenprune.precision import autocasts, like_now, without_autocast
 from tokenprune.primitives import top_per_view
 from tokenprune.registry import Card, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens, moved
@@ -191,7 +192,11 @@ class Compressor(ABC):
         if self.retention == 1 or not len(layout.patches):
             chosen = Selection(layout.patches)
         else:
-            chosen = self.select(tokens)
+            device = tokens.features.device
+            if tokens.projector is not None and autocasts(device):
+                tokens = replace(tokens, projector=like_now(tokens.projector, device))
+            with without_autocast(device):
+                chosen = self.select(tokens)
             # The one wait for the device: places are checked and looked up on the host.
             chosen = replace(chosen, keep=chosen.keep.cpu())
             _check(self, tokens, chosen)

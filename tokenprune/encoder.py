@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,6 +25,8 @@ from tokenprune.attention import key_vectors
 from tokenprune.budget import Proportional, budget
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
+from tokenprune.offload import replaced_forward, resident
+from tokenprune.precision import without_autocast
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
 from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
 
@@ -238,23 +240,18 @@ def running(
         return
     full = adapter.layouts(call, modality)[0].view_sizes[0]
     session = _Session(adapter, compressor, budget(full, compressor.retention), call)
-    layers = list(adapter.vision_layers)
-    before = [layer.__dict__.get("forward") for layer in layers]
-    handles = [
-        adapter.vision_tower.register_forward_pre_hook(session.enter, with_kwargs=True),
-        adapter.vision_tower.register_forward_hook(session.leave),
-    ]
-    try:
-        for index, layer in enumerate(layers):
-            layer.forward = session.layer(index, layer)
+    tower = adapter.vision_tower
+    with ExitStack() as stack:
+        for handle in (
+            tower.register_forward_pre_hook(session.enter, with_kwargs=True),
+            tower.register_forward_hook(session.leave),
+        ):
+            stack.callback(handle.remove)
+        for index, layer in enumerate(adapter.vision_layers):
+            stack.enter_context(replaced_forward(layer, session.layer(index, layer)))
+        if session.shape != adapter.view_shape:  # the tower reads a table to interpolate it
+            stack.enter_context(resident(adapter.vision_positions))
         yield session.tower
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, own in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.forward = own
 
 
 def foreseen(
@@ -357,7 +354,7 @@ class _Session:
         if index < self.depth and self.compressor.reduces:
             keys = look()
             tower.key_width = keys.shape[-1]
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(states.device):
                 reduction = self.compressor.reduce(
                     EncoderTokens(
                         layer=index,

@@ -36,7 +36,14 @@ from transformers.masking_utils import create_causal_mask
 from tokenprune.attention import (
     proportional_mask,
 )
-from tokenprune.cache import CACHE, adopt, is_pruned, refuse_beyond_window, window_of
+from tokenprune.cache import (
+    CACHE,
+    adopt,
+    is_pruned,
+    refuse_beyond_window,
+    settle_layers,
+    window_of,
+)
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
@@ -807,6 +814,8 @@ class _Session:
         if opened is not None:
             self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
+        if state is not None and state.cache is not None:
+            settle_layers(state.cache, cut=state.packed or state.sizes is not None)
         if state is None or not state.packed:
             return None
         hidden = state.spread(output[0], state.columns)

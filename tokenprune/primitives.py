@@ -30,6 +30,7 @@ __all__ = [
     "max_min_diversity",
     "merge_weighted",
     "normalise",
+    "patch_table",
     "patches_by_plane",
     "patches_by_view",
     "project_thumbnail",
@@ -127,6 +128,15 @@ def patches_by_view(layout: TokenLayout) -> list[Tensor]:
     patches = layout.patches
     ordered = patches[layout.view[patches].argsort(stable=True)]
     return list(ordered.split(list(layout.view_sizes)))
+
+
+def patch_table(layout: TokenLayout) -> Tensor:
+    """(V, P) index of the patch token at each place of every view, -1 where none is left."""
+    rows, cols = layout.view_shape
+    table = layout.kind.new_full((layout.views, rows * cols), -1)
+    patches = layout.patches
+    table[layout.view[patches], layout.row[patches] * cols + layout.col[patches]] = patches
+    return table
 
 
 def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
