@@ -47,7 +47,7 @@ from tokenprune.experiments.results import (
 from tokenprune.experiments.sharing import Job, Plan, separate, together
 from tokenprune.experiments.views import references
 from tokenprune.models import testbed
-from tokenprune.models.adapter import Adapter
+from tokenprune.models.adapter import Adapter, without_weights
 from tokenprune.prefix import Prefix
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
@@ -59,6 +59,7 @@ __all__ = [
     "Runner",
     "Setting",
     "cells",
+    "check",
     "compare",
     "prepare",
     "run",
@@ -90,6 +91,7 @@ class Request:
         seeds: How many seeds a method that draws at random runs with; reported together.
         device: None for CUDA where there is one, otherwise the CPU.
         dtype: As in `tokenprune.load`.
+        trust_remote_code: As in `tokenprune.load`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
         max_new_tokens: Longest answer.
         match: Bring every method to the cost of `uniform` at each retention: ``tokens``, ``flops``
@@ -108,6 +110,7 @@ class Request:
     seeds: int = 1
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     out: Path | None = None
     max_new_tokens: int = 8
     match: Kind | None = None
@@ -520,7 +523,7 @@ def compare(
     for cell in columns:
         if cell.compressor:
             adapter.check(cell.compressor)
-    data.check_placeholders(questions, adapter.placeholder_texts)
+    data.check_placeholders(questions, adapter)
 
     surroundings = environment()
     experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
@@ -596,15 +599,41 @@ def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
     Raises:
         UserError: As `compare`.
     """
+    check_writable(request.out or Path("runs"))
+    questions = _checked_questions(request, report)
+    report(0, 0, f"loading {request.model}")
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = tp.load(
+        request.model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return Setting(adapter, questions)
+
+
+def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
+    """The questions of a comparison, of which every one can be asked; nothing is computed.
+
+    Images are decoded, the frames of a video are of one size, and marks in a question are as many
+    as its images, for which the model's configuration and processor are read.
+
+    Raises:
+        UserError: As `compare`, for what is found without weights.
+    """
+    questions = _checked_questions(request, report)
+    report(0, 0, f"reading the processor of {request.model}")
+    data.check_placeholders(questions, without_weights(request.model))
+    return questions
+
+
+def _checked_questions(request: Request, report: Report) -> list[Question]:
+    """The questions of ``request``, if it and they make sense by themselves."""
     _check_numbers(request)
     check_kind(request.match)
     cells([spec for spec in request.methods if spec != ALL], request.retention)
-    check_writable(request.out or Path("runs"))
     report(0, 0, "checking the questions")
-    questions = _questions(request)
-    report(0, 0, f"loading {request.model}")
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Setting(tp.load(request.model, device=device, dtype=request.dtype), questions)
+    return _questions(request)
 
 
 def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:

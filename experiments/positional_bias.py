@@ -29,6 +29,7 @@ from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments import data, plots, position_plots, rearrange
 from tokenprune.experiments.compare import cells
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
@@ -574,7 +575,7 @@ class Request:
         conditions: As in `positional_bias`.
         batch_size: Prompts that run at once; None for 50 on a testbed, otherwise 4.
         seed: Draws the testbed's images and the bootstrap samples.
-        device, dtype: As in `compare.Request`.
+        device, dtype, trust_remote_code: As in `compare.Request`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
     """
 
@@ -590,6 +591,7 @@ class Request:
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     out: Path | None = None
 
 
@@ -623,13 +625,18 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     questions, left_out = _questions(request)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(request.model, device=device, dtype=request.dtype)
+    adapter = tp.load(
+        request.model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
     methods, unfit = expanded(request.methods, lambda one: _check_method(adapter, one))
     compressors = _compressors(methods, request.retention)
     for compressor in compressors:
         _check_method(adapter, compressor)
     if adapter.has_language_model:
-        data.check_placeholders(questions, adapter.placeholder_texts)
+        data.check_placeholders(questions, adapter)
 
     surroundings = environment()
     experiment = _experiment(request, compressors, questions, adapter, surroundings["versions"])
@@ -774,6 +781,6 @@ def _write(path: Path, result: Result, questions: Sequence[Question], model: str
         tokens.to_parquet(temporary, index=False)
     for name, table in (("statistics", result.statistics), ("profiles", result.profiles)):
         with replace_file(path / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     for name, figure in position_plots.figures(result.tokens, result.statistics, model):
         plots.save(figure, path / "plots" / name)

@@ -25,6 +25,7 @@ from tokenprune.attention import key_vectors
 from tokenprune.budget import Proportional, budget
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
+from tokenprune.guard import bypassed
 from tokenprune.offload import replaced_forward, resident
 from tokenprune.precision import without_autocast
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
@@ -312,6 +313,8 @@ class _Session:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Behind the tower: spread what it returns over the patches of a full view."""
+        if len(self.tower.attended) < self.depth:
+            raise bypassed("the layers of the vision tower")
         states = [
             None if state is None else spread(state, group)
             for state, group in zip(output.hidden_states or (), self.tower.groups, strict=False)

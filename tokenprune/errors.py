@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RetentionWarning", "UnknownNameError", "UserError", "unknown"]
+__all__ = ["PictureWarning", "RetentionWarning", "UnknownNameError", "UserError", "unknown"]
 
 
 class UserError(ValueError):
@@ -14,6 +14,10 @@ class UserError(ValueError):
 
 class UnknownNameError(UserError, LookupError):
     """A name that nothing is registered under."""
+
+
+class PictureWarning(UserWarning):
+    """The values of a picture do not say which of them is black and which is white."""
 
 
 class RetentionWarning(UserWarning):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,15 +23,19 @@ __all__ = [
     "Device",
     "Dtype",
     "ImageSize",
+    "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
     "Model",
     "Out",
     "Patches",
+    "Plugin",
     "Questions",
     "Seed",
     "TextTokens",
+    "TrustRemoteCode",
     "closing",
+    "image_limit",
     "interrupted",
     "methods",
     "retention",
@@ -77,6 +82,12 @@ Out = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxImagePixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Refuse images of more pixels, undecoded. [default: 64000000]"
+    ),
+]
 Modality = Annotated[
     str | None,
     typer.Option(
@@ -114,6 +125,28 @@ TextTokens = Annotated[
     int,
     typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
 ]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE...",
+        help="Import a module first, which executes it, for the methods that it registers.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Execute Python code that comes with the model. Without it such a model is refused.",
+    ),
+]
+
+
+def image_limit(pixels: int | None) -> AbstractContextManager[None]:
+    """While open, ``--max-image-pixels`` holds."""
+    from tokenprune.pictures import pixel_limit
+
+    return nullcontext() if pixels is None else pixel_limit(pixels)
 
 
 def stoppable() -> float:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     FAILED,
     OK,
@@ -48,11 +49,12 @@ def compare(
         list[str] | None,
         options.methods(
             "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
-            "of yours: my_module:Mine. One before and one inside the language model: "
-            "'globalcom2@0.5 + fastv@0.5'.",
+            "of yours: my_module:Mine, whose module is executed. One before and one inside the "
+            "language model: 'globalcom2@0.5 + fastv@0.5'.",
             default="uniform random fastv globalcom2",
         ),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: Annotated[
@@ -63,7 +65,16 @@ def compare(
             "video), question, answer and optionally kind and id; paths are relative to the file.",
         ),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only see whether every question can be asked: images, frames, places of images "
+            "in the text. Needs no weights.",
+        ),
+    ] = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: Annotated[
@@ -71,6 +82,7 @@ def compare(
     ] = 1,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
     match: Annotated[
@@ -90,7 +102,8 @@ def compare(
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         asked: dict[str, Any] = {
             "model": model,
             "questions": questions,
@@ -101,6 +114,7 @@ def compare(
             "seeds": seeds,
             "device": device,
             "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
             "out": out,
             "max_new_tokens": max_new_tokens,
             "match": match,
@@ -112,8 +126,24 @@ def compare(
 
         from tokenprune.experiments.compare import Request
 
-        status = _compare(Request(**asked))
+        request = Request(**asked)
+        status = _check(request) if check else _compare(request)
     raise typer.Exit(status)
+
+
+def _check(request: Request) -> int:
+    """Say what could be asked; the exit status."""
+    from tokenprune.experiments.compare import check
+
+    quiet()
+    with progress() as report:
+        questions = check(request, report)
+    pictures = {picture.id for item in questions for picture in item.images}
+    typer.echo(
+        f"Questions: {len(questions)}, images and frames: {len(pictures)}. All can be asked of "
+        f"{request.model}; nothing was computed."
+    )
+    return OK
 
 
 def _compare(request: Request) -> int:
