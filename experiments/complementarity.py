@@ -105,6 +105,7 @@ def relative(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             if part is None or whole is None or not found:
                 continue
             both = part.merge(whole, on="question_id", suffixes=("", "_whole"))
+            both = both.dropna(subset=["correct", "correct_whole"])
             right, reference = (both[name].astype(float) for name in ("correct", "correct_whole"))
             low, high = bootstrap_ratio(right, reference, both["image_id"], seed=seed)
             if low == high and label != UNCOMPRESSED:  # nothing varies; that is no certainty

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tokenprune.experiments.compare import cells
 from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
+from tokenprune.experiments.failing import tried
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
 from tokenprune.experiments.position_statistics import (
     NORMAL,
@@ -287,6 +288,20 @@ def selector_bias(
     return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, report)
 
 
+def _asked(
+    compressor: Compressor,
+    cases: Sequence[_Case],
+    choices: Callable[[Compressor, Sequence[_Case]], Sequence[_Choice]],
+    batch_size: int,
+) -> list[Rows]:
+    """What a method chooses of all cases, some at once."""
+    rows: list[Rows] = []
+    for first in range(0, len(cases), batch_size):
+        some = cases[first : first + batch_size]
+        rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
+    return rows
+
+
 def _analysed(
     compressors: Sequence[Compressor],
     images: int,
@@ -311,15 +326,13 @@ def _analysed(
             report(done, total, f"{key[0]} at {key[1]:g}")
             done += len(here)
             mine = [case for case in batch if case.image in lacking.get(key, ())]
-            rows: list[Rows] = []
-            try:
-                for first in range(0, len(mine), batch_size):
-                    some = mine[first : first + batch_size]
-                    rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
-            except Exception as error:
-                failures[key] = Failure.of(error)
+            found = tried(partial(_asked, compressor, mine, choices, batch_size))
+            if isinstance(found, Failure):
+                failures[key] = found
+                # Perhaps it wrote to what the others are shown as well.
+                batch = [case for index in needed for case in cases(index)]
             else:
-                known.add(rows)
+                known.add(found)
     report(total, total, "statistics")
     tokens = joined([one for key in keys if key not in failures for one in known.rows(*key)])
     skipped = Counter(skip[1:] for skip in known.skipped)

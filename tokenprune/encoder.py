@@ -30,6 +30,7 @@ from tokenprune.offload import replaced_forward, resident
 from tokenprune.precision import without_autocast
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
 from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
+from tokenprune.untouched import untouched
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -357,19 +358,20 @@ class _Session:
         if index < self.depth and self.compressor.reduces:
             keys = look()
             tower.key_width = keys.shape[-1]
-            with torch.no_grad(), without_autocast(states.device):
-                reduction = self.compressor.reduce(
-                    EncoderTokens(
-                        layer=index,
-                        layers=self.depth,
-                        prefix=self.adapter.prefix_tokens,
-                        patches=self.shape[0] * self.shape[1],
-                        target=self.target,
-                        states=states.detach(),
-                        keys=keys,
-                        size=size,
-                    )
-                )
+            tokens = EncoderTokens(
+                layer=index,
+                layers=self.depth,
+                prefix=self.adapter.prefix_tokens,
+                patches=self.shape[0] * self.shape[1],
+                target=self.target,
+                states=states.detach(),
+                keys=keys,
+                size=size,
+            )
+            who = self.compressor.name or type(self.compressor).__name__
+            shown = {"states": states, "keys": keys, "size": size}
+            with torch.no_grad(), without_autocast(states.device), untouched(who, shown):
+                reduction = self.compressor.reduce(tokens)
         if reduction is None:
             tower.groups.append(group)
             return states

@@ -48,7 +48,7 @@ from tokenprune.cache import (
 )
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import ContractError, UserError, unknown
 from tokenprune.guard import Guard, Ours, bypassed, eagerly, plain_copies
 from tokenprune.ledger import (
     DecoderShape,
@@ -626,7 +626,7 @@ class _Session(threading.local):
                 key = (id(part), id(span.record)) if span.is_untouched else None
                 chosen = made.get(key)
                 if chosen is None:
-                    chosen = part(span.tokens)
+                    chosen = _choose(part, span, span.tokens)
                 if key is not None:
                     made[key] = chosen
                 state.charge(span.row, part, span.tokens, shown[span.row], chosen)
@@ -743,7 +743,7 @@ class _Session(threading.local):
             tokens = self.layers.tokens(state, span, part, index, whole, rows, once)
             chosen = self._recall(state, span, index)
             if chosen is None:
-                chosen = part(tokens)
+                chosen = _choose(part, span, tokens)
                 copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
                 state.charge(span.row, part, tokens, shown[span.row] + copies, chosen)
                 self._remember(state, span, index, chosen)
@@ -1021,6 +1021,15 @@ class _Session(threading.local):
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
+
+
+def _choose(part: Compressor, span: Span, tokens: VisualTokens) -> Selection:
+    """What ``part`` chooses of an image, which is named where it breaks the contract."""
+    try:
+        return part(tokens)
+    except ContractError as error:
+        where = f"{span.layout.modality} {span.image} of prompt {span.row}, both counted from 0"
+        raise ContractError(f"{error} ({where})") from error
 
 
 def _asked(kwargs: Kwargs, name: str, config: Any) -> bool:

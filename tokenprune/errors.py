@@ -5,11 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["PictureWarning", "RetentionWarning", "UnknownNameError", "UserError", "unknown"]
+__all__ = [
+    "ContractError",
+    "PictureWarning",
+    "RetentionWarning",
+    "UnknownNameError",
+    "UserError",
+    "unknown",
+]
 
 
 class UserError(ValueError):
     """Bad input, found before compute was spent."""
+
+
+class ContractError(UserError):
+    """A strategy did what none may do; the sentence says which, what, and of which image."""
 
 
 class UnknownNameError(UserError, LookupError):

@@ -85,6 +85,14 @@ def compare(
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
+    timeout_per_batch: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="What takes longer at once, such as a method that hangs on a batch of questions, "
+            "is stopped and reported as failed. [default: no limit]",
+        ),
+    ] = None,
     match: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +126,7 @@ def compare(
             "out": out,
             "max_new_tokens": max_new_tokens,
             "match": match,
+            "timeout_per_batch": timeout_per_batch,
         }
         if methods:
             asked["methods"] = tuple(method_specs(methods))
@@ -175,8 +184,10 @@ def _compare(request: Request) -> int:
         typer.echo(f"SKIPPED {name}: {why}")
     for cell, failure in outcome.failures.items():
         typer.echo(f"FAILED {cell}: {failure.error}")
+    for words in options.missing(outcome):
+        typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
-    return FAILED if outcome.failures else OK
+    return FAILED if outcome.failures or outcome.missing else OK
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
@@ -192,13 +203,16 @@ def _spreads(summary: pd.DataFrame) -> Iterator[str]:
 
 def _closing_words(outcome: Outcome, seconds: float) -> str:
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-    if not outcome.new and not outcome.failures:
+    if not (outcome.new or outcome.failures or outcome.missing):
         first = "Every answer was there already; nothing was computed again."
     else:
         first = f"{outcome.new} answers in {took}."
     words = f"{first}\nWritten to {outcome.folder}: answers.parquet, summary.csv, plots/"
     if outcome.failures:
         words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
+    if outcome.missing:
+        words += "\nWhy answers are missing is in manifest.json, tracebacks in answers.jsonl; the "
+        words += "same command asks for them again."
     return words
 
 
@@ -397,6 +411,8 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
     """Accuracy in percent and its interval."""
     if row["status"] != "ok":
         return "FAILED"
+    if math.isnan(row["accuracy"]):  # all of its answers are missing
+        return "-"
     value, low, high = (
         f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
     )
