@@ -377,6 +377,11 @@ def _check(
     batch_size: int,
 ) -> None:
     _check_names(conditions, levels)
+    if EXCHANGED in conditions and "selector" not in levels:
+        raise UserError(
+            f"{EXCHANGED} moves features under the thumbnail, which is made of the same pixels; "
+            "add the level 'selector' or leave the condition out."
+        )
     if not images:
         raise UserError("positional bias needs at least one image.")
     if prompts is not None and len(prompts) != len(images):

@@ -138,5 +138,5 @@ def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:
     if torch.equal(row, row_of) and torch.equal(col, col_of):  # nothing is missing
         return earlier
     distance = (row[:, None] - row_of).square() + (col[:, None] - col_of).square()
-    order = torch.arange(len(earlier))
+    order = torch.arange(len(earlier), device="cpu")
     return earlier[(distance * len(earlier) + order).argmin(1)]

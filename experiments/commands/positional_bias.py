@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,9 +160,13 @@ def _remarks(outcome: Outcome) -> Iterator[str]:
 
 def tables(statistics: pd.DataFrame) -> Iterator[Table]:
     """The findings as tables of at most 80 columns: in short, then condition by condition."""
+    from tokenprune.experiments.position_statistics import ALL, NORMAL
+
     for modality, part in statistics.groupby("modality", sort=False, observed=True):
         yield _overview(part, str(modality))
-        yield _by_condition(part)
+        conditions = [name for name in part["condition"].unique() if name not in (NORMAL, ALL)]
+        for first in range(0, len(conditions), 3):  # more would not fit
+            yield _by_condition(part, conditions[first : first + 3])
 
 
 def _overview(statistics: pd.DataFrame, modality: str) -> Table:
@@ -196,9 +200,7 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
     return table
 
 
-def _by_condition(statistics: pd.DataFrame) -> Table:
-    from tokenprune.experiments.position_statistics import ALL, NORMAL
-
+def _by_condition(statistics: pd.DataFrame, conditions: Sequence[str]) -> Table:
     table = new_table(
         title="What the choice follows, by condition",
         caption="Selector/pipeline: 1 content, ½ neither, 0 place, - cannot be told. Then by how "
@@ -208,7 +210,6 @@ def _by_condition(statistics: pd.DataFrame) -> Table:
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
-    conditions = [name for name in statistics["condition"].unique() if name not in (NORMAL, ALL)]
     for name in conditions:
         table.add_column(name, justify="right", no_wrap=True)
     for retention, method, rows in _cells(statistics):
