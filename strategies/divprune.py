@@ -48,7 +48,8 @@ class DivPrune(Compressor):
         patches = tokens.layout.patches
         if self.allocator is None:
             count = budget(len(patches), self.retention, "half-even")
-            return Selection(patches[max_min_diversity(tokens.features[patches], count)])
+            chosen = max_min_diversity(tokens.features[patches], count)
+            return Selection(patches[chosen].sort().values)
         norms = tokens.features.float().norm(dim=-1)
         counts = self.allocator.counts(tokens, norms, self.retention).tolist()
         views = patches_by_view(tokens.layout)

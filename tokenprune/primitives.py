@@ -15,6 +15,7 @@ __all__ = [
     "Matching",
     "bipartite_matching",
     "central_members",
+    "cosine_distances",
     "cover",
     "density_peaks",
     "dispersed",
@@ -316,13 +317,12 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
         count: How many of the P rows, at most P.
 
     Returns:
-        (count,) sorted indices.
+        (count,) indices in the order of the choice.
     """
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     if count < 1:
         return chosen
-    unit = F.normalize(features.float(), dim=-1)
-    distance = 1 - unit @ unit.T
+    distance = cosine_distances(features)
     closest = distance.clone().fill_diagonal_(torch.inf).amin(0)
     for step in range(count):
         # As a vector of one: a number as an index would make the host wait for it.
@@ -331,7 +331,13 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
         row = distance.index_select(0, index).squeeze(0)
         closest = row if step == 0 else torch.minimum(closest, row)
         closest.index_fill_(0, index, -torch.inf)
-    return chosen.sort().values
+    return chosen
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(P, P) float32 one minus the cosine of the rows (P, D)."""
+    unit = F.normalize(features.float(), dim=-1)
+    return 1 - unit @ unit.T
 
 
 def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
