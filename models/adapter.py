@@ -700,22 +700,22 @@ class Adapter(ABC):
             seed: Of the pixels.
             together: Whether they belong to one prompt.
         """
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
         views = max(self.layout(size, together=together).views for size in sizes)
         numbers = [len(sizes)] if together else [1] * len(sizes)
         made = {
-            "pixel_values": torch.randn(len(sizes), views, 3, side, side, generator=draw),
-            "image_sizes": torch.tensor(sizes),
-            "batch_num_images": torch.tensor(numbers),
+            "pixel_values": _pixels(draw, len(sizes), views, 3, side, side),
+            "image_sizes": torch.tensor(sizes, device="cpu"),
+            "batch_num_images": torch.tensor(numbers, device="cpu"),
         }
         return {name: made[name] for name in self.image_arguments}
 
     def dummy_video(self, frames: int, seed: int = 0) -> dict[str, Tensor]:
         """Random encoder inputs for one video of ``frames`` frames."""
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
-        return {"pixel_values_videos": torch.randn(1, frames, 3, side, side, generator=draw)}
+        return {"pixel_values_videos": _pixels(draw, 1, frames, 3, side, side)}
 
     def decode(self, ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """The newly generated text of every row."""
@@ -867,6 +867,11 @@ def _device(device: str | torch.device | None) -> torch.device | None:
             "PyTorch can see; use --device cpu."
         )
     return wanted
+
+
+def _pixels(draw: torch.Generator, *shape: int) -> Tensor:
+    """Random pixels on the CPU in float32, whatever the defaults of PyTorch are."""
+    return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
 def _nested(media: Sequence[Any] | None, prompts: int, what: str) -> list[list[Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, patches_by_view, top_per_view
+from tokenprune.primitives import ROUNDING, float_copy, patches_by_view, top_per_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import TokenLayout, VisualTokens, moved
 
@@ -111,8 +111,9 @@ class DyCoke(Compressor):
             others = _nearest(layout, patches, views[before]) if compared else patches
             here, other = (moved(index, features.device) for index in (patches, others))
             like = features[other] if compared else features[other].mean(0)
-            scores[here] = -F.cosine_similarity(features[here], like, dim=-1)
-        return Selection(top_per_view(tokens.layout, scores, torch.tensor(counts)))
+            alike = F.cosine_similarity(features[here], like, dim=-1)
+            scores[here] = -alike.clamp(max=1 - ROUNDING)
+        return Selection(top_per_view(tokens.layout, scores, torch.tensor(counts, device="cpu")))
 
     def flops(self, tokens: VisualTokens) -> float:
         """One cosine for every token, of two norms and a product."""
@@ -137,5 +138,5 @@ def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:
     if torch.equal(row, row_of) and torch.equal(col, col_of):  # nothing is missing
         return earlier
     distance = (row[:, None] - row_of).square() + (col[:, None] - col_of).square()
-    order = torch.arange(len(earlier))
+    order = torch.arange(len(earlier), device="cpu")
     return earlier[(distance * len(earlier) + order).argmin(1)]

@@ -111,10 +111,10 @@ class HoliTom(Compressor):
         frames = tokens.features.float()[moved(table.clamp(min=0), tokens.features.device)]
         still = (F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau).cpu()
         still &= there[1:] & there[:-1]
-        saved = torch.zeros(len(table), len(table))
+        saved = torch.zeros(len(table), len(table), dtype=torch.int64, device="cpu")
         for first in range(len(table) - 1):
             static = still[first:].cumprod(0).sum(1)
-            saved[first, first + 1 :] = static * (1 + torch.arange(len(static)))
+            saved[first, first + 1 :] = static * (1 + torch.arange(len(static), device="cpu"))
         groups = []
         for s, e in segments(saved):
             static = still[s:e].all(0) & (e > s)

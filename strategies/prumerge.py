@@ -169,12 +169,13 @@ def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Te
     """
     near = centres @ keys.T
     near[torch.arange(len(centres), device=near.device), own] = -torch.inf
-    return near.topk(min(count, len(keys) - 1), dim=-1).indices
+    found = near.argsort(dim=-1, descending=True, stable=True)
+    return found[:, : min(count, len(keys) - 1)]
 
 
 def outliers(scores: Tensor) -> int:
     """How many of ``scores`` (P,) lie above ``Q3 + 1.5 (Q3 - Q1)``, quartiles interpolated."""
-    low, high = scores.float().quantile(torch.tensor([0.25, 0.75], device=scores.device))
+    low, high = (scores.float().quantile(share) for share in (0.25, 0.75))
     return int((scores > high + 1.5 * (high - low)).sum())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.budget import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import patches_by_view
+from tokenprune.primitives import group_sums, patches_by_view, tally
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens, listed, moved
 
@@ -111,8 +111,8 @@ class VisionZip(Compressor):
         """``count`` targets among the indices ``rest`` (M,), and their new vectors."""
         targets, others, nearest = assigned(rest, count, keys)
         came = vectors[others].float()
-        sums = came.new_zeros(count, came.shape[1]).index_add_(0, nearest, came)
-        number = nearest.new_zeros(count).index_add_(0, nearest, torch.ones_like(nearest))[:, None]
+        sums = group_sums(came, nearest, count)
+        number = tally(nearest, count)[:, None]
         own = vectors[targets].float()
         if self.merge == "mean":
             return targets, (own + sums) / (1 + number)
@@ -132,7 +132,7 @@ def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Te
         the targets.
     """
     step = max(1, len(rest) // count)
-    other = torch.ones(len(rest), dtype=torch.bool)  # on the host, which knows all of this
+    other = torch.ones(len(rest), dtype=torch.bool, device="cpu")  # the host knows all of this
     other[: count * step : step] = False
     targets = rest[: count * step : step]
     others = rest[moved(listed(other), rest.device)]

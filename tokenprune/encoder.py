@@ -261,11 +261,14 @@ def foreseen(
     session = _Session(adapter, compressor, budget(layout.view_sizes[0], compressor.retention), {})
     rows, cols = adapter.view_shape
     tall, wide = adapter.patch_size
-    session.enter(None, (torch.zeros(layout.views, 1, rows * tall, cols * wide),), {})
-    tower, draw = session.tower, torch.Generator().manual_seed(seed)
+    pixels = torch.zeros(layout.views, 1, rows * tall, cols * wide, device="cpu")
+    session.enter(None, (pixels,), {})
+    tower, draw = session.tower, torch.Generator("cpu").manual_seed(seed)
     entries = adapter.prefix_tokens + session.shape[0] * session.shape[1]
     width = adapter.vision_width // adapter.vision_heads  # of keys, which cost by it
-    states = torch.randn(layout.views, entries, width, generator=draw)
+    states = torch.randn(
+        layout.views, entries, width, generator=draw, dtype=torch.float32, device="cpu"
+    )
     for index in range(len(adapter.vision_layers)):
         tower.attended.append(states.shape[1])
         states = session._reduced(index, states, functools.partial(torch.clone, states))

@@ -42,7 +42,7 @@ def crop_importance(
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
-    """Drop the highest-, the lowest- or a random crop by the thumbnail's score.
+    """Drop the highest-, the lowest- or a random crop by the thumbnail's mean score there.
 
     Prints what each costs, kind of question by kind of question, and separately where the object
     asked about lies in the dropped crop (known on the testbed, or from "place" in --data).
@@ -71,6 +71,11 @@ def crop_importance(
             result = crop_importance(request, report, score=score, layer=layer)
         if len(result.table):
             Console().print(table(result.table), "")
+        if result.uneven:
+            typer.echo(
+                f"In {result.uneven} of {result.crops['image_id'].nunique()} images the crops' "
+                "regions of the thumbnail differ in size: crops are ranked by the mean over theirs."
+            )
         if result.left_out:
             typer.echo(f"{result.left_out} questions were left out: fewer than two crops.")
         files = "crop_importance.csv, crops.csv, objects.csv, answers.parquet, plots/"
