@@ -84,15 +84,19 @@ class DART(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
-        image, text = self.pivots(tokens)
-        chosen = torch.cat([self._kept(tokens, image), *self.picks(tokens, image, text)])
-        return Selection(patches[chosen.sort().values])
+        norms = _norms(tokens[self.keys][patches])
+        image, text = self.pivots(tokens, norms)
+        picked, alike = self.picks(tokens, image, text)
+        chosen = torch.cat([self._kept(tokens, image), *picked]).sort().values
+        return Selection(patches[chosen], scores=torch.stack([norms, alike]))
 
-    def pivots(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-        """Which of the patch tokens and of the text tokens are pivots, the largest norm first."""
-        patches = tokens.layout.patches
-        image = _largest(tokens[self.keys][patches], self.image_pivots)
-        return image, _largest(tokens.text[self.keys].to(patches.device), self.text_pivots)
+    def pivots(self, tokens: VisualTokens, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the patch tokens, of these ``norms``, and of the text tokens are pivots.
+
+        The largest norm first.
+        """
+        words = _norms(tokens.text[self.keys].to(norms.device))
+        return _largest(norms, self.image_pivots), _largest(words, self.text_pivots)
 
     def order(self, tokens: VisualTokens, image: Tensor, text: Tensor) -> list[int]:
         """In which order the pivots pick: places among ``image`` and then ``text``."""
@@ -107,8 +111,13 @@ class DART(Compressor):
         most = len(image) if self.official else budget(len(tokens.layout.patches), self.retention)
         return image[:most]
 
-    def picks(self, tokens: VisualTokens, image: Tensor, text: Tensor) -> list[Tensor]:
-        """What each pivot in turn picks of the patch tokens, the least similar first."""
+    def picks(
+        self, tokens: VisualTokens, image: Tensor, text: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """What each pivot in turn picks of the patch tokens, the least similar first.
+
+        Beside it the cosines (P,) of the last one.
+        """
         patches, states = tokens.layout.patches, Signal("llm_states")
         unit = F.normalize(tokens[states][patches].float(), dim=-1)
         behind = F.normalize(tokens.text[states].to(patches.device)[text].float(), dim=-1)
@@ -123,13 +132,19 @@ class DART(Compressor):
         free[kept] = False
         picked = []
         for pivot, share in zip(pivots[self.order(tokens, image, text)], shares, strict=True):
-            alike = (unit @ pivot).masked_fill(~free, torch.inf)
-            picked.append(alike.argsort(stable=True)[: min(share, left)])
+            alike = unit @ pivot
+            order = alike.masked_fill(~free, torch.inf).argsort(stable=True)
+            picked.append(order[: min(share, left)])
             free[picked[-1]] = False
             left -= len(picked[-1])
-        return picked
+        return picked, alike
 
 
-def _largest(keys: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` vectors (P, C) of the largest L1 norm, the largest first."""
-    return keys.float().abs().sum(-1).argsort(descending=True, stable=True)[:count]
+def _norms(keys: Tensor) -> Tensor:
+    """(P,) L1 norms of the keys (P, C)."""
+    return keys.float().abs().sum(-1)
+
+
+def _largest(norms: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest ``norms`` (P,), the largest first."""
+    return norms.argsort(descending=True, stable=True)[:count]

@@ -97,7 +97,8 @@ class PruMerge(Compressor):
                 kept.append(patches[index])
                 merged.append(made)
         keep, order = torch.cat(kept).sort()
-        return Selection(keep, tokens.project(torch.cat(merged))[order])
+        made = tokens.project(torch.cat(merged))[order]
+        return Selection(keep, made, scores=scores[tokens.layout.patches])
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of centres with all patches, view by view, and the sums over neighbours."""

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, group_means, group_sums, tally, top_per_view
+from tokenprune.budget import rounded_up, surplus
+from tokenprune.compressor import Compressor, Selection, best
+from tokenprune.primitives import float_copy, group_means, group_sums, tally
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens, moved
 
@@ -83,6 +84,10 @@ class VidCom2(Compressor):
         mean = share.sum() / (sizes > 0).sum()
         return (self.retention * (1 + share - mean)).clamp(max=1) * (sizes > 0)
 
+    def limit(self, tokens: VisualTokens) -> int:
+        layout = tokens.layout
+        return rounded_up(layout, self.retention) + surplus(layout.view_sizes, self.retention)
+
     def flops(self, tokens: VisualTokens) -> float:
         """The variance of all channels, and differences to two centres, squared and summed."""
         return (3 + 2 * 4 * self.channels) * tokens.features.numel()
@@ -102,7 +107,7 @@ class VidCom2(Compressor):
         counts = counts.clamp(min=1).minimum(sizes)
         scores = to_video.new_zeros(len(tokens))
         scores[layout.patches] = -(to_video + to_frame)
-        return Selection(top_per_view(layout, scores, counts))
+        return Selection(best(self, tokens, scores, counts))
 
 
 def _kernel(unit: Tensor, centres: Tensor, which: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class VisionZip(Compressor):
         features = tokens.features[torch.cat(dominant)]
         if merged:
             features = torch.cat([features, tokens.project(torch.cat(merged))])
-        return Selection(keep, features[place])
+        return Selection(keep, features[place], scores=scores[tokens.layout.patches])
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of what is merged with its targets, view by view, and the sums."""

@@ -963,3 +963,13 @@ def test_bad_input(words: str, message: str, tmp_path: Path) -> None:
     assert found.exit_code == 2
     assert message in found.output
     assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize("condition", ["flip-lr", "flip-tb", "reversed-crops"])
+def test_photos_are_upright_before_they_are_flipped(condition: Any) -> None:
+    upright = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    photo = upright.rotate(90)
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees the other way
+    moved, expected = (move_pixels(one, condition, FULL, 4) for one in (photo, upright))
+    assert np.array_equal(np.asarray(moved), np.asarray(expected))

@@ -176,7 +176,8 @@ def test_pooling_knows_no_border_between_crops() -> None:
 
 def _diverse_slowly(features: Tensor, count: int) -> list[int]:
     unit = torch.nn.functional.normalize(features, dim=-1)
-    distance = (1 - unit @ unit.T).tolist()
+    cosines = unit @ unit.T  # of two nearest to each other the earlier is picked, whatever rounding
+    distance = (1 - torch.maximum(cosines, cosines.T)).tolist()
     everyone = range(len(features))
     nearest = [min(distance[j][i] for j in everyone if j != i) for i in everyone]
     chosen = [max(everyone, key=lambda i: nearest[i])]

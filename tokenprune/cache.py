@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from tokenprune.errors import UserError
+from tokenprune.guard import PAGED
 
 # What models and masks call their KV cache: transformers 5.24 renamed the argument.
 CACHE = (
@@ -23,6 +24,7 @@ __all__ = [
     "adopt",
     "is_pruned",
     "refuse_beyond_window",
+    "refuse_paged",
     "settle_layers",
     "window_of",
 ]
@@ -146,11 +148,6 @@ class PrunedLayer(DynamicLayer):
         self.sizes = None if self.sizes is None else self.sizes[index]
 
 
-def _entries(layer: DynamicLayer) -> int:
-    """How many tokens ``layer`` holds keys of."""
-    return layer.keys.shape[-2] if layer.keys is not None and layer.keys.numel() else 0
-
-
 def window_of(config: Any) -> int | None:
     """Length of the sliding window of a decoder with this configuration, or None."""
     windows = [getattr(one, "sliding_window", None) for one in DynamicCache(config=config).layers]
@@ -164,6 +161,11 @@ def refuse_beyond_window(length: int, window: int | None) -> None:
             f"the sequence has {length} tokens, more than the model's sliding window of {window}, "
             "which compression does not support; shorten the prompt or the generation."
         )
+
+
+def _entries(layer: DynamicLayer) -> int:
+    """How many tokens ``layer`` holds keys of."""
+    return layer.keys.shape[-2] if layer.keys is not None and layer.keys.numel() else 0
 
 
 def is_pruned(cache: Cache | None) -> bool:
@@ -185,6 +187,12 @@ def settle_layers(cache: Cache, *, cut: bool) -> None:
                 held = _entries(plain)
                 plain.update(layer.keys[:, :, held:], layer.values[:, :, held:])
                 cache.layers[index] = plain
+
+
+def refuse_paged(cache: Any) -> None:
+    """Raise `UserError` for a KV cache that does not keep its entries layer by layer."""
+    if cache is not None and not hasattr(cache, "layers"):
+        raise UserError(f"a {type(cache).__name__} is no KV cache of layers: {PAGED}")
 
 
 def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:

@@ -14,6 +14,7 @@ __all__ = [
     "ROUNDING",
     "ROUNDS",
     "Matching",
+    "best_per_view",
     "bipartite_matching",
     "central_members",
     "cosine_distances",
@@ -28,6 +29,7 @@ __all__ = [
     "group_sums",
     "kernel_density",
     "least_cutoff",
+    "lengths",
     "max_min_diversity",
     "merge_weighted",
     "normalise",
@@ -83,23 +85,44 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
         (M,) sorted indices into the N entries; on the CPU where the counts are on another device,
         which has to be waited for to learn how many they are.
     """
+    ranked, kept = _ranked_per_view(layout, scores, counts)
+    if counts.device.type != "cpu":
+        return listed(_as_mask(ranked, kept, len(layout)))
+    total = sum(map(min, counts.tolist(), layout.view_sizes))
+    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+
+
+def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
+    """(N,) bool which entries `top_per_view` lists, on the device of the scores, without a wait."""
+    return _as_mask(*_ranked_per_view(layout, scores, counts), len(layout))
+
+
+def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) indices of the patch tokens, best first, and which are among the best of their view."""
     layout = layout.to(scores.device)
     order = scores[layout.patches].float().argsort(descending=True, stable=True)
     ranked = layout.patches[order]
     view = layout.view[ranked]
-    kept = _rank_in_group(view) < moved(counts, view.device)[view]
-    if counts.device.type != "cpu":
-        mask = torch.zeros(len(layout), dtype=torch.bool, device=view.device)
-        mask[ranked] = kept
-        return listed(mask)
-    total = sum(map(min, counts.tolist(), layout.view_sizes))
-    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+    return ranked, _rank_in_group(view) < moved(counts, view.device)[view]
+
+
+def _as_mask(index: Tensor, which: Tensor, size: int) -> Tensor:
+    """(size,) bool, ``which`` (P,) at ``index`` (P,)."""
+    mask = torch.zeros(size, dtype=torch.bool, device=index.device)
+    mask[index] = which
+    return mask
 
 
 def top(scores: Tensor, count: int) -> Tensor:
     """Sorted indices of the ``count`` highest of the scores (P,), earlier ones first on ties."""
     order = scores.float().argsort(descending=True, stable=True)
     return order[:count].sort().values
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """(P,) Euclidean norms of ``vectors`` (P, D), summed up in float32 without a copy of them."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+    return norms
 
 
 def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     FAILED,
     OK,
@@ -50,6 +51,7 @@ def positional_bias(
         list[str] | None,
         options.methods("As for compare.", "uniform random last fastv globalcom2"),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     images: Annotated[
         int | None,
@@ -62,6 +64,7 @@ def positional_bias(
             help="Your own questions, JSON lines as for compare; each image or video is used once.",
         ),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: Annotated[
         str | None,
         typer.Option(metavar="image|video", help="[default: image, or all of --data]"),
@@ -84,6 +87,7 @@ def positional_bias(
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
 ) -> None:
     """Test whether methods choose tokens by what they show or by where they lie.
@@ -95,7 +99,8 @@ def positional_bias(
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         asked: dict[str, Any] = {
             "model": model,
             "paths": tuple(paths or ()),
@@ -106,6 +111,7 @@ def positional_bias(
             "seed": seed,
             "device": device,
             "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
             "out": out,
         }
         if methods:

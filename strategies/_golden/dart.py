@@ -28,13 +28,13 @@ def dart(case: Case) -> Verdict:
         {strategy.keys: keys[image], Signal("llm_states"): states[image]},
         text={strategy.keys: keys[text], Signal("llm_states"): states[text]},
     )
-    pivots, behind = strategy.pivots(tokens)
+    pivots, behind = strategy.pivots(tokens, keys[image].abs().sum(-1))
     verdict.same("image_pivots", start + pivots, given["image_pivots"])
     verdict.same("text_pivots", start + length + behind, given["text_pivots"])
     places = torch.cat([start + pivots, start + length + behind])
     order = strategy.order(tokens, pivots, behind)
     verdict.same("pivot_order", places[order], given["pivot_order"])
-    picked = strategy.picks(tokens, pivots, behind)
+    picked, _ = strategy.picks(tokens, pivots, behind)
     verdict.same("picked", start + torch.stack(picked), given["picked"])
     verdict.same("kept", start + strategy.select(tokens).keep, given["kept"])
     return verdict
