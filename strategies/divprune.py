@@ -49,7 +49,8 @@ class DivPrune(Compressor):
         if self.allocator is None:
             count = budget(len(patches), self.retention, "half-even")
             features = tokens.features[patches]
-            return Selection(patches[max_min_diversity(features, count)], scores=lengths(features))
+            chosen = max_min_diversity(features, count).sort().values
+            return Selection(patches[chosen], scores=lengths(features))
         norms = tokens.features.float().norm(dim=-1)
         counts = self.allocator.counts(tokens, norms, self.retention).tolist()
         views = patches_by_view(tokens.layout)

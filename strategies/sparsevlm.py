@@ -171,11 +171,22 @@ class SparseVLM(Compressor):
         patches, others = tokens.layout.patches, ~self.raters(tokens).to(tokens.features.device)
         if self.version == "1.0":
             return tokens[ROWS][patches].float().masked_fill(others, 0)
+        corrected = self.corrected(tokens)
+        return corrected[..., self.best_heads(corrected)].mean(-1)
+
+    def best_heads(self, corrected: Tensor) -> Tensor:
+        """Which heads rate, of the raters' attention (P, T, H), the keenest first."""
+        return corrected.sum((0, 1)).argsort(descending=True, stable=True)[: self.heads]
+
+    def corrected(self, tokens: VisualTokens) -> Tensor:
+        """(P, T, H) attention over its positional part, 0 of text that does not rate, float32."""
+        patches, others = tokens.layout.patches, ~self.raters(tokens).to(tokens.features.device)
         rotary = tokens[ROTARY][patches].float()[..., None]
-        corrected = tokens[HEADS][patches].float() / rotary
-        corrected = corrected.masked_fill(others[:, None], 0)
-        order = corrected.sum((0, 1)).argsort(descending=True, stable=True)
-        return corrected[..., order[: self.heads]].mean(-1)
+        return (tokens[HEADS][patches].float() / rotary).masked_fill(others[:, None], 0)
+
+    def recycle_of(self, order: Tensor, kept: int) -> Tensor:
+        """Those of the ranked patches behind the ``kept`` first that are merged, best first."""
+        return order[kept:][: self._recycled(len(order) - kept)]
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
@@ -185,7 +196,7 @@ class SparseVLM(Compressor):
         order = scores.argsort(descending=True, stable=True)
         if not clusters:
             return Selection(patches[order[:kept].sort().values], scores=scores)
-        recycled = patches[order[kept:][: self._recycled(len(order) - kept)]]
+        recycled = patches[self.recycle_of(order, kept)]
         vectors = tokens.features[recycled].float()
         centres, cluster = density_peaks(vectors, clusters)
         merged = group_means(vectors, cluster, clusters)

@@ -54,14 +54,19 @@ class VidCom2(Compressor):
         ),
     )
 
-    def resemblance(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-        """(P,) float32 each: resemblance of the patch tokens to the video, and to their frame."""
-        layout, patches, features = tokens.layout, tokens.layout.patches, tokens.features
+    def calm(self, tokens: VisualTokens) -> Tensor:
+        """Sorted indices of the channels of the lowest variance over all patch tokens."""
+        patches, features = tokens.layout.patches, tokens.features
         # A part of the channels, or of the tokens, at a time: float32 copies of all take memory.
         parts = features.split(PART, dim=1)
         varies = torch.cat([part[patches].float().var(0, unbiased=False) for part in parts])
         count = max(1, int(features.shape[1] * self.channels))
-        calm = varies.argsort(stable=True)[:count].sort().values
+        return varies.argsort(stable=True)[:count].sort().values
+
+    def resemblance(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+        """(P,) float32 each: resemblance of the patch tokens to the video, and to their frame."""
+        layout, patches, features = tokens.layout, tokens.layout.patches, tokens.features
+        calm = self.calm(tokens)
         unit = F.normalize(features[patches[:, None], calm].float(), dim=-1)
         view = layout.view[patches]
         frames = group_means(unit, view, layout.views)

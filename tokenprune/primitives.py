@@ -17,6 +17,7 @@ __all__ = [
     "best_per_view",
     "bipartite_matching",
     "central_members",
+    "cosine_distances",
     "cover",
     "density_peaks",
     "dispersed",
@@ -357,13 +358,12 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
         count: How many of the P rows, at most P.
 
     Returns:
-        (count,) sorted indices.
+        (count,) indices in the order of the choice.
     """
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     if count < 1:
         return chosen
-    unit = F.normalize(features.float(), dim=-1)
-    distance = torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
+    distance = cosine_distances(features)
     others = distance.clone().fill_diagonal_(torch.inf)
     closest = torch.minimum(others.amin(0), others.amin(1))  # rounding is not symmetric
     del others
@@ -374,7 +374,13 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
         row = distance.index_select(0, index).squeeze(0)
         closest = row if step == 0 else torch.minimum(closest, row)
         closest.index_fill_(0, index, -torch.inf)
-    return chosen.sort().values
+    return chosen
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(P, P) float32 one minus the cosine of the rows (P, D); 0 up to `ROUNDING`."""
+    unit = F.normalize(features.float(), dim=-1)
+    return torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
 
 
 def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
