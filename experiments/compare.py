@@ -51,7 +51,7 @@ from tokenprune.experiments.results import (
 from tokenprune.experiments.sharing import Job, Plan, separate, together
 from tokenprune.experiments.views import references
 from tokenprune.models import testbed
-from tokenprune.models.adapter import Adapter
+from tokenprune.models.adapter import Adapter, without_weights
 from tokenprune.prefix import Prefix
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
@@ -63,6 +63,7 @@ __all__ = [
     "Runner",
     "Setting",
     "cells",
+    "check",
     "compare",
     "prepare",
     "run",
@@ -637,7 +638,7 @@ def compare(
     for cell in columns:
         if cell.compressor:
             adapter.check(cell.compressor)
-    data.check_placeholders(questions, adapter.placeholder_texts)
+    data.check_placeholders(questions, adapter)
 
     surroundings = environment()
     experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
@@ -725,16 +726,36 @@ def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
     Raises:
         UserError: As `compare`.
     """
+    check_writable(request.out or Path("runs"))
+    questions = _checked_questions(request, report)
+    report(0, 0, f"loading {request.model}")
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Setting(tp.load(request.model, device=device, dtype=request.dtype), questions)
+
+
+def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
+    """The questions of a comparison, of which every one can be asked; nothing is computed.
+
+    Images are decoded, the frames of a video are of one size, and marks in a question are as many
+    as its images, for which the model's configuration and processor are read.
+
+    Raises:
+        UserError: As `compare`, for what is found without weights.
+    """
+    questions = _checked_questions(request, report)
+    report(0, 0, f"reading the processor of {request.model}")
+    data.check_placeholders(questions, without_weights(request.model))
+    return questions
+
+
+def _checked_questions(request: Request, report: Report) -> list[Question]:
+    """The questions of ``request``, if it and they make sense by themselves."""
     _check_numbers(request)
     check_time_limit(request.timeout_per_batch)
     check_kind(request.match)
     cells([spec for spec in request.methods if spec != ALL], request.retention)
-    check_writable(request.out or Path("runs"))
     report(0, 0, "checking the questions")
-    questions = _questions(request)
-    report(0, 0, f"loading {request.model}")
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Setting(tp.load(request.model, device=device, dtype=request.dtype), questions)
+    return _questions(request)
 
 
 def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:

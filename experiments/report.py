@@ -26,6 +26,7 @@ import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.experiments import plots
 from tokenprune.experiments.compare import cells
+from tokenprune.experiments.csv_files import read_csv
 from tokenprune.experiments.data import (
     Modality,
     Picture,
@@ -248,7 +249,7 @@ def _summary(folder: Path, answers: pd.DataFrame, manifest: Mapping[str, Any]) -
     """As `summarise`, of a finished run with the references, which have no retention."""
     file, journal = folder / "summary.csv", folder / "answers.jsonl"
     if file.exists() and journal.exists() and file.stat().st_mtime >= journal.stat().st_mtime:
-        found = pd.read_csv(file)
+        found = read_csv(file)
     else:
         found = summarise(answers, seed=manifest["experiment"]["seed"])
     return found[~(found["retention"] >= 1) | (found["method"] == UNCOMPRESSED)]

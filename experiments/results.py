@@ -34,6 +34,7 @@ import pandas as pd
 import tokenprune
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Question, normalise
 from tokenprune.ledger import FIGURES, WHOLE_FIGURES
 
@@ -344,7 +345,7 @@ class RunFolder:
         with replace_file(self.path / "answers.parquet") as temporary:
             answers.to_parquet(temporary, index=False)
         with replace_file(self.path / "summary.csv") as temporary:
-            summary.to_csv(temporary, index=False)
+            write_csv(summary, temporary)
 
     def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
         """Enter into the manifest how this session ended, and let go of the folder."""

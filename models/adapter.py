@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
@@ -21,8 +21,19 @@ from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
+from tokenprune.guard import eagerly
+from tokenprune.models.inputs import (
+    channels_first,
+    chat_prompt,
+    clips_by_prompt,
+    images_by_prompt,
+    listed,
+    questions,
+)
 from tokenprune.observe import encoded as as_encoded
-from tokenprune.observe import observing
+from tokenprune.observe import watched
+from tokenprune.offload import execution_device
+from tokenprune.pictures import frames, picture
 from tokenprune.registry import adapters, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -31,7 +42,7 @@ if TYPE_CHECKING:
 
     from tokenprune.engine import Chosen
 
-__all__ = ["Adapter", "host_of", "load", "read_config"]
+__all__ = ["Adapter", "host_of", "load", "read_config", "without_weights"]
 
 
 class Adapter(ABC):
@@ -94,6 +105,13 @@ class Adapter(ABC):
         tower = self.vision_tower
         layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
         return layers
+
+    @property
+    def vision_positions(self) -> nn.Module:
+        """Table of the position embeddings of the vision tower."""
+        tower = self.vision_tower
+        table: nn.Module = getattr(tower, "vision_model", tower).embeddings.position_embedding
+        return table
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Attention module of encoder layer ``layer`` (negative counts from the end)."""
@@ -414,35 +432,20 @@ class Adapter(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        device: torch.device = self.model.device
-        return device
+        return execution_device(self.model)
 
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
-        """``question`` in the model's chat template, behind the images and videos.
+        """``question`` in the model's chat template, with its images and videos.
 
-        A question that already has one placeholder for each is taken as it is.
+        These stand where the question marks them (``<image>\\nWhat is this?``), or else in front.
+        A text that has the turn markers of the template already is taken as it is; so is, without a
+        chat template, any text with marks.
 
         Raises:
-            UserError: It has placeholders, but not as many as images or videos.
+            UserError: It has marks, but not as many as images or videos.
         """
-        texts = self.placeholder_texts
-        found = {modality: question.count(text) for modality, text in texts.items()}
-        given = dict(zip(self.encoders, (images, videos), strict=False))
-        for modality, count in found.items():
-            if any(found.values()) and count != given[modality]:
-                raise UserError(
-                    f"the prompt {question[:60]!r} has {count} {texts[modality]!r} placeholders "
-                    f"but {given[modality]} {modality}s; write one for each, or none to have them "
-                    "put in front."
-                )
-        if any(found.values()):
-            return question
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * images + [{"type": "video"}] * videos
-            message = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-            text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-            return str(text)
-        return "".join(f"{texts[name]}\n" * count for name, count in given.items()) + question
+        counts = dict(zip(self.encoders, (images, videos), strict=False))
+        return chat_prompt(question, self.processor, counts, self.placeholder_texts)
 
     @property
     def placeholder_texts(self) -> dict[str, str]:
@@ -457,26 +460,29 @@ class Adapter(ABC):
 
     def prepare(
         self,
-        images: Sequence[Image | Sequence[Image]] | None,
+        images: Sequence[Any] | None,
         prompts: Sequence[str],
         videos: Sequence[Any] | None = None,
     ) -> Any:
         """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
 
         Args:
-            images: For every prompt an image or a list of images (empty for text only).
-            prompts: Questions, or full prompts with placeholders.
-            videos: For every prompt a video or a list of videos (empty for none).  A video is a
-                list of images or an array (frames, height, width, 3) of 8-bit RGB; the videos of
-                one call must have equally many frames, because the model stacks them.
+            images: For every prompt an image or a list of images (empty for text only), each
+                anything that `pictures.picture` takes: PIL images, paths, open files, arrays, ...
+            prompts: Questions, which may mark the places of their images and videos, or finished
+                prompts (`prompt`).
+            videos: For every prompt a video or a list of videos (empty for none), each anything
+                that `pictures.frames` takes: lists of images, arrays, animated images, ...; the
+                videos of one call must have equally many frames, because the model stacks them.
 
         Raises:
-            UserError: As many prompts as image and video lists are needed, placeholders must
-                match, and the model must take videos.
+            UserError: As many prompts as image and video lists are needed, marks must match, the
+                model must take videos, and images and videos must be readable.
         """
         self.require_language_model()
-        stills = _nested(images, len(prompts), "image")
-        moving = [[_frames(v) for v in some] for some in _nested(videos, len(prompts), "video")]
+        prompts = questions(prompts)
+        pictures = images_by_prompt(images, len(prompts))
+        moving = clips_by_prompt(videos, len(prompts))
         clips = [video for some in moving for video in some]
         self._check_videos(clips)
         if len({len(clip) for clip in clips}) > 1:
@@ -487,10 +493,9 @@ class Adapter(ABC):
             )
         texts = [
             self.prompt(question, len(some), len(many))
-            for question, some, many in zip(prompts, stills, moving, strict=True)
+            for question, some, many in zip(prompts, pictures, moving, strict=True)
         ]
-        pictures = [[image.convert("RGB") for image in some] for some in stills]
-        media = {"videos": clips} if clips else {}
+        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
         batch = self.processor(
             images=self.grouped(pictures) if any(pictures) else None,
             text=texts,
@@ -513,7 +518,7 @@ class Adapter(ABC):
 
     def encode(
         self,
-        images: Sequence[Image],
+        images: Sequence[Any],
         signals: Iterable[Signal] = (),
         compressor: Compressor | None = None,
         *,
@@ -522,7 +527,7 @@ class Adapter(ABC):
         """Run the vision tower once over ``images``.
 
         Args:
-            images: Any number.
+            images: Any number, each anything that `pictures.picture` takes.
             signals: What to compute on the way.
             compressor: A method that acts inside the tower, or a chain that begins with one; what
                 else is in it does not matter here.
@@ -532,15 +537,15 @@ class Adapter(ABC):
             For every image its packed features with layout and ``signals``; hand them to
             `assemble` as often as you like.
         """
-        if not images:
+        pictures = [picture(image) for image in listed(images, "image")]
+        if not pictures:
             return []
-        pictures = [image.convert("RGB") for image in images]
         grouped = self.grouped([pictures] if together else [[image] for image in pictures])
         batch = self.processor.image_processor(grouped, return_tensors="pt")
         return self._encode("image", self.encoder_inputs(batch), signals, compressor)
 
     def choose(
-        self, compressor: Compressor | str, images: Sequence[Image], **fields: Any
+        self, compressor: Compressor | str, images: Sequence[Any], **fields: Any
     ) -> list[Chosen]:
         """What a method that acts inside the vision tower or right behind it keeps of each image.
 
@@ -548,7 +553,7 @@ class Adapter(ABC):
 
         Args:
             compressor: A `Compressor` or a spec such as ``"globalcom2"``.
-            images: Any number, each by itself.
+            images: Any number, each by itself; as in `encode`.
             **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
         Raises:
@@ -593,10 +598,12 @@ class Adapter(ABC):
         Returns:
             As `encode`.
         """
+        videos = listed(videos, "video")
         self._check_videos(videos)
         found = []
         for video in videos:
-            batch = self.processor.video_processor([_frames(video)], return_tensors="pt")
+            clip = channels_first(frames(video))
+            batch = self.processor.video_processor([clip], return_tensors="pt")
             call = {"pixel_values_videos": batch["pixel_values_videos"]}
             found += self._encode("video", call, signals, compressor)
         return found
@@ -616,9 +623,9 @@ class Adapter(ABC):
             if not signal.in_llm:
                 self._check_signal(signal, signal.name)
         moved = BatchFeature(dict(call)).to(self.device, self.model.dtype)
-        watching = observing(self, signals, encoder=part)
-        with watching, torch.inference_mode(False), torch.no_grad():
-            output = getattr(self.base, self.encoders[modality])(**moved)
+        encode = watched(self, modality, signals, encoder=part)
+        with eagerly(self.base), torch.inference_mode(False), torch.no_grad():
+            output = encode(**moved)
         return [feature.visual for feature in output.pooler_output]
 
     def encoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -643,7 +650,7 @@ class Adapter(ABC):
         """
         self.require_language_model()
         texts = []
-        for some, question in zip(encoded, prompts, strict=True):
+        for some, question in zip(encoded, questions(prompts), strict=True):
             lengths: dict[str, list[int]] = {name: [] for name in self.encoders}
             for tokens in some:
                 lengths[tokens.layout.modality].append(0 if blind else len(tokens))
@@ -693,22 +700,22 @@ class Adapter(ABC):
             seed: Of the pixels.
             together: Whether they belong to one prompt.
         """
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
         views = max(self.layout(size, together=together).views for size in sizes)
         numbers = [len(sizes)] if together else [1] * len(sizes)
         made = {
-            "pixel_values": torch.randn(len(sizes), views, 3, side, side, generator=draw),
-            "image_sizes": torch.tensor(sizes),
-            "batch_num_images": torch.tensor(numbers),
+            "pixel_values": _pixels(draw, len(sizes), views, 3, side, side),
+            "image_sizes": torch.tensor(sizes, device="cpu"),
+            "batch_num_images": torch.tensor(numbers, device="cpu"),
         }
         return {name: made[name] for name in self.image_arguments}
 
     def dummy_video(self, frames: int, seed: int = 0) -> dict[str, Tensor]:
         """Random encoder inputs for one video of ``frames`` frames."""
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
-        return {"pixel_values_videos": torch.randn(1, frames, 3, side, side, generator=draw)}
+        return {"pixel_values_videos": _pixels(draw, 1, frames, 3, side, side)}
 
     def decode(self, ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """The newly generated text of every row."""
@@ -792,6 +799,24 @@ def load(
     return family(model, processor, folder)
 
 
+def without_weights(name: str) -> Adapter:
+    """The adapter of a model with its processor, but with nothing to compute with.
+
+    Args:
+        name: As in `load`.
+
+    Raises:
+        UserError: There is no such model, or no adapter for its class.
+    """
+    import transformers
+
+    config = read_config(name)
+    _, family = host_of(config)
+    where, folder, _ = _source(name)
+    model: Any = SimpleNamespace(config=config)
+    return family(model, transformers.AutoProcessor.from_pretrained(where), folder)
+
+
 def _source(name: str) -> tuple[str, Path | None, bool]:
     """What ``from_pretrained`` takes for ``name``, its folder if it is one, whether embedded."""
     from tokenprune.models import testbed
@@ -862,37 +887,6 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     return wanted
 
 
-def _nested(media: Sequence[Any] | None, prompts: int, what: str) -> list[list[Any]]:
-    """For every prompt the list of its images or videos."""
-    lists = [
-        list(some) if isinstance(some, Sequence) and not _is_video(some, what) else [some]
-        for some in (media if media is not None else [[]] * prompts)
-    ]
-    if len(lists) != prompts:
-        raise UserError(f"{len(lists)} {what} lists for {prompts} prompts; give one per prompt.")
-    return lists
-
-
-def _is_video(some: Sequence[Any], what: str) -> bool:
-    """Whether a list is the frames of one video, not a list of videos."""
-    return what == "video" and len(some) > 0 and hasattr(some[0], "convert")
-
-
-def _frames(video: Any) -> np.ndarray[Any, Any]:
-    """(frames, height, width, 3) uint8 of a video given as images or as an array."""
-    if isinstance(video, Sequence):
-        sizes = {image.size for image in video}
-        if len(sizes) != 1:
-            raise UserError(
-                f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
-                if video
-                else "a video needs at least one frame, got an empty list."
-            )
-        return np.stack([np.asarray(image.convert("RGB")) for image in video])
-    array = np.asarray(video)
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not len(array):
-        raise UserError(
-            "a video is a list of images or an array (frames, height, width, 3) of 8-bit RGB, got "
-            f"{array.dtype} of shape {array.shape}."
-        )
-    return array
+def _pixels(draw: torch.Generator, *shape: int) -> Tensor:
+    """Random pixels on the CPU in float32, whatever the defaults of PyTorch are."""
+    return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")

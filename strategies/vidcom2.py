@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.budget import rounded_up, surplus
 from tokenprune.compressor import Compressor, Selection, best
-from tokenprune.primitives import float_copy, group_means, tally
+from tokenprune.primitives import float_copy, group_means, group_sums, tally
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens, moved
 
@@ -73,7 +73,7 @@ class VidCom2(Compressor):
         layout = tokens.layout
         view = layout.view[layout.patches]
         sizes = tally(view, layout.views)
-        sums = to_video.new_zeros(layout.views).index_add_(0, view, to_video)
+        sums = group_sums(to_video, view, layout.views)
         score = torch.where(sizes > 0, -sums / sizes.clamp(min=1), -torch.inf)
         share = ((score - score.max()) / self.temperature).softmax(0)
         mean = share.sum() / (sizes > 0).sum()
@@ -109,5 +109,5 @@ def _kernel(unit: Tensor, centres: Tensor, which: Tensor) -> Tensor:
     """(P,) ``G`` of tokens (P, C) and the centre of each, ``which`` (P,) of the centres (V, C)."""
     parts = zip(unit.split(PART), which.split(PART), strict=True)
     squared = torch.cat([(rows - centres[own]).square().sum(-1) for rows, own in parts])
-    scales = moved(torch.tensor(SCALES), unit.device)
+    scales = moved(torch.tensor(SCALES, dtype=unit.dtype, device="cpu"), unit.device)
     return (-squared[:, None] / (2 * scales)).exp().sum(-1)

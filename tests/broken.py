@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenprune import cache, encoder, engine, llm_signals, observe
+from tokenprune import cache, encoder, engine, guard, llm_signals, observe
 from tokenprune.attention import Projections
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage, parse
 from tokenprune.engine import Trace, _Session
 from tokenprune.errors import UserError
+from tokenprune.guard import Guard
 from tokenprune.models.adapter import Adapter
 from tokenprune.passes import Pass
 from tokenprune.primitives import top_per_view
@@ -710,13 +711,29 @@ def _lets_attentions_pass(original: Any, kwargs: Any, name: str, config: Any) ->
 
 
 def _tells_of_every_prompt(patch: pytest.MonkeyPatch) -> None:
-    nothing = property(lambda trace: False, lambda trace, value: None)
-    patch.setattr(Trace, "has_images", nothing, raising=False)
+    patch.setattr(Trace, "has_images", property(lambda trace: False))
 
 
 def _tells_too_early(original: Any, self: _Session, state: Pass, *args: Any) -> Any:
-    self.trace.selections = state.selections
+    self.trace._tell(self.trace._told._replace(selections=state.selections))
     return original(self, state, *args)
+
+
+def _goes_straight_on(
+    original: Any, self: Guard, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return forward(*args, **kwargs)
+
+
+def _shares_one_state(patch: pytest.MonkeyPatch) -> None:
+    body = {name: held for name, held in vars(_Session).items() if name != "__weakref__"}
+    patch.setattr(engine, "_Session", type("_Session", (), body))
+
+
+def _copies_attributes(original: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The hooks go, but what was put on the module itself stays."""
+    plain = {name: held for name, held in state.items() if not isinstance(held, guard.Ours)}
+    return {**state, **original(plain)}
 
 
 # -- one or more for every check -----------------------------------------------------------------
@@ -895,6 +912,18 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_static_cache_refused": _host(_replaced(_Session, "_enter", lambda *args: None)),
     "check_leaving_refused": _host(_replaced(PrunedLayer, "update", DynamicLayer.update)),
     "check_scattered_embeds_warn": _host(_replaced(_Session, "_warn_blind", lambda self: None)),
+    "check_compiled": _host(
+        _replaced(engine, "eagerly", lambda model: nullcontext()), strategy="fastv"
+    ),
+    "check_nothing_bypasses": _host(
+        _wrapped(Guard, "_forward", _goes_straight_on),
+        _replaced(Guard, "_went", lambda *args: None),
+    ),
+    "check_threads": _host(_shares_one_state, _replaced(Guard, "admit", lambda self: None)),
+    "check_copies_are_plain": _host(
+        _replaced(engine, "plain_copies", lambda modules: nullcontext()),
+        _wrapped(guard, "_without_ours", _copies_attributes),
+    ),
 }
 
 SOUND = Sound(retention=0.4)

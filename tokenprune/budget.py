@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UserError, unknown
-from tokenprune.primitives import regions, summary_distance, tally
+from tokenprune.primitives import group_sums, regions, summary_distance, tally
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, moved
 
 __all__ = [
@@ -153,7 +153,8 @@ class Proportional(Allocator):
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
-        return torch.tensor(apportion(budget(sum(sizes), retention, self.rounding), sizes))
+        counts = apportion(budget(sum(sizes), retention, self.rounding), sizes)
+        return torch.tensor(counts, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,9 @@ class ThumbnailCommand(Allocator):
 
     A video has no thumbnail.  The temporal summary of its frames takes the place: ``S_f`` is the
     sum of the distances of frame ``f``'s tokens from it (`summary_distance`), the rest is the same
-    formula over frames.  This is ours, not the paper's.  One view without crops keeps
-    ``trunc(R * N)``.
+    formula over frames, where ``r_f * N_f`` may be short of an integer by 1e-6, so that frames that
+    tie, as two always do, keep equally many whatever the device rounds.  This is ours, not the
+    paper's.  One view without crops keeps ``trunc(R * N)``.
 
     Args:
         tau: Temperature.  The paper's 10 is meant for sums of raw logits.
@@ -228,20 +230,22 @@ class ThumbnailCommand(Allocator):
 
     def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
         """(regions,) what the scores (P,) of a region, in [0, regions), amount to: their sum."""
-        return scores.new_zeros(regions).index_add_(0, region, scores)
+        return group_sums(scores, region, regions)
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
         if tokens.layout.modality == "video":
             ratios = self.ratios(tokens, retention)
-            frames = (ratios * moved(torch.tensor(sizes), ratios.device)).long()
+            there = moved(torch.tensor(sizes, device="cpu"), ratios.device)
+            frames = (ratios * there + 1e-6).long()
             # At a tiny retention no frame may be due a whole token; the richest one gets it.
             richest = torch.arange(len(sizes), device=ratios.device) == ratios.argmax()
             return torch.where(richest, frames.clamp(min=1), frames)
         if tokens.layout.grid == (0, 0):
             return Proportional().counts(tokens, scores, retention)
         ratios = self.ratios(tokens, retention)
-        crops = (ratios * moved(torch.tensor(sizes[1:]), ratios.device)).long()
+        there = moved(torch.tensor(sizes[1:], device="cpu"), ratios.device)
+        crops = (ratios * there).long()
         return torch.cat([crops.new_full((1,), budget(sizes[0], retention)), crops])
 
 

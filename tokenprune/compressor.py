@@ -7,7 +7,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenprune import budget
 from tokenprune.budget import Allocator, Proportional
 from tokenprune.errors import ContractError, RetentionWarning, UserError, unknown
+from tokenprune.precision import autocasts, like_now, without_autocast
 from tokenprune.primitives import best_per_view
 from tokenprune.registry import Card, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens, moved, told
@@ -215,7 +216,10 @@ class Compressor(ABC):
         if self.retention == 1 or not len(layout.patches):
             chosen = Selection(layout.patches)
         else:
-            with watched(_name(self), tokens):
+            device = tokens.features.device
+            if tokens.projector is not None and autocasts(device):
+                tokens = replace(tokens, projector=like_now(tokens.projector, device))
+            with watched(_name(self), tokens), without_autocast(device):
                 chosen = self.select(tokens)
             chosen = _checked(self, tokens, chosen)
         keep, merged, sizes = chosen.keep, chosen.features, chosen.sizes

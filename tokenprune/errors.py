@@ -5,7 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ContractError", "RetentionWarning", "UnknownNameError", "UserError", "unknown"]
+__all__ = [
+    "ContractError",
+    "PictureWarning",
+    "RetentionWarning",
+    "UnknownNameError",
+    "UserError",
+    "unknown",
+]
 
 
 class UserError(ValueError):
@@ -18,6 +25,10 @@ class ContractError(UserError):
 
 class UnknownNameError(UserError, LookupError):
     """A name that nothing is registered under."""
+
+
+class PictureWarning(UserWarning):
+    """The values of a picture do not say which of them is black and which is white."""
 
 
 class RetentionWarning(UserWarning):

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
+from tokenprune.texts import is_whole, printable
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -54,7 +55,22 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Report = Callable[[int, int, str], None]
 """Called with how much is done, how much there is (0: not known yet), and what is being done."""
 
+
+class Commands(TyperGroup):
+    """The commands; what they are given can be written to their manifests."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for value in args:
+            if not is_whole(value):
+                ctx.fail(
+                    f"the argument {value!r} is not UTF-8 (it has a lone surrogate); type the text "
+                    "again, or rename the file."
+                )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Run and compare visual-token compression methods inside vision-language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -177,10 +193,10 @@ def as_exit_status() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(printable(f"error: {error}"), err=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt as stop:
-        typer.echo(str(stop) or "interrupted.", err=True)
+        typer.echo(printable(str(stop)) or "interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -208,10 +224,12 @@ def progress() -> Iterator[Report]:
     task = bar.add_task("starting", total=None)
 
     def report(done: int, total: int, doing: str) -> None:
-        bar.update(task, completed=done, total=total or None, description=escape(doing))
+        bar.update(task, completed=done, total=total or None, description=escape(printable(doing)))
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(f"warning: {message}", soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            printable(f"warning: {message}"), soft_wrap=True, highlight=False, markup=False
+        )
 
     usual = warnings.showwarning
     warnings.showwarning = show

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from tokenprune.errors import UserError, unknown
+from tokenprune.experiments.csv_files import read_csv, write_csv
 from tokenprune.experiments.results import environment, replace_file
 from tokenprune.terminal import Report
 
@@ -119,7 +120,7 @@ def save(frame: pd.DataFrame, path: Path) -> None:
         if path.suffix == ".parquet":
             frame.to_parquet(temporary, index=False)
         else:
-            frame.to_csv(temporary, index=False)
+            write_csv(frame, temporary)
 
 
 def table(path: Path) -> pd.DataFrame:
@@ -129,7 +130,7 @@ def table(path: Path) -> pd.DataFrame:
         UserError: There is no such file, or it holds something else.
     """
     try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read benchmark figures from {path}: {error}") from error
     missing = {*KEY, "value", "better"} - {*frame.columns}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "Device",
     "Dtype",
     "ImageSize",
+    "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
     "Model",
@@ -33,6 +35,7 @@ __all__ = [
     "Seed",
     "TextTokens",
     "closing",
+    "image_limit",
     "interrupted",
     "methods",
     "missing",
@@ -80,6 +83,12 @@ Out = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxImagePixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Refuse images of more pixels, undecoded. [default: 64000000]"
+    ),
+]
 Modality = Annotated[
     str | None,
     typer.Option(
@@ -117,6 +126,13 @@ TextTokens = Annotated[
     int,
     typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
 ]
+
+
+def image_limit(pixels: int | None) -> AbstractContextManager[None]:
+    """While open, ``--max-image-pixels`` holds."""
+    from tokenprune.pictures import pixel_limit
+
+    return nullcontext() if pixels is None else pixel_limit(pixels)
 
 
 def stoppable() -> float:

@@ -47,6 +47,7 @@ def ablation(
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
@@ -62,7 +63,7 @@ def ablation(
 
     Exit status: 0 done, 1 a setting failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.ablation import PAPER, ablation
         from tokenprune.experiments.compare import Request
 

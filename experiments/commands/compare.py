@@ -63,7 +63,16 @@ def compare(
             "video), question, answer and optionally kind and id; paths are relative to the file.",
         ),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only see whether every question can be asked: images, frames, places of images "
+            "in the text. Needs no weights.",
+        ),
+    ] = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: Annotated[
@@ -98,7 +107,7 @@ def compare(
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         asked: dict[str, Any] = {
             "model": model,
             "questions": questions,
@@ -121,8 +130,24 @@ def compare(
 
         from tokenprune.experiments.compare import Request
 
-        status = _compare(Request(**asked))
+        request = Request(**asked)
+        status = _check(request) if check else _compare(request)
     raise typer.Exit(status)
+
+
+def _check(request: Request) -> int:
+    """Say what could be asked; the exit status."""
+    from tokenprune.experiments.compare import check
+
+    quiet()
+    with progress() as report:
+        questions = check(request, report)
+    pictures = {picture.id for item in questions for picture in item.images}
+    typer.echo(
+        f"Questions: {len(questions)}, images and frames: {len(pictures)}. All can be asked of "
+        f"{request.model}; nothing was computed."
+    )
+    return OK
 
 
 def _compare(request: Request) -> int:

@@ -24,6 +24,7 @@ def complementarity(
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -38,7 +39,7 @@ def complementarity(
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.compare import Request
         from tokenprune.experiments.complementarity import complementarity
 

@@ -25,6 +25,7 @@ from tokenprune.terminal import (
     quiet,
     ratios,
 )
+from tokenprune.texts import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +63,7 @@ def masks(
     frames: Annotated[
         int, typer.Option(help="Of a longer video, take so many frames, evenly spaced.")
     ] = 8,
+    max_image_pixels: options.MaxImagePixels = None,
     cuts: Annotated[
         bool, typer.Option("--cuts", help="Show what is left after every cut, not only at last.")
     ] = False,
@@ -85,7 +87,7 @@ def masks(
 
     Exit status: 0 done, 2 bad input.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.masks import Request, render
 
         quiet()
@@ -116,7 +118,7 @@ def masks(
 
 def table(seen: Seen) -> Table:
     """What was kept of each view, and the answers."""
-    made = new_table(title=escape(seen.question or "No question"))
+    made = new_table(title=escape(printable(seen.question or "No question")))
     made.add_column("keep", justify="right")
     made.add_column("method", overflow="fold")
     made.add_column("answer", overflow="fold")
@@ -128,7 +130,7 @@ def table(seen: Seen) -> Table:
         made.add_row(
             percent(first["retention"], None),
             method_label(first["method"]),
-            escape(first["answer"] or "-"),
+            escape(printable(first["answer"] or "-")),
             str(group["kept"].sum()),
             _shares(group["share"].tolist()),
         )
