@@ -74,7 +74,7 @@ class Encodings:
 
 def _digest(images: Sequence[Any]) -> Tensor:
     """Sums of the bits of all that methods are shown of some images; of stand-ins nothing."""
-    parts = [torch.zeros(0, dtype=torch.int64)]
+    parts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
     for tokens in images:
         if isinstance(tokens, VisualTokens):
             values = [tokens.features, *tokens.signals.values()]
