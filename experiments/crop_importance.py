@@ -19,6 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from tokenprune.errors import unknown
 from tokenprune.experiments import plots
 from tokenprune.experiments.compare import Outcome, Request, Setting, compare, prepare
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.intervals import OVERALL, compared, wilson
 from tokenprune.experiments.plots import FAINT, INK, style, titles
@@ -115,7 +116,7 @@ def crop_importance(
     table = drops(read_answers(outcome.folder), crops, objects, droppers, seed=request.seed)
     for name, made in (("crops", crops), ("objects", objects), ("crop_importance", table)):
         with replace_file(outcome.folder / f"{name}.csv") as temporary:
-            made.to_csv(temporary, index=False)
+            write_csv(made, temporary)
     if len(table):
         drawn = figure(table, crops, objects, Path(request.model).name, score)
         plots.save(drawn, outcome.folder / "plots" / "crop-importance")

@@ -51,6 +51,8 @@ def check_number(name: str, value: int | None, *, least: int | None = None) -> N
 def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> None:
     """Raise `UserError` if a prompt is longer than the decoder knows positions.
 
+    Questions whose images cannot be read are passed over; they fail by themselves.
+
     Args:
         adapter: Of the model.
         questions: Whose prompts are meant, with all their visual tokens.
@@ -63,7 +65,10 @@ def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0)
         video = item.modality == "video"
         if video and "video" not in adapter.encoders:  # which encoding it refuses
             continue
-        sizes = tuple(map(_size, item.images[:1] if video else item.images))
+        try:
+            sizes = tuple(map(_size, item.images[:1] if video else item.images))
+        except (OSError, ValueError, SyntaxError):  # what Pillow raises at torn headers
+            continue
         key = (item.question, len(item.images), video, sizes)
         if key not in seen:
             seen[key] = _visual(adapter, item, sizes) + _text(adapter, item)

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments import data, plots, position_plots, rearrange
 from tokenprune.experiments.compare import cells
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
+from tokenprune.experiments.failing import tried
 from tokenprune.experiments.limits import check_lengths, check_number
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
 from tokenprune.experiments.position_statistics import (
@@ -287,6 +289,20 @@ def selector_bias(
     return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, report)
 
 
+def _asked(
+    compressor: Compressor,
+    cases: Sequence[_Case],
+    choices: Callable[[Compressor, Sequence[_Case]], Sequence[_Choice]],
+    batch_size: int,
+) -> list[Rows]:
+    """What a method chooses of all cases, some at once."""
+    rows: list[Rows] = []
+    for first in range(0, len(cases), batch_size):
+        some = cases[first : first + batch_size]
+        rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
+    return rows
+
+
 def _analysed(
     compressors: Sequence[Compressor],
     images: int,
@@ -311,15 +327,13 @@ def _analysed(
             report(done, total, f"{key[0]} at {key[1]:g}")
             done += len(here)
             mine = [case for case in batch if case.image in lacking.get(key, ())]
-            rows: list[Rows] = []
-            try:
-                for first in range(0, len(mine), batch_size):
-                    some = mine[first : first + batch_size]
-                    rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
-            except Exception as error:
-                failures[key] = Failure.of(error)
+            found = tried(partial(_asked, compressor, mine, choices, batch_size))
+            if isinstance(found, Failure):
+                failures[key] = found
+                # Perhaps it wrote to what the others are shown as well.
+                batch = [case for index in needed for case in cases(index)]
             else:
-                known.add(rows)
+                known.add(found)
     report(total, total, "statistics")
     tokens = joined([one for key in keys if key not in failures for one in known.rows(*key)])
     skipped = Counter(skip[1:] for skip in known.skipped)
@@ -364,6 +378,11 @@ def _check(
     batch_size: int,
 ) -> None:
     _check_names(conditions, levels)
+    if EXCHANGED in conditions and "selector" not in levels:
+        raise UserError(
+            f"{EXCHANGED} moves features under the thumbnail, which is made of the same pixels; "
+            "add the level 'selector' or leave the condition out."
+        )
     if not images:
         raise UserError("positional bias needs at least one image.")
     if prompts is not None and len(prompts) != len(images):
@@ -570,7 +589,7 @@ class Request:
         conditions: As in `positional_bias`.
         batch_size: Prompts that run at once; None for 50 on a testbed, otherwise 4.
         seed: Draws the testbed's images and the bootstrap samples.
-        device, dtype: As in `compare.Request`.
+        device, dtype, trust_remote_code: As in `compare.Request`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
     """
 
@@ -586,6 +605,7 @@ class Request:
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     out: Path | None = None
 
 
@@ -619,13 +639,18 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     questions, left_out = _questions(request)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(request.model, device=device, dtype=request.dtype)
+    adapter = tp.load(
+        request.model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
     methods, unfit = expanded(request.methods, lambda one: _check_method(adapter, one))
     compressors = _compressors(methods, request.retention)
     for compressor in compressors:
         _check_method(adapter, compressor)
     if adapter.has_language_model:
-        data.check_placeholders(questions, adapter.placeholder_texts)
+        data.check_placeholders(questions, adapter)
     check_lengths(adapter, questions, new=1)
 
     surroundings = environment()
@@ -767,6 +792,6 @@ def _write(path: Path, result: Result, questions: Sequence[Question], model: str
         tokens.to_parquet(temporary, index=False)
     for name, table in (("statistics", result.statistics), ("profiles", result.profiles)):
         with replace_file(path / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     for name, figure in position_plots.figures(result.tokens, result.statistics, model):
         plots.save(figure, path / "plots" / name)

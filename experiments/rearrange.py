@@ -24,6 +24,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from tokenprune.pictures import picture
 from tokenprune.tokens import Kind, TokenLayout, VisualTokens
 
 __all__ = [
@@ -153,17 +154,18 @@ def move_pixels(shown: Shown, condition: Condition, layout: TokenLayout, side: i
         raise NotPossible("a thumbnail that shows what its crops do not")
     origins(layout, condition)  # raises where it is not possible
     if not isinstance(shown, Image.Image):
-        frames = list(shown)
+        frames = [picture(frame) for frame in shown]
         if condition == "reversed-frames":
             return frames[::-1]
         return [_flip(frame, condition) for frame in frames]
+    shown = picture(shown)  # upright, before anything is flipped
     if condition != "reversed-crops":
         return _flip(shown, condition)
     (rows, cols), (width, height) = layout.grid, shown.size
     whole = (rows * layout.view_shape[0], cols * layout.view_shape[1])
     if layout.canvas_shape != whole and height * cols != width * rows:
         raise NotPossible("a padded canvas")
-    canvas = shown.convert("RGB").resize((cols * side, rows * side), Image.Resampling.BICUBIC)
+    canvas = shown.resize((cols * side, rows * side), Image.Resampling.BICUBIC)
     crops = rearrange(np.asarray(canvas), "(r h) (c w) x -> (r c) h w x", r=rows, c=cols)
     turned = rearrange(crops[::-1], "(r c) h w x -> (r h) (c w) x", r=rows)
     return Image.fromarray(turned)

@@ -50,6 +50,9 @@ class KeepViews(Compressor):
 
     name = "views"
 
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens)  # R has no say
+
     def select(self, tokens: VisualTokens) -> Selection:
         layout = tokens.layout
         crops = layout.kind == Kind.CROP
@@ -82,6 +85,9 @@ class DropCrop(Compressor):
     separators: Separators = "rows"
 
     name = "drop-crop"
+
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens)  # R has no say
 
     @property
     def needs(self) -> frozenset[Signal]:

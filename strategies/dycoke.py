@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.budget import apportion, budget
-from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import ROUNDING, float_copy, patches_by_view, top_per_view
+from tokenprune.compressor import Compressor, Selection, best
+from tokenprune.primitives import ROUNDING, float_copy, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import TokenLayout, VisualTokens, moved
 
@@ -113,7 +113,7 @@ class DyCoke(Compressor):
             like = features[other] if compared else features[other].mean(0)
             alike = F.cosine_similarity(features[here], like, dim=-1)
             scores[here] = -alike.clamp(max=1 - ROUNDING)
-        return Selection(top_per_view(tokens.layout, scores, torch.tensor(counts, device="cpu")))
+        return Selection(best(self, tokens, scores, torch.tensor(counts, device="cpu")))
 
     def flops(self, tokens: VisualTokens) -> float:
         """One cosine for every token, of two norms and a product."""
@@ -138,5 +138,5 @@ def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:
     if torch.equal(row, row_of) and torch.equal(col, col_of):  # nothing is missing
         return earlier
     distance = (row[:, None] - row_of).square() + (col[:, None] - col_of).square()
-    order = torch.arange(len(earlier))
+    order = torch.arange(len(earlier), device="cpu")
     return earlier[(distance * len(earlier) + order).argmin(1)]

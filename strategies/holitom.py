@@ -137,7 +137,8 @@ class HoliTom(Compressor):
             kept.append(places[0, chosen])
             features.append(vectors)
         keep, order = torch.cat(kept).sort()
-        return Selection(keep, torch.cat(features)[order].to(tokens.features))
+        merged = torch.cat(features)[order].to(tokens.features)
+        return Selection(keep, merged, scores=scores[tokens.layout.patches])
 
     def _clustered(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """``count`` centres among the vectors (P, D), and what their clusters become."""

@@ -27,9 +27,9 @@ from tokenprune.experiments.compare import Request, Setting, compare
 from tokenprune.experiments.data import Picture, Question
 from tokenprune.experiments.limits import LIMITS, check_lengths, check_number
 from tokenprune.experiments.masks import look
+from tokenprune.plugins import own_class
 from tokenprune.registry import strategies
 from tokenprune.synthetic import sample_tokens
-from tokenprune.terminal import own_class
 from tokenprune.testing import Host
 from tokenprune.tokens import TokenLayout
 

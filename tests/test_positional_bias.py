@@ -408,6 +408,8 @@ def test_crops_of_an_image_change_places() -> None:
     assert turned[::4, ::4, 0].tolist() == [[30, 20], [10, 99]]
     with pytest.raises(NotPossible, match="padded"):
         move_pixels(Image.new("RGB", (8, 6)), "reversed-crops", PADDED, 4)
+    with pytest.raises(NotPossible, match="thumbnail"):
+        move_pixels(Image.fromarray(pixels), "exchanged-crops", FULL, 4)
 
 
 # --- planted biases and planted nulls -------------------------------------------------------------
@@ -467,6 +469,23 @@ def test_crops_are_exchanged_only_where_asked_for() -> None:
     assert "exchanged-crops" not in set(selector_bias(["last"], encoded(2)).statistics["condition"])
     found = selector_bias(["last"], encoded(2), conditions=["exchanged-crops"]).statistics
     assert list(found["condition"]) == ["normal", "exchanged-crops"]
+
+
+def test_tables_of_all_conditions_are_legible() -> None:
+    found = selector_bias(["feature-norm"], encoded(2), conditions=CONDITIONS).statistics
+    text = _printed(found)
+    for word in ("feature-norm", *CONDITIONS):
+        assert word in text or word == "reversed-frames"
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_exchanged_crops_have_no_pipeline(testbed: Adapter, pictures: list[Image.Image]) -> None:
+    asked: dict[str, Any] = {"conditions": ["exchanged-crops"]}
+    with pytest.raises(UserError, match="add the level 'selector'"):
+        positional_bias(testbed, ["last"], pictures[:1], levels=["pipeline"], **asked)
+    found = positional_bias(testbed, ["globalcom2:tau=1"], pictures[:2], **asked)
+    assert not found.skipped
+    assert set(found.statistics["level"]) == {"normal", "selector"}
 
 
 def test_more_planted_bias_is_less_equivariance() -> None:
@@ -963,3 +982,13 @@ def test_bad_input(words: str, message: str, tmp_path: Path) -> None:
     assert found.exit_code == 2
     assert message in found.output
     assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize("condition", ["flip-lr", "flip-tb", "reversed-crops"])
+def test_photos_are_upright_before_they_are_flipped(condition: Any) -> None:
+    upright = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    photo = upright.rotate(90)
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees the other way
+    moved, expected = (move_pixels(one, condition, FULL, 4) for one in (photo, upright))
+    assert np.array_equal(np.asarray(moved), np.asarray(expected))

@@ -142,16 +142,17 @@ def test_of_two_nearest_to_each_other_the_earlier_is_picked(count: int) -> None:
     for seed in range(40):
         vectors = torch.randn(33, 50, generator=torch.Generator().manual_seed(seed))
         expected = farthest_first(vectors, count)
-        assert max_min_diversity(vectors, count).tolist() == expected
+        assert max_min_diversity(vectors, count).sort().values.tolist() == expected
         with Lopsided():
             found = max_min_diversity(vectors, count)
-        assert found.tolist() == expected
+        assert found.sort().values.tolist() == expected
 
 
 def test_of_equal_rows_the_earlier_is_picked() -> None:
     for seed in range(10):
         vectors = torch.randn(9, 50, generator=torch.Generator().manual_seed(seed)).repeat(3, 1)
-        assert max_min_diversity(vectors, 12).tolist() == farthest_first(vectors, 12)
+        found = max_min_diversity(vectors, 12).sort().values
+        assert found.tolist() == farthest_first(vectors, 12)
 
 
 def test_of_equally_near_neighbours_the_earlier_are_absorbed() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.errors import UserError, unknown
 from tokenprune.primitives import group_sums, regions, summary_distance, tally
-from tokenprune.tokens import Kind, Signal, VisualTokens, moved
+from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, moved
 
 __all__ = [
     "ALLOCATORS",
@@ -28,6 +28,8 @@ __all__ = [
     "budget",
     "coarse_grid",
     "left_at",
+    "rounded_up",
+    "surplus",
 ]
 
 SALIENCY = Signal("saliency")  # of the last encoder layer
@@ -56,6 +58,23 @@ def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
         "ceil": math.ceil,
     }
     return min(tokens, max(1, rounders[rounding](exact)))
+
+
+def rounded_up(layout: TokenLayout, retention: float) -> int:
+    """``R * P`` patch tokens where every view that has some may round up once, at least one."""
+    sizes = [size for size in layout.view_sizes if size]
+    if len(sizes) < 2:
+        return budget(sum(sizes), retention, "ceil")
+    return budget(sum(sizes), retention) + len(sizes)
+
+
+def surplus(sizes: Sequence[int], retention: float) -> int:
+    """How much more than R views of ``sizes`` may keep whose ratios are R on average only.
+
+    View ``j`` of ``N_j`` tokens keeps ``R (1 + s_j - mean s) N_j`` with ``s_j`` in [0, 1] and of
+    sum 1, together at most ``R (sum N + max N - mean N)``: the largest view then has all of ``s``.
+    """
+    return math.ceil(retention * (max(sizes) - sum(sizes) / len(sizes))) if sizes else 0
 
 
 def coarse_grid(shape: tuple[int, int], count: int) -> tuple[int, int]:
@@ -117,6 +136,10 @@ class Allocator(ABC):
             scores: (N,) score of every entry, higher is kept first; NaN at separators.
             retention: R in (0, 1].
         """
+
+    def limit(self, layout: TokenLayout, retention: float) -> int:
+        """The most that `counts` may add up to; allocators that go beyond R override it."""
+        return rounded_up(layout, retention)
 
 
 @dataclass(frozen=True)
@@ -203,6 +226,11 @@ class ThumbnailCommand(Allocator):
         thumbnail[layout.row[there], layout.col[there]] = scores[there]
         region = moved(regions(layout.view_shape, layout.grid).flatten(), thumbnail.device)
         return self.summary(thumbnail.flatten(), region, layout.grid[0] * layout.grid[1])
+
+    def limit(self, layout: TokenLayout, retention: float) -> int:
+        """The ``r_j`` are R on average; large crops may have the larger ones (`surplus`)."""
+        crops = layout.view_sizes[1:] if layout.grid != (0, 0) else layout.view_sizes
+        return rounded_up(layout, retention) + surplus(crops, retention)
 
     def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
         """(regions,) what the scores (P,) of a region, in [0, regions), amount to: their sum."""

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from tokenprune.errors import UserError
+from tokenprune.guard import PAGED
 
 # What models and masks call their KV cache: transformers 5.24 renamed the argument.
 CACHE = (
@@ -23,6 +24,7 @@ __all__ = [
     "adopt",
     "is_pruned",
     "refuse_beyond_window",
+    "refuse_paged",
     "settle_layers",
     "window_of",
 ]
@@ -185,6 +187,12 @@ def settle_layers(cache: Cache, *, cut: bool) -> None:
                 held = _entries(plain)
                 plain.update(layer.keys[:, :, held:], layer.values[:, :, held:])
                 cache.layers[index] = plain
+
+
+def refuse_paged(cache: Any) -> None:
+    """Raise `UserError` for a KV cache that does not keep its entries layer by layer."""
+    if cache is not None and not hasattr(cache, "layers"):
+        raise UserError(f"a {type(cache).__name__} is no KV cache of layers: {PAGED}")
 
 
 def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:

@@ -25,10 +25,12 @@ from tokenprune.attention import key_vectors
 from tokenprune.budget import Proportional, budget
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
+from tokenprune.guard import bypassed
 from tokenprune.offload import replaced_forward, resident
 from tokenprune.precision import without_autocast
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
 from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
+from tokenprune.untouched import untouched
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -312,6 +314,8 @@ class _Session:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Behind the tower: spread what it returns over the patches of a full view."""
+        if len(self.tower.attended) < self.depth:
+            raise bypassed("the layers of the vision tower")
         states = [
             None if state is None else spread(state, group)
             for state, group in zip(output.hidden_states or (), self.tower.groups, strict=False)
@@ -354,19 +358,20 @@ class _Session:
         if index < self.depth and self.compressor.reduces:
             keys = look()
             tower.key_width = keys.shape[-1]
-            with torch.no_grad(), without_autocast(states.device):
-                reduction = self.compressor.reduce(
-                    EncoderTokens(
-                        layer=index,
-                        layers=self.depth,
-                        prefix=self.adapter.prefix_tokens,
-                        patches=self.shape[0] * self.shape[1],
-                        target=self.target,
-                        states=states.detach(),
-                        keys=keys,
-                        size=size,
-                    )
-                )
+            tokens = EncoderTokens(
+                layer=index,
+                layers=self.depth,
+                prefix=self.adapter.prefix_tokens,
+                patches=self.shape[0] * self.shape[1],
+                target=self.target,
+                states=states.detach(),
+                keys=keys,
+                size=size,
+            )
+            who = self.compressor.name or type(self.compressor).__name__
+            shown = {"states": states, "keys": keys, "size": size}
+            with torch.no_grad(), without_autocast(states.device), untouched(who, shown):
+                reduction = self.compressor.reduce(tokens)
         if reduction is None:
             tower.groups.append(group)
             return states

@@ -6,8 +6,15 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["RetentionWarning", "UnknownNameError", "UserError", "shown", "unknown"]
-
+__all__ = [
+    "ContractError",
+    "PictureWarning",
+    "RetentionWarning",
+    "UnknownNameError",
+    "UserError",
+    "shown",
+    "unknown",
+]
 
 _MOST = 1500  # characters of a message
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -32,8 +39,16 @@ def _legible(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
+class ContractError(UserError):
+    """A strategy did what none may do; the sentence says which, what, and of which image."""
+
+
 class UnknownNameError(UserError, LookupError):
     """A name that nothing is registered under."""
+
+
+class PictureWarning(UserWarning):
+    """The values of a picture do not say which of them is black and which is white."""
 
 
 class RetentionWarning(UserWarning):

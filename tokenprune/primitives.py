@@ -14,8 +14,10 @@ __all__ = [
     "ROUNDING",
     "ROUNDS",
     "Matching",
+    "best_per_view",
     "bipartite_matching",
     "central_members",
+    "cosine_distances",
     "cover",
     "density_peaks",
     "dispersed",
@@ -27,6 +29,7 @@ __all__ = [
     "group_sums",
     "kernel_density",
     "least_cutoff",
+    "lengths",
     "max_min_diversity",
     "merge_weighted",
     "normalise",
@@ -82,23 +85,44 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
         (M,) sorted indices into the N entries; on the CPU where the counts are on another device,
         which has to be waited for to learn how many they are.
     """
+    ranked, kept = _ranked_per_view(layout, scores, counts)
+    if counts.device.type != "cpu":
+        return listed(_as_mask(ranked, kept, len(layout)))
+    total = sum(map(min, counts.tolist(), layout.view_sizes))
+    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+
+
+def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
+    """(N,) bool which entries `top_per_view` lists, on the device of the scores, without a wait."""
+    return _as_mask(*_ranked_per_view(layout, scores, counts), len(layout))
+
+
+def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) indices of the patch tokens, best first, and which are among the best of their view."""
     layout = layout.to(scores.device)
     order = scores[layout.patches].float().argsort(descending=True, stable=True)
     ranked = layout.patches[order]
     view = layout.view[ranked]
-    kept = _rank_in_group(view) < moved(counts, view.device)[view]
-    if counts.device.type != "cpu":
-        mask = torch.zeros(len(layout), dtype=torch.bool, device=view.device)
-        mask[ranked] = kept
-        return listed(mask)
-    total = sum(map(min, counts.tolist(), layout.view_sizes))
-    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+    return ranked, _rank_in_group(view) < moved(counts, view.device)[view]
+
+
+def _as_mask(index: Tensor, which: Tensor, size: int) -> Tensor:
+    """(size,) bool, ``which`` (P,) at ``index`` (P,)."""
+    mask = torch.zeros(size, dtype=torch.bool, device=index.device)
+    mask[index] = which
+    return mask
 
 
 def top(scores: Tensor, count: int) -> Tensor:
     """Sorted indices of the ``count`` highest of the scores (P,), earlier ones first on ties."""
     order = scores.float().argsort(descending=True, stable=True)
     return order[:count].sort().values
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """(P,) Euclidean norms of ``vectors`` (P, D), summed up in float32 without a copy of them."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+    return norms
 
 
 def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -334,13 +358,12 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
         count: How many of the P rows, at most P.
 
     Returns:
-        (count,) sorted indices.
+        (count,) indices in the order of the choice.
     """
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     if count < 1:
         return chosen
-    unit = F.normalize(features.float(), dim=-1)
-    distance = torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
+    distance = cosine_distances(features)
     others = distance.clone().fill_diagonal_(torch.inf)
     closest = torch.minimum(others.amin(0), others.amin(1))  # rounding is not symmetric
     del others
@@ -351,7 +374,13 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
         row = distance.index_select(0, index).squeeze(0)
         closest = row if step == 0 else torch.minimum(closest, row)
         closest.index_fill_(0, index, -torch.inf)
-    return chosen.sort().values
+    return chosen
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(P, P) float32 one minus the cosine of the rows (P, D); 0 up to `ROUNDING`."""
+    unit = F.normalize(features.float(), dim=-1)
+    return torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
 
 
 def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:

@@ -358,6 +358,14 @@ def listed(mask: Tensor) -> Tensor:
     return mask.cpu().nonzero().squeeze(1)
 
 
+def told(values: Tensor, flag: Tensor) -> tuple[Tensor, bool]:
+    """``values`` (M,) on the CPU and what ``flag`` () says; one wait where both are on a device."""
+    if values.device != flag.device:
+        return values.cpu(), bool(flag)
+    both = torch.cat([values, flag[None].to(values.dtype)]).cpu()
+    return both[:-1], bool(both[-1])
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How the vision tower ran on each view of an image, where a method acted inside it.

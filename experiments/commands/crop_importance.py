@@ -35,10 +35,12 @@ def crop_importance(
     seeds: Annotated[int, typer.Option(help="How many random crops to drop in turn.")] = 1,
     questions: options.Questions = None,
     data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
@@ -49,7 +51,7 @@ def crop_importance(
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.compare import Request
         from tokenprune.experiments.crop_importance import crop_importance
 
@@ -62,6 +64,7 @@ def crop_importance(
             seeds=seeds,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             out=out,
             max_new_tokens=max_new_tokens,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +52,7 @@ def pairs(
     """
     with as_exit_status():
         from tokenprune.errors import UserError
+        from tokenprune.experiments.csv_files import write_csv
         from tokenprune.experiments.intervals import OVERALL
         from tokenprune.experiments.limits import check_number
         from tokenprune.experiments.results import check_file, read_answers, replace_file
@@ -60,15 +63,22 @@ def pairs(
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
         answers = read_answers(folder)
-        path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{kind}.csv")
+        path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv")
         found = _found(answers, labels, kind, seed)
         check_file(path)
         with replace_file(path) as temporary:
-            found.to_csv(temporary, index=False)
+            write_csv(found, temporary)
         console = Console()
         console.print(table(found))
         typer.echo(f"Written to {path}")
     raise typer.Exit(OK)
+
+
+def _file_part(kind: str) -> str:
+    """``kind`` where it is a plain word, otherwise a digest: data must not name files."""
+    if re.fullmatch(r"[\w-]{1,40}", kind, re.ASCII):
+        return kind
+    return hashlib.sha256(kind.encode()).hexdigest()[:12]
 
 
 def _found(answers: pd.DataFrame, labels: tuple[str, ...], kind: str, seed: int) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     FAILED,
     OK,
@@ -50,6 +51,7 @@ def positional_bias(
         list[str] | None,
         options.methods("As for compare.", "uniform random last fastv globalcom2"),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     images: Annotated[
         int | None,
@@ -62,6 +64,7 @@ def positional_bias(
             help="Your own questions, JSON lines as for compare; each image or video is used once.",
         ),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: Annotated[
         str | None,
         typer.Option(metavar="image|video", help="[default: image, or all of --data]"),
@@ -84,6 +87,7 @@ def positional_bias(
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
 ) -> None:
     """Test whether methods choose tokens by what they show or by where they lie.
@@ -95,7 +99,8 @@ def positional_bias(
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         asked: dict[str, Any] = {
             "model": model,
             "paths": tuple(paths or ()),
@@ -106,6 +111,7 @@ def positional_bias(
             "seed": seed,
             "device": device,
             "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
             "out": out,
         }
         if methods:
@@ -154,9 +160,13 @@ def _remarks(outcome: Outcome) -> Iterator[str]:
 
 def tables(statistics: pd.DataFrame) -> Iterator[Table]:
     """The findings as tables of at most 80 columns: in short, then condition by condition."""
+    from tokenprune.experiments.position_statistics import ALL, NORMAL
+
     for modality, part in statistics.groupby("modality", sort=False, observed=True):
         yield _overview(part, str(modality))
-        yield _by_condition(part)
+        conditions = [name for name in part["condition"].unique() if name not in (NORMAL, ALL)]
+        for first in range(0, len(conditions), 3):  # more would not fit
+            yield _by_condition(part, conditions[first : first + 3])
 
 
 def _overview(statistics: pd.DataFrame, modality: str) -> Table:
@@ -190,9 +200,7 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
     return table
 
 
-def _by_condition(statistics: pd.DataFrame) -> Table:
-    from tokenprune.experiments.position_statistics import ALL, NORMAL
-
+def _by_condition(statistics: pd.DataFrame, conditions: Sequence[str]) -> Table:
     table = new_table(
         title="What the choice follows, by condition",
         caption="Selector/pipeline: 1 content, ½ neither, 0 place, - cannot be told. Then by how "
@@ -202,7 +210,6 @@ def _by_condition(statistics: pd.DataFrame) -> Table:
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
-    conditions = [name for name in statistics["condition"].unique() if name not in (NORMAL, ALL)]
     for name in conditions:
         table.add_column(name, justify="right", no_wrap=True)
     for retention, method, rows in _cells(statistics):
