@@ -15,6 +15,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "frames": (1, 100_000),
     "images": (1, 1_000_000),
     "layers": (1, 1_000),
+    "max_image_pixels": (1, 2**31 - 1),
     "max_new_tokens": (1, 1_000_000),
     "questions": (1, 1_000_000),
     "repeats": (1, 100_000),
