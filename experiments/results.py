@@ -34,6 +34,7 @@ import pandas as pd
 import tokenprune
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Question, normalise
 from tokenprune.ledger import FIGURES, WHOLE_FIGURES
 
@@ -166,11 +167,19 @@ class Failure:
     traceback: str
 
     @classmethod
-    def of(cls, error: BaseException) -> "Failure":
-        lines = traceback.format_exception(error)
-        message = str(error).strip().splitlines()
+    def of(cls, error: BaseException, about: str = "") -> "Failure":
+        """What ``error`` says, even if it cannot be printed, and ``about`` what it came up."""
         name = type(error).__name__
-        return cls(f"{name}: {message[0]}" if message else name, "".join(lines))
+        try:
+            message = str(error).strip().splitlines()
+        except Exception:
+            message = ["(its message cannot be printed)"]
+        try:
+            trace = "".join(traceback.format_exception(error))
+        except Exception:
+            trace = f"{''.join(traceback.format_tb(error.__traceback__))}{name}\n"
+        said = f"{name}: {message[0]}" if message else name
+        return cls(f"{said} ({about})" if about else said, trace)
 
 
 # --- the journal ----------------------------------------------------------------------------------
@@ -185,12 +194,15 @@ class Journal:
     Attributes:
         answers: (cell key, question id) to the answer's record.
         failures: Cell key to the failure, of cells whose last entry is one.
+        missing: (cell key, question id) to why the cell could not answer that question, which it
+            failed on alone.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
         self.failures: dict[str, Failure] = {}
+        self.missing: dict[tuple[str, str], Failure] = {}
         self._file: BinaryIO | None = None
         self._read()
 
@@ -202,10 +214,16 @@ class Journal:
                 record = json.loads(line)
                 cell = record.pop("cell")
                 if "error" in record:
-                    self.failures[cell] = Failure(record["error"], record["traceback"])
+                    failure = Failure(record["error"], record["traceback"])
+                    if "question" in record:
+                        self.missing[cell, record["question"]] = failure
+                    else:
+                        self.failures[cell] = failure
                 else:
-                    self.answers.setdefault((cell, record.pop("question")), record)
+                    row = cell, record.pop("question")
+                    self.answers.setdefault(row, record)
                     self.failures.pop(cell, None)
+                    self.missing.pop(row, None)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
 
@@ -233,11 +251,17 @@ class Journal:
         self._append({"cell": cell, "question": q, **r} for q, r in new.items())
         self.answers.update({(cell, q): r for q, r in new.items()})
         self.failures.pop(cell, None)
+        for question in new:
+            self.missing.pop((cell, question), None)
 
-    def fail(self, cell: str, failure: Failure) -> None:
-        """Append that ``cell`` failed."""
-        self._append([{"cell": cell, **dataclasses.asdict(failure)}])
-        self.failures[cell] = failure
+    def fail(self, cell: str, failure: Failure, question: str | None = None) -> None:
+        """Append that ``cell`` failed, on all questions or on one."""
+        about = {"cell": cell} if question is None else {"cell": cell, "question": question}
+        self._append([{**about, **dataclasses.asdict(failure)}])
+        if question is None:
+            self.failures[cell] = failure
+        else:
+            self.missing[cell, question] = failure
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
         if self._file is None:
@@ -321,7 +345,7 @@ class RunFolder:
         with replace_file(self.path / "answers.parquet") as temporary:
             answers.to_parquet(temporary, index=False)
         with replace_file(self.path / "summary.csv") as temporary:
-            summary.to_csv(temporary, index=False)
+            write_csv(summary, temporary)
 
     def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
         """Enter into the manifest how this session ended, and let go of the folder."""
@@ -451,7 +475,10 @@ _COLUMNS = [
 def answers_frame(
     model: str, cells: Sequence[Cell], questions: Sequence[Question], journal: Journal
 ) -> pd.DataFrame:
-    """One row per cell and question that has an answer, or whose cell failed (without answer).
+    """One row per cell and question that has an answer, or that has none because of a failure.
+
+    ``status`` is "ok", "failed" where the cell failed as a whole, or "missing" where it failed on
+    that question alone.
 
     ``correct`` and ``agrees`` (the same answer as the uncompressed model's) compare normalised
     texts and are missing where there is no answer to compare.  ``kl`` is the divergence of the
@@ -476,8 +503,9 @@ def answers_frame(
         failed = cell.key in journal.failures
         for item in questions:
             record = journal.answers.get((cell.key, item.id))
-            if record is None and not failed:
-                continue
+            status = "ok" if record is not None else "failed" if failed else "missing"
+            if status == "missing" and (cell.key, item.id) not in journal.missing:
+                continue  # not asked yet
             full = journal.answers.get((UNCOMPRESSED, item.id))
             answer = None if record is None else normalise(record["answer"])
             rows.append(
@@ -495,7 +523,7 @@ def answers_frame(
                     else answer == normalise(full["answer"]),
                     "kl": None,
                     "easy": easy[item.id],
-                    "status": "failed" if record is None else "ok",
+                    "status": status,
                     **dict.fromkeys([*FIGURES, "visual_per_layer"]),
                     **(record or {}),
                 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from tokenprune.errors import UserError
+from tokenprune.experiments.csv_files import read_csv
 from tokenprune.experiments.intervals import OVERALL
 
 __all__ = ["markdown", "side_by_side"]
@@ -72,7 +73,7 @@ def _read(folder: Path) -> tuple[str, pd.DataFrame]:
     """Model and modality of a run, and the rows of its summary that take all questions together."""
     try:
         experiment = json.loads((folder / "manifest.json").read_text())["experiment"]
-        summary = pd.read_csv(folder / "summary.csv")
+        summary = read_csv(folder / "summary.csv")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{str(folder)!r} is not the folder of a run of compare (it has no readable "

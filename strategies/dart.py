@@ -83,32 +83,68 @@ class DART(Compressor):
         return super().memory(tokens) + 8 * states.numel() + float_copy(states) / 2
 
     def select(self, tokens: VisualTokens) -> Selection:
+        patches = tokens.layout.patches
+        norms = _norms(tokens[self.keys][patches])
+        image, text = self.pivots(tokens, norms)
+        picked, alike = self.picks(tokens, image, text)
+        chosen = torch.cat([self._kept(tokens, image), *picked]).sort().values
+        return Selection(patches[chosen], scores=torch.stack([norms, alike]))
+
+    def pivots(self, tokens: VisualTokens, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the patch tokens, of these ``norms``, and of the text tokens are pivots.
+
+        The largest norm first.
+        """
+        words = _norms(tokens.text[self.keys].to(norms.device))
+        return _largest(norms, self.image_pivots), _largest(words, self.text_pivots)
+
+    def order(self, tokens: VisualTokens, image: Tensor, text: Tensor) -> list[int]:
+        """In which order the pivots pick: places among ``image`` and then ``text``."""
+        if not self.official:
+            return list(range(len(image) + len(text)))
+        behind = self.start + len(tokens.layout.patches)
+        places = [*(self.start + image).tolist(), *(behind + text).tolist()]
+        return [places.index(place) for place in set(places)]
+
+    def _kept(self, tokens: VisualTokens, image: Tensor) -> Tensor:
+        """The pivots that stay: officially all, whatever the budget."""
+        most = len(image) if self.official else budget(len(tokens.layout.patches), self.retention)
+        return image[:most]
+
+    def picks(
+        self, tokens: VisualTokens, image: Tensor, text: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """What each pivot in turn picks of the patch tokens, the least similar first.
+
+        Beside it the cosines (P,) of the last one.
+        """
         patches, states = tokens.layout.patches, Signal("llm_states")
-        count = budget(len(patches), self.retention)
-        image = _largest(tokens[self.keys][patches], self.image_pivots)
-        text = _largest(tokens.text[self.keys].to(patches.device), self.text_pivots)
         unit = F.normalize(tokens[states][patches].float(), dim=-1)
         behind = F.normalize(tokens.text[states].to(patches.device)[text].float(), dim=-1)
-        pivots = torch.cat([unit[image], behind])
-        number = len(pivots)
+        pivots, kept = torch.cat([unit[image], behind]), self._kept(tokens, image)
+        number, left = len(pivots), len(patches) - len(kept)
         if self.official:
             shares = [int(len(patches) * self.retention / number)] * number
-            places = [*(self.start + image).tolist(), *(self.start + len(patches) + text).tolist()]
-            pivots = pivots[[places.index(place) for place in set(places)]]
         else:
-            image = image[:count]
-            rest = count - len(image)
+            rest = budget(len(patches), self.retention) - len(kept)
             shares = [rest // number + (turn < rest % number) for turn in range(number)]
         free = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
-        free[image] = False
-        for pivot, share in zip(pivots, shares, strict=True):
-            alike = (unit @ pivot).masked_fill(~free, torch.inf)
-            free[alike.argsort(stable=True)[:share]] = False
-        # How many are taken is known here; a mask as an index would wait for the device to count.
-        taken = min(len(patches), len(image) + sum(shares))
-        return Selection(patches[free.int().argsort(stable=True)[:taken]])
+        free[kept] = False
+        picked = []
+        for pivot, share in zip(pivots[self.order(tokens, image, text)], shares, strict=True):
+            alike = unit @ pivot
+            order = alike.masked_fill(~free, torch.inf).argsort(stable=True)
+            picked.append(order[: min(share, left)])
+            free[picked[-1]] = False
+            left -= len(picked[-1])
+        return picked, alike
 
 
-def _largest(keys: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` vectors (P, C) of the largest L1 norm, the largest first."""
-    return keys.float().abs().sum(-1).argsort(descending=True, stable=True)[:count]
+def _norms(keys: Tensor) -> Tensor:
+    """(P,) L1 norms of the keys (P, C)."""
+    return keys.float().abs().sum(-1)
+
+
+def _largest(norms: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest ``norms`` (P,), the largest first."""
+    return norms.argsort(descending=True, stable=True)[:count]

@@ -97,7 +97,8 @@ class PruMerge(Compressor):
                 kept.append(patches[index])
                 merged.append(made)
         keep, order = torch.cat(kept).sort()
-        return Selection(keep, tokens.project(torch.cat(merged))[order])
+        made = tokens.project(torch.cat(merged))[order]
+        return Selection(keep, made, scores=scores[tokens.layout.patches])
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of centres with all patches, view by view, and the sums over neighbours."""
@@ -120,9 +121,7 @@ class PruMerge(Compressor):
         """Of one view's P patches ``count`` indices, centres first, and their new vectors."""
         rest = len(scores) > count  # else all are centres and nothing is left for an extra token
         centres = self._centres(scores, count - int(rest and count > 1))
-        near = unit[centres] @ unit.T
-        near[torch.arange(len(centres), device=near.device), centres] = -torch.inf
-        found = near.topk(min(self.neighbours, len(scores) - 1), dim=-1).indices
+        found = nearest_others(unit[centres], unit, centres, self.neighbours)
         weighted = scores[:, None] * vectors
         made = vectors[centres] + weighted[found].sum(1)
         if len(centres) == count:
@@ -158,9 +157,26 @@ class PruMerge(Compressor):
         return torch.cat([best, chosen[:samples]])
 
 
+def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Tensor:
+    """Of each of the ``centres`` (C, D) the places of the ``count`` most similar ``keys`` (M, D).
+
+    Args:
+        centres, keys: Of unit length.
+        own: (C,) place of each centre among the keys, which is left out.
+        count: How many, of M - 1 at most.
+
+    Returns:
+        (C, count), the most similar first.
+    """
+    near = centres @ keys.T
+    near[torch.arange(len(centres), device=near.device), own] = -torch.inf
+    found = near.argsort(dim=-1, descending=True, stable=True)
+    return found[:, : min(count, len(keys) - 1)]
+
+
 def outliers(scores: Tensor) -> int:
     """How many of ``scores`` (P,) lie above ``Q3 + 1.5 (Q3 - Q1)``, quartiles interpolated."""
-    low, high = scores.float().quantile(torch.tensor([0.25, 0.75], device=scores.device))
+    low, high = (scores.float().quantile(share) for share in (0.25, 0.75))
     return int((scores > high + 1.5 * (high - low)).sum())
 
 

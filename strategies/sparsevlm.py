@@ -123,8 +123,7 @@ class SparseVLM(Compressor):
     def memory(self, tokens: VisualTokens) -> float:
         """What entered in float32, the raters' rows twice, distances of what is recycled, or, where
         any is, twice what is kept."""
-        stage = self.cut or len(self.depths)
-        kept = left_at(tokens, self.retention, stage / len(self.depths))
+        kept = self.limit(tokens)
         recycled, width = self.recycled * (len(tokens) - kept), tokens.features.shape[1]
         entered: float = sum(map(float_copy, tokens.inputs or ()))
         clusters = 13.0 * recycled**2 + 8.0 * recycled * width
@@ -141,10 +140,14 @@ class SparseVLM(Compressor):
         raters = related > related.mean()
         return raters | ~raters.any()
 
+    def limit(self, tokens: VisualTokens) -> int:
+        stage = self.cut or len(self.depths)
+        return left_at(tokens, self.retention, stage / len(self.depths))
+
     def left(self, tokens: VisualTokens, rows: Tensor) -> tuple[int, int]:
         """How many tokens are kept and how many clusters made, given the raters' `rows`."""
         there, stage = len(rows), self.cut or len(self.depths)
-        most = left_at(tokens, self.retention, stage / len(self.depths))
+        most = self.limit(tokens)
         kept = most if self.schedule == "retention" else there - 1
         if self.schedule == "rank":
             rank = int(torch.linalg.matrix_rank(rows[:, self.raters(tokens)]))
@@ -168,24 +171,36 @@ class SparseVLM(Compressor):
         patches, others = tokens.layout.patches, ~self.raters(tokens).to(tokens.features.device)
         if self.version == "1.0":
             return tokens[ROWS][patches].float().masked_fill(others, 0)
+        corrected = self.corrected(tokens)
+        return corrected[..., self.best_heads(corrected)].mean(-1)
+
+    def best_heads(self, corrected: Tensor) -> Tensor:
+        """Which heads rate, of the raters' attention (P, T, H), the keenest first."""
+        return corrected.sum((0, 1)).argsort(descending=True, stable=True)[: self.heads]
+
+    def corrected(self, tokens: VisualTokens) -> Tensor:
+        """(P, T, H) attention over its positional part, 0 of text that does not rate, float32."""
+        patches, others = tokens.layout.patches, ~self.raters(tokens).to(tokens.features.device)
         rotary = tokens[ROTARY][patches].float()[..., None]
-        corrected = tokens[HEADS][patches].float() / rotary
-        corrected = corrected.masked_fill(others[:, None], 0)
-        order = corrected.sum((0, 1)).argsort(descending=True, stable=True)
-        return corrected[..., order[: self.heads]].mean(-1)
+        return (tokens[HEADS][patches].float() / rotary).masked_fill(others[:, None], 0)
+
+    def recycle_of(self, order: Tensor, kept: int) -> Tensor:
+        """Those of the ranked patches behind the ``kept`` first that are merged, best first."""
+        return order[kept:][: self._recycled(len(order) - kept)]
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         rows = self.rows(tokens)
         kept, clusters = self.left(tokens, rows)
-        order = rows.sum(1).argsort(descending=True, stable=True)
+        scores = rows.sum(1)
+        order = scores.argsort(descending=True, stable=True)
         if not clusters:
-            return Selection(patches[order[:kept].sort().values])
-        recycled = patches[order[kept:][: self._recycled(len(order) - kept)]]
+            return Selection(patches[order[:kept].sort().values], scores=scores)
+        recycled = patches[self.recycle_of(order, kept)]
         vectors = tokens.features[recycled].float()
         centres, cluster = density_peaks(vectors, clusters)
         merged = group_means(vectors, cluster, clusters)
         keep = torch.cat([patches[order[:kept]], recycled[centres]])
         features = torch.cat([tokens.features[keep[:kept]], merged.to(tokens.features)])
         keep, order = keep.sort()
-        return Selection(keep, features[order])
+        return Selection(keep, features[order], scores=scores)

@@ -72,8 +72,8 @@ class VisPruner(Compressor):
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
             order = patches[scores[patches].argsort(descending=True, stable=True)]
             first = int(count * self.important)
-            kept += [order[:first], _thinned(order[first:], count - first, unit)]
-        return Selection(torch.cat(kept).sort().values)
+            kept += [order[:first], thinned(order[first:], count - first, unit)]
+        return Selection(torch.cat(kept).sort().values, scores=scores[tokens.layout.patches])
 
     def memory(self, tokens: VisualTokens) -> float:
         """Unit vectors of all tokens, and cosines of all pairs of the largest view."""
@@ -87,7 +87,7 @@ class VisPruner(Compressor):
         return 2.0 * width * sum(size * size for size in tokens.layout.view_sizes)
 
 
-def _thinned(order: Tensor, count: int, unit: Tensor) -> Tensor:
+def thinned(order: Tensor, count: int, unit: Tensor) -> Tensor:
     """``count`` of the indices ``order`` (M,) into ``unit`` (N, C)."""
     if not count:
         return order[:0]

@@ -128,6 +128,24 @@ class ForgetsTheAllocator(KeepsTheWorst):
         return Selection(order[: max(1, int(len(patches) * self.retention))].sort().values)
 
 
+class DividesByNothing(KeepsTheWorst):
+    """Its scores are NaN."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.float().norm(dim=-1) / torch.zeros(len(tokens)) * 0
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return ScoringCompressor.select(self, tokens)
+
+
+class RulesOut(DividesByNothing):
+    """Its scores are minus infinity for every other token."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        every_other = torch.arange(len(tokens)) % 2 == 1
+        return tokens.features.float().norm(dim=-1).masked_fill(every_other, -torch.inf)
+
+
 class PeeksAtTheCanvas(Sound):
     """Prefers the right of the canvas, which a picture of one view does not have."""
 
@@ -138,6 +156,16 @@ class PeeksAtTheCanvas(Sound):
         scores = tokens.features.float().norm(dim=-1) + 0.3 * layout.canvas_col
         count = max(1, int(len(patches) * self.retention))
         return patches[scores[patches].argsort(descending=True)[:count]].sort().values
+
+
+class RanksByItself(PeeksAtTheCanvas):
+    """Ranks without telling by what, so that NaN ranks first and nobody notices."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        scores = tokens.features.float().norm(dim=-1)[patches]
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores.argsort(descending=True)[:count]].sort().values
 
 
 class PeeksAtViews(PeeksAtTheCanvas):
@@ -329,6 +357,14 @@ class Scribbler(Sound):
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         tokens.features.mul_(1.5)
+        return super().picked(tokens)
+
+
+class ScribblesBehindTheCounter(Sound):
+    """Writes through numpy, which no version counter sees."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        tokens.features.float().numpy()[:] *= 1.5
         return super().picked(tokens)
 
 
@@ -734,10 +770,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Inverted, InvertedInCrops, InvertedInVideos, InvertedWords
     ),
     "check_keeps_the_best_scores": _broken(KeepsTheWorst, ForgetsTheAllocator),
+    "check_scores_are_finite": _broken(DividesByNothing, RulesOut, RanksByItself),
     "check_follows_content": _broken(
         PeeksAtPlaces, PeeksAtTheCanvas, PeeksAtViews, RemembersByLength, SumsSeparators
     ),
-    "check_tokens_untouched": _broken(Scribbler, MovesRows, ScribblesOnText),
+    "check_tokens_untouched": _broken(
+        Scribbler, ScribblesBehindTheCounter, MovesRows, ScribblesOnText
+    ),
     "check_deterministic": _broken(Counting, GlobalTorch, HidesItsDraws, HidesItsChoice),
     "check_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),
     "check_full_retention_is_identity": _host(_wrapped(Compressor, "__call__", _thins_out)),

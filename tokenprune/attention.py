@@ -19,6 +19,7 @@ from torch import Tensor, nn
 __all__ = [
     "Projections",
     "attention_received",
+    "cls_heads",
     "cls_row",
     "decoder_keys",
     "decoder_mass",
@@ -145,10 +146,19 @@ def cls_row(tapped: Projections, *, softmax: bool) -> Tensor:
     Returns:
         (views, tokens - 1) float32.
     """
+    return cls_heads(tapped, softmax=softmax).mean(1)[:, 1:]
+
+
+def cls_heads(tapped: Projections, *, softmax: bool) -> Tensor:
+    """Row of the CLS token (entry 0) over all entries, (views, heads, tokens) float32.
+
+    Args:
+        tapped, softmax: As in `cls_row`.
+    """
     one = tapped if tapped.query is None else replace(tapped, query=tapped.query[:, :1])
     query, key = one.split()  # in float32, which of all queries would be a large copy
     row = torch.einsum("vhd,vhnd->vhn", query[:, :, 0], key) * tapped.scale
-    return (tapped.softmax(row) if softmax else row).mean(1)[:, 1:]
+    return tapped.softmax(row) if softmax else row
 
 
 def attention_received(tapped: Projections) -> Tensor:

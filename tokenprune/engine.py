@@ -37,10 +37,18 @@ from transformers.masking_utils import create_causal_mask
 from tokenprune.attention import (
     proportional_mask,
 )
-from tokenprune.cache import CACHE, adopt, is_pruned, refuse_beyond_window, refuse_paged, window_of
+from tokenprune.cache import (
+    CACHE,
+    adopt,
+    is_pruned,
+    refuse_beyond_window,
+    refuse_paged,
+    settle_layers,
+    window_of,
+)
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import ContractError, UserError, unknown
 from tokenprune.guard import Guard, Ours, bypassed, eagerly, plain_copies
 from tokenprune.ledger import (
     DecoderShape,
@@ -618,7 +626,7 @@ class _Session(threading.local):
                 key = (id(part), id(span.record)) if span.is_untouched else None
                 chosen = made.get(key)
                 if chosen is None:
-                    chosen = part(span.tokens)
+                    chosen = _choose(part, span, span.tokens)
                 if key is not None:
                     made[key] = chosen
                 state.charge(span.row, part, span.tokens, shown[span.row], chosen)
@@ -735,7 +743,7 @@ class _Session(threading.local):
             tokens = self.layers.tokens(state, span, part, index, whole, rows, once)
             chosen = self._recall(state, span, index)
             if chosen is None:
-                chosen = part(tokens)
+                chosen = _choose(part, span, tokens)
                 copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
                 state.charge(span.row, part, tokens, shown[span.row] + copies, chosen)
                 self._remember(state, span, index, chosen)
@@ -872,6 +880,8 @@ class _Session(threading.local):
         if opened is not None:
             self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
+        if state is not None and state.cache is not None:
+            settle_layers(state.cache, cut=state.packed or state.sizes is not None)
         if state is None or not state.packed:
             return None
         hidden = state.spread(output[0], state.columns)
@@ -1011,6 +1021,15 @@ class _Session(threading.local):
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
+
+
+def _choose(part: Compressor, span: Span, tokens: VisualTokens) -> Selection:
+    """What ``part`` chooses of an image, which is named where it breaks the contract."""
+    try:
+        return part(tokens)
+    except ContractError as error:
+        where = f"{span.layout.modality} {span.image} of prompt {span.row}, both counted from 0"
+        raise ContractError(f"{error} ({where})") from error
 
 
 def _asked(kwargs: Kwargs, name: str, config: Any) -> bool:

@@ -1,9 +1,11 @@
 """Replays numerical vectors made with the methods' official code through our strategies.
 
 A folder of vectors holds ``cases.json`` (a list of ``{id, file, params, tensors}``) beside one
-safetensors file per case; the folder's name is the method's.  How the parameters of a method's
-vectors map to our API is written once per method with `@replay`, in a file of its own in
-``strategies/_golden/`` or, for a strategy of another package, wherever its module imports it.
+safetensors file per case; the folder's name is the method's.  ``tensors`` says of each tensor
+whether it is an ``input`` or ``expected``; a verdict names the expected ones that the replay never
+looked at.  How the parameters of a method's vectors map to our API is written once per method with
+`@replay`, in a file of its own in ``strategies/_golden/`` or, for a strategy of another package,
+wherever its module imports it.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,27 +29,38 @@ from torch import Tensor
 from tokenprune.errors import UserError, unknown
 from tokenprune.registry import strategies
 
-__all__ = ["Case", "Verdict", "main", "replay", "replay_folder"]
+__all__ = ["Case", "Verdict", "main", "replay", "replay_folder", "verdict_of"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One vector: the official code's inputs and what it made of them."""
+    """One vector: the official code's inputs and what it made of them.
+
+    Attributes:
+        method: Whose vectors they are.
+        id: Name of the vector.
+        params: What the official code was run with.
+        tensors: Inputs and what is expected, by name.
+        expected: Names of what is expected, where the vectors say so.
+    """
 
     method: str
     id: str
     params: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    expected: frozenset[str] = frozenset()
 
 
 @dataclass
 class Verdict:
-    """What a replay found, collected with `same`, `close` and `order`."""
+    """What a replay found, collected with `same`, `close`, `order` and `with_defects`."""
 
     mismatch: str = ""
     reordered: bool = False
     skipped: str = ""
     compared: list[str] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def same(self, what: str, got: Tensor, expected: Tensor) -> None:
         """``got`` must equal ``expected`` exactly."""
@@ -70,6 +83,11 @@ class Verdict:
         if not torch.equal(got, expected):
             self.reordered = True
             self.same(f"{what} with the documented defects", with_defects, expected)
+
+    def with_defects(self, what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+        """As `close`, for values that ours equal once the documented defects are put in."""
+        self.defects.append(what)
+        self.close(what, got, expected, tolerance)
 
     def _compare(
         self, what: str, got: Tensor, expected: Tensor, agree: Callable[[Tensor, Tensor], Tensor]
@@ -94,9 +112,22 @@ class Verdict:
             return f"skipped: {self.skipped}"
         if self.mismatch:
             return f"MISMATCH  {self.mismatch}"
-        if self.reordered:
-            return "same set, order differs by documented defect"
-        return "exact"
+        said = "same set, order differs by documented defect" if self.reordered else "exact"
+        if self.defects:
+            said += f", with the documented defects: {', '.join(self.defects)}"
+        return said + (f"; NOT COMPARED: {', '.join(self.unread)}" if self.unread else "")
+
+
+class _Watched(dict[str, Tensor]):
+    """Tensors that note which of them were looked at."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
 
 
 Replay = Callable[[Case], Verdict]
@@ -130,14 +161,43 @@ def read(folder: Path, method: str) -> list[Case]:
     try:
         listed = json.loads((folder / "cases.json").read_text())
         return [
-            Case(method, item["id"], item["params"], load_file(folder / item["file"]))
+            Case(
+                method,
+                item["id"],
+                item["params"],
+                load_file(folder / item["file"]),
+                _expected(item.get("tensors", {})),
+            )
             for item in listed
         ]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
         raise UserError(
             f"cannot read the vectors in {folder}: {type(error).__name__}: {error}. Expected "
             "cases.json, a list of objects with id, file and params, and the files it names."
         ) from error
+
+
+def _expected(tensors: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
+    return frozenset(name for name, about in tensors.items() if about.get("role") == "expected")
+
+
+def verdict_of(case: Case) -> Verdict:
+    """Replay one case.  What it expects and the replay did not look at is in the verdict."""
+    known = _replays.get(case.method)
+    if known is None:
+        return Verdict(skipped=f"no strategy here replays {case.method!r}")
+    watched = _Watched(case.tensors)
+    verdict = known(replace(case, tensors=watched))
+    if not (verdict.skipped or verdict.mismatch):
+        verdict.unread = sorted(case.expected - watched.read)
+    return verdict
 
 
 def replay_folder(folder: Path, method: str | None = None) -> list[tuple[Case, Verdict]]:
@@ -161,10 +221,7 @@ def replay_folder(folder: Path, method: str | None = None) -> list[tuple[Case, V
     results = []
     for one in found:
         cases = read(one, method or one.resolve().name)
-        for case in cases:
-            known = _replays.get(case.method)
-            missing = Verdict(skipped=f"no strategy here replays {case.method!r}")
-            results.append((case, known(case) if known is not None else missing))
+        results += [(case, verdict_of(case)) for case in cases]
     return results
 
 

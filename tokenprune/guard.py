@@ -104,9 +104,7 @@ def _reduced(module: nn.Module, protocol: Any) -> Any:
 
 def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module as they are outside the context."""
-    hooks = {
-        name: held for name, held in state.items() if "_hooks" in name and isinstance(held, dict)
-    }
+    hooks = {k: held for k, held in state.items() if "_hooks" in k and isinstance(held, dict)}
     gone = {key for held in hooks.values() for key in held if isinstance(held[key], Ours)}
     kept: dict[str, Any] = {}
     for name, value in state.items():

@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tokenprune.attention import attention_received, cls_row, first_arguments, key_vectors
 from tokenprune.encoder import EncoderCompressor, Tower, running
 from tokenprune.guard import Ours, bypassed, shadowed
+from tokenprune.offload import resident
+from tokenprune.precision import without_autocast
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
@@ -110,10 +112,15 @@ def watched(
             lock,
             running(adapter, encoder, call, modality) as tower,
             _tapped(adapter, wanted, tower) as maps,
+            resident(
+                adapter.base
+            ),  # the encoder reads its newline, outside a forward in `generate`
         ):
             output = original(*args, **kwargs)
             features = Ragged(output.pooler_output)
-            records = adapter.describe(call, features, maps(), modality, tower)
+            with without_autocast(features[0].device):
+                rows = maps()
+            records = adapter.describe(call, features, rows, modality, tower)
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
         if isinstance(output.pooler_output, Tensor):

@@ -64,6 +64,7 @@ from tokenprune.primitives import patches_by_view
 from tokenprune.registry import adapters
 from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
+from tokenprune.untouched import shown
 
 __all__ = [
     "CHECKS",
@@ -1001,6 +1002,46 @@ def check_keeps_the_best_scores(compressor: Compressor) -> None:
                     )
 
 
+def check_scores_are_finite(compressor: Compressor) -> None:
+    """Scores are finite; where what is looked at is not, that is refused, and not ranked by.
+
+    A strategy that ranks by itself hands what it ranks by to `Selection.scores`.
+    """
+    for part in compressor.stages():
+        for name, tokens in _samples(part):
+            what = f"{part.label} on layout {name!r}"
+            try:
+                sound = _called(part, tokens).keep
+            except UserError as error:
+                raise AssertionError(f"{what}: {error}") from error
+            for token in tokens.layout.patches[[0, -1]].tolist():
+                try:
+                    keep = _called(part, _spoilt(tokens, token)).keep
+                except Exception:  # however it fails, nothing is ranked by NaN
+                    continue
+                _same(keep, sound, f"{what}, where token {token} is NaN all over, keeps")
+
+
+def _called(part: Compressor, tokens: VisualTokens) -> Selection:
+    """What the core makes of the strategy's choice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetentionWarning)
+        return part(tokens)
+
+
+def _spoilt(tokens: VisualTokens, token: int) -> VisualTokens:
+    """The same where all that is known of one token is NaN."""
+    here = torch.tensor([token])
+    return replace(
+        tokens,
+        features=tokens.features.index_fill(0, here, torch.nan),
+        signals={
+            signal: values.index_fill(0, here, torch.nan)
+            for signal, values in tokens.signals.items()
+        },
+    )
+
+
 def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
     """Whether what is kept shows something of ``token``."""
     nudged = tokens.features.clone()
@@ -1051,29 +1092,12 @@ def check_tokens_untouched(compressor: Compressor) -> None:
     """What the strategy is shown is not written to."""
     for part in compressor.stages():
         for name, tokens in _samples(part):
-            before = {key: values.clone() for key, values in _shown(tokens).items()}
+            before = {key: values.clone() for key, values in shown(tokens).items()}
             _select(part, tokens)
-            for key, values in _shown(tokens).items():
+            for key, values in shown(tokens).items():
                 unchanged = torch.equal(values.nan_to_num(), before[key].nan_to_num())
                 if not unchanged:
                     raise AssertionError(f"{part.label} writes to {key} (layout {name!r})")
-
-
-def _shown(tokens: VisualTokens) -> dict[str, Tensor]:
-    """Every tensor that a strategy can get at."""
-    groups: tuple[Mapping[Any, Any], ...] = (
-        vars(tokens),
-        vars(tokens.layout),
-        {f"text: {signal}": values for signal, values in tokens.text.items()},
-        tokens.signals,
-        dict(zip(("inputs: image", "inputs: text"), tokens.inputs or (), strict=False)),
-    )
-    return {
-        str(key): values
-        for group in groups
-        for key, values in group.items()
-        if isinstance(values, Tensor)
-    }
 
 
 def check_deterministic(compressor: Compressor) -> None:
@@ -1839,7 +1863,7 @@ def _compiled(host: Host) -> Host:
     twin = host.like()
     for layer in twin.adapter.decoder_layers:
         layer.compile(backend="eager")
-    with torch._dynamo.config.patch(recompile_limit=1000):  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(recompile_limit=1000):
         twin.logits(host.inputs(), use_cache=False)
     return twin
 
@@ -1949,6 +1973,7 @@ STRATEGY_CHECKS: tuple[Check, ...] = (
     check_budget,
     check_keeps_what_stands_out,
     check_keeps_the_best_scores,
+    check_scores_are_finite,
     check_follows_content,
     check_tokens_untouched,
     check_deterministic,

@@ -51,7 +51,8 @@ def unwrapped(model: Any, hosts: Container[str]) -> nn.Module:
                     f"{type(inner).__name__} at .{path}; give compress that one, and go on using "
                     "the whole."
                 )
-    return model
+    found: nn.Module = model
+    return found
 
 
 def _is_host(module: nn.Module, hosts: Container[str]) -> bool:

@@ -32,6 +32,13 @@ def packed(layout: TokenLayout, maps: Tensor) -> Tensor:
     return values
 
 
+def ranked(layout: TokenLayout, scores: Tensor, keep: Tensor) -> Tensor:
+    """(M,) kept tokens view after view, those of each view by falling scores (N,), as places."""
+    order = keep[scores[keep].argsort(descending=True, stable=True)]
+    order = order[layout.view[order].argsort(stable=True)]
+    return places(layout)[order]
+
+
 def mask_like(like: Tensor, code: Tensor) -> Tensor:
     """A mask of the shape of ``like`` that is true at the flat places ``code``."""
     mask = torch.zeros(like.numel(), dtype=torch.bool)

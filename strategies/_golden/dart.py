@@ -1,5 +1,7 @@
 """How vectors of DART go through our API."""
 
+import torch
+
 from tokenprune.golden import Case, Verdict, replay
 from tokenprune.strategies.dart import DART
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
@@ -7,7 +9,7 @@ from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
 @replay("dart")
 def dart(case: Case) -> Verdict:
-    """The kept set, with the shares and the order of the ports."""
+    """Pivots, what each of them picks, and the kept set, with the shares and order of the ports."""
     verdict, given, params = Verdict(), case.tensors, case.params
     start, length = params["image_start"], params["image_length"]
     strategy = DART(
@@ -26,5 +28,13 @@ def dart(case: Case) -> Verdict:
         {strategy.keys: keys[image], Signal("llm_states"): states[image]},
         text={strategy.keys: keys[text], Signal("llm_states"): states[text]},
     )
+    pivots, behind = strategy.pivots(tokens, keys[image].abs().sum(-1))
+    verdict.same("image_pivots", start + pivots, given["image_pivots"])
+    verdict.same("text_pivots", start + length + behind, given["text_pivots"])
+    places = torch.cat([start + pivots, start + length + behind])
+    order = strategy.order(tokens, pivots, behind)
+    verdict.same("pivot_order", places[order], given["pivot_order"])
+    picked, _ = strategy.picks(tokens, pivots, behind)
+    verdict.same("picked", start + torch.stack(picked), given["picked"])
     verdict.same("kept", start + strategy.select(tokens).keep, given["kept"])
     return verdict

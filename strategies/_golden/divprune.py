@@ -3,13 +3,14 @@
 import torch
 
 from tokenprune.golden import Case, Verdict, replay
+from tokenprune.primitives import cosine_distances, max_min_diversity
 from tokenprune.strategies.divprune import DivPrune
 from tokenprune.tokens import TokenLayout, VisualTokens
 
 
 @replay("divprune")
 def divprune(case: Case) -> Verdict:
-    """The picked set, and what is left of a whole prompt."""
+    """What is picked, in order, and what is left of a whole prompt."""
     verdict, given, params = Verdict(), case.tensors, case.params
     if params["kind"] == "sequence":
         # Officially the visual span starts here, whatever comes before it; the card says so.
@@ -19,7 +20,13 @@ def divprune(case: Case) -> Verdict:
         features, length = given["features"], params["num_tokens"]
     layout = TokenLayout.single((1, length), newline=False)
     keep = DivPrune(retention=params["ratio"])(VisualTokens(layout, features)).keep
-    verdict.same("selected", keep, given["selected"].sort().values)
+    picked = max_min_diversity(features, len(keep))
+    verdict.same("selected", picked, given["selected"])
+    verdict.same("set", keep, given["selected"].sort().values)
+    if params["kind"] != "sequence":
+        verdict.same("selected_sorted", keep, given["selected_sorted"])
+        row = cosine_distances(features)[0]
+        verdict.close("distance_first_row", row, given["distance_first_row"], 1e-5)
     if params["kind"] == "sequence":
         after = torch.arange(start + length, len(given["sequence_embeds"]))
         survivors = torch.cat([torch.arange(start), start + keep, after])

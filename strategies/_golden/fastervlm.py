@@ -1,19 +1,24 @@
 """How vectors of FasterVLM go through our API."""
 
 from tokenprune.golden import Case, Verdict, replay
-from tokenprune.strategies._golden._shared import mask_like, packed, padded, places
+from tokenprune.strategies._golden._shared import mask_like, packed, padded, places, ranked
 from tokenprune.strategies.fastervlm import FasterVLM
 from tokenprune.tokens import VisualTokens
 
 
 @replay("fastervlm")
 def fastervlm(case: Case) -> Verdict:
-    """The mask of every view, and the order the language model receives; all views are padded."""
+    """Scores, rank and mask of every view (all are padded), and the order of the sequence."""
     verdict, given, params = Verdict(), case.tensors, case.params
     layout = padded(given["cls_attention"], params)
     scores = packed(layout, given["cls_attention"].mean(1))
     strategy = FasterVLM(retention=params["visual_token_num"] / params["patches"])
-    keep = strategy.select(VisualTokens(layout, scores[:, None], {strategy.saliency: scores})).keep
+    tokens = VisualTokens(layout, scores[:, None], {strategy.saliency: scores})
+    keep = strategy.select(tokens).keep
+    wanted = packed(layout, given["mean_score"])[layout.patches]
+    verdict.close("mean_score", scores[layout.patches], wanted, 1e-6)
+    order = ranked(layout, strategy.score(tokens), keep).view_as(given["topk_order"])
+    verdict.same("topk_order", order, given["topk_order"])
     code = layout.view * params["patches"] + places(layout)
     verdict.same("keep_mask", mask_like(given["keep_mask"], code[keep]), given["keep_mask"])
     if "sequence_code" in given:  # of single views the places in each, of an image's the codes

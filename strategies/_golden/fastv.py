@@ -9,7 +9,7 @@ from tokenprune.tokens import TokenLayout, VisualTokens
 
 @replay("fastv")
 def fastv(case: Case) -> Verdict:
-    """The kept set, and the surviving positions of the whole prompt."""
+    """The kept set, its rank, and the surviving positions of the whole prompt."""
     verdict, given, params = Verdict(), case.tensors, case.params
     if params["K"] < 1:
         return Verdict(skipped="K = 0 is a random mask in the official code, not FastV")
@@ -22,7 +22,10 @@ def fastv(case: Case) -> Verdict:
     row = given["last_row"].float().mean(0)
     visual = row[start : start + length]
     layout = TokenLayout.single((1, length), newline=False)
-    keep = strategy(VisualTokens(layout, torch.zeros(length, 1), {strategy.row: visual})).keep
+    tokens = VisualTokens(layout, torch.zeros(length, 1), {strategy.row: visual})
+    keep = strategy(tokens).keep
+    ranked = keep[strategy.score(tokens)[keep].argsort(descending=True, stable=True)]
+    verdict.same("top_order", start + ranked, given["top_order"])
     verdict.close("mean_visual_score", visual, given["mean_visual_score"], 1e-6)
     verdict.same("kept_visual", keep, given["kept_visual"])
     after = torch.arange(start + length, len(row))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenprune.golden import Case, Verdict, replay
 from tokenprune.primitives import project_thumbnail
+from tokenprune.strategies._golden._shared import ranked
 from tokenprune.strategies.globalcom2 import GlobalCom2
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
 
@@ -42,7 +43,9 @@ def globalcom2(case: Case) -> Verdict:
     guide = project_thumbnail(layout, scores)
     by_crop = _by_view(layout, layout.patches)
     verdict.close("guide_scores", guide[by_crop[crop[by_crop]]], given["guide_scores"], 1e-5)
-
+    by_crop = by_crop[crop[by_crop]]
+    dims = torch.stack([_extent(valid, side, axis) for axis in (1, 2)], 1)
+    verdict.same("crop_dims_wh", dims, given["crop_dims_wh"])
     keep = strategy(tokens).keep
     kept = keep[~layout.is_separator[keep]]
     crops = kept[crop[kept]]
@@ -50,11 +53,26 @@ def globalcom2(case: Case) -> Verdict:
     verdict.same("keep_counts", counts, given["keep_counts"])
     verdict.same("thumbnail", place[kept[~crop[kept]]], given["thumb_keep_sorted"])
     verdict.same("crops", place[_by_view(layout, crops)], given["keep_flat_sorted"])
+    score = strategy.ranking(tokens)
+    thumbnail = ranked(layout, score, kept[~crop[kept]])
+    verdict.same("thumb_keep_order", thumbnail, given["thumb_keep_order"])
+    order = ranked(layout, score, crops)
+    verdict.same("keep_flat_order", order, given["keep_flat_order"])
+    # Its place in the list of the crop's unpadded patches, in which the official code lays it out.
+    view = torch.arange(len(counts)).repeat_interleave(counts)
+    slot = valid.long().cumsum(1)[view, order] - 1
+    verdict.same("keep_slot_order", slot, given["keep_slot_order"])
     code = torch.where(crop, layout.view * patches + place, place)
     code[layout.is_separator] = -1
     official = _officially_ordered(layout, code, place, kept, scores)
     verdict.order("sequence", code[keep], given["llm_sequence"], official)
     return verdict
+
+
+def _extent(valid: Tensor, side: int, axis: int) -> Tensor:
+    """(crops,) how many columns (axis 1) or rows (axis 2) of the masks have a valid patch."""
+    crops = valid.view(-1, side, side)
+    return crops.any(axis).sum(1)
 
 
 def _officially_ordered(

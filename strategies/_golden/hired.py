@@ -1,29 +1,30 @@
 """How vectors of HiRED go through our API."""
 
 import torch
+from torch import Tensor
 
-from tokenprune.attention import Projections, cls_row
+from tokenprune.attention import Projections, cls_heads
 from tokenprune.golden import Case, Verdict, replay
 from tokenprune.strategies._golden._shared import mask_like, packed, places
 from tokenprune.strategies.hired import HiRED
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens, unpadded_box
 
 
 @replay("hired")
 def hired(case: Case) -> Verdict:
-    """Budgets and masks with the official region map; the packing's defects are not ours."""
+    """Budgets and masks with the official region map, packed with the official defects."""
     verdict, given, params = Verdict(), case.tensors, case.params
     if params.get("kind") == "hook":
         tapped = Projections(params["heads"], 0.0, given["query"], given["key"])
         tapped.scale = (given["query"].shape[-1] / params["heads"]) ** -0.5
-        wanted = given["hook_cls_attention"].mean(1)
-        verdict.close("hook_cls_attention", cls_row(tapped, softmax=True), wanted, 1e-5)
+        heads = cls_heads(tapped, softmax=True)[:, :, 1:]
+        verdict.close("hook_cls_attention", heads, given["hook_cls_attention"], 1e-5)
         return verdict
     bottom = given["bottom_cls_attention"]
     strategy = HiRED(
         retention=params["token_budget_rate"], alpha=params.get("alpha", 0.5), official=True
     )
-    start = 0
+    start, emitted = 0, []
     for image, views in enumerate(params.get("views", [len(bottom)])):
         mine = slice(start, start + views)
         start += views
@@ -43,5 +44,32 @@ def hired(case: Case) -> Verdict:
             verdict.same("budgets", counts, given["budgets"].flatten()[mine])
         expected = given["keep_mask"].reshape(-1, 576)[mine]
         code = layout.view * 576 + places(layout)
-        verdict.same("keep_mask", mask_like(expected, code[keep]), expected)
+        mask = mask_like(expected, code[keep])
+        verdict.same("keep_mask", mask, expected)
+        if "sub_budgets" in given:
+            scores, shares = tokens[strategy.saliency], strategy.allocation
+            crops = shares.counts(tokens, scores, strategy.retention)[1:]
+            wanted = given["sub_budgets"].flatten()[start - views - image :][: views - 1]
+            verdict.same("sub_budgets", crops, wanted)
+        if views > 1:
+            emitted.append(_officially_packed(mask, grid, (height, width)))
+    if "packed_code" in given:
+        verdict.same("packed_code", torch.cat(emitted), given["packed_code"])
+        lengths = torch.tensor([len(one) for one in emitted])
+        verdict.same("packed_lens", lengths, given["packed_lens"])
     return verdict
+
+
+def _officially_packed(mask: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Codes of what the official packing emits of a selection (views, 576), its defects included.
+
+    It lays rows and columns of the grid out exchanged, and cuts the padding off afterwards, where
+    the image as it is would have it.
+    """
+    rows, cols = grid
+    code = torch.arange(mask.numel()).view_as(mask)
+    crops = torch.where(mask, code, -1)[1:].view(cols, rows, 24, 24)
+    canvas = crops.transpose(1, 2).reshape(cols * 24, rows * 24)
+    top, bottom, left, right = unpadded_box(size, (cols * 24, rows * 24), "llava")
+    plane = canvas[top:bottom, left:right].flatten()
+    return torch.cat([code[0][mask[0]], plane[plane >= 0]])

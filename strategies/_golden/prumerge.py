@@ -1,17 +1,23 @@
 """How vectors of PruMerge go through our API."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tokenprune.attention import Projections, cls_row
 from tokenprune.budget import Proportional
 from tokenprune.golden import Case, Verdict, replay
-from tokenprune.strategies.prumerge import PruMerge
+from tokenprune.strategies.prumerge import PruMerge, nearest_others
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
 
 @replay("prumerge")
 def prumerge(case: Case) -> Verdict:
-    """Scores, centres and merged tokens of every image; order and budget are the official ones."""
+    """Scores, centres and merged tokens of every image; order and budget are the official ones.
+
+    Where official centres repeat, ours do not; the values are then compared with the repeats put
+    in.
+    """
     verdict, given, params = Verdict(), case.tensors, case.params
     centres = params["centers"]
     tapped = Projections(1, params["dim"] ** -0.5, given["query_cls"][:, None], given["key"])
@@ -29,7 +35,7 @@ def prumerge(case: Case) -> Verdict:
         strategy = PruMerge(
             retention=(number + 1) / params["patches"],
             allocator=Proportional("half-even"),
-            spatial=(number - best) / number,
+            spatial=max(0, number - best) / number,
             step=step,
             start=start,
         )
@@ -51,9 +57,42 @@ def prumerge(case: Case) -> Verdict:
             verdict.mismatch = "no merged features"
             return verdict
         ours = torch.isin(chosen.keep, wanted)
-        verdict.same("center_idx", chosen.keep[ours], wanted.unique())
-        if number < centres:  # the card says what the repeats do to the official values
+        verdict.same("set of centres", chosen.keep[ours], wanted.unique())
+        chain = score.argsort(descending=True, stable=True)[:best]
+        samples = torch.arange(start, len(score) - 1, step) if step else chain[:0]
+        if number == centres:  # the samples of the adaptive path are none of the attended
+            samples = samples[~torch.isin(samples, chain)]
+        verdict.same("center_idx", torch.cat([chain, samples]), wanted)
+        official = _officially_merged(tokens, strategy, wanted)
+        verdict.same("complement_idx", official[0], given["complement_idx"][image])
+        nearest = given["neighbours"][image]
+        verdict.same("neighbours", official[1][: len(nearest)], nearest)
+        if number < centres:
+            verdict.with_defects("output", official[2], output, 1e-4)
             continue
         verdict.close("output", chosen.features[ours], output[:-1][wanted.argsort()], 1e-4)
         verdict.close("extra", chosen.features[~ours], output[-1:], 1e-4)
     return verdict
+
+
+def _officially_merged(
+    tokens: VisualTokens, strategy: PruMerge, centres: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the official code makes of centres (K,) that may repeat.
+
+    Its list of the other patches is (P - K,) long whatever the repeats, so that it lacks the first
+    of them; and a centre absorbs its own copies.
+
+    Returns:
+        (P - K,) the other patches, (K, neighbours) what each centre absorbs, and the vectors of the
+        centres and of the extra token.
+    """
+    scores, vectors = tokens[strategy.saliency], tokens[Signal("unprojected")]
+    unit = F.normalize(tokens[strategy.metric], dim=-1)
+    others = torch.arange(len(scores)).index_fill(0, centres, 0).sort().values[len(centres) :]
+    pool = torch.cat([centres, others])
+    own = torch.arange(len(centres))
+    found = pool[nearest_others(unit[centres], unit[pool], own, strategy.neighbours)]
+    weighted = scores[:, None] * vectors
+    made = vectors[centres] + weighted[found].sum(1)
+    return others, found, torch.cat([made, weighted[others].sum(0, keepdim=True)])

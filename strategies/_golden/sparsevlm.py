@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenprune.attention import rotary_product
 from tokenprune.golden import Case, Verdict, replay
+from tokenprune.primitives import density_peaks
 from tokenprune.strategies.sparsevlm import HEADS, ROTARY, ROWS, SparseVLM
 from tokenprune.tokens import TokenLayout, VisualTokens
 
@@ -45,6 +46,8 @@ def sparsevlm(case: Case) -> Verdict:
         chosen = strategy.at((layer + 1) / 32).select(tokens)
         kept = given[f"layer{layer}_kept"]
         if version == "2.0":  # nothing is merged, and positions stay
+            best = strategy.best_heads(strategy.corrected(tokens))
+            verdict.same(f"heads of layer {layer}", best, given[f"layer{layer}_heads"])
             verdict.same(f"kept in layer {layer}", chosen.keep, kept)
             states, places = states[chosen.keep], places[chosen.keep]
             after = torch.arange(len(embeds) - len(text), len(embeds))
@@ -52,6 +55,13 @@ def sparsevlm(case: Case) -> Verdict:
             verdict.same("position_ids", positions, given[f"layer{layer}_position_ids"])
             continue
         recycled = given[f"layer{layer}_recycled"]
+        mine = strategy.recycle_of(score.argsort(descending=True, stable=True), len(kept))
+        verdict.same(f"recycled in layer {layer}", mine, recycled)
+        clusters = len(given[f"layer{layer}_merged"])
+        found, cluster = density_peaks(states[recycled], clusters)
+        verdict.same(f"clusters of layer {layer}", cluster, given[f"layer{layer}_cluster_of"])
+        if clusters > 1:
+            verdict.same(f"centers of layer {layer}", found, given[f"layer{layer}_centers"])
         merged = given[f"layer{layer}_merged"]
         # With one cluster the official centre is noise; ours is then the best of the recycled.
         centres = recycled[given.get(f"layer{layer}_centers", torch.tensor([0]))]

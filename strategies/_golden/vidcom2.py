@@ -9,7 +9,7 @@ from tokenprune.tokens import TokenLayout, VisualTokens
 
 @replay("vidcom2")
 def vidcom2(case: Case) -> Verdict:
-    """Resemblances, ratios, budgets and the kept set of a video."""
+    """Channels, resemblances, ratios, budgets and the kept set of a video."""
     verdict, given, params = Verdict(), case.tensors, case.params
     frames, size = params["frames"], params["tokens_per_frame"]
     layout = TokenLayout.video(frames, (1, size))
@@ -24,5 +24,12 @@ def vidcom2(case: Case) -> Verdict:
     keep = strategy.select(tokens).keep
     counts = torch.bincount(layout.view[keep], minlength=frames)
     verdict.same("frame_budget", counts, given["frame_budget"])
+    verdict.same("low_var_channels", strategy.calm(tokens), given["low_var_channels"])
     verdict.same("keep_global", keep, given["keep_global"])
+    verdict.same("keep_ids", layout.col[keep], given["keep_ids"])
+    if "sequence_code" in given:  # a newline for every row of a frame, behind it
+        rows = torch.full((int(size**0.5),), -1)
+        frame_by_frame = keep.split(counts.tolist())
+        sequence = torch.cat([torch.cat([one, rows]) for one in frame_by_frame])
+        verdict.same("sequence_code", sequence, given["sequence_code"])
     return verdict

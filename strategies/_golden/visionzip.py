@@ -1,41 +1,79 @@
 """How vectors of VisionZip go through our API."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tokenprune.golden import Case, Verdict, replay
+from tokenprune.primitives import patches_by_view
 from tokenprune.strategies._golden._shared import packed, padded, places
-from tokenprune.strategies.visionzip import VisionZip
+from tokenprune.strategies.visionzip import VisionZip, assigned
 from tokenprune.tokens import Signal, VisualTokens
 
 
 @replay("visionzip")
 def visionzip(case: Case) -> Verdict:
-    """Dominant and contextual tokens of every view; official order and CLS token are not ours."""
+    """Dominant and contextual tokens of every view, and what comes of them.
+
+    Ours stay in their places; for the comparison they are put into the official order, behind the
+    CLS token that is sent along officially.
+    """
     verdict, given, params = Verdict(), case.tensors, case.params
     layout = padded(given["cls_attention"], params)
-    contextual = params["contextual_num"]
-    count = params["dominant_num"] + contextual
+    contextual, number = params["contextual_num"], params["dominant_num"]
+    count = number + contextual
     strategy = VisionZip(retention=count / params["patches"], contextual=contextual / count)
     hidden = packed(layout, given["hidden_states"][:, 1:])
-    signals = {
-        strategy.saliency: packed(layout, given["cls_attention"].mean(1)),
-        strategy.metric: packed(layout, given["metric"][:, 1:]),
-        Signal("unprojected"): hidden,
-    }
+    scores = packed(layout, given["cls_attention"].mean(1))
+    metric = packed(layout, given["metric"][:, 1:])
+    signals = {strategy.saliency: scores, strategy.metric: metric, Signal("unprojected"): hidden}
     chosen = strategy.select(VisualTokens(layout, hidden, signals, projector=lambda x: x))
     if chosen.features is None:
         verdict.mismatch = "no merged features"
         return verdict
-    place, view = places(layout)[chosen.keep], layout.view[chosen.keep]
-    for index, (ranked, output) in enumerate(
-        zip(given["dominant_idx"], given["output"], strict=True)
-    ):
-        dominant = (ranked[ranked > 0] - 1).sort().values  # entry 0 is the CLS token
-        mine = view == index
-        ours = torch.isin(place[mine], dominant)
-        verdict.same("dominant_idx", place[mine][ours], dominant)
-        verdict.close("output", chosen.features[mine][ours], output[1 : 1 + len(dominant)], 1e-6)
-        # Targets in the order of their places, as officially.
-        merged = chosen.features[mine][~ours]
-        verdict.close("contextual", merged, output[1 + len(dominant) :], 1e-5)
+    place, keys = places(layout), F.normalize(metric, dim=-1)
+    official = []  # places of every view's tokens
+    for index, patches in enumerate(patches_by_view(layout)):
+        order = patches[scores[patches].argsort(descending=True, stable=True)]
+        cls = torch.zeros(1, dtype=torch.long)
+        ranked = torch.cat([cls, 1 + place[order[:number]]])  # entry 0 is the CLS token
+        verdict.same("dominant_idx", ranked, given["dominant_idx"][index])
+        dominant = patches[torch.isin(patches, order[:number])]
+        rest = patches[~torch.isin(patches, dominant)]
+        rest = rest[place[rest].argsort()]
+        targets, merged, nearest = assigned(rest, contextual, keys)
+        dominant = dominant[place[dominant].argsort()]
+        if "dominant_sorted" in given:
+            verdict.same("dominant_sorted", place[dominant], given["dominant_sorted"][index])
+            verdict.same("contextual_idx", place[targets], given["contextual_idx"][index])
+            verdict.same("merged_idx", place[merged], given["merged_idx"][index])
+            verdict.same("merged_assignment", nearest, given["merged_assignment"][index])
+        sequence = torch.cat([dominant, targets])
+        mine = chosen.keep[layout.view[chosen.keep] == index]
+        verdict.same("kept", mine.sort().values, sequence.sort().values)
+        if verdict.mismatch:
+            return verdict
+        rows = chosen.features[torch.searchsorted(chosen.keep, sequence)]
+        output = torch.cat([given["hidden_states"][index, :1], rows])
+        verdict.close("output", output, given["output"][index], 1e-5)
+        official.append(place[dominant])
+    if "sequence_code" in given:
+        grid = params["num_patch_height"], params["num_patch_width"]
+        sequence = _officially_restored(official, grid, contextual)
+        verdict.same("sequence_code", sequence, given["sequence_code"])
     return verdict
+
+
+def _officially_restored(dominant: list[Tensor], grid: tuple[int, int], contextual: int) -> Tensor:
+    """Codes in the official order of an image whose views are the crops of a grid.
+
+    The dominant patches row by row over the whole grid, then the CLS tokens, then the contextual
+    tokens crop by crop.
+    """
+    crop = torch.arange(len(dominant)).repeat_interleave(torch.tensor([*map(len, dominant)]))
+    place = torch.cat(dominant)
+    y, x = crop // grid[1] * 24 + place // 24, crop % grid[1] * 24 + place % 24
+    order = (y * grid[1] * 24 + x).argsort()
+    first = 10000 * torch.arange(len(dominant))
+    merged = first[:, None] + 9001 + torch.arange(contextual)
+    return torch.cat([(10000 * crop + place)[order], first + 9000, merged.flatten()])

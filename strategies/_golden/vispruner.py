@@ -1,14 +1,17 @@
 """How vectors of VisPruner go through our API."""
 
+import torch.nn.functional as F
+
 from tokenprune.golden import Case, Verdict, replay
+from tokenprune.primitives import patches_by_view
 from tokenprune.strategies._golden._shared import mask_like, packed, padded, places
-from tokenprune.strategies.vispruner import VisPruner
+from tokenprune.strategies.vispruner import VisPruner, thinned
 from tokenprune.tokens import Signal, VisualTokens
 
 
 @replay("vispruner")
 def vispruner(case: Case) -> Verdict:
-    """The mask of every view; all views are padded."""
+    """Important and diverse tokens in order, and the mask of every view; all views are padded."""
     verdict, given, params = Verdict(), case.tensors, case.params
     layout = padded(given["cls_attention"], params)
     strategy = VisPruner(
@@ -20,7 +23,21 @@ def vispruner(case: Case) -> Verdict:
         strategy.saliency: packed(layout, given["cls_attention"].mean(1)),
         Signal("unprojected"): features,
     }
-    keep = strategy.select(VisualTokens(layout, features, signals)).keep
+    tokens = VisualTokens(layout, features, signals)
+    keep = strategy.select(tokens).keep
+    scores, unit = tokens[strategy.saliency], F.normalize(features.float(), dim=-1)
+    wanted = packed(layout, given["mean_score"])[layout.patches]
+    verdict.close("mean_score", scores[layout.patches], wanted, 1e-6)
+    for view, patches in enumerate(patches_by_view(layout)):
+        count, first = params["visual_token_num"], given["important_idx"].shape[1]
+        order = patches[scores[patches].argsort(descending=True, stable=True)]
+        important = places(layout)[order[: int(count * strategy.important)]]
+        verdict.same("important_idx", important, given["important_idx"][view])
+        if "diverse_idx" in given:
+            diverse = thinned(order[first:], count - first, unit)
+            verdict.same("diverse_idx", places(layout)[diverse], given["diverse_idx"][view])
     code = layout.view * params["patches"] + places(layout)
     verdict.same("keep_mask", mask_like(given["keep_mask"], code[keep]), given["keep_mask"])
+    if "sequence_code" in given:
+        verdict.same("sequence_code", code[keep], given["sequence_code"].flatten())
     return verdict
