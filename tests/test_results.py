@@ -21,8 +21,6 @@ from tokenprune.experiments.results import (
     RunFolder,
     answers_frame,
     check_writable,
-    code_fingerprint,
-    files_fingerprint,
     git_state,
     replace_file,
 )
@@ -259,30 +257,6 @@ def test_easy_is_what_little_of_the_image_suffices_for(tmp_path: Path) -> None:
     assert frame["retention"].isna().sum() == 8
     assert answers_frame("m", cells[:1], questions, journal)["easy"].isna().all()
     assert [cell.label for cell in references({"video"})] == ["image-free"]
-
-
-# --- fingerprints ---------------------------------------------------------------------------------
-
-
-def test_files_fingerprint_tells_weights_from_processor(tmp_path: Path) -> None:
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
-        (tmp_path / name).write_text(name)
-    first = files_fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("words")
-    assert files_fingerprint(tmp_path) == first
-    (tmp_path / "tokenizer.json").write_text("other")
-    second = files_fingerprint(tmp_path)
-    assert second["weights"] == first["weights"]
-    assert second["processor"] != first["processor"]
-    (tmp_path / "model.safetensors").write_text("other")
-    assert files_fingerprint(tmp_path)["weights"] != first["weights"]
-    assert files_fingerprint(None) == {"weights": None, "processor": None}
-
-
-def test_code_fingerprint_is_of_the_methods_used() -> None:
-    uniform, random = (tp.create(name, retention=0.5) for name in ("uniform", "random"))
-    assert code_fingerprint([uniform]) == code_fingerprint([uniform, uniform])
-    assert code_fingerprint([uniform]) != code_fingerprint([random])
 
 
 def test_git_state(tmp_path: Path) -> None:
