@@ -59,8 +59,8 @@ __all__ = [
     "check_writable",
     "environment",
     "git_state",
+    "manifests",
     "read_answers",
-    "read_manifest",
     "replace_file",
     "without_seed",
 ]
@@ -449,6 +449,9 @@ class RunFolder:
 
     def write_tables(self, answers: pd.DataFrame, summary: pd.DataFrame) -> None:
         """Write ``answers.parquet`` and ``summary.csv``, each in one step."""
+        answers = answers.copy(deep=False)
+        if self.journal.exists():  # tells readers whether the journal has grown since
+            answers.attrs["journal"] = self.journal.stat().st_size
         with replace_file(self.path / "answers.parquet") as temporary:
             answers.to_parquet(temporary, index=False)
         with replace_file(self.path / "summary.csv") as temporary:
@@ -487,24 +490,23 @@ def _unlock(handle: int | None) -> None:
         os.close(handle)
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a run, or its backup where it is torn or gone; None if there is neither."""
+def manifests(folder: Path) -> Iterator[dict[str, Any]]:
+    """The manifest of a run and its backup, those of them that are not torn or gone."""
     for name in _MANIFESTS:
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(found, dict) and isinstance(found.get("experiment"), dict):
-            return found
-    return None
+            yield found
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     """That of a folder to be written to; empty if the folder is."""
-    manifest = read_manifest(path)
-    if manifest is not None and isinstance(manifest.get("sessions"), list):
-        manifest["sessions"] = [one for one in manifest["sessions"] if isinstance(one, dict)]
-        return manifest
+    for manifest in manifests(path):
+        if isinstance(manifest.get("sessions"), list):
+            manifest["sessions"] = [one for one in manifest["sessions"] if isinstance(one, dict)]
+            return manifest
     if (path / _MANIFESTS[0]).exists():
         file = path / _MANIFESTS[0]
         raise UserError(f"{file} is not the manifest of a run; choose another --out.")
@@ -600,6 +602,19 @@ _COLUMNS = [
 ]
 
 
+_TEXTS = (
+    *("model", "method", "label", "parameters", "question_id", "image_id", "kind"),
+    *("question", "truth", "answer", "status"),
+)
+_TYPES: dict[str, Any] = {
+    "retention": "float64",
+    **dict.fromkeys(("correct", "agrees", "easy"), "boolean"),
+    **dict.fromkeys(("kl", "match_target", "match_cost", *FIGURES), "Float64"),
+    **dict.fromkeys(WHOLE_FIGURES, "Int64"),
+}
+_NEEDED = {*_TEXTS, "retention", "correct", "agrees"}  # older runs lack the others
+
+
 def answers_frame(
     model: str, cells: Sequence[Cell], questions: Sequence[Question], journal: Journal
 ) -> pd.DataFrame:
@@ -648,10 +663,7 @@ def answers_frame(
             else:
                 value = made[name]
                 column += value if isinstance(value, list) else [value] * len(shown)
-    types = dict.fromkeys(("correct", "agrees", "easy"), "boolean")
-    types |= dict.fromkeys(("kl", *FIGURES), "Float64") | dict.fromkeys(WHOLE_FIGURES, "Int64")
-    types |= {"match_target": "Float64", "match_cost": "Float64"}
-    return pd.DataFrame(columns, columns=_COLUMNS).astype(types)
+    return pd.DataFrame(columns, columns=_COLUMNS).astype(_TYPES)
 
 
 @lru_cache(maxsize=4096)
@@ -679,11 +691,29 @@ def _easy(item: Question, cells: Iterable[Cell], journal: Journal) -> bool | Non
 
 
 def read_answers(folder: Path) -> pd.DataFrame:
-    """``answers.parquet`` of a run.  Raises `UserError` if the folder holds none."""
+    """``answers.parquet`` of a run.
+
+    Raises:
+        UserError: The folder holds none, or it is damaged.
+    """
     path = folder / "answers.parquet"
     if not path.is_file():
         raise UserError(
             f"{folder} holds no answers.parquet; give the folder of a run, as tokenprune compare "
             "prints it at its end."
         )
-    return pd.read_parquet(path)
+    try:
+        table = pd.read_parquet(path)
+        texts = table[[name for name in _TEXTS if name in table or name in _NEEDED]]
+        if wrong := [name for name in texts if not _all_text(texts[name])]:
+            raise TypeError(f"the column {wrong[0]!r} is not text")
+        types = {name: kind for name, kind in _TYPES.items() if name in table or name in _NEEDED}
+        return table.astype(types)
+    except Exception as error:  # whatever damage does to a Parquet file
+        raise UserError(
+            f"{path} is damaged ({error}); the command that made the folder makes it again."
+        ) from error
+
+
+def _all_text(column: pd.Series) -> bool:
+    return pd.api.types.infer_dtype(column, skipna=True) in ("string", "empty")

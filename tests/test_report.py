@@ -259,7 +259,7 @@ def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
     assert all(all(item["kept"][1]) for item in data["questions"])
     page = Page(whole.path.read_text(encoding="utf-8"))
     assert len(page.all("script")) == 3
-    assert len(page.all("b")) == len(data["cells"]), "those of the table alone"
+    assert len(page.all("b")) == len(data["cells"]) + 2, "of the table alone, with the references"
 
     moved = Path(shutil.copytree(own, tmp_path / "moved"))
     (moved / "1.png").unlink()

@@ -50,15 +50,19 @@ def pairs(
     """
     with as_exit_status():
         from tokenprune.experiments.intervals import OVERALL
-        from tokenprune.experiments.results import read_answers, replace_file
+        from tokenprune.experiments.reading import answers_of
+        from tokenprune.experiments.results import replace_file
 
         kind = kind or OVERALL
-        found = _found(read_answers(folder), tuple(split_specs(methods or ())), kind, seed)
+        notes: list[str] = []
+        found = _found(answers_of(folder, notes), tuple(split_specs(methods or ())), kind, seed)
         path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{kind}.csv")
         with replace_file(path) as temporary:
             found.to_csv(temporary, index=False)
         console = Console()
         console.print(table(found))
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
         typer.echo(f"Written to {path}")
     raise typer.Exit(OK)
 

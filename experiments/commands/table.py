@@ -21,9 +21,14 @@ def table(
     """Print several comparisons side by side as one Markdown table.
 
     One row per method: accuracies in % and, in brackets, the decoder's FLOPs in % of the full ones.
+
+    Exit status: 0 done, 2 bad input.
     """
     with as_exit_status():
         from tokenprune.experiments.tables import markdown, side_by_side
 
-        typer.echo(markdown(side_by_side(folders)))
+        notes: list[str] = []
+        typer.echo(markdown(side_by_side(folders, notes)))
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
     raise typer.Exit(OK)
