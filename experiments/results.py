@@ -453,7 +453,7 @@ class RunFolder:
         if self.journal.exists():  # tells readers whether the journal has grown since
             answers.attrs["journal"] = self.journal.stat().st_size
         with replace_file(self.path / "answers.parquet") as temporary:
-            answers.to_parquet(temporary, index=False)
+            temporary.write_bytes(answers.to_parquet(index=False))
         with replace_file(self.path / "summary.csv") as temporary:
             summary.to_csv(temporary, index=False)
 
