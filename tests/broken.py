@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenprune import encoder, engine, llm_signals, observe
+from tokenprune import cache, encoder, engine, llm_signals, observe
 from tokenprune.attention import Projections
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage, parse
-from tokenprune.engine import _Session
+from tokenprune.engine import Trace, _Session
 from tokenprune.errors import UserError
 from tokenprune.models.adapter import Adapter
 from tokenprune.passes import Pass
@@ -644,6 +644,45 @@ def _refuses_without_reason(*args: Any) -> list[Any]:
     raise UserError("no")
 
 
+def _asks_in_front_of_any_label(original: Any, state: Pass) -> None:
+    original(state)
+    state.queries = [
+        torch.tensor([max(int(labels[0]) - 1, 0) if len(labels) else 0 for labels in state.answers])
+        if state.answers
+        else query
+        for query in state.queries
+    ]
+
+
+def _asks_at_the_very_end(original: Any, state: Pass) -> None:
+    state.answers = []
+    original(state)
+
+
+def _sees_hidden_tokens(original: Any, state: Pass, placeholders: Any) -> Any:
+    visual, real = original(state, placeholders)
+    return visual, torch.ones_like(real)
+
+
+def _spreads_as_in_the_end(original: Any, state: Pass, states: Tensor, columns: Tensor) -> Tensor:
+    result: Tensor = original(state, states, state.columns[:, -states.shape[1] :])
+    return result
+
+
+def _lets_attentions_pass(original: Any, kwargs: Any, name: str, config: Any) -> bool:
+    return name != "output_attentions" and bool(original(kwargs, name, config))
+
+
+def _tells_of_every_prompt(patch: pytest.MonkeyPatch) -> None:
+    nothing = property(lambda trace: False, lambda trace, value: None)
+    patch.setattr(Trace, "has_images", nothing, raising=False)
+
+
+def _tells_too_early(original: Any, self: _Session, state: Pass, *args: Any) -> Any:
+    self.trace.selections = state.selections
+    return original(self, state, *args)
+
+
 # -- one or more for every check -----------------------------------------------------------------
 
 
@@ -664,6 +703,7 @@ def _host(*patches: Patch, strategy: str = "uniform") -> tuple[Fault, ...]:
     return tuple(Fault(compressor, patch) for patch in patches)
 
 
+NO_TARGETS = _replaced(_Session, "_targets", lambda *args: None)
 NO_MEMORY = _replaced(_Session, "_recall", lambda *args: None)
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
@@ -778,7 +818,37 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "check_bfloat16": _broken(OnlyFloat32),
     "check_inference_mode": _broken(ModeSensitive),
-    "check_labels": _host(_replaced(_Session, "_labels", lambda *args: None), strategy="fastv"),
+    "check_labels": _host(NO_TARGETS, strategy="fastv"),
+    "check_labels_everywhere": _host(
+        _wrapped(Pass, "ask", _asks_in_front_of_any_label), strategy="fastv"
+    ),
+    "check_turns_with_labels": (
+        *_host(NO_TARGETS, _wrapped(Pass, "ask", _asks_at_the_very_end), strategy="fastv"),
+        *_host(_wrapped(Pass, "ask", _asks_at_the_very_end), strategy="cdpruner:relevance=text"),
+    ),
+    "check_drafts_have_no_say": (
+        *_host(NO_TARGETS, strategy="fastv"),
+        *_host(NO_TARGETS, strategy="cdpruner:relevance=text"),
+    ),
+    "check_masked_tokens": (
+        *_host(_wrapped(Pass, "look", _sees_hidden_tokens), strategy="fastv"),
+        *_host(
+            _wrapped(Pass, "look", _sees_hidden_tokens),
+            _replaced(Pass, "_spent_on_hidden", lambda state: None),
+        ),
+    ),
+    "check_hidden_states": (
+        *_host(_wrapped(Pass, "spread", _spreads_as_in_the_end), strategy="pyramiddrop"),
+        *_host(_wrapped(engine, "_asked", _lets_attentions_pass)),
+    ),
+    "check_decoder_by_itself": _host(_replaced(_Session, "_forget", lambda *args: None)),
+    "check_trace_is_one_forward": _host(
+        _tells_of_every_prompt, _wrapped(_Session, "_narrow", _tells_too_early)
+    ),
+    "check_sliding_window_refused": _host(
+        _replaced(engine, "refuse_beyond_window", lambda *args: None),
+        _replaced(cache, "refuse_beyond_window", lambda *args: None),
+    ),
     "check_second_turn": _host(_forgets_shift),
     "check_chunked_prefill_refused": _host(
         _replaced(_Session, "_find_spans", _refuses_without_reason)

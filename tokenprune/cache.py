@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from tokenprune.errors import UserError
@@ -17,7 +17,14 @@ CACHE = (
     "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )
 
-__all__ = ["CACHE", "PrunedLayer", "adopt", "is_pruned"]
+__all__ = [
+    "CACHE",
+    "PrunedLayer",
+    "adopt",
+    "is_pruned",
+    "refuse_beyond_window",
+    "window_of",
+]
 
 
 class PrunedLayer(DynamicLayer):
@@ -77,11 +84,7 @@ class PrunedLayer(DynamicLayer):
             self.sizes = torch.cat([before[:, :held].float(), coming.float()], dim=1)
         self.valid = torch.cat([self.valid[:, :held], new], dim=1)
         self.dropped += dropped
-        if self.window is not None and self.dropped + self.valid.shape[1] > self.window:
-            raise UserError(
-                f"the sequence grew beyond the model's sliding window of {self.window} tokens, "
-                "which compression does not support; shorten the prompt or the generation."
-            )
+        refuse_beyond_window(self.dropped + self.valid.shape[1], self.window)
 
     def mask(self) -> Tensor:
         """(B, dropped + K) bool mask as `create_causal_mask` wants it for this layer."""
@@ -142,6 +145,21 @@ class PrunedLayer(DynamicLayer):
         self.sizes = None if self.sizes is None else self.sizes[index]
 
 
+def window_of(config: Any) -> int | None:
+    """Length of the sliding window of a decoder with this configuration, or None."""
+    windows = [getattr(one, "sliding_window", None) for one in DynamicCache(config=config).layers]
+    return min((window for window in windows if window is not None), default=None)
+
+
+def refuse_beyond_window(length: int, window: int | None) -> None:
+    """Raise `UserError` if a sequence of ``length`` tokens is longer than a sliding ``window``."""
+    if window is not None and length > window:
+        raise UserError(
+            f"the sequence has {length} tokens, more than the model's sliding window of {window}, "
+            "which compression does not support; shorten the prompt or the generation."
+        )
+
+
 def is_pruned(cache: Cache | None) -> bool:
     """Whether ``cache`` holds a compressed prompt."""
     return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
@@ -167,12 +185,7 @@ def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:
                 f"{type(layer).__name__}; use cache_implementation='dynamic' or DynamicCache()."
             )
         if not isinstance(layer, PrunedLayer):
-            window = getattr(layer, "sliding_window", None)
-            if window is not None and valid.shape[1] > window:
-                raise UserError(
-                    f"the prompt has {valid.shape[1]} tokens, more than the model's sliding window "
-                    f"of {window}, which compression does not support."
-                )
+            refuse_beyond_window(valid.shape[1], getattr(layer, "sliding_window", None))
             device = valid.device if layer.keys is None else layer.keys.device
             cache.layers[index] = PrunedLayer(layer, valid.to(device))
     return cache.layers  # type: ignore[return-value]

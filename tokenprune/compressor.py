@@ -187,7 +187,8 @@ class Compressor(ABC):
                 features of the wrong shape).
         """
         layout = tokens.layout.host
-        if self.retention == 1:  # nothing to choose, whatever a formula makes of it
+        # Nothing to choose, whatever a formula makes of it.
+        if self.retention == 1 or not len(layout.patches):
             chosen = Selection(layout.patches)
         else:
             chosen = self.select(tokens)

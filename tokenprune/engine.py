@@ -23,11 +23,12 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -35,7 +36,7 @@ from transformers.masking_utils import create_causal_mask
 from tokenprune.attention import (
     proportional_mask,
 )
-from tokenprune.cache import CACHE, adopt, is_pruned
+from tokenprune.cache import CACHE, adopt, is_pruned, refuse_beyond_window, window_of
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
 from tokenprune.errors import UserError, unknown
@@ -55,10 +56,10 @@ from tokenprune.ledger import (
 )
 from tokenprune.llm_signals import LayerSignals
 from tokenprune.observe import encoded, observing
-from tokenprune.passes import Pass, Span
+from tokenprune.passes import Chosen, Pass, Span
 from tokenprune.prefix import Prefix, tapped_layers
 from tokenprune.registry import adapters
-from tokenprune.tokens import Encoding, Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import Encoding, Signal, VisualTokens, listed
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -71,38 +72,23 @@ _PROMPT = Signal("llm_prompt")
 _BEFORE = -1  # in place of a layer's index: in front of the language model
 
 
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """One selection that was made.
-
-    Attributes:
-        row: Row of the batch.
-        image: How many images and videos come before in that row.
-        stage: Where.
-        layer: Decoder layer in front of which it was made, or None.
-        layout: Geometry of the image's full packed sequence, on the CPU.
-        keep: (M,) indices into it, on the CPU.
-    """
-
-    row: int
-    image: int
-    stage: Stage
-    layer: int | None
-    layout: TokenLayout
-    keep: Tensor
-
-
 class Trace:
-    """What the latest prefill inside a `compress` context did.
+    """What the latest prefill with images inside a `compress` context did.
+
+    Selections and account are always of the same forward.  A prompt without images is told about
+    only as long as none with images was seen, so that the text-only pass of ``guidance_scale``
+    changes nothing.
 
     Attributes:
         selections: Every selection, in the order made.
+        has_images: Whether that prefill had images.
         around: Makes the context that every selection runs in, attention rows and packing
             included; put a stopwatch there to time what choosing takes.
     """
 
     def __init__(self) -> None:
         self.selections: list[Chosen] = []
+        self.has_images = False
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._account: Callable[[], list[Ledger]] = list
 
@@ -147,6 +133,15 @@ def compress(
     **fields: Any,
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
+
+    Methods that look at the prompt see what it asks, never an answer or a guess.  The prompt ends
+    with the last token whose logits are wanted by ``logits_to_keep`` first: draft tokens of
+    assisted decoding and continuations that are scored lie behind it.  With ``labels`` the token
+    that asks for an image is the last text token before the first label behind that image.
+
+    What ``attention_mask`` hides is not there: it is not ranked, kept or counted.  Logits and
+    ``output_hidden_states`` are in the columns of the prompt, where a dropped column shows what the
+    last kept column before it shows.
 
     Args:
         model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
@@ -226,20 +221,24 @@ class _Session:
         depth = len(adapter.decoder_layers)
         self.before = [placed(one, depth)[0] for one in compressors]
         self.inside = placed(compressors[0], depth)[1]
+        parts = [part for one in compressors if one is not None for part in one.stages()]
+        self.drops = any(part.retention < 1 or part.separators != "all" for part in parts)
         self.layers = LayerSignals(adapter)
         self.prefix = prefix
         self.repeating: Any = None  # this session's use of the prefix
         self.shape = DecoderShape.of(adapter.language_model.config)
         self.vision = VisionShape.of(adapter.base.config.vision_config)
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in adapter.encoders}
+        # What the outer forwards were given, until the language model takes it.
         self.placeholders: dict[str, Tensor] = {}
         self.ids: Tensor | None = None
         self.labels: Tensor | None = None
+        self.scored = 1
         self.current: Pass | None = None
         self.opened: Pass | None = None  # the pass that the trace will tell about
         # Without a KV cache the whole prefix runs again for every new token: the selection made
         # for the prompt is reused, else the newest token would rank.
-        self.memory: list[tuple[Tensor, int, Tensor, Selection]] = []
+        self.memory: list[tuple[Tensor, int, Tensor, Tensor, Selection]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -253,7 +252,7 @@ class _Session:
             ),
         ]
         if adapter.model is not adapter.base:
-            hooks.append((adapter.model, self._labels))
+            hooks.append((adapter.model, self._targets))
         for index in tapped_layers(self.signals, self.inside):
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
@@ -261,6 +260,11 @@ class _Session:
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
         ]
         handles.append(adapter.language_model.register_forward_hook(self._leave))
+        # Also when a forward fails before the language model runs, the next one starts afresh.
+        handles += [
+            module.register_forward_hook(self._forget, always_call=True)
+            for module in {adapter.model, adapter.base}
+        ]
         first = min(self.inside, default=self.shape.layers)
         try:
             with (
@@ -273,16 +277,24 @@ class _Session:
         finally:
             for handle in handles:
                 handle.remove()
-            self.current = self.opened = self.ids = self.labels = None
+            self.current = self.opened = None
             self.memory.clear()
-            self.placeholders.clear()
-            for calls in self.seen.values():
-                calls.clear()
+            self._forget()
 
     # -- what the caller passed ------------------------------------------------------------------
 
-    def _labels(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+    def _targets(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
+        """Note where the prompt ends, for answers and drafts have no say in what is kept."""
         self.labels = _argument(module, args, kwargs, "labels")
+        scored = _argument(module, args, kwargs, "logits_to_keep")
+        self.scored = scored if isinstance(scored, int) and scored > 0 else 1
+
+    def _forget(self, *_: Any) -> None:
+        """What a forward was given is nothing to the next one."""
+        self.ids, self.labels, self.scored = None, None, 1
+        self.placeholders = {}
+        for calls in self.seen.values():
+            calls.clear()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
         self.ids = _argument(module, args, kwargs, "input_ids")
@@ -314,9 +326,9 @@ class _Session:
             modality: [feature for call in calls for feature in call]
             for modality, calls in self.seen.items()
         }
-        if not any(found.values()):
+        if not self.placeholders or not any(found.values()):
             return []
-        visual = state.look(self.placeholders)
+        visual, real = state.look(self.placeholders)
         device = state.columns.device
         for modality, features in found.items():
             if not features:
@@ -339,21 +351,23 @@ class _Session:
                         "(prefill_chunk_size is not supported under compression)."
                     )
                 self._check_encoding(record)
-                whole = torch.arange(len(feature))
+                row, columns = int(place[0, 0]), place[:, 1]
+                there = listed(real[row, columns])
                 tokens = replace(
                     record, features=feature.to(device), layout=record.layout.to(device)
                 )
                 spans.append(
                     Span(
-                        row=int(place[0, 0]),
-                        first=int(place[0, 1]),
-                        last=int(place[-1, 1]),
-                        columns=place[:, 1],
-                        index=whole,
-                        tokens=tokens,
+                        row=row,
+                        first=int(columns[0]),
+                        last=int(columns[-1]),
+                        columns=columns[there],
+                        index=there,
+                        tokens=tokens if len(there) == len(columns) else tokens.take(there),
                         layout=record.layout.host,
                         carrier=feature,
-                        entered=whole,
+                        there=there,
+                        entered=there,
                         record=record,
                     )
                 )
@@ -363,6 +377,8 @@ class _Session:
         for span in spans:
             span.image = before[span.row]
             before[span.row] += 1
+        state.spans = spans
+        state.ask()
         return spans
 
     def _check_encoding(self, record: VisualTokens) -> None:
@@ -390,7 +406,6 @@ class _Session:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
         self.current = self.opened = None
-        labels, self.labels = self.labels, None
         embeds = _argument(module, args, kwargs, "inputs_embeds")
         if embeds is None:  # the language model is used by itself
             return None
@@ -398,12 +413,14 @@ class _Session:
         if "past_key_values" in changed:  # the old name is still understood
             changed[CACHE] = changed.pop("past_key_values")
         cache = changed.get(CACHE)
-        state, continued = self._start(embeds, changed, labels), is_pruned(cache)
-        spans = state.spans = self._find_spans(state)
+        state, continued = self._start(embeds, changed), is_pruned(cache)
+        spans = self._find_spans(state)
         stages = any(self.before) or bool(self.inside)
         if stages and self.ids is None and not spans and not continued and embeds.shape[1] > 1:
             self._warn_blind()
-        if stages and not spans and embeds.shape[1] > 1:
+        # A token that was generated or drafted behind a prompt may be any, also a placeholder.
+        new = self.scored if cache is not None and cache.get_seq_length() else 1
+        if stages and not spans and embeds.shape[1] > new:
             self._refuse_missing_images()
         work = stages and bool(spans)
         if work or continued:
@@ -413,10 +430,17 @@ class _Session:
                     "compression needs the 2-D attention mask, not a prepared 4-D one; static and "
                     "compiled KV caches are not supported."
                 )
-            use_cache = changed.get("use_cache")
             config = self.adapter.language_model.config
-            if cache is None and (config.use_cache if use_cache is None else use_cache):
+            if _asked(changed, "output_attentions", config) and (continued or self.drops):
+                raise UserError(
+                    "output_attentions is not available under compression, because tokens that "
+                    "were dropped have no attention; run the plain model for attention maps, or "
+                    "leave output_attentions out."
+                )
+            if cache is None and _asked(changed, "use_cache", config):
                 cache = changed[CACHE] = DynamicCache(config=config)
+            if cache is None:
+                refuse_beyond_window(embeds.shape[1], window_of(config))
         if spans and len(embeds) % len(self.compressors):
             raise UserError(
                 f"{len(self.compressors)} compressors, one for each row, were given for a batch of "
@@ -436,7 +460,6 @@ class _Session:
             images = [span.record for span in spans]
             self.repeating.begin(changed.get(CACHE), [*given, *images] if spans else [])
         if spans:
-            self.trace.selections = []
             self._charge_vision(state, embeds.element_size())
         for span in spans if _PROMPT in self.signals else []:
             prompt = embeds[span.row, state.text_slots(span)].detach()
@@ -452,11 +475,12 @@ class _Session:
                 inputs=self._inputs(state, span, embeds),
             )
         self._count(state, 0)
-        if spans or not (continued or (cache is not None and cache.get_seq_length())):
+        first = not (continued or (cache is not None and cache.get_seq_length()))
+        if spans or (first and not self.trace.has_images):
             self.opened, state.entered = state, state.real.sum(1)
         return args, changed
 
-    def _start(self, embeds: Tensor, changed: Kwargs, labels: Tensor | None) -> Pass:
+    def _start(self, embeds: Tensor, changed: Kwargs) -> Pass:
         (rows, width), device = embeds.shape[:2], embeds.device
         mask, cache = changed.get("attention_mask"), changed.get(CACHE)
         column = torch.arange(width, device=device).expand(rows, -1)
@@ -468,16 +492,14 @@ class _Session:
         if positions is None:
             seen = cache.get_seq_length() if cache is not None else 0
             positions = column + seen
-        query = columns.amax(1)
-        if labels is not None:
-            # Teacher forcing: the last prompt token asks, not the last token of the answer.
-            answered = labels.to(device) != -100
-            first = answered.int().argmax(1)
-            query = torch.where(answered.any(1), (first - 1).clamp(min=0), query)
+        labels = self.labels
+        if labels is not None and labels.shape[-1] < width:  # of the last columns only
+            labels = F.pad(labels, (width - labels.shape[-1], 0), value=-100)
         return Pass(
             columns=columns,
             positions=positions.to(device).expand(rows, -1),
-            query=query,
+            scored=self.scored,
+            labels=labels,
             ids=self.ids,
             cache=None,
             layers=[],
@@ -525,6 +547,9 @@ class _Session:
                 continue
             part = parts[step]
             keeps_positions = part.keeps_positions
+            if not len(span.tokens.layout.patches):  # the attention mask hides them all
+                gone |= self._narrow(state, span, part(span.tokens).keep, keep, part.stage, None)
+                continue
             asks = _PROMPT in part.needs  # of a prompt that grows where there is no KV cache
             chosen = self._recall(state, span, _BEFORE) if asks else None
             if chosen is None:
@@ -580,23 +605,28 @@ class _Session:
             keep[span.row, state.slots(span.row, span.columns)] = True
             span.tokens = span.tokens.take(chosen)
         layout = span.layout
-        self.trace.selections.append(Chosen(span.row, span.image, stage, layer, layout, span.index))
+        state.selections.append(Chosen(span.row, span.image, stage, layer, layout, span.index))
         return gone
 
     def _pack(self, state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
         """Move the kept slots of every row to the right; (B, 1) positions each row lost."""
         lost = state.real & ~keep
+        steps, shift = lost.cumsum(1), lost.sum(1, keepdim=True)
+        if state.hidden is not None and not keeps_positions:
+            closes = shift > 0
+            steps += state.hidden.gather(1, state.columns.clamp(min=0)) * closes
+            shift = shift + state.hidden[:, -1:] * closes
+            state.hidden = state.hidden * ~closes
         width = max(state.left)
         # A stable sort puts what goes in front and leaves what stays in order behind it.
         state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
         if not keeps_positions:
-            state.positions = state.positions - lost.cumsum(1)
+            state.positions = state.positions - steps
         state.positions = state.positions.gather(1, state.order)
         state.columns = torch.where(keep, state.columns, -1).gather(1, state.order)
         if state.sizes is not None:
             state.sizes = state.sizes.gather(1, state.order)
         state.packed = True
-        shift = lost.sum(1, keepdim=True)
         return torch.zeros_like(shift) if keeps_positions else shift
 
     # -- between decoder layers ------------------------------------------------------------------
@@ -620,6 +650,7 @@ class _Session:
         if state.spans and index in self.inside:
             with self.trace.around():
                 hidden = self._cut(state, index, hidden, kwargs)
+        state.ran.append(state.columns if state.packed else None)
         behind = state.cuts
         if state.layers:
             behind = state.layers[index].cut - state.layers[0].cut
@@ -637,6 +668,9 @@ class _Session:
         once = functools.partial(self._once, state, index)
         rows = self.layers.everywhere(state, part, index, whole, kwargs, once)
         for span in state.spans:
+            if not len(span.tokens.layout.patches):  # the attention mask hides them all
+                gone |= self._narrow(state, span, part(span.tokens).keep, keep, Stage.LLM, index)
+                continue
             tokens = self.layers.tokens(state, span, part, index, whole, rows, once)
             chosen = self._recall(state, span, index)
             if chosen is None:
@@ -747,18 +781,22 @@ class _Session:
 
     def _recall(self, state: Pass, span: Span, index: int) -> Selection | None:
         """What was chosen when this very prompt ran before, without a KV cache."""
-        if state.cache is None and state.ids is not None:
-            for feature, cut, ids, chosen in self.memory:
-                same = feature is span.carrier and cut == index
-                if same and torch.equal(state.ids[span.row, : len(ids)], ids):
-                    return chosen
+        if state.prompt_ids is None:
+            return None
+        row = state.prompt_ids[span.row]
+        for feature, cut, there, ids, chosen in self.memory:
+            same = feature is span.carrier and cut == index and torch.equal(there, span.there)
+            if same and torch.equal(row[: len(ids)], ids):
+                return chosen
         return None
 
     def _remember(self, state: Pass, span: Span, index: int, chosen: Selection) -> None:
-        if state.cache is None and state.ids is not None:
-            here = {id(other.carrier) for other in state.spans}
-            self.memory = [entry for entry in self.memory if id(entry[0]) in here]
-            self.memory.append((span.carrier, index, state.ids[span.row], chosen))
+        if state.prompt_ids is None:
+            return
+        here = {id(other.carrier) for other in state.spans}
+        self.memory = [entry for entry in self.memory if id(entry[0]) in here]
+        ids = state.prompt_ids[span.row]
+        self.memory.append((span.carrier, index, span.there, ids, chosen))
 
     # -- behind the language model ---------------------------------------------------------------
 
@@ -771,17 +809,17 @@ class _Session:
         state, self.current = self.current, None
         if state is None or not state.packed:
             return None
-        hidden = output[0]
-        # A dropped column shows what the last kept column before it shows, as its successor
-        # would be predicted from there.
-        column = torch.arange(state.width, device=state.columns.device)
-        column = column.expand(len(state.columns), -1).contiguous()
-        slot = torch.searchsorted(state.columns.contiguous(), column, right=True) - 1
-        slot = slot.clamp(min=0).to(hidden.device)[..., None]
-        spread = hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
+        hidden = state.spread(output[0], state.columns)
         if isinstance(output, tuple):
-            return (spread, *output[1:])
-        output.last_hidden_state = spread
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        if output.get("hidden_states") is not None:
+            # The first is what enters layer 0, each other what a layer returns.
+            columns = [state.ran[0], *state.ran]
+            output.hidden_states = tuple(
+                states if states is None or at is None else state.spread(states, at)
+                for states, at in zip(output.hidden_states, columns, strict=True)
+            )
         return output
 
     # -- the account -----------------------------------------------------------------------------
@@ -831,7 +869,9 @@ class _Session:
         The sums are made when they are asked for, so that nothing waits for the device here, from
         counts and indices alone: a trace must not keep features or a KV cache alive.
         """
-        images = [(span.row, span.layout, span.entered, span.index) for span in state.spans]
+        images = [
+            (span.row, (span.layout, span.there, span.entered, span.index)) for span in state.spans
+        ]
         entered, tally, spent, most = state.entered, state.tally, state.spent, state.most
         read, asked, projected = state.read, state.asked, state.projected
         picked, cuts = state.picked, self.inside
@@ -852,7 +892,7 @@ class _Session:
         def ledgers() -> list[Ledger]:
             made = []
             for row, total in enumerate(entered.tolist()):
-                mine = [(layout, at, end) for where, layout, at, end in images if where == row]
+                mine = [image for where, image in images if where == row]
                 text = total - tally[row][0]
                 tokens = [text + visual for visual in tally[row]]
                 rows = [(layer, count, new) for at, layer, count, new in asked if at == row]
@@ -881,9 +921,9 @@ class _Session:
                         shape=shape,
                         size=size,
                         requested=requested[row],
-                        before=[layout for layout, _, _ in mine],
-                        entered=[layout.take(index) for layout, index, _ in mine],
-                        after=[layout.take(index) for layout, _, index in mine],
+                        before=[layout.take(index) for layout, index, _, _ in mine],
+                        entered=[layout.take(index) for layout, _, index, _ in mine],
+                        after=[layout.take(index) for layout, _, _, index in mine],
                         text=text,
                         visual_per_layer=tally[row],
                         selector_flops=spent[row] + sum(flops),
@@ -893,13 +933,13 @@ class _Session:
                         vision_flops=sum(
                             views * tower(run) for where, views, run in towers if where == row
                         ),
-                        uncompressed_vision_flops=plain
-                        * sum(layout.views for layout, _, _ in mine),
+                        uncompressed_vision_flops=plain * sum(layout.views for layout, *_ in mine),
                     )
                 )
             return made
 
-        self.trace._account = ledgers
+        self.trace.selections, self.trace._account = state.selections, ledgers
+        self.trace.has_images = bool(state.spans)
 
     def _warn_blind(self) -> None:
         warnings.warn(
@@ -907,6 +947,12 @@ class _Session:
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
+
+
+def _asked(kwargs: Kwargs, name: str, config: Any) -> bool:
+    """Whether an option of a forward is on, by its arguments or else by the configuration."""
+    given = kwargs.get(name)
+    return bool(getattr(config, name, False) if given is None else given)
 
 
 def _argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:

@@ -49,7 +49,9 @@ class LayerSignals:
     def everywhere(
         self, state: Pass, part: Compressor, index: int, hidden: Tensor, kwargs: Kwargs, once: Once
     ) -> dict[Signal, Tensor]:
-        """(B, M) or (B, M, C): what ``part`` asks for of all slots in front of layer ``index``.
+        """(G, B, M) or (B, M, C): what ``part`` asks for of all slots in front of layer ``index``.
+
+        Attention rows are there once for each of the G `Pass.queries`.
 
         Args:
             hidden: (B, M, D) states of the current slots.
@@ -57,10 +59,16 @@ class LayerSignals:
             once: Computes what it is given, or remembers it.
         """
         found = {}
+
+        def of_all(row: Callable[[int], Tensor]) -> Tensor:
+            return torch.stack([row(group) for group in range(len(state.queries))])
+
         for signal in part.needs:
+            row = functools.partial(self._row, state, signal.layer)
+            ahead = functools.partial(self._row_ahead, state, index, hidden, kwargs)
             looks: dict[str, Callable[[], Tensor]] = {
-                "llm_attention": functools.partial(self._row, state, signal.layer),
-                "llm_ahead": functools.partial(self._row_ahead, state, index, hidden, kwargs),
+                "llm_attention": functools.partial(of_all, row),
+                "llm_ahead": functools.partial(of_all, ahead),
                 "llm_keys": functools.partial(self._keys, state, signal.layer, hidden.shape[1]),
                 "llm_keys_ahead": functools.partial(self._keys_ahead, state, index, hidden, kwargs),
                 "llm_states": functools.partial(self._states, hidden),
@@ -92,7 +100,10 @@ class LayerSignals:
         if needs & (_ASKED | {_CROSS}) and not len(text):
             raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
 
-        signals = {name: row[span.row, slots.to(row.device)] for name, row in rows.items()}
+        signals = {}
+        for name, values in rows.items():
+            mine = values[span.row] if name.is_vector else values[span.group, span.row]
+            signals[name] = mine[slots.to(values.device)]
         for signal in needs & _ASKED:
             ask = functools.partial(self._text_rows, state, span, index - 1, text, signal)
             asked = once((signal, span.row, span.image), ask)
@@ -118,11 +129,11 @@ class LayerSignals:
         )
 
     @torch.no_grad()
-    def _row(self, state: Pass, index: int) -> Tensor:
+    def _row(self, state: Pass, index: int, group: int) -> Tensor:
         """(B, M) the attention row over the current slots in layer ``index``, which has run."""
         hidden, (cos, sin) = state.tapped[index]
         device, count = hidden.device, hidden.shape[1]
-        asking, visible = state.asking(device)
+        asking, visible = state.asking(device, group)
         keys, sizes = None, state.sizes
         if state.layers:
             keys, sizes = state.layers[index].keys, state.layers[index].sizes
@@ -208,11 +219,13 @@ class LayerSignals:
         return (attention, hidden, (cos, sin)), keys, visible
 
     @torch.no_grad()
-    def _row_ahead(self, state: Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+    def _row_ahead(
+        self, state: Pass, index: int, hidden: Tensor, kwargs: Kwargs, group: int
+    ) -> Tensor:
         """(B, M) the attention row over the current slots in the layer that is about to run."""
         states = self._states_ahead(index, hidden)
         device, count = states.device, states.shape[1]
-        asking, visible = state.asking(device)
+        asking, visible = state.asking(device, group)
         past = None
         cached = state.layers[index] if state.layers else None
         if cached is not None and cached.keys is not None and cached.held:

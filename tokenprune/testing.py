@@ -122,11 +122,19 @@ class Host:
         family: Any = adapters.get(name)
         return cls(adapter_of(family.tiny(decoder, seed)), name, decoder)
 
-    def like(self, *, attention: str | None = None, dtype: torch.dtype | None = None) -> Host:
-        """A copy of this model with another attention kernel or dtype."""
+    def like(
+        self,
+        *,
+        attention: str | None = None,
+        dtype: torch.dtype | None = None,
+        window: int | None = None,
+    ) -> Host:
+        """A copy of this model with another attention kernel, dtype or sliding window."""
         model = copy.deepcopy(self.model)
         if attention is not None:
             model.set_attn_implementation(attention)
+        if window is not None:
+            adapter_of(model).language_model.config.sliding_window = window
         return Host(adapter_of(model.to(dtype)), self.name, self.decoder)
 
     @property
@@ -230,8 +238,8 @@ def _batched(parts: Sequence[Inputs]) -> Inputs:
 
 
 @functools.cache
-def _host(name: str, decoder: str) -> Host:
-    return Host.tiny(name, decoder)
+def _host(name: str, decoder: str, seed: int = 0) -> Host:
+    return Host.tiny(name, decoder, seed)
 
 
 def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
@@ -286,12 +294,15 @@ class Reference(NamedTuple):
         positions: For every decoder layer, (m,) position ids of what it processes.
         kept: For every selection, in the order of parts and images, what it kept (indices into the
             image's full packed sequence).
+        states: For every decoder layer, (m,) the columns it processes and (m, D) what it returns,
+            of the last one behind the norm.
     """
 
     columns: Tensor
     logits: Tensor
     positions: list[Tensor]
     kept: list[Tensor]
+    states: list[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -301,6 +312,8 @@ def reference(
     row: int,
     answer: Sequence[int] = (),
     asking: Sequence[int] | None = None,
+    hidden_columns: Sequence[int] = (),
+    counted: bool = True,
 ) -> Reference:
     """Build the short sequence of one prompt by hand and run it.
 
@@ -314,6 +327,8 @@ def reference(
         answer: Ids behind the prompt, which have no say in the selection.
         asking: For every image the column whose attention ranks it; default: the last one of the
             prompt.
+        hidden_columns: Columns that the attention mask hides; the sequence is built without them.
+        counted: Whether position ids count them, as in a plain forward; those of `generate` do not.
     """
     model, adapter, language = host.model, host.adapter, host.adapter.language_model
     ids = torch.tensor([*host.prompt(row), *answer])
@@ -327,6 +342,14 @@ def reference(
         hidden[place] = tokens.features
     whole = [torch.arange(len(tokens)) for tokens in images]
     last = [int(place[-1]) for place in places]
+    there = ~torch.isin(columns, torch.tensor([*hidden_columns], dtype=torch.long))
+    for index, place in enumerate(places):
+        whole[index] = there[place].nonzero().squeeze(1)
+        images[index] = images[index].take(whole[index])
+        places[index] = place[there[place]]
+    prompt, hidden, columns = hidden, hidden[there], columns[there]
+    positions = columns if counted else torch.arange(len(columns))
+    gaps = (~there).cumsum(0) * int(counted)  # closed by the first cut that re-indexes
     kept: list[Tensor] = []
     attention: dict[Signal, Tensor] = {}  # by asking and asked column
     vectors: dict[Signal, Tensor] = {}  # by column
@@ -341,6 +364,14 @@ def reference(
         found = hidden.clone()  # what is merged of one image is nothing to another
         for index, tokens in enumerate(images):
             slots = torch.isin(columns, places[index]).nonzero().squeeze(1)
+            if not len(tokens.layout.patches):  # hidden, apart from separators perhaps
+                rowless = part.separators == "rows" and not tokens.layout.canvas_shape[0]
+                stays[slots] = part.separators == "all" or rowless
+                places[index] = columns[slots[stays[slots]]]
+                whole[index] = whole[index][stays[slots]]
+                images[index] = tokens.take(stays[slots].nonzero().squeeze(1))
+                kept.append(whole[index])
+                continue
             seen = {
                 signal: square[askers[index], places[index]] for signal, square in attention.items()
             }
@@ -378,12 +409,13 @@ def reference(
             places[index] = places[index][chosen.keep]
             whole[index] = whole[index][chosen.keep]
             kept.append(whole[index])
-        if not part.keeps_positions:
-            positions = positions - (~stays).cumsum(0)
+        if not part.keeps_positions and not stays.all():
+            positions = positions - (~stays).cumsum(0) - gaps[columns]
+            gaps.zero_()
         hidden, columns, positions = hidden[stays], columns[stays], positions[stays]
 
     if Signal("llm_prompt") in compressor.needs:
-        vectors[Signal("llm_prompt")] = hidden.clone()
+        vectors[Signal("llm_prompt")] = prompt
     stages = list(compressor.stages()) if images else []
     for part in stages:
         if part.stage is not Stage.LLM:
@@ -397,10 +429,11 @@ def reference(
     inside = [part for part in stages if part.cuts]
     if not inside and torch.equal(positions, torch.arange(len(positions))):
         # Nothing happens inside, so the plain model on the plain short prompt is the reference.
-        hidden = language(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
-        depth = len(adapter.decoder_layers)
-        return Reference(columns, model.lm_head(hidden), [positions] * depth, kept)
-    seen_positions = []
+        out = language(inputs_embeds=hidden[None], use_cache=False, output_hidden_states=True)
+        made = [(columns, one[0]) for one in out.hidden_states[1:]]
+        logits = model.lm_head(out.last_hidden_state[0])
+        return Reference(columns, logits, [positions] * len(made), kept, made)
+    seen_positions, made = [], []
     for index, layer in enumerate(adapter.decoder_layers):
         for part in inside:
             for where in {adapter.cut_layer(each): each for each in part.cuts}.values():
@@ -443,7 +476,10 @@ def reference(
             position_ids=positions[None],
             position_embeddings=rotary,
         )[0]
-    return Reference(columns, model.lm_head(language.norm(hidden)), seen_positions, kept)
+        made.append((columns, hidden.clone()))  # a cut writes what it merges into it
+    hidden = language.norm(hidden)
+    made[-1] = columns, hidden
+    return Reference(columns, model.lm_head(hidden), seen_positions, kept, made)
 
 
 def _images_by_hand(
@@ -1545,6 +1581,183 @@ def check_labels(compressor: Compressor, host: Host) -> None:
             raise AssertionError(f"{what}: no gradient at the embeddings")
 
 
+def check_labels_everywhere(compressor: Compressor, host: Host) -> None:
+    """Where the whole text has labels, also in front of an image, the prompt asks as without."""
+    for row in (0, 2):
+        inputs = host.inputs([row])
+        labels = inputs["input_ids"].clone()
+        labels[torch.isin(labels, torch.tensor(host.placeholders))] = -100
+        with compress(host.model, compressor) as trace:
+            host.logits(inputs)
+            want = _kept(trace, 0)
+            host.logits(inputs, labels=labels)
+        _same_kept(_kept(trace, 0), want, f"row {row} with labels on all text")
+
+
+def check_turns_with_labels(compressor: Compressor, host: Host) -> None:
+    """Of several turns with labels each image is asked for by the question of its own turn."""
+    row, answer = 2, [7, 9, 11]
+    inputs = host.inputs([row], answer=answer)
+    ids, prompt = inputs["input_ids"][0], len(host.prompt(row))
+    places = torch.isin(ids, torch.tensor(host.placeholders)).nonzero().squeeze(1)
+    images = places.split([len(layout) for layout in host.layouts(row)])
+    # Between two images lie two ids: the question of the first one's turn, and its answer.
+    asking = [int(image[-1]) + 1 for image in images[:-1]] + [prompt - 1]
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for column in [*(asked + 1 for asked in asking[:-1]), *range(prompt, len(ids))]:
+        labels[0, column] = ids[column]
+    with compress(host.model, compressor) as trace:
+        got = host.logits(inputs, labels=labels)
+    wanted = reference(host, compressor, row, answer, asking)
+    _same_kept(_kept(trace, 0), wanted.kept, "several turns with labels")
+    _close(got[0, -1], wanted.logits[-1], "several turns with labels, logits")
+
+
+def check_drafts_have_no_say(compressor: Compressor, host: Host) -> None:
+    """Draft tokens behind the prompt do not rank: assisted decoding gives the text of greedy."""
+    for row in (0, 2):
+        wanted = reference(host, compressor, row, [7, 9, 11])
+        with compress(host.model, compressor) as trace:
+            drafted = host.inputs([row], answer=[7, 9, 11])
+            got = host.logits(drafted, logits_to_keep=4)[0]
+        _same_kept(_kept(trace, 0), wanted.kept, f"row {row} with three drafted tokens")
+        _close(got, wanted.logits[-4:], f"row {row} with three drafted tokens, logits")
+    inputs, helper = host.inputs([0]), _host(host.name, host.decoder, 1).model
+    with compress(host.model, compressor) as trace:
+        want, kept = host.generate(inputs), _kept(trace, 0)
+        for options in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
+            what = f"decoding with {next(iter(options))}"
+            _same(host.generate(inputs, **options), want, f"{what}, ids")
+            _same_kept(_kept(trace, 0), kept, what)
+
+
+def _hidden_patterns(host: Host, row: int) -> dict[str, list[int]]:
+    """Columns of a prompt that an attention mask may hide."""
+    ids = torch.tensor(host.prompt(row))
+    places = torch.isin(ids, torch.tensor(host.placeholders)).nonzero().squeeze(1)
+    layouts = host.layouts(row)
+    first = places[: len(layouts[0])]
+    view = first[layouts[0].view == 0]
+    return {
+        "every third visual token": places[::3].tolist(),
+        "the first view": view.tolist(),
+        "an image": first.tolist(),
+    }
+
+
+def check_masked_tokens(compressor: Compressor, host: Host) -> None:
+    """Visual tokens that the attention mask hides are not there: not ranked, kept or counted."""
+    for number, name in enumerate(_hidden_patterns(host, 2)):
+        inputs = host.inputs()
+        hidden: dict[int, list[int]] = {1: []}
+        for row in (0, 2):
+            hidden[row] = _hidden_patterns(host, row)[name]
+            start = inputs["input_ids"].shape[1] - len(host.prompt(row))
+            inputs["attention_mask"][row, [start + column for column in hidden[row]]] = 0
+        with compress(host.model, compressor) as trace:
+            got = host.logits(inputs)[:, -1]
+        for row, ledger in enumerate(trace.ledgers):
+            what = f"row {row}, {name} hidden"
+            wanted = reference(host, compressor, row, hidden_columns=hidden[row])
+            _same_kept(_kept(trace, row), wanted.kept, what)
+            _close(got[row], wanted.logits[-1], f"{what}, logits")
+            text = len(host.prompt(row)) - sum(map(len, host.layouts(row)))
+            told = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
+            processed = [len(columns) for columns, _ in wanted.states]
+            if (ledger.text_tokens, told) != (text, processed):
+                raise AssertionError(f"{what}: layers process {processed}, ledger says {told}")
+        if number:
+            continue
+        with compress(host.model, compressor):
+            ids, logits = host.generate_with_logits(inputs)
+        for row in (0, 2):
+            answer, columns = ids[row, :-1].tolist(), hidden[row]
+            wanted = reference(host, compressor, row, answer, hidden_columns=columns, counted=False)
+            what = f"row {row}, {name} hidden, logits of the steps"
+            _close(logits[row], wanted.logits[-ids.shape[1] :], what)
+
+
+def check_hidden_states(compressor: Compressor, host: Host) -> None:
+    """All hidden states are in the columns of the prompt; attentions are refused."""
+    inputs = host.inputs()
+    shape = inputs["input_ids"].shape
+    with compress(host.model, compressor), torch.no_grad():
+        states = host.model(**inputs, output_hidden_states=True).hidden_states
+        _refused(
+            lambda: host.logits(inputs, output_attentions=True),
+            "output_attentions",
+            "output_attentions=True",
+        )
+    for row in range(len(ROWS)):
+        mine = _side("left", len(host.prompt(row)), shape[1])
+        wanted = reference(host, compressor, row)
+        column = torch.arange(len(host.prompt(row)))
+        for layer, (columns, want) in enumerate(wanted.states):
+            what = f"row {row}, hidden states behind layer {layer}"
+            got = states[layer + 1]
+            if got.shape[:2] != shape:
+                raise AssertionError(f"{what}: shape {tuple(got.shape)}, not {tuple(shape)}")
+            left = (columns[None] <= column[:, None]).sum(1) - 1
+            _close(got[row, mine], want[left], what)
+
+
+def check_decoder_by_itself(compressor: Compressor, host: Host) -> None:
+    """The language model called directly inherits nothing from the prompt before."""
+    inputs, language = host.inputs([0]), host.adapter.language_model
+    embeds = host.model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with torch.no_grad():
+        plain = language(inputs_embeds=embeds).last_hidden_state
+    with warnings.catch_warnings(), compress(host.model, compressor) as trace, torch.no_grad():
+        warnings.simplefilter("ignore")
+        host.logits(inputs)
+        kept, ledger = _kept(trace, 0), trace.ledger
+        got = language(inputs_embeds=embeds).last_hidden_state
+        _same_bits(got, plain, "hidden states of the decoder called directly")
+        host.adapter.base.get_image_features(**host.media(0)["image"])
+        got = language(inputs_embeds=embeds).last_hidden_state
+    _same_bits(got, plain, "the same behind images that were encoded directly")
+    _same_kept(_kept(trace, 0), kept, "the trace behind a direct call")
+    if trace.ledger != ledger:
+        raise AssertionError(f"a direct call changed the account to {trace.ledger}")
+
+
+def check_trace_is_one_forward(compressor: Compressor, host: Host) -> None:
+    """Selections and account are of the same prefill, the latest one with images."""
+
+    def burst(*args: Any) -> None:
+        raise KeyError("in the last layer")
+
+    with compress(host.model, compressor) as trace:
+        host.logits(host.inputs([0]))
+        kept, ledger = _kept(trace, 0), trace.ledger
+        host.logits(host.inputs([1]))
+        _same_kept(_kept(trace, 0), kept, "behind a prompt of text only, selections")
+        if trace.ledgers != [ledger]:
+            raise AssertionError(f"a prompt of text only left the account {trace.ledgers}")
+        handle = host.adapter.decoder_layers[-1].register_forward_pre_hook(burst)
+        try:
+            host.logits(host.inputs([2]))
+        except KeyError:
+            pass
+        finally:
+            handle.remove()
+        _same_kept([chosen.keep for chosen in trace.selections], kept, "behind a failed forward")
+        if trace.ledgers != [ledger]:
+            raise AssertionError(f"a forward that failed left the account {trace.ledgers}")
+
+
+def check_sliding_window_refused(compressor: Compressor, host: Host) -> None:
+    """A prompt beyond a sliding window is refused with a KV cache and without one."""
+    windowed = _host(host.name, "mistral").like(window=16)
+    for use_cache in (True, False):
+        with compress(windowed.model, compressor):
+            _refused(
+                functools.partial(windowed.logits, windowed.inputs(), use_cache=use_cache),
+                "sliding window",
+                f"a prompt beyond the sliding window with use_cache={use_cache}",
+            )
+
+
 def check_second_turn(compressor: Compressor, host: Host) -> None:
     """A second turn with the full ids and the returned cache equals the reference."""
     inputs = host.inputs()
@@ -1652,6 +1865,14 @@ MODEL_CHECKS: tuple[Check, ...] = (
     check_bfloat16,
     check_inference_mode,
     check_labels,
+    check_labels_everywhere,
+    check_turns_with_labels,
+    check_drafts_have_no_say,
+    check_masked_tokens,
+    check_hidden_states,
+    check_decoder_by_itself,
+    check_trace_is_one_forward,
+    check_sliding_window_refused,
     check_second_turn,
     check_chunked_prefill_refused,
     check_static_cache_refused,
