@@ -598,7 +598,8 @@ def _lacking(
 ) -> Iterator[tuple[Cell, Failure]]:
     """Cells of which answers are missing, though nothing was reported; no run is complete then."""
     for cell in columns:
-        missing = sum((cell.key, item.id) not in journal.answers for item in questions)
+        key = cell.key
+        missing = sum((key, item.id) not in journal.answers for item in questions)
         if missing:
             words = f"{missing} of {len(questions)} answers are not in the journal"
             yield cell, Failure(f"{words}; the same command asks for them again.", "")

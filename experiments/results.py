@@ -225,14 +225,13 @@ class Journal:
             ) from error
 
     def _read(self, lines: Iterable[bytes]) -> None:
-        known: dict[Any, Any] = {}
+        # Names, cells and most figures recur a hundred thousand times: each is kept once.
+        known: dict[Any, tuple[str, Any]] = {}
         for line in lines:
-            record = _entry(line)
+            record = _entry(line, known)
             if record is None:
                 self.unreadable += 1
                 continue
-            # Names, cells and most figures recur a hundred thousand times: each is kept once.
-            record = {sys.intern(name): _once(value, known) for name, value in record.items()}
             cell = record.pop("cell")
             if "error" in record:
                 self.failures[cell] = Failure(record["error"], record["traceback"])
@@ -311,33 +310,39 @@ class Journal:
         ):
             start = content.rfind(b"\n") + 1
             tail = content[start:]
-        if tail and _entry(tail) is None:
+        if tail and _entry(tail, {}) is None:
             file.truncate(start)
         elif tail:
             file.write(b"\n")
 
 
-def _once(value: Any, known: dict[Any, Any]) -> Any:
-    """The first object of those in ``known`` that equals ``value``, which may be it."""
-    key = repr(value) if type(value) is list else (type(value), value)
-    return known.setdefault(key, value)
+def _entry(line: bytes, known: dict[Any, tuple[str, Any]]) -> dict[str, Any] | None:
+    """What a line of the journal holds; None if it is torn or no answer and no failure.
 
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """What a line of the journal holds; None if it is torn or no answer and no failure."""
+    Args:
+        line: Of the file.
+        known: Names and values that lines before it had, which are used again; is added to.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict):
         return None
-    of_what = (
-        ("cell", "error", "traceback") if "error" in record else ("cell", "question", "answer")
-    )
-    whole = all(name in record for name in of_what)
-    if whole and all(name not in _FITS or _FITS[name](value) for name, value in record.items()):
-        return record
-    return None
+    kind = ("error", "traceback") if "error" in record else ("question", "answer")
+    if not all(name in record for name in ("cell", *kind)):
+        return None
+    found = {}
+    for name, value in record.items():
+        plain = type(value) is not list and type(value) is not dict
+        key = name, type(value), value if plain else repr(value)
+        same = known.get(key)
+        if same is None:
+            if name in _FITS and not _FITS[name](value):
+                return None
+            same = known[key] = sys.intern(name), value
+        found[same[0]] = same[1]
+    return found
 
 
 def _is_text(value: Any) -> bool:
@@ -626,12 +631,14 @@ def answers_frame(
     questions that are answered rightly without the image or from the thumbnail alone; it is the
     same for all cells, and missing where nobody asked.
     """
-    easy = {item.id: _easy(item, cells, journal) for item in questions}
+    little = {cell.name: cell.key for cell in cells if cell.name in (IMAGE_FREE, THUMBNAIL_ONLY)}
+    easy = {item.id: _easy(item, little, journal) for item in questions}
     full = {item.id: journal.answers.get((UNCOMPRESSED, item.id), {}) for item in questions}
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for cell in cells:
-        failed = cell.key in journal.failures
-        there = [(item, journal.answers.get((cell.key, item.id))) for item in questions]
+        key = cell.key
+        failed = key in journal.failures
+        there = [(item, journal.answers.get((key, item.id))) for item in questions]
         shown = [(item, record or {}) for item, record in there if failed or record is not None]
         answers = [_plain(record.get("answer")) for _, record in shown]
         truths = [_plain(item.answer) for item, _ in shown]
@@ -676,17 +683,22 @@ def _same(one: str | None, other: str | None) -> bool | None:
     return None if one is None or other is None else one == other
 
 
-def _easy(item: Question, cells: Iterable[Cell], journal: Journal) -> bool | None:
-    """Whether ``item`` is answered rightly by a model that sees little or nothing of the image."""
-    keys = {cell.name: cell.key for cell in cells if cell.name in (IMAGE_FREE, THUMBNAIL_ONLY)}
-    said = {name: journal.answers.get((key, item.id)) for name, key in keys.items()}
+def _easy(item: Question, little: Mapping[str, str], journal: Journal) -> bool | None:
+    """Whether ``item`` is answered rightly by a model that sees little or nothing of the image.
+
+    Args:
+        item: The question.
+        little: Name to cell key of the references that see so little.
+        journal: With their answers.
+    """
+    said = {name: journal.answers.get((key, item.id)) for name, key in little.items()}
     if not said or None in said.values():
         return None
     # Where an image has no crops, its thumbnail is all of it and tells nothing about difficulty.
     return any(
         name == IMAGE_FREE or record.get("kept_patches", 0) < record.get("patch_tokens", 0)
         for name, record in said.items()
-        if record is not None and normalise(record["answer"]) == normalise(item.answer)
+        if record is not None and _plain(record["answer"]) == _plain(item.answer)
     )
 
 
