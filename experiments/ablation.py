@@ -17,6 +17,7 @@ import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.experiments import plots
 from tokenprune.experiments.compare import Outcome, Request, compare, prepare
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.intervals import OVERALL, compared, holm
 from tokenprune.experiments.plots import INK, MARKERS, style, titles
 from tokenprune.experiments.results import UNCOMPRESSED, Cell, read_answers, replace_file
@@ -171,7 +172,7 @@ def ablation(request: Request, sweeps: Sequence[str], report: Report = lambda *_
         return Result(outcome, pd.DataFrame(), skipped)
     table = differences(read_answers(outcome.folder), read, request.retention, seed=request.seed)
     with replace_file(outcome.folder / "ablation.csv") as temporary:
-        table.to_csv(temporary, index=False)
+        write_csv(table, temporary)
     if len(table):
         drawn = figure(table, outcome.summary, Path(request.model).name)
         plots.save(drawn, outcome.folder / "plots" / "ablation")

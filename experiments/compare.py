@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +25,13 @@ import tokenprune as tp
 from tokenprune.budget import check_retention
 from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderCompressor, encoder_part
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import ContractError, UserError, unknown
 from tokenprune.experiments import crowd_plots, data, kept, plots
 from tokenprune.experiments.data import Modality, Question
+from tokenprune.experiments.deadline import check_time_limit
 from tokenprune.experiments.efficiency import ALL, chosen, expanded
+from tokenprune.experiments.encodings import Encodings
+from tokenprune.experiments.failing import Failing, tried
 from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
@@ -47,7 +51,7 @@ from tokenprune.experiments.results import (
 from tokenprune.experiments.sharing import Job, Plan, separate, together
 from tokenprune.experiments.views import references
 from tokenprune.models import testbed
-from tokenprune.models.adapter import Adapter
+from tokenprune.models.adapter import Adapter, without_weights
 from tokenprune.prefix import Prefix
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
@@ -59,6 +63,7 @@ __all__ = [
     "Runner",
     "Setting",
     "cells",
+    "check",
     "compare",
     "prepare",
     "run",
@@ -90,11 +95,14 @@ class Request:
         seeds: How many seeds a method that draws at random runs with; reported together.
         device: None for CUDA where there is one, otherwise the CPU.
         dtype: As in `tokenprune.load`.
+        trust_remote_code: As in `tokenprune.load`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
         max_new_tokens: Longest answer.
         match: Bring every method to the cost of `uniform` at each retention: ``tokens``, ``flops``
             or ``prefill-ms`` (`matching.matched_cells`); None takes retentions as they are.  Times
             are measured anew by every call, so that such a run cannot be resumed.
+        timeout_per_batch: Seconds that the model may take for what it computes at once; what takes
+            longer has failed (`tokenprune.experiments.deadline`).  None is no limit.
     """
 
     model: str = "testbed-next"
@@ -108,9 +116,11 @@ class Request:
     seeds: int = 1
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     out: Path | None = None
     max_new_tokens: int = 8
     match: Kind | None = None
+    timeout_per_batch: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +128,13 @@ class Outcome:
     """How a comparison ended.
 
     Attributes:
-        status: ``complete``, ``failed`` (some cell could not be finished) or ``interrupted``.
+        status: ``complete``, ``failed`` (some answer could not be had) or ``interrupted``.
         folder: Where everything was written.
         answered, wanted: Answers in the journal, and answers in a complete one.
         new: Answers this call added.
         summary: As in ``summary.csv``.
         failures: Cell to why it failed, in the order of the cells.
+        missing: Question id to the cells that failed on it alone, and why.
         skipped: Methods that ``all`` left out, and why.
     """
 
@@ -134,6 +145,7 @@ class Outcome:
     new: int
     summary: pd.DataFrame
     failures: dict[Cell, Failure] = field(default_factory=dict)
+    missing: dict[str, dict[Cell, Failure]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -244,14 +256,28 @@ def run(
     *,
     batch_size: int,
     plan: Plan = separate,
+    timeout: float | None = None,
     report: Report = lambda *_: None,
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
     Each image or video is encoded once, however many cells and questions need it, and once more for
     every method that acts inside the vision tower; ``plan`` says what else is computed together.
-    What fails together is tried again cell by cell.  A cell that raises by itself is entered as
-    failed and left alone until the next run; the others go on.
+
+    What fails together is tried again cell by cell, and then question by question, so that a
+    question that a cell cannot answer is entered as missing and costs no other answer.  A cell that
+    answers nothing (`Failing`) is entered as failed and left alone until the next run.  Answers of
+    a cell that changed what all cells look at do not count, and what it changed is encoded anew.
+
+    Args:
+        runner: Answers.
+        cells: What to compare.
+        questions: What to ask.
+        journal: Where answers go; it must be open.
+        batch_size: Questions answered at once.
+        plan: What is computed together.
+        timeout: Seconds that encoding or answering one batch may take (`time_limit`).
+        report: Told how far it is.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
@@ -263,56 +289,185 @@ def run(
         signals[towers[key]] = signals.get(towers[key], frozenset[Signal]()) | needs
     batches = _batches(questions, batch_size)
     last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
-    encoded: dict[tuple[EncoderCompressor | None, str], Any] = {}
-    broken: set[str] = set()
-    warned: set[tuple[str, str]] = set()
+    encodings = Encodings(runner, signals)
+    failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
     total = len(todo) * len(questions)
 
     for index, batch in enumerate(batches):
-        lacking = [
-            key
-            for key in todo
-            if key not in broken and any((key, item.id) not in journal.answers for item in batch)
-        ]
+        lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
         for tower in dict.fromkeys(towers[key] for key in lacking):
             report(len(journal.answers), total, "vision tower")
             sharing = [key for key in lacking if towers[key] == tower]
-            with _noting_failure(journal, sharing, broken):
-                new = {i.image_id: i for i in batch if (tower, i.image_id) not in encoded}
-                found = runner.encode(list(new.values()), signals[tower], tower) if new else []
-                encoded.update(((tower, name), one) for name, one in zip(new, found, strict=True))
-        entering = _Entering(runner, journal, batch, warned, loyal=UNCOMPRESSED in todo)
+            _encode(encodings, tower, batch, sharing, failing, timeout)
+        entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
         # All cells, answered or not: the same cells and questions are put together the same way and
         # give the same answers to the last bit, whether the run was interrupted or not.
         for tower in dict.fromkeys(towers.values()):
-            left = [key for key in todo if towers[key] == tower and key not in broken]
-            if not set(left).intersection(lacking):
+            left = [key for key in todo if towers[key] == tower and key not in failing.out]
+            there = [item for item in batch if (tower, item) in encodings]
+            if not there or not set(left).intersection(lacking):
                 continue
-            shown = [encoded[tower, item.image_id] for item in batch]
             several = [todo[key] for key in left if tower is None and not todo[key].blind]
             alone = [todo[key] for key in left if todo[key] not in several]
-            prompts = [item.question for item in batch]
-            jobs = [(several, job) for job in _jobs(plan, runner, several, shown, prompts)]
-            jobs += [(alone, job) for job in separate(runner, alone, shown, prompts)]
-            for cells_of, job in jobs:
-                rows = [(cells_of[cell].key, batch[question].id) for cell, question in job.rows]
-                together = {cells_of[cell].key: cells_of[cell] for cell, _ in job.rows}
-                if all(row in journal.answers or row[0] in broken for row in rows):
-                    continue
-                if job.run is not None:
-                    names = [str(cell) for cell in together.values()]
-                    many = f"{len(names)} cells together" if len(names) > 1 else names[0]
-                    report(len(journal.answers), total, many)
-                    if entering.enter_all(job.run, rows):
-                        continue
-                for key, cell in together.items():
-                    if key in broken or all((key, item.id) in journal.answers for item in batch):
-                        continue
-                    report(len(journal.answers), total, str(cell))
-                    with _noting_failure(journal, [key], broken), _warning_once(key, warned):
-                        entering.enter(key, _answer(runner, cell, shown, batch))
-        encoded = {which: one for which, one in encoded.items() if last_use[which[1]] > index}
+            desk = _Desk(entering, failing, encodings, tower, there, timeout, warned, total, report)
+            while not desk.serve(plan, several, alone):
+                pass
+        encodings.keep({image for image, last in last_use.items() if last > index})
+    failing.settle()
     report(len(journal.answers), total, "")
+
+
+def _encode(
+    encodings: Encodings,
+    tower: EncoderCompressor | None,
+    batch: Sequence[Question],
+    keys: Sequence[str],
+    failing: Failing,
+    timeout: float | None,
+) -> None:
+    """Encode the images of a batch for cells ``keys``, one by one where they fail together."""
+    new = encodings.lacking(tower, batch)
+    failure = tried(partial(encodings.encode, tower, new), timeout) if new else None
+    if failure is None:
+        return
+    for item in new:
+        if failing.out.issuperset(keys):
+            return
+        if len(new) > 1:
+            failure = tried(partial(encodings.encode, tower, [item]), timeout)
+        if failure is None:
+            continue
+        innocent = tower is not None and (None, item) in encodings
+        for question in (other for other in batch if other.image_id == item.image_id):
+            for key in keys:
+                if failing.is_due(key, question):
+                    failing.add(key, question, failure, innocent=innocent)
+
+
+@dataclass
+class _Desk:
+    """Asks the cells of one vision tower a batch of questions."""
+
+    entering: "_Entering"
+    failing: Failing
+    encodings: Encodings
+    tower: EncoderCompressor | None
+    batch: Sequence[Question]
+    timeout: float | None
+    warned: set[tuple[str, str]]
+    total: int
+    report: Report
+
+    @property
+    def runner(self) -> Runner:
+        return self.entering.runner
+
+    def serve(self, plan: Plan, several: Sequence[Cell], alone: Sequence[Cell]) -> bool:
+        """Let the cells answer, ``several`` by ``plan``, and those ``alone`` one after the other.
+
+        Returns:
+            Whether that is done; False where a cell changed what is shown, so that everything has
+            to be put together anew from what was encoded again.
+        """
+        shown = self.encodings.shown(self.tower, self.batch)
+        prompts = [item.question for item in self.batch]
+        jobs = [(several, job) for job in _jobs(plan, self.runner, several, shown, prompts)]
+        jobs += [(alone, job) for job in separate(self.runner, alone, shown, prompts)]
+        for cells_of, job in jobs:
+            rows = [(cells_of[cell], self.batch[question]) for cell, question in job.rows]
+            if not any(self.failing.is_due(cell.key, item) for cell, item in rows):
+                continue
+            cells = list({cell.key: cell for cell, _ in rows}.values())
+            answered, changed = False, False
+            if job.run is not None and not self.failing.suspects(item for _, item in rows):
+                answered, changed = self._at_once(job.run, rows, cells)
+            for cell in cells if not answered else ():
+                changed |= self._by_itself(cell)
+            if changed:
+                return False
+        return True
+
+    def _tell(self, doing: str) -> None:
+        self.report(len(self.entering.journal.answers), self.total, doing)
+
+    def _at_once(
+        self,
+        run: Callable[[], Sequence[dict[str, Any]]],
+        rows: Sequence[tuple[Cell, Question]],
+        cells: Sequence[Cell],
+    ) -> tuple[bool, bool]:
+        """Enter what ``run`` answers; whether it did, and whether it changed what is shown."""
+        self._tell(f"{len(cells)} cells together" if len(cells) > 1 else str(cells[0]))
+
+        def answer() -> Sequence[dict[str, Any]]:
+            with _warning_once(cells[0].key, self.warned):
+                return run()
+
+        found = tried(answer, self.timeout)
+        changed = self._mend(self.batch)
+        if isinstance(found, Failure) or changed:
+            why = found.error if isinstance(found, Failure) else "it changed what others are shown"
+            if len(cells) > 1 and ("", why) not in self.warned:
+                self.warned.add(("", why))
+                warnings.warn(
+                    f"what cells have in common cannot be computed once ({why}); trying them one "
+                    "by one, which takes longer.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return False, changed
+        by_cell: dict[str, dict[str, dict[str, Any]]] = {}
+        for (cell, item), record in zip(rows, found, strict=True):
+            by_cell.setdefault(cell.key, {})[item.id] = record
+        for key, records in by_cell.items():
+            self._enter(key, records)
+        return True, False
+
+    def _by_itself(self, cell: Cell) -> bool:
+        """Let one cell answer, question by question where it must; whether it changed what is
+        shown."""
+        key, ever = cell.key, False
+        groups = self.failing.grouped(key, self.batch)
+        while groups:
+            group = groups.pop(0)
+            if not any(self.failing.is_due(key, item) for item in group):
+                continue
+            self._tell(str(cell))
+
+            def answer(group: Sequence[Question] = group) -> Sequence[dict[str, Any]]:
+                shown = self.encodings.shown(self.tower, group)
+                with _warning_once(key, self.warned):
+                    return _answer(self.runner, cell, shown, group)
+
+            found = tried(answer, self.timeout)
+            changed = self._mend(group)
+            ever |= changed
+            if changed and not isinstance(found, Failure):
+                found = Failure.of(
+                    ContractError(
+                        f"{cell} wrote to what other methods are shown as well, in a way that "
+                        "PyTorch does not see (numpy, .data); work on a copy."
+                    )
+                )
+            if not isinstance(found, Failure):
+                ids = (item.id for item in group)
+                self._enter(key, dict(zip(ids, found, strict=True)))
+            elif len(group) > 1:
+                groups = [[item] for item in group] + groups
+            else:
+                self.failing.add(key, group[0], found)
+        return ever
+
+    def _enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
+        self.entering.enter(key, records)
+        self.failing.answered(key)
+
+    def _mend(self, group: Sequence[Question]) -> bool:
+        """Encode again what was written to; whether anything was."""
+        changed = self.encodings.changed(self.tower, group)
+        if changed:
+            self.encodings.encode(self.tower, changed)
+        return bool(changed)
 
 
 def _answer(
@@ -330,16 +485,19 @@ class _Loyalty:
 
     Attributes:
         full: Question id to the uncompressed model's log-probabilities of the first token.
+        unknown: Ids of questions on which the uncompressed model fails.
     """
 
     def __init__(self) -> None:
         self.full: dict[str, Tensor] = {}
+        self.unknown: set[str] = set()
 
-    def lacks_reference(self, key: str, records: Mapping[str, Mapping[str, Any]]) -> bool:
-        """Whether records of cell ``key`` have distributions but nothing to compare them with."""
-        return key != UNCOMPRESSED and any(
-            FIRST_TOKEN in record and name not in self.full for name, record in records.items()
-        )
+    def lacking(self, key: str, records: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Questions of which cell ``key`` has a distribution but nothing to compare it with."""
+        if key == UNCOMPRESSED:
+            return set()
+        wanted = {name for name, record in records.items() if FIRST_TOKEN in record}
+        return wanted - self.full.keys() - self.unknown
 
     def entries(
         self, key: str, records: Mapping[str, Mapping[str, Any]]
@@ -376,7 +534,9 @@ def _jobs(plan: Plan, *arguments: Any) -> Iterator[Job]:
     """What ``plan`` puts together; where it cannot, one cell after the other."""
     try:
         yield from plan(*arguments)
-    except Exception:  # each cell will say by itself what is wrong
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException:  # each cell will say by itself what is wrong
         yield from separate(*arguments)
 
 
@@ -388,75 +548,33 @@ class _Entering:
         runner: Runner,
         journal: Journal,
         batch: Sequence[Question],
-        warned: set[tuple[str, str]],
+        timeout: float | None,
         *,
         loyal: bool,
     ) -> None:
-        self.runner, self.journal, self.batch, self.warned = runner, journal, batch, warned
+        self.runner, self.journal, self.batch, self.timeout = runner, journal, batch, timeout
         self.loyal, self.loyalty = loyal, _Loyalty()
 
-    def enter(self, key: str, records: Sequence[dict[str, Any]]) -> None:
-        """The records of cell ``key``, one for every question."""
-        self._add(key, dict(zip((item.id for item in self.batch), records, strict=True)))
-
-    def enter_all(
-        self, run: Callable[[], Sequence[dict[str, Any]]], rows: Sequence[tuple[str, str]]
-    ) -> bool:
-        """What ``run`` answers to ``rows`` (cell key, question id); False if it fails."""
-        records, why = None, ""
-        try:
-            with _warning_once(rows[0][0], self.warned):
-                records = run()
-        except Exception as error:
-            why = Failure.of(error).error
-        if records is None:
-            _let_go()
-            if ("", why) not in self.warned:
-                self.warned.add(("", why))
-                warnings.warn(
-                    f"what cells have in common cannot be computed once ({why}); trying them one "
-                    "by one, which takes longer.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return False
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for (key, question), record in zip(rows, records, strict=True):
-            found.setdefault(key, {})[question] = record
-        for key, some in found.items():
-            self._add(key, some)
-        return True
-
-    def _add(self, key: str, records: dict[str, dict[str, Any]]) -> None:
-        if self.loyal and self.loyalty.lacks_reference(key, records):  # taken up amid a batch
-            shown = self.runner.encode(self.batch, frozenset())
-            full = _answer(self.runner, Cell(), shown, self.batch)
-            ids = (item.id for item in self.batch)
-            self.loyalty.entries(UNCOMPRESSED, dict(zip(ids, full, strict=True)))
+    def enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
+        """The records of cell ``key``, question id to record."""
+        if self.loyal:  # the uncompressed model answered in an earlier run
+            self._refer(self.loyalty.lacking(key, records))
         self.journal.add(key, self.loyalty.entries(key, records))
 
+    def _refer(self, names: set[str]) -> None:
+        """Run the uncompressed model on the batch again, for its distributions on ``names``."""
+        for group in (self.batch, *([item] for item in self.batch)):
+            if names.isdisjoint(item.id for item in group):
+                continue
+            found = tried(partial(self._full, group), self.timeout)
+            if not isinstance(found, Failure):
+                ids = [item.id for item in group]
+                self.loyalty.entries(UNCOMPRESSED, dict(zip(ids, found, strict=True)))
+                names = names.difference(ids)
+        self.loyalty.unknown |= names
 
-def _let_go() -> None:
-    """Give back memory, where a traceback no longer holds on to a batch that was too large."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def _noting_failure(journal: Journal, keys: Sequence[str], broken: set[str]) -> Iterator[None]:
-    """Enter an exception of the block into the journal, for all cells ``keys``, and go on."""
-    try:
-        yield
-    except WriteError:  # no fault of the cell, and the next one could not be written either
-        raise
-    except Exception as error:
-        failure = Failure.of(error)
-    else:
-        return
-    _let_go()
-    for key in keys:
-        journal.fail(key, failure)
-        broken.add(key)
+    def _full(self, group: Sequence[Question]) -> Sequence[dict[str, Any]]:
+        return _answer(self.runner, Cell(), self.runner.encode(group, frozenset()), group)
 
 
 @contextmanager
@@ -522,7 +640,7 @@ def compare(
     for cell in columns:
         if cell.compressor:
             adapter.check(cell.compressor)
-    data.check_placeholders(questions, adapter.placeholder_texts)
+    data.check_placeholders(questions, adapter)
 
     surroundings = environment()
     files = answer_files(
@@ -542,6 +660,10 @@ def compare(
             folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     failures = [{"cell": str(cell), **asdict(why)} for cell, why in outcome.failures.items()]
+    folder.manifest["missing"] = {
+        question: {str(cell): why.error for cell, why in cells_of.items()}
+        for question, cells_of in outcome.missing.items()
+    }
     folder.close(outcome.status, failures)
     return replace(outcome, skipped=skipped)
 
@@ -567,6 +689,7 @@ def _fill(
                 journal,
                 batch_size=request.batch_size or (50 if embedded else 4),
                 plan=together,
+                timeout=request.timeout_per_batch,
                 report=report,
             )
         except KeyboardInterrupt:
@@ -580,16 +703,24 @@ def _fill(
     folder.write_tables(answers, summary)
     if not interrupted and "name" not in folder.manifest["experiment"]:  # others draw their own
         _draw(folder, request.model, summary)
-    failures = {} if interrupted else dict(_lacking(columns, questions, journal))
-    failures |= {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
+    failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
+    if not interrupted:
+        failures = dict(_lacking(columns, questions, journal)) | failures
+    missing: dict[str, dict[Cell, Failure]] = {}
+    for item in questions:
+        for cell in columns:
+            if cell not in failures and (why := journal.missing.get((cell.key, item.id))):
+                missing.setdefault(item.id, {})[cell] = why
+    done = "failed" if failures or missing else "complete"
     return Outcome(
-        status="interrupted" if interrupted else "failed" if failures else "complete",
+        status="interrupted" if interrupted else done,
         folder=folder.path,
         answered=len(journal.answers),
         wanted=wanted,
         new=len(journal.answers) - before,
         summary=summary,
         failures=failures,
+        missing=missing,
     )
 
 
@@ -599,7 +730,8 @@ def _lacking(
     """Cells of which answers are missing, though nothing was reported; no run is complete then."""
     for cell in columns:
         key = cell.key
-        missing = sum((key, item.id) not in journal.answers for item in questions)
+        rows = {(key, item.id) for item in questions}
+        missing = len(rows - journal.answers.keys() - journal.missing.keys())
         if missing:
             words = f"{missing} of {len(questions)} answers are not in the journal"
             yield cell, Failure(f"{words}; the same command asks for them again.", "")
@@ -619,15 +751,42 @@ def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
     Raises:
         UserError: As `compare`.
     """
-    _check_numbers(request)
-    check_kind(request.match)
-    cells([spec for spec in request.methods if spec != ALL], request.retention)
     check_writable(request.out or Path("runs"))
-    report(0, 0, "checking the questions")
-    questions = _questions(request)
+    questions = _checked_questions(request, report)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Setting(tp.load(request.model, device=device, dtype=request.dtype), questions)
+    adapter = tp.load(
+        request.model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return Setting(adapter, questions)
+
+
+def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
+    """The questions of a comparison, of which every one can be asked; nothing is computed.
+
+    Images are decoded, the frames of a video are of one size, and marks in a question are as many
+    as its images, for which the model's configuration and processor are read.
+
+    Raises:
+        UserError: As `compare`, for what is found without weights.
+    """
+    questions = _checked_questions(request, report)
+    report(0, 0, f"reading the processor of {request.model}")
+    data.check_placeholders(questions, without_weights(request.model))
+    return questions
+
+
+def _checked_questions(request: Request, report: Report) -> list[Question]:
+    """The questions of ``request``, if it and they make sense by themselves."""
+    _check_numbers(request)
+    check_time_limit(request.timeout_per_batch)
+    check_kind(request.match)
+    cells([spec for spec in request.methods if spec != ALL], request.retention)
+    report(0, 0, "checking the questions")
+    return _questions(request)
 
 
 def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from tokenprune.experiments import plots
 from tokenprune.experiments.compare import Outcome, Request, compare, prepare
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.intervals import OVERALL, bootstrap_ratio, compared, wilson
 from tokenprune.experiments.results import (
     IMAGE_FREE,
@@ -70,7 +71,7 @@ def complementarity(request: Request, report: Report = lambda *_: None) -> Resul
         return Result(outcome, pd.DataFrame(), left_out)
     table = relative(read_answers(outcome.folder), seed=request.seed)
     with replace_file(outcome.folder / "complementarity.csv") as temporary:
-        table.to_csv(temporary, index=False)
+        write_csv(table, temporary)
     if len(table):
         drawn = figure(table, Path(request.model).name)
         plots.save(drawn, outcome.folder / "plots" / "complementarity")
@@ -104,6 +105,7 @@ def relative(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             if part is None or whole is None or not found:
                 continue
             both = part.merge(whole, on="question_id", suffixes=("", "_whole"))
+            both = both.dropna(subset=["correct", "correct_whole"])
             right, reference = (both[name].astype(float) for name in ("correct", "correct_whole"))
             low, high = bootstrap_ratio(right, reference, both["image_id"], seed=seed)
             if low == high and label != UNCOMPRESSED:  # nothing varies; that is no certainty

@@ -2,7 +2,8 @@
 
 After figure 3 of the GlobalCom² paper (arXiv 2501.05179), which scores a crop by the attention that
 the thumbnail pays to its region.  Here the highest- and the lowest-scored crop of every image are
-dropped and compared with a random one, on the same questions.
+dropped and compared with a random one, on the same questions.  Crops are ranked by the mean over
+their regions, since a thumbnail of 7 x 7 patches has no two halves of one size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,12 @@ from matplotlib.ticker import PercentFormatter
 from tokenprune.errors import unknown
 from tokenprune.experiments import plots
 from tokenprune.experiments.compare import Outcome, Request, Setting, compare, prepare
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.intervals import OVERALL, compared, wilson
 from tokenprune.experiments.plots import FAINT, INK, style, titles
 from tokenprune.experiments.results import UNCOMPRESSED, Cell, read_answers, replace_file
-from tokenprune.experiments.views import DropCrop, crop_of, with_crops
+from tokenprune.experiments.views import DropCrop, crop_of, region_sizes, with_crops
 from tokenprune.terminal import Report
 from tokenprune.tokens import Signal
 
@@ -64,6 +66,11 @@ class Result:
     objects: pd.DataFrame
     table: pd.DataFrame
     left_out: int
+
+    @property
+    def uneven(self) -> int:
+        """In how many images the crops' regions of the thumbnail differ in size."""
+        return _uneven(self.crops)
 
 
 def crop_importance(
@@ -109,7 +116,7 @@ def crop_importance(
     table = drops(read_answers(outcome.folder), crops, objects, droppers, seed=request.seed)
     for name, made in (("crops", crops), ("objects", objects), ("crop_importance", table)):
         with replace_file(outcome.folder / f"{name}.csv") as temporary:
-            made.to_csv(temporary, index=False)
+            write_csv(made, temporary)
     if len(table):
         drawn = figure(table, crops, objects, Path(request.model).name, score)
         plots.save(drawn, outcome.folder / "plots" / "crop-importance")
@@ -132,11 +139,11 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
 
     Returns:
         One row per image and crop: ``image_id``, ``crop`` (from 0), ``grid``, ``tokens`` (patch
-        tokens), ``score``, ``rank`` (1 is the highest), ``centred`` (score minus the mean of the
-        image's crops) and, for every dropper, ``dropped highest``, ``dropped random 0`` and so on:
-        whether it drops the crop.  And one row per question with a known `Question.place`:
-        ``question_id``, ``image_id`` and the ``crop`` it lies in, with ``rank`` and ``crops``, how
-        many the image has.
+        tokens), ``region`` (patches of the thumbnail), ``score`` (their mean), ``rank`` (1 is the
+        highest), ``centred`` (score minus the mean of the image's crops) and, for every dropper,
+        ``dropped highest``, ``dropped random 0`` and so on: whether it drops the crop.  And one row
+        per question with a known `Question.place`: ``question_id``, ``image_id`` and the ``crop``
+        it lies in, with ``rank`` and ``crops``, how many the image has.
     """
     asked: dict[str, list[Question]] = {}
     for item in setting.questions:
@@ -146,6 +153,7 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
         (tokens,) = setting.adapter.encode([items[0].images[0].open()], droppers[0].needs)
         scores = droppers[0].scores(tokens)
         ranks = (scores.argsort(descending=True, stable=True).argsort() + 1).tolist()
+        sizes = region_sizes(tokens.layout).tolist()
         dropped = {_column(dropper): dropper.crop(tokens) for dropper in droppers}
         for crop, value in enumerate(scores.tolist()):
             rows.append(
@@ -154,6 +162,7 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
                     "crop": crop,
                     "grid": "x".join(map(str, tokens.layout.grid)),
                     "tokens": tokens.layout.view_sizes[1 + crop],
+                    "region": sizes[crop],
                     "score": value,
                     "rank": ranks[crop],
                     "centred": value - float(scores.mean()),
@@ -167,6 +176,10 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
                 objects.append({"question_id": item.id, "image_id": image_id, **where})
     names = ["question_id", "image_id", "crop", "rank", "crops"]
     return pd.DataFrame(rows), pd.DataFrame(objects, columns=names)
+
+
+def _uneven(crops: pd.DataFrame) -> int:
+    return int((crops.groupby("image_id")["region"].nunique() > 1).sum()) if len(crops) else 0
 
 
 def _column(dropper: DropCrop) -> str:
@@ -307,8 +320,8 @@ def figure(
         titles(
             figure,
             f"What a crop is worth to {model}",
-            f"{images} images; score of a crop: {score} of the thumbnail, summed over its region; "
-            "bars: 95 % confidence intervals",
+            f"{images} images; score of a crop: {score} of the thumbnail, mean over its region "
+            f"(of unequal sizes in {_uneven(crops)} images); bars: 95 % confidence intervals",
         )
     return figure
 
@@ -328,6 +341,7 @@ def _scores(axes: Axes, crops: pd.DataFrame) -> None:
     sns.stripplot(
         usual, x="rank", y="centred", order=ranks, ax=axes, color=INK, size=2.5, alpha=0.35
     )
+    axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
     axes.set(xlabel="rank of the crop", ylabel="score minus the image's mean")
     axes.set_title(f"Scores ({usual['image_id'].nunique()} images)", loc="left", fontsize=13)
 

@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import math
 import os
+import reprlib
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.intervals import OVERALL
+from tokenprune.pictures import picture
+from tokenprune.texts import is_plain, is_whole
+
+if TYPE_CHECKING:
+    from tokenprune.models.adapter import Adapter
 
 __all__ = [
     "MODALITIES",
@@ -30,6 +37,7 @@ Modality = Literal["image", "multi-image", "video"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 
 _FIELDS = 'each line is an object such as {"image": "cat.png", "question": "…", "answer": "…"}'
+_LAYOUT = "\t\n\r"  # control characters that lay out a text
 _QUOTES = "‘’“”«»"
 # Not all of `string.punctuation`: "-5", "5%" and "$5" are not "5".
 _SURROUNDING = "".join(set(string.punctuation) - set("+-%$#&@")) + _QUOTES + string.whitespace
@@ -48,23 +56,18 @@ class Picture:
     source: Path | Image.Image
 
     def open(self) -> Image.Image:
-        """The image in RGB, turned upright.  Raises `UserError` if it cannot be decoded."""
-        if isinstance(self.source, Image.Image):
-            return self.source.convert("RGB")
-        try:
-            with Image.open(self.source) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        except FileNotFoundError:
-            raise UserError(f"there is no image {str(self.source)!r}; check the path.") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"cannot decode the image {str(self.source)!r} ({error}); replace the file or "
-                "remove its questions."
-            ) from error
+        """The image as `pictures.picture` shows it.  Raises `UserError` if it cannot."""
+        return picture(self.source)
 
     def digest(self) -> str:
-        """SHA-256 of the file, or of the pixels of an image in memory."""
+        """SHA-256 of the file, or of the pixels of an image in memory.
+
+        Raises:
+            OSError: The file cannot be read, or is a pipe or a device, which may never end.
+        """
         if isinstance(self.source, Path):
+            if not self.source.is_file():
+                raise OSError(f"{str(self.source)!r} is not a regular file")
             return hashlib.sha256(self.source.read_bytes()).hexdigest()
         header = f"{self.source.mode} {self.source.size} ".encode()
         return hashlib.sha256(header + self.source.tobytes()).hexdigest()
@@ -101,8 +104,13 @@ class Question:
     @property
     def image_id(self) -> str:
         """Names what is shown; questions that share it are not independent of each other."""
-        names = " ".join(picture.id for picture in self.images)
+        names = " ".join(_quoted(picture.id) for picture in self.images)
         return f"video {names}" if self.video else names
+
+
+def _quoted(name: str) -> str:
+    """``name``, in quotes where it could be taken for several or for quoted itself."""
+    return json.dumps(name, ensure_ascii=False) if " " in name or name.startswith('"') else name
 
 
 def normalise(answer: str) -> str:
@@ -158,8 +166,8 @@ def read_jsonl(
     Every line has ``image`` (a path), ``images`` (a list of paths) or ``video`` (the paths of its
     frames), ``question`` and ``answer``, and may have ``kind``, ``id`` and ``place`` ([x, y] of the
     spot in the image that matters, as shares of width and height).  Paths are relative to the file.
-     Other fields and blank lines are passed over.  Every image is decoded once to see
-    that it can be.
+    Other fields and blank lines are passed over.  Every image is decoded once to see that it can
+    be, and that the frames of a video are of one size.
 
     Args:
         path: The file.
@@ -171,15 +179,9 @@ def read_jsonl(
         UserError: The file cannot be read or is empty, a line is malformed (its number is given),
             an image is missing or broken, or there are fewer than ``count`` questions.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"cannot read the data file {str(path)!r}: {error.strerror}. Expected JSON lines; "
-            f"{_FIELDS}."
-        ) from error
+    lines = _read(path).removeprefix(b"\xef\xbb\xbf").splitlines()
     questions: list[Question] = []
-    pictures: dict[str, Picture] = {}
+    pictures = _Pictures(path.parent, check_images)
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -187,7 +189,7 @@ def read_jsonl(
         if len(questions) == count:
             break
         try:
-            item = _question(line, number, path.parent, pictures, check_images)
+            item = _question(line, number, pictures)
             if item.id in seen:
                 raise UserError(f"the id {item.id!r} was given on line {seen[item.id]} already.")
         except UserError as error:
@@ -207,18 +209,68 @@ def read_jsonl(
     return questions
 
 
-def _question(
-    line: bytes, number: int, folder: Path, pictures: dict[str, Picture], check_images: bool
-) -> Question:
-    """Read one line; ``pictures`` are those met so far, and is added to."""
+def _read(path: Path) -> bytes:
     try:
-        fields = json.loads(line)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(None, "It is a pipe or a device, which can be read only once")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"cannot read the data file {str(path)!r}: {said}. Expected JSON lines; {_FIELDS}."
+        ) from error
+
+
+class _Pictures:
+    """The pictures of a data file, each once, however its path is spelt.
+
+    Attributes:
+        folder: What paths are relative to.
+        decode: Whether to decode every picture, to see that it can be.
+    """
+
+    def __init__(self, folder: Path, decode: bool) -> None:
+        self.folder, self.decode = folder, decode
+        self._known: dict[str, Picture] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def get(self, path: str) -> Picture:
+        # "./a.png" and "a.png" are one picture, but behind a symbolic link ".." leads elsewhere.
+        name = Path(os.path.normpath(path)).as_posix()
+        if os.path.realpath(self.folder / name) != os.path.realpath(self.folder / path):
+            name = path
+        if name not in self._known:
+            found = Picture(name, self.folder / name)
+            if self.decode:
+                self._sizes[name] = found.open().size
+            self._known[name] = found
+        return self._known[name]
+
+    def check_frames(self, video: Iterable[Picture]) -> None:
+        """Raise `UserError` unless all that was decoded of a video is of one size."""
+        sizes = {self._sizes[frame.id] for frame in video if frame.id in self._sizes}
+        if len(sizes) > 1:
+            raise UserError(
+                f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
+            )
+
+
+def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
+    """Read one line."""
+    try:
+        fields = json.loads(line, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise UserError("this is not UTF-8; save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"this is not JSON ({error.msg} at column {error.colno}); {_FIELDS}."
         ) from None
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"a number has more digits than can be read; {_FIELDS}.") from None
+    except RecursionError:
+        raise UserError(f"lists or objects are nested too deeply; {_FIELDS}.") from None
     if not isinstance(fields, dict):
         raise UserError(f"expected an object, got {type(fields).__name__}; {_FIELDS}.")
     missing = [name for name in ("question", "answer") if name not in fields]
@@ -239,22 +291,28 @@ def _question(
     kind = _text(fields, "kind", "other")
     if kind == OVERALL:
         raise UserError(f"the kind {kind!r} stands for all questions together; choose another.")
-    # The identity is of the place, not of the spelling: "./a.png" and "a.png" are one image.
-    names = [Path(os.path.normpath(name)).as_posix() for name in paths]
-    for name in names:
-        if name not in pictures:
-            pictures[name] = Picture(name, folder / name)
-            if check_images:
-                pictures[name].open()
+    for path in paths:
+        _check_text("a path", path)
+    images = tuple(pictures.get(path) for path in paths)
+    if "video" in fields:
+        pictures.check_frames(images)
     return Question(
         id=_text(fields, "id", f"line-{number}"),
-        images=tuple(pictures[name] for name in names),
-        question=_text(fields, "question"),
-        answer=_text(fields, "answer"),
+        images=images,
+        question=_text(fields, "question", allowed=_LAYOUT),
+        answer=_text(fields, "answer", allowed=_LAYOUT),
         kind=kind,
         video="video" in fields,
         place=_place(fields.get("place")),
     )
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)[:80]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise UserError(f"{name} is no JSON; write a text or a finite number.")
 
 
 def _place(value: Any) -> tuple[float, float] | None:
@@ -264,45 +322,57 @@ def _place(value: Any) -> tuple[float, float] | None:
     numbers = isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 2
     if not numbers or not all(0 <= share <= 1 for share in value):
         raise UserError(
-            f"'place' must be [x, y] with shares of width and height from 0 to 1, got {value!r}."
+            "'place' must be [x, y] with shares of width and height from 0 to 1, got "
+            f"{_short(value)}."
         )
     return float(value[0]), float(value[1])
 
 
-def _text(fields: dict[str, Any], name: str, default: str | None = None) -> str:
+def _text(fields: dict[str, Any], name: str, default: str | None = None, allowed: str = "") -> str:
+    """The text of a field, in which the control characters ``allowed`` may be."""
     value = fields.get(name, default)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not (isinstance(value, float) and not math.isfinite(value)):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{name!r} must be a non-empty text or a number, got {value!r}.")
+        raise UserError(
+            f"{name!r} must be a non-empty text or a finite number, got {_short(value)}."
+        )
+    _check_text(repr(name), value, allowed)
     return value
 
 
-def check_placeholders(questions: Iterable[Question], tokens: Mapping[str, str]) -> None:
-    """Raise `UserError` unless the model can be shown what every question is about.
+def _check_text(what: str, value: str, allowed: str = "") -> None:
+    """Raise `UserError` for what no file can hold, or what a terminal would obey."""
+    if not is_whole(value):
+        raise UserError(
+            f"{what} has half a character (a lone surrogate) in {_short(value)}; write the "
+            "whole one."
+        )
+    if not is_plain(value, allowed):
+        raise UserError(f"{what} has a control character in {_short(value)}; leave it out.")
+
+
+def check_placeholders(questions: Iterable[Question], adapter: "Adapter") -> None:
+    """Raise `UserError` unless the model can be asked every question.
 
     A question may mark the places of all its images, or of its video, or of none: they then come
-    before the text.
+    before the text (`Adapter.prompt`).
 
     Args:
         questions: All of them.
-        tokens: What the model takes (``image``, ``video``) to the text of its placeholder.
+        adapter: Of the model; its weights need not be there.
     """
     for item in questions:
-        shown = "video" if item.video else "image"
-        if shown not in tokens:
+        if item.video and "video" not in adapter.encoders:
             raise UserError(
                 f"the question {item.id!r} is about a video, but this model takes images only; "
                 "choose another model or --modality image."
             )
-        count = 1 if item.video else len(item.images)
-        places = item.question.count(tokens[shown])
-        if places not in (0, count):
-            raise UserError(
-                f"the question {item.id!r} has {places} {shown} placeholders {tokens[shown]!r} for "
-                f"{count} {shown}{'s' * (count != 1)}; write one for each {shown}, or none to have "
-                f"the {shown}s in front of the text."
-            )
+        try:
+            adapter.prompt(item.question, 0 if item.video else len(item.images), int(item.video))
+        except UserError as error:
+            raise UserError(f"the question {item.id!r} cannot be asked: {error}") from error
 
 
 def fingerprint(questions: Sequence[Question]) -> str:

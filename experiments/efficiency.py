@@ -17,6 +17,7 @@ import pandas as pd
 import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.results import replace_file
 from tokenprune.forecast import Forecast, forecast
 from tokenprune.ledger import DecoderShape, Ledger
@@ -360,7 +361,7 @@ def write(folder: Path, tables: dict[str, pd.DataFrame], asked: dict[str, Any]) 
     """``<name>.csv`` of every table and ``efficiency.json``, what was asked; each in one step."""
     for name, table in tables.items():
         with replace_file(folder / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     with replace_file(folder / "efficiency.json") as temporary:
         text = json.dumps(asked, indent=2, ensure_ascii=False, default=str)
         temporary.write_text(text + "\n", encoding="utf-8")

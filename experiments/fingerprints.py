@@ -41,7 +41,15 @@ _ASIDE = {
     *(
         f"tokenprune.experiments.{name}"
         for name in (
-            *("cost_plots", "crowd_plots", "efficiency", "files", "fingerprints", "geometry"),
+            *(
+                "cost_plots",
+                "crowd_plots",
+                "csv_files",
+                "efficiency",
+                "files",
+                "fingerprints",
+                "geometry",
+            ),
             *("intervals", "matching", "plots", "position_plots", "position_statistics"),
             *("ranking", "reading", "results"),
         )

@@ -194,7 +194,9 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     References without a retention (``thumbnail-only``, ``image-free``) have NaN there.
 
     A cell that failed has ``status`` "failed" and no figures: neither its missing answers nor the
-    ones it gave before it failed are scored.
+    ones it gave before it failed are scored.  Where it failed on some questions alone, ``missing``
+    says on how many (answers, where there are several seeds); figures are of the ``n`` others, and
+    differences of those that both answered.
     """
     missing = {name: pd.NA for name in ("kl", "easy") if name not in answers}
     answers = answers.assign(**missing).set_index("question_id")
@@ -373,6 +375,7 @@ def _named(
 
 def _columns() -> Iterator[str]:
     yield from ("model", "method", "label", "parameters", "retention", "kind", "status", "n")
+    yield "missing"
     yield from ("asked_retention", *_MATCH)
     for share in ("accuracy", "agreement"):
         yield from (share, f"{share}_low", f"{share}_high")
@@ -393,7 +396,11 @@ def _figures(part: _Part, seed: int) -> dict[Hashable, Any]:
     cell = part.answers
     easy = cell["easy"].astype("boolean")
     images = cell["image_id"]
-    figures: dict[Hashable, Any] = {"n": cell.index.nunique()}
+    lacking = cell["status"] == "missing"
+    figures: dict[Hashable, Any] = {"missing": int(lacking.sum())}
+    cell = cell[~lacking]
+    easy, images = easy[~lacking], images[~lacking]
+    figures["n"] = cell.index.nunique()
     figures |= _share("accuracy", cell["correct"], images, seed)
     figures |= _share("agreement", cell["agrees"], images, seed)
     for name, which in (("easy", easy.fillna(False)), ("hard", ~easy.fillna(True))):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -25,7 +26,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageSequence
+from PIL import Image
 from scipy.ndimage import binary_erosion
 from scipy.stats import rankdata
 from torch import Tensor
@@ -37,7 +38,8 @@ from tokenprune.engine import Chosen
 from tokenprune.errors import UserError
 from tokenprune.experiments import kept
 from tokenprune.experiments.compare import cells
-from tokenprune.experiments.data import Picture, held_out, normalise
+from tokenprune.experiments.csv_files import write_csv
+from tokenprune.experiments.data import held_out, normalise
 from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.geometry import (
     Box,
@@ -51,6 +53,7 @@ from tokenprune.experiments.plots import FAINT, INK, save, style
 from tokenprune.experiments.ranking import Note, noting
 from tokenprune.experiments.results import check_writable, environment, replace_file
 from tokenprune.models.adapter import Adapter
+from tokenprune.pictures import frames, picture
 from tokenprune.terminal import Report, percent
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -214,7 +217,7 @@ class Request:
         cuts: As of `look`.
         pretrained: Checkpoint of a timm model.
         seed: Draws the example.
-        device, dtype: As of `tokenprune.load`.
+        device, dtype, trust_remote_code: As of `tokenprune.load`.
         max_new_tokens: Longest answer.
         out: Folder; None for one in ``runs/``.
     """
@@ -230,6 +233,7 @@ class Request:
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     max_new_tokens: int = 8
     out: Path | None = None
 
@@ -258,7 +262,13 @@ def render(
     report(0, 0, f"loading {model}")
     extra = {} if request.pretrained is None else {"pretrained": request.pretrained}
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(model, device=device, dtype=request.dtype, **extra)
+    adapter = tp.load(
+        model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        **extra,
+    )
     asks = shown.question is not None and adapter.has_language_model
     methods, skipped = expanded(
         request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),
@@ -285,7 +295,7 @@ def render(
         save(heat(seen), folder / "heat")
         files += ["heat.png", "heat.pdf"]
     with replace_file(folder / "kept.csv") as temporary:
-        seen.table().to_csv(temporary, index=False)
+        write_csv(seen.table(), temporary)
     asked = {"request": asdict(request), "command": sys.argv, **environment()}
     with replace_file(folder / "manifest.json") as temporary:
         temporary.write_text(
@@ -325,41 +335,22 @@ def _given(request: Request) -> _Shown:
     """The images and the question of ``request.words``.  Raises `UserError`."""
     words = list(request.words)
     last = Path(words[-1])
-    is_file = last.exists() or last.suffix.lower() in Image.registered_extensions()
+    # os.path: a question may be too long for a name.
+    is_file = os.path.exists(last) or last.suffix.lower() in Image.registered_extensions()
     question = None if is_file else words.pop()
     if not words:
         raise UserError(
             f"{question!r} is no image file; give images first, then the question: "
             'tokenprune masks photo.jpg "What is this?"'
         )
-    paths = [Path(word) for word in words]
-    if request.video and len(paths) == 1:
-        images = _frames_of(paths[0])
-    else:
-        images = [Picture(str(path), path).open() for path in paths]
     if request.video:
-        sizes = sorted({image.size for image in images})
-        if len(sizes) > 1:
-            raise UserError(
-                f"the frames of a video must be of one size, got {sizes} (width, height); leave "
-                "--video out to show them as several images."
-            )
+        clip = frames(words[0] if len(words) == 1 else words)
+        images = [Image.fromarray(frame) for frame in clip]
         places = np.linspace(0, len(images) - 1, min(request.frames, len(images)))
         images = [images[index] for index in places.round().astype(int)]
-    return _Shown(paths[0].stem or "picture", images, question)
-
-
-def _frames_of(path: Path) -> list[Image.Image]:
-    """The frames of a folder of images, in the order of their names, or of an animated image."""
-    if path.is_dir():
-        known = Image.registered_extensions()
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in known)
-        if not files:
-            raise UserError(f"there is no image in the folder {str(path)!r}.")
-        return [Picture(str(file), file).open() for file in files]
-    Picture(str(path), path).open()  # raises if it cannot be read
-    with Image.open(path) as moving:
-        return [frame.convert("RGB") for frame in ImageSequence.Iterator(moving)]
+    else:
+        images = [picture(word) for word in words]
+    return _Shown(Path(words[0]).stem[:80] or "picture", images, question)
 
 
 # --- what is kept ---------------------------------------------------------------------------------
@@ -402,7 +393,7 @@ def look(
     for cell in columns:
         if cell.compressor is not None:
             _check(adapter, cell.compressor, asks)
-    pictures = [image.convert("RGB") for image in images]
+    pictures = [picture(image) for image in images]
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)
     )

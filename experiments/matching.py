@@ -14,9 +14,11 @@ from tokenprune.compressor import Compressor
 from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments.data import Question
 from tokenprune.experiments.efficiency import Prompt, says_retention
-from tokenprune.experiments.results import Cell, Matched
+from tokenprune.experiments.failing import tried
+from tokenprune.experiments.results import Cell, Failure, Matched
 from tokenprune.experiments.speed import Bench
 from tokenprune.experiments.translation import MEASURES, WORDS, Measure, solve
+from tokenprune.ledger import Ledger
 from tokenprune.models.adapter import Adapter
 from tokenprune.terminal import Report
 from tokenprune.tokens import TokenLayout
@@ -46,7 +48,12 @@ def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
 
 def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
-    prompts = [(item, _prompt(adapter, item)) for item in questions[::step]]
+    seen = [(item, tried(partial(_prompt, adapter, item))) for item in questions[::step]]
+    # A question that cannot be asked fails by itself when it is asked.
+    prompts = [(item, found) for item, found in seen if not isinstance(found, Failure)]
+    if not prompts:
+        why = next(found.error for _, found in seen if isinstance(found, Failure))
+        raise UserError(f"no question can be looked at to match costs: {why}")
     ordered = sorted(prompts, key=lambda pair: pair[1].visual)
     return ordered[len(ordered) // 2]
 
@@ -205,10 +212,18 @@ def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compr
     shown = [picture.open() for picture in item.images]
     images, videos = (None, [[shown]]) if item.video else ([shown], None)
     inputs = adapter.prepare(images, [item.question], videos)
-    with warnings.catch_warnings(), torch.no_grad(), tp.compress(adapter.model, method) as trace:
-        warnings.simplefilter("ignore", RetentionWarning)
-        adapter.model(**inputs, use_cache=True)
-    return MEASURES[measure](trace.ledger)
+
+    def run() -> Ledger:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", RetentionWarning)
+            with tp.compress(adapter.model, method) as trace:
+                adapter.model(**inputs, use_cache=True)
+        return trace.ledger
+
+    found = tried(run)
+    if isinstance(found, Failure):
+        raise UserError(f"{method.label} failed when its cost was looked up: {found.error}")
+    return MEASURES[measure](found)
 
 
 def _unsettled(spec: str) -> Compressor:

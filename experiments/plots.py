@@ -171,6 +171,7 @@ def style() -> Iterator[None]:
         "grid.linewidth": 0.7,
         "pdf.fonttype": 42,  # text stays text in PDF editors
         "text.color": INK,
+        "text.parse_math": False,  # kinds and names of files may hold dollar signs
     }
     with (
         sns.axes_style("whitegrid"),

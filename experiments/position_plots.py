@@ -13,12 +13,11 @@ from matplotlib.ticker import PercentFormatter
 
 from tokenprune.experiments.plots import FAINT, INK, style, titles
 from tokenprune.experiments.position_statistics import ALL, NORMAL, profiles
-from tokenprune.experiments.rearrange import CONDITIONS
+from tokenprune.experiments.rearrange import CONDITIONS, REVERSED
 
 __all__ = ["by_place", "by_slot", "equivariance", "figures", "on_the_image"]
 
 _COLUMNS = 4  # of the small multiples
-_REVERSED = ("reversed-crops", "reversed-frames")
 _HUES = {"normal order": "#9ecae1", "reversed order": "#08519c"}
 _LEVELS = {"selector": "selector alone", "pipeline": "whole pipeline"}
 _NAMES = {
@@ -26,6 +25,7 @@ _NAMES = {
     "reversed-frames": "reversed frames",
     "flip-lr": "left-right flip",
     "flip-tb": "top-bottom flip",
+    "exchanged-crops": "crops exchanged under\nan unchanged thumbnail",
     ALL: "all together",
 }
 
@@ -46,7 +46,7 @@ def figures(
         chosen = (statistics["retention"] == retention) & (statistics["modality"] == modality)
         suffix = f"{modality}-{100 * retention:.3g}"
         where = f"{model}, {100 * retention:.3g} % of the visual tokens kept"
-        turned = part["condition"].isin(_REVERSED) & (part["level"] == "selector")
+        turned = part["condition"].isin(REVERSED) & (part["level"] == "selector")
         part = part.assign(method=part["method"].astype(str))
         both = part[(part["condition"] == NORMAL) | turned]
         usual = _most_common(both[both["slots"] > 1])

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from tokenprune.experiments.intervals import paired_bootstrap
+from tokenprune.experiments.rearrange import EXCHANGED
 
 __all__ = [
     "ALL",
@@ -33,7 +34,7 @@ __all__ = [
 NORMAL = "normal"
 """The condition in which everything is where it belongs; its level has the same name."""
 ALL = "all"
-"""The row of `statistics` that takes all conditions together."""
+"""The row of `statistics` that takes all conditions together in which crops fit their thumbnail."""
 
 Array = NDArray[Any]
 _GRID = 2**15  # steps that the sum of the scores is cut into in `sign_flip`
@@ -53,8 +54,10 @@ class PairedBias(NamedTuple):
     Attributes:
         slope: Change of the keep probability as content moves from position 0 to position 1,
             linear; 0 where content alone decides.
-        p: Two-sided p-value of "which content is kept does not depend on its place".
-        scores: (images,) whose signs the test flips; positive: larger positions are kept more.
+        p: Two-sided p-value of a slope of 0, "which content is kept does not depend on its place";
+            missing with fewer than two images.
+        scores: (images,) whose sum the slope is in proportion to and whose signs the test flips;
+            positive: larger positions are kept more.
         images: (images,) what each score belongs to.
     """
 
@@ -123,10 +126,12 @@ def sign_flip(scores: ArrayLike) -> float:
         scores: (n,) one for each independent unit, here images; missing ones are left out.
 
     Returns:
-        1 where all scores are 0 or there is none.
+        Missing where there are fewer than two scores, 1 where all are 0.
     """
     values = np.asarray(scores, dtype=float)
     values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return np.nan
     total = np.abs(values).sum()
     if not total:
         return 1.0
@@ -155,10 +160,10 @@ def paired_bias(
     """Does moving content change whether it is kept?
 
     With k, k' whether a content unit is kept before and after it moved from x to x', an image's
-    score is ``sum (k' - k)(x' - x) / sqrt(sum (x' - x)^2)`` over its units.  If the choice does not
-    depend on places, k and k' could be exchanged and the score might as well have had the other
-    sign; `sign_flip` over images tests that.  A choice that follows content exactly has k' = k
-    throughout and p = 1.  The slope is ``sum (k' - k)(x' - x) / sum (x' - x)^2`` over all images.
+    score is ``sum (k' - k)(x' - x)`` over its units, and the slope is the sum of all scores over
+    ``sum (x' - x)^2`` of all images.  If the choice does not depend on places, k and k' could be
+    exchanged and the score might as well have had the other sign; `sign_flip` over images tests
+    that.  A choice that follows content exactly has k' = k throughout, a slope of 0 and p = 1.
 
     What it cannot see: preferences that the rearrangement maps onto themselves, e.g. one for the
     middle, which lies in the middle of a reversed sequence as well.
@@ -182,8 +187,8 @@ def paired_bias(
     # What cancels out exactly must not leave rounding errors behind: their signs count as others'.
     products[np.abs(products) < 1e-9 * sizes] = 0.0
     apart = squares > 0  # images in which nothing moved say nothing
-    scores = products[apart] / np.sqrt(squares[apart])
-    estimate = _ratio(products[apart], squares[apart], seed, resamples)
+    scores = products[apart]
+    estimate = _ratio(scores, squares[apart], seed, resamples)
     return PairedBias(estimate, sign_flip(scores), scores, np.asarray(names)[apart])
 
 
@@ -282,12 +287,14 @@ def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         ``position_agreement``.
         Values stand beside their 95 % intervals (``_low``, ``_high``).
 
-        What rounding does to equal budgets of views is taken out of the comparison of conditions
-        (`_without_rounding`).
+        ``p`` tests ``paired_slope`` and nothing else; it is missing where that is, and with a
+        single image.  What rounding does to equal budgets of views is taken out of the comparison
+        where content moves from view to view (`_without_rounding`).
 
         The row `ALL` of each level has the mean of every image's equivariance over the conditions,
         and the smallest of their p-values times their number (Bonferroni: biases along different
-        axes may not cancel each other); its slopes are missing.
+        axes may not cancel each other); its slopes are missing.  `EXCHANGED` is left out of it: a
+        choice by content that asks the thumbnail cannot follow content there.
     """
     rows: list[dict[Hashable, Any]] = []
     for cell, group in tokens.groupby(_CELL, sort=False, observed=True):
@@ -301,11 +308,13 @@ def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
             place = {"condition": condition, "level": level}
             figures, images = _compared(normal, part, seed)
             rows.append(shared | place | _described(part, seed) | figures)
-            collected.setdefault(level, []).append((figures["p"], images))
+            if condition != EXCHANGED:
+                collected.setdefault(level, []).append((figures["p"], images))
         for level, found in collected.items():
             by_image = pd.concat([images for _, images in found]).groupby("image", sort=False)
             place = {"condition": ALL, "level": level, "images": len(by_image)}
-            p = min(1.0, len(found) * min(p for p, _ in found))
+            tested = [p for p, _ in found if not np.isnan(p)]
+            p = min(1.0, len(tested) * min(tested)) if tested else np.nan
             rows.append(shared | place | _closing(by_image.mean(), p, seed))
     return pd.DataFrame(rows, columns=list(_columns()))
 
@@ -345,15 +354,17 @@ def _compared(
 ) -> tuple[dict[Hashable, Any], pd.DataFrame]:
     """One condition against the normal one: figures, and every image's score and equivariance."""
     axis = _AXES.get(str(part["condition"].iloc[0]), "position")
-    places = normal.set_index(["image", "token"])[["kept", axis]]
+    places = normal.set_index(["image", "token"])[["kept", "view", axis]]
     known = part[part["content"] >= 0]
     origin = places.loc[pd.MultiIndex.from_frame(known[["image", "content"]])]
     same = places.loc[pd.MultiIndex.from_frame(known[["image", "token"]])]
     by_content, by_position = origin["kept"].to_numpy(bool), same["kept"].to_numpy(bool)
     names = known["image"].to_numpy()
-    views = known.groupby(["image", "view"], sort=False, observed=True).ngroup().to_numpy()
     now = known["kept"].to_numpy(bool)
-    now, before, after = _without_rounding(by_content, by_position, now, views, names)
+    before, after = by_content, now
+    if (origin["view"].to_numpy() != known["view"].to_numpy()).any():
+        views = known.groupby(["image", "view"], sort=False, observed=True).ngroup().to_numpy()
+        now, before, after = _without_rounding(by_content, by_position, now, views, names)
     bias = paired_bias(before, after, origin[axis], known[axis], names, seed=seed)
     of = known.reset_index(drop=True).groupby("image", observed=True).indices
     agreed = [_agreement(by_content[of[i]], by_position[of[i]], now[of[i]]) for i in bias.images]

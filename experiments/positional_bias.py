@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments import data, plots, position_plots
 from tokenprune.experiments.compare import cells
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
+from tokenprune.experiments.failing import tried
 from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
 from tokenprune.experiments.position_statistics import (
@@ -45,6 +47,9 @@ from tokenprune.experiments.position_statistics import (
 from tokenprune.experiments.ranking import noting
 from tokenprune.experiments.rearrange import (
     CONDITIONS,
+    CROPS,
+    DEFAULT,
+    EXCHANGED,
     LEVELS,
     Condition,
     Level,
@@ -99,9 +104,10 @@ class Result:
     Attributes:
         tokens: One row per method, retention, image, condition, level and patch token: ``token``
             (index in the packed sequence), ``position`` (its middle, relative, in (0, 1)),
-            ``kind``, ``view``, ``slot`` (of crops and of frames, from 0; -1 for a thumbnail) of
-            ``slots``, ``row`` and ``col`` in the view, ``y`` and ``x`` (relative place in the
-            image), ``content`` (which token showed the same originally, -1 where none did),
+            ``kind``, ``view``, ``slot`` (of crops and of frames in the order of the sequence, from
+            0; -1 for a thumbnail) of ``slots``, ``row`` and ``col`` in the view, ``y`` and ``x``
+            (relative place in the image), ``content`` (which token showed the same originally, -1
+            where none did),
             ``kept`` (at the end), ``kept_first`` (at the first cut) and ``score`` (that the first
             cut ranked by; missing for methods that do not score).
         statistics: As `position_statistics.statistics` returns it.
@@ -122,13 +128,19 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """An image in one condition, encoded."""
+    """An image in one condition, encoded.
+
+    Attributes:
+        content: (N,) as `rearrange.paired` returns it.
+        slot: (N,) of the places in the sequence, whatever is put there.
+    """
 
     image: int
     condition: str
     level: str
     tokens: VisualTokens
     content: Tensor
+    slot: Tensor
 
     @cached_property
     def layout(self) -> TokenLayout:
@@ -142,17 +154,21 @@ class _Case:
         canvas = layout.kind == Kind.CROP
         (height, width), (rows, cols) = layout.view_shape, layout.canvas_shape
         y = torch.where(
-            canvas, (layout.canvas_row + 0.5) / max(rows, 1), (layout.row + 0.5) / height
+            canvas,
+            (layout.canvas_row.float() + 0.5) / max(rows, 1),
+            (layout.row.float() + 0.5) / height,
         )
         x = torch.where(
-            canvas, (layout.canvas_col + 0.5) / max(cols, 1), (layout.col + 0.5) / width
+            canvas,
+            (layout.canvas_col.float() + 0.5) / max(cols, 1),
+            (layout.col.float() + 0.5) / width,
         )
         columns: dict[str, tuple[Tensor, Any]] = {
             "token": (index, np.int32),
             "position": ((index.double() + 0.5) / len(index), np.float64),
             "kind": (layout.kind, np.int8),
             "view": (layout.view, np.int16),
-            "slot": (layout.view - int(layout.modality != "video"), np.int16),
+            "slot": (self.slot.cpu(), np.int16),
             "row": (layout.row, np.int16),
             "col": (layout.col, np.int16),
             "y": (y, np.float32),
@@ -180,7 +196,7 @@ def positional_bias(
     images: Sequence[Shown],
     *,
     retention: Sequence[float] = (0.25,),
-    conditions: Sequence[Condition] = CONDITIONS,
+    conditions: Sequence[Condition] = DEFAULT,
     levels: Sequence[Level] = LEVELS,
     prompts: Sequence[str] | None = None,
     batch_size: int = 16,
@@ -199,7 +215,8 @@ def positional_bias(
             ``retention``.
         images: Images, or videos as lists of frames, or both.
         retention: Shares of patch tokens to keep.
-        conditions: Which ones, besides the normal one; each is applied where it is possible.
+        conditions: Which ones of `rearrange.CONDITIONS`, besides the normal one; each is applied
+            where it is possible.
         levels: Whether to move features and signals behind the encoder (``selector``), pixels in
             front of it (``pipeline``), or both.
         prompts: For every image the question that methods in the language model see; None for
@@ -236,7 +253,7 @@ def selector_bias(
     encoded: Sequence[VisualTokens],
     *,
     retention: Sequence[float] = (0.25,),
-    conditions: Sequence[Condition] = CONDITIONS,
+    conditions: Sequence[Condition] = DEFAULT,
     seed: int = 0,
     report: Report = lambda *_: None,
 ) -> Result:
@@ -270,6 +287,20 @@ def selector_bias(
     return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, report)
 
 
+def _asked(
+    compressor: Compressor,
+    cases: Sequence[_Case],
+    choices: Callable[[Compressor, Sequence[_Case]], Sequence[_Choice]],
+    batch_size: int,
+) -> list[Rows]:
+    """What a method chooses of all cases, some at once."""
+    rows: list[Rows] = []
+    for first in range(0, len(cases), batch_size):
+        some = cases[first : first + batch_size]
+        rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
+    return rows
+
+
 def _analysed(
     compressors: Sequence[Compressor],
     images: int,
@@ -294,15 +325,13 @@ def _analysed(
             report(done, total, f"{key[0]} at {key[1]:g}")
             done += len(here)
             mine = [case for case in batch if case.image in lacking.get(key, ())]
-            rows: list[Rows] = []
-            try:
-                for first in range(0, len(mine), batch_size):
-                    some = mine[first : first + batch_size]
-                    rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
-            except Exception as error:
-                failures[key] = Failure.of(error)
+            found = tried(partial(_asked, compressor, mine, choices, batch_size))
+            if isinstance(found, Failure):
+                failures[key] = found
+                # Perhaps it wrote to what the others are shown as well.
+                batch = [case for index in needed for case in cases(index)]
             else:
-                known.add(rows)
+                known.add(found)
     report(total, total, "statistics")
     tokens = joined([one for key in keys if key not in failures for one in known.rows(*key)])
     skipped = Counter(skip[1:] for skip in known.skipped)
@@ -388,7 +417,8 @@ def _cases(
     yield _as_it_is(index, normal)
     if "selector" in levels:
         yield from _moved(index, normal, conditions, skipped)
-    for condition in _fitting(normal.layout, conditions) if "pipeline" in levels else ():
+    pixelwise = [one for one in _fitting(normal.layout, conditions) if one != EXCHANGED]
+    for condition in pixelwise if "pipeline" in levels else ():
         try:
             pixels = move_pixels(shown, condition, normal.layout, _side(adapter))
             moved = _encoded(adapter, pixels, signals)
@@ -397,20 +427,27 @@ def _cases(
         except NotPossible as reason:
             skipped.add((index, condition, "pipeline", str(reason)))
         else:
-            yield _Case(index, condition, "pipeline", moved, paired(normal.layout, condition))
+            content = paired(normal.layout, condition)
+            yield _Case(index, condition, "pipeline", moved, content, _slots(normal.layout))
 
 
 def _told_apart(index: int, tokens: VisualTokens) -> VisualTokens:
     """With a fingerprint, by which scores are told apart and strategies draw anew."""
     if tokens.fingerprint is not None:
         return tokens
-    return replace(tokens, fingerprint=torch.tensor([float(index)]))
+    return replace(tokens, fingerprint=torch.tensor([index], dtype=torch.float32))
 
 
 def _as_it_is(index: int, tokens: VisualTokens) -> _Case:
     layout = tokens.layout
     itself = torch.arange(len(layout), device=layout.is_separator.device)
-    return _Case(index, NORMAL, NORMAL, tokens, itself.masked_fill(layout.is_separator, -1))
+    content = itself.masked_fill(layout.is_separator, -1)
+    return _Case(index, NORMAL, NORMAL, tokens, content, _slots(layout))
+
+
+def _slots(layout: TokenLayout) -> Tensor:
+    """(N,) which crop or frame lies at each place, from 0; negative for what is neither."""
+    return layout.view - int(layout.modality != "video")
 
 
 def _moved(
@@ -426,13 +463,14 @@ def _moved(
         except NotPossible as reason:
             skipped.add((index, condition, "selector", str(reason)))
         else:
-            yield _Case(index, condition, "selector", move_tokens(tokens, condition), content)
+            moved, slots = move_tokens(tokens, condition), _slots(tokens.layout)
+            yield _Case(index, condition, "selector", moved, content, slots)
 
 
 def _fitting(layout: TokenLayout, conditions: Sequence[Condition]) -> list[Condition]:
     """Those that are a question of an image, or of a video."""
-    other = "reversed-crops" if layout.modality == "video" else "reversed-frames"
-    return [condition for condition in conditions if condition != other]
+    others = CROPS if layout.modality == "video" else ("reversed-frames",)
+    return [condition for condition in conditions if condition not in others]
 
 
 def _encoded(adapter: Adapter, shown: Shown, signals: frozenset[Signal]) -> VisualTokens:
@@ -544,7 +582,7 @@ class Request:
         conditions: As in `positional_bias`.
         batch_size: Prompts that run at once; None for 50 on a testbed, otherwise 4.
         seed: Draws the testbed's images and the bootstrap samples.
-        device, dtype: As in `compare.Request`.
+        device, dtype, trust_remote_code: As in `compare.Request`.
         out: Folder of the run; None for one in ``runs/`` named after the request.
     """
 
@@ -555,11 +593,12 @@ class Request:
     data: Path | None = None
     images: int | None = None
     modality: Modality | None = None
-    conditions: Sequence[Condition] = CONDITIONS
+    conditions: Sequence[Condition] = DEFAULT
     batch_size: int | None = None
     seed: int = 0
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
     out: Path | None = None
 
 
@@ -593,13 +632,18 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     questions, left_out = _questions(request)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(request.model, device=device, dtype=request.dtype)
+    adapter = tp.load(
+        request.model,
+        device=device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
     methods, unfit = expanded(request.methods, lambda one: _check_method(adapter, one))
     compressors = _compressors(methods, request.retention)
     for compressor in compressors:
         _check_method(adapter, compressor)
     if adapter.has_language_model:
-        data.check_placeholders(questions, adapter.placeholder_texts)
+        data.check_placeholders(questions, adapter)
 
     surroundings = environment()
     files = answer_files(adapter.path, compressors, [type(adapter), __name__])
@@ -745,6 +789,6 @@ def _write(path: Path, result: Result, questions: Sequence[Question], model: str
         tokens.to_parquet(temporary, index=False)
     for name, table in (("statistics", result.statistics), ("profiles", result.profiles)):
         with replace_file(path / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
+            write_csv(table, temporary)
     for name, figure in position_plots.figures(result.tokens, result.statistics, model):
         plots.save(figure, path / "plots" / name)

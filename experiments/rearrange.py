@@ -3,6 +3,15 @@
 ``selector`` level   the features and signals of an encoded image are moved, the encoder is taken
                      out: what is shown at each place is exactly what was shown at another.
 ``pipeline`` level   the pixels are moved and encoded again.
+
+``reversed-crops``   the order of the crops in the sequence is reversed, and with it their position
+                     ids (arXiv 2501.05179, figure 4).  Every token keeps its view, its place on the
+                     canvas, and what the thumbnail says of it.
+``reversed-frames``  the same with the frames of a video.
+``flip-lr``          thumbnail, canvas of crops and frames are mirrored, each in itself.
+``flip-tb``          the same top to bottom.
+``exchanged-crops``  crops are exchanged under an unchanged thumbnail, which then speaks of other
+                     crops than it shows.  Only at the selector level, and only where asked for.
 """
 
 from collections.abc import Sequence
@@ -15,11 +24,16 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from tokenprune.pictures import picture
 from tokenprune.tokens import Kind, TokenLayout, VisualTokens
 
 __all__ = [
     "CONDITIONS",
+    "CROPS",
+    "DEFAULT",
+    "EXCHANGED",
     "LEVELS",
+    "REVERSED",
     "Condition",
     "Level",
     "NotPossible",
@@ -30,8 +44,15 @@ __all__ = [
     "paired",
 ]
 
-Condition = Literal["reversed-crops", "reversed-frames", "flip-lr", "flip-tb"]
+Condition = Literal["reversed-crops", "reversed-frames", "flip-lr", "flip-tb", "exchanged-crops"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+EXCHANGED: Condition = "exchanged-crops"
+DEFAULT = tuple(condition for condition in CONDITIONS if condition != EXCHANGED)
+"""The conditions that leave crops and thumbnail as they belong together."""
+REVERSED: tuple[Condition, ...] = ("reversed-crops", "reversed-frames")
+"""Those of the order in the sequence, in which every token takes its view and place along."""
+CROPS: tuple[Condition, ...] = ("reversed-crops", "exchanged-crops")
+"""Those of crops, which leave the thumbnail where it is."""
 Level = Literal["selector", "pipeline"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
@@ -44,12 +65,11 @@ class NotPossible(Exception):
 
 
 def origins(layout: TokenLayout, condition: Condition) -> Tensor:
-    """(N,) the entry whose content is put at each place; separators stay where they are.
+    """(N,) the entry that comes to each place of the sequence, or whose content does.
 
-    ``flip-lr`` and ``flip-tb`` mirror thumbnail, canvas of crops and frames each in itself.
-    ``reversed-crops`` gives slot j of n the content of slot n-1-j, patch by patch, and leaves the
-    thumbnail alone, as when the order of crop features is reversed before packing (arXiv
-    2501.05179, figure 4).  ``reversed-frames`` does so with frames.
+    Crops ``j`` and ``n-1-j`` change places patch by patch, the ``i``-th of one for the ``i``-th of
+    the other; so do frames.  In ``reversed-crops`` a separator goes with the row that it ends; in
+    all other conditions separators stay.
 
     Padding takes equally much of crops j and n-1-j, so that reversing the order of padded crops is
     possible as well: the kept part of a crop moves as a block, wherever in the crop it begins.
@@ -58,12 +78,12 @@ def origins(layout: TokenLayout, condition: Condition) -> Tensor:
         NotPossible: There is nothing to reverse, or two crops to be exchanged have unlike shapes
             (as on some resampled canvases).
     """
-    if condition == "reversed-crops" and layout.grid[0] * layout.grid[1] < 2:
+    if condition in CROPS and layout.grid[0] * layout.grid[1] < 2:
         raise NotPossible("fewer than two crops")
     if condition == "reversed-frames" and (layout.modality != "video" or layout.frames < 2):
         raise NotPossible("fewer than two frames")
-    if condition == "reversed-crops":
-        return _reversed_crops(layout)
+    if condition in CROPS:
+        return _reversed_crops(layout, separators=condition in REVERSED)
     if condition == "reversed-frames":
         moved = replace(layout, view=layout.frames - 1 - layout.view)
     elif condition == "flip-lr":
@@ -88,27 +108,28 @@ def origins(layout: TokenLayout, condition: Condition) -> Tensor:
 def paired(layout: TokenLayout, condition: Condition) -> Tensor:
     """(N,) `origins` of the tokens that are moved by the condition, -1 of all others.
 
-    Separators are not chosen, and in reversed crops the thumbnail has no counterpart.
+    Separators are not chosen, and where crops move, the thumbnail has no counterpart.
     """
     aside = layout.is_separator
-    if condition == "reversed-crops":
+    if condition in CROPS:
         aside = layout.kind != Kind.CROP
     return origins(layout, condition).masked_fill(aside, -1)
 
 
 def move_tokens(tokens: VisualTokens, condition: Condition) -> VisualTokens:
-    """An encoded image with rearranged content: features and all signals move, places stay."""
+    """An encoded image, rearranged.
+
+    In the conditions of order (`REVERSED`) whole tokens move, with their layout; in all others
+    features and signals move and the layout stays.
+    """
     source = origins(tokens.layout, condition)
     # Another picture: strategies that draw must draw anew.
-    mark = torch.tensor([1.0 + CONDITIONS.index(condition)], device=tokens.features.device)
-    seen = mark[:0] if tokens.fingerprint is None else tokens.fingerprint.flatten().to(mark)
-    fingerprint = torch.cat([seen, mark])
-    return replace(
-        tokens,
-        features=tokens.features[source],
-        signals={name: value[source.to(value.device)] for name, value in tokens.signals.items()},
-        fingerprint=fingerprint,
+    mark = torch.tensor(
+        [1 + CONDITIONS.index(condition)], dtype=torch.float32, device=tokens.features.device
     )
+    seen = mark[:0] if tokens.fingerprint is None else tokens.fingerprint.flatten().to(mark)
+    moved = replace(tokens.take(source), fingerprint=torch.cat([seen, mark]))
+    return moved if condition in REVERSED else replace(moved, layout=tokens.layout)
 
 
 def move_pixels(shown: Shown, condition: Condition, layout: TokenLayout, side: int) -> Shown:
@@ -116,7 +137,8 @@ def move_pixels(shown: Shown, condition: Condition, layout: TokenLayout, side: i
 
     For ``reversed-crops`` the image is brought to the size of the crop canvas, as the processor
     would, and cut into crops that are put together in reversed order: every crop then shows the
-    tower the very pixels that another one showed it before, and the thumbnail follows.
+    tower the very pixels that another one showed it before, and the thumbnail follows.  Unlike at
+    the selector level crops change their places in the image as well.
 
     Args:
         shown: The image, or the frames of a video.
@@ -125,21 +147,25 @@ def move_pixels(shown: Shown, condition: Condition, layout: TokenLayout, side: i
         side: Of a view, in pixels.
 
     Raises:
-        NotPossible: As `origins`, or the canvas is padded: crops would no longer meet the grid.
+        NotPossible: As `origins`, or the canvas is padded: crops would no longer meet the grid, or
+            the condition keeps the thumbnail, which is made of the same pixels.
     """
+    if condition == EXCHANGED:
+        raise NotPossible("a thumbnail that shows what its crops do not")
     origins(layout, condition)  # raises where it is not possible
     if not isinstance(shown, Image.Image):
-        frames = list(shown)
+        frames = [picture(frame) for frame in shown]
         if condition == "reversed-frames":
             return frames[::-1]
         return [_flip(frame, condition) for frame in frames]
+    shown = picture(shown)  # upright, before anything is flipped
     if condition != "reversed-crops":
         return _flip(shown, condition)
     (rows, cols), (width, height) = layout.grid, shown.size
     whole = (rows * layout.view_shape[0], cols * layout.view_shape[1])
     if layout.canvas_shape != whole and height * cols != width * rows:
         raise NotPossible("a padded canvas")
-    canvas = shown.convert("RGB").resize((cols * side, rows * side), Image.Resampling.BICUBIC)
+    canvas = shown.resize((cols * side, rows * side), Image.Resampling.BICUBIC)
     crops = rearrange(np.asarray(canvas), "(r h) (c w) x -> (r c) h w x", r=rows, c=cols)
     turned = rearrange(crops[::-1], "(r c) h w x -> (r h) (c w) x", r=rows)
     return Image.fromarray(turned)
@@ -160,7 +186,7 @@ def _places(layout: TokenLayout) -> Tensor:
     return (plane * rows + row) * cols + col
 
 
-def _reversed_crops(layout: TokenLayout) -> Tensor:
+def _reversed_crops(layout: TokenLayout, separators: bool) -> Tensor:
     """(N,) `origins` of reversed crops: the i-th token of a crop for the i-th of its partner."""
     crops = (layout.kind == Kind.CROP).nonzero().squeeze(1)
     if not len(crops):
@@ -179,4 +205,9 @@ def _reversed_crops(layout: TokenLayout) -> Tensor:
     # Stable sorts by view keep the order within each: as the shapes agree, i-th meets i-th.
     here, partner = view.argsort(stable=True), (last - view).argsort(stable=True)
     found[crops[here]] = crops[partner]
+    ends = layout.separators[layout.canvas_row[layout.separators] >= 0]
+    if separators and len(ends):
+        comes = torch.empty(layout.canvas_shape[0], dtype=torch.int64, device=crops.device)
+        comes[layout.canvas_row[crops]] = layout.canvas_row[found[crops]]
+        found[ends] = ends[comes[layout.canvas_row[ends]]]
     return found

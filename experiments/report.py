@@ -43,9 +43,9 @@ from tokenprune.experiments.results import (
     read_answers,
     replace_file,
 )
-from tokenprune.models import testbed
-from tokenprune.models.adapter import Adapter
-from tokenprune.registry import adapters, strategies
+from tokenprune.models.adapter import Adapter, host_of
+from tokenprune.models.loading import read_config
+from tokenprune.registry import strategies
 from tokenprune.terminal import Report, percent
 from tokenprune.tokens import TokenLayout
 
@@ -403,23 +403,18 @@ def _data_uri(image: Image.Image, side: int, room: int) -> str:
 
 def _planner(manifest: Mapping[str, Any], notes: list[str]) -> Adapter | None:
     """The model's adapter around its configuration alone, which is all that layouts need."""
-    import transformers
-
     experiment = manifest["experiment"]
-    name = experiment["model"]
-    where = testbed.path(name) if name in testbed.names() else name
-    hosts = {host: adapters.get(a) for a in adapters.names() for host in adapters.get(a).hosts}
+    name, revision = str(experiment["model"]), experiment.get("revision")
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            where, revision=experiment.get("revision"), local_files_only=True
+        # Of whoever made the run: nothing that it names is executed or downloaded.
+        config = read_config(
+            name, trust_remote_code=False, local_files_only=True, revision=revision
         )
-        kind = (config.architectures or [""])[0]
-        found: Adapter = hosts[kind](SimpleNamespace(config=config))
-    except Exception as error:  # a config of anyone's: the page must not fail
-        first = (str(error).splitlines() or [""])[0]
-        notes.append(f"No masks: the configuration of {name} is not here ({first}).")
+        _, family = host_of(config)
+    except UserError as error:
+        notes.append(f"No masks: the configuration of {name} is not here ({error}).")
         return None
-    return found
+    return family(SimpleNamespace(config=config))  # type: ignore[arg-type]
 
 
 def _layout(

@@ -31,6 +31,7 @@ import pandas as pd
 
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
+from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Question, normalise
 from tokenprune.experiments.files import (
     WriteError,
@@ -174,11 +175,19 @@ class Failure:
     traceback: str
 
     @classmethod
-    def of(cls, error: BaseException) -> "Failure":
-        lines = map(_from_roots, traceback.format_exception(error))
-        message = str(error).strip().splitlines()
+    def of(cls, error: BaseException, about: str = "") -> "Failure":
+        """What ``error`` says, even if it cannot be printed, and ``about`` what it came up."""
         name = type(error).__name__
-        return cls(f"{name}: {message[0]}" if message else name, "".join(lines))
+        try:
+            message = str(error).strip().splitlines()
+        except Exception:
+            message = ["(its message cannot be printed)"]
+        try:
+            trace = "".join(map(_from_roots, traceback.format_exception(error)))
+        except Exception:
+            trace = f"{''.join(traceback.format_tb(error.__traceback__))}{name}\n"
+        said = f"{name}: {message[0]}" if message else name
+        return cls(f"{said} ({about})" if about else said, trace)
 
 
 def _from_roots(line: str) -> str:
@@ -203,6 +212,8 @@ class Journal:
         answers: (cell key, question id) to the answer's record.
         failures: Cell key to the failure, of cells whose last entry is one.
         unreadable: How many lines are no entries.
+        missing: (cell key, question id) to why the cell could not answer that question, which it
+            failed on alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -211,6 +222,7 @@ class Journal:
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
         self.failures: dict[str, Failure] = {}
         self.unreadable = 0
+        self.missing: dict[tuple[str, str], Failure] = {}
         self._file: BinaryIO | None = None
         self._size = 0
         try:
@@ -233,11 +245,17 @@ class Journal:
                 self.unreadable += 1
                 continue
             cell = record.pop("cell")
+            row = cell, record.pop("question", "")
             if "error" in record:
-                self.failures[cell] = Failure(record["error"], record["traceback"])
+                failure = Failure(record["error"], record["traceback"])
+                if row[1]:
+                    self.missing[row] = failure
+                else:
+                    self.failures[cell] = failure
             else:
-                self.answers.setdefault((cell, record.pop("question")), record)
+                self.answers.setdefault(row, record)
                 self.failures.pop(cell, None)
+                self.missing.pop(row, None)
 
     def __enter__(self) -> "Journal":
         with writing(self.path):
@@ -274,11 +292,17 @@ class Journal:
         self._append({"cell": cell, "question": q, **r} for q, r in new.items())
         self.answers.update({(cell, q): r for q, r in new.items()})
         self.failures.pop(cell, None)
+        for question in new:
+            self.missing.pop((cell, question), None)
 
-    def fail(self, cell: str, failure: Failure) -> None:
-        """Append that ``cell`` failed."""
-        self._append([{"cell": cell, **dataclasses.asdict(failure)}])
-        self.failures[cell] = failure
+    def fail(self, cell: str, failure: Failure, question: str | None = None) -> None:
+        """Append that ``cell`` failed, on all questions or on one."""
+        about = {"cell": cell} if question is None else {"cell": cell, "question": question}
+        self._append([{**about, **dataclasses.asdict(failure)}])
+        if question is None:
+            self.failures[cell] = failure
+        else:
+            self.missing[cell, question] = failure
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write lines.  Raises `WriteError`; lines that were written whole then stay."""
@@ -460,7 +484,7 @@ class RunFolder:
         with replace_file(self.path / "answers.parquet") as temporary:
             temporary.write_bytes(answers.to_parquet(index=False))
         with replace_file(self.path / "summary.csv") as temporary:
-            summary.to_csv(temporary, index=False)
+            write_csv(summary, temporary)
 
     def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
         """Enter into the manifest how this session ended, and let go of the folder."""
@@ -623,7 +647,10 @@ _NEEDED = {*_TEXTS, "retention", "correct", "agrees"}  # older runs lack the oth
 def answers_frame(
     model: str, cells: Sequence[Cell], questions: Sequence[Question], journal: Journal
 ) -> pd.DataFrame:
-    """One row per cell and question that has an answer, or whose cell failed (without answer).
+    """One row per cell and question that has an answer, or that has none because of a failure.
+
+    ``status`` is "ok", "failed" where the cell failed as a whole, or "missing" where it failed on
+    that question alone.
 
     ``correct`` and ``agrees`` (the same answer as the uncompressed model's) compare normalised
     texts and are missing where there is no answer to compare.  ``kl`` is the divergence of the
@@ -638,8 +665,13 @@ def answers_frame(
     for cell in cells:
         key = cell.key
         failed = key in journal.failures
+        unanswered = "failed" if failed else "missing"
         there = [(item, journal.answers.get((key, item.id))) for item in questions]
-        shown = [(item, record or {}) for item, record in there if failed or record is not None]
+        shown = [
+            (item, record or {})
+            for item, record in there
+            if failed or record is not None or (key, item.id) in journal.missing
+        ]
         answers = [_plain(record.get("answer")) for _, record in shown]
         truths = [_plain(item.answer) for item, _ in shown]
         fulls = [_plain(full[item.id].get("answer")) for item, _ in shown]
@@ -662,7 +694,7 @@ def answers_frame(
             "correct": list(map(_same, answers, truths)),
             "agrees": list(map(_same, answers, fulls)),
             "easy": [easy[item.id] for item, _ in shown],
-            "status": ["ok" if record else "failed" for _, record in shown],
+            "status": ["ok" if record else unanswered for _, record in shown],
         }
         for name, column in columns.items():
             if name not in made:

@@ -114,7 +114,7 @@ def _generate(
 ) -> list[dict[str, Any]]:
     try:
         return runner.generate(compressor, inputs, prefix)
-    except Exception:
+    except BaseException:
         prefix.clear()  # perhaps it took the memory that was missing
         raise
 

@@ -29,6 +29,7 @@ from tokenprune.experiments.measuring import Timing, median_of, peak_memory, syn
 from tokenprune.ledger import DecoderShape, Ledger
 from tokenprune.models.adapter import Adapter
 from tokenprune.models.configs import adapter_at_random
+from tokenprune.models.loading import device_of
 from tokenprune.observe import encoded, observing
 from tokenprune.synthetic import sample_tokens
 from tokenprune.terminal import Report
@@ -353,9 +354,7 @@ def measure(
     for name, value in (("--batch-size", batch_size), ("--repeats", repeats)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} was asked for, but there is no CUDA; use --device cpu.")
+    place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     half = {2: torch.bfloat16, 4: torch.float32}[prompt.size]
     dtype = torch.float32 if place.type == "cpu" else half
     total = 3 + len(methods)

@@ -152,7 +152,9 @@ def teacher() -> LlavaNextForConditionalGeneration:
     """`testbed-next`."""
     folder = testbed.path("testbed-next")
     model: LlavaNextForConditionalGeneration
-    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = LlavaNextForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
     model.eval()
     return model
 

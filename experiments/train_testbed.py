@@ -1026,9 +1026,11 @@ def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, dict
     All through the saved processor and model.  The full model answers by `generate` and must say
     the word and stop; shortened inputs, with compact positions, by the likeliest next token.
     """
-    model = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
+    model = LlavaNextForConditionalGeneration.from_pretrained(
+        folder, trust_remote_code=False
+    ).eval()
     nn.Module.to(model, device)
-    processor = LlavaNextProcessor.from_pretrained(folder)
+    processor = LlavaNextProcessor.from_pretrained(folder, trust_remote_code=False)
     asked = scenes.questions(count * len(KINDS), seed=seed)
     right: dict[str, dict[str, list[bool]]] = {
         condition: {kind: [] for kind in KINDS} for condition in CONDITIONS

@@ -15,12 +15,21 @@ from tokenprune.compressor import Compressor, Selection, Separators
 from tokenprune.errors import UserError
 from tokenprune.experiments.data import Picture
 from tokenprune.experiments.results import IMAGE_FREE, THUMBNAIL_ONLY, Cell
+from tokenprune.primitives import regions
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
 
 if TYPE_CHECKING:
     from tokenprune.experiments.compare import Setting
 
-__all__ = ["CROPS_ONLY", "DropCrop", "KeepViews", "crop_of", "references", "with_crops"]
+__all__ = [
+    "CROPS_ONLY",
+    "DropCrop",
+    "KeepViews",
+    "crop_of",
+    "references",
+    "region_sizes",
+    "with_crops",
+]
 
 CROPS_ONLY = "crops-only"
 
@@ -41,6 +50,9 @@ class KeepViews(Compressor):
 
     name = "views"
 
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens)  # R has no say
+
     def select(self, tokens: VisualTokens) -> Selection:
         layout = tokens.layout
         crops = layout.kind == Kind.CROP
@@ -54,8 +66,9 @@ class KeepViews(Compressor):
 class DropCrop(Compressor):
     """Drop one crop: that of the highest or of the lowest score, or any.
 
-    A crop's score is the sum of the thumbnail's scores over its region (`ThumbnailCommand`, arXiv
-    2501.05179).  Images of fewer than two crops stay whole.
+    A crop's score is the mean of the thumbnail's scores over its region.  GlobalCom² takes their
+    sum (`ThumbnailCommand`, arXiv 2501.05179), which ranks alike where all regions are of one size
+    and otherwise prefers large ones.  Images of fewer than two crops stay whole.
 
     Args:
         which: The crop to drop.
@@ -73,13 +86,17 @@ class DropCrop(Compressor):
 
     name = "drop-crop"
 
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens)  # R has no say
+
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.signal})
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """(n,) float64 score of each crop."""
-        return ThumbnailCommand(signal=self.signal).richness(tokens)
+        sums = ThumbnailCommand(signal=self.signal).richness(tokens)
+        return sums / region_sizes(tokens.layout).clamp(min=1).to(sums)
 
     def crop(self, tokens: VisualTokens) -> int | None:
         """Which crop is dropped, counted from 0; None where there are fewer than two."""
@@ -87,8 +104,8 @@ class DropCrop(Compressor):
         if count < 2:
             return None
         if self.which == "random":
-            generator = torch.Generator().manual_seed(hash((self.seed, tokens.seed)) % 2**63)
-            return int(torch.randint(count, (), generator=generator))
+            generator = torch.Generator("cpu").manual_seed(hash((self.seed, tokens.seed)) % 2**63)
+            return int(torch.randint(count, (), generator=generator, device="cpu"))
         scores = self.scores(tokens)
         return int(scores.argmax() if self.which == "highest" else scores.argmin())
 
@@ -97,6 +114,12 @@ class DropCrop(Compressor):
         if crop is None:
             return Selection(patches)
         return Selection(patches[tokens.layout.view[patches] != 1 + crop])
+
+
+def region_sizes(layout: TokenLayout) -> Tensor:
+    """(n,) int64, on the CPU: how many of the thumbnail's patches each crop's region has."""
+    rows, cols = layout.grid
+    return torch.bincount(regions(layout.view_shape, layout.grid).flatten(), minlength=rows * cols)
 
 
 def references(modalities: set[str]) -> list[Cell]:

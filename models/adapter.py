@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
@@ -21,8 +22,21 @@ from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, create, cut_layer, parse
 from tokenprune.encoder import EncoderCompressor, Tower, encoder_part
 from tokenprune.errors import UserError, unknown
+from tokenprune.guard import eagerly
+from tokenprune.models import loading
+from tokenprune.models.inputs import (
+    channels_first,
+    chat_prompt,
+    clips_by_prompt,
+    images_by_prompt,
+    listed,
+    questions,
+)
+from tokenprune.models.loading import read_config
 from tokenprune.observe import encoded as as_encoded
-from tokenprune.observe import observing
+from tokenprune.observe import watched
+from tokenprune.offload import execution_device
+from tokenprune.pictures import frames, picture
 from tokenprune.registry import adapters, strategies
 from tokenprune.tokens import Signal, TokenLayout, VisualTokens
 
@@ -31,7 +45,7 @@ if TYPE_CHECKING:
 
     from tokenprune.engine import Chosen
 
-__all__ = ["Adapter", "host_of", "load", "read_config"]
+__all__ = ["Adapter", "host_of", "load", "read_config", "without_weights"]
 
 
 class Adapter(ABC):
@@ -94,6 +108,13 @@ class Adapter(ABC):
         tower = self.vision_tower
         layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
         return layers
+
+    @property
+    def vision_positions(self) -> nn.Module:
+        """Table of the position embeddings of the vision tower."""
+        tower = self.vision_tower
+        table: nn.Module = getattr(tower, "vision_model", tower).embeddings.position_embedding
+        return table
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Attention module of encoder layer ``layer`` (negative counts from the end)."""
@@ -414,35 +435,20 @@ class Adapter(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs belong."""
-        device: torch.device = self.model.device
-        return device
+        return execution_device(self.model)
 
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
-        """``question`` in the model's chat template, behind the images and videos.
+        """``question`` in the model's chat template, with its images and videos.
 
-        A question that already has one placeholder for each is taken as it is.
+        These stand where the question marks them (``<image>\\nWhat is this?``), or else in front.
+        A text that has the turn markers of the template already is taken as it is; so is, without a
+        chat template, any text with marks.
 
         Raises:
-            UserError: It has placeholders, but not as many as images or videos.
+            UserError: It has marks, but not as many as images or videos.
         """
-        texts = self.placeholder_texts
-        found = {modality: question.count(text) for modality, text in texts.items()}
-        given = dict(zip(self.encoders, (images, videos), strict=False))
-        for modality, count in found.items():
-            if any(found.values()) and count != given[modality]:
-                raise UserError(
-                    f"the prompt {question[:60]!r} has {count} {texts[modality]!r} placeholders "
-                    f"but {given[modality]} {modality}s; write one for each, or none to have them "
-                    "put in front."
-                )
-        if any(found.values()):
-            return question
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * images + [{"type": "video"}] * videos
-            message = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-            text = self.processor.apply_chat_template(message, add_generation_prompt=True)
-            return str(text)
-        return "".join(f"{texts[name]}\n" * count for name, count in given.items()) + question
+        counts = dict(zip(self.encoders, (images, videos), strict=False))
+        return chat_prompt(question, self.processor, counts, self.placeholder_texts)
 
     @property
     def placeholder_texts(self) -> dict[str, str]:
@@ -457,26 +463,29 @@ class Adapter(ABC):
 
     def prepare(
         self,
-        images: Sequence[Image | Sequence[Image]] | None,
+        images: Sequence[Any] | None,
         prompts: Sequence[str],
         videos: Sequence[Any] | None = None,
     ) -> Any:
         """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
 
         Args:
-            images: For every prompt an image or a list of images (empty for text only).
-            prompts: Questions, or full prompts with placeholders.
-            videos: For every prompt a video or a list of videos (empty for none).  A video is a
-                list of images or an array (frames, height, width, 3) of 8-bit RGB; the videos of
-                one call must have equally many frames, because the model stacks them.
+            images: For every prompt an image or a list of images (empty for text only), each
+                anything that `pictures.picture` takes: PIL images, paths, open files, arrays, ...
+            prompts: Questions, which may mark the places of their images and videos, or finished
+                prompts (`prompt`).
+            videos: For every prompt a video or a list of videos (empty for none), each anything
+                that `pictures.frames` takes: lists of images, arrays, animated images, ...; the
+                videos of one call must have equally many frames, because the model stacks them.
 
         Raises:
-            UserError: As many prompts as image and video lists are needed, placeholders must
-                match, and the model must take videos.
+            UserError: As many prompts as image and video lists are needed, marks must match, the
+                model must take videos, and images and videos must be readable.
         """
         self.require_language_model()
-        stills = _nested(images, len(prompts), "image")
-        moving = [[_frames(v) for v in some] for some in _nested(videos, len(prompts), "video")]
+        prompts = questions(prompts)
+        pictures = images_by_prompt(images, len(prompts))
+        moving = clips_by_prompt(videos, len(prompts))
         clips = [video for some in moving for video in some]
         self._check_videos(clips)
         if len({len(clip) for clip in clips}) > 1:
@@ -487,10 +496,9 @@ class Adapter(ABC):
             )
         texts = [
             self.prompt(question, len(some), len(many))
-            for question, some, many in zip(prompts, stills, moving, strict=True)
+            for question, some, many in zip(prompts, pictures, moving, strict=True)
         ]
-        pictures = [[image.convert("RGB") for image in some] for some in stills]
-        media = {"videos": clips} if clips else {}
+        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
         batch = self.processor(
             images=self.grouped(pictures) if any(pictures) else None,
             text=texts,
@@ -513,7 +521,7 @@ class Adapter(ABC):
 
     def encode(
         self,
-        images: Sequence[Image],
+        images: Sequence[Any],
         signals: Iterable[Signal] = (),
         compressor: Compressor | None = None,
         *,
@@ -522,7 +530,7 @@ class Adapter(ABC):
         """Run the vision tower once over ``images``.
 
         Args:
-            images: Any number.
+            images: Any number, each anything that `pictures.picture` takes.
             signals: What to compute on the way.
             compressor: A method that acts inside the tower, or a chain that begins with one; what
                 else is in it does not matter here.
@@ -532,15 +540,15 @@ class Adapter(ABC):
             For every image its packed features with layout and ``signals``; hand them to
             `assemble` as often as you like.
         """
-        if not images:
+        pictures = [picture(image) for image in listed(images, "image")]
+        if not pictures:
             return []
-        pictures = [image.convert("RGB") for image in images]
         grouped = self.grouped([pictures] if together else [[image] for image in pictures])
         batch = self.processor.image_processor(grouped, return_tensors="pt")
         return self._encode("image", self.encoder_inputs(batch), signals, compressor)
 
     def choose(
-        self, compressor: Compressor | str, images: Sequence[Image], **fields: Any
+        self, compressor: Compressor | str, images: Sequence[Any], **fields: Any
     ) -> list[Chosen]:
         """What a method that acts inside the vision tower or right behind it keeps of each image.
 
@@ -548,7 +556,7 @@ class Adapter(ABC):
 
         Args:
             compressor: A `Compressor` or a spec such as ``"globalcom2"``.
-            images: Any number, each by itself.
+            images: Any number, each by itself; as in `encode`.
             **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
         Raises:
@@ -593,10 +601,12 @@ class Adapter(ABC):
         Returns:
             As `encode`.
         """
+        videos = listed(videos, "video")
         self._check_videos(videos)
         found = []
         for video in videos:
-            batch = self.processor.video_processor([_frames(video)], return_tensors="pt")
+            clip = channels_first(frames(video))
+            batch = self.processor.video_processor([clip], return_tensors="pt")
             call = {"pixel_values_videos": batch["pixel_values_videos"]}
             found += self._encode("video", call, signals, compressor)
         return found
@@ -616,9 +626,9 @@ class Adapter(ABC):
             if not signal.in_llm:
                 self._check_signal(signal, signal.name)
         moved = BatchFeature(dict(call)).to(self.device, self.model.dtype)
-        watching = observing(self, signals, encoder=part)
-        with watching, torch.inference_mode(False), torch.no_grad():
-            output = getattr(self.base, self.encoders[modality])(**moved)
+        encode = watched(self, modality, signals, encoder=part)
+        with eagerly(self.base), torch.inference_mode(False), torch.no_grad():
+            output = encode(**moved)
         return [feature.visual for feature in output.pooler_output]
 
     def encoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -643,7 +653,7 @@ class Adapter(ABC):
         """
         self.require_language_model()
         texts = []
-        for some, question in zip(encoded, prompts, strict=True):
+        for some, question in zip(encoded, questions(prompts), strict=True):
             lengths: dict[str, list[int]] = {name: [] for name in self.encoders}
             for tokens in some:
                 lengths[tokens.layout.modality].append(0 if blind else len(tokens))
@@ -693,22 +703,22 @@ class Adapter(ABC):
             seed: Of the pixels.
             together: Whether they belong to one prompt.
         """
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
         views = max(self.layout(size, together=together).views for size in sizes)
         numbers = [len(sizes)] if together else [1] * len(sizes)
         made = {
-            "pixel_values": torch.randn(len(sizes), views, 3, side, side, generator=draw),
-            "image_sizes": torch.tensor(sizes),
-            "batch_num_images": torch.tensor(numbers),
+            "pixel_values": _pixels(draw, len(sizes), views, 3, side, side),
+            "image_sizes": torch.tensor(sizes, device="cpu"),
+            "batch_num_images": torch.tensor(numbers, device="cpu"),
         }
         return {name: made[name] for name in self.image_arguments}
 
     def dummy_video(self, frames: int, seed: int = 0) -> dict[str, Tensor]:
         """Random encoder inputs for one video of ``frames`` frames."""
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
-        return {"pixel_values_videos": torch.randn(1, frames, 3, side, side, generator=draw)}
+        return {"pixel_values_videos": _pixels(draw, 1, frames, 3, side, side)}
 
     def decode(self, ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """The newly generated text of every row."""
@@ -743,10 +753,11 @@ def tiny_decoder(kind: str) -> Any:
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Adapter:
     """Load a model and its processor.
@@ -758,17 +769,19 @@ def load(
         device: Where to put it; None leaves it to ``device_map`` or the CPU.
         dtype: ``float32``, ``bfloat16``, ... or ``auto`` for that of the checkpoint.  The testbeds
             are stored in half precision and run in float32 unless told otherwise.
+        trust_remote_code: Whether Python code that comes with the checkpoint may be executed.
         **options: For ``from_pretrained``: ``device_map``, ``quantization_config``,
             ``attn_implementation``, ``revision``, ...; of timm models for `load_timm`:
             ``pretrained``, ``grid``, ``img_size``, ...
 
     Raises:
-        UserError: Unknown name, a model class without an adapter, bad dtype, or a device that is
-            not there.
+        UserError: Unknown name, a model class without an adapter, bad dtype, a device that is not
+            there, a checkpoint that is incomplete or broken, weights that do not fit the model or
+            are not finite, or code that is not trusted.
     """
-    import transformers
-
-    dtype, device = _dtype(dtype), _device(device)
+    name = str(name)
+    dtype = loading.dtype_of(dtype)
+    device = None if device is None else loading.device_of(device)
     if name.startswith("timm/"):
         from tokenprune.models.timm_vision import load_timm
 
@@ -777,52 +790,84 @@ def load(
         raise UserError(
             f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
         )
-    where, folder, embedded = _source(name)
-    if embedded and dtype == "auto":
+    if device is not None and options.get("device_map") is not None:
+        raise UserError("give either device= or device_map=, which places the layers by itself.")
+    source = loading.source_of(name, trusted=trust_remote_code)
+    if source.embedded and dtype == "auto":
         dtype = torch.float32
-    config = read_config(
-        name, **{key: options[key] for key in ("revision", "token") if key in options}
-    )
+    config = loading.config_of(source, options)
     kind, family = host_of(config)
-    model = getattr(transformers, kind).from_pretrained(where, dtype=dtype, **options).eval()
+    processor = loading.read_processor(source, options)
+    model = loading.read_model(kind, config, source, dtype, options)
     if device is not None:
-        model = model.to(device)
-    processor = transformers.AutoProcessor.from_pretrained(where)
+        with loading.reading(name, f"on {device}: "):
+            model = model.to(device)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
-    return family(model, processor, folder)
+    adapter = family(model, processor, source.folder)
+    _rehearse(adapter, name)
+    return adapter
 
 
-def _source(name: str) -> tuple[str, Path | None, bool]:
-    """What ``from_pretrained`` takes for ``name``, its folder if it is one, whether embedded."""
-    from tokenprune.models import testbed
+def without_weights(name: str) -> Adapter:
+    """The adapter of a model with its processor, but with nothing to compute with.
 
-    embedded = name in testbed.names()
-    source = testbed.path(name) if embedded else Path(name)
-    where = str(source) if embedded or source.is_dir() else name
-    if "/" not in where and not source.is_dir():
-        raise unknown("model", name, testbed.names())
-    return where, source if source.is_dir() else None, embedded
-
-
-def read_config(name: str, **options: Any) -> Any:
-    """The ``transformers`` config of a testbed, a Hub id or a local folder.
+    Args:
+        name: As in `load`.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such model, or no adapter for its class.
     """
-    import transformers
+    source = loading.source_of(name)
+    config = loading.config_of(source, {})
+    _, family = host_of(config)
+    model: Any = SimpleNamespace(config=config)
+    return family(model, loading.read_processor(source, {}), source.folder)
 
-    from tokenprune.models import testbed
 
-    where, _, _ = _source(name)
-    try:
-        return transformers.AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot load {name!r}: {first} Give an embedded testbed "
-            f"({', '.join(testbed.names())}), a local folder or a Hub id."
-        ) from error
+def _rehearse(adapter: Adapter, name: str) -> None:
+    """Prepare a small image, and raise `UserError` if processor and model do not agree on it."""
+    rows, columns = adapter.view_shape
+    view = rows * adapter.patch_size[0], columns * adapter.patch_size[1]
+    size = view[0] + 1, view[1]
+    with loading.reading(name, "its processor fails on an image: "):
+        inputs = adapter.prepare([PIL.Image.new("RGB", size[::-1])], ["?"])
+        ids, pixels = inputs["input_ids"], inputs[adapter.image_arguments[0]]
+        written = int((ids == adapter.placeholders["image"]).sum())
+    with loading.reading(name, "its config: "):
+        made = len(adapter.layout(size))
+        words = adapter.model.get_input_embeddings().num_embeddings
+    reasons = {
+        f"its processor writes {written} placeholders where the model makes {made} tokens": (
+            written != made
+        ),
+        f"its processor makes views of {tuple(pixels.shape[-2:])} pixels for a tower of {view}": (
+            pixels.ndim > 3 and tuple(pixels.shape[-2:]) != view
+        ),
+        "its processor makes NaN or infinite pixels": not bool(pixels.isfinite().all()),
+        f"its tokenizer has ids beyond the {words} words of the model": int(ids.max()) >= words,
+        "a vision_feature_layer of its config is not in the vision tower": not _has_layers(adapter),
+        "a token id in its generation_config.json is not a number": not _has_ids(adapter.model),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UserError(f"cannot load {name!r}: {reason}; its files do not belong together.")
+
+
+def _has_layers(adapter: Adapter) -> bool:
+    """Whether the hidden states that are used are those of layers of the tower."""
+    chosen = getattr(adapter.base.config, "vision_feature_layer", -1)
+    depth = len(adapter.vision_layers)
+    layers = [chosen] if isinstance(chosen, int) else chosen
+    # transformers cannot name the embeddings by 0, only by the negative index.
+    return all(-depth - 1 <= layer <= depth and layer != 0 for layer in layers)
+
+
+def _has_ids(model: Any) -> bool:
+    """Whether the special tokens that generation knows are ids or lists of them."""
+    settings = getattr(model, "generation_config", None)
+    given = [getattr(settings, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    listed = [some if isinstance(some, list) else [some] for some in given]
+    return all(isinstance(one, int | None) for some in listed for one in some)
 
 
 def host_of(config: Any) -> tuple[str, type[Adapter]]:
@@ -832,67 +877,12 @@ def host_of(config: Any) -> tuple[str, type[Adapter]]:
         UnknownNameError: No adapter knows the class.
     """
     hosts = {host: adapters.get(a) for a in adapters.names() for host in adapters.get(a).hosts}
-    kind = (config.architectures or [type(config).__name__])[0]
+    kind = str((config.architectures or [type(config).__name__])[0])
     if kind not in hosts:
         raise unknown("model class with an adapter", kind, hosts)
     return kind, hosts[kind]
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in floats:
-        raise unknown("dtype", dtype, [*floats, "auto"])
-    return floats[dtype]
-
-
-def _device(device: str | torch.device | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise unknown("device", str(device), ["cpu", "cuda", "cuda:0", "mps"]) from None
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"device {str(device)!r} was asked for, but this machine has no CUDA device that "
-            "PyTorch can see; use --device cpu."
-        )
-    return wanted
-
-
-def _nested(media: Sequence[Any] | None, prompts: int, what: str) -> list[list[Any]]:
-    """For every prompt the list of its images or videos."""
-    lists = [
-        list(some) if isinstance(some, Sequence) and not _is_video(some, what) else [some]
-        for some in (media if media is not None else [[]] * prompts)
-    ]
-    if len(lists) != prompts:
-        raise UserError(f"{len(lists)} {what} lists for {prompts} prompts; give one per prompt.")
-    return lists
-
-
-def _is_video(some: Sequence[Any], what: str) -> bool:
-    """Whether a list is the frames of one video, not a list of videos."""
-    return what == "video" and len(some) > 0 and hasattr(some[0], "convert")
-
-
-def _frames(video: Any) -> np.ndarray[Any, Any]:
-    """(frames, height, width, 3) uint8 of a video given as images or as an array."""
-    if isinstance(video, Sequence):
-        sizes = {image.size for image in video}
-        if len(sizes) != 1:
-            raise UserError(
-                f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
-                if video
-                else "a video needs at least one frame, got an empty list."
-            )
-        return np.stack([np.asarray(image.convert("RGB")) for image in video])
-    array = np.asarray(video)
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not len(array):
-        raise UserError(
-            "a video is a list of images or an array (frames, height, width, 3) of 8-bit RGB, got "
-            f"{array.dtype} of shape {array.shape}."
-        )
-    return array
+def _pixels(draw: torch.Generator, *shape: int) -> Tensor:
+    """Random pixels on the CPU in float32, whatever the defaults of PyTorch are."""
+    return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")

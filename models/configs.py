@@ -174,5 +174,7 @@ def adapter_at_random(
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
     return family(model.eval())

@@ -29,6 +29,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
 from tokenprune.models.adapter import Adapter, image_sizes
+from tokenprune.models.loading import infinite, integers, reading, refuse_faults, shortened
 from tokenprune.registry import register_adapter
 from tokenprune.tokens import Signal, TokenLayout, unpadded_box
 
@@ -309,11 +310,14 @@ def load_timm(
         raise _weights_error(name, "the Hugging Face Hub", str(error)) from error
     _check_is_vit(vit, name)
     if file is not None:
-        _load_file(vit, name, file)
+        _load_file(vit, name, file, not {"img_size", "patch_size"}.isdisjoint(options))
     settings = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
     side = vit.patch_embed.img_size[0]
-    model = TimmModel(vit.eval(), name, grid).to(device)
-    model = model.to(torch.float32 if dtype == "auto" else dtype)
+    with reading(f"timm/{name}"):
+        model = TimmModel(vit.eval(), name, grid).to(device)
+        model = model.to(torch.float32 if dtype == "auto" else dtype)
+    if pretrained:
+        refuse_faults(str(file or name), {"NaN or infinite": infinite(vit)})
     image_processor = LlavaNextImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -325,14 +329,33 @@ def load_timm(
     return TimmVision(model, SimpleNamespace(image_processor=image_processor), file)
 
 
-def _load_file(vit: Any, name: str, file: Path) -> None:
-    """Load a checkpoint of timm's or of the model's authors.  Raises `UserError`."""
+def _load_file(vit: Any, name: str, file: Path, resized: bool) -> None:
+    """Load a checkpoint of timm's or of the model's authors.  Raises `UserError`.
+
+    Args:
+        vit: What it is for.
+        name: What timm calls that.
+        file: The checkpoint.
+        resized: Whether another size of images or patches was asked for than the model's usual one.
+    """
     translate = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     classifier = vit.pretrained_cfg.get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     dropped = tuple(f"{head}." for head in heads if vit.num_classes == 0)
 
+    own = {key: value.shape for key, value in vit.state_dict().items()}
+    faults: dict[str, list[str]] = {}
+
     def fitting(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        faults["of integers"] = integers(state, model)
+        if not resized:  # otherwise position embeddings and patches are resampled
+            faults["of another shape than the model's"] = [
+                f"{key}: {tuple(value.shape)} for {tuple(own[key])}"
+                for key, value in state.items()
+                if key in own and value.shape != own[key] and not key.startswith(dropped)
+            ]
+        if any(faults.values()):  # said before anything else about them goes wrong
+            return {}
         state = translate(state, model) if translate else state
         return {key: value for key, value in state.items() if not key.startswith(dropped)}
 
@@ -340,19 +363,15 @@ def _load_file(vit: Any, name: str, file: Path) -> None:
         found = load_checkpoint(vit, str(file), strict=False, filter_fn=fitting, weights_only=True)
     except Exception as error:
         raise _weights_error(name, str(file), str(error) or type(error).__name__) from error
-    if found is None:  # .npz of the original ViTs, which timm reads by itself
-        return
-    for what, keys in (("lacks", found.missing_keys), ("has besides", found.unexpected_keys)):
-        if keys:
-            said = f"{', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''} ({len(keys)} tensors)"
-            raise _weights_error(name, str(file), f"the checkpoint {what} {said}")
+    if found is not None and not any(faults.values()):  # timm reads .npz of the first ViTs itself
+        faults = {"missing": found.missing_keys, "not of this model": found.unexpected_keys}
+    refuse_faults(str(file), faults)
 
 
 def _weights_error(name: str, source: str, said: str) -> UserError:
-    short = " ".join(said.split()).rstrip(".")
-    short = short if len(short) <= 300 else f"{short[:300]} ..."
+    reason = shortened(" ".join(said.split()))
     return UserError(
-        f"cannot load weights for {name!r} from {source}: {short}. Give "
+        f"cannot load weights for {name!r} from {source}: {reason}. Give "
         "pretrained=<path of a checkpoint>, or pretrained=False for random weights."
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.budget import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.errors import UserError
-from tokenprune.primitives import dpp_greedy_map, float_copy, patches_by_view
+from tokenprune.primitives import dpp_greedy_map, float_copy, lengths, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -100,7 +100,8 @@ class CDPruner(Compressor):
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
             kernel = self.kernel(tokens.features[patches], quality[patches])
             kept.append(patches[dpp_greedy_map(kernel, count)])
-        return Selection(torch.cat(kept).sort().values)
+        features = tokens.features[tokens.layout.patches]
+        return Selection(torch.cat(kept).sort().values, scores=lengths(features))
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of all pairs of each view, and the Cholesky rows of what is kept."""

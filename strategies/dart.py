@@ -85,8 +85,9 @@ class DART(Compressor):
     def select(self, tokens: VisualTokens) -> Selection:
         patches, states = tokens.layout.patches, Signal("llm_states")
         count = budget(len(patches), self.retention)
-        image = _largest(tokens[self.keys][patches], self.image_pivots)
-        text = _largest(tokens.text[self.keys].to(patches.device), self.text_pivots)
+        norms = _norms(tokens[self.keys][patches])
+        image = _largest(norms, self.image_pivots)
+        text = _largest(_norms(tokens.text[self.keys].to(patches.device)), self.text_pivots)
         unit = F.normalize(tokens[states][patches].float(), dim=-1)
         behind = F.normalize(tokens.text[states].to(patches.device)[text].float(), dim=-1)
         pivots = torch.cat([unit[image], behind])
@@ -102,13 +103,19 @@ class DART(Compressor):
         free = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
         free[image] = False
         for pivot, share in zip(pivots, shares, strict=True):
-            alike = (unit @ pivot).masked_fill(~free, torch.inf)
-            free[alike.argsort(stable=True)[:share]] = False
+            alike = unit @ pivot
+            free[alike.masked_fill(~free, torch.inf).argsort(stable=True)[:share]] = False
         # How many are taken is known here; a mask as an index would wait for the device to count.
         taken = min(len(patches), len(image) + sum(shares))
-        return Selection(patches[free.int().argsort(stable=True)[:taken]])
+        keep = patches[free.int().argsort(stable=True)[:taken]]
+        return Selection(keep, scores=torch.stack([norms, alike]))
 
 
-def _largest(keys: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` vectors (P, C) of the largest L1 norm, the largest first."""
-    return keys.float().abs().sum(-1).argsort(descending=True, stable=True)[:count]
+def _norms(keys: Tensor) -> Tensor:
+    """(P,) L1 norms of the keys (P, C)."""
+    return keys.float().abs().sum(-1)
+
+
+def _largest(norms: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest ``norms`` (P,), the largest first."""
+    return norms.argsort(descending=True, stable=True)[:count]

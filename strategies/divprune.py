@@ -10,7 +10,7 @@ import torch
 
 from tokenprune.budget import Allocator, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, max_min_diversity, patches_by_view
+from tokenprune.primitives import float_copy, lengths, max_min_diversity, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -48,7 +48,8 @@ class DivPrune(Compressor):
         patches = tokens.layout.patches
         if self.allocator is None:
             count = budget(len(patches), self.retention, "half-even")
-            return Selection(patches[max_min_diversity(tokens.features[patches], count)])
+            features = tokens.features[patches]
+            return Selection(patches[max_min_diversity(features, count)], scores=lengths(features))
         norms = tokens.features.float().norm(dim=-1)
         counts = self.allocator.counts(tokens, norms, self.retention).tolist()
         views = patches_by_view(tokens.layout)
@@ -56,7 +57,7 @@ class DivPrune(Compressor):
             mine[max_min_diversity(tokens.features[mine], count)]
             for mine, count in zip(views, counts, strict=True)
         ]
-        return Selection(torch.cat(parts).sort().values)
+        return Selection(torch.cat(parts).sort().values, scores=norms[tokens.layout.patches])
 
     def memory(self, tokens: VisualTokens) -> float:
         """Cosines and distances of all pairs, and the features of unit length."""

@@ -4,18 +4,20 @@ Paper:  https://arxiv.org/abs/2411.15024 (CVPR 2025), token temporal merging (TT
 Code:   https://github.com/KD-TAO/DyCoke, llava/model/llava_arch.py (dd74634)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
 from tokenprune.budget import apportion, budget
-from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, patches_by_view, top_per_view
+from tokenprune.compressor import Compressor, Selection, best
+from tokenprune.primitives import ROUNDING, float_copy, patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import VisualTokens
+from tokenprune.tokens import TokenLayout, VisualTokens, moved
 
 
 @register("dycoke")
@@ -32,6 +34,9 @@ class DyCoke(Compressor):
     the rule for what has no earlier frame: the tokens least like the mean of their view.
 
     That rule also holds for images, of which every view keeps the share R.
+
+    Behind a method in the vision tower frames have tokens at different places, and not equally
+    many: each is compared with the one nearest to its place in the earlier frame.
 
     Args:
         window: Frames of which one stays whole.  Official: 4.
@@ -74,37 +79,41 @@ class DyCoke(Compressor):
                 return found
             window *= 2
 
-    def counts(self, earlier: list[int], size: int) -> list[int]:
-        """How many of its ``size`` tokens every frame keeps."""
+    def counts(self, earlier: list[int], sizes: Sequence[int]) -> list[int]:
+        """How many of its tokens, ``sizes``, every frame keeps."""
         frames = len(earlier)
         lost = [frames - 1] if self.official and frames % 2 and frames > 1 else []
         whole = [i for i, f in enumerate(earlier) if f < 0 and i not in lost]
         compared = [i for i, f in enumerate(earlier) if f >= 0 and i not in lost]
-        total = budget(frames * size, self.retention)
-        least = int(min(self.least, self.retention) * size * len(compared))
-        rest = min(max(total - size * len(whole), least), size * len(compared))
-        shares = apportion(rest, [size] * len(compared))
+        of_whole, of_compared = ([sizes[i] for i in some] for some in (whole, compared))
+        total = budget(sum(sizes), self.retention)
+        least = int(min(self.least, self.retention) * sum(of_compared))
+        rest = min(max(total - sum(of_whole), least), sum(of_compared))
+        shares = apportion(rest, of_compared)
         if self.official:
             shares = [rest // max(len(compared), 1)] * len(compared)
-        first = apportion(min(total - rest, size * len(whole)), [size] * len(whole))
+        first = apportion(min(total - rest, sum(of_whole)), of_whole)
         kept = dict(zip(compared + whole, shares + first, strict=True))
         return [kept.get(frame, 0) for frame in range(frames)]
 
     def select(self, tokens: VisualTokens) -> Selection:
-        layout, views = tokens.layout, patches_by_view(tokens.layout)
+        layout, views = tokens.layout.host, patches_by_view(tokens.layout.host)
         if layout.modality == "video":
             earlier = self.earlier(len(views))
-            counts = self.counts(earlier, max(layout.view_sizes))
+            counts = self.counts(earlier, layout.view_sizes)
         else:
             earlier = [-1] * len(views)
             counts = apportion(budget(len(layout.patches), self.retention), layout.view_sizes)
         features = tokens.features.float()
         scores = features.new_zeros(len(tokens))
         for patches, before in zip(views, earlier, strict=True):
-            other = features[views[before] if before >= 0 else patches]
-            other = other if before >= 0 else other.mean(0)
-            scores[patches] = -F.cosine_similarity(features[patches], other, dim=-1)
-        return Selection(top_per_view(layout, scores, torch.tensor(counts)))
+            compared = before >= 0 and len(views[before]) > 0
+            others = _nearest(layout, patches, views[before]) if compared else patches
+            here, other = (moved(index, features.device) for index in (patches, others))
+            like = features[other] if compared else features[other].mean(0)
+            alike = F.cosine_similarity(features[here], like, dim=-1)
+            scores[here] = -alike.clamp(max=1 - ROUNDING)
+        return Selection(best(self, tokens, scores, torch.tensor(counts, device="cpu")))
 
     def flops(self, tokens: VisualTokens) -> float:
         """One cosine for every token, of two norms and a product."""
@@ -116,3 +125,18 @@ class DyCoke(Compressor):
         view = max(tokens.layout.view_sizes) * tokens.features.shape[1]
         copies = 5 if tokens.layout.modality == "video" else 4  # or with a single vector
         return super().memory(tokens) + float_copy(tokens.features) + 4.0 * copies * view
+
+
+def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:
+    """Of each of the patches (M,) of a frame the one of an ``earlier`` frame nearest to its place.
+
+    The first of equally near ones; all on the CPU.
+    """
+    (row, col), (row_of, col_of) = (
+        (layout.row[index], layout.col[index]) for index in (patches, earlier)
+    )
+    if torch.equal(row, row_of) and torch.equal(col, col_of):  # nothing is missing
+        return earlier
+    distance = (row[:, None] - row_of).square() + (col[:, None] - col_of).square()
+    order = torch.arange(len(earlier))
+    return earlier[(distance * len(earlier) + order).argmin(1)]

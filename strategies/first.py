@@ -26,4 +26,4 @@ class First(ScoringCompressor):
     card = Card(paper="First tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return -torch.arange(len(tokens))
+        return -torch.arange(len(tokens), device="cpu")

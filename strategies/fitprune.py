@@ -92,10 +92,14 @@ class FitPrune(Compressor):
             return math.log(self.shares[self.cut - 1]) / math.log(self.shares[-1])
         return self.cut / self.steps
 
+    def limit(self, tokens: VisualTokens) -> int:
+        return left_at(tokens, self.retention, self._way)
+
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         seen, asked = (tokens[signal][patches].float() for signal in (SELF, CROSS))
-        return Selection(patches[top(seen * asked, left_at(tokens, self.retention, self._way))])
+        scores = seen * asked
+        return Selection(patches[top(scores, self.limit(tokens))], scores=scores)
 
 
 class _Notes:
@@ -119,6 +123,9 @@ class _Fitting(FitPrune):
 
     tolerance: float = -1.0
     notes: _Notes = field(default_factory=_Notes)
+
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens.layout.patches)  # R is what the fit is after
 
     def select(self, tokens: VisualTokens) -> Selection:
         notes, patches = self.notes, tokens.layout.patches

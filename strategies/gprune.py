@@ -46,11 +46,12 @@ class GPrune(Compressor):
     )
 
     def select(self, tokens: VisualTokens) -> Selection:
-        kept = []
+        kept, scores = [], []
         for patches in patches_by_plane(tokens.layout):
-            order = self.score(tokens.features[patches]).argsort(descending=True, stable=True)
+            scores.append(self.score(tokens.features[patches]))
+            order = scores[-1].argsort(descending=True, stable=True)
             kept.append(patches[order[: budget(len(patches), self.retention)]])
-        return Selection(torch.cat(kept).sort().values)
+        return Selection(torch.cat(kept).sort().values, scores=torch.cat(scores))
 
     def score(self, features: Tensor) -> Tensor:
         """(P,) float32 score of the tokens (P, D) of one plane."""

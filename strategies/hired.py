@@ -58,7 +58,11 @@ class MarkedPatches(Allocator):
         else:
             per_crop = region_sums(marks.view(layout.view_shape), layout.grid)
         share = per_crop / per_crop.sum().clamp(min=1)
-        crops = (share * rest).long().minimum(moved(torch.tensor(sizes[1:]), share.device))
+        crops = (
+            (share * rest)
+            .long()
+            .minimum(moved(torch.tensor(sizes[1:], device="cpu"), share.device))
+        )
         return torch.cat([crops.new_full((1,), thumbnail), crops])
 
 

@@ -17,6 +17,7 @@ from tokenprune.compressor import Compressor, Selection
 from tokenprune.primitives import (
     density_peaks,
     group_means,
+    patch_table,
     patches_by_view,
     segments,
     tally,
@@ -40,7 +41,8 @@ class HoliTom(Compressor):
     ``beta`` times its centre plus ``1 - beta`` times the mean of its other members.  Of the other
     tokens those stay that receive the most attention.
 
-    Views of an image share nothing: they are pruned by attention.
+    Views of an image share nothing: they are pruned by attention.  Behind a method in the vision
+    tower frames lack tokens: a place can only be static where all frames of the segment have one.
 
     Args:
         tau: Official: 0.8 for LLaVA-OneVision, 0.65 for LLaVA-Video.
@@ -96,30 +98,32 @@ class HoliTom(Compressor):
             most = max(most, frames, clusters)
         return super().memory(tokens) + most
 
-    def windows(self, tokens: VisualTokens) -> list[tuple[list[Tensor], Tensor]]:
-        """For every segment the patch indices of its frames, and (L,) which places are static.
+    def groups(self, tokens: VisualTokens) -> list[tuple[Tensor, bool]]:
+        """Patch indices (F, L) of the F frames that share L places, and whether those are static.
 
         On the CPU, where segments are found and counted: one wait for the device.
         """
-        views = patches_by_view(tokens.layout.host)
-        moving = [([patches], patches.new_zeros(len(patches)).bool()) for patches in views]
-        if tokens.layout.modality != "video" or len(views) == 1:
-            return moving
-        frames = tokens.features.float()[moved(torch.stack(views), tokens.features.device)]
+        layout = tokens.layout.host
+        if layout.modality != "video" or layout.views == 1:
+            return [(patches[None], False) for patches in patches_by_view(layout)]
+        table = patch_table(layout)
+        there = table >= 0
+        frames = tokens.features.float()[moved(table.clamp(min=0), tokens.features.device)]
         still = (F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau).cpu()
-        saved = torch.zeros(len(views), len(views))
-        for first in range(len(views) - 1):
+        still &= there[1:] & there[:-1]
+        saved = torch.zeros(len(table), len(table), dtype=torch.int64, device="cpu")
+        for first in range(len(table) - 1):
             static = still[first:].cumprod(0).sum(1)
-            saved[first, first + 1 :] = static * (1 + torch.arange(len(static)))
-        runs = segments(saved)
-        static_places = [still[s:e].all(0) if e > s else moving[s][1] for s, e in runs]
-        return [(views[s : e + 1], one) for (s, e), one in zip(runs, static_places, strict=True)]
+            saved[first, first + 1 :] = static * (1 + torch.arange(len(static), device="cpu"))
+        groups = []
+        for s, e in segments(saved):
+            static = still[s:e].all(0) & (e > s)
+            groups.append((table[s : e + 1, static], True))
+            groups += [(table[f][~static & there[f]][None], False) for f in range(s, e + 1)]
+        return groups
 
     def select(self, tokens: VisualTokens) -> Selection:
-        scores, groups = tokens[self.saliency].float(), []
-        for frames, static in self.windows(tokens):
-            groups.append((torch.stack(frames)[:, static], True))
-            groups.extend((patches[~static][None], False) for patches in frames)
+        scores, groups = tokens[self.saliency].float(), self.groups(tokens)
         sizes = [places.shape[1] for places, _ in groups]
         total = min(budget(len(tokens.layout.patches), self.retention), sum(sizes))
         kept, features = [], []
@@ -133,7 +137,8 @@ class HoliTom(Compressor):
             kept.append(places[0, chosen])
             features.append(vectors)
         keep, order = torch.cat(kept).sort()
-        return Selection(keep, torch.cat(features)[order].to(tokens.features))
+        merged = torch.cat(features)[order].to(tokens.features)
+        return Selection(keep, merged, scores=scores[tokens.layout.patches])
 
     def _clustered(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """``count`` centres among the vectors (P, D), and what their clusters become."""

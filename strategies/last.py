@@ -28,4 +28,4 @@ class Last(ScoringCompressor):
     card = Card(paper="Last tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return torch.arange(len(tokens))
+        return torch.arange(len(tokens), device="cpu")

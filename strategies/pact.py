@@ -123,4 +123,4 @@ class PACT(Compressor):
         merged = group_means(vectors, cluster, len(centres) + 1)[:-1]
         sizes = tally(cluster, len(centres) + 1)[:-1].to(vectors)
         features = merged.to(tokens.features)
-        return Selection(patches[centres], features, sizes if self.proportional else None)
+        return Selection(patches[centres], features, sizes if self.proportional else None, scores)

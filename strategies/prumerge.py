@@ -97,7 +97,8 @@ class PruMerge(Compressor):
                 kept.append(patches[index])
                 merged.append(made)
         keep, order = torch.cat(kept).sort()
-        return Selection(keep, tokens.project(torch.cat(merged))[order])
+        made = tokens.project(torch.cat(merged))[order]
+        return Selection(keep, made, scores=scores[tokens.layout.patches])
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of centres with all patches, view by view, and the sums over neighbours."""
@@ -122,7 +123,8 @@ class PruMerge(Compressor):
         centres = self._centres(scores, count - int(rest and count > 1))
         near = unit[centres] @ unit.T
         near[torch.arange(len(centres), device=near.device), centres] = -torch.inf
-        found = near.topk(min(self.neighbours, len(scores) - 1), dim=-1).indices
+        found = near.argsort(dim=-1, descending=True, stable=True)
+        found = found[:, : min(self.neighbours, len(scores) - 1)]
         weighted = scores[:, None] * vectors
         made = vectors[centres] + weighted[found].sum(1)
         if len(centres) == count:
@@ -160,7 +162,7 @@ class PruMerge(Compressor):
 
 def outliers(scores: Tensor) -> int:
     """How many of ``scores`` (P,) lie above ``Q3 + 1.5 (Q3 - Q1)``, quartiles interpolated."""
-    low, high = scores.float().quantile(torch.tensor([0.25, 0.75], device=scores.device))
+    low, high = (scores.float().quantile(share) for share in (0.25, 0.75))
     return int((scores > high + 1.5 * (high - low)).sum())
 
 

@@ -69,8 +69,11 @@ class PyramidDrop(Compressor):
     def ranking(self, tokens: VisualTokens) -> Tensor:
         return tokens[Signal("llm_ahead")]
 
+    def limit(self, tokens: VisualTokens) -> int:
+        stage = self.cut or len(self.depths)
+        return left_at(tokens, self.retention, stage / len(self.depths))
+
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
-        stage = self.cut or len(self.depths)
-        count = left_at(tokens, self.retention, stage / len(self.depths))
-        return Selection(patches[top(self.ranking(tokens)[patches], count)])
+        scores = self.ranking(tokens)[patches]
+        return Selection(patches[top(scores, self.limit(tokens))], scores=scores)

@@ -32,5 +32,6 @@ class Random(ScoringCompressor):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         # Drawn and left on the CPU: the same subset on every device.
-        generator = torch.Generator().manual_seed(hash((self.seed, tokens.seed)) % 2**63)
-        return torch.rand(len(tokens), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(hash((self.seed, tokens.seed)) % 2**63)
+        # In float32 whatever the default: another dtype draws other numbers.
+        return torch.rand(len(tokens), generator=generator, dtype=torch.float32, device="cpu")

@@ -66,7 +66,7 @@ class Scope(Compressor):
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
             alike = unit[patches] @ unit[patches].T
             kept.append(patches[cover(alike, scores[patches] ** self.alpha, count)])
-        return Selection(torch.cat(kept).sort().values)
+        return Selection(torch.cat(kept).sort().values, scores=scores[tokens.layout.patches])
 
     def memory(self, tokens: VisualTokens) -> float:
         """Unit vectors of all tokens, and cosines and gains of all pairs of the largest view."""

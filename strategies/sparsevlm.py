@@ -123,8 +123,7 @@ class SparseVLM(Compressor):
     def memory(self, tokens: VisualTokens) -> float:
         """What entered in float32, the raters' rows twice, distances of what is recycled, or, where
         any is, twice what is kept."""
-        stage = self.cut or len(self.depths)
-        kept = left_at(tokens, self.retention, stage / len(self.depths))
+        kept = self.limit(tokens)
         recycled, width = self.recycled * (len(tokens) - kept), tokens.features.shape[1]
         entered: float = sum(map(float_copy, tokens.inputs or ()))
         clusters = 13.0 * recycled**2 + 8.0 * recycled * width
@@ -141,10 +140,14 @@ class SparseVLM(Compressor):
         raters = related > related.mean()
         return raters | ~raters.any()
 
+    def limit(self, tokens: VisualTokens) -> int:
+        stage = self.cut or len(self.depths)
+        return left_at(tokens, self.retention, stage / len(self.depths))
+
     def left(self, tokens: VisualTokens, rows: Tensor) -> tuple[int, int]:
         """How many tokens are kept and how many clusters made, given the raters' `rows`."""
         there, stage = len(rows), self.cut or len(self.depths)
-        most = left_at(tokens, self.retention, stage / len(self.depths))
+        most = self.limit(tokens)
         kept = most if self.schedule == "retention" else there - 1
         if self.schedule == "rank":
             rank = int(torch.linalg.matrix_rank(rows[:, self.raters(tokens)]))
@@ -178,9 +181,10 @@ class SparseVLM(Compressor):
         patches = tokens.layout.patches
         rows = self.rows(tokens)
         kept, clusters = self.left(tokens, rows)
-        order = rows.sum(1).argsort(descending=True, stable=True)
+        scores = rows.sum(1)
+        order = scores.argsort(descending=True, stable=True)
         if not clusters:
-            return Selection(patches[order[:kept].sort().values])
+            return Selection(patches[order[:kept].sort().values], scores=scores)
         recycled = patches[order[kept:][: self._recycled(len(order) - kept)]]
         vectors = tokens.features[recycled].float()
         centres, cluster = density_peaks(vectors, clusters)
@@ -188,4 +192,4 @@ class SparseVLM(Compressor):
         keep = torch.cat([patches[order[:kept]], recycled[centres]])
         features = torch.cat([tokens.features[keep[:kept]], merged.to(tokens.features)])
         keep, order = keep.sort()
-        return Selection(keep, features[order])
+        return Selection(keep, features[order], scores=scores)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tokenprune.budget import budget, coarse_grid
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import group_means
+from tokenprune.primitives import central_members, group_means, patches_by_plane
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Kind, VisualTokens, moved
+from tokenprune.tokens import Kind, TokenLayout, VisualTokens, moved
 
 
 @register("spatial-pool")
@@ -24,6 +24,10 @@ class SpatialPool(Compressor):
     A plane (thumbnail, canvas of crops, frame) of ``h`` x ``w`` tokens becomes ``a`` x ``b`` cells
     with ``a * b <= floor(R * h * w)`` and nearly square; the token at ``(r, c)`` belongs to cell
     ``(floor(r * a / h), floor(c * b / w))``.  The mean stands at the cell's middle token.
+
+    Behind a method in the vision tower, which leaves gaps, the plane has the finest grid of which
+    no more than ``floor(R * n)`` cells hold any of its ``n`` tokens, and a mean stands at the token
+    nearest to the middle of those in its cell.
     """
 
     positional = True
@@ -39,40 +43,45 @@ class SpatialPool(Compressor):
         return super().memory(tokens) + 4.0 * share * tokens.features.numel()
 
     def select(self, tokens: VisualTokens) -> Selection:
-        layout, patches = tokens.layout.host, tokens.layout.host.patches
-        on_canvas = (layout.kind == Kind.CROP)[patches]
-        row = torch.where(on_canvas, layout.canvas_row[patches], layout.row[patches])
-        col = torch.where(on_canvas, layout.canvas_col[patches], layout.col[patches])
-        # All crops together are one plane; every other view is one by itself.
-        plane = layout.view[patches].masked_fill(on_canvas, 1)
-        height, width = (
-            torch.where(on_canvas, of_canvas, of_view)
-            for of_canvas, of_view in zip(layout.canvas_shape, layout.view_shape, strict=True)
-        )
-        canvas, view = (
-            torch.tensor(_grid(shape, self.retention))
-            for shape in (layout.canvas_shape, layout.view_shape)
-        )
-        grid = torch.where(on_canvas[:, None], canvas, view)
-        y, x = row * grid[:, 0] // height, col * grid[:, 1] // width
-        # A plane has at most as many cells as there are tokens.
-        key = (plane * len(patches) + y) * len(patches) + x
-        _, cell = key.unique(return_inverse=True)
-        middle = _middle(row, y, height, grid[:, 0]) & _middle(col, x, width, grid[:, 1])
-        device, cells = tokens.features.device, int(cell.max()) + 1
-        features = tokens.features[tokens.layout.patches]
-        means = group_means(features, moved(cell, device), cells)[moved(cell[middle], device)]
-        return Selection(patches[middle], means.to(features.dtype))
+        layout, members, cells, kept, count = tokens.layout.host, [], [], [], 0
+        for patches in patches_by_plane(layout):
+            row, col, shape = _places(layout, patches)
+            cell = _cells(row, col, shape, budget(len(patches), self.retention))
+            middle, sizes = central_members(cell, row, col)
+            members.append(patches)
+            kept.append(patches[middle])
+            cells.append(cell + count)
+            count += len(sizes)
+        device = tokens.features.device
+        features = tokens.features[moved(torch.cat(members), device)]
+        means = group_means(features, moved(torch.cat(cells), device), count)
+        keep, order = torch.cat(kept).sort()
+        return Selection(keep, means[moved(order, device)].to(features.dtype))
 
 
-def _grid(shape: tuple[int, int], retention: float) -> tuple[int, int]:
-    """(rows, columns) of cells for a plane, as square as the plane allows."""
+def _places(layout: TokenLayout, patches: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(M,) rows and columns of the patches of a plane, and its shape."""
+    if bool((layout.kind[patches] == Kind.CROP).all()):
+        return layout.canvas_row[patches], layout.canvas_col[patches], layout.canvas_shape
+    return layout.row[patches], layout.col[patches], layout.view_shape
+
+
+def _cells(row: Tensor, col: Tensor, shape: tuple[int, int], most: int) -> Tensor:
+    """(M,) cell of each of the tokens of a plane, numbered from 0 in reading order.
+
+    Args:
+        row, col: (M,) their places.
+        shape: (rows, columns) of the plane.
+        most: How many cells may hold a token; at least 1.
+    """
     height, width = shape
-    return coarse_grid(shape, budget(height * width, retention)) if height * width else (1, 1)
-
-
-def _middle(place: Tensor, cell: Tensor, length: Tensor, cells: Tensor) -> Tensor:
-    """Whether ``place`` is the middle one of those that belong to ``cell``."""
-    first = -(-cell * length // cells)  # the least place p with floor(p * cells / length) = cell
-    last = -(-(cell + 1) * length // cells) - 1
-    return place == (first + last) // 2
+    complete = len(row) == height * width
+    best, filled = torch.zeros_like(row), 0
+    # Of a plane with gaps some cells are empty, so that a finer grid may fit.
+    counts = range(most, most + 1 if complete else height * width + 1)
+    for grid in dict.fromkeys(coarse_grid(shape, count) for count in counts):
+        key = row * grid[0] // height * grid[1] + col * grid[1] // width
+        found, cell = key.unique(return_inverse=True)
+        if filled < len(found) <= most:
+            best, filled = cell, len(found)
+    return best

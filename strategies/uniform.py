@@ -33,7 +33,7 @@ class Uniform(Compressor):
     card = Card(paper="Evenly spaced tokens (baseline)")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        counts = Proportional().counts(tokens, torch.empty(0), self.retention)
+        counts = Proportional().counts(tokens, torch.empty(0, device="cpu"), self.retention)
         spread = evenly_spaced if self.pattern == "stride" else dithered
         keep = spread(tokens.layout, counts)
         warn_about_empty_views(self, tokens.layout.host, keep)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, group_means, tally, top_per_view
+from tokenprune.budget import rounded_up, surplus
+from tokenprune.compressor import Compressor, Selection, best
+from tokenprune.primitives import float_copy, group_means, group_sums, tally
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens, moved
 
@@ -72,11 +73,15 @@ class VidCom2(Compressor):
         layout = tokens.layout
         view = layout.view[layout.patches]
         sizes = tally(view, layout.views)
-        sums = to_video.new_zeros(layout.views).index_add_(0, view, to_video)
+        sums = group_sums(to_video, view, layout.views)
         score = torch.where(sizes > 0, -sums / sizes.clamp(min=1), -torch.inf)
         share = ((score - score.max()) / self.temperature).softmax(0)
         mean = share.sum() / (sizes > 0).sum()
         return (self.retention * (1 + share - mean)).clamp(max=1) * (sizes > 0)
+
+    def limit(self, tokens: VisualTokens) -> int:
+        layout = tokens.layout
+        return rounded_up(layout, self.retention) + surplus(layout.view_sizes, self.retention)
 
     def flops(self, tokens: VisualTokens) -> float:
         """The variance of all channels, and differences to two centres, squared and summed."""
@@ -97,12 +102,12 @@ class VidCom2(Compressor):
         counts = counts.clamp(min=1).minimum(sizes)
         scores = to_video.new_zeros(len(tokens))
         scores[layout.patches] = -(to_video + to_frame)
-        return Selection(top_per_view(layout, scores, counts))
+        return Selection(best(self, tokens, scores, counts))
 
 
 def _kernel(unit: Tensor, centres: Tensor, which: Tensor) -> Tensor:
     """(P,) ``G`` of tokens (P, C) and the centre of each, ``which`` (P,) of the centres (V, C)."""
     parts = zip(unit.split(PART), which.split(PART), strict=True)
     squared = torch.cat([(rows - centres[own]).square().sum(-1) for rows, own in parts])
-    scales = moved(torch.tensor(SCALES), unit.device)
+    scales = moved(torch.tensor(SCALES, dtype=unit.dtype, device="cpu"), unit.device)
     return (-squared[:, None] / (2 * scales)).exp().sum(-1)

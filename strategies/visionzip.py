@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.budget import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import patches_by_view
+from tokenprune.primitives import group_sums, patches_by_view, tally
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens, listed, moved
 
@@ -90,7 +90,7 @@ class VisionZip(Compressor):
         features = tokens.features[torch.cat(dominant)]
         if merged:
             features = torch.cat([features, tokens.project(torch.cat(merged))])
-        return Selection(keep, features[place])
+        return Selection(keep, features[place], scores=scores[tokens.layout.patches])
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of what is merged with its targets, view by view, and the sums."""
@@ -110,14 +110,16 @@ class VisionZip(Compressor):
     ) -> tuple[Tensor, Tensor]:
         """``count`` targets among the indices ``rest`` (M,), and their new vectors."""
         step = max(1, len(rest) // count)
-        other = torch.ones(len(rest), dtype=torch.bool)  # on the host, which knows all of this
+        other = torch.ones(
+            len(rest), dtype=torch.bool, device="cpu"
+        )  # on the host, which knows all of this
         other[: count * step : step] = False
         targets = rest[: count * step : step]
         others = rest[moved(listed(other), rest.device)]
         nearest = (keys[others] @ keys[targets].T).argmax(-1)
         came = vectors[others].float()
-        sums = came.new_zeros(count, came.shape[1]).index_add_(0, nearest, came)
-        number = nearest.new_zeros(count).index_add_(0, nearest, torch.ones_like(nearest))[:, None]
+        sums = group_sums(came, nearest, count)
+        number = tally(nearest, count)[:, None]
         own = vectors[targets].float()
         if self.merge == "mean":
             return targets, (own + sums) / (1 + number)

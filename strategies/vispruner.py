@@ -73,7 +73,7 @@ class VisPruner(Compressor):
             order = patches[scores[patches].argsort(descending=True, stable=True)]
             first = int(count * self.important)
             kept += [order[:first], _thinned(order[first:], count - first, unit)]
-        return Selection(torch.cat(kept).sort().values)
+        return Selection(torch.cat(kept).sort().values, scores=scores[tokens.layout.patches])
 
     def memory(self, tokens: VisualTokens) -> float:
         """Unit vectors of all tokens, and cosines of all pairs of the largest view."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenprune import cache, encoder, engine, llm_signals, observe
+from tokenprune import cache, encoder, engine, guard, llm_signals, observe
 from tokenprune.attention import Projections
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage, parse
 from tokenprune.engine import Trace, _Session
 from tokenprune.errors import UserError
+from tokenprune.guard import Guard
 from tokenprune.models.adapter import Adapter
 from tokenprune.passes import Pass
 from tokenprune.primitives import top_per_view
@@ -127,6 +128,24 @@ class ForgetsTheAllocator(KeepsTheWorst):
         return Selection(order[: max(1, int(len(patches) * self.retention))].sort().values)
 
 
+class DividesByNothing(KeepsTheWorst):
+    """Its scores are NaN."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.float().norm(dim=-1) / torch.zeros(len(tokens)) * 0
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return ScoringCompressor.select(self, tokens)
+
+
+class RulesOut(DividesByNothing):
+    """Its scores are minus infinity for every other token."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        every_other = torch.arange(len(tokens)) % 2 == 1
+        return tokens.features.float().norm(dim=-1).masked_fill(every_other, -torch.inf)
+
+
 class PeeksAtTheCanvas(Sound):
     """Prefers the right of the canvas, which a picture of one view does not have."""
 
@@ -137,6 +156,16 @@ class PeeksAtTheCanvas(Sound):
         scores = tokens.features.float().norm(dim=-1) + 0.3 * layout.canvas_col
         count = max(1, int(len(patches) * self.retention))
         return patches[scores[patches].argsort(descending=True)[:count]].sort().values
+
+
+class RanksByItself(PeeksAtTheCanvas):
+    """Ranks without telling by what, so that NaN ranks first and nobody notices."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        scores = tokens.features.float().norm(dim=-1)[patches]
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores.argsort(descending=True)[:count]].sort().values
 
 
 class PeeksAtViews(PeeksAtTheCanvas):
@@ -328,6 +357,14 @@ class Scribbler(Sound):
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         tokens.features.mul_(1.5)
+        return super().picked(tokens)
+
+
+class ScribblesBehindTheCounter(Sound):
+    """Writes through numpy, which no version counter sees."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        tokens.features.float().numpy()[:] *= 1.5
         return super().picked(tokens)
 
 
@@ -674,13 +711,29 @@ def _lets_attentions_pass(original: Any, kwargs: Any, name: str, config: Any) ->
 
 
 def _tells_of_every_prompt(patch: pytest.MonkeyPatch) -> None:
-    nothing = property(lambda trace: False, lambda trace, value: None)
-    patch.setattr(Trace, "has_images", nothing, raising=False)
+    patch.setattr(Trace, "has_images", property(lambda trace: False))
 
 
 def _tells_too_early(original: Any, self: _Session, state: Pass, *args: Any) -> Any:
-    self.trace.selections = state.selections
+    self.trace._tell(self.trace._told._replace(selections=state.selections))
     return original(self, state, *args)
+
+
+def _goes_straight_on(
+    original: Any, self: Guard, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return forward(*args, **kwargs)
+
+
+def _shares_one_state(patch: pytest.MonkeyPatch) -> None:
+    body = {name: held for name, held in vars(_Session).items() if name != "__weakref__"}
+    patch.setattr(engine, "_Session", type("_Session", (), body))
+
+
+def _copies_attributes(original: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The hooks go, but what was put on the module itself stays."""
+    plain = {name: held for name, held in state.items() if not isinstance(held, guard.Ours)}
+    return {**state, **original(plain)}
 
 
 # -- one or more for every check -----------------------------------------------------------------
@@ -717,10 +770,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Inverted, InvertedInCrops, InvertedInVideos, InvertedWords
     ),
     "check_keeps_the_best_scores": _broken(KeepsTheWorst, ForgetsTheAllocator),
+    "check_scores_are_finite": _broken(DividesByNothing, RulesOut, RanksByItself),
     "check_follows_content": _broken(
         PeeksAtPlaces, PeeksAtTheCanvas, PeeksAtViews, RemembersByLength, SumsSeparators
     ),
-    "check_tokens_untouched": _broken(Scribbler, MovesRows, ScribblesOnText),
+    "check_tokens_untouched": _broken(
+        Scribbler, ScribblesBehindTheCounter, MovesRows, ScribblesOnText
+    ),
     "check_deterministic": _broken(Counting, GlobalTorch, HidesItsDraws, HidesItsChoice),
     "check_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),
     "check_full_retention_is_identity": _host(_wrapped(Compressor, "__call__", _thins_out)),
@@ -856,6 +912,18 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_static_cache_refused": _host(_replaced(_Session, "_enter", lambda *args: None)),
     "check_leaving_refused": _host(_replaced(PrunedLayer, "update", DynamicLayer.update)),
     "check_scattered_embeds_warn": _host(_replaced(_Session, "_warn_blind", lambda self: None)),
+    "check_compiled": _host(
+        _replaced(engine, "eagerly", lambda model: nullcontext()), strategy="fastv"
+    ),
+    "check_nothing_bypasses": _host(
+        _wrapped(Guard, "_forward", _goes_straight_on),
+        _replaced(Guard, "_went", lambda *args: None),
+    ),
+    "check_threads": _host(_shares_one_state, _replaced(Guard, "admit", lambda self: None)),
+    "check_copies_are_plain": _host(
+        _replaced(engine, "plain_copies", lambda modules: nullcontext()),
+        _wrapped(guard, "_without_ours", _copies_attributes),
+    ),
 }
 
 SOUND = Sound(retention=0.4)

@@ -95,8 +95,8 @@ def test_placeholders_that_do_not_match_the_images(adapter: Any) -> None:
         adapter.prepare(None, [f"{token}?"])
 
 
-def test_a_prompt_with_its_own_placeholders_is_taken_as_it_is(adapter: Any) -> None:
-    text = f"{adapter.image_token} {QUESTIONS[0]}"
+def test_a_prompt_with_its_own_turn_markers_is_taken_as_it_is(adapter: Any) -> None:
+    text = f"<user>{adapter.image_token} {QUESTIONS[0]}<assistant>"
     assert adapter.prompt(text, 1) == text
 
 

@@ -1,6 +1,7 @@
 """The command line: how options are read, what is printed, and with which status it ends."""
 
 import functools
+import json
 import math
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import PIL.Image
 import pytest
 import torch
 from rich.console import Console
@@ -25,6 +27,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.commands import compare as command
 from tokenprune.experiments.commands.compare import tables
 from tokenprune.experiments.compare import Request
+from tokenprune.experiments.csv_files import read_csv
 from tokenprune.experiments.results import Journal
 from tokenprune.ledger import FIGURES
 from tokenprune.registry import strategies
@@ -237,6 +240,87 @@ def test_pairs_of_a_run(tmp_path: Path) -> None:
     assert (bad.exit_code, "no answers.parquet" in bad.stderr) == (terminal.BAD_INPUT, True)
 
 
+@pytest.mark.parametrize("kind", ["../../x", "/abs", "a/b", "..", "$x$", "a b", "=1+1", "é" * 99])
+def test_kinds_of_questions_name_no_files(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "deep" / "run"
+    folder.mkdir(parents=True)
+    rows = [
+        {"label": label, "retention": 0.25, "question_id": f"q{i}", "image_id": f"i{i}"}
+        | {"kind": kind, "correct": i < right, "status": "ok"}
+        for label, right in (("uniform", 2), ("fastv", 3))
+        for i in range(4)
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "answers.parquet")
+    before = set(tmp_path.rglob("*"))
+    result = invoke("pairs", str(folder), "--kind", kind)
+    assert result.exit_code == terminal.OK, result.output
+    (new,) = set(tmp_path.rglob("*")) - before
+    assert new.parent == folder
+    assert re.fullmatch(r"pairs-[0-9a-f]{12}\.csv", new.name)
+    assert read_csv(new)["kind"].tolist() == [kind]
+
+
+def _data(folder: Path, **changes: Any) -> Path:
+    """A data file of one question about a red picture."""
+    PIL.Image.new("RGB", (8, 6), "red").save(folder / "a.png")
+    path = folder / "my.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "question": "Red?", "answer": "yes"} | changes))
+    return path
+
+
+def test_check_reads_everything_and_computes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tp.models.adapter, "load", None)  # would fail
+    data = str(_data(tmp_path, question="<image>\nRed?"))
+    fine = invoke("compare", "--data", data, "--check")
+    assert fine.exit_code == terminal.OK, fine.output
+    assert fine.stdout.startswith("Questions: 1, images and frames: 1.")
+    assert not (tmp_path / "runs").exists()
+    for changes, words, said in (
+        ({"image": "b.png"}, [], "there is no image"),
+        ({"question": "<image> or <image>?"}, [], "has 2 '<image>' placeholders but 1 images"),
+        ({"image": None, "video": ["a.png"]}, [], "'image', 'images' and 'video'"),
+        ({}, ["--max-image-pixels", "47"], "8 x 6 pixels, more than the limit of 47"),
+        ({}, ["-m", "fastw"], "Did you mean 'fastv'"),
+    ):
+        bad = invoke("compare", "--data", str(_data(tmp_path, **changes)), "--check", *words)
+        assert (bad.exit_code, said in bad.stderr) == (terminal.BAD_INPUT, True), bad.output
+
+
+def test_a_sentence_cannot_command_the_terminal(tmp_path: Path) -> None:
+    bad = invoke("compare", "--data", str(tmp_path / "a\x1b[2J.jsonl"), "--check")
+    assert bad.exit_code == terminal.BAD_INPUT
+    assert "\x1b" not in bad.stderr
+    assert "\\x1b[2J" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("masks", "\udcff.png"), ("report", "\udcff"), ("list", "\udcff")]
+)
+def test_arguments_that_no_file_can_hold_are_refused(words: tuple[str, ...]) -> None:
+    bad = invoke(*words)
+    assert (bad.exit_code, "is not UTF-8" in bad.stderr) == (terminal.BAD_INPUT, True)
+
+
+def test_kinds_that_look_like_missing_values_stay_themselves(tmp_path: Path) -> None:
+    kinds = ["NA", "None", "nan", "null", "=1+1", "$\\frac{1$"]
+    lines = [json.loads(_data(tmp_path, kind=kind).read_text()) for kind in kinds]
+    data = tmp_path / "my.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    run = str(tmp_path / "run")
+    done = invoke("compare", "--data", str(data), "-m", "uniform", "-r", "0.5", "--out", run)
+    assert done.exit_code == terminal.OK, done.output
+    summary = read_csv(tmp_path / "run" / "summary.csv")
+    assert list(pd.unique(summary["kind"])) == ["overall", *kinds]
+    assert "'=1+1" in (tmp_path / "run" / "summary.csv").read_text()
+    for name in ("report", "table"):
+        assert invoke(name, run).exit_code == terminal.OK
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(f">{kind}<" in page for kind in kinds)
+
+
 def test_a_failing_method_is_shown_and_changes_the_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +453,30 @@ def test_help_is_quick() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, f"--help imports {result.stderr}"
+
+
+def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    commands: dict[str, list[str]] = {
+        "ablation": ["--paper"],
+        "benchmark": [],
+        "compare": [],
+        "complementarity": [],
+        "convert": ["fastv@0.5"],
+        "crop-importance": [],
+        "efficiency": [],
+        "masks": [],
+        "positional-bias": [],
+        "report": ["runs"],
+    }
+    for name, words in commands.items():
+        module = f"tokenprune.experiments.commands.{name.replace('-', '_')}"
+        monkeypatch.setattr(sys.modules[module], "quiet", interrupted)
+        assert invoke(name, *words).exit_code == terminal.INTERRUPTED, name
+    monkeypatch.setattr("tokenprune.cli.new_table", interrupted)
+    assert invoke("list").exit_code == terminal.INTERRUPTED
 
 
 def test_version() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -463,6 +464,34 @@ def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None
     ):
         assert torch.equal(one.keep, other.keep)
         assert one.stage is Stage.ENCODER
+
+
+@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("first", ["tome@0.6", "downsample@0.6"])
+@pytest.mark.parametrize("family", ["LLaVA-NeXT", "LLaVA-OneVision"])
+def test_every_method_follows_one_in_the_tower(family: str, first: str, name: str) -> None:
+    """Views and frames then have gaps and unequally many tokens; R is of those that are left."""
+    host = _tiny(family)
+    method = create(name, retention=0.6)
+    try:
+        host.adapter.check(chain := Chain.of(parse(first), method))
+    except UserError as error:
+        pytest.skip(str(error))
+    with compress(host.model, chain) as trace:
+        host.logits(host.inputs())
+    merged, left, views = {}, {}, {}
+    for chosen in trace.selections:
+        at = chosen.row, chosen.image
+        left[at] = int((~chosen.layout.is_separator[chosen.keep]).sum())
+        merged.setdefault(at, left[at])
+        views[at] = chosen.layout.views
+    for at, count in left.items():  # some methods round, view by view
+        assert count <= 0.6 * merged[at] + 0.5 * views[at]
+
+
+@functools.cache
+def _tiny(family: str) -> Host:
+    return Host.tiny(family)
 
 
 def test_features_encoded_otherwise_are_refused(testbed: Any) -> None:

@@ -304,6 +304,9 @@ def test_ones_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("one.png -m fastv", "ask a question"),
         ("empty --video", "there is no image in the folder"),
         ("broken.png What?", "cannot decode"),
+        (f"one.png {'What?' * 99} --model testbed-nxt", "Did you mean 'testbed-next'"),
+        ("one.png What? --max-image-pixels 1199", "40 x 30 pixels, more than the limit of 1,199"),
+        ("one.png What\udcff?", "lone surrogate"),
     ],
 )
 def test_bad_input(words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

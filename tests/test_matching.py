@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -272,6 +274,23 @@ def test_a_cell_asks_for_what_it_keeps_unless_matched() -> None:
 
 
 # --- speed ----------------------------------------------------------------------------------------
+
+
+def test_a_question_that_cannot_be_looked_at_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tokenprune.experiments import matching
+
+    def half(adapter: Any, item: str) -> Any:
+        if item.startswith("bad"):
+            raise OSError("image file is truncated")
+        return SimpleNamespace(visual=len(item))
+
+    monkeypatch.setattr(matching, "_prompt", half)
+    found = matching._median(None, ["bad", "a", "ccc", "bad too", "bb"])  # type: ignore[arg-type, list-item]
+    assert found[0] == "bb"
+    with pytest.raises(UserError, match=r"no question can be looked at.*truncated"):
+        matching._median(None, ["bad"])  # type: ignore[arg-type, list-item]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
-from tokenprune.experiments import crowd_plots
+from tokenprune.experiments import crowd_plots, plots
 from tokenprune.experiments.intervals import OVERALL
 from tokenprune.experiments.plots import (
     _spread,
@@ -75,6 +76,26 @@ def test_by_cost() -> None:
     assert list(container.lines[0].get_xdata()) == pytest.approx([0.6, 0.28])
     left, right = figure.axes[0].get_xlim()
     assert left > 1 > 0.28 > right, "the uncompressed model on the left, as in the other figures"
+
+
+@pytest.mark.parametrize("kind", [r"$\frac{1$", "$x_1$ or $y_2$", "a_b^c$"])
+def test_dollar_signs_are_no_formulas(kind: str, tmp_path: Path) -> None:
+    """As mathtext the first does not parse, and the second would lose its signs."""
+    table = summary().replace({"kind": {"count": kind}})
+    title = f"Accuracy of {kind}"
+    for draw in (accuracy_by_kind, crowd_plots.by_kind):
+        figure = draw(table, title, kind)
+        save(figure, tmp_path / "figure")
+        shown = figure.findobj(Text)
+        for said in (title, kind):
+            found = [text for text in shown if text.get_text().strip() == said]
+            assert [text.get_parse_math() for text in found] == [False] * max(len(found), 1)
+    bars = pd.DataFrame({"place": [kind, "b"], "shown": "x", "value": 0.5, "low": 0.4, "high": 0.6})
+    figure = plots.bars(bars, places={kind: kind, "b": "b"}, hues=["x"], title=title,
+                        subtitle="", label="value")  # fmt: skip
+    save(figure, tmp_path / "bars")
+    ticks = [text for text in figure.findobj(Text) if text.get_text() == kind]
+    assert [text.get_parse_math() for text in ticks] == [False] * max(len(ticks), 1)
 
 
 @pytest.mark.parametrize("failed", ["fastv", "uncompressed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from scipy.stats import kstest
 from torch import Tensor
 from typer.testing import CliRunner
@@ -26,6 +28,7 @@ from tokenprune.compressor import Compressor, ScoringCompressor, Selection
 from tokenprune.errors import UserError
 from tokenprune.experiments import position_plots
 from tokenprune.experiments import positional_bias as module
+from tokenprune.experiments.commands.positional_bias import _p_value, tables
 from tokenprune.experiments.data import held_out
 from tokenprune.experiments.position_statistics import (
     _without_rounding,
@@ -46,6 +49,8 @@ from tokenprune.experiments.positional_bias import (
 )
 from tokenprune.experiments.rearrange import (
     CONDITIONS,
+    CROPS,
+    DEFAULT,
     NotPossible,
     move_pixels,
     move_tokens,
@@ -151,7 +156,7 @@ def test_slope_of_one_image_has_no_interval() -> None:
     assert np.isnan(slope([1, 1], [0.5, 0.5], ["a", "a"]).value)
 
 
-@given(st.lists(st.integers(-9, 9), min_size=1, max_size=7))
+@given(st.lists(st.integers(-9, 9), min_size=2, max_size=7))
 def test_sign_flip_equals_enumeration(scores: list[int]) -> None:
     observed = abs(sum(scores))
     sums = [
@@ -170,9 +175,10 @@ def test_sign_flip_reaches_far_tails_exactly() -> None:
 
 def test_sign_flip_without_evidence() -> None:
     assert sign_flip(np.zeros(30)) == 1
-    assert sign_flip([]) == 1
-    assert sign_flip([np.nan, 1.0]) == 1
     assert sign_flip([3.0, -3.0]) == 1
+    assert sign_flip([np.nan, 1.0, 0.0]) == 1
+    for too_few in ([], [1.0], [np.nan, 1.0]):
+        assert np.isnan(sign_flip(too_few))
 
 
 def test_sign_flip_is_uniform_under_the_null() -> None:
@@ -188,6 +194,48 @@ def test_paired_bias_by_hand() -> None:
     assert found.scores.tolist() == [1.0, 0.0]
     assert found.images.tolist() == ["a", "b"]
     assert found.p == 1  # one score other than 0 cannot tell
+
+
+def test_the_slope_and_its_p_value_are_of_one_sum() -> None:
+    """Images of unlike sizes: whichever way the slope points, its p-value tests that."""
+    draw = np.random.default_rng(4)
+    image = np.repeat(np.arange(9), draw.integers(1, 40, 9))
+    x, moved = draw.random((2, len(image)))
+    before, after = (draw.random((2, len(image))) < 0.5).astype(float)
+    found = paired_bias(before, after, x, moved, image)
+    change, move = after - before, moved - x
+    sums = np.array([(change * move)[image == one].sum() for one in range(9)])
+    assert found.slope.value == pytest.approx(sums.sum() / (move**2).sum())
+    signs = np.array(list(itertools.product([1, -1], repeat=9)))
+    reference = np.mean(np.abs(signs @ np.abs(sums)) >= abs(sums.sum()) - 1e-9)
+    assert found.p == pytest.approx(reference, abs=0.01)
+
+
+def test_one_image_has_no_p_value() -> None:
+    found = selector_bias(["last"], encoded(1)).statistics
+    assert found["p"].isna().all()
+    assert row(found, "reversed-crops")["paired_slope"] > 0.5
+    text = _printed(found)
+    assert "1.000" not in text
+    assert "[-" not in text, "nor an interval"
+
+
+def _printed(found: pd.DataFrame) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in tables(found):
+        console.print(table)
+    return console.export_text()
+
+
+def test_what_is_printed_beside_a_slope_is_its_own_p_value() -> None:
+    methods = [Planted(retention=0.25, late=late) for late in (0.0, 0.2, 4.0)]
+    found = selector_bias(methods, encoded(24)).statistics
+    lines = _printed(found).splitlines()
+    for method in methods:
+        own = row(found, "reversed-crops", method=method.label)
+        (line,) = (one for one in lines if f"{own['paired_slope']:+.2f} [" in one)
+        assert _p_value(own["p"]) in line
+        assert (own["p"] < 0.05) == (own["paired_slope_low"] > 0)
 
 
 def test_paired_bias_passes_over_what_did_not_move() -> None:
@@ -245,7 +293,7 @@ def layouts(draw: st.DrawFn) -> TokenLayout:
     return TokenLayout.anyres(grid, shape, (0, rows, 0, cols))
 
 
-@given(layouts(), st.sampled_from(["reversed-crops", "flip-lr", "flip-tb"]))
+@given(layouts(), st.sampled_from([one for one in CONDITIONS if one != "reversed-frames"]))
 def test_origins_equal_a_slow_loop(layout: TokenLayout, condition: Any) -> None:
     found = origins(layout, condition).tolist()
     by_view: dict[int, list[int]] = {}
@@ -254,9 +302,13 @@ def test_origins_equal_a_slow_loop(layout: TokenLayout, condition: Any) -> None:
     height, width = layout.view_shape
     for i, source in enumerate(found):
         kind, view = int(layout.kind[i]), int(layout.view[i])
-        if kind == Kind.SEPARATOR or (kind == Kind.THUMBNAIL and condition == "reversed-crops"):
+        if kind == Kind.SEPARATOR and condition == "reversed-crops":
+            # It still ends the row of what comes in front of it.
+            assert layout.kind[source] == Kind.SEPARATOR
+            assert layout.canvas_row[source] == layout.canvas_row[found[i - 1]]
+        elif kind == Kind.SEPARATOR or (kind == Kind.THUMBNAIL and condition in CROPS):
             assert source == i
-        elif condition == "reversed-crops":
+        elif condition in CROPS:
             partner = layout.views - view
             assert source == by_view[partner][by_view[view].index(i)]
         else:
@@ -271,9 +323,10 @@ def test_origins_equal_a_slow_loop(layout: TokenLayout, condition: Any) -> None:
     assert [found[i] for i in found] == list(range(len(layout)))
 
 
-def test_the_thumbnail_has_no_counterpart_in_reversed_crops() -> None:
+def test_the_thumbnail_has_no_counterpart_where_crops_move() -> None:
     aside = FULL.kind != Kind.CROP
-    assert ((paired(FULL, "reversed-crops") == -1) == aside).all()
+    for condition in CROPS:
+        assert ((paired(FULL, condition) == -1) == aside).all()
     assert ((paired(FULL, "flip-lr") == -1) == FULL.is_separator).all()
 
 
@@ -303,18 +356,47 @@ def test_crops_of_unlike_shapes_are_not_exchanged() -> None:
     assert len(origins(lopsided, "flip-lr")) == len(lopsided)
 
 
-def test_signals_move_with_their_features() -> None:
+@pytest.mark.parametrize("condition", ["flip-lr", "flip-tb", "exchanged-crops"])
+def test_signals_move_with_their_features(condition: Any) -> None:
     signal = tp.create("globalcom2", retention=0.5).needs
     tokens = sample_tokens(signal, PADDED)
-    moved = move_tokens(tokens, "reversed-crops")
-    source = origins(PADDED, "reversed-crops")
+    moved = move_tokens(tokens, condition)
+    source = origins(PADDED, condition)
     assert torch.equal(moved.features, tokens.features[source])
     for name in signal:
-        assert torch.equal(moved.signals[name], tokens.signals[name][source]) or torch.equal(
+        assert torch.equal(
             moved.signals[name].nan_to_num(), tokens.signals[name][source].nan_to_num()
         )
     assert moved.seed != tokens.seed
     assert moved.layout is tokens.layout
+
+
+@pytest.mark.parametrize("layout", [FULL, PADDED, LAYOUTS["1x3"], VIDEO])
+def test_reversed_order_moves_whole_tokens(layout: TokenLayout) -> None:
+    """All that is known of a token goes with it; crops or frames come last first, row by row."""
+    signal = next(iter(tp.create("globalcom2", retention=0.5).needs))
+    tokens = sample_tokens(frozenset({signal}), layout)
+    video = layout.modality == "video"
+    moved = move_tokens(tokens, "reversed-frames" if video else "reversed-crops")
+
+    def entries(some: VisualTokens) -> list[tuple[float, ...]]:
+        names = ("kind", "view", "row", "col", "canvas_row", "canvas_col")
+        places = torch.stack([getattr(some.layout, name) for name in names], 1)
+        values = [some.features, some.signals[signal].nan_to_num()[:, None]]
+        return [tuple(one) for one in torch.cat([places.to(values[0]), *values], 1).tolist()]
+
+    assert sorted(entries(moved)) == sorted(entries(tokens))
+    assert moved.layout.view_sizes == layout.view_sizes
+    last = layout.views - 1
+    for before, after in zip(layout.view.tolist(), moved.layout.view.tolist(), strict=True):
+        thumbnail, separator = before == 0 and not video, before < 0
+        kept = thumbnail or separator
+        assert after == (before if kept else last - before + int(not video))
+    for view in range(layout.views):
+        mine = moved.layout.view == view
+        rows, cols = moved.layout.row[mine], moved.layout.col[mine]
+        raster = rows * layout.view_shape[1] + cols
+        assert raster.tolist() == sorted(raster.tolist())
 
 
 def test_crops_of_an_image_change_places() -> None:
@@ -353,11 +435,38 @@ def test_choice_by_content_is_not_blamed(retention: float) -> None:
     methods = ["feature-norm", "feature-norm:allocator=topk"]
     found = selector_bias(methods, images, retention=[retention])
     compared = found.statistics[found.statistics["condition"] != "normal"]
-    assert set(compared["condition"]) == {*CONDITIONS, "all"}
+    assert set(compared["condition"]) == {*DEFAULT, "all"}
     assert (compared["p"] == 1).all()
     assert (compared["equivariance"] == 1).all()
     assert (compared["equivariance_low"] == 1).all()
     assert (compared["content_agreement"].dropna() >= 0.8).all()
+
+
+@pytest.mark.parametrize("retention", [0.1, 0.25, 0.6])
+def test_globalcom2_follows_content(retention: float) -> None:
+    """A crop keeps what the thumbnail grants it, whenever it comes in the sequence."""
+    needs = tp.create("globalcom2", retention=0.5).needs
+    some = [FULL, PADDED, LAYOUTS["1x3"], *(TokenLayout.video(n, (4, 4)) for n in (2, 3, 5))]
+    images = [sample_tokens(needs, some[i % len(some)], seed=i) for i in range(24)]
+    methods = ["globalcom2:tau=1.0", "last"]
+    both: list[Any] = ["reversed-crops", "reversed-frames", "exchanged-crops"]
+    found = selector_bias(methods, images, retention=[retention], conditions=both).statistics
+    for modality, condition in (("image", "reversed-crops"), ("video", "reversed-frames")):
+        here = found[found["modality"] == modality]
+        ours = row(here, condition, method=methods[0])
+        assert ours["equivariance"] == ours["equivariance_low"] == 1
+        assert (ours["p"], ours["paired_slope"]) == (1, 0)
+        assert row(here, condition, method="last")["equivariance"] == 0
+        together = row(here, "all", method=methods[0])
+        assert together["equivariance"] == 1, "exchanged crops are no part of it"
+    exchanged = row(found, "exchanged-crops", method=methods[0])
+    assert exchanged["equivariance"] < 0.9, "the thumbnail speaks of other crops"
+
+
+def test_crops_are_exchanged_only_where_asked_for() -> None:
+    assert "exchanged-crops" not in set(selector_bias(["last"], encoded(2)).statistics["condition"])
+    found = selector_bias(["last"], encoded(2), conditions=["exchanged-crops"]).statistics
+    assert list(found["condition"]) == ["normal", "exchanged-crops"]
 
 
 def test_more_planted_bias_is_less_equivariance() -> None:
@@ -422,9 +531,12 @@ def test_real_differences_between_slots_are_not_rounding() -> None:
             return torch.tensor([4, 2, 2, 2, 5])
 
     method = Planted(retention=0.25, allocator=Favours())
-    found = selector_bias([method], encoded(24), conditions=["reversed-crops"]).statistics
-    assert row(found, "reversed-crops")["p"] < 1e-6
-    assert row(found, "reversed-crops")["equivariance"] < 1
+    both: list[Any] = ["reversed-crops", "exchanged-crops"]
+    found = selector_bias([method], encoded(24), conditions=both).statistics
+    assert row(found, "exchanged-crops")["p"] < 1e-6
+    assert row(found, "exchanged-crops")["equivariance"] < 1
+    # The preference is for crops, which take it along when they come in another order.
+    assert row(found, "reversed-crops")["equivariance"] == 1
 
 
 @pytest.mark.parametrize("now", [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
@@ -613,6 +725,32 @@ def test_choices_are_those_of_the_engine(
         keep = trace.selections[-1].keep
         patches = keep[~tokens.layout.is_separator[keep]].tolist()
         assert kept(result, method.label, image, condition) == patches
+
+
+def test_reversed_crops_are_a_permuted_prompt_of_the_plain_model(
+    testbed: Adapter, pictures: list[Image.Image], result: Result
+) -> None:
+    """FastV's choice from the attention that the model pays to a sequence permuted by hand."""
+    (tokens,) = testbed.encode(pictures[:1])
+    assert tokens.layout.grid == (2, 2)
+    order = list(range(49))
+    for line, column in itertools.product(range(14), range(15)):
+        top, left = 1 - line // 7, 1 - column // 7  # of the other crop
+        other = (7 * top + line % 7, 7 * left + column % 7)
+        y, x = other if column < 14 else (other[0], 14)
+        order.append(49 + 15 * y + x)
+    eager = tp.load("testbed-next", attn_implementation="eager").model
+    inputs = testbed.assemble([[tokens]], ["What is in the image?"])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    embeds = eager.get_input_embeddings()(ids).detach()
+    visual = ids[0] == testbed.placeholders["image"]
+    embeds[0, visual] = tokens.features[order]
+    with torch.no_grad():
+        seen = eager(inputs_embeds=embeds, attention_mask=mask, output_attentions=True)
+    scores = seen.attentions[1][0].mean(0)[-1, visual]
+    patches = [place for place in range(len(order)) if not tokens.layout.is_separator[place]]
+    best = sorted(patches, key=lambda place: -float(scores[place]))[: round(0.25 * len(patches))]
+    assert kept(result, "fastv", 0, "reversed-crops") == sorted(best)
 
 
 def test_scores_inside_the_model_are_those_that_rank(result: Result) -> None:
@@ -825,3 +963,13 @@ def test_bad_input(words: str, message: str, tmp_path: Path) -> None:
     assert found.exit_code == 2
     assert message in found.output
     assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize("condition", ["flip-lr", "flip-tb", "reversed-crops"])
+def test_photos_are_upright_before_they_are_flipped(condition: Any) -> None:
+    upright = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    photo = upright.rotate(90)
+    exif = photo.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees the other way
+    moved, expected = (move_pixels(one, condition, FULL, 4) for one in (photo, upright))
+    assert np.array_equal(np.asarray(moved), np.asarray(expected))

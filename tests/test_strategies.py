@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import tokenprune as tp
+from tokenprune.budget import coarse_grid
 from tokenprune.compressor import create
 from tokenprune.errors import UserError
 from tokenprune.experiments.data import held_out
@@ -96,6 +97,67 @@ def test_pooling_by_hand() -> None:
     wanted = [tokens.features[:4].mean(0), *(canvas[:, i : i + 2].mean((0, 1)) for i in (0, 2))]
     torch.testing.assert_close(chosen.features, torch.stack(wanted))
     assert chosen.keep.tolist() == [0, 4, 6]  # the upper left of the four in the middle
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.sampled_from([0.3, 0.6, 0.9]),
+    st.integers(0, 9),
+)
+def test_pooling_a_plane_with_gaps_loses_no_cell(
+    shape: tuple[int, int], retention: float, seed: int
+) -> None:
+    """Of the grids that hold few enough tokens none holds more; every mean is that of a cell."""
+    tokens = _tokens(TokenLayout.video(2, shape))
+    draw = torch.Generator().manual_seed(seed)
+    left = [i for i in range(len(tokens) - 1) if torch.rand(1, generator=draw) < 0.7]
+    if not left:
+        return
+    tokens = tokens.take(torch.tensor(left))
+    chosen = create("spatial-pool", retention=retention).select(tokens)
+    assert chosen.features is not None
+    of_frame = tokens.layout.view
+    for frame in of_frame.unique().tolist():
+        there = (of_frame == frame).nonzero().squeeze(1).tolist()
+        places = {i: (int(tokens.layout.row[i]), int(tokens.layout.col[i])) for i in there}
+        most = max(1, math.floor(retention * len(there) + 1e-9))
+        held = {}  # of every grid that `coarse_grid` gives, its cells' members
+        for count in range(most, shape[0] * shape[1] + 1):
+            rows, cols = coarse_grid(shape, count)
+            cells: dict[tuple[int, int], list[int]] = {}
+            for i, (y, x) in places.items():
+                cells.setdefault((y * rows // shape[0], x * cols // shape[1]), []).append(i)
+            held[rows, cols] = cells
+        best = max(len(cells) for cells in held.values() if len(cells) <= most)
+        mine = [k for k in range(len(chosen.keep)) if int(chosen.keep[k]) in places]
+        assert len(mine) == best
+        kept = sorted(int(chosen.keep[k]) for k in mine)
+        fits = []
+        for cells in held.values():
+            wanted = {}
+            for members in cells.values():
+                y, x = (sum(places[i][axis] for i in members) / len(members) for axis in (0, 1))
+                near = min(members, key=lambda i: math.dist(places[i], (y, x)))
+                wanted[near] = tokens.features[members].mean(0)
+            if sorted(wanted) == kept:
+                means = torch.stack([wanted[int(chosen.keep[k])] for k in mine])
+                fits.append(torch.allclose(chosen.features[mine], means, atol=1e-5))
+        assert any(fits)
+
+
+def test_pooling_by_hand_behind_a_merge_of_the_middle() -> None:
+    """Of a 4 x 4 frame in four cells the upper left token of each is gone, but no cell is."""
+    gone = {0, 2, 8, 10}
+    left = torch.tensor([i for i in range(16) if i not in gone])
+    tokens = _tokens(TokenLayout.video(1, (4, 4))).take(left)
+    chosen = create("spatial-pool", retention=0.34).select(tokens)
+    assert chosen.features is not None
+    cells = [[1, 4, 5], [3, 6, 7], [9, 12, 13], [11, 14, 15]]
+    assert left[chosen.keep].tolist() == [5, 7, 13, 15]  # next to the mean place of three
+    whole = _tokens(TokenLayout.video(1, (4, 4))).features
+    wanted = torch.stack([whole[cell].mean(0) for cell in cells])
+    torch.testing.assert_close(chosen.features, wanted)
 
 
 def test_pooling_knows_no_border_between_crops() -> None:

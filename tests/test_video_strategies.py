@@ -130,6 +130,44 @@ def test_dycoke_of_an_image_keeps_what_is_least_like_its_view() -> None:
         assert [k for k in keep if k in patches] == sorted(ranked[:2])
 
 
+def _with_gaps(tokens: VisualTokens, seed: int) -> VisualTokens:
+    """About two thirds of the tokens of every frame, as a method in the tower leaves them."""
+    draw = torch.Generator().manual_seed(seed)
+    left = torch.rand(len(tokens), generator=draw) < 0.7
+    left[-1] = True
+    return tokens.take(left.nonzero().squeeze(1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 9), st.sampled_from([0.3, 0.5, 0.8]), st.integers(0, 9))
+def test_dycoke_compares_with_what_is_nearest(frames: int, retention: float, seed: int) -> None:
+    """Frames of unequal size: frame ``o`` of a window of four with frame ``o & (o - 1)``."""
+    tokens = _with_gaps(_video(frames, (3, 4), seed), seed)
+    layout = tokens.layout
+    at = [(layout.view == frame).nonzero().squeeze(1).tolist() for frame in range(frames)]
+    place = [(int(y), int(x)) for y, x in zip(layout.row, layout.col, strict=True)]
+    keep = create("dycoke", retention=retention).select(tokens).keep.tolist()
+    assert len(keep) == max(1, math.floor(retention * sum(map(len, at)) + 1e-9))
+    window = 4
+    while True:  # the whole frames, by the rule that the class gives
+        whole = [frame for frame in range(frames) if frame % window == 0]
+        left = (retention * frames - len(whole)) / max(frames - len(whole), 1)
+        if left >= 0.1 or window >= frames:
+            break
+        window *= 2
+    for frame in set(range(frames)) - set(whole):
+        offset = frame % window
+        before = at[frame - offset + (offset & (offset - 1))]
+        if not before:
+            continue
+        like = {}
+        for i in at[frame]:
+            near = min(before, key=lambda j: math.dist(place[i], place[j]))
+            like[i] = _cosine(tokens.features[i], tokens.features[near])
+        mine = [i for i in at[frame] if i in keep]
+        assert mine == sorted(sorted(at[frame], key=lambda i: like[i])[: len(mine)])
+
+
 # -- HoliTom -------------------------------------------------------------------------------------
 
 
@@ -190,9 +228,18 @@ def _holitom_slowly(
 ) -> dict[int, Tensor]:
     """Index to feature of everything that is left, with tau = 0.8 and beta = 0.6."""
     features, scores = tokens.features, tokens.signals[Signal("received")].tolist()
-    at = [[frame * size + place for place in range(size)] for frame in range(frames)]
+    layout, columns = tokens.layout, tokens.layout.view_shape[1]
+    at: list[dict[int, int]] = [{} for _ in range(frames)]  # place to index
+    for index in layout.patches.tolist():
+        place = int(layout.row[index]) * columns + int(layout.col[index])
+        at[int(layout.view[index])][place] = index
     like = [
-        [_cosine(features[at[f][i]], features[at[f + 1][i]]) for i in range(size)]
+        [
+            _cosine(features[at[f][i]], features[at[f + 1][i]])
+            if i in at[f] and i in at[f + 1]
+            else -1.0
+            for i in range(size)
+        ]
         for f in range(frames - 1)
     ]
 
@@ -207,9 +254,12 @@ def _holitom_slowly(
         still = static(first, last)
         groups.append(([*range(first, last + 1)], still, True))
         moving = [i for i in range(size) if i not in still]
-        groups += [([frame], moving, False) for frame in range(first, last + 1)]
+        groups += [
+            ([frame], [i for i in moving if i in at[frame]], False)
+            for frame in range(first, last + 1)
+        ]
     whole = sum(len(places) for _, places, _ in groups)
-    total = min(int(retention * frames * size + 1e-9), whole)
+    total = min(max(1, int(retention * sum(map(len, at)) + 1e-9)), whole)
     quotas = [total * len(places) / whole for _, places, _ in groups]
     counts = [int(quota + 1e-9) for quota in quotas]
     while sum(counts) < total:
@@ -238,6 +288,21 @@ def test_holitom_equals_loops(frames: int, retention: float, seed: int) -> None:
     tokens = _video(frames, (3, 4), seed)
     scores = torch.randn(len(tokens), generator=torch.Generator().manual_seed(seed))
     tokens = replace(tokens, signals={Signal("received"): scores})
+    chosen = create("holitom", retention=retention).select(tokens)
+    wanted = _holitom_slowly(tokens, frames, 12, retention)
+    assert chosen.keep.tolist() == sorted(wanted)
+    assert chosen.features is not None
+    for index, feature in zip(chosen.keep.tolist(), chosen.features, strict=True):
+        torch.testing.assert_close(feature, wanted[index], rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 6), st.sampled_from([0.25, 0.6, 0.9]), st.integers(0, 9))
+def test_holitom_of_frames_with_gaps_equals_loops(frames: int, retention: float, seed: int) -> None:
+    """A place can only stand still where neighbouring frames both have it."""
+    tokens = _video(frames, (3, 4), seed)
+    scores = torch.randn(len(tokens), generator=torch.Generator().manual_seed(seed))
+    tokens = _with_gaps(replace(tokens, signals={Signal("received"): scores}), seed)
     chosen = create("holitom", retention=retention).select(tokens)
     wanted = _holitom_slowly(tokens, frames, 12, retention)
     assert chosen.keep.tolist() == sorted(wanted)

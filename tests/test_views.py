@@ -24,7 +24,13 @@ from tokenprune.experiments.compare import Request, prepare
 from tokenprune.experiments.data import held_out, read_jsonl
 from tokenprune.experiments.intervals import OVERALL, wilson
 from tokenprune.experiments.results import Cell
-from tokenprune.experiments.views import DropCrop, KeepViews, crop_of, with_crops
+from tokenprune.experiments.views import (
+    DropCrop,
+    KeepViews,
+    crop_of,
+    region_sizes,
+    with_crops,
+)
 from tokenprune.models.testbed import scenes
 from tokenprune.testing import sample_tokens
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
@@ -66,6 +72,21 @@ def test_the_crop_of_the_highest_and_of_the_lowest_score(crop: int) -> None:
         assert dropper.crop(shown) == crop
         gone = set(range(len(GRID))) - set(dropper(shown).keep.tolist())
         assert gone == set((GRID.view == 1 + crop).nonzero().squeeze(1).tolist())
+
+
+def test_a_crop_is_as_rich_as_the_mean_over_its_region() -> None:
+    """Of 5 x 5 patches the first crop covers 4 and the last 9, of which the sum is the largest."""
+    layout = TokenLayout.anyres((2, 2), (5, 5), (0, 10, 0, 10))
+    shown = tokens(layout)
+    thumbnail = torch.full((5, 5), 0.1)
+    thumbnail[0, 1] = 0.5
+    shown.signals[CLS][layout.kind == Kind.THUMBNAIL] = thumbnail.flatten()
+    dropper = DropCrop(which="highest", signal=CLS)
+    assert dropper.scores(shown).tolist() == pytest.approx([0.8 / 4, 0.1, 0.1, 0.1])
+    assert dropper.crop(shown) == 0
+    assert region_sizes(layout).tolist() == [4, 6, 6, 9]
+    even = TokenLayout.anyres((1, 3), (6, 6), (0, 6, 0, 18))
+    assert region_sizes(even).tolist() == [12, 12, 12]
 
 
 def test_a_random_crop_depends_on_seed_and_image_alone() -> None:
@@ -231,12 +252,15 @@ def test_crop_importance_on_the_testbed(tmp_path: Path) -> None:
     for item in held_out(15, seed=0):
         (seen,) = adapter.encode([item.images[0].open()], {signal})
         layout = seen.layout
-        scores = [0.0] * (layout.views - 1)
+        sums, sizes = [0.0] * (layout.views - 1), [0] * (layout.views - 1)
         for index in range(49):  # a slow loop over the thumbnail
             row, col = index // 7, index % 7
             rows, cols = layout.grid
             cell = min(row // (7 // rows), rows - 1) * cols + min(col // (7 // cols), cols - 1)
-            scores[cell] += float(seen[signal][index])
+            sums[cell] += float(seen[signal][index])
+            sizes[cell] += 1
+        scores = [total / size for total, size in zip(sums, sizes, strict=True)]
+        assert crops.loc[item.image_id, "region"].tolist() == sizes
         assert crops.loc[item.image_id, "score"].tolist() == pytest.approx(scores, rel=1e-4)
         for label, crop in (
             ("without the highest crop", int(np.argmax(scores))),
@@ -246,6 +270,7 @@ def test_crop_importance_on_the_testbed(tmp_path: Path) -> None:
             assert kept == sum(layout.view_sizes) - layout.view_sizes[1 + crop]
         ranks = crops.loc[item.image_id, "rank"].tolist()
         assert ranks == [1 + sum(other > score for other in scores) for score in scores]
+    assert result.uneven == len(set(result.crops["image_id"])), "sevens have no equal parts"
     assert len(frame.loc["without a random crop"]) == 2 * 15
     assert math.isnan(result.table.query("dropped == 'random'")["p"].iloc[0]), "two seeds"
     for name in ("crops", "objects", "crop_importance"):

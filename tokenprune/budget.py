@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UserError, unknown
-from tokenprune.primitives import regions, summary_distance, tally
-from tokenprune.tokens import Kind, Signal, VisualTokens, moved
+from tokenprune.primitives import group_sums, regions, summary_distance, tally
+from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, moved
 
 __all__ = [
     "ALLOCATORS",
@@ -28,6 +28,8 @@ __all__ = [
     "budget",
     "coarse_grid",
     "left_at",
+    "rounded_up",
+    "surplus",
 ]
 
 SALIENCY = Signal("saliency")  # of the last encoder layer
@@ -56,6 +58,23 @@ def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
         "ceil": math.ceil,
     }
     return min(tokens, max(1, rounders[rounding](exact)))
+
+
+def rounded_up(layout: TokenLayout, retention: float) -> int:
+    """``R * P`` patch tokens where every view that has some may round up once, at least one."""
+    sizes = [size for size in layout.view_sizes if size]
+    if len(sizes) < 2:
+        return budget(sum(sizes), retention, "ceil")
+    return budget(sum(sizes), retention) + len(sizes)
+
+
+def surplus(sizes: Sequence[int], retention: float) -> int:
+    """How much more than R views of ``sizes`` may keep whose ratios are R on average only.
+
+    View ``j`` of ``N_j`` tokens keeps ``R (1 + s_j - mean s) N_j`` with ``s_j`` in [0, 1] and of
+    sum 1, together at most ``R (sum N + max N - mean N)``: the largest view then has all of ``s``.
+    """
+    return math.ceil(retention * (max(sizes) - sum(sizes) / len(sizes))) if sizes else 0
 
 
 def coarse_grid(shape: tuple[int, int], count: int) -> tuple[int, int]:
@@ -118,6 +137,10 @@ class Allocator(ABC):
             retention: R in (0, 1].
         """
 
+    def limit(self, layout: TokenLayout, retention: float) -> int:
+        """The most that `counts` may add up to; allocators that go beyond R override it."""
+        return rounded_up(layout, retention)
+
 
 @dataclass(frozen=True)
 class Proportional(Allocator):
@@ -130,7 +153,8 @@ class Proportional(Allocator):
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
-        return torch.tensor(apportion(budget(sum(sizes), retention, self.rounding), sizes))
+        counts = apportion(budget(sum(sizes), retention, self.rounding), sizes)
+        return torch.tensor(counts, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -162,8 +186,9 @@ class ThumbnailCommand(Allocator):
 
     A video has no thumbnail.  The temporal summary of its frames takes the place: ``S_f`` is the
     sum of the distances of frame ``f``'s tokens from it (`summary_distance`), the rest is the same
-    formula over frames.  This is ours, not the paper's.  One view without crops keeps
-    ``trunc(R * N)``.
+    formula over frames, where ``r_f * N_f`` may be short of an integer by 1e-6, so that frames that
+    tie, as two always do, keep equally many whatever the device rounds.  This is ours, not the
+    paper's.  One view without crops keeps ``trunc(R * N)``.
 
     Args:
         tau: Temperature.  The paper's 10 is meant for sums of raw logits.
@@ -198,22 +223,29 @@ class ThumbnailCommand(Allocator):
         region = moved(regions(layout.view_shape, layout.grid).flatten(), thumbnail.device)
         return self.summary(thumbnail.flatten(), region, layout.grid[0] * layout.grid[1])
 
+    def limit(self, layout: TokenLayout, retention: float) -> int:
+        """The ``r_j`` are R on average; large crops may have the larger ones (`surplus`)."""
+        crops = layout.view_sizes[1:] if layout.grid != (0, 0) else layout.view_sizes
+        return rounded_up(layout, retention) + surplus(crops, retention)
+
     def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
         """(regions,) what the scores (P,) of a region, in [0, regions), amount to: their sum."""
-        return scores.new_zeros(regions).index_add_(0, region, scores)
+        return group_sums(scores, region, regions)
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
         if tokens.layout.modality == "video":
             ratios = self.ratios(tokens, retention)
-            frames = (ratios * moved(torch.tensor(sizes), ratios.device)).long()
+            there = moved(torch.tensor(sizes, device="cpu"), ratios.device)
+            frames = (ratios * there + 1e-6).long()
             # At a tiny retention no frame may be due a whole token; the richest one gets it.
             richest = torch.arange(len(sizes), device=ratios.device) == ratios.argmax()
             return torch.where(richest, frames.clamp(min=1), frames)
         if tokens.layout.grid == (0, 0):
             return Proportional().counts(tokens, scores, retention)
         ratios = self.ratios(tokens, retention)
-        crops = (ratios * moved(torch.tensor(sizes[1:]), ratios.device)).long()
+        there = moved(torch.tensor(sizes[1:], device="cpu"), ratios.device)
+        crops = (ratios * there).long()
         return torch.cat([crops.new_full((1,), budget(sizes[0], retention)), crops])
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from tokenprune.errors import UserError
+from tokenprune.guard import PAGED
 
 # What models and masks call their KV cache: transformers 5.24 renamed the argument.
 CACHE = (
@@ -23,6 +24,8 @@ __all__ = [
     "adopt",
     "is_pruned",
     "refuse_beyond_window",
+    "refuse_paged",
+    "settle_layers",
     "window_of",
 ]
 
@@ -43,6 +46,7 @@ class PrunedLayer(DynamicLayer):
         shift: (B, 1) how far the position ids of later tokens move back.
         extra: (B, 1) how much further they move from this layer on, or None.
         sizes: (B, K) how often attention counts each entry of `valid`, or None for once.
+        replaced: The plain layer that may come back at the end of the forward (`settle_layers`).
     """
 
     is_sliding = False
@@ -58,6 +62,7 @@ class PrunedLayer(DynamicLayer):
         self.extra: Tensor | None = None
         self.sizes: Tensor | None = None
         self.window: int | None = getattr(layer, "sliding_window", None)
+        self.replaced: DynamicLayer | None = layer
 
     @property
     def held(self) -> int:
@@ -65,9 +70,7 @@ class PrunedLayer(DynamicLayer):
         return self._physical()
 
     def _physical(self) -> int:
-        if self.keys is None or not self.keys.numel():
-            return 0
-        return self.keys.shape[-2]
+        return _entries(self)
 
     def expect(self, valid: Tensor, dropped: int = 0, sizes: Tensor | None = None) -> None:
         """Announce the entries of the next `update`; again, to take back what was announced.
@@ -160,9 +163,36 @@ def refuse_beyond_window(length: int, window: int | None) -> None:
         )
 
 
+def _entries(layer: DynamicLayer) -> int:
+    """How many tokens ``layer`` holds keys of."""
+    return layer.keys.shape[-2] if layer.keys is not None and layer.keys.numel() else 0
+
+
 def is_pruned(cache: Cache | None) -> bool:
     """Whether ``cache`` holds a compressed prompt."""
     return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+
+
+def settle_layers(cache: Cache, *, cut: bool) -> None:
+    """At the end of a forward: a cache from which nothing was left out gets its plain layers back.
+
+    Args:
+        cache: What `adopt` changed.
+        cut: Whether anything was left out of what this forward added.
+    """
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PrunedLayer) and (plain := layer.replaced) is not None:
+            layer.replaced = None
+            if not cut and layer.keys is not None and layer.values is not None:
+                held = _entries(plain)
+                plain.update(layer.keys[:, :, held:], layer.values[:, :, held:])
+                cache.layers[index] = plain
+
+
+def refuse_paged(cache: Any) -> None:
+    """Raise `UserError` for a KV cache that does not keep its entries layer by layer."""
+    if cache is not None and not hasattr(cache, "layers"):
+        raise UserError(f"a {type(cache).__name__} is no KV cache of layers: {PAGED}")
 
 
 def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:

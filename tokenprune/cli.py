@@ -22,13 +22,14 @@ from rich.table import Table
 import tokenprune
 from tokenprune.errors import UserError
 from tokenprune.experiments import commands
+from tokenprune.experiments.commands._options import Plugin
+from tokenprune.plugins import import_plugins, own_class
 from tokenprune.terminal import (
     FAILED,
     OK,
     app,
     as_exit_status,
     new_table,
-    own_class,
     progress,
     quiet,
 )
@@ -64,6 +65,7 @@ def list_(
     method: Annotated[
         str | None, typer.Argument(help="Show this method's card and options instead.")
     ] = None,
+    plugin: Plugin = None,
 ) -> None:
     """List methods and models.
 
@@ -72,6 +74,8 @@ def list_(
     from tokenprune.models import testbed
     from tokenprune.registry import adapters, strategies
 
+    with as_exit_status():
+        import_plugins(plugin)
     if method is not None:
         with as_exit_status():
             _show_card(strategies.get(method))
@@ -145,12 +149,14 @@ def audit(
     method: Annotated[
         str,
         typer.Argument(
-            help="A registered method with options (fastv:layer=3), or package.module:Class."
+            help="A registered method with options (fastv:layer=3), or package.module:Class, "
+            "whose module is executed."
         ),
     ],
     retention: Annotated[
         float, typer.Option("--retention", "-r", help="Share of patch tokens to keep.")
     ] = 0.4,
+    plugin: Plugin = None,
 ) -> None:
     """Check a method of anyone's against the contract, in tiny models of every family.
 
@@ -161,6 +167,7 @@ def audit(
     Exit status: 0 all passed, 1 a check failed, 2 bad input.
     """
     with as_exit_status():
+        import_plugins(plugin)
         quiet()
         compressor = _auditee(method, retention)
         _refuse_without_host(compressor)

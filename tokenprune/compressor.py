@@ -7,7 +7,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from tokenprune import budget
 from tokenprune.budget import Allocator, Proportional
-from tokenprune.errors import RetentionWarning, UserError, unknown
-from tokenprune.primitives import top_per_view
+from tokenprune.errors import ContractError, RetentionWarning, UserError, unknown
+from tokenprune.precision import autocasts, like_now, without_autocast
+from tokenprune.primitives import best_per_view
 from tokenprune.registry import Card, strategies
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens, moved
+from tokenprune.tokens import Signal, TokenLayout, VisualTokens, moved, told
+from tokenprune.untouched import watched
 
 __all__ = [
     "Chain",
@@ -30,6 +32,7 @@ __all__ = [
     "Selection",
     "Separators",
     "Stage",
+    "best",
     "create",
     "cut_layer",
     "keep_best",
@@ -62,11 +65,15 @@ class Selection:
             count it that often (proportional attention: the logarithm is added to the logits of its
             key, also in later decode steps), else None.  Inside the language model only; a later
             selection that gives sizes counts what it sees as one each.
+        scores: Numbers of any shape that the choice rests on, where the strategy ranks by itself;
+            the core refuses the selection unless all are finite.  None where `keep_best` or `best`
+            ranks, which look at the scores themselves.
     """
 
     keep: Tensor
     features: Tensor | None = None
     sizes: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,23 @@ class Compressor(ABC):
         return True
 
     @property
+    def allocation(self) -> Allocator | None:
+        """What says how many tokens each view keeps, if it is an allocator."""
+        allocator: Allocator | None = getattr(self, "allocator", None)
+        return allocator
+
+    def limit(self, tokens: VisualTokens) -> int:
+        """How many patch tokens `select` may keep; more are an error.
+
+        The default is R of those that are there, rounded up once a view, or what the allocator may
+        hand out (`Allocator.limit`).  Strategies that select in several places and keep more at
+        first, or go beyond R by design, override it.
+        """
+        if self.allocation is not None:
+            return self.allocation.limit(tokens.layout, self.retention)
+        return budget.rounded_up(tokens.layout, self.retention)
+
+    @property
     def keeps_positions(self) -> bool:
         """Whether survivors keep the position ids of the full prompt."""
         default = "original" if self.stage is Stage.LLM else "compact"
@@ -183,18 +207,21 @@ class Compressor(ABC):
         """`select` plus the separators, checked.  This is what the engine runs.
 
         Raises:
-            UserError: The strategy broke the contract (unsorted, repeated, out of range, empty, or
-                features of the wrong shape).
+            ContractError: The strategy broke the contract: unsorted, repeated, out of range, empty,
+                more than its `limit`, features of the wrong shape, scores that are not finite, or
+                it wrote to what it was shown (`tokenprune.untouched`).
         """
         layout = tokens.layout.host
         # Nothing to choose, whatever a formula makes of it.
         if self.retention == 1 or not len(layout.patches):
             chosen = Selection(layout.patches)
         else:
-            chosen = self.select(tokens)
-            # The one wait for the device: places are checked and looked up on the host.
-            chosen = replace(chosen, keep=chosen.keep.cpu())
-            _check(self, tokens, chosen)
+            device, shown = tokens.features.device, tokens
+            if tokens.projector is not None and autocasts(device):
+                shown = dataclasses.replace(tokens, projector=like_now(tokens.projector, device))
+            with watched(_name(self), tokens), without_autocast(device):
+                chosen = self.select(shown)
+            chosen = _checked(self, tokens, chosen)
         keep, merged, sizes = chosen.keep, chosen.features, chosen.sizes
         extra = _separators(layout, keep, self.separators)
         if not len(extra):
@@ -363,11 +390,32 @@ def placed(
 def keep_best(
     strategy: Compressor, tokens: VisualTokens, scores: Tensor, allocator: Allocator
 ) -> Selection:
-    """The tokens of the highest ``scores`` (N,), as many of each view as ``allocator`` says."""
+    """The tokens of the highest ``scores`` (N,), as many of each view as ``allocator`` says.
+
+    Raises:
+        ContractError: A patch token's score is NaN or infinite.
+    """
     counts = allocator.counts(tokens, scores, strategy.retention)
-    keep = top_per_view(tokens.layout, scores, counts).cpu()
+    keep = best(strategy, tokens, scores, counts)
     warn_about_empty_views(strategy, tokens.layout.host, keep)
     return Selection(keep)
+
+
+def best(strategy: Compressor, tokens: VisualTokens, scores: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts[v]`` patch tokens of the highest ``scores`` (N,) of every view ``v``.
+
+    Returns:
+        (M,) sorted indices on the CPU; one wait where they are computed on a device.
+
+    Raises:
+        ContractError: A patch token's score is NaN or infinite.
+    """
+    of_patches = scores[tokens.layout.to(scores.device).patches]
+    mask = best_per_view(tokens.layout, scores, counts)
+    kept, finite = told(mask, of_patches.isfinite().all())
+    if not finite:
+        raise _not_finite(strategy, of_patches)
+    return kept.nonzero().squeeze(1)
 
 
 def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, keep: Tensor) -> None:
@@ -401,32 +449,60 @@ def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor
     return stays.nonzero().squeeze(1)
 
 
-def _check(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> None:
-    keep, who = chosen.keep, strategy.name or type(strategy).__name__
+def _name(strategy: Compressor) -> str:
+    return strategy.name or type(strategy).__name__
+
+
+def _not_finite(strategy: Compressor, scores: Tensor) -> ContractError:
+    wrong = int((~scores.isfinite()).sum())
+    return ContractError(
+        f"{_name(strategy)} ranks by scores of which {wrong} of {scores.numel()} are NaN or "
+        "infinite; a choice by them would be arbitrary."
+    )
+
+
+def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> Selection:
+    """``chosen`` with its indices on the CPU.  Raises `ContractError` as `Compressor.__call__`."""
+    keep, who = chosen.keep, _name(strategy)
     if keep.ndim != 1 or keep.dtype != torch.int64 or not len(keep):
-        raise UserError(
+        raise ContractError(
             f"{who} must return a non-empty 1-D int64 tensor of indices, got {keep.dtype} of "
             f"shape {tuple(keep.shape)}."
         )
+    # The one wait for the device: places are checked and looked up on the host.
+    if chosen.scores is None:
+        keep = keep.cpu()
+    else:
+        keep, finite = told(keep, chosen.scores.isfinite().all())
+        if not finite:
+            raise _not_finite(strategy, chosen.scores)
     bad = (keep.diff() <= 0).any() | (keep[0] < 0) | (keep[-1] >= len(tokens))
     if bad or tokens.layout.host.is_separator[keep].any():
-        raise UserError(
+        raise ContractError(
             f"{who} must return sorted, unique indices of patch tokens in [0, {len(tokens)}); "
             "separators are added by the core."
         )
+    limit = strategy.limit(tokens)
+    if len(keep) > limit:
+        raise ContractError(
+            f"{who} keeps {len(keep)} of {len(tokens.layout.patches)} patch tokens, at most "
+            f"{limit} are due at a retention of {strategy.retention:g}; a strategy that goes "
+            "beyond by design says so in `limit`."
+        )
     shape = (len(keep), tokens.features.shape[1])
     if chosen.features is not None and tuple(chosen.features.shape) != shape:
-        raise UserError(
+        raise ContractError(
             f"{who} must return features of shape {shape}, one row per kept token, got "
             f"{tuple(chosen.features.shape)}."
         )
     if chosen.sizes is not None and (
         strategy.stage is not Stage.LLM or len(chosen.sizes) != shape[0]
     ):
-        raise UserError(
+        raise ContractError(
             f"{who} may return sizes inside the language model only, one per kept token "
             f"({len(keep)}), got {len(chosen.sizes)} at stage {strategy.stage}."
         )
+    return Selection(keep, chosen.features, chosen.sizes)
 
 
 @cache

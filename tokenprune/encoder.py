@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,8 +25,12 @@ from tokenprune.attention import key_vectors
 from tokenprune.budget import Proportional, budget
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
+from tokenprune.guard import bypassed
+from tokenprune.offload import replaced_forward, resident
+from tokenprune.precision import without_autocast
 from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
 from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
+from tokenprune.untouched import untouched
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -238,23 +242,18 @@ def running(
         return
     full = adapter.layouts(call, modality)[0].view_sizes[0]
     session = _Session(adapter, compressor, budget(full, compressor.retention), call)
-    layers = list(adapter.vision_layers)
-    before = [layer.__dict__.get("forward") for layer in layers]
-    handles = [
-        adapter.vision_tower.register_forward_pre_hook(session.enter, with_kwargs=True),
-        adapter.vision_tower.register_forward_hook(session.leave),
-    ]
-    try:
-        for index, layer in enumerate(layers):
-            layer.forward = session.layer(index, layer)
+    tower = adapter.vision_tower
+    with ExitStack() as stack:
+        for handle in (
+            tower.register_forward_pre_hook(session.enter, with_kwargs=True),
+            tower.register_forward_hook(session.leave),
+        ):
+            stack.callback(handle.remove)
+        for index, layer in enumerate(adapter.vision_layers):
+            stack.enter_context(replaced_forward(layer, session.layer(index, layer)))
+        if session.shape != adapter.view_shape:  # the tower reads a table to interpolate it
+            stack.enter_context(resident(adapter.vision_positions))
         yield session.tower
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, own in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.forward = own
 
 
 def foreseen(
@@ -264,11 +263,14 @@ def foreseen(
     session = _Session(adapter, compressor, budget(layout.view_sizes[0], compressor.retention), {})
     rows, cols = adapter.view_shape
     tall, wide = adapter.patch_size
-    session.enter(None, (torch.zeros(layout.views, 1, rows * tall, cols * wide),), {})
-    tower, draw = session.tower, torch.Generator().manual_seed(seed)
+    pixels = torch.zeros(layout.views, 1, rows * tall, cols * wide, device="cpu")
+    session.enter(None, (pixels,), {})
+    tower, draw = session.tower, torch.Generator("cpu").manual_seed(seed)
     entries = adapter.prefix_tokens + session.shape[0] * session.shape[1]
     width = adapter.vision_width // adapter.vision_heads  # of keys, which cost by it
-    states = torch.randn(layout.views, entries, width, generator=draw)
+    states = torch.randn(
+        layout.views, entries, width, generator=draw, dtype=torch.float32, device="cpu"
+    )
     for index in range(len(adapter.vision_layers)):
         tower.attended.append(states.shape[1])
         states = session._reduced(index, states, functools.partial(torch.clone, states))
@@ -312,6 +314,8 @@ class _Session:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Behind the tower: spread what it returns over the patches of a full view."""
+        if len(self.tower.attended) < self.depth:
+            raise bypassed("the layers of the vision tower")
         states = [
             None if state is None else spread(state, group)
             for state, group in zip(output.hidden_states or (), self.tower.groups, strict=False)
@@ -354,19 +358,20 @@ class _Session:
         if index < self.depth and self.compressor.reduces:
             keys = look()
             tower.key_width = keys.shape[-1]
-            with torch.no_grad():
-                reduction = self.compressor.reduce(
-                    EncoderTokens(
-                        layer=index,
-                        layers=self.depth,
-                        prefix=self.adapter.prefix_tokens,
-                        patches=self.shape[0] * self.shape[1],
-                        target=self.target,
-                        states=states.detach(),
-                        keys=keys,
-                        size=size,
-                    )
-                )
+            tokens = EncoderTokens(
+                layer=index,
+                layers=self.depth,
+                prefix=self.adapter.prefix_tokens,
+                patches=self.shape[0] * self.shape[1],
+                target=self.target,
+                states=states.detach(),
+                keys=keys,
+                size=size,
+            )
+            who = self.compressor.name or type(self.compressor).__name__
+            shown = {"states": states, "keys": keys, "size": size}
+            with torch.no_grad(), without_autocast(states.device), untouched(who, shown):
+                reduction = self.compressor.reduce(tokens)
         if reduction is None:
             tower.groups.append(group)
             return states

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -36,10 +37,19 @@ from transformers.masking_utils import create_causal_mask
 from tokenprune.attention import (
     proportional_mask,
 )
-from tokenprune.cache import CACHE, adopt, is_pruned, refuse_beyond_window, window_of
+from tokenprune.cache import (
+    CACHE,
+    adopt,
+    is_pruned,
+    refuse_beyond_window,
+    refuse_paged,
+    settle_layers,
+    window_of,
+)
 from tokenprune.compressor import Compressor, Selection, Stage, parse, placed
 from tokenprune.encoder import encoder_part
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import ContractError, UserError, unknown
+from tokenprune.guard import Guard, Ours, bypassed, eagerly, plain_copies
 from tokenprune.ledger import (
     DecoderShape,
     Kept,
@@ -60,6 +70,7 @@ from tokenprune.passes import Chosen, Pass, Span
 from tokenprune.prefix import Prefix, tapped_layers
 from tokenprune.registry import adapters
 from tokenprune.tokens import Encoding, Signal, VisualTokens, listed
+from tokenprune.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
@@ -68,34 +79,61 @@ __all__ = ["Chosen", "Trace", "adapter_of", "compress"]
 
 Kwargs = dict[str, Any]
 _active: WeakSet[nn.Module] = WeakSet()
+_entering = threading.Lock()
 _PROMPT = Signal("llm_prompt")
 _BEFORE = -1  # in place of a layer's index: in front of the language model
 
 
+class _Told(NamedTuple):
+    """What a trace tells of one prefill."""
+
+    selections: list[Chosen]
+    has_images: bool
+    account: Callable[[], list[Ledger]]
+
+
 class Trace:
     """What the latest prefill with images inside a `compress` context did.
+
+    Where several threads run the model, each is told of its own latest prefill; one that had none
+    is told of the latest of all.
 
     Selections and account are always of the same forward.  A prompt without images is told about
     only as long as none with images was seen, so that the text-only pass of ``guidance_scale``
     changes nothing.
 
     Attributes:
-        selections: Every selection, in the order made.
-        has_images: Whether that prefill had images.
         around: Makes the context that every selection runs in, attention rows and packing
             included; put a stopwatch there to time what choosing takes.
     """
 
     def __init__(self) -> None:
-        self.selections: list[Chosen] = []
-        self.has_images = False
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._account: Callable[[], list[Ledger]] = list
+        self._latest = _Told([], False, list)
+        self._own = threading.local()
+
+    def _tell(self, told: _Told) -> None:
+        self._latest = self._own.told = told
+
+    @property
+    def _told(self) -> _Told:
+        told: _Told = getattr(self._own, "told", self._latest)
+        return told
+
+    @property
+    def selections(self) -> list[Chosen]:
+        """Every selection, in the order made."""
+        return self._told.selections
+
+    @property
+    def has_images(self) -> bool:
+        """Whether that prefill had images."""
+        return self._told.has_images
 
     @property
     def ledgers(self) -> list[Ledger]:
         """The account of every row of the batch."""
-        return self._account()
+        return self._told.account()
 
     @property
     def ledger(self) -> Ledger:
@@ -108,24 +146,32 @@ class Trace:
         return found[0]
 
 
-def adapter_of(model: nn.Module) -> Adapter:
+def adapter_of(model: nn.Module | Adapter) -> Adapter:
     """The adapter for ``model``, found by its class or a parent class.
+
+    Args:
+        model: A model, also wrapped by ``torch.compile``, PEFT, Accelerate, `torch.nn.DataParallel`
+            on one device or ``DistributedDataParallel``; or an adapter, which is returned as it is.
 
     Raises:
         UnknownNameError: No adapter knows the class.
+        UserError: Not a model, or the model is wrapped in a way that compression cannot follow.
     """
     known = [adapters.get(name) for name in adapters.names()]
+    if isinstance(model, tuple(known)):
+        return model  # type: ignore[return-value]
     hosts = {host: cls for cls in known for host in cls.hosts}
-    for parent in type(model).__mro__:
+    inner = unwrapped(model, hosts)
+    for parent in type(inner).__mro__:
         if parent.__name__ in hosts:
-            found: Adapter = hosts[parent.__name__](model)
+            found: Adapter = hosts[parent.__name__](inner)
             return found
-    raise unknown("model class with an adapter", type(model).__name__, hosts)
+    raise unknown("model class with an adapter", type(inner).__name__, hosts)
 
 
 @contextmanager
 def compress(
-    model: nn.Module,
+    model: nn.Module | Adapter,
     compressor: Compressor | str | Sequence[Compressor] | None,
     *,
     given: Iterable[Signal] = (),
@@ -143,8 +189,13 @@ def compress(
     ``output_hidden_states`` are in the columns of the prompt, where a dropped column shows what the
     last kept column before it shows.
 
+    Threads that share the context of the one that opened it (`contextvars.copy_context`) may run
+    the model side by side; others are refused.  Whatever ``torch.compile`` has compiled, this model
+    or another, runs eagerly in the meantime.  Copies of the model that are made inside are plain.
+
     Args:
-        model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``.
+        model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``, its
+            adapter, or a wrapper that `adapter_of` sees through.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only keep the account.  A list has one compressor for each row
             of the batch, all of them in front of the language model.
@@ -158,6 +209,7 @@ def compress(
 
     Raises:
         UserError: The model lacks what the compressor needs, or already runs inside a context.
+            Inside: a forward got past the hooks, or ran in a thread that is not of the context.
     """
     adapter = adapter_of(model)
     adapter.require_language_model()
@@ -172,16 +224,18 @@ def compress(
         adapter.check(one, given)
     if len(rows) > 1:
         _check_rows(rows)
-    if adapter.base in _active:
-        raise UserError(
-            "this model already runs inside a compress context; leave it first, or combine the "
-            "strategies with Chain.of(...)."
-        )
-    session = _Session(adapter, rows, given, prefix)
-    _active.add(adapter.base)
+    trace = Trace()
+    session = _Session(adapter, rows, given, prefix, trace)
+    with _entering:
+        if adapter.base in _active:
+            raise UserError(
+                "this model already runs inside a compress context; leave it first, or combine the "
+                "strategies with Chain.of(...)."
+            )
+        _active.add(adapter.base)
     try:
-        with session.installed():
-            yield session.trace
+        with eagerly(model if isinstance(model, nn.Module) else adapter.model), session.installed():
+            yield trace
     finally:
         _active.discard(adapter.base)
 
@@ -202,8 +256,8 @@ def _check_rows(compressors: Sequence[Compressor | None]) -> None:
         )
 
 
-class _Session:
-    """The hooks of one open context."""
+class _Session(threading.local):
+    """The hooks of one open context, and what each thread that runs the model has come to."""
 
     def __init__(
         self,
@@ -211,9 +265,10 @@ class _Session:
         compressors: Sequence[Compressor | None],
         given: frozenset[Signal],
         prefix: Prefix | None,
+        trace: Trace,
     ) -> None:
         self.adapter = adapter
-        self.trace = Trace()
+        self.trace = trace
         self.compressors = compressors
         self.needs = [one.needs - given if one else frozenset[Signal]() for one in compressors]
         self.signals = frozenset[Signal]().union(*self.needs)
@@ -256,22 +311,30 @@ class _Session:
         for index in tapped_layers(self.signals, self.inside):
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             hooks.append((attention, functools.partial(self._attention, index)))
+        guard = Guard(adapter, alone=self.prefix is not None)
+
+        def enter() -> dict[str, list[list[Tensor]]]:
+            guard.admit()
+            return self.seen  # of the thread that encodes
+
         handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks
+            module.register_forward_pre_hook(Ours(hook), with_kwargs=True) for module, hook in hooks
         ]
-        handles.append(adapter.language_model.register_forward_hook(self._leave))
+        handles.append(adapter.language_model.register_forward_hook(Ours(self._leave)))
         # Also when a forward fails before the language model runs, the next one starts afresh.
         handles += [
-            module.register_forward_hook(self._forget, always_call=True)
+            module.register_forward_hook(Ours(self._forget), always_call=True)
             for module in {adapter.model, adapter.base}
         ]
         first = min(self.inside, default=self.shape.layers)
         try:
             with (
-                observing(adapter, self.signals, self.seen, self.encoder),
+                observing(adapter, self.signals, enter, self.encoder),
                 self.prefix.installed(adapter.decoder_layers, first, self._tap)
                 if self.prefix is not None
                 else nullcontext() as self.repeating,
+                guard.watching(),
+                plain_copies([*guard.modules, *adapter.language_model.modules()]),
             ):
                 yield
         finally:
@@ -299,6 +362,11 @@ class _Session:
     def _begin(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
         self.ids = _argument(module, args, kwargs, "input_ids")
         embeds = _argument(module, args, kwargs, "inputs_embeds")
+        if self.ids is None and embeds is None and args:
+            raise UserError(
+                f"the arguments of {type(module).__name__}.forward were replaced by ones without a "
+                "name, so that input_ids cannot be told; call it with input_ids=..."
+            )
         given = _argument(module, args, kwargs, "mm_encoder_outputs") or {}
         for modality, calls in self.seen.items():
             calls.clear()
@@ -413,6 +481,7 @@ class _Session:
         if "past_key_values" in changed:  # the old name is still understood
             changed[CACHE] = changed.pop("past_key_values")
         cache = changed.get(CACHE)
+        refuse_paged(cache)
         state, continued = self._start(embeds, changed), is_pruned(cache)
         spans = self._find_spans(state)
         stages = any(self.before) or bool(self.inside)
@@ -557,7 +626,7 @@ class _Session:
                 key = (id(part), id(span.record)) if span.is_untouched else None
                 chosen = made.get(key)
                 if chosen is None:
-                    chosen = part(span.tokens)
+                    chosen = _choose(part, span, span.tokens)
                 if key is not None:
                     made[key] = chosen
                 state.charge(span.row, part, span.tokens, shown[span.row], chosen)
@@ -674,7 +743,7 @@ class _Session:
             tokens = self.layers.tokens(state, span, part, index, whole, rows, once)
             chosen = self._recall(state, span, index)
             if chosen is None:
-                chosen = part(tokens)
+                chosen = _choose(part, span, tokens)
                 copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
                 state.charge(span.row, part, tokens, shown[span.row] + copies, chosen)
                 self._remember(state, span, index, chosen)
@@ -804,9 +873,15 @@ class _Session:
         opened, self.opened = self.opened, None
         if self.repeating is not None:
             self.repeating.end()
+        if opened is not None and opened.spans:
+            cut = {chosen.layer for chosen in opened.selections}
+            for index in self.inside.keys() - cut:
+                raise bypassed(f"decoder layer {index}")
         if opened is not None:
             self._tell(opened, output[0].element_size())
         state, self.current = self.current, None
+        if state is not None and state.cache is not None:
+            settle_layers(state.cache, cut=state.packed or state.sizes is not None)
         if state is None or not state.packed:
             return None
         hidden = state.spread(output[0], state.columns)
@@ -938,8 +1013,7 @@ class _Session:
                 )
             return made
 
-        self.trace.selections, self.trace._account = state.selections, ledgers
-        self.trace.has_images = bool(state.spans)
+        self.trace._tell(_Told(state.selections, bool(state.spans), ledgers))
 
     def _warn_blind(self) -> None:
         warnings.warn(
@@ -947,6 +1021,15 @@ class _Session:
             "nothing is compressed; pass input_ids with pixel_values instead.",
             stacklevel=2,
         )
+
+
+def _choose(part: Compressor, span: Span, tokens: VisualTokens) -> Selection:
+    """What ``part`` chooses of an image, which is named where it breaks the contract."""
+    try:
+        return part(tokens)
+    except ContractError as error:
+        where = f"{span.layout.modality} {span.image} of prompt {span.row}, both counted from 0"
+        raise ContractError(f"{error} ({where})") from error
 
 
 def _asked(kwargs: Kwargs, name: str, config: Any) -> bool:
@@ -959,9 +1042,15 @@ def _argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:
     """The argument ``name`` of a forward, given by position or by name."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    names = [
+    # Whoever replaces a forward often calls its arguments *args; then the class knows their names.
+    names = _names(module.forward) or _names(type(module).forward)[1:]
+    return dict(zip(names, args, strict=False)).get(name)
+
+
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """Of the arguments that may be given by position."""
+    return [
         parameter.name
-        for parameter in inspect.signature(module.forward).parameters.values()
+        for parameter in inspect.signature(forward).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
     ]
-    return dict(zip(names, args, strict=False)).get(name)

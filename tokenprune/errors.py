@@ -5,15 +5,30 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RetentionWarning", "UnknownNameError", "UserError", "unknown"]
+__all__ = [
+    "ContractError",
+    "PictureWarning",
+    "RetentionWarning",
+    "UnknownNameError",
+    "UserError",
+    "unknown",
+]
 
 
 class UserError(ValueError):
     """Bad input, found before compute was spent."""
 
 
+class ContractError(UserError):
+    """A strategy did what none may do; the sentence says which, what, and of which image."""
+
+
 class UnknownNameError(UserError, LookupError):
     """A name that nothing is registered under."""
+
+
+class PictureWarning(UserWarning):
+    """The values of a picture do not say which of them is black and which is white."""
 
 
 class RetentionWarning(UserWarning):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from tokenprune.attention import (
 )
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
+from tokenprune.offload import applied, resident
 from tokenprune.passes import Pass, Span
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -140,16 +142,15 @@ class LayerSignals:
             visible = torch.cat([state.layers[index].valid[:, :-count].to(device), visible], 1)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
         rotary = cos.to(device), sin.to(device)
-        row = decoder_row(attention, hidden, rotary, asking, _counted(visible, sizes), keys)
+        with self._at_hand(index):
+            row = decoder_row(attention, hidden, rotary, asking, _counted(visible, sizes), keys)
         state.read.append((index, keys is None))
         return row[:, -count:]
 
     @torch.no_grad()
     def _states(self, hidden: Tensor) -> Tensor:
         """(B, M, D) states of the current slots behind the final norm."""
-        norm = self.adapter.language_model.norm
-        states: Tensor = norm(hidden.to(norm.weight.device))
-        return states.to(hidden.device)
+        return applied(self.adapter.language_model.norm, hidden).to(hidden.device)
 
     @torch.no_grad()
     def _keys(self, state: Pass, index: int, count: int) -> Tensor:
@@ -160,7 +161,9 @@ class LayerSignals:
             keys = cached[:, :, -count:]
         else:
             states, (cos, sin) = state.tapped[index]
-            keys = decoder_keys(attention, states, (cos.to(states.device), sin.to(states.device)))
+            rotary = cos.to(states.device), sin.to(states.device)
+            with self._at_hand(index):
+                keys = decoder_keys(attention, states, rotary)
         first = state.real.int().argmax(1, keepdim=True)
         back = -state.positions.gather(1, first).to(keys.device)
         cos, sin = self.adapter.language_model.rotary_emb(keys, back)
@@ -177,7 +180,8 @@ class LayerSignals:
         text = text.to(hidden.device)
         if signal == _ROTARY:
             return rotary_product(rotary, text)
-        rows = decoder_rows(*prompt, text, visible(text), keys, by_head=signal == _HEADS)
+        with self._at_hand(index):
+            rows = decoder_rows(*prompt, text, visible(text), keys, by_head=signal == _HEADS)
         state.asked.append((span.row, index, len(text), keys is None))
         return rows[:, -len(hidden) :]
 
@@ -185,7 +189,8 @@ class LayerSignals:
     def _mass(self, state: Pass, span: Span, index: int, asks: Tensor) -> Tensor:
         """(M,) what the current slots get in layer ``index`` from the queries ``asks``."""
         prompt, keys, visible = self._prompt(state, span, index)
-        mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
+        with self._at_hand(index):
+            mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
         state.asked.append((span.row, index, len(asks), keys is None))
         return mass[-len(prompt[1]) :]
 
@@ -234,16 +239,21 @@ class LayerSignals:
         visible = _counted(visible, state.sizes if cached is None else cached.sizes)
         rotary = self._rotary_ahead(state, index, states, kwargs)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        row = decoder_row(attention, states, rotary, asking, visible, past=past)
+        with self._at_hand(index):
+            row = decoder_row(attention, states, rotary, asking, visible, past=past)
         state.read.append((index - 1, True))  # as many keys as the layer before processed
         return row[:, -count:]
 
     def _states_ahead(self, index: int, hidden: Tensor) -> Tensor:
         """(..., D) ``hidden`` as the attention of layer ``index`` will see it."""
-        norm: Any = self.adapter.decoder_layers[index].get_submodule("input_layernorm")
-        # With layers on several devices, the norm's weight says where this one lies.
-        states: Tensor = norm(hidden.to(norm.weight.device))
-        return states
+        norm = self.adapter.decoder_layers[index].get_submodule("input_layernorm")
+        with self._at_hand(index):
+            return applied(norm, hidden)
+
+    def _at_hand(self, index: int) -> AbstractContextManager[None]:
+        """While open, decoder layer ``index`` can be used in parts, outside its own forward."""
+        layer = self.adapter.decoder_layers[index]
+        return resident(layer, layer.get_submodule("self_attn"))
 
     def _rotary_ahead(
         self, state: Pass, index: int, states: Tensor, kwargs: Kwargs
@@ -262,7 +272,9 @@ class LayerSignals:
         """(B, M, kv_heads * head_dim) keys of the current slots in the layer about to run."""
         states = self._states_ahead(index, hidden)
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        keys = decoder_keys(attention, states, self._rotary_ahead(state, index, states, kwargs))
+        rotary = self._rotary_ahead(state, index, states, kwargs)
+        with self._at_hand(index):
+            keys = decoder_keys(attention, states, rotary)
         state.projected.append(index - 1)
         return keys.transpose(1, 2).flatten(2)
 
@@ -281,7 +293,8 @@ class LayerSignals:
         visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
         attention: Any = self.adapter.decoder_layers[index].get_submodule("self_attn")
         still = both.new_ones(*both.shape[:2], attention.head_dim)  # cos of no rotation
-        row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
+        with self._at_hand(index):
+            row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
         state.asked.append((span.row, index - 1, 1, True))
         return row[0, :-1]
 

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.attention import attention_received, cls_row, first_arguments, key_vectors
 from tokenprune.encoder import EncoderCompressor, Tower, running
+from tokenprune.guard import Ours, bypassed, shadowed
+from tokenprune.offload import resident
+from tokenprune.precision import without_autocast
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
     from tokenprune.models.adapter import Adapter
 
-__all__ = ["Ragged", "encoded", "observing"]
+__all__ = ["Ragged", "encoded", "observing", "watched"]
+
+Seen = Mapping[str, list[list[Tensor]]]
+
+# Who looks into a vision tower puts hooks on it for the time of one call: one thread at a time.
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_making = threading.Lock()
 
 
 class Ragged(list[Tensor]):
@@ -46,7 +57,7 @@ def encoded(features: Iterable[Tensor]) -> BaseModelOutputWithPooling:
 def observing(
     adapter: Adapter,
     signals: frozenset[Signal],
-    seen: Mapping[str, list[list[Tensor]]] | None = None,
+    enter: Callable[[], Seen] | None = None,
     encoder: EncoderCompressor | None = None,
 ) -> Iterator[None]:
     """While open, every encoded image carries a `VisualTokens` record as ``feature.visual``.
@@ -57,44 +68,59 @@ def observing(
     Args:
         adapter: The model.
         signals: Signals to compute on the way; those of the language model are left out.
-        seen: Per modality, a list that every call's features are appended to.
+        enter: Called in front of every encoder call; returns, per modality, the list that the
+            features are appended to.
         encoder: A method that acts inside the vision tower.
     """
-    wanted = frozenset(signal for signal in signals if not signal.in_llm)
     with ExitStack() as stack:
-        for modality in adapter.encoders:
-            calls = None if seen is None else seen[modality]
-            stack.enter_context(_wrapped(adapter, modality, wanted, calls, encoder))
+        for modality, method in adapter.encoders.items():
+            encode = watched(adapter, modality, signals, enter, encoder)
+            stack.enter_context(shadowed(adapter.base, method, encode))
         yield
 
 
-@contextmanager
-def _wrapped(
+def watched(
     adapter: Adapter,
     modality: str,
     signals: frozenset[Signal],
-    seen: list[list[Tensor]] | None,
-    encoder: EncoderCompressor | None,
-) -> Iterator[None]:
-    base, method = adapter.base, adapter.encoders[modality]
-    original = getattr(base, method)
-    original = getattr(original, "unwatched", original)  # each context sees to itself alone
-    before = base.__dict__.get(method)
-    signature = inspect.signature(original)
+    enter: Callable[[], Seen] | None = None,
+    encoder: EncoderCompressor | None = None,
+) -> Callable[..., Any]:
+    """The model's encoder of ``modality``, the features of which carry records.
 
-    @functools.wraps(original)  # generate reads the signature
+    Args:
+        adapter: The model.
+        modality: Which of the adapter's encoders.
+        signals, enter, encoder: As in `observing`.
+    """
+    wanted = frozenset(signal for signal in signals if not signal.in_llm)
+    original = getattr(adapter.base, adapter.encoders[modality])
+    if isinstance(original, Ours):
+        original = original.original  # each context sees to itself alone
+    signature = inspect.signature(original)
+    with _making:
+        lock = _locks.setdefault(adapter.base, threading.RLock())
+
+    @functools.wraps(original, updated=())  # generate reads the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
+        seen = None if enter is None else enter()[modality]
         call = {
             name: value.cpu() if _counts(value) else value  # sizes and numbers of images, once
             for name, value in signature.bind(*args, **kwargs).arguments.items()
         }
         with (
+            lock,
             running(adapter, encoder, call, modality) as tower,
-            _tapped(adapter, signals, tower) as maps,
+            _tapped(adapter, wanted, tower) as maps,
+            resident(
+                adapter.base
+            ),  # the encoder reads its newline, outside a forward in `generate`
         ):
             output = original(*args, **kwargs)
-        features = Ragged(output.pooler_output)
-        records = adapter.describe(call, features, maps(), modality, tower)
+            features = Ragged(output.pooler_output)
+            with without_autocast(features[0].device):
+                rows = maps()
+            records = adapter.describe(call, features, rows, modality, tower)
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
         if isinstance(output.pooler_output, Tensor):
@@ -103,14 +129,7 @@ def _wrapped(
             seen.append(features)
         return output
 
-    encode.unwatched = original  # type: ignore[attr-defined]
-    setattr(base, method, encode)
-    try:
-        yield
-    finally:
-        delattr(base, method)
-        if before is not None:
-            setattr(base, method, before)
+    return encode
 
 
 def _counts(value: Any) -> bool:
@@ -144,6 +163,8 @@ def _tapped(
 
         def maps() -> dict[Signal, Tensor]:
             found = {}
+            if any(one.key is None for one in tapped.values()):
+                raise bypassed("the vision tower")
             if tower is not None:
                 for layer, projected in tapped.items():
                     projected.bias = tower.biases[layer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.guard import bypassed
 from tokenprune.tokens import TokenLayout, VisualTokens, moved
 
 __all__ = ["Chosen", "Pass", "Picked", "Span"]
@@ -101,6 +102,13 @@ class Picked:
     merged: int
 
 
+class Tapped(dict[int, tuple[Tensor, tuple[Tensor, Tensor]]]):
+    """Layer to the input and rotary embedding of its attention module."""
+
+    def __missing__(self, layer: int) -> NoReturn:
+        raise bypassed(f"the attention of decoder layer {layer}")
+
+
 @dataclass(eq=False)
 class Pass:
     """One forward of the language model: B rows, S columns of the prompt in M slots.
@@ -174,7 +182,7 @@ class Pass:
     inherited: list[Tensor | None] = field(default_factory=list)
     masks: dict[int, Any] = field(default_factory=dict)
     picked: list[Picked] = field(default_factory=list)
-    tapped: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    tapped: Tapped = field(default_factory=Tapped)
     held: list[Tensor] = field(default_factory=list)
     read: list[tuple[int, bool]] = field(default_factory=list)
     asked: list[tuple[int, int, int, bool]] = field(default_factory=list)

@@ -9,6 +9,7 @@ of ``model.generate`` stays what it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tokenprune.cache import CACHE
 from tokenprune.compressor import Compressor, Stage, placed
+from tokenprune.guard import Ours, shadowed
 from tokenprune.tokens import Signal
 
 if TYPE_CHECKING:
@@ -110,10 +112,12 @@ class Prefix:
         run = _Run(self, min(first_cut, max(self.cuts, default=0)), tap)
         with ExitStack() as stack:
             for index in range(run.until):
-                stack.enter_context(_wrapped(layers[index], run.layer(index)))
+                forward = functools.partial(run.layer(index), layers[index].forward)
+                stack.enter_context(shadowed(layers[index], "forward", forward))
                 if index in self.taps:
                     attention = layers[index].get_submodule("self_attn")
-                    handle = attention.register_forward_pre_hook(run.note(index), with_kwargs=True)
+                    note = Ours(run.note(index))
+                    handle = attention.register_forward_pre_hook(note, with_kwargs=True)
                     stack.callback(handle.remove)
             yield run
 
@@ -223,21 +227,3 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
         a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
         for a, b in zip(one, other, strict=True)
     )
-
-
-@contextmanager
-def _wrapped(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``module.forward`` is ``around(original, ...)``, of this module alone."""
-    original = module.forward
-    before = module.__dict__.get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

@@ -11,8 +11,10 @@ from torch import Tensor
 from tokenprune.tokens import Kind, TokenLayout, listed, moved
 
 __all__ = [
+    "ROUNDING",
     "ROUNDS",
     "Matching",
+    "best_per_view",
     "bipartite_matching",
     "central_members",
     "cover",
@@ -23,11 +25,14 @@ __all__ = [
     "evenly_spaced",
     "float_copy",
     "group_means",
+    "group_sums",
     "kernel_density",
     "least_cutoff",
+    "lengths",
     "max_min_diversity",
     "merge_weighted",
     "normalise",
+    "patch_table",
     "patches_by_plane",
     "patches_by_view",
     "project_thumbnail",
@@ -45,6 +50,12 @@ __all__ = [
 
 ROUNDS = 16
 """Of `dispersed`, before the host asks whether all points are decided; few need as many."""
+
+ROUNDING = 2.0**-19
+"""Cosine distances up to this are 0: of equal vectors no more is left in float32.
+
+What is equal must tie, and ties go by place; left as they are, roundings would rank.
+"""
 
 
 def _rank_in_group(group: Tensor) -> Tensor:
@@ -73,17 +84,32 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
         (M,) sorted indices into the N entries; on the CPU where the counts are on another device,
         which has to be waited for to learn how many they are.
     """
+    ranked, kept = _ranked_per_view(layout, scores, counts)
+    if counts.device.type != "cpu":
+        return listed(_as_mask(ranked, kept, len(layout)))
+    total = sum(map(min, counts.tolist(), layout.view_sizes))
+    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+
+
+def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
+    """(N,) bool which entries `top_per_view` lists, on the device of the scores, without a wait."""
+    return _as_mask(*_ranked_per_view(layout, scores, counts), len(layout))
+
+
+def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) indices of the patch tokens, best first, and which are among the best of their view."""
     layout = layout.to(scores.device)
     order = scores[layout.patches].float().argsort(descending=True, stable=True)
     ranked = layout.patches[order]
     view = layout.view[ranked]
-    kept = _rank_in_group(view) < moved(counts, view.device)[view]
-    if counts.device.type != "cpu":
-        mask = torch.zeros(len(layout), dtype=torch.bool, device=view.device)
-        mask[ranked] = kept
-        return listed(mask)
-    total = sum(map(min, counts.tolist(), layout.view_sizes))
-    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+    return ranked, _rank_in_group(view) < moved(counts, view.device)[view]
+
+
+def _as_mask(index: Tensor, which: Tensor, size: int) -> Tensor:
+    """(size,) bool, ``which`` (P,) at ``index`` (P,)."""
+    mask = torch.zeros(size, dtype=torch.bool, device=index.device)
+    mask[index] = which
+    return mask
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -92,11 +118,27 @@ def top(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
+def lengths(vectors: Tensor) -> Tensor:
+    """(P,) Euclidean norms of ``vectors`` (P, D), summed up in float32 without a copy of them."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+    return norms
+
+
 def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:
     """(groups, D) mean of the vectors (P, D) of every group (P,) in float32, 0 of an empty one."""
-    sums = vectors.new_zeros(groups, vectors.shape[1], dtype=torch.float32)
-    sums = sums.index_add_(0, group, vectors.float())
+    sums = group_sums(vectors.float(), group, groups)
     return sums / tally(group, groups).clamp(min=1)[:, None]
+
+
+def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(groups, ...) sum of the values (P, ...) of every group (P,), added up in their order.
+
+    The same in every run: on a GPU `index_add_` adds up as it comes, and `index_put_` sorts first.
+    """
+    sums = values.new_zeros(groups, *values.shape[1:])
+    if values.device.type == "cpu":
+        return sums.index_add_(0, group, values)
+    return sums.index_put_((group,), values, accumulate=True)
 
 
 def tally(group: Tensor, groups: int) -> Tensor:
@@ -109,6 +151,15 @@ def patches_by_view(layout: TokenLayout) -> list[Tensor]:
     patches = layout.patches
     ordered = patches[layout.view[patches].argsort(stable=True)]
     return list(ordered.split(list(layout.view_sizes)))
+
+
+def patch_table(layout: TokenLayout) -> Tensor:
+    """(V, P) index of the patch token at each place of every view, -1 where none is left."""
+    rows, cols = layout.view_shape
+    table = layout.kind.new_full((layout.views, rows * cols), -1)
+    patches = layout.patches
+    table[layout.view[patches], layout.row[patches] * cols + layout.col[patches]] = patches
+    return table
 
 
 def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
@@ -186,8 +237,8 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
         (M,) sorted indices into the N entries, on the CPU.
     """
     layout, counts = layout.host, counts.cpu()
-    sizes = torch.tensor(layout.view_sizes)
-    view = torch.arange(len(sizes)).repeat_interleave(counts)
+    sizes = torch.tensor(layout.view_sizes, device="cpu")
+    view = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
     slot = (2 * _rank_in_group(view) + 1) * sizes[view] // (2 * counts[view])
     # A view's patches need not be neighbours in the sequence: crops share canvas rows.
     order = layout.patches[layout.view[layout.patches].argsort(stable=True)]
@@ -225,8 +276,7 @@ def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     height, width = scores.shape
     region = moved(regions((height, width), grid), scores.device)
-    sums = scores.new_zeros(grid[0] * grid[1])
-    return sums.index_add_(0, region.flatten(), scores.flatten())
+    return group_sums(scores.flatten(), region.flatten(), grid[0] * grid[1])
 
 
 def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
@@ -270,7 +320,7 @@ def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         (H, W) int64 in [0, rows * columns).
     """
     row, col = (
-        (torch.arange(side) // max(side // cells, 1)).clamp(max=cells - 1)
+        (torch.arange(side, device="cpu") // max(side // cells, 1)).clamp(max=cells - 1)
         for side, cells in zip(shape, grid, strict=True)
     )
     return row[:, None] * grid[1] + col[None, :]
@@ -299,7 +349,8 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
     """A subset whose smallest pairwise cosine distance is large, chosen greedily.
 
     First the row whose nearest other row is farthest, then again and again the row that is farthest
-    from all chosen ones.  Ties go to the earlier row (DivPrune, arXiv 2503.02175, algorithm 1).
+    from all chosen ones.  Ties go to the earlier row (DivPrune, arXiv 2503.02175, algorithm 1): of
+    equal rows, and of two that are nearest to each other.
 
     Args:
         features: (P, D); compared in float32.
@@ -312,8 +363,10 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
     if count < 1:
         return chosen
     unit = F.normalize(features.float(), dim=-1)
-    distance = 1 - unit @ unit.T
-    closest = distance.clone().fill_diagonal_(torch.inf).amin(0)
+    distance = torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
+    others = distance.clone().fill_diagonal_(torch.inf)
+    closest = torch.minimum(others.amin(0), others.amin(1))  # rounding is not symmetric
+    del others
     for step in range(count):
         # As a vector of one: a number as an index would make the host wait for it.
         index = closest.argmax(0, keepdim=True)
@@ -629,7 +682,7 @@ def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
 
     The temporal summary is the mean of the unit-length features of all frames at one place; the
     distance is one minus the cosine to it.  What stands still is near the summary, what appears or
-    moves is far from it.
+    moves is far from it.  Two frames are equally far from their summary, everywhere.
 
     Args:
         layout: Geometry of the N entries.
@@ -640,11 +693,14 @@ def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
     """
     patches = layout.patches
     place = layout.row[patches] * layout.view_shape[1] + layout.col[patches]
+    places = layout.view_shape[0] * layout.view_shape[1]
     unit = F.normalize(features[patches].float(), dim=-1)
-    summary = unit.new_zeros(layout.view_shape[0] * layout.view_shape[1], unit.shape[1])
-    summary = F.normalize(summary.index_add_(0, place, unit), dim=-1)
+    summary = F.normalize(group_sums(unit, place, places), dim=-1)
+    far = torch.threshold_(1 - (unit * summary[place]).sum(-1), ROUNDING, 0.0)
+    if layout.frames == 2:  # equal but for rounding, which must not rank
+        far = (group_sums(far, place, places) / tally(place, places))[place]
     distance = unit.new_full((len(layout),), torch.nan)
-    distance[patches] = 1 - (unit * summary[place]).sum(-1)
+    distance[patches] = far
     return distance
 
 
@@ -663,7 +719,7 @@ def normalise(
     if how == "none":
         return scores
     if how == "l2":
-        squares = scores.new_zeros(views).index_add_(0, view, scores.square())
+        squares = group_sums(scores.square(), view, views)
         return scores / squares.sqrt().clamp(min=1e-12)[view]
     low = scores.new_full((views,), torch.inf).scatter_reduce(0, view, scores, "amin")
     high = scores.new_full((views,), -torch.inf).scatter_reduce(0, view, scores, "amax")

@@ -37,54 +37,57 @@ def sample_tokens(
     layout = copy.deepcopy(layout)  # a strategy that writes to its own must not spoil others'
     wide = widths or {}
     width = wide.get("features", WIDTH)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator("cpu").manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")
 
     def signal(which: Signal) -> Tensor:
         if which.name == "llm_text":
-            return torch.randn(len(layout), text, generator=draw).softmax(0)
+            return drawn(len(layout), text).softmax(0)
         if which.name == "llm_text_heads":
             heads = wide.get(which.name, HEADS)
-            return torch.randn(len(layout), text, heads, generator=draw).softmax(0)
+            return drawn(len(layout), text, heads).softmax(0)
         if which.name == "llm_text_rotary":
-            return 1 + torch.rand(len(layout), text, generator=draw)
+            return 1 + torch.rand(
+                len(layout), text, generator=draw, dtype=torch.float32, device="cpu"
+            )
         if which.is_vector:
-            vectors = torch.randn(len(layout), wide.get(which.name, VECTOR), generator=draw)
+            vectors = drawn(len(layout), wide.get(which.name, VECTOR))
             if which.in_llm:
                 return vectors
             return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
-        values = torch.randn(len(layout), generator=draw)
+        values = drawn(len(layout))
         if which.name not in ("cls_logits", "saliency"):
             values = values.softmax(0)
         return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
 
     ordered = sorted((one for one in signals if one.is_aligned), key=repr)
-    weight = torch.randn(wide.get("unprojected", VECTOR), width, generator=draw).to(dtype)
+    weight = drawn(wide.get("unprojected", VECTOR), width).to(dtype)
     return VisualTokens(
         layout=layout,
-        features=torch.randn(len(layout), width, generator=draw).to(dtype),
+        features=drawn(len(layout), width).to(dtype),
         signals={which: signal(which).to(dtype) for which in ordered},
-        fingerprint=torch.randn(3, 4, 4, generator=draw),
+        fingerprint=drawn(3, 4, 4),
         projector=lambda vectors: vectors.relu() @ weight,
         text={
-            which: torch.randn(text, wide.get(which.name, VECTOR), generator=draw).to(dtype)
+            which: drawn(text, wide.get(which.name, VECTOR)).to(dtype)
             for which in ordered
             if which.is_vector and which.in_llm and not which.name.startswith("llm_text")
         }
         | {
-            which: torch.randn(
-                text, width if which.in_llm else wide.get(which.name, VECTOR), generator=draw
-            ).to(dtype)
+            which: drawn(text, width if which.in_llm else wide.get(which.name, VECTOR)).to(dtype)
             for which in sorted(signals, key=repr)
             if which.name in ("llm_prompt", "clip_text")
         },
         inputs=(
-            torch.randn(len(layout.patches), width, generator=draw).to(dtype),
-            torch.randn(text, width, generator=draw).to(dtype),
+            drawn(len(layout.patches), width).to(dtype),
+            drawn(text, width).to(dtype),
         ),
         clusters=torch.where(
             layout.is_separator,
             -1,
             layout.view * len(layout)
-            + torch.randint(max(1, len(layout) // 2), (len(layout),), generator=draw),
+            + torch.randint(max(1, len(layout) // 2), (len(layout),), generator=draw, device="cpu"),
         ),
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from rich import box
@@ -17,12 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
-
-if TYPE_CHECKING:
-    from tokenprune.compressor import Compressor
+from tokenprune.texts import is_whole, printable
 
 __all__ = [
     "BAD_INPUT",
@@ -38,7 +34,6 @@ __all__ = [
     "method_label",
     "method_specs",
     "new_table",
-    "own_class",
     "percent",
     "progress",
     "quiet",
@@ -54,7 +49,22 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 Report = Callable[[int, int, str], None]
 """Called with how much is done, how much there is (0: not known yet), and what is being done."""
 
+
+class Commands(TyperGroup):
+    """The commands; what they are given can be written to their manifests."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for value in args:
+            if not is_whole(value):
+                ctx.fail(
+                    f"the argument {value!r} is not UTF-8 (it has a lone surrogate); type the text "
+                    "again, or rename the file."
+                )
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Run and compare visual-token compression methods inside vision-language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -113,8 +123,10 @@ def registered(spec: str) -> str:
     """``spec``; a class of your own in it, ``module:Class``, is imported and called by its name.
 
     Raises:
-        UserError: As `own_class`, or the class is not registered.
+        UserError: As `plugins.own_class`, or the class is not registered.
     """
+    from tokenprune.plugins import own_class
+
     parts = []
     for part in spec.split(" + "):
         path, at, retention = part.strip().partition("@")
@@ -123,35 +135,6 @@ def registered(spec: str) -> str:
             raise UserError(f'{path} has no name yet; write @register("name") above the class.')
         parts.append(part if own is None else f"{own.name}{at}{retention}")
     return " + ".join(parts)
-
-
-def own_class(path: str) -> type[Compressor] | None:
-    """The class at ``package.module:Class``; None for a spec such as ``fastv:layer=3``.
-
-    Raises:
-        UserError: There is no such module, or no compressor of that name in it.
-    """
-    from tokenprune.compressor import Compressor
-    from tokenprune.registry import strategies
-
-    module, _, name = path.partition(":")
-    if not (name.isidentifier() and module.replace(".", "").isidentifier()):
-        return None
-    if module in strategies.names():  # a method whose options cannot be read
-        return None
-    sys.path.insert(0, "")  # a file in the working directory is a module, too
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"cannot import {module!r}: {error}. Give package.module:Class, or a registered method "
-            "(see tokenprune list) with options, name:option=value."
-        ) from error
-    finally:
-        sys.path.remove("")
-    if not (isinstance(found, type) and issubclass(found, Compressor)):
-        raise UserError(f"{name!r} of {module!r} is not a class derived from Compressor.")
-    return found
 
 
 def ratios(values: Sequence[str]) -> tuple[float, ...]:
@@ -177,10 +160,10 @@ def as_exit_status() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(printable(f"error: {error}"), err=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt as stop:
-        typer.echo(str(stop) or "interrupted.", err=True)
+        typer.echo(printable(str(stop)) or "interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -208,10 +191,12 @@ def progress() -> Iterator[Report]:
     task = bar.add_task("starting", total=None)
 
     def report(done: int, total: int, doing: str) -> None:
-        bar.update(task, completed=done, total=total or None, description=escape(doing))
+        bar.update(task, completed=done, total=total or None, description=escape(printable(doing)))
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(f"warning: {message}", soft_wrap=True, highlight=False, markup=False)
+        console.print(
+            printable(f"warning: {message}"), soft_wrap=True, highlight=False, markup=False
+        )
 
     usual = warnings.showwarning
     warnings.showwarning = show

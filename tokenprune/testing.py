@@ -19,6 +19,7 @@ a ragged batch: a prompt with one image, one of text only, one with two images o
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -26,6 +27,7 @@ import math
 import pickle
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +64,7 @@ from tokenprune.primitives import patches_by_view
 from tokenprune.registry import adapters
 from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
+from tokenprune.untouched import shown
 
 __all__ = [
     "CHECKS",
@@ -999,6 +1002,46 @@ def check_keeps_the_best_scores(compressor: Compressor) -> None:
                     )
 
 
+def check_scores_are_finite(compressor: Compressor) -> None:
+    """Scores are finite; where what is looked at is not, that is refused, and not ranked by.
+
+    A strategy that ranks by itself hands what it ranks by to `Selection.scores`.
+    """
+    for part in compressor.stages():
+        for name, tokens in _samples(part):
+            what = f"{part.label} on layout {name!r}"
+            try:
+                sound = _called(part, tokens).keep
+            except UserError as error:
+                raise AssertionError(f"{what}: {error}") from error
+            for token in tokens.layout.patches[[0, -1]].tolist():
+                try:
+                    keep = _called(part, _spoilt(tokens, token)).keep
+                except Exception:  # however it fails, nothing is ranked by NaN
+                    continue
+                _same(keep, sound, f"{what}, where token {token} is NaN all over, keeps")
+
+
+def _called(part: Compressor, tokens: VisualTokens) -> Selection:
+    """What the core makes of the strategy's choice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetentionWarning)
+        return part(tokens)
+
+
+def _spoilt(tokens: VisualTokens, token: int) -> VisualTokens:
+    """The same where all that is known of one token is NaN."""
+    here = torch.tensor([token])
+    return replace(
+        tokens,
+        features=tokens.features.index_fill(0, here, torch.nan),
+        signals={
+            signal: values.index_fill(0, here, torch.nan)
+            for signal, values in tokens.signals.items()
+        },
+    )
+
+
 def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
     """Whether what is kept shows something of ``token``."""
     nudged = tokens.features.clone()
@@ -1049,29 +1092,12 @@ def check_tokens_untouched(compressor: Compressor) -> None:
     """What the strategy is shown is not written to."""
     for part in compressor.stages():
         for name, tokens in _samples(part):
-            before = {key: values.clone() for key, values in _shown(tokens).items()}
+            before = {key: values.clone() for key, values in shown(tokens).items()}
             _select(part, tokens)
-            for key, values in _shown(tokens).items():
+            for key, values in shown(tokens).items():
                 unchanged = torch.equal(values.nan_to_num(), before[key].nan_to_num())
                 if not unchanged:
                     raise AssertionError(f"{part.label} writes to {key} (layout {name!r})")
-
-
-def _shown(tokens: VisualTokens) -> dict[str, Tensor]:
-    """Every tensor that a strategy can get at."""
-    groups: tuple[Mapping[Any, Any], ...] = (
-        vars(tokens),
-        vars(tokens.layout),
-        {f"text: {signal}": values for signal, values in tokens.text.items()},
-        tokens.signals,
-        dict(zip(("inputs: image", "inputs: text"), tokens.inputs or (), strict=False)),
-    )
-    return {
-        str(key): values
-        for group in groups
-        for key, values in group.items()
-        if isinstance(values, Tensor)
-    }
 
 
 def check_deterministic(compressor: Compressor) -> None:
@@ -1121,6 +1147,8 @@ def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None
 
 
 def _same_bits(got: Tensor, want: Tensor, what: str) -> None:
+    if got.shape != want.shape:
+        raise AssertionError(f"{what} are {tuple(got.shape)} instead of {tuple(want.shape)}")
     if not torch.equal(got, want):
         raise AssertionError(f"{what} differ by up to {(got - want).abs().max():.2g}")
 
@@ -1829,6 +1857,113 @@ def check_scattered_embeds_warn(compressor: Compressor, host: Host) -> None:
     _same_bits(got, plain, "logits of scattered embeddings with and without compression")
 
 
+@functools.cache
+def _compiled(host: Host) -> Host:
+    """A copy whose decoder layers were compiled and have run, once for every host."""
+    twin = host.like()
+    for layer in twin.adapter.decoder_layers:
+        layer.compile(backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        twin.logits(host.inputs(), use_cache=False)
+    return twin
+
+
+def check_compiled(compressor: Compressor, host: Host) -> None:
+    """Layers that were compiled and ran before the context are compressed like any others."""
+    inputs, twin = host.inputs() | {"use_cache": False}, _compiled(host)
+    with compress(host.model, compressor) as trace:
+        want, kept = host.logits(inputs), [chosen.keep for chosen in trace.selections]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "this model or a part of it was compiled")
+        with compress(twin.model, compressor) as trace:
+            try:
+                got = twin.logits(inputs)
+            except UserError as error:
+                raise AssertionError(f"compiled layers were refused: {error}") from error
+    _close(got, want, "logits of compiled layers")
+    _same_kept([chosen.keep for chosen in trace.selections], kept, "compiled layers")
+
+
+def check_nothing_bypasses(compressor: Compressor, host: Host) -> None:
+    """Calls of ``forward`` run through the hooks; a decoder without hooks is refused."""
+    inputs, decoder = host.inputs(), host.adapter.language_model
+    with compress(host.model, compressor) as trace:
+        want, kept = host.logits(inputs), [chosen.keep for chosen in trace.selections]
+        with torch.no_grad():
+            _same_bits(host.model.forward(**inputs).logits, want, "logits of model.forward")
+            hidden = host.adapter.base.forward(**inputs).last_hidden_state
+        head = host.model.get_output_embeddings()
+        _same_bits(head(hidden).detach(), want, "logits of model.model.forward")
+        _same_kept([chosen.keep for chosen in trace.selections], kept, "model.model.forward")
+        # What `compile` leaves behind: the module is called without its hooks.
+        decoder._compiled_call_impl = functools.partial(type(decoder).forward, decoder)
+        try:
+            _refused(lambda: host.logits(inputs), "got past", "a decoder without its hooks")
+        finally:
+            del decoder._compiled_call_impl
+
+
+def check_threads(compressor: Compressor, host: Host) -> None:
+    """Two threads of a context run at the same time, each as if alone; others are refused."""
+    rows = (0, 2)
+    found: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    failed: list[Exception] = []
+    meeting = threading.Barrier(len(rows), timeout=30)
+
+    def work(row: int, trace: Trace) -> None:
+        try:
+            found[row] = host.logits(host.inputs([row])), _kept(trace, 0)
+        except Exception as error:
+            failed.append(error)
+            meeting.abort()
+
+    def meet(*args: Any) -> None:
+        meeting.wait()
+
+    def together(trace: Trace, run: Callable[[], Callable[..., Any]]) -> None:
+        threads = [threading.Thread(target=run(), args=(work, row, trace)) for row in rows]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    with compress(host.model, compressor) as trace:
+        alone = {row: (host.logits(host.inputs([row])), _kept(trace, 0)) for row in rows}
+        # Each thread waits in front of the first layer until the other is there.
+        handle = host.adapter.decoder_layers[0].register_forward_pre_hook(meet)
+        try:
+            together(trace, lambda: contextvars.copy_context().run)
+        finally:
+            handle.remove()
+        if failed:
+            raise AssertionError(f"one of two threads failed: {failed[0]!r}") from failed[0]
+        for row in rows:
+            _same_bits(found[row][0], alone[row][0], f"prompt {row} in a thread, logits")
+            _same_kept(found[row][1], alone[row][1], f"prompt {row} in a thread")
+        together(trace, lambda: lambda call, *args: call(*args))
+    if len(failed) < len(rows) or not all(isinstance(error, UserError) for error in failed):
+        raise AssertionError(f"threads that are not of the context were not refused: {failed}")
+
+
+def check_copies_are_plain(compressor: Compressor, host: Host) -> None:
+    """A copy that is made inside the context is as plain as one made outside."""
+    inputs = host.inputs()
+    plain, weights = host.logits(inputs), [*host.model.state_dict()]
+    with compress(host.model, compressor):
+        want = host.logits(inputs)
+        try:
+            twin = host.like()
+        except Exception as error:
+            raise AssertionError(f"the model could not be copied: {error!r}") from error
+        _same_bits(twin.logits(inputs), plain, "logits of a copy inside the context")
+        _same_bits(host.logits(inputs), want, "logits of the original after it was copied")
+    _same_bits(twin.logits(inputs), plain, "logits of a copy behind the context")
+    if [*twin.model.state_dict()] != weights or [*host.model.state_dict()] != weights:
+        raise AssertionError("copying inside the context changed the names of the weights")
+    with compress(twin.model, compressor):
+        _same_bits(twin.logits(inputs), want, "logits of the copy in a context of its own")
+
+
 # -- all of them ---------------------------------------------------------------------------------
 
 STRATEGY_CHECKS: tuple[Check, ...] = (
@@ -1838,6 +1973,7 @@ STRATEGY_CHECKS: tuple[Check, ...] = (
     check_budget,
     check_keeps_what_stands_out,
     check_keeps_the_best_scores,
+    check_scores_are_finite,
     check_follows_content,
     check_tokens_untouched,
     check_deterministic,
@@ -1878,6 +2014,10 @@ MODEL_CHECKS: tuple[Check, ...] = (
     check_static_cache_refused,
     check_leaving_refused,
     check_scattered_embeds_warn,
+    check_compiled,
+    check_nothing_bypasses,
+    check_threads,
+    check_copies_are_plain,
 )
 
 CHECKS: tuple[Check, ...] = STRATEGY_CHECKS + MODEL_CHECKS

@@ -190,9 +190,9 @@ class TokenLayout:
         top, bottom, left, right = box
         full = bottom - top, right - left
         rows, cols = canvas or full
-        thumb = torch.arange(height * width)
+        thumb = torch.arange(height * width, device="cpu")
         stride = cols + int(newlines)
-        index = torch.arange(rows * stride)
+        index = torch.arange(rows * stride, device="cpu")
         canvas_row, canvas_col = index // max(stride, 1), index % max(stride, 1)
         separator = canvas_col == cols
         # The patch that a token's centre lies in; its own where the canvas is not resampled.
@@ -226,7 +226,7 @@ class TokenLayout:
     def single(cls, view_shape: tuple[int, int], *, newline: bool = True) -> TokenLayout:
         """One view without crops, row by row, and one separator at the very end."""
         height, width = view_shape
-        index = torch.arange(height * width + int(newline))
+        index = torch.arange(height * width + int(newline), device="cpu")
         separator = index == height * width
         none = torch.full_like(index, -1)
         return cls(
@@ -245,7 +245,7 @@ class TokenLayout:
     def video(cls, frames: int, view_shape: tuple[int, int]) -> TokenLayout:
         """Frames of ``view_shape`` tokens one after the other, one separator at the very end."""
         height, width = view_shape
-        index = torch.arange(frames * height * width + 1)
+        index = torch.arange(frames * height * width + 1, device="cpu")
         separator = index == len(index) - 1
         none = torch.full_like(index, -1)
         return cls(
@@ -356,6 +356,14 @@ def listed(mask: Tensor) -> Tensor:
     would wait as well, and the host would not know what it got.
     """
     return mask.cpu().nonzero().squeeze(1)
+
+
+def told(values: Tensor, flag: Tensor) -> tuple[Tensor, bool]:
+    """``values`` (M,) on the CPU and what ``flag`` () says; one wait where both are on a device."""
+    if values.device != flag.device:
+        return values.cpu(), bool(flag)
+    both = torch.cat([values, flag[None].to(values.dtype)]).cpu()
+    return both[:-1], bool(both[-1])
 
 
 @dataclass(frozen=True)

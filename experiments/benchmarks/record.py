@@ -13,7 +13,9 @@ import pandas as pd
 import torch
 
 from tokenprune.errors import UserError, unknown
+from tokenprune.experiments.csv_files import read_csv, write_csv
 from tokenprune.experiments.results import environment, replace_file
+from tokenprune.models.loading import device_of
 from tokenprune.terminal import Report
 
 __all__ = ["BENCHMARKS", "Figure", "changes", "record", "save", "table"]
@@ -76,8 +78,7 @@ def record(
     for name in names:
         if name not in BENCHMARKS:
             raise unknown("benchmark", name, BENCHMARKS)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} was asked for, but there is no CUDA device.")
+    device_of(device)
     rows: list[dict[str, Any]] = []
     for done, name in enumerate(names):
         measure: Callable[..., Iterable[Figure]] = importlib.import_module(
@@ -119,7 +120,7 @@ def save(frame: pd.DataFrame, path: Path) -> None:
         if path.suffix == ".parquet":
             frame.to_parquet(temporary, index=False)
         else:
-            frame.to_csv(temporary, index=False)
+            write_csv(frame, temporary)
 
 
 def table(path: Path) -> pd.DataFrame:
@@ -129,7 +130,7 @@ def table(path: Path) -> pd.DataFrame:
         UserError: There is no such file, or it holds something else.
     """
     try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read benchmark figures from {path}: {error}") from error
     missing = {*KEY, "value", "better"} - {*frame.columns}

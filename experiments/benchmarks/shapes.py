@@ -75,13 +75,13 @@ def larger_testbed(shape: DecoderShape) -> Adapter:
     from transformers import AutoProcessor
 
     folder = testbed.path("testbed-next")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vocabulary = config.text_config.vocab_size
     config.text_config = decoder_config(shape)
     config.text_config.vocab_size = vocabulary
     torch.manual_seed(0)
     model = LlavaNextForConditionalGeneration(config).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"
     return LlavaNext(model, processor)
 

@@ -63,7 +63,7 @@ class Fault:
         os.open, os.fsync, os.replace = make, sync, rename  # type: ignore[assignment]
 
     def _mine(self, file: Any) -> bool:
-        return os.path.abspath(os.fspath(file)).startswith(self.folder)
+        return str(os.path.abspath(file)).startswith(self.folder)
 
     def _strike(self, before: Callable[[], object]) -> None:
         """Count an event; at the fault, do what still happens ``before`` it, and fail."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from tokenprune.terminal import FAILED, INTERRUPTED, OK
 if TYPE_CHECKING:
     from tokenprune.experiments.compare import Outcome
 
+_NAMED = 10  # questions whose answers are missing that are named
+
 __all__ = [
     "BatchSize",
     "Config",
@@ -22,17 +25,22 @@ __all__ = [
     "Device",
     "Dtype",
     "ImageSize",
+    "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
     "Model",
     "Out",
     "Patches",
+    "Plugin",
     "Questions",
     "Seed",
     "TextTokens",
+    "TrustRemoteCode",
     "closing",
+    "image_limit",
     "interrupted",
     "methods",
+    "missing",
     "retention",
     "stoppable",
 ]
@@ -77,6 +85,12 @@ Out = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxImagePixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Refuse images of more pixels, undecoded. [default: 64000000]"
+    ),
+]
 Modality = Annotated[
     str | None,
     typer.Option(
@@ -114,6 +128,28 @@ TextTokens = Annotated[
     int,
     typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
 ]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE...",
+        help="Import a module first, which executes it, for the methods that it registers.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Execute Python code that comes with the model. Without it such a model is refused.",
+    ),
+]
+
+
+def image_limit(pixels: int | None) -> AbstractContextManager[None]:
+    """While open, ``--max-image-pixels`` holds."""
+    from tokenprune.pictures import pixel_limit
+
+    return nullcontext() if pixels is None else pixel_limit(pixels)
 
 
 def stoppable() -> float:
@@ -131,17 +167,36 @@ def interrupted(outcome: Outcome) -> int:
     return INTERRUPTED
 
 
+def missing(outcome: Outcome) -> Iterator[str]:
+    """How many answers are missing, and a sentence for each of the first questions they are to."""
+    if not outcome.missing:
+        return
+    number = sum(map(len, outcome.missing.values()))
+    yield (
+        f"Answers missing: {number}; questions: {len(outcome.missing)}. What stands above is of "
+        "the others, and differences are of what both methods answered."
+    )
+    for question, failures in list(outcome.missing.items())[:_NAMED]:
+        cells, why = list(map(str, failures)), next(iter(failures.values()))
+        few = ", ".join(cells) if len(cells) <= 3 else f"{len(cells)} cells, {cells[0]} first"
+        yield f"MISSING {question!r} in {few}: {why.error}"
+    if len(outcome.missing) > _NAMED:
+        yield f"MISSING {len(outcome.missing) - _NAMED} more questions; all are in manifest.json."
+
+
 def closing(outcome: Outcome, started: float, files: str) -> int:
     """Say what failed, how long it took and where ``files`` are; the exit status."""
     if outcome.status == "interrupted":
         return interrupted(outcome)
     for cell, failure in outcome.failures.items():
         typer.echo(f"FAILED {cell}: {failure.error}")
+    for words in missing(outcome):
+        typer.echo(words)
     for words in _without_image(outcome):
         typer.echo(words)
     seconds = time.monotonic() - started
     typer.echo(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
-    return FAILED if outcome.failures else OK
+    return FAILED if outcome.failures or outcome.missing else OK
 
 
 def _without_image(outcome: Outcome) -> Iterator[str]:

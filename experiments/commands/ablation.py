@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tokenprune.experiments.commands import _options as options
 from tokenprune.experiments.commands.pairs import difference, p_value
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     ManyValues,
     app,
@@ -43,15 +44,18 @@ def ablation(
     paper: Annotated[
         bool, typer.Option("--paper", help="Also what GlobalCom² is made of, option by option.")
     ] = False,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
@@ -62,7 +66,8 @@ def ablation(
 
     Exit status: 0 done, 1 a setting failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         from tokenprune.experiments.ablation import PAPER, ablation
         from tokenprune.experiments.compare import Request
 
@@ -76,6 +81,7 @@ def ablation(
             seed=seed,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             out=out,
             max_new_tokens=max_new_tokens,
         )

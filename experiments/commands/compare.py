@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     FAILED,
     OK,
@@ -48,11 +49,12 @@ def compare(
         list[str] | None,
         options.methods(
             "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
-            "of yours: my_module:Mine. One before and one inside the language model: "
-            "'globalcom2@0.5 + fastv@0.5'.",
+            "of yours: my_module:Mine, whose module is executed. One before and one inside the "
+            "language model: 'globalcom2@0.5 + fastv@0.5'.",
             default="uniform random fastv globalcom2",
         ),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: Annotated[
@@ -63,7 +65,16 @@ def compare(
             "video), question, answer and optionally kind and id; paths are relative to the file.",
         ),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only see whether every question can be asked: images, frames, places of images "
+            "in the text. Needs no weights.",
+        ),
+    ] = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: Annotated[
@@ -71,8 +82,17 @@ def compare(
     ] = 1,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
+    timeout_per_batch: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="What takes longer at once, such as a method that hangs on a batch of questions, "
+            "is stopped and reported as failed. [default: no limit]",
+        ),
+    ] = None,
     match: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +110,8 @@ def compare(
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         asked: dict[str, Any] = {
             "model": model,
             "questions": questions,
@@ -101,9 +122,11 @@ def compare(
             "seeds": seeds,
             "device": device,
             "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
             "out": out,
             "max_new_tokens": max_new_tokens,
             "match": match,
+            "timeout_per_batch": timeout_per_batch,
         }
         if methods:
             asked["methods"] = tuple(method_specs(methods))
@@ -112,8 +135,24 @@ def compare(
 
         from tokenprune.experiments.compare import Request
 
-        status = _compare(Request(**asked))
+        request = Request(**asked)
+        status = _check(request) if check else _compare(request)
     raise typer.Exit(status)
+
+
+def _check(request: Request) -> int:
+    """Say what could be asked; the exit status."""
+    from tokenprune.experiments.compare import check
+
+    quiet()
+    with progress() as report:
+        questions = check(request, report)
+    pictures = {picture.id for item in questions for picture in item.images}
+    typer.echo(
+        f"Questions: {len(questions)}, images and frames: {len(pictures)}. All can be asked of "
+        f"{request.model}; nothing was computed."
+    )
+    return OK
 
 
 def _compare(request: Request) -> int:
@@ -145,8 +184,10 @@ def _compare(request: Request) -> int:
         typer.echo(f"SKIPPED {name}: {why}")
     for cell, failure in outcome.failures.items():
         typer.echo(f"FAILED {cell}: {failure.error}")
+    for words in options.missing(outcome):
+        typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
-    return FAILED if outcome.failures else OK
+    return FAILED if outcome.failures or outcome.missing else OK
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
@@ -162,13 +203,16 @@ def _spreads(summary: pd.DataFrame) -> Iterator[str]:
 
 def _closing_words(outcome: Outcome, seconds: float) -> str:
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-    if not outcome.new and not outcome.failures:
+    if not (outcome.new or outcome.failures or outcome.missing):
         first = "Every answer was there already; nothing was computed again."
     else:
         first = f"{outcome.new} answers in {took}."
     words = f"{first}\nWritten to {outcome.folder}: answers.parquet, summary.csv, plots/"
     if outcome.failures:
         words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
+    if outcome.missing:
+        words += "\nWhy answers are missing is in manifest.json, tracebacks in answers.jsonl; the "
+        words += "same command asks for them again."
     return words
 
 
@@ -367,6 +411,8 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
     """Accuracy in percent and its interval."""
     if row["status"] != "ok":
         return "FAILED"
+    if math.isnan(row["accuracy"]):  # all of its answers are missing
+        return "-"
     value, low, high = (
         f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
     )

@@ -24,10 +24,12 @@ def complementarity(
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
@@ -38,7 +40,7 @@ def complementarity(
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.compare import Request
         from tokenprune.experiments.complementarity import complementarity
 
@@ -50,6 +52,7 @@ def complementarity(
             seed=seed,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             out=out,
             max_new_tokens=max_new_tokens,
         )

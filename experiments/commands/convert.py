@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tokenprune.experiments.commands import _options as options
 from tokenprune.experiments.commands.efficiency import describe, prompt_asked, stand_in
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import OK, app, as_exit_status, new_table, percent, quiet, registered
 
 __all__ = ["convert"]
@@ -23,6 +24,7 @@ def convert(
             "without one, if a target is given."
         ),
     ],
+    plugin: options.Plugin = None,
     config: options.Config = "llava-v1.6-vicuna-7b",
     image_size: options.ImageSize = None,
     patches: options.Patches = None,
@@ -52,6 +54,7 @@ def convert(
     Exit status: 0 done, 2 bad input or a target that cannot be met.
     """
     with as_exit_status():
+        import_plugins(plugin)
         from tokenprune.compressor import parse
         from tokenprune.errors import UserError
         from tokenprune.experiments import efficiency as experiment

@@ -35,21 +35,23 @@ def crop_importance(
     seeds: Annotated[int, typer.Option(help="How many random crops to drop in turn.")] = 1,
     questions: options.Questions = None,
     data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
-    """Drop the highest-, the lowest- or a random crop by the thumbnail's score.
+    """Drop the highest-, the lowest- or a random crop by the thumbnail's mean score there.
 
     Prints what each costs, kind of question by kind of question, and separately where the object
     asked about lies in the dropped crop (known on the testbed, or from "place" in --data).
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.compare import Request
         from tokenprune.experiments.crop_importance import crop_importance
 
@@ -62,6 +64,7 @@ def crop_importance(
             seeds=seeds,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             out=out,
             max_new_tokens=max_new_tokens,
         )
@@ -71,6 +74,11 @@ def crop_importance(
             result = crop_importance(request, report, score=score, layer=layer)
         if len(result.table):
             Console().print(table(result.table), "")
+        if result.uneven:
+            typer.echo(
+                f"In {result.uneven} of {result.crops['image_id'].nunique()} images the crops' "
+                "regions of the thumbnail differ in size: crops are ranked by the mean over theirs."
+            )
         if result.left_out:
             typer.echo(f"{result.left_out} questions were left out: fewer than two crops.")
         files = "crop_importance.csv, crops.csv, objects.csv, answers.parquet, plots/"

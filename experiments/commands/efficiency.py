@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     OK,
     ManyValues,
@@ -45,6 +46,7 @@ def efficiency(
         list[str] | None,
         options.methods("As for compare.", "uniform"),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("1 0.75 0.5 0.25 0.1")] = None,
     image_size: options.ImageSize = None,
     patches: options.Patches = None,
@@ -81,10 +83,14 @@ def efficiency(
     Exit status: 0 done, 2 bad input, 130 interrupted.
     """
     with as_exit_status():
+        import_plugins(plugin)
         from tokenprune.experiments import cost_plots, plots, results
         from tokenprune.experiments import efficiency as experiment
+        from tokenprune.models.loading import device_of
 
         quiet()
+        if device is not None:
+            device_of(device)
         folder = out or Path("runs") / f"efficiency_{Path(config).name}"
         results.check_writable(folder)
         specs = method_specs(methods) if methods else ["uniform"]

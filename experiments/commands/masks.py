@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     OK,
     ManyValues,
@@ -25,6 +26,7 @@ from tokenprune.terminal import (
     quiet,
     ratios,
 )
+from tokenprune.texts import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,6 +57,7 @@ def masks(
         list[str] | None,
         options.methods("As for compare.", "globalcom2 fastv; globalcom2 without a question"),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     video: Annotated[
         bool, typer.Option("--video", help="The images are a video's frames.")
@@ -62,6 +65,7 @@ def masks(
     frames: Annotated[
         int, typer.Option(help="Of a longer video, take so many frames, evenly spaced.")
     ] = 8,
+    max_image_pixels: options.MaxImagePixels = None,
     cuts: Annotated[
         bool, typer.Option("--cuts", help="Show what is left after every cut, not only at last.")
     ] = False,
@@ -72,6 +76,7 @@ def masks(
     seed: Annotated[int, typer.Option(help="Draws the example.")] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
     out: Annotated[
         Path | None,
@@ -85,7 +90,8 @@ def masks(
 
     Exit status: 0 done, 2 bad input.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         from tokenprune.experiments.masks import Request, render
 
         quiet()
@@ -101,6 +107,7 @@ def masks(
             seed=seed,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             max_new_tokens=max_new_tokens,
             out=out,
         )
@@ -116,7 +123,7 @@ def masks(
 
 def table(seen: Seen) -> Table:
     """What was kept of each view, and the answers."""
-    made = new_table(title=escape(seen.question or "No question"))
+    made = new_table(title=escape(printable(seen.question or "No question")))
     made.add_column("keep", justify="right")
     made.add_column("method", overflow="fold")
     made.add_column("answer", overflow="fold")
@@ -128,7 +135,7 @@ def table(seen: Seen) -> Table:
         made.add_row(
             percent(first["retention"], None),
             method_label(first["method"]),
-            escape(first["answer"] or "-"),
+            escape(printable(first["answer"] or "-")),
             str(group["kept"].sum()),
             _shares(group["share"].tolist()),
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +51,7 @@ def pairs(
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status():
+        from tokenprune.experiments.csv_files import write_csv
         from tokenprune.experiments.intervals import OVERALL
         from tokenprune.experiments.reading import answers_of
         from tokenprune.experiments.results import replace_file
@@ -56,15 +59,22 @@ def pairs(
         kind = kind or OVERALL
         notes: list[str] = []
         found = _found(answers_of(folder, notes), tuple(split_specs(methods or ())), kind, seed)
-        path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{kind}.csv")
+        path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv")
         with replace_file(path) as temporary:
-            found.to_csv(temporary, index=False)
+            write_csv(found, temporary)
         console = Console()
         console.print(table(found))
         for note in notes:
             typer.echo(f"note: {note}", err=True)
         typer.echo(f"Written to {path}")
     raise typer.Exit(OK)
+
+
+def _file_part(kind: str) -> str:
+    """``kind`` where it is a plain word, otherwise a digest: data must not name files."""
+    if re.fullmatch(r"[\w-]{1,40}", kind, re.ASCII):
+        return kind
+    return hashlib.sha256(kind.encode()).hexdigest()[:12]
 
 
 def _found(answers: pd.DataFrame, labels: tuple[str, ...], kind: str, seed: int) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.experiments.commands import _options as options
+from tokenprune.plugins import import_plugins
 from tokenprune.terminal import (
     FAILED,
     OK,
@@ -50,6 +51,7 @@ def positional_bias(
         list[str] | None,
         options.methods("As for compare.", "uniform random last fastv globalcom2"),
     ] = None,
+    plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
     images: Annotated[
         int | None,
@@ -62,6 +64,7 @@ def positional_bias(
             help="Your own questions, JSON lines as for compare; each image or video is used once.",
         ),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     modality: Annotated[
         str | None,
         typer.Option(metavar="image|video", help="[default: image, or all of --data]"),
@@ -71,7 +74,8 @@ def positional_bias(
         typer.Option(
             "--conditions",
             metavar="C...",
-            help="Of reversed-crops, reversed-frames, flip-lr, flip-tb. [default: all]",
+            help="Of reversed-crops, reversed-frames, flip-lr, flip-tb, exchanged-crops (under an "
+            "unchanged thumbnail). [default: all but the last]",
         ),
     ] = None,
     batch_size: Annotated[
@@ -83,18 +87,20 @@ def positional_bias(
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
 ) -> None:
     """Test whether methods choose tokens by what they show or by where they lie.
 
     Shows every method the same content at other places: crops (or frames) in reversed order,
-    flipped images. Prints how the share kept rises along the sequence, whether place matters, and
-    what the choice follows; writes tables and plots to a folder. Ctrl-C keeps what was computed;
-    the same command goes on.
+    flipped images. Prints how the share kept changes as the same content moves along the sequence,
+    and what the choice follows; writes tables and plots to a folder. Ctrl-C keeps what was
+    computed; the same command goes on.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
         asked: dict[str, Any] = {
             "model": model,
             "paths": tuple(paths or ()),
@@ -105,6 +111,7 @@ def positional_bias(
             "seed": seed,
             "device": device,
             "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
             "out": out,
         }
         if methods:
@@ -165,11 +172,10 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
     turned = "reversed-frames" if modality == "video" else "reversed-crops"
     table = new_table(
         title=f"Positional bias, {statistics['images'].max():.0f} {modality}s",
-        caption="Slope: rise of the keep probability from the first to the last place of the "
-        "sequence, 95 % interval. p: that no end of the sequence or of the image is preferred, "
-        "whatever it shows (selector; all conditions, Bonferroni). Follows: 1 content, ½ neither, "
-        f"0 place; selector/pipeline. First and last {slot}: share kept in %, normal → reversed "
-        "order.",
+        caption="Slope: change of the keep probability as the same content moves from the start of "
+        "the sequence to its end (selector, reversed order; linear), 95 % interval. p: of a slope "
+        "of 0. Follows: 1 content, ½ neither, 0 place; selector/pipeline, all conditions. First "
+        f"and last {slot}: share kept in %, normal → reversed order.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
@@ -182,9 +188,8 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
         table.add_row(
             percent(retention, None),
             method_label(method),
-            f"{_signed(normal['slope'])} [{_signed(normal['slope_low'])}, "
-            f"{_signed(normal['slope_high'])}]",
-            _p_value(both[0]["p"]),
+            _slope(reversed_),
+            _p_value(reversed_["p"]),
             "/".join(_number(one["equivariance"]) for one in both),
             *(f"{_share(normal[end])} → {_share(reversed_[end])}" for end in ("first", "last")),
         )
@@ -240,6 +245,11 @@ def _missing(value: float) -> bool:
 
 def _signed(value: float) -> str:
     return "-" if _missing(value) else f"{value:+.2f}".replace("-", "−")
+
+
+def _slope(row: pd.Series) -> str:
+    value, low, high = (_signed(row[f"paired_slope{end}"]) for end in ("", "_low", "_high"))
+    return value if _missing(row["paired_slope_low"]) else f"{value} [{low}, {high}]"
 
 
 def _number(value: float) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tokenprune.experiments.commands import _options as options
 from tokenprune.terminal import OK, app, as_exit_status, progress, quiet
 
 __all__ = ["report"]
@@ -28,6 +29,7 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", help="The run's data file, if it was moved since."),
     ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="[default: report.html in the folder]")
     ] = None,
@@ -44,7 +46,7 @@ def report(
 
     Exit status: 0 done, 2 bad input.
     """
-    with as_exit_status():
+    with as_exit_status(), options.image_limit(max_image_pixels):
         from tokenprune.experiments.report import Request, report
 
         quiet()

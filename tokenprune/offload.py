@@ -1,0 +1,79 @@
+"""Weights that accelerate keeps elsewhere and brings in for the ``forward`` of their module alone.
+
+Outside that ``forward`` they are on the ``meta`` device and cannot be read.  Whoever computes with
+a module of the model in another place asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["applied", "execution_device", "replaced_forward", "resident"]
+
+
+@contextmanager
+def resident(*modules: nn.Module) -> Iterator[None]:
+    """While open, the weights of these modules are there.
+
+    Those of their submodules only where one hook manages all of them (``preload_module_classes``);
+    otherwise a submodule brings in its own when it is called.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            together = any(getattr(hook, "place_submodules", False) for hook in _hooks(module))
+            # A module that is running has its weights already, and its own hook takes them away.
+            if any(weight.is_meta for weight in module.parameters(recurse=together)):
+                for hook in _hooks(module):
+                    hook.pre_forward(module)
+                    stack.callback(hook.post_forward, module, None)
+        yield
+
+
+def applied(module: nn.Module, states: Tensor) -> Tensor:
+    """What ``module`` makes of ``states``, on the device that it computes on."""
+    device = next(module.parameters()).device
+    # Where the weights are offloaded, the module's hook moves what it is given.
+    result: Tensor = module(states if device.type == "meta" else states.to(device))
+    return result
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the first weights of ``model`` are computed with, wherever they are kept.
+
+    ``meta`` for a model that has no weights at all.
+    """
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for hook in (hook for module in model.modules() for hook in _hooks(module)):
+        if (found := getattr(hook, "execution_device", None)) is not None:
+            return torch.device(found)
+    return device
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, ``module`` runs ``forward``, of this module alone.
+
+    The hook that places its inputs and weights still runs around it.
+    """
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # what that hook calls
+    before = module.__dict__.get(name)
+    setattr(module, name, forward)
+    try:
+        yield
+    finally:
+        module.__dict__.pop(name, None)
+        if before is not None:
+            setattr(module, name, before)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What accelerate runs around the forward of ``module``, in order."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))

@@ -1,0 +1,31 @@
+"""Texts from outside: what can be written, and what a terminal may be shown."""
+
+from __future__ import annotations
+
+import unicodedata
+
+__all__ = ["is_plain", "is_whole", "printable"]
+
+
+def is_whole(text: str) -> bool:
+    """Whether ``text`` has no lone surrogate, half a character that no file can hold."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def is_plain(text: str, allowed: str = "") -> bool:
+    """Whether ``text`` has no control characters but those ``allowed``."""
+    return not any(unicodedata.category(sign) == "Cc" and sign not in allowed for sign in text)
+
+
+def printable(text: str) -> str:
+    r"""``text`` with escapes for what a terminal would obey or cannot show.
+
+    >>> printable("a\x1b[31mb\n")
+    'a\\x1b[31mb\n'
+    """
+    return "".join(
+        sign
+        if (is_plain(sign, "\n\t") and is_whole(sign))
+        else sign.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for sign in text
+    )
