@@ -9,10 +9,9 @@ import hashlib
 import json
 import platform
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from tokenprune.experiments.deadline import check_time_limit
 from tokenprune.experiments.efficiency import ALL, chosen, expanded
 from tokenprune.experiments.encodings import Encodings
 from tokenprune.experiments.failing import Failing, tried
+from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
@@ -41,11 +41,11 @@ from tokenprune.experiments.results import (
     Failure,
     Journal,
     RunFolder,
+    WriteError,
     answers_frame,
+    asked_for,
     check_writable,
-    code_fingerprint,
     environment,
-    files_fingerprint,
     without_seed,
 )
 from tokenprune.experiments.sharing import Job, Plan, separate, together
@@ -643,14 +643,21 @@ def compare(
     data.check_placeholders(questions, adapter)
 
     surroundings = environment()
-    experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
+    files = answer_files(
+        adapter.path,
+        [cell.compressor for cell in columns if cell.compressor],
+        [type(adapter), __name__],
+    )
+    experiment = _experiment(request, columns, questions, adapter, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / _folder_name(experiment)
-    folder = RunFolder.open(path, experiment, _details(request, adapter) | surroundings)
+    details = _details(request, adapter, path) | {"files": files} | surroundings
+    folder = RunFolder.open(path, experiment, details)
     try:
         outcome = _fill(folder, request, columns, questions, adapter, report)
     except BaseException as error:
-        folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        with suppress(WriteError):  # the first error says it
+            folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     failures = [{"cell": str(cell), **asdict(why)} for cell, why in outcome.failures.items()]
     folder.manifest["missing"] = {
@@ -687,7 +694,8 @@ def _fill(
             )
         except KeyboardInterrupt:
             interrupted = True
-    journal = Journal(folder.journal)  # what is in the file, wherever the interrupt fell
+    if interrupted or not journal.whole:
+        journal = Journal(folder.journal)  # what is in the file, wherever the interrupt fell
     wanted = len({cell.key for cell in columns}) * len(questions)
     report(len(journal.answers), wanted, "tables and plots")
     answers = answers_frame(request.model, columns, questions, journal)
@@ -696,6 +704,8 @@ def _fill(
     if not interrupted and "name" not in folder.manifest["experiment"]:  # others draw their own
         _draw(folder, request.model, summary)
     failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
+    if not interrupted:
+        failures = dict(_lacking(columns, questions, journal)) | failures
     missing: dict[str, dict[Cell, Failure]] = {}
     for item in questions:
         for cell in columns:
@@ -712,6 +722,19 @@ def _fill(
         failures=failures,
         missing=missing,
     )
+
+
+def _lacking(
+    columns: Sequence[Cell], questions: Sequence[Question], journal: Journal
+) -> Iterator[tuple[Cell, Failure]]:
+    """Cells of which answers are missing, though nothing was reported; no run is complete then."""
+    for cell in columns:
+        key = cell.key
+        rows = {(key, item.id) for item in questions}
+        missing = len(rows - journal.answers.keys() - journal.missing.keys())
+        if missing:
+            words = f"{missing} of {len(questions)} answers are not in the journal"
+            yield cell, Failure(f"{words}; the same command asks for them again.", "")
 
 
 @dataclass(frozen=True)
@@ -847,10 +870,10 @@ def _experiment(
     questions: Sequence[Question],
     adapter: Adapter,
     versions: Mapping[str, str | None],
+    files: Mapping[str, Files],
 ) -> dict[str, Any]:
     """All that the answers depend on; two runs may share a folder only if this is equal."""
     config = adapter.model.config
-    compressors = [cell.compressor for cell in columns if cell.compressor]
     methods = [cell.compressor for cell in columns if cell.compressor and not cell.name]
     return {
         "model": request.model,
@@ -865,11 +888,9 @@ def _experiment(
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
         "max_new_tokens": request.max_new_tokens,
         **({} if request.match is None else {"match": _match(columns)}),
-        **files_fingerprint(adapter.path),
+        **digests(files),
         "revision": getattr(config, "_commit_hash", None),
-        "code": code_fingerprint(compressors),
-        "torch": versions["torch"],
-        "transformers": versions["transformers"],
+        **{package: versions[package] for package in DECISIVE},
     }
 
 
@@ -882,11 +903,11 @@ def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(request: Request, adapter: Adapter) -> dict[str, Any]:
+def _details(request: Request, adapter: Adapter, folder: Path) -> dict[str, Any]:
     """What else a reader of the manifest will want to know."""
     device = adapter.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"command": sys.argv, "request": asdict(request), "device_name": name}
+    return {**asked_for(request, folder), "device_name": name}
 
 
 def _folder_name(experiment: dict[str, Any]) -> str:

@@ -53,15 +53,19 @@ def pairs(
     with as_exit_status():
         from tokenprune.experiments.csv_files import write_csv
         from tokenprune.experiments.intervals import OVERALL
-        from tokenprune.experiments.results import read_answers, replace_file
+        from tokenprune.experiments.reading import answers_of
+        from tokenprune.experiments.results import replace_file
 
         kind = kind or OVERALL
-        found = _found(read_answers(folder), tuple(split_specs(methods or ())), kind, seed)
+        notes: list[str] = []
+        found = _found(answers_of(folder, notes), tuple(split_specs(methods or ())), kind, seed)
         path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv")
         with replace_file(path) as temporary:
             write_csv(found, temporary)
         console = Console()
         console.print(table(found))
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
         typer.echo(f"Written to {path}")
     raise typer.Exit(OK)
 

@@ -1,0 +1,1 @@
+"""Scripts that check what the tool promises."""
