@@ -361,3 +361,12 @@ def test_inner_holitom_equals_loops(seed: int) -> None:
         members[max(kept, key=lambda k: like[i][k])].append(i)
     wanted = torch.stack([states[members[k]].mean(0) for k in kept])
     torch.testing.assert_close(chosen.features, wanted)
+
+
+def test_official_dart_keeps_its_pivots_on_top_of_the_budget() -> None:
+    """49 tokens at R = 0.5: int(24.5 / 8) = 3 for each of eight pivots, and four image pivots."""
+    method = create("dart", retention=0.5, official=True)
+    tokens = sample_tokens(method.needs, TokenLayout.single((7, 7), newline=False))
+    assert len(method(tokens).keep) == 28
+    clean = create("dart", retention=0.5)
+    assert len(clean(tokens).keep) == 24
