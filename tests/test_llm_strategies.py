@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from tokenprune.attention import proportional_mask
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, Selection, create
-from tokenprune.engine import _Session, compress
+from tokenprune.engine import Trace, _Session, compress
 from tokenprune.errors import UserError
 from tokenprune.primitives import dispersed, kernel_density, least_cutoff, top
 from tokenprune.strategies.fitprune import fit
@@ -191,7 +191,7 @@ def test_sizes_live_on_the_cache() -> None:
 def test_other_attention_kernels_are_refused() -> None:
     host = Host.tiny("LLaVA-NeXT")
     config = SimpleNamespace(_attn_implementation="flash_attention_2")
-    session = _Session(host.adapter, [None], frozenset(), None)
+    session = _Session(host.adapter, [None], frozenset(), None, Trace())
     session.adapter = SimpleNamespace(language_model=SimpleNamespace(config=config))  # type: ignore[assignment]
     with pytest.raises(UserError, match="flash_attention_2; load it with"):
         session._proportional(None, torch.ones(1, 2), torch.zeros(1, 2, 4))
