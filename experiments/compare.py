@@ -282,6 +282,7 @@ def run(
     todo: dict[str, Cell] = {}
     for cell in cells:
         todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
+    questions = _without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
     signals: dict[EncoderCompressor | None, frozenset[Signal]] = {}
     for key, cell in todo.items():
@@ -315,6 +316,17 @@ def run(
         encodings.keep({image for image, last in last_use.items() if last > index})
     failing.settle()
     report(len(journal.answers), total, "")
+
+
+def _without_faulty(
+    questions: Sequence[Question], keys: Iterable[str], journal: Journal
+) -> list[Question]:
+    """The questions that can be asked; the others are entered as missing in all cells ``keys``."""
+    for item in questions:
+        for key in keys if item.fault else ():
+            if (key, item.id) not in journal.missing:
+                journal.fail(key, Failure.of(UserError(item.fault)), item.id)
+    return [item for item in questions if not item.fault]
 
 
 def _encode(
@@ -617,8 +629,9 @@ def compare(
     Raises:
         UserError: Bad input, found before the model answers a question.
     """
-    setting = setting or prepare(request, report)
-    questions, adapter = setting.questions, setting.adapter
+    setting = setting or prepare(request, report, keep_faulty=True)
+    adapter = setting.adapter
+    questions = _with_faults(setting)
     skipped: dict[str, str] = {}
     if columns is None:
         methods, skipped = expanded(request.methods, adapter.check)
@@ -627,7 +640,7 @@ def compare(
         else:
             columns, left_out = matched_cells(
                 adapter,
-                questions,
+                [item for item in questions if not item.fault],
                 methods,
                 request.retention,
                 request.match,
@@ -640,7 +653,6 @@ def compare(
     for cell in columns:
         if cell.compressor:
             adapter.check(cell.compressor)
-    data.check_placeholders(questions, adapter)
 
     surroundings = environment()
     files = answer_files(
@@ -745,14 +757,21 @@ class Setting:
     questions: list[Question]
 
 
-def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
+def prepare(
+    request: Request, report: Report = lambda *_: None, *, keep_faulty: bool = False
+) -> Setting:
     """Check what is asked, read the questions and load the model.
+
+    Args:
+        request: What is asked.
+        report: Told how far it is.
+        keep_faulty: As in `data.read_jsonl`.
 
     Raises:
         UserError: As `compare`.
     """
     check_writable(request.out or Path("runs"))
-    questions = _checked_questions(request, report)
+    questions = _checked_questions(request, report, keep_faulty=keep_faulty)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = tp.load(
@@ -779,14 +798,38 @@ def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
     return questions
 
 
-def _checked_questions(request: Request, report: Report) -> list[Question]:
+def _with_faults(setting: Setting) -> list[Question]:
+    """The questions, of which those that cannot be asked are told and left to fail alone.
+
+    Raises:
+        UserError: None of them can be asked.
+    """
+    questions = data.with_faults(setting.questions, setting.adapter)
+    faulty = [item for item in questions if item.fault]
+    if not faulty:
+        return questions
+    first = f"{faulty[0].id!r}: {faulty[0].fault}"
+    if len(faulty) == len(questions):
+        raise UserError(f"none of the questions can be asked; the first is {first}")
+    warnings.warn(
+        f"{len(faulty)} of {len(questions)} questions cannot be asked and will be missing, the "
+        f"first is {first} `--check` looks at the questions alone.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return questions
+
+
+def _checked_questions(
+    request: Request, report: Report, *, keep_faulty: bool = False
+) -> list[Question]:
     """The questions of ``request``, if it and they make sense by themselves."""
     _check_numbers(request)
     check_time_limit(request.timeout_per_batch)
     check_kind(request.match)
     cells([spec for spec in request.methods if spec != ALL], request.retention)
     report(0, 0, "checking the questions")
-    return _questions(request)
+    return _questions(request, keep_faulty)
 
 
 def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:
@@ -829,11 +872,13 @@ def _check_numbers(request: Request) -> None:
         check_retention(value)
 
 
-def _questions(request: Request) -> list[Question]:
+def _questions(request: Request, keep_faulty: bool) -> list[Question]:
     if request.data is None:
         count = request.questions or TESTBED_QUESTIONS
         return data.held_out(count, request.seed, request.modality or "image")
-    return data.read_jsonl(request.data, request.questions, request.modality)
+    return data.read_jsonl(
+        request.data, request.questions, request.modality, keep_faulty=keep_faulty
+    )
 
 
 def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
