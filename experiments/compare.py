@@ -9,10 +9,9 @@ import hashlib
 import json
 import platform
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,9 @@ from tokenprune.experiments.deadline import check_time_limit
 from tokenprune.experiments.efficiency import ALL, chosen, expanded
 from tokenprune.experiments.encodings import Encodings
 from tokenprune.experiments.failing import Failing, tried
+from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
 from tokenprune.experiments.intervals import OVERALL, summarise
-from tokenprune.experiments.limits import check_lengths, check_number
+from tokenprune.experiments.limits import check_lengths, check_number, with_long_ones
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
     UNCOMPRESSED,
@@ -42,11 +42,11 @@ from tokenprune.experiments.results import (
     Failure,
     Journal,
     RunFolder,
+    WriteError,
     answers_frame,
+    asked_for,
     check_writable,
-    code_fingerprint,
     environment,
-    files_fingerprint,
     without_seed,
 )
 from tokenprune.experiments.sharing import Job, Plan, separate, together
@@ -283,6 +283,7 @@ def run(
     todo: dict[str, Cell] = {}
     for cell in cells:
         todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
+    questions = _without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
     signals: dict[EncoderCompressor | None, frozenset[Signal]] = {}
     for key, cell in todo.items():
@@ -316,6 +317,17 @@ def run(
         encodings.keep({image for image, last in last_use.items() if last > index})
     failing.settle()
     report(len(journal.answers), total, "")
+
+
+def _without_faulty(
+    questions: Sequence[Question], keys: Iterable[str], journal: Journal
+) -> list[Question]:
+    """The questions that can be asked; the others are entered as missing in all cells ``keys``."""
+    for item in questions:
+        for key in keys if item.fault else ():
+            if (key, item.id) not in journal.missing:
+                journal.fail(key, Failure.of(UserError(item.fault)), item.id)
+    return [item for item in questions if not item.fault]
 
 
 def _encode(
@@ -618,10 +630,9 @@ def compare(
     Raises:
         UserError: Bad input, found before the model answers a question.
     """
-    setting = setting or prepare(request, report)
-    questions, adapter = setting.questions, setting.adapter
-    data.check_placeholders(questions, adapter)
-    check_lengths(adapter, questions, request.max_new_tokens)
+    setting = setting or prepare(request, report, keep_faulty=True)
+    adapter = setting.adapter
+    questions = _with_faults(setting, request.max_new_tokens)
     skipped: dict[str, str] = {}
     if columns is None:
         methods, skipped = expanded(request.methods, adapter.check)
@@ -630,7 +641,7 @@ def compare(
         else:
             columns, left_out = matched_cells(
                 adapter,
-                questions,
+                [item for item in questions if not item.fault],
                 methods,
                 request.retention,
                 request.match,
@@ -645,14 +656,21 @@ def compare(
             adapter.check(cell.compressor)
 
     surroundings = environment()
-    experiment = _experiment(request, columns, questions, adapter, surroundings["versions"])
+    files = answer_files(
+        adapter.path,
+        [cell.compressor for cell in columns if cell.compressor],
+        [type(adapter), __name__],
+    )
+    experiment = _experiment(request, columns, questions, adapter, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / _folder_name(experiment)
-    folder = RunFolder.open(path, experiment, _details(request, adapter) | surroundings)
+    details = _details(request, adapter, path) | {"files": files} | surroundings
+    folder = RunFolder.open(path, experiment, details)
     try:
         outcome = _fill(folder, request, columns, questions, adapter, report)
     except BaseException as error:
-        folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        with suppress(WriteError):  # the first error says it
+            folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     failures = [{"cell": str(cell), **asdict(why)} for cell, why in outcome.failures.items()]
     folder.manifest["missing"] = {
@@ -689,7 +707,8 @@ def _fill(
             )
         except KeyboardInterrupt:
             interrupted = True
-    journal = Journal(folder.journal)  # what is in the file, wherever the interrupt fell
+    if interrupted or not journal.whole:
+        journal = Journal(folder.journal)  # what is in the file, wherever the interrupt fell
     wanted = len({cell.key for cell in columns}) * len(questions)
     report(len(journal.answers), wanted, "tables and plots")
     answers = answers_frame(request.model, columns, questions, journal)
@@ -698,6 +717,8 @@ def _fill(
     if not interrupted and "name" not in folder.manifest["experiment"]:  # others draw their own
         _draw(folder, request.model, summary)
     failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
+    if not interrupted:
+        failures = dict(_lacking(columns, questions, journal)) | failures
     missing: dict[str, dict[Cell, Failure]] = {}
     for item in questions:
         for cell in columns:
@@ -716,6 +737,19 @@ def _fill(
     )
 
 
+def _lacking(
+    columns: Sequence[Cell], questions: Sequence[Question], journal: Journal
+) -> Iterator[tuple[Cell, Failure]]:
+    """Cells of which answers are missing, though nothing was reported; no run is complete then."""
+    for cell in columns:
+        key = cell.key
+        rows = {(key, item.id) for item in questions}
+        missing = len(rows - journal.answers.keys() - journal.missing.keys())
+        if missing:
+            words = f"{missing} of {len(questions)} answers are not in the journal"
+            yield cell, Failure(f"{words}; the same command asks for them again.", "")
+
+
 @dataclass(frozen=True)
 class Setting:
     """A loaded model and the questions it is to answer."""
@@ -724,14 +758,21 @@ class Setting:
     questions: list[Question]
 
 
-def prepare(request: Request, report: Report = lambda *_: None) -> Setting:
+def prepare(
+    request: Request, report: Report = lambda *_: None, *, keep_faulty: bool = False
+) -> Setting:
     """Check what is asked, read the questions and load the model.
+
+    Args:
+        request: What is asked.
+        report: Told how far it is.
+        keep_faulty: As in `data.read_jsonl`.
 
     Raises:
         UserError: As `compare`.
     """
     check_writable(request.out or Path("runs"))
-    questions = _checked_questions(request, report)
+    questions = _checked_questions(request, report, keep_faulty=keep_faulty)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = tp.load(
@@ -761,14 +802,43 @@ def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
     return questions
 
 
-def _checked_questions(request: Request, report: Report) -> list[Question]:
+def _with_faults(setting: Setting, new: int) -> list[Question]:
+    """The questions, of which those that cannot be asked are told and left to fail alone.
+
+    Args:
+        setting: The model and its questions.
+        new: Longest answer, in tokens.
+
+    Raises:
+        UserError: None of them can be asked.
+    """
+    adapter = setting.adapter
+    questions = with_long_ones(adapter, data.with_faults(setting.questions, adapter), new)
+    faulty = [item for item in questions if item.fault]
+    if not faulty:
+        return questions
+    first = f"{faulty[0].id!r}: {faulty[0].fault}"
+    if len(faulty) == len(questions):
+        raise UserError(f"none of the questions can be asked; the first is {first}")
+    warnings.warn(
+        f"{len(faulty)} of {len(questions)} questions cannot be asked and will be missing, the "
+        f"first is {first} `--check` looks at the questions alone.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return questions
+
+
+def _checked_questions(
+    request: Request, report: Report, *, keep_faulty: bool = False
+) -> list[Question]:
     """The questions of ``request``, if it and they make sense by themselves."""
     _check_numbers(request)
     check_time_limit(request.timeout_per_batch)
     check_kind(request.match)
     cells([spec for spec in request.methods if spec != ALL], request.retention)
     report(0, 0, "checking the questions")
-    return _questions(request)
+    return _questions(request, keep_faulty)
 
 
 def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:
@@ -806,11 +876,13 @@ def _check_numbers(request: Request) -> None:
         check_retention(value)
 
 
-def _questions(request: Request) -> list[Question]:
+def _questions(request: Request, keep_faulty: bool) -> list[Question]:
     if request.data is None:
         count = request.questions or TESTBED_QUESTIONS
         return data.held_out(count, request.seed, request.modality or "image")
-    return data.read_jsonl(request.data, request.questions, request.modality)
+    return data.read_jsonl(
+        request.data, request.questions, request.modality, keep_faulty=keep_faulty
+    )
 
 
 def _draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
@@ -847,10 +919,10 @@ def _experiment(
     questions: Sequence[Question],
     adapter: Adapter,
     versions: Mapping[str, str | None],
+    files: Mapping[str, Files],
 ) -> dict[str, Any]:
     """All that the answers depend on; two runs may share a folder only if this is equal."""
     config = adapter.model.config
-    compressors = [cell.compressor for cell in columns if cell.compressor]
     methods = [cell.compressor for cell in columns if cell.compressor and not cell.name]
     return {
         "model": request.model,
@@ -865,11 +937,9 @@ def _experiment(
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
         "max_new_tokens": request.max_new_tokens,
         **({} if request.match is None else {"match": _match(columns)}),
-        **files_fingerprint(adapter.path),
+        **digests(files),
         "revision": getattr(config, "_commit_hash", None),
-        "code": code_fingerprint(compressors),
-        "torch": versions["torch"],
-        "transformers": versions["transformers"],
+        **{package: versions[package] for package in DECISIVE},
     }
 
 
@@ -882,11 +952,11 @@ def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(request: Request, adapter: Adapter) -> dict[str, Any]:
+def _details(request: Request, adapter: Adapter, folder: Path) -> dict[str, Any]:
     """What else a reader of the manifest will want to know."""
     device = adapter.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"command": sys.argv, "request": asdict(request), "device_name": name}
+    return {**asked_for(request, folder), "device_name": name}
 
 
 def _folder_name(experiment: dict[str, Any]) -> str:

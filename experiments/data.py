@@ -7,7 +7,7 @@ import os
 import reprlib
 import string
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
@@ -84,6 +84,7 @@ class Question:
         video: Whether the images are the frames of a video.
         place: Where in its single image the answer is to be seen, (x, y) as shares of width and
             height; None if unknown.
+        fault: Why it cannot be asked; empty if it can.
     """
 
     id: str
@@ -93,6 +94,7 @@ class Question:
     kind: str = "other"
     video: bool = False
     place: tuple[float, float] | None = None
+    fault: str = ""
 
     @property
     def modality(self) -> Modality:
@@ -160,6 +162,7 @@ def read_jsonl(
     modality: Modality | None = None,
     *,
     check_images: bool = True,
+    keep_faulty: bool = False,
 ) -> list[Question]:
     """The questions of a JSON-lines file, the first ``count`` of them or all.
 
@@ -174,6 +177,8 @@ def read_jsonl(
         count: How many.
         modality: Only questions of this one, or of all.
         check_images: Whether to decode the images; otherwise some may be missing.
+        keep_faulty: Note an image that is missing or broken in `Question.fault`, so that the other
+            questions can be asked, and do not raise.
 
     Raises:
         UserError: The file cannot be read or is empty, a line is malformed (its number is given),
@@ -181,7 +186,7 @@ def read_jsonl(
     """
     lines = _read(path).removeprefix(b"\xef\xbb\xbf").splitlines()
     questions: list[Question] = []
-    pictures = _Pictures(path.parent, check_images)
+    pictures = _Pictures(path.parent, check_images, keep_faulty)
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -227,10 +232,13 @@ class _Pictures:
     Attributes:
         folder: What paths are relative to.
         decode: Whether to decode every picture, to see that it can be.
+        keep_faulty: Whether to note what is wrong in `faults`, and not to raise.
+        faults: Name to why a picture cannot be shown.
     """
 
-    def __init__(self, folder: Path, decode: bool) -> None:
-        self.folder, self.decode = folder, decode
+    def __init__(self, folder: Path, decode: bool, keep_faulty: bool) -> None:
+        self.folder, self.decode, self.keep_faulty = folder, decode, keep_faulty
+        self.faults: dict[str, str] = {}
         self._known: dict[str, Picture] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
 
@@ -241,18 +249,30 @@ class _Pictures:
             name = path
         if name not in self._known:
             found = Picture(name, self.folder / name)
-            if self.decode:
-                self._sizes[name] = found.open().size
+            try:
+                if self.decode:
+                    self._sizes[name] = found.open().size
+            except UserError as error:
+                if not self.keep_faulty:
+                    raise
+                self.faults[name] = str(error)
             self._known[name] = found
         return self._known[name]
 
-    def check_frames(self, video: Iterable[Picture]) -> None:
-        """Raise `UserError` unless all that was decoded of a video is of one size."""
-        sizes = {self._sizes[frame.id] for frame in video if frame.id in self._sizes}
-        if len(sizes) > 1:
-            raise UserError(
-                f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
-            )
+    def fault(self, shown: Sequence[Picture], *, video: bool) -> str:
+        """Why these pictures cannot be shown together; empty if they can.
+
+        Raises:
+            UserError: The frames of a video are not of one size, and nothing faulty is kept.
+        """
+        found = next((self.faults[one.id] for one in shown if one.id in self.faults), "")
+        sizes = {self._sizes[one.id] for one in shown if one.id in self._sizes}
+        if found or not video or len(sizes) < 2:
+            return found
+        found = f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
+        if not self.keep_faulty:
+            raise UserError(found)
+        return found
 
 
 def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
@@ -294,8 +314,7 @@ def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
     for path in paths:
         _check_text("a path", path)
     images = tuple(pictures.get(path) for path in paths)
-    if "video" in fields:
-        pictures.check_frames(images)
+    fault = pictures.fault(images, video="video" in fields)
     return Question(
         id=_text(fields, "id", f"line-{number}"),
         images=images,
@@ -304,6 +323,7 @@ def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
         kind=kind,
         video="video" in fields,
         place=_place(fields.get("place")),
+        fault=f"line {number}: {fault}" if fault else "",
     )
 
 
@@ -363,6 +383,22 @@ def check_placeholders(questions: Iterable[Question], adapter: "Adapter") -> Non
         questions: All of them.
         adapter: Of the model; its weights need not be there.
     """
+    for item in with_faults(questions, adapter):
+        if item.fault:
+            raise UserError(f"the question {item.id!r} cannot be asked: {item.fault}")
+
+
+def with_faults(questions: Iterable[Question], adapter: "Adapter") -> list[Question]:
+    """The questions, with a `Question.fault` where marks and images do not fit.
+
+    Args:
+        questions: All of them.
+        adapter: Of the model; its weights need not be there.
+
+    Raises:
+        UserError: The model does not take what a question is about.
+    """
+    found = []
     for item in questions:
         if item.video and "video" not in adapter.encoders:
             raise UserError(
@@ -372,18 +408,18 @@ def check_placeholders(questions: Iterable[Question], adapter: "Adapter") -> Non
         try:
             adapter.prompt(item.question, 0 if item.video else len(item.images), int(item.video))
         except UserError as error:
-            raise UserError(f"the question {item.id!r} cannot be asked: {error}") from error
+            item = replace(item, fault=item.fault or str(error))
+        found.append(item)
+    return found
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
     """SHA-256 of everything the answers depend on: texts, and the images' content."""
-    digests = {
-        picture.id: picture.digest()
-        for picture in {p.id: p for item in questions for p in item.images}.values()
-    }
+    shown = {p.id: p for item in questions if not item.fault for p in item.images}
+    digests = {name: picture.digest() for name, picture in shown.items()}
     total = hashlib.sha256()
     for item in questions:
-        images = [digests[picture.id] for picture in item.images]
+        images = [digests.get(picture.id, "") for picture in item.images]
         record = [item.id, images, item.question, item.answer, item.kind, item.video]
         total.update(json.dumps(record).encode())
     return total.hexdigest()

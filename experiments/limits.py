@@ -1,6 +1,7 @@
 """How large the numbers and the prompts of a request may be."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from PIL import Image
 
@@ -8,7 +9,7 @@ from tokenprune.errors import UserError, shown
 from tokenprune.experiments.data import Picture, Question
 from tokenprune.models.adapter import Adapter
 
-__all__ = ["LIMITS", "check_lengths", "check_number"]
+__all__ = ["LIMITS", "check_lengths", "check_number", "with_long_ones"]
 
 LIMITS: dict[str, tuple[int, int]] = {
     "batch_size": (1, 100_000),
@@ -52,28 +53,50 @@ def check_number(name: str, value: int | None, *, least: int | None = None) -> N
 def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> None:
     """Raise `UserError` if a prompt is longer than the decoder knows positions.
 
-    Questions whose images cannot be read are passed over; they fail by themselves.
-
     Args:
         adapter: Of the model.
         questions: Whose prompts are meant, with all their visual tokens.
         new: Tokens of the answer.
     """
+    for item in with_long_ones(adapter, questions, new):
+        if item.fault:
+            raise UserError(f"the question {item.id!r} cannot be asked: {item.fault}")
+
+
+def with_long_ones(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> list[Question]:
+    """The questions, with a `Question.fault` where `check_lengths` would raise.
+
+    Those that have a fault or whose images cannot be read are passed over.
+
+    Args:
+        adapter, questions, new: As of `check_lengths`.
+    """
     if not adapter.has_language_model or adapter.positions is None:
-        return
+        return list(questions)
     seen: dict[tuple[object, ...], int] = {}  # texts and sizes repeat
+    found = []
     for item in questions:
-        video = item.modality == "video"
-        if video and "video" not in adapter.encoders:  # which encoding it refuses
-            continue
-        try:
-            sizes = tuple(map(_size, item.images[:1] if video else item.images))
-        except (OSError, ValueError, SyntaxError):  # what Pillow raises at torn headers
-            continue
-        key = (item.question, len(item.images), video, sizes)
-        if key not in seen:
-            seen[key] = _visual(adapter, item, sizes) + _text(adapter, item)
-        adapter.check_length(seen[key], new, f"the prompt of the question {item.id!r}")
+        sizes = None if item.fault else _sizes(adapter, item)
+        if sizes is not None:
+            key = (item.question, len(item.images), item.video, sizes)
+            if key not in seen:
+                seen[key] = _visual(adapter, item, sizes) + _text(adapter, item)
+            try:
+                adapter.check_length(seen[key], new)
+            except UserError as error:
+                item = replace(item, fault=str(error))
+        found.append(item)
+    return found
+
+
+def _sizes(adapter: Adapter, item: Question) -> tuple[tuple[int, int], ...] | None:
+    """(height, width) of the images, or of a video's first frame; None where nobody knows."""
+    if item.video and "video" not in adapter.encoders:
+        return None
+    try:
+        return tuple(map(_size, item.images[:1] if item.video else item.images))
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises at torn headers
+        return None
 
 
 def _visual(adapter: Adapter, item: Question, sizes: tuple[tuple[int, int], ...]) -> int:

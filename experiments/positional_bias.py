@@ -9,7 +9,6 @@ content at other places (`rearrange`), and statistics say which the choice follo
 import hashlib
 import json
 import re
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +26,13 @@ from torch import Tensor
 import tokenprune as tp
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.errors import RetentionWarning, UserError, unknown
-from tokenprune.experiments import data, plots, position_plots, rearrange
+from tokenprune.experiments import data, plots, position_plots
 from tokenprune.experiments.compare import cells
 from tokenprune.experiments.csv_files import write_csv
 from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.failing import tried
+from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
 from tokenprune.experiments.limits import check_lengths, check_number
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
 from tokenprune.experiments.position_statistics import (
@@ -63,10 +63,9 @@ from tokenprune.experiments.rearrange import (
 from tokenprune.experiments.results import (
     Failure,
     RunFolder,
+    asked_for,
     check_writable,
-    code_fingerprint,
     environment,
-    files_fingerprint,
     replace_file,
 )
 from tokenprune.models import testbed
@@ -654,11 +653,13 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     check_lengths(adapter, questions, new=1)
 
     surroundings = environment()
-    experiment = _experiment(request, compressors, questions, adapter, surroundings["versions"])
+    files = answer_files(adapter.path, compressors, [type(adapter), __name__])
+    experiment = _experiment(
+        request, compressors, questions, adapter, surroundings["versions"], files
+    )
+    path = request.out or Path("runs") / _folder_name(experiment)
     folder = RunFolder.open(
-        request.out or Path("runs") / _folder_name(experiment),
-        experiment,
-        {"command": sys.argv, "request": asdict(request)} | surroundings,
+        path, experiment, asked_for(request, path) | {"files": files} | surroundings
     )
     status = "failed"
     failures: list[dict[str, Any]] = []
@@ -754,6 +755,7 @@ def _experiment(
     questions: Sequence[Question],
     adapter: Adapter,
     versions: Mapping[str, str | None],
+    files: Mapping[str, Files],
 ) -> dict[str, Any]:
     """All that the figures depend on."""
     return {
@@ -768,10 +770,8 @@ def _experiment(
         "seed": request.seed,
         "device": adapter.device.type,
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
-        **files_fingerprint(adapter.path),
-        "code": code_fingerprint(compressors, map(Path, (__file__, rearrange.__file__))),
-        "torch": versions["torch"],
-        "transformers": versions["transformers"],
+        **digests(files),
+        **{package: versions[package] for package in DECISIVE},
     }
 
 

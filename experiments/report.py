@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,27 +26,23 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.experiments import plots
-from tokenprune.experiments.compare import cells
-from tokenprune.experiments.csv_files import read_csv
+from tokenprune.experiments.anonymous import anonymous
 from tokenprune.experiments.data import (
-    Modality,
     Picture,
     Question,
-    fingerprint,
-    held_out,
     normalise,
-    read_jsonl,
 )
+from tokenprune.experiments.files import check_file
 from tokenprune.experiments.geometry import Box, Lattice, ViewSize, crop_boxes, frame_box, lattices
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.kept import unpack
 from tokenprune.experiments.limits import check_number
+from tokenprune.experiments.reading import journaled, manifest_of, questions_of
 from tokenprune.experiments.results import (
     UNCOMPRESSED,
     Cell,
     Journal,
-    answers_frame,
-    check_file,
+    read_answers,
     replace_file,
 )
 from tokenprune.models.adapter import Adapter, host_of
@@ -58,6 +55,9 @@ __all__ = ["Request", "Written", "report"]
 
 _SIDE = 336  # longest side of an image, in pixels
 _FRAME_SIDE = 168  # of a video's frame
+_STEPS = ((1.0, 85), (1.0, 65), (0.75, 60), (0.5, 50))  # side and quality where pictures are many
+_PICTURES = 20 * 2**20  # bytes of all pictures together, before base64
+_KEPT = 12 * 2**20  # of what was kept
 _PLOT_WIDTH = 1400
 _TEMPLATE = "report.html.jinja"
 
@@ -72,6 +72,8 @@ class Request:
         first: Take the first ones, not those that methods answer most differently.
         data: Where the data file is now, if it was moved.
         out: The page; None for ``report.html`` in the folder.
+        anonymous: Leave out who ran it and where (`anonymous`); questions, answers and pictures
+            stay as they are.
     """
 
     folder: Path
@@ -79,6 +81,7 @@ class Request:
     first: bool = False
     data: Path | None = None
     out: Path | None = None
+    anonymous: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,27 +98,36 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
     """Write the page.
 
     Raises:
-        UserError: The folder is not that of a run, or has neither answers nor questions.
+        UserError: The folder is not that of a run, has neither answers nor questions, or is
+            damaged.
     """
     check_number("questions", request.questions, least=0)
     path = request.out or request.folder / "report.html"
-    manifest = _manifest(request.folder)
+    manifest = manifest_of(request.folder)
     check_file(path)
     notes: list[str] = []
     tell(0, 0, "reading the run")
-    questions = _questions(manifest, request.data, notes)
     journal = Journal(request.folder / "answers.jsonl")
+    if journal.unreadable:
+        lines = "line" if journal.unreadable == 1 else "lines"
+        notes.append(f"{journal.unreadable} {lines} of answers.jsonl cannot be read: left out.")
+    questions = questions_of(request.folder, manifest, journal, notes, request.data)
     answers = _answers(request.folder, manifest, questions, journal, notes)
-    summary = _summary(request.folder, answers, manifest)
+    # Methods at R = 1 are the uncompressed model.
+    answers = answers[~(answers["retention"] >= 1) | (answers["method"] == UNCOMPRESSED)]
+    summary = summarise(answers, seed=manifest["experiment"]["seed"])
+    answers = answers.dropna(subset="retention")
     compressed = summary.dropna(subset="retention")
     columns = _columns(answers)
     chosen = _chosen(answers, columns, request)
-    gallery = _Gallery(_planner(manifest, notes), notes)
     known = {item.id: item for item in questions or ()}
+    shown = {picture.id for name in chosen if name in known for picture in known[name].images}
+    gallery = _Gallery(_planner(manifest, notes), notes, _PICTURES // max(1, len(shown)))
     entries = []
     for index, name in enumerate(chosen):
         tell(index, len(chosen), "pictures")
         entries.append(_entry(name, answers, columns, known.get(name), gallery, journal))
+    _bound(entries, notes)
     if columns and chosen and not any(any(entry["kept"]) for entry in entries):
         notes.append(
             "The run did not record what was kept, or it cannot be drawn; no masks are shown."
@@ -127,6 +139,11 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
         "pictures": gallery.pictures,
     }
     total = answers["question_id"].nunique()
+    figures = list(_figures(request.folder, compressed, manifest, notes))
+    failures = _failures(manifest, journal)
+    if request.anonymous:
+        told = {"manifest": manifest, "failures": failures, "notes": notes}
+        manifest, failures, notes = anonymous(told).values()
     page = _template().render(
         title=_title(manifest),
         manifest=manifest,
@@ -135,11 +152,11 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
         facts=_facts(manifest),
         status=manifest.get("status", "unknown"),
         answered=len(journal.answers),
-        failures=_failures(manifest, journal),
+        failures=failures,
         results=_results(summary),
         kinds=_kinds(summary),
         costs=_costs(compressed),
-        figures=list(_figures(request.folder, compressed, manifest)),
+        figures=figures,
         sources=_sources(columns),
         citation=_own_citation(manifest),
         browser=_script_safe(browser),
@@ -171,55 +188,6 @@ def _script_safe(value: Any) -> str:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = None
-    # Folders of other analyses have a manifest as well, but no questions that were answered.
-    if (
-        not isinstance(manifest, dict)
-        or not isinstance(manifest.get("experiment"), dict)
-        or not {"questions", "data"} <= manifest["experiment"].keys()
-    ):
-        raise UserError(
-            f"{str(folder)!r} is not the folder of a comparison (it has no readable manifest.json "
-            "of one); give what tokenprune compare printed behind 'Written to'."
-        )
-    return manifest
-
-
-def _questions(
-    manifest: Mapping[str, Any], moved: Path | None, notes: list[str]
-) -> list[Question] | None:
-    """The questions of the run, or None where they cannot be had any more."""
-    asked = manifest.get("request") or {}
-    experiment = manifest["experiment"]
-    file = moved or asked.get("data")
-    if file is None:
-        modality: Modality = asked.get("modality") or "image"
-        found = held_out(experiment["questions"], experiment["seed"], modality)
-    else:
-        try:
-            found = read_jsonl(
-                Path(file), asked.get("questions"), asked.get("modality"), check_images=False
-            )
-        except UserError as error:
-            if moved is not None:
-                raise
-            notes.append(f"No images: {error} Where it was moved, give its place with --data.")
-            return None
-    try:
-        same = fingerprint(found) == experiment["data"]
-    except OSError:
-        notes.append("Some images are missing, so it was not checked whether the data changed.")
-    else:
-        if not same:
-            notes.append("The questions or images have changed since the run.")
-    return found
-
-
 def _answers(
     folder: Path,
     manifest: Mapping[str, Any],
@@ -227,34 +195,16 @@ def _answers(
     journal: Journal,
     notes: list[str],
 ) -> pd.DataFrame:
-    """As `answers_frame`: from the journal, or as it was written where that is not possible.
-
-    Methods at R = 1 are the uncompressed model and left out.
-    """
-    experiment, table = manifest["experiment"], folder / "answers.parquet"
+    """As `answers_frame`: from the journal, or as it was written where that is not possible."""
     try:
-        if questions is None:
-            raise UserError("the questions are not there.")
-        columns = cells(experiment["methods"], experiment["retention"])
-        answers = answers_frame(experiment["model"], columns, questions, journal)
+        return journaled(manifest, questions, journal)
     except UserError as error:
-        if not table.exists():
+        if not (folder / "answers.parquet").exists():
             raise UserError(
                 f"{str(folder)!r} has no answers.parquet, and it cannot be made: {error}"
             ) from error
         notes.append(f"Read from answers.parquet, because {error}")
-        answers = pd.read_parquet(table)
-    return answers[(answers["retention"] < 1) | (answers["method"] == UNCOMPRESSED)]
-
-
-def _summary(folder: Path, answers: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
-    """As `summarise`, of a finished run with the references, which have no retention."""
-    file, journal = folder / "summary.csv", folder / "answers.jsonl"
-    if file.exists() and journal.exists() and file.stat().st_mtime >= journal.stat().st_mtime:
-        found = read_csv(file)
-    else:
-        found = summarise(answers, seed=manifest["experiment"]["seed"])
-    return found[~(found["retention"] >= 1) | (found["method"] == UNCOMPRESSED)]
+        return read_answers(folder)
 
 
 @dataclass(frozen=True)
@@ -348,6 +298,16 @@ def _entry(
     }
 
 
+def _bound(entries: Sequence[dict[str, Any]], notes: list[str]) -> None:
+    """Leave out what was kept of the last questions where that of all would be too much."""
+    sizes = [sum(map(len, itertools.chain(*filter(None, entry["kept"])))) for entry in entries]
+    fitting = sum(total <= _KEPT for total in itertools.accumulate(sizes))
+    for entry in entries[fitting:]:
+        entry["kept"] = [None] * len(entry["kept"])
+    if fitting < len(entries):
+        notes.append(f"Only the masks of the first {fitting} questions fit into the page.")
+
+
 def _flag(value: Any) -> str:
     return "-" if value is None or pd.isna(value) else "1" if value else "0"
 
@@ -356,12 +316,13 @@ class _Gallery:
     """Every picture once, and how the tokens of images and videos lie over them.
 
     Attributes:
+        room: Bytes that a picture should not exceed.
         pictures: Data URIs, or None of a picture that is missing.
         media: Images and videos: their size, their pictures and the lattices of their tokens.
     """
 
-    def __init__(self, adapter: Adapter | None, notes: list[str]) -> None:
-        self.adapter, self.notes = adapter, notes
+    def __init__(self, adapter: Adapter | None, notes: list[str], room: int) -> None:
+        self.adapter, self.notes, self.room = adapter, notes, room
         self.pictures: list[str | None] = []
         self.media: list[dict[str, Any]] = []
         self._sizes: list[tuple[int, int]] = []
@@ -420,18 +381,22 @@ class _Gallery:
                 self.pictures.append(None)
                 self._sizes.append((4, 3))
             else:
-                self.pictures.append(_data_uri(image, side))
+                self.pictures.append(_data_uri(image, side, self.room))
                 self._sizes.append(image.size)
             self._known[key] = len(self.pictures) - 1
         return self._known[key]
 
 
-def _data_uri(image: Image.Image, side: int) -> str:
-    """``image`` as WebP, its longest side at most ``side`` pixels."""
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=85)
+def _data_uri(image: Image.Image, side: int, room: int) -> str:
+    """``image`` as WebP, its longest side at most ``side`` pixels; coarser to fit into ``room``."""
+    for share, quality in _STEPS:
+        small = image.copy()
+        small.thumbnail((share * side, share * side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        # Cameras and programs write names into what comes along with the pixels.
+        small.save(buffer, "WEBP", quality=quality, exif=b"", xmp=b"")
+        if buffer.tell() <= room:
+            break
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
@@ -649,15 +614,19 @@ def _interval(row: Any, name: str) -> str:
 
 
 def _figures(
-    folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any]
+    folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any], notes: list[str]
 ) -> Iterator[dict[str, str]]:
     """The run's figures as data URIs; made afresh if an interrupted run has none."""
     files = sorted((folder / "plots").glob("*.png"), key=lambda file: file.stem)
     for file in files:
-        with Image.open(file) as image:
-            image.thumbnail((_PLOT_WIDTH, 4 * _PLOT_WIDTH), Image.Resampling.LANCZOS)
-            name = file.stem.replace("-", " ")
-            yield {"name": name, "uri": _plot_uri(image)}
+        try:
+            with Image.open(file) as image:
+                image.thumbnail((_PLOT_WIDTH, 4 * _PLOT_WIDTH), Image.Resampling.LANCZOS)
+                uri = _plot_uri(image)
+        except Exception as error:  # whatever damage does to a picture
+            notes.append(f"The figure {file.name} cannot be shown ({error}).")
+        else:
+            yield {"name": file.stem.replace("-", " "), "uri": uri}
     if not files and len(summary) and summary["accuracy"].notna().any():
         name = Path(manifest["experiment"]["model"]).name
         figure = plots.accuracy(summary, f"Accuracy of {name} so far")

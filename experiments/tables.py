@@ -1,25 +1,25 @@
 """Several runs of `compare` side by side, as one table."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.csv_files import read_csv
-from tokenprune.experiments.intervals import OVERALL
+from tokenprune.experiments.intervals import OVERALL, summarise
+from tokenprune.experiments.reading import answers_of, experiment_of
 
 __all__ = ["markdown", "side_by_side"]
 
 _MISSING = "–"
 
 
-def side_by_side(folders: Sequence[Path]) -> pd.DataFrame:
+def side_by_side(folders: Sequence[Path], notes: list[str]) -> pd.DataFrame:
     """One row per method, one column per run: accuracies and, in brackets, the decoder's FLOPs.
 
     Args:
         folders: Folders of runs.
+        notes: Is told where a run's table is older than its answers.
 
     Returns:
         Texts, indexed by method, highest retention first: accuracies in %, FLOPs in % of the
@@ -30,7 +30,7 @@ def side_by_side(folders: Sequence[Path]) -> pd.DataFrame:
     """
     columns = {}
     for folder in folders:
-        name, summary = _read(folder)
+        name, summary = _read(folder, notes)
         steps = sorted(summary["retention"].unique(), reverse=True)
         steps = [step for step in steps if step < 1] or steps
         shares = {
@@ -69,20 +69,14 @@ def _spell(row: "pd.Series[float]", steps: Sequence[float], digits: int) -> str:
     return " / ".join(_MISSING if pd.isna(row[s]) else f"{row[s]:.{digits}f}" for s in steps)
 
 
-def _read(folder: Path) -> tuple[str, pd.DataFrame]:
+def _read(folder: Path, notes: list[str]) -> tuple[str, pd.DataFrame]:
     """Model and modality of a run, and the rows of its summary that take all questions together."""
-    try:
-        experiment = json.loads((folder / "manifest.json").read_text())["experiment"]
-        summary = read_csv(folder / "summary.csv")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{str(folder)!r} is not the folder of a run of compare (it has no readable "
-            "manifest.json and summary.csv of one); give what tokenprune compare printed behind "
-            "'Written to'."
-        ) from error
-    done = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
-    if "asked_retention" in done:  # with --match: whose cost it has, not what was solved for
-        done = done.assign(retention=done["asked_retention"].fillna(done["retention"]))
+    experiment = experiment_of(folder)
+    answers = answers_of(folder, notes).assign(kind=OVERALL)
+    summary = summarise(answers, seed=0)  # its intervals are not shown
+    done = summary[summary["status"] == "ok"]
+    # With --match: whose cost it has, not what was solved for.
+    done = done.assign(retention=done["asked_retention"].fillna(done["retention"]))
     done = done.dropna(subset="retention")  # answers without the image or from one kind of view
     if done.empty:
         raise UserError(f"nothing has been finished in {str(folder)!r}; run the command again.")

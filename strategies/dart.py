@@ -82,6 +82,10 @@ class DART(Compressor):
         states = tokens[Signal("llm_states")]
         return super().memory(tokens) + 8 * states.numel() + float_copy(states) / 2
 
+    def limit(self, tokens: VisualTokens) -> int:
+        """Officially the image pivots come on top."""
+        return super().limit(tokens) + (self.image_pivots if self.official else 0)
+
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         norms = _norms(tokens[self.keys][patches])

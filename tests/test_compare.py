@@ -1,7 +1,9 @@
 """The comparison: its loop with a stand-in for the model, and all of it on the testbed."""
 
+import errno
 import json
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from tokenprune.errors import RetentionWarning, UserError
 from tokenprune.experiments import compare as module
 from tokenprune.experiments.compare import Request, cells, compare, run
 from tokenprune.experiments.data import Picture, Question, held_out
+from tokenprune.experiments.files import WriteError, writing
 from tokenprune.experiments.results import Journal
 from tokenprune.tokens import Signal
 
@@ -218,6 +221,31 @@ def test_an_image_that_cannot_be_encoded_costs_its_questions(tmp_path: Path) -> 
     assert not journal.failures
     assert len(journal.missing) == 7 * 3
     assert len(journal.answers) == 7 * 9, "everything else is answered"
+
+
+def test_a_full_disk_is_no_failure_of_a_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+    append = Journal._append
+
+    def full(self: Journal, records: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > 3:
+            with writing(self.path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, records)
+
+    monkeypatch.setattr(Journal, "_append", full)
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(WriteError, match="No space left on device"):
+        go(Stand(), path, questions())
+    monkeypatch.undo()
+    journal = Journal(path)
+    assert journal.failures == {}
+    assert journal.answers
+    assert set(go(Stand(), path, questions()).answers) > set(journal.answers)
 
 
 def test_one_warning_a_cell(tmp_path: Path) -> None:
@@ -432,6 +460,27 @@ def test_interrupted_then_resumed(
     assert (second.status, second.new) == ("complete", 40)
     for name in ("answers.parquet", "summary.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_only_what_is_in_the_journal_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk loses the last line behind our back."""
+    original = module.run
+
+    def losing(*arguments: Any, **options: Any) -> None:
+        original(*arguments, **options)
+        path = tmp_path / "answers.jsonl"
+        path.write_bytes(path.read_bytes()[:-5])
+
+    monkeypatch.setattr(module, "run", losing)
+    outcome = compare(replace(SMALL, out=tmp_path, questions=2))
+    assert (outcome.status, outcome.answered) == ("failed", outcome.wanted - 1)
+    (why,) = outcome.failures.values()
+    assert "1 of 2 answers are not in the journal" in why.error
+    monkeypatch.undo()
+    again = compare(replace(SMALL, out=tmp_path, questions=2))
+    assert (again.status, again.new) == ("complete", 1)
 
 
 def rows_of(compressor: Any) -> list[Any]:

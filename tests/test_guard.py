@@ -480,11 +480,13 @@ def test_a_copy_keeps_the_hooks_of_others(host: Host) -> None:
         calls.append(module)
 
     host.model.register_forward_pre_hook(mine)
+    host.model.has_hooks = True  # transformers marks decoders in such a way
     host.model.model.forward = types.MethodType(type(host.model.model).forward, host.model.model)
     with tp.compress(host.model, "uniform", retention=0.4):
         twin = copy.deepcopy(host.model)
     logits(twin, host.inputs())
     assert calls == [twin]
+    assert twin.has_hooks
     assert isinstance(vars(twin.model)["forward"], types.MethodType)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import typer.main
@@ -134,7 +135,7 @@ def test_a_file_that_cannot_be_written(
     words: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokenprune.experiments.report._manifest", lambda folder: {})
+    monkeypatch.setattr("tokenprune.experiments.report.manifest_of", lambda folder: {})
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     result = invoke(*words.split(), "--out", path)
@@ -351,16 +352,27 @@ def test_what_is_cut_in_front_of_the_model_need_not_have_fitted(host: Host) -> N
                     host.model(**inputs)
 
 
+LONG_ONE = Question("long", (Picture("a", picture()),), LONG, "yes")
+
+
 @pytest.mark.usefixtures("untouched")
-def test_no_question_beyond_the_positions_is_asked(adapter: Any, tmp_path: Path) -> None:
-    short = Question("short", (Picture("a", picture()),), "What?", "yes")
-    questions = [short, dataclasses.replace(short, id="long", question=LONG)]
+def test_questions_beyond_the_positions_are_refused(adapter: Any, tmp_path: Path) -> None:
     request = Request(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
-    with pytest.raises(UserError, match="'long' has"):
-        compare(request, setting=Setting(adapter, questions))
+    with pytest.raises(UserError, match="'long': the prompt has"):
+        compare(request, setting=Setting(adapter, [LONG_ONE]))
     assert not list(tmp_path.rglob("*.json*")), "nothing is written"
     with pytest.raises(UserError, match="positions"):
         look(adapter, [picture()], LONG, ["uniform"], 0.5)
+
+
+def test_a_question_beyond_the_positions_fails_alone(adapter: Any, tmp_path: Path) -> None:
+    short = dataclasses.replace(LONG_ONE, id="short", question="What?")
+    request = Request(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
+    with pytest.warns(RuntimeWarning, match="1 of 2 questions cannot be asked"):
+        outcome = compare(request, setting=Setting(adapter, [LONG_ONE, short]))
+    answers = pd.read_parquet(outcome.folder / "answers.parquet")
+    assert set(answers.loc[answers["status"] == "ok", "question_id"]) == {"short"}
+    assert set(answers.loc[answers["status"] != "ok", "question_id"]) <= {"long"}
 
 
 def test_the_length_is_that_of_the_prompt_that_is_run(adapter: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from tokenprune.attention import proportional_mask
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, Selection, create
-from tokenprune.engine import _Session, compress
+from tokenprune.engine import Trace, _Session, compress
 from tokenprune.errors import UserError
 from tokenprune.primitives import dispersed, kernel_density, least_cutoff, top
 from tokenprune.strategies.fitprune import fit
@@ -191,7 +191,7 @@ def test_sizes_live_on_the_cache() -> None:
 def test_other_attention_kernels_are_refused() -> None:
     host = Host.tiny("LLaVA-NeXT")
     config = SimpleNamespace(_attn_implementation="flash_attention_2")
-    session = _Session(host.adapter, [None], frozenset(), None)
+    session = _Session(host.adapter, [None], frozenset(), None, Trace())
     session.adapter = SimpleNamespace(language_model=SimpleNamespace(config=config))  # type: ignore[assignment]
     with pytest.raises(UserError, match="flash_attention_2; load it with"):
         session._proportional(None, torch.ones(1, 2), torch.zeros(1, 2, 4))
@@ -361,3 +361,12 @@ def test_inner_holitom_equals_loops(seed: int) -> None:
         members[max(kept, key=lambda k: like[i][k])].append(i)
     wanted = torch.stack([states[members[k]].mean(0) for k in kept])
     torch.testing.assert_close(chosen.features, wanted)
+
+
+def test_official_dart_keeps_its_pivots_on_top_of_the_budget() -> None:
+    """49 tokens at R = 0.5: int(24.5 / 8) = 3 for each of eight pivots, and four image pivots."""
+    method = create("dart", retention=0.5, official=True)
+    tokens = sample_tokens(method.needs, TokenLayout.single((7, 7), newline=False))
+    assert len(method(tokens).keep) == 28
+    clean = create("dart", retention=0.5)
+    assert len(clean(tokens).keep) == 24

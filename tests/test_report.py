@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
 import json
+import random
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,16 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.compare import Request as Comparison
 from tokenprune.experiments.compare import compare
 from tokenprune.experiments.geometry import ViewSize, patch_boxes
-from tokenprune.experiments.report import Request, Written, _planner, _script_safe, _views, report
+from tokenprune.experiments.report import (
+    Request,
+    Written,
+    _bound,
+    _data_uri,
+    _planner,
+    _script_safe,
+    _views,
+    report,
+)
 from tokenprune.tokens import Kind
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -259,7 +273,7 @@ def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
     assert all(all(item["kept"][1]) for item in data["questions"])
     page = Page(whole.path.read_text(encoding="utf-8"))
     assert len(page.all("script")) == 3
-    assert len(page.all("b")) == len(data["cells"]), "those of the table alone"
+    assert len(page.all("b")) == len(data["cells"]) + 2, "of the table alone, with the references"
 
     moved = Path(shutil.copytree(own, tmp_path / "moved"))
     (moved / "1.png").unlink()
@@ -387,6 +401,169 @@ def test_the_command_says_where_the_page_is(run: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"Written to {run / 'report.html'}" in result.stdout
     assert "2 of 20 questions" in result.stdout
+
+
+def test_an_older_summary_is_never_shown(run: Path) -> None:
+    table = pd.read_csv(run / "summary.csv")
+    table.assign(accuracy=0.1234).to_csv(run / "summary.csv", index=False)  # newer than all else
+    report(Request(folder=run))
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert "12.3" not in page.text
+    right = pd.read_parquet(run / "answers.parquet").groupby(["label", "retention"])["correct"]
+    assert f"{100 * right.mean()['fastv', 0.1]:.1f}" in page.text
+
+
+def test_seeds_and_matched_costs_are_as_they_were_run(tmp_path: Path) -> None:
+    request = Comparison(methods=("random",), retention=(0.2,), questions=3, seeds=2, out=tmp_path)
+    compare(request)
+    report(Request(folder=tmp_path))
+    cells = data_of(tmp_path / "report.html")["cells"]
+    assert [cell["label"] for cell in cells] == ["uncompressed", "random"]
+
+
+def test_a_report_to_be_shared_names_nobody(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(own, tmp_path / "home" / "jane-doe" / "study")) / "run"
+    error = {
+        "cell": "x",
+        "error": f"E: {folder}/x.py",
+        "traceback": f'File "{folder}/y.py" JaneHost',
+    }
+    change(
+        folder,
+        request={"data": str(folder.parent / "my.jsonl")},
+        command=["/home/jane-doe/bin/tokenprune", "compare", f"--data={folder}/my.jsonl"],
+        failures=[error],
+    )
+    monkeypatch.setattr(socket, "gethostname", lambda: "JaneHost")
+    (folder.parent / "2.png").unlink()  # so that a note is written
+    plain = report(Request(folder=folder)).path.read_text(encoding="utf-8")
+    assert "jane-doe" in plain
+    assert "JaneHost" in plain
+    result = CliRunner().invoke(app, ["report", str(folder), "--anonymous"])
+    assert result.exit_code == 0, result.output
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for secret in ("jane-doe", "JaneHost", str(tmp_path), "/home/"):
+        assert secret not in page
+    assert "tokenprune compare --data=my.jsonl" in page
+    shown = data_of(folder / "report.html")
+    assert [item["question"] for item in shown["questions"]].count("two?") == 1
+
+
+def test_many_pictures_are_smaller(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (500, 700, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    image.info["xmp"] = image.info["exif"] = b"Jane Doe"
+    large, small = (_data_uri(image, 336, room) for room in (10**9, 20_000))
+    for uri, most in ((large, 336), (small, 335)):
+        decoded = base64.b64decode(uri.partition(",")[2])
+        assert b"Jane" not in decoded
+        with Image.open(io.BytesIO(decoded)) as shown:
+            assert max(shown.size) <= most
+    assert len(small) < 4 * 20_000 / 3 + 100 < len(large)
+    entries: list[dict[str, Any]] = [{"kept": [None, ["A" * 2**20]]} for _ in range(20)]
+    notes: list[str] = []
+    _bound(entries, notes)
+    assert [entry["kept"] != [None, None] for entry in entries] == [True] * 12 + [False] * 8
+    assert "first 12 questions" in notes[0]
+
+
+# --- damaged folders ------------------------------------------------------------------------------
+
+
+WRONG: list[Any] = [None, True, -1, 10**30, 1.5, "", "words", [], {}, [None], {"a": [1]}, "../../x"]
+
+
+def places(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The ways to a value in JSON and to all that it holds."""
+    yield way
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(one, (*way, key))
+
+
+def damaged_json(text: str, luck: random.Random) -> str:
+    """An object with one value replaced by one of another kind, or removed, or cut short."""
+    value = json.loads(text)
+    key = luck.choice(sorted(value))
+    *way, last = luck.choice(list(places(value[key], (key,))))
+    inside = value
+    for step in way:
+        inside = inside[step]
+    how = luck.randrange(8)
+    if how == 0:
+        return text[: luck.randrange(len(text))]
+    if how == 1:
+        del inside[last]
+    else:
+        inside[last] = luck.choice(WRONG)
+    return json.dumps(value)
+
+
+def damage(folder: Path, luck: random.Random) -> str:
+    """Change one thing in a run's folder; say what."""
+    name = luck.choice(
+        [*["manifest.json"] * 4, *["answers.jsonl"] * 3, *["answers.parquet"] * 2, "summary.csv"]
+    )
+    path = folder / name
+    if name == "answers.parquet" and luck.random() < 0.5:
+        table = pd.read_parquet(path)
+        column = luck.choice(list(table.columns))
+        wrong = luck.choice(["words", 3, None, True, [1]])
+        dropped = luck.random() < 0.5
+        (
+            table.drop(columns=column)
+            if dropped
+            else table.assign(**{column: [wrong] * len(table)})
+        ).to_parquet(path)
+        (folder / "answers.jsonl").unlink()
+        return f"{column} dropped" if dropped else f"{column} is {wrong!r}"
+    how = luck.randrange(5)
+    if how == 0:
+        path.unlink()
+    elif how == 1:
+        path.write_bytes(luck.randbytes(200))
+    elif how == 2 and name != "manifest.json":
+        path.write_bytes(path.read_bytes()[: luck.randrange(path.stat().st_size)])
+    elif name == "answers.jsonl":
+        lines = path.read_text().splitlines()
+        for _ in range(5):
+            index = luck.randrange(len(lines))
+            with contextlib.suppress(ValueError):  # it was cut short already
+                lines[index] = damaged_json(lines[index], luck)
+        path.write_text("\n".join(lines))
+    elif name == "manifest.json":
+        text = damaged_json(path.read_text(), luck)
+        path.write_text(text)
+        (folder / "manifest.backup.json").write_text(text)
+        return text[:3000]
+    else:
+        path.unlink()
+        path.mkdir()
+    return f"{name}, {how}"
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_damaged_folder_is_a_sentence_or_a_table(run: Path, seed: int) -> None:
+    luck = random.Random(seed)
+    shutil.rmtree(run / "plots")
+    what = damage(run, luck)
+    for command in (
+        ["report", str(run), "--questions", "2"],
+        ["table", str(run)],
+        ["pairs", str(run)],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code in (0, 2), f"{command[0]} after {what}: {result.exception!r}"
+        assert isinstance(result.exception, SystemExit | None), what
+        assert result.exit_code == 0 or result.stderr.startswith("error: ")
+
+
+def test_a_damaged_figure_is_told_of(run: Path) -> None:
+    (run / "plots" / "accuracy.png").write_bytes(b"no picture")
+    written = report(Request(folder=run))
+    assert any("accuracy.png cannot be shown" in note for note in written.notes)
 
 
 def test_accuracy_without_the_image_is_among_the_results(run: Path) -> None:

@@ -1,9 +1,15 @@
 """The run folder: nothing is lost, nothing is doubled, nothing foreign is touched."""
 
+from __future__ import annotations
+
+import dataclasses
+import errno
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +25,10 @@ from tokenprune.experiments.results import (
     Failure,
     Journal,
     RunFolder,
+    WriteError,
     answers_frame,
-    check_writable,
-    code_fingerprint,
-    files_fingerprint,
+    asked_for,
     git_state,
-    replace_file,
 )
 from tokenprune.experiments.views import references
 
@@ -64,6 +68,105 @@ def test_a_torn_last_line_is_missing_and_can_be_written_again(tmp_path: Path) ->
         assert again.answers == {("cell", "q1"): {"answer": "a"}, ("cell", "q2"): {"answer": "b"}}
         good = [line for line in path.read_text().splitlines() if line.endswith("}")]
         assert len(good) == 2
+
+
+def test_a_half_written_line_is_cut_off_before_anything_is_appended(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first, second = b'{"cell": "c", "question": "q1", "answer": "a"}\n', b'{"cell": "c", "question"'
+    path.write_bytes(first + second)
+    with Journal(path) as journal:
+        assert path.read_bytes() == first
+        journal.add("c", {"q2": {"answer": "b"}})
+    assert [json.loads(line)["question"] for line in path.read_text().splitlines()] == ["q1", "q2"]
+    path.write_bytes(first[:-1])
+    with Journal(path) as journal:
+        assert path.read_bytes() == first, "nothing but its end was missing"
+    path.write_bytes(second)
+    with Journal(path):
+        assert path.read_bytes() == b""
+
+
+class Full:
+    """A file on a disk that takes ``room`` more bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written: int = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Full:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 60, 100, 10_000])
+def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "answers.jsonl"
+    records = {f"q{index}": {"answer": "a" * index} for index in range(20)}
+    full = pytest.raises(WriteError, match=r"answers\.jsonl.*No space left on device")
+    with full, Journal(path) as journal:
+        journal.add("before", {"q": {"answer": "x"}})
+        journal._file = Full(journal._file, room)  # type: ignore[assignment]
+        journal.add("cell", records)
+        journal.add("cell", {f"more {index}": {"answer": "a" * 999} for index in range(99)})
+    content = path.read_bytes()
+    assert content.endswith(b"\n")
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert lines[0]["cell"] == "before"
+    assert [line["question"] for line in lines[1:21]] == list(records)[: len(lines) - 1]
+    assert len(content) <= content.index(b"\n") + 1 + room
+
+
+WRONG: list[tuple[str, Any]] = [
+    *(("cell", 3), ("question", None), ("answer", 3), ("answer", ["a"]), ("flops", "much")),
+    *(("flops", True), ("kept_patches", 2.5), ("kept_patches", 10**30), ("kl", {})),
+    *(("visual_per_layer", 3), ("visual_per_layer", ["a"])),
+]
+
+
+def test_a_line_of_wrong_types_is_no_entry(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    good = {"cell": "c", "question": "q1", "answer": "a", "flops": 1.0, "kept_patches": 2}
+    wrong: list[Any] = [
+        *({**good, "question": "q2", name: value} for name, value in WRONG),
+        *([], 3, None, "text", {}, {"cell": "c"}, {"cell": "c", "error": "E"}),
+    ]
+    path.write_text("\n".join(map(json.dumps, [*wrong, good])) + "\n" + "[" * 100_000 + "\n")
+    journal = Journal(path)
+    assert journal.answers == {("c", "q1"): {"answer": "a", "flops": 1.0, "kept_patches": 2}}
+    assert journal.failures == {}
+    assert journal.unreadable == len(wrong) + 1
+
+
+def test_equal_texts_and_figures_of_a_journal_are_kept_once(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    names = [f"figure{index}" for index in range(20)]
+    with path.open("w") as file:
+        for index in range(3000):
+            entry = {
+                "cell": "c" * 150,
+                "question": f"q{index}",
+                "answer": "yes",
+                "list": [300, 301],
+            }
+            file.write(json.dumps(entry | dict.fromkeys(names, 1234.5)) + "\n")
+    tracemalloc.start()
+    journal = Journal(path)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(journal.answers) == 3000
+    assert journal.answers["c" * 150, "q7"]["list"] == [300, 301]
+    assert size / 3000 < 1600, "bytes a record"
 
 
 def test_answers_are_in_the_file_as_soon_as_they_are_added(tmp_path: Path) -> None:
@@ -162,36 +265,88 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="cannot write to the output folder"):
-            check_writable(path)
+def test_a_refusal_names_the_files_that_differ(tmp_path: Path) -> None:
+    experiment = EXPERIMENT | {"code": "c" * 64}
+    files = {"code": {"a.py": "1", "b.py": "2", "c.py": "3"}}
+    RunFolder.open(tmp_path, experiment, {"files": files}).close("complete")
+    changed = {"code": {"a.py": "1", "b.py": "9", "d.py": "4"}}
+    with pytest.raises(UserError, match=r"other code: b\.py, c\.py, d\.py\)"):
+        RunFolder.open(tmp_path, experiment | {"code": "d" * 64}, {"files": changed})
+    many = {"code": {f"{index:02}.py": "1" for index in range(30)}}
+    with pytest.raises(UserError, match=r"09\.py and 23 more\)"):
+        RunFolder.open(tmp_path, experiment | {"code": "d" * 64}, {"files": many})
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
-def test_a_folder_without_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"):
-        check_writable(tmp_path)
+def test_a_torn_manifest_does_not_block_the_journal(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path, EXPERIMENT, {})
+    with Journal(folder.journal) as journal:
+        journal.add("cell", {"q1": {"answer": "a"}})
+    folder.close("interrupted")
+    whole = (tmp_path / "manifest.json").read_bytes()
+    for torn in (b"", whole[: len(whole) // 2], b"\0" * len(whole), b"[" * 100_000, b"null"):
+        (tmp_path / "manifest.json").write_bytes(torn)
+        RunFolder.open(tmp_path, EXPERIMENT, {}).close("interrupted")
+        assert json.loads((tmp_path / "manifest.json").read_text())["experiment"] == EXPERIMENT
+    sessions = json.loads((tmp_path / "manifest.json").read_text())["sessions"]
+    assert len(sessions) == 6, "earlier sessions are known as well"
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="another experiment"):
+        RunFolder.open(tmp_path, EXPERIMENT | {"retention": [0.1]}, {})
+    for name in ("manifest.json", "manifest.backup.json"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="not the manifest of a run"):
+        RunFolder.open(tmp_path, EXPERIMENT, {})
+    assert Journal(folder.journal).answers == {("cell", "q1"): {"answer": "a"}}
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    path.write_text("old")
+def test_the_seconds_of_a_killed_run_count(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path, EXPERIMENT, {})
+    if folder._lock is not None:
+        os.close(folder._lock)  # as if the process were killed
+    with Journal(folder.journal) as journal:
+        journal.add("cell", {"q1": {"answer": "a"}})
+    begun = datetime.fromisoformat(folder.manifest["sessions"][0]["started"]).timestamp()
+    os.utime(folder.journal, (begun + 90, begun + 90))
+    again = RunFolder.open(tmp_path, EXPERIMENT, {})
+    first = again.manifest["sessions"][0]
+    assert (first["seconds"], first["status"]) == (90, "killed")
+    again.close("complete")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert 90 <= manifest["seconds"] < 100
+    assert [session["status"] for session in manifest["sessions"]] == ["killed", "complete"]
 
-    def die_halfway() -> None:
-        with replace_file(path) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        die_halfway()
-    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
-    assert path.read_text() == "old"
-    with replace_file(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
+def test_left_over_temporary_files_are_removed_by_the_next_start(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, EXPERIMENT, {}).close("interrupted")
+    (tmp_path / "plots").mkdir()
+    for path in (tmp_path / ".tokenprune-1.json", tmp_path / "plots" / ".tokenprune-2.png"):
+        path.write_text("half")
+    RunFolder.open(tmp_path, EXPERIMENT, {}).close("complete")
+    assert not list(tmp_path.rglob(".tokenprune-*"))
+
+
+def test_paths_are_relative_where_they_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclasses.dataclass
+    class Request:
+        data: Path
+        paths: tuple[Path, ...]
+        out: Path | None = None
+
+    here = tmp_path / "project"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    words = ["/usr/local/bin/tokenprune", "compare", f"--data={here}/my.jsonl", "/elsewhere/x"]
+    monkeypatch.setattr(sys, "argv", words)
+    elsewhere = Path("/elsewhere/x.png")
+    for data in (Path("my.jsonl"), here / "my.jsonl", Path("runs/../my.jsonl")):
+        told = asked_for(Request(data, (here / "a.png", elsewhere)), Path("runs/one"))
+        assert told["request"]["data"] == "../../my.jsonl"
+        assert told["request"]["paths"] == ["../../a.png", "/elsewhere/x.png"]
+        assert told["command"] == ["tokenprune", "compare", "--data=my.jsonl", "/elsewhere/x"]
+    beside = asked_for(Request(tmp_path / "far" / "my.jsonl", ()), tmp_path / "far" / "run")
+    assert beside["request"]["data"] == "../my.jsonl"
 
 
 # --- the tidy table -------------------------------------------------------------------------------
@@ -259,30 +414,6 @@ def test_easy_is_what_little_of_the_image_suffices_for(tmp_path: Path) -> None:
     assert frame["retention"].isna().sum() == 8
     assert answers_frame("m", cells[:1], questions, journal)["easy"].isna().all()
     assert [cell.label for cell in references({"video"})] == ["image-free"]
-
-
-# --- fingerprints ---------------------------------------------------------------------------------
-
-
-def test_files_fingerprint_tells_weights_from_processor(tmp_path: Path) -> None:
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
-        (tmp_path / name).write_text(name)
-    first = files_fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("words")
-    assert files_fingerprint(tmp_path) == first
-    (tmp_path / "tokenizer.json").write_text("other")
-    second = files_fingerprint(tmp_path)
-    assert second["weights"] == first["weights"]
-    assert second["processor"] != first["processor"]
-    (tmp_path / "model.safetensors").write_text("other")
-    assert files_fingerprint(tmp_path)["weights"] != first["weights"]
-    assert files_fingerprint(None) == {"weights": None, "processor": None}
-
-
-def test_code_fingerprint_is_of_the_methods_used() -> None:
-    uniform, random = (tp.create(name, retention=0.5) for name in ("uniform", "random"))
-    assert code_fingerprint([uniform]) == code_fingerprint([uniform, uniform])
-    assert code_fingerprint([uniform]) != code_fingerprint([random])
 
 
 def test_git_state(tmp_path: Path) -> None:

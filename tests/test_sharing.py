@@ -148,7 +148,7 @@ def test_what_a_first_cut_looks_at_is_computed_once(
     assert calls == each
 
 
-@pytest.mark.parametrize("host", hosts(), ids=str)
+@pytest.mark.parametrize("host", hosts(), ids=lambda host: f"{host.name}-{host.decoder}")
 def test_signals_of_other_methods_are_nobodys_account(host: Host) -> None:
     mine, other = (tp.parse(name, retention=0.5) for name in ("uniform", "globalcom2"))
     alone, shared = (encoded(host, (0,), wanted) for wanted in ([mine], [mine, other]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -15,16 +16,37 @@ from tokenprune.cli import app
 def _run(
     folder: Path, model: str, modality: str, rows: list[tuple[str, float, float, float]]
 ) -> Path:
-    """A finished run with ``rows`` of label, retention, accuracy and share of the FLOPs."""
+    """A finished run with ``rows`` of label, retention, accuracy and share of the FLOPs.
+
+    Every cell has answered the same thousand questions; one without an accuracy has failed.
+    """
     folder.mkdir()
     manifest = {"experiment": {"model": model, "modality": [modality]}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    summary = pd.DataFrame(rows, columns=["label", "retention", "accuracy", "flops"])
-    both = [summary.assign(kind="overall"), summary.assign(kind="digit", accuracy=0.0)]
-    table = pd.concat(both).assign(uncompressed_flops=1.0, status="ok")
-    table.loc[table["accuracy"].isna(), "status"] = "failed"
-    table.to_csv(folder / "summary.csv", index=False)
+    cells = [_answers(*row) for row in rows]
+    pd.concat(cells, ignore_index=True).to_parquet(folder / "answers.parquet")
     return folder
+
+
+def _answers(label: str, retention: float, accuracy: float, flops: float) -> pd.DataFrame:
+    failed = math.isnan(accuracy)
+    number = 1 if failed else 1000
+    return pd.DataFrame(
+        {
+            **dict.fromkeys(("model", "method", "label", "parameters"), label),
+            "retention": retention,
+            "question_id": [f"q{index}" for index in range(number)],
+            "image_id": [f"i{index}" for index in range(number)],
+            **{"kind": "digit", "question": "?", "truth": "yes", "answer": "no"},
+            "correct": pd.array([False] * number, "boolean")
+            if failed
+            else pd.array(range(number), "Int64") < 1000 * accuracy,
+            "agrees": pd.array([True] * number, "boolean"),
+            "flops": flops,
+            "uncompressed_flops": 1.0,
+            "status": "failed" if failed else "ok",
+        }
+    )
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
@@ -56,10 +78,9 @@ def test_matched_methods_stand_below_the_retention_whose_cost_they_have(tmp_path
         ("image-free", float("nan"), 0.3, 0.1),
     ]
     folder = _run(tmp_path / "a", "testbed-next", "image", rows)
-    summary = pd.read_csv(folder / "summary.csv")
-    summary.assign(asked_retention=2 * [1.0, 0.5, 0.5, float("nan")]).to_csv(
-        folder / "summary.csv", index=False
-    )
+    answers = pd.read_parquet(folder / "answers.parquet")
+    asked = answers["retention"].replace(0.19, 0.5)
+    answers.assign(asked_retention=asked).to_parquet(folder / "answers.parquet")
     result = CliRunner().invoke(app, ["table", str(folder)])
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
@@ -69,6 +90,25 @@ def test_matched_methods_stand_below_the_retention_whose_cost_they_have(tmp_path
         "| fastv | 80.0 (47) |",
         "| uniform | 90.0 (48) |",
     ]
+
+
+def test_an_older_summary_is_never_read(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "a", "m", "image", [("uncompressed", 1.0, 0.9, 1.0)])
+    (folder / "summary.csv").write_text("label,retention,accuracy\nuncompressed,1.0,0.1\n")
+    result = CliRunner().invoke(app, ["table", str(folder)])
+    assert result.output.splitlines()[-1] == "| uncompressed | 90.0 (100) |"
+
+
+def test_a_table_older_than_the_journal_is_told_of(tmp_path: Path) -> None:
+    folder = _run(tmp_path / "a", "m", "image", [("uncompressed", 1.0, 0.9, 1.0)])
+    answers = pd.read_parquet(folder / "answers.parquet")
+    answers.attrs["journal"] = 0
+    answers.to_parquet(folder / "answers.parquet")
+    (folder / "answers.jsonl").write_text("one more answer\n")
+    for command in (["table", str(folder)],):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert "older than the journal" in result.stderr
 
 
 @pytest.mark.parametrize("what", ["nothing there", "not a manifest", "nothing finished"])

@@ -139,7 +139,9 @@ class PrunedLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
         super().batch_repeat_interleave(repeats)
-        self._rows(torch.arange(len(self.valid)).repeat_interleave(repeats))
+        self._rows(
+            torch.arange(len(self.valid), device=self.valid.device).repeat_interleave(repeats)
+        )
 
     def _rows(self, index: Tensor) -> None:
         index = index.to(self.valid.device)

@@ -287,7 +287,7 @@ class Pass:
             [*mine, *[end] * (groups - len(mine))]
             for mine, end in zip(asked, self.ends, strict=True)
         ]
-        self.queries = list(torch.tensor(columns).T)
+        self.queries = list(torch.tensor(columns, device="cpu").T)
 
     def slots(self, row: int, columns: Tensor) -> Tensor:
         """(M,) where these columns (M,) of a row lie now."""

@@ -55,7 +55,7 @@ def benchmark(
     """
     with as_exit_status():
         from tokenprune.experiments.benchmarks import BENCHMARKS, changes, record, save, table
-        from tokenprune.experiments.results import check_file
+        from tokenprune.experiments.files import check_file
 
         quiet()
         check_file(out)

@@ -53,16 +53,18 @@ def pairs(
     with as_exit_status():
         from tokenprune.errors import UserError
         from tokenprune.experiments.csv_files import write_csv
+        from tokenprune.experiments.files import check_file, replace_file
         from tokenprune.experiments.intervals import OVERALL
         from tokenprune.experiments.limits import check_number
-        from tokenprune.experiments.results import check_file, read_answers, replace_file
+        from tokenprune.experiments.reading import answers_of
 
         check_number("seed", seed)
         kind = kind or OVERALL
         labels = tuple(split_specs(methods or ()))
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
-        answers = read_answers(folder)
+        notes: list[str] = []
+        answers = answers_of(folder, notes)
         path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv")
         found = _found(answers, labels, kind, seed)
         check_file(path)
@@ -70,6 +72,8 @@ def pairs(
             write_csv(found, temporary)
         console = Console()
         console.print(table(found))
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
         typer.echo(f"Written to {path}")
     raise typer.Exit(OK)
 

@@ -33,6 +33,12 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="[default: report.html in the folder]")
     ] = None,
+    anonymous: Annotated[
+        bool,
+        typer.Option(
+            "--anonymous", help="Leave out user names, the machine's name and absolute paths."
+        ),
+    ] = False,
 ) -> None:
     """Write a page about a run: results, figures, and every question with what methods kept.
 
@@ -44,7 +50,14 @@ def report(
         from tokenprune.experiments.report import Request, report
 
         quiet()
-        request = Request(folder=folder, questions=questions, first=first, data=data, out=out)
+        request = Request(
+            folder=folder,
+            questions=questions,
+            first=first,
+            data=data,
+            out=out,
+            anonymous=anonymous,
+        )
         with progress() as tell:
             written = report(request, tell)
         for note in written.notes:

@@ -27,5 +27,8 @@ def table(
     with as_exit_status():
         from tokenprune.experiments.tables import markdown, side_by_side
 
-        typer.echo(markdown(side_by_side(folders)))
+        notes: list[str] = []
+        typer.echo(markdown(side_by_side(folders, notes)))
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
     raise typer.Exit(OK)
