@@ -278,7 +278,7 @@ class _Pictures:
 def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
     """Read one line."""
     try:
-        fields = json.loads(line, parse_constant=_no_constant)
+        fields = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise UserError("this is not UTF-8; save the file as UTF-8.") from None
     except json.JSONDecodeError as error:

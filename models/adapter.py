@@ -915,7 +915,8 @@ def host_of(config: Any) -> tuple[str, type[Adapter]]:
         UnknownNameError: No adapter knows the class.
     """
     hosts = {host: adapters.get(a) for a in adapters.names() for host in adapters.get(a).hosts}
-    kind = str((config.architectures or [type(config).__name__])[0])
+    named = config.architectures or [type(config).__name__]
+    kind = str(named[0] if isinstance(named, list) else named)
     if kind not in hosts:
         raise unknown("model class with an adapter", kind, hosts)
     return kind, hosts[kind]

@@ -226,9 +226,10 @@ def test_bad_files(folder: Path) -> None:
         read_jsonl(write(folder, "", "  "))
     with pytest.raises(UserError, match="holds 1 questions, fewer than the 2 asked for"):
         read_jsonl(write(folder, line()), 2)
-    (folder / "latin.jsonl").write_bytes('{"question": "Größe?"}'.encode("latin-1"))
-    with pytest.raises(UserError, match="line 1: this is not UTF-8"):
-        read_jsonl(folder / "latin.jsonl")
+    for coding in ("latin-1", "utf-16"):
+        (folder / "other.jsonl").write_bytes('{"question": "Größe?"}'.encode(coding))
+        with pytest.raises(UserError, match="line 1: this is not UTF-8"):
+            read_jsonl(folder / "other.jsonl")
 
 
 def test_images_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:

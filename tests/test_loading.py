@@ -263,6 +263,7 @@ def test_files_that_do_not_belong_together(folder: Path) -> None:
         ("generation_config.json", ("eos_token_id",), "x", r"token id in its generation_config"),
         ("config.json", ("image_grid_pinpoints",), [[56, 56]], "placeholders"),
         ("config.json", ("architectures",), ["LlavaForEverything"], "no model class with an"),
+        ("config.json", ("architectures",), {"a": 1}, "no model class with an"),
         ("config.json", ("architectures",), ["LlavaOnevisionModel"], "do not belong together"),
         ("config.json", ("model_type",), "none_such", "none_such"),
     ]:
