@@ -1,6 +1,7 @@
 """Any option of any method swept, every value compared with the first on the same questions."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from tokenprune.terminal import Report
 
 __all__ = ["PAPER", "Point", "Result", "Sweep", "ablation", "differences", "figure", "parse_sweep"]
 
+MOST = 1000  # settings of a sweep
 DEFAULT = "default"
 """The value that stands for what an option is when it is not given."""
 
@@ -116,7 +118,7 @@ def parse_sweep(text: str) -> Sweep:
 
     Raises:
         UserError: The text is not of that form, has no option with several values or more than two
-            of them, or repeats one.
+            of them, repeats one, or has more than `MOST` settings.
     """
     method, colon, rest = text.partition(":")
     if "@" in text or " + " in text:
@@ -142,6 +144,9 @@ def parse_sweep(text: str) -> Sweep:
             f"{text!r} must give several values to one or two options, e.g. "
             f"'{sweep.method}:option=value,value'; it does so to {len(sweep.swept)}."
         )
+    settings = math.prod(map(len, options.values()))
+    if settings > MOST:
+        raise UserError(f"{text!r} has {settings} settings; sweep at most {MOST} at once.")
     return sweep
 
 

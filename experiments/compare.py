@@ -34,6 +34,7 @@ from tokenprune.experiments.encodings import Encodings
 from tokenprune.experiments.failing import Failing, tried
 from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
 from tokenprune.experiments.intervals import OVERALL, summarise
+from tokenprune.experiments.limits import check_lengths, check_number, with_long_ones
 from tokenprune.experiments.matching import Kind, check_kind, matched_cells
 from tokenprune.experiments.results import (
     UNCOMPRESSED,
@@ -631,7 +632,7 @@ def compare(
     """
     setting = setting or prepare(request, report, keep_faulty=True)
     adapter = setting.adapter
-    questions = _with_faults(setting)
+    questions = _with_faults(setting, request.max_new_tokens)
     skipped: dict[str, str] = {}
     if columns is None:
         methods, skipped = expanded(request.methods, adapter.check)
@@ -786,25 +787,33 @@ def prepare(
 def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
     """The questions of a comparison, of which every one can be asked; nothing is computed.
 
-    Images are decoded, the frames of a video are of one size, and marks in a question are as many
-    as its images, for which the model's configuration and processor are read.
+    Images are decoded, the frames of a video are of one size, marks in a question are as many as
+    its images, and the decoder knows as many positions as its prompt has tokens, for which the
+    model's configuration and processor are read.
 
     Raises:
         UserError: As `compare`, for what is found without weights.
     """
     questions = _checked_questions(request, report)
     report(0, 0, f"reading the processor of {request.model}")
-    data.check_placeholders(questions, without_weights(request.model))
+    adapter = without_weights(request.model)
+    data.check_placeholders(questions, adapter)
+    check_lengths(adapter, questions, request.max_new_tokens)
     return questions
 
 
-def _with_faults(setting: Setting) -> list[Question]:
+def _with_faults(setting: Setting, new: int) -> list[Question]:
     """The questions, of which those that cannot be asked are told and left to fail alone.
+
+    Args:
+        setting: The model and its questions.
+        new: Longest answer, in tokens.
 
     Raises:
         UserError: None of them can be asked.
     """
-    questions = data.with_faults(setting.questions, setting.adapter)
+    adapter = setting.adapter
+    questions = with_long_ones(adapter, data.with_faults(setting.questions, adapter), new)
     faulty = [item for item in questions if item.fault]
     if not faulty:
         return questions
@@ -856,13 +865,8 @@ def _seeded(compressor: Compressor, seeds: int) -> list[Cell]:
 
 
 def _check_numbers(request: Request) -> None:
-    for name in ("questions", "batch_size", "max_new_tokens", "seeds"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} must be at least 1, got {value}.")
-    if request.seed < 0:
-        raise UserError(f"--seed must not be negative, got {request.seed}.")
+    for name in ("questions", "batch_size", "max_new_tokens", "seed", "seeds"):
+        check_number(name, getattr(request, name))
     for name in ("methods", "retention"):
         if not getattr(request, name):
             raise UserError(f"--{name} needs at least one value.")

@@ -12,7 +12,6 @@ and it needs POSIX signals and the main thread (`check_time_limit`).
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import threading
@@ -28,6 +27,7 @@ __all__ = ["TimeLimit", "check_time_limit", "time_limit"]
 _PROTECTED = {"__enter__", "__exit__", "__del__"}
 _AGAIN = 0.02  # seconds until a handler that must not interrupt looks again
 _INSIST = 1.0  # seconds until it raises once more, should somebody have swallowed it
+_LONGEST = 1e6  # seconds that a limit may be; what is longer is none
 _PATIENCE = 10.0  # seconds for which it does not interrupt; to install or remove hooks takes none
 
 
@@ -39,8 +39,11 @@ def check_time_limit(seconds: float | None) -> None:
     """Raise `UserError` unless ``seconds`` is None or a limit that can be kept here."""
     if seconds is None:
         return
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"--timeout-per-batch must be a number of seconds above 0, got {seconds}.")
+    if not 0 < seconds <= _LONGEST:
+        raise UserError(
+            f"--timeout-per-batch must be a number of seconds above 0 and at most {_LONGEST:g}, "
+            f"got {seconds:g}."
+        )
     if not hasattr(signal, "setitimer"):
         raise UserError(
             "--timeout-per-batch needs POSIX signals, which this system does not have; leave it "

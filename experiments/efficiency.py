@@ -5,6 +5,7 @@ tokens, the ledger's arithmetic.  Conventions are the ledger's.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.csv_files import write_csv
+from tokenprune.experiments.limits import check_number
 from tokenprune.experiments.results import replace_file
 from tokenprune.forecast import Forecast, forecast
 from tokenprune.ledger import DecoderShape, Ledger
@@ -47,6 +49,7 @@ __all__ = [
 ALL = "all"
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DRAWS = 5  # of made-up content, the median of which is told
+_SIZE = re.compile(r"([hw]?)([0-9]{1,6})([hw]?)\s*[x×,]\s*([hw]?)([0-9]{1,6})([hw]?)")
 QUESTION = 32  # tokens that methods see of a question where no text is counted
 
 
@@ -134,16 +137,17 @@ def prompt_of(
         dtype: Of weights and KV cache.
 
     Raises:
-        UserError: Unknown model or dtype, a size that is none, or both an image and patches.
+        UserError: Unknown model or dtype, a size that is none, both an image and patches, or more
+            tokens than the decoder knows positions.
     """
     if dtype not in SIZES:
         raise UserError(f"dtype must be one of {', '.join(SIZES)}, got {dtype!r}.")
-    if text < 0:
-        raise UserError(f"--text-tokens must not be negative, got {text}.")
+    check_number("text_tokens", text)
     if image_size is not None and patches is not None:
         raise UserError("give --image-size or --patches, not both.")
     adapter = adapter_without_weights(model)
     if patches is not None:
+        adapter.check_length(math.prod(patches), text)
         layout = TokenLayout.single(patches, newline=False)
     elif image_size is None:
         rows, cols = adapter.view_shape
@@ -151,6 +155,7 @@ def prompt_of(
         layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
     else:
         layout = adapter.layout(image_size)
+    adapter.check_length(len(layout) + text)
     asking = None if text else QUESTION
     return Prompt(adapter, (layout,), text, asking, SIZES[dtype], image_size)
 
@@ -167,12 +172,12 @@ def read_size(text: str) -> tuple[int, int]:
     """(height, width) of ``672x1008``, height first as in ``transformers``, or ``1008wx672h``.
 
     Raises:
-        UserError: Not two positive numbers.
+        UserError: Not two positive numbers of at most six digits.
 
     >>> read_size("672x1008"), read_size("1008wx672h"), read_size("h672xw1008")
     ((672, 1008), (672, 1008), (672, 1008))
     """
-    found = re.fullmatch(r"([hw]?)(\d+)([hw]?)\s*[x×,]\s*([hw]?)(\d+)([hw]?)", text.strip().lower())
+    found = _SIZE.fullmatch(text.strip().lower())
     if found:
         marks = [found[1] + found[3], found[4] + found[6]]
         sides = int(found[2]), int(found[5])
@@ -180,7 +185,7 @@ def read_size(text: str) -> tuple[int, int]:
             return sides if marks != ["w", "h"] else (sides[1], sides[0])
     raise UserError(
         f"cannot read the size {text!r}; write HEIGHTxWIDTH, such as 672x1008, or say which is "
-        "which: 1008wx672h."
+        "which: 1008wx672h; a side has at most six digits."
     )
 
 

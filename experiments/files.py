@@ -11,6 +11,7 @@ from tokenprune.errors import UserError
 
 __all__ = [
     "WriteError",
+    "check_file",
     "check_writable",
     "replace_file",
     "sweep",
@@ -52,6 +53,20 @@ def check_writable(path: Path) -> None:
         raise UserError(
             f"cannot write to the output folder {str(path)!r} ({error.strerror}); choose another "
             "with --out."
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Raise `UserError` unless a file can be written to ``path``."""
+    if path.is_dir():
+        raise UserError(f"cannot write to {str(path)!r}: it is a folder; name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the file {str(path)!r} ({error.strerror}); choose another with --out."
         ) from error
 
 

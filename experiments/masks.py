@@ -39,7 +39,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments import kept
 from tokenprune.experiments.compare import cells
 from tokenprune.experiments.csv_files import write_csv
-from tokenprune.experiments.data import held_out, normalise
+from tokenprune.experiments.data import Picture, Question, held_out, normalise
 from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.geometry import (
     Box,
@@ -49,6 +49,7 @@ from tokenprune.experiments.geometry import (
     frame_box,
     lattices,
 )
+from tokenprune.experiments.limits import check_lengths, check_number
 from tokenprune.experiments.plots import FAINT, INK, save, style
 from tokenprune.experiments.ranking import Note, noting
 from tokenprune.experiments.results import check_writable, environment, replace_file
@@ -248,8 +249,8 @@ def render(
     Raises:
         UserError: Bad input, found before the model runs.
     """
-    if request.frames < 1:
-        raise UserError(f"--frames must be at least 1, got {request.frames}.")
+    for name in ("frames", "max_new_tokens", "seed"):
+        check_number(name, getattr(request, name))
     named = [spec for spec in request.methods or () if spec != ALL]
     cells(named, request.retention)  # a misspelt method is found early
     shown = _example(request) if not request.words else _given(request)
@@ -394,6 +395,9 @@ def look(
         if cell.compressor is not None:
             _check(adapter, cell.compressor, asks)
     pictures = [picture(image) for image in images]
+    if question is not None and asks:
+        named = tuple(Picture(str(index), one) for index, one in enumerate(pictures))
+        check_lengths(adapter, [Question("0", named, question, "", video=video)], max_new_tokens)
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)
     )

@@ -33,6 +33,7 @@ from tokenprune.experiments.data import Modality, Picture, Question
 from tokenprune.experiments.efficiency import ALL, expanded
 from tokenprune.experiments.failing import tried
 from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
+from tokenprune.experiments.limits import check_lengths, check_number
 from tokenprune.experiments.position_rows import Parts, Rows, Skip, joined
 from tokenprune.experiments.position_statistics import (
     NORMAL,
@@ -649,6 +650,7 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
         _check_method(adapter, compressor)
     if adapter.has_language_model:
         data.check_placeholders(questions, adapter)
+    check_lengths(adapter, questions, new=1)
 
     surroundings = environment()
     files = answer_files(adapter.path, compressors, [type(adapter), __name__])
@@ -696,12 +698,8 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
 
 
 def _check_request(request: Request) -> None:
-    for name in ("images", "batch_size"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    if request.seed < 0:
-        raise UserError(f"--seed must not be negative, got {request.seed}.")
+    for name in ("images", "batch_size", "seed"):
+        check_number(name, getattr(request, name))
     for name in ("methods", "retention", "conditions"):
         if not getattr(request, name):
             raise UserError(f"--{name} needs at least one value.")

@@ -32,9 +32,11 @@ from tokenprune.experiments.data import (
     Question,
     normalise,
 )
+from tokenprune.experiments.files import check_file
 from tokenprune.experiments.geometry import Box, Lattice, ViewSize, crop_boxes, frame_box, lattices
 from tokenprune.experiments.intervals import OVERALL, summarise
 from tokenprune.experiments.kept import unpack
+from tokenprune.experiments.limits import check_number
 from tokenprune.experiments.reading import journaled, manifest_of, questions_of
 from tokenprune.experiments.results import (
     UNCOMPRESSED,
@@ -99,9 +101,10 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
         UserError: The folder is not that of a run, has neither answers nor questions, or is
             damaged.
     """
-    if request.questions < 0:
-        raise UserError(f"--questions must not be negative, got {request.questions}.")
+    check_number("questions", request.questions, least=0)
+    path = request.out or request.folder / "report.html"
     manifest = manifest_of(request.folder)
+    check_file(path)
     notes: list[str] = []
     tell(0, 0, "reading the run")
     journal = Journal(request.folder / "answers.jsonl")
@@ -163,7 +166,6 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
         notes=notes,
         version=tp.__version__,
     )
-    path = request.out or request.folder / "report.html"
     with replace_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Written(path, len(entries), total, tuple(notes))

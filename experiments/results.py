@@ -741,7 +741,7 @@ def read_answers(folder: Path) -> pd.DataFrame:
         UserError: The folder holds none, or it is damaged.
     """
     path = folder / "answers.parquet"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it takes names that no file can have
         raise UserError(
             f"{folder} holds no answers.parquet; give the folder of a run, as tokenprune compare "
             "prints it at its end."

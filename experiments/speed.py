@@ -25,6 +25,7 @@ from tokenprune.compressor import Compressor
 from tokenprune.engine import compress
 from tokenprune.errors import UserError
 from tokenprune.experiments.efficiency import Prompt, break_even
+from tokenprune.experiments.limits import check_number
 from tokenprune.experiments.measuring import Timing, median_of, peak_memory, synchronise, timed
 from tokenprune.ledger import DecoderShape, Ledger
 from tokenprune.models.adapter import Adapter
@@ -351,9 +352,8 @@ def measure(
     Raises:
         UserError: Nonsense numbers, or a device that is not there.
     """
-    for name, value in (("--batch-size", batch_size), ("--repeats", repeats)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}.")
+    for name, value in (("batch_size", batch_size), ("repeats", repeats), ("layers", layers)):
+        check_number(name, value)
     place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     half = {2: torch.bfloat16, 4: torch.float32}[prompt.size]
     dtype = torch.float32 if place.type == "cpu" else half

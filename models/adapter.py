@@ -386,6 +386,37 @@ class Adapter(ABC):
         """Index of the decoder layer that a cut lies in front of (`compressor.cut_layer`)."""
         return cut_layer(cut, len(self.decoder_layers))
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions the decoder knows, rotary scaling included; None if it has no end.
+
+        ``max_position_embeddings``, or ``factor`` times what the model was trained on, where
+        ``rope_parameters`` of the config say so.
+        """
+        config = self.base.config.get_text_config()
+        known: int | None = getattr(config, "max_position_embeddings", None)
+        scaling = getattr(config, "rope_parameters", None) or {}
+        if known is None or not isinstance(scaling.get("factor"), int | float):
+            return known
+        trained = scaling.get("original_max_position_embeddings") or known
+        return max(known, int(trained * scaling["factor"]))
+
+    def check_length(self, tokens: int, new: int = 0, what: str = "the prompt") -> None:
+        """Raise `UserError` if the decoder does not know so many positions.
+
+        Args:
+            tokens: Of the prompt, visual ones included.
+            new: That are generated behind it.
+            what: What to call the prompt.
+        """
+        known = self.positions
+        if known is not None and tokens + new > known:
+            more = f" and {new} of the answer" if new else ""
+            raise UserError(
+                f"{what} has {tokens} tokens{more}, but the language model knows {known} "
+                "positions; shorten the text, or show fewer or smaller images."
+            )
+
     def require_language_model(self) -> None:
         """Raise `UserError` if there is none."""
         if not self.has_language_model:
@@ -466,6 +497,8 @@ class Adapter(ABC):
         images: Sequence[Any] | None,
         prompts: Sequence[str],
         videos: Sequence[Any] | None = None,
+        *,
+        longer: bool = False,
     ) -> Any:
         """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
 
@@ -477,10 +510,13 @@ class Adapter(ABC):
             videos: For every prompt a video or a list of videos (empty for none), each anything
                 that `pictures.frames` takes: lists of images, arrays, animated images, ...; the
                 videos of one call must have equally many frames, because the model stacks them.
+            longer: Take prompts beyond the positions that the decoder knows, for a method that
+                shortens them in front of it.
 
         Raises:
             UserError: As many prompts as image and video lists are needed, marks must match, the
-                model must take videos, and images and videos must be readable.
+                model must take videos, images and videos must be readable, and the decoder must
+                know as many positions as the prompt has tokens.
         """
         self.require_language_model()
         prompts = questions(prompts)
@@ -506,6 +542,8 @@ class Adapter(ABC):
             return_tensors="pt",
             **media,
         )
+        if not longer:
+            self.check_length(batch["input_ids"].shape[1])
         return batch.to(self.device, self.model.dtype)
 
     def grouped(self, images: list[list[Image]]) -> Any:

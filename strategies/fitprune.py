@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.budget import left_at
-from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
 from tokenprune.errors import UserError
 from tokenprune.primitives import top
 from tokenprune.registry import Card, register
@@ -44,8 +44,8 @@ class FitPrune(Compressor):
         cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 31
-    shares: tuple[Share, ...] = ()
+    steps: Annotated[int, Field(ge=1, le=1000)] = 31
+    shares: Annotated[tuple[Share, ...], Field(max_length=1000)] = ()
     cut: Annotated[int, Field(ge=0)] = 0
 
     stage: ClassVar[Stage] = Stage.LLM
@@ -65,6 +65,7 @@ class FitPrune(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_cuts(self, self.cut)
         rising = any(late > early for early, late in pairwise(self.shares))
         if self.shares and (rising or self.shares[-1] == 1):
             raise UserError(

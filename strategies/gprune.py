@@ -35,8 +35,8 @@ class GPrune(Compressor):
     """
 
     threshold: float = 0.5
-    temperature: Annotated[float, Field(gt=0)] = 0.03
-    steps: Annotated[int, Field(ge=1)] = 5
+    temperature: Annotated[float, Field(ge=1e-6)] = 0.03
+    steps: Annotated[int, Field(ge=1, le=1000)] = 5
 
     card = Card(
         paper="G-Prune",

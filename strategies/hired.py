@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenprune.budget import Allocator, Proportional, budget
 from tokenprune.compressor import ScoringCompressor
+from tokenprune.errors import UserError
 from tokenprune.primitives import region_sums, thumbnail_map
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens, moved
@@ -54,7 +55,14 @@ class MarkedPatches(Allocator):
         marks = torch.zeros_like(seen)
         marks[seen.argsort(descending=True, stable=True)[:marked]] = 1
         if self.official:
-            per_crop = marks.unflatten(0, (layout.grid[0] * layout.grid[1], -1)).sum(1)
+            runs = layout.grid[0] * layout.grid[1]
+            if len(marks) % runs:
+                raise UserError(
+                    f"hired:official=true splits the thumbnail's {len(marks)} patches into as many "
+                    f"equal runs as there are crops, which {runs} crops do not allow; leave it "
+                    "out, or show an image of another shape."
+                )
+            per_crop = marks.unflatten(0, (runs, -1)).sum(1)
         else:
             per_crop = region_sums(marks.view(layout.view_shape), layout.grid)
         share = per_crop / per_crop.sum().clamp(min=1)

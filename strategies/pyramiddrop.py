@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.budget import left_at
-from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
 from tokenprune.primitives import top
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
@@ -35,7 +35,7 @@ class PyramidDrop(Compressor):
         cut: Which of the cuts this one is, counted from 1; 0 stands for all.
     """
 
-    depths: Annotated[tuple[Cut, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    depths: Annotated[tuple[Cut, ...], Field(min_length=1, max_length=1000)] = (0.25, 0.5, 0.75)
     positions: Literal["auto", "compact", "original"] = "compact"
     cut: Annotated[int, Field(ge=0)] = 0
 
@@ -54,6 +54,10 @@ class PyramidDrop(Compressor):
             "flash-attention.",
         ),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cuts(self, self.cut)
 
     @property
     def cuts(self) -> tuple[float, ...]:

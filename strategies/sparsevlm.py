@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune.budget import left_at
-from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
 from tokenprune.errors import UserError
 from tokenprune.primitives import density_peaks, float_copy, group_means
 from tokenprune.registry import Card, register
@@ -62,7 +62,11 @@ class SparseVLM(Compressor):
 
     version: Literal["1.0", "2.0"] = "1.0"
     heads: Annotated[int, Field(ge=1)] = 14
-    depths: Annotated[tuple[Cut, ...], Field(min_length=1)] = (3 / 32, 7 / 32, 16 / 32)
+    depths: Annotated[tuple[Cut, ...], Field(min_length=1, max_length=1000)] = (
+        3 / 32,
+        7 / 32,
+        16 / 32,
+    )
     schedule: Literal["retention", "rank", "192", "128", "96", "64"] = "retention"
     scale: Annotated[float, Field(gt=0)] = 13.5
     bias: float = 0.0
@@ -90,6 +94,7 @@ class SparseVLM(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_cuts(self, self.cut)
         if self.schedule in LISTS[self.version] and len(self.depths) > 3:
             raise UserError(
                 f"sparsevlm: the list {self.schedule} has 3 counts for {len(self.depths)} cuts."

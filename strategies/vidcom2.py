@@ -39,7 +39,7 @@ class VidCom2(Compressor):
         channels: Share of the channels that is looked at.  Official: 0.5.
     """
 
-    temperature: Annotated[float, Field(gt=0)] = 0.01
+    temperature: Annotated[float, Field(ge=1e-6)] = 0.01
     channels: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     card = Card(

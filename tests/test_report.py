@@ -392,7 +392,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["report", str(tmp_path)])
         assert result.exit_code == 2
         assert "is not the folder of a comparison" in result.stderr
-    with pytest.raises(UserError, match="must not be negative"):
+    with pytest.raises(UserError, match="must be at least 0"):
         report(Request(folder=tmp_path, questions=-1))
 
 

@@ -198,6 +198,10 @@ class ThumbnailCommand(Allocator):
     tau: float = 10.0
     signal: Signal = SALIENCY
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tau) and self.tau > 0):
+            raise UserError(f"tau must be a number larger than 0, got {self.tau}.")
+
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.signal})

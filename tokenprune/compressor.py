@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tokenprune import budget
 from tokenprune.budget import Allocator, Proportional
-from tokenprune.errors import ContractError, RetentionWarning, UserError, unknown
+from tokenprune.errors import ContractError, RetentionWarning, UserError, shown, unknown
 from tokenprune.precision import autocasts, like_now, without_autocast
 from tokenprune.primitives import best_per_view
 from tokenprune.registry import Card, strategies
@@ -33,6 +34,7 @@ __all__ = [
     "Separators",
     "Stage",
     "best",
+    "check_cuts",
     "create",
     "cut_layer",
     "keep_best",
@@ -42,6 +44,8 @@ __all__ = [
 ]
 
 Separators = Literal["all", "rows", "none"]
+LARGEST = 2**31 - 1  # that any number of a strategy may be; PyTorch takes it in every dtype we use
+_LONGEST = 10_000  # characters of a spec
 
 
 class Stage(StrEnum):
@@ -298,7 +302,7 @@ class Chain(Compressor):
 
     @property
     def label(self) -> str:
-        return " + ".join(f"{part.label}@{part.retention:g}" for part in self.parts)
+        return " + ".join(f"{part.label}@{_shortest(part.retention)}" for part in self.parts)
 
     def stages(self) -> Iterator[Compressor]:
         for part in self.parts:
@@ -308,7 +312,7 @@ class Chain(Compressor):
         raise UserError("a chain acts in several places; run it with tokenprune.compress.")
 
 
-def create(name: str, **fields: Any) -> Compressor:
+def create(name: str, /, **fields: Any) -> Compressor:
     """Build a registered strategy; values may be strings, as from a command line.
 
     Raises:
@@ -325,7 +329,7 @@ def create(name: str, **fields: Any) -> Compressor:
     return cls(**fields)
 
 
-def parse(spec: str, **fields: Any) -> Compressor:
+def parse(spec: str, /, **fields: Any) -> Compressor:
     """Build a strategy from ``name`` or ``name:field=value,field=value``, or a chain of them.
 
     Several values of one field are joined by ``/``: ``pyramiddrop:depths=0.3/0.6``.
@@ -334,9 +338,14 @@ def parse(spec: str, **fields: Any) -> Compressor:
     of them must: ``globalcom2@0.5 + fastv:layer=3@0.5``.
 
     Raises:
-        UserError: As `create` and `Chain.of`, the text is not of that form, or a retention is given
-            twice.
+        UserError: As `create` and `Chain.of`, the text is not of that form or far too long, or a
+            field is given twice.
     """
+    if len(spec) > _LONGEST:
+        raise UserError(
+            f"a method of {len(spec)} characters, {spec[:40]!r} and so on, is too long; write at "
+            f"most {_LONGEST}."
+        )
     parts = [part.strip() for part in re.split(r"\s\+\s", spec)]
     if len(parts) > 1:
         if fields:
@@ -359,6 +368,8 @@ def parse(spec: str, **fields: Any) -> Compressor:
             raise UserError(
                 f"cannot read {option!r} in {spec!r}; write name:field=value,field=value."
             )
+        if key.strip() in given:
+            raise UserError(f"{key.strip()!r} is given twice in {spec!r}; write it once.")
         given[key.strip()] = value.strip()
     return create(name.strip(), **{**fields, **given})
 
@@ -366,6 +377,20 @@ def parse(spec: str, **fields: Any) -> Compressor:
 def ranking_bytes(count: int) -> float:
     """Bytes that ranking ``count`` scores and listing what is kept takes."""
     return 80.0 * count
+
+
+def check_cuts(strategy: Compressor, cut: int) -> None:
+    """Raise `UserError` unless the `cuts` of ``strategy`` rise, and ``cut`` counts one of them.
+
+    Args:
+        strategy: One that selects several times.
+        cut: Which of its cuts it stands for, counted from 1; 0 for none.
+    """
+    cuts = strategy.cuts
+    if any(later <= earlier for earlier, later in pairwise(cuts)):
+        raise UserError(f"{strategy.name}: the cuts must rise from one to the next, got {cuts}.")
+    if cut > len(cuts):
+        raise UserError(f"{strategy.name}: cut={cut} of {len(cuts)} cuts; give at most that many.")
 
 
 def cut_layer(cut: int | float, depth: int) -> int:
@@ -523,13 +548,33 @@ def _validated(cls: type, name: str, value: Any) -> Any:
     if name == "allocator" and isinstance(value, str):
         return budget.allocator(value)
     try:
-        return _adapters(cls)[name].validate_python(value)
+        made = _adapters(cls)[name].validate_python(value)
     except ValidationError as error:
         if isinstance(value, str) and error.errors()[0]["type"] == "tuple_type":
             return _validated(cls, name, tuple(value.split("/")))
         said = "; ".join(item["msg"] for item in error.errors())
-        called = getattr(cls, "name", "") or cls.__name__
-        raise UserError(f"{called}: {name}={value!r} is not valid: {said}.") from None
+    else:
+        # NaN fails every comparison; of the retention `check_retention` tells more.
+        if name == "retention" or all(abs(number) <= LARGEST for number in _numbers(made)):
+            return made
+        said = f"a number must lie between -{LARGEST} and {LARGEST}"
+    called = getattr(cls, "name", "") or cls.__name__
+    raise UserError(f"{called}: {name}={shown(value)} is not valid: {said}.") from None
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a field."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _numbers(one)
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that is read as ``number`` again."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _spell(value: Any) -> str:

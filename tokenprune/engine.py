@@ -380,6 +380,8 @@ class _Session(threading.local):
                 table = self.adapter.model.get_input_embeddings()
                 like = table(torch.tensor(token, device=embeds.device))
                 self.placeholders[modality] = (embeds == like).all(-1)
+        if self.ids is not None and not any(self.before):  # else it is seen what is left
+            self.adapter.check_length(self.ids.shape[1])
         plain = [name for name, output in given.items() if type(output.pooler_output) is list]
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
@@ -536,6 +538,10 @@ class _Session(threading.local):
         for step in range(max(map(len, self.before)) if spans else 0):
             with self.trace.around():
                 embeds = self._shorten(state, step, embeds, changed)
+        if spans and any(self.before):
+            numbered = any(part.keeps_positions for parts in self.before for part in parts)
+            left = state.width if numbered else max(state.left)
+            self.adapter.check_length(left, what="what is left of the prompt")
         for span in spans:
             span.entered = span.index
             span.tokens = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -11,12 +12,31 @@ __all__ = [
     "RetentionWarning",
     "UnknownNameError",
     "UserError",
+    "shown",
     "unknown",
 ]
 
+_MOST = 1500  # characters of a message
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 class UserError(ValueError):
-    """Bad input, found before compute was spent."""
+    """Bad input, found before compute was spent.
+
+    Messages repeat what was given, which may be anything: control characters and lone surrogates
+    are escaped, and of a very long text the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_legible(message))
+
+
+def _legible(text: str) -> str:
+    text = _UNSEEN.sub(lambda sign: sign[0].encode("unicode_escape").decode("ascii"), text)
+    if len(text) <= _MOST:
+        return text
+    half = _MOST // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 class ContractError(UserError):
@@ -43,6 +63,14 @@ class RetentionWarning(UserWarning):
         self.about = about
 
 
+def shown(value: object) -> str:
+    """``value`` in a message: its `repr`, also where Python refuses to write a number out."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> UnknownNameError:
     """The error for an unknown ``name``, with the nearest known names and the whole list.
 
@@ -53,7 +81,7 @@ def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> Un
         listing: Said in place of the whole list where that is too long to read.
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, 3, 0.5)
+    near = difflib.get_close_matches(name[:100], known, 3, 0.5)  # takes long on long names
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     listed = listing or f"Known: {', '.join(known)}."
     return UnknownNameError(f"no {what} is called {name!r}.{hint} {listed}")

@@ -115,8 +115,11 @@ def split_specs(values: Sequence[str]) -> Iterator[str]:
 
 
 def method_specs(values: Sequence[str]) -> list[str]:
-    """`split_specs`, each `registered`."""
-    return [registered(spec) for spec in split_specs(values)]
+    """`split_specs`, each `registered`.  Raises `UserError` as that, or if there is none."""
+    specs = list(split_specs(values))
+    if not specs:
+        raise UserError("--methods needs at least one value.")
+    return [registered(spec) for spec in specs]
 
 
 def registered(spec: str) -> str:
@@ -138,8 +141,15 @@ def registered(spec: str) -> str:
 
 
 def ratios(values: Sequence[str]) -> tuple[float, ...]:
-    """Retentions, each a value of its own or several with commas between them."""
-    return tuple(map(ratio, split_specs(values)))
+    """Retentions, each a value of its own or several with commas between them.
+
+    Raises:
+        UserError: As `ratio`, or there is none.
+    """
+    found = tuple(map(ratio, split_specs(values)))
+    if not found:
+        raise UserError("--retention needs at least one value.")
+    return found
 
 
 def ratio(text: str) -> float:

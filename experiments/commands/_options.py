@@ -146,9 +146,11 @@ TrustRemoteCode = Annotated[
 
 
 def image_limit(pixels: int | None) -> AbstractContextManager[None]:
-    """While open, ``--max-image-pixels`` holds."""
+    """While open, ``--max-image-pixels`` holds.  Raises `UserError` if it cannot be meant."""
+    from tokenprune.experiments.limits import check_number
     from tokenprune.pictures import pixel_limit
 
+    check_number("max_image_pixels", pixels)
     return nullcontext() if pixels is None else pixel_limit(pixels)
 
 

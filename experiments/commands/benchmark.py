@@ -55,8 +55,10 @@ def benchmark(
     """
     with as_exit_status():
         from tokenprune.experiments.benchmarks import BENCHMARKS, changes, record, save, table
+        from tokenprune.experiments.files import check_file
 
         quiet()
+        check_file(out)
         earlier = table(against) if against is not None else None
         with progress() as report:
             frame = record(only or BENCHMARKS, quick=quick_run, device=device, report=report)

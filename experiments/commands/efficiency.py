@@ -84,13 +84,19 @@ def efficiency(
     """
     with as_exit_status():
         import_plugins(plugin)
+        from tokenprune.errors import UserError
         from tokenprune.experiments import cost_plots, plots, results
         from tokenprune.experiments import efficiency as experiment
+        from tokenprune.experiments.limits import check_number
         from tokenprune.models.loading import device_of
 
         quiet()
         if device is not None:
             device_of(device)
+        for name, value in (("layers", layers), ("batch_size", batch_size), ("repeats", repeats)):
+            check_number(name, value)
+        if layers is not None and not measure:
+            raise UserError("--layers says how many layers are measured; add --measure.")
         folder = out or Path("runs") / f"efficiency_{Path(config).name}"
         results.check_writable(folder)
         specs = method_specs(methods) if methods else ["uniform"]

@@ -51,15 +51,23 @@ def pairs(
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status():
+        from tokenprune.errors import UserError
         from tokenprune.experiments.csv_files import write_csv
+        from tokenprune.experiments.files import check_file, replace_file
         from tokenprune.experiments.intervals import OVERALL
+        from tokenprune.experiments.limits import check_number
         from tokenprune.experiments.reading import answers_of
-        from tokenprune.experiments.results import replace_file
 
+        check_number("seed", seed)
         kind = kind or OVERALL
+        labels = tuple(split_specs(methods or ()))
+        if methods and not labels:
+            raise UserError("--methods needs at least one value.")
         notes: list[str] = []
-        found = _found(answers_of(folder, notes), tuple(split_specs(methods or ())), kind, seed)
+        answers = answers_of(folder, notes)
         path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv")
+        found = _found(answers, labels, kind, seed)
+        check_file(path)
         with replace_file(path) as temporary:
             write_csv(found, temporary)
         console = Console()
