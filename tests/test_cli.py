@@ -211,10 +211,17 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert "fastv" not in result.stdout
 
 
+def _answer(label: str, number: int, kind: str, *, correct: bool) -> dict[str, Any]:
+    """A row of ``answers.parquet``."""
+    asked = {"question_id": f"q{number}", "image_id": f"i{number}", "question": "?", "kind": kind}
+    said = {"truth": "yes", "answer": "yes" if correct else "no", "correct": correct}
+    names = {"model": "m", "method": label.partition(":")[0], "parameters": "{}", "label": label}
+    return {**names, "retention": 0.25, **asked, **said, "agrees": True, "status": "ok"}
+
+
 def test_pairs_of_a_run(tmp_path: Path) -> None:
     rows = [
-        {"label": label, "retention": 0.25, "question_id": f"q{i}", "image_id": f"i{i}"}
-        | {"kind": "count" if i < 4 else "digit", "correct": i < right, "status": "ok"}
+        _answer(label, i, "count" if i < 4 else "digit", correct=i < right)
         for label, right in (("globalcom2:alpha=0.3,tau=5", 10), ("uniform", 4), ("fastv", 9))
         for i in range(12)
     ]
@@ -245,8 +252,7 @@ def test_kinds_of_questions_name_no_files(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "deep" / "run"
     folder.mkdir(parents=True)
     rows = [
-        {"label": label, "retention": 0.25, "question_id": f"q{i}", "image_id": f"i{i}"}
-        | {"kind": kind, "correct": i < right, "status": "ok"}
+        _answer(label, i, kind, correct=i < right)
         for label, right in (("uniform", 2), ("fastv", 3))
         for i in range(4)
     ]

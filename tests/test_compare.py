@@ -550,7 +550,39 @@ def test_own_questions(tmp_path: Path) -> None:
 
     path.write_text("\n".join([*lines, lines[-1].replace("<image> <image>", "<image>")]))
     with pytest.raises(UserError, match=r"'line-6' cannot be asked: .* has 1 '<image>'"):
-        compare(request)
+        module.check(request)
+
+
+def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
+    """A torn image, one that is not there, marks that do not fit, and frames of two sizes."""
+    lines = []
+    for number, item in enumerate(module.data.held_out(6, seed=5)):
+        item.images[0].open().save(tmp_path / f"{number}.png")
+        fields = {"image": f"{number}.png", "question": item.question, "answer": item.answer}
+        lines.append(json.dumps(fields | {"id": f"q{number}"}))
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "2.png").unlink()
+    lines[3] = lines[3].replace('"question": "', '"question": "<image> <image> ')
+    path = tmp_path / "my.jsonl"
+    path.write_text("\n".join(lines))
+    request = Request(methods=("uniform",), retention=(0.5,), data=path, out=tmp_path / "run")
+    with pytest.warns(RuntimeWarning, match="3 of 6 questions cannot be asked"):
+        outcome = compare(request)
+    assert (outcome.status, outcome.answered) == ("failed", 3 * 4)
+    assert set(outcome.missing) == {"q1", "q2", "q3"}
+    reasons = [next(iter(cells_of.values())).error for cells_of in outcome.missing.values()]
+    for why, word in zip(
+        reasons, ("cannot decode", "there is no image", "2 '<image>'"), strict=True
+    ):
+        assert word in why
+    overall = outcome.summary.query("kind == 'overall' and method == 'uniform'").iloc[0]
+    assert (overall["n"], overall["missing"]) == (3, 3)
+
+    (tmp_path / "0.png").write_bytes(b"")
+    path.write_text("\n".join(lines[:4]))
+    with pytest.raises(UserError, match=r"none of the questions can be asked; the first is 'q0'"):
+        compare(replace(request, out=tmp_path / "other"))
 
 
 @pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")

@@ -222,7 +222,11 @@ class Checks:
         if not (out / "answers.jsonl").exists():
             return
         lines = (out / "answers.jsonl").read_bytes().split(b"\n")
-        whole = [json.loads(line) for line in lines[:-1]]  # raises for a broken line amid others
+        try:
+            whole = [json.loads(line) for line in lines[:-1]]
+        except ValueError:
+            yield "a line amid others is broken"
+            return
         if len({(one["cell"], one["question"]) for one in whole}) != len(whole):
             yield "an answer is doubled"
 
