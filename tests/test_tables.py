@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tokenprune.cli import app
+from tokenprune.experiments.checks.cases import command, small_run
 
 
 def _run(
@@ -109,6 +110,18 @@ def test_a_table_older_than_the_journal_is_told_of(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
         assert "older than the journal" in result.stderr
+
+
+def test_a_journal_that_lost_answers_takes_none_from_the_table(tmp_path: Path) -> None:
+    folder = small_run(tmp_path / "run")
+    whole = [command(name, str(folder)) for name in ("table", "pairs")]
+    journal = folder / "answers.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for end in (-1, -3, 1, 0):
+        journal.write_bytes(b"".join(lines[:end]))
+        assert [command(name, str(folder)) for name in ("table", "pairs")] == whole
+    journal.unlink()
+    assert [command(name, str(folder)) for name in ("table", "pairs")] == whole
 
 
 @pytest.mark.parametrize("what", ["nothing there", "not a manifest", "nothing finished"])
