@@ -103,7 +103,9 @@ def main(words: Sequence[str] | None = None) -> int:
         count = max(1, round(asked.cases * AREAS[name].share / whole))
         failed += len(fuzz(name, count, asked.seed, asked.only, slowest=asked.slowest))
     signal.signal(signal.SIGTERM, before)
-    print(f"seed {asked.seed}: {failed} failed" if failed else f"seed {asked.seed}: all as it must")
+    print(
+        f"seed {asked.seed}: {failed} failed" if failed else f"seed {asked.seed}: all as it must be"
+    )
     return 1 if failed else 0
 
 
