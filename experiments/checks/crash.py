@@ -40,7 +40,7 @@ from tokenprune.terminal import quiet
 
 __all__ = ["main"]
 
-_QUICK = 4  # cases of each sort in a reduced run
+_QUICK = 3  # cases of each sort in a reduced run
 _MOMENTS = 40  # kills at random moments, and pairs of writers, in a full one
 _LIMIT = 120.0  # seconds that a run may take
 
