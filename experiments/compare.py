@@ -30,7 +30,6 @@ from tokenprune.experiments import crowd_plots, data, kept, plots
 from tokenprune.experiments.data import Modality, Question
 from tokenprune.experiments.deadline import check_time_limit
 from tokenprune.experiments.efficiency import ALL, chosen, expanded
-from tokenprune.experiments.encodings import Encodings
 from tokenprune.experiments.failing import Failing, tried
 from tokenprune.experiments.fingerprints import DECISIVE, Files, answer_files, digests
 from tokenprune.experiments.intervals import OVERALL, summarise
@@ -49,6 +48,7 @@ from tokenprune.experiments.results import (
     environment,
     without_seed,
 )
+from tokenprune.experiments.shared_encodings import Encodings
 from tokenprune.experiments.sharing import Job, Plan, separate, together
 from tokenprune.experiments.views import references
 from tokenprune.models import testbed

@@ -100,8 +100,8 @@ class CDPruner(Compressor):
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
             kernel = self.kernel(tokens.features[patches], quality[patches])
             kept.append(patches[dpp_greedy_map(kernel, count)])
-        features = tokens.features[tokens.layout.patches]
-        return Selection(torch.cat(kept).sort().values, scores=lengths(features))
+        norms = lengths(tokens.features)[tokens.layout.patches]
+        return Selection(torch.cat(kept).sort().values, scores=norms)
 
     def flops(self, tokens: VisualTokens) -> float:
         """Cosines of all pairs of each view, and the Cholesky rows of what is kept."""

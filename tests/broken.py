@@ -471,6 +471,9 @@ class Stubborn(Sound):
 class OnlyFloat32(Sound):
     """Keeps nearly everything in half precision."""
 
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens.layout.patches)
+
     def picked(self, tokens: VisualTokens) -> Tensor:
         if tokens.features.dtype == torch.bfloat16:
             return tokens.layout.patches[1:]

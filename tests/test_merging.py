@@ -52,6 +52,9 @@ class MergePairsInside(MergePairs):
 class Average(MergePairs):
     """Keeps every token and replaces it by the mean: nothing goes, features change."""
 
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens.layout.patches)
+
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         mean = tokens.features[patches].mean(0, keepdim=True)

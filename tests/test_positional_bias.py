@@ -837,7 +837,15 @@ def test_command(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert max(map(len, found.output.split("SKIPPED")[0].splitlines())) <= 80
     assert {path.name for path in out.iterdir()} == {
-        *("manifest.json", "tokens.parquet", "statistics.csv", "profiles.csv", "plots", "parts")
+        *(
+            "manifest.json",
+            "manifest.backup.json",
+            "tokens.parquet",
+            "statistics.csv",
+            "profiles.csv",
+            "plots",
+            "parts",
+        )
     }
     assert (out / "plots" / "slots-image-25.png").stat().st_size > 10_000
     table = pd.read_csv(out / "statistics.csv")

@@ -91,7 +91,7 @@ def plain_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            del module.__dict__["__reduce_ex__"]
+            module.__dict__.pop("__reduce_ex__", None)
 
 
 def _reduced(module: nn.Module, protocol: Any) -> Any:

@@ -108,15 +108,13 @@ def watched(
             name: value.cpu() if _counts(value) else value  # sizes and numbers of images, once
             for name, value in signature.bind(*args, **kwargs).arguments.items()
         }
-        with (
-            lock,
-            running(adapter, encoder, call, modality) as tower,
-            _tapped(adapter, wanted, tower) as maps,
-            resident(
-                adapter.base
-            ),  # the encoder reads its newline, outside a forward in `generate`
-        ):
-            output = original(*args, **kwargs)
+        with lock:
+            with (
+                running(adapter, encoder, call, modality) as tower,
+                _tapped(adapter, wanted, tower) as maps,
+                resident(adapter.base),  # the encoder reads its newline outside of a forward
+            ):
+                output = original(*args, **kwargs)
             features = Ragged(output.pooler_output)
             with without_autocast(features[0].device):
                 rows = maps()

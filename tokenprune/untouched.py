@@ -6,8 +6,8 @@ and no wait for the device.  Tensors made in `torch.inference_mode` have no coun
 numbers are compared (`digest`).
 
 No counter sees a write through ``.data``, through numpy, or through a pointer.  Where methods share
-what was encoded once, `tokenprune.experiments.encodings` compares the numbers as well.  The weights
-of the model, which a strategy can reach through `VisualTokens.projector`, nobody watches.
+what was encoded once, `tokenprune.experiments.shared_encodings` compares the numbers as well.  The
+weights of the model, which a strategy can reach through `VisualTokens.projector`, nobody watches.
 """
 
 from __future__ import annotations
