@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tokenprune.attention import (
     decoder_mass,
     decoder_row,
     decoder_rows,
+    first_arguments,
     projections,
     rotary_product,
 )
@@ -307,3 +309,14 @@ def test_the_row_ahead_is_the_official_one_of_pyramiddrop() -> None:
     with torch.no_grad():
         row = decoder_row(layer.self_attn, layer.input_layernorm(features), rotary, last, visible)
     torch.testing.assert_close(row, given["attention_row"].mean(1), atol=1e-6, rtol=1e-5)
+
+
+def test_what_another_thread_calls_is_not_kept() -> None:
+    module, mine = nn.Linear(2, 2), torch.ones(1, 2)
+    with first_arguments(module) as seen:
+        other = threading.Thread(target=module, args=(torch.zeros(3, 2),))
+        other.start()
+        other.join()
+        module(mine)
+    (kept,) = seen
+    assert torch.equal(kept, mine)

@@ -7,6 +7,7 @@ keys costs a thousandth of the layer.  No module is switched to eager attention.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -97,9 +98,15 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
 
 @contextmanager
 def first_arguments(module: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, what ``module`` is called with is kept, one tensor a call."""
+    """While open, what this thread calls ``module`` with is kept, one tensor a call."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    owner = threading.get_ident()  # another thread's method may project vectors meanwhile
+
+    def note(_: nn.Module, args: Any) -> None:
+        if threading.get_ident() == owner:
+            seen.append(args[0].detach())
+
+    handle = module.register_forward_pre_hook(note)
     try:
         yield seen
     finally:
