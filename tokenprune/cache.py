@@ -186,8 +186,12 @@ def settle_layers(cache: Cache, *, cut: bool) -> None:
         if isinstance(layer, PrunedLayer) and (plain := layer.replaced) is not None:
             layer.replaced = None
             if not cut and layer.keys is not None and layer.values is not None:
-                held = _entries(plain)
-                plain.update(layer.keys[:, :, held:], layer.values[:, :, held:])
+                if type(plain) is DynamicLayer:  # holds all there is, so that nothing is copied
+                    names = {"keys", "values", "dtype", "device", "is_initialized"}
+                    plain.__dict__.update({k: v for k, v in vars(layer).items() if k in names})
+                else:
+                    held = _entries(plain)
+                    plain.update(layer.keys[:, :, held:], layer.values[:, :, held:])
                 cache.layers[index] = plain
 
 
