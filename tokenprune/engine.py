@@ -180,10 +180,10 @@ def compress(
 ) -> Iterator[Trace]:
     """Run ``compressor`` inside ``model`` while the context is open.
 
-    Methods that look at the prompt see what it asks, never an answer or a guess.  The prompt ends
-    with the last token whose logits are wanted by ``logits_to_keep`` first: draft tokens of
-    assisted decoding and continuations that are scored lie behind it.  With ``labels`` the token
-    that asks for an image is the last text token before the first label behind that image.
+    Methods that look at the prompt see what it asks, never an answer or a guess.  Of the last ``k``
+    columns of a forward with ``logits_to_keep=k``, only the first belongs to the prompt; the others
+    are draft tokens of assisted decoding, or a continuation to be scored.  With ``labels`` the
+    token that asks for an image is the last text token before the first label behind that image.
 
     What ``attention_mask`` hides is not there: it is not ranked, kept or counted.  Logits and
     ``output_hidden_states`` are in the columns of the prompt, where a dropped column shows what the
