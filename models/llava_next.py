@@ -14,9 +14,9 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tokenprune.models.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.registry import register_adapter
-from tokenprune.tokens import TokenLayout, unpadded_box
 
 
 @register_adapter("LLaVA-NeXT")

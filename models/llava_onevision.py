@@ -17,9 +17,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
 )
 
-from tokenprune.models.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.registry import register_adapter
-from tokenprune.tokens import TokenLayout, unpadded_box
 
 
 @register_adapter("LLaVA-OneVision")

@@ -26,12 +26,14 @@ from transformers import LlavaNextImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+from tokenprune.adapter import Adapter, image_sizes
 from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
-from tokenprune.models.adapter import Adapter, image_sizes
-from tokenprune.models.loading import infinite, integers, reading, refuse_faults, shortened
+from tokenprune.layout import TokenLayout, unpadded_box
+from tokenprune.models.checkpoints import reading, shortened
+from tokenprune.models.weights import infinite, integers, refuse_faults
 from tokenprune.registry import register_adapter
-from tokenprune.tokens import Signal, TokenLayout, unpadded_box
+from tokenprune.signals import Signal
 
 GRID = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 """(rows, columns) of crops that an image may be cut into."""

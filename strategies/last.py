@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Allocator, TopK
+from tokenprune.allocators import Allocator, TopK
 from tokenprune.compressor import ScoringCompressor
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens

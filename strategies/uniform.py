@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from tokenprune.budget import Proportional
+from tokenprune.allocators import Proportional
 from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
-from tokenprune.primitives import dithered, evenly_spaced
+from tokenprune.ops.spatial import dithered, evenly_spaced
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 

@@ -11,21 +11,14 @@ import sys
 import pytest
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, create, parse
+from tokenprune.compressor import Chain, Compressor
 from tokenprune.errors import UserError
 from tokenprune.registry import adapters
-from tokenprune.testing import (
-    CHECKS,
-    DECODERS,
-    MODEL_CHECKS,
-    RETENTION,
-    STRATEGY_CHECKS,
-    Check,
-    check_compressor,
-    example,
-    hosts,
-    run,
-)
+from tokenprune.spec import create, parse
+from tokenprune.testing.asserting import Check
+from tokenprune.testing.hosts import DECODERS, RETENTION, example, hosts
+from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run
+from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 
 # Views of 16 tokens at 40 % may keep nothing of a view; that is not what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")

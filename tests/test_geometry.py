@@ -26,12 +26,12 @@ from transformers import (
 )
 
 import tokenprune as tp
+from tokenprune.adapter import Adapter, tiny_decoder
 from tokenprune.errors import UserError
-from tokenprune.experiments.geometry import ViewSize, crop_boxes, lattices, patch_boxes
-from tokenprune.models.adapter import Adapter, tiny_decoder
+from tokenprune.experiments.common.patch_boxes import ViewSize, crop_boxes, lattices, patch_boxes
+from tokenprune.layout import TokenLayout
 from tokenprune.models.llava_next import LlavaNext
 from tokenprune.models.llava_onevision import LlavaOnevision
-from tokenprune.tokens import TokenLayout
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 

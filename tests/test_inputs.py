@@ -15,7 +15,7 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.models import testbed
-from tokenprune.models.inputs import chat_prompt
+from tokenprune.prompts import chat_prompt
 
 pytestmark = pytest.mark.skipif(
     not {"testbed-next", "testbed-onevision"} <= set(testbed.names()), reason="no testbeds"

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 import tokenprune as tp
 from tokenprune.compressor import Stage
-from tokenprune.engine import Chosen
-from tokenprune.experiments.compare import Request, compare
-from tokenprune.experiments.data import held_out
-from tokenprune.experiments.kept import final, pack, packed_rows, unpack
-from tokenprune.tokens import TokenLayout
+from tokenprune.engine.trace import Chosen
+from tokenprune.experiments.common.kept_bits import final, pack, packed_rows, unpack
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.compare.run import compare
+from tokenprune.layout import TokenLayout
 
 LAYOUT = TokenLayout.single((3, 4))
 

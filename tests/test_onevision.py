@@ -25,14 +25,18 @@ from transformers import (
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 import tokenprune as tp
-from tokenprune.budget import ThumbnailCommand
-from tokenprune.compressor import create
-from tokenprune.engine import adapter_of, compress
+from tokenprune.adapter import adapter_of
+from tokenprune.allocators import ThumbnailCommand
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
+from tokenprune.layout import Kind, TokenLayout
 from tokenprune.models.llava_onevision import LlavaOnevision
-from tokenprune.primitives import summary_distance
-from tokenprune.testing import MODEL_CHECKS, Host, run
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.ops.spatial import summary_distance
+from tokenprune.signals import Signal
+from tokenprune.spec import create
+from tokenprune.testing.hosts import Host
+from tokenprune.testing.runner import MODEL_CHECKS, run
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -427,7 +431,7 @@ def test_head_attention_is_the_row_of_the_pooling_head() -> None:
 
 
 def _features_and_maps(adapter: Any, call: Any, signal: Signal) -> tuple[Any, Any]:
-    from tokenprune.observe import _tapped
+    from tokenprune.engine.vision import _tapped
 
     with torch.no_grad(), _tapped(adapter, frozenset({signal}), None) as maps:
         features = adapter.base.get_image_features(**call).pooler_output

@@ -12,11 +12,12 @@ from torch import Tensor
 from two_devices import place
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, create, parse
-from tokenprune.engine import compress
+from tokenprune.compressor import Chain, Compressor
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import CPU, OTHER, SecondDevice, where
-from tokenprune.testing import Host, hosts
+from tokenprune.spec import create, parse
+from tokenprune.testing.hosts import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

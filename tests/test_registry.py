@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, Selection, create, parse
-from tokenprune.engine import adapter_of, compress
+from tokenprune.adapter import adapter_of
+from tokenprune.compressor import Chain, Compressor, Selection
+from tokenprune.engine.session import compress
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models.llava_next import LlavaNext
 from tokenprune.registry import Registry, adapters, register, strategies
+from tokenprune.spec import create, parse
 from tokenprune.tokens import VisualTokens
 
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.budget import coarse_grid
-from tokenprune.compressor import create
 from tokenprune.errors import UserError
-from tokenprune.experiments.data import held_out
-from tokenprune.primitives import cover, max_min_diversity
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.ops.diversity import cover, max_min_diversity
+from tokenprune.signals import Signal
+from tokenprune.spec import create
 from tokenprune.strategies.hired import MarkedPatches
 from tokenprune.strategies.prumerge import outliers
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

@@ -26,19 +26,14 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from tokenprune.compressor import (
-        Chain,
-        Compressor,
-        ScoringCompressor,
-        Selection,
-        Stage,
-        create,
-        parse,
-    )
-    from tokenprune.engine import compress
-    from tokenprune.models.adapter import load
+    from tokenprune.compressor import Chain, Compressor, ScoringCompressor, Selection, Stage
+    from tokenprune.engine.session import compress
+    from tokenprune.layout import TokenLayout
+    from tokenprune.models.loading import load
     from tokenprune.registry import Card, register
-    from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+    from tokenprune.signals import Signal
+    from tokenprune.spec import create, parse
+    from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "Card",

@@ -20,19 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import tokenprune
+from tokenprune.console import FAILED, OK, app, as_exit_status, new_table, progress, quiet
 from tokenprune.errors import UserError
-from tokenprune.experiments import commands
-from tokenprune.experiments.commands._options import Plugin
+from tokenprune.experiments import common
+from tokenprune.experiments.common.options import Plugin
 from tokenprune.plugins import import_plugins, own_class
-from tokenprune.terminal import (
-    FAILED,
-    OK,
-    app,
-    as_exit_status,
-    new_table,
-    progress,
-    quiet,
-)
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -177,7 +169,7 @@ def audit(
 
 def _auditee(method: str, retention: float) -> Compressor:
     """The method to be checked.  Raises `UserError` if there is none of that name."""
-    from tokenprune.compressor import parse
+    from tokenprune.spec import parse
 
     own = own_class(method)
     return parse(method, retention=retention) if own is None else own(retention=retention)
@@ -185,7 +177,7 @@ def _auditee(method: str, retention: float) -> Compressor:
 
 def _refuse_without_host(compressor: Compressor) -> None:
     """Raise `UserError` if no tiny model has what the method needs."""
-    from tokenprune.testing import hosts, refusal
+    from tokenprune.testing.hosts import hosts, refusal
 
     refusals = [refusal(host, compressor) for host in hosts(["llama"])]
     if all(refusals):
@@ -195,7 +187,8 @@ def _refuse_without_host(compressor: Compressor) -> None:
 def _audit(compressor: Compressor) -> int:
     """Run every check and show how it went; how many failed."""
     from tokenprune.errors import RetentionWarning
-    from tokenprune.testing import CHECKS, hosts, run
+    from tokenprune.testing.hosts import hosts
+    from tokenprune.testing.runner import CHECKS, run
 
     console = Console()
     label = compressor.label if compressor.name else type(compressor).__name__
@@ -223,5 +216,5 @@ def _audit(compressor: Compressor) -> int:
     return failed
 
 
-for found in pkgutil.iter_modules(commands.__path__):
-    importlib.import_module(f"{commands.__name__}.{found.name}")
+for found in pkgutil.iter_modules(common.__path__):
+    importlib.import_module(f"{common.__name__}.{found.name}")
