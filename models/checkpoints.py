@@ -25,6 +25,7 @@ from tokenprune.models.weights import (
     refuse_faults,
     weight_files,
 )
+from tokenprune.texts import first_line
 
 __all__ = [
     "Source",
@@ -34,12 +35,8 @@ __all__ = [
     "read_model",
     "read_processor",
     "reading",
-    "shortened",
     "source_of",
 ]
-
-
-_LONGEST = 300  # characters of another library's error
 
 
 _POINTER = b"version https://git-lfs"
@@ -117,17 +114,10 @@ def reading(name: str, what: str = "") -> Iterator[None]:
                 "you trust it; read the code, then give --trust-remote-code "
                 "(trust_remote_code=True)."
             ) from error
-        reason = shortened(str(error))
+        reason = first_line(str(error))
         if not reason or not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
         raise UserError(f"cannot load {name!r}: {what}{reason}.") from error
-
-
-def shortened(said: str) -> str:
-    """The first line of another library's error, at most `_LONGEST` characters, without its dot."""
-    first = next((line for line in said.splitlines() if line.strip()), "")
-    short = " ".join(first.split()).rstrip(".: ")
-    return short if len(short) <= _LONGEST else f"{short[:_LONGEST].rstrip()} …"
 
 
 # --- config and processor -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Loading a model by name: a testbed, a folder, the Hub, or a published config without weights."""
 
 from __future__ import annotations
 

@@ -30,10 +30,11 @@ from tokenprune.adapter import Adapter, image_sizes
 from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
 from tokenprune.layout import TokenLayout, unpadded_box
-from tokenprune.models.checkpoints import reading, shortened
+from tokenprune.models.checkpoints import reading
 from tokenprune.models.weights import infinite, integers, refuse_faults
 from tokenprune.registry import register_adapter
 from tokenprune.signals import Signal
+from tokenprune.texts import first_line
 
 GRID = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 """(rows, columns) of crops that an image may be cut into."""
@@ -371,7 +372,7 @@ def _load_file(vit: Any, name: str, file: Path, resized: bool) -> None:
 
 
 def _weights_error(name: str, source: str, said: str) -> UserError:
-    reason = shortened(" ".join(said.split()))
+    reason = first_line(" ".join(said.split()))
     return UserError(
         f"cannot load weights for {name!r} from {source}: {reason}. Give "
         "pretrained=<path of a checkpoint>, or pretrained=False for random weights."

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Checks of the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UserError
-from tokenprune.models.checkpoints import shortened
 from tokenprune.offload import resident
+from tokenprune.texts import first_line
 
 __all__ = [
     "FILES",
@@ -53,7 +53,7 @@ def json_object(name: str, file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"cannot load {name!r}: {file.name} is not valid JSON ({shortened(str(error))})."
+            f"cannot load {name!r}: {file.name} is not valid JSON ({first_line(str(error))})."
         ) from error
     if not isinstance(found, dict):
         raise UserError(

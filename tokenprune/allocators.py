@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""How many tokens each view keeps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "ALLOCATORS",
+    "SALIENCY",
     "Allocator",
     "Proportional",
-    "SALIENCY",
     "ThumbnailCommand",
     "ThumbnailPeak",
     "TopK",

@@ -1,4 +1,4 @@
-"""The command line: the methods themselves here, each experiment in `experiments/commands/`.
+"""The command line: the methods themselves here, each experiment in its `command.py`.
 
 What takes long to import is imported by the command that needs it.
 """
@@ -6,6 +6,7 @@ What takes long to import is imported by the command that needs it.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -20,9 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import tokenprune
+from tokenprune import experiments
 from tokenprune.console import FAILED, OK, app, as_exit_status, new_table, progress, quiet
 from tokenprune.errors import UserError
-from tokenprune.experiments import common
 from tokenprune.experiments.common.options import Plugin
 from tokenprune.plugins import import_plugins, own_class
 
@@ -216,5 +217,12 @@ def _audit(compressor: Compressor) -> int:
     return failed
 
 
-for found in pkgutil.iter_modules(common.__path__):
-    importlib.import_module(f"{common.__name__}.{found.name}")
+def _discover() -> None:
+    """Import the ``command.py`` of every experiment, which adds its commands to the app."""
+    for found in pkgutil.iter_modules(experiments.__path__):
+        name = f"{experiments.__name__}.{found.name}.command"
+        if found.ispkg and importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+
+
+_discover()

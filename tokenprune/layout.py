@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Where the visual tokens of an image lie."""
 
 from __future__ import annotations
 

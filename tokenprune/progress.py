@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The type of progress callbacks."""
 
 from __future__ import annotations
 

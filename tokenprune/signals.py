@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The signals that a strategy can ask for."""
 
 from __future__ import annotations
 

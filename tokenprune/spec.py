@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The grammar of methods: ``name:field=value@retention + ...``."""
 
 from __future__ import annotations
 

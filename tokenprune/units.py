@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Numbers with units, as tables and plots show them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""How the options of a method change its accuracy."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The table of answers."""
 
 import os
 from collections.abc import Mapping, Sequence

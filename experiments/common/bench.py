@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Times and memory of real prefills and decode steps."""
 
 import gc
 import time

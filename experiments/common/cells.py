@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""One cell of an experiment: a method at a retention."""
 
 import dataclasses
 import math

@@ -20,9 +20,9 @@ from tokenprune.experiments.efficiency.run import equivalent
 
 __all__ = [
     "MEASURES",
+    "WORDS",
     "Measure",
     "Solution",
-    "WORDS",
     "solve",
     "translate",
 ]

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Differences and p-values, as tables show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The cells of an experiment: methods times retentions."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The journal: every answer, appended as it is given."""
 
 import dataclasses
 import errno

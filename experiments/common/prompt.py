@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The shape of a prompt whose cost is estimated."""
 
 import math
 import re

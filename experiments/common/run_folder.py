@@ -29,9 +29,9 @@ from tokenprune.experiments.common.files import check_writable, replace_file, sw
 
 __all__ = [
     "IMAGE_FREE",
-    "RunFolder",
     "THUMBNAIL_ONLY",
     "UNCOMPRESSED",
+    "RunFolder",
     "asked_for",
     "manifests",
 ]

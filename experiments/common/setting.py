@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What every experiment starts from: the request, the model and the questions."""
 
 import warnings
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ from tokenprune.progress import Report
 
 __all__ = [
     "KINDS",
+    "RETENTION",
     "Kind",
     "Outcome",
-    "RETENTION",
     "Request",
     "Setting",
     "check",

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Accuracy per method and retention, and paired comparisons of methods."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""Accuracy and cost of methods on the same questions."""

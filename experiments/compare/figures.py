@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Figures of a comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -215,15 +215,15 @@ def draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
     drawn = (accuracy, accuracy_by_cost, accuracy_by_kind)
     if summary["label"][compressed].nunique() > CROWD:
         drawn = (by_retention, by_cost, by_kind)
-    overall, by_cost, by_kind = drawn
+    overall, against_cost, of_kinds = drawn
     figure = overall(summary, title, f"{count} questions; {note}")
     plots.save(figure, folder.path / "plots" / "accuracy")
-    figure = by_cost(summary, title, f"{count} questions; {note}")
+    figure = against_cost(summary, title, f"{count} questions; {note}")
     plots.save(figure, folder.path / "plots" / "accuracy-by-cost")
     if len(per_kind):
         low, high = int(per_kind.min()), int(per_kind.max())
         each = f"{low}" if low == high else f"{low} to {high}"
-        figure = by_kind(summary, title, f"{each} questions of a kind; {note}")
+        figure = of_kinds(summary, title, f"{each} questions of a kind; {note}")
         plots.save(figure, folder.path / "plots" / "accuracy-by-kind")
 
 
@@ -324,8 +324,8 @@ def _label_lines(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame) -> None
     low, high = axes.get_ylim()
     lines = max((name.count("\n") + 1 for name, *_ in ends), default=1)
     heights = spread([level for _, level, _ in ends], 0.058 * lines * (high - low))
-    for (name, _, style), height in zip(ends, heights, strict=True):
+    for (name, _, font), height in zip(ends, heights, strict=True):
         axes.annotate(
             name, (1.015, height), xycoords=axes.get_yaxis_transform(), va="center", fontsize=13,
-            annotation_clip=False, **style,
+            annotation_clip=False, **font,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The loop over cells and batches."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

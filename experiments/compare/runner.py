@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Answers questions with a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""Whether two methods answer different questions correctly."""

@@ -24,8 +24,8 @@ from tokenprune.experiments.compare.run import compare
 from tokenprune.progress import Report
 
 __all__ = [
-    "Result",
     "SHOWN",
+    "Result",
     "complementarity",
     "figure",
     "relative",

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""How much each crop matters for the answer."""

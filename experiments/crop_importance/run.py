@@ -42,11 +42,11 @@ from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "DROPPED",
-    "DropCrop",
     "HELD",
-    "Result",
     "SCORES",
     "SPARED",
+    "DropCrop",
+    "Result",
     "crop_importance",
     "crop_of",
     "drops",

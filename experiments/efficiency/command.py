@@ -124,10 +124,10 @@ def efficiency(
         console = Console(highlight=False)
         console.print(_table(told, describe(config, prompt)), "")
         if measure:
-            from tokenprune.experiments.efficiency import measured
+            from tokenprune.experiments.efficiency.measured import measure as measure_times
 
             with progress() as report:
-                measured = measured.measure(
+                measured = measure_times(
                     config,
                     prompt,
                     asked,

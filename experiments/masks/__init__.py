@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""Pictures of what methods keep."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Draws what was kept on the image."""
 
 from __future__ import annotations
 

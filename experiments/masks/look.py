@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What a method sees and keeps of one image."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
+    "SALIENCY",
     "Kept",
     "Medium",
-    "SALIENCY",
     "Seen",
     "check",
     "look",

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""Whether a method prefers places."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Selections under rearranged images."""
 
 import warnings
 from collections import Counter

@@ -18,9 +18,9 @@ from tokenprune.experiments.positional_bias.rearrange import EXCHANGED
 
 __all__ = [
     "ALL",
+    "NORMAL",
     "Agreement",
     "Estimate",
-    "NORMAL",
     "PairedBias",
     "agreement",
     "equivariance",

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""The report of a run: one HTML page."""

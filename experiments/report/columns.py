@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The columns of the report: one per method and retention."""
 
 from __future__ import annotations
 

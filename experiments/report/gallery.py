@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Questions with their images and masks."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ _KEPT = 12 * 2**20  # of what was kept
 _PLOT_WIDTH = 1400
 
 
-_TEMPLATE = "report.html.jinja"
+_TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
 
 
 def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("tokenprune.experiments", ".")
+    loader = jinja2.PackageLoader("tokenprune.experiments.report", ".")
     found = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return found.get_template(_TEMPLATE)
 

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""Training of the embedded testbeds."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Accuracy of a testbed under reference selections."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Views and labels of training scenes."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Model, tokenizer and processor of testbed-next."""
 
 import math
 import tempfile

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Optimisers and running averages."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Questions and token dropping in training."""
 
 from dataclasses import dataclass, fields
 

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""What compression costs: arithmetic, the ledger of a prefill, and the account that fills it."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What one selection costs."""
 
 from __future__ import annotations
 

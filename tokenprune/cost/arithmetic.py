@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""FLOPs and bytes of models, signals and packing, from shapes."""
 
 from __future__ import annotations
 

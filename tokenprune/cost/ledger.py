@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIGURES",
-    "Ledger",
     "WHOLE_FIGURES",
+    "Ledger",
     "settle",
 ]
 

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""Runs a compressor inside an unmodified Hugging Face model.  Start reading in `session`."""

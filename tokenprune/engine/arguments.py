@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Reads the arguments of a hooked forward."""
 
 from __future__ import annotations
 

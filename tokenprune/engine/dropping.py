@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Drops columns of the prompt and packs what is left."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
 
 __all__ = [
+    "PAGED",
     "Guard",
     "Ours",
-    "PAGED",
     "bypassed",
     "eagerly",
     "plain_copies",

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Runs an encoder compressor inside the vision tower."""
 
 from __future__ import annotations
 

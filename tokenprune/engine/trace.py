@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What a `compress` context reports about a prefill."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""TODO package docstring."""
+"""Tensor operations that strategies share."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Clusters of tokens."""
 
 from __future__ import annotations
 

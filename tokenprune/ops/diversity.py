@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Selections of dissimilar tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Matching and merging of tokens."""
 
 from __future__ import annotations
 

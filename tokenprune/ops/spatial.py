@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Operations on the places of patches in views and on the canvas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Checks of strategies from the command line: ``python -m tokenprune.testing golden FOLDER``."""
 
 from __future__ import annotations
 

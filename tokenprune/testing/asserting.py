@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Assertions and observers that the checks share."""
 
 from __future__ import annotations
 

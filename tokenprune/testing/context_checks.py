@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Checks of the context itself: hooks, copies, threads and compiled code."""
 
 from __future__ import annotations
 

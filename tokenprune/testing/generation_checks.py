@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Checks of generation: caches, beams, labels, drafts and turns."""
 
 from __future__ import annotations
 

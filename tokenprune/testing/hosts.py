@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Tiny random models of every family that the checks run in."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tokenprune.spec import create, parse
 
 __all__ = [
     "DECODERS",
-    "Host",
     "RETENTION",
     "ROWS",
+    "Host",
     "Row",
     "example",
     "hosts",

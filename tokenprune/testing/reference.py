@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""A slow reference that builds the compressed prompt by hand."""
 
 from __future__ import annotations
 

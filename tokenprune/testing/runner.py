@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The list of all checks, and how they are run."""
 
 from __future__ import annotations
 

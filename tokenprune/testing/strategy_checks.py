@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Checks of a strategy by itself, on synthetic tokens."""
 
 from __future__ import annotations
 
