@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenprune import encoder
 from tokenprune.adapter import Adapter
 from tokenprune.attention import Projections
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage
-from tokenprune.engine import cache, decoder, guard, session, vision
+from tokenprune.engine import cache, decoder, guard, session, tower, vision
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.forward import Pass
 from tokenprune.engine.guard import Guard
@@ -736,7 +735,7 @@ def _goes_straight_on(
 
 def _shares_one_state(patch: pytest.MonkeyPatch) -> None:
     body = {name: held for name, held in vars(Session).items() if name != "__weakref__"}
-    patch.setattr(session, "_Session", type("_Session", (), body))
+    patch.setattr(session, "Session", type("Session", (), body))
 
 
 def _copies_attributes(original: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -824,8 +823,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             strategy="fitprune",
         ),
         *_host(
-            _wrapped(encoder, "merge_weighted", _forgets_sizes),
-            _wrapped(encoder, "spread", _spreads_the_next),
+            _wrapped(tower, "merge_weighted", _forgets_sizes),
+            _wrapped(tower, "spread", _spreads_the_next),
             _wrapped(Adapter, "vision_block", _no_bias),
             _wrapped(Tower, "clusters", _shares_clusters),
             strategy="tome",
@@ -904,7 +903,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "check_hidden_states": (
         *_host(_wrapped(Pass, "spread", _spreads_as_in_the_end), strategy="pyramiddrop"),
-        *_host(_wrapped(session, "_asked", _lets_attentions_pass)),
+        *_host(_wrapped(session, "asked", _lets_attentions_pass)),
     ),
     "check_decoder_by_itself": _host(_replaced(Session, "_forget", lambda *args: None)),
     "check_trace_is_one_forward": _host(

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.ablation.run import PAPER, differences, figure, parse_sweep
 from tokenprune.experiments.common.statistics import mcnemar

@@ -33,7 +33,7 @@ from tokenprune.layout import TokenLayout
 
 @pytest.mark.slow
 def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
-    from tokenprune.console import app
+    from tokenprune.cli import app
 
     out = tmp_path / "figures.csv"
     result = CliRunner().invoke(app, ["benchmark", "--quick", "--out", str(out)])

@@ -22,7 +22,8 @@ from typer.testing import CliRunner, Result
 
 import tokenprune as tp
 from tokenprune import console
-from tokenprune.console import app, spread
+from tokenprune.cli import app
+from tokenprune.console import spread
 from tokenprune.cost.ledger import FIGURES
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import read_csv
@@ -278,7 +279,7 @@ def test_check_reads_everything_and_computes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tp.models.adapter, "load", None)  # would fail
+    monkeypatch.setattr(tp.models.loading, "load", None)  # would fail
     data = str(_data(tmp_path, question="<image>\nRed?"))
     fine = invoke("compare", "--data", data, "--check")
     assert fine.exit_code == console.OK, fine.output
@@ -478,7 +479,8 @@ def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.Mon
         "report": ["runs"],
     }
     for name, words in commands.items():
-        module = f"tokenprune.experiments.common.{name.replace('-', '_')}"
+        folder = {"benchmark": "benchmarks", "convert": "efficiency"}.get(name, name)
+        module = f"tokenprune.experiments.{folder.replace('-', '_')}.command"
         monkeypatch.setattr(sys.modules[module], "quiet", interrupted)
         assert invoke(name, *words).exit_code == console.INTERRUPTED, name
     monkeypatch.setattr("tokenprune.cli.new_table", interrupted)
@@ -524,7 +526,7 @@ def test_audit_finds_the_fault(
 
     named = f"check_{check.replace(' ', '_')}"
     monkeypatch.setattr(
-        testing, "CHECKS", tuple(one for one in runner.CHECKS if one.__name__ == named)
+        runner, "CHECKS", tuple(one for one in runner.CHECKS if one.__name__ == named)
     )
     result = CliRunner().invoke(app, ["audit", f"broken:{fault}"], env={"COLUMNS": "400"})
     assert result.exit_code == 1, result.output

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel
 from typer.testing import CliRunner
 
 import tokenprune as tp
+from tokenprune.cli import app
 from tokenprune.compressor import Compressor
-from tokenprune.console import app
 from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.conversion import solve, translate

@@ -66,7 +66,8 @@ def test_odd_images(method: Compressor, monkeypatch: pytest.MonkeyPatch) -> None
         Row(((13, 17),), 0),
         Row((), 1),
     )
-    monkeypatch.setattr(model_checks, "ROWS", rows)
+    for module in ("hosts", "reference"):
+        monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", rows)
     host = Host.tiny("LLaVA-NeXT", "mistral")
     inputs = host.inputs((0, 1, 2, 3))
     with compress(host.model, method) as trace:

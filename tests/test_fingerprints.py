@@ -144,7 +144,9 @@ def test_every_file_in_which_answering_runs_is_in_it() -> None:
             runner.answer(method, shown, [item.question for item in questions])
     finally:
         sys.setprofile(None)
-    found = answer_files(None, methods, [type(adapter), "tokenprune.experiments.compare"])["code"]
+    found = answer_files(None, methods, [type(adapter), "tokenprune.experiments.compare.run"])[
+        "code"
+    ]
     held = {(root.parent / name).resolve() for name in found}
     assert len(ran) > 10
     assert ran - held == set()

@@ -19,7 +19,6 @@ from tokenprune.layout import TokenLayout
 from tokenprune.models.loading import adapter_without_weights, published_config
 from tokenprune.models.published import KNOWN
 from tokenprune.strategies.tome import schedule
-from tokenprune.testing import model_checks
 from tokenprune.testing.hosts import ROWS, Host, Row, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -62,7 +61,8 @@ def test_forecast_is_what_the_engine_does(
     method: Compressor, name: str, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images, videos and both; exact to the last FLOP and byte unless content decides."""
-    monkeypatch.setattr(model_checks, "ROWS", PROMPTS)
+    for module in ("hosts", "reference"):
+        monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", PROMPTS)
     host = HOSTS[name]
     try:
         host.adapter.check(method)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import tokenprune as tp
 from tokenprune import console
 from tokenprune.allocators import ThumbnailCommand
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.limits import LIMITS, check_lengths, check_number
 from tokenprune.experiments.common.questions import Picture, Question

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.models import testbed
 from tokenprune.models.testbed.scenes import questions

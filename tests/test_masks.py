@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import tokenprune as tp
 from tokenprune import console
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.masks.figures import (
     _aligned,

@@ -24,12 +24,11 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.adapter import Adapter
 from tokenprune.allocators import Allocator, TopK
+from tokenprune.cli import app
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection
-from tokenprune.console import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.positional_bias import analysis, figures
-from tokenprune.experiments.positional_bias import run as module
 from tokenprune.experiments.positional_bias.analysis import Result, positional_bias, selector_bias
 from tokenprune.experiments.positional_bias.command import _p_value, tables
 from tokenprune.experiments.positional_bias.rearrange import (
@@ -892,7 +891,7 @@ def test_an_interrupted_run_goes_on(
         counted.extend(case.image for case in cases if case.condition == "normal")
         return real(adapter, compressor, cases, prompts)
 
-    monkeypatch.setattr(module, "_choices", counting)
+    monkeypatch.setattr(analysis, "_choices", counting)
     again = run(Request(**asked, batch_size=batch_size, out=out)).result
     assert sorted(counted) == sorted([*range(4, 8)] * 2 + [*range(8, 10)] * 4)
     if batch_size == 4:

@@ -25,7 +25,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.patch_boxes import ViewSize, patch_boxes
 from tokenprune.experiments.common.setting import Request as Comparison

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.experiments.checks.cases import command, small_run
 
 

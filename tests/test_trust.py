@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.report.gallery import planner
 from tokenprune.models import testbed

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.console import app
+from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.questions import held_out, read_jsonl

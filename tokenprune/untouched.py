@@ -6,8 +6,8 @@ and no wait for the device.  Tensors made in `torch.inference_mode` have no coun
 numbers are compared (`digest`).
 
 No counter sees a write through ``.data``, through numpy, or through a pointer.  Where methods share
-what was encoded once, `tokenprune.experiments.compare.shared_encodings` compares the numbers as well.  The
-weights of the model, which a strategy can reach through `VisualTokens.projector`, nobody watches.
+encodings, `tokenprune.experiments.compare.shared_encodings` compares the numbers as well.  The
+weights of the model, which a strategy can reach through `VisualTokens.projector`, are not watched.
 """
 
 from __future__ import annotations

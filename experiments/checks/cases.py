@@ -157,7 +157,7 @@ def command(*words: str) -> str:
     """
     from typer.testing import CliRunner
 
-    from tokenprune.console import app
+    from tokenprune.cli import app
 
     result = CliRunner().invoke(app, list(words))
     if result.exception is not None and not isinstance(result.exception, SystemExit):

@@ -13,8 +13,8 @@ import typer.main
 from pydantic.fields import FieldInfo
 
 from tokenprune.allocators import ALLOCATORS, Allocator
+from tokenprune.cli import app
 from tokenprune.compressor import Compressor, Stage
-from tokenprune.console import app
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.ablation.run import parse_sweep

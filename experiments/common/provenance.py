@@ -40,21 +40,21 @@ DECISIVE = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
 # Modules of ours that answers do not pass through, though modules that they do pass through import
 # them: what writes, shows and counts.  What they make of a spec is in the experiment itself.
 _ASIDE = {
-    *("tokenprune.cli", "tokenprune.testing.golden", "tokenprune.console", "tokenprune.testing"),
+    *("tokenprune.cli", "tokenprune.console", "tokenprune.testing", "tokenprune.testing.golden"),
+    "tokenprune.engine.rankings",
+    *(
+        f"tokenprune.experiments.common.{name}"
+        for name in (
+            *("answers", "bench", "cells", "conversion", "csv_files", "files", "journal"),
+            *("patch_boxes", "plots", "prompt", "provenance", "reading", "run_folder"),
+            *("statistics", "summary"),
+        )
+    ),
     *(
         f"tokenprune.experiments.{name}"
         for name in (
-            *(
-                "cost_plots",
-                "crowd_plots",
-                "csv_files",
-                "efficiency",
-                "files",
-                "fingerprints",
-                "geometry",
-            ),
-            *("intervals", "matching", "plots", "position_plots", "position_statistics"),
-            *("ranking", "reading", "results"),
+            *("compare.figures", "compare.matching", "efficiency.figures", "efficiency.run"),
+            *("positional_bias.figures", "positional_bias.statistics"),
         )
     ),
 }
@@ -78,7 +78,7 @@ _RUN = ("manifest.json", "answers.jsonl")
 def answer_files(
     model: Path | None,
     compressors: Iterable[Compressor],
-    others: Iterable[type | str] = ("tokenprune.experiments.compare",),
+    others: Iterable[type | str] = ("tokenprune.experiments.compare.run",),
 ) -> dict[str, Files]:
     """Every file that can change an answer, by what it is part of.
 
