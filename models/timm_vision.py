@@ -187,7 +187,7 @@ class TimmVision(Adapter):
             logits = query @ key.transpose(-1, -2) * tapped.scale
             rows.append(logits.softmax(-1).mean((1, 2))[:, -math.prod(self.view_shape) :])
 
-    def layout(self, image_size: tuple[int, int], *, together: bool = False) -> TokenLayout:
+    def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         found: TokenLayout = self.model.layout(image_size)
         return found
 

@@ -51,7 +51,7 @@ class DyCoke(Compressor):
     least: Annotated[float, Field(ge=0, lt=1)] = 0.1
     official: bool = False
 
-    positional = True  # the first frame of a window
+    location_aware = True  # the first frame of a window
     card = Card(
         paper="DyCoke (token temporal merging)",
         arxiv="2411.15024",

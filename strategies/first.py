@@ -22,7 +22,7 @@ class First(ScoringCompressor):
 
     allocator: Allocator = field(default_factory=TopK)
 
-    positional = True
+    location_aware = True
     card = Card(paper="First tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -54,7 +54,7 @@ class HoliTom(Compressor):
     neighbours: Annotated[int, Field(ge=1)] = 7
     layer: int = -1
 
-    positional = True  # frames are neighbours
+    location_aware = True  # frames are neighbours
     card = Card(
         paper="HoliTom (before the language model)",
         arxiv="2505.21334",

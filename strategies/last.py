@@ -24,7 +24,7 @@ class Last(ScoringCompressor):
 
     allocator: Allocator = field(default_factory=TopK)
 
-    positional = True
+    location_aware = True
     card = Card(paper="Last tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -54,7 +54,7 @@ class PruMerge(Compressor):
     layer: int = -1
     allocator: Allocator = field(default_factory=Proportional)
 
-    positional = True  # samples, and the place of the extra token
+    location_aware = True  # samples, and the place of the extra token
     card = Card(
         paper="LLaVA-PruMerge",
         arxiv="2403.15388",

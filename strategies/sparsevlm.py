@@ -116,7 +116,7 @@ class SparseVLM(Compressor):
 
     @property
     def keeps_positions(self) -> bool:
-        return self.version == "2.0" if self.positions == "auto" else super().keeps_positions
+        return self.version == "2.0" if self.position_ids == "auto" else super().keeps_positions
 
     @property
     def recycled(self) -> float:

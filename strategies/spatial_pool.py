@@ -33,7 +33,7 @@ class SpatialPool(Compressor):
     nearest to the middle of those in its cell.
     """
 
-    positional = True
+    location_aware = True
     card = Card(paper="Average pooling (baseline)")
 
     def flops(self, tokens: VisualTokens) -> float:

@@ -29,7 +29,7 @@ class Uniform(Compressor):
 
     pattern: Literal["stride", "dispersed"] = "stride"
 
-    positional = True
+    location_aware = True
     card = Card(paper="Evenly spaced tokens (baseline)")
 
     def select(self, tokens: VisualTokens) -> Selection:

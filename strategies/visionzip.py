@@ -46,7 +46,7 @@ class VisionZip(Compressor):
     merge: Literal["add", "mean"] = "add"
     allocator: Allocator = field(default_factory=lambda: Proportional("half-even"))
 
-    positional = True
+    location_aware = True
     card = Card(
         paper="VisionZip",
         arxiv="2412.04467",

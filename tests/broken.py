@@ -46,7 +46,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 class Sound(Compressor):
     """The first ``R * P`` patch tokens: nothing wrong with it."""
 
-    positional = True
+    location_aware = True
     card = Card(paper="The first tokens (baseline)")
 
     def picked(self, tokens: VisualTokens) -> Tensor:
@@ -60,7 +60,7 @@ class Sound(Compressor):
 class Inverted(Sound):
     """Keeps what gets the least attention."""
 
-    positional = False
+    location_aware = False
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -154,7 +154,7 @@ class RulesOut(DividesByNothing):
 class PeeksAtTheCanvas(Sound):
     """Prefers the right of the canvas, which a picture of one view does not have."""
 
-    positional = False
+    location_aware = False
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches, layout = tokens.layout.patches, tokens.layout
@@ -209,7 +209,7 @@ class SumsSeparators(PeeksAtTheCanvas):
 class PeeksAtPlaces(Sound):
     """Says that it goes by content, but prefers what comes late."""
 
-    positional = False
+    location_aware = False
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
@@ -800,7 +800,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             _wrapped(decoder, "decoder_row", _scrambled),
             strategy="fastv",
         ),
-        *_host(_forgets_extra, strategy="fastv:positions=compact"),
+        *_host(_forgets_extra, strategy="fastv:position_ids=compact"),
         *_host(
             _wrapped(
                 decoder, "rotary_product", lambda original, rotary, at: original(rotary, 0 * at)

@@ -62,7 +62,7 @@ def test_every_method_runs(host: Host, spec: str, dtype: torch.dtype) -> None:
 def test_a_choice_does_not_depend_on_autocast(spec: str) -> None:
     """The products behind a ranking would tie or change places in half precision."""
     layout = TokenLayout.anyres((2, 2), (8, 8), (0, 16, 0, 16))
-    for part in _method(spec).stages():
+    for part in _method(spec).parts():
         tokens = sample_tokens(part.needs, layout, seed=3)
         for one in map(part.at, part.cuts or (0,)):
             wanted = one(tokens)

@@ -452,7 +452,7 @@ def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None
         stored = testbed.model(**testbed.assemble(encoded, questions)).logits
     torch.testing.assert_close(stored, direct, rtol=1e-4, atol=1e-4)
     assert trace.ledgers[0].vision_flops < trace.ledgers[0].uncompressed_vision_flops
-    first = next(iter(method.stages()))
+    first = next(iter(method.parts()))
     chosen = testbed.choose(first, images)
     for one, other in zip(
         chosen, [c for c in trace.selections if c.stage is Stage.ENCODER], strict=True

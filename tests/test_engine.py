@@ -31,15 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 METHODS = {
     "uniform": create("uniform", retention=0.4),
-    "uniform, original": create("uniform", retention=0.4, positions="original"),
+    "uniform, original": create("uniform", retention=0.4, position_ids="original"),
     "globalcom2": create("globalcom2", retention=0.4),
     "fastv": create("fastv", retention=0.4),
-    "fastv, compact": create("fastv", retention=0.4, positions="compact"),
+    "fastv, compact": create("fastv", retention=0.4, position_ids="compact"),
     "chain": Chain.of(create("globalcom2", retention=0.6), create("fastv", retention=0.6)),
     "two cuts, compact": Chain.of(
-        create("uniform", retention=0.6, positions="original"),
-        create("fastv", retention=0.6, positions="compact", layer=1),
-        create("fastv", retention=0.6, positions="compact", layer=3),
+        create("uniform", retention=0.6, position_ids="original"),
+        create("fastv", retention=0.6, position_ids="compact", layer=1),
+        create("fastv", retention=0.6, position_ids="compact", layer=3),
     ),
 }
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

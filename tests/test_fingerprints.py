@@ -139,7 +139,7 @@ def test_every_file_in_which_answering_runs_is_in_it() -> None:
     sys.setprofile(watch)
     try:
         for method in methods:
-            parts = [part for part in method.stages() if part.stage is tp.Stage.ENCODER]
+            parts = [part for part in method.parts() if part.stage is tp.Stage.ENCODER]
             shown = runner.encode(questions, method.needs, parts[0] if parts else None)  # type: ignore[arg-type]
             runner.answer(method, shown, [item.question for item in questions])
     finally:

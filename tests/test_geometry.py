@@ -135,7 +135,7 @@ def _seen(
 
 
 def _check(adapter: Adapter, size: tuple[int, int], together: bool = False) -> None:
-    layout = adapter.layout(size, together=together)
+    layout = adapter.layout(size, same_prompt=together)
     if 0 in layout.canvas_shape and layout.grid != (0, 0):
         return  # the model itself cannot pack an image of so extreme a shape
     codes, true_layout, resized = _seen(adapter, size, together)
@@ -206,7 +206,7 @@ def test_tokens_are_drawn_over_the_pixels_they_saw(name: str, size: tuple[int, i
 @example(size=(301, 20))
 def test_images_of_a_prompt_with_several_are_padded(size: tuple[int, int]) -> None:
     for name in ("OneVision", "patches that leave pixels over"):
-        _check(FAMILIES[name], size, together=True)
+        _check(FAMILIES[name], size, same_prompt=True)
 
 
 @settings(max_examples=10)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tokenprune as tp
 from tokenprune.compressor import Stage
-from tokenprune.engine.trace import Chosen
+from tokenprune.engine.trace import SelectionRecord
 from tokenprune.experiments.common.kept_bits import final, pack, packed_rows, unpack
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.common.setting import Request
@@ -25,8 +25,10 @@ from tokenprune.layout import TokenLayout
 LAYOUT = TokenLayout.single((3, 4))
 
 
-def chosen(row: int, image: int, layer: int | None, *keep: int) -> Chosen:
-    return Chosen(row, image, Stage.LLM, layer, LAYOUT, torch.tensor(keep, dtype=torch.long))
+def chosen(row: int, image: int, layer: int | None, *keep: int) -> SelectionRecord:
+    return SelectionRecord(
+        row, image, Stage.LLM, layer, LAYOUT, torch.tensor(keep, dtype=torch.long)
+    )
 
 
 def test_bits_by_hand() -> None:

@@ -341,7 +341,7 @@ def test_what_is_cut_in_front_of_the_model_need_not_have_fitted(host: Host) -> N
         (whole, "fastv", True),
         (whole - 1, "fastv", False),
         (whole - 1, "uniform", True),
-        (whole - 1, "uniform:positions=original", False),
+        (whole - 1, "uniform:position_ids=original", False),
         (3, "uniform", False),
     ]:
         config.max_position_embeddings = limit

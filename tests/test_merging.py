@@ -64,9 +64,9 @@ class Average(MergePairs):
 
 METHODS = [
     MergePairs(retention=0.5),
-    MergePairs(retention=0.5, separators="rows", positions="original"),
+    MergePairs(retention=0.5, separators="rows", position_ids="original"),
     MergePairsInside(retention=0.5),
-    MergePairsInside(retention=0.5, positions="compact"),
+    MergePairsInside(retention=0.5, position_ids="compact"),
     Chain.of(MergePairs(retention=0.5), MergePairsInside(retention=0.5)),
     Average(retention=0.9),
 ]

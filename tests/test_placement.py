@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 METHODS = [
     *tp.available(),
     "cdpruner:relevance=text",
-    "uniform:positions=original",
-    "fastv:layer=1,positions=compact",
+    "uniform:position_ids=original",
+    "fastv:layer=1,position_ids=compact",
     "fastv:layer=3",
     "fastv:layer=2,allocator=globalcom2",
     "globalcom2 + fastv",
@@ -99,7 +99,7 @@ def test_the_simulation_notices_a_mix() -> None:
         assert where(there[here.long()]) == OTHER
 
 
-@pytest.mark.parametrize("spec", ["globalcom2", "fastv", "fastv:positions=compact"])
+@pytest.mark.parametrize("spec", ["globalcom2", "fastv", "fastv:position_ids=compact"])
 def test_weights_that_are_only_there_during_a_forward(host: Host, spec: str) -> None:
     """Offloaded weights: nothing may be read from a module that is not being called."""
     method = chosen_method(spec, host)

@@ -159,7 +159,7 @@ def test_the_decorator_names_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fastv:layer=3", {"layer": 3}),
         ("globalcom2:alpha=0.3,tau=1", {"alpha": 0.3, "tau": 1.0}),
         (" random : seed = 4 ", {"seed": 4}),
-        ("uniform:separators=none,positions=original", {"separators": "none"}),
+        ("uniform:separators=none,position_ids=original", {"separators": "none"}),
     ],
 )
 def test_specs_are_read_and_typed(spec: str, fields: dict[str, Any]) -> None:

@@ -228,7 +228,7 @@ def test_the_lattices_are_the_patches(size: tuple[int, int], several: bool) -> N
         notes: list[str] = []
         adapter = planner({"experiment": {"model": name}}, notes)
         assert adapter is not None, notes
-        layout = adapter.layout(size, together=several)
+        layout = adapter.layout(size, same_prompt=several)
         if 0 in layout.canvas_shape and layout.grid != (0, 0):
             continue
         view = ViewSize.of(adapter)

@@ -196,7 +196,7 @@ def test_the_told_memory_is_what_choosing_and_packing_take(name: str, dtype: tor
             yield
         taken.append(seen.peak)
 
-    with tp.compress(adapter.model, method, given=given) as trace, torch.no_grad():
+    with tp.compress(adapter.model, method, extra_signals=given) as trace, torch.no_grad():
         adapter.model(**inputs, use_cache=True, logits_to_keep=1)  # what is loaded on first use
         trace.around = around
         adapter.model(**inputs, use_cache=True, logits_to_keep=1)

@@ -219,7 +219,7 @@ def test_a_batch_may_have_a_compressor_for_each_row(host: Host) -> None:
 
 def test_rows_that_cannot_run_together_are_a_sentence(host: Host) -> None:
     uniform, fastv = (tp.parse(name, retention=0.5) for name in ("uniform", "fastv"))
-    moved = tp.parse("uniform:positions=original", retention=0.5)
+    moved = tp.parse("uniform:position_ids=original", retention=0.5)
     with (
         pytest.raises(UserError, match="fastv does not act in front"),
         compress(host.model, [uniform, fastv]),
@@ -236,7 +236,7 @@ def test_rows_that_cannot_run_together_are_a_sentence(host: Host) -> None:
 
 # --- the comparison -------------------------------------------------------------------------------
 
-MANY = ("uniform", "globalcom2", "spatial-pool", *INSIDE[1:], "uniform:positions=original")
+MANY = ("uniform", "globalcom2", "spatial-pool", *INSIDE[1:], "uniform:position_ids=original")
 CHAINS = ("globalcom2@0.5 + fastv@0.5", "globalcom2@0.5 + dart@0.5")
 
 

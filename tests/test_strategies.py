@@ -557,10 +557,13 @@ def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
     )
     method = create("cdpruner", retention=0.3)
     inputs = adapter.assemble([[brought]], ["How many objects are there?"])
-    with tp.compress(adapter.model, method, given=CLIP) as trace:
+    with tp.compress(adapter.model, method, extra_signals=CLIP) as trace:
         adapter.model.generate(**inputs, max_new_tokens=2)
     assert torch.equal(trace.selections[0].keep, method(brought).keep)
-    with tp.compress(adapter.model, method, given=CLIP), pytest.raises(UserError, match="provided"):
+    with (
+        tp.compress(adapter.model, method, extra_signals=CLIP),
+        pytest.raises(UserError, match="provided"),
+    ):
         adapter.model.generate(**adapter.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
     with (
         pytest.raises(UserError, match=r"CLIP text tower.*LLaVA-NeXT.*cdpruner:relevance=text"),

@@ -41,7 +41,7 @@ def test_training_batches_are_what_the_model_packs(adapter: Any, modality: scene
         tokens = adapter.encode_videos([_images(list(clip.frames)) for clip in clips])
     elif modality == "multi-image":
         pairs = [scenes.render_pair(rng) for _ in range(2)]
-        encoded = [adapter.encode(_images(list(p.scenes)), together=True) for p in pairs]
+        encoded = [adapter.encode(_images(list(p.scenes)), same_prompt=True) for p in pairs]
         tokens = [torch.cat([part.features for part in some]) for some in encoded]
     else:
         sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())

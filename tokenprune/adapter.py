@@ -44,7 +44,7 @@ from tokenprune.unwrap import unwrapped
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from tokenprune.engine.trace import Chosen
+    from tokenprune.engine.trace import SelectionRecord
 
 __all__ = [
     "Adapter",
@@ -224,12 +224,12 @@ class Adapter(ABC):
         return {name: int(getattr(self.base.config, f"{name}_token_id")) for name in self.encoders}
 
     @abstractmethod
-    def layout(self, image_size: tuple[int, int], *, together: bool = False) -> TokenLayout:
+    def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         """Layout of an image of ``image_size`` = (height, width) pixels.
 
         Args:
             image_size: Before any resizing.
-            together: Whether there are other images in the prompt.
+            same_prompt: Whether there are other images in the prompt.
         """
 
     @abstractmethod
@@ -304,15 +304,15 @@ class Adapter(ABC):
         sample: Tensor = view[..., ::7, ::7]
         return sample
 
-    def check(self, compressor: Compressor, given: Collection[Signal] = ()) -> None:
-        """Raise `UserError` if the model lacks what ``compressor`` needs and nobody has ``given``.
+    def check(self, compressor: Compressor, extra_signals: Collection[Signal] = ()) -> None:
+        """Raise `UserError` if the model lacks what ``compressor`` needs and ``extra_signals`` lack it too.
 
         Args:
             compressor: A method.
-            given: Signals that come with the images.
+            extra_signals: Signals that come with the images.
         """
         taken: dict[int, Compressor] = {}
-        for part in compressor.stages():
+        for part in compressor.parts():
             if part.stage is Stage.LLM and not self.has_language_model:
                 raise UserError(
                     f"{part.name} acts inside the language model, which {self.name} models do not "
@@ -320,7 +320,7 @@ class Adapter(ABC):
                 )
             if isinstance(part, EncoderCompressor):
                 self._check_tower(part)
-            for signal in sorted(part.needs.difference(given), key=repr):
+            for signal in sorted(part.needs.difference(extra_signals), key=repr):
                 self._check_signal(signal, part.name, part)
             for cut in part.cuts:
                 layer = self.cut_layer(cut)
@@ -569,7 +569,7 @@ class Adapter(ABC):
         signals: Iterable[Signal] = (),
         compressor: Compressor | None = None,
         *,
-        together: bool = False,
+        same_prompt: bool = False,
     ) -> list[VisualTokens]:
         """Run the vision tower once over ``images``.
 
@@ -578,7 +578,7 @@ class Adapter(ABC):
             signals: What to compute on the way.
             compressor: A method that acts inside the tower, or a chain that begins with one; what
                 else is in it does not matter here.
-            together: Whether they belong to one prompt; LLaVA-OneVision then cuts no crops.
+            same_prompt: Whether they belong to one prompt; LLaVA-OneVision then cuts no crops.
 
         Returns:
             For every image its packed features with layout and ``signals``; hand them to
@@ -587,13 +587,13 @@ class Adapter(ABC):
         pictures = [picture(image) for image in listed(images, "image")]
         if not pictures:
             return []
-        grouped = self.grouped([pictures] if together else [[image] for image in pictures])
+        grouped = self.grouped([pictures] if same_prompt else [[image] for image in pictures])
         batch = self.processor.image_processor(grouped, return_tensors="pt")
         return self._encode("image", self.encoder_inputs(batch), signals, compressor)
 
     def choose(
         self, compressor: Compressor | str, images: Sequence[Any], **fields: Any
-    ) -> list[Chosen]:
+    ) -> list[SelectionRecord]:
         """What a method that acts inside the vision tower or right behind it keeps of each image.
 
         Nothing behind the vision tower runs.
@@ -606,14 +606,14 @@ class Adapter(ABC):
         Raises:
             UserError: The tower lacks what the method needs, or it acts elsewhere.
         """
-        from tokenprune.engine.trace import Chosen
+        from tokenprune.engine.trace import SelectionRecord
 
         if isinstance(compressor, str):
             compressor = parse(compressor, **fields)
         elif fields:
             raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
         self.check(compressor)
-        if compressor.stage is Stage.LLM or list(compressor.stages()) != [compressor]:
+        if compressor.stage is Stage.LLM or list(compressor.parts()) != [compressor]:
             raise UserError(
                 f"{compressor.label} does not act in front of the language model alone; run it "
                 "with tokenprune.compress."
@@ -625,7 +625,9 @@ class Adapter(ABC):
             )
         encoded = self.encode(images, compressor.needs, compressor)
         return [
-            Chosen(index, 0, compressor.stage, None, tokens.layout, compressor(tokens).keep)
+            SelectionRecord(
+                index, 0, compressor.stage, None, tokens.layout, compressor(tokens).keep
+            )
             for index, tokens in enumerate(encoded)
         ]
 
@@ -684,7 +686,7 @@ class Adapter(ABC):
         encoded: Sequence[Sequence[VisualTokens]],
         prompts: Sequence[str],
         *,
-        blind: bool = False,
+        without_images: bool = False,
     ) -> dict[str, Any]:
         """Inputs for ``model.generate`` from images and videos that are encoded already.
 
@@ -738,19 +740,19 @@ class Adapter(ABC):
         return {"mm_encoder_outputs": outputs} if outputs else {}
 
     def dummy_images(
-        self, sizes: Sequence[tuple[int, int]], seed: int = 0, *, together: bool = False
+        self, sizes: Sequence[tuple[int, int]], seed: int = 0, *, same_prompt: bool = False
     ) -> dict[str, Tensor]:
         """Random encoder inputs for images of ``sizes`` (height, width), as the processor's.
 
         Args:
             sizes: Of any number of images.
             seed: Of the pixels.
-            together: Whether they belong to one prompt.
+            same_prompt: Whether they belong to one prompt.
         """
         draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
-        views = max(self.layout(size, together=together).views for size in sizes)
-        numbers = [len(sizes)] if together else [1] * len(sizes)
+        views = max(self.layout(size, same_prompt=same_prompt).views for size in sizes)
+        numbers = [len(sizes)] if same_prompt else [1] * len(sizes)
         made = {
             "pixel_values": _pixels(draw, len(sizes), views, 3, side, side),
             "image_sizes": torch.tensor(sizes, device="cpu"),

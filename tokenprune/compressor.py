@@ -94,20 +94,20 @@ class Compressor(ABC):
         separators: Which separators stay: ``all`` (as in the official LLaVA-NeXT methods),
             ``rows`` (those of canvas rows that keep a token) or ``none``.  They are never part of
             R, and the ledger shows them apart.
-        positional: Whether the choice depends on where tokens lie by design, as in baselines that
-            keep evenly spaced tokens.
-        positions: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps the
+        location_aware: Whether the choice depends on where tokens lie by design, as in baselines
+            that keep evenly spaced tokens.
+        position_ids: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps the
             position ids of the full one.  ``auto`` is ``compact`` before the language model and
             ``original`` inside it, as the official codes do.
     """
 
     retention: float
     separators: Separators = "all"
-    positions: Literal["auto", "compact", "original"] = "auto"
+    position_ids: Literal["auto", "compact", "original"] = "auto"
 
     name: ClassVar[str] = ""
     stage: ClassVar[Stage] = Stage.PRE_LLM
-    positional: ClassVar[bool] = False
+    location_aware: ClassVar[bool] = False
     card: ClassVar[Card] = Card()
 
     def __post_init__(self) -> None:
@@ -170,7 +170,7 @@ class Compressor(ABC):
     def keeps_positions(self) -> bool:
         """Whether survivors keep the position ids of the full prompt."""
         default = "original" if self.stage is Stage.LLM else "compact"
-        return (default if self.positions == "auto" else self.positions) == "original"
+        return (default if self.position_ids == "auto" else self.position_ids) == "original"
 
     @property
     def label(self) -> str:
@@ -189,7 +189,7 @@ class Compressor(ABC):
         options = ",".join(f"{name}={_spell(value)}" for name, value in changed.items())
         return f"{self.name or type(self).__name__}{':' if options else ''}{options}"
 
-    def stages(self) -> Iterator[Compressor]:
+    def parts(self) -> Iterator[Compressor]:
         """The compressors this one runs, in order (itself, unless it is a `Chain`)."""
         yield self
 
@@ -280,7 +280,7 @@ class Chain(Compressor):
     Each acts on what the one before it left; `retention` is the product of theirs.
     """
 
-    parts: tuple[Compressor, ...] = ()
+    members: tuple[Compressor, ...] = ()
     name: ClassVar[str] = "chain"
 
     @classmethod
@@ -296,19 +296,19 @@ class Chain(Compressor):
         retention = 1.0
         for part in parts:
             retention *= part.retention
-        return cls(parts=parts, retention=retention)
+        return cls(members=parts, retention=retention)
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset().union(*(part.needs for part in self.parts))
+        return frozenset().union(*(part.needs for part in self.members))
 
     @property
     def label(self) -> str:
-        return " + ".join(f"{part.label}@{_shortest(part.retention)}" for part in self.parts)
+        return " + ".join(f"{part.label}@{_shortest(part.retention)}" for part in self.members)
 
-    def stages(self) -> Iterator[Compressor]:
-        for part in self.parts:
-            yield from part.stages()
+    def parts(self) -> Iterator[Compressor]:
+        for part in self.members:
+            yield from part.parts()
 
     def select(self, tokens: VisualTokens) -> Selection:
         raise UserError("a chain acts in several places; run it with tokenprune.compress.")
@@ -346,7 +346,7 @@ def placed(
     compressor: Compressor | None, depth: int
 ) -> tuple[list[Compressor], dict[int, Compressor]]:
     """What selects in front of a decoder, in order, and what in front of which of its layers."""
-    stages = list(compressor.stages()) if compressor is not None else []
+    stages = list(compressor.parts()) if compressor is not None else []
     before = [part for part in stages if part.stage is not Stage.LLM]
     inside = {cut_layer(cut, depth): part.at(cut) for part in stages for cut in part.cuts}
     return before, dict(sorted(inside.items()))

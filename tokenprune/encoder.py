@@ -89,7 +89,7 @@ class EncoderCompressor(Compressor, ABC):
     """
 
     stage: ClassVar[Stage] = Stage.ENCODER
-    positional: ClassVar[bool] = True
+    location_aware: ClassVar[bool] = True
 
     @property
     def fills_budget(self) -> bool:
@@ -143,7 +143,7 @@ class EncoderCompressor(Compressor, ABC):
 
 def encoder_part(compressor: Compressor | None) -> EncoderCompressor | None:
     """The part of ``compressor`` that changes how the vision tower runs, if there is one."""
-    for part in compressor.stages() if compressor is not None else ():
+    for part in compressor.parts() if compressor is not None else ():
         if isinstance(part, EncoderCompressor) and part.retention < 1:
             return part
     return None

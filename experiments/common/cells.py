@@ -52,7 +52,7 @@ class Cell:
 
     compressor: Compressor | None = None
     name: str = ""
-    blind: bool = False
+    without_images: bool = False
     pooled: bool = False
     matched: Matched | None = None
 

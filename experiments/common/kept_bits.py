@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenprune.engine.trace import Chosen
+from tokenprune.engine.trace import SelectionRecord
 
 __all__ = [
     "final",
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-def final(selections: Iterable[Chosen]) -> dict[tuple[int, int], Chosen]:
+def final(selections: Iterable[SelectionRecord]) -> dict[tuple[int, int], SelectionRecord]:
     """(row, image) to the last selection made of it, in the order of images.
 
     Where a method cuts several times, or two act one behind the other, that is what all of them
@@ -29,7 +29,7 @@ def final(selections: Iterable[Chosen]) -> dict[tuple[int, int], Chosen]:
     return dict(sorted(last.items()))
 
 
-def packed_rows(selections: Iterable[Chosen], rows: int) -> list[list[str]]:
+def packed_rows(selections: Iterable[SelectionRecord], rows: int) -> list[list[str]]:
     """For each of ``rows`` prompts its images' final selections, packed; empty where none was."""
     found: list[list[str]] = [[] for _ in range(rows)]
     for (row, _), chosen in final(selections).items():
@@ -37,7 +37,7 @@ def packed_rows(selections: Iterable[Chosen], rows: int) -> list[list[str]]:
     return found
 
 
-def pack(chosen: Chosen) -> str:
+def pack(chosen: SelectionRecord) -> str:
     """A bit for every entry of the packed sequence, the first one highest, as base64."""
     kept = np.zeros(len(chosen.layout), dtype=bool)
     kept[chosen.keep.cpu().numpy()] = True

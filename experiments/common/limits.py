@@ -109,7 +109,7 @@ def _sizes(adapter: Adapter, item: Question) -> tuple[tuple[int, int], ...] | No
 def _visual(adapter: Adapter, item: Question, sizes: tuple[tuple[int, int], ...]) -> int:
     if item.modality == "video":
         return len(adapter.video_layout(len(item.images)))  # type: ignore[attr-defined]
-    return sum(len(adapter.layout(size, together=len(sizes) > 1)) for size in sizes)
+    return sum(len(adapter.layout(size, same_prompt=len(sizes) > 1)) for size in sizes)
 
 
 def _text(adapter: Adapter, item: Question) -> int:

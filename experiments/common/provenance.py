@@ -146,7 +146,7 @@ def code_files(compressors: Iterable[Compressor], others: Iterable[type | str] =
         compressors: The methods.
         others: More classes, and names of modules.
     """
-    classes = {kind for one in compressors for part in one.stages() for kind in _kinds(part)}
+    classes = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
     names = [other for other in others if isinstance(other, str)]
     classes |= {base for other in others if isinstance(other, type) for base in other.__mro__}
     found: dict[str, Path] = {}

@@ -70,7 +70,7 @@ def _prompt(adapter: Adapter, item: Question) -> Prompt:
     else:
         sizes = [picture.open().size[::-1] for picture in item.images]
         together = len(sizes) > 1
-        layouts = tuple(adapter.layout(one, together=together) for one in sizes)
+        layouts = tuple(adapter.layout(one, same_prompt=together) for one in sizes)
         size = None if together else sizes[0]
     text = adapter.prompt(item.question, 0 if video else len(layouts), int(video))
     ids = adapter.processor.tokenizer(text)["input_ids"]

@@ -75,7 +75,7 @@ class ModelRunner:
             elif item.modality == "video":
                 found.append(self.adapter.encode_videos([images], signals, encoder))
             else:
-                found.append(encode(images, signals, encoder, together=True))
+                found.append(encode(images, signals, encoder, same_prompt=True))
         return found
 
     def answer(
@@ -86,7 +86,7 @@ class ModelRunner:
     def answer_blind(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        return self.generate(None, self.adapter.assemble(images, prompts, blind=True))
+        return self.generate(None, self.adapter.assemble(images, prompts, without_images=True))
 
     def generate(
         self,

@@ -89,7 +89,7 @@ def together(
     alike: dict[str, list[int]] = {}
     joined: dict[bool, list[int]] = {}
     for index, method in enumerate(methods):
-        parts = list(method.stages()) if method is not None else []
+        parts = list(method.parts()) if method is not None else []
         stages = {part.stage for part in parts}
         if Stage.ENCODER in stages:
             yield Job([(index, question) for question in everything])

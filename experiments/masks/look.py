@@ -16,7 +16,7 @@ from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.encoder import encoder_part
 from tokenprune.engine.rankings import Note, noting
-from tokenprune.engine.trace import Chosen
+from tokenprune.engine.trace import SelectionRecord
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.kept_bits import final
@@ -135,7 +135,7 @@ class Seen:
 def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
     """Raises `UserError` if the model, or a missing question, leaves it nothing to work on."""
     adapter.check(compressor)
-    stages = list(compressor.stages())
+    stages = list(compressor.parts())
     inside = [part for part in stages if part.stage is Stage.LLM]
     if inside and not asks:
         raise UserError(f"{inside[0].name} acts inside the language model; ask a question.")
@@ -219,7 +219,9 @@ def look(
             selections = trace.selections
         else:
             selections = [
-                Chosen(0, number, compressor.stage, None, tokens.layout, compressor(tokens).keep)
+                SelectionRecord(
+                    0, number, compressor.stage, None, tokens.layout, compressor(tokens).keep
+                )
                 for number, tokens in enumerate(shown)
                 if compressor is not None
             ]
@@ -247,7 +249,7 @@ def _encode(
 ) -> list[VisualTokens]:
     if video:
         return adapter.encode_videos([list(pictures)], signals, compressor)
-    return adapter.encode(pictures, signals, compressor, together=len(pictures) > 1)
+    return adapter.encode(pictures, signals, compressor, same_prompt=len(pictures) > 1)
 
 
 def _on_cpu(note: Note) -> tuple[TokenLayout, Tensor]:
@@ -255,13 +257,13 @@ def _on_cpu(note: Note) -> tuple[TokenLayout, Tensor]:
     return tokens.layout.to("cpu"), scores.detach().float().cpu()
 
 
-def _steps(selections: Sequence[Chosen]) -> list[dict[tuple[int, int], Chosen]]:
+def _steps(selections: Sequence[SelectionRecord]) -> list[dict[tuple[int, int], SelectionRecord]]:
     """What was left after every cut; all tokens if there was none."""
     layers = list(dict.fromkeys(chosen.layer for chosen in selections))
     return [final(c for c in selections if c.layer == layer) for layer in layers] or [{}]
 
 
-def _where(chosen: Chosen | None) -> str:
+def _where(chosen: SelectionRecord | None) -> str:
     if chosen is None:
         return ""
     if chosen.stage is Stage.ENCODER:

@@ -317,7 +317,7 @@ def compressors_of(
 
 def check_method(adapter: Adapter, compressor: Compressor) -> None:
     adapter.check(compressor)
-    for part in compressor.stages():
+    for part in compressor.parts():
         if part.stage is Stage.ENCODER:
             raise UserError(
                 f"{part.name} acts inside the vision tower, in front of the sequence in which this "
@@ -462,7 +462,7 @@ def _alike(one: TokenLayout, other: TokenLayout) -> bool:
 
 def _in_front(compressor: Compressor) -> bool:
     """Whether it acts in front of the language model alone, so that nothing behind need run."""
-    return compressor.stage is Stage.PRE_LLM and list(compressor.stages()) == [compressor]
+    return compressor.stage is Stage.PRE_LLM and list(compressor.parts()) == [compressor]
 
 
 def _chosen(compressor: Compressor, cases: Sequence[_Case]) -> list[_Choice]:

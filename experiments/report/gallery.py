@@ -203,7 +203,7 @@ def _layout(
     adapter: Any, size: tuple[int, int], pictures: int, video: bool, together: bool
 ) -> TokenLayout:
     found: TokenLayout
-    found = adapter.video_layout(pictures) if video else adapter.layout(size, together=together)
+    found = adapter.video_layout(pictures) if video else adapter.layout(size, same_prompt=together)
     return found
 
 

@@ -517,7 +517,7 @@ def evaluate(
             if modality == "video":
                 whole = adapter.encode_videos([images])
             else:
-                whole = adapter.encode(images, together=len(images) > 1)
+                whole = adapter.encode(images, same_prompt=len(images) > 1)
             rng = np.random.default_rng([seed, start])
             for condition, choose in named.items():
                 cut: list[VisualTokens] = [t.take(choose(t.layout, rng)) for t in whole]

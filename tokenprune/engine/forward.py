@@ -15,7 +15,7 @@ from tokenprune.compressor import Compressor, Selection
 from tokenprune.cost.account import Picked
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.guard import bypassed
-from tokenprune.engine.trace import Chosen
+from tokenprune.engine.trace import SelectionRecord
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.tokens import VisualTokens
 
@@ -140,7 +140,7 @@ class Pass:
     answers: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
     hidden: Tensor | None = None
-    selections: list[Chosen] = field(default_factory=list)
+    selections: list[SelectionRecord] = field(default_factory=list)
     ran: list[Tensor | None] = field(default_factory=list)
     packed: bool = False
     cuts: int = 0

@@ -113,7 +113,7 @@ class Prefix:
 
 def in_front(compressor: Compressor | None) -> tuple[Compressor, ...]:
     """The parts of ``compressor`` that act in front of the language model."""
-    parts = compressor.stages() if compressor is not None else ()
+    parts = compressor.parts() if compressor is not None else ()
     return tuple(part for part in parts if part.stage is not Stage.LLM)
 
 

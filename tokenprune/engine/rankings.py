@@ -27,7 +27,7 @@ def noting(compressor: Compressor) -> tuple[Compressor, list[Note]]:
     def heedful(part: Compressor) -> Compressor:
         made = copy.copy(part)
         if isinstance(part, Chain):
-            object.__setattr__(made, "parts", tuple(map(heedful, part.parts)))
+            object.__setattr__(made, "members", tuple(map(heedful, part.members)))
             return made
 
         def select(tokens: VisualTokens) -> Selection:

@@ -65,7 +65,7 @@ from tokenprune.engine.dropping import BEFORE, PROMPT
 from tokenprune.engine.forward import Pass, Span
 from tokenprune.engine.guard import Guard, Ours, bypassed, eagerly, plain_copies
 from tokenprune.engine.prefix import Prefix
-from tokenprune.engine.trace import Chosen, Prefill, Trace
+from tokenprune.engine.trace import SelectionRecord, Prefill, Trace
 from tokenprune.engine.vision import encoded, observing
 from tokenprune.errors import ContractError, UserError
 from tokenprune.layout import listed
@@ -93,7 +93,7 @@ def compress(
     model: nn.Module | Adapter,
     compressor: Compressor | str | Sequence[Compressor] | None,
     *,
-    given: Iterable[Signal] = (),
+    extra_signals: Iterable[Signal] = (),
     prefix: Prefix | None = None,
     **fields: Any,
 ) -> Iterator[Trace]:
@@ -118,7 +118,7 @@ def compress(
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only keep the account.  A list has one compressor for each row
             of the batch, all of them in front of the language model.
-        given: Signals that the caller puts into the `VisualTokens` handed to `Adapter.assemble`,
+        extra_signals: Signals that the caller puts into the `VisualTokens` handed to `Adapter.assemble`,
             because the model cannot provide them.
         prefix: What other contexts that run the same prompts have in common with this one.
         **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
@@ -136,15 +136,15 @@ def compress(
         compressor = parse(compressor, **fields)
     elif fields:
         raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
-    given = frozenset(given)
+    extra_signals = frozenset(extra_signals)
     rows: list[Compressor | None]
     rows = [*compressor] if isinstance(compressor, Sequence) else [compressor]
     for one in {id(one): one for one in rows if one is not None}.values():
-        adapter.check(one, given)
+        adapter.check(one, extra_signals)
     if len(rows) > 1:
         _check_rows(rows)
     trace = Trace()
-    session = Session(adapter, rows, given, prefix, trace)
+    session = Session(adapter, rows, extra_signals, prefix, trace)
     with _entering:
         if adapter.base in _active:
             raise UserError(
@@ -161,7 +161,7 @@ def compress(
 
 def _check_rows(compressors: Sequence[Compressor | None]) -> None:
     """Raise `UserError` unless ``compressors`` can act in the rows of one batch."""
-    parts = [part for one in compressors if one is not None for part in one.stages()]
+    parts = [part for one in compressors if one is not None for part in one.parts()]
     for part in parts:
         if part.stage is not Stage.PRE_LLM:
             raise UserError(
@@ -182,20 +182,22 @@ class Session(threading.local):
         self,
         adapter: Adapter,
         compressors: Sequence[Compressor | None],
-        given: frozenset[Signal],
+        extra_signals: frozenset[Signal],
         prefix: Prefix | None,
         trace: Trace,
     ) -> None:
         self.adapter = adapter
         self.trace = trace
         self.compressors = compressors
-        self.needs = [one.needs - given if one else frozenset[Signal]() for one in compressors]
+        self.needs = [
+            one.needs - extra_signals if one else frozenset[Signal]() for one in compressors
+        ]
         self.signals = frozenset[Signal]().union(*self.needs)
         self.encoder = encoder_part(compressors[0])
         depth = len(adapter.decoder_layers)
         self.before = [placed(one, depth)[0] for one in compressors]
         self.inside = placed(compressors[0], depth)[1]
-        parts = [part for one in compressors if one is not None for part in one.stages()]
+        parts = [part for one in compressors if one is not None for part in one.parts()]
         self.drops = any(part.retention < 1 or part.separators != "all" for part in parts)
         self.layers = LayerSignals(adapter)
         self.prefix = prefix
@@ -599,7 +601,9 @@ class Session(threading.local):
             keep[span.row, state.slots(span.row, span.columns)] = True
             span.tokens = span.tokens.take(chosen)
         layout = span.layout
-        state.selections.append(Chosen(span.row, span.image, stage, layer, layout, span.index))
+        state.selections.append(
+            SelectionRecord(span.row, span.image, stage, layer, layout, span.index)
+        )
         return gone
 
     def _pack(self, state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:

@@ -16,14 +16,14 @@ from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
 
 __all__ = [
-    "Chosen",
+    "SelectionRecord",
     "Prefill",
     "Trace",
 ]
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class SelectionRecord:
     """One selection that was made.
 
     Attributes:
@@ -46,7 +46,7 @@ class Chosen:
 class Prefill(NamedTuple):
     """What a trace tells of one prefill."""
 
-    selections: list[Chosen]
+    selections: list[SelectionRecord]
     has_images: bool
     account: Callable[[], list[Ledger]]
 
@@ -80,7 +80,7 @@ class Trace:
         return told
 
     @property
-    def selections(self) -> list[Chosen]:
+    def selections(self) -> list[SelectionRecord]:
         """Every selection, in the order made."""
         return self._told.selections
 

@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 def with_fields(compressor: Compressor, **fields: Any) -> Compressor:
     """The same method with other fields; of a chain, every part."""
     if isinstance(compressor, Chain):
-        return Chain.of(*(replace(part, **fields) for part in compressor.parts))
+        return Chain.of(*(replace(part, **fields) for part in compressor.members))
     return replace(compressor, **fields)
 
 

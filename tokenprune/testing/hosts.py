@@ -103,7 +103,7 @@ class Host:
     def layouts(self, row: int) -> list[TokenLayout]:
         """Layouts of the images, then of the videos of a prompt."""
         sizes, _, frames = ROWS[row]
-        images = [self.adapter.layout(size, together=len(sizes) > 1) for size in sizes]
+        images = [self.adapter.layout(size, same_prompt=len(sizes) > 1) for size in sizes]
         if "video" not in self.adapter.encoders:
             return images
         return images + [self.adapter.video_layout(count) for count in frames]
@@ -122,7 +122,7 @@ class Host:
         sizes, _, frames = ROWS[row]
         found = {}
         if sizes:
-            found["image"] = self.adapter.dummy_images(sizes, row, together=len(sizes) > 1)
+            found["image"] = self.adapter.dummy_images(sizes, row, same_prompt=len(sizes) > 1)
         if frames and "video" in self.adapter.encoders:
             found["video"] = _batched([self.adapter.dummy_video(count, row) for count in frames])
         return found

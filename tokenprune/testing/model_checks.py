@@ -325,7 +325,7 @@ def check_model_rng_untouched(compressor: Compressor, host: Host) -> None:
 def check_positions(compressor: Compressor, host: Host) -> None:
     """Invariant 9: ``compact`` re-indexes what is left, ``original`` keeps the ids; both exact."""
     for positions in ("auto", "compact", "original"):
-        chosen = with_fields(compressor, positions=positions)
+        chosen = with_fields(compressor, position_ids=positions)
         for row in range(len(ROWS)):
             with compress(host.model, chosen), spying(host) as calls:
                 got = host.logits(host.inputs([row]))

@@ -164,7 +164,7 @@ def reference(
 
     if Signal("llm_prompt") in compressor.needs:
         vectors[Signal("llm_prompt")] = prompt
-    stages = list(compressor.stages()) if images else []
+    stages = list(compressor.parts()) if images else []
     for part in stages:
         if part.stage is not Stage.LLM:
             cut(part)

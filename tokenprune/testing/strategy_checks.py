@@ -67,7 +67,7 @@ def _select(part: Compressor, tokens: VisualTokens) -> Selection:
 
 def check_documented(compressor: Compressor) -> None:
     """A docstring, and a card that says whose idea it is."""
-    for part in compressor.stages():
+    for part in compressor.parts():
         cls = type(part)
         written = (cls.__doc__ or f"{cls.__name__}(").strip()  # dataclass makes up `Name(...)`
         if written.startswith(f"{cls.__name__}("):
@@ -100,7 +100,7 @@ def check_is_a_value(compressor: Compressor) -> None:
         "pickle": pickled,
         "dataclasses.replace": replace(compressor),
     }
-    for part in compressor.stages():
+    for part in compressor.parts():
         if part.name and part is compressor:
             copies[f"parse({part.label!r})"] = parse(part.label, retention=part.retention)
     for how, copied in copies.items():
@@ -117,7 +117,7 @@ def check_is_a_value(compressor: Compressor) -> None:
 
 def check_selection_form(compressor: Compressor) -> None:
     """``keep`` is a sorted, unique, non-empty int64 vector of patch tokens."""
-    for part in compressor.stages():
+    for part in compressor.parts():
         for retention in (part.retention, *SHARES):
             method = replace(part, retention=retention)
             for dtype in (torch.float32, torch.bfloat16):
@@ -161,7 +161,7 @@ def check_budget(compressor: Compressor) -> None:
     never more than twice the budget in all.
     """
     hundredths = [percent / 100 for percent in range(1, 100)]
-    for part in compressor.stages():
+    for part in compressor.parts():
         for name, tokens in _samples(part):
             # Every retention where it is cheap; a fault may show at some of them only.
             for retention in hundredths if name == "one view" else (*SHARES, 0.4, 0.77):
@@ -190,7 +190,7 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
     Else a ranking is upside down.  What a method makes of features alone has no upside that could
     be known from outside.
     """
-    for part in compressor.stages():
+    for part in compressor.parts():
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
             own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
@@ -246,7 +246,7 @@ def _at_place_of(layout: TokenLayout, token: int) -> list[int]:
 
 def check_keeps_the_best_scores(compressor: Compressor) -> None:
     """A method that scores keeps the highest scores of every view, as many as are allocated."""
-    for part in compressor.stages():
+    for part in compressor.parts():
         if not isinstance(part, ScoringCompressor):
             continue
         for name, tokens in _samples(part):
@@ -273,7 +273,7 @@ def check_scores_are_finite(compressor: Compressor) -> None:
 
     A strategy that ranks by itself hands what it ranks by to `Selection.scores`.
     """
-    for part in compressor.stages():
+    for part in compressor.parts():
         for name, tokens in _samples(part):
             what = f"{part.label} on layout {name!r}"
             try:
@@ -313,10 +313,10 @@ def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
 def check_follows_content(compressor: Compressor) -> None:
     """What a token shows decides, not where it lies: turned content gives the turned choice.
 
-    Strategies that go by places say so with ``positional = True``.
+    Strategies that go by places say so with ``location_aware = True``.
     """
-    for part in compressor.stages():
-        if part.positional:
+    for part in compressor.parts():
+        if part.location_aware:
             continue
         half = replace(part, retention=0.5)  # of equal views, so that nothing is left to round
         for method, layout in (
@@ -349,7 +349,7 @@ def _turned(layout: TokenLayout) -> tuple[str, Tensor]:
 
 def check_tokens_untouched(compressor: Compressor) -> None:
     """What the strategy is shown is not written to."""
-    for part in compressor.stages():
+    for part in compressor.parts():
         for name, tokens in _samples(part):
             before = {key: values.clone() for key, values in shown(tokens).items()}
             _select(part, tokens)
@@ -361,7 +361,7 @@ def check_tokens_untouched(compressor: Compressor) -> None:
 
 def check_deterministic(compressor: Compressor) -> None:
     """The same image gives the same choice, whatever came before and whatever the global seed."""
-    for part in compressor.stages():
+    for part in compressor.parts():
         for name, tokens in _samples(part):
             with seeded(1):
                 first = _select(part, tokens).keep
@@ -373,7 +373,7 @@ def check_deterministic(compressor: Compressor) -> None:
 
 def check_rng_untouched(compressor: Compressor) -> None:
     """The global generators of torch, numpy and Python are left alone."""
-    for part in compressor.stages():
+    for part in compressor.parts():
         for name, tokens in _samples(part):
             before = rng_state()
             _select(part, tokens)
