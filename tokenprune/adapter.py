@@ -305,7 +305,7 @@ class Adapter(ABC):
         return sample
 
     def check(self, compressor: Compressor, extra_signals: Collection[Signal] = ()) -> None:
-        """Raise `UserError` if the model lacks what ``compressor`` needs and ``extra_signals`` lack it too.
+        """Raise `UserError` if neither the model nor ``extra_signals`` has what a method needs.
 
         Args:
             compressor: A method.
@@ -695,14 +695,14 @@ class Adapter(ABC):
         Args:
             encoded: For every prompt its encoded images and videos.
             prompts: As in `prepare`.
-            blind: Leave the visual tokens out of the prompts, which stay the same otherwise.
+            without_images: Leave the visual tokens out; the prompts stay the same otherwise.
         """
         self.require_language_model()
         texts = []
         for some, question in zip(encoded, questions(prompts), strict=True):
             lengths: dict[str, list[int]] = {name: [] for name in self.encoders}
             for tokens in some:
-                lengths[tokens.layout.modality].append(0 if blind else len(tokens))
+                lengths[tokens.layout.modality].append(0 if without_images else len(tokens))
             text = self.prompt(question, *map(len, lengths.values()))
             for modality, token in self.placeholder_texts.items():
                 pieces = text.split(token)
@@ -710,7 +710,7 @@ class Adapter(ABC):
                 text = "".join(a + b for a, b in zip(pieces, spelled, strict=True))
             texts.append(text)
         batch = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
-        return dict(batch.to(self.device)) | ({} if blind else self._outputs(encoded))
+        return dict(batch.to(self.device)) | ({} if without_images else self._outputs(encoded))
 
     def take(
         self,

@@ -96,8 +96,8 @@ class Compressor(ABC):
             R, and the ledger shows them apart.
         location_aware: Whether the choice depends on where tokens lie by design, as in baselines
             that keep evenly spaced tokens.
-        position_ids: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps the
-            position ids of the full one.  ``auto`` is ``compact`` before the language model and
+        position_ids: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps
+            the position ids of the full one.  ``auto`` is ``compact`` before the language model and
             ``original`` inside it, as the official codes do.
     """
 

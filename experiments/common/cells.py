@@ -45,7 +45,7 @@ class Cell:
         compressor: None for the uncompressed model.
         name: Of a reference whose tokens are no share R of all, such as ``thumbnail-only``; empty
             for a method and for the uncompressed model.
-        blind: Whether the question is asked without its images.
+        without_images: Whether the question is asked without its images.
         pooled: Whether the method is one of several that differ in their `seed` alone and are
             reported together, under the label without the seed.
     """
@@ -62,7 +62,7 @@ class Cell:
 
         Every method at R = 1 is the uncompressed model, so these cells share their answers.
         """
-        if self.blind:
+        if self.without_images:
             return self.name
         if self.compressor is None or self.compressor.retention == 1:
             return UNCOMPRESSED

@@ -67,6 +67,6 @@ def references(modalities: set[str]) -> list[Cell]:
     Args:
         modalities: Of the questions; only single images are cut into a thumbnail and crops.
     """
-    blind = Cell(name=IMAGE_FREE, without_images=True)
+    image_free = Cell(name=IMAGE_FREE, without_images=True)
     low = Cell(KeepViews(views="thumbnail"), name=THUMBNAIL_ONLY)
-    return [blind, low] if "image" in modalities else [blind]
+    return [image_free, low] if "image" in modalities else [image_free]

@@ -91,7 +91,7 @@ def run(
             there = [item for item in batch if (tower, item) in encodings]
             if not there or not set(left).intersection(lacking):
                 continue
-            several = [todo[key] for key in left if tower is None and not todo[key].blind]
+            several = [todo[key] for key in left if tower is None and not todo[key].without_images]
             alone = [todo[key] for key in left if todo[key] not in several]
             desk = _Desk(entering, failing, encodings, tower, there, timeout, warned, total, report)
             while not desk.serve(plan, several, alone):
@@ -270,8 +270,8 @@ def _answer(
 ) -> Sequence[dict[str, Any]]:
     """The answers of ``cell`` to a batch of questions, whose encoded images are ``shown``."""
     prompts = [item.question for item in batch]
-    if cell.blind:
-        return runner.answer_blind(shown, prompts)
+    if cell.without_images:
+        return runner.answer_without_images(shown, prompts)
     return runner.answer(cell.compressor, shown, prompts)
 
 

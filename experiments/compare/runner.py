@@ -44,7 +44,7 @@ class Runner(Protocol):
             is known, (V,) the log-probabilities of the first token of the answer.
         """
 
-    def answer_blind(
+    def answer_without_images(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
         """The same from the same prompts without a visual token."""
@@ -83,7 +83,7 @@ class ModelRunner:
     ) -> Sequence[dict[str, Any]]:
         return self.generate(compressor, self.adapter.assemble(images, prompts))
 
-    def answer_blind(
+    def answer_without_images(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
         return self.generate(None, self.adapter.assemble(images, prompts, without_images=True))

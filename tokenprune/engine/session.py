@@ -65,7 +65,7 @@ from tokenprune.engine.dropping import BEFORE, PROMPT
 from tokenprune.engine.forward import Pass, Span
 from tokenprune.engine.guard import Guard, Ours, bypassed, eagerly, plain_copies
 from tokenprune.engine.prefix import Prefix
-from tokenprune.engine.trace import SelectionRecord, Prefill, Trace
+from tokenprune.engine.trace import Prefill, SelectionRecord, Trace
 from tokenprune.engine.vision import encoded, observing
 from tokenprune.errors import ContractError, UserError
 from tokenprune.layout import listed
@@ -118,8 +118,8 @@ def compress(
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only keep the account.  A list has one compressor for each row
             of the batch, all of them in front of the language model.
-        extra_signals: Signals that the caller puts into the `VisualTokens` handed to `Adapter.assemble`,
-            because the model cannot provide them.
+        extra_signals: Signals that the model cannot provide.  The caller puts them into the
+            `VisualTokens` handed to `Adapter.assemble`.
         prefix: What other contexts that run the same prompts have in common with this one.
         **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 

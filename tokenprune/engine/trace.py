@@ -16,8 +16,8 @@ from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
 
 __all__ = [
-    "SelectionRecord",
     "Prefill",
+    "SelectionRecord",
     "Trace",
 ]
 
