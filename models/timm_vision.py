@@ -29,6 +29,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from tokenprune.adapter import Adapter, image_sizes
 from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
+from tokenprune.facts import ModulePaths, VisionFacts
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.models.checkpoints import reading
 from tokenprune.models.weights import infinite, integers, refuse_faults
@@ -129,6 +130,7 @@ class TimmVision(Adapter):
 
     hosts: ClassVar[tuple[str, ...]] = ("TimmModel",)
     has_language_model: ClassVar[bool] = False
+    paths: ClassVar[ModulePaths] = ModulePaths(vision="vit")
 
     @property
     def base(self) -> Any:
@@ -165,6 +167,25 @@ class TimmVision(Adapter):
     def prefix_tokens(self) -> int:
         return int(self.model.vit.num_prefix_tokens)
 
+    def vision_facts(self) -> VisionFacts:
+        vit: Any = self.model.vit
+        block = self.vision_layers[0]
+        return VisionFacts(
+            model_type=self.model.config.vision_config.model_type,
+            layers=len(self.vision_layers),
+            hidden=int(vit.embed_dim),
+            intermediate=_mlp_width(block),
+            heads=int(getattr(block.get_submodule("attn"), "num_heads", 0)),
+            view_shape=self.view_shape,
+            patch_size=self.patch_size,
+            prefix_tokens=self.prefix_tokens,
+            has_cls=self.has_cls,
+            has_head=self.pooling_head is not None,
+            readable=all(_is_plain(one.get_submodule("attn")) for one in self.vision_layers),
+            reducible=False,
+            resizable=False,
+        )
+
     def _missing(self, signal: Signal) -> str:
         in_a_block = not (signal.in_llm or signal.needs_head or signal.name == "unprojected")
         if in_a_block and not all(
@@ -196,6 +217,14 @@ class TimmVision(Adapter):
 
     def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
         return packed(maps, self.layouts(call, modality))
+
+
+def _mlp_width(block: nn.Module) -> int:
+    """Width of the MLP of a block: rows of its first linear layer, 0 where there is none."""
+    mlp = getattr(block, "mlp", nn.Identity())
+    linears = (one for one in mlp.modules() if isinstance(one, nn.Linear))
+    first = next(linears, None)
+    return 0 if first is None else first.out_features
 
 
 def _is_plain(attention: nn.Module) -> bool:

@@ -8,7 +8,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -24,6 +26,7 @@ from tokenprune.engine.tower import Tower
 from tokenprune.engine.vision import encoded as as_encoded
 from tokenprune.engine.vision import watched
 from tokenprune.errors import UserError, unknown
+from tokenprune.facts import DecoderFacts, ModelFacts, ModulePaths, VisionFacts
 from tokenprune.layout import TokenLayout
 from tokenprune.offload import execution_device
 from tokenprune.pictures import frames, picture
@@ -65,6 +68,7 @@ class Adapter(ABC):
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: What that method takes for images of an image processor's output.
         has_language_model: Whether there is anything behind the vision tower.
+        paths: Where the modules are in `base`.
         fit: How the processor makes a square of an image that is one view and has no crops:
             ``stretch`` its sides, ``pad`` the shorter ones, or ``crop`` the longer ones.
         model: The user's model, untouched.
@@ -77,12 +81,57 @@ class Adapter(ABC):
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     has_language_model: ClassVar[bool] = True
+    paths: ClassVar[ModulePaths] = ModulePaths()
     fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
 
     def __init__(self, model: nn.Module, processor: Any = None, path: Path | None = None) -> None:
         self.model: Any = model
         self.processor = processor
         self.path = path
+
+    # -- facts -----------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Facts about the model as it is now.  Read them once and keep the record."""
+        config, text, placeholders = self.base.config, None, {}
+        if self.has_language_model:
+            text = DecoderFacts.of(config.get_text_config())
+            placeholders = {one: int(getattr(config, f"{one}_token_id")) for one in self.encoders}
+        return ModelFacts(
+            family=self.name,
+            vision=self.vision_facts(),
+            language_model=text,
+            placeholders=MappingProxyType(placeholders),
+            paths=self.paths,
+        )
+
+    def vision_facts(self) -> VisionFacts:
+        """Facts about the vision encoder, most of them from its config."""
+        config, tower = self.base.config.vision_config, getattr(self.base, self.paths.vision, None)
+        has_cls, inside = "clip" in config.model_type, ("layer_norm1", "self_attn", "layer_norm2")
+        known = VisionFacts(
+            model_type=config.model_type,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            view_shape=self.view_shape,
+            patch_size=(config.patch_size, config.patch_size),
+            prefix_tokens=int(has_cls),
+            has_cls=has_cls,
+        )
+        if tower is None:  # a config without a model
+            return known
+        return replace(
+            known,
+            has_head=self.pooling_head is not None,
+            attention=getattr(tower.config, "_attn_implementation", known.attention),
+            reducible=all(
+                hasattr(layer, name) for layer in self.vision_layers for name in (*inside, "mlp")
+            ),
+            resizable="interpolate_pos_encoding" in inspect.signature(tower.forward).parameters,
+        )
 
     # -- where things are ------------------------------------------------------------------------
 
@@ -95,7 +144,7 @@ class Adapter(ABC):
     def language_model(self) -> Any:
         """The decoder.  Raises `UserError` if there is none."""
         self.require_language_model()
-        return self.base.language_model
+        return getattr(self.base, self.paths.text)
 
     @property
     def decoder_layers(self) -> Sequence[nn.Module]:
@@ -106,7 +155,7 @@ class Adapter(ABC):
     @property
     def vision_tower(self) -> Any:
         """The vision tower, which maps views to hidden states."""
-        return self.base.vision_tower
+        return getattr(self.base, self.paths.vision)
 
     @property
     def vision_layers(self) -> Sequence[nn.Module]:
@@ -160,7 +209,7 @@ class Adapter(ABC):
     @property
     def pooling_head(self) -> Any:
         """Multi-head attention of the tower's pooling head, or None where there is none."""
-        tower = self.base.vision_tower
+        tower = self.vision_tower
         head = getattr(getattr(tower, "vision_model", tower), "head", None)
         return getattr(head, "attention", None)
 
@@ -180,7 +229,7 @@ class Adapter(ABC):
     @property
     def projector(self) -> Any:
         """Module that maps the vision tower's vectors to the language model's."""
-        return self.base.multi_modal_projector
+        return getattr(self.base, self.paths.projector)
 
     @property
     def vision_width(self) -> int:
