@@ -40,7 +40,7 @@ def adapter() -> Any:
 def _generate(adapter: Any, inputs: Any, **options: Any) -> torch.Tensor:
     options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, **options}
     ids: torch.Tensor = adapter.model.generate(
-        **inputs, suppress_tokens=[adapter.placeholders["image"]], **options
+        **inputs, suppress_tokens=[adapter.facts.placeholders["image"]], **options
     )
     return ids
 
@@ -52,7 +52,9 @@ def test_the_example_of_the_readme(adapter: Any) -> None:
     assert len(adapter.decode(ids, inputs)) == 1
     assert 0 < trace.ledger.realised <= 0.5
     (chosen,) = trace.selections
-    assert len(chosen.layout) == int((inputs["input_ids"] == adapter.placeholders["image"]).sum())
+    assert len(chosen.layout) == int(
+        (inputs["input_ids"] == adapter.facts.placeholders["image"]).sum()
+    )
     for image in trace.ledger.kept_per_view:
         assert len(image) == chosen.layout.views
 

@@ -102,7 +102,7 @@ def _codes(adapter: Adapter, pixels: Tensor) -> Tensor:
         adapter: Whose patches.
         pixels: (views, 3, side, side) what the tower receives of a `_ramp`.
     """
-    size = adapter.patch_size
+    size = adapter.facts.vision.patch_size
     mean, high = F.avg_pool2d(pixels, size), F.max_pool2d(pixels[:, :2], size)
     low = -F.max_pool2d(-pixels[:, :2], size)
     return torch.cat([mean, low, high], 1).flatten(2).transpose(1, 2)
@@ -159,7 +159,7 @@ def _check(adapter: Adapter, size: tuple[int, int], together: bool = False) -> N
         scale[on_canvas] = torch.tensor([width / resized[0], height / resized[1]])
     inside, middle = codes[:, 2], codes[:, :2] / codes[:, 2:3]  # padding is all zeros
     resampled = on_canvas & torch.tensor(_is_resampled(adapter, layout, size))
-    patch = torch.tensor(adapter.patch_size[::-1]) * scale
+    patch = torch.tensor(adapter.facts.vision.patch_size[::-1]) * scale
     share, off = extent.prod(1) / patch.prod(1), (centre - middle).abs()
     # Resizing bends a ramp near the image's edges; a token in the middle must fit to a hair.
     pixel = scale.clamp(min=1)  # of the view or of the image, whichever is coarser

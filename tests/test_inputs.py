@@ -198,7 +198,7 @@ def test_marked_questions_get_the_same_answers(adapter: Any, retention: float) -
     assert torch.equal(plain["input_ids"], marked["input_ids"])
     assert torch.equal(plain["input_ids"], assembled["input_ids"])
     blind = adapter.assemble(encoded, [f"<image>\n{ASKED}"], without_images=True)["input_ids"]
-    token = adapter.placeholders["image"]
+    token = adapter.facts.placeholders["image"]
     assert blind[0].tolist() == [one for one in plain["input_ids"][0].tolist() if one != token]
     with tp.compress(adapter.model, "uniform", retention=retention):
         said = [

@@ -22,6 +22,7 @@ import tokenprune as tp
 from tokenprune import console
 from tokenprune.allocators import ThumbnailCommand
 from tokenprune.cli import app
+from tokenprune.compatibility import check_length
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.limits import LIMITS, check_lengths, check_number
 from tokenprune.experiments.common.questions import Picture, Question
@@ -270,11 +271,11 @@ def test_positions_with_rotary_scaling(host: Host, rope: dict[str, Any], known: 
     config = LlamaConfig(max_position_embeddings=100, rope_parameters=rope)
     host.adapter.language_model.config.max_position_embeddings = 100
     host.adapter.language_model.config.rope_parameters = config.rope_parameters
-    assert host.adapter.positions == known
-    host.adapter.check_length(known)
-    host.adapter.check_length(known - 3, 3)
+    assert host.adapter.facts.decoder.positions == known
+    check_length(host.adapter.facts, known)
+    check_length(host.adapter.facts, known - 3, 3)
     with pytest.raises(UserError, match=f"knows {known} positions"):
-        host.adapter.check_length(known - 3, 4)
+        check_length(host.adapter.facts, known - 3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +386,7 @@ def test_the_length_is_that_of_the_prompt_that_is_run(adapter: Any, tmp_path: Pa
     shown = Picture("turned", tmp_path / "turned.jpg")
     item = Question("0", (shown,), "Which digit is on the red circle?", "3")
     length = adapter.prepare([shown.open()], [item.question])["input_ids"].shape[1]
-    known = adapter.positions
+    known = adapter.facts.decoder.positions
     check_lengths(adapter, [item], known - length)
     with pytest.raises(UserError, match=f"has {length} tokens and {known - length + 1}"):
         check_lengths(adapter, [item], known - length + 1)
@@ -403,9 +404,9 @@ def test_the_length_of_a_video_and_of_several_images() -> None:
     ]
     for item, prepare in prompts:
         length = prepare()["input_ids"].shape[1]
-        check_lengths(adapter, [item], adapter.positions - length)
+        check_lengths(adapter, [item], adapter.facts.decoder.positions - length)
         with pytest.raises(UserError, match=f"has {length} tokens"):
-            check_lengths(adapter, [item], adapter.positions - length + 1)
+            check_lengths(adapter, [item], adapter.facts.decoder.positions - length + 1)
 
 
 def test_allocators_made_in_python() -> None:

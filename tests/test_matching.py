@@ -60,7 +60,7 @@ def test_the_representative_prompt_is_as_the_engine_sees_it(
     for item in questions:
         image = item.images[0].open()
         ids = adapter.prepare([image], [item.question])["input_ids"]
-        lengths.append((int((ids == adapter.placeholders["image"]).sum()), ids.shape[1]))
+        lengths.append((int((ids == adapter.facts.placeholders["image"]).sum()), ids.shape[1]))
     ordered = sorted(visual for visual, _ in lengths)
     assert prompt.visual == ordered[len(ordered) // 2]
     assert (prompt.visual, prompt.visual + prompt.text) in lengths

@@ -758,7 +758,7 @@ def test_reversed_crops_are_a_permuted_prompt_of_the_plain_model(
     inputs = testbed.assemble([[tokens]], ["What is in the image?"])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     embeds = eager.get_input_embeddings()(ids).detach()
-    visual = ids[0] == testbed.placeholders["image"]
+    visual = ids[0] == testbed.facts.placeholders["image"]
     embeds[0, visual] = tokens.features[order]
     with torch.no_grad():
         seen = eager(inputs_embeds=embeds, attention_mask=mask, output_attentions=True)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenprune as tp
+from tokenprune.compatibility import compatible_methods
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.experiments.common.setting import Request
 from tokenprune.experiments.compare.run import compare
@@ -80,7 +81,7 @@ def _matrices(adapter: TimmVision, pixels: Tensor, layer: int) -> Tensor:
 def test_signals_are_what_the_whole_matrix_says(family: tuple[str, TimmVision], layer: int) -> None:
     name, adapter = family
     _, _, has_cls, prefix, _ = FAMILIES[name]
-    assert (adapter.has_cls, adapter.prefix_tokens) == (has_cls, prefix)
+    assert (adapter.facts.vision.has_cls, adapter.facts.vision.prefix_tokens) == (has_cls, prefix)
     image = _image(40, 70)
     pixels = adapter.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
     full = _matrices(adapter, pixels, layer)
@@ -202,7 +203,7 @@ def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
 def test_every_strategy_chooses_or_says_why_not(family: tuple[str, TimmVision], name: str) -> None:
     _, adapter = family
     image = _image(64, 64)
-    if name not in adapter._compatible():
+    if name not in compatible_methods(adapter.facts):
         with pytest.raises(UserError, match=r"Strategies that work here: \w+"):
             adapter.choose(name, [image], retention=0.25)
         return
@@ -230,7 +231,7 @@ def test_what_needs_a_language_model_is_refused_with_a_sentence(tmp_path: Path) 
         lambda: adapter.assemble([[]], ["w"]),
         lambda: tp.compress(adapter.model, "uniform", retention=0.5).__enter__(),
         lambda: adapter.prompt("w", 1),
-        lambda: adapter.placeholders,
+        lambda: adapter.facts.placeholders,
         lambda: adapter.decoder_layers,
         lambda: compare(Request(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
     ):
@@ -349,7 +350,7 @@ def test_attention_that_is_no_plain_softmax_is_refused_before_it_runs(
         adapter.choose("globalcom2", [_image(32, 32)], retention=0.5)
     with pytest.raises(UserError, match="received needs the attention of plain blocks"):
         adapter.encode([_image(32, 32)], {Signal("received")})
-    assert "globalcom2" not in adapter._compatible()
+    assert "globalcom2" not in compatible_methods(adapter.facts)
 
 
 def test_signals_that_are_not_there_are_sentences_before_it_runs(

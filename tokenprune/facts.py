@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 from tokenprune.errors import UserError
 
-__all__ = ["DecoderFacts", "ModelFacts", "ModulePaths", "PositionScheme", "VisionFacts"]
+__all__ = [
+    "DecoderFacts",
+    "ModelFacts",
+    "ModulePaths",
+    "PositionScheme",
+    "VisionFacts",
+    "no_language_model",
+]
 
 PositionScheme = Literal["rotary", "multimodal-rotary"]
 """One position id for each token, or one each for time, row and column."""
@@ -140,11 +147,16 @@ class ModelFacts:
     def decoder(self) -> DecoderFacts:
         """The language model's decoder.  Raises `UserError` if there is none."""
         if self.language_model is None:
-            raise UserError(
-                f"{self.family} models have no language model; use encode and select of the "
-                "pipeline, or load a vision-language model."
-            )
+            raise no_language_model(self.family)
         return self.language_model
+
+
+def no_language_model(family: str) -> UserError:
+    """The error for an operation that needs a language model, in a ``family`` without one."""
+    return UserError(
+        f"{family} models have no language model; use pipe.encode and pipe.select, or load a "
+        "vision-language model."
+    )
 
 
 def _known_positions(trained: int | None, scaling: Mapping[str, Any]) -> int | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, placed
 from tokenprune.cost.arithmetic import (
     DecoderShape,
@@ -107,7 +108,7 @@ def forecast(
         UserError: The model lacks what the method needs.
     """
     if compressor is not None:
-        adapter.check(compressor)
+        check_compatible(adapter.facts, compressor)
     behind = text if asking is None else asking
     each = [behind] * len(layouts) if isinstance(behind, int) else behind
     each = [max(1, number) for number in each]

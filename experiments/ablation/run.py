@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import tokenprune as tp
 from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_compatible
 from tokenprune.errors import UserError
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.answers import read_answers
@@ -188,7 +189,7 @@ def ablation(request: Request, sweeps: Sequence[str], report: Report = lambda *_
     specs = list(dict.fromkeys(point.spec for sweep in read for point in sweep.points))
     request = replace(request, methods=specs)
     setting = prepare(request, report)
-    skipped = dict(_lacking(setting.adapter, read))
+    skipped = dict(_lacking(setting.pipe.adapter, read))
     request = replace(request, methods=[spec for spec in specs if spec not in skipped])
     outcome = compare(request, report, name="ablation", setting=setting)
     if outcome.status == "interrupted":
@@ -207,7 +208,7 @@ def _lacking(adapter: Adapter, sweeps: Iterable[Sweep]) -> Iterable[tuple[str, s
     for sweep in sweeps:
         for point in sweep.points if sweep.text in PAPER else ():
             try:
-                adapter.check(tp.parse(point.spec, retention=0.5))
+                check_compatible(adapter.facts, tp.parse(point.spec, retention=0.5))
             except UserError as error:
                 yield point.spec, str(error)
 

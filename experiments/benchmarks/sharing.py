@@ -61,7 +61,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
     asked = held_out(20, 0, "image")[::5]
     runner = ModelRunner(larger, 1)
     yield from _grid(runner, "32 layers of 256", HARDER, asked, 4, goal_of_bound=1.1)
-    bound = _bound_7b(larger, cells(METHODS, HARDER)[1:])
+    bound = _bound_7b(larger.adapter, cells(METHODS, HARDER)[1:])
     yield Figure(case="LLaVA-NeXT-7B", figure="bound on it", value=bound)
 
 
@@ -81,8 +81,8 @@ def _grid(
         cell.key: sum(answers[cell.key, item.id]["flops"] for item in asked) for cell in columns
     }
     full = sum(answers[UNCOMPRESSED, item.id]["uncompressed_flops"] for item in asked)
-    ratio, tower = together / alone, _tower_flops(runner.adapter, asked)
-    bound = _bound(runner.adapter, columns, flops, full, tower)
+    ratio, tower = together / alone, _tower_flops(runner.pipe.adapter, asked)
+    bound = _bound(runner.pipe.adapter, columns, flops, full, tower)
     note = f"{len(METHODS)} methods x {len(ratios)} retentions, {len(asked)} questions"
     yield Figure(
         case=case, figure="time / separately", value=ratio, better="low", goal=goal, note=note
@@ -120,7 +120,7 @@ def _run(
     size: int,
     plan: sharing.Plan,
 ) -> tuple[float, Answers]:
-    device = runner.adapter.device
+    device = runner.pipe.adapter.device
     with (
         tempfile.TemporaryDirectory() as folder,
         Journal(Path(folder) / "answers.jsonl") as journal,

@@ -222,10 +222,10 @@ class Bench:
     ) -> Callable[[], dict[str, Any]]:
         """Makes, afresh each time, ids and made-up features that carry what is known of them."""
         adapter, dtype = self.adapter, self.adapter.model.dtype
-        tower = adapter.vision_width
+        tower = adapter.facts.vision.hidden
         widths = {
             "features": self.shape.hidden,
-            "keys": tower // adapter.vision_heads,
+            "keys": tower // adapter.facts.vision.heads,
             "joint_keys": tower,
             "unprojected": tower,
         }
@@ -245,7 +245,7 @@ class Bench:
             )
         prompt: list[int] = []
         for layout in layouts:
-            prompt += [adapter.placeholders[layout.modality]] * len(layout)
+            prompt += [adapter.facts.placeholders[layout.modality]] * len(layout)
         words = max(1, self.prompt.text)  # somebody has to ask
         ids = torch.tensor([[*prompt, *([5] * words)]] * self.batch_size, device=self.device)
 

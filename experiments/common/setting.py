@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.budget import check_retention
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.cells import Cell, Failure
@@ -30,6 +29,7 @@ from tokenprune.experiments.common.questions import (
     with_faults,
 )
 from tokenprune.models.loading import without_weights
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import Report
 
 __all__ = [
@@ -136,7 +136,7 @@ class Outcome:
 class Setting:
     """A loaded model and the questions it is to answer."""
 
-    adapter: Adapter
+    pipe: Pipeline
     questions: list[Question]
 
 
@@ -157,13 +157,13 @@ def prepare(
     questions = checked_questions(request, report, keep_faulty=keep_faulty)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(
+    pipe = tp.load(
         request.model,
         device=device,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
     )
-    return Setting(adapter, questions)
+    return Setting(pipe, questions)
 
 
 def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
@@ -178,9 +178,9 @@ def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
     """
     questions = checked_questions(request, report)
     report(0, 0, f"reading the processor of {request.model}")
-    adapter = without_weights(request.model)
-    check_placeholders(questions, adapter)
-    check_lengths(adapter, questions, request.max_new_tokens)
+    pipe = without_weights(request.model)
+    check_placeholders(questions, pipe)
+    check_lengths(pipe, questions, request.max_new_tokens)
     return questions
 
 
@@ -194,8 +194,8 @@ def with_faults_noted(setting: Setting, new: int) -> list[Question]:
     Raises:
         UserError: None of them can be asked.
     """
-    adapter = setting.adapter
-    questions = with_long_ones(adapter, with_faults(setting.questions, adapter), new)
+    pipe = setting.pipe
+    questions = with_long_ones(pipe, with_faults(setting.questions, pipe), new)
     faulty = [item for item in questions if item.fault]
     if not faulty:
         return questions
@@ -264,7 +264,7 @@ def with_crops(setting: "Setting", least: int = 1) -> "tuple[Setting, int]":
     @cache
     def crops(picture: Picture) -> int:
         width, height = picture.open().size
-        rows, cols = setting.adapter.layout((height, width)).grid
+        rows, cols = setting.pipe.adapter.layout((height, width)).grid
         return rows * cols
 
     left = [
@@ -274,7 +274,7 @@ def with_crops(setting: "Setting", least: int = 1) -> "tuple[Setting, int]":
     ]
     if not left:
         raise UserError(
-            f"{setting.adapter.name} cuts none of the images into {least} or more crops; give "
+            f"{setting.pipe.adapter.name} cuts none of the images into {least} or more crops; give "
             "larger single images, or a model that cuts images into crops."
         )
     return replace(setting, questions=left), len(setting.questions) - len(left)

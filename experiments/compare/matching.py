@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor
 from tokenprune.cost.ledger import Ledger
 from tokenprune.errors import RetentionWarning, UserError
@@ -22,6 +21,7 @@ from tokenprune.experiments.common.prompt import Prompt
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.setting import Kind
 from tokenprune.layout import TokenLayout
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import Report
 from tokenprune.spec import says_retention
 
@@ -41,17 +41,17 @@ _COSTS: dict[str, str] = {"tokens": "layer_average", "flops": "flops"}  # column
 _NEAR = 0.01  # share of a cost that is as good as met
 
 
-def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
+def representative(pipe: Pipeline, questions: Sequence[Question]) -> Prompt:
     """The question with the median number of visual tokens, as the model sees its prompt.
 
     Of very many questions evenly spaced ones are looked at.
     """
-    return _median(adapter, questions)[1]
+    return _median(pipe, questions)[1]
 
 
-def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, Prompt]:
+def _median(pipe: Pipeline, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
-    seen = [(item, tried(partial(_prompt, adapter, item))) for item in questions[::step]]
+    seen = [(item, tried(partial(_prompt, pipe, item))) for item in questions[::step]]
     # A question that cannot be asked fails by itself when it is asked.
     prompts = [(item, found) for item, found in seen if not isinstance(found, Failure)]
     if not prompts:
@@ -61,32 +61,33 @@ def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, 
     return ordered[len(ordered) // 2]
 
 
-def _prompt(adapter: Adapter, item: Question) -> Prompt:
+def _prompt(pipe: Pipeline, item: Question) -> Prompt:
     video = item.modality == "video"
     layouts: tuple[TokenLayout, ...]
     if video:
-        layouts = (adapter.video_layout(len(item.images)),)  # type: ignore[attr-defined]
+        layouts = (pipe.adapter.video_layout(len(item.images)),)
         size = None
     else:
         sizes = [picture.open().size[::-1] for picture in item.images]
         together = len(sizes) > 1
-        layouts = tuple(adapter.layout(one, same_prompt=together) for one in sizes)
+        layouts = tuple(pipe.adapter.layout(one, same_prompt=together) for one in sizes)
         size = None if together else sizes[0]
-    text = adapter.prompt(item.question, 0 if video else len(layouts), int(video))
-    ids = adapter.processor.tokenizer(text)["input_ids"]
-    marks = [index for index, each in enumerate(ids) if each in adapter.placeholders.values()]
+    text = pipe.prompt(item.question, 0 if video else len(layouts), int(video))
+    ids = pipe.processor.tokenizer(text)["input_ids"]
+    placeholders = pipe.adapter.facts.placeholders.values()
+    marks = [index for index, each in enumerate(ids) if each in placeholders]
     return Prompt(
-        adapter,
+        pipe.adapter,
         layouts,
         text=len(ids) - len(marks),
         asking=len(ids) - 1 - marks[-1] if marks else None,
-        size=adapter.model.dtype.itemsize,
+        size=pipe.model.dtype.itemsize,
         image_size=size,
     )
 
 
 def matched_cells(
-    adapter: Adapter,
+    pipe: Pipeline,
     questions: Sequence[Question],
     specs: Iterable[str],
     retention: Iterable[float],
@@ -101,7 +102,7 @@ def matched_cells(
     content, those of running them on it.
 
     Args:
-        adapter: Of the model, with weights unless all costs are to be forecasts.
+        pipe: Of the model, with weights unless all costs are to be forecasts.
         questions: Where the `representative` prompt comes from.
         specs: Methods; those that say what they keep are refused.
         retention: Of `uniform`, the reference; it is added if it is not among the methods.
@@ -122,10 +123,10 @@ def matched_cells(
         method = _unsettled(spec)
         methods += [method] if method.label != methods[0].label else []
     may_fail = {_unsettled(spec).label for spec in optional}
-    question, prompt = _median(adapter, questions)
-    bench = Bench(adapter, prompt) if kind == "prefill-ms" else None
+    question, prompt = _median(pipe, questions)
+    bench = Bench(pipe.adapter, prompt) if kind == "prefill-ms" else None
     real: dict[Measure, Callable[[Compressor], float]] = {
-        measure: cache(partial(_real_cost, adapter, question, measure))
+        measure: cache(partial(_real_cost, pipe, question, measure))
         for measure in get_args(Measure)
     }
     cells, left_out = [Cell()], {}
@@ -151,7 +152,7 @@ def matched_cells(
                 else:
                     measure: Measure = "tokens" if kind == "tokens" else "flops"
                     found = solve(prompt, method, target, measure)
-                    if not prompt.forecast(found.method).exact and adapter.device.type != "meta":
+                    if not prompt.forecast(found.method).exact and pipe.device.type != "meta":
                         found = solve(prompt, method, target, real[measure], what=WORDS[measure])
             except UserError as error:
                 sentence = f"uniform at {ratio:g} sets the cost, but {error}"
@@ -210,17 +211,17 @@ def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:
     return ledger.flops / ledger.uncompressed_flops
 
 
-def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compressor) -> float:
+def _real_cost(pipe: Pipeline, item: Question, measure: Measure, method: Compressor) -> float:
     """What ``method`` really costs on a question, where content decides how much it keeps."""
     shown = [picture.open() for picture in item.images]
     images, videos = (None, [[shown]]) if item.video else ([shown], None)
-    inputs = adapter.prepare(images, [item.question], videos)
+    inputs = pipe.prepare(images, [item.question], videos)
 
     def run() -> Ledger:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", RetentionWarning)
-            with tp.compress(adapter.model, method) as trace:
-                adapter.model(**inputs, use_cache=True)
+            with tp.compress(pipe.model, method) as trace:
+                pipe.model(**inputs, use_cache=True)
         return trace.ledger
 
     found = tried(run)

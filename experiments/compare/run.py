@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_compatible
 from tokenprune.experiments.common.answers import answers_frame
 from tokenprune.experiments.common.cells import Cell, Failure
 from tokenprune.experiments.common.files import WriteError
@@ -41,6 +42,7 @@ from tokenprune.experiments.compare.matching import matched_cells
 from tokenprune.experiments.compare.runner import ModelRunner
 from tokenprune.experiments.compare.sharing import together
 from tokenprune.models import testbed
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import Report
 
 if TYPE_CHECKING:
@@ -76,16 +78,16 @@ def compare(
         UserError: Bad input, found before the model answers a question.
     """
     setting = setting or prepare(request, report, keep_faulty=True)
-    adapter = setting.adapter
+    pipe = setting.pipe
     questions = with_faults_noted(setting, request.max_new_tokens)
     skipped: dict[str, str] = {}
     if columns is None:
-        methods, skipped = expanded(request.methods, adapter.check)
+        methods, skipped = expanded(request.methods, partial(check_compatible, pipe.adapter.facts))
         if request.match is None:
             columns = cells(methods, request.retention, request.seeds)
         else:
             columns, left_out = matched_cells(
-                adapter,
+                pipe,
                 [item for item in questions if not item.fault],
                 methods,
                 request.retention,
@@ -98,21 +100,21 @@ def compare(
     columns = [*beside, *(cell for cell in columns if cell not in beside)]
     for cell in columns:
         if cell.compressor:
-            adapter.check(cell.compressor)
+            check_compatible(pipe.adapter.facts, cell.compressor)
 
     surroundings = environment()
     files = answer_files(
-        adapter.path,
+        pipe.path,
         [cell.compressor for cell in columns if cell.compressor],
-        [type(adapter), __name__],
+        [type(pipe.adapter), __name__],
     )
-    experiment = _experiment(request, columns, questions, adapter, surroundings["versions"], files)
+    experiment = _experiment(request, columns, questions, pipe, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / _folder_name(experiment)
-    details = _details(request, adapter, path) | {"files": files} | surroundings
+    details = _details(request, pipe, path) | {"files": files} | surroundings
     folder = RunFolder.open(path, experiment, details)
     try:
-        outcome = _fill(folder, request, columns, questions, adapter, report)
+        outcome = _fill(folder, request, columns, questions, pipe, report)
     except BaseException as error:
         with suppress(WriteError):  # the first error says it
             folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -131,7 +133,7 @@ def _fill(
     request: Request,
     columns: Sequence[Cell],
     questions: Sequence[Question],
-    adapter: Adapter,
+    pipe: Pipeline,
     report: Report,
 ) -> Outcome:
     """Answer what is not answered yet, and write tables and plots of what there is."""
@@ -141,7 +143,7 @@ def _fill(
         before = len(journal.answers)
         try:
             run(
-                ModelRunner(adapter, request.max_new_tokens),
+                ModelRunner(pipe, request.max_new_tokens),
                 columns,
                 questions,
                 journal,
@@ -199,12 +201,12 @@ def _experiment(
     request: Request,
     columns: Sequence[Cell],
     questions: Sequence[Question],
-    adapter: Adapter,
+    pipe: Pipeline,
     versions: Mapping[str, str | None],
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
     """All that the answers depend on; two runs may share a folder only if this is equal."""
-    config = adapter.model.config
+    config = pipe.model.config
     methods = [cell.compressor for cell in columns if cell.compressor and not cell.name]
     return {
         "model": request.model,
@@ -215,8 +217,8 @@ def _experiment(
         "modality": sorted({item.modality for item in questions}),
         "data": fingerprint(questions),
         "seed": request.seed,
-        "device": adapter.device.type,
-        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "max_new_tokens": request.max_new_tokens,
         **({} if request.match is None else {"match": _match(columns)}),
         **digests(files),
@@ -234,9 +236,9 @@ def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(request: Request, adapter: Adapter, folder: Path) -> dict[str, Any]:
+def _details(request: Request, pipe: Pipeline, folder: Path) -> dict[str, Any]:
     """What else a reader of the manifest will want to know."""
-    device = adapter.device
+    device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {**asked_for(request, folder), "device_name": name}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune.compatibility import check_compatible
 from tokenprune.console import (
     OK,
     ManyValues,
@@ -108,10 +110,10 @@ def efficiency(
         shares = ratios(retention or _RETENTION)
         grid.chosen([spec for spec in specs if spec != grid.ALL], shares)  # early
         prompt = prompt_asked(config, image_size, patches, text_tokens, dtype)
-        runs, skipped = grid.expanded(specs, prompt.adapter.check)
+        runs, skipped = grid.expanded(specs, partial(check_compatible, prompt.adapter.facts))
         asked = grid.chosen(runs, shares)
         for method in asked:
-            prompt.adapter.check(method)
+            check_compatible(prompt.adapter.facts, method)
         with progress() as report:
             report(0, 0, "forecast")
             told = experiment.costs(prompt, asked)
@@ -333,7 +335,7 @@ def convert(
             )
         prompt = prompt_asked(config, image_size, patches, text_tokens)
         found = parse(method) if own else parse(method, retention=0.5)
-        prompt.adapter.check(found)
+        check_compatible(prompt.adapter.facts, found)
         remarks = []
         for name in MEASURES:
             if name in given:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.encoder import encoder_part
 from tokenprune.engine.rankings import Note, noting
@@ -25,6 +25,7 @@ from tokenprune.experiments.common.patch_boxes import ViewSize
 from tokenprune.experiments.common.questions import Picture, Question
 from tokenprune.layout import TokenLayout
 from tokenprune.pictures import picture
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import Report
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
@@ -132,9 +133,9 @@ class Seen:
         return pd.DataFrame(rows)
 
 
-def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
+def check(pipe: Pipeline, compressor: Compressor, asks: bool) -> None:
     """Raises `UserError` if the model, or a missing question, leaves it nothing to work on."""
-    adapter.check(compressor)
+    check_compatible(pipe.adapter.facts, compressor)
     stages = list(compressor.parts())
     inside = [part for part in stages if part.stage is Stage.LLM]
     if inside and not asks:
@@ -147,7 +148,7 @@ def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
 
 
 def look(
-    adapter: Adapter,
+    pipe: Pipeline,
     images: Sequence[Image.Image],
     question: str | None = None,
     methods: Sequence[str] = ("globalcom2", "fastv"),
@@ -163,7 +164,7 @@ def look(
     """Run ``methods`` on one prompt and note what they keep.
 
     Args:
-        adapter, images, question, methods, retention: As of `masks`.
+        pipe, images, question, methods, retention: As of `masks`.
         video: Whether the images are the frames of one video.
         cuts: Whether methods that cut several times are shown after every cut, not only at last.
         truth: The true answer, if known.
@@ -179,26 +180,26 @@ def look(
         raise UserError("there is nothing to draw; give at least one image.")
     ratios = [retention] if isinstance(retention, int | float) else retention
     columns = cells(methods, ratios)
-    asks = question is not None and adapter.has_language_model
+    asks = question is not None and pipe.adapter.has_language_model
     for cell in columns:
         if cell.compressor is not None:
-            check(adapter, cell.compressor, asks)
+            check(pipe, cell.compressor, asks)
     pictures = [picture(image) for image in images]
     if question is not None and asks:
         named = tuple(Picture(str(index), one) for index, one in enumerate(pictures))
-        check_lengths(adapter, [Question("0", named, question, "", video=video)], max_new_tokens)
+        check_lengths(pipe, [Question("0", named, question, "", video=video)], max_new_tokens)
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)
     )
     report(0, len(columns), "vision tower")
     groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
     saliency = "attention received"
-    if adapter.has_cls:
+    if pipe.adapter.facts.vision.has_cls:
         saliency = "logits of the CLS token's attention"
     try:
-        encoded = _encode(adapter, pictures, signals | {SALIENCY}, video)
+        encoded = _encode(pipe, pictures, signals | {SALIENCY}, video)
     except UserError:  # a tower whose attention cannot be told
-        encoded, saliency = _encode(adapter, pictures, signals, video), ""
+        encoded, saliency = _encode(pipe, pictures, signals, video), ""
     media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))
     found: list[Kept] = []
     for index, cell in enumerate(columns):
@@ -208,14 +209,14 @@ def look(
         compressor, heard = (None, []) if cell.compressor is None else noting(cell.compressor)
         answer, shown = None, encoded
         if compressor is not None and encoder_part(compressor) is not None:
-            shown = _encode(adapter, pictures, compressor.needs, video, compressor)
+            shown = _encode(pipe, pictures, compressor.needs, video, compressor)
         if asks:
-            inputs = adapter.assemble([shown], [str(question)])
-            with tp.compress(adapter.model, compressor) as trace:
-                ids = adapter.model.generate(
+            inputs = pipe.assemble([shown], [str(question)])
+            with tp.compress(pipe.model, compressor) as trace:
+                ids = pipe.model.generate(
                     **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
                 )
-            (answer,) = adapter.decode(ids, inputs)
+            (answer,) = pipe.decode(ids, inputs)
             selections = trace.selections
         else:
             selections = [
@@ -236,20 +237,20 @@ def look(
             scores = tuple(map(_on_cpu, heard[-len(media) :] if enough else ()))
             where = _where(next(iter(step.values()), None))
             found.append(Kept(cell.label, cell.retention, keeps, answer, where, scores))
-    view = ViewSize.of(adapter)
-    return Seen(name or adapter.name, view, media, tuple(found), question, truth, saliency)
+    view = ViewSize.of(pipe.adapter)
+    return Seen(name or pipe.adapter.name, view, media, tuple(found), question, truth, saliency)
 
 
 def _encode(
-    adapter: Adapter,
+    pipe: Pipeline,
     pictures: Sequence[Image.Image],
     signals: frozenset[Signal],
     video: bool,
     compressor: Compressor | None = None,
 ) -> list[VisualTokens]:
     if video:
-        return adapter.encode_videos([list(pictures)], signals, compressor)
-    return adapter.encode(pictures, signals, compressor, same_prompt=len(pictures) > 1)
+        return pipe.encode_videos([list(pictures)], signals, compressor)
+    return pipe.encode(pictures, signals, compressor, same_prompt=len(pictures) > 1)
 
 
 def _on_cpu(note: Note) -> tuple[TokenLayout, Tensor]:

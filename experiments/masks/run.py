@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import write_csv
 from tokenprune.experiments.common.files import check_writable, replace_file
@@ -33,6 +32,7 @@ from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.masks.figures import draw, heat
 from tokenprune.experiments.masks.look import Seen, check, look
 from tokenprune.pictures import frames, picture
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import Report
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def masks(
-    adapter: Adapter,
+    pipe: Pipeline,
     images: Sequence[Image.Image],
     question: str | None = None,
     methods: Sequence[str] = ("globalcom2", "fastv"),
@@ -53,7 +53,7 @@ def masks(
     """What each method keeps of ``images``, side by side, with the model's answers.
 
     Args:
-        adapter: As `tokenprune.load` returns it.
+        pipe: As `tokenprune.load` returns it.
         images: Of one prompt, in order; or the frames of a video with ``video=True``.
         question: What to ask.  Without one, or without a language model, methods that act in
             front of it are shown and nothing is answered.
@@ -64,7 +64,7 @@ def masks(
     Raises:
         UserError: As `look`.
     """
-    return draw(look(adapter, images, question, methods, retention, **options))
+    return draw(look(pipe, images, question, methods, retention, **options))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -129,21 +129,21 @@ def render(
     report(0, 0, f"loading {model}")
     extra = {} if request.pretrained is None else {"pretrained": request.pretrained}
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(
+    pipe = tp.load(
         model,
         device=device,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
         **extra,
     )
-    asks = shown.question is not None and adapter.has_language_model
+    asks = shown.question is not None and pipe.adapter.has_language_model
     methods, skipped = expanded(
         request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),
-        lambda compressor: check(adapter, compressor, asks),
+        lambda compressor: check(pipe, compressor, asks),
     )
     untrained = model.startswith("timm/") and request.pretrained is None
     seen = look(
-        adapter,
+        pipe,
         shown.images,
         shown.question if asks else None,
         methods,

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common import plots
@@ -53,6 +52,7 @@ from tokenprune.experiments.positional_bias.analysis import (
 from tokenprune.experiments.positional_bias.rearrange import CONDITIONS, DEFAULT, Condition, Shown
 from tokenprune.experiments.positional_bias.rows import Parts
 from tokenprune.models import testbed
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import Report
 
 __all__ = [
@@ -140,25 +140,23 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     questions, left_out = _questions(request)
     report(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(
+    pipe = tp.load(
         request.model,
         device=device,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
     )
-    methods, unfit = expanded(request.methods, lambda one: check_method(adapter, one))
+    methods, unfit = expanded(request.methods, lambda one: check_method(pipe, one))
     compressors = compressors_of(methods, request.retention)
     for compressor in compressors:
-        check_method(adapter, compressor)
-    if adapter.has_language_model:
-        check_placeholders(questions, adapter)
-    check_lengths(adapter, questions, new=1)
+        check_method(pipe, compressor)
+    if pipe.adapter.has_language_model:
+        check_placeholders(questions, pipe)
+    check_lengths(pipe, questions, new=1)
 
     surroundings = environment()
-    files = answer_files(adapter.path, compressors, [type(adapter), __name__])
-    experiment = _experiment(
-        request, compressors, questions, adapter, surroundings["versions"], files
-    )
+    files = answer_files(pipe.path, compressors, [type(pipe.adapter), __name__])
+    experiment = _experiment(request, compressors, questions, pipe, surroundings["versions"], files)
     path = request.out or Path("runs") / _folder_name(experiment)
     folder = RunFolder.open(
         path, experiment, asked_for(request, path) | {"files": files} | surroundings
@@ -167,7 +165,7 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     failures: list[dict[str, Any]] = []
     try:
         result = positional_bias(
-            adapter,
+            pipe,
             compressors,
             [_shown(item) for item in questions],
             conditions=request.conditions,
@@ -255,7 +253,7 @@ def _experiment(
     request: Request,
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
-    adapter: Adapter,
+    pipe: Pipeline,
     versions: Mapping[str, str | None],
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
@@ -270,8 +268,8 @@ def _experiment(
         "conditions": list(request.conditions),
         "data": fingerprint(questions),
         "seed": request.seed,
-        "device": adapter.device.type,
-        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
         **digests(files),
         **{package: versions[package] for package in DECISIVE},
     }

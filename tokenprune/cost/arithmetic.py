@@ -165,8 +165,10 @@ def signal_bytes(
     """
     seen = [s for s in signals if not s.in_llm and not s.needs_head and s.name != "unprojected"]
 
+    full: int = adapter.facts.vision.tokens
+
     def keys_of(layer: int) -> int:
-        return adapter.vision_tokens if attended is None else attended[layer]
+        return full if attended is None else attended[layer]
 
     wide = 2 * views * adapter.vision_width
     kept = sum(wide * keys_of(layer) * size for layer in {signal.layer for signal in seen})

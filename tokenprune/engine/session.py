@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from tokenprune.adapter import adapter_of
+from tokenprune.adapter import ModelLike, adapter_of
 from tokenprune.attention import proportional_mask
+from tokenprune.compatibility import check_compatible, check_length
 from tokenprune.compressor import Compressor, Selection, Stage, placed
 from tokenprune.cost.arithmetic import (
     DecoderShape,
@@ -90,7 +91,7 @@ _entering = threading.Lock()
 
 @contextmanager
 def compress(
-    model: nn.Module | Adapter,
+    model: ModelLike,
     compressor: Compressor | str | Sequence[Compressor] | None,
     *,
     extra_signals: Iterable[Signal] = (),
@@ -114,12 +115,12 @@ def compress(
 
     Args:
         model: A model that an adapter knows, e.g. ``LlavaNextForConditionalGeneration``, its
-            adapter, or a wrapper that `adapter_of` sees through.
+            adapter, its pipeline, or a wrapper that `adapter_of` sees through.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only keep the account.  A list has one compressor for each row
             of the batch, all of them in front of the language model.
         extra_signals: Signals that the model cannot provide.  The caller puts them into the
-            `VisualTokens` handed to `Adapter.assemble`.
+            `VisualTokens` handed to `Pipeline.assemble`.
         prefix: What other contexts that run the same prompts have in common with this one.
         **fields: With a spec: the strategy's fields, e.g. ``retention=0.25``.
 
@@ -131,7 +132,8 @@ def compress(
             Inside: a forward got past the hooks, or ran in a thread that is not of the context.
     """
     adapter = adapter_of(model)
-    adapter.require_language_model()
+    facts = adapter.facts
+    _ = facts.decoder  # compression acts on what a language model reads
     if isinstance(compressor, str):
         compressor = parse(compressor, **fields)
     elif fields:
@@ -140,7 +142,7 @@ def compress(
     rows: list[Compressor | None]
     rows = [*compressor] if isinstance(compressor, Sequence) else [compressor]
     for one in {id(one): one for one in rows if one is not None}.values():
-        adapter.check(one, extra_signals)
+        check_compatible(facts, one, extra_signals)
     if len(rows) > 1:
         _check_rows(rows)
     trace = Trace()
@@ -302,7 +304,7 @@ class Session(threading.local):
                 like = table(torch.tensor(token, device=embeds.device))
                 self.placeholders[modality] = (embeds == like).all(-1)
         if self.ids is not None and not any(self.before):  # else it is seen what is left
-            self.adapter.check_length(self.ids.shape[1])
+            check_length(self.adapter.facts, self.ids.shape[1])
         plain = [name for name, output in given.items() if type(output.pooler_output) is list]
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
@@ -338,7 +340,7 @@ class Session(threading.local):
                 if record is None:
                     raise UserError(
                         f"the {modality} features were not encoded inside this context, so their "
-                        "layout is unknown; pass pixel_values, or features from adapter.assemble "
+                        "layout is unknown; pass pixel_values, or features from pipe.assemble "
                         "(prefill_chunk_size is not supported under compression)."
                     )
                 self._check_encoding(record)
@@ -380,7 +382,7 @@ class Session(threading.local):
             raise UserError(
                 f"these features were encoded by {found or 'the plain vision tower'}, but this "
                 f"context runs {wanted or 'the plain vision tower'}; encode them with "
-                "adapter.encode(images, signals, compressor), or pass pixel_values."
+                "pipe.encode(images, signals, compressor), or pass pixel_values."
             )
 
     def _refuse_missing_images(self) -> None:
@@ -462,7 +464,7 @@ class Session(threading.local):
         if spans and any(self.before):
             numbered = any(part.keeps_positions for parts in self.before for part in parts)
             left = state.width if numbered else max(state.left)
-            self.adapter.check_length(left, what="what is left of the prompt")
+            check_length(self.adapter.facts, left, what="what is left of the prompt")
         for span in spans:
             span.entered = span.index
             span.tokens = replace(

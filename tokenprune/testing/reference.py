@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.budget import budget
-from tokenprune.compressor import Compressor, Stage
+from tokenprune.compressor import Compressor, Stage, cut_layer
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.signals import Signal
@@ -184,8 +184,10 @@ def reference(
     seen_positions, made = [], []
     for index, layer in enumerate(adapter.decoder_layers):
         for part in inside:
-            for where in {adapter.cut_layer(each): each for each in part.cuts}.values():
-                if adapter.cut_layer(where) == index:
+            for where in {
+                cut_layer(each, adapter.facts.decoder.layers): each for each in part.cuts
+            }.values():
+                if cut_layer(where, adapter.facts.decoder.layers) == index:
                     rotary = language.rotary_emb(hidden[None], positions[None])
                     square = torch.full((len(ids), len(ids)), torch.nan)
                     heads = _decoder_attention(layer, hidden, rotary, sizes[columns])
@@ -342,12 +344,12 @@ def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
     """(V, patches) or (V, patches, C) of a vision signal, from the whole attention matrix."""
-    signal = signal.resolve(adapter.has_cls)
+    signal = signal.resolve(adapter.facts.vision.has_cls)
     index = signal.layer % len(adapter.vision_layers)
     layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
     tower = adapter.base.vision_tower(views, output_hidden_states=True)
     states = layer.layer_norm1(tower.hidden_states[index])
-    first = int(adapter.has_cls)
+    first = int(adapter.facts.vision.has_cls)
     if signal.name == "unprojected":
         chosen: Tensor = tower.hidden_states[adapter.base.config.vision_feature_layer]
         return chosen[:, first:]
