@@ -454,7 +454,7 @@ def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None
     torch.testing.assert_close(stored, direct, rtol=1e-4, atol=1e-4)
     assert trace.ledgers[0].vision_flops < trace.ledgers[0].uncompressed_vision_flops
     first = next(iter(method.parts()))
-    chosen = testbed.choose(first, images)
+    chosen = testbed.select(first, images)
     for one, other in zip(
         chosen, [c for c in trace.selections if c.stage is Stage.ENCODER], strict=True
     ):
@@ -518,10 +518,10 @@ def test_what_cannot_run_is_a_sentence(host: Host) -> None:
         "timm/vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2
     )
     with pytest.raises(UserError, match="offered for the CLIP and SigLIP towers"):
-        check_compatible(timm.facts, create("tome", retention=0.5))
+        check_compatible(timm.adapter.facts, create("tome", retention=0.5))
     with pytest.raises(UserError, match="offered for the CLIP"):
         timm.encode([_image(32, 32)], (), create("downsample", retention=0.5))
-    assert not {"tome", "downsample"} & {*compatible_methods(timm.facts)}
+    assert not {"tome", "downsample"} & {*compatible_methods(timm.adapter.facts)}
     host.adapter.vision_tower.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="attn_implementation='sdpa'"):
         check_compatible(host.adapter.facts, create("tome", retention=0.5))

@@ -114,5 +114,5 @@ def test_weights_that_are_only_there_during_a_forward(host: Host, spec: str) -> 
 
 
 def test_device_map_is_passed_on() -> None:
-    adapter = tp.load("testbed-next", device_map="auto")
-    assert adapter.device.type in {"cpu", "cuda"}
+    pipe = tp.load("testbed-next", device_map="auto")
+    assert pipe.device.type in {"cpu", "cuda"}

@@ -88,7 +88,7 @@ def test_report_does_not_execute_what_a_manifest_names(theirs: Path) -> None:
 def test_a_class_brought_for_a_known_config_is_refused(theirs: Path) -> None:
     config = json.loads((theirs / "config.json").read_text()) | {"model_type": "llava_next"}
     (theirs / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no model class with an adapter is called 'TheirModel'"):
+    with pytest.raises(UserError, match="no model class with an pipe is called 'TheirModel'"):
         tp.load(theirs)
     assert not (theirs.parent / "executed").exists()
 
@@ -106,8 +106,8 @@ def test_who_trusts_it_gets_it(theirs: Path, monkeypatch: pytest.MonkeyPatch) ->
     state = load_file(theirs / "model.safetensors")
     state["lm_head.weight"] = state.pop("language_model.lm_head.weight")  # an older name of it
     save_file(state, theirs / "model.safetensors", metadata={"format": "pt"})
-    adapter = tp.load(theirs, trust_remote_code=True)
-    assert type(adapter.model).__name__ == "TheirModel"
+    pipe = tp.load(theirs, trust_remote_code=True)
+    assert type(pipe.model).__name__ == "TheirModel"
     assert (theirs.parent / "executed").exists()
 
 

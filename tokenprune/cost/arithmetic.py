@@ -140,13 +140,13 @@ def signal_flops(
     ``attended`` says how many tokens of a view each layer saw, where a method acted inside the
     tower.
     """
-    total = 0.0
+    total, vision = 0.0, adapter.facts.vision
     for signal in signals:
         if signal.in_llm or signal.needs_head:
             continue
-        keys = adapter.vision_tokens if attended is None else attended[signal.layer]
-        queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
-        total += 2 * views * queries * keys * adapter.vision_width
+        keys = vision.tokens if attended is None else attended[signal.layer]
+        queries = keys if signal.resolve(vision.has_cls).name == "received" else 1
+        total += 2 * views * queries * keys * vision.hidden
     return total
 
 
@@ -163,23 +163,22 @@ def signal_bytes(
     and a float32 copy where that is smaller); the logits and the softmax of one row, or of `CHUNK`
     rows at a time for ``received``, come on top, for the largest of the signals.
     """
+    vision = adapter.facts.vision
     seen = [s for s in signals if not s.in_llm and not s.needs_head and s.name != "unprojected"]
 
-    full: int = adapter.facts.vision.tokens
-
     def keys_of(layer: int) -> int:
-        return full if attended is None else attended[layer]
+        return vision.tokens if attended is None else attended[layer]
 
-    wide = 2 * views * adapter.vision_width
+    wide = 2 * views * vision.hidden
     kept = sum(wide * keys_of(layer) * size for layer in {signal.layer for signal in seen})
     most = 0
     for signal in seen:
         keys = keys_of(signal.layer)
-        kind = signal.resolve(adapter.has_cls).name
+        kind = signal.resolve(vision.has_cls).name
         copies = wide * keys * 4 if size < 4 else 0
         if kind in ("keys", "joint_keys"):
             copies //= 2  # queries are not looked at
-        heads = 1 if kind in ("cls_joint", "joint_keys") else adapter.vision_heads
+        heads = 1 if kind in ("cls_joint", "joint_keys") else vision.heads
         queries = {"keys": 0, "joint_keys": 0, "received": min(CHUNK, keys)}.get(kind, 1)
         most = max(most, copies + 2 * 4 * views * heads * queries * keys)
     return kept + most
