@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import tokenprune as tp
 from tokenprune.engine.vision import encode as run_encoder
 from tokenprune.errors import UserError
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model or a part of it was compiled")
 

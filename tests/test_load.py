@@ -15,7 +15,7 @@ from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
 from tokenprune.models.testbed.scenes import questions
 from tokenprune.pipeline import Pipeline
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 
 @pytest.fixture(scope="module")
