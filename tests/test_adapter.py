@@ -129,7 +129,7 @@ def test_a_folder_with_another_kind_of_model(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
     )
-    with pytest.raises(UnknownNameError, match="model class with an pipe is called 'LlamaFor"):
+    with pytest.raises(UnknownNameError, match="model class with an adapter is called 'LlamaFor"):
         load(str(tmp_path))
 
 

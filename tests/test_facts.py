@@ -11,7 +11,7 @@ from transformers import LlamaConfig, Qwen2VLConfig
 import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.facts import DecoderFacts
-from tokenprune.testing.hosts import Host, hosts
+from tokenprune.testing.host import Host, hosts
 
 
 @pytest.mark.parametrize("host", hosts(), ids=lambda host: f"{host.name}, {host.decoder}")
@@ -59,9 +59,9 @@ def test_three_position_ids_for_each_token() -> None:
 )
 def test_facts_of_timm(name: str, readable: bool, head: bool) -> None:
     options = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32}
-    adapter = tp.load(f"timm/{name}", **options)
-    facts = adapter.facts
-    states = adapter.model.vit.blocks[0](torch.zeros(1, facts.vision.tokens, 24))
+    pipe = tp.load(f"timm/{name}", **options)
+    facts = pipe.adapter.facts
+    states = pipe.model.vit.blocks[0](torch.zeros(1, facts.vision.tokens, 24))
     assert states.shape == (1, facts.vision.tokens, facts.vision.hidden)
     assert (facts.vision.readable, facts.vision.has_head) == (readable, head)
     assert (facts.vision.layers, facts.vision.heads) == (2, 2)

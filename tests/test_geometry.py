@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter, tiny_decoder
+from tokenprune.adapter import tiny_decoder
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.patch_boxes import ViewSize, crop_boxes, lattices, patch_boxes
 from tokenprune.layout import TokenLayout
@@ -36,7 +36,7 @@ from tokenprune.pipeline import Pipeline
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
-def _family(kind: str, side: int, patch: int, shapes: list[tuple[int, int]]) -> Adapter:
+def _family(kind: str, side: int, patch: int, shapes: list[tuple[int, int]]) -> Pipeline:
     """A tiny model with views of ``side`` pixels, its real processors, and these crop grids."""
     pinpoints = [[rows * side, cols * side] for rows, cols in shapes]
     sizes: dict[str, Any] = {

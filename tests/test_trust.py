@@ -88,7 +88,7 @@ def test_report_does_not_execute_what_a_manifest_names(theirs: Path) -> None:
 def test_a_class_brought_for_a_known_config_is_refused(theirs: Path) -> None:
     config = json.loads((theirs / "config.json").read_text()) | {"model_type": "llava_next"}
     (theirs / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no model class with an pipe is called 'TheirModel'"):
+    with pytest.raises(UserError, match="no model class with an adapter is called 'TheirModel'"):
         tp.load(theirs)
     assert not (theirs.parent / "executed").exists()
 
