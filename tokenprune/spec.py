@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenprune.compressor import Chain, Compressor
 from tokenprune.errors import UserError, unknown
 from tokenprune.registry import strategies
+
+if TYPE_CHECKING:
+    from tokenprune.compressor import Compressor
 
 __all__ = [
     "create",
@@ -70,6 +72,8 @@ def parse(spec: str, /, **fields: Any) -> Compressor:
                     f"{part!r} in {spec!r} needs a retention of its own; write for instance "
                     f"{' + '.join(f'{one}@0.5' for one in parts)}."
                 )
+        from tokenprune.compressor import Chain
+
         return Chain.of(*map(parse, parts))
     spec, at, retention = spec.partition("@")
     if at and "retention" in fields:
