@@ -23,6 +23,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {"methods": methods.pages, "commands": commands.pages, "reference": reference.pages}
 INSERTS: dict[str, Callable[[str], str]] = {
+    "drawing": lambda name: (ROOT / "docs" / "images" / f"{name}.svg").read_text("utf-8"),
     "help": commands.options_of,
     "commands": commands.table,
     "methods": methods.table,

@@ -249,7 +249,7 @@ def plot(argument: str) -> str:
     name, _, caption = argument.partition(" ")
     if not (FOLDER / name).is_file():
         raise FileNotFoundError(FOLDER / name)
-    return f"![{caption}](results/{name})"
+    return f"![{caption}](/results/{name})"
 
 
 def markdown(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
