@@ -22,8 +22,15 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {"methods": methods.pages, "commands": commands.pages, "reference": reference.pages}
+
+
+def drawing(name: str) -> str:
+    """A drawing from `docs/images`, inside the page, so that it takes the page's colours."""
+    return f'<div class="figure">\n{(ROOT / "docs" / "images" / f"{name}.svg").read_text()}</div>'
+
+
 INSERTS: dict[str, Callable[[str], str]] = {
-    "drawing": lambda name: (ROOT / "docs" / "images" / f"{name}.svg").read_text("utf-8"),
+    "drawing": drawing,
     "help": commands.options_of,
     "commands": commands.table,
     "methods": methods.table,
