@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
-from tokenprune.primitives import float_copy
+from tokenprune.ops.ranking import float_copy
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("dart")

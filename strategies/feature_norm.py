@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenprune.compressor import ScoringCompressor
-from tokenprune.primitives import float_copy
+from tokenprune.ops.ranking import float_copy
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 import tokenprune as tp
-from tokenprune.experiments import compare
-from tokenprune.experiments.data import held_out
-from tokenprune.experiments.fingerprints import (
+from tokenprune.experiments.common.provenance import (
     DECISIVE,
     answer_files,
     code_files,
@@ -22,6 +20,8 @@ from tokenprune.experiments.fingerprints import (
     environment,
     model_files,
 )
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.compare.runner import ModelRunner
 
 METHOD = """
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ def test_options_are_part_of_a_method() -> None:
 def test_every_file_in_which_answering_runs_is_in_it() -> None:
     """Seen by watching: the files whose functions run while two questions are answered."""
     adapter = tp.load("testbed-next")
-    runner = compare.ModelRunner(adapter, 2)
+    runner = ModelRunner(adapter, 2)
     methods = [tp.parse("tome@0.5 + fastv@0.5"), tp.parse("globalcom2@0.5")]
     questions = held_out(2, 0)
     root = Path(tp.__file__).parent.resolve()
@@ -139,16 +139,18 @@ def test_every_file_in_which_answering_runs_is_in_it() -> None:
     sys.setprofile(watch)
     try:
         for method in methods:
-            parts = [part for part in method.stages() if part.stage is tp.Stage.ENCODER]
+            parts = [part for part in method.parts() if part.stage is tp.Stage.ENCODER]
             shown = runner.encode(questions, method.needs, parts[0] if parts else None)  # type: ignore[arg-type]
             runner.answer(method, shown, [item.question for item in questions])
     finally:
         sys.setprofile(None)
-    found = answer_files(None, methods, [type(adapter), "tokenprune.experiments.compare"])["code"]
+    found = answer_files(None, methods, [type(adapter), "tokenprune.experiments.compare.run"])[
+        "code"
+    ]
     held = {(root.parent / name).resolve() for name in found}
     assert len(ran) > 10
     assert ran - held == set()
-    assert "tokenprune/testing.py" not in found
+    assert "tokenprune/testing/model_checks.py" not in found
     assert "tokenprune/experiments/plots.py" not in found
 
 

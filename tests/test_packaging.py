@@ -27,6 +27,12 @@ def _project() -> dict[str, object]:
         return tomllib.load(file)
 
 
+def _folder(package: str) -> str:
+    """Folder of a package in the checkout."""
+    inside = package.removeprefix("tokenprune.")
+    return inside.replace(".", "/") if inside.startswith(LINKS) else package.replace(".", "/")
+
+
 @checkout
 def test_every_package_on_disk_is_listed() -> None:
     """A package that is not listed is importable in a checkout and absent from the wheel."""
@@ -39,7 +45,8 @@ def test_every_package_on_disk_is_listed() -> None:
         found.add(f"tokenprune.{init.parent.name}")
     assert set(setup["packages"]) == found
     assert setup["package-dir"] == {
-        name: name.removeprefix("tokenprune.").replace(".", "/") for name in found
+        "tokenprune": "tokenprune",
+        **{f"tokenprune.{name}": name for name in LINKS},
     }
 
 
@@ -47,14 +54,14 @@ def test_every_package_on_disk_is_listed() -> None:
 def test_every_data_file_is_listed() -> None:
     """Weights, templates and the like: whatever lies in a package and is no Python file."""
     setup: dict = _project()["tool"]["setuptools"]  # type: ignore[index,type-arg]
-    for package, where in setup["package-dir"].items():
-        folder = ROOT / where
+    places = {package: ROOT / _folder(package) for package in setup["packages"]}
+    for package, folder in places.items():
         listed = {
             path
             for pattern in setup["package-data"].get(package, [])
             for path in folder.glob(pattern)
         }
-        nested = {ROOT / other for name, other in setup["package-dir"].items() if name != package}
+        nested = {other for name, other in places.items() if name != package}
         for path in folder.rglob("*"):
             inside = any(parent in nested for parent in path.parents if parent != folder)
             skip = path.suffix in {".py", ".pyc", ".md"} or not path.is_file()

@@ -1,0 +1,27 @@
+"""What one selection costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "Picked",
+]
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What one selection took, counted once the row's length is known.
+
+    Attributes:
+        bytes: What it was shown and its own.
+        tapped: Layers whose states were there for attention rows.
+        visual: Visual tokens of the row in front of it.
+        merged: How many vectors were put in.
+    """
+
+    row: int
+    bytes: int
+    tapped: tuple[int, ...]
+    visual: int
+    merged: int
