@@ -34,7 +34,8 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "help": commands.options_of,
     "commands": commands.table,
     "methods": methods.table,
-    "names": reference.names,
+    "public-names": reference.public_names,
+    "modules": reference.table,
     "output": commands.output_of,
     **results.INSERTS,
 }
@@ -55,7 +56,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             if isinstance(entries, list) and "generated" in entries:
                 folder = entries[0].split("/")[0]
                 written = {f"{folder}/{path.name}" for path in (ROOT / "docs" / folder).glob("*.md")}
-                there = sorted({*pages(folder), *written} - set(entries))
+                there = [*pages(folder), *sorted(written - set(pages(folder)) - set(entries))]
                 section[title] = [name for name in entries if name != "generated"] + there
     return config
 

@@ -1,60 +1,74 @@
-"""Pages of the API reference: one for every module of the core that states what is public."""
+"""Pages of the API reference: one for every module that users and authors of plug-ins import."""
 
 from __future__ import annotations
 
-import ast
 import inspect
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from importlib import import_module
+from pkgutil import iter_modules
 
 import tokenprune as tp
 
-_OTHERS = ("strategies", "models", "experiments")  # have pages of their own, or none
+GROUPS = {
+    "Running a model": ("models.loading", "engine.session", "engine.trace"),
+    "Costs": ("cost.ledger", "cost.arithmetic", "forecast"),
+    "Writing a method": (
+        *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),
+        *("ops", "spec", "registry"),
+    ),
+    "Writing an adapter": ("adapter",),
+    "Testing": ("testing.runner", "testing.hosts", "synthetic"),
+    "Errors": ("errors",),
+}
 
 
 @cache
-def modules() -> list[str]:
-    """Dotted names of the modules with an ``__all__``, sorted."""
-    root = Path(tp.__file__).parent
-    return sorted(_found(root, tp.__name__))
+def modules() -> dict[str, list[str]]:
+    """Dotted names of the documented modules by group; a package stands for its modules."""
+    return {
+        group: [module for name in names for module in _expanded(f"{tp.__name__}.{name}")]
+        for group, names in GROUPS.items()
+    }
 
 
-def _found(folder: Path, package: str) -> Iterator[str]:
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".py" and path.stem != "__main__" and _has_public_names(path):
-            name = package if path.stem == "__init__" else f"{package}.{path.stem}"
-            if name != tp.__name__:
-                yield name
-        elif path.is_dir() and path.name not in _OTHERS and (path / "__init__.py").is_file():
-            yield from _found(path, f"{package}.{path.name}")
-
-
-def _has_public_names(path: Path) -> bool:
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    return any(
-        isinstance(one, ast.Assign)
-        and any(isinstance(name, ast.Name) and name.id == "__all__" for name in one.targets)
-        for one in body
-    )
+def _expanded(name: str) -> list[str]:
+    path = getattr(import_module(name), "__path__", None)
+    return [name] if path is None else [f"{name}.{found.name}" for found in iter_modules(path)]
 
 
 def pages() -> dict[str, str]:
     """Name and Markdown of the page of every module."""
     return {
-        name.removeprefix(f"{tp.__name__}."): f"# {name}\n\n::: {name}\n    options:\n"
-        "      show_root_heading: false\n"
-        for name in modules()
+        _short(module): f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+        for names in modules().values()
+        for module in names
     }
 
 
-def names(_: str = "") -> str:
-    """A table of the names in ``tokenprune`` itself, with links to where they are documented."""
-    rows = []
+def _short(module: str) -> str:
+    return module.removeprefix(f"{tp.__name__}.")
+
+
+def table(_: str = "") -> str:
+    """The documented modules by group, with the first line of each."""
+    rows = ["| module | content |", "|---|---|"]
+    for group, names in modules().items():
+        rows.append(f"| **{group}** | |")
+        rows += [f"| [`{name}`]({_short(name)}.md) | {_first(import_module(name))} |" for name in names]
+    return "\n".join(rows)
+
+
+def public_names(_: str = "") -> str:
+    """The names in ``tokenprune`` itself, with links to where they are documented."""
+    documented = {name for names in modules().values() for name in names}
+    rows = ["| name | meaning |", "|---|---|"]
     for name in sorted(tp.__all__, key=str.lower):
         thing = getattr(tp, name)
         home = f"{thing.__module__}.{thing.__qualname__}"
-        first = (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
-        shown = f"[`tp.{name}`][{home}]" if thing.__module__ in modules() else f"`tp.{name}`"
-        rows.append(f"| {shown} | {first} |")
-    return "\n".join(["| name | meaning |", "|---|---|", *rows])
+        shown = f"[`tp.{name}`][{home}]" if thing.__module__ in documented else f"`tp.{name}`"
+        rows.append(f"| {shown} | {_first(thing)} |")
+    return "\n".join(rows)
+
+
+def _first(thing: object) -> str:
+    return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
