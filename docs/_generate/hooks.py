@@ -55,7 +55,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         for title, entries in section.items():
             if isinstance(entries, list) and "generated" in entries:
                 folder = entries[0].split("/")[0]
-                written = {f"{folder}/{path.name}" for path in (ROOT / "docs" / folder).glob("*.md")}
+                written = {
+                    f"{folder}/{path.name}" for path in (ROOT / "docs" / folder).glob("*.md")
+                }
                 there = [*pages(folder), *sorted(written - set(pages(folder)) - set(entries))]
                 section[title] = [name for name in entries if name != "generated"] + there
     return config

@@ -39,7 +39,9 @@ def _expanded(name: str) -> list[str]:
 def pages() -> dict[str, str]:
     """Name and Markdown of the page of every module."""
     return {
-        _short(module): f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+        _short(
+            module
+        ): f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n"
         for names in modules().values()
         for module in names
     }
@@ -54,7 +56,9 @@ def table(_: str = "") -> str:
     rows = ["| module | content |", "|---|---|"]
     for group, names in modules().items():
         rows.append(f"| **{group}** | |")
-        rows += [f"| [`{name}`]({_short(name)}.md) | {_first(import_module(name))} |" for name in names]
+        rows += [
+            f"| [`{name}`]({_short(name)}.md) | {_first(import_module(name))} |" for name in names
+        ]
     return "\n".join(rows)
 
 
