@@ -53,7 +53,7 @@ def output_of(line: str) -> str:
     words = shlex.split(line)
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         environment = {**os.environ, "COLUMNS": COLUMNS, "NO_COLOR": "1", "TERM": "dumb"}
-        found = CliRunner().invoke(app, words[1:], env=environment)
+        found = CliRunner().invoke(app, words[1:], env=environment, prog_name=words[0])
     if found.exit_code:
         raise RuntimeError(f"{line} ends with exit status {found.exit_code}: {found.output}")
     printed = "\n".join(part.rstrip() for part in found.stdout.strip("\n").splitlines())

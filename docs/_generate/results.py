@@ -102,7 +102,7 @@ def _cells(rows: Table, steps: list[float]) -> str:
     there = [at[r] for r in (steps if set(steps) & set(at) else [1.0]) if r in at]
     accuracy = " / ".join(f"{100 * row.accuracy:.1f}" for row in there)
     flops = " / ".join(f"{100 * row.flops / row.uncompressed_flops:.0f}" for row in there)
-    return f"{accuracy} ({flops})"
+    return f"{accuracy}<br>({flops})"
 
 
 def comparison(argument: str) -> str:
