@@ -11,11 +11,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tokenprune.adapter import Adapter, ModelLike, adapter_of
 from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, placed
 from tokenprune.cost.arithmetic import (
@@ -39,9 +39,6 @@ from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import VisualTokens
-
-if TYPE_CHECKING:
-    from tokenprune.adapter import Adapter
 
 __all__ = ["Forecast", "forecast"]
 
@@ -82,7 +79,7 @@ class Forecast:
 
 
 def forecast(
-    adapter: Adapter,
+    model: ModelLike,
     compressor: Compressor | None,
     layouts: Sequence[TokenLayout],
     text: int = 0,
@@ -94,7 +91,7 @@ def forecast(
     """The account of one prompt's prefill with a KV cache.
 
     Args:
-        adapter: Of the model, which may lie on the ``meta`` device.
+        model: A model, which may be on the ``meta`` device, its adapter or its pipeline.
         compressor: The method, or None.
         layouts: Of the prompt's images and videos (`Adapter.layout`).
         text: Tokens of the prompt that are not visual.
@@ -107,6 +104,7 @@ def forecast(
     Raises:
         UserError: The model lacks what the method needs.
     """
+    adapter = adapter_of(model)
     if compressor is not None:
         check_compatible(adapter.facts, compressor)
     behind = text if asking is None else asking
