@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.compressor import Compressor, Stage
+from tokenprune.cost.account import Attended
 from tokenprune.engine.cache import CACHE
 from tokenprune.engine.decoder import cuts_of, tapped_layers
 from tokenprune.engine.guard import Ours, shadowed
@@ -81,7 +82,7 @@ class Prefix:
             self.cuts |= {min(inside)} if inside else set()
             self.taps |= tapped_layers(needs, inside)
         self._ran: dict[int, _Ran] = {}
-        self._looked: dict[Hashable, tuple[Tensor, list[list[Any]]]] = {}
+        self._looked: dict[Hashable, tuple[Tensor, list[Attended]]] = {}
         self._prompts: Sequence[Any] = ()
 
     def clear(self) -> None:
@@ -152,14 +153,13 @@ class _Run:
         missing = next((at for at in range(self.until) if at not in ran), self.until)
         self.skip = max((cut for cut in self.prefix.cuts if cut <= missing), default=0)
 
-    def once(
-        self, key: Hashable, account: Sequence[list[Any]], look: Callable[[], Tensor]
-    ) -> Tensor:
+    def once(self, key: Hashable, attended: list[Attended], look: Callable[[], Tensor]) -> Tensor:
         """What ``look`` computes, once for all contexts that look at the same in front of all cuts.
 
         Args:
             key: What is looked at.
-            account: Lists that ``look`` enters its cost into; each context gets the same entries.
+            attended: ``look`` adds what it computed to this record of the forward; every context
+                gets the same entries, as if it had computed them itself.
             look: Computes it.
         """
         if not self.open:
@@ -167,12 +167,11 @@ class _Run:
         looked = self.prefix._looked
         if key in looked:
             value, entries = looked[key]
-            for one, more in zip(account, entries, strict=True):
-                one.extend(more)
+            attended.extend(entries)
             return value
-        before = [len(one) for one in account]
+        before = len(attended)
         value = look()
-        looked[key] = value, [one[at:] for one, at in zip(account, before, strict=True)]
+        looked[key] = value, attended[before:]
         return value
 
     def end(self) -> None:
