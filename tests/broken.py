@@ -21,8 +21,11 @@ from transformers.cache_utils import DynamicLayer
 from tokenprune.adapter import Adapter
 from tokenprune.attention import Projections
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage
-from tokenprune.engine import cache, decoder, guard, session, tower, vision
+from tokenprune.cost import account
+from tokenprune.cost.account import Account
+from tokenprune.engine import cache, decoder, dropping, guard, session, tower, vision
 from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.dropping import Memory
 from tokenprune.engine.forward import Pass
 from tokenprune.engine.guard import Guard
 from tokenprune.engine.session import Session
@@ -613,8 +616,8 @@ def _marks_ids(
     original: Any, self: Session, module: Any, args: Any, kwargs: dict[str, Any]
 ) -> None:
     original(self, module, args, kwargs)
-    if self.ids is not None:
-        self.ids.seen = True  # type: ignore[attr-defined]
+    if self.given.ids is not None:
+        self.given.ids.seen = True  # type: ignore[attr-defined]
 
 
 def _last_slot_asks(original: Any, attention: Any, hidden: Tensor, *args: Any) -> Tensor:
@@ -654,15 +657,13 @@ def _sees_padding(layer: PrunedLayer) -> Tensor:
     return torch.cat([gap, torch.ones_like(layer.valid)], dim=1)
 
 
-def _compacts_always(
-    original: Any, self: Session, state: Any, keep: Tensor, keeps_positions: bool
-) -> Tensor:
-    result: Tensor = original(self, state, keep, not keeps_positions)
+def _compacts_always(original: Any, state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
+    result: Tensor = original(state, keep, not keeps_positions)
     return result
 
 
-def _counts_late(original: Any, self: Session, state: Any, start: int) -> None:
-    original(self, state, start + 1 if start else 0)
+def _counts_late(original: Any, self: Account, layer: int, visual: int) -> None:
+    original(self, layer + 1 if layer else 0, visual)
 
 
 def _enters_in_full(original: Any, **account: Any) -> Any:
@@ -691,21 +692,22 @@ def _refuses_without_reason(*args: Any) -> list[Any]:
 
 def _asks_in_front_of_any_label(original: Any, state: Pass) -> None:
     original(state)
+    answers = state.prompts.answers
     state.queries = [
-        torch.tensor([max(int(labels[0]) - 1, 0) if len(labels) else 0 for labels in state.answers])
-        if state.answers
+        torch.tensor([max(int(labels[0]) - 1, 0) if len(labels) else 0 for labels in answers])
+        if answers
         else query
         for query in state.queries
     ]
 
 
 def _asks_at_the_very_end(original: Any, state: Pass) -> None:
-    state.answers = []
+    state.prompts.answers = []
     original(state)
 
 
-def _sees_hidden_tokens(original: Any, state: Pass, placeholders: Any) -> Any:
-    visual, real = original(state, placeholders)
+def _sees_hidden_tokens(original: Any, state: Pass) -> Any:
+    visual, real = original(state)
     return visual, torch.ones_like(real)
 
 
@@ -722,9 +724,12 @@ def _tells_of_every_prompt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trace, "has_images", property(lambda trace: False))
 
 
-def _tells_too_early(original: Any, self: Session, state: Pass, *args: Any) -> Any:
-    self.trace._tell(self.trace._told._replace(selections=state.selections))
-    return original(self, state, *args)
+def _reports_too_early(original: Any, self: Session, *args: Any) -> Any:
+    """When the language model begins, which may still fail."""
+    changed = original(self, *args)
+    if self.reported is not None:
+        self.report(self.reported, 4)
+    return changed
 
 
 def _goes_straight_on(
@@ -764,8 +769,8 @@ def _host(*patches: Patch, strategy: str = "uniform") -> tuple[Fault, ...]:
     return tuple(Fault(compressor, patch) for patch in patches)
 
 
-NO_TARGETS = _replaced(Session, "_targets", lambda *args: None)
-NO_MEMORY = _replaced(Session, "_recall", lambda *args: None)
+NO_TARGETS = _replaced(Session, "note_targets", lambda *args: None)
+NO_MEMORY = _replaced(Memory, "recall", lambda *args: None)
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_documented": _broken(Undocumented, Anonymous, Uncited),
@@ -793,7 +798,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             _forgets_shift,
             _replaced(PrunedLayer, "mask", _sees_padding),
             _wrapped(Pass, "repack", _swaps_slots),
-            _wrapped(Session, "_pack", _compacts_always),
+            _wrapped(dropping, "pack", _compacts_always),
         ),
         *_host(
             NO_MEMORY,
@@ -813,7 +818,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         *_host(
             _counts_once,
-            _wrapped(session, "proportional_mask", lambda original, mask, *args: mask),
+            _wrapped(dropping, "proportional_mask", lambda original, mask, *args: mask),
             _wrapped(decoder, "decoder_row", _scrambled),
             _wrapped(decoder, "decoder_keys", _scrambled),
             strategy="pact",
@@ -831,8 +836,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
     ),
     "check_prompt_logits": _host(
-        _replaced(Session, "_leave", _spread_nothing),
-        _wrapped(Session, "_leave", _shifts_spread),
+        _replaced(Session, "leave", _spread_nothing),
+        _wrapped(Session, "leave", _shifts_spread),
     ),
     "check_batch_equals_single": (
         *_broken(ComparesNeighbours),
@@ -844,18 +849,18 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(NO_MEMORY, strategy="fastv"),
         *_host(NO_MEMORY, strategy="cdpruner:relevance=text"),
         *_host(_forgets_shift),
-        *_host(_wrapped(session, "create_causal_mask", _drops_whole_mask), strategy="fastv"),
+        *_host(_wrapped(dropping, "create_causal_mask", _drops_whole_mask), strategy="fastv"),
     ),
     "check_sampling_agrees": _broken(GlobalTorch),
     "check_beams_agree": _host(_replaced(PrunedLayer, "reorder_cache", lambda layer, order: None)),
     "check_ledger_is_true": (
-        *_host(_replaced(Session, "_count", lambda *args: None)),
-        *_host(_wrapped(Session, "_count", _counts_late), strategy="fastv"),
-        *_host(_wrapped(session, "encoder_flops", _takes_it_for_full), strategy="tome"),
-        *_host(_wrapped(session, "settle", _enters_in_full)),
+        *_host(_replaced(Account, "count", lambda *args: None)),
+        *_host(_wrapped(Account, "count", _counts_late), strategy="fastv"),
+        *_host(_wrapped(account, "encoder_flops", _takes_it_for_full), strategy="tome"),
+        *_host(_wrapped(account, "settle", _enters_in_full)),
     ),
     "check_eager_agrees": _host(
-        _replaced(session, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
+        _replaced(dropping, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
     ),
     "check_no_attention_matrix": _host(
         _wrapped(vision, "cls_row", _full_cls_row),
@@ -869,16 +874,16 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         _replaced(vision, "running", _leaves_hooks_on_error),
         strategy="tome",
     ),
-    "check_nesting_refused": _host(_replaced(session, "_active", _Never())),
+    "check_nesting_refused": _host(_replaced(session, "active", _Never())),
     "check_order_of_rows": _broken(Counting, ComparesNeighbours),
     "check_model_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython, HidesItsDraws),
     "check_positions": (
         *_broken(Stubborn),
-        *_host(_wrapped(Session, "_pack", _compacts_always)),
+        *_host(_wrapped(dropping, "pack", _compacts_always)),
     ),
     "check_inputs_untouched": _host(
-        _wrapped(Session, "_begin", _writes_pixels),
-        _wrapped(Session, "_begin", _marks_ids),
+        _wrapped(Session, "begin", _writes_pixels),
+        _wrapped(Session, "begin", _marks_ids),
     ),
     "check_bfloat16": _broken(OnlyFloat32),
     "check_inference_mode": _broken(ModeSensitive),
@@ -898,16 +903,16 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(_wrapped(Pass, "look", _sees_hidden_tokens), strategy="fastv"),
         *_host(
             _wrapped(Pass, "look", _sees_hidden_tokens),
-            _replaced(Pass, "_spent_on_hidden", lambda state: None),
+            _replaced(Pass, "hidden_positions", lambda state: None),
         ),
     ),
     "check_hidden_states": (
         *_host(_wrapped(Pass, "spread", _spreads_as_in_the_end), strategy="pyramiddrop"),
         *_host(_wrapped(session, "asked", _lets_attentions_pass)),
     ),
-    "check_decoder_by_itself": _host(_replaced(Session, "_forget", lambda *args: None)),
+    "check_decoder_by_itself": _host(_replaced(Session, "forget", lambda *args: None)),
     "check_trace_is_one_forward": _host(
-        _tells_of_every_prompt, _wrapped(Session, "_narrow", _tells_too_early)
+        _tells_of_every_prompt, _wrapped(Session, "enter", _reports_too_early)
     ),
     "check_sliding_window_refused": _host(
         _replaced(session, "refuse_beyond_window", lambda *args: None),
@@ -915,22 +920,22 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "check_second_turn": _host(_forgets_shift),
     "check_chunked_prefill_refused": _host(
-        _replaced(Session, "_find_spans", _refuses_without_reason)
+        _replaced(session, "find_spans", _refuses_without_reason)
     ),
-    "check_static_cache_refused": _host(_replaced(Session, "_enter", lambda *args: None)),
+    "check_static_cache_refused": _host(_replaced(Session, "enter", lambda *args: None)),
     "check_leaving_refused": _host(_replaced(PrunedLayer, "update", DynamicLayer.update)),
-    "check_scattered_embeds_warn": _host(_replaced(Session, "_warn_blind", lambda self: None)),
+    "check_scattered_embeds_warn": _host(_replaced(session, "warn_of_embeds", lambda: None)),
     "check_compiled": _host(
         _replaced(session, "eagerly", lambda model: nullcontext()), strategy="fastv"
     ),
     "check_nothing_bypasses": _host(
-        _wrapped(Guard, "_forward", _goes_straight_on),
-        _replaced(Guard, "_went", lambda *args: None),
+        _wrapped(Guard, "forward", _goes_straight_on),
+        _replaced(Guard, "leave", lambda *args: None),
     ),
     "check_threads": _host(_shares_one_state, _replaced(Guard, "admit", lambda self: None)),
     "check_copies_are_plain": _host(
         _replaced(session, "plain_copies", lambda modules: nullcontext()),
-        _wrapped(guard, "_without_ours", _copies_attributes),
+        _wrapped(guard, "without_ours", _copies_attributes),
     ),
 }
 

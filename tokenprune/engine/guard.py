@@ -108,10 +108,10 @@ def _reduced(module: nn.Module, protocol: Any) -> Any:
     if not isinstance(found, tuple) or len(found) < 3 or not isinstance(found[2], dict):
         return found  # its class copies it in a way of its own
     make, args, state, *rest = found
-    return make, args, _without_ours(state), *rest
+    return make, args, without_ours(state), *rest
 
 
-def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
+def without_ours(state: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a module as they are outside the context."""
     hooks = {k: held for k, held in state.items() if "_hooks" in k and isinstance(held, dict)}
     gone = {key for held in hooks.values() for key in held if isinstance(held[key], Ours)}
@@ -236,11 +236,11 @@ class Guard:
         """Open it behind the context's own hooks, so that they have run when a forward begins."""
         with ExitStack() as stack:
             for index, module in enumerate(self.modules):
-                hook = Ours(functools.partial(self._came, index))
+                hook = Ours(functools.partial(self.enter, index))
                 stack.callback(module.register_forward_pre_hook(hook).remove)
-                hook = Ours(functools.partial(self._went, index))
+                hook = Ours(functools.partial(self.leave, index))
                 stack.callback(module.register_forward_hook(hook).remove)
-                forward = functools.partial(self._forward, index, module.forward)
+                forward = functools.partial(self.forward, index, module.forward)
                 stack.enter_context(shadowed(module, "forward", forward))
             outer = self.modules[0]
             if hasattr(outer, "init_continuous_batching"):
@@ -265,7 +265,7 @@ class Guard:
         if self.owner not in (None, threading.get_ident()):
             raise UserError("a context that shares a Prefix runs in the thread that opened it.")
 
-    def _came(self, index: int, module: nn.Module, args: Any) -> None:
+    def enter(self, index: int, module: nn.Module, args: Any) -> None:
         self.admit()
         if [*self.adapter.decoder_layers] != self.layers:
             raise bypassed("a decoder layer")
@@ -274,13 +274,13 @@ class Guard:
         here.fired[index] += 1
         here.before[index] = here.fired[index + 1]
 
-    def _went(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         here, inner = self.here, index + 1
-        here.hooked.discard(index)  # there still if a forward has taken the place of `_forward`
+        here.hooked.discard(index)  # there still if a forward has taken the place of `forward`
         if inner < len(self.modules) and here.before.get(index) == here.fired[inner]:
             raise bypassed(type(self.modules[inner]).__name__)
 
-    def _forward(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         here, module = self.here, self.modules[index]
         if index in here.hooked:
             here.hooked.discard(index)

@@ -436,7 +436,7 @@ class Session(threading.local):
             done = {record.layer for record in reported.selections}
             for index in self.plan.inside.keys() - done if reported.spans else ():
                 raise bypassed(f"decoder layer {index}")
-            self.trace._tell(reported.prefill(output[0].element_size()))
+            self.report(reported, output[0].element_size())
         if state is not None and state.cache is not None:
             settle_layers(state.cache, cut=state.packed or state.sizes is not None)
         if state is None or not state.packed:
@@ -453,3 +453,7 @@ class Session(threading.local):
                 for states, at in zip(output.hidden_states, columns, strict=True)
             )
         return output
+
+    def report(self, state: Pass, size: int) -> None:
+        """Give the trace the report on a forward that is over, of ``size`` bytes a number."""
+        self.trace._tell(state.prefill(size))
