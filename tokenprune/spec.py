@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenprune.compressor import Chain, Compressor
 from tokenprune.errors import UserError, unknown
 from tokenprune.registry import strategies
+
+if TYPE_CHECKING:
+    from tokenprune.compressor import Compressor
 
 __all__ = [
     "create",
@@ -55,6 +57,8 @@ def parse(spec: str, /, **fields: Any) -> Compressor:
         UserError: As `create` and `Chain.of`, the text is not of that form or far too long, or a
             field is given twice.
     """
+    from tokenprune.compressor import Chain
+
     if len(spec) > _LONGEST:
         raise UserError(
             f"a method of {len(spec)} characters, {spec[:40]!r} and so on, is too long; write at "
