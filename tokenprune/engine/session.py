@@ -131,18 +131,25 @@ def compress(
         check_rows(rows)
     trace = Trace()
     session = Session(Plan(adapter, rows, extra_signals), prefix, trace)
+    whole = model if isinstance(model, nn.Module) else adapter.model
+    with _alone(adapter.base), eagerly(whole), session.installed():
+        yield trace
+
+
+@contextmanager
+def _alone(base: nn.Module) -> Iterator[None]:
+    """While open, no other context can be opened on the model.  Raises `UserError` if one is."""
     with _entering:
-        if adapter.base in active:
+        if base in active:
             raise UserError(
                 "this model already runs inside a compress context; leave it first, or combine the "
                 "strategies with Chain.of(...)."
             )
-        active.add(adapter.base)
+        active.add(base)
     try:
-        with eagerly(model if isinstance(model, nn.Module) else adapter.model), session.installed():
-            yield trace
+        yield
     finally:
-        active.discard(adapter.base)
+        active.discard(base)
 
 
 class Session(threading.local):
