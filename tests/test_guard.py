@@ -319,7 +319,7 @@ def test_continuous_batching_is_refused(host: Host) -> None:
         """A KV cache without layers."""
 
     with tp.compress(host.model, "uniform", retention=0.4):
-        with pytest.raises(UserError, match=r"text alone.*model\.generate"):
+        with pytest.raises(UserError, match=r"text-only.*model\.generate"):
             host.model.generate_batch(inputs=[[5, 6, 7]], max_new_tokens=2)
         with pytest.raises(UserError, match=r"Paged is no KV cache of layers.*generate_batch"):
             host.logits(host.inputs([1]), **{CACHE: Paged()})

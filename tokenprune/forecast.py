@@ -1,9 +1,9 @@
-"""What a method would cost at a given shape, without weights, images or a forward.
+"""The cost of a method at given shapes, computed without weights, images or a forward.
 
-The strategy's own code runs on made-up tokens of the right geometry, in the places where the engine
-would run it, so that rounding, separators and several cuts come out as they would; the arithmetic
-is the ledger's.  What a method makes of the *content* is not foreseen: one whose counts
-depend on it is run on several draws, and the forecast then is an estimate.
+The method's own code runs on random tokens with the layout of the images, at the same points of the
+prefill as in the engine.  Rounding, separators and several cuts therefore have their real effect,
+and the same `tokenprune.cost.account` sums up.  Where the number of kept tokens depends on the
+content of an image, several draws differ, and the forecast is an estimate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenprune.cost.account import Account, Attended, Images, Sizes
 from tokenprune.cost.ledger import Ledger
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.engine.decoder import tapped_layers
-from tokenprune.engine.tower import foreseen
+from tokenprune.engine.tower import dry_run
 from tokenprune.errors import RetentionWarning
 from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
@@ -38,12 +38,12 @@ _INPUTS, _PROMPT = Signal("llm_inputs"), Signal("llm_prompt")
 
 @dataclass(frozen=True)
 class Forecast:
-    """The accounts of several draws.
+    """The ledgers of several random draws.
 
     Attributes:
-        draws: A `Ledger` for each.
-        by_content: Whether counts depend on the image even where all draws agree, as where patches
-            merge in the tower: those of the padding vanish with it.
+        draws: One `Ledger` for each.
+        by_content: Whether counts depend on the image even if all draws agree, as for patches that
+            merge in the vision encoder: clusters inside the canvas padding disappear with it.
     """
 
     draws: tuple[Ledger, ...]
@@ -51,21 +51,21 @@ class Forecast:
 
     @property
     def ledger(self) -> Ledger:
-        """The account with the median layer average."""
+        """The ledger with the median layer average."""
         ordered = sorted(self.draws, key=lambda one: one.layer_average)
         return ordered[len(ordered) // 2]
 
     @property
     def exact(self) -> bool:
-        """Whether every draw processes equally many tokens in every layer.
+        """Whether all draws process the same number of tokens in every layer.
 
-        What a few draws do not show is not known: rounding that content seldom changes.
+        Rounding that depends on the content in rare cases may not show in a few draws.
         """
         return not self.by_content and len({one.visual_per_layer for one in self.draws}) == 1
 
     @property
     def mark(self) -> str:
-        """``≈`` where the counts depend on the content, else nothing."""
+        """``≈`` if the counts depend on the content, else an empty string."""
         return "" if self.exact else "≈"
 
 
@@ -79,18 +79,18 @@ def forecast(
     size: int = 2,
     draws: int = 5,
 ) -> Forecast:
-    """The account of one prompt's prefill with a KV cache.
+    """Forecast the ledger of one prompt's prefill with a KV cache.
 
     Args:
-        adapter: Of the model, which may lie on the ``meta`` device.
+        adapter: Adapter of the model, which may be on the ``meta`` device.
         compressor: The method, or None.
-        layouts: Of the prompt's images and videos (`Adapter.layout`).
-        text: Tokens of the prompt that are not visual.
-        asking: How many of them lie behind the images, for methods that ask the text; default all
-            of them.  Where there are none, one that is not counted stands in.  A number for each
-            image or video where words lie between them.
+        layouts: Layouts of the prompt's images and videos (`Adapter.layout`).
+        text: Number of text tokens.
+        asking: Number of text tokens behind the images, for methods that use text as queries; one
+            number for each image or video if text is between them.  The default is all of them.
+            If there are none, one token that is not counted takes their place.
         size: Bytes of a number: 2 for half precision.
-        draws: On how many made-up contents the strategy runs.
+        draws: Number of random contents that the method runs on.
 
     Raises:
         UserError: The model lacks what the method needs.
@@ -144,7 +144,7 @@ class _Draw:
 
     def _encoded(self, part: EncoderCompressor, tokens: VisualTokens) -> VisualTokens:
         """``tokens`` as a vision encoder that runs under ``part`` returns them."""
-        run = foreseen(self.adapter, part, tokens.layout, self.seed)
+        run = dry_run(self.adapter, part, tokens.layout, self.seed)
         clusters = run.clusters([tokens.layout], self.adapter.view_shape)[0]
         return replace(tokens, clusters=clusters, encoding=run.encoding)
 
@@ -221,7 +221,7 @@ class _Draw:
         )
 
     def _sized(self, tokens: VisualTokens) -> VisualTokens:
-        """The same with the true widths and dtypes, and nothing in it: for costs alone."""
+        """``tokens`` with the real widths and dtypes on the ``meta`` device, to compute costs."""
         shape, tower = self.sizes.decoder, self.adapter.vision_width
         half = {2: torch.bfloat16, 4: torch.float32}.get(self.size, torch.float32)
         widths = {

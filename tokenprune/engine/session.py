@@ -49,7 +49,7 @@ from tokenprune.engine.dropping import PROMPT, Memory, cut, shorten, surrounding
 from tokenprune.engine.forward import Given, Pass, Span
 from tokenprune.engine.guard import Guard, Ours, bypassed, eagerly, plain_copies
 from tokenprune.engine.plan import Plan, check_rows
-from tokenprune.engine.prefix import Prefix
+from tokenprune.engine.prefix import Prefix, Repetition
 from tokenprune.engine.spans import find_spans, refuse_missing_images, warn_of_embeds
 from tokenprune.engine.trace import Trace
 from tokenprune.engine.vision import encoded, observing
@@ -156,14 +156,13 @@ class Session(threading.local):
     """The hooks of one open context, and the state of each thread that runs the model."""
 
     def __init__(self, plan: Plan, prefix: Prefix | None, trace: Trace) -> None:
-        """Prepare to run ``plan``; every thread that runs the model does so for itself."""
+        """Prepare to run ``plan``; called again in every thread that runs the model."""
         self.plan, self.prefix, self.trace = plan, prefix, trace
         self.adapter = plan.adapter
         self.signals = LayerSignals(plan.adapter)
-        self.repeating: Any = None  # this session's use of the prefix
+        self.repeating: Repetition | None = None
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in self.adapter.encoders}
-        # What the outer forwards were given, until the language model takes it.
-        self.given = Given()
+        self.given = Given()  # what the caller passed, noted by the hooks of the outer modules
         self.current: Pass | None = None
         self.reported: Pass | None = None  # the pass that the trace will report
         self.memory = Memory()
@@ -184,7 +183,7 @@ class Session(threading.local):
             for module, hook in self._hooks()
         ]
         handles.append(adapter.language_model.register_forward_hook(Ours(self.leave)))
-        # Also when a forward fails before the language model runs, the next one starts afresh.
+        # The next forward starts afresh even if this one fails before the language model runs.
         handles += [
             module.register_forward_hook(Ours(self.forget), always_call=True)
             for module in {adapter.model, adapter.base}
@@ -222,7 +221,7 @@ class Session(threading.local):
     # -- what the caller passed ------------------------------------------------------------------
 
     def note_targets(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
-        """Note where the prompt ends: answers and drafts must not influence what is kept."""
+        """Note where the prompts end, because answers and drafts must not influence selections."""
         scored = argument(module, args, kwargs, "logits_to_keep")
         self.given = replace(
             self.given,
@@ -237,7 +236,7 @@ class Session(threading.local):
         if ids is None and embeds is None and args:
             raise UserError(
                 f"the arguments of {type(module).__name__}.forward were replaced by ones without a "
-                "name, so that input_ids cannot be told; call it with input_ids=..."
+                "name, so that input_ids cannot be found; call it with input_ids=..."
             )
         outputs = argument(module, args, kwargs, "mm_encoder_outputs") or {}
         for modality, calls in self.seen.items():
@@ -267,7 +266,7 @@ class Session(threading.local):
         return found
 
     def forget(self, *_: Any) -> None:
-        """Drop what this forward was given; the next one has nothing to do with it."""
+        """Drop what was passed to this forward."""
         self.given = Given()
         for calls in self.seen.values():
             calls.clear()
@@ -278,7 +277,7 @@ class Session(threading.local):
         """Find the images, select in front of the language model, and open the account."""
         self.current = self.reported = None
         embeds = argument(module, args, kwargs, "inputs_embeds")
-        if embeds is None:  # the language model is used by itself
+        if embeds is None:  # the caller runs the language model alone
             return None
         plan, changed = self.plan, dict(kwargs)
         if "past_key_values" in changed:  # the old name is still understood
@@ -302,7 +301,7 @@ class Session(threading.local):
         return args, changed
 
     def _check_images(self, state: Pass, embeds: Tensor, cache: Cache | None) -> None:
-        """Raise `UserError` for placeholders without images, and warn where images are unseen."""
+        """Raise `UserError` for placeholders without images; warn of images that it cannot find."""
         rows, width = embeds.shape[:2]
         if self.plan.selects and not state.spans:
             if state.given.ids is None and not state.continued and width > 1:
@@ -351,7 +350,7 @@ class Session(threading.local):
                 refuse_beyond_window(embeds.shape[1], window_of(config))
 
     def _begin_prefix(self, state: Pass, changed: Kwargs) -> None:
-        """Tell the prefix which prompts run, if contexts share one."""
+        """Pass the prompts to the prefix, if this context shares one."""
         if self.repeating is None:
             return
         prompts: list[Any] = []
@@ -405,7 +404,7 @@ class Session(threading.local):
     def layer(
         self, index: int, module: nn.Module, args: Any, kwargs: Kwargs
     ) -> tuple[Any, Kwargs] | None:
-        """Select in front of decoder layer ``index``, and tell it what is left."""
+        """Select in front of decoder layer ``index``, and pass it what is left."""
         state, plan = self.current, self.plan
         if state is None:
             return None
@@ -426,10 +425,11 @@ class Session(threading.local):
         return args, {**changed, "hidden_states": hidden}
 
     def _once(self, state: Pass, index: int) -> Once:
-        """Computes what it is given; in front of the first cut once for all that share a prefix."""
-        if self.repeating is None or index != min(self.plan.inside):
+        """What runs a computation; in front of the first cut, once for all that share a prefix."""
+        repeating = self.repeating
+        if repeating is None or index != min(self.plan.inside):
             return lambda what, look: look()
-        return lambda what, look: self.repeating.once((index, what), state.attended, look)
+        return lambda what, look: repeating.once((index, what), state.attended, look)
 
     # -- behind the language model ---------------------------------------------------------------
 
