@@ -723,7 +723,7 @@ def _tells_of_every_prompt(patch: pytest.MonkeyPatch) -> None:
 
 
 def _tells_too_early(original: Any, self: Session, state: Pass, *args: Any) -> Any:
-    self.trace._tell(self.trace._told._replace(selections=state.selections))
+    self.trace.prefill = self.trace.prefill._replace(selections=state.selections)
     return original(self, state, *args)
 
 

@@ -143,7 +143,7 @@ def compress(
         adapter.check(one, extra_signals)
     if len(rows) > 1:
         _check_rows(rows)
-    trace = Trace()
+    trace = Trace(adapter.fit)
     session = Session(adapter, rows, extra_signals, prefix, trace)
     with _entering:
         if adapter.base in _active:
@@ -942,7 +942,7 @@ class Session(threading.local):
                 )
             return made
 
-        self.trace._tell(Prefill(state.selections, bool(state.spans), ledgers))
+        self.trace.prefill = Prefill(state.selections, bool(state.spans), ledgers)
 
     def _warn_blind(self) -> None:
         warnings.warn(
