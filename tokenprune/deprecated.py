@@ -154,7 +154,7 @@ def moved_names(module: str) -> Callable[[str], Any]:
 def _renamed(given: Mapping[str, Any], names: Mapping[str, str], what: str) -> dict[str, Any]:
     found = dict(given)
     for old, new in names.items():
-        if old in found and new not in found:
+        if old in found:  # in `dataclasses.replace` beside the new one
             warn(f"{what}{old}=", f"{new}=", stacklevel=4)
             found[new] = found.pop(old)
     return found
