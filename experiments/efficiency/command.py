@@ -21,7 +21,6 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.efficiency import run as experiment
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import has_retention, method_specs, ratios, registered
 from tokenprune.units import bytes_unit, flops_unit, percent
@@ -93,6 +92,7 @@ def efficiency(
         from tokenprune.experiments.common import files, grid, plots, provenance
         from tokenprune.experiments.common.limits import check_number
         from tokenprune.experiments.efficiency import figures
+        from tokenprune.experiments.efficiency import run as experiment
         from tokenprune.models.checkpoints import device_of
 
         quiet()
