@@ -24,7 +24,7 @@ from tokenprune.testing.host import Host
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 SPECS = [
-    *tp.available(),
+    *tp.list_methods(),
     *("uniform:pattern=dispersed", "fastv:allocator=globalcom2", "feature-norm:allocator=max"),
     *("sparsevlm:version=2.0", "prumerge:adaptive=true", "cdpruner:relevance=text"),
     *("dycoke:official=true", "hired:official=true", "dart:official=true"),

@@ -22,7 +22,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.plugins import import_plugins
-from tokenprune.spec import method_specs, ratios, registered, says_retention
+from tokenprune.spec import has_retention, method_specs, ratios, registered
 from tokenprune.units import bytes_unit, flops_unit, percent
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ def convert(
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) > 1:
             raise UserError(f"give one target, not {' and '.join('--' + name for name in given)}.")
-        own = says_retention(method)
+        own = has_retention(method)
         if own == bool(given):
             raise UserError(
                 f"{method!r} needs a retention (fastv@0.25) or a target (--tokens, --flops or "

@@ -24,7 +24,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.plugins import import_plugins
-from tokenprune.spec import method_specs, ratios, split_specs
+from tokenprune.spec import method_specs, ratios, split
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def positional_bias(
         if retention:
             asked["retention"] = ratios(retention)
         if conditions:
-            asked["conditions"] = tuple(split_specs(conditions))
+            asked["conditions"] = tuple(split(conditions))
 
         from tokenprune.experiments.positional_bias.run import Request
 

@@ -24,7 +24,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
-from tokenprune.spec import split_specs
+from tokenprune.spec import split
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def pairs(
 
         check_number("seed", seed)
         kind = kind or OVERALL
-        labels = tuple(split_specs(methods or ()))
+        labels = tuple(split(methods or ()))
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
         notes: list[str] = []

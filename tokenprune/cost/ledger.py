@@ -21,8 +21,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
+from tokenprune.display import html_table
+from tokenprune.units import bytes_unit, flops_unit, percent
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tokenprune.layout import TokenLayout
 
 __all__ = [
@@ -119,6 +123,35 @@ class Ledger:
     def figures(self) -> dict[str, float]:
         """All single numbers of the ledger except `requested`, by name (`FIGURES`)."""
         return {name: getattr(self, name) for name in FIGURES}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row: ``requested``, ``realised`` and all `figures`."""
+        import pandas as pd
+
+        row = {"requested": self.requested, "realised": self.realised, **self.figures}
+        return pd.DataFrame([row])
+
+    def _shown(self) -> dict[str, str]:
+        """The main figures with their units."""
+        unit, scale = flops_unit(self.uncompressed_flops)
+        kv_unit, kv_scale = bytes_unit(self.kv_bytes)
+        return {
+            "patch tokens": f"{self.kept_patches} of {self.patch_tokens}",
+            "visual tokens per layer": f"{self.layer_average:.1f}",
+            "prefill": (
+                f"{self.flops / scale:.3g} of {self.uncompressed_flops / scale:.3g} {unit} "
+                f"({percent(self.flops / (self.uncompressed_flops or 1), 1)})"
+            ),
+            "KV cache": f"{self.kv_bytes / kv_scale:.3g} {kv_unit}",
+        }
+
+    def __repr__(self) -> str:
+        return f"Ledger({', '.join(f'{name}: {text}' for name, text in self._shown().items())})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        title = f"Ledger: retention {self.requested:g} requested, {self.realised:.3g} realised"
+        return html_table(title, self._shown())
 
 
 def _fields(kind: str) -> tuple[str, ...]:

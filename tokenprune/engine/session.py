@@ -129,7 +129,7 @@ def compress(
         adapter.check(one, extra_signals)
     if len(rows) > 1:
         check_rows(rows)
-    trace = Trace()
+    trace = Trace(adapter.fit)
     session = Session(Plan(adapter, rows, extra_signals), prefix, trace)
     whole = model if isinstance(model, nn.Module) else adapter.model
     with _alone(adapter.base), eagerly(whole), session.installed():
@@ -463,4 +463,4 @@ class Session(threading.local):
 
     def report(self, state: Pass, size: int) -> None:
         """Give the trace the report on a forward that is over, of ``size`` bytes a number."""
-        self.trace._tell(state.prefill(size))
+        self.trace.prefill = state.prefill(size)
