@@ -18,7 +18,7 @@ from transformers import LlavaNextForConditionalGeneration, SiglipVisionConfig
 
 from tokenprune.adapter import adapter_of
 from tokenprune.models.llava_next import LlavaNext
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 settings.register_profile(
     "tokenprune",

@@ -11,7 +11,7 @@ import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.ablation.run import PAPER, differences, figure, parse_sweep
-from tokenprune.experiments.common.statistics import mcnemar
+from tokenprune.experiments.common.intervals import mcnemar
 from tokenprune.experiments.common.summary import OVERALL
 
 

@@ -13,7 +13,7 @@ from tokenprune.engine.session import compress
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
 from tokenprune.models.loading import load
-from tokenprune.testing.hosts import example
+from tokenprune.testing.host import example
 
 pytestmark = [
     pytest.mark.skipif("testbed-next" not in testbed.names(), reason="the testbed is not built"),

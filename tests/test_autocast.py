@@ -17,7 +17,7 @@ from tokenprune.signals import Signal
 from tokenprune.spec import create, parse
 from tokenprune.strategies.tome import ToMe
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import Host, hosts
+from tokenprune.testing.host import Host, hosts
 from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")

@@ -11,10 +11,10 @@ import tokenprune as tp
 from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
 from tokenprune.engine.tower import running
 from tokenprune.errors import UserError
-from tokenprune.experiments.benchmarks import record, selection, tower
+from tokenprune.experiments.benchmarks import selection, tower
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.prefill import TOY
-from tokenprune.experiments.benchmarks.record import Figure, changes, save, table
+from tokenprune.experiments.benchmarks.record import Figure, changes, record, save, table
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,

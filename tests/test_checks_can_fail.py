@@ -6,7 +6,7 @@ import pytest
 from broken import FAULTS, SOUND, Fault
 
 from tokenprune.testing.asserting import Check
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.testing.runner import CHECKS
 from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 

@@ -325,7 +325,7 @@ def test_every_number_of_the_ledger_is_in_the_tables(
     finished: setting.Outcome, folder: Path
 ) -> None:
     adapter = tp.load("testbed-next")
-    item = module.data.held_out(1, seed=0)[0]
+    item = held_out(1, seed=0)[0]
     method = tp.create("uniform", retention=0.25)
     with tp.compress(adapter.model, method) as trace, torch.no_grad():
         adapter.model(**adapter.prepare([item.images[0].open()], [item.question]))
@@ -345,7 +345,7 @@ def test_the_answers_are_those_of_a_plain_generate(finished: setting.Outcome, fo
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet")
     given = frame[frame["method"] == "fastv"].set_index("question_id")["answer"]
-    for item in module.data.held_out(3, seed=0):
+    for item in held_out(3, seed=0):
         inputs = adapter.prepare([item.images[0].open()], [item.question])
         with tp.compress(adapter.model, tp.create("fastv", layer=3, retention=0.25)):
             ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -358,7 +358,7 @@ def test_divergence_is_that_of_the_answer_tokens_distribution(
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
     fastv = tp.create("fastv", layer=3, retention=0.25)
-    for item in module.data.held_out(3, seed=0):
+    for item in held_out(3, seed=0):
         inputs = adapter.prepare([item.images[0].open()], [item.question])
         probabilities = []
         for compressor in (None, fastv):
@@ -384,7 +384,7 @@ def test_the_references_see_no_image_and_the_thumbnail_alone(
 ) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
-    for item in module.data.held_out(4, seed=0):
+    for item in held_out(4, seed=0):
         blind, low = (frame.loc[(name, item.id)] for name in ("image-free", "thumbnail-only"))
         assert (blind["patch_tokens"], blind["kept_patches"]) == (0, 0)
         assert (low["kept_patches"], low["kept_separators"]) == (49, 0)
@@ -540,7 +540,7 @@ def test_the_default_folder_says_what_was_asked_and_never_clashes(
 
 def test_own_questions(tmp_path: Path) -> None:
     lines = []
-    for item in module.data.held_out(4, seed=5):
+    for item in held_out(4, seed=5):
         name = f"{item.images[0].id}.png"
         item.images[0].open().save(tmp_path / name)
         fields = {"image": name, "question": item.question, "answer": item.answer}
@@ -562,7 +562,7 @@ def test_own_questions(tmp_path: Path) -> None:
 def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
     """A torn image, one that is not there, marks that do not fit, and frames of two sizes."""
     lines = []
-    for number, item in enumerate(module.data.held_out(6, seed=5)):
+    for number, item in enumerate(held_out(6, seed=5)):
         item.images[0].open().save(tmp_path / f"{number}.png")
         fields = {"image": f"{number}.png", "question": item.question, "answer": item.answer}
         lines.append(json.dumps(fields | {"id": f"q{number}"}))

@@ -16,7 +16,7 @@ from tokenprune.errors import UserError
 from tokenprune.registry import adapters
 from tokenprune.spec import create, parse
 from tokenprune.testing.asserting import Check
-from tokenprune.testing.hosts import DECODERS, RETENTION, example, hosts
+from tokenprune.testing.host import DECODERS, RETENTION, example, hosts
 from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run
 from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 

@@ -23,7 +23,7 @@ from tokenprune.experiments.common.deadline import TimeLimit, check_time_limit, 
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.setting import Request
 from tokenprune.experiments.compare.run import compare
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

@@ -19,7 +19,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

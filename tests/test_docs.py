@@ -9,7 +9,7 @@ import pytest
 
 from tokenprune.registry import adapters
 from tokenprune.spec import create
-from tokenprune.testing.hosts import RETENTION, Host
+from tokenprune.testing.host import RETENTION, Host
 from tokenprune.testing.runner import MODEL_CHECKS, run
 
 DOCS = Path(__file__).parent.parent / "docs"

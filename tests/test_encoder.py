@@ -34,7 +34,7 @@ from tokenprune.spec import create, parse
 from tokenprune.strategies.tome import schedule
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.context_checks import check_restores_model, fingerprint
-from tokenprune.testing.hosts import ROWS, Host, hosts
+from tokenprune.testing.host import ROWS, Host, hosts
 from tokenprune.testing.model_checks import (
     check_batch_equals_single,
     check_equals_reference,

@@ -24,7 +24,7 @@ from tokenprune.errors import UserError
 from tokenprune.models.llava_next import LlavaNext
 from tokenprune.spec import create, parse
 from tokenprune.testing import model_checks
-from tokenprune.testing.hosts import Host, Row
+from tokenprune.testing.host import Host, Row
 from tokenprune.testing.reference import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -66,7 +66,7 @@ def test_odd_images(method: Compressor, monkeypatch: pytest.MonkeyPatch) -> None
         Row(((13, 17),), 0),
         Row((), 1),
     )
-    for module in ("hosts", "reference"):
+    for module in ("host", "reference"):
         monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", rows)
     host = Host.tiny("LLaVA-NeXT", "mistral")
     inputs = host.inputs((0, 1, 2, 3))

@@ -19,7 +19,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.models.loading import adapter_without_weights, published_config
 from tokenprune.models.published import KNOWN
 from tokenprune.strategies.tome import schedule
-from tokenprune.testing.hosts import ROWS, Host, Row, hosts
+from tokenprune.testing.host import ROWS, Host, Row, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -61,7 +61,7 @@ def test_forecast_is_what_the_engine_does(
     method: Compressor, name: str, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images, videos and both; exact to the last FLOP and byte unless content decides."""
-    for module in ("hosts", "reference"):
+    for module in ("host", "reference"):
         monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", PROMPTS)
     host = HOSTS[name]
     try:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.cost.ledger import FIGURES
-from tokenprune.experiments.common.statistics import (
+from tokenprune.experiments.common.intervals import (
     holm,
     mcnemar,
     paired_bootstrap,

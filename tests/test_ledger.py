@@ -19,7 +19,7 @@ from tokenprune.engine.cache import CACHE
 from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.spec import create, parse
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

@@ -33,7 +33,7 @@ from tokenprune.plugins import own_class
 from tokenprune.registry import strategies
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 DIGITS = "9" * 4301  # more than Python reads as a number
 NO_NUMBERS = ("nan", "inf", "-inf", "1e400", str(10**20), f"-{10**20}", DIGITS, f"-{DIGITS}")

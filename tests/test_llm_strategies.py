@@ -29,7 +29,7 @@ from tokenprune.spec import create
 from tokenprune.strategies.fitprune import fit
 from tokenprune.strategies.pact import GLOBAL, KEYS
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 
 

@@ -14,7 +14,7 @@ from tokenprune.adapter import Adapter, adapter_of
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
 from tokenprune.models.testbed.scenes import questions
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tokenprune.testing.generation_checks import (
     check_cache_agrees,
     check_generate_batch_equals_single,
 )
-from tokenprune.testing.hosts import Host, hosts
+from tokenprune.testing.host import Host, hosts
 from tokenprune.testing.model_checks import (
     check_batch_equals_single,
     check_equals_reference,

@@ -18,7 +18,7 @@ import tokenprune as tp
 from tokenprune.engine.session import compress
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.offload import applied, execution_device, resident
-from tokenprune.testing.hosts import Host, hosts
+from tokenprune.testing.host import Host, hosts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning"),

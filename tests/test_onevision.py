@@ -34,7 +34,7 @@ from tokenprune.models.llava_onevision import LlavaOnevision
 from tokenprune.ops.spatial import summary_distance
 from tokenprune.signals import Signal
 from tokenprune.spec import create
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.testing.runner import MODEL_CHECKS, run
 from tokenprune.tokens import VisualTokens
 

@@ -17,7 +17,7 @@ from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import CPU, OTHER, SecondDevice, where
 from tokenprune.spec import create, parse
-from tokenprune.testing.hosts import Host, hosts
+from tokenprune.testing.host import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

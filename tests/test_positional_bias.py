@@ -31,6 +31,16 @@ from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.positional_bias import analysis, figures
 from tokenprune.experiments.positional_bias.analysis import Result, positional_bias, selector_bias
 from tokenprune.experiments.positional_bias.command import _p_value, tables
+from tokenprune.experiments.positional_bias.estimates import (
+    _without_rounding,
+    agreement,
+    equivariance,
+    paired_bias,
+    profiles,
+    sign_flip,
+    slope,
+    statistics,
+)
 from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
     CROPS,
@@ -42,16 +52,6 @@ from tokenprune.experiments.positional_bias.rearrange import (
     paired,
 )
 from tokenprune.experiments.positional_bias.run import Request, run
-from tokenprune.experiments.positional_bias.statistics import (
-    _without_rounding,
-    agreement,
-    equivariance,
-    paired_bias,
-    profiles,
-    sign_flip,
-    slope,
-    statistics,
-)
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.registry import strategies
 from tokenprune.synthetic import sample_tokens

@@ -9,7 +9,7 @@ import tokenprune as tp
 from tokenprune.engine.rankings import noting
 from tokenprune.ops.ranking import top_per_view
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import example, hosts
+from tokenprune.testing.host import example, hosts
 from tokenprune.testing.strategy_checks import LAYOUTS
 
 

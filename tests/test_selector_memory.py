@@ -41,7 +41,7 @@ from tokenprune.experiments.common.timing import allocations, peak_memory
 from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 
 IMAGE = TokenLayout.anyres((2, 2), (12, 12), (0, 24, 0, 24))

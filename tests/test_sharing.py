@@ -21,7 +21,7 @@ from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.compare import sharing
 from tokenprune.experiments.compare.loop import run
 from tokenprune.experiments.compare.runner import ModelRunner
-from tokenprune.testing.hosts import Host, hosts
+from tokenprune.testing.host import Host, hosts
 
 INSIDE = ("fastv:layer=1", "fastv", "dart:layer=2", "pyramiddrop", "sparsevlm")
 IN_FRONT = ("uniform", "globalcom2", "spatial-pool", "divprune")

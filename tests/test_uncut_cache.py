@@ -14,7 +14,7 @@ from tokenprune.engine.cache import is_pruned
 from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.spec import create, parse
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 
 NOTHING = [
     create("uniform", retention=1.0),

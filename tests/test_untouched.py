@@ -18,7 +18,7 @@ from tokenprune.errors import ContractError
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 from tokenprune.untouched import digest, shown
 

@@ -19,10 +19,10 @@ import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.cells import Cell
+from tokenprune.experiments.common.intervals import wilson
 from tokenprune.experiments.common.questions import held_out, read_jsonl
 from tokenprune.experiments.common.references import KeepViews, region_sizes
 from tokenprune.experiments.common.setting import Request, prepare, with_crops
-from tokenprune.experiments.common.statistics import wilson
 from tokenprune.experiments.common.summary import OVERALL
 from tokenprune.experiments.complementarity import run as complementary
 from tokenprune.experiments.crop_importance import run as importance

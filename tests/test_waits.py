@@ -17,7 +17,7 @@ from tokenprune.experiments.benchmarks.watching import host_waits
 from tokenprune.layout import TokenLayout
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.hosts import Host, hosts
+from tokenprune.testing.host import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

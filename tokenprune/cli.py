@@ -178,7 +178,7 @@ def _auditee(method: str, retention: float) -> Compressor:
 
 def _refuse_without_host(compressor: Compressor) -> None:
     """Raise `UserError` if no tiny model has what the method needs."""
-    from tokenprune.testing.hosts import hosts, refusal
+    from tokenprune.testing.host import hosts, refusal
 
     refusals = [refusal(host, compressor) for host in hosts(["llama"])]
     if all(refusals):
@@ -188,7 +188,7 @@ def _refuse_without_host(compressor: Compressor) -> None:
 def _audit(compressor: Compressor) -> int:
     """Run every check and show how it went; how many failed."""
     from tokenprune.errors import RetentionWarning
-    from tokenprune.testing.hosts import hosts
+    from tokenprune.testing.host import hosts
     from tokenprune.testing.runner import CHECKS, run
 
     console = Console()

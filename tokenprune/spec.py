@@ -57,6 +57,8 @@ def parse(spec: str, /, **fields: Any) -> Compressor:
         UserError: As `create` and `Chain.of`, the text is not of that form or far too long, or a
             field is given twice.
     """
+    from tokenprune.compressor import Chain
+
     if len(spec) > _LONGEST:
         raise UserError(
             f"a method of {len(spec)} characters, {spec[:40]!r} and so on, is too long; write at "

@@ -22,10 +22,10 @@ from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.csv_files import write_csv
 from tokenprune.experiments.common.files import replace_file
+from tokenprune.experiments.common.intervals import holm
 from tokenprune.experiments.common.plots import INK, MARKERS, style, titles
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.setting import Outcome, Request, prepare
-from tokenprune.experiments.common.statistics import holm
 from tokenprune.experiments.common.summary import OVERALL, compared
 from tokenprune.experiments.compare.run import compare
 from tokenprune.progress import Report

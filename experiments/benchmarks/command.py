@@ -56,8 +56,13 @@ def benchmark(
     Exit status: 0 done, 1 something has become worse than in the file of --against, 2 bad input.
     """
     with as_exit_status():
-        from tokenprune.experiments.benchmarks import record
-        from tokenprune.experiments.benchmarks.record import BENCHMARKS, changes, save, table
+        from tokenprune.experiments.benchmarks.record import (
+            BENCHMARKS,
+            changes,
+            record,
+            save,
+            table,
+        )
         from tokenprune.experiments.common.files import check_file
 
         quiet()

@@ -52,14 +52,14 @@ _ASIDE = {
         for name in (
             *("answers", "bench", "cells", "conversion", "csv_files", "files", "journal"),
             *("patch_boxes", "plots", "prompt", "provenance", "reading", "run_folder"),
-            *("statistics", "summary"),
+            *("intervals", "summary"),
         )
     ),
     *(
         f"tokenprune.experiments.{name}"
         for name in (
             *("compare.figures", "compare.matching", "efficiency.figures", "efficiency.run"),
-            *("positional_bias.figures", "positional_bias.statistics"),
+            *("positional_bias.figures", "positional_bias.estimates"),
         )
     ),
 }
@@ -79,6 +79,8 @@ _NO_DATA = {".py", ".pyc", ".pyi", ".md", ".rst"}
 
 _RUN = ("manifest.json", "answers.jsonl")
 
+_ENGINE = "tokenprune.engine.session"  # loaded on first use, so that no import leads to it
+
 
 def answer_files(
     model: Path | None,
@@ -95,7 +97,7 @@ def answer_files(
     Returns:
         The files of ``weights``, ``processor`` and ``code``.
     """
-    return {**model_files(model), "code": code_files(compressors, others)}
+    return {**model_files(model), "code": code_files(compressors, {*others, _ENGINE})}
 
 
 def digests(files: Mapping[str, Files]) -> dict[str, str | None]:

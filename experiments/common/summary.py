@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from tokenprune.cost.ledger import FIGURES
-from tokenprune.experiments.common.statistics import (
+from tokenprune.experiments.common.intervals import (
     holm,
     mcnemar,
     paired_bootstrap,

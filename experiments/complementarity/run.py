@@ -15,10 +15,10 @@ from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.csv_files import write_csv
 from tokenprune.experiments.common.files import replace_file
+from tokenprune.experiments.common.intervals import bootstrap_ratio, wilson
 from tokenprune.experiments.common.references import CROPS_ONLY, KeepViews
 from tokenprune.experiments.common.run_folder import IMAGE_FREE, THUMBNAIL_ONLY, UNCOMPRESSED
 from tokenprune.experiments.common.setting import Outcome, Request, prepare, with_crops
-from tokenprune.experiments.common.statistics import bootstrap_ratio, wilson
 from tokenprune.experiments.common.summary import OVERALL, compared
 from tokenprune.experiments.compare.run import compare
 from tokenprune.progress import Report

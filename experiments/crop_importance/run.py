@@ -27,12 +27,12 @@ from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.csv_files import write_csv
 from tokenprune.experiments.common.files import replace_file
+from tokenprune.experiments.common.intervals import wilson
 from tokenprune.experiments.common.plots import FAINT, INK, style, titles
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.references import region_sizes
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.setting import Outcome, Request, Setting, prepare, with_crops
-from tokenprune.experiments.common.statistics import wilson
 from tokenprune.experiments.common.summary import OVERALL, compared
 from tokenprune.experiments.compare.run import compare
 from tokenprune.layout import TokenLayout

@@ -22,6 +22,7 @@ from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments.common.cells import Failure
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.positional_bias.estimates import NORMAL, profiles, statistics
 from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
     CROPS,
@@ -37,7 +38,6 @@ from tokenprune.experiments.positional_bias.rearrange import (
     paired,
 )
 from tokenprune.experiments.positional_bias.rows import Parts, Rows, Skip, joined
-from tokenprune.experiments.positional_bias.statistics import NORMAL, profiles, statistics
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.progress import Report
 from tokenprune.signals import Signal

@@ -161,7 +161,7 @@ def _remarks(outcome: Outcome) -> Iterator[str]:
 
 def tables(statistics: pd.DataFrame) -> Iterator[Table]:
     """The findings as tables of at most 80 columns: in short, then condition by condition."""
-    from tokenprune.experiments.positional_bias.statistics import ALL, NORMAL
+    from tokenprune.experiments.positional_bias.estimates import ALL, NORMAL
 
     for modality, part in statistics.groupby("modality", sort=False, observed=True):
         yield _overview(part, str(modality))
@@ -171,7 +171,7 @@ def tables(statistics: pd.DataFrame) -> Iterator[Table]:
 
 
 def _overview(statistics: pd.DataFrame, modality: str) -> Table:
-    from tokenprune.experiments.positional_bias.statistics import ALL, NORMAL
+    from tokenprune.experiments.positional_bias.estimates import ALL, NORMAL
 
     slot = "frame" if modality == "video" else "crop"
     turned = "reversed-frames" if modality == "video" else "reversed-crops"

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from tokenprune.experiments.common.plots import FAINT, INK, style, titles
+from tokenprune.experiments.positional_bias.estimates import ALL, NORMAL, profiles
 from tokenprune.experiments.positional_bias.rearrange import CONDITIONS, REVERSED
-from tokenprune.experiments.positional_bias.statistics import ALL, NORMAL, profiles
 
 __all__ = [
     "by_place",

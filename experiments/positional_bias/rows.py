@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from tokenprune.experiments.common.files import replace_file
+from tokenprune.experiments.positional_bias.estimates import NORMAL
 from tokenprune.experiments.positional_bias.rearrange import CONDITIONS, LEVELS
-from tokenprune.experiments.positional_bias.statistics import NORMAL
 from tokenprune.layout import Kind
 
 __all__ = [

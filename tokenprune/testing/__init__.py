@@ -1,6 +1,6 @@
 """The contract of strategies and adapters, as checks that run without pytest."""
 
-from tokenprune.testing.hosts import Host, example, hosts, refusal
+from tokenprune.testing.host import Host, example, hosts, refusal
 from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run
 from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenprune.compressor import Chain, Compressor, Selection
 from tokenprune.engine.trace import Trace
 from tokenprune.errors import RetentionWarning, UserError
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 
 __all__ = [

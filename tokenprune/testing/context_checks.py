@@ -26,7 +26,7 @@ from tokenprune.testing.asserting import (
     assert_same_kept,
     kept_in,
 )
-from tokenprune.testing.hosts import Host
+from tokenprune.testing.host import Host
 from tokenprune.testing.reference import images_by_hand
 
 __all__ = [

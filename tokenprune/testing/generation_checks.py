@@ -18,7 +18,7 @@ from tokenprune.testing.asserting import (
     columns_on,
     kept_in,
 )
-from tokenprune.testing.hosts import ROWS, Host, tiny_host
+from tokenprune.testing.host import ROWS, Host, tiny_host
 from tokenprune.testing.reference import reference
 
 __all__ = [

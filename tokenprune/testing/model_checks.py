@@ -43,7 +43,7 @@ from tokenprune.testing.asserting import (
     vision_products,
     with_fields,
 )
-from tokenprune.testing.hosts import ROWS, Host
+from tokenprune.testing.host import ROWS, Host
 from tokenprune.testing.reference import reference
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
 def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None:
     """Invariant 1: R = 1 gives bit-identical logits and ids, as long as all separators stay."""
     compressor = with_fields(compressor, separators="all")
-    for fields in ({}, {"positions": "compact"}, {"positions": "original"}):
+    for fields in ({}, {"position_ids": "compact"}, {"position_ids": "original"}):
         full = with_fields(compressor, retention=1.0, **fields)
         for side in ("left", "right"):
             inputs = host.inputs(side=side)
@@ -331,13 +331,15 @@ def check_positions(compressor: Compressor, host: Host) -> None:
                 got = host.logits(host.inputs([row]))
             wanted = reference(host, chosen, row)
             for index, (call, want) in enumerate(zip(calls, wanted.positions, strict=True)):
-                what = f"positions={positions}, row {row}, layer {index}, position ids"
+                what = f"position_ids={positions}, row {row}, layer {index}, position ids"
                 assert_same(call.positions.expand(1, -1)[0], want, what)
                 if positions == "compact":
                     assert_same(want, torch.arange(len(want)), f"{what} of the reference")
                 if positions == "original" and index == len(calls) - 1:
                     assert_same(want, wanted.columns, f"{what} of the reference")
-            assert_close(got[0, -1], wanted.logits[-1], f"positions={positions}, row {row}, logits")
+            assert_close(
+                got[0, -1], wanted.logits[-1], f"position_ids={positions}, row {row}, logits"
+            )
 
 
 def check_inputs_untouched(compressor: Compressor, host: Host) -> None:

@@ -14,7 +14,7 @@ from tokenprune.compressor import Compressor, Stage
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.signals import Signal
-from tokenprune.testing.hosts import ROWS, Host
+from tokenprune.testing.host import ROWS, Host
 from tokenprune.testing.reference_tower import (
     clusters_by_hand,
     features_by_hand,

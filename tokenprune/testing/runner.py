@@ -33,7 +33,7 @@ from tokenprune.testing.generation_checks import (
     check_static_cache_refused,
     check_turns_with_labels,
 )
-from tokenprune.testing.hosts import RETENTION, Host, hosts, refusal
+from tokenprune.testing.host import RETENTION, Host, hosts, refusal
 from tokenprune.testing.model_checks import (
     check_batch_equals_single,
     check_bfloat16,

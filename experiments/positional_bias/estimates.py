@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from tokenprune.experiments.common.statistics import paired_bootstrap
+from tokenprune.experiments.common.intervals import paired_bootstrap
 from tokenprune.experiments.positional_bias.rearrange import EXCHANGED
 
 __all__ = [
