@@ -18,7 +18,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback
 from tokenprune.texts import is_whole, printable
 
 __all__ = [
@@ -114,7 +114,7 @@ def quiet() -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[ProgressCallback]:
     """A progress bar on standard error, which warnings do not tear apart."""
     console = Console(stderr=True)
     bar = Progress(

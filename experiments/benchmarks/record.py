@@ -15,12 +15,12 @@ from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.csv_files import read_csv, write_csv
 from tokenprune.experiments.common.files import replace_file
 from tokenprune.experiments.common.provenance import environment
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = ["BENCHMARKS", "Figure", "changes", "record", "save", "table"]
 
 BENCHMARKS = ("sharing", "selection", "prefill", "growth")
-"""Modules of this package with ``measure(quick, device, report)``."""
+"""Modules of this package with ``measure(quick, device, progress)``."""
 
 KEY = ["benchmark", "case", "figure"]
 NOTICEABLE = 0.1  # share by which a figure may move from run to run
@@ -61,7 +61,7 @@ def record(
     *,
     quick: bool = False,
     device: str = "cpu",
-    report: Report = lambda *_: None,
+    progress: ProgressCallback = silent,
 ) -> pd.DataFrame:
     """Run benchmarks: one row per figure, with the machine, versions and date in every row.
 
@@ -69,7 +69,7 @@ def record(
         names: Which of `BENCHMARKS`.
         quick: Toy sizes, to see that everything runs; the figures mean nothing.
         device: ``cpu`` or ``cuda``.
-        report: Called with what is being measured.
+        progress: Called with what is being measured.
 
     Raises:
         UserError: An unknown benchmark, or a device that is not there.
@@ -87,7 +87,7 @@ def record(
         ).measure
 
         def tell(doing: str, done: int = done, name: str = name) -> None:
-            report(done, len(names), f"{name}: {doing}")
+            progress(done, len(names), f"{name}: {doing}")
 
         for figure in measure(quick, device, tell):
             if quick:
