@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import tokenprune as tp
+import tokenprune.strategies
 from tokenprune.adapter import adapter_of
 from tokenprune.compressor import Chain, Compressor, Selection
 from tokenprune.engine.session import compress
@@ -50,7 +50,7 @@ def test_a_file_in_the_folder_is_enough(package: Path) -> None:
 
 
 def test_every_file_of_the_real_folder_registers_something() -> None:
-    folder = Path(tp.__file__).parent / "strategies"
+    folder = Path(tokenprune.strategies.__file__).parent
     files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
     modules = {strategies.get(name).__module__.rsplit(".", 1)[1] for name in strategies.names()}
     assert files == modules
