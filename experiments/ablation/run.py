@@ -17,10 +17,10 @@ from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.csv_files import write_tables
+from tokenprune.experiments.common.intervals import holm
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.request import QuestionRequest, comparison
 from tokenprune.experiments.common.setting import prepare
-from tokenprune.experiments.common.statistics import holm
 from tokenprune.experiments.common.summary import compared
 from tokenprune.experiments.compare import run as compare
 from tokenprune.progress import ProgressCallback, silent

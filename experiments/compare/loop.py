@@ -72,7 +72,6 @@ def run(
     encodings = Encodings(runner, _signals(todo, towers))
     failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
     total = len(todo) * len(questions)
-
     for index, batch in enumerate(batches):
         lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
         for tower in dict.fromkeys(towers[key] for key in lacking):
@@ -86,9 +85,8 @@ def run(
             left = [key for key in todo if towers[key] == tower and key not in failing.out]
             there = [item for item in batch if (tower, item) in encodings]
             if there and not set(left).isdisjoint(lacking):
-                desk = _Desk(
-                    entering, failing, encodings, tower, there, timeout, warned, total, progress
-                )
+                common = (timeout, warned, total, progress)
+                desk = _Desk(entering, failing, encodings, tower, there, *common)
                 desk.serve_all(plan, [todo[key] for key in left])
         encodings.keep({image for image, last in last_use.items() if last > index})
     failing.settle()

@@ -119,8 +119,7 @@ def matched_cells(
     uniform = tp.create("uniform", retention=0.5)
     methods = [one for spec in specs if (one := _unsettled(spec)).label != uniform.label]
     may_fail = {_unsettled(spec).label for spec in optional}
-    question, prompt = _median(adapter, questions)
-    costs = _Costs(prompt, question, kind)
+    costs = _Costs(*_median(adapter, questions), kind)
     total = 1 + len(methods)
     progress(0, total, f"matching {uniform.label}")
     targets = costs.of(uniform, ratios)
@@ -136,10 +135,10 @@ def matched_cells(
             try:
                 found = solve_for(target)
             except UserError as error:
-                sentence = f"uniform at {ratio:g} sets the cost, but {error}"
                 if method.label not in may_fail:
                     raise UserError(
-                        f"{sentence} Leave the method out, or ask for a larger retention."
+                        f"uniform at {ratio:g} sets the cost, but {error} Leave the method out, or "
+                        "ask for a larger retention."
                     ) from None
                 left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
             else:
@@ -157,8 +156,8 @@ def _matched(
 class _Costs:
     """The costs of methods on the `representative` prompt of a comparison."""
 
-    def __init__(self, prompt: Prompt, question: Question, kind: MatchedCost) -> None:
-        self.prompt, self.question, self.kind = prompt, question, kind
+    def __init__(self, question: Question, prompt: Prompt, kind: MatchedCost) -> None:
+        self.prompt, self.kind = prompt, kind
         self._bench = Bench(prompt.adapter, prompt) if kind == "prefill-ms" else None
         measure: Measure = "tokens" if kind == "tokens" else "flops"
         self._measure = measure
@@ -166,7 +165,7 @@ class _Costs:
 
     def of(self, method: Compressor, ratios: Iterable[float]) -> dict[float, float]:
         """Retention ratio to the cost of ``method`` at it."""
-        price = partial(_cost, self.prompt, kind=self.kind)
+        price: Callable[[Compressor], float] = partial(_cost, self.prompt, kind=self.kind)
         if self._bench is not None:
             price = self._bench.price(method)
         return {ratio: price(replace(method, retention=ratio)) for ratio in ratios}

@@ -13,12 +13,12 @@ from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.csv_files import write_tables
+from tokenprune.experiments.common.intervals import bootstrap_ratio, wilson
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.references import CROPS_ONLY, KeepViews
 from tokenprune.experiments.common.request import QuestionRequest, comparison
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.setting import prepare, with_crops
-from tokenprune.experiments.common.statistics import bootstrap_ratio, wilson
 from tokenprune.experiments.common.summary import OVERALL, compared
 from tokenprune.experiments.compare import run as compare
 from tokenprune.experiments.complementarity.figures import SHOWN, figure

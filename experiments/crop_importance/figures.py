@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.intervals import wilson
 from tokenprune.experiments.common.plots import FAINT, INK, style, titles
-from tokenprune.experiments.common.statistics import wilson
 
 __all__ = [
     "DROPPED",

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a run: what was run, its results, and every question to look at.
 
 Everything is read from the run folder and from the files of its questions; no model is loaded.
-Where something is missing - the data file, an image, a method's package - the page says so and shows
+Where something is missing (the data file, an image, a method's package) the page says so and shows
 the rest.
 """
 
