@@ -27,6 +27,7 @@ from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.questions import Picture, Question, held_out
 from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.common.setting import check
 from tokenprune.experiments.compare import loop
 from tokenprune.experiments.compare.loop import run
 from tokenprune.experiments.compare.run import run as compare
@@ -557,7 +558,7 @@ def test_own_questions(tmp_path: Path) -> None:
 
     path.write_text("\n".join([*lines, lines[-1].replace("<image> <image>", "<image>")]))
     with pytest.raises(UserError, match=r"'line-6' cannot be asked: .* has 1 '<image>'"):
-        setting.check(request)
+        check(request)
 
 
 def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
