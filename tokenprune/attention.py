@@ -17,7 +17,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenprune.units import CHUNK
+
 __all__ = [
+    "CHUNK",
     "Projections",
     "attention_received",
     "cls_heads",
@@ -32,8 +35,6 @@ __all__ = [
     "proportional_mask",
     "rotary_product",
 ]
-
-CHUNK = 128  # queries whose attention exists at the same time in `attention_received`
 
 
 @dataclass

@@ -74,6 +74,8 @@ def parse(spec: str, /, **fields: Any) -> Compressor:
                     f"{part!r} in {spec!r} needs a retention of its own; write for instance "
                     f"{' + '.join(f'{one}@0.5' for one in parts)}."
                 )
+        from tokenprune.compressor import Chain
+
         return Chain.of(*map(parse, parts))
     spec, at, retention = spec.partition("@")
     if at and "retention" in fields:

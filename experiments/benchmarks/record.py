@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.csv_files import read_csv, write_csv
 from tokenprune.experiments.common.files import replace_file
 from tokenprune.experiments.common.provenance import environment
-from tokenprune.models.checkpoints import device_of
 from tokenprune.progress import Report
 
 __all__ = ["BENCHMARKS", "Figure", "changes", "record", "save", "table"]
@@ -79,6 +77,8 @@ def record(
     for name in names:
         if name not in BENCHMARKS:
             raise unknown("benchmark", name, BENCHMARKS)
+    from tokenprune.models.checkpoints import device_of
+
     device_of(device)
     rows: list[dict[str, Any]] = []
     for done, name in enumerate(names):
@@ -101,6 +101,8 @@ def record(
 
 
 def _machine(device: str, quick: bool) -> dict[str, Any]:
+    import torch  # not for tables that are there, nor for a command's help
+
     cuda = device.startswith("cuda")
     versions = environment()["versions"]
     return {

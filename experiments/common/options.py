@@ -14,7 +14,7 @@ import typer
 from tokenprune.console import FAILED, INTERRUPTED, OK
 
 if TYPE_CHECKING:
-    from tokenprune.experiments.common.setting import Outcome
+    from tokenprune.experiments.common.request import Outcome
 
 __all__ = [
     "BatchSize",
@@ -180,11 +180,13 @@ TrustRemoteCode = Annotated[
 
 def image_limit(pixels: int | None) -> AbstractContextManager[None]:
     """While open, ``--max-image-pixels`` holds.  Raises `UserError` if it cannot be meant."""
+    if pixels is None:
+        return nullcontext()
     from tokenprune.experiments.common.limits import check_number
     from tokenprune.pictures import pixel_limit
 
     check_number("max_image_pixels", pixels)
-    return nullcontext() if pixels is None else pixel_limit(pixels)
+    return pixel_limit(pixels)
 
 
 def stoppable() -> float:

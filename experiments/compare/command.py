@@ -32,7 +32,7 @@ from tokenprune.units import flops_unit, percent
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tokenprune.experiments.common.setting import Outcome, Request
+    from tokenprune.experiments.common.request import Outcome, Request
 
 __all__ = [
     "compare",
@@ -138,10 +138,15 @@ def compare(
         if retention:
             asked["retention"] = ratios(retention)
 
-        from tokenprune.experiments.common.setting import Request
+        from tokenprune.experiments.common.request import Request
 
         request = Request(**asked)
-        status = _check(request) if check else _compare(request)
+        if check:
+            status = _check(request)
+        elif max_image_pixels is None:
+            status = _compare(request)
+        else:  # with another limit, other images may be refused
+            status = _compare(request, again=False)
     raise typer.Exit(status)
 
 
@@ -160,14 +165,23 @@ def _check(request: Request) -> int:
     return OK
 
 
-def _compare(request: Request) -> int:
-    """Run the comparison, show it, and return the exit status."""
-    from tokenprune.experiments.compare.run import compare
+def _compare(request: Request, *, again: bool = True) -> int:
+    """Run the comparison, show it, and return the exit status.
 
-    quiet()
+    Args:
+        request: What to compare.
+        again: Whether a run that has all answers may be shown without loading the model.
+    """
+    from tokenprune.experiments.compare.finished import finished
+
     started = options.stoppable()
     with progress() as report:
-        outcome = compare(request, report)
+        outcome = finished(request, report) if again else None
+        if outcome is None:
+            from tokenprune.experiments.compare.run import compare
+
+            quiet()
+            outcome = compare(request, report)
     seconds = time.monotonic() - started
     if outcome.status == "interrupted":
         return options.interrupted(outcome)

@@ -5,10 +5,7 @@ so that the vision tower sees every image once, and an interrupted run has the s
 answered by every cell.
 """
 
-import hashlib
-import json
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -19,20 +16,21 @@ import torch
 
 from tokenprune.adapter import Adapter
 from tokenprune.experiments.common.answers import answers_frame
-from tokenprune.experiments.common.cells import Cell, Failure
+from tokenprune.experiments.common.cells import Cell, Column, Failure
 from tokenprune.experiments.common.files import WriteError
-from tokenprune.experiments.common.grid import cells, expanded
+from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.provenance import (
     DECISIVE,
     Files,
     answer_files,
+    code_roots,
     digests,
     environment,
 )
 from tokenprune.experiments.common.questions import Question, fingerprint
 from tokenprune.experiments.common.references import references
-from tokenprune.experiments.common.run_folder import RunFolder, asked_for
+from tokenprune.experiments.common.run_folder import RunFolder, asked_for, folder_name
 from tokenprune.experiments.common.setting import Outcome, Request, prepare, with_faults_noted
 from tokenprune.experiments.common.summary import summarise
 from tokenprune.experiments.compare.figures import draw
@@ -42,6 +40,7 @@ from tokenprune.experiments.compare.runner import ModelRunner
 from tokenprune.experiments.compare.sharing import together
 from tokenprune.models import testbed
 from tokenprune.progress import Report
+from tokenprune.registry import strategies
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.setting import Setting
@@ -101,15 +100,21 @@ def compare(
             adapter.check(cell.compressor)
 
     surroundings = environment()
-    files = answer_files(
-        adapter.path,
-        [cell.compressor for cell in columns if cell.compressor],
-        [type(adapter), __name__],
+    roots = code_roots(
+        [cell.compressor for cell in columns if cell.compressor], [type(adapter), __name__]
     )
+    files = answer_files(adapter.path, (), roots)
     experiment = _experiment(request, columns, questions, adapter, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
-    path = request.out or Path("runs") / _folder_name(experiment)
+    path = request.out or Path("runs") / folder_name(experiment)
     details = _details(request, adapter, path) | {"files": files} | surroundings
+    if request.match is None and not name:
+        details["finished"] = {
+            "code": roots,
+            "columns": [asdict(Column.of(cell)) for cell in columns],
+            "skipped": skipped,
+            "registered": strategies.names() if ALL in request.methods else None,
+        }
     folder = RunFolder.open(path, experiment, details)
     try:
         outcome = _fill(folder, request, columns, questions, adapter, report)
@@ -239,13 +244,3 @@ def _details(request: Request, adapter: Adapter, folder: Path) -> dict[str, Any]
     device = adapter.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {**asked_for(request, folder), "device_name": name}
-
-
-def _folder_name(experiment: dict[str, Any]) -> str:
-    """Readable, and different for different experiments, so that none is refused its folder."""
-    methods = experiment.get("name") or "+".join(experiment["methods"])
-    if len(methods) > 60:
-        methods = f"{len(experiment['methods'])}-methods"
-    parts = [Path(experiment["model"]).name, methods, f"{experiment['questions']}-questions"]
-    digest = hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
-    return re.sub(r"[^\w.+=-]+", "-", "_".join([*parts, digest[:8]]))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenprune.attention import CHUNK
+from tokenprune.units import CHUNK
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
