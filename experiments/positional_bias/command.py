@@ -132,7 +132,7 @@ def positional_bias(
             images=images,
             data=data,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
-            conditions=tuple(split(conditions)) if conditions else DEFAULT,
+            conditions=tuple(split(conditions)) if conditions else DEFAULT,  # type: ignore[arg-type]
             batch_size=batch_size,
             seed=seed,
             device=device,
