@@ -41,7 +41,7 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     frame = table(out)
     assert set(frame["benchmark"]) == {"sharing", "selection", "prefill", "growth"}
-    assert set(frame["case"]) >= {*tp.available(), "testbed-next"}
+    assert set(frame["case"]) >= {*tp.list_methods(), "testbed-next"}
     assert frame["value"].notna().all()
     for column in ("device", "machine", "torch", "transformers", "date"):
         assert frame[column].notna().all()
@@ -49,7 +49,7 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
     """Each takes rows of attention, keys or a norm, none of which is there anyway."""
     layout = TokenLayout.single((4, 4))

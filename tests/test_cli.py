@@ -32,7 +32,7 @@ from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import command
 from tokenprune.experiments.compare.command import tables
 from tokenprune.registry import strategies
-from tokenprune.spec import registered, split_specs
+from tokenprune.spec import registered, split
 
 
 def invoke(*words: str) -> Result:
@@ -76,8 +76,8 @@ def test_spread(words: list[str], expected: list[str]) -> None:
         (["a,", ""], ["a"]),
     ],
 )
-def test_split_specs(given: list[str], expected: list[str]) -> None:
-    assert list(split_specs(given)) == expected
+def test_split(given: list[str], expected: list[str]) -> None:
+    assert list(split(given)) == expected
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_long_labels_break_between_options() -> None:
 def test_list() -> None:
     result = invoke("list")
     assert result.exit_code == 0
-    for name in tp.available():
+    for name in tp.list_methods():
         assert name in result.stdout
     for word in ("2501.05179", "2403.06764", "testbed-next", "LlavaNext"):
         assert word in result.stdout

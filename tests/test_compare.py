@@ -612,7 +612,7 @@ def test_videos_and_pairs_with_every_method(tmp_path: Path, modality: Any) -> No
     assert outcome.status == "complete"
     assert "CLS token" in outcome.skipped["fastervlm"]
     methods = set(outcome.summary["method"]) - {"uncompressed", "image-free"}
-    assert methods | set(outcome.skipped) == set(tp.available())
+    assert methods | set(outcome.skipped) == set(tp.list_methods())
     assert not methods & set(outcome.skipped)
     answers = pd.read_parquet(tmp_path / "run" / "answers.parquet")
     full = answers[answers["method"] == "uncompressed"]

@@ -198,7 +198,7 @@ def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
         torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_every_strategy_chooses_or_says_why_not(family: tuple[str, TimmVision], name: str) -> None:
     _, adapter = family
     image = _image(64, 64)
@@ -324,7 +324,7 @@ def test_other_grids() -> None:
 
 def test_strategies_do_without_separators() -> None:
     layout = _GEOMETRY.layout((64, 64))
-    for name in tp.available():
+    for name in tp.list_methods():
         method = tp.create(name, retention=0.4)
         chosen = method(sample_tokens(method.needs, layout))
         assert 1 <= len(chosen.keep) <= 0.4 * len(layout) + layout.views

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,8 @@ from tokenprune.experiments.common.request import QuestionRequest, comparison
 from tokenprune.experiments.common.setting import prepare
 from tokenprune.experiments.common.summary import compared
 from tokenprune.experiments.compare import run as compare
+from tokenprune.grammar import Part, parts
+from tokenprune.grammar import options as written_options
 from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
@@ -89,8 +90,8 @@ class Sweep:
     @property
     def title(self) -> str:
         """The method and the options that stay the same."""
-        fixed = [f"{name}={values[0]}" for name, values in self.options.items() if len(values) == 1]
-        return f"{self.method}{':' * bool(fixed)}{','.join(fixed)}"
+        fixed = {name: values[0] for name, values in self.options.items() if len(values) == 1}
+        return str(Part(self.method, fixed))
 
     @property
     def points(self) -> list[Point]:
@@ -98,9 +99,9 @@ class Sweep:
         made = []
         for values in itertools.product(*self.options.values()):
             chosen = dict(zip(self.options, values, strict=True))
-            given = ",".join(f"{n}={v}" for n, v in chosen.items() if v != DEFAULT)
+            given = {name: value for name, value in chosen.items() if value != DEFAULT}
             shown = tuple((name, chosen[name]) for name in self.swept)
-            made.append(Point(shown, f"{self.method}{':' * bool(given)}{given}"))
+            made.append(Point(shown, str(Part(self.method, given))))
         return made
 
 
@@ -132,18 +133,17 @@ def parse_sweep(text: str) -> Sweep:
             of them, repeats one, or has more than `MOST` settings.
     """
     method, colon, rest = text.partition(":")
-    if "@" in text or " + " in text:
+    if "@" in text or len(parts(text)) > 1:
         raise UserError(
             f"{text!r} is not a sweep: retentions are given by --retention, and chains cannot be "
             "swept; write method:option=value,value."
         )
     options: dict[str, tuple[str, ...]] = {}
-    for option in re.split(r"[;,](?=\s*\w+\s*=)", rest) if colon else ():
-        name, equals, values = (part.strip() for part in option.partition("="))
+    for name, values in written_options(rest, ";,") if colon else ():
         listed = tuple(value.strip() for value in values.split(","))
-        if not equals or not all(listed) or ";" in values:
+        if not all(listed) or ";" in values:
             raise UserError(
-                f"cannot read {option!r} in {text!r}; write method:option=value,value and separate "
+                f"cannot read {name!r} in {text!r}; write method:option=value,value and separate "
                 "options by ';', e.g. 'globalcom2:alpha=0,0.5,1;tau=1,10'."
             )
         if name in options or len(set(listed)) < len(listed):

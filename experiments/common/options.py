@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.console import FAILED, INTERRUPTED, OK
+from tokenprune.console import FAILED, INTERRUPTED, OK, Plugin
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
@@ -158,16 +158,6 @@ Patches = Annotated[
 TextTokens = Annotated[
     int,
     typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
-]
-
-
-Plugin = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="MODULE...",
-        help="Import a module first, which executes it, for the methods that it registers.",
-    ),
 ]
 
 

@@ -22,7 +22,7 @@ from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.request import MatchedCost
 from tokenprune.layout import TokenLayout
 from tokenprune.progress import ProgressCallback, silent
-from tokenprune.spec import says_retention
+from tokenprune.spec import has_retention
 
 __all__ = [
     "matched_cells",
@@ -254,7 +254,7 @@ def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compr
 
 def _unsettled(spec: str) -> Compressor:
     """The method of ``spec``, whose retention ratio is to be found."""
-    if says_retention(spec):
+    if has_retention(spec):
         raise UserError(
             f"{spec!r} says itself what it keeps; with --match the retention is solved for, so "
             "give single methods without one."

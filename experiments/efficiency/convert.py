@@ -10,7 +10,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.common.conversion import MEASURES, WORDS, Measure, solve, translate
 from tokenprune.experiments.common.prompt import Prompt
 from tokenprune.experiments.efficiency.run import PromptRequest, prompt_for, stand_in
-from tokenprune.spec import parse, registered, says_retention
+from tokenprune.spec import has_retention, parse, registered
 
 __all__ = [
     "ConvertRequest",
@@ -61,7 +61,7 @@ def convert(request: ConvertRequest) -> Converted:
     if len(request.targets) > 1:
         names = " and ".join(f"--{name}" for name in request.targets)
         raise UserError(f"give one target, not {names}.")
-    own = says_retention(spec)
+    own = has_retention(spec)
     if own == bool(request.targets):
         raise UserError(
             f"{spec!r} needs a retention (fastv@0.25) or a target (--tokens, --flops or "

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from tokenprune.experiments.common import plots
+from tokenprune.grammar import lines
 
 __all__ = [
     "cost_by_retention",
@@ -107,7 +108,7 @@ def _quiet(axes: Axes) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        names = [label.replace(":", ":\n", 1).replace(",", ",\n") for label in labels]
+        names = ["\n".join(lines(label)) for label in labels]
         figure.legend(
             handles, names, loc="outside right center", frameon=False, fontsize=12,
         )  # fmt: skip

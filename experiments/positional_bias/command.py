@@ -24,7 +24,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.plugins import import_plugins
-from tokenprune.spec import method_specs, ratios, split_specs
+from tokenprune.spec import method_specs, ratios, split
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def positional_bias(
             images=images,
             data=data,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
-            conditions=tuple(split_specs(conditions)) if conditions else DEFAULT,  # type: ignore[arg-type]
+            conditions=tuple(split(conditions)) if conditions else DEFAULT,  # type: ignore[arg-type]
             batch_size=batch_size,
             seed=seed,
             device=device,

@@ -22,7 +22,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
-from tokenprune.spec import split_specs
+from tokenprune.spec import split
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def pairs(
         from tokenprune.errors import UserError
         from tokenprune.experiments.report.pairs import PairsRequest, pairs
 
-        labels = tuple(split_specs(methods or ()))
+        labels = tuple(split(methods or ()))
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
         outcome = pairs(PairsRequest(folder=folder, methods=labels, kind=kind, seed=seed))
