@@ -49,6 +49,7 @@ from tokenprune.cost.arithmetic import (
     signal_flops,
 )
 from tokenprune.cost.ledger import Ledger, settle
+from tokenprune.deprecated import renamed_arguments
 from tokenprune.encoder import encoder_part
 from tokenprune.engine.arguments import Kwargs, argument, asked
 from tokenprune.engine.cache import (
@@ -88,6 +89,7 @@ _active: WeakSet[nn.Module] = WeakSet()
 _entering = threading.Lock()
 
 
+@renamed_arguments(given="extra_signals")
 @contextmanager
 def compress(
     model: nn.Module | Adapter,
