@@ -99,7 +99,7 @@ def test_the_option_positions_is_position_ids() -> None:
 
 
 def test_a_plugin_with_old_names_works() -> None:
-    with pytest.warns(DeprecationWarning) as caught:
+    with pytest.warns(DeprecationWarning, match="is now") as caught:
 
         @dataclass(frozen=True, kw_only=True)
         class Old(Compressor):
