@@ -14,7 +14,8 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks import selection, tower
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.prefill import TOY
-from tokenprune.experiments.benchmarks.record import Figure, changes, record, save, table
+from tokenprune.experiments.benchmarks.record import Figure, changes, save, table
+from tokenprune.experiments.benchmarks.run import BenchmarkRequest, run
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
@@ -78,10 +79,10 @@ def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
 
 def test_names_and_devices_are_checked_before_anything_runs() -> None:
     with pytest.raises(UserError, match="Did you mean 'growth'"):
-        record(["growht"])
+        run(BenchmarkRequest(only=["growht"]))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device"):
-            record(device="cuda")
+            run(BenchmarkRequest(device="cuda"))
 
 
 def frame(**values: float) -> pd.DataFrame:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.errors import UnknownNameError, UserError
-from tokenprune.experiments.common.setting import Request
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.layout import Kind
 from tokenprune.models.timm_vision import TimmVision
 from tokenprune.signals import Signal
@@ -232,7 +232,7 @@ def test_what_needs_a_language_model_is_refused_with_a_sentence(tmp_path: Path) 
         lambda: adapter.prompt("w", 1),
         lambda: adapter.placeholders,
         lambda: adapter.decoder_layers,
-        lambda: compare(Request(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
+        lambda: compare(CompareRequest(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
     ):
         with pytest.raises(UserError, match="have no language model"):
             action()

@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
 from tokenprune.grammar import lines
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback
 from tokenprune.texts import is_whole, printable
 
 __all__ = [
@@ -147,7 +147,7 @@ def quiet() -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[ProgressCallback]:
     """A progress bar on standard error.  Warnings are printed above it."""
     console = Console(stderr=True)
     bar = Progress(

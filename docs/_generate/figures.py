@@ -10,6 +10,7 @@ import results
 from matplotlib.figure import Figure
 
 _INK = "#123456"  # replaced by the colour of the page's text
+_PANEL = 3.2  # inches
 _COLOURS = ("#4c72f0", "#e0723c", "#3aa76d", "#b65fcf")
 
 
@@ -37,8 +38,10 @@ def of_method(name: str) -> str:
             "axes.spines.right": False,
         }
     ):
-        figure = Figure(figsize=(3.2 * len(found), 2.7), layout="constrained")
-        axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        width = _PANEL * len(found)
+        margins = {"left": 0.7 / width, "right": 1 - 0.1 / width, "top": 0.9, "bottom": 0.18}
+        figure = Figure(figsize=(width, 2.7))
+        axes = figure.subplots(1, len(found), sharey=True, squeeze=False, gridspec_kw=margins)[0]
         for panel, (title, table) in zip(axes, found.items(), strict=True):
             _panel(panel, table, labels)
             panel.set_title(title, fontsize=9)
@@ -46,7 +49,8 @@ def of_method(name: str) -> str:
         axes[0].legend(frameon=False, fontsize=8, loc="lower right")
         drawn = StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(drawn.getvalue(), f"Accuracy of {name} against the retention ratio")
+    title = f"Accuracy of {name} against the retention ratio"
+    return _inline(drawn.getvalue(), title, width / (_PANEL * len(results.comparisons())))
 
 
 def _panel(axes: matplotlib.axes.Axes, table: results.Table, labels: list[str]) -> None:
@@ -77,8 +81,8 @@ def _panel(axes: matplotlib.axes.Axes, table: results.Table, labels: list[str]) 
     axes.grid(alpha=0.15, color=_INK)
 
 
-def _inline(svg: str, title: str) -> str:
-    """The drawing as it stands in a page: text in the page's colour and font, no blank lines."""
+def _inline(svg: str, title: str, share: float) -> str:
+    """The drawing as HTML, ``share`` of the page wide, with text in the colour of the page."""
     body = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", body, count=1)
@@ -86,4 +90,5 @@ def _inline(svg: str, title: str) -> str:
     body = re.sub(r"font: ([\d.]+px) [^;]*;", r"font: \1 sans-serif;", body)
     body = body.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
     lines = [line for line in body.splitlines() if line.strip()]
-    return '<div class="figure">\n' + "\n".join(lines) + "\n</div>"
+    body = "\n".join(lines)
+    return f'<div class="figure" style="max-width: {100 * share:.0f}%">\n{body}\n</div>'

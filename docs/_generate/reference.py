@@ -17,7 +17,7 @@ GROUPS = {
         *("ops", "spec", "registry"),
     ),
     "Writing an adapter": ("adapter",),
-    "Testing": ("testing.runner", "testing.hosts", "synthetic"),
+    "Testing": ("testing.runner", "testing.host", "synthetic"),
     "Errors": ("errors",),
 }
 

@@ -21,7 +21,7 @@ def cost_by_retention(costs: pd.DataFrame, title: str, subtitle: str = "") -> Fi
     """FLOPs and KV cache, as shares of the uncompressed model's, against retention.
 
     Args:
-        costs: As `efficiency.costs` returns it.
+        costs: As `efficiency.costs.costs` returns it.
         title: What was computed.
         subtitle: On what, in smaller letters.
     """
@@ -61,7 +61,7 @@ def tokens_by_layer(layers: pd.DataFrame, title: str, subtitle: str = "") -> Fig
     """Visual tokens that enter every decoder layer, a panel for each of a few retentions.
 
     Args:
-        layers: As `efficiency.layers` returns it.
+        layers: As `efficiency.costs.layers` returns it.
         title: What was computed.
         subtitle: On what, in smaller letters.
     """

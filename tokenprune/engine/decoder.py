@@ -25,6 +25,7 @@ from tokenprune.attention import (
     rotary_product,
 )
 from tokenprune.compressor import Compressor, placed
+from tokenprune.cost.account import Attended
 from tokenprune.engine.forward import Pass, Span
 from tokenprune.errors import UserError
 from tokenprune.offload import applied, resident
@@ -158,7 +159,7 @@ class LayerSignals:
         rotary = cos.to(device), sin.to(device)
         with self._at_hand(index):
             row = decoder_row(attention, hidden, rotary, asking, _counted(visible, sizes), keys)
-        state.read.append((index, keys is None))
+        state.attended.append(Attended(index, 1, recomputed=keys is None))
         return row[:, -count:]
 
     @torch.no_grad()
@@ -196,7 +197,7 @@ class LayerSignals:
             return rotary_product(rotary, text)
         with self._at_hand(index):
             rows = decoder_rows(*prompt, text, visible(text), keys, by_head=signal == _HEADS)
-        state.asked.append((span.row, index, len(text), keys is None))
+        state.attended.append(Attended(index, len(text), keys is None, span.row))
         return rows[:, -len(hidden) :]
 
     @torch.no_grad()
@@ -205,7 +206,7 @@ class LayerSignals:
         prompt, keys, visible = self._prompt(state, span, index)
         with self._at_hand(index):
             mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
-        state.asked.append((span.row, index, len(asks), keys is None))
+        state.attended.append(Attended(index, len(asks), keys is None, span.row))
         return mass[-len(prompt[1]) :]
 
     def _prompt(
@@ -255,7 +256,8 @@ class LayerSignals:
         attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
         with self._at_hand(index):
             row = decoder_row(attention, states, rotary, asking, visible, past=past)
-        state.read.append((index - 1, True))  # as many keys as the layer before processed
+        # The layer has as many keys as the one in front of it.
+        state.attended.append(Attended(index - 1, 1, recomputed=True))
         return row[:, -count:]
 
     def _states_ahead(self, index: int, hidden: Tensor) -> Tensor:
@@ -289,7 +291,7 @@ class LayerSignals:
         rotary = self._rotary_ahead(state, index, states, kwargs)
         with self._at_hand(index):
             keys = decoder_keys(attention, states, rotary)
-        state.projected.append(index - 1)
+        state.attended.append(Attended(index - 1, 0, recomputed=True))
         return keys.transpose(1, 2).flatten(2)
 
     @torch.no_grad()
@@ -309,7 +311,7 @@ class LayerSignals:
         still = both.new_ones(*both.shape[:2], attention.head_dim)  # cos of no rotation
         with self._at_hand(index):
             row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
-        state.asked.append((span.row, index - 1, 1, True))
+        state.attended.append(Attended(index - 1, 1, recomputed=True, row=span.row))
         return row[0, :-1]
 
 
