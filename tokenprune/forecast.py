@@ -19,15 +19,15 @@ from torch import Tensor
 from tokenprune.compressor import Compressor, placed
 from tokenprune.cost.arithmetic import (
     DecoderShape,
-    Kept,
     VisionShape,
+    attention_rows,
     copied_bytes,
     encoder_flops,
     held_bytes,
-    kept_of,
     merging_bytes,
     signal_bytes,
     signal_flops,
+    signal_widths,
 )
 from tokenprune.cost.ledger import Ledger, settle
 from tokenprune.encoder import encoder_part
@@ -233,30 +233,28 @@ class _Draw:
         """Charge the attention rows that ``part`` wants in front of ``layer``."""
         if not self.images:
             return
-        rows: list[tuple[int, int, bool, Kept]] = []  # layer, queries, keys projected for it, kept
         for signal in part.needs:
-            kept = kept_of([signal.name])
-            if signal.name == "llm_attention":
-                rows.append((signal.layer, 1, False, kept))
-            elif signal.name == "llm_ahead":
-                rows.append((layer - 1, 1, True, kept))
-            elif signal.name in ("llm_text", "llm_text_heads", "llm_cross"):
-                rows += [(layer - 1, min(words, self.text), False, kept) for words in self.asking]
-            elif signal.name == "llm_self":
-                rows += [(layer - 1, len(one.layout.patches), False, kept) for one in self.images]
-            elif signal.name == "llm_global":
-                rows += [(layer - 1, 1, True, kept)] * len(self.images)
-            elif signal.name == "llm_keys_ahead":
-                rows.append((layer - 1, 0, True, kept))
-            elif signal.name in ("llm_keys", "llm_states"):
+            info = signal.info
+            images = list(zip(self.images, self.asking, strict=True))
+            for tokens, words in images if info.scope == "image" else images[:1]:
+                rows = attention_rows(
+                    signal,
+                    layer,
+                    text=min(words, self.text),
+                    patches=len(tokens.layout.patches),
+                )
+                if rows is None:
+                    continue
+                count = self.text + visual[rows.layer]
+                self.flops += self.shape.row_flops(count, rows.recomputed, rows.queries)
+                taken = self.shape.row_bytes(
+                    count, rows.recomputed, self.size, rows.queries, info.kept
+                )
+                self.bytes = max(self.bytes, taken)
+            if info.copies is not None:
                 count = self.text + visual[layer - 1]
                 taken = self.shape.vector_bytes(count, self.size, signal.name)
                 self.bytes = max(self.bytes, taken)
-        for where, queries, again, kept in rows:
-            count = self.text + visual[where]
-            self.flops += self.shape.row_flops(count, again, queries)
-            taken = self.shape.row_bytes(count, again, self.size, queries, kept)
-            self.bytes = max(self.bytes, taken)
         seen = [visual[where] for where in tapped_layers(part.needs, {layer: part})]
         self.tapped = self.size * self.shape.hidden * sum(self.text + count for count in seen)
 
@@ -273,27 +271,18 @@ class _Draw:
 
     def _sized(self, tokens: VisualTokens) -> VisualTokens:
         """The same with the true widths and dtypes, and nothing in it: for costs alone."""
-        shape, tower = self.shape, self.adapter.vision_width
         half = {2: torch.bfloat16, 4: torch.float32}.get(self.size, torch.float32)
-        widths = {
-            "keys": (tower // self.adapter.vision_heads, torch.float32),
-            "joint_keys": (tower, torch.float32),
-            "unprojected": (tower, half),
-            "llm_keys": (shape.kv_heads * shape.head_dim, half),
-            "llm_keys_ahead": (shape.kv_heads * shape.head_dim, half),
-            "llm_prompt": (shape.hidden, half),
-            "llm_states": (shape.hidden, half),
-            "llm_text_heads": (shape.heads, torch.float32),
-        }
+        widths = signal_widths(self.adapter)
 
         def empty(signal: Signal, value: Tensor) -> Tensor:
             if signal.name not in widths:
                 return value.to("meta")
-            width, dtype = widths[signal.name]
-            return torch.empty(*value.shape[:-1], width, device="meta", dtype=dtype)
+            dtype = half if signal.info.dtype == "model" else torch.float32
+            sizes = *value.shape[:-1], widths[signal.name]
+            return torch.empty(sizes, device="meta", dtype=dtype)
 
         def wide(value: Tensor) -> Tensor:
-            return torch.empty(len(value), shape.hidden, device="meta", dtype=half)
+            return torch.empty(len(value), self.shape.hidden, device="meta", dtype=half)
 
         asked = tokens.entered is not None and _INPUTS in self.needs
         inputs = tokens.inputs if asked else None

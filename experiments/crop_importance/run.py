@@ -116,7 +116,7 @@ def crop_importance(
         raise unknown("score", score, SCORES)
     request = replace(request, modality="image")
     setting, left_out = with_crops(prepare(request, report), least=2)
-    signal = Signal(score, layer)  # type: ignore[arg-type]  # checked above
+    signal = Signal(score, layer)
     droppers = [
         DropCrop(which="highest", signal=signal),
         *(DropCrop(which="random", signal=signal, seed=seed) for seed in range(request.seeds)),

@@ -38,7 +38,6 @@ from tokenprune.attention import proportional_mask
 from tokenprune.compressor import Compressor, Selection, Stage, placed
 from tokenprune.cost.arithmetic import (
     DecoderShape,
-    Kept,
     VisionShape,
     copied_bytes,
     encoder_flops,
@@ -69,7 +68,7 @@ from tokenprune.engine.trace import Prefill, SelectionRecord, Trace
 from tokenprune.engine.vision import encoded, observing
 from tokenprune.errors import ContractError, UserError
 from tokenprune.layout import listed
-from tokenprune.signals import Signal
+from tokenprune.signals import Kept, Signal
 from tokenprune.spec import parse
 from tokenprune.tokens import Encoding, VisualTokens
 
@@ -911,7 +910,7 @@ class Session(threading.local):
                     shape.vector_bytes(tokens[cut - 1], size, signal.name)
                     for cut, part in cuts.items()
                     for signal in part.needs
-                    if mine and signal.name in ("llm_states", "llm_keys")
+                    if mine and signal.info.copies is not None
                 ]
                 copied = 0
                 for one in picked:
