@@ -48,7 +48,7 @@ def sample_tokens(
         layout=layout,
         features=draw.normal(len(layout), width),
         signals={one: _aligned(draw, one, layout, text, wide) for one in aligned},
-        fingerprint=draw.normal(3, 4, 4).float(),
+        fingerprint=draw.normal(3, 4, 4, dtype=torch.float32),
         projector=lambda vectors: vectors.relu() @ weight,
         text={
             one: draw.normal(text, wide.get(one.name, VECTOR))
@@ -83,9 +83,9 @@ class _Draw:
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.generator, self.dtype = torch.Generator("cpu").manual_seed(seed), dtype
 
-    def normal(self, *shape: int) -> Tensor:
-        """Normal numbers."""
-        return self._normal(shape).to(self.dtype)
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers, drawn in float32."""
+        return self._normal(shape).to(dtype or self.dtype)
 
     def signal(self, info: SignalInfo, shape: list[int]) -> Tensor:
         """Numbers that stand in for a signal."""
