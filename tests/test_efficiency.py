@@ -23,7 +23,7 @@ from tokenprune.experiments.common.grid import chosen
 from tokenprune.experiments.common.prompt import Prompt, prompt_of, read_size
 from tokenprune.experiments.common.timing import peak_memory
 from tokenprune.experiments.efficiency import figures
-from tokenprune.experiments.efficiency.run import (
+from tokenprune.experiments.efficiency.costs import (
     activation_bytes,
     analytic_break_even,
     break_even,

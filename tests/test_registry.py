@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import tokenprune as tp
+import tokenprune.strategies
 from tokenprune.adapter import adapter_of
 from tokenprune.compressor import Chain, Compressor, Selection
 from tokenprune.engine.session import compress
@@ -50,7 +50,7 @@ def test_a_file_in_the_folder_is_enough(package: Path) -> None:
 
 
 def test_every_file_of_the_real_folder_registers_something() -> None:
-    folder = Path(tp.__file__).parent / "strategies"
+    folder = Path(tokenprune.strategies.__file__).parent
     files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
     modules = {strategies.get(name).__module__.rsplit(".", 1)[1] for name in strategies.names()}
     assert files == modules
@@ -173,7 +173,7 @@ def test_specs_are_read_and_typed(spec: str, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("fastv:3", "write name:field=value"),
+        ("fastv:3", "write name:option=value"),
         ("fastv:layer=two", "fastv: layer='two' is not valid"),
         ("fastv:layer=0", "fastv: layer='0' is not valid"),
         ("globalcom2:alpha=1.5", "alpha='1.5' is not valid"),
@@ -276,7 +276,7 @@ def test_specs_with_their_own_retention_and_chains() -> None:
     ]:
         with pytest.raises(UserError, match=said):
             parse(spec)
-    with pytest.raises(UserError, match=r"has the retention 0\.3 and 0\.5"):
+    with pytest.raises(UserError, match=r"has the retention 0\.3 in its spec and 0\.5"):
         parse("uniform@0.3", retention=0.5)
-    with pytest.raises(UserError, match="say themselves what they keep"):
+    with pytest.raises(UserError, match="has a retention and options of its own"):
         parse("uniform@0.3 + fastv@0.5", retention=0.5)

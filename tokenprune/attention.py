@@ -18,7 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenprune.units import CHUNK
+
 __all__ = [
+    "CHUNK",
     "Projections",
     "attention_received",
     "cls_heads",
@@ -36,9 +39,6 @@ __all__ = [
     "proportional_mask",
     "rotary_product",
 ]
-
-CHUNK = 128
-"""Number of queries whose attention over all keys exists at the same time."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.deprecated import moved_names
 from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.signals import Signal
@@ -162,3 +163,6 @@ class VisualTokens:
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
     return values[moved(index, values.device)]
+
+
+__getattr__ = moved_names(__name__)

@@ -10,8 +10,10 @@ The journal is the truth: whatever else is in the folder can be made again from 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ __all__ = [
     "UNCOMPRESSED",
     "RunFolder",
     "asked_for",
+    "folder_name",
     "manifests",
 ]
 
@@ -206,6 +209,16 @@ def _end_killed(manifest: dict[str, Any], path: Path) -> None:
         started = datetime.fromisoformat(last["started"]).timestamp()
         ended = max([started, *(file.stat().st_mtime for file in kept if file.is_file())])
         last |= {"seconds": round(ended - started, 3), "status": "killed"}
+
+
+def folder_name(experiment: Mapping[str, Any]) -> str:
+    """Readable, and different for different experiments, so that none is refused its folder."""
+    methods = experiment.get("name") or "+".join(experiment["methods"])
+    if len(methods) > 60:
+        methods = f"{len(experiment['methods'])}-methods"
+    parts = [Path(experiment["model"]).name, methods, f"{experiment['questions']}-questions"]
+    digest = hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
+    return re.sub(r"[^\w.+=-]+", "-", "_".join([*parts, digest[:8]]))
 
 
 def asked_for(request: Any, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner
 from tokenprune.experiments.compare.shared_encodings import Encodings
 from tokenprune.experiments.compare.sharing import Job, Plan, separate
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 
 __all__ = [
@@ -40,7 +40,7 @@ def run(
     batch_size: int,
     plan: Plan = separate,
     timeout: float | None = None,
-    report: Report = lambda *_: None,
+    progress: ProgressCallback = silent,
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
@@ -60,27 +60,22 @@ def run(
         batch_size: Questions answered at once.
         plan: What is computed together.
         timeout: Seconds that encoding or answering one batch may take (`time_limit`).
-        report: Told how far it is.
+        progress: Called before every step.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
         todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
     questions = _without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
-    signals: dict[EncoderCompressor | None, frozenset[Signal]] = {}
-    for key, cell in todo.items():
-        needs = cell.compressor.needs if cell.compressor else frozenset()
-        signals[towers[key]] = signals.get(towers[key], frozenset[Signal]()) | needs
     batches = _batches(questions, batch_size)
     last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
-    encodings = Encodings(runner, signals)
+    encodings = Encodings(runner, _signals(todo, towers))
     failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
     total = len(todo) * len(questions)
-
     for index, batch in enumerate(batches):
         lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
         for tower in dict.fromkeys(towers[key] for key in lacking):
-            report(len(journal.answers), total, "vision tower")
+            progress(len(journal.answers), total, "vision tower")
             sharing = [key for key in lacking if towers[key] == tower]
             _encode(encodings, tower, batch, sharing, failing, timeout)
         entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
@@ -89,16 +84,24 @@ def run(
         for tower in dict.fromkeys(towers.values()):
             left = [key for key in todo if towers[key] == tower and key not in failing.out]
             there = [item for item in batch if (tower, item) in encodings]
-            if not there or not set(left).intersection(lacking):
-                continue
-            several = [todo[key] for key in left if tower is None and not todo[key].without_images]
-            alone = [todo[key] for key in left if todo[key] not in several]
-            desk = _Desk(entering, failing, encodings, tower, there, timeout, warned, total, report)
-            while not desk.serve(plan, several, alone):
-                pass
+            if there and not set(left).isdisjoint(lacking):
+                common = (timeout, warned, total, progress)
+                desk = _Desk(entering, failing, encodings, tower, there, *common)
+                desk.serve_all(plan, [todo[key] for key in left])
         encodings.keep({image for image, last in last_use.items() if last > index})
     failing.settle()
-    report(len(journal.answers), total, "")
+    progress(len(journal.answers), total, "")
+
+
+def _signals(
+    todo: Mapping[str, Cell], towers: Mapping[str, EncoderCompressor | None]
+) -> dict[EncoderCompressor | None, frozenset[Signal]]:
+    """Vision encoder, as compressed, to the signals that its cells need."""
+    signals: dict[EncoderCompressor | None, frozenset[Signal]] = {}
+    for key, cell in todo.items():
+        needs = cell.compressor.needs if cell.compressor else frozenset()
+        signals[towers[key]] = signals.get(towers[key], frozenset[Signal]()) | needs
+    return signals
 
 
 def _without_faulty(
@@ -151,11 +154,18 @@ class _Desk:
     timeout: float | None
     warned: set[tuple[str, str]]
     total: int
-    report: Report
+    progress: ProgressCallback
 
     @property
     def runner(self) -> Runner:
         return self.entering.runner
+
+    def serve_all(self, plan: Plan, cells: Sequence[Cell]) -> None:
+        """Let the cells answer, by ``plan`` if they see the plain encoder's images."""
+        several = [cell for cell in cells if self.tower is None and not cell.without_images]
+        alone = [cell for cell in cells if cell not in several]
+        while not self.serve(plan, several, alone):
+            pass
 
     def serve(self, plan: Plan, several: Sequence[Cell], alone: Sequence[Cell]) -> bool:
         """Let the cells answer, ``several`` by ``plan``, and those ``alone`` one after the other.
@@ -183,7 +193,7 @@ class _Desk:
         return True
 
     def _tell(self, doing: str) -> None:
-        self.report(len(self.entering.journal.answers), self.total, doing)
+        self.progress(len(self.entering.journal.answers), self.total, doing)
 
     def _at_once(
         self,

@@ -18,10 +18,10 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.common.bench import Bench
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.prompt import Prompt
-from tokenprune.experiments.efficiency.run import break_even
+from tokenprune.experiments.efficiency.costs import break_even
 from tokenprune.models.checkpoints import device_of
 from tokenprune.models.loading import adapter_at_random
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
     "Measured",
@@ -54,7 +54,7 @@ def measure(
     batch_size: int = 1,
     repeats: int = 5,
     device: str | None = None,
-    report: Report = lambda *_: None,
+    progress: ProgressCallback = silent,
 ) -> Measured:
     """Time methods on ``prompt``, on a model of its shapes with random weights.
 
@@ -72,16 +72,16 @@ def measure(
     half = {2: torch.bfloat16, 4: torch.float32}[prompt.size]
     dtype = torch.float32 if place.type == "cpu" else half
     total = 3 + len(methods)
-    report(0, total, "building the model")
+    progress(0, total, "building the model")
     adapter = adapter_at_random(model, layers=layers, device=place, dtype=dtype)
     prompt = replace(prompt, size=dtype.itemsize)
     bench = Bench(adapter, prompt, batch_size, repeats)
-    report(1, total, "vision encoder and decoder layers")
+    progress(1, total, "vision encoder and decoder layers")
     bench.vision()
     rows = []
     for index, method in enumerate((None, *methods)):
         label = "uncompressed" if method is None else method.label
-        report(2 + index, total, label)
+        progress(2 + index, total, label)
         row = {
             "method": "uncompressed" if method is None else method.name,
             "label": label,

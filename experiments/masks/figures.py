@@ -31,7 +31,7 @@ from tokenprune.experiments.common.patch_boxes import (
 )
 from tokenprune.experiments.common.plots import FAINT, INK, style
 from tokenprune.experiments.common.questions import normalise
-from tokenprune.experiments.masks.look import SALIENCY, Kept, Medium, Seen
+from tokenprune.experiments.masks.look import SALIENCY, Mask, Medium, Seen
 from tokenprune.layout import TokenLayout
 from tokenprune.units import percent
 
@@ -235,10 +235,10 @@ def draw(seen: Seen) -> Figure:
 
     The first panel is the whole, with the number of patch tokens of each view.
     """
-    ratios = list(dict.fromkeys(one.retention for one in seen.kept[1:]))
+    ratios = list(dict.fromkeys(one.retention for one in seen.masks[1:]))
     panels = []
-    for one in seen.kept:
-        whole = one is seen.kept[0]
+    for one in seen.masks:
+        whole = one is seen.masks[0]
         shades, corners, total, left = [], [], 0, 0
         for medium, keep in zip(seen.media, one.keeps, strict=True):
             bits = np.zeros(len(medium.layout), dtype=bool)
@@ -273,7 +273,7 @@ def heat(seen: Seen) -> Figure:
         maps = [(medium.layout, medium.tokens[SALIENCY].float().cpu()) for medium in seen.media]
         panels.append(_heat_panel(seen, "saliency of the vision tower", (seen.saliency,), maps))
     shown = set()
-    for one in seen.kept:
+    for one in seen.masks:
         if one.scores and one.label not in shown:
             shown.add(one.label)  # the scores do not depend on how many are kept
             lines = (f"score, {one.where}",)
@@ -325,7 +325,7 @@ def _percentiles(values: Pixels) -> Pixels:
     return ranks
 
 
-def _answer(one: Kept, truth: str | None) -> tuple[str, ...]:
+def _answer(one: Mask, truth: str | None) -> tuple[str, ...]:
     if one.answer is None:
         return ()
     verdict = ""

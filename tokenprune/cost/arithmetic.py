@@ -1,13 +1,13 @@
-"""FLOPs and bytes of models, signals and packing, from shapes."""
+"""FLOPs and bytes of models, signals and packing, computed from shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from tokenprune.attention import CHUNK
 from tokenprune.signals import SIGNALS, Kept, Signal
+from tokenprune.units import CHUNK
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
@@ -15,65 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DecoderShape",
-    "Rows",
     "VisionShape",
-    "attention_rows",
     "copied_bytes",
     "encoder_flops",
     "held_bytes",
-    "kept_of",
     "merging_bytes",
     "prefill_flops",
     "signal_bytes",
     "signal_flops",
     "signal_widths",
 ]
-
-
-def kept_of(names: Iterable[str]) -> Kept:
-    """What is kept of the attention rows that signals of these names need; the most, of several."""
-    found = {SIGNALS[name].kept for name in names if SIGNALS[name].queries != "none"}
-    if "heads" in found:
-        return "heads"
-    return "sum" if found == {"sum"} else "mean"
-
-
-class Rows(NamedTuple):
-    """Attention rows in a decoder layer.
-
-    Attributes:
-        layer: The layer whose number of tokens counts.
-        queries: Number of rows; 0 where only keys are computed.
-        recomputed: Whether the keys are computed again, and not read from the KV cache.
-    """
-
-    layer: int
-    queries: int
-    recomputed: bool
-
-
-def attention_rows(
-    signal: Signal, cut: int, *, cached: bool = True, text: int = 0, patches: int = 0
-) -> Rows | None:
-    """The attention rows that a signal of the language model needs, or None.
-
-    Vectors that are read from the KV cache count nothing, and neither do the projections that are
-    repeated where there is none.
-
-    Args:
-        signal: The signal.
-        cut: The decoder layer in front of which it is used.
-        cached: Whether the layer's keys are in a KV cache.
-        text: Number of text tokens that ask.
-        patches: Number of patch tokens of the image.
-    """
-    info = signal.info
-    ahead = info.layer == "next"  # has as many keys as the layer in front of it
-    if info.queries == "none" and not ahead:
-        return None
-    queries = {"none": 0, "one": 1, "text": text, "patches": patches}[info.queries]
-    layer = signal.layer if info.layer == "named" else cut - 1
-    return Rows(layer, queries, ahead or not cached)
 
 
 def signal_widths(adapter: Adapter) -> dict[str, int]:
@@ -91,7 +42,7 @@ def signal_widths(adapter: Adapter) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder that its cost depends on."""
+    """The sizes of a decoder that determine its cost."""
 
     layers: int
     hidden: int
@@ -120,16 +71,16 @@ class DecoderShape:
         return {"heads": self.heads, "hidden": self.hidden, "kv_width": kv_width}
 
     def kv_bytes(self, size: int) -> int:
-        """Bytes that one token takes in one layer's KV cache, ``size`` bytes a number."""
+        """Bytes of one token in one layer's KV cache, at ``size`` bytes a number."""
         return 2 * self.kv_heads * self.head_dim * size
 
     def row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
         """FLOPs of attention rows over ``tokens`` keys: queries, products of all heads, keys.
 
         Args:
-            tokens: How many keys.
-            recomputed: Whether the keys have to be projected again (no KV cache to read).
-            rows: How many queries.
+            tokens: Number of keys.
+            recomputed: Whether the keys are projected again, because no KV cache has them.
+            rows: Number of queries.
         """
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         again = 2 * tokens * self.hidden * key if recomputed else 0
@@ -138,17 +89,17 @@ class DecoderShape:
     def row_bytes(
         self, tokens: int, recomputed: bool, size: int, rows: int = 1, kept: Kept = "mean"
     ) -> int:
-        """Bytes that exist at the same time while such rows are computed.
+        """Peak bytes while attention rows are computed.
 
-        The normalised input of the layer, which outlives it; keys that are computed again, with
-        three copies of them while they are rotated; float32 logits, masked logits and their softmax
-        of all heads, for at most `CHUNK` queries at a time; and what is kept of all queries, once
-        as it grows and once joined.
+        They hold the normalised input of the layer; recomputed keys, with three copies of them
+        while they are rotated; the float32 logits, masked logits and softmax of all heads, for at
+        most `CHUNK` queries at a time; and what is kept of all queries, in parts and joined.
 
         Args:
             tokens, recomputed, rows: As in `row_flops`.
             size: Bytes of a number in the model.
-            kept: Of every query the mean over heads, all heads, or nothing but a sum over queries.
+            kept: The mean over heads of every query, all heads of every query, or the sum over
+                queries.
         """
         states = tokens * self.hidden
         keys = tokens * self.kv_heads * self.head_dim * size if recomputed else 0
@@ -170,9 +121,9 @@ def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
     """FLOPs of a prefill in which layer ``l`` processes ``tokens[l]`` tokens.
 
     Per layer ``2n(4d² + 3dm) + 4n²d`` for ``n`` tokens, width ``d`` and MLP width ``m``, the
-    projections adjusted for grouped-query attention; non-causal count of the attention products,
-    as in the efficiency tables of the GlobalCom² repository (LLaVA-NeXT-7B, 2880 tokens: 41.7
-    TFLOPs).
+    projections adjusted for grouped-query attention.  Attention products are counted without the
+    causal mask, as in the efficiency tables of the GlobalCom² repository (LLaVA-NeXT-7B, 2880
+    tokens: 41.7 TFLOPs).
     """
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     linear = 2 * shape.hidden * (2 * query + 2 * key_value + 3 * shape.intermediate)
@@ -243,15 +194,15 @@ def signal_bytes(
 
 
 def merging_bytes(encoding: Encoding, width: int, views: int, size: int) -> int:
-    """Bytes that merging inside the vision tower takes, in the layer where it takes most.
+    """Peak bytes of merging inside the vision encoder, over its layers.
 
     Queries and keys outlive the attention; states and their weighted sums are in float32.
 
     Args:
-        encoding: How the tower ran.
-        width: Of the tower.
-        views: How many ran together.
-        size: Bytes of a number in the tower.
+        encoding: The record of the encoder's run.
+        width: Width of the encoder.
+        views: Number of views that ran together.
+        size: Bytes of a number in the encoder.
     """
     layers = zip(encoding.attended, encoding.processed, strict=True)
     most = max((2 * size * n + 4 * (n + 2 * left) for n, left in layers if left < n), default=0)
@@ -259,21 +210,21 @@ def merging_bytes(encoding: Encoding, width: int, views: int, size: int) -> int:
 
 
 def copied_bytes(slots: int, merged: int, shape: DecoderShape, size: int) -> int:
-    """Bytes of ``merged`` vectors and of the copy of all ``slots`` of a prompt they are put in."""
+    """Bytes of ``merged`` vectors and of the copy of the prompt's ``slots`` that receives them."""
     return (slots + merged) * shape.hidden * size if merged else 0
 
 
 def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | None = None) -> int:
-    """Bytes of what a strategy receives of one image beyond what the model holds anyway.
+    """Bytes that a method is given of one image beyond what the model holds anyway.
 
-    These are the signals and, inside the language model, the copies of hidden states and of what
-    entered it: features, vectors of the text, `VisualTokens.inputs`.  Vectors that the engine makes
-    of all tokens count twice, because the image's are a copy.
+    These are the signals and, inside the language model, the copies of hidden states, text vectors
+    and `VisualTokens.inputs`.  Vectors that are computed for all tokens count twice, because those
+    of the image are a copy.
 
     Args:
-        tokens: What is known of the image.
-        inside: Whether the strategy acts inside the language model.
-        needs: Signals that the strategy asked for, where there are others as well; None for all.
+        tokens: The image.
+        inside: Whether the method acts inside the language model.
+        needs: Signals that the method asks for; None for all of ``tokens``.
     """
     asked = set(tokens.signals if needs is None else map(tokens.found_as, needs))
     shown = [value for signal, value in tokens.signals.items() if signal in asked]
@@ -285,7 +236,7 @@ def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The sizes of a vision tower that its cost depends on."""
+    """The sizes of a vision encoder that determine its cost."""
 
     layers: int
     hidden: int
@@ -304,16 +255,16 @@ class VisionShape:
 def encoder_flops(
     tokens: Sequence[int], shape: VisionShape, behind: Sequence[int] | None = None
 ) -> float:
-    """FLOPs of the layers of a vision tower on one view.
+    """FLOPs of the layers of a vision encoder on one view.
 
     Per layer ``2n * 4d² + 4n²d`` for the attention over ``n`` tokens and ``2n' * 2dm`` for the MLP
-    behind it, of width ``m`` and without a gate.  Patch embedding and projector are left out, as
-    `prefill_flops` leaves out embedding and head.
+    behind it, of width ``m`` and without a gate.  Patch embedding and projector are not counted,
+    nor are embedding and head in `prefill_flops`.
 
     Args:
-        tokens: What the attention of each layer that runs sees, CLS token included.
-        shape: Of the tower.
-        behind: What the MLP of each layer sees, where tokens are merged between the two.
+        tokens: Number of tokens in the attention of each layer that runs, CLS token included.
+        shape: Sizes of the encoder.
+        behind: Number of tokens in the MLP of each layer, if tokens are merged in front of it.
     """
     linear = 2 * 4 * shape.hidden**2
     mlp = 2 * 2 * shape.hidden * shape.intermediate

@@ -26,7 +26,7 @@ from tokenprune.attention import (
     rotary_product,
 )
 from tokenprune.compressor import Compressor, placed
-from tokenprune.cost.arithmetic import attention_rows
+from tokenprune.cost.account import attended_for
 from tokenprune.engine.forward import Pass, Span
 from tokenprune.errors import UserError
 from tokenprune.offload import applied, resident
@@ -385,15 +385,10 @@ def _charge(
     layer = signal.layer if signal.info.layer == "named" else index - 1
     cached = bool(state.layers) and state.layers[layer].keys is not None
     patches = 0 if span is None else len(span.tokens.layout.patches)
-    rows = attention_rows(signal, index, cached=cached, text=text, patches=patches)
-    if rows is None:
-        return
-    if span is not None:
-        state.asked.append((span.row, *rows))
-    elif rows.queries:
-        state.read.append((rows.layer, rows.recomputed))
-    else:
-        state.projected.append(rows.layer)
+    row = None if span is None else span.row
+    entry = attended_for(signal, index, cached=cached, text=text, patches=patches, row=row)
+    if entry is not None:
+        state.attended.append(entry)
 
 
 def _on(rotary: Rotary, device: torch.device) -> Rotary:
