@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.attention import Projections, head_rows, projections
+from tokenprune.deprecated import renamed_arguments
 from tokenprune.errors import UserError, unknown
 from tokenprune.facts import (
     DecoderFacts,
@@ -236,6 +236,12 @@ class Adapter(ABC):
 
     # -- visual tokens ---------------------------------------------------------------------------
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "layout" in vars(cls):
+            rename = renamed_arguments(together="same_prompt")
+            cls.layout = rename(cls.layout)  # type: ignore[method-assign]
+
     @abstractmethod
     def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         """Layout of an image of ``image_size`` = (height, width) pixels.
@@ -301,24 +307,6 @@ class Adapter(ABC):
         draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
         return {"pixel_values_videos": _pixels(draw, 1, frames, 3, side, side)}
-
-    def __getattr__(self, name: str) -> Any:
-        # Facts by their former names, until every reader takes them from `facts`.
-        where = _FACTS.get(name)
-        if where is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return operator.attrgetter(where)(self.facts)
-
-
-_FACTS = {
-    "has_cls": "vision.has_cls",
-    "patch_size": "vision.patch_size",
-    "placeholders": "placeholders",
-    "prefix_tokens": "vision.prefix_tokens",
-    "vision_heads": "vision.heads",
-    "vision_tokens": "vision.tokens",
-    "vision_width": "vision.hidden",
-}
 
 
 class HasAdapter(Protocol):

@@ -37,6 +37,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from tokenprune.adapter import ModelLike, adapter_of
 from tokenprune.compatibility import check_compatible, check_length
 from tokenprune.compressor import Compressor
+from tokenprune.deprecated import renamed_arguments
 from tokenprune.engine.arguments import Kwargs, argument, asked
 from tokenprune.engine.cache import (
     CACHE,
@@ -74,6 +75,7 @@ active: WeakSet[nn.Module] = WeakSet()
 _entering = threading.Lock()
 
 
+@renamed_arguments(given="extra_signals")
 @contextmanager
 def compress(
     model: ModelLike,
@@ -258,7 +260,7 @@ class Session(threading.local):
     def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
         """Modality to (B, S), which columns stand for a visual token."""
         found = {}
-        for modality, token in self.adapter.placeholders.items():
+        for modality, token in self.adapter.facts.placeholders.items():
             if ids is not None:
                 found[modality] = ids == token
             elif embeds is not None:
@@ -412,7 +414,7 @@ class Session(threading.local):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if state.spans and index in plan.inside:
-            once = self._once(state, index)
+            once = self._once(index)
             with self.trace.around():
                 hidden = cut(plan, self.memory, self.signals, once, state, index, hidden, kwargs)
         state.ran.append(state.columns if state.packed else None)
@@ -426,12 +428,12 @@ class Session(threading.local):
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}
 
-    def _once(self, state: Pass, index: int) -> Once:
+    def _once(self, index: int) -> Once:
         """What runs a computation; in front of the first cut, once for all that share a prefix."""
         repeating = self.repeating
         if repeating is None or index != min(self.plan.inside):
             return lambda what, look: look()
-        return lambda what, look: repeating.once((index, what), state.attended, look)
+        return lambda what, look: repeating.once((index, what), look)
 
     # -- behind the language model ---------------------------------------------------------------
 
