@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tokenprune as tp
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
 from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
 from tokenprune.cost.ledger import Ledger
@@ -65,7 +66,7 @@ def test_forecast_is_what_the_engine_does(
         monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", PROMPTS)
     host = HOSTS[name]
     try:
-        host.adapter.check(method)
+        check_compatible(host.adapter.facts, method)
     except UserError as refused:
         pytest.skip(str(refused))
     real, layouts = _engine(host, method, row), host.layouts(row)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tokenprune.attention import proportional_mask
-from tokenprune.compressor import Compressor, Selection
+from tokenprune.compressor import Compressor, Selection, cut_layer
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.dropping import proportional
 from tokenprune.engine.session import compress
@@ -253,7 +253,9 @@ def test_fitprune_cuts_in_front_of_every_layer_but_the_first() -> None:
     host = Host.tiny("LLaVA-OneVision")
     depth = len(host.adapter.decoder_layers)
     method = create("fitprune", retention=0.25, separators="none")
-    assert {host.adapter.cut_layer(cut) for cut in method.cuts} == {*range(1, depth)}
+    assert {cut_layer(cut, host.adapter.facts.decoder.layers) for cut in method.cuts} == {
+        *range(1, depth)
+    }
     with compress(host.model, method) as trace:
         host.logits(host.inputs((0,)))
     visual = trace.ledger.visual_per_layer

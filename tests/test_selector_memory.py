@@ -211,7 +211,7 @@ def test_bytes_of_merging_in_the_tower(dtype: torch.dtype) -> None:
     adapter = tower.clip(12, "cpu", dtype, **{**tower.SMALL, "hidden_size": 256})
     steps = tower.Steps(adapter, tp.create("tome", retention=0.25), IMAGE, 8)
     run, size = steps().encoding, steps.key.element_size()
-    told = merging_bytes(run, adapter.vision_width, IMAGE.views, size)
+    told = merging_bytes(run, adapter.facts.vision.hidden, IMAGE.views, size)
     real = peak_memory(steps.first) + steps.key.nbytes + steps.query.nbytes
     assert told == pytest.approx(real, rel=0.3)
 
@@ -221,13 +221,13 @@ def test_bytes_of_merging_in_the_tower(dtype: torch.dtype) -> None:
 def test_bytes_of_tower_rows(kind: str, dtype: torch.dtype) -> None:
     """Queries and keys that are kept, and the work on them, of four views."""
     adapter = Host.tiny("LLaVA-NeXT").adapter
-    keys, width = 17, adapter.vision_width
+    keys, width = 17, adapter.facts.vision.hidden
     looks = {"received": attention_received, "keys": key_vectors}
     work = looks.get(kind, functools.partial(cls_row, softmax=True))
 
     def run() -> None:
         query, key = (torch.ones(4, keys, width).to(dtype) for _ in range(2))
-        work(Projections(adapter.vision_heads, 1.0, query, key))
+        work(Projections(adapter.facts.vision.heads, 1.0, query, key))
 
     real = peak_memory(run)
     size = torch.finfo(dtype).bits // 8

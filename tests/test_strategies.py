@@ -546,9 +546,9 @@ def test_cdpruner_keeps_twins_apart_and_more_than_the_rank() -> None:
 
 def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
     """What no model here has comes with the images; without it, the refusal names substitutes."""
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     image = Image.fromarray(torch.arange(64 * 96 * 3).view(64, 96, 3).to(torch.uint8).numpy())
-    (tokens,) = adapter.encode([image])
+    (tokens,) = pipe.encode([image])
     draw = torch.Generator().manual_seed(0)
     brought = replace(
         tokens,
@@ -556,30 +556,30 @@ def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
         text={CLIP[1]: torch.randn(1, 4, generator=draw)},
     )
     method = create("cdpruner", retention=0.3)
-    inputs = adapter.assemble([[brought]], ["How many objects are there?"])
-    with tp.compress(adapter.model, method, extra_signals=CLIP) as trace:
-        adapter.model.generate(**inputs, max_new_tokens=2)
+    inputs = pipe.assemble([[brought]], ["How many objects are there?"])
+    with tp.compress(pipe.model, method, extra_signals=CLIP) as trace:
+        pipe.model.generate(**inputs, max_new_tokens=2)
     assert torch.equal(trace.selections[0].keep, method(brought).keep)
     with (
-        tp.compress(adapter.model, method, extra_signals=CLIP),
+        tp.compress(pipe.model, method, extra_signals=CLIP),
         pytest.raises(UserError, match="provided"),
     ):
-        adapter.model.generate(**adapter.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
+        pipe.model.generate(**pipe.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
     with (
         pytest.raises(UserError, match=r"CLIP text tower.*LLaVA-NeXT.*cdpruner:relevance=text"),
-        tp.compress(adapter.model, method),
+        tp.compress(pipe.model, method),
     ):
         pass
     with pytest.raises(UserError, match="looks at the prompt"):
-        adapter.choose("cdpruner:relevance=text", [image], retention=0.3)
+        pipe.select("cdpruner:relevance=text", [image], retention=0.3)
 
 
 def test_cdpruner_by_text_follows_the_question() -> None:
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     image = next(iter(held_out(1, 0, "image"))).images[0].open()
     kept = []
     for question in ("How many objects are there?", "What digit is on the red square?"):
-        with tp.compress(adapter.model, "cdpruner:relevance=text", retention=0.2) as trace:
-            adapter.model.generate(**adapter.prepare([image], [question]), max_new_tokens=1)
+        with tp.compress(pipe.model, "cdpruner:relevance=text", retention=0.2) as trace:
+            pipe.model.generate(**pipe.prepare([image], [question]), max_new_tokens=1)
         kept.append(trace.selections[0].keep.tolist())
     assert kept[0] != kept[1]
