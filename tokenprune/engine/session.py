@@ -36,6 +36,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from tokenprune.adapter import adapter_of
 from tokenprune.compressor import Compressor
+from tokenprune.deprecated import renamed_arguments
 from tokenprune.engine.arguments import Kwargs, argument, asked
 from tokenprune.engine.cache import (
     CACHE,
@@ -73,6 +74,7 @@ active: WeakSet[nn.Module] = WeakSet()
 _entering = threading.Lock()
 
 
+@renamed_arguments(given="extra_signals")
 @contextmanager
 def compress(
     model: nn.Module | Adapter,
