@@ -118,9 +118,9 @@ class OldModules:
         def get(name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
-            for place in new:
-                home = importlib.import_module(f"tokenprune.{place}")
-                if hasattr(home, name):
+            homes = [importlib.import_module(f"tokenprune.{place}") for place in new]
+            for home in homes:
+                if name in home.__all__:  # not a name that a module merely imports
                     warn(f"{module.__name__}.{name}", f"{home.__name__}.{name}")
                     return getattr(home, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")

@@ -80,7 +80,7 @@ def read(spec: str) -> tuple[Part, ...]:
         if not has_retention(piece):
             raise UserError(
                 f"{piece!r} in {spec!r} needs a retention of its own; write for instance "
-                f"{chained(f'{one}@0.5' for one in pieces)}."
+                f"{chained(one if has_retention(one) else f'{one}@0.5' for one in pieces)}."
             )
     return tuple(map(_part, pieces))
 
