@@ -32,12 +32,12 @@ class PyramidDrop(Compressor):
     Args:
         depths: Cuts as shares of the decoder's depth.  Official: in front of layers 8, 16 and 24 of
             32.
-        positions: Officially what is left is numbered anew.
+        position_ids: Officially what is left is numbered anew.
         cut: Which of the cuts this one is, counted from 1; 0 stands for all.
     """
 
     depths: Annotated[tuple[Cut, ...], Field(min_length=1, max_length=1000)] = (0.25, 0.5, 0.75)
-    positions: Literal["auto", "compact", "original"] = "compact"
+    position_ids: Literal["auto", "compact", "original"] = "compact"
     cut: Annotated[int, Field(ge=0)] = 0
 
     stage: ClassVar[Stage] = Stage.LLM

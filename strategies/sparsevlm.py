@@ -59,7 +59,7 @@ class SparseVLM(Compressor):
         scale, bias: Of ``rank``.
         recycle: Share of the dropped tokens that is merged; None for the official 0.3 of version
             1.0 and nothing of version 2.0.
-        positions: ``auto`` numbers anew what is left in version 1.0 only.
+        position_ids: ``auto`` numbers anew what is left in version 1.0 only.
         cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
     """
 

@@ -22,9 +22,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     map(
         frozenset,
         (
-            {"errors", "units", "progress", "texts", "precision", "pictures"},
-            {"registry", "offload", "attention"},
-            {"layout", "signals", "tokens", "synthetic", "untouched"},
+            {"errors", "units", "progress", "texts", "precision", "pictures", "grammar", "display"},
+            {"deprecated"},
+            {"registry", "catalogue", "offload", "attention"},
+            {"layout", "signals", "tokens", "synthetic", "untouched", "drawing"},
             {"ops"},
             {"budget", "allocators"},
             {"compressor", "encoder"},

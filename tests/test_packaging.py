@@ -131,7 +131,7 @@ def test_public_names_exist() -> None:
 
 
 def test_a_strategy_pickles_under_its_public_name() -> None:
-    for name in tp.available():
+    for name in tp.list_methods():
         method = tp.create(name, retention=0.5)
         assert type(method).__module__.startswith("tokenprune.strategies.")
         assert pickle.loads(pickle.dumps(method)) == method

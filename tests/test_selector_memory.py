@@ -27,7 +27,7 @@ from tokenprune.attention import (
     moved_keys,
 )
 from tokenprune.compressor import Compressor, Stage
-from tokenprune.cost.arithmetic import DecoderShape, Kept, held_bytes, merging_bytes, signal_bytes
+from tokenprune.cost.arithmetic import DecoderShape, held_bytes, merging_bytes, signal_bytes
 from tokenprune.errors import RetentionWarning
 from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.shapes import (
@@ -39,7 +39,7 @@ from tokenprune.experiments.benchmarks.shapes import (
 )
 from tokenprune.experiments.common.timing import allocations, peak_memory
 from tokenprune.layout import TokenLayout
-from tokenprune.signals import Signal
+from tokenprune.signals import Kept, Signal
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
@@ -80,7 +80,7 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [IMAGE, VIDEO], ids=["image", "video"])
-@pytest.mark.parametrize("name", [*tp.available(), *OPTIONS])
+@pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
 def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: torch.dtype) -> None:
     """Not a fifth more than is said, and half of what is said at least."""
     method = tp.parse(name, retention=0.4)
@@ -96,7 +96,7 @@ def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: t
         assert told <= 2 * real + some, f"memory() says {told:,.0f}, {real:,} bytes were taken"
 
 
-@pytest.mark.parametrize("name", [*tp.available(), *OPTIONS])
+@pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
 def test_memory_and_flops_go_by_shapes_alone(name: str) -> None:
     """The forecast asks tensors that hold nothing."""
     method = tp.parse(name, retention=0.4)
@@ -169,7 +169,7 @@ def _layer(dtype: torch.dtype) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
 
 WHOLE = [
     name
-    for name in tp.available()
+    for name in tp.list_methods()
     if tp.create(name, retention=0.25).stage is not Stage.ENCODER and name != "cdpruner"
 ]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cell",
-    "Column",
+    "CellRecord",
     "Failure",
     "Matched",
     "without_seed",
@@ -30,7 +30,7 @@ class Matched:
     """Why a cell has its retention: it was solved for, so that the cell costs what another does.
 
     Attributes:
-        kind: Which cost (`matching.KINDS`).
+        kind: Which cost (`setting.MATCHED_COSTS`).
         asked: Retention of `uniform`, whose cost is the target.
         target: That cost, on a representative prompt.
         cost: What the cell costs there.
@@ -115,7 +115,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
+class CellRecord:
     """What tables say of a `Cell`, without its compressor: what a manifest can hold.
 
     Attributes:
@@ -133,7 +133,7 @@ class Column:
     matched = None
 
     @classmethod
-    def of(cls, cell: Cell) -> Column:
+    def of(cls, cell: Cell) -> CellRecord:
         """That of a cell whose retention was not solved for."""
         retention = None if math.isnan(cell.retention) else cell.retention
         names = ("key", "method", "label", "parameters", "name")

@@ -1,25 +1,23 @@
-"""What a comparison is asked, and how it ended; nothing heavy is imported for it."""
+"""What experiments are asked.  This module imports neither PyTorch nor transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from tokenprune.experiments.common.questions import Modality, Question, held_out, read_jsonl
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from tokenprune.experiments.common.cells import Cell, Failure
 
 __all__ = [
     "METHODS",
     "RETENTION",
-    "Kind",
-    "Outcome",
+    "CompareRequest",
+    "MatchedCost",
+    "ModelRequest",
+    "QuestionRequest",
     "Request",
+    "comparison",
     "questions_for",
 ]
 
@@ -33,84 +31,92 @@ RETENTION = (1.0, 0.5, 0.25, 0.1)
 TESTBED_QUESTIONS = 500
 
 
-Kind = Literal["tokens", "flops", "prefill-ms"]
+MatchedCost = Literal["tokens", "flops", "prefill-ms"]
+"""The cost that `compare --match` makes equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to compare.
+    """What every experiment is asked.
+
+    Attributes:
+        out: Where results are written; None for a path in ``runs/`` named after the request.
+    """
+
+    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest(Request):
+    """What every experiment that runs a model is asked.
 
     Attributes:
         model: A testbed's name, a Hub id or a local folder.
-        methods: Specs such as ``globalcom2:alpha=0.3,tau=5``; ``all`` stands for every registered
-            method that the model has what it takes for.  ``uniform@0.3`` and chains such as
-            ``globalcom2@0.5 + fastv@0.5`` say themselves what they keep.
-        retention: Shares of patch tokens to keep, each in (0, 1].
-        questions: How many; None for 500 of the testbed's or for all of ``data``.
-        modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed's or
-            for all of ``data``.
-        data: JSON lines with your own questions (`data.read_jsonl`); None for the testbed's.
-        batch_size: Questions answered at once; None for 50 on a testbed, otherwise 4.
-        seed: Draws the testbed's questions and the bootstrap samples.
-        seeds: How many seeds a method that draws at random runs with; reported together.
-        device: None for CUDA where there is one, otherwise the CPU.
+        device: None for CUDA if there is a GPU, otherwise the CPU.
         dtype: As in `tokenprune.load`.
         trust_remote_code: As in `tokenprune.load`.
-        out: Folder of the run; None for one in ``runs/`` named after the request.
-        max_new_tokens: Longest answer.
-        match: Bring every method to the cost of `uniform` at each retention: ``tokens``, ``flops``
-            or ``prefill-ms`` (`matching.matched_cells`); None takes retentions as they are.  Times
-            are measured anew by every call, so that such a run cannot be resumed.
-        timeout_per_batch: Seconds that the model may take for what it computes at once; what takes
-            longer has failed (`tokenprune.experiments.common.deadline`).  None is no limit.
+        seed: Draws the testbed's questions and the bootstrap samples.
     """
 
     model: str = "testbed-next"
-    methods: Sequence[str] = METHODS
-    retention: Sequence[float] = RETENTION
+    device: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionRequest(ModelRequest):
+    """What every experiment that asks a model questions is asked.
+
+    Attributes:
+        questions: How many; None for 500 of the testbed's or for all of ``data``.
+        modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed's or
+            for all of ``data``.
+        data: JSON lines with your own questions (`questions.read_jsonl`); None for the testbed's.
+        batch_size: Questions answered at once; None for 50 on a testbed, otherwise 4.
+        max_new_tokens: Longest answer.
+        timeout_per_batch: Seconds that one computation of the model may take; a longer one fails
+            (`tokenprune.experiments.common.deadline`).  None is no limit.
+    """
+
     questions: int | None = None
     modality: Modality | None = None
     data: Path | None = None
     batch_size: int | None = None
-    seed: int = 0
-    seeds: int = 1
-    device: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    out: Path | None = None
     max_new_tokens: int = 8
-    match: Kind | None = None
     timeout_per_batch: float | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a comparison ended.
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest(QuestionRequest):
+    """What to compare.
 
     Attributes:
-        status: ``complete``, ``failed`` (some answer could not be had) or ``interrupted``.
-        folder: Where everything was written.
-        answered, wanted: Answers in the journal, and answers in a complete one.
-        new: Answers this call added.
-        summary: As in ``summary.csv``.
-        failures: Cell to why it failed, in the order of the cells.
-        missing: Question id to the cells that failed on it alone, and why.
-        skipped: Methods that ``all`` left out, and why.
+        methods: Specs such as ``globalcom2:alpha=0.3,tau=5``; ``all`` stands for every registered
+            method that runs on the model.  ``uniform@0.3`` and chains such as
+            ``globalcom2@0.5 + fastv@0.5`` contain their own retention ratios.
+        retention: Retention ratios, each in (0, 1].
+        seeds: The number of seeds of a method that draws at random; they are reported together.
+        match: Bring every method to the cost of `uniform` at each retention ratio: ``tokens``,
+            ``flops`` or ``prefill-ms`` (`matching.matched_cells`); None keeps the ratios.  Every
+            call measures times again, so a run that matches them cannot be resumed.
     """
 
-    status: str
-    folder: Path
-    answered: int
-    wanted: int
-    new: int
-    summary: pd.DataFrame
-    failures: dict[Cell, Failure] = field(default_factory=dict)
-    missing: dict[str, dict[Cell, Failure]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    methods: Sequence[str] = METHODS
+    retention: Sequence[float] = RETENTION
+    seeds: int = 1
+    match: MatchedCost | None = None
+
+
+def comparison(request: QuestionRequest, **changes: Any) -> CompareRequest:
+    """A comparison with the model and the questions of ``request``, and ``changes``."""
+    shared = {item.name: getattr(request, item.name) for item in fields(QuestionRequest)}
+    return CompareRequest(**shared | changes)
 
 
 def questions_for(
-    request: Request, *, check_images: bool = True, keep_faulty: bool = False
+    request: QuestionRequest, *, check_images: bool = True, keep_faulty: bool = False
 ) -> list[Question]:
     """The questions of ``request``; the rest as `questions.read_jsonl`."""
     if request.data is None:

@@ -1,10 +1,10 @@
-"""What every experiment starts from: the request, the model and the questions."""
+"""What every experiment on questions starts from: a loaded model and the questions."""
 
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -24,24 +24,21 @@ from tokenprune.experiments.common.questions import (
     with_faults,
 )
 from tokenprune.experiments.common.request import (
-    RETENTION,
-    Kind,
-    Outcome,
-    Request,
+    CompareRequest,
+    MatchedCost,
+    ModelRequest,
+    QuestionRequest,
     questions_for,
 )
 from tokenprune.models.loading import without_weights
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
-    "KINDS",
-    "RETENTION",
-    "Kind",
-    "Outcome",
-    "Request",
+    "MATCHED_COSTS",
     "Setting",
     "check",
     "checked_questions",
+    "load_model",
     "prepare",
     "with_crops",
     "with_faults_noted",
@@ -57,43 +54,59 @@ class Setting:
 
 
 def prepare(
-    request: Request, report: Report = lambda *_: None, *, keep_faulty: bool = False
+    request: QuestionRequest, progress: ProgressCallback = silent, *, keep_faulty: bool = False
 ) -> Setting:
     """Check what is asked, read the questions and load the model.
 
     Args:
         request: What is asked.
-        report: Told how far it is.
-        keep_faulty: As in `data.read_jsonl`.
+        progress: Called before every step.
+        keep_faulty: As in `questions.read_jsonl`.
 
     Raises:
         UserError: As `compare`.
     """
     check_writable(request.out or Path("runs"))
-    questions = checked_questions(request, report, keep_faulty=keep_faulty)
-    report(0, 0, f"loading {request.model}")
+    questions = checked_questions(request, progress, keep_faulty=keep_faulty)
+    return Setting(load_model(request, progress), questions)
+
+
+def load_model(
+    request: ModelRequest, progress: ProgressCallback = silent, **options: Any
+) -> Adapter:
+    """The adapter of the model of ``request``.
+
+    Args:
+        request: Which model, and where.
+        progress: Called before it is loaded.
+        **options: More arguments of `tokenprune.load`.
+
+    Raises:
+        UserError: As `tokenprune.load`.
+    """
+    progress(0, 0, f"loading {request.model}")
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(
+    return tp.load(
         request.model,
         device=device,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
+        **options,
     )
-    return Setting(adapter, questions)
 
 
-def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
-    """The questions of a comparison, of which every one can be asked; nothing is computed.
+def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list[Question]:
+    """The questions of a comparison, after a check that all can be asked; nothing is computed.
 
-    Images are decoded, the frames of a video are of one size, marks in a question are as many as
-    its images, and the decoder knows as many positions as its prompt has tokens, for which the
-    model's configuration and processor are read.
+    The check decodes images, compares the sizes of the frames of a video, counts the placeholders
+    in a question, and compares the length of the prompt with the number of positions of the
+    decoder.  It reads the model's configuration and processor.
 
     Raises:
         UserError: As `compare`, for what is found without weights.
     """
-    questions = checked_questions(request, report)
-    report(0, 0, f"reading the processor of {request.model}")
+    questions = checked_questions(request, progress)
+    progress(0, 0, f"reading the processor of {request.model}")
     adapter = without_weights(request.model)
     check_placeholders(questions, adapter)
     check_lengths(adapter, questions, request.max_new_tokens)
@@ -101,7 +114,7 @@ def check(request: Request, report: Report = lambda *_: None) -> list[Question]:
 
 
 def with_faults_noted(setting: Setting, new: int) -> list[Question]:
-    """The questions, of which those that cannot be asked are told and left to fail alone.
+    """The questions; a warning names those that cannot be asked, which fail alone.
 
     Args:
         setting: The model and its questions.
@@ -128,46 +141,44 @@ def with_faults_noted(setting: Setting, new: int) -> list[Question]:
 
 
 def checked_questions(
-    request: Request, report: Report, *, keep_faulty: bool = False
+    request: QuestionRequest, progress: ProgressCallback, *, keep_faulty: bool = False
 ) -> list[Question]:
-    """The questions of ``request``, if it and they make sense by themselves."""
-    _check_numbers(request)
+    """The questions of ``request``, after the checks that need no model."""
+    for name in ("questions", "batch_size", "max_new_tokens", "seed"):
+        check_number(name, getattr(request, name))
+    if request.modality not in (None, *MODALITIES):
+        raise unknown("modality", str(request.modality), MODALITIES)
     check_time_limit(request.timeout_per_batch)
-    check_kind(request.match)
-    cells([spec for spec in request.methods if spec != ALL], request.retention)
-    report(0, 0, "checking the questions")
+    if isinstance(request, CompareRequest):
+        _check_cells(request)
+    progress(0, 0, "checking the questions")
     return questions_for(request, keep_faulty=keep_faulty)
 
 
-def _check_numbers(request: Request) -> None:
-    for name in ("questions", "batch_size", "max_new_tokens", "seed", "seeds"):
-        check_number(name, getattr(request, name))
+def _check_cells(request: CompareRequest) -> None:
+    """Raise `UserError` if methods, retention ratios or what they are matched to make no sense."""
+    check_number("seeds", request.seeds)
     for name in ("methods", "retention"):
         if not getattr(request, name):
             raise UserError(f"--{name} needs at least one value.")
-    if request.modality not in (None, *MODALITIES):
-        raise unknown("modality", str(request.modality), MODALITIES)
     for value in request.retention:
         check_retention(value)
+    if request.match is not None and request.match not in MATCHED_COSTS:
+        raise unknown("cost to match", request.match, MATCHED_COSTS)
+    cells([spec for spec in request.methods if spec != ALL], request.retention)
 
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+MATCHED_COSTS: tuple[MatchedCost, ...] = get_args(MatchedCost)
 
 
-def check_kind(kind: str | None) -> None:
-    """Raise `UserError` unless ``kind`` is None or one of `KINDS`."""
-    if kind is not None and kind not in KINDS:
-        raise unknown("cost to match", kind, KINDS)
-
-
-def with_crops(setting: "Setting", least: int = 1) -> "tuple[Setting, int]":
-    """The same with only those questions whose image is cut into ``least`` crops or more.
+def with_crops(setting: Setting, least: int = 1) -> tuple[Setting, int]:
+    """The setting with only those questions whose image is cut into ``least`` crops or more.
 
     Returns:
         The setting, and how many questions were left out.
 
     Raises:
-        UserError: None is left.
+        UserError: No question is left.
     """
 
     @cache

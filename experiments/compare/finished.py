@@ -9,12 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.answers import answers_frame
-from tokenprune.experiments.common.cells import Column
+from tokenprune.experiments.common.cells import CellRecord
 from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.provenance import (
     DECISIVE,
     answer_files,
@@ -22,7 +23,7 @@ from tokenprune.experiments.common.provenance import (
     environment,
 )
 from tokenprune.experiments.common.questions import Question, fingerprint
-from tokenprune.experiments.common.request import Outcome, Request, questions_for
+from tokenprune.experiments.common.request import CompareRequest, questions_for
 from tokenprune.experiments.common.run_folder import (
     RunFolder,
     asked_for,
@@ -31,27 +32,32 @@ from tokenprune.experiments.common.run_folder import (
 )
 from tokenprune.experiments.common.summary import summarise
 from tokenprune.models import testbed
+from tokenprune.progress import ProgressCallback, silent
 from tokenprune.registry import strategies
 
-if TYPE_CHECKING:
-    from tokenprune.progress import Report
+__all__ = [
+    "FILES",
+    "finished",
+]
 
-__all__ = ["finished"]
+
+FILES = ("answers.parquet", "summary.csv", "plots/")
+"""What a reader of a comparison opens."""
 
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """What NVIDIA's, AMD's and WSL's drivers are reached by."""
 
 
-def finished(request: Request, report: Report = lambda *_: None) -> Outcome | None:
+def finished(request: CompareRequest, progress: ProgressCallback = silent) -> Outcome | None:
     """The outcome of a comparison that has all its answers; None where there may be more to do.
 
     The same was asked before, and its weights, processor, code, data and versions are unchanged.
-    Input is not refused here: whatever is not as it was is left to `compare.run.compare`.
+    Input is not refused here: whatever is not as it was is left to `compare.run.run`.
 
     Args:
         request: What to compare.
-        report: Told how far it is.
+        progress: Told how far it is.
 
     Raises:
         UserError: The folder cannot be written, or another process is working in it.
@@ -59,11 +65,11 @@ def finished(request: Request, report: Report = lambda *_: None) -> Outcome | No
     for path in [request.out] if request.out else sorted(Path("runs").glob("*")):
         manifest = next(manifests(path), {})
         try:
-            found = _found(request, path, manifest, report)
+            found = _found(request, path, manifest, progress)
         except (KeyError, TypeError, AttributeError, OSError, UserError):
             continue  # a manifest of another shape, a file that is gone
         if found is not None:
-            report(0, 0, "tables and plots")
+            progress(0, 0, "tables and plots")
             return _written(request, path, manifest, found)
     return None
 
@@ -72,21 +78,21 @@ def finished(request: Request, report: Report = lambda *_: None) -> Outcome | No
 class _Found:
     """What tables are made of, and what the manifest is to say."""
 
-    columns: Sequence[Column]
+    columns: Sequence[CellRecord]
     questions: Sequence[Question]
     journal: Journal
     details: Mapping[str, Any]
 
 
 def _found(
-    request: Request, path: Path, manifest: Mapping[str, Any], report: Report
+    request: CompareRequest, path: Path, manifest: Mapping[str, Any], progress: ProgressCallback
 ) -> _Found | None:
     """What the run in ``path`` holds, or None if an answer is missing or an input changed."""
     folder = _model_folder(request.model)
     if folder is None or not _is_asked(request, path, manifest):
         return None
     noted, experiment = manifest["finished"], manifest["experiment"]
-    report(0, 0, "checking what was answered")
+    progress(0, 0, "checking what was answered")
     questions = questions_for(request, check_images=False)
     files, surroundings = answer_files(folder, (), noted["code"]), environment()
     now = {
@@ -97,7 +103,7 @@ def _found(
     }
     if experiment != experiment | now:
         return None
-    columns = [Column(**column) for column in noted["columns"]]
+    columns = [CellRecord(**column) for column in noted["columns"]]
     journal = Journal(path / "answers.jsonl")
     keys = {column.key for column in columns}
     if not all((key, item.id) in journal.answers for key in keys for item in questions):
@@ -114,7 +120,7 @@ def _model_folder(model: str) -> Path | None:
     return Path(model) if Path(model).is_dir() else None
 
 
-def _is_asked(request: Request, path: Path, manifest: Mapping[str, Any]) -> bool:
+def _is_asked(request: CompareRequest, path: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether the run in ``path`` is complete and was asked for by the same options."""
     if manifest.get("status") != "complete" or not manifest.get("finished"):
         return False
@@ -131,7 +137,9 @@ def _is_asked(request: Request, path: Path, manifest: Mapping[str, Any]) -> bool
     return request.device is not None or (alone and experiment["device"] == "cpu")
 
 
-def _written(request: Request, path: Path, manifest: Mapping[str, Any], found: _Found) -> Outcome:
+def _written(
+    request: CompareRequest, path: Path, manifest: Mapping[str, Any], found: _Found
+) -> Outcome:
     """Write the tables again, and the plots if there are none."""
     folder = RunFolder.open(path, manifest["experiment"], found.details)
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
@@ -148,6 +156,7 @@ def _written(request: Request, path: Path, manifest: Mapping[str, Any], found: _
         answered=len(found.journal.answers),
         wanted=len({column.key for column in found.columns}) * len(found.questions),
         new=0,
-        summary=summary,
+        tables={"summary": summary},
+        files=FILES,
         skipped=manifest["finished"]["skipped"],
     )
