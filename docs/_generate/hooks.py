@@ -34,6 +34,8 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "help": commands.options_of,
     "commands": commands.table,
     "methods": methods.table,
+    "signals": methods.signals,
+    "axes": methods.axes,
     "public-names": reference.public_names,
     "modules": reference.table,
     "output": commands.output_of,
