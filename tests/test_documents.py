@@ -27,8 +27,12 @@ from tokenprune.testing.__main__ import app as testing_app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in DOCS.rglob("*.md")}
-ELSEWHERE = {"docs/adding-a-model.md"}  # its blocks are applied by tests/test_docs.py
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+    if path.is_file()
+}
+ELSEWHERE = {"docs/adding-a-model.md", "README.md"}  # tests/test_docs.py, tests/test_readme.py
 
 LESS = {
     "ablation": ("--questions 3",),
@@ -43,6 +47,7 @@ LESS = {
 INSTEAD = {
     "llava-hf/llava-v1.6-vicuna-7b-hf": "testbed-next",
     "cuda": "cpu",
+    " RUN": " runs/first",
     "tests/data/golden": str(ROOT / "tests" / "data" / "golden"),
     "experiments/results": str(ROOT / "experiments" / "results"),
 }
@@ -53,15 +58,20 @@ from dataclasses import dataclass
 from torch import Tensor
 import tokenprune as tp
 
-@tp.register("mine")
+@tp.register("norm")
 @dataclass(frozen=True, kw_only=True)
-class Mine(tp.ScoringCompressor):
+class Norm(tp.ScoringCompressor):
     """Keep the longest features."""
 
     card = tp.Card(paper="Feature norm (baseline)")
 
     def score(self, tokens: tp.VisualTokens) -> Tensor:
         return tokens.features.norm(dim=-1)
+
+@tp.register("mine")
+@dataclass(frozen=True, kw_only=True)
+class Mine(Norm):
+    """Keep the longest features, too."""
 '''
 
 pytestmark = [
@@ -80,7 +90,9 @@ def fences(page: str, *languages: str) -> list[str]:
 
 def commands(page: str) -> list[str]:
     """The lines of a page that run tokenprune."""
-    lines = [line for code in fences(page, "", "bash", "console") for line in code.splitlines()]
+    lines = [line for code in fences(page, "bash") for line in code.splitlines()]
+    if page == "README.md":
+        lines += re.findall(r"`(tokenprune \S+ [^`]+)`", PAGES[page])
     return [line for line in lines if re.match(r"(tokenprune|python -m tokenprune\S*) ?", line)]
 
 

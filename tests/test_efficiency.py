@@ -402,7 +402,7 @@ def test_towers_that_do_less_are_told(run: Callable[..., tuple[int, str]]) -> No
     small, full = (n * 8 * wide**2 + 4 * n * n * wide + 4 * n * wide * deep for n in (145, 577))
     assert f"{100 * small / full:.2f} %" in said
     _, said = run("convert", "uniform@0.25")
-    assert "vision tower" not in said
+    assert "vision encoder" not in said
 
 
 @pytest.mark.parametrize(

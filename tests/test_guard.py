@@ -321,7 +321,7 @@ def test_continuous_batching_is_refused(host: Host) -> None:
     with tp.compress(host.model, "uniform", retention=0.4):
         with pytest.raises(UserError, match=r"text-only.*model\.generate"):
             host.model.generate_batch(inputs=[[5, 6, 7]], max_new_tokens=2)
-        with pytest.raises(UserError, match=r"Paged is no KV cache of layers.*generate_batch"):
+        with pytest.raises(UserError, match=r"Paged is not a KV cache of layers.*generate_batch"):
             host.logits(host.inputs([1]), **{CACHE: Paged()})
 
 

@@ -942,7 +942,7 @@ def test_all_are_those_that_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(strategies, "names", lambda: names)
     found = invoke("--methods", "all", "--images", "1", "--out", str(tmp_path / "run"))
     assert found.exit_code == 0, found.output
-    assert "SKIPPED tome: tome acts inside the vision tower" in found.output
+    assert "SKIPPED tome: tome acts inside the vision encoder" in found.output
     assert "SKIPPED cdpruner: cdpruner needs a CLIP text tower" in found.output
     assert set(pd.read_csv(tmp_path / "run" / "statistics.csv")["method"]) == {"last"}
 
@@ -980,7 +980,7 @@ def test_own_images_and_videos(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("--methods unifrom", "uniform"),
-        ("--methods tome", "inside the vision tower"),
+        ("--methods tome", "inside the vision encoder"),
         ("--conditions sideways", "condition"),
         ("--images 0", "at least 1"),
         ("-r 25", "at most 1"),

@@ -27,7 +27,7 @@ from tokenprune.attention import (
     moved_keys,
 )
 from tokenprune.compressor import Compressor, Stage
-from tokenprune.cost.arithmetic import DecoderShape, Kept, held_bytes, merging_bytes, signal_bytes
+from tokenprune.cost.arithmetic import DecoderShape, held_bytes, merging_bytes, signal_bytes
 from tokenprune.errors import RetentionWarning
 from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.shapes import (
@@ -39,7 +39,7 @@ from tokenprune.experiments.benchmarks.shapes import (
 )
 from tokenprune.experiments.common.timing import allocations, peak_memory
 from tokenprune.layout import TokenLayout
-from tokenprune.signals import Signal
+from tokenprune.signals import Kept, Signal
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens

@@ -32,7 +32,7 @@ from tokenprune.ops.ranking import best_per_view
 from tokenprune.precision import autocasts, like_now, without_autocast
 from tokenprune.registry import Card
 from tokenprune.signals import Signal
-from tokenprune.tokens import VisualTokens, told
+from tokenprune.tokens import VisualTokens, on_cpu
 from tokenprune.untouched import watched
 
 if TYPE_CHECKING:
@@ -437,7 +437,7 @@ def best(strategy: Compressor, tokens: VisualTokens, scores: Tensor, counts: Ten
     """
     of_patches = scores[tokens.layout.to(scores.device).patches]
     mask = best_per_view(tokens.layout, scores, counts)
-    kept, finite = told(mask, of_patches.isfinite().all())
+    kept, finite = on_cpu(mask, of_patches.isfinite().all())
     if not finite:
         raise _not_finite(strategy, of_patches)
     return kept.nonzero().squeeze(1)
@@ -498,7 +498,7 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
     if chosen.scores is None:
         keep = keep.cpu()
     else:
-        keep, finite = told(keep, chosen.scores.isfinite().all())
+        keep, finite = on_cpu(keep, chosen.scores.isfinite().all())
         if not finite:
             raise _not_finite(strategy, chosen.scores)
     bad = (keep.diff() <= 0).any() | (keep[0] < 0) | (keep[-1] >= len(tokens))

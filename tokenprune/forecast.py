@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, placed
-from tokenprune.cost.account import Account, Attended, Images, Sizes
+from tokenprune.cost.account import Account, Attended, Images, Sizes, attended_for
+from tokenprune.cost.arithmetic import signal_widths
 from tokenprune.cost.ledger import Ledger
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.engine.decoder import tapped_layers
@@ -193,21 +194,11 @@ class _Draw:
         """Attention rows and keys that the engine computes for ``part`` in front of ``layer``."""
         found = []
         for signal in part.needs:
-            if signal.name == "llm_attention":
-                found.append(Attended(signal.layer, 1, recomputed=False))
-            elif signal.name == "llm_ahead":
-                found.append(Attended(layer - 1, 1, recomputed=True))
-            elif signal.name in ("llm_text", "llm_text_heads", "llm_cross"):
-                queries = [min(words, self.text) for words in self.asking]
-                found += [Attended(layer - 1, count, recomputed=False) for count in queries]
-            elif signal.name == "llm_self":
-                queries = [len(one.layout.patches) for one in self.images]
-                found += [Attended(layer - 1, count, recomputed=False) for count in queries]
-            elif signal.name == "llm_global":
-                found += [Attended(layer - 1, 1, recomputed=True)] * len(self.images)
-            elif signal.name == "llm_keys_ahead":
-                found.append(Attended(layer - 1, 0, recomputed=True))
-        return found
+            each = list(zip(self.images, self.asking, strict=True))
+            for tokens, words in each if signal.info.scope == "image" else each[:1]:
+                text, patches = min(words, self.text), len(tokens.layout.patches)
+                found.append(attended_for(signal, layer, text=text, patches=patches))
+        return [one for one in found if one is not None]
 
     def _between_layers(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:
         """What ``part`` is given between two layers of one image with ``words`` behind it."""
@@ -222,27 +213,18 @@ class _Draw:
 
     def _sized(self, tokens: VisualTokens) -> VisualTokens:
         """``tokens`` with the real widths and dtypes on the ``meta`` device, to compute costs."""
-        shape, tower = self.sizes.decoder, self.adapter.vision_width
         half = {2: torch.bfloat16, 4: torch.float32}.get(self.size, torch.float32)
-        widths = {
-            "keys": (tower // self.adapter.vision_heads, torch.float32),
-            "joint_keys": (tower, torch.float32),
-            "unprojected": (tower, half),
-            "llm_keys": (shape.kv_heads * shape.head_dim, half),
-            "llm_keys_ahead": (shape.kv_heads * shape.head_dim, half),
-            "llm_prompt": (shape.hidden, half),
-            "llm_states": (shape.hidden, half),
-            "llm_text_heads": (shape.heads, torch.float32),
-        }
+        widths = signal_widths(self.adapter)
 
         def empty(signal: Signal, value: Tensor) -> Tensor:
             if signal.name not in widths:
                 return value.to("meta")
-            width, dtype = widths[signal.name]
-            return torch.empty(*value.shape[:-1], width, device="meta", dtype=dtype)
+            dtype = half if signal.info.dtype == "model" else torch.float32
+            sizes = *value.shape[:-1], widths[signal.name]
+            return torch.empty(sizes, device="meta", dtype=dtype)
 
         def wide(value: Tensor) -> Tensor:
-            return torch.empty(len(value), shape.hidden, device="meta", dtype=half)
+            return torch.empty(len(value), self.sizes.decoder.hidden, device="meta", dtype=half)
 
         asked = tokens.entered is not None and _INPUTS in self.needs
         inputs = tokens.inputs if asked else None

@@ -208,8 +208,7 @@ def positional_bias(folder: str) -> str:
 
 def benchmarks(argument: str) -> str:
     """Figures of one benchmark from the stored file."""
-    table = _read(FOLDER / "benchmarks" / "cpu.csv")
-    table = table[table["benchmark"] == argument]
+    table = _benchmark(argument)
     rows = [
         (row.case, row.figure, f"{row.value:.3g}", row.unit, _plain(row.goal), _text(row.note))
         for row in table.itertuples()
@@ -218,15 +217,46 @@ def benchmarks(argument: str) -> str:
 
 
 def selection_benchmark(_: str = "") -> str:
-    """Time and memory of every method's selection, relative to the prefill."""
-    table = _read(FOLDER / "benchmarks" / "cpu.csv")
-    table = table[(table["benchmark"] == "selection") & table["figure"].str.contains("/ prefill")]
+    """Time, memory and synchronisations of every method's selection, with the goals."""
+    table = _benchmark("selection")
+    time, memory = "time / prefill", "memory / prefill"
     wide = table.pivot_table(index="case", columns="figure", values="value", sort=False)
+    goals = table.pivot_table(index="case", columns="figure", values="goal", sort=False)
+    wide, goals = wide.loc[wide[time].notna()], goals.reindex(wide.index)
     rows = [
-        (f"`{case}`", *(f"{100 * value:.3g}" for value in values))
-        for case, values in zip(wide.index, wide.to_numpy(), strict=True)
+        (
+            f"`{case}`",
+            f"{100 * wide.loc[case, time]:.2g}",
+            _percent(goals.loc[case, time]),
+            f"{100 * wide.loc[case, memory]:.2g}",
+            _percent(goals.loc[case, memory]),
+            _plain(wide.loc[case, "host waits a stage"]),
+        )
+        for case in wide.index
     ]
-    return markdown(("method", *(f"{name} (%)" for name in wide.columns)), rows)
+    head = ("method", "time (%)", "goal", "memory (%)", "goal", "synchronisations per stage")
+    return markdown(head, rows)
+
+
+def growth_benchmark(_: str = "") -> str:
+    """How time and memory of every method's selection grow with the number of tokens."""
+    table = _benchmark("growth")
+    wide = table.pivot_table(index="case", columns="figure", values="value", sort=False)
+    notes = dict(zip(table["case"], table["note"], strict=True))
+    rows = [
+        (f"`{case}`", *(f"{value:.2f}" for value in wide.loc[case]), notes[case])
+        for case in wide.index
+    ]
+    return markdown(("method", *wide.columns, "measured"), rows)
+
+
+def _benchmark(name: str) -> Table:
+    table = _read(FOLDER / "benchmarks" / "cpu.csv")
+    return table[table["benchmark"] == name]
+
+
+def _percent(value: float) -> str:
+    return _MISSING if pd.isna(value) else f"{100 * value:g} %"
 
 
 def benchmark_setting(_: str = "") -> str:
@@ -293,6 +323,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "positional-bias": positional_bias,
     "benchmark": benchmarks,
     "selection-benchmark": selection_benchmark,
+    "growth-benchmark": growth_benchmark,
     "benchmark-setting": benchmark_setting,
     "plot": plot,
 }

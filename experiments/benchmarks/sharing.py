@@ -1,7 +1,7 @@
 """A whole comparison against its cells one by one, and against what sharing can save at best.
 
-"Separately" is each cell in a comparison of its own, with its own pass of the vision tower; nothing
-but the cell differs.  Answers and accounts of both ways must be equal.
+"Separately" is each cell in a comparison of its own, with its own run of the vision encoder; only
+the cell differs.  Answers and ledgers of both ways must be equal.
 """
 
 import tempfile
@@ -85,7 +85,7 @@ def _grid(
     yield Figure(
         case=case, figure="time / separately", value=ratio, better="low", goal=goal, note=note
     )
-    note = "FLOPs of prefill and vision tower; no new tokens"
+    note = "FLOPs of prefill and vision encoder; no new tokens"
     yield Figure(case=case, figure="bound on it", value=bound, note=note)
     yield Figure(
         case=case, figure="time / bound", value=ratio / bound, better="low", goal=goal_of_bound
@@ -146,7 +146,7 @@ def _run(
 
 
 def _tower_flops(adapter: Adapter, asked: Sequence[Question]) -> float:
-    """FLOPs of the vision tower, once for every image that is asked about."""
+    """FLOPs of the vision encoder, once for every image that is asked about."""
     images = {item.image_id: item.images[0] for item in asked}.values()
     sizes = [image.open().size for image in images]
     vision = adapter.base.config.vision_config

@@ -60,8 +60,8 @@ def prepare(
 
     Args:
         request: What is asked.
-        progress: Told how far it is.
-        keep_faulty: As in `data.read_jsonl`.
+        progress: Called before every step.
+        keep_faulty: As in `questions.read_jsonl`.
 
     Raises:
         UserError: As `compare`.
@@ -96,11 +96,11 @@ def load_model(
 
 
 def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list[Question]:
-    """The questions of a comparison, of which every one can be asked; nothing is computed.
+    """The questions of a comparison, after a check that all can be asked; nothing is computed.
 
-    Images are decoded, the frames of a video are of one size, marks in a question are as many as
-    its images, and the decoder knows as many positions as its prompt has tokens, for which the
-    model's configuration and processor are read.
+    The check decodes images, compares the sizes of the frames of a video, counts the placeholders
+    in a question, and compares the length of the prompt with the number of positions of the
+    decoder.  It reads the model's configuration and processor.
 
     Raises:
         UserError: As `compare`, for what is found without weights.
@@ -114,7 +114,7 @@ def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list
 
 
 def with_faults_noted(setting: Setting, new: int) -> list[Question]:
-    """The questions, of which those that cannot be asked are told and left to fail alone.
+    """The questions; a warning names those that cannot be asked, which fail alone.
 
     Args:
         setting: The model and its questions.
@@ -143,7 +143,7 @@ def with_faults_noted(setting: Setting, new: int) -> list[Question]:
 def checked_questions(
     request: QuestionRequest, progress: ProgressCallback, *, keep_faulty: bool = False
 ) -> list[Question]:
-    """The questions of ``request``, if it and they make sense by themselves."""
+    """The questions of ``request``, after the checks that need no model."""
     for name in ("questions", "batch_size", "max_new_tokens", "seed"):
         check_number(name, getattr(request, name))
     if request.modality not in (None, *MODALITIES):
@@ -172,13 +172,13 @@ MATCHED_COSTS: tuple[MatchedCost, ...] = get_args(MatchedCost)
 
 
 def with_crops(setting: Setting, least: int = 1) -> tuple[Setting, int]:
-    """The same with only those questions whose image is cut into ``least`` crops or more.
+    """The setting with only those questions whose image is cut into ``least`` crops or more.
 
     Returns:
         The setting, and how many questions were left out.
 
     Raises:
-        UserError: None is left.
+        UserError: No question is left.
     """
 
     @cache

@@ -1,4 +1,4 @@
-"""Methods at equal cost: what each may keep to cost as much as `uniform` at a retention."""
+"""Methods at equal cost: the retention ratio at which each costs as much as `uniform`."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +43,7 @@ _NEAR = 0.01  # share of a cost that is as good as met
 def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
     """The question with the median number of visual tokens, as the model sees its prompt.
 
-    Of very many questions evenly spaced ones are looked at.
+    Of very many questions, evenly spaced ones are considered.
     """
     return _median(adapter, questions)[1]
 
@@ -51,7 +51,7 @@ def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
 def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
     seen = [(item, tried(partial(_prompt, adapter, item))) for item in questions[::step]]
-    # A question that cannot be asked fails by itself when it is asked.
+    # A question that cannot be asked fails later, when it is asked.
     prompts = [(item, found) for item, found in seen if not isinstance(found, Failure)]
     if not prompts:
         why = next(found.error for _, found in seen if isinstance(found, Failure))
@@ -94,19 +94,19 @@ def matched_cells(
     optional: Iterable[str] = (),
     progress: ProgressCallback = silent,
 ) -> tuple[list[Cell], dict[str, str]]:
-    """The uncompressed model, and every method at retentions where it costs what `uniform` does.
+    """The uncompressed model, and every method at the ratios that cost as much as `uniform`.
 
-    Costs are forecasts on the `representative` prompt, or, of methods whose counts depend on the
-    content, those of running them on it.
+    Costs are forecasts for the `representative` prompt; methods whose counts depend on the content
+    are run on it.
 
     Args:
         adapter: Of the model, with weights unless all costs are to be forecasts.
         questions: Where the `representative` prompt comes from.
-        specs: Methods; those that say what they keep are refused.
-        retention: Of `uniform`, the reference; it is added if it is not among the methods.
+        specs: Methods; those with their own retention ratio are refused.
+        retention: Of `uniform`, which is added if it is not among the methods.
         kind: ``tokens`` (visual ones a layer on average), ``flops`` (of the prefill, selection
-            included) or ``prefill-ms`` (measured here: choice and prefill of one prompt).
-        optional: Specs that may be left out where they cannot cost so little.
+            included) or ``prefill-ms`` (measured here: selection and prefill of one prompt).
+        optional: Specs that are left out if they cannot cost so little.
         progress: Called before every step.
 
     Returns:
@@ -190,7 +190,7 @@ class _Costs:
 
 
 def realised(answers: pd.DataFrame) -> pd.DataFrame:
-    """What matched methods cost on the questions that were asked, beside `uniform`.
+    """The cost of matched methods on the questions that were asked, relative to `uniform`.
 
     Args:
         answers: As in ``answers.parquet``.
@@ -234,7 +234,7 @@ def _cost(prompt: Prompt, method: Compressor, kind: MatchedCost) -> float:
 
 
 def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compressor) -> float:
-    """What ``method`` really costs on a question, where content decides how much it keeps."""
+    """The cost of running ``method`` on a question, if the content decides how much it keeps."""
     shown = [picture.open() for picture in item.images]
     images, videos = (None, [[shown]]) if item.video else ([shown], None)
     inputs = adapter.prepare(images, [item.question], videos)
@@ -253,7 +253,7 @@ def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compr
 
 
 def _unsettled(spec: str) -> Compressor:
-    """The method of ``spec``, whose retention is to be found."""
+    """The method of ``spec``, whose retention ratio is to be found."""
     if has_retention(spec):
         raise UserError(
             f"{spec!r} says itself what it keeps; with --match the retention is solved for, so "

@@ -116,7 +116,7 @@ def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> 
 
 
 def _droppers(request: CropImportanceRequest) -> list["DropCrop"]:
-    signal = Signal(request.score, request.layer)  # type: ignore[arg-type]  # checked before
+    signal = Signal(request.score, request.layer)
     return [
         DropCrop(which="highest", signal=signal),
         *(DropCrop(which="random", signal=signal, seed=seed) for seed in range(request.seeds)),

@@ -136,9 +136,9 @@ def _table(costs: pd.DataFrame, title: str) -> Table:
         title=title,
         caption="Tokens: visual ones with separators that enter a decoder layer, mean over layers. "
         f"{flops}: prefill of the decoder, selection included. KV: cache after the prefill. "
-        "Select: what choosing alone takes, in all and of memory at one moment. Peak: weights, KV "
-        "cache and the larger of activations and selector, without the tower's activations. Pays: "
-        "from how many visual tokens on the whole takes fewer FLOPs than the plain prefill.",
+        "Select: the selection alone, its FLOPs and its peak memory. Peak: weights, KV "
+        "cache and the larger of activations and selector, without the encoder's activations. "
+        "Pays: visual tokens from which on the whole takes fewer FLOPs than the plain prefill.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
@@ -280,8 +280,8 @@ def _terms(found: Converted) -> Table:
     table.add_row("tokens a layer, mean over layers", f"{mark}{terms['tokens']:.2f}")
     table.add_row("  with text", f"{mark}{terms['tokens_with_text']:.2f}")
     table.add_row("FLOPs of the prefill", f"{mark}{percent(terms['flops'], 2)}")
-    table.add_row("  of which for choosing", f"{mark}{percent(terms['selector_flops'], None)}")
+    table.add_row("  of which for the selection", f"{mark}{percent(terms['selector_flops'], None)}")
     if terms["vision_flops"] != 1:
-        table.add_row("FLOPs of the vision tower", percent(terms["vision_flops"], 2))
+        table.add_row("FLOPs of the vision encoder", percent(terms["vision_flops"], 2))
     table.add_row("equivalent pre-LLM retention", f"{mark}{terms['equivalent']:.4f}")
     return table

@@ -263,15 +263,15 @@ def draw(seen: Seen) -> Figure:
 
 
 def heat(seen: Seen) -> Figure:
-    """The tower's saliency and the scores of methods that score, as percentiles over all tokens.
+    """The encoder's saliency and the scores of methods that score, as percentiles of all tokens.
 
     Raises:
-        UserError: The tower has no saliency and no method scores.
+        UserError: The vision encoder has no saliency and no method scores.
     """
     panels = []
     if seen.saliency:
         maps = [(medium.layout, medium.tokens[SALIENCY].float().cpu()) for medium in seen.media]
-        panels.append(_heat_panel(seen, "saliency of the vision tower", (seen.saliency,), maps))
+        panels.append(_heat_panel(seen, "saliency of the vision encoder", (seen.saliency,), maps))
     shown = set()
     for one in seen.masks:
         if one.scores and one.label not in shown:
@@ -280,8 +280,8 @@ def heat(seen: Seen) -> Figure:
             panels.append(_heat_panel(seen, one.label, lines, list(one.scores)))
     if not panels:
         raise UserError(
-            "there is no score to draw: this vision tower has no saliency that can be told, and "
-            "none of the methods scores tokens."
+            "there is no score to draw: this vision encoder has no known saliency, and none of the "
+            "methods scores tokens."
         )
     figure = _figure(seen, panels, "Percentile of the score among all tokens shown.")
     bar = ScalarMappable(Normalize(0, 100), _HEAT)

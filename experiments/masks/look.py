@@ -1,4 +1,4 @@
-"""What a method sees and keeps of one image."""
+"""What methods see and keep of one prompt."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Medium:
 
     Attributes:
         pictures: The image, or the frames.
-        tokens: Its packed sequence, with the tower's saliency where it has one.
+        tokens: Its packed sequence, with the saliency if the vision encoder has one.
     """
 
     pictures: tuple[Image.Image, ...]
@@ -97,7 +97,7 @@ class Seen:
         media: The images, or the video.
         masks: What every method keeps, all tokens first.
         question, truth: What was asked, and the true answer if known.
-        saliency: What the tower's saliency is, in words; empty if it has none that can be told.
+        saliency: What the encoder's saliency is, in words; empty if it has none.
     """
 
     model: str
@@ -134,7 +134,7 @@ class Seen:
 
 
 def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
-    """Raises `UserError` if the model, or a missing question, leaves it nothing to work on."""
+    """Raise `UserError` if the method does not run on the model, or needs a question."""
     adapter.check(compressor)
     stages = list(compressor.parts())
     inside = [part for part in stages if part.stage is Stage.LLM]
@@ -161,7 +161,7 @@ def look(
     max_new_tokens: int = 8,
     progress: ProgressCallback = silent,
 ) -> Seen:
-    """Run ``methods`` on one prompt and note what they keep.
+    """Run ``methods`` on one prompt and record what they keep.
 
     Args:
         adapter, images, question, methods, retention: As of `masks`.

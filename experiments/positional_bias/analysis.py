@@ -275,7 +275,7 @@ def _analysed(
     keys = {(one.label, one.retention): one for one in compressors}
     total, done = len(keys) * images, 0
     for start in range(0, images, batch_size):
-        progress(done, total, "vision tower")
+        progress(done, total, "vision encoder")
         here = range(start, min(start + batch_size, images))
         lacking = {key: set(here) - known.images(*key) for key in keys if key not in failures}
         needed = sorted(set().union(*lacking.values()))
@@ -322,9 +322,9 @@ def check_method(adapter: Adapter, compressor: Compressor) -> None:
     for part in compressor.parts():
         if part.stage is Stage.ENCODER:
             raise UserError(
-                f"{part.name} acts inside the vision tower, in front of the sequence in which this "
-                "analysis moves content to other places; leave it out (tokenprune masks shows what "
-                "it keeps)."
+                f"{part.name} acts inside the vision encoder, before the sequence exists in which "
+                "this analysis moves content to other places; leave it out (tokenprune masks shows "
+                "what it keeps)."
             )
 
 
@@ -398,7 +398,7 @@ def _cases(
 
 
 def _told_apart(index: int, tokens: VisualTokens) -> VisualTokens:
-    """With a fingerprint, by which scores are told apart and strategies draw anew."""
+    """With a fingerprint, by which scores are distinguished and methods draw anew."""
     if tokens.fingerprint is not None:
         return tokens
     return replace(tokens, fingerprint=torch.tensor([index], dtype=torch.float32))

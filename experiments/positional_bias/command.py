@@ -1,4 +1,4 @@
-"""``tokenprune positional-bias``: content or place, on the command line."""
+"""``tokenprune positional-bias``: content or location, on the command line."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
         title=f"Positional bias, {statistics['images'].max():.0f} {modality}s",
         caption="Slope: change of the keep probability as the same content moves from the start of "
         "the sequence to its end (selector, reversed order; linear), 95 % interval. p: of a slope "
-        "of 0. Follows: 1 content, ½ neither, 0 place; selector/pipeline, all conditions. First "
+        "of 0. Follows: 1 content, ½ neither, 0 location; selector/pipeline, all conditions. First "
         f"and last {slot}: share kept in %, normal → reversed order.",
     )
     table.add_column("keep", justify="right")
@@ -208,9 +208,9 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
 
 def _by_condition(statistics: pd.DataFrame, conditions: Sequence[str]) -> Table:
     table = new_table(
-        title="What the choice follows, by condition",
-        caption="Selector/pipeline: 1 content, ½ neither, 0 place, - cannot be told. Then by how "
-        "much the keep probability changes as the same content moves from the start of the "
+        title="What the selection follows, by condition",
+        caption="Selector/pipeline: 1 content, ½ neither, 0 location, - unknown. Then the "
+        "change of the keep probability as the same content moves from the start of the "
         "sequence to its end, from left to right, from top to bottom (selector; linear; "
         "* p < 0.05, ** p < 1e-6).",
     )

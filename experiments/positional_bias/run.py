@@ -1,9 +1,8 @@
-"""Does a method keep tokens for what they show, or for where they lie in the sequence?
+"""Does a method keep tokens because of their content, or because of their location?
 
 Figure 4 of GlobalCom² (arXiv 2501.05179): methods that rank by the language model's attention keep
-late crops, whatever they show and in whatever order they come.  Here any method is shown the same
-content at other places (`rearrange`), and statistics say which the choice follows
-(`statistics`).
+late crops, whatever their content and order.  Here any method sees the same content at other
+locations (`rearrange`), and statistics say which of both the selection follows (`estimates`).
 """
 
 import hashlib

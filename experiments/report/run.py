@@ -275,7 +275,7 @@ def _bound(entries: Sequence[dict[str, Any]], notes: list[str]) -> None:
 def _figures(
     folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any], notes: list[str]
 ) -> Iterator[dict[str, str]]:
-    """The run's figures as data URIs; made afresh if an interrupted run has none."""
+    """The run's figures as data URIs; drawn here if an interrupted run has none."""
     files = sorted((folder / "plots").glob("*.png"), key=lambda file: file.stem)
     for file in files:
         try:

@@ -17,14 +17,13 @@ from tokenprune.cost.arithmetic import (
     copied_bytes,
     encoder_flops,
     held_bytes,
-    kept_of,
     merging_bytes,
     signal_bytes,
     signal_flops,
 )
 from tokenprune.cost.ledger import Ledger, settle
 from tokenprune.layout import TokenLayout
-from tokenprune.signals import Signal
+from tokenprune.signals import Kept, Signal
 from tokenprune.tokens import Encoding, VisualTokens
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ __all__ = [
     "Attended",
     "Images",
     "Sizes",
+    "attended_for",
 ]
 
 
@@ -69,13 +69,46 @@ class Attended(NamedTuple):
         layer: Index of the layer whose number of tokens counts.
         queries: Number of attention rows, 0 for keys alone.
         recomputed: Whether the keys were computed for it, because no KV cache had them.
+        kept: What is kept of each row.
         row: Row of the batch, or None for every row that has images.
     """
 
     layer: int
     queries: int
     recomputed: bool
+    kept: Kept = "mean"
     row: int | None = None
+
+
+def attended_for(
+    signal: Signal,
+    cut: int,
+    *,
+    cached: bool = True,
+    text: int = 0,
+    patches: int = 0,
+    row: int | None = None,
+) -> Attended | None:
+    """What a signal of the language model needs, if attention rows or keys are computed for it.
+
+    Vectors that are read from the KV cache count nothing, and neither do the projections that are
+    repeated where there is none.
+
+    Args:
+        signal: The signal.
+        cut: The decoder layer in front of which it is used.
+        cached: Whether the layer's keys are in a KV cache.
+        text: Number of text tokens behind the image.
+        patches: Number of patch tokens of the image.
+        row: Row of the batch, for a signal of one image.
+    """
+    info = signal.info
+    ahead = info.layer == "next"  # has as many keys as the layer in front of it
+    if info.source != "decoder layer" or (info.queries == "none" and not ahead):
+        return None
+    queries = {"none": 0, "one": 1, "text": text, "patches": patches}[info.queries]
+    layer = signal.layer if info.layer == "named" else cut - 1
+    return Attended(layer, queries, ahead or not cached, info.kept, row)
 
 
 class Images(NamedTuple):
@@ -252,20 +285,18 @@ class Account:
         """FLOPs of all attention rows together, and the bytes of each entry."""
         decoder, flops, held = self._sizes.decoder, 0.0, []
         for one in attended:
-            cut = self._cuts.get(one.layer + 1)
-            kept = kept_of(signal.name for signal in cut.needs) if cut is not None else "mean"
             count = tokens[one.layer]
             flops += decoder.row_flops(count, one.recomputed, one.queries)
-            held.append(decoder.row_bytes(count, one.recomputed, size, one.queries, kept))
+            held.append(decoder.row_bytes(count, one.recomputed, size, one.queries, one.kept))
         return flops, held
 
     def _vectors(self, tokens: Sequence[int], size: int) -> list[int]:
-        """Bytes at work for each kind of vectors that a cut asks for, of all tokens."""
+        """Bytes at work while the vectors of all tokens are made, for each signal of each cut."""
         return [
             self._sizes.decoder.vector_bytes(tokens[layer - 1], size, signal.name)
             for layer, part in self._cuts.items()
             for signal in part.needs
-            if signal.name in ("llm_states", "llm_keys")
+            if signal.info.copies is not None
         ]
 
     def _encoder_flops(self, run: Encoding | None, full: float) -> float:

@@ -4,43 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from tokenprune.signals import SIGNALS, Kept, Signal
 from tokenprune.units import CHUNK
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
-    from tokenprune.signals import Signal
     from tokenprune.tokens import Encoding, VisualTokens
 
 __all__ = [
     "DecoderShape",
-    "Kept",
     "VisionShape",
     "copied_bytes",
     "encoder_flops",
     "held_bytes",
-    "kept_of",
     "merging_bytes",
     "prefill_flops",
     "signal_bytes",
     "signal_flops",
+    "signal_widths",
 ]
 
 
-_OF_ALL = {"llm_states", "llm_keys", "llm_keys_ahead"}
-
-
-Kept = Literal["mean", "heads", "sum"]
-"""The part of the attention rows of several queries that is kept (`DecoderShape.row_bytes`)."""
-
-
-def kept_of(names: Iterable[str]) -> Kept:
-    """What is kept of the rows that signals of these names are made of; the most, of several."""
-    names = set(names)
-    if "llm_text_heads" in names:
-        return "heads"
-    return "sum" if names & {"llm_self", "llm_cross"} and "llm_text" not in names else "mean"
+def signal_widths(adapter: Adapter) -> dict[str, int]:
+    """Size of the last axis of each signal where the model determines it, by name."""
+    sizes = {
+        "vision_width": adapter.vision_width,
+        "vision_head_width": adapter.vision_width // adapter.vision_heads,
+    }
+    if adapter.has_language_model:
+        sizes |= DecoderShape.of(adapter.language_model.config).widths
+    return {
+        name: sizes[info.shape[-1]] for name, info in SIGNALS.items() if info.shape[-1] in sizes
+    }
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,12 @@ class DecoderShape:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Sizes of the axes of signals (`tokenprune.signals.AXES`)."""
+        kv_width = self.kv_heads * self.head_dim
+        return {"heads": self.heads, "hidden": self.hidden, "kv_width": kv_width}
 
     def kv_bytes(self, size: int) -> int:
         """Bytes of one token in one layer's KV cache, at ``size`` bytes a number."""
@@ -108,10 +111,10 @@ class DecoderShape:
         return max(looking, 8 * states) if recomputed else looking  # RMSNorm works in float32
 
     def vector_bytes(self, tokens: int, size: int, name: str) -> int:
-        """Peak bytes while ``llm_states`` of all tokens are normalised, or ``llm_keys`` rotated."""
-        if name == "llm_states":
-            return 8 * tokens * self.hidden  # in float32
-        return 3 * tokens * self.kv_heads * self.head_dim * size
+        """Bytes of the copies at work while the vectors of a signal are made of all tokens."""
+        info = SIGNALS[name]
+        copies, dtype = info.copies or (0, "model")
+        return copies * tokens * self.widths[info.shape[-1]] * (4 if dtype == "float32" else size)
 
 
 def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
@@ -133,19 +136,23 @@ def signal_flops(
     views: int,
     attended: Sequence[int] | None = None,
 ) -> float:
-    """FLOPs of the vision tower's attention rows that a method asks for, over ``views`` views.
+    """FLOPs of the attention rows that signals of the vision encoder need.
 
-    ``received`` needs a row for every query, every other kind the CLS row alone; projections run
-    anyway.  Keys and unprojected vectors are read off, and a pooling head computes its row anyway.
-    ``attended`` says how many tokens of a view each layer saw, where a method acted inside the
-    tower.
+    One row for each signal, or one for each token of a view (`SignalInfo.queries`).  The model
+    computes the projections and the row of a pooling head anyway.
+
+    Args:
+        signals: Those of the language model count nothing here.
+        adapter: Of the model.
+        views: Number of views.
+        attended: Tokens of a view in each layer, where a method acted inside the encoder.
     """
     total = 0.0
     for signal in signals:
         if signal.in_llm or signal.needs_head:
             continue
         keys = adapter.vision_tokens if attended is None else attended[signal.layer]
-        queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
+        queries = keys if signal.resolve(adapter.has_cls).info.queries == "all" else 1
         total += 2 * views * queries * keys * adapter.vision_width
     return total
 
@@ -157,13 +164,17 @@ def signal_bytes(
     size: int,
     attended: Sequence[int] | None = None,
 ) -> int:
-    """Bytes that the tower's signals hold until they are packed.
+    """Bytes that the signals of the vision encoder hold until they are packed.
 
-    Queries and keys of every layer that is looked at outlive the layer (``size`` bytes a number,
-    and a float32 copy where that is smaller); the logits and the softmax of one row, or of `CHUNK`
-    rows at a time for ``received``, come on top, for the largest of the signals.
+    Queries and keys of every layer that is read outlive the layer.  The largest of the signals adds
+    float32 copies of them, where ``size`` is smaller, and the logits and the softmax of one row, or
+    of `CHUNK` rows at a time.
+
+    Args:
+        signals, adapter, views, attended: As in `signal_flops`.
+        size: Bytes of a number in the model.
     """
-    seen = [s for s in signals if not s.in_llm and not s.needs_head and s.name != "unprojected"]
+    seen = [signal for signal in signals if signal.in_vision_layer]
 
     def keys_of(layer: int) -> int:
         return adapter.vision_tokens if attended is None else attended[layer]
@@ -172,13 +183,12 @@ def signal_bytes(
     kept = sum(wide * keys_of(layer) * size for layer in {signal.layer for signal in seen})
     most = 0
     for signal in seen:
-        keys = keys_of(signal.layer)
-        kind = signal.resolve(adapter.has_cls).name
+        keys, info = keys_of(signal.layer), signal.resolve(adapter.has_cls).info
+        queries = {"none": 0, "one": 1, "all": min(CHUNK, keys)}[info.queries]
         copies = wide * keys * 4 if size < 4 else 0
-        if kind in ("keys", "joint_keys"):
-            copies //= 2  # queries are not looked at
-        heads = 1 if kind in ("cls_joint", "joint_keys") else adapter.vision_heads
-        queries = {"keys": 0, "joint_keys": 0, "received": min(CHUNK, keys)}.get(kind, 1)
+        if not queries:
+            copies //= 2  # of the keys alone
+        heads = 1 if info.joint_heads else adapter.vision_heads
         most = max(most, copies + 2 * 4 * views * heads * queries * keys)
     return kept + most
 
@@ -220,7 +230,7 @@ def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | 
     shown = [value for signal, value in tokens.signals.items() if signal in asked]
     if inside:
         shown += [tokens.features, *tokens.text.values(), *(tokens.inputs or ())]
-        shown += [value for signal, value in tokens.signals.items() if signal.name in _OF_ALL]
+        shown += [value for one, value in tokens.signals.items() if one.info.is_of_all_tokens]
     return sum(value.numel() * value.element_size() for value in shown)
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.compressor import Compressor, Stage
-from tokenprune.cost.account import Attended
 from tokenprune.engine.cache import CACHE
 from tokenprune.engine.decoder import cuts_of, tapped_layers
 from tokenprune.engine.guard import Ours, shadowed
@@ -83,7 +82,7 @@ class Prefix:
             self.cuts |= {min(inside)} if inside else set()
             self.taps |= tapped_layers(needs, inside)
         self._ran: dict[int, _Ran] = {}
-        self._looked: dict[Hashable, tuple[Tensor, list[Attended]]] = {}
+        self._looked: dict[Hashable, Tensor] = {}
         self._prompts: Sequence[Any] = ()
 
     def clear(self) -> None:
@@ -156,26 +155,14 @@ class Repetition:
         missing = next((at for at in range(self.until) if at not in ran), self.until)
         self.skip = max((cut for cut in self.prefix.cuts if cut <= missing), default=0)
 
-    def once(self, key: Hashable, attended: list[Attended], look: Callable[[], Tensor]) -> Tensor:
-        """The result of ``look``, computed once for all contexts that ask for the same ``key``.
-
-        Args:
-            key: Name of the result.
-            attended: Record of the forward, to which ``look`` adds what it computes.  Every context
-                gets the same entries, as if it had computed them itself.
-            look: Computes the result.
-        """
+    def once(self, key: Hashable, look: Callable[[], Tensor]) -> Tensor:
+        """The result of ``look``, computed once for all contexts that ask for the same ``key``."""
         if not self.open:
             return look()
         looked = self.prefix._looked
-        if key in looked:
-            value, entries = looked[key]
-            attended.extend(entries)
-            return value
-        before = len(attended)
-        value = look()
-        looked[key] = value, attended[before:]
-        return value
+        if key not in looked:
+            looked[key] = look()
+        return looked[key]
 
     def end(self) -> None:
         """End the forward."""

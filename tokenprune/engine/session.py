@@ -412,7 +412,7 @@ class Session(threading.local):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if state.spans and index in plan.inside:
-            once = self._once(state, index)
+            once = self._once(index)
             with self.trace.around():
                 hidden = cut(plan, self.memory, self.signals, once, state, index, hidden, kwargs)
         state.ran.append(state.columns if state.packed else None)
@@ -426,12 +426,12 @@ class Session(threading.local):
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}
 
-    def _once(self, state: Pass, index: int) -> Once:
+    def _once(self, index: int) -> Once:
         """What runs a computation; in front of the first cut, once for all that share a prefix."""
         repeating = self.repeating
         if repeating is None or index != min(self.plan.inside):
             return lambda what, look: look()
-        return lambda what, look: repeating.once((index, what), state.attended, look)
+        return lambda what, look: repeating.once((index, what), look)
 
     # -- behind the language model ---------------------------------------------------------------
 
