@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
-from tokenprune.primitives import float_copy
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -70,17 +69,6 @@ class DART(Compressor):
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.keys, Signal("llm_states")})
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """The norms of all keys, and cosines of every pivot with all states."""
-        states, keys = tokens[Signal("llm_states")], tokens[self.keys]
-        pivots = self.image_pivots + min(self.text_pivots, len(tokens.text[self.keys]))
-        return 2.0 * (pivots + 1) * states.numel() + keys.numel()
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Absolute keys, or normalised states; at most two float32 copies of either."""
-        states = tokens[Signal("llm_states")]
-        return super().memory(tokens) + 8 * states.numel() + float_copy(states) / 2
 
     def limit(self, tokens: VisualTokens) -> int:
         """Officially the image pivots come on top."""

@@ -10,7 +10,7 @@ import torch
 
 from tokenprune.budget import Allocator, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, lengths, max_min_diversity, patches_by_view
+from tokenprune.primitives import lengths, max_min_diversity, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -59,15 +59,3 @@ class DivPrune(Compressor):
             for mine, count in zip(views, counts, strict=True)
         ]
         return Selection(torch.cat(parts).sort().values, scores=norms[tokens.layout.patches])
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Cosines and distances of all pairs, and the features of unit length."""
-        sizes = tokens.layout.view_sizes if self.allocator else (len(tokens.layout.patches),)
-        count, width = max(sizes), tokens.features.shape[1]
-        norms = float_copy(tokens.features) if self.allocator else 0
-        return super().memory(tokens) + max(norms, 8.0 * count * (count + width))
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of all pairs, and one comparison with every token for each that is picked."""
-        count = len(tokens.layout.patches)
-        return 2.0 * count * count * tokens.features.shape[1] + self.retention * count * count

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection, best
-from tokenprune.primitives import ROUNDING, float_copy, patches_by_view
+from tokenprune.primitives import ROUNDING, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import TokenLayout, VisualTokens, moved
 
@@ -114,17 +114,6 @@ class DyCoke(Compressor):
             alike = F.cosine_similarity(features[here], like, dim=-1)
             scores[here] = -alike.clamp(max=1 - ROUNDING)
         return Selection(best(self, tokens, scores, torch.tensor(counts, device="cpu")))
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """One cosine for every token, of two norms and a product."""
-        return 6.0 * len(tokens.layout.patches) * tokens.features.shape[1]
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """All features in float32, and of one view: they, what they are compared with, both of
-        unit length, and the products."""
-        view = max(tokens.layout.view_sizes) * tokens.features.shape[1]
-        copies = 5 if tokens.layout.modality == "video" else 4  # or with a single vector
-        return super().memory(tokens) + float_copy(tokens.features) + 4.0 * copies * view
 
 
 def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:

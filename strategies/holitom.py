@@ -82,22 +82,6 @@ class HoliTom(Compressor):
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.saliency})
 
-    def flops(self, tokens: VisualTokens) -> float:
-        patches, dim = len(tokens.layout.patches), tokens.features.shape[1]
-        # Neighbouring frames, and at worst every segment's distances between all places.
-        return 2.0 * patches * dim * (1 + max(tokens.layout.view_sizes))
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """All frames, their unit vectors and products, or what is kept, thrice, in float32."""
-        sizes, width = tokens.layout.view_sizes, tokens.features.shape[1]
-        patches, size = len(tokens.layout.patches), max(sizes)
-        most = 12.0 * self.retention * patches * width
-        if tokens.layout.modality == "video" and len(sizes) > 1:
-            frames = 4.0 * patches * width + 12.0 * (patches - size) * width
-            clusters = 13.0 * size**2 + 8.0 * size * width  # at worst, where nothing moves
-            most = max(most, frames, clusters)
-        return super().memory(tokens) + most
-
     def groups(self, tokens: VisualTokens) -> list[tuple[Tensor, bool]]:
         """Patch indices (F, L) of the F frames that share L places, and whether those are static.
 

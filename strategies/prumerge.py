@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.budget import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import float_copy, patches_by_view
+from tokenprune.primitives import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens, listed, moved
 
@@ -99,21 +99,6 @@ class PruMerge(Compressor):
         keep, order = torch.cat(kept).sort()
         made = tokens.project(torch.cat(merged))[order]
         return Selection(keep, made, scores=scores[tokens.layout.patches])
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of centres with all patches, view by view, and the sums over neighbours."""
-        keys, vectors = tokens[self.metric], tokens[Signal("unprojected")]
-        pairs = self.retention * sum(size * size for size in tokens.layout.view_sizes)
-        gathered = self.retention * len(tokens.layout.patches) * self.neighbours
-        return 2.0 * pairs * keys.shape[1] + (gathered + len(tokens)) * vectors.shape[1]
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Keys of unit length, and the neighbours that the centres of the largest view gather."""
-        vectors, keys = tokens[Signal("unprojected")], tokens[self.metric]
-        size = max(tokens.layout.view_sizes)
-        gathered = self.retention * size * (self.neighbours * vectors.shape[1] + 2 * size)
-        copies = 4.0 * keys.numel() + float_copy(vectors) + 4.0 * self.retention * vectors.numel()
-        return super().memory(tokens) + copies + 4 * gathered + 8.0 * size * vectors.shape[1]
 
     def _merged(
         self, scores: Tensor, vectors: Tensor, unit: Tensor, count: int

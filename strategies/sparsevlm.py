@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
 from tokenprune.errors import UserError
-from tokenprune.primitives import density_peaks, float_copy, group_means
+from tokenprune.primitives import density_peaks, group_means
 from tokenprune.registry import Card, register
 from tokenprune.tokens import Signal, VisualTokens
 
@@ -119,22 +119,6 @@ class SparseVLM(Compressor):
     def recycled(self) -> float:
         """Share of the dropped tokens that is merged."""
         return (0.3 if self.version == "1.0" else 0.0) if self.recycle is None else self.recycle
-
-    def flops(self, tokens: VisualTokens) -> float:
-        visual, text = tokens.inputs or (tokens.features, tokens.features[:0])
-        recycled = self.recycled * len(tokens)
-        return 2.0 * visual.shape[1] * (len(visual) * len(text) + recycled**2)
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """What entered in float32, the raters' rows twice, distances of what is recycled, or, where
-        any is, twice what is kept."""
-        kept = self.limit(tokens)
-        recycled, width = self.recycled * (len(tokens) - kept), tokens.features.shape[1]
-        entered: float = sum(map(float_copy, tokens.inputs or ()))
-        clusters = 13.0 * recycled**2 + 8.0 * recycled * width
-        merging = 2.0 * kept * width * tokens.features.element_size() if recycled else 0.0
-        rows = 8.0 * tokens[ROWS if self.version == "1.0" else HEADS].numel()  # of all the text
-        return super().memory(tokens) + max(entered, rows, clusters, merging)
 
     def raters(self, tokens: VisualTokens) -> Tensor:
         """(T,) bool, which of the text tokens behind the image rate."""

@@ -92,19 +92,6 @@ class VisionZip(Compressor):
             features = torch.cat([features, tokens.project(torch.cat(merged))])
         return Selection(keep, features[place], scores=scores[tokens.layout.patches])
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of what is merged with its targets, view by view, and the sums."""
-        keys, vectors = tokens[self.metric], tokens[Signal("unprojected")]
-        targets = self.retention * self.contextual * max(tokens.layout.view_sizes)
-        return 2.0 * keys.numel() * (1 + targets * (1 - self.retention)) + vectors.numel()
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Keys of unit length, and the merged vectors with what came to them, in float32."""
-        keys, vectors = tokens[self.metric], tokens[Signal("unprojected")]
-        view = vectors.shape[1] * max(tokens.layout.view_sizes)
-        made = tokens.features.element_size() * self.retention * tokens.features.numel()
-        return super().memory(tokens) + 4.0 * keys.numel() + 8.0 * view + 2 * made
-
     def _merged(
         self, rest: Tensor, count: int, vectors: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor]:

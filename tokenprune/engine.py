@@ -635,7 +635,7 @@ class _Session(threading.local):
                     chosen = _choose(part, span, span.tokens)
                 if key is not None:
                     made[key] = chosen
-                state.charge(span.row, part, span.tokens, shown[span.row], chosen)
+                state.charge(span, part, span.tokens, shown[span.row], chosen)
                 if asks:
                     self._remember(state, span, _BEFORE, chosen)
             if chosen.features is not None:
@@ -751,7 +751,7 @@ class _Session(threading.local):
             if chosen is None:
                 chosen = _choose(part, span, tokens)
                 copies = held_bytes(tokens, inside=True) - held_bytes(span.tokens, inside=False)
-                state.charge(span.row, part, tokens, shown[span.row] + copies, chosen)
+                state.charge(span, part, tokens, shown[span.row] + copies, chosen)
                 self._remember(state, span, index, chosen)
             if chosen.features is not None:
                 hidden = hidden.clone()
@@ -993,8 +993,9 @@ class _Session(threading.local):
                 copied = 0
                 for one in picked:
                     if one.row == row:
-                        states = sum(tokens[layer] for layer in one.tapped)
-                        held.append(one.bytes + states * shape.hidden * size)
+                        states, own = sum(tokens[layer] for layer in one.tapped), one.work.cost()
+                        flops.append(own.flops)
+                        held.append(one.shown + int(own.bytes) + states * shape.hidden * size)
                         slots = text + one.visual
                         copied = max(copied, copied_bytes(slots, one.merged, shape, size))
                 made.append(

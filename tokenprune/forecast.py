@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, placed
+from tokenprune.cost.measuring import Work
 from tokenprune.encoder import encoder_part, foreseen
 from tokenprune.errors import RetentionWarning
 from tokenprune.ledger import (
@@ -217,8 +218,9 @@ class _Draw:
         for index, tokens in enumerate(shown):
             sized = self._sized(tokens)
             own = held_bytes(sized, inside=True) - held[index] if inside else 0
-            self.flops += part.flops(sized)
-            self.bytes = max(self.bytes, tapped + sum(held) + own + int(part.memory(sized)))
+            cost = Work.of(part, sized, self.layouts[index]).cost()
+            self.flops += cost.flops
+            self.bytes = max(self.bytes, tapped + sum(held) + own + int(cost.bytes))
         slots = self.text + sum(map(len, self.images))
         chosen = [part(tokens) for tokens in shown]
         for one in chosen:

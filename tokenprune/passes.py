@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from tokenprune.cache import PrunedLayer
 from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.cost.measuring import Work
 from tokenprune.guard import bypassed
 from tokenprune.tokens import TokenLayout, VisualTokens, moved
 
@@ -89,14 +90,16 @@ class Picked:
     """What one selection took, counted once the row's length is known.
 
     Attributes:
-        bytes: What it was shown and its own.
+        work: What the strategy did.
+        shown: Bytes that it was shown.
         tapped: Layers whose states were there for attention rows.
         visual: Visual tokens of the row in front of it.
         merged: How many vectors were put in.
     """
 
     row: int
-    bytes: int
+    work: Work
+    shown: int
     tapped: tuple[int, ...]
     visual: int
     merged: int
@@ -207,17 +210,18 @@ class Pass:
         return torch.where(visible, slot, 0).amax(1), visible
 
     def charge(
-        self, row: int, part: Compressor, tokens: VisualTokens, shown: int, chosen: Selection
+        self, span: Span, part: Compressor, tokens: VisualTokens, shown: int, chosen: Selection
     ) -> None:
-        """Enter what one selection cost; ``shown`` bytes are held beside the strategy's own."""
-        self.spent[row] += part.flops(tokens)
+        """Record one selection; ``shown`` bytes are held besides the strategy's own."""
+        row = span.row
         visual = self.tally[row][-1]
         if not visual:  # nothing is counted yet in front of layer 0
             visual = sum(len(one.there) for one in self.spans if one.row == row)
         self.picked.append(
             Picked(
                 row=row,
-                bytes=shown + int(part.memory(tokens)),
+                work=Work.of(part, tokens, span.layout),
+                shown=shown,
                 tapped=tuple(sorted(self.taps.intersection(self.tapped))),
                 visual=visual,
                 merged=0 if chosen.features is None else len(chosen.keep),

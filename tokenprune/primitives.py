@@ -24,7 +24,6 @@ __all__ = [
     "dithered",
     "dpp_greedy_map",
     "evenly_spaced",
-    "float_copy",
     "group_means",
     "group_sums",
     "kernel_density",
@@ -222,11 +221,6 @@ def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
         covered = torch.maximum(covered, alike.index_select(1, index).squeeze(1))
         free.index_fill_(0, index, -torch.inf)
     return chosen.sort().values
-
-
-def float_copy(values: Tensor) -> int:
-    """Bytes that ``values.float()`` takes: none where they are float32 already."""
-    return 0 if values.dtype == torch.float32 else 4 * values.numel()
 
 
 def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
