@@ -14,9 +14,9 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from tokenprune.models.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.registry import register_adapter
-from tokenprune.tokens import TokenLayout, unpadded_box
 
 
 @register_adapter("LLaVA-NeXT")
@@ -25,7 +25,7 @@ class LlavaNext(Adapter):
 
     hosts: ClassVar[tuple[str, ...]] = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
 
-    def layout(self, image_size: tuple[int, int], *, together: bool = False) -> TokenLayout:
+    def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         config, shape = self.base.config, self.view_shape
         grid = get_anyres_image_grid_shape(
             image_size, config.image_grid_pinpoints, config.vision_config.image_size

@@ -17,9 +17,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
 )
 
-from tokenprune.models.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.adapter import Adapter, image_sizes, tiny_decoder
+from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.registry import register_adapter
-from tokenprune.tokens import TokenLayout, unpadded_box
 
 
 @register_adapter("LLaVA-OneVision")
@@ -48,17 +48,17 @@ class LlavaOnevision(Adapter):
     )
 
     def layout(
-        self, image_size: tuple[int, int], *, together: bool = False, aspect: str | None = None
+        self, image_size: tuple[int, int], *, same_prompt: bool = False, aspect: str | None = None
     ) -> TokenLayout:
         """Layout of an image of ``image_size`` = (height, width) pixels.
 
         Args:
             image_size: Before any resizing.
-            together: Whether there are other images in the prompt.
+            same_prompt: Whether there are other images in the prompt.
             aspect: ``anyres_max_9`` or another number of views; default: the model's own.
         """
         config, shape = self.base.config, self.view_shape
-        if together:
+        if same_prompt:
             return TokenLayout.single(shape)
         grid = get_anyres_image_grid_shape(
             image_size, config.image_grid_pinpoints, config.vision_config.image_size
@@ -84,7 +84,7 @@ class LlavaOnevision(Adapter):
         numbers = [1] * len(sizes) if numbers is None else [int(number) for number in numbers]
         together = [number > 1 for number in numbers for _ in range(number)]
         return [
-            self.layout(size, together=others, aspect=aspect)
+            self.layout(size, same_prompt=others, aspect=aspect)
             for size, others in zip(sizes, together, strict=True)
         ]
 

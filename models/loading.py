@@ -1,488 +1,238 @@
-"""Reading models from folders and the Hub, so that what is broken or incomplete is never run.
-
-Whatever a library raises over the files of a checkpoint becomes one `UserError`; weights are
-compared with the model they are for, and nothing that a checkpoint brings is executed unless the
-caller trusts it.
-"""
+"""Loading a model by name: a testbed, a folder, the Hub, or a published config without weights."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import PIL.Image
 import torch
-from torch import Tensor, nn
 
+from tokenprune.adapter import Adapter
 from tokenprune.errors import UserError, unknown
-from tokenprune.offload import resident
+from tokenprune.models import checkpoints
+from tokenprune.models.checkpoints import read_config
+from tokenprune.models.published import KNOWN
+from tokenprune.registry import adapters
 
 __all__ = [
-    "Source",
-    "device_of",
-    "dtype_of",
-    "infinite",
-    "integers",
-    "read_config",
-    "read_model",
-    "read_processor",
-    "reading",
-    "refuse_faults",
-    "source_of",
+    "adapter_at_random",
+    "adapter_without_weights",
+    "host_of",
+    "load",
+    "published_config",
+    "without_weights",
 ]
 
-_SHOWN = 10  # names of tensors in a sentence
-_LONGEST = 300  # characters of another library's error
-_POINTER = b"version https://git-lfs"
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "chat_template.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-)
-"""What is read of a folder beside the weights; a JSON object each."""
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Options of ``from_pretrained`` that say where files are; for config, weights and processor."""
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
-
-    Attributes:
-        name: What the user calls it.
-        where: What ``from_pretrained`` takes.
-        folder: Its folder, unless it is on the Hub.
-        embedded: Whether it is a testbed.
-        trusted: Whether code that it brings may be executed.
-    """
-
-    name: str
-    where: str
-    folder: Path | None
-    embedded: bool = False
-    trusted: bool = False
-
-
-def source_of(name: str, *, trusted: bool = False) -> Source:
-    """Where ``name`` is: an embedded testbed, a local folder or a Hub id.
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Adapter:
+    """Load a model and its processor.
 
     Args:
-        name: As for `tokenprune.load`.
-        trusted: Whether code that it brings may be executed.
+        name: An embedded testbed (``testbed-next``), a Hub id such as
+            ``llava-hf/llava-v1.6-vicuna-7b-hf``, a local folder, or ``timm/`` and the name of a
+            vision transformer of timm, which comes without a language model (`load_timm`).
+        device: Where to put it; None leaves it to ``device_map`` or the CPU.
+        dtype: ``float32``, ``bfloat16``, ... or ``auto`` for that of the checkpoint.  The testbeds
+            are stored in half precision and run in float32 unless told otherwise.
+        trust_remote_code: Whether Python code that comes with the checkpoint may be executed.
+        **options: For ``from_pretrained``: ``device_map``, ``quantization_config``,
+            ``attn_implementation``, ``revision``, ...; of timm models for `load_timm`:
+            ``pretrained``, ``grid``, ``img_size``, ...
 
     Raises:
-        UserError: It can be none of these.
+        UserError: Unknown name, a model class without an adapter, bad dtype, a device that is not
+            there, a checkpoint that is incomplete or broken, weights that do not fit the model or
+            are not finite, or code that is not trusted.
     """
-    from tokenprune.models import testbed
+    name = str(name)
+    dtype = checkpoints.dtype_of(dtype)
+    device = None if device is None else checkpoints.device_of(device)
+    if name.startswith("timm/"):
+        from tokenprune.models.timm_vision import load_timm
 
-    if name in testbed.names():
-        folder = testbed.path(name)
-        return Source(name, str(folder), folder, embedded=True, trusted=trusted)
-    try:
-        is_folder = name != "" and Path(name).is_dir()
-    except (OSError, ValueError):  # too long for a path, or with a NUL
-        is_folder = False
-    if is_folder:
-        return Source(name, name, Path(name), trusted=trusted)
-    if "/" not in name:
-        raise unknown("model", name, testbed.names())
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return load_timm(name.removeprefix("timm/"), device, dtype, **options)
+    if "pretrained" in options:
         raise UserError(
-            f"cannot load {name!r}: there is no such folder, and a Hub id is written owner/name."
+            f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
         )
-    return Source(name, name, None, trusted=trusted)
+    if device is not None and options.get("device_map") is not None:
+        raise UserError("give either device= or device_map=, which places the layers by itself.")
+    source = checkpoints.source_of(name, trusted=trust_remote_code)
+    if source.embedded and dtype == "auto":
+        dtype = torch.float32
+    config = checkpoints.config_of(source, options)
+    kind, family = host_of(config)
+    processor = checkpoints.read_processor(source, options)
+    model = checkpoints.read_model(kind, config, source, dtype, options)
+    if device is not None:
+        with checkpoints.reading(name, f"on {device}: "):
+            model = model.to(device)
+    processor.tokenizer.padding_side = "left"  # what batched generation needs
+    adapter = family(model, processor, source.folder)
+    _rehearse(adapter, name)
+    return adapter
 
 
-@contextmanager
-def reading(name: str, what: str = "") -> Iterator[None]:
-    """Make one `UserError` of whatever is raised over the files of the checkpoint ``name``.
-
-    Args:
-        name: What the user calls it.
-        what: The part that is read, to stand in front of the reason.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of parsers and model classes, which promise nothing
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"cannot load {name!r}: it brings code of its own, which is not executed unless "
-                "you trust it; read the code, then give --trust-remote-code "
-                "(trust_remote_code=True)."
-            ) from error
-        reason = shortened(str(error))
-        if not reason or not isinstance(error, OSError | ValueError):
-            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
-        raise UserError(f"cannot load {name!r}: {what}{reason}.") from error
-
-
-def shortened(said: str) -> str:
-    """The first line of another library's error, at most `_LONGEST` characters, without its dot."""
-    first = next((line for line in said.splitlines() if line.strip()), "")
-    short = " ".join(first.split()).rstrip(".: ")
-    return short if len(short) <= _LONGEST else f"{short[:_LONGEST].rstrip()} …"
-
-
-# --- config and processor -------------------------------------------------------------------------
-
-
-def read_config(name: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """The ``transformers`` config of a testbed, a Hub id or a local folder.
+def without_weights(name: str) -> Adapter:
+    """The adapter of a model with its processor, but with nothing to compute with.
 
     Args:
-        name: As for `tokenprune.load`.
-        trust_remote_code: Whether a config class that comes with it may be executed.
-        **options: Where to look: ``revision``, ``token``, ``local_files_only``, ...
+        name: As in `load`.
 
     Raises:
-        UserError: There is none, it cannot be read, or it needs code that is not trusted.
+        UserError: There is no such model, or no adapter for its class.
     """
-    return config_of(source_of(name, trusted=trust_remote_code), options)
+    source = checkpoints.source_of(name)
+    config = checkpoints.config_of(source, {})
+    _, family = host_of(config)
+    model: Any = SimpleNamespace(config=config)
+    return family(model, checkpoints.read_processor(source, {}), source.folder)
 
 
-def config_of(source: Source, options: Mapping[str, Any]) -> Any:
-    """As `read_config`."""
-    import transformers
-
-    from tokenprune.models import testbed
-
-    if source.folder is not None:
-        _check_files(source.name, source.folder / options.get("subfolder", ""))
-    try:
-        with reading(source.name):
-            return transformers.AutoConfig.from_pretrained(
-                source.where, trust_remote_code=source.trusted, **_places(options)
-            )
-    except UserError as error:
-        raise UserError(
-            f"{error} Give an embedded testbed ({', '.join(testbed.names())}), a local folder or "
-            "a Hub id."
-        ) from error
-
-
-def _places(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in _HUB if name in options}
-
-
-def _check_files(name: str, folder: Path) -> None:
-    """Raise `UserError` if ``folder`` has no config.json, or a pointer or broken JSON in it.
-
-    Transformers does without some of them when it cannot read them.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"cannot load {name!r}: there is no config.json in it.")
-    weights = [file for kind in ("*.safetensors", "*.bin") for file in sorted(folder.glob(kind))]
-    for file in [*(folder / name for name in _FILES), *weights]:
-        if not file.is_file():
-            continue
-        with reading(name, f"{file.name}: "), file.open("rb") as opened:
-            start = opened.read(len(_POINTER))
-        if start == _POINTER:
-            raise UserError(
-                f"cannot load {name!r}: {file.name} is a Git LFS pointer in place of the file; "
-                "run git lfs pull there."
-            )
-        if file.suffix == ".json":
-            _json_object(name, file)
-
-
-def _json_object(name: str, file: Path) -> dict[str, Any]:
-    """What is in ``file``.  Raises `UserError` if that is no JSON object."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot load {name!r}: {file.name} is not valid JSON ({shortened(str(error))})."
-        ) from error
-    if not isinstance(found, dict):
-        raise UserError(
-            f"cannot load {name!r}: {file.name} must hold a JSON object, "
-            f"got a {type(found).__name__}."
-        )
-    return found
-
-
-def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
-    """The processor that belongs to a model.
-
-    Args:
-        source: Of the model.
-        options: For ``from_pretrained``; those that say where files are count here.
-
-    Raises:
-        UserError: A part of it is missing or broken, or needs code that is not trusted.
-    """
-    import transformers
-
-    with reading(source.name, "its processor: "):
-        processor = transformers.AutoProcessor.from_pretrained(
-            source.where, trust_remote_code=source.trusted, **_places(options)
-        )
-        folder = _folder(source, options)
-    for files in (
-        ("tokenizer_config.json",),
-        ("processor_config.json", "preprocessor_config.json"),
-    ):
-        if not any((folder / file).is_file() for file in files):
-            raise UserError(
-                f"cannot load {source.name!r}: there is no {' or '.join(files)} in it, so it is "
-                "not known how prompts and images are prepared."
-            )
-    for part in ("tokenizer", "image_processor"):
-        if getattr(processor, part, None) is None:
-            raise UserError(
-                f"cannot load {source.name!r}: its processor, a {type(processor).__name__}, has no "
-                f"{part.replace('_', ' ')}."
-            )
-    return processor
-
-
-def _folder(source: Source, options: Mapping[str, Any]) -> Path:
-    """Where the files of a model lie on this machine."""
-    from transformers.utils.hub import cached_file
-
-    if source.folder is not None:
-        return source.folder / str(options.get("subfolder", ""))
-    return Path(str(cached_file(source.where, "config.json", **_places(options)))).parent
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
-def read_model(
-    kind: str, config: Any, source: Source, dtype: str | torch.dtype, options: Mapping[str, Any]
-) -> Any:
-    """The model with its weights, all of which are as it needs them.
-
-    Args:
-        kind: Name of its class.
-        config: Its config.
-        source: Where it comes from.
-        dtype: As for `tokenprune.load`.
-        options: For ``from_pretrained``.
-
-    Raises:
-        UserError: Tensors are missing, superfluous, of another shape, integers, NaN or infinite;
-            files are missing or broken; or the class comes with the checkpoint, which is not
-            trusted.
-    """
-    cls = _model_class(kind, config, source, options)
-    settings = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with reading(source.name, "its weights: "):
-        if source.folder is not None:
-            _check_shards(source.name, source.folder / options.get("subfolder", ""))
-        model, report = cls.from_pretrained(
-            source.where, dtype=dtype, trust_remote_code=source.trusted, **settings
-        )
-        faults = {
-            "missing": report["missing_keys"],
-            "not of this model": report["unexpected_keys"],
-            "of another shape than the model's": [
-                f"{key}: {tuple(found)} for {tuple(wanted)}"
-                for key, found, wanted in report["mismatched_keys"]
-            ],
-            **_bad_values(model, _weight_files(_folder(source, options), options.get("variant"))),
-        }
-    refuse_faults(source.name, faults)
-    return model.eval()
-
-
-def _model_class(kind: str, config: Any, source: Source, options: Mapping[str, Any]) -> Any:
-    """The class called ``kind``, of transformers or, if that is trusted, of the checkpoint."""
-    import transformers
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    found = getattr(transformers, kind, None)
-    if found is not None:
-        if not isinstance(config, found.config_class):
-            raise UserError(
-                f"cannot load {source.name!r}: its config.json names the model class {kind} and "
-                f"the model type {config.model_type!r}, which do not belong together."
-            )
-        return found
-    brought = [str(place) for place in (getattr(config, "auto_map", None) or {}).values()]
-    place = next((place for place in brought if place.endswith(f".{kind}")), None)
-    with reading(source.name, "its model class: "):
-        if place is None:
-            raise UserError(
-                f"cannot load {source.name!r}: neither transformers {transformers.__version__} nor "
-                f"the checkpoint has the model class {kind}."
-            )
-        if not source.trusted:
-            raise ValueError("trust_remote_code")
-        return get_class_from_dynamic_module(place, source.where, **_places(options))
-
-
-def refuse_faults(name: str, faults: Mapping[str, Iterable[str]]) -> None:
-    """Raise one `UserError` that names the tensors of a checkpoint that cannot be used.
-
-    Args:
-        name: What the user calls the checkpoint.
-        faults: What is wrong, to the names of the tensors.
-    """
-    said = []
-    for fault, names in faults.items():
-        listed = sorted(names)
-        if listed:
-            more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-            some = f"{len(listed)} tensor{'s' if len(listed) > 1 else ''}"
-            said.append(f"{some} {fault} ({', '.join(listed[:_SHOWN])}{more})")
-    if said:
-        raise UserError(
-            f"cannot load {name!r}: {'; '.join(said)}. Get the checkpoint again, or one that "
-            "belongs to this config."
-        )
-
-
-def _bad_values(model: nn.Module, files: Iterable[Path]) -> dict[str, list[str]]:
-    """Faults in the values of weights that ``model`` was given from ``files``.
-
-    Where weights are quantised, the numbers that they were made from are looked at in the files.
-    """
-    from transformers.modeling_utils import load_state_dict
-
-    quantizer = getattr(model, "hf_quantizer", None)
-    faults: dict[str, list[str]] = {"NaN or infinite": [], "of integers": []}
-    for file in files:
-        state = load_state_dict(file, map_location="meta" if quantizer is None else "cpu")
-        if quantizer is None or not quantizer.pre_quantized:
-            faults["of integers"] += integers(state, model)
-        faults["NaN or infinite"] += _infinite(state)
-    if quantizer is None:
-        faults["NaN or infinite"] = infinite(model)
-    return faults
-
-
-def infinite(model: nn.Module) -> list[str]:
-    """Names of weights (parameters and stored buffers) with NaN or infinite values.
-
-    Those that are offloaded are read back, one module at a time.
-    """
-    stored = model.state_dict().keys()
-    found: list[str] = []
-    for prefix, module in model.named_modules():
-        with torch.no_grad(), resident(module):
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            named = {f"{prefix}.{short}".lstrip("."): value for short, value in own}
-            found += _infinite({name: named[name] for name in named.keys() & stored})
-    return found
-
-
-def _infinite(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors with NaN or infinite values, which `aminmax` passes on."""
-    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    extremes = {
-        name: torch.stack(value.detach().aminmax()).isfinite().all()
-        for name, value in state.items()
-        if value.dtype in floats and not value.is_meta and value.numel()
+def _rehearse(adapter: Adapter, name: str) -> None:
+    """Prepare a small image, and raise `UserError` if processor and model do not agree on it."""
+    rows, columns = adapter.view_shape
+    view = rows * adapter.patch_size[0], columns * adapter.patch_size[1]
+    size = view[0] + 1, view[1]
+    with checkpoints.reading(name, "its processor fails on an image: "):
+        inputs = adapter.prepare([PIL.Image.new("RGB", size[::-1])], ["?"])
+        ids, pixels = inputs["input_ids"], inputs[adapter.image_arguments[0]]
+        written = int((ids == adapter.placeholders["image"]).sum())
+    with checkpoints.reading(name, "its config: "):
+        made = len(adapter.layout(size))
+        words = adapter.model.get_input_embeddings().num_embeddings
+    reasons = {
+        f"its processor writes {written} placeholders where the model makes {made} tokens": (
+            written != made
+        ),
+        f"its processor makes views of {tuple(pixels.shape[-2:])} pixels for a tower of {view}": (
+            pixels.ndim > 3 and tuple(pixels.shape[-2:]) != view
+        ),
+        "its processor makes NaN or infinite pixels": not bool(pixels.isfinite().all()),
+        f"its tokenizer has ids beyond the {words} words of the model": int(ids.max()) >= words,
+        "a vision_feature_layer of its config is not in the vision tower": not _has_layers(adapter),
+        "a token id in its generation_config.json is not a number": not _has_ids(adapter.model),
     }
-    return [name for name, finite in extremes.items() if not finite]
+    for reason, found in reasons.items():
+        if found:
+            raise UserError(f"cannot load {name!r}: {reason}; its files do not belong together.")
 
 
-def integers(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """Names of stored tensors of integers, which would be cast, other than buffers of the model.
-
-    Args:
-        state: What is stored, by any names.
-        model: What it is for.
-    """
-    own = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    return [
-        f"{name}: {str(value.dtype).removeprefix('torch.')}"
-        for name, value in state.items()
-        if not value.is_floating_point() and name.rpartition(".")[2] not in own
-    ]
+def _has_layers(adapter: Adapter) -> bool:
+    """Whether the hidden states that are used are those of layers of the tower."""
+    chosen = getattr(adapter.base.config, "vision_feature_layer", -1)
+    depth = len(adapter.vision_layers)
+    layers = [chosen] if isinstance(chosen, int) else chosen
+    # transformers cannot name the embeddings by 0, only by the negative index.
+    return all(-depth - 1 <= layer <= depth and layer != 0 for layer in layers)
 
 
-def _weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files that ``from_pretrained`` takes of ``folder``, in its order of preference."""
-    inserted = f".{variant}" if variant else ""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        file = folder / f"{stem}{inserted}.{suffix}"
-        if file.is_file():
-            return [file]
-        index = folder / f"{stem}.{suffix}.index{inserted}.json"
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    return []
+def _has_ids(model: Any) -> bool:
+    """Whether the special tokens that generation knows are ids or lists of them."""
+    settings = getattr(model, "generation_config", None)
+    given = [getattr(settings, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    listed = [some if isinstance(some, list) else [some] for some in given]
+    return all(isinstance(one, int | None) for some in listed for one in some)
 
 
-def _check_shards(name: str, folder: Path) -> None:
-    """Raise `UserError` if an index of shards is not one, or names a file that is not there."""
-    for index in (folder / file for file in _FILES if file.endswith(".index.json")):
-        if not index.is_file():
-            continue
-        found = _json_object(name, index)
-        shards = found.get("weight_map")
-        if not (
-            isinstance(found.get("metadata"), dict)
-            and isinstance(shards, dict)
-            and shards
-            and all(isinstance(file, str) for file in shards.values())
-        ):
-            raise UserError(
-                f"cannot load {name!r}: {index.name} must have 'metadata' and a 'weight_map' of "
-                "tensors to files."
-            )
-        gone = sorted(file for file in set(shards.values()) if not (folder / file).is_file())
-        if gone:
-            more = " ..." if len(gone) > _SHOWN else ""
-            raise UserError(
-                f"cannot load {name!r}: {len(gone)} of its {len(set(shards.values()))} files of "
-                f"weights are missing ({', '.join(gone[:_SHOWN])}{more}); download them again."
-            )
-
-
-# --- where and how numbers are kept ---------------------------------------------------------------
-
-
-def dtype_of(dtype: str | torch.dtype) -> str | torch.dtype:
-    """The dtype called ``dtype``, or ``auto``.  Raises `UnknownNameError`."""
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in floats:
-        raise unknown("dtype", dtype, [*floats, "auto"])
-    return floats[dtype]
-
-
-def device_of(device: str | torch.device) -> torch.device:
-    """The device called ``device``, which is there.
+def host_of(config: Any) -> tuple[str, type[Adapter]]:
+    """The model class that ``config`` is for, and its adapter.
 
     Raises:
-        UserError: There is no device of that name, or not on this machine.
+        UnknownNameError: No adapter knows the class.
     """
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise unknown("device", str(device), ["cpu", "cuda", "cuda:0", "mps"]) from None
-    try:
-        backend = torch.get_device_module(wanted)
-        count = backend.device_count() if backend.is_available() else 0
-    except (AttributeError, RuntimeError):  # PyTorch knows the name, but was built without it
-        count = 0
-    if (wanted.index or 0) < count:
-        return wanted
-    kind = {"cuda": "CUDA", "meta": "computing"}.get(wanted.type, wanted.type)
-    there = f"{count} {kind} device{'s' if count > 1 else ''}" if count else f"no {kind} device"
-    raise UserError(
-        f"device {str(device)!r} was asked for, but this machine has {there} that PyTorch can see; "
-        "use --device cpu."
-    )
+    hosts = {host: adapters.get(a) for a in adapters.names() for host in adapters.get(a).hosts}
+    named = config.architectures or [type(config).__name__]
+    kind = str(named[0] if isinstance(named, list) else named)
+    if kind not in hosts:
+        raise unknown("model class with an adapter", kind, hosts)
+    return kind, hosts[kind]
+
+
+def published_config(name: str) -> Any:
+    """The ``transformers`` config called ``name``.
+
+    Args:
+        name: One of `KNOWN` (also spelled as the Hub id of its conversion,
+            ``llava-hf/llava-v1.6-vicuna-7b-hf``), an embedded testbed, a local folder with a
+            ``config.json``, or a Hub id, of which the config alone is fetched.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    from transformers import AutoConfig
+
+    short = name.removeprefix("llava-hf/").removesuffix("-hf").removesuffix("-ov")
+    if short not in KNOWN:
+        try:
+            return read_config(name)
+        except UserError as error:
+            raise UserError(
+                f"{error} Sizes known without a download: {', '.join(KNOWN)}."
+            ) from error
+    known = copy.deepcopy(KNOWN[short])
+    return AutoConfig.for_model(known.pop("model_type"), **known)
+
+
+def adapter_without_weights(name: str, *, layers: int | None = None) -> Adapter:
+    """The adapter of a model on the ``meta`` device: every shape, and no weight.
+
+    Args:
+        name: As for `config_of`.
+        layers: Decoder layers, if not all of them.
+
+    Raises:
+        UserError: There is no such config, no adapter for it, or no language model behind it.
+    """
+    return adapter_at_random(name, layers=layers, device="meta")
+
+
+def adapter_at_random(
+    name: str,
+    *,
+    layers: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    """The adapter of a model with random weights, whose speed is that of the trained one.
+
+    Args:
+        name: As for `config_of`.
+        layers: Decoder layers, if not all of them.
+        device: Where the weights are made.
+        dtype: Of the weights.
+
+    Raises:
+        UserError: As `adapter_without_weights`, or ``layers`` below 1 or above what there is.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if name.startswith("timm/"):
+        raise UserError(f"{name} has no language model whose cost could be told.")
+    config = copy.deepcopy(published_config(name))
+    _, family = host_of(config)
+    text = config.get_text_config()
+    if layers is not None:
+        if not 1 <= layers <= text.num_hidden_layers:
+            raise UserError(
+                f"{name} has {text.num_hidden_layers} decoder layers, so layers must lie in "
+                f"1 .. {text.num_hidden_layers}, got {layers}."
+            )
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
+    return family(model.eval())

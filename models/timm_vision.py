@@ -26,12 +26,15 @@ from transformers import LlavaNextImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+from tokenprune.adapter import Adapter, image_sizes
 from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
-from tokenprune.models.adapter import Adapter, image_sizes
-from tokenprune.models.loading import infinite, integers, reading, refuse_faults, shortened
+from tokenprune.layout import TokenLayout, unpadded_box
+from tokenprune.models.checkpoints import reading
+from tokenprune.models.weights import infinite, integers, refuse_faults
 from tokenprune.registry import register_adapter
-from tokenprune.tokens import Signal, TokenLayout, unpadded_box
+from tokenprune.signals import Signal
+from tokenprune.texts import first_line
 
 GRID = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
 """(rows, columns) of crops that an image may be cut into."""
@@ -184,7 +187,7 @@ class TimmVision(Adapter):
             logits = query @ key.transpose(-1, -2) * tapped.scale
             rows.append(logits.softmax(-1).mean((1, 2))[:, -math.prod(self.view_shape) :])
 
-    def layout(self, image_size: tuple[int, int], *, together: bool = False) -> TokenLayout:
+    def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         found: TokenLayout = self.model.layout(image_size)
         return found
 
@@ -369,7 +372,7 @@ def _load_file(vit: Any, name: str, file: Path, resized: bool) -> None:
 
 
 def _weights_error(name: str, source: str, said: str) -> UserError:
-    reason = shortened(" ".join(said.split()))
+    reason = first_line(" ".join(said.split()))
     return UserError(
         f"cannot load weights for {name!r} from {source}: {reason}. Give "
         "pretrained=<path of a checkpoint>, or pretrained=False for random weights."

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.budget import Allocator, Proportional
+from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.errors import UserError
-from tokenprune.primitives import dpp_greedy_map, lengths, patches_by_view
+from tokenprune.ops.diversity import dpp_greedy_map
+from tokenprune.ops.ranking import lengths
+from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 PATCHES, QUESTION, PROMPT = Signal("clip_patches"), Signal("clip_text"), Signal("llm_prompt")
 SALIENCY = Signal("saliency")

@@ -16,7 +16,8 @@ from torch import Tensor
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("dart")

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from tokenprune.budget import Allocator, budget
+from tokenprune.allocators import Allocator
+from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import lengths, max_min_diversity, patches_by_view
+from tokenprune.ops.diversity import max_min_diversity
+from tokenprune.ops.ranking import lengths
+from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("divprune")

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection, best
-from tokenprune.primitives import ROUNDING, patches_by_view
+from tokenprune.layout import TokenLayout, moved
+from tokenprune.ops.ranking import ROUNDING
+from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import TokenLayout, VisualTokens, moved
+from tokenprune.tokens import VisualTokens
 
 
 @register("dycoke")
@@ -49,7 +51,7 @@ class DyCoke(Compressor):
     least: Annotated[float, Field(ge=0, lt=1)] = 0.1
     official: bool = False
 
-    positional = True  # the first frame of a window
+    location_aware = True  # the first frame of a window
     card = Card(
         paper="DyCoke (token temporal merging)",
         arxiv="2411.15024",

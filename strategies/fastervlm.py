@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tokenprune.budget import Allocator, Proportional
+from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import ScoringCompressor
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("fastervlm")

@@ -6,10 +6,11 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import Allocator, TopK
+from tokenprune.allocators import Allocator, TopK
 from tokenprune.compressor import ScoringCompressor, Stage
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("fastv")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Allocator, TopK
+from tokenprune.allocators import Allocator, TopK
 from tokenprune.compressor import ScoringCompressor
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
@@ -22,7 +22,7 @@ class First(ScoringCompressor):
 
     allocator: Allocator = field(default_factory=TopK)
 
-    positional = True
+    location_aware = True
     card = Card(paper="First tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:

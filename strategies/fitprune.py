@@ -18,9 +18,10 @@ from torch import Tensor
 from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
 from tokenprune.errors import UserError
-from tokenprune.primitives import top
+from tokenprune.ops.ranking import top
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 SELF, CROSS = Signal("llm_self"), Signal("llm_cross")
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -10,11 +10,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import Allocator, ThumbnailCommand
+from tokenprune.allocators import Allocator, ThumbnailCommand
 from tokenprune.compressor import Compressor, Selection, keep_best
-from tokenprune.primitives import normalise, project_thumbnail, summary_distance
+from tokenprune.layout import Kind
+from tokenprune.ops.ranking import normalise
+from tokenprune.ops.spatial import project_thumbnail, summary_distance
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Kind, Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("globalcom2")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import patches_by_plane
+from tokenprune.ops.spatial import patches_by_plane
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 

@@ -11,12 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import Allocator, Proportional, budget
+from tokenprune.allocators import Allocator, Proportional
+from tokenprune.budget import budget
 from tokenprune.compressor import ScoringCompressor
 from tokenprune.errors import UserError
-from tokenprune.primitives import region_sums, thumbnail_map
+from tokenprune.layout import moved
+from tokenprune.ops.spatial import region_sums, thumbnail_map
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens, moved
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import (
-    density_peaks,
-    group_means,
-    patch_table,
-    patches_by_view,
-    segments,
-    tally,
-    top,
-)
+from tokenprune.layout import moved
+from tokenprune.ops.clustering import density_peaks
+from tokenprune.ops.diversity import segments
+from tokenprune.ops.merging import group_means, tally
+from tokenprune.ops.ranking import top
+from tokenprune.ops.spatial import patch_table, patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens, moved
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("holitom")
@@ -56,7 +54,7 @@ class HoliTom(Compressor):
     neighbours: Annotated[int, Field(ge=1)] = 7
     layer: int = -1
 
-    positional = True  # frames are neighbours
+    location_aware = True  # frames are neighbours
     card = Card(
         paper="HoliTom (before the language model)",
         arxiv="2505.21334",

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from tokenprune.compressor import Selection
-from tokenprune.primitives import group_means
+from tokenprune.layout import moved
+from tokenprune.ops.merging import group_means
 from tokenprune.registry import Card, register
 from tokenprune.strategies.fastv import FastV
-from tokenprune.tokens import VisualTokens, moved
+from tokenprune.tokens import VisualTokens
 
 
 @register("holitom-inner")

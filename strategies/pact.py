@@ -15,9 +15,13 @@ from pydantic import Field
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
-from tokenprune.primitives import group_means, kernel_density, least_cutoff, tally, top
+from tokenprune.layout import listed, moved
+from tokenprune.ops.clustering import kernel_density, least_cutoff
+from tokenprune.ops.merging import group_means, tally
+from tokenprune.ops.ranking import top
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens, listed, moved
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 GLOBAL, KEYS = Signal("llm_global"), Signal("llm_keys_ahead")
 

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import Allocator, Proportional
+from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import patches_by_view
+from tokenprune.layout import listed, moved
+from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens, listed, moved
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("prumerge")
@@ -51,7 +53,7 @@ class PruMerge(Compressor):
     layer: int = -1
     allocator: Allocator = field(default_factory=Proportional)
 
-    positional = True  # samples, and the place of the extra token
+    location_aware = True  # samples, and the place of the extra token
     card = Card(
         paper="LLaVA-PruMerge",
         arxiv="2403.15388",

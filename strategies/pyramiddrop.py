@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
-from tokenprune.primitives import top
+from tokenprune.ops.ranking import top
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 Cut = Annotated[float, Field(gt=0, lt=1)]
 

@@ -27,7 +27,7 @@ class Random(ScoringCompressor):
 
     seed: int = 0
 
-    positional = True
+    location_aware = True
     card = Card(paper="Random tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:

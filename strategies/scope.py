@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from tokenprune.budget import Allocator, Proportional
+from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import cover, patches_by_view
+from tokenprune.ops.diversity import cover
+from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("scope")

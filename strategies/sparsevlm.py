@@ -15,9 +15,11 @@ from torch import Tensor
 from tokenprune.budget import left_at
 from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
 from tokenprune.errors import UserError
-from tokenprune.primitives import density_peaks, group_means
+from tokenprune.ops.clustering import density_peaks
+from tokenprune.ops.merging import group_means
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 Cut = Annotated[float, Field(gt=0, lt=1)]
 ROWS, INPUTS = Signal("llm_text"), Signal("llm_inputs")
@@ -113,7 +115,7 @@ class SparseVLM(Compressor):
 
     @property
     def keeps_positions(self) -> bool:
-        return self.version == "2.0" if self.positions == "auto" else super().keeps_positions
+        return self.version == "2.0" if self.position_ids == "auto" else super().keeps_positions
 
     @property
     def recycled(self) -> float:

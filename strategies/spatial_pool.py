@@ -11,9 +11,12 @@ from torch import Tensor
 
 from tokenprune.budget import budget, coarse_grid
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import central_members, group_means, patches_by_plane
+from tokenprune.layout import Kind, TokenLayout, moved
+from tokenprune.ops.clustering import central_members
+from tokenprune.ops.merging import group_means
+from tokenprune.ops.spatial import patches_by_plane
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Kind, TokenLayout, VisualTokens, moved
+from tokenprune.tokens import VisualTokens
 
 
 @register("spatial-pool")
@@ -30,7 +33,7 @@ class SpatialPool(Compressor):
     nearest to the middle of those in its cell.
     """
 
-    positional = True
+    location_aware = True
     card = Card(paper="Average pooling (baseline)")
 
     def select(self, tokens: VisualTokens) -> Selection:

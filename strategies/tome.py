@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenprune.encoder import EncoderCompressor, EncoderTokens, Reduction
-from tokenprune.primitives import bipartite_matching
+from tokenprune.ops.merging import bipartite_matching
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from tokenprune.budget import Proportional
+from tokenprune.allocators import Proportional
 from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
-from tokenprune.primitives import dithered, evenly_spaced
+from tokenprune.ops.spatial import dithered, evenly_spaced
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -29,7 +29,7 @@ class Uniform(Compressor):
 
     pattern: Literal["stride", "dispersed"] = "stride"
 
-    positional = True
+    location_aware = True
     card = Card(paper="Evenly spaced tokens (baseline)")
 
     def select(self, tokens: VisualTokens) -> Selection:

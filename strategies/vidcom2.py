@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tokenprune.budget import rounded_up, surplus
 from tokenprune.compressor import Compressor, Selection, best
-from tokenprune.primitives import group_means, group_sums, tally
+from tokenprune.layout import moved
+from tokenprune.ops.merging import group_means, group_sums, tally
 from tokenprune.registry import Card, register
-from tokenprune.tokens import VisualTokens, moved
+from tokenprune.tokens import VisualTokens
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 PART = 256  # channels or tokens

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import Allocator, Proportional
+from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.primitives import group_sums, patches_by_view, tally
+from tokenprune.layout import listed, moved
+from tokenprune.ops.merging import group_sums, tally
+from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
-from tokenprune.tokens import Signal, VisualTokens, listed, moved
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 
 @register("visionzip")
@@ -43,7 +46,7 @@ class VisionZip(Compressor):
     merge: Literal["add", "mean"] = "add"
     allocator: Allocator = field(default_factory=lambda: Proportional("half-even"))
 
-    positional = True
+    location_aware = True
     card = Card(
         paper="VisionZip",
         arxiv="2412.04467",

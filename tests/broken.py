@@ -18,18 +18,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from tokenprune import cache, encoder, engine, guard, llm_signals, observe
+from tokenprune.adapter import Adapter
 from tokenprune.attention import Projections
-from tokenprune.cache import PrunedLayer
-from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage, parse
-from tokenprune.engine import Trace, _Session
+from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage
+from tokenprune.engine import cache, decoder, guard, session, tower, vision
+from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.forward import Pass
+from tokenprune.engine.guard import Guard
+from tokenprune.engine.session import Session
+from tokenprune.engine.tower import Tower, running
+from tokenprune.engine.trace import Trace
 from tokenprune.errors import UserError
-from tokenprune.guard import Guard
-from tokenprune.models.adapter import Adapter
-from tokenprune.passes import Pass
-from tokenprune.primitives import top_per_view
+from tokenprune.layout import Kind
+from tokenprune.ops.ranking import top_per_view
 from tokenprune.registry import Card
-from tokenprune.tokens import Kind, Signal, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.spec import parse
+from tokenprune.tokens import VisualTokens
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -41,7 +46,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 class Sound(Compressor):
     """The first ``R * P`` patch tokens: nothing wrong with it."""
 
-    positional = True
+    location_aware = True
     card = Card(paper="The first tokens (baseline)")
 
     def picked(self, tokens: VisualTokens) -> Tensor:
@@ -55,7 +60,7 @@ class Sound(Compressor):
 class Inverted(Sound):
     """Keeps what gets the least attention."""
 
-    positional = False
+    location_aware = False
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -149,7 +154,7 @@ class RulesOut(DividesByNothing):
 class PeeksAtTheCanvas(Sound):
     """Prefers the right of the canvas, which a picture of one view does not have."""
 
-    positional = False
+    location_aware = False
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches, layout = tokens.layout.patches, tokens.layout
@@ -204,7 +209,7 @@ class SumsSeparators(PeeksAtTheCanvas):
 class PeeksAtPlaces(Sound):
     """Says that it goes by content, but prefers what comes late."""
 
-    positional = False
+    location_aware = False
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
@@ -508,7 +513,7 @@ def _full_cls_row(original: Any, tapped: Projections, *, softmax: bool) -> Tenso
 
 
 @contextmanager
-def _eager(session: _Session) -> Iterator[None]:
+def _eager(session: Session) -> Iterator[None]:
     with _installed(session):
         model = session.adapter.model
         before = model.config._attn_implementation
@@ -519,19 +524,19 @@ def _eager(session: _Session) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
-_installed = _Session.installed
+_installed = Session.installed
 
 
 @contextmanager
 def _leaves_an_attribute(adapter: Any, *args: Any) -> Iterator[None]:
-    with observe.observing(adapter, *args):
+    with vision.observing(adapter, *args):
         yield
     adapter.base.leftover = True
 
 
 @contextmanager
 def _leaves_a_wrapper_on_error(adapter: Any, *args: Any) -> Iterator[None]:
-    with observe.observing(adapter, *args):
+    with vision.observing(adapter, *args):
         adapter.base.pack_image_features = adapter.base.pack_image_features
         yield
         del adapter.base.pack_image_features
@@ -539,7 +544,7 @@ def _leaves_a_wrapper_on_error(adapter: Any, *args: Any) -> Iterator[None]:
 
 @contextmanager
 def _leaves_a_forward(adapter: Any, *args: Any) -> Iterator[Any]:
-    with encoder.running(adapter, *args) as tower:
+    with running(adapter, *args) as tower:
         yield tower
     layer = adapter.vision_layers[0]
     layer.forward = layer.forward
@@ -548,7 +553,7 @@ def _leaves_a_forward(adapter: Any, *args: Any) -> Iterator[Any]:
 @contextmanager
 def _leaves_hooks_on_error(adapter: Any, *args: Any) -> Iterator[Any]:
     handle = adapter.vision_tower.register_forward_hook(lambda *args: None)
-    with encoder.running(adapter, *args) as tower:
+    with running(adapter, *args) as tower:
         yield tower
     handle.remove()
 
@@ -592,12 +597,12 @@ class _Never(set[Any]):
         return False
 
 
-def _spread_nothing(self: _Session, module: Any, args: Any, output: Any) -> None:
+def _spread_nothing(self: Session, module: Any, args: Any, output: Any) -> None:
     self.current = None
 
 
 def _writes_pixels(
-    original: Any, self: _Session, module: Any, args: Any, kwargs: dict[str, Any]
+    original: Any, self: Session, module: Any, args: Any, kwargs: dict[str, Any]
 ) -> None:
     if kwargs.get("pixel_values") is not None:
         kwargs["pixel_values"].mul_(1.01)
@@ -605,7 +610,7 @@ def _writes_pixels(
 
 
 def _marks_ids(
-    original: Any, self: _Session, module: Any, args: Any, kwargs: dict[str, Any]
+    original: Any, self: Session, module: Any, args: Any, kwargs: dict[str, Any]
 ) -> None:
     original(self, module, args, kwargs)
     if self.ids is not None:
@@ -650,13 +655,13 @@ def _sees_padding(layer: PrunedLayer) -> Tensor:
 
 
 def _compacts_always(
-    original: Any, self: _Session, state: Any, keep: Tensor, keeps_positions: bool
+    original: Any, self: Session, state: Any, keep: Tensor, keeps_positions: bool
 ) -> Tensor:
     result: Tensor = original(self, state, keep, not keeps_positions)
     return result
 
 
-def _counts_late(original: Any, self: _Session, state: Any, start: int) -> None:
+def _counts_late(original: Any, self: Session, state: Any, start: int) -> None:
     original(self, state, start + 1 if start else 0)
 
 
@@ -669,7 +674,7 @@ def _swaps_slots(original: Any, state: Any, states: Tensor) -> Tensor:
     return torch.cat([result[:, :-2], result[:, -2:].flip(1)], dim=1)
 
 
-def _shifts_spread(original: Any, self: _Session, module: Any, args: Any, output: Any) -> Any:
+def _shifts_spread(original: Any, self: Session, module: Any, args: Any, output: Any) -> Any:
     result = original(self, module, args, output)
     if result is not None:
         result.last_hidden_state = result.last_hidden_state.roll(1, dims=1)
@@ -717,7 +722,7 @@ def _tells_of_every_prompt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trace, "has_images", property(lambda trace: False))
 
 
-def _tells_too_early(original: Any, self: _Session, state: Pass, *args: Any) -> Any:
+def _tells_too_early(original: Any, self: Session, state: Pass, *args: Any) -> Any:
     self.trace._tell(self.trace._told._replace(selections=state.selections))
     return original(self, state, *args)
 
@@ -729,8 +734,8 @@ def _goes_straight_on(
 
 
 def _shares_one_state(patch: pytest.MonkeyPatch) -> None:
-    body = {name: held for name, held in vars(_Session).items() if name != "__weakref__"}
-    patch.setattr(engine, "_Session", type("_Session", (), body))
+    body = {name: held for name, held in vars(Session).items() if name != "__weakref__"}
+    patch.setattr(session, "Session", type("Session", (), body))
 
 
 def _copies_attributes(original: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -759,8 +764,8 @@ def _host(*patches: Patch, strategy: str = "uniform") -> tuple[Fault, ...]:
     return tuple(Fault(compressor, patch) for patch in patches)
 
 
-NO_TARGETS = _replaced(_Session, "_targets", lambda *args: None)
-NO_MEMORY = _replaced(_Session, "_recall", lambda *args: None)
+NO_TARGETS = _replaced(Session, "_targets", lambda *args: None)
+NO_MEMORY = _replaced(Session, "_recall", lambda *args: None)
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_documented": _broken(Undocumented, Anonymous, Uncited),
@@ -788,17 +793,17 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             _forgets_shift,
             _replaced(PrunedLayer, "mask", _sees_padding),
             _wrapped(Pass, "repack", _swaps_slots),
-            _wrapped(_Session, "_pack", _compacts_always),
+            _wrapped(Session, "_pack", _compacts_always),
         ),
         *_host(
             NO_MEMORY,
-            _wrapped(llm_signals, "decoder_row", _scrambled),
+            _wrapped(decoder, "decoder_row", _scrambled),
             strategy="fastv",
         ),
-        *_host(_forgets_extra, strategy="fastv:positions=compact"),
+        *_host(_forgets_extra, strategy="fastv:position_ids=compact"),
         *_host(
             _wrapped(
-                llm_signals, "rotary_product", lambda original, rotary, at: original(rotary, 0 * at)
+                decoder, "rotary_product", lambda original, rotary, at: original(rotary, 0 * at)
             ),
             strategy="sparsevlm:version=2.0,heads=2",
         ),
@@ -808,72 +813,72 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         *_host(
             _counts_once,
-            _wrapped(engine, "proportional_mask", lambda original, mask, *args: mask),
-            _wrapped(llm_signals, "decoder_row", _scrambled),
-            _wrapped(llm_signals, "decoder_keys", _scrambled),
+            _wrapped(session, "proportional_mask", lambda original, mask, *args: mask),
+            _wrapped(decoder, "decoder_row", _scrambled),
+            _wrapped(decoder, "decoder_keys", _scrambled),
             strategy="pact",
         ),
         *_host(
-            _wrapped(llm_signals, "decoder_mass", _scrambled),
+            _wrapped(decoder, "decoder_mass", _scrambled),
             strategy="fitprune",
         ),
         *_host(
-            _wrapped(encoder, "merge_weighted", _forgets_sizes),
-            _wrapped(encoder, "spread", _spreads_the_next),
+            _wrapped(tower, "merge_weighted", _forgets_sizes),
+            _wrapped(tower, "spread", _spreads_the_next),
             _wrapped(Adapter, "vision_block", _no_bias),
-            _wrapped(encoder.Tower, "clusters", _shares_clusters),
+            _wrapped(Tower, "clusters", _shares_clusters),
             strategy="tome",
         ),
     ),
     "check_prompt_logits": _host(
-        _replaced(_Session, "_leave", _spread_nothing),
-        _wrapped(_Session, "_leave", _shifts_spread),
+        _replaced(Session, "_leave", _spread_nothing),
+        _wrapped(Session, "_leave", _shifts_spread),
     ),
     "check_batch_equals_single": (
         *_broken(ComparesNeighbours),
         *_host(_replaced(PrunedLayer, "mask", _sees_padding)),
-        *_host(_wrapped(llm_signals, "decoder_row", _last_slot_asks), strategy="fastv"),
+        *_host(_wrapped(decoder, "decoder_row", _last_slot_asks), strategy="fastv"),
     ),
     "check_generate_batch_equals_single": _host(_replaced(PrunedLayer, "mask", _sees_padding)),
     "check_cache_agrees": (
         *_host(NO_MEMORY, strategy="fastv"),
         *_host(NO_MEMORY, strategy="cdpruner:relevance=text"),
         *_host(_forgets_shift),
-        *_host(_wrapped(engine, "create_causal_mask", _drops_whole_mask), strategy="fastv"),
+        *_host(_wrapped(session, "create_causal_mask", _drops_whole_mask), strategy="fastv"),
     ),
     "check_sampling_agrees": _broken(GlobalTorch),
     "check_beams_agree": _host(_replaced(PrunedLayer, "reorder_cache", lambda layer, order: None)),
     "check_ledger_is_true": (
-        *_host(_replaced(_Session, "_count", lambda *args: None)),
-        *_host(_wrapped(_Session, "_count", _counts_late), strategy="fastv"),
-        *_host(_wrapped(engine, "encoder_flops", _takes_it_for_full), strategy="tome"),
-        *_host(_wrapped(engine, "settle", _enters_in_full)),
+        *_host(_replaced(Session, "_count", lambda *args: None)),
+        *_host(_wrapped(Session, "_count", _counts_late), strategy="fastv"),
+        *_host(_wrapped(session, "encoder_flops", _takes_it_for_full), strategy="tome"),
+        *_host(_wrapped(session, "settle", _enters_in_full)),
     ),
     "check_eager_agrees": _host(
-        _replaced(engine, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
+        _replaced(session, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
     ),
     "check_no_attention_matrix": _host(
-        _wrapped(observe, "cls_row", _full_cls_row),
-        _replaced(_Session, "installed", _eager),
+        _wrapped(vision, "cls_row", _full_cls_row),
+        _replaced(Session, "installed", _eager),
         strategy="globalcom2",
     ),
     "check_restores_model": _host(
-        _replaced(engine, "observing", _leaves_an_attribute),
-        _replaced(engine, "observing", _leaves_a_wrapper_on_error),
-        _replaced(observe, "running", _leaves_a_forward),
-        _replaced(observe, "running", _leaves_hooks_on_error),
+        _replaced(session, "observing", _leaves_an_attribute),
+        _replaced(session, "observing", _leaves_a_wrapper_on_error),
+        _replaced(vision, "running", _leaves_a_forward),
+        _replaced(vision, "running", _leaves_hooks_on_error),
         strategy="tome",
     ),
-    "check_nesting_refused": _host(_replaced(engine, "_active", _Never())),
+    "check_nesting_refused": _host(_replaced(session, "_active", _Never())),
     "check_order_of_rows": _broken(Counting, ComparesNeighbours),
     "check_model_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython, HidesItsDraws),
     "check_positions": (
         *_broken(Stubborn),
-        *_host(_wrapped(_Session, "_pack", _compacts_always)),
+        *_host(_wrapped(Session, "_pack", _compacts_always)),
     ),
     "check_inputs_untouched": _host(
-        _wrapped(_Session, "_begin", _writes_pixels),
-        _wrapped(_Session, "_begin", _marks_ids),
+        _wrapped(Session, "_begin", _writes_pixels),
+        _wrapped(Session, "_begin", _marks_ids),
     ),
     "check_bfloat16": _broken(OnlyFloat32),
     "check_inference_mode": _broken(ModeSensitive),
@@ -898,25 +903,25 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "check_hidden_states": (
         *_host(_wrapped(Pass, "spread", _spreads_as_in_the_end), strategy="pyramiddrop"),
-        *_host(_wrapped(engine, "_asked", _lets_attentions_pass)),
+        *_host(_wrapped(session, "asked", _lets_attentions_pass)),
     ),
-    "check_decoder_by_itself": _host(_replaced(_Session, "_forget", lambda *args: None)),
+    "check_decoder_by_itself": _host(_replaced(Session, "_forget", lambda *args: None)),
     "check_trace_is_one_forward": _host(
-        _tells_of_every_prompt, _wrapped(_Session, "_narrow", _tells_too_early)
+        _tells_of_every_prompt, _wrapped(Session, "_narrow", _tells_too_early)
     ),
     "check_sliding_window_refused": _host(
-        _replaced(engine, "refuse_beyond_window", lambda *args: None),
+        _replaced(session, "refuse_beyond_window", lambda *args: None),
         _replaced(cache, "refuse_beyond_window", lambda *args: None),
     ),
     "check_second_turn": _host(_forgets_shift),
     "check_chunked_prefill_refused": _host(
-        _replaced(_Session, "_find_spans", _refuses_without_reason)
+        _replaced(Session, "_find_spans", _refuses_without_reason)
     ),
-    "check_static_cache_refused": _host(_replaced(_Session, "_enter", lambda *args: None)),
+    "check_static_cache_refused": _host(_replaced(Session, "_enter", lambda *args: None)),
     "check_leaving_refused": _host(_replaced(PrunedLayer, "update", DynamicLayer.update)),
-    "check_scattered_embeds_warn": _host(_replaced(_Session, "_warn_blind", lambda self: None)),
+    "check_scattered_embeds_warn": _host(_replaced(Session, "_warn_blind", lambda self: None)),
     "check_compiled": _host(
-        _replaced(engine, "eagerly", lambda model: nullcontext()), strategy="fastv"
+        _replaced(session, "eagerly", lambda model: nullcontext()), strategy="fastv"
     ),
     "check_nothing_bypasses": _host(
         _wrapped(Guard, "_forward", _goes_straight_on),
@@ -924,7 +929,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "check_threads": _host(_shares_one_state, _replaced(Guard, "admit", lambda self: None)),
     "check_copies_are_plain": _host(
-        _replaced(engine, "plain_copies", lambda modules: nullcontext()),
+        _replaced(session, "plain_copies", lambda modules: nullcontext()),
         _wrapped(guard, "_without_ours", _copies_attributes),
     ),
 }

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 import tokenprune as tp
+from tokenprune.adapter import tiny_decoder
 from tokenprune.errors import UserError
 from tokenprune.models import testbed
-from tokenprune.models.adapter import tiny_decoder
 from tokenprune.models.testbed.scenes import questions
 
 FAMILIES = ("testbed-next", "testbed-onevision")

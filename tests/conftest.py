@@ -16,9 +16,9 @@ import transformers
 from hypothesis import HealthCheck, settings
 from transformers import LlavaNextForConditionalGeneration, SiglipVisionConfig
 
-from tokenprune.engine import adapter_of
+from tokenprune.adapter import adapter_of
 from tokenprune.models.llava_next import LlavaNext
-from tokenprune.testing import Host
+from tokenprune.testing.host import Host
 
 settings.register_profile(
     "tokenprune",

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune.engine import compress
+from tokenprune.engine.session import compress
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
-from tokenprune.models.adapter import load
-from tokenprune.testing import example
+from tokenprune.models.loading import load
+from tokenprune.testing.host import example
 
 pytestmark = [
     pytest.mark.skipif("testbed-next" not in testbed.names(), reason="the testbed is not built"),

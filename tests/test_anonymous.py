@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.experiments.anonymous import anonymous
+from tokenprune.experiments.report.anonymous import anonymous
 
 
 @pytest.mark.parametrize(

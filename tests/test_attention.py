@@ -33,7 +33,7 @@ from tokenprune.attention import (
     projections,
     rotary_product,
 )
-from tokenprune.golden import read as replay_cases
+from tokenprune.testing.golden import read as replay_cases
 
 SIZES = {
     "hidden_size": 24,

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.compressor import Compressor, create, parse
+from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderTokens, Reduction
-from tokenprune.engine import compress
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
+from tokenprune.layout import TokenLayout
 from tokenprune.precision import autocasts, like_now
+from tokenprune.signals import Signal
+from tokenprune.spec import create, parse
 from tokenprune.strategies.tome import ToMe
-from tokenprune.testing import Host, hosts, sample_tokens
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.host import Host, hosts
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -58,7 +62,7 @@ def test_every_method_runs(host: Host, spec: str, dtype: torch.dtype) -> None:
 def test_a_choice_does_not_depend_on_autocast(spec: str) -> None:
     """The products behind a ranking would tie or change places in half precision."""
     layout = TokenLayout.anyres((2, 2), (8, 8), (0, 16, 0, 16))
-    for part in _method(spec).stages():
+    for part in _method(spec).parts():
         tokens = sample_tokens(part.needs, layout, seed=3)
         for one in map(part.at, part.cuts or (0,)):
             wanted = one(tokens)

@@ -8,12 +8,13 @@ import torch
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.encoder import running
+from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
+from tokenprune.engine.tower import running
 from tokenprune.errors import UserError
-from tokenprune.experiments.benchmarks import changes, record, save, selection, table, tower
+from tokenprune.experiments.benchmarks import selection, tower
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.prefill import TOY
-from tokenprune.experiments.benchmarks.record import Figure
+from tokenprune.experiments.benchmarks.record import Figure, changes, record, save, table
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
@@ -26,9 +27,8 @@ from tokenprune.experiments.benchmarks.shapes import (
 )
 from tokenprune.experiments.benchmarks.sharing import METHODS, _bound, _bound_7b
 from tokenprune.experiments.benchmarks.watching import watching
-from tokenprune.experiments.compare import cells
-from tokenprune.ledger import DecoderShape, prefill_flops
-from tokenprune.tokens import TokenLayout
+from tokenprune.experiments.common.grid import cells
+from tokenprune.layout import TokenLayout
 
 
 @pytest.mark.slow

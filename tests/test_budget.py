@@ -11,18 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.budget import (
-    Proportional,
-    ThumbnailCommand,
-    ThumbnailPeak,
-    TopK,
-    allocator,
-    budget,
-)
-from tokenprune.compressor import create
+from tokenprune.allocators import Proportional, ThumbnailCommand, ThumbnailPeak, TopK, allocator
+from tokenprune.budget import budget
 from tokenprune.errors import RetentionWarning, UnknownNameError, UserError
-from tokenprune.testing import LAYOUTS, sample_tokens
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.signals import Signal
+from tokenprune.spec import create
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.strategy_checks import LAYOUTS
+from tokenprune.tokens import VisualTokens
 
 CLS = Signal("cls_logits")
 

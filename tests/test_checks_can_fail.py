@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from broken import FAULTS, SOUND, Fault
 
-from tokenprune.testing import CHECKS, STRATEGY_CHECKS, Check, Host
+from tokenprune.testing.asserting import Check
+from tokenprune.testing.host import Host
+from tokenprune.testing.runner import CHECKS
+from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 
 
 def _apply(check: Check, fault: Fault, host: Host) -> None:

@@ -21,17 +21,18 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import tokenprune as tp
-from tokenprune import terminal
+from tokenprune import console
 from tokenprune.cli import app
+from tokenprune.console import spread
+from tokenprune.cost.ledger import FIGURES
 from tokenprune.errors import UserError
-from tokenprune.experiments.commands import compare as command
-from tokenprune.experiments.commands.compare import tables
-from tokenprune.experiments.compare import Request
-from tokenprune.experiments.csv_files import read_csv
-from tokenprune.experiments.results import Journal
-from tokenprune.ledger import FIGURES
+from tokenprune.experiments.common.csv_files import read_csv
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.compare import command
+from tokenprune.experiments.compare.command import tables
 from tokenprune.registry import strategies
-from tokenprune.terminal import split_specs, spread
+from tokenprune.spec import registered, split_specs
 
 
 def invoke(*words: str) -> Result:
@@ -138,7 +139,7 @@ def test_bad_input_is_a_sentence(
     (tmp_path / "file").write_text("")
     given = words if "--questions" in words or "--data" in words else f"{words} --questions 5"
     result = invoke("compare", *given.split())
-    assert result.exit_code == terminal.BAD_INPUT
+    assert result.exit_code == console.BAD_INPUT
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
     assert result.stderr.rstrip()[-1] in ".)"
@@ -150,7 +151,7 @@ def test_bad_input_is_a_sentence(
 def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke("compare", "--device", "cuda", "--questions", "5")
-    assert result.exit_code == terminal.BAD_INPUT
+    assert result.exit_code == console.BAD_INPUT
     assert "no CUDA device" in result.stderr
 
 
@@ -159,15 +160,15 @@ def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_an_option_is_no_value(words: str) -> None:
     result = invoke(*words.split())
-    assert result.exit_code == terminal.BAD_INPUT
+    assert result.exit_code == console.BAD_INPUT
     assert "needs at least one value" in result.stderr
 
 
 def test_unknown_options_and_commands() -> None:
     result = invoke("compare", "--retentoin", "0.5")
-    assert result.exit_code == terminal.BAD_INPUT
+    assert result.exit_code == console.BAD_INPUT
     assert "--retention" in result.stderr
-    assert invoke("compair").exit_code == terminal.BAD_INPUT
+    assert invoke("compair").exit_code == console.BAD_INPUT
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ SMALL = ("compare", "-m", "uniform", "fastv", "-r", "0.25", "--questions", "5")
 
 def test_a_comparison_and_the_same_again(tmp_path: Path) -> None:
     first = invoke(*SMALL, "--out", str(tmp_path / "run"))
-    assert first.exit_code == terminal.OK, first.output
+    assert first.exit_code == console.OK, first.output
     for word in (
         "uncompressed",
         "uniform",
@@ -192,17 +193,17 @@ def test_a_comparison_and_the_same_again(tmp_path: Path) -> None:
     assert str(tmp_path / "run") in first.stdout
     assert "\x1b" not in first.output, "no colours where there is no terminal"
     second = invoke(*SMALL, "--out", str(tmp_path / "run"))
-    assert second.exit_code == terminal.OK
+    assert second.exit_code == console.OK
     assert "nothing was computed again" in second.stdout
     third = invoke(*SMALL, "--seed", "1", "--out", str(tmp_path / "run"))
-    assert third.exit_code == terminal.BAD_INPUT
+    assert third.exit_code == console.BAD_INPUT
     assert "seed: 0 there, 1 here" in third.stderr
 
 
 def test_several_seeds(tmp_path: Path) -> None:
     words = ["compare", "-m", "random", "-r", "0.25", "--questions", "5", "--seeds", "3"]
     result = invoke(*words, "--out", str(tmp_path))
-    assert result.exit_code == terminal.OK, result.output
+    assert result.exit_code == console.OK, result.output
     frame = pd.read_parquet(tmp_path / "answers.parquet")
     each = frame[frame["method"] == "random"].groupby("parameters")["correct"].mean()
     assert len(each) == 3
@@ -227,7 +228,7 @@ def test_pairs_of_a_run(tmp_path: Path) -> None:
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / "answers.parquet")
     result = invoke("pairs", str(tmp_path))
-    assert result.exit_code == terminal.OK, result.output
+    assert result.exit_code == console.OK, result.output
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
     assert re.search(r"uniform +\+50\.0 \(\+25\.0 to \+\d\d\.\d\) +0\.031 +0\.094", result.stdout)
     written = pd.read_csv(tmp_path / "pairs.csv")
@@ -242,9 +243,9 @@ def test_pairs_of_a_run(tmp_path: Path) -> None:
         (["--methods", "fastv"], "at least two"),
     ):
         bad = invoke("pairs", str(tmp_path), *words)
-        assert (bad.exit_code, said in bad.stderr) == (terminal.BAD_INPUT, True), bad.output
+        assert (bad.exit_code, said in bad.stderr) == (console.BAD_INPUT, True), bad.output
     bad = invoke("pairs", str(tmp_path / "nowhere"))
-    assert (bad.exit_code, "no answers.parquet" in bad.stderr) == (terminal.BAD_INPUT, True)
+    assert (bad.exit_code, "no answers.parquet" in bad.stderr) == (console.BAD_INPUT, True)
 
 
 @pytest.mark.parametrize("kind", ["../../x", "/abs", "a/b", "..", "$x$", "a b", "=1+1", "é" * 99])
@@ -259,7 +260,7 @@ def test_kinds_of_questions_name_no_files(tmp_path: Path, kind: str) -> None:
     pd.DataFrame(rows).to_parquet(folder / "answers.parquet")
     before = set(tmp_path.rglob("*"))
     result = invoke("pairs", str(folder), "--kind", kind)
-    assert result.exit_code == terminal.OK, result.output
+    assert result.exit_code == console.OK, result.output
     (new,) = set(tmp_path.rglob("*")) - before
     assert new.parent == folder
     assert re.fullmatch(r"pairs-[0-9a-f]{12}\.csv", new.name)
@@ -278,10 +279,10 @@ def test_check_reads_everything_and_computes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tp.models.adapter, "load", None)  # would fail
+    monkeypatch.setattr(tp.models.loading, "load", None)  # would fail
     data = str(_data(tmp_path, question="<image>\nRed?"))
     fine = invoke("compare", "--data", data, "--check")
-    assert fine.exit_code == terminal.OK, fine.output
+    assert fine.exit_code == console.OK, fine.output
     assert fine.stdout.startswith("Questions: 1, images and frames: 1.")
     assert not (tmp_path / "runs").exists()
     for changes, words, said in (
@@ -292,12 +293,12 @@ def test_check_reads_everything_and_computes_nothing(
         ({}, ["-m", "fastw"], "Did you mean 'fastv'"),
     ):
         bad = invoke("compare", "--data", str(_data(tmp_path, **changes)), "--check", *words)
-        assert (bad.exit_code, said in bad.stderr) == (terminal.BAD_INPUT, True), bad.output
+        assert (bad.exit_code, said in bad.stderr) == (console.BAD_INPUT, True), bad.output
 
 
 def test_a_sentence_cannot_command_the_terminal(tmp_path: Path) -> None:
     bad = invoke("compare", "--data", str(tmp_path / "a\x1b[2J.jsonl"), "--check")
-    assert bad.exit_code == terminal.BAD_INPUT
+    assert bad.exit_code == console.BAD_INPUT
     assert "\x1b" not in bad.stderr
     assert "\\x1b[2J" in bad.stderr
 
@@ -307,7 +308,7 @@ def test_a_sentence_cannot_command_the_terminal(tmp_path: Path) -> None:
 )
 def test_arguments_that_no_file_can_hold_are_refused(words: tuple[str, ...]) -> None:
     bad = invoke(*words)
-    assert (bad.exit_code, "is not UTF-8" in bad.stderr) == (terminal.BAD_INPUT, True)
+    assert (bad.exit_code, "is not UTF-8" in bad.stderr) == (console.BAD_INPUT, True)
 
 
 def test_kinds_that_look_like_missing_values_stay_themselves(tmp_path: Path) -> None:
@@ -317,12 +318,12 @@ def test_kinds_that_look_like_missing_values_stay_themselves(tmp_path: Path) -> 
     data.write_text("\n".join(map(json.dumps, lines)))
     run = str(tmp_path / "run")
     done = invoke("compare", "--data", str(data), "-m", "uniform", "-r", "0.5", "--out", run)
-    assert done.exit_code == terminal.OK, done.output
+    assert done.exit_code == console.OK, done.output
     summary = read_csv(tmp_path / "run" / "summary.csv")
     assert list(pd.unique(summary["kind"])) == ["overall", *kinds]
     assert "'=1+1" in (tmp_path / "run" / "summary.csv").read_text()
     for name in ("report", "table"):
-        assert invoke(name, run).exit_code == terminal.OK
+        assert invoke(name, run).exit_code == console.OK
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(f">{kind}<" in page for kind in kinds)
 
@@ -335,7 +336,7 @@ def test_a_failing_method_is_shown_and_changes_the_status(
 
     monkeypatch.setattr(type(tp.create("uniform", retention=0.5)), "select", fail)
     result = invoke(*SMALL, "--out", str(tmp_path))
-    assert result.exit_code == terminal.FAILED
+    assert result.exit_code == console.FAILED
     assert "FAILED uniform at 0.25: RuntimeError: [bold]no[/bold] luck" in result.stdout
     rows = [line for line in result.stdout.splitlines() if "uniform " in line and "│" not in line]
     assert any(re.search(r"uniform +FAILED", line) for line in rows)
@@ -359,7 +360,7 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path: Path, kind: signal.Signals) ->
             time.sleep(0.05)
         os.kill(process.pid, kind)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == terminal.INTERRUPTED
+    assert process.returncode == console.INTERRUPTED
     assert b"the same command goes on" in output
     kept = len(Journal(journal).answers)
     assert f"{kept} of 1400 answers".encode() in output
@@ -437,8 +438,8 @@ def test_few_questions_do_not_break_labels() -> None:
 
 
 def test_long_labels_break_between_options() -> None:
-    assert terminal.method_label("fastv:layer=3") == "fastv:layer=3"
-    assert terminal.method_label("globalcom2:alpha=0.3,tau=5") == "globalcom2:\n alpha=0.3,\n tau=5"
+    assert console.method_label("fastv:layer=3") == "fastv:layer=3"
+    assert console.method_label("globalcom2:alpha=0.3,tau=5") == "globalcom2:\n alpha=0.3,\n tau=5"
 
 
 def test_list() -> None:
@@ -478,11 +479,12 @@ def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.Mon
         "report": ["runs"],
     }
     for name, words in commands.items():
-        module = f"tokenprune.experiments.commands.{name.replace('-', '_')}"
+        folder = {"benchmark": "benchmarks", "convert": "efficiency"}.get(name, name)
+        module = f"tokenprune.experiments.{folder.replace('-', '_')}.command"
         monkeypatch.setattr(sys.modules[module], "quiet", interrupted)
-        assert invoke(name, *words).exit_code == terminal.INTERRUPTED, name
+        assert invoke(name, *words).exit_code == console.INTERRUPTED, name
     monkeypatch.setattr("tokenprune.cli.new_table", interrupted)
-    assert invoke("list").exit_code == terminal.INTERRUPTED
+    assert invoke("list").exit_code == console.INTERRUPTED
 
 
 def test_version() -> None:
@@ -520,11 +522,11 @@ def test_a_methods_card_names_its_source_options_and_deviations() -> None:
 def test_audit_finds_the_fault(
     monkeypatch: pytest.MonkeyPatch, fault: str, check: str, said: str
 ) -> None:
-    from tokenprune import testing
+    from tokenprune.testing import runner
 
     named = f"check_{check.replace(' ', '_')}"
     monkeypatch.setattr(
-        testing, "CHECKS", tuple(one for one in testing.CHECKS if one.__name__ == named)
+        runner, "CHECKS", tuple(one for one in runner.CHECKS if one.__name__ == named)
     )
     result = CliRunner().invoke(app, ["audit", f"broken:{fault}"], env={"COLUMNS": "400"})
     assert result.exit_code == 1, result.output
@@ -546,7 +548,7 @@ def test_a_class_of_your_own_runs_everywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke(*words.split(), f"{own_module}:Mine", "--out", str(tmp_path / "run"))
-    assert result.exit_code == terminal.OK, result.output
+    assert result.exit_code == console.OK, result.output
     assert f"{own_module}-norm" in result.output
 
 
@@ -577,13 +579,13 @@ def test_own_classes_in_specs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     chain = f"{own_module}:Mine@0.5 + fastv:layer=3@0.5"
-    assert terminal.registered(chain) == f"{own_module}-norm@0.5 + fastv:layer=3@0.5"
+    assert registered(chain) == f"{own_module}-norm@0.5 + fastv:layer=3@0.5"
     for spec in ("fastv:layer=3", "fastv:layer", "fastv@0.5", "fastv"):
-        assert terminal.registered(spec) == spec
+        assert registered(spec) == spec
     with pytest.raises(UserError, match="has no name yet"):
-        terminal.registered(f"{own_module}:Nameless")
+        registered(f"{own_module}:Nameless")
     with pytest.raises(UserError, match="not a class derived"):
-        terminal.registered(f"{own_module}:Other")
+        registered(f"{own_module}:Other")
 
 
 def test_audit_of_a_sound_method() -> None:

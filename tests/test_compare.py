@@ -21,12 +21,18 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import RetentionWarning, UserError
-from tokenprune.experiments import compare as module
-from tokenprune.experiments.compare import Request, cells, compare, run
-from tokenprune.experiments.data import Picture, Question, held_out
-from tokenprune.experiments.files import WriteError, writing
-from tokenprune.experiments.results import Journal
-from tokenprune.tokens import Signal
+from tokenprune.experiments.common import setting
+from tokenprune.experiments.common.files import WriteError, writing
+from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.questions import Picture, Question, held_out
+from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.compare import loop
+from tokenprune.experiments.compare import run as module
+from tokenprune.experiments.compare.loop import run
+from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.compare.runner import ModelRunner
+from tokenprune.signals import Signal
 
 CELLS = cells(["uniform", "fastv:layer=3", "globalcom2"], [1.0, 0.5, 0.1])
 
@@ -281,11 +287,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> module.Outcome:
+def finished(folder: Path) -> setting.Outcome:
     return compare(replace(SMALL, out=folder))
 
 
-def test_the_run_folder(finished: module.Outcome, folder: Path) -> None:
+def test_the_run_folder(finished: setting.Outcome, folder: Path) -> None:
     assert finished.status == "complete"
     assert (finished.answered, finished.wanted, finished.new) == (50, 50, 50)
     for name in ("accuracy.png", "accuracy.pdf", "accuracy-by-kind.png", "accuracy-by-cost.pdf"):
@@ -316,10 +322,10 @@ def test_the_run_folder(finished: module.Outcome, folder: Path) -> None:
 
 
 def test_every_number_of_the_ledger_is_in_the_tables(
-    finished: module.Outcome, folder: Path
+    finished: setting.Outcome, folder: Path
 ) -> None:
     adapter = tp.load("testbed-next")
-    item = module.data.held_out(1, seed=0)[0]
+    item = held_out(1, seed=0)[0]
     method = tp.create("uniform", retention=0.25)
     with tp.compress(adapter.model, method) as trace, torch.no_grad():
         adapter.model(**adapter.prepare([item.images[0].open()], [item.question]))
@@ -335,11 +341,11 @@ def test_every_number_of_the_ledger_is_in_the_tables(
     assert list(row["visual_per_layer"]) == list(told.visual_per_layer)
 
 
-def test_the_answers_are_those_of_a_plain_generate(finished: module.Outcome, folder: Path) -> None:
+def test_the_answers_are_those_of_a_plain_generate(finished: setting.Outcome, folder: Path) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet")
     given = frame[frame["method"] == "fastv"].set_index("question_id")["answer"]
-    for item in module.data.held_out(3, seed=0):
+    for item in held_out(3, seed=0):
         inputs = adapter.prepare([item.images[0].open()], [item.question])
         with tp.compress(adapter.model, tp.create("fastv", layer=3, retention=0.25)):
             ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -347,12 +353,12 @@ def test_the_answers_are_those_of_a_plain_generate(finished: module.Outcome, fol
 
 
 def test_divergence_is_that_of_the_answer_tokens_distribution(
-    finished: module.Outcome, folder: Path
+    finished: setting.Outcome, folder: Path
 ) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
     fastv = tp.create("fastv", layer=3, retention=0.25)
-    for item in module.data.held_out(3, seed=0):
+    for item in held_out(3, seed=0):
         inputs = adapter.prepare([item.images[0].open()], [item.question])
         probabilities = []
         for compressor in (None, fastv):
@@ -369,16 +375,16 @@ def test_divergence_is_that_of_the_answer_tokens_distribution(
 
 def test_divergence_of_what_cannot_be() -> None:
     full, short = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.25, 0.75]).log()
-    assert module.divergence(full, short) == pytest.approx(math.log(4))
-    assert module.divergence(full, full) == 0
+    assert loop.divergence(full, short) == pytest.approx(math.log(4))
+    assert loop.divergence(full, full) == 0
 
 
 def test_the_references_see_no_image_and_the_thumbnail_alone(
-    finished: module.Outcome, folder: Path
+    finished: setting.Outcome, folder: Path
 ) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
-    for item in module.data.held_out(4, seed=0):
+    for item in held_out(4, seed=0):
         blind, low = (frame.loc[(name, item.id)] for name in ("image-free", "thumbnail-only"))
         assert (blind["patch_tokens"], blind["kept_patches"]) == (0, 0)
         assert (low["kept_patches"], low["kept_separators"]) == (49, 0)
@@ -409,7 +415,7 @@ def test_several_seeds_are_one_method(tmp_path: Path) -> None:
         compare(Request(seeds=0, out=tmp_path))
 
 
-def test_the_same_again_computes_nothing(finished: module.Outcome, folder: Path) -> None:
+def test_the_same_again_computes_nothing(finished: setting.Outcome, folder: Path) -> None:
     before = {name: (folder / name).read_bytes() for name in ("answers.jsonl", "answers.parquet")}
     again = compare(replace(SMALL, out=folder, batch_size=3))
     assert (again.status, again.new) == ("complete", 0)
@@ -427,7 +433,7 @@ def test_the_same_again_computes_nothing(finished: module.Outcome, folder: Path)
     ],
 )
 def test_another_experiment_in_the_folder(
-    finished: module.Outcome, folder: Path, changes: dict[str, Any], said: str
+    finished: setting.Outcome, folder: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         compare(replace(SMALL, out=folder, **changes))
@@ -435,13 +441,13 @@ def test_another_experiment_in_the_folder(
 
 
 def test_interrupted_then_resumed(
-    finished: module.Outcome,
+    finished: setting.Outcome,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = 0
-    original = module.ModelRunner.generate
+    original = ModelRunner.generate
 
     def impatient(self: Any, *arguments: Any) -> Any:
         nonlocal calls
@@ -450,7 +456,7 @@ def test_interrupted_then_resumed(
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(module.ModelRunner, "generate", impatient)
+    monkeypatch.setattr(ModelRunner, "generate", impatient)
     request = replace(SMALL, out=tmp_path)
     first = compare(request)
     assert (first.status, first.answered, first.wanted) == ("interrupted", 10, 50)
@@ -466,7 +472,7 @@ def test_only_what_is_in_the_journal_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk loses the last line behind our back."""
-    original = module.run
+    original = loop.run
 
     def losing(*arguments: Any, **options: Any) -> None:
         original(*arguments, **options)
@@ -492,14 +498,14 @@ def rows_of(compressor: Any) -> list[Any]:
 def test_a_failing_method_is_not_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    original = module.ModelRunner.generate
+    original = ModelRunner.generate
 
     def broken(self: Any, compressor: Any, *rest: Any) -> Any:
         if any(one and one.label == method for one in rows_of(compressor)):
             raise RuntimeError("out of memory")
         return original(self, compressor, *rest)
 
-    monkeypatch.setattr(module.ModelRunner, "generate", broken)
+    monkeypatch.setattr(ModelRunner, "generate", broken)
     methods = (*SMALL.methods, "first")
     outcome = compare(replace(SMALL, methods=methods, out=tmp_path, questions=5))
     assert outcome.status == "failed"
@@ -534,7 +540,7 @@ def test_the_default_folder_says_what_was_asked_and_never_clashes(
 
 def test_own_questions(tmp_path: Path) -> None:
     lines = []
-    for item in module.data.held_out(4, seed=5):
+    for item in held_out(4, seed=5):
         name = f"{item.images[0].id}.png"
         item.images[0].open().save(tmp_path / name)
         fields = {"image": name, "question": item.question, "answer": item.answer}
@@ -550,13 +556,13 @@ def test_own_questions(tmp_path: Path) -> None:
 
     path.write_text("\n".join([*lines, lines[-1].replace("<image> <image>", "<image>")]))
     with pytest.raises(UserError, match=r"'line-6' cannot be asked: .* has 1 '<image>'"):
-        module.check(request)
+        setting.check(request)
 
 
 def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
     """A torn image, one that is not there, marks that do not fit, and frames of two sizes."""
     lines = []
-    for number, item in enumerate(module.data.held_out(6, seed=5)):
+    for number, item in enumerate(held_out(6, seed=5)):
         item.images[0].open().save(tmp_path / f"{number}.png")
         fields = {"image": f"{number}.png", "question": item.question, "answer": item.answer}
         lines.append(json.dumps(fields | {"id": f"q{number}"}))

@@ -11,21 +11,14 @@ import sys
 import pytest
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, create, parse
+from tokenprune.compressor import Chain, Compressor
 from tokenprune.errors import UserError
 from tokenprune.registry import adapters
-from tokenprune.testing import (
-    CHECKS,
-    DECODERS,
-    MODEL_CHECKS,
-    RETENTION,
-    STRATEGY_CHECKS,
-    Check,
-    check_compressor,
-    example,
-    hosts,
-    run,
-)
+from tokenprune.spec import create, parse
+from tokenprune.testing.asserting import Check
+from tokenprune.testing.host import DECODERS, RETENTION, example, hosts
+from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run
+from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 
 # Views of 16 tokens at 40 % may keep nothing of a view; that is not what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -41,21 +34,21 @@ VARIANTS = {
     for spec in (
         "uniform:separators=none",
         "globalcom2:separators=rows",
-        "globalcom2:positions=original",
+        "globalcom2:position_ids=original",
         "globalcom2:score=received",
         "globalcom2:allocator=topk,normalisation=minmax",
-        "fastv:positions=compact,separators=none",
+        "fastv:position_ids=compact,separators=none",
         "fastv:layer=1,allocator=globalcom2",
         "random:seed=3,allocator=topk",
-        "sparsevlm:recycle=0,positions=original",
+        "sparsevlm:recycle=0,position_ids=original",
         "prumerge+:adaptive=true",
         "uniform:pattern=dispersed",
         "sparsevlm:version=2.0,heads=2",
         "cdpruner:relevance=saliency",
         "cdpruner:relevance=none",
         "dycoke:official=true",
-        "pact:cutoff=0.6,positions=compact",
-        "fitprune:steps=1,positions=compact",
+        "pact:cutoff=0.6,position_ids=compact",
+        "fitprune:steps=1,position_ids=compact",
     )
 } | {
     "divprune:allocator=globalcom2": parse("divprune:allocator=globalcom2", retention=RETENTION),
@@ -71,7 +64,7 @@ VARIANTS = {
     ),
     "holitom + holitom-inner": _chain("holitom", "holitom-inner"),
     "uniform original + two cuts": _chain(
-        "uniform:positions=original,separators=none", "fastv:layer=1", "fastv:layer=3"
+        "uniform:position_ids=original,separators=none", "fastv:layer=1", "fastv:layer=3"
     ),
 }
 

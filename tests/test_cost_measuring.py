@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenprune as tp
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.cost.measuring import Work, observed
-from tokenprune.primitives import density_peaks
+from tokenprune.layout import TokenLayout
+from tokenprune.ops.clustering import density_peaks
+from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import VisualTokens
 
 LAYOUT = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tokenprune.experiments.csv_files import read_csv, write_csv
+from tokenprune.experiments.common.csv_files import read_csv, write_csv
 
 ODD = ["NA", "None", "nan", "null", "N/A", "", "1", "-5", "-5.5e3", "plain", "'quoted", "a,b"]
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "＝1", "'=1", "-"]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.data import (
+from tokenprune.experiments.common.questions import (
     Picture,
     Question,
     check_placeholders,
@@ -20,7 +20,7 @@ from tokenprune.experiments.data import (
     normalise,
     read_jsonl,
 )
-from tokenprune.models.inputs import chat_prompt
+from tokenprune.prompts import chat_prompt
 
 
 @pytest.fixture

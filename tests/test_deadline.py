@@ -17,12 +17,13 @@ import pytest
 import tokenprune as tp
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.errors import UserError
-from tokenprune.experiments import deadline
-from tokenprune.experiments.compare import Request, compare
-from tokenprune.experiments.deadline import TimeLimit, check_time_limit, time_limit
-from tokenprune.experiments.failing import tried
-from tokenprune.experiments.results import Failure
-from tokenprune.testing import Host
+from tokenprune.experiments.common import deadline
+from tokenprune.experiments.common.cells import Failure
+from tokenprune.experiments.common.deadline import TimeLimit, check_time_limit, time_limit
+from tokenprune.experiments.common.failing import tried
+from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.compare.run import compare
+from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

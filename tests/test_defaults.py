@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.compressor import Compressor, Selection, parse
-from tokenprune.encoder import foreseen
-from tokenprune.experiments.views import DropCrop
-from tokenprune.testing import Host, sample_tokens
-from tokenprune.tokens import Signal, TokenLayout
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.engine.tower import foreseen
+from tokenprune.experiments.crop_importance.run import DropCrop
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
+from tokenprune.spec import parse
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

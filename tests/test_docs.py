@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tokenprune.compressor import create
 from tokenprune.registry import adapters
-from tokenprune.testing import MODEL_CHECKS, RETENTION, Host, run
+from tokenprune.spec import create
+from tokenprune.testing.host import RETENTION, Host
+from tokenprune.testing.runner import MODEL_CHECKS, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -16,23 +16,21 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.compressor import Compressor
+from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.errors import UserError
-from tokenprune.experiments import cost_plots
-from tokenprune.experiments.efficiency import (
-    Prompt,
+from tokenprune.experiments.common.conversion import solve, translate
+from tokenprune.experiments.common.grid import chosen
+from tokenprune.experiments.common.prompt import Prompt, prompt_of, read_size
+from tokenprune.experiments.common.timing import peak_memory
+from tokenprune.experiments.efficiency import figures
+from tokenprune.experiments.efficiency.run import (
     activation_bytes,
     analytic_break_even,
     break_even,
-    chosen,
     costs,
     layers,
     pays_from,
-    prompt_of,
-    read_size,
 )
-from tokenprune.experiments.measuring import peak_memory
-from tokenprune.experiments.translation import solve, translate
-from tokenprune.ledger import DecoderShape
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -441,10 +439,10 @@ def test_bad_input_is_a_sentence(
 
 def test_figures_show_every_method(vicuna: Prompt) -> None:
     methods = chosen(["fastv", "uniform"], [0.5, 0.25])
-    figure = cost_plots.cost_by_retention(costs(vicuna, methods), "t")
+    figure = figures.cost_by_retention(costs(vicuna, methods), "t")
     line = next(line for line in figure.axes[0].lines if line.get_label() == "uniform")
     assert list(line.get_xdata()) == [0.25, 0.5, 1.0]
     assert [round(float(y), 3) for y in line.get_ydata()] == [0.23, 0.474, 1.0]
-    figure = cost_plots.tokens_by_layer(layers(vicuna, methods), "t")
+    figure = figures.tokens_by_layer(layers(vicuna, methods), "t")
     line = next(line for line in figure.axes[1].lines if line.get_label() == "fastv")
     assert list(line.get_ydata()) == [2880] * 2 + [720] * 30 + [720]

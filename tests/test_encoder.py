@@ -20,33 +20,28 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.budget import budget
-from tokenprune.compressor import Chain, Stage, create, parse
+from tokenprune.compressor import Chain, Stage
 from tokenprune.encoder import EncoderCompressor, EncoderTokens, Reduction
-from tokenprune.engine import compress
+from tokenprune.engine.session import compress
+from tokenprune.engine.vision import observing
 from tokenprune.errors import UserError
-from tokenprune.observe import observing
-from tokenprune.primitives import (
-    bipartite_matching,
-    central_members,
-    merge_weighted,
-    spread,
-    thumbnail_map,
-)
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.ops.clustering import central_members
+from tokenprune.ops.merging import bipartite_matching, merge_weighted, spread
+from tokenprune.ops.spatial import thumbnail_map
 from tokenprune.registry import Card
+from tokenprune.spec import create, parse
 from tokenprune.strategies.tome import schedule
-from tokenprune.testing import (
-    LAYOUTS,
-    ROWS,
-    Host,
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.context_checks import check_restores_model, fingerprint
+from tokenprune.testing.host import ROWS, Host, hosts
+from tokenprune.testing.model_checks import (
     check_batch_equals_single,
     check_equals_reference,
     check_ledger_is_true,
-    check_restores_model,
-    fingerprint,
-    hosts,
-    sample_tokens,
 )
-from tokenprune.tokens import Kind, TokenLayout, VisualTokens
+from tokenprune.testing.strategy_checks import LAYOUTS
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -457,7 +452,7 @@ def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None
         stored = testbed.model(**testbed.assemble(encoded, questions)).logits
     torch.testing.assert_close(stored, direct, rtol=1e-4, atol=1e-4)
     assert trace.ledgers[0].vision_flops < trace.ledgers[0].uncompressed_vision_flops
-    first = next(iter(method.stages()))
+    first = next(iter(method.parts()))
     chosen = testbed.choose(first, images)
     for one, other in zip(
         chosen, [c for c in trace.selections if c.stage is Stage.ENCODER], strict=True

@@ -16,27 +16,30 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from tokenprune import testing
-from tokenprune.cache import is_pruned
-from tokenprune.compressor import Chain, Compressor, create, parse
-from tokenprune.engine import adapter_of, compress
+from tokenprune.adapter import adapter_of
+from tokenprune.compressor import Chain, Compressor
+from tokenprune.engine.cache import is_pruned
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.models.llava_next import LlavaNext
-from tokenprune.testing import Host, Row, reference
+from tokenprune.spec import create, parse
+from tokenprune.testing import model_checks
+from tokenprune.testing.host import Host, Row
+from tokenprune.testing.reference import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 METHODS = {
     "uniform": create("uniform", retention=0.4),
-    "uniform, original": create("uniform", retention=0.4, positions="original"),
+    "uniform, original": create("uniform", retention=0.4, position_ids="original"),
     "globalcom2": create("globalcom2", retention=0.4),
     "fastv": create("fastv", retention=0.4),
-    "fastv, compact": create("fastv", retention=0.4, positions="compact"),
+    "fastv, compact": create("fastv", retention=0.4, position_ids="compact"),
     "chain": Chain.of(create("globalcom2", retention=0.6), create("fastv", retention=0.6)),
     "two cuts, compact": Chain.of(
-        create("uniform", retention=0.6, positions="original"),
-        create("fastv", retention=0.6, positions="compact", layer=1),
-        create("fastv", retention=0.6, positions="compact", layer=3),
+        create("uniform", retention=0.6, position_ids="original"),
+        create("fastv", retention=0.6, position_ids="compact", layer=1),
+        create("fastv", retention=0.6, position_ids="compact", layer=3),
     ),
 }
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -63,7 +66,8 @@ def test_odd_images(method: Compressor, monkeypatch: pytest.MonkeyPatch) -> None
         Row(((13, 17),), 0),
         Row((), 1),
     )
-    monkeypatch.setattr(testing, "ROWS", rows)
+    for module in ("host", "reference"):
+        monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", rows)
     host = Host.tiny("LLaVA-NeXT", "mistral")
     inputs = host.inputs((0, 1, 2, 3))
     with compress(host.model, method) as trace:
@@ -418,8 +422,8 @@ def test_a_strategy_that_fails_names_itself(host: Host) -> None:
 def test_a_tower_without_cls(spec: str, siglip: Host) -> None:
     """SigLIP: no CLS token, so rank by attention received; the rest does not care."""
     method = parse(spec, retention=0.4)
-    testing.check_equals_reference(method, siglip)
-    testing.check_batch_equals_single(method, siglip)
+    model_checks.check_equals_reference(method, siglip)
+    model_checks.check_batch_equals_single(method, siglip)
 
 
 def test_cls_attention_is_refused_without_cls(siglip: Host) -> None:

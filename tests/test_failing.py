@@ -16,14 +16,19 @@ import pytest
 from PIL import Image
 
 import tokenprune as tp
+from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor, Selection, Stage
-from tokenprune.experiments.compare import ModelRunner, cells, run
-from tokenprune.experiments.data import Picture, Question, held_out
-from tokenprune.experiments.intervals import compared, summarise
-from tokenprune.experiments.results import Cell, Journal, answers_frame
-from tokenprune.experiments.sharing import together
-from tokenprune.models.adapter import Adapter
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.experiments.common.answers import answers_frame
+from tokenprune.experiments.common.cells import Cell
+from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.questions import Picture, Question, held_out
+from tokenprune.experiments.common.summary import compared, summarise
+from tokenprune.experiments.compare.loop import run
+from tokenprune.experiments.compare.runner import ModelRunner
+from tokenprune.experiments.compare.sharing import together
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 CELLS = cells(["uniform", "fastv", "globalcom2"], [0.5])
 UNIFORM, FASTV = CELLS[1].key, CELLS[2].key
@@ -331,8 +336,8 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tokenprune.experiments.commands import compare as command
-    from tokenprune.experiments.compare import Request
+    from tokenprune.experiments.common.setting import Request
+    from tokenprune.experiments.compare import command
 
     image = held_out(8, 0)[-1].images[0]
     bad = [item.id for item in held_out(8, 0) if item.image_id == image.id]

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.files import WriteError, check_writable, replace_file, sweep, try_lock
+from tokenprune.experiments.common.files import (
+    WriteError,
+    check_writable,
+    replace_file,
+    sweep,
+    try_lock,
+)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

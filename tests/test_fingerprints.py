@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 import tokenprune as tp
-from tokenprune.experiments import compare
-from tokenprune.experiments.data import held_out
-from tokenprune.experiments.fingerprints import (
+from tokenprune.experiments.common.provenance import (
     DECISIVE,
     answer_files,
     code_files,
@@ -22,6 +20,8 @@ from tokenprune.experiments.fingerprints import (
     environment,
     model_files,
 )
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.compare.runner import ModelRunner
 
 METHOD = """
 from dataclasses import dataclass
@@ -124,11 +124,15 @@ def test_options_are_part_of_a_method() -> None:
 def test_every_file_in_which_answering_runs_is_in_it() -> None:
     """Seen by watching: the files whose functions run while two questions are answered."""
     adapter = tp.load("testbed-next")
-    runner = compare.ModelRunner(adapter, 2)
+    runner = ModelRunner(adapter, 2)
     methods = [tp.parse("tome@0.5 + fastv@0.5"), tp.parse("globalcom2@0.5")]
     questions = held_out(2, 0)
     root = Path(tp.__file__).parent.resolve()
-    homes = (root, *((root / name).resolve() for name in ("strategies", "models", "experiments")))
+    folders = {
+        name: Path(importlib.import_module(f"tokenprune.{name}").__path__[0]).resolve()
+        for name in ("strategies", "models", "experiments")
+    }
+    homes = (root, *folders.values())
     ran: set[Path] = set()
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
@@ -139,17 +143,22 @@ def test_every_file_in_which_answering_runs_is_in_it() -> None:
     sys.setprofile(watch)
     try:
         for method in methods:
-            parts = [part for part in method.stages() if part.stage is tp.Stage.ENCODER]
+            parts = [part for part in method.parts() if part.stage is tp.Stage.ENCODER]
             shown = runner.encode(questions, method.needs, parts[0] if parts else None)  # type: ignore[arg-type]
             runner.answer(method, shown, [item.question for item in questions])
     finally:
         sys.setprofile(None)
-    found = answer_files(None, methods, [type(adapter), "tokenprune.experiments.compare"])["code"]
-    held = {(root.parent / name).resolve() for name in found}
+    found = answer_files(None, methods, [type(adapter), "tokenprune.experiments.compare.run"])[
+        "code"
+    ]
+    held = set()
+    for name in found:
+        _, top, *inside = Path(name).parts
+        held.add(folders.get(top, root / top).joinpath(*inside))
     assert len(ran) > 10
     assert ran - held == set()
-    assert "tokenprune/testing.py" not in found
-    assert "tokenprune/experiments/plots.py" not in found
+    assert "tokenprune/testing/model_checks.py" not in found
+    assert "tokenprune/experiments/common/plots.py" not in found
 
 
 def test_every_file_of_a_model_is_in_it_but_words(tmp_path: Path) -> None:

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune import testing
 from tokenprune.compressor import Compressor
-from tokenprune.engine import compress
+from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
+from tokenprune.cost.ledger import Ledger
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.forecast import forecast
-from tokenprune.ledger import DecoderShape, Ledger, prefill_flops
-from tokenprune.models.configs import KNOWN, adapter_without_weights, config_of
+from tokenprune.layout import TokenLayout
+from tokenprune.models.loading import adapter_without_weights, published_config
+from tokenprune.models.published import KNOWN
 from tokenprune.strategies.tome import schedule
-from tokenprune.testing import ROWS, Host, Row, hosts
-from tokenprune.tokens import TokenLayout
+from tokenprune.testing.host import ROWS, Host, Row, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -60,7 +61,8 @@ def test_forecast_is_what_the_engine_does(
     method: Compressor, name: str, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images, videos and both; exact to the last FLOP and byte unless content decides."""
-    monkeypatch.setattr(testing, "ROWS", PROMPTS)
+    for module in ("host", "reference"):
+        monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", PROMPTS)
     host = HOSTS[name]
     try:
         host.adapter.check(method)
@@ -178,13 +180,13 @@ def test_hub_spelling_of_known_names() -> None:
         ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-v1.6-vicuna-7b"),
         ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-onevision-qwen2-7b"),
     ]:
-        assert config_of(hub).to_dict() == config_of(name).to_dict()
+        assert published_config(hub).to_dict() == published_config(name).to_dict()
     assert list(itertools.islice(KNOWN, 1)) == ["llava-v1.6-vicuna-7b"]
 
 
 def test_unknown_configs_name_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"Sizes known without a download: llava-v1\.6"):
-        config_of("llava-v9")
+        published_config("llava-v9")
 
 
 def test_fewer_layers() -> None:

@@ -26,12 +26,12 @@ from transformers import (
 )
 
 import tokenprune as tp
+from tokenprune.adapter import Adapter, tiny_decoder
 from tokenprune.errors import UserError
-from tokenprune.experiments.geometry import ViewSize, crop_boxes, lattices, patch_boxes
-from tokenprune.models.adapter import Adapter, tiny_decoder
+from tokenprune.experiments.common.patch_boxes import ViewSize, crop_boxes, lattices, patch_boxes
+from tokenprune.layout import TokenLayout
 from tokenprune.models.llava_next import LlavaNext
 from tokenprune.models.llava_onevision import LlavaOnevision
-from tokenprune.tokens import TokenLayout
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
@@ -135,7 +135,7 @@ def _seen(
 
 
 def _check(adapter: Adapter, size: tuple[int, int], together: bool = False) -> None:
-    layout = adapter.layout(size, together=together)
+    layout = adapter.layout(size, same_prompt=together)
     if 0 in layout.canvas_shape and layout.grid != (0, 0):
         return  # the model itself cannot pack an image of so extreme a shape
     codes, true_layout, resized = _seen(adapter, size, together)
@@ -206,7 +206,7 @@ def test_tokens_are_drawn_over_the_pixels_they_saw(name: str, size: tuple[int, i
 @example(size=(301, 20))
 def test_images_of_a_prompt_with_several_are_padded(size: tuple[int, int]) -> None:
     for name in ("OneVision", "patches that leave pixels over"):
-        _check(FAMILIES[name], size, together=True)
+        _check(FAMILIES[name], size, same_prompt=True)
 
 
 @settings(max_examples=10)

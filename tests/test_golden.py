@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tokenprune import golden
-from tokenprune.golden import Case, Verdict, app, replay_folder
-from tokenprune.primitives import density_peaks
+from tokenprune.ops.clustering import density_peaks
 from tokenprune.registry import strategies
+from tokenprune.testing import golden
+from tokenprune.testing.__main__ import app
+from tokenprune.testing.golden import Case, Verdict, replay_folder
 
 HERE = Path(__file__).parent / "data" / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"

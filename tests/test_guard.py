@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.testing import Host
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model or a part of it was compiled")
 

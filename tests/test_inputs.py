@@ -15,7 +15,7 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.models import testbed
-from tokenprune.models.inputs import chat_prompt
+from tokenprune.prompts import chat_prompt
 
 pytestmark = pytest.mark.skipif(
     not {"testbed-next", "testbed-onevision"} <= set(testbed.names()), reason="no testbeds"
@@ -197,7 +197,7 @@ def test_marked_questions_get_the_same_answers(adapter: Any, retention: float) -
     assembled = adapter.assemble(encoded, [f"<image>\n{ASKED}"])
     assert torch.equal(plain["input_ids"], marked["input_ids"])
     assert torch.equal(plain["input_ids"], assembled["input_ids"])
-    blind = adapter.assemble(encoded, [f"<image>\n{ASKED}"], blind=True)["input_ids"]
+    blind = adapter.assemble(encoded, [f"<image>\n{ASKED}"], without_images=True)["input_ids"]
     token = adapter.placeholders["image"]
     assert blind[0].tolist() == [one for one in plain["input_ids"][0].tolist() if one != token]
     with tp.compress(adapter.model, "uniform", retention=retention):

@@ -8,18 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenprune.experiments.intervals import (
-    OVERALL,
-    compared,
+from tokenprune.cost.ledger import FIGURES
+from tokenprune.experiments.common.intervals import (
     holm,
     mcnemar,
     paired_bootstrap,
-    pairs,
     proportion,
-    summarise,
     wilson,
 )
-from tokenprune.ledger import FIGURES
+from tokenprune.experiments.common.summary import OVERALL, compared, pairs, summarise
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

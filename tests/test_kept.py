@@ -15,17 +15,20 @@ from hypothesis import strategies as st
 
 import tokenprune as tp
 from tokenprune.compressor import Stage
-from tokenprune.engine import Chosen
-from tokenprune.experiments.compare import Request, compare
-from tokenprune.experiments.data import held_out
-from tokenprune.experiments.kept import final, pack, packed_rows, unpack
-from tokenprune.tokens import TokenLayout
+from tokenprune.engine.trace import SelectionRecord
+from tokenprune.experiments.common.kept_bits import final, pack, packed_rows, unpack
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.compare.run import compare
+from tokenprune.layout import TokenLayout
 
 LAYOUT = TokenLayout.single((3, 4))
 
 
-def chosen(row: int, image: int, layer: int | None, *keep: int) -> Chosen:
-    return Chosen(row, image, Stage.LLM, layer, LAYOUT, torch.tensor(keep, dtype=torch.long))
+def chosen(row: int, image: int, layer: int | None, *keep: int) -> SelectionRecord:
+    return SelectionRecord(
+        row, image, Stage.LLM, layer, LAYOUT, torch.tensor(keep, dtype=torch.long)
+    )
 
 
 def test_bits_by_hand() -> None:

@@ -6,19 +6,20 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from tokenprune.cache import CACHE
-from tokenprune.compressor import Chain, create, parse
-from tokenprune.engine import compress
-from tokenprune.errors import UserError
-from tokenprune.ledger import (
+from tokenprune.compressor import Chain
+from tokenprune.cost.arithmetic import (
     DecoderShape,
-    Ledger,
     VisionShape,
     copied_bytes,
     encoder_flops,
     prefill_flops,
 )
-from tokenprune.testing import Host
+from tokenprune.cost.ledger import Ledger
+from tokenprune.engine.cache import CACHE
+from tokenprune.engine.session import compress
+from tokenprune.errors import UserError
+from tokenprune.spec import create, parse
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

@@ -19,20 +19,21 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 import tokenprune as tp
-from tokenprune import terminal
-from tokenprune.budget import ThumbnailCommand
+from tokenprune import console
+from tokenprune.allocators import ThumbnailCommand
 from tokenprune.cli import app
-from tokenprune.compressor import parse
 from tokenprune.errors import UserError, unknown
-from tokenprune.experiments.compare import Request, Setting, compare
-from tokenprune.experiments.data import Picture, Question
-from tokenprune.experiments.limits import LIMITS, check_lengths, check_number
-from tokenprune.experiments.masks import look
+from tokenprune.experiments.common.limits import LIMITS, check_lengths, check_number
+from tokenprune.experiments.common.questions import Picture, Question
+from tokenprune.experiments.common.setting import Request, Setting
+from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.masks.look import look
+from tokenprune.layout import TokenLayout
 from tokenprune.plugins import own_class
 from tokenprune.registry import strategies
+from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing import Host
-from tokenprune.tokens import TokenLayout
+from tokenprune.testing.host import Host
 
 DIGITS = "9" * 4301  # more than Python reads as a number
 NO_NUMBERS = ("nan", "inf", "-inf", "1e400", str(10**20), f"-{10**20}", DIGITS, f"-{DIGITS}")
@@ -83,7 +84,7 @@ def test_no_number_is_refused_at_once(
     for value in NO_NUMBERS:
         started = time.monotonic()
         result = invoke(*words, f"{option}={value}")
-        assert result.exit_code == terminal.BAD_INPUT, (value[:30], result.output)
+        assert result.exit_code == console.BAD_INPUT, (value[:30], result.output)
         assert "Traceback" not in result.output
         assert time.monotonic() - started < 10
     assert not list(tmp_path.rglob("answers.jsonl")), "nothing was computed"
@@ -114,7 +115,7 @@ def test_other_numbers_that_make_no_sense(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke(*words.split())
-    assert result.exit_code == terminal.BAD_INPUT, result.output
+    assert result.exit_code == console.BAD_INPUT, result.output
     assert said in " ".join(result.stderr.split())
 
 
@@ -135,11 +136,11 @@ def test_a_file_that_cannot_be_written(
     words: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokenprune.experiments.report.manifest_of", lambda folder: {})
+    monkeypatch.setattr("tokenprune.experiments.report.run.manifest_of", lambda folder: {})
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     result = invoke(*words.split(), "--out", path)
-    assert result.exit_code == terminal.BAD_INPUT
+    assert result.exit_code == console.BAD_INPUT
     assert "cannot write to" in result.stderr
 
 
@@ -340,7 +341,7 @@ def test_what_is_cut_in_front_of_the_model_need_not_have_fitted(host: Host) -> N
         (whole, "fastv", True),
         (whole - 1, "fastv", False),
         (whole - 1, "uniform", True),
-        (whole - 1, "uniform:positions=original", False),
+        (whole - 1, "uniform:position_ids=original", False),
         (3, "uniform", False),
     ]:
         config.max_position_embeddings = limit

@@ -16,15 +16,21 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tokenprune.attention import proportional_mask
-from tokenprune.cache import PrunedLayer
-from tokenprune.compressor import Compressor, Selection, create
-from tokenprune.engine import Trace, _Session, compress
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.session import Session, compress
+from tokenprune.engine.trace import Trace
 from tokenprune.errors import UserError
-from tokenprune.primitives import dispersed, kernel_density, least_cutoff, top
+from tokenprune.layout import TokenLayout
+from tokenprune.ops.clustering import dispersed, kernel_density, least_cutoff
+from tokenprune.ops.ranking import top
+from tokenprune.signals import Signal
+from tokenprune.spec import create
 from tokenprune.strategies.fitprune import fit
 from tokenprune.strategies.pact import GLOBAL, KEYS
-from tokenprune.testing import Host, sample_tokens
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.host import Host
+from tokenprune.tokens import VisualTokens
 
 
 def _distances(size: int, seed: int) -> Tensor:
@@ -191,7 +197,7 @@ def test_sizes_live_on_the_cache() -> None:
 def test_other_attention_kernels_are_refused() -> None:
     host = Host.tiny("LLaVA-NeXT")
     config = SimpleNamespace(_attn_implementation="flash_attention_2")
-    session = _Session(host.adapter, [None], frozenset(), None, Trace())
+    session = Session(host.adapter, [None], frozenset(), None, Trace())
     session.adapter = SimpleNamespace(language_model=SimpleNamespace(config=config))  # type: ignore[assignment]
     with pytest.raises(UserError, match="flash_attention_2; load it with"):
         session._proportional(None, torch.ones(1, 2), torch.zeros(1, 2, 4))

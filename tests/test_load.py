@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune.engine import adapter_of
+from tokenprune.adapter import Adapter, adapter_of
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
-from tokenprune.models.adapter import Adapter
 from tokenprune.models.testbed.scenes import questions
-from tokenprune.testing import Host
+from tokenprune.testing.host import Host
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import tokenprune as tp
-from tokenprune import terminal
+from tokenprune import console
 from tokenprune.cli import app
 from tokenprune.errors import UserError
-from tokenprune.experiments.masks import (
+from tokenprune.experiments.masks.figures import (
     _aligned,
     _paint,
     _percentiles,
@@ -27,12 +27,12 @@ from tokenprune.experiments.masks import (
     _show_kept,
     draw,
     heat,
-    look,
-    masks,
     sheet,
 )
+from tokenprune.experiments.masks.look import look
+from tokenprune.experiments.masks.run import masks
+from tokenprune.layout import TokenLayout
 from tokenprune.registry import strategies
-from tokenprune.tokens import TokenLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -274,7 +274,7 @@ def test_an_example_without_arguments(tmp_path: Path) -> None:
 
 
 def test_ones_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.experiments.masks.save", lambda *_: None)  # to be quick
+    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: None)  # to be quick
     for index in range(20):
         picture(40, 30, index).save(tmp_path / f"frame-{index:02}.png")
     still = [picture(40, 30, index) for index in range(5)]
@@ -316,5 +316,5 @@ def test_bad_input(words: str, said: str, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_text("no")
     result = invoke(*words.split())
-    assert result.exit_code == terminal.BAD_INPUT, result.output
+    assert result.exit_code == console.BAD_INPUT, result.output
     assert said in result.stderr

@@ -16,22 +16,24 @@ import pytest
 from rich.console import Console
 
 import tokenprune as tp
+from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
 from tokenprune.errors import UserError
-from tokenprune.experiments import data, speed
-from tokenprune.experiments.commands.compare import _misses, matched_table, tables
-from tokenprune.experiments.compare import Request, compare
-from tokenprune.experiments.data import Question
-from tokenprune.experiments.efficiency import Prompt, prompt_of
-from tokenprune.experiments.intervals import OVERALL, summarise
-from tokenprune.experiments.matching import matched_cells, realised, representative
-from tokenprune.experiments.measuring import Timing
-from tokenprune.experiments.results import Cell, Matched
-from tokenprune.experiments.speed import Bench, Curve, measure
-from tokenprune.ledger import DecoderShape, prefill_flops
-from tokenprune.models.adapter import Adapter
-from tokenprune.models.configs import adapter_at_random
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.experiments.common.bench import DECODED, Bench, Curve, Run
+from tokenprune.experiments.common.cells import Cell, Matched
+from tokenprune.experiments.common.prompt import Prompt, prompt_of
+from tokenprune.experiments.common.questions import Question, held_out
+from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.common.summary import OVERALL, summarise
+from tokenprune.experiments.common.timing import Timing
+from tokenprune.experiments.compare.command import _misses, matched_table, tables
+from tokenprune.experiments.compare.matching import matched_cells, realised, representative
+from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.efficiency.measured import measure
+from tokenprune.models.loading import adapter_at_random
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -43,7 +45,7 @@ def adapter() -> Adapter:
 
 @pytest.fixture(scope="module")
 def questions() -> Sequence[Question]:
-    return data.held_out(20, 0, "image")
+    return held_out(20, 0, "image")
 
 
 # --- matching -------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ def test_cells_cost_what_uniform_costs(
 def test_what_content_decides_is_run() -> None:
     """ToMe merges like patches of frames, more than random ones: the forecast would be too high."""
     onevision = tp.load("testbed-onevision")
-    videos = data.held_out(1, 0, "video")
+    videos = held_out(1, 0, "video")
     found, _ = matched_cells(onevision, videos, ["tome"], [0.4], "tokens")
     cell = found[-1]
     assert cell.matched is not None
@@ -159,10 +161,10 @@ def test_times_can_be_matched(
     monkeypatch.setattr(Bench, "outside", 0.0)
     monkeypatch.setattr(Bench, "signals", lambda self, method: 0.0)
 
-    def run(self: Bench, method: Compressor) -> speed.Run:
+    def run(self: Bench, method: Compressor) -> Run:
         chose = Timing(0.06 if method.name == "fastv" else 0.0, 0.0)
         ledger = self.prompt.forecast(method).ledger
-        return speed.Run(Timing(0.0, 0.0), chose, Timing(0.0, 0.0), 0, ledger)
+        return Run(Timing(0.0, 0.0), chose, Timing(0.0, 0.0), 0, ledger)
 
     monkeypatch.setattr(Bench, "run", run)
     found, _ = matched_cells(adapter, questions, ["fastv"], [0.7], "prefill-ms")
@@ -279,7 +281,7 @@ def test_a_cell_asks_for_what_it_keeps_unless_matched() -> None:
 def test_a_question_that_cannot_be_looked_at_is_passed_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tokenprune.experiments import matching
+    from tokenprune.experiments.compare import matching
 
     def half(adapter: Any, item: str) -> Any:
         if item.startswith("bad"):
@@ -353,7 +355,7 @@ def test_a_run_is_that_of_the_forecast(bench: Bench) -> None:
         assert run.ledger.visual_per_layer == told.visual_per_layer
         assert run.ledger.text_tokens == 8
         assert run.peak > run.ledger.kv_bytes
-        assert len(run.decode.runs) == speed.DECODED
+        assert len(run.decode.runs) == DECODED
 
 
 def test_signals_are_the_towers(bench: Bench) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.measuring import Timing, median_of, peak_memory, timed
+from tokenprune.experiments.common.timing import Timing, median_of, peak_memory, timed
 
 
 def test_the_peak_of_known_allocations() -> None:

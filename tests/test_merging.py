@@ -9,16 +9,17 @@ import torch
 import tokenprune as tp
 from tokenprune.compressor import Chain, Compressor, Selection, Stage
 from tokenprune.registry import Card
-from tokenprune.testing import (
-    Check,
-    Host,
-    check_batch_equals_single,
+from tokenprune.testing.asserting import Check
+from tokenprune.testing.generation_checks import (
     check_beams_agree,
     check_cache_agrees,
-    check_equals_reference,
     check_generate_batch_equals_single,
+)
+from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.model_checks import (
+    check_batch_equals_single,
+    check_equals_reference,
     check_ledger_is_true,
-    hosts,
 )
 from tokenprune.tokens import VisualTokens
 
@@ -63,9 +64,9 @@ class Average(MergePairs):
 
 METHODS = [
     MergePairs(retention=0.5),
-    MergePairs(retention=0.5, separators="rows", positions="original"),
+    MergePairs(retention=0.5, separators="rows", position_ids="original"),
     MergePairsInside(retention=0.5),
-    MergePairsInside(retention=0.5, positions="compact"),
+    MergePairsInside(retention=0.5, position_ids="compact"),
     Chain.of(MergePairs(retention=0.5), MergePairsInside(retention=0.5)),
     Average(retention=0.9),
 ]

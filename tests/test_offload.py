@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from two_devices import place
 
 import tokenprune as tp
-from tokenprune.engine import compress
+from tokenprune.engine.session import compress
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.offload import applied, execution_device, resident
-from tokenprune.testing import Host, hosts
+from tokenprune.testing.host import Host, hosts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning"),

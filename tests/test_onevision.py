@@ -25,14 +25,18 @@ from transformers import (
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 import tokenprune as tp
-from tokenprune.budget import ThumbnailCommand
-from tokenprune.compressor import create
-from tokenprune.engine import adapter_of, compress
+from tokenprune.adapter import adapter_of
+from tokenprune.allocators import ThumbnailCommand
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
+from tokenprune.layout import Kind, TokenLayout
 from tokenprune.models.llava_onevision import LlavaOnevision
-from tokenprune.primitives import summary_distance
-from tokenprune.testing import MODEL_CHECKS, Host, run
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.ops.spatial import summary_distance
+from tokenprune.signals import Signal
+from tokenprune.spec import create
+from tokenprune.testing.host import Host
+from tokenprune.testing.runner import MODEL_CHECKS, run
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -65,7 +69,7 @@ def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], together: bool
     A resampled canvas has blends of these; newlines are -1.
     """
     config, (side, _) = adapter.base.config, adapter.view_shape
-    layout = adapter.layout(size, together=together)
+    layout = adapter.layout(size, same_prompt=together)
     row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     codes = [torch.stack([torch.zeros_like(row), row, col], -1).flatten(0, 1)]
     for y in range(layout.grid[0]):
@@ -83,7 +87,7 @@ def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], together: bool
 
 
 def _check_layout(adapter: LlavaOnevision, size: tuple[int, int], together: bool = False) -> None:
-    layout, codes = adapter.layout(size, together=together), None
+    layout, codes = adapter.layout(size, same_prompt=together), None
     canvas = layout.canvas_shape
     try:
         codes = _packed_codes(adapter, size, together)
@@ -138,7 +142,7 @@ def test_layout_is_the_models_packing_real(size: tuple[int, int]) -> None:
 @settings(max_examples=50)
 @given(SIZES)
 def test_layout_of_several_images_is_the_models_packing(size: tuple[int, int]) -> None:
-    _check_layout(REAL, size, together=True)
+    _check_layout(REAL, size, same_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +271,7 @@ def test_processor_and_model_agree_on_any_batch(
     rows = [sizes for (sizes,) in batch]
     inputs = adapter.prepare([[_image(*s) for s in sizes] for sizes in rows], ["w5"] * len(rows))
     for ids, sizes in zip(inputs["input_ids"], rows, strict=True):
-        expected = sum(len(adapter.layout(size, together=len(sizes) > 1)) for size in sizes)
+        expected = sum(len(adapter.layout(size, same_prompt=len(sizes) > 1)) for size in sizes)
         assert int((ids == 63).sum()) == expected
     with compress(adapter.model, None) as trace, torch.no_grad():
         adapter.model(**inputs)
@@ -276,7 +280,7 @@ def test_processor_and_model_agree_on_any_batch(
     assert [len(ledger.patches_per_view) for ledger in ledgers] == [len(sizes) for sizes in rows]
     for row, index in flat:
         sizes = rows[row]
-        layout = adapter.layout(sizes[index], together=len(sizes) > 1)
+        layout = adapter.layout(sizes[index], same_prompt=len(sizes) > 1)
         assert ledgers[row].patches_per_view[index] == layout.view_sizes
 
 
@@ -311,7 +315,7 @@ def test_encoding_once_gives_what_pixels_give(
         kept = [chosen.keep.tolist() for chosen in trace.selections]
     encoded = [
         [
-            *adapter.encode(images, method.needs, method, together=len(images) > 1),
+            *adapter.encode(images, method.needs, method, same_prompt=len(images) > 1),
             *adapter.encode_videos(videos, method.needs, method),
         ]
         if images or videos
@@ -410,7 +414,7 @@ def _with_head() -> Host:
 def test_head_attention_is_the_row_of_the_pooling_head() -> None:
     adapter = _with_head().adapter
     tower, signal = adapter.base.vision_tower, Signal("head_attention")
-    call = adapter.dummy_images([(12, 30), (24, 24)], together=True)
+    call = adapter.dummy_images([(12, 30), (24, 24)], same_prompt=True)
     tokens = adapter.describe(call, *_features_and_maps(adapter, call, signal), "image")
     states = tower(call["pixel_values"].flatten(0, 1)).last_hidden_state
     head = tower.head.attention
@@ -427,7 +431,7 @@ def test_head_attention_is_the_row_of_the_pooling_head() -> None:
 
 
 def _features_and_maps(adapter: Any, call: Any, signal: Signal) -> tuple[Any, Any]:
-    from tokenprune.observe import _tapped
+    from tokenprune.engine.vision import _tapped
 
     with torch.no_grad(), _tapped(adapter, frozenset({signal}), None) as maps:
         features = adapter.base.get_image_features(**call).pooler_output

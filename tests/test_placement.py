@@ -12,19 +12,20 @@ from torch import Tensor
 from two_devices import place
 
 import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, create, parse
-from tokenprune.engine import compress
+from tokenprune.compressor import Chain, Compressor
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import CPU, OTHER, SecondDevice, where
-from tokenprune.testing import Host, hosts
+from tokenprune.spec import create, parse
+from tokenprune.testing.host import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 METHODS = [
     *tp.available(),
     "cdpruner:relevance=text",
-    "uniform:positions=original",
-    "fastv:layer=1,positions=compact",
+    "uniform:position_ids=original",
+    "fastv:layer=1,position_ids=compact",
     "fastv:layer=3",
     "fastv:layer=2,allocator=globalcom2",
     "globalcom2 + fastv",
@@ -98,7 +99,7 @@ def test_the_simulation_notices_a_mix() -> None:
         assert where(there[here.long()]) == OTHER
 
 
-@pytest.mark.parametrize("spec", ["globalcom2", "fastv", "fastv:positions=compact"])
+@pytest.mark.parametrize("spec", ["globalcom2", "fastv", "fastv:position_ids=compact"])
 def test_weights_that_are_only_there_during_a_forward(host: Host, spec: str) -> None:
     """Offloaded weights: nothing may be read from a module that is not being called."""
     method = chosen_method(spec, host)

@@ -11,15 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from tokenprune.experiments import crowd_plots, plots
-from tokenprune.experiments.intervals import OVERALL
-from tokenprune.experiments.plots import (
-    _spread,
-    accuracy,
-    accuracy_by_cost,
-    accuracy_by_kind,
-    save,
-)
+from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.plots import save, spread
+from tokenprune.experiments.common.summary import OVERALL
+from tokenprune.experiments.compare import figures
+from tokenprune.experiments.compare.figures import accuracy, accuracy_by_cost, accuracy_by_kind
 
 KINDS = (OVERALL, "count", "digit")
 
@@ -83,7 +79,7 @@ def test_dollar_signs_are_no_formulas(kind: str, tmp_path: Path) -> None:
     """As mathtext the first does not parse, and the second would lose its signs."""
     table = summary().replace({"kind": {"count": kind}})
     title = f"Accuracy of {kind}"
-    for draw in (accuracy_by_kind, crowd_plots.by_kind):
+    for draw in (accuracy_by_kind, figures.by_kind):
         figure = draw(table, title, kind)
         save(figure, tmp_path / "figure")
         shown = figure.findobj(Text)
@@ -132,7 +128,7 @@ def test_saved_as_picture_and_for_print(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.01, 0.2))
 def test_labels_keep_their_order_and_distance(values: list[float], gap: float) -> None:
-    placed = _spread(values, gap)
+    placed = spread(values, gap)
     ordered = [place for _, place in sorted(zip(values, placed, strict=True))]
     steps = [b - a for a, b in pairwise(ordered)]
     assert all(step >= gap - 1e-6 for step in steps)
@@ -146,7 +142,7 @@ CROWD = ("uniform", "fastv", "dart", "broken")
 
 def test_a_crowd_is_ranked_and_every_point_is_there() -> None:
     table = summary("broken", CROWD)
-    figure = crowd_plots.by_retention(table, "title", "subtitle")
+    figure = figures.by_retention(table, "title", "subtitle")
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["uniform", "fastv", "dart"], "best first, what failed left out"
@@ -160,14 +156,14 @@ def test_a_crowd_is_ranked_and_every_point_is_there() -> None:
 
 
 def test_a_crowd_by_cost_names_the_best_at_each_cost() -> None:
-    figure = crowd_plots.by_cost(summary("broken", CROWD), "title")
+    figure = figures.by_cost(summary("broken", CROWD), "title")
     assert texts(figure) == ["uniform 50 %", "uniform 10 %"]
     (first, *_) = figure.axes[0].lines
     assert list(first.get_xdata()) == pytest.approx([0.6] * 3)
 
 
 def test_a_crowd_by_kind_is_a_map_per_retention(tmp_path: Path) -> None:
-    figure = crowd_plots.by_kind(summary("broken", CROWD), "title", "40 questions")
+    figure = figures.by_kind(summary("broken", CROWD), "title", "40 questions")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["50 % kept", "10 % kept"]
     numbers = [text.get_text() for text in figure.axes[0].texts]
     assert numbers == ["74", "74", "73", "73", "72", "72"]

@@ -22,15 +22,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.budget import Allocator, TopK
+from tokenprune.adapter import Adapter
+from tokenprune.allocators import Allocator, TopK
 from tokenprune.cli import app
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection
 from tokenprune.errors import UserError
-from tokenprune.experiments import position_plots
-from tokenprune.experiments import positional_bias as module
-from tokenprune.experiments.commands.positional_bias import _p_value, tables
-from tokenprune.experiments.data import held_out
-from tokenprune.experiments.position_statistics import (
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.positional_bias import analysis, figures
+from tokenprune.experiments.positional_bias.analysis import Result, positional_bias, selector_bias
+from tokenprune.experiments.positional_bias.command import _p_value, tables
+from tokenprune.experiments.positional_bias.estimates import (
     _without_rounding,
     agreement,
     equivariance,
@@ -40,14 +41,7 @@ from tokenprune.experiments.position_statistics import (
     slope,
     statistics,
 )
-from tokenprune.experiments.positional_bias import (
-    Request,
-    Result,
-    positional_bias,
-    run,
-    selector_bias,
-)
-from tokenprune.experiments.rearrange import (
+from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
     CROPS,
     DEFAULT,
@@ -57,10 +51,12 @@ from tokenprune.experiments.rearrange import (
     origins,
     paired,
 )
-from tokenprune.models.adapter import Adapter
+from tokenprune.experiments.positional_bias.run import Request, run
+from tokenprune.layout import Kind, TokenLayout
 from tokenprune.registry import strategies
-from tokenprune.testing import LAYOUTS, sample_tokens
-from tokenprune.tokens import Kind, TokenLayout, VisualTokens
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.strategy_checks import LAYOUTS
+from tokenprune.tokens import VisualTokens
 
 FULL = LAYOUTS["2x2"]
 PADDED = LAYOUTS["2x2 padded"]
@@ -794,7 +790,7 @@ def test_the_model_is_left_alone(testbed: Adapter, pictures: list[Image.Image]) 
 
 
 def test_figures_show_the_table(result: Result) -> None:
-    made = dict(position_plots.figures(result.tokens, result.statistics, "testbed-next"))
+    made = dict(figures.figures(result.tokens, result.statistics, "testbed-next"))
     assert set(made) == {
         f"{name}-image-25" for name in ("slots", "sequence", "map", "equivariance")
     }
@@ -875,7 +871,7 @@ def test_an_interrupted_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     """Nothing is lost, doubled or computed again, with batches of another size either."""
-    monkeypatch.setattr(position_plots, "figures", lambda *_: [])
+    monkeypatch.setattr(figures, "figures", lambda *_: [])
     asked: dict[str, Any] = {
         "methods": ("globalcom2", "fastv"), "retention": (0.5, 0.25), "images": 10,
     }  # fmt: skip
@@ -889,13 +885,13 @@ def test_an_interrupted_run_goes_on(
     assert there.groupby(["method", "retention"])["image"].nunique().sum() == 4 * 4 + 2 * 4
 
     counted: list[int] = []
-    real = module._choices
+    real = analysis._choices
 
     def counting(adapter: Any, compressor: Any, cases: Any, prompts: Any) -> Any:
         counted.extend(case.image for case in cases if case.condition == "normal")
         return real(adapter, compressor, cases, prompts)
 
-    monkeypatch.setattr(module, "_choices", counting)
+    monkeypatch.setattr(analysis, "_choices", counting)
     again = run(Request(**asked, batch_size=batch_size, out=out)).result
     assert sorted(counted) == sorted([*range(4, 8)] * 2 + [*range(8, 10)] * 4)
     if batch_size == 4:
@@ -913,7 +909,7 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(position_plots, "figures", lambda *_: [])
+    monkeypatch.setattr(figures, "figures", lambda *_: [])
     request = Request(methods=("last", "first"), images=3, out=tmp_path / "run")
     real = type(tp.create("last", retention=0.5)).select
     with monkeypatch.context() as broken:

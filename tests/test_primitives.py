@@ -10,19 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.compressor import create
-from tokenprune.primitives import (
-    density_peaks,
-    dithered,
-    dpp_greedy_map,
-    evenly_spaced,
-    normalise,
-    project_thumbnail,
-    region_sums,
-    top_per_view,
-)
-from tokenprune.testing import LAYOUTS, sample_tokens
-from tokenprune.tokens import Kind, Signal, TokenLayout
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.ops.clustering import density_peaks
+from tokenprune.ops.diversity import dpp_greedy_map
+from tokenprune.ops.ranking import normalise, top_per_view
+from tokenprune.ops.spatial import dithered, evenly_spaced, project_thumbnail, region_sums
+from tokenprune.signals import Signal
+from tokenprune.spec import create
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.strategy_checks import LAYOUTS
 
 CLS = Signal("cls_logits")
 NAMES = st.sampled_from(sorted(LAYOUTS))

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune.experiments.ranking import noting
-from tokenprune.primitives import top_per_view
-from tokenprune.testing import LAYOUTS, example, hosts, sample_tokens
+from tokenprune.engine.rankings import noting
+from tokenprune.ops.ranking import top_per_view
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.host import example, hosts
+from tokenprune.testing.strategy_checks import LAYOUTS
 
 
 @pytest.mark.parametrize("name", tp.available())

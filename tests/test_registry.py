@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-import tokenprune as tp
-from tokenprune.compressor import Chain, Compressor, Selection, create, parse
-from tokenprune.engine import adapter_of, compress
+import tokenprune.strategies
+from tokenprune.adapter import adapter_of
+from tokenprune.compressor import Chain, Compressor, Selection
+from tokenprune.engine.session import compress
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models.llava_next import LlavaNext
 from tokenprune.registry import Registry, adapters, register, strategies
+from tokenprune.spec import create, parse
 from tokenprune.tokens import VisualTokens
 
 
@@ -48,7 +50,7 @@ def test_a_file_in_the_folder_is_enough(package: Path) -> None:
 
 
 def test_every_file_of_the_real_folder_registers_something() -> None:
-    folder = Path(tp.__file__).parent / "strategies"
+    folder = Path(tokenprune.strategies.__file__).parent
     files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
     modules = {strategies.get(name).__module__.rsplit(".", 1)[1] for name in strategies.names()}
     assert files == modules
@@ -157,7 +159,7 @@ def test_the_decorator_names_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fastv:layer=3", {"layer": 3}),
         ("globalcom2:alpha=0.3,tau=1", {"alpha": 0.3, "tau": 1.0}),
         (" random : seed = 4 ", {"seed": 4}),
-        ("uniform:separators=none,positions=original", {"separators": "none"}),
+        ("uniform:separators=none,position_ids=original", {"separators": "none"}),
     ],
 )
 def test_specs_are_read_and_typed(spec: str, fields: dict[str, Any]) -> None:

@@ -27,20 +27,12 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
-from tokenprune.experiments.compare import Request as Comparison
-from tokenprune.experiments.compare import compare
-from tokenprune.experiments.geometry import ViewSize, patch_boxes
-from tokenprune.experiments.report import (
-    Request,
-    Written,
-    _bound,
-    _data_uri,
-    _planner,
-    _script_safe,
-    _views,
-    report,
-)
-from tokenprune.tokens import Kind
+from tokenprune.experiments.common.patch_boxes import ViewSize, patch_boxes
+from tokenprune.experiments.common.setting import Request as Comparison
+from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.report.gallery import _data_uri, _views, planner
+from tokenprune.experiments.report.run import Request, Written, _bound, _script_safe, report
+from tokenprune.layout import Kind
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -234,9 +226,9 @@ def test_how_many_and_which(run: Path, tmp_path: Path) -> None:
 def test_the_lattices_are_the_patches(size: tuple[int, int], several: bool) -> None:
     for name in ("testbed-next", "testbed-onevision"):
         notes: list[str] = []
-        adapter = _planner({"experiment": {"model": name}}, notes)
+        adapter = planner({"experiment": {"model": name}}, notes)
         assert adapter is not None, notes
-        layout = adapter.layout(size, together=several)
+        layout = adapter.layout(size, same_prompt=several)
         if 0 in layout.canvas_shape and layout.grid != (0, 0):
             continue
         view = ViewSize.of(adapter)

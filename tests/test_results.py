@@ -19,18 +19,14 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.experiments.data import Picture, Question
-from tokenprune.experiments.results import (
-    Cell,
-    Failure,
-    Journal,
-    RunFolder,
-    WriteError,
-    answers_frame,
-    asked_for,
-    git_state,
-)
-from tokenprune.experiments.views import references
+from tokenprune.experiments.common.answers import answers_frame
+from tokenprune.experiments.common.cells import Cell, Failure
+from tokenprune.experiments.common.files import WriteError
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.provenance import git_state
+from tokenprune.experiments.common.questions import Picture, Question
+from tokenprune.experiments.common.references import references
+from tokenprune.experiments.common.run_folder import RunFolder, asked_for
 
 EXPERIMENT: dict[str, Any] = {
     "model": "m",
@@ -172,7 +168,7 @@ def test_equal_texts_and_figures_of_a_journal_are_kept_once(tmp_path: Path) -> N
 def test_answers_are_in_the_file_as_soon_as_they_are_added(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from tokenprune.experiments.results import Journal\n"
+        "from tokenprune.experiments.common.run_folder import Journal\n"
         "with Journal(Path(sys.argv[1])) as journal:\n"
         "    journal.add('cell', {'q1': {'answer': 'a'}})\n"
         "    os._exit(9)\n"

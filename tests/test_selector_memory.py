@@ -27,6 +27,7 @@ from tokenprune.attention import (
     moved_keys,
 )
 from tokenprune.compressor import Compressor, Stage
+from tokenprune.cost.arithmetic import DecoderShape, Kept, held_bytes, merging_bytes, signal_bytes
 from tokenprune.cost.measuring import Work
 from tokenprune.errors import RetentionWarning
 from tokenprune.experiments.benchmarks import tower
@@ -37,10 +38,12 @@ from tokenprune.experiments.benchmarks.shapes import (
     prompt_of,
     tokens_at,
 )
-from tokenprune.experiments.measuring import allocations, peak_memory
-from tokenprune.ledger import DecoderShape, Kept, held_bytes, merging_bytes, signal_bytes
-from tokenprune.testing import Host, sample_tokens
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.experiments.common.timing import allocations, peak_memory
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.host import Host
+from tokenprune.tokens import VisualTokens
 
 IMAGE = TokenLayout.anyres((2, 2), (12, 12), (0, 24, 0, 24))
 VIDEO = TokenLayout.video(6, (9, 9))
@@ -194,7 +197,7 @@ def test_the_told_memory_is_what_choosing_and_packing_take(name: str, dtype: tor
             yield
         taken.append(seen.peak)
 
-    with tp.compress(adapter.model, method, given=given) as trace, torch.no_grad():
+    with tp.compress(adapter.model, method, extra_signals=given) as trace, torch.no_grad():
         adapter.model(**inputs, use_cache=True, logits_to_keep=1)  # what is loaded on first use
         trace.around = around
         adapter.model(**inputs, use_cache=True, logits_to_keep=1)

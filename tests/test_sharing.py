@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune import llm_signals
 from tokenprune.compressor import Compressor
-from tokenprune.engine import compress
+from tokenprune.engine import decoder
+from tokenprune.engine.prefix import Prefix
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
-from tokenprune.experiments import sharing
-from tokenprune.experiments.compare import ModelRunner, cells, run
-from tokenprune.experiments.data import held_out
-from tokenprune.experiments.results import Journal
-from tokenprune.prefix import Prefix
-from tokenprune.testing import Host, hosts
+from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.compare import sharing
+from tokenprune.experiments.compare.loop import run
+from tokenprune.experiments.compare.runner import ModelRunner
+from tokenprune.testing.host import Host, hosts
 
 INSIDE = ("fastv:layer=1", "fastv", "dart:layer=2", "pyramiddrop", "sparsevlm")
 IN_FRONT = ("uniform", "globalcom2", "spatial-pool", "divprune")
@@ -126,7 +128,7 @@ def test_what_a_first_cut_looks_at_is_computed_once(
     calls: Counter[str] = Counter()
 
     def counted(name: str) -> Any:
-        original = getattr(llm_signals, name)
+        original = getattr(decoder, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
@@ -135,7 +137,7 @@ def test_what_a_first_cut_looks_at_is_computed_once(
         return call
 
     for name in ("decoder_row", "decoder_rows", "decoder_mass", "decoder_keys", "moved_keys"):
-        monkeypatch.setattr(llm_signals, name, counted(name))
+        monkeypatch.setattr(decoder, name, counted(name))
     wanted = [tp.parse(spec, retention=ratio) for ratio in (0.7, 0.4, 0.2)]
     images = encoded(host, (0, 1, 2), wanted)
     alone = [outcome(host, images, (0, 1, 2), one) for one in wanted]
@@ -217,7 +219,7 @@ def test_a_batch_may_have_a_compressor_for_each_row(host: Host) -> None:
 
 def test_rows_that_cannot_run_together_are_a_sentence(host: Host) -> None:
     uniform, fastv = (tp.parse(name, retention=0.5) for name in ("uniform", "fastv"))
-    moved = tp.parse("uniform:positions=original", retention=0.5)
+    moved = tp.parse("uniform:position_ids=original", retention=0.5)
     with (
         pytest.raises(UserError, match="fastv does not act in front"),
         compress(host.model, [uniform, fastv]),
@@ -234,7 +236,7 @@ def test_rows_that_cannot_run_together_are_a_sentence(host: Host) -> None:
 
 # --- the comparison -------------------------------------------------------------------------------
 
-MANY = ("uniform", "globalcom2", "spatial-pool", *INSIDE[1:], "uniform:positions=original")
+MANY = ("uniform", "globalcom2", "spatial-pool", *INSIDE[1:], "uniform:position_ids=original")
 CHAINS = ("globalcom2@0.5 + fastv@0.5", "globalcom2@0.5 + dart@0.5")
 
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.budget import coarse_grid
-from tokenprune.compressor import create
 from tokenprune.errors import UserError
-from tokenprune.experiments.data import held_out
-from tokenprune.primitives import cover, max_min_diversity
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.ops.diversity import cover, max_min_diversity
+from tokenprune.signals import Signal
+from tokenprune.spec import create
 from tokenprune.strategies.hired import MarkedPatches
 from tokenprune.strategies.prumerge import outliers
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -555,10 +557,13 @@ def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
     )
     method = create("cdpruner", retention=0.3)
     inputs = adapter.assemble([[brought]], ["How many objects are there?"])
-    with tp.compress(adapter.model, method, given=CLIP) as trace:
+    with tp.compress(adapter.model, method, extra_signals=CLIP) as trace:
         adapter.model.generate(**inputs, max_new_tokens=2)
     assert torch.equal(trace.selections[0].keep, method(brought).keep)
-    with tp.compress(adapter.model, method, given=CLIP), pytest.raises(UserError, match="provided"):
+    with (
+        tp.compress(adapter.model, method, extra_signals=CLIP),
+        pytest.raises(UserError, match="provided"),
+    ):
         adapter.model.generate(**adapter.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
     with (
         pytest.raises(UserError, match=r"CLIP text tower.*LLaVA-NeXT.*cdpruner:relevance=text"),

@@ -12,10 +12,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import tokenprune as tp
-from tokenprune.budget import ThumbnailCommand
+from tokenprune.allocators import ThumbnailCommand
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice, put
-from tokenprune.primitives import group_sums, max_min_diversity, summary_distance
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.layout import TokenLayout
+from tokenprune.ops.diversity import max_min_diversity
+from tokenprune.ops.merging import group_sums
+from tokenprune.ops.spatial import summary_distance
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

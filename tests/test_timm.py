@@ -17,10 +17,12 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.errors import UnknownNameError, UserError
-from tokenprune.experiments.compare import Request, compare
+from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.compare.run import compare
+from tokenprune.layout import Kind
 from tokenprune.models.timm_vision import TimmVision
-from tokenprune.testing import sample_tokens
-from tokenprune.tokens import Kind, Signal
+from tokenprune.signals import Signal
+from tokenprune.synthetic import sample_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

@@ -14,9 +14,11 @@ from transformers import LlavaNextConfig
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from tokenprune.errors import UserError
+from tokenprune.layout import Kind, TokenLayout, unpadded_box
 from tokenprune.models import testbed
 from tokenprune.models.llava_next import LlavaNext
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 SIDES = st.integers(1, 3000)
 SIZES = st.tuples(SIDES, SIDES)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune.experiments import train_onevision as onevision
-from tokenprune.experiments import train_testbed as next_
+from tokenprune.experiments.training import model
+from tokenprune.experiments.training import testbed_onevision as onevision
 from tokenprune.models.testbed import scenes
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_training_batches_are_what_the_model_packs(adapter: Any, modality: scene
         tokens = adapter.encode_videos([_images(list(clip.frames)) for clip in clips])
     elif modality == "multi-image":
         pairs = [scenes.render_pair(rng) for _ in range(2)]
-        encoded = [adapter.encode(_images(list(p.scenes)), together=True) for p in pairs]
+        encoded = [adapter.encode(_images(list(p.scenes)), same_prompt=True) for p in pairs]
         tokens = [torch.cat([part.features for part in some]) for some in encoded]
     else:
         sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())
@@ -65,11 +65,11 @@ def test_training_batches_are_what_the_model_packs(adapter: Any, modality: scene
 def test_the_first_words_have_the_same_ids_in_both_testbeds() -> None:
     first, second = (
         tokenizer.get_vocab()
-        for tokenizer in (next_.build_tokenizer("image"), onevision.build_processor().tokenizer)
+        for tokenizer in (model.build_tokenizer("image"), onevision.build_processor().tokenizer)
     )
     assert first.items() <= second.items()
     assert (
-        next_.build_tokenizer("image").get_vocab()
+        model.build_tokenizer("image").get_vocab()
         == tp.load("testbed-next").processor.tokenizer.get_vocab()
     )
 

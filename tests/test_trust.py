@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
-from tokenprune.experiments.report import _planner
+from tokenprune.experiments.report.gallery import planner
 from tokenprune.models import testbed
+from tokenprune.models.checkpoints import read_config
 from tokenprune.models.llava_next import LlavaNext
-from tokenprune.models.loading import read_config
 from tokenprune.registry import adapters
 
 ROOT = Path(tp.__file__).parent.parent
@@ -80,7 +80,7 @@ def test_report_does_not_execute_what_a_manifest_names(theirs: Path) -> None:
     notes: list[str] = []
     experiment = {"model": str(theirs), "trust_remote_code": True}
     asked = {"trust_remote_code": True}
-    assert _planner({"experiment": experiment, "request": asked}, notes) is None
+    assert planner({"experiment": experiment, "request": asked}, notes) is None
     assert "No masks" in notes[0]
     assert not (theirs.parent / "executed").exists()
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tokenprune.cache import is_pruned
-from tokenprune.compressor import Compressor, create, parse
-from tokenprune.engine import compress
+from tokenprune.compressor import Compressor
+from tokenprune.engine.cache import is_pruned
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
-from tokenprune.testing import Host
+from tokenprune.spec import create, parse
+from tokenprune.testing.host import Host
 
 NOTHING = [
     create("uniform", retention=1.0),

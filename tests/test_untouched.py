@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.budget import Proportional, ThumbnailCommand
+from tokenprune.allocators import Proportional, ThumbnailCommand
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection
 from tokenprune.encoder import EncoderCompressor, EncoderTokens, Reduction
 from tokenprune.errors import ContractError
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing import Host
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.testing.host import Host
+from tokenprune.tokens import VisualTokens
 from tokenprune.untouched import digest, shown
 
 KEYS = Signal("keys")

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.compressor import create
-from tokenprune.primitives import segments
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.layout import TokenLayout
+from tokenprune.ops.diversity import segments
+from tokenprune.signals import Signal
+from tokenprune.spec import create
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

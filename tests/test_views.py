@@ -18,22 +18,20 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
-from tokenprune.experiments import complementarity as complementary
-from tokenprune.experiments import crop_importance as importance
-from tokenprune.experiments.compare import Request, prepare
-from tokenprune.experiments.data import held_out, read_jsonl
-from tokenprune.experiments.intervals import OVERALL, wilson
-from tokenprune.experiments.results import Cell
-from tokenprune.experiments.views import (
-    DropCrop,
-    KeepViews,
-    crop_of,
-    region_sizes,
-    with_crops,
-)
+from tokenprune.experiments.common.cells import Cell
+from tokenprune.experiments.common.intervals import wilson
+from tokenprune.experiments.common.questions import held_out, read_jsonl
+from tokenprune.experiments.common.references import KeepViews, region_sizes
+from tokenprune.experiments.common.setting import Request, prepare, with_crops
+from tokenprune.experiments.common.summary import OVERALL
+from tokenprune.experiments.complementarity import run as complementary
+from tokenprune.experiments.crop_importance import run as importance
+from tokenprune.experiments.crop_importance.run import DropCrop, crop_of
+from tokenprune.layout import Kind, TokenLayout
 from tokenprune.models.testbed import scenes
-from tokenprune.testing import sample_tokens
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.synthetic import sample_tokens
+from tokenprune.tokens import VisualTokens
 
 CLS = Signal("cls_logits")
 GRID = TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8))  # one row of padding above and below

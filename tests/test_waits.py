@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import tokenprune as tp
-from tokenprune.compressor import Compressor, parse
+from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice, put
 from tokenprune.experiments.benchmarks.watching import host_waits
-from tokenprune.testing import Host, hosts, sample_tokens
-from tokenprune.tokens import TokenLayout
+from tokenprune.layout import TokenLayout
+from tokenprune.spec import parse
+from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.host import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 

@@ -14,31 +14,26 @@ _HOME = {
     "ScoringCompressor": "compressor",
     "Selection": "compressor",
     "Stage": "compressor",
-    "create": "compressor",
-    "parse": "compressor",
-    "compress": "engine",
-    "load": "models.adapter",
+    "create": "spec",
+    "parse": "spec",
+    "compress": "engine.session",
+    "load": "models.loading",
     "Card": "registry",
     "register": "registry",
-    "Signal": "tokens",
-    "TokenLayout": "tokens",
+    "Signal": "signals",
+    "TokenLayout": "layout",
     "VisualTokens": "tokens",
 }
 
 if TYPE_CHECKING:
-    from tokenprune.compressor import (
-        Chain,
-        Compressor,
-        ScoringCompressor,
-        Selection,
-        Stage,
-        create,
-        parse,
-    )
-    from tokenprune.engine import compress
-    from tokenprune.models.adapter import load
+    from tokenprune.compressor import Chain, Compressor, ScoringCompressor, Selection, Stage
+    from tokenprune.engine.session import compress
+    from tokenprune.layout import TokenLayout
+    from tokenprune.models.loading import load
     from tokenprune.registry import Card, register
-    from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+    from tokenprune.signals import Signal
+    from tokenprune.spec import create, parse
+    from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "Card",

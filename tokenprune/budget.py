@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from tokenprune.errors import UserError, unknown
-from tokenprune.primitives import group_sums, regions, summary_distance, tally
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, moved
+from tokenprune.errors import UserError
+from tokenprune.layout import TokenLayout
+from tokenprune.tokens import VisualTokens
 
 __all__ = [
-    "ALLOCATORS",
-    "Allocator",
-    "Proportional",
-    "ThumbnailCommand",
-    "ThumbnailPeak",
-    "TopK",
+    "Rounding",
     "apportion",
     "budget",
+    "check_retention",
     "coarse_grid",
     "left_at",
     "rounded_up",
     "surplus",
 ]
 
-SALIENCY = Signal("saliency")  # of the last encoder layer
+
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
 
 
@@ -117,174 +108,6 @@ def left_at(tokens: VisualTokens, retention: float, share: float = 1.0) -> int:
     """
     there = len(tokens.layout.patches)
     return min(budget(tokens.entered or there, round(retention**share, 12)), there)
-
-
-class Allocator(ABC):
-    """Decides how many patch tokens each view keeps, whatever ranks them inside the view."""
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """Signals the allocator itself looks at."""
-        return frozenset()
-
-    @abstractmethod
-    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        """(V,) int64 tokens to keep in each view, on the CPU or on the device of the features.
-
-        Args:
-            tokens: The packed sequence.
-            scores: (N,) score of every entry, higher is kept first; NaN at separators.
-            retention: R in (0, 1].
-        """
-
-    def limit(self, layout: TokenLayout, retention: float) -> int:
-        """The most that `counts` may add up to; allocators that go beyond R override it."""
-        return rounded_up(layout, retention)
-
-
-@dataclass(frozen=True)
-class Proportional(Allocator):
-    """Every view keeps the same share; the total is exactly the rounded ``R * P``.
-
-    What rounding leaves over goes to the views with the largest remainder, earlier views first.
-    """
-
-    rounding: Rounding = "floor"
-
-    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        sizes = tokens.layout.view_sizes
-        counts = apportion(budget(sum(sizes), retention, self.rounding), sizes)
-        return torch.tensor(counts, device="cpu")
-
-
-@dataclass(frozen=True)
-class TopK(Allocator):
-    """No borders between views: the ``R * P`` highest scores of the whole sequence."""
-
-    rounding: Rounding = "floor"
-
-    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        layout = tokens.layout.to(scores.device)
-        total = budget(len(layout.patches), retention, self.rounding)
-        order = scores[layout.patches].float().argsort(descending=True, stable=True)
-        return tally(layout.view[layout.patches[order[:total]]], layout.views)
-
-
-@dataclass(frozen=True)
-class ThumbnailCommand(Allocator):
-    """GlobalCom²: the thumbnail decides how much of the budget each crop gets.
-
-    With ``S_j`` the sum of the thumbnail's scores over the region of crop ``j`` (of ``n``),
-    ``sigma = softmax((S - max S) / tau)`` and ``r_j = min(R * (1 + sigma_j - mean sigma), 1)``,
-    crop ``j`` keeps ``trunc(r_j * N_j)`` of its ``N_j`` unpadded tokens and the thumbnail
-    ``trunc(R * N)``.
-
-    Source: arXiv 2501.05179, section on adaptive compression; official
-    ``llava/model/llava_arch.py``, ``generate_scale_for_crop_features`` (commit 96b2d00), whose
-    1e-8 in the softmax and float64 arithmetic are kept: ``r_j * N_j`` can lie within 1e-6 of an
-    integer.
-
-    A video has no thumbnail.  The temporal summary of its frames takes the place: ``S_f`` is the
-    sum of the distances of frame ``f``'s tokens from it (`summary_distance`), the rest is the same
-    formula over frames, where ``r_f * N_f`` may be short of an integer by 1e-6, so that frames that
-    tie, as two always do, keep equally many whatever the device rounds.  This is ours, not the
-    paper's.  One view without crops keeps ``trunc(R * N)``.
-
-    Args:
-        tau: Temperature.  The paper's 10 is meant for sums of raw logits.
-        signal: The thumbnail's scores.
-    """
-
-    tau: float = 10.0
-    signal: Signal = SALIENCY
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.tau) and self.tau > 0):
-            raise UserError(f"tau must be a number larger than 0, got {self.tau}.")
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({self.signal})
-
-    def ratios(self, tokens: VisualTokens, retention: float) -> Tensor:
-        """(n,) float64 retention ratio of each crop, or of each frame of a video."""
-        richness = self.richness(tokens)
-        weight = ((richness - richness.max()) / self.tau).exp()
-        sigma = weight / (weight.sum() + 1e-8)
-        return (retention * (1 + sigma - sigma.mean())).clamp(max=1.0)
-
-    def richness(self, tokens: VisualTokens) -> Tensor:
-        """(n,) float64 ``S_j`` of each crop, or of each frame of a video."""
-        layout = tokens.layout
-        if layout.modality == "video":
-            patches = layout.patches
-            distance = summary_distance(layout, tokens.features)[patches].double()
-            return self.summary(distance, layout.view[patches], layout.views)
-        there = layout.places[Kind.THUMBNAIL]  # not all of it where something was dropped before
-        scores = tokens[self.signal].double()
-        thumbnail = scores.new_zeros(layout.view_shape)
-        thumbnail[layout.row[there], layout.col[there]] = scores[there]
-        region = moved(regions(layout.view_shape, layout.grid).flatten(), thumbnail.device)
-        return self.summary(thumbnail.flatten(), region, layout.grid[0] * layout.grid[1])
-
-    def limit(self, layout: TokenLayout, retention: float) -> int:
-        """The ``r_j`` are R on average; large crops may have the larger ones (`surplus`)."""
-        crops = layout.view_sizes[1:] if layout.grid != (0, 0) else layout.view_sizes
-        return rounded_up(layout, retention) + surplus(crops, retention)
-
-    def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
-        """(regions,) what the scores (P,) of a region, in [0, regions), amount to: their sum."""
-        return group_sums(scores, region, regions)
-
-    def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        sizes = tokens.layout.view_sizes
-        if tokens.layout.modality == "video":
-            ratios = self.ratios(tokens, retention)
-            there = moved(torch.tensor(sizes, device="cpu"), ratios.device)
-            frames = (ratios * there + 1e-6).long()
-            # At a tiny retention no frame may be due a whole token; the richest one gets it.
-            richest = torch.arange(len(sizes), device=ratios.device) == ratios.argmax()
-            return torch.where(richest, frames.clamp(min=1), frames)
-        if tokens.layout.grid == (0, 0):
-            return Proportional().counts(tokens, scores, retention)
-        ratios = self.ratios(tokens, retention)
-        there = moved(torch.tensor(sizes[1:], device="cpu"), ratios.device)
-        crops = (ratios * there).long()
-        return torch.cat([crops.new_full((1,), budget(sizes[0], retention)), crops])
-
-
-@dataclass(frozen=True)
-class ThumbnailPeak(ThumbnailCommand):
-    """As `ThumbnailCommand`, but a crop is as rich as the best thumbnail token in its region.
-
-    ``S_j`` is the largest score there, not their sum; of a video, the largest distance in frame
-    ``f``.  A variant to compare GlobalCom²'s own rule with.
-
-    Args:
-        tau: Temperature.  A single logit varies less than a sum of them, hence the smaller default,
-            which is ours.
-        signal: The thumbnail's scores.
-    """
-
-    tau: float = 1.0
-
-    def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
-        return scores.new_full((regions,), -torch.inf).scatter_reduce(0, region, scores, "amax")
-
-
-ALLOCATORS: dict[str, type[Allocator]] = {
-    "proportional": Proportional,
-    "topk": TopK,
-    "globalcom2": ThumbnailCommand,
-    "max": ThumbnailPeak,
-}
-
-
-def allocator(name: str) -> Allocator:
-    """The allocator called ``name``, with its defaults."""
-    if name not in ALLOCATORS:
-        raise unknown("allocator", name, ALLOCATORS)
-    return ALLOCATORS[name]()
 
 
 def check_retention(retention: float) -> None:

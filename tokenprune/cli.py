@@ -1,4 +1,4 @@
-"""The command line: the methods themselves here, each experiment in `experiments/commands/`.
+"""The command line: the methods themselves here, each experiment in its `command.py`.
 
 What takes long to import is imported by the command that needs it.
 """
@@ -6,6 +6,7 @@ What takes long to import is imported by the command that needs it.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -20,19 +21,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import tokenprune
+from tokenprune import experiments
+from tokenprune.console import FAILED, OK, app, as_exit_status, new_table, progress, quiet
 from tokenprune.errors import UserError
-from tokenprune.experiments import commands
-from tokenprune.experiments.commands._options import Plugin
+from tokenprune.experiments.common.options import Plugin
 from tokenprune.plugins import import_plugins, own_class
-from tokenprune.terminal import (
-    FAILED,
-    OK,
-    app,
-    as_exit_status,
-    new_table,
-    progress,
-    quiet,
-)
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -177,7 +170,7 @@ def audit(
 
 def _auditee(method: str, retention: float) -> Compressor:
     """The method to be checked.  Raises `UserError` if there is none of that name."""
-    from tokenprune.compressor import parse
+    from tokenprune.spec import parse
 
     own = own_class(method)
     return parse(method, retention=retention) if own is None else own(retention=retention)
@@ -185,7 +178,7 @@ def _auditee(method: str, retention: float) -> Compressor:
 
 def _refuse_without_host(compressor: Compressor) -> None:
     """Raise `UserError` if no tiny model has what the method needs."""
-    from tokenprune.testing import hosts, refusal
+    from tokenprune.testing.host import hosts, refusal
 
     refusals = [refusal(host, compressor) for host in hosts(["llama"])]
     if all(refusals):
@@ -195,7 +188,8 @@ def _refuse_without_host(compressor: Compressor) -> None:
 def _audit(compressor: Compressor) -> int:
     """Run every check and show how it went; how many failed."""
     from tokenprune.errors import RetentionWarning
-    from tokenprune.testing import CHECKS, hosts, run
+    from tokenprune.testing.host import hosts
+    from tokenprune.testing.runner import CHECKS, run
 
     console = Console()
     label = compressor.label if compressor.name else type(compressor).__name__
@@ -223,5 +217,12 @@ def _audit(compressor: Compressor) -> int:
     return failed
 
 
-for found in pkgutil.iter_modules(commands.__path__):
-    importlib.import_module(f"{commands.__name__}.{found.name}")
+def _discover() -> None:
+    """Import the ``command.py`` of every experiment, which adds its commands to the app."""
+    for found in pkgutil.iter_modules(experiments.__path__):
+        name = f"{experiments.__name__}.{found.name}.command"
+        if found.ispkg and importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+
+
+_discover()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,13 +16,15 @@ import torch
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor
 
-from tokenprune import budget
-from tokenprune.budget import Allocator, Proportional
-from tokenprune.errors import ContractError, RetentionWarning, UserError, shown, unknown
+from tokenprune import allocators, budget
+from tokenprune.allocators import Allocator, Proportional
+from tokenprune.errors import ContractError, RetentionWarning, UserError, shown
+from tokenprune.layout import TokenLayout, moved
+from tokenprune.ops.ranking import best_per_view
 from tokenprune.precision import autocasts, like_now, without_autocast
-from tokenprune.primitives import best_per_view
-from tokenprune.registry import Card, strategies
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens, moved, told
+from tokenprune.registry import Card
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens, told
 from tokenprune.untouched import watched
 
 __all__ = [
@@ -35,16 +36,17 @@ __all__ = [
     "Stage",
     "best",
     "check_cuts",
-    "create",
     "cut_layer",
     "keep_best",
-    "parse",
     "placed",
+    "warn_about_empty_views",
 ]
 
+
 Separators = Literal["all", "rows", "none"]
+
+
 LARGEST = 2**31 - 1  # that any number of a strategy may be; PyTorch takes it in every dtype we use
-_LONGEST = 10_000  # characters of a spec
 
 
 class Stage(StrEnum):
@@ -91,20 +93,20 @@ class Compressor(ABC):
         separators: Which separators stay: ``all`` (as in the official LLaVA-NeXT methods),
             ``rows`` (those of canvas rows that keep a token) or ``none``.  They are never part of
             R, and the ledger shows them apart.
-        positional: Whether the choice depends on where tokens lie by design, as in baselines that
-            keep evenly spaced tokens.
-        positions: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps the
-            position ids of the full one.  ``auto`` is ``compact`` before the language model and
+        location_aware: Whether the choice depends on where tokens lie by design, as in baselines
+            that keep evenly spaced tokens.
+        position_ids: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps
+            the position ids of the full one.  ``auto`` is ``compact`` before the language model and
             ``original`` inside it, as the official codes do.
     """
 
     retention: float
     separators: Separators = "all"
-    positions: Literal["auto", "compact", "original"] = "auto"
+    position_ids: Literal["auto", "compact", "original"] = "auto"
 
     name: ClassVar[str] = ""
     stage: ClassVar[Stage] = Stage.PRE_LLM
-    positional: ClassVar[bool] = False
+    location_aware: ClassVar[bool] = False
     card: ClassVar[Card] = Card()
 
     def __post_init__(self) -> None:
@@ -167,7 +169,7 @@ class Compressor(ABC):
     def keeps_positions(self) -> bool:
         """Whether survivors keep the position ids of the full prompt."""
         default = "original" if self.stage is Stage.LLM else "compact"
-        return (default if self.positions == "auto" else self.positions) == "original"
+        return (default if self.position_ids == "auto" else self.position_ids) == "original"
 
     @property
     def label(self) -> str:
@@ -186,7 +188,7 @@ class Compressor(ABC):
         options = ",".join(f"{name}={_spell(value)}" for name, value in changed.items())
         return f"{self.name or type(self).__name__}{':' if options else ''}{options}"
 
-    def stages(self) -> Iterator[Compressor]:
+    def parts(self) -> Iterator[Compressor]:
         """The compressors this one runs, in order (itself, unless it is a `Chain`)."""
         yield self
 
@@ -273,7 +275,7 @@ class Chain(Compressor):
     Each acts on what the one before it left; `retention` is the product of theirs.
     """
 
-    parts: tuple[Compressor, ...] = ()
+    members: tuple[Compressor, ...] = ()
     name: ClassVar[str] = "chain"
 
     @classmethod
@@ -289,84 +291,22 @@ class Chain(Compressor):
         retention = 1.0
         for part in parts:
             retention *= part.retention
-        return cls(parts=parts, retention=retention)
+        return cls(members=parts, retention=retention)
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset().union(*(part.needs for part in self.parts))
+        return frozenset().union(*(part.needs for part in self.members))
 
     @property
     def label(self) -> str:
-        return " + ".join(f"{part.label}@{_shortest(part.retention)}" for part in self.parts)
+        return " + ".join(f"{part.label}@{_shortest(part.retention)}" for part in self.members)
 
-    def stages(self) -> Iterator[Compressor]:
-        for part in self.parts:
-            yield from part.stages()
+    def parts(self) -> Iterator[Compressor]:
+        for part in self.members:
+            yield from part.parts()
 
     def select(self, tokens: VisualTokens) -> Selection:
         raise UserError("a chain acts in several places; run it with tokenprune.compress.")
-
-
-def create(name: str, /, **fields: Any) -> Compressor:
-    """Build a registered strategy; values may be strings, as from a command line.
-
-    Raises:
-        UnknownNameError: No such strategy or field (with the nearest names).
-        UserError: A value is not of the field's type or outside its range.
-    """
-    cls: type[Compressor] = strategies.get(name)
-    known = [item.name for item in dataclasses.fields(cls)]
-    for given in fields:
-        if given not in known:
-            raise unknown(f"option of {name}", given, known)
-    if "retention" not in fields:
-        raise UserError(f"{name} needs a retention in (0, 1], e.g. retention=0.25.")
-    return cls(**fields)
-
-
-def parse(spec: str, /, **fields: Any) -> Compressor:
-    """Build a strategy from ``name`` or ``name:field=value,field=value``, or a chain of them.
-
-    Several values of one field are joined by ``/``: ``pyramiddrop:depths=0.3/0.6``.
-
-    ``name@0.5`` carries its own retention.  Strategies joined by `` + `` become a `Chain`, and each
-    of them must: ``globalcom2@0.5 + fastv:layer=3@0.5``.
-
-    Raises:
-        UserError: As `create` and `Chain.of`, the text is not of that form or far too long, or a
-            field is given twice.
-    """
-    if len(spec) > _LONGEST:
-        raise UserError(
-            f"a method of {len(spec)} characters, {spec[:40]!r} and so on, is too long; write at "
-            f"most {_LONGEST}."
-        )
-    parts = [part.strip() for part in re.split(r"\s\+\s", spec)]
-    if len(parts) > 1:
-        if fields:
-            raise UserError(f"the parts of {spec!r} say themselves what they keep; got {fields}.")
-        for part in parts:
-            if "@" not in part:
-                raise UserError(
-                    f"{part!r} in {spec!r} needs a retention of its own; write for instance "
-                    f"{' + '.join(f'{one}@0.5' for one in parts)}."
-                )
-        return Chain.of(*map(parse, parts))
-    spec, at, retention = spec.partition("@")
-    if at and "retention" in fields:
-        raise UserError(f"{spec!r} has the retention {retention} and {fields['retention']}.")
-    name, _, options = spec.partition(":")
-    given: dict[str, Any] = {"retention": retention.strip()} if at else {}
-    for option in filter(None, options.split(",")):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(
-                f"cannot read {option!r} in {spec!r}; write name:field=value,field=value."
-            )
-        if key.strip() in given:
-            raise UserError(f"{key.strip()!r} is given twice in {spec!r}; write it once.")
-        given[key.strip()] = value.strip()
-    return create(name.strip(), **{**fields, **given})
 
 
 def check_cuts(strategy: Compressor, cut: int) -> None:
@@ -396,7 +336,7 @@ def placed(
     compressor: Compressor | None, depth: int
 ) -> tuple[list[Compressor], dict[int, Compressor]]:
     """What selects in front of a decoder, in order, and what in front of which of its layers."""
-    stages = list(compressor.stages()) if compressor is not None else []
+    stages = list(compressor.parts()) if compressor is not None else []
     before = [part for part in stages if part.stage is not Stage.LLM]
     inside = {cut_layer(cut, depth): part.at(cut) for part in stages for cut in part.cuts}
     return before, dict(sorted(inside.items()))
@@ -536,7 +476,7 @@ def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
 
 def _validated(cls: type, name: str, value: Any) -> Any:
     if name == "allocator" and isinstance(value, str):
-        return budget.allocator(value)
+        return allocators.allocator(value)
     try:
         made = _adapters(cls)[name].validate_python(value)
     except ValidationError as error:
@@ -568,7 +508,7 @@ def _shortest(number: float) -> str:
 
 
 def _spell(value: Any) -> str:
-    named = {type(v()): k for k, v in budget.ALLOCATORS.items()}
+    named = {type(v()): k for k, v in allocators.ALLOCATORS.items()}
     if isinstance(value, tuple):
         return "/".join(map(_spell, value))
     return named.get(type(value), str(value)) if isinstance(value, Allocator) else f"{value}"

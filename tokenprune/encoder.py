@@ -10,39 +10,26 @@ cluster stays.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenprune.attention import key_vectors
-from tokenprune.budget import Proportional, budget
+from tokenprune.allocators import Proportional
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
-from tokenprune.guard import bypassed
-from tokenprune.offload import replaced_forward, resident
-from tokenprune.precision import without_autocast
-from tokenprune.primitives import central_members, merge_weighted, spread, top_per_view
-from tokenprune.tokens import Encoding, TokenLayout, VisualTokens, listed
-from tokenprune.untouched import untouched
-
-if TYPE_CHECKING:
-    from tokenprune.models.adapter import Adapter
+from tokenprune.layout import listed
+from tokenprune.ops.clustering import central_members
+from tokenprune.ops.ranking import top_per_view
+from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "EncoderCompressor",
     "EncoderTokens",
     "Reduction",
-    "Tower",
     "encoder_part",
-    "foreseen",
-    "running",
 ]
 
 
@@ -102,7 +89,7 @@ class EncoderCompressor(Compressor, ABC):
     """
 
     stage: ClassVar[Stage] = Stage.ENCODER
-    positional: ClassVar[bool] = True
+    location_aware: ClassVar[bool] = True
 
     @property
     def fills_budget(self) -> bool:
@@ -156,227 +143,7 @@ class EncoderCompressor(Compressor, ABC):
 
 def encoder_part(compressor: Compressor | None) -> EncoderCompressor | None:
     """The part of ``compressor`` that changes how the vision tower runs, if there is one."""
-    for part in compressor.stages() if compressor is not None else ():
+    for part in compressor.parts() if compressor is not None else ():
         if isinstance(part, EncoderCompressor) and part.retention < 1:
             return part
     return None
-
-
-@dataclass(eq=False)
-class Tower:
-    """One run of the vision tower on V views.
-
-    Attributes:
-        groups: Of every hidden state (the input of layer 0, then what each layer returns) the
-            (V, T) place of each of the T entries of a full view in it, -1 where it was dropped.
-        biases: (V, n) what each layer adds to the attention logits of its keys, or None.
-        attended, processed: Entries that attention and MLP of each layer saw.
-        size: (V, n) how many patches each entry stands for, None as long as it is one.
-        key_width: Width of the keys that were compared.
-        by: Representation of the method.
-    """
-
-    groups: list[Tensor] = field(default_factory=list)
-    biases: list[Tensor | None] = field(default_factory=list)
-    attended: list[int] = field(default_factory=list)
-    processed: list[int] = field(default_factory=list)
-    size: Tensor | None = None
-    key_width: int = 0
-    by: str = ""
-
-    def spread(self, values: Tensor, layer: int | None) -> Tensor:
-        """(V, T, ...) values (V, n, ...) of what ``layer`` saw, over all entries of a view.
-
-        None stands for what is left behind the last layer.
-        """
-        return spread(values, self.groups[-1 if layer is None else layer % len(self.attended)])
-
-    def clusters(self, layouts: list[TokenLayout], shape: tuple[int, int]) -> list[Tensor]:
-        """Of every image or video the (N,) cluster of its entries, -1 at separators, on the CPU.
-
-        Args:
-            layouts: Of the images or videos whose views ran.
-            shape: (rows, columns) of patches in a full view.
-        """
-        group, (height, width) = self.groups[-1], shape
-        cells = group[:, -height * width :].unflatten(1, shape).cpu()
-        found, first = [], 0
-        for layout in layouts:
-            rows, cols = layout.view_shape  # fewer where the model pools
-            row = (2 * layout.row + 1) * height // (2 * rows)
-            col = (2 * layout.col + 1) * width // (2 * cols)
-            ids = cells[first : first + layout.views][layout.view, row, col]
-            ids = torch.where(ids < 0, -1, ids + layout.view * group.shape[1])
-            found.append(ids.masked_fill(layout.is_separator, -1))
-            first += layout.views
-        return found
-
-    @property
-    def encoding(self) -> Encoding:
-        """The account of one view."""
-        return Encoding(self.by, tuple(self.attended), tuple(self.processed), self.key_width)
-
-
-@contextmanager
-def running(
-    adapter: Adapter,
-    compressor: EncoderCompressor | None,
-    call: Mapping[str, Any],
-    modality: str,
-) -> Iterator[Tower | None]:
-    """While open, the vision tower runs under ``compressor``.
-
-    Hooks and the layers' own ``forward`` are instance attributes and gone afterwards.
-
-    Args:
-        adapter: The model.
-        compressor: The method, or None to leave the tower alone.
-        call: Arguments of the encoder method that is about to run.
-        modality: Which of the adapter's encoders.
-
-    Yields:
-        What is known of the run once it is over.
-    """
-    if compressor is None:
-        yield None
-        return
-    full = adapter.layouts(call, modality)[0].view_sizes[0]
-    session = _Session(adapter, compressor, budget(full, compressor.retention), call)
-    tower = adapter.vision_tower
-    with ExitStack() as stack:
-        for handle in (
-            tower.register_forward_pre_hook(session.enter, with_kwargs=True),
-            tower.register_forward_hook(session.leave),
-        ):
-            stack.callback(handle.remove)
-        for index, layer in enumerate(adapter.vision_layers):
-            stack.enter_context(replaced_forward(layer, session.layer(index, layer)))
-        if session.shape != adapter.view_shape:  # the tower reads a table to interpolate it
-            stack.enter_context(resident(adapter.vision_positions))
-        yield session.tower
-
-
-def foreseen(
-    adapter: Adapter, compressor: EncoderCompressor, layout: TokenLayout, seed: int = 0
-) -> Tower:
-    """A run on the views of one image without weights: the method sees made-up states and keys."""
-    session = _Session(adapter, compressor, budget(layout.view_sizes[0], compressor.retention), {})
-    rows, cols = adapter.view_shape
-    tall, wide = adapter.patch_size
-    pixels = torch.zeros(layout.views, 1, rows * tall, cols * wide, device="cpu")
-    session.enter(None, (pixels,), {})
-    tower, draw = session.tower, torch.Generator("cpu").manual_seed(seed)
-    entries = adapter.prefix_tokens + session.shape[0] * session.shape[1]
-    width = adapter.vision_width // adapter.vision_heads  # of keys, which cost by it
-    states = torch.randn(
-        layout.views, entries, width, generator=draw, dtype=torch.float32, device="cpu"
-    )
-    for index in range(len(adapter.vision_layers)):
-        tower.attended.append(states.shape[1])
-        states = session._reduced(index, states, functools.partial(torch.clone, states))
-        tower.processed.append(states.shape[1])
-    return tower
-
-
-class _Session:
-    """The hooks of one run."""
-
-    def __init__(
-        self, adapter: Adapter, compressor: EncoderCompressor, target: int, call: Mapping[str, Any]
-    ) -> None:
-        self.adapter, self.compressor, self.target = adapter, compressor, target
-        self.depth = adapter.used_vision_layers(call)
-        self.shape = compressor.grid(adapter.view_shape, target)
-        self.tower = Tower(by=repr(compressor))
-
-    def enter(
-        self, module: nn.Module | None, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        """In front of the tower: resize the views."""
-        pixels: Tensor = args[0] if args else kwargs["pixel_values"]
-        prefix, (rows, cols) = self.adapter.prefix_tokens, self.adapter.view_shape
-        place = torch.arange(prefix, device=pixels.device)
-        height, width = self.shape
-        row = (2 * torch.arange(rows, device=pixels.device) + 1) * height // (2 * rows)
-        col = (2 * torch.arange(cols, device=pixels.device) + 1) * width // (2 * cols)
-        cell = prefix + (row[:, None] * width + col).flatten()
-        self.tower.groups.append(torch.cat([place, cell]).repeat(len(pixels), 1))
-        if self.shape == self.adapter.view_shape:
-            return None
-        tall, wide = self.adapter.patch_size
-        small = F.interpolate(
-            pixels.float(), (height * tall, width * wide), mode="bilinear", antialias=True
-        ).to(pixels.dtype)
-        changed = {**kwargs, "interpolate_pos_encoding": True}
-        if args:
-            return (small, *args[1:]), changed
-        return args, {**changed, "pixel_values": small}
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Behind the tower: spread what it returns over the patches of a full view."""
-        if len(self.tower.attended) < self.depth:
-            raise bypassed("the layers of the vision tower")
-        states = [
-            None if state is None else spread(state, group)
-            for state, group in zip(output.hidden_states or (), self.tower.groups, strict=False)
-        ]
-        output.hidden_states = tuple(states) or None
-        output.last_hidden_state = spread(output.last_hidden_state, self.tower.groups[-1])
-        return output
-
-    def layer(self, index: int, layer: nn.Module) -> Callable[..., Tensor]:
-        """The ``forward`` of an encoder layer that merges between attention and MLP."""
-
-        def forward(hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
-            tower = self.tower
-            bias = None if tower.size is None else self.compressor.bias(tower.size)
-            tower.biases.append(bias)
-            tower.attended.append(hidden_states.shape[1])
-            mask = None if bias is None else bias[:, None, None].to(hidden_states)
-            with self.adapter.tap(index) as tapped:
-                states: Tensor = self.adapter.vision_block(
-                    layer,
-                    hidden_states,
-                    mask,
-                    lambda states: self._reduced(index, states, lambda: key_vectors(tapped)),
-                    **kwargs,
-                )
-            tower.processed.append(states.shape[1])
-            return states
-
-        return forward
-
-    def _reduced(self, index: int, states: Tensor, look: Callable[[], Tensor]) -> Tensor:
-        """(V, m, D) what is left of the states (V, n, D) behind the attention of a layer.
-
-        ``look`` makes its keys (V, n, d), where the method wants to see them.
-        """
-        tower, group = self.tower, self.tower.groups[-1]
-        size = tower.size
-        size = states.new_ones(states.shape[:2], dtype=torch.float32) if size is None else size
-        size, reduction = size.to(states.device), None
-        if index < self.depth and self.compressor.reduces:
-            keys = look()
-            tower.key_width = keys.shape[-1]
-            tokens = EncoderTokens(
-                layer=index,
-                layers=self.depth,
-                prefix=self.adapter.prefix_tokens,
-                patches=self.shape[0] * self.shape[1],
-                target=self.target,
-                states=states.detach(),
-                keys=keys,
-                size=size,
-            )
-            who = self.compressor.name or type(self.compressor).__name__
-            shown = {"states": states, "keys": keys, "size": size}
-            with torch.no_grad(), without_autocast(states.device), untouched(who, shown):
-                reduction = self.compressor.reduce(tokens)
-        if reduction is None:
-            tower.groups.append(group)
-            return states
-        moved = reduction.group.to(group.device)
-        tower.groups.append(torch.where(group < 0, -1, moved.gather(1, group.clamp(min=0))))
-        where = reduction.group.to(states.device)
-        states, tower.size = merge_weighted(states, size, where, reduction.left)
-        return states

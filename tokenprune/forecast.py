@@ -17,29 +17,31 @@ import torch
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, placed
-from tokenprune.cost.measuring import Work
-from tokenprune.encoder import encoder_part, foreseen
-from tokenprune.errors import RetentionWarning
-from tokenprune.ledger import (
+from tokenprune.cost.arithmetic import (
     DecoderShape,
     Kept,
-    Ledger,
     VisionShape,
     copied_bytes,
     encoder_flops,
     held_bytes,
     kept_of,
     merging_bytes,
-    settle,
     signal_bytes,
     signal_flops,
 )
-from tokenprune.prefix import tapped_layers
+from tokenprune.cost.ledger import Ledger, settle
+from tokenprune.cost.measuring import Work
+from tokenprune.encoder import encoder_part
+from tokenprune.engine.decoder import tapped_layers
+from tokenprune.engine.tower import foreseen
+from tokenprune.errors import RetentionWarning
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import VisualTokens
 
 if TYPE_CHECKING:
-    from tokenprune.models.adapter import Adapter
+    from tokenprune.adapter import Adapter
 
 __all__ = ["Forecast", "forecast"]
 

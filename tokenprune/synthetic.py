@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 __all__ = ["sample_tokens"]
 

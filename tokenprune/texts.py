@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
-__all__ = ["is_plain", "is_whole", "printable"]
+__all__ = ["first_line", "is_plain", "is_whole", "printable"]
+
+_LONGEST = 300  # characters of another library's error
 
 
 def is_whole(text: str) -> bool:
@@ -29,3 +31,10 @@ def printable(text: str) -> str:
         else sign.encode("unicode_escape", "surrogatepass").decode("ascii")
         for sign in text
     )
+
+
+def first_line(error: str) -> str:
+    """The first line of another library's error, at most 300 characters, without its full stop."""
+    first = next((line for line in error.splitlines() if line.strip()), "")
+    short = " ".join(first.split()).rstrip(".: ")
+    return short if len(short) <= _LONGEST else f"{short[:_LONGEST].rstrip()} …"

@@ -6,8 +6,8 @@ and no wait for the device.  Tensors made in `torch.inference_mode` have no coun
 numbers are compared (`digest`).
 
 No counter sees a write through ``.data``, through numpy, or through a pointer.  Where methods share
-what was encoded once, `tokenprune.experiments.shared_encodings` compares the numbers as well.  The
-weights of the model, which a strategy can reach through `VisualTokens.projector`, nobody watches.
+encodings, `tokenprune.experiments.compare.shared_encodings` compares the numbers as well.  The
+weights of the model, which a strategy can reach through `VisualTokens.projector`, are not watched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import ContractError
-from tokenprune.tokens import TokenLayout, VisualTokens
+from tokenprune.layout import TokenLayout
+from tokenprune.tokens import VisualTokens
 
 __all__ = ["digest", "shown", "untouched", "watched"]
 

@@ -3,14 +3,3 @@
 Seconds belong to a machine; a ratio of two times that were taken one after the other says something
 about the code.  Each module measures one thing and returns `Figure` rows; `record` runs them.
 """
-
-from tokenprune.experiments.benchmarks.record import (
-    BENCHMARKS,
-    Figure,
-    changes,
-    record,
-    save,
-    table,
-)
-
-__all__ = ["BENCHMARKS", "Figure", "changes", "record", "save", "table"]

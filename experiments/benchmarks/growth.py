@@ -17,8 +17,8 @@ from tokenprune.encoder import EncoderCompressor
 from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import tokens_at
-from tokenprune.experiments.measuring import peak_memory, timed
-from tokenprune.tokens import TokenLayout
+from tokenprune.experiments.common.timing import peak_memory, timed
+from tokenprune.layout import TokenLayout
 
 FRAME = (14, 14)
 FRAMES = (5, 15, 51, 128, 256)  # about 1,000 to 50,000 tokens

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 import tokenprune as tp
+from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
@@ -22,9 +23,8 @@ from tokenprune.experiments.benchmarks.shapes import (
     prompt_of,
     tokens_at,
 )
-from tokenprune.experiments.measuring import peak_memory, timed
-from tokenprune.ledger import DecoderShape, prefill_flops
-from tokenprune.tokens import TokenLayout
+from tokenprune.experiments.common.timing import peak_memory, timed
+from tokenprune.layout import TokenLayout
 
 RETENTION = (0.75, 0.5, 0.25, 0.1)
 SMALLER = DecoderShape(layers=8, hidden=512, intermediate=1376, heads=8, kv_heads=8, head_dim=64)

@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 
 from tokenprune.errors import UserError, unknown
-from tokenprune.experiments.csv_files import read_csv, write_csv
-from tokenprune.experiments.results import environment, replace_file
-from tokenprune.models.loading import device_of
-from tokenprune.terminal import Report
+from tokenprune.experiments.common.csv_files import read_csv, write_csv
+from tokenprune.experiments.common.files import replace_file
+from tokenprune.experiments.common.provenance import environment
+from tokenprune.models.checkpoints import device_of
+from tokenprune.progress import Report
 
 __all__ = ["BENCHMARKS", "Figure", "changes", "record", "save", "table"]
 

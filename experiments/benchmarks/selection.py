@@ -39,6 +39,7 @@ from tokenprune.attention import (
     rotary_product,
 )
 from tokenprune.compressor import Compressor, Stage
+from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks import tower
@@ -55,9 +56,9 @@ from tokenprune.experiments.benchmarks.shapes import (
     tokens_at,
 )
 from tokenprune.experiments.benchmarks.watching import host_waits, watching
-from tokenprune.experiments.measuring import peak_memory, timed
-from tokenprune.ledger import DecoderShape
-from tokenprune.tokens import Signal, TokenLayout
+from tokenprune.experiments.common.timing import peak_memory, timed
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
 
 GOALS = dict.fromkeys(("globalcom2", "fastv", "visionzip", "fastervlm", "vidcom2", "hired"), 0.01)
 GOALS |= dict.fromkeys(("divprune", "cdpruner", "dart", "pyramiddrop", "sparsevlm"), 0.03)
@@ -246,7 +247,7 @@ class _Bench:
 
 def _kernels(device: str) -> Iterator[Figure]:
     """Whether every attention of the testbed ran in a fused kernel, in its usual implementation."""
-    from tokenprune.experiments.data import held_out
+    from tokenprune.experiments.common.questions import held_out
 
     adapter = tp.load("testbed-next", device=device)
     (item,) = held_out(1, 0, "image")

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from tokenprune.engine import adapter_of
-from tokenprune.experiments.measuring import timed
-from tokenprune.ledger import DecoderShape
+from tokenprune.adapter import Adapter, adapter_of
+from tokenprune.cost.arithmetic import DecoderShape
+from tokenprune.experiments.common.timing import timed
+from tokenprune.layout import TokenLayout
 from tokenprune.models import testbed
-from tokenprune.models.adapter import Adapter
 from tokenprune.models.llava_next import LlavaNext
-from tokenprune.testing import sample_tokens
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.signals import Signal
+from tokenprune.synthetic import sample_tokens
+from tokenprune.tokens import VisualTokens
 
 LLAVA_NEXT_7B = DecoderShape(
     layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 import tokenprune as tp
-from tokenprune.experiments import sharing
+from tokenprune.adapter import Adapter
+from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
+from tokenprune.engine.decoder import cuts_of
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
     LLAVA_NEXT_7B,
@@ -23,12 +25,15 @@ from tokenprune.experiments.benchmarks.shapes import (
     larger_testbed,
     vit_flops,
 )
-from tokenprune.experiments.compare import RETENTION, ModelRunner, cells, run
-from tokenprune.experiments.data import Question, held_out
-from tokenprune.experiments.results import UNCOMPRESSED, Cell, Journal
-from tokenprune.ledger import DecoderShape, prefill_flops
-from tokenprune.models.adapter import Adapter
-from tokenprune.prefix import cuts_of
+from tokenprune.experiments.common.cells import Cell
+from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.questions import Question, held_out
+from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+from tokenprune.experiments.common.setting import RETENTION
+from tokenprune.experiments.compare import sharing
+from tokenprune.experiments.compare.loop import run
+from tokenprune.experiments.compare.runner import ModelRunner
 
 METHODS = ("uniform", "globalcom2", "visionzip", "fastv", "dart", "pyramiddrop")
 HARDER = (0.75, 0.5, 0.25, 0.1)  # without R = 1, which all methods share

@@ -15,9 +15,12 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaNextConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from tokenprune.adapter import Adapter
 from tokenprune.attention import Projections, key_vectors
 from tokenprune.budget import budget
-from tokenprune.encoder import EncoderCompressor, Tower, _Session, running
+from tokenprune.cost.arithmetic import DecoderShape
+from tokenprune.encoder import EncoderCompressor
+from tokenprune.engine.tower import Tower, TowerRun, running
 from tokenprune.experiments.benchmarks.record import Figure
 from tokenprune.experiments.benchmarks.shapes import (
     VISION_HEADS,
@@ -27,10 +30,9 @@ from tokenprune.experiments.benchmarks.shapes import (
     random_model,
     tokens_at,
 )
-from tokenprune.experiments.measuring import peak_memory, timed
-from tokenprune.ledger import DecoderShape
-from tokenprune.models.adapter import Adapter
-from tokenprune.tokens import TokenLayout, VisualTokens
+from tokenprune.experiments.common.timing import peak_memory, timed
+from tokenprune.layout import TokenLayout
+from tokenprune.tokens import VisualTokens
 
 NO_DECODER = DecoderShape(layers=1, hidden=8, intermediate=8, heads=1, kv_heads=1, head_dim=8)
 PATCH = 14
@@ -108,14 +110,14 @@ class Steps:
         (clusters,) = tower.clusters([self.layout], self.adapter.view_shape)
         return replace(self.tokens, clusters=clusters, encoding=tower.encoding)
 
-    def _begin(self) -> tuple[_Session, Tensor]:
+    def _begin(self) -> tuple[TowerRun, Tensor]:
         target = budget(self.layout.view_sizes[0], self.compressor.retention)
-        session = _Session(self.adapter, self.compressor, target, {})
+        session = TowerRun(self.adapter, self.compressor, target, {})
         session.enter(None, (self.pixels,), {})
         count = self.adapter.prefix_tokens + session.shape[0] * session.shape[1]
         return session, self.states[:, :count]
 
-    def _layer(self, session: _Session, index: int, states: Tensor) -> Tensor:
+    def _layer(self, session: TowerRun, index: int, states: Tensor) -> Tensor:
         count = states.shape[1]
         query, key = self.query[:, :count], self.key[:, :count]
         tapped = Projections(self.adapter.vision_heads, 1.0, query, key)

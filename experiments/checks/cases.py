@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tokenprune.console import BAD_INPUT, FAILED, OK
 from tokenprune.errors import UserError
-from tokenprune.terminal import BAD_INPUT, FAILED, OK
 
 __all__ = ["LONGEST", "Area", "Case", "Hang", "Verdict", "Wrong", "command", "judge", "small_run"]
 

@@ -32,11 +32,13 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tokenprune.console import quiet
 from tokenprune.errors import UserError
-from tokenprune.experiments import compare
 from tokenprune.experiments.checks.faults import Fault, Kind
-from tokenprune.experiments.results import Journal, read_answers
-from tokenprune.terminal import quiet
+from tokenprune.experiments.common import grid, setting
+from tokenprune.experiments.common.answers import read_answers
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.compare import run
 
 __all__ = ["main"]
 
@@ -67,7 +69,7 @@ class Ended:
 class Started:
     """A run in a process of its own."""
 
-    def __init__(self, request: compare.Request, setting: compare.Setting, fault: Fault) -> None:
+    def __init__(self, request: setting.Request, setting: setting.Setting, fault: Fault) -> None:
         self.begun = time.monotonic()
         reader, writer = os.pipe()
         self.process = os.fork()
@@ -93,7 +95,7 @@ class Started:
         return Ended(**{"entered": entered, "seconds": seconds, **last})
 
 
-def _work(request: compare.Request, setting: compare.Setting, fault: Fault, writer: int) -> None:
+def _work(request: setting.Request, setting: setting.Setting, fault: Fault, writer: int) -> None:
     """Run in the new process, tell the pipe what was entered and how it ended, and exit."""
 
     def tell(**what: Any) -> None:
@@ -109,7 +111,7 @@ def _work(request: compare.Request, setting: compare.Setting, fault: Fault, writ
     Journal.add = adding  # type: ignore[method-assign]
     try:
         fault.install()
-        outcome = compare.compare(request, name="crash", setting=setting, columns=_columns(request))
+        outcome = run.compare(request, name="crash", setting=setting, columns=_columns(request))
         tell(status=outcome.status, events=fault.events)
     except UserError as error:
         tell(status="refused", said=str(error), events=fault.events)
@@ -119,8 +121,8 @@ def _work(request: compare.Request, setting: compare.Setting, fault: Fault, writ
         os._exit(0)
 
 
-def _columns(request: compare.Request) -> list[Any]:
-    return compare.cells(request.methods, request.retention)
+def _columns(request: setting.Request) -> list[Any]:
+    return grid.cells(request.methods, request.retention)
 
 
 class Checks:
@@ -136,10 +138,10 @@ class Checks:
         self.folder, self.quick = folder, quick
         self.random = random.Random(seed)
         self.problems: list[str] = []
-        self.request = compare.Request(
+        self.request = setting.Request(
             methods=("uniform", "fastv"), retention=(0.5,), questions=6, batch_size=3, seed=seed
         )
-        self.setting = compare.prepare(self.request)
+        self.setting = setting.prepare(self.request)
         self.whole = self._start(folder / "whole").ended()
         if self.whole.status != "complete":
             raise RuntimeError(f"the undisturbed run is not complete: {self.whole.said}")

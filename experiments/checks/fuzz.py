@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
+from tokenprune.console import quiet
 from tokenprune.experiments.checks.cases import LONGEST, Area, judge
 from tokenprune.experiments.checks.fuzz_files import DataFiles, Images
 from tokenprune.experiments.checks.fuzz_folders import Checkpoints, RunFolders
 from tokenprune.experiments.checks.fuzz_words import Options, Selections, Specs
-from tokenprune.terminal import quiet
 
 __all__ = ["AREAS", "fuzz", "main"]
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenprune.experiments.checks.cases import Area, Case, Wrong
-from tokenprune.experiments.data import Picture, Question, read_jsonl
-from tokenprune.experiments.intervals import OVERALL
+from tokenprune.experiments.common.questions import Picture, Question, read_jsonl
+from tokenprune.experiments.common.summary import OVERALL
 
 __all__ = ["DataFiles", "Images", "damaged"]
 

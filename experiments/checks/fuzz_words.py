@@ -12,18 +12,18 @@ import annotated_types
 import typer.main
 from pydantic.fields import FieldInfo
 
-from tokenprune.budget import ALLOCATORS, Allocator
+from tokenprune.allocators import ALLOCATORS, Allocator
 from tokenprune.cli import app
-from tokenprune.compressor import Compressor, Stage, parse
+from tokenprune.compressor import Compressor, Stage
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.errors import UserError
-from tokenprune.experiments.ablation import parse_sweep
+from tokenprune.experiments.ablation.run import parse_sweep
 from tokenprune.experiments.checks.cases import Area, Case, Wrong, command, small_run
-from tokenprune.experiments.efficiency import chosen
+from tokenprune.experiments.common.grid import chosen
+from tokenprune.layout import TokenLayout
 from tokenprune.registry import strategies
+from tokenprune.spec import method_specs, parse, split_specs
 from tokenprune.synthetic import sample_tokens
-from tokenprune.terminal import method_specs, split_specs
-from tokenprune.tokens import TokenLayout
 
 __all__ = ["Options", "Selections", "Specs"]
 
@@ -422,7 +422,7 @@ class Options(Area):
 
 def _fits(name: str) -> bool:
     """Whether the method runs on the embedded LLaVA-NeXT with its default options."""
-    from tokenprune.models.configs import adapter_without_weights
+    from tokenprune.models.loading import adapter_without_weights
 
     try:
         adapter_without_weights("testbed-next").check(parse(name, retention=0.5))

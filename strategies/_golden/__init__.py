@@ -1,1 +1,1 @@
-"""Replays of official vectors, one file a method; found by `tokenprune.golden`, not by users."""
+"""Replays of official vectors, one file per method; `tokenprune.testing.golden` finds them."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.tokens import TokenLayout
+from tokenprune.layout import TokenLayout
 
 
 def padded(maps: Tensor, params: dict[str, Any]) -> TokenLayout:

@@ -1,9 +1,9 @@
 """How vectors of CDPruner go through our API."""
 
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.primitives import dpp_greedy_map
+from tokenprune.ops.diversity import dpp_greedy_map
 from tokenprune.strategies._golden._shared import mask_like, packed, padded, places
 from tokenprune.strategies.cdpruner import PATCHES, QUESTION, CDPruner
+from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens
 
 

@@ -2,9 +2,11 @@
 
 import torch
 
-from tokenprune.golden import Case, Verdict, replay
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
 from tokenprune.strategies.dart import DART
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("dart")

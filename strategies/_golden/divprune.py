@@ -2,10 +2,11 @@
 
 import torch
 
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.primitives import cosine_distances, max_min_diversity
+from tokenprune.layout import TokenLayout
+from tokenprune.ops.diversity import cosine_distances, max_min_diversity
 from tokenprune.strategies.divprune import DivPrune
-from tokenprune.tokens import TokenLayout, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("divprune")

@@ -1,8 +1,8 @@
 """How vectors of FasterVLM go through our API."""
 
-from tokenprune.golden import Case, Verdict, replay
 from tokenprune.strategies._golden._shared import mask_like, packed, padded, places, ranked
 from tokenprune.strategies.fastervlm import FasterVLM
+from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens
 
 

@@ -2,9 +2,10 @@
 
 import torch
 
-from tokenprune.golden import Case, Verdict, replay
+from tokenprune.layout import TokenLayout
 from tokenprune.strategies.fastv import FastV
-from tokenprune.tokens import TokenLayout, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("fastv")

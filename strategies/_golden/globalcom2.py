@@ -5,11 +5,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.primitives import project_thumbnail
+from tokenprune.layout import Kind, TokenLayout, unpadded_box
+from tokenprune.ops.spatial import project_thumbnail
+from tokenprune.signals import Signal
 from tokenprune.strategies._golden._shared import ranked
 from tokenprune.strategies.globalcom2 import GlobalCom2
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens, unpadded_box
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("globalcom2")

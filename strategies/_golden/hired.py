@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention import Projections, cls_heads
-from tokenprune.golden import Case, Verdict, replay
+from tokenprune.layout import TokenLayout, unpadded_box
+from tokenprune.signals import Signal
 from tokenprune.strategies._golden._shared import mask_like, packed, places
 from tokenprune.strategies.hired import HiRED
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens, unpadded_box
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("hired")

@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.allocators import Proportional
 from tokenprune.attention import Projections, cls_row
-from tokenprune.budget import Proportional
-from tokenprune.golden import Case, Verdict, replay
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
 from tokenprune.strategies.prumerge import PruMerge, nearest_others
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("prumerge")

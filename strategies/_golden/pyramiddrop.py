@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from tokenprune.attention import decoder_row, decoder_rows
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.llama import llama_attention
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
 from tokenprune.strategies.pyramiddrop import PyramidDrop
-from tokenprune.tokens import Signal, TokenLayout, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.testing.llama import llama_attention
+from tokenprune.tokens import VisualTokens
 
 
 @replay("pyramiddrop")

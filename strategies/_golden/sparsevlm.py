@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from tokenprune.attention import rotary_product
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.primitives import density_peaks
+from tokenprune.layout import TokenLayout
+from tokenprune.ops.clustering import density_peaks
 from tokenprune.strategies.sparsevlm import HEADS, ROTARY, ROWS, SparseVLM
-from tokenprune.tokens import TokenLayout, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("sparsevlm")

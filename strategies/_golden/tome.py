@@ -1,9 +1,9 @@
-"""How ToMe's official vectors go through our primitives (see `tokenprune.golden`)."""
+"""How ToMe's official vectors go through our primitives (see `tokenprune.testing.golden`)."""
 
 import torch
 
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.primitives import bipartite_matching, merge_weighted, spread
+from tokenprune.ops.merging import bipartite_matching, merge_weighted, spread
+from tokenprune.testing.golden import Case, Verdict, replay
 
 
 @replay("tome")

@@ -2,9 +2,10 @@
 
 import torch
 
-from tokenprune.golden import Case, Verdict, replay
+from tokenprune.layout import TokenLayout
 from tokenprune.strategies.vidcom2 import VidCom2
-from tokenprune.tokens import TokenLayout, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("vidcom2")

@@ -4,11 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.primitives import patches_by_view
+from tokenprune.ops.spatial import patches_by_view
+from tokenprune.signals import Signal
 from tokenprune.strategies._golden._shared import packed, padded, places
 from tokenprune.strategies.visionzip import VisionZip, assigned
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("visionzip")

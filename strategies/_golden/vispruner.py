@@ -2,11 +2,12 @@
 
 import torch.nn.functional as F
 
-from tokenprune.golden import Case, Verdict, replay
-from tokenprune.primitives import patches_by_view
+from tokenprune.ops.spatial import patches_by_view
+from tokenprune.signals import Signal
 from tokenprune.strategies._golden._shared import mask_like, packed, padded, places
 from tokenprune.strategies.vispruner import VisPruner, thinned
-from tokenprune.tokens import Signal, VisualTokens
+from tokenprune.testing.golden import Case, Verdict, replay
+from tokenprune.tokens import VisualTokens
 
 
 @replay("vispruner")

@@ -30,9 +30,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from tokenprune.compressor import Compressor
+from tokenprune.layout import Kind, TokenLayout
 from tokenprune.precision import without_autocast
+from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
-from tokenprune.tokens import Kind, Signal, TokenLayout, VisualTokens
+from tokenprune.tokens import VisualTokens
 
 __all__ = ["Cost", "Work", "observed"]
 

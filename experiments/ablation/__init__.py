@@ -1,0 +1,1 @@
+"""How the options of a method change its accuracy."""

@@ -1,0 +1,124 @@
+"""``tokenprune ablation``: options swept, on the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
+from tokenprune.experiments.common import options
+from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.plugins import import_plugins
+from tokenprune.spec import ratios
+from tokenprune.units import percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "ablation",
+    "tables",
+]
+
+
+@app.command(cls=ManyValues)
+def ablation(
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SWEEP]...",
+            help="In front of the options: method:option=value,value;option=value,value. Options "
+            "are separated by ';', values by ','; 'default' is what an option is if not given.",
+        ),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Also what GlobalCom² is made of, option by option.")
+    ] = False,
+    plugin: options.Plugin = None,
+    retention: Annotated[list[str] | None, options.retention("0.25")] = None,
+    model: options.Model = "testbed-next",
+    questions: options.Questions = None,
+    data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
+    modality: options.Modality = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: options.Out = None,
+    max_new_tokens: options.MaxNewTokens = 8,
+) -> None:
+    """Sweep options of methods, e.g. 'globalcom2:alpha=0,0.5,1;tau=1,10'.
+
+    Prints every setting with its difference to the first one on the same questions, and draws
+    curves, or heat maps where two options are swept.
+
+    Exit status: 0 done, 1 a setting failed, 2 bad input, 130 interrupted.
+    """
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
+        from tokenprune.experiments.ablation.run import PAPER, ablation
+        from tokenprune.experiments.common.setting import Request
+
+        request = Request(
+            model=model,
+            retention=ratios(retention or ["0.25"]),
+            questions=questions,
+            data=data,
+            modality=modality,  # type: ignore[arg-type]  # checked with the rest
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            out=out,
+            max_new_tokens=max_new_tokens,
+        )
+        quiet()
+        started = options.stoppable()
+        asked = dict.fromkeys([*(sweeps or ()), *(PAPER if paper else ())])
+        with progress() as report:
+            result = ablation(request, list(asked), report)
+        if len(result.table):
+            for table in tables(result.table):
+                Console().print(table, "")
+        for spec, why in result.skipped.items():
+            typer.echo(f"SKIPPED {spec}: {why}")
+        status = options.closing(result.outcome, started, "ablation.csv, answers.parquet, plots/")
+    raise typer.Exit(status)
+
+
+def tables(found: pd.DataFrame) -> Iterator[Table]:
+    """A table of at most 80 columns for every sweep; ``found`` is `ablation.differences`'."""
+    for _, sweep in found.groupby("sweep", sort=False):
+        first, second = sweep["first"].iloc[0], sweep["second"].iloc[0]
+        made = new_table(title=escape(f"{sweep['method'].iloc[0]}, by {first} {second}".strip()))
+        made.add_column("keep", justify="right")
+        made.add_column(escape(first), overflow="fold")
+        if second:
+            made.add_column(escape(second), overflow="fold")
+        for name in ("accuracy", "to the first", "p", "Holm", "KL", "tokens"):
+            made.add_column(name, justify="right", no_wrap=True)
+        for retention, group in sweep.groupby("retention", sort=False):
+            for position, (_, row) in enumerate(group.iterrows()):
+                alone = math.isnan(row["low"])
+                made.add_row(
+                    "" if position else percent(float(str(retention)), None),
+                    escape(row["first_value"]),
+                    *([escape(row["second_value"])] if second else []),
+                    f"{100 * row['accuracy']:.1f}",
+                    "" if alone else difference(row["difference"], row["low"], row["high"]),
+                    "" if alone else p_value(row["p"]),
+                    "" if alone else p_value(row["p_holm"]),
+                    f"{row['kl']:.3f}",
+                    f"{row['visual_tokens']:.1f}",
+                    end_section=position + 1 == len(group),
+                )
+        yield made

@@ -1,0 +1,117 @@
+"""``tokenprune benchmark``: what tokenprune itself costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tokenprune.console import (
+    FAILED,
+    OK,
+    ManyValues,
+    app,
+    as_exit_status,
+    new_table,
+    progress,
+    quiet,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "benchmark",
+]
+
+
+@app.command(cls=ManyValues)
+def benchmark(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...", help="Some of sharing, selection, prefill, growth. [default: all]"
+        ),
+    ] = None,
+    quick_run: Annotated[
+        bool, typer.Option("--quick", help="Toy sizes, to see that everything runs.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An earlier file; say what has changed since."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the figures, .csv or .parquet.")
+    ] = Path("runs/benchmarks.csv"),
+) -> None:
+    """Measure what choosing tokens and comparing methods cost, as ratios.
+
+    Writes one row a figure, with machine, versions and date. Close everything else before you run
+    it.
+
+    Exit status: 0 done, 1 something has become worse than in the file of --against, 2 bad input.
+    """
+    with as_exit_status():
+        from tokenprune.experiments.benchmarks.record import (
+            BENCHMARKS,
+            changes,
+            record,
+            save,
+            table,
+        )
+        from tokenprune.experiments.common.files import check_file
+
+        quiet()
+        check_file(out)
+        earlier = table(against) if against is not None else None
+        with progress() as report:
+            frame = record(only or BENCHMARKS, quick=quick_run, device=device, report=report)
+        save(frame, out)
+        console = Console()
+        for name, group in frame.groupby("benchmark", sort=False):
+            _show(console, str(name), group)
+        console.print(f"Written to {out}.", soft_wrap=True, highlight=False, markup=False)
+        status = OK
+        if earlier is not None:
+            moved = changes(frame, earlier)
+            _show_changes(console, moved, against)
+            status = FAILED if moved["worse"].any() else OK
+    raise typer.Exit(status)
+
+
+def _show(console: Console, name: str, group: pd.DataFrame) -> None:
+    shown = new_table(title=name)
+    for column, justify in (("case", "left"), ("figure", "left"), ("value", "right")):
+        shown.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    shown.add_column("goal", justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    before = None
+    for row in group.itertuples():
+        sign = "≤" if row.better == "low" else "≥"
+        goal = "" if row.goal != row.goal else f"{sign} {row.goal:g}"
+        verdict = "" if not goal else "met" if row.met else "MISSED"
+        unit = "" if row.unit in ("ratio", "count", "exponent") else f" {row.unit}"
+        case = "" if row.case == before else escape(str(row.case))
+        shown.add_row(case, escape(str(row.figure)), f"{row.value:.3g}{unit}", goal, verdict)
+        before = row.case
+    console.print(shown, "")
+
+
+def _show_changes(console: Console, moved: pd.DataFrame, against: Path | None) -> None:
+    if not len(moved):
+        console.print(f"Nothing moved by more than 10 % since {against}.", soft_wrap=True)
+        return
+    shown = new_table(title=f"Since {against}")
+    for column in ("benchmark", "case", "figure", "earlier", "now", ""):
+        shown.add_column(column, overflow="fold")
+    for row in moved.itertuples():
+        verdict = "WORSE" if row.worse else "better"
+        shown.add_row(
+            str(row.benchmark), escape(str(row.case)), escape(str(row.figure)),
+            f"{row.earlier:.3g}", f"{row.value:.3g}", f"{100 * row.change:+.0f} % {verdict}",
+        )  # fmt: skip
+    console.print(shown)

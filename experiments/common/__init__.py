@@ -1,0 +1,1 @@
+"""What experiments share.  No module here imports an experiment."""

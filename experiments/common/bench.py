@@ -1,0 +1,312 @@
+"""Times and memory of real prefills and decode steps."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from tokenprune.adapter import Adapter
+from tokenprune.compressor import Compressor
+from tokenprune.cost.arithmetic import DecoderShape
+from tokenprune.cost.ledger import Ledger
+from tokenprune.engine.cache import CACHE
+from tokenprune.engine.session import compress
+from tokenprune.engine.vision import encoded, observing
+from tokenprune.experiments.common.prompt import Prompt
+from tokenprune.experiments.common.timing import Timing, median_of, peak_memory, synchronise, timed
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
+from tokenprune.synthetic import sample_tokens
+
+__all__ = [
+    "Bench",
+    "Curve",
+    "Run",
+]
+
+
+DECODED = 6  # tokens whose decoding is timed
+
+
+WARM_UP = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds over a number of tokens ``n``: ``a + b n + c n²``, none of them negative."""
+
+    a: float
+    b: float
+    c: float
+
+    @classmethod
+    def through(cls, tokens: Sequence[int], seconds: Sequence[float]) -> "Curve":
+        """The least-squares fit, every point weighted by its own size."""
+        n, y = np.asarray(tokens, dtype=float), np.maximum(np.asarray(seconds, dtype=float), 1e-9)
+        scale = n.max()
+        terms = np.stack([np.ones_like(n), n / scale, (n / scale) ** 2], axis=1)
+        found, _ = nnls(terms / y[:, None], np.ones_like(y))
+        return cls(float(found[0]), float(found[1] / scale), float(found[2] / scale**2))
+
+    def __call__(self, tokens: float) -> float:
+        return self.a + self.b * tokens + self.c * tokens * tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one method took.
+
+    Attributes:
+        prefill: Of the language model, without `selector`.
+        selector: Choosing, with attention rows and packing; without signals of the tower.
+        decode: One more token.
+        peak: Bytes of the prefill, KV cache included, weights not.
+        ledger: Its account.
+    """
+
+    prefill: Timing
+    selector: Timing
+    decode: Timing
+    peak: int
+    ledger: Ledger
+
+
+@dataclass(eq=False)
+class Bench:
+    """A model to time methods on.
+
+    Attributes:
+        adapter: Of a model with weights, random ones do.
+        prompt: What is timed; its adapter may be another, of the full depth.
+        batch_size: Prompts at once.
+        repeats: Timed runs of each part, behind one that is not.
+    """
+
+    adapter: Adapter
+    prompt: Prompt
+    batch_size: int = 1
+    repeats: int = 5
+    _seen: dict[frozenset[Signal], Timing] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.adapter.device
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers that are there."""
+        return len(self.adapter.decoder_layers)
+
+    @cached_property
+    def shape(self) -> DecoderShape:
+        """Of the decoder that is there."""
+        return DecoderShape.of(self.adapter.language_model.config)
+
+    def _timed(self, work: Callable[[], Any]) -> Timing:
+        return timed(work, warmup=WARM_UP, repeats=self.repeats, device=self.device)
+
+    def _states(self, length: int) -> Tensor:
+        """(B, length, D) random hidden states."""
+        shape = self.batch_size, length, self.shape.hidden
+        return torch.randn(shape, device=self.device, dtype=self.adapter.model.dtype)
+
+    # -- the parts ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def vision(self, signals: frozenset[Signal] = frozenset()) -> Timing:
+        """The vision encoder on the prompt's image, with those of ``signals`` that it gives."""
+        wanted = frozenset(signal for signal in signals if not signal.in_llm)
+        if wanted not in self._seen:
+            side = self.adapter.base.config.vision_config.image_size
+            size = self.prompt.image_size or (2 * side, 2 * side)
+            call = self.adapter.dummy_images([size] * self.batch_size)
+            dtype = self.adapter.model.dtype
+            moved = {
+                name: value.to(self.device, dtype if value.is_floating_point() else None)
+                for name, value in call.items()
+            }
+            encode = self.adapter.encoders["image"]
+            with observing(self.adapter, wanted):
+                self._seen[wanted] = self._timed(
+                    lambda: getattr(self.adapter.base, encode)(**moved)
+                )
+        return self._seen[wanted]
+
+    def signals(self, method: Compressor) -> float:
+        """Seconds that the tower's signals of ``method`` add to the encoder."""
+        return max(0.0, self.vision(method.needs).median - self.vision().median)
+
+    @cached_property
+    def outside(self) -> float:
+        """Seconds of what comes behind all decoder layers, for one position of each prompt."""
+        states = torch.randn(
+            self.batch_size,
+            1,
+            self.shape.hidden,
+            device=self.device,
+            dtype=self.adapter.model.dtype,
+        )
+        norm, head = self.adapter.language_model.norm, self.adapter.model.get_output_embeddings()
+        with torch.no_grad():
+            return self._timed(lambda: head(norm(states))).median
+
+    @cached_property
+    def layer(self) -> Curve:
+        """Seconds that one decoder layer takes over the number of tokens it processes."""
+        longest = self.prompt.visual + max(1, self.prompt.text)
+        lengths = sorted({max(1, longest * share // 8) for share in (1, 2, 4, 6, 8)})
+        language, seconds = self.adapter.language_model, []
+        with torch.no_grad():
+            for length in lengths:
+                states = self._states(length)
+                whole = self._timed(partial(language, inputs_embeds=states, use_cache=True))
+                seconds.append(whole.median / self.depth)
+        return Curve.through(lengths, seconds)
+
+    @torch.no_grad()
+    def run(self, method: Compressor | None, layouts: Sequence[TokenLayout] | None = None) -> Run:
+        """Prefill, choice and decoding of the prompt, or of another with ``layouts``."""
+        needs = method.needs if method is not None else frozenset()
+        inputs = self._inputs(needs, layouts or self.prompt.layouts)
+        watch = _Watch(self.device)
+        choosing: list[float] = []
+        gc.collect()  # so that garbage of earlier runs is not released while memory is counted
+        with compress(self.adapter.model, method):
+            fresh = inputs()
+            peak = peak_memory(lambda: self._forward(fresh), self.device)
+        with compress(self.adapter.model, method) as trace:
+            trace.around = watch.running
+
+            def prefill() -> Any:
+                watch.seconds = 0.0
+                out = self._forward(inputs())
+                choosing.append(watch.seconds)
+                return out
+
+            whole = self._timed(prefill)
+            chose = choosing[-len(whole.runs) :]
+            ledger = trace.ledgers[0]
+            decode = self._decode(inputs())
+        rest = [total - part for total, part in zip(whole.runs, chose, strict=True)]
+        return Run(median_of(rest), median_of(chose), decode, peak, ledger)
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        return self.adapter.model(**inputs, use_cache=True, logits_to_keep=1)
+
+    def _decode(self, inputs: dict[str, Any]) -> Timing:
+        """Single tokens, one after the other, behind the prompt."""
+        out, mask = self._forward(inputs), inputs["attention_mask"]
+        cache, seconds = getattr(out, CACHE), []
+        token = torch.full((self.batch_size, 1), 5, device=self.device)
+        for _ in range(WARM_UP + DECODED):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            step = {"input_ids": token, "attention_mask": mask, CACHE: cache}
+            synchronise(self.device)
+            start = time.perf_counter()
+            self.adapter.model(**step, use_cache=True, logits_to_keep=1)
+            synchronise(self.device)
+            seconds.append(time.perf_counter() - start)
+        return median_of(seconds[WARM_UP:])
+
+    def _inputs(
+        self, needs: frozenset[Signal], layouts: Sequence[TokenLayout]
+    ) -> Callable[[], dict[str, Any]]:
+        """Makes, afresh each time, ids and made-up features that carry what is known of them."""
+        adapter, dtype = self.adapter, self.adapter.model.dtype
+        tower = adapter.vision_width
+        widths = {
+            "features": self.shape.hidden,
+            "keys": tower // adapter.vision_heads,
+            "joint_keys": tower,
+            "unprojected": tower,
+        }
+        wanted = frozenset(signal for signal in needs if not signal.in_llm)
+        records = []
+        for index, layout in enumerate(layouts):
+            made = sample_tokens(wanted, layout, seed=index, widths=widths)
+            moved = {signal: value.to(self.device) for signal, value in made.signals.items()}
+            records.append(
+                replace(
+                    made,
+                    layout=layout.to(self.device),
+                    features=0.02 * made.features.to(self.device, dtype),
+                    signals=moved,
+                    projector=adapter.projector,
+                )
+            )
+        prompt: list[int] = []
+        for layout in layouts:
+            prompt += [adapter.placeholders[layout.modality]] * len(layout)
+        words = max(1, self.prompt.text)  # somebody has to ask
+        ids = torch.tensor([[*prompt, *([5] * words)]] * self.batch_size, device=self.device)
+
+        def make() -> dict[str, Any]:
+            features: dict[str, list[Tensor]] = {}
+            for record in records * self.batch_size:
+                feature = record.features.detach()
+                feature.visual = record  # type: ignore[attr-defined]
+                features.setdefault(record.layout.modality, []).append(feature)
+            return {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "mm_encoder_outputs": {name: encoded(some) for name, some in features.items()},
+            }
+
+        return make
+
+    # -- what follows from them --------------------------------------------------------------------
+
+    def layers_take(self, ledger: Ledger) -> float:
+        """Seconds of all decoder layers, by the fit."""
+        return sum(map(self.layer, ledger.tokens_per_layer))
+
+    def selector_curve(self, method: Compressor, at: Run | None = None) -> Curve:
+        """Seconds of choosing over the number of visual tokens, signals of the tower included."""
+        whole = at or self.run(method)
+        counts, seconds = [self.prompt.visual], [whole.selector.median]
+        for share in (0.25, 0.5):
+            side = max(2, round((share * self.prompt.visual) ** 0.5))
+            layout = TokenLayout.single((side, side), newline=False)
+            counts.append(side * side)
+            seconds.append(self.run(method, [layout]).selector.median)
+        found = Curve.through(counts, seconds)
+        return replace(found, b=found.b + self.signals(method) / self.prompt.visual)
+
+    def price(self, method: Compressor) -> Callable[[Compressor], float]:
+        """Milliseconds that ``method`` at any retention takes for choice and prefill.
+
+        The choice is timed once, at the retention of ``method``.
+        """
+        choosing = self.run(method).selector.median + self.signals(method)
+
+        def take(one: Compressor) -> float:
+            ledger = self.prompt.forecast(one, draws=1).ledger
+            return 1000 * (choosing + self.outside + self.layers_take(ledger))
+
+        return take
+
+
+class _Watch:
+    """Adds up the seconds of the blocks it runs around."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        synchronise(self.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronise(self.device)
+            self.seconds += time.perf_counter() - start

@@ -1,0 +1,149 @@
+"""One cell of an experiment: a method at a retention."""
+
+import dataclasses
+import math
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenprune.compressor import Compressor
+from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+
+__all__ = [
+    "Cell",
+    "Failure",
+    "Matched",
+    "without_seed",
+]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Why a cell has its retention: it was solved for, so that the cell costs what another does.
+
+    Attributes:
+        kind: Which cost (`matching.KINDS`).
+        asked: Retention of `uniform`, whose cost is the target.
+        target: That cost, on a representative prompt.
+        cost: What the cell costs there.
+    """
+
+    kind: str
+    asked: float
+    target: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of a comparison: a method at a retention, or a reference it stands beside.
+
+    Attributes:
+        compressor: None for the uncompressed model.
+        name: Of a reference whose tokens are no share R of all, such as ``thumbnail-only``; empty
+            for a method and for the uncompressed model.
+        without_images: Whether the question is asked without its images.
+        pooled: Whether the method is one of several that differ in their `seed` alone and are
+            reported together, under the label without the seed.
+    """
+
+    compressor: Compressor | None = None
+    name: str = ""
+    without_images: bool = False
+    pooled: bool = False
+    matched: Matched | None = None
+
+    @property
+    def key(self) -> str:
+        """What the journal files answers under.
+
+        Every method at R = 1 is the uncompressed model, so these cells share their answers.
+        """
+        if self.without_images:
+            return self.name
+        if self.compressor is None or self.compressor.retention == 1:
+            return UNCOMPRESSED
+        return repr(self.compressor)
+
+    @property
+    def method(self) -> str:
+        return self.name or (UNCOMPRESSED if self.compressor is None else self.compressor.name)
+
+    @property
+    def label(self) -> str:
+        """Method and the options that differ from its defaults."""
+        if self.name or self.compressor is None:
+            return self.name or UNCOMPRESSED
+        shown = without_seed(self.compressor) if self.pooled else self.compressor
+        return shown.label
+
+    @property
+    def retention(self) -> float:
+        """R; NaN for a reference that has none."""
+        if self.name:
+            return math.nan
+        return 1.0 if self.compressor is None else self.compressor.retention
+
+    @property
+    def asked(self) -> float:
+        """The retention that was asked for; not the cell's own where that was solved for."""
+        return self.retention if self.matched is None else self.matched.asked
+
+    @property
+    def parameters(self) -> str:
+        """Every option but the retention, as ``name=value`` pairs."""
+        if self.compressor is None:
+            return ""
+        return ", ".join(
+            f"{item.name}={getattr(self.compressor, item.name)!r}"
+            for item in dataclasses.fields(self.compressor)
+            if item.name != "retention"
+        )
+
+    def __str__(self) -> str:
+        if self.name or self.compressor is None:
+            return self.label
+        return f"{self.compressor.label} at {self.retention:g}"
+
+
+def without_seed(compressor: Compressor) -> Compressor:
+    """The method with the seed it has by default; itself if it has no `seed`."""
+    plain = {item.name: item.default for item in dataclasses.fields(compressor)}
+    if "seed" not in plain:
+        return compressor
+    changes: dict[str, Any] = {"seed": plain["seed"]}
+    return dataclasses.replace(compressor, **changes)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell could not be finished: the error in one line, and the whole traceback."""
+
+    error: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException, about: str = "") -> "Failure":
+        """What ``error`` says, even if it cannot be printed, and ``about`` what it came up."""
+        name = type(error).__name__
+        try:
+            message = str(error).strip().splitlines()
+        except Exception:
+            message = ["(its message cannot be printed)"]
+        try:
+            trace = "".join(map(_from_roots, traceback.format_exception(error)))
+        except Exception:
+            trace = f"{''.join(traceback.format_tb(error.__traceback__))}{name}\n"
+        said = f"{name}: {message[0]}" if message else name
+        return cls(f"{said} ({about})" if about else said, trace)
+
+
+def _from_roots(line: str) -> str:
+    """A line of a traceback with its file from where modules are looked for."""
+    roots = {str(Path.cwd()), *filter(None, sys.path)}
+    for root in sorted(roots, key=len, reverse=True):
+        line = line.replace(f'File "{root}{os.sep}', 'File "')
+    return line

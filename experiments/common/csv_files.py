@@ -1,0 +1,52 @@
+"""Tables as CSV files: harmless in a spreadsheet, and read back as they were.
+
+A spreadsheet executes cells that begin with ``=``, ``+``, ``-`` or ``@``, and texts may come from
+anyone's data; such texts get an apostrophe in front.  A text such as ``NA`` stays a text.
+"""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+__all__ = [
+    "read_csv",
+    "write_csv",
+]
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write ``table`` without its index; texts and column names are made harmless."""
+    safe = table.rename(columns=_harmless)
+    for place, kind in enumerate(safe.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            safe.isetitem(place, safe.iloc[:, place].map(_harmless))
+    safe.to_csv(path, index=False)
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """What `write_csv` wrote.  Only empty cells are missing values."""
+    found = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    found = found.rename(columns=_plain)
+    for place, kind in enumerate(found.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            found.isetitem(place, found.iloc[:, place].map(_plain))
+    return found
+
+
+def _harmless(cell: object) -> object:
+    if isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell):
+        return f"'{cell}"
+    return cell
+
+
+def _plain(cell: object) -> object:
+    if isinstance(cell, str) and cell.startswith("'") and _FORMULA.match(cell):
+        return cell[1:]
+    return cell

@@ -1,0 +1,166 @@
+"""How sure we are: intervals of proportions, and paired differences on the same questions."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+__all__ = [
+    "Interval",
+    "bootstrap_ratio",
+    "holm",
+    "mcnemar",
+    "paired_bootstrap",
+    "proportion",
+    "wilson",
+]
+
+
+_BLOCK = 2_000_000  # places of clusters drawn at once: bounds the memory
+
+
+class Interval(NamedTuple):
+    """Lower and upper end."""
+
+    low: float
+    high: float
+
+
+@lru_cache(maxsize=4096)
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion; unlike Wald's, it is right near 0 and 1."""
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
+    """Exact two-sided p-value of McNemar's test.
+
+    Args:
+        first, second: (n,) whether each of two methods is right on the same n questions.
+    """
+    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    only_one, only_other = int((one & ~other).sum()), int((other & ~one).sum())
+    discordant = only_one + only_other
+    return _even(only_one, discordant) if discordant else 1.0
+
+
+@lru_cache(maxsize=4096)
+def _even(heads: int, tosses: int) -> float:
+    """Exact two-sided p-value of a fair coin."""
+    return float(binomtest(heads, tosses).pvalue)
+
+
+def paired_bootstrap(
+    difference: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 4000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of the mean of paired differences, whole clusters resampled.
+
+    Questions about one image stand or fall together; resampling them one by one would give too
+    narrow an interval.
+
+    Args:
+        difference: (n,) per question, e.g. right with the one method minus right with the other.
+        clusters: (n,) what each question belongs to, e.g. its image.
+        seed: Of the generator used; the same seed gives the same interval.
+    """
+    ones = np.ones(np.shape(difference))
+    return bootstrap_ratio(
+        difference, ones, clusters, seed=seed, resamples=resamples, confidence=confidence
+    )
+
+
+def bootstrap_ratio(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 4000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of a ratio of sums; whole clusters are resampled, both sums together.
+
+    Resamples whose denominator is 0 do not count.
+
+    Args:
+        numerator, denominator: (n,) per question, e.g. right with a part of the image, and right
+            with all of it.
+        clusters: As in `paired_bootstrap`.
+        seed: As in `paired_bootstrap`.
+    """
+    codes, names = pd.factorize(np.asarray(clusters))
+    sums, sizes = (
+        np.bincount(codes, np.asarray(values, dtype=float)) for values in (numerator, denominator)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.concatenate(
+            [
+                sums[drawn].sum(1) / sizes[drawn].sum(1)
+                for drawn in _resampled(len(names), resamples, seed)
+            ]
+        )
+    ratios = ratios[np.isfinite(ratios)]
+    if not len(ratios):
+        return Interval(np.nan, np.nan)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def _resampled(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """(block, clusters) places of the clusters in each resample, block by block."""
+    if resamples * clusters <= _BLOCK:
+        yield _drawn(clusters, resamples, seed)
+        return
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // clusters)
+    for start in range(0, resamples, block):
+        yield generator.integers(clusters, size=(min(block, resamples - start), clusters))
+
+
+@lru_cache(maxsize=4)  # all methods of a comparison answer the same questions
+def _drawn(clusters: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(clusters, size=(resamples, clusters))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """(m,) p-values adjusted for m tests, so that all claims below a level hold together.
+
+    The i-th smallest is multiplied by ``m - i``, i from 0, and is at least the one before it
+    (S. Holm, A simple sequentially rejective multiple test procedure, 1979).  Missing values stay
+    missing and are no tests.
+    """
+    values = np.asarray(p_values, dtype=float)
+    adjusted = np.full(len(values), np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known])]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def proportion(right: pd.Series, images: pd.Series, *, seed: int) -> Interval:
+    """95 % interval of how often ``right`` is true.
+
+    Wilson's, of one answer a question.  Where questions are answered several times (with several
+    seeds) the answers are not independent, and whole images are resampled instead.
+
+    Args:
+        right: Booleans, indexed by question.
+        images: What each of them belongs to.
+        seed: Of the bootstrap.
+    """
+    if right.index.is_unique or right.nunique() == 1:  # or there is nothing to resample
+        questions = right.index.nunique()
+        return wilson(questions if right.all() else int(right.sum()), questions)
+    return paired_bootstrap(right.astype(float), images, seed=seed)

@@ -1,0 +1,217 @@
+"""The journal: every answer, appended as it is given."""
+
+import dataclasses
+import errno
+import json
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from tokenprune.cost.ledger import FIGURES, WHOLE_FIGURES
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.cells import Failure
+from tokenprune.experiments.common.files import sync_folder, writing
+
+__all__ = [
+    "Journal",
+]
+
+
+# --- the journal ----------------------------------------------------------------------------------
+
+
+class Journal:
+    """Answers and failures by cell key, kept in a file that is only ever appended to.
+
+    A line that a crash cut short is passed over when the file is read, so its answer is missing
+    and computed again, and cut off before anything is appended.  If an answer stands in the file
+    twice, the first one counts.
+
+    Attributes:
+        answers: (cell key, question id) to the answer's record.
+        failures: Cell key to the failure, of cells whose last entry is one.
+        unreadable: How many lines are no entries.
+        missing: (cell key, question id) to why the cell could not answer that question, which it
+            failed on alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read ``path``, if it is there.  Raises `UserError` if it cannot be read."""
+        self.path = path
+        self.answers: dict[tuple[str, str], dict[str, Any]] = {}
+        self.failures: dict[str, Failure] = {}
+        self.unreadable = 0
+        self.missing: dict[tuple[str, str], Failure] = {}
+        self._file: BinaryIO | None = None
+        self._size = 0
+        try:
+            with path.open("rb") as file:
+                self._read(file)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(
+                f"cannot read the journal {str(path)!r} ({error.strerror}); give the folder of a "
+                "run."
+            ) from error
+
+    def _read(self, lines: Iterable[bytes]) -> None:
+        # Names, cells and most figures recur a hundred thousand times: each is kept once.
+        known: dict[Any, tuple[str, Any]] = {}
+        for line in lines:
+            record = _entry(line, known)
+            if record is None:
+                self.unreadable += 1
+                continue
+            cell = record.pop("cell")
+            row = cell, record.pop("question", "")
+            if "error" in record:
+                failure = Failure(record["error"], record["traceback"])
+                if row[1]:
+                    self.missing[row] = failure
+                else:
+                    self.failures[cell] = failure
+            else:
+                self.answers.setdefault(row, record)
+                self.failures.pop(cell, None)
+                self.missing.pop(row, None)
+
+    def __enter__(self) -> "Journal":
+        with writing(self.path):
+            there = self.path.exists()
+            # Unbuffered: what one `write` hands over is in the file when it returns, whole.
+            self._file = self.path.open("ab", buffering=0)
+            if not there:
+                sync_folder(self.path.parent)
+            self._mend(self._file)
+            self._size = self.path.stat().st_size
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with writing(self.path), file:
+                os.fsync(file.fileno())
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file is as long as what was found and appended; else read it again."""
+        with suppress(FileNotFoundError):
+            return self.path.stat().st_size == self._size
+        return False
+
+    def add(self, cell: str, records: Mapping[str, dict[str, Any]]) -> None:
+        """Append the answers of ``cell``, question id to record, unless they are there already."""
+        new = {q: r for q, r in records.items() if (cell, q) not in self.answers}
+        self._append({"cell": cell, "question": q, **r} for q, r in new.items())
+        self.answers.update({(cell, q): r for q, r in new.items()})
+        self.failures.pop(cell, None)
+        for question in new:
+            self.missing.pop((cell, question), None)
+
+    def fail(self, cell: str, failure: Failure, question: str | None = None) -> None:
+        """Append that ``cell`` failed, on all questions or on one."""
+        about = {"cell": cell} if question is None else {"cell": cell, "question": question}
+        self._append([{**about, **dataclasses.asdict(failure)}])
+        if question is None:
+            self.failures[cell] = failure
+        else:
+            self.missing[cell, question] = failure
+
+    def _append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write lines.  Raises `WriteError`; lines that were written whole then stay."""
+        if self._file is None:
+            raise RuntimeError("the journal is not open; write to it inside `with journal:`")
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        view = memoryview(text.encode("utf-8", "backslashreplace"))
+        with writing(self.path):
+            try:
+                while view:  # a full disk or a pipe may take a part only
+                    written = self._file.write(view)
+                    if not written:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    view = view[written:]
+                    self._size += written
+            except BaseException:
+                with suppress(OSError):  # else the next start does it
+                    self._mend(self._file)
+                raise
+
+    def _mend(self, file: BinaryIO) -> None:
+        """Cut off a line that is half-written; end one that lacks nothing but its end."""
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return
+        with (
+            self.path.open("rb") as reader,
+            mmap.mmap(reader.fileno(), size, access=mmap.ACCESS_READ) as content,
+        ):
+            start = content.rfind(b"\n") + 1
+            tail = content[start:]
+        if tail and _entry(tail, {}) is None:
+            file.truncate(start)
+        elif tail:
+            file.write(b"\n")
+
+
+def _entry(line: bytes, known: dict[Any, tuple[str, Any]]) -> dict[str, Any] | None:
+    """What a line of the journal holds; None if it is torn or no answer and no failure.
+
+    Args:
+        line: Of the file.
+        known: Names and values that lines before it had, which are used again; is added to.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    kind = ("error", "traceback") if "error" in record else ("question", "answer")
+    if not all(name in record for name in ("cell", *kind)):
+        return None
+    found = {}
+    for name, value in record.items():
+        plain = type(value) is not list and type(value) is not dict
+        key = name, type(value), value if plain else repr(value)
+        same = known.get(key)
+        if same is None:
+            if name in _FITS and not _FITS[name](value):
+                return None
+            same = known[key] = sys.intern(name), value
+        found[same[0]] = same[1]
+    return found
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63  # what a column can hold
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or _is_count(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return type(value) is list and all(map(_is_number, value))
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("cell", "question", "answer", "error", "traceback"), _is_text),
+    **dict.fromkeys(("kl", *FIGURES), _is_number),
+    **dict.fromkeys(WHOLE_FIGURES, _is_count),
+    "visual_per_layer": _are_numbers,
+}

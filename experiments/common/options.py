@@ -1,0 +1,248 @@
+"""Options that the commands of several experiments share."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenprune.console import FAILED, INTERRUPTED, OK
+
+if TYPE_CHECKING:
+    from tokenprune.experiments.common.setting import Outcome
+
+__all__ = [
+    "BatchSize",
+    "Config",
+    "Data",
+    "Device",
+    "Dtype",
+    "ImageSize",
+    "MaxImagePixels",
+    "MaxNewTokens",
+    "Modality",
+    "Model",
+    "Out",
+    "Patches",
+    "Plugin",
+    "Questions",
+    "Seed",
+    "TextTokens",
+    "TrustRemoteCode",
+    "closing",
+    "image_limit",
+    "interrupted",
+    "methods",
+    "missing",
+    "retention",
+    "stoppable",
+]
+
+
+_NAMED = 10  # questions whose answers are missing that are named
+
+
+def methods(about: str, default: str) -> Any:
+    """The option ``--methods``; what it takes and what it is if not given differ by command."""
+    text = f"{about} [default: {default}]"
+    return typer.Option("--methods", "-m", metavar="SPEC...", help=text)
+
+
+def retention(default: str) -> Any:
+    """The option ``--retention``."""
+    text = f"Shares of patch tokens to keep, in (0, 1]. [default: {default}]"
+    return typer.Option("--retention", "-r", metavar="R...", help=text)
+
+
+Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")]
+
+
+Questions = Annotated[
+    int | None,
+    typer.Option(help="How many questions. [default: 500 of the testbed, or all of --data]"),
+]
+
+
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Your own questions, JSON lines as for compare."),
+]
+
+
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Questions answered at once. [default: 50 on a testbed, otherwise 4]"),
+]
+
+
+Seed = Annotated[int, typer.Option(help="Draws the testbed's questions and the bootstrap samples.")]
+
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+]
+
+
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder of the run. The same command takes up an unfinished run in it. "
+        "[default: one in runs/, named after what is asked]",
+    ),
+]
+
+
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+
+
+MaxImagePixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Refuse images of more pixels, undecoded. [default: 64000000]"
+    ),
+]
+
+
+Modality = Annotated[
+    str | None,
+    typer.Option(
+        metavar="image|video|multi-image",
+        help="What the questions are about. [default: image, or all of --data]",
+    ),
+]
+
+
+Config = Annotated[
+    str,
+    typer.Option(
+        "--config",
+        "--model",
+        help="A model by its config alone: a known name (llava-v1.6-vicuna-7b, "
+        "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json or a Hub id.",
+    ),
+]
+
+
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH",
+        help="Pixels of the image, height first as in transformers, or spelled out: 1008wx672h. "
+        "[default: thumbnail and 2x2 whole crops without separators, as the field's tables count: "
+        "2880 tokens on LLaVA-NeXT]",
+    ),
+]
+
+
+Patches = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ROWSxCOLUMNS",
+        help="In place of an image: one view of so many patches without separators, such as the "
+        "24x24 that the field's tables for LLaVA-1.5 count.",
+    ),
+]
+
+
+TextTokens = Annotated[
+    int,
+    typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
+]
+
+
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE...",
+        help="Import a module first, which executes it, for the methods that it registers.",
+    ),
+]
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Execute Python code that comes with the model. Without it such a model is refused.",
+    ),
+]
+
+
+def image_limit(pixels: int | None) -> AbstractContextManager[None]:
+    """While open, ``--max-image-pixels`` holds.  Raises `UserError` if it cannot be meant."""
+    from tokenprune.experiments.common.limits import check_number
+    from tokenprune.pictures import pixel_limit
+
+    check_number("max_image_pixels", pixels)
+    return nullcontext() if pixels is None else pixel_limit(pixels)
+
+
+def stoppable() -> float:
+    """Treat a polite request to end, as schedulers make, as Ctrl-C; the time, for `closing`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return time.monotonic()
+
+
+def interrupted(outcome: Outcome) -> int:
+    """Say what is kept; the exit status."""
+    typer.echo(
+        f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
+        f"{outcome.folder}; the same command goes on from there."
+    )
+    return INTERRUPTED
+
+
+def missing(outcome: Outcome) -> Iterator[str]:
+    """How many answers are missing, and a sentence for each of the first questions they are to."""
+    if not outcome.missing:
+        return
+    number = sum(map(len, outcome.missing.values()))
+    yield (
+        f"Answers missing: {number}; questions: {len(outcome.missing)}. What stands above is of "
+        "the others, and differences are of what both methods answered."
+    )
+    for question, failures in list(outcome.missing.items())[:_NAMED]:
+        cells, why = list(map(str, failures)), next(iter(failures.values()))
+        few = ", ".join(cells) if len(cells) <= 3 else f"{len(cells)} cells, {cells[0]} first"
+        yield f"MISSING {question!r} in {few}: {why.error}"
+    if len(outcome.missing) > _NAMED:
+        yield f"MISSING {len(outcome.missing) - _NAMED} more questions; all are in manifest.json."
+
+
+def closing(outcome: Outcome, started: float, files: str) -> int:
+    """Say what failed, how long it took and where ``files`` are; the exit status."""
+    if outcome.status == "interrupted":
+        return interrupted(outcome)
+    for cell, failure in outcome.failures.items():
+        typer.echo(f"FAILED {cell}: {failure.error}")
+    for words in missing(outcome):
+        typer.echo(words)
+    for words in _without_image(outcome):
+        typer.echo(words)
+    seconds = time.monotonic() - started
+    typer.echo(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
+    return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _without_image(outcome: Outcome) -> Iterator[str]:
+    """How often the model is right without seeing anything."""
+    from tokenprune.experiments.common.answers import read_answers
+    from tokenprune.experiments.common.run_folder import IMAGE_FREE
+    from tokenprune.experiments.common.summary import OVERALL, summarise
+
+    answers = read_answers(outcome.folder)
+    for row in summarise(answers[answers["label"] == IMAGE_FREE], seed=0).itertuples():
+        if row.kind == OVERALL and row.status == "ok":
+            shares = (row.accuracy, row.accuracy_low, row.accuracy_high)
+            right, low, high = (f"{100 * share:.1f}" for share in shares)
+            yield f"Without the image {right} % of the answers are right ({low}–{high})."

@@ -1,0 +1,172 @@
+"""The shape of a prompt whose cost is estimated."""
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tokenprune.adapter import Adapter
+from tokenprune.compressor import Compressor
+from tokenprune.cost.arithmetic import DecoderShape
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.limits import check_number
+from tokenprune.forecast import Forecast, forecast
+from tokenprune.layout import TokenLayout
+from tokenprune.models.loading import adapter_without_weights
+
+__all__ = [
+    "DRAWS",
+    "Prompt",
+    "asks",
+    "prompt_of",
+    "read_size",
+]
+
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+DRAWS = 5  # of made-up content, the median of which is told
+
+
+_SIZE = re.compile(r"([hw]?)([0-9]{1,6})([hw]?)\s*[x×,]\s*([hw]?)([0-9]{1,6})([hw]?)")
+
+
+QUESTION = 32  # tokens that methods see of a question where no text is counted
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt on a model: all that its cost depends on.
+
+    Attributes:
+        adapter: Of the model, with or without weights.
+        layouts: Of its images and videos.
+        text: Its tokens that are not visual.
+        asking: How many of them lie behind the images, or are to be seen there though nobody counts
+            them; None for all.
+        size: Bytes of a number.
+        image_size: (height, width) of its image where one was given.
+    """
+
+    adapter: Adapter
+    layouts: tuple[TokenLayout, ...]
+    text: int = 0
+    asking: int | None = None
+    size: int = 2
+    image_size: tuple[int, int] | None = None
+    _told: dict[Any, Forecast] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def shape(self) -> DecoderShape:
+        """Of the decoder."""
+        return DecoderShape.of(self.adapter.language_model.config)
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens, separators included."""
+        return sum(map(len, self.layouts))
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens."""
+        return sum(len(layout.patches) for layout in self.layouts)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of the whole model, tower and projector included, ``size`` bytes a number."""
+        counts: list[int] = [weight.numel() for weight in self.adapter.model.parameters()]
+        return self.size * sum(counts)
+
+    def forecast(self, method: Compressor | None, draws: int = DRAWS) -> Forecast:
+        """What ``method`` costs on it; told again without computing it again."""
+        if (method, draws) not in self._told:
+            self._told[method, draws] = forecast(
+                self.adapter,
+                method,
+                self.layouts,
+                self.text,
+                asking=self.asking,
+                size=self.size,
+                draws=draws,
+            )
+        return self._told[method, draws]
+
+    def square(self, side: int) -> "Prompt":
+        """The same with a single view of ``side`` x ``side`` patches and no separator."""
+        layout = TokenLayout.single((side, side), newline=False)
+        return Prompt(self.adapter, (layout,), self.text, self.asking, self.size)
+
+
+def prompt_of(
+    model: str,
+    image_size: tuple[int, int] | None = None,
+    *,
+    patches: tuple[int, int] | None = None,
+    text: int = 0,
+    dtype: str = "bfloat16",
+) -> Prompt:
+    """One image in front of ``text`` tokens, on a model known by its config alone.
+
+    Args:
+        model: As for `models.configs.config_of`.
+        image_size: (height, width) in pixels; the adapter's layout says how many tokens that is.
+            None stands for a thumbnail and 2x2 whole crops **without separators**, which is how the
+            efficiency tables of the field count: 2880 tokens on LLaVA-NeXT.
+        patches: (rows, columns) of a single view without separators, in place of an image.
+        text: Tokens of the prompt that are not visual; those tables count none.  Methods that look
+            at the question then see one of `QUESTION` tokens that nobody counts.
+        dtype: Of weights and KV cache.
+
+    Raises:
+        UserError: Unknown model or dtype, a size that is none, both an image and patches, or more
+            tokens than the decoder knows positions.
+    """
+    if dtype not in SIZES:
+        raise UserError(f"dtype must be one of {', '.join(SIZES)}, got {dtype!r}.")
+    check_number("text_tokens", text)
+    if image_size is not None and patches is not None:
+        raise UserError("give --image-size or --patches, not both.")
+    adapter = adapter_without_weights(model)
+    if patches is not None:
+        adapter.check_length(math.prod(patches), text)
+        layout = TokenLayout.single(patches, newline=False)
+    elif image_size is None:
+        rows, cols = adapter.view_shape
+        box = (0, 2 * rows, 0, 2 * cols)
+        layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
+    else:
+        layout = adapter.layout(image_size)
+    adapter.check_length(len(layout) + text)
+    asking = None if text else QUESTION
+    return Prompt(adapter, (layout,), text, asking, SIZES[dtype], image_size)
+
+
+def asks(prompt: Prompt, method: Compressor) -> bool:
+    """Whether what ``method`` keeps or costs depends on how long the question is."""
+    told = [
+        replace(prompt, asking=words).forecast(method, draws=1).ledger for words in (1, QUESTION)
+    ]
+    return told[0] != told[1]
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """(height, width) of ``672x1008``, height first as in ``transformers``, or ``1008wx672h``.
+
+    Raises:
+        UserError: Not two positive numbers of at most six digits.
+
+    >>> read_size("672x1008"), read_size("1008wx672h"), read_size("h672xw1008")
+    ((672, 1008), (672, 1008), (672, 1008))
+    """
+    found = _SIZE.fullmatch(text.strip().lower())
+    if found:
+        marks = [found[1] + found[3], found[4] + found[6]]
+        sides = int(found[2]), int(found[5])
+        if min(sides) and marks in (["", ""], ["h", "w"], ["w", "h"]):
+            return sides if marks != ["w", "h"] else (sides[1], sides[0])
+    raise UserError(
+        f"cannot read the size {text!r}; write HEIGHTxWIDTH, such as 672x1008, or say which is "
+        "which: 1008wx672h; a side has at most six digits."
+    )

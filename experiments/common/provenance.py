@@ -1,0 +1,309 @@
+"""What a result depends on: files by their SHA-256, versions, and the state of the source."""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenprune
+from tokenprune.compressor import Compressor
+
+__all__ = [
+    "DECISIVE",
+    "Files",
+    "answer_files",
+    "code_files",
+    "digests",
+    "environment",
+    "git_state",
+    "model_files",
+]
+
+
+Files = dict[str, str]
+"""Name of a file to its SHA-256."""
+
+
+DECISIVE = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+"""Packages whose version can change an answer."""
+
+
+# Modules of ours that answers do not pass through, though modules that they do pass through import
+# them: what writes, shows and counts.  What they make of a spec is in the experiment itself.
+_ASIDE = {
+    *("tokenprune.cli", "tokenprune.console", "tokenprune.testing", "tokenprune.testing.golden"),
+    "tokenprune.engine.rankings",
+    *(
+        f"tokenprune.experiments.common.{name}"
+        for name in (
+            *("answers", "bench", "cells", "conversion", "csv_files", "files", "journal"),
+            *("patch_boxes", "plots", "prompt", "provenance", "reading", "run_folder"),
+            *("intervals", "summary"),
+        )
+    ),
+    *(
+        f"tokenprune.experiments.{name}"
+        for name in (
+            *("compare.figures", "compare.matching", "efficiency.figures", "efficiency.run"),
+            *("positional_bias.figures", "positional_bias.estimates"),
+        )
+    ),
+}
+
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+
+
+_CONFIGS = {"config.json", "generation_config.json"}
+
+
+_PROCESSOR = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
+
+
+_NO_DATA = {".py", ".pyc", ".pyi", ".md", ".rst"}
+
+
+_RUN = ("manifest.json", "answers.jsonl")
+
+_ENGINE = "tokenprune.engine.session"  # loaded on first use, so that no import leads to it
+
+
+def answer_files(
+    model: Path | None,
+    compressors: Iterable[Compressor],
+    others: Iterable[type | str] = ("tokenprune.experiments.compare.run",),
+) -> dict[str, Files]:
+    """Every file that can change an answer, by what it is part of.
+
+    Args:
+        model: Folder of the model, if there is one.
+        compressors: Of the experiment.
+        others: Whose code takes part as well: classes, such as the adapter's, and modules.
+
+    Returns:
+        The files of ``weights``, ``processor`` and ``code``.
+    """
+    return {**model_files(model), "code": code_files(compressors, {*others, _ENGINE})}
+
+
+def digests(files: Mapping[str, Files]) -> dict[str, str | None]:
+    """One SHA-256 for each group of `answer_files`, of names and contents; None without a file."""
+    return {
+        group: hashlib.sha256(json.dumps(sorted(named.items())).encode()).hexdigest()
+        if named
+        else None
+        for group, named in files.items()
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def model_files(folder: Path | None) -> dict[str, Files]:
+    """What `from_pretrained` may read below ``folder``: ``weights`` with config, ``processor``."""
+    found: dict[str, Files] = {"weights": {}, "processor": {}}
+    for path, name in _below(folder) if folder is not None else ():
+        whole = path.name in _CONFIGS or path.name.endswith(".index.json")
+        if whole or path.suffix in _WEIGHTS:
+            found["weights"][name] = _digest(path)
+        elif path.suffix in _PROCESSOR:
+            found["processor"][name] = _digest(path)
+    return found
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The files below ``folder`` and their names there; not those that are hidden."""
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") for part in parts):
+            yield path, "/".join(parts)
+
+
+# --- the code -------------------------------------------------------------------------------------
+
+
+def code_files(compressors: Iterable[Compressor], others: Iterable[type | str] = ()) -> Files:
+    """Source and data that the choice of tokens and the answers depend on.
+
+    Of every class of a method, of its bases and of its options: its module, and the modules of the
+    same package, or beside it, that this one imports, and those that they import.  Of a package
+    that is not ours also all files that are no source, and beside a single module those that are
+    named in it.
+
+    Args:
+        compressors: The methods.
+        others: More classes, and names of modules.
+    """
+    classes = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
+    names = [other for other in others if isinstance(other, str)]
+    classes |= {base for other in others if isinstance(other, type) for base in other.__mro__}
+    found: dict[str, Path] = {}
+    seen = set(_ASIDE)
+    for name in sorted({*names, *(kind.__module__ for kind in classes)}):
+        if name.partition(".")[0] not in sys.stdlib_module_names | {"torch"}:
+            _follow(name, found, seen)
+    return {name: _digest(path) for name, path in sorted(found.items())}
+
+
+def _kinds(value: Any) -> Iterator[type]:
+    """The classes of an option's value and of what it is made of, with their bases."""
+    yield from type(value).__mro__
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            yield from _kinds(getattr(value, item.name))
+
+
+def _follow(name: str, found: dict[str, Path], seen: set[str]) -> None:
+    """Add to ``found`` the module and, again and again, what is imported from its neighbours.
+
+    Args:
+        name: Of the module.
+        found: Name of a file to its path.
+        seen: Modules that are done with.
+    """
+    top = name.partition(".")[0]
+    home = _home(top)
+    if home is None:  # defined at a prompt
+        return
+    alone = home in {Path(sysconfig.get_path(which)) for which in ("purelib", "platlib")}
+    left = [name]
+    while left:
+        name = left.pop()
+        other = name.partition(".")[0] != top
+        if name in seen or (alone and other):  # another distribution: its version stands for it
+            continue
+        path = _file(name, home, loaded=not other)
+        if path is None:
+            continue
+        seen.add(name)
+        inside = name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
+        found[inside] = path
+        tree = ast.parse(path.read_bytes())
+        left += _imported(tree, name, path)
+        left += [name.rpartition(".")[0]]
+        if top != "tokenprune":
+            found |= _data(tree, inside, path)
+
+
+def _home(top: str) -> Path | None:
+    """The folder in which a package, or a single module, lies; None if it has no file."""
+    module = sys.modules.get(top)
+    file = getattr(module, "__file__", None)
+    paths = list(getattr(module, "__path__", ())) or ([file] if file else [])
+    return Path(paths[0]).absolute().parent if paths else None
+
+
+def _file(name: str, home: Path, *, loaded: bool) -> Path | None:
+    """The source of a module below ``home``, or wherever it was ``loaded`` from."""
+    stem = home.joinpath(*name.split("."))
+    where = getattr(sys.modules.get(name), "__file__", None) if loaded else None
+    for path in (stem.with_suffix(".py"), stem / "__init__.py", Path(where or "")):
+        if path.suffix == ".py" and path.is_file():
+            return path
+    return None
+
+
+def _imported(tree: ast.AST, name: str, path: Path) -> Iterator[str]:
+    """The full names of what a module imports, modules or not; not for type checking alone."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    left: list[ast.AST] = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.If) and _for_types(node.test):
+            left += node.orelse
+            continue
+        left += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+                base = f"{above}.{base}".strip(".")
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _for_types(test: ast.expr) -> bool:
+    """Whether a condition is ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
+    return getattr(test, "id", getattr(test, "attr", "")) == "TYPE_CHECKING"
+
+
+def _data(tree: ast.AST, inside: str, path: Path) -> dict[str, Path]:
+    """The data and template files that may belong to a module, by name.
+
+    Args:
+        tree: The module.
+        inside: Name of its file, from the folder that holds its package.
+        path: Its file.
+    """
+    top, *below = inside.split("/")
+    if below:
+        folder = path.parents[len(below) - 1]
+        return {f"{top}/{name}": file for file, name in _below(folder) if _is_data(file, folder)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    names = [text for text in texts if isinstance(text, str) and re.fullmatch(r"[\w. /-]+", text)]
+    named = {name: path.parent / name for name in names if len(name) < 256}
+    return {
+        name: file for name, file in named.items() if file.is_file() and _is_data(file, path.parent)
+    }
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    """Not source, nor of tests or of a run's folder, which grows while the run goes on."""
+    above = [parent for parent in file.parents if parent.is_relative_to(folder)]
+    return (
+        file.suffix not in _NO_DATA
+        and not {"tests", "__pycache__"}.intersection(file.relative_to(folder).parts)
+        and not any((parent / mark).exists() for parent in above for mark in _RUN)
+    )
+
+
+# --- the surroundings -----------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """Versions of everything that could matter, the platform and the state of the source."""
+    packages = ("tokenprune", *DECISIVE, "accelerate", "numpy", "pandas", "scipy")
+    extra = ("safetensors", "scikit-learn", "timm")
+    return {
+        "versions": {name: _version(name) for name in (*packages, *extra)},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": git_state(Path(tokenprune.__file__).parent),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout whose files are in ``folder``, and whether it has changes."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not merely below some repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

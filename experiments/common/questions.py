@@ -1,0 +1,435 @@
+"""Questions with known answers: your own from a JSON-lines file, or the testbed's held-out ones."""
+
+import hashlib
+import json
+import math
+import os
+import reprlib
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
+
+from PIL import Image
+
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.summary import OVERALL
+from tokenprune.pictures import picture
+from tokenprune.texts import is_plain, is_whole
+
+if TYPE_CHECKING:
+    from tokenprune.adapter import Adapter
+
+__all__ = [
+    "MODALITIES",
+    "Modality",
+    "Picture",
+    "Question",
+    "check_placeholders",
+    "fingerprint",
+    "held_out",
+    "normalise",
+    "read_jsonl",
+]
+
+
+Modality = Literal["image", "multi-image", "video"]
+
+
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+
+_FIELDS = 'each line is an object such as {"image": "cat.png", "question": "…", "answer": "…"}'
+
+
+_LAYOUT = "\t\n\r"  # control characters that lay out a text
+
+
+_QUOTES = "‘’“”«»"
+
+
+# Not all of `string.punctuation`: "-5", "5%" and "$5" are not "5".
+_SURROUNDING = "".join(set(string.punctuation) - set("+-%$#&@")) + _QUOTES + string.whitespace
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image by name; a file is opened only when it is needed.
+
+    Attributes:
+        id: Equal for equal sources; what is encoded once and what statistics are clustered by.
+        source: A file, or the image itself.
+    """
+
+    id: str
+    source: Path | Image.Image
+
+    def open(self) -> Image.Image:
+        """The image as `pictures.picture` shows it.  Raises `UserError` if it cannot."""
+        return picture(self.source)
+
+    def digest(self) -> str:
+        """SHA-256 of the file, or of the pixels of an image in memory.
+
+        Raises:
+            OSError: The file cannot be read, or is a pipe or a device, which may never end.
+        """
+        if isinstance(self.source, Path):
+            if not self.source.is_file():
+                raise OSError(f"{str(self.source)!r} is not a regular file")
+            return hashlib.sha256(self.source.read_bytes()).hexdigest()
+        header = f"{self.source.mode} {self.source.size} ".encode()
+        return hashlib.sha256(header + self.source.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A question about an image, several images or a video, and its true answer.
+
+    Attributes:
+        id: Unique in a data set.
+        images: In the order the model sees them; of a video, its frames.
+        kind: What accuracies are broken down by.
+        video: Whether the images are the frames of a video.
+        place: Where in its single image the answer is to be seen, (x, y) as shares of width and
+            height; None if unknown.
+        fault: Why it cannot be asked; empty if it can.
+    """
+
+    id: str
+    images: tuple[Picture, ...]
+    question: str
+    answer: str
+    kind: str = "other"
+    video: bool = False
+    place: tuple[float, float] | None = None
+    fault: str = ""
+
+    @property
+    def modality(self) -> Modality:
+        """``image``, ``multi-image`` or ``video``."""
+        if self.video:
+            return "video"
+        return "image" if len(self.images) == 1 else "multi-image"
+
+    @property
+    def image_id(self) -> str:
+        """Names what is shown; questions that share it are not independent of each other."""
+        names = " ".join(_quoted(picture.id) for picture in self.images)
+        return f"video {names}" if self.video else names
+
+
+def _quoted(name: str) -> str:
+    """``name``, in quotes where it could be taken for several or for quoted itself."""
+    return json.dumps(name, ensure_ascii=False) if " " in name or name.startswith('"') else name
+
+
+def normalise(answer: str) -> str:
+    """What two answers are compared by: no case, no surrounding punctuation, single spaces.
+
+    >>> normalise(" Yes.") == normalise("yes")
+    True
+    >>> normalise("-5") == normalise("5")
+    False
+    """
+    folded = " ".join(answer.casefold().split())
+    return folded.strip(_SURROUNDING) or folded
+
+
+def held_out(count: int, seed: int, modality: Modality = "image") -> list[Question]:
+    """The first ``count`` held-out questions of the testbeds; several in a row share an image."""
+    from tokenprune.models.testbed import scenes
+
+    pictures: dict[str, Picture] = {}
+
+    def shown(item: scenes.Question) -> tuple[Picture, ...]:
+        names = [item.image_id]
+        if modality != "image":
+            names = [f"{item.image_id}-{index}" for index in range(len(item.images))]
+        return tuple(
+            pictures.setdefault(name, Picture(name, image))
+            for name, image in zip(names, item.images, strict=True)
+        )
+
+    return [
+        Question(
+            item.id,
+            shown(item),
+            item.question,
+            item.answer,
+            item.kind,
+            modality == "video",
+            item.place,
+        )
+        for item in scenes.questions(count, seed=seed, split="test", modality=modality)
+    ]
+
+
+def read_jsonl(
+    path: Path,
+    count: int | None = None,
+    modality: Modality | None = None,
+    *,
+    check_images: bool = True,
+    keep_faulty: bool = False,
+) -> list[Question]:
+    """The questions of a JSON-lines file, the first ``count`` of them or all.
+
+    Every line has ``image`` (a path), ``images`` (a list of paths) or ``video`` (the paths of its
+    frames), ``question`` and ``answer``, and may have ``kind``, ``id`` and ``place`` ([x, y] of the
+    spot in the image that matters, as shares of width and height).  Paths are relative to the file.
+    Other fields and blank lines are passed over.  Every image is decoded once to see that it can
+    be, and that the frames of a video are of one size.
+
+    Args:
+        path: The file.
+        count: How many.
+        modality: Only questions of this one, or of all.
+        check_images: Whether to decode the images; otherwise some may be missing.
+        keep_faulty: Note an image that is missing or broken in `Question.fault`, so that the other
+            questions can be asked, and do not raise.
+
+    Raises:
+        UserError: The file cannot be read or is empty, a line is malformed (its number is given),
+            an image is missing or broken, or there are fewer than ``count`` questions.
+    """
+    lines = _read(path).removeprefix(b"\xef\xbb\xbf").splitlines()
+    questions: list[Question] = []
+    pictures = _Pictures(path.parent, check_images, keep_faulty)
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if len(questions) == count:
+            break
+        try:
+            item = _question(line, number, pictures)
+            if item.id in seen:
+                raise UserError(f"the id {item.id!r} was given on line {seen[item.id]} already.")
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        seen[item.id] = number
+        if modality in (None, item.modality):
+            questions.append(item)
+    if seen and not questions:
+        raise UserError(f"{path} holds no question of the modality {modality}.")
+    if not questions:
+        raise UserError(f"{path} holds no question; {_FIELDS}.")
+    if count is not None and len(questions) < count:
+        raise UserError(
+            f"{path} holds {len(questions)} questions, fewer than the {count} asked for; ask for "
+            "at most as many, or leave --questions out to use all."
+        )
+    return questions
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(None, "It is a pipe or a device, which can be read only once")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"cannot read the data file {str(path)!r}: {said}. Expected JSON lines; {_FIELDS}."
+        ) from error
+
+
+class _Pictures:
+    """The pictures of a data file, each once, however its path is spelt.
+
+    Attributes:
+        folder: What paths are relative to.
+        decode: Whether to decode every picture, to see that it can be.
+        keep_faulty: Whether to note what is wrong in `faults`, and not to raise.
+        faults: Name to why a picture cannot be shown.
+    """
+
+    def __init__(self, folder: Path, decode: bool, keep_faulty: bool) -> None:
+        self.folder, self.decode, self.keep_faulty = folder, decode, keep_faulty
+        self.faults: dict[str, str] = {}
+        self._known: dict[str, Picture] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def get(self, path: str) -> Picture:
+        # "./a.png" and "a.png" are one picture, but behind a symbolic link ".." leads elsewhere.
+        name = Path(os.path.normpath(path)).as_posix()
+        if os.path.realpath(self.folder / name) != os.path.realpath(self.folder / path):
+            name = path
+        if name not in self._known:
+            found = Picture(name, self.folder / name)
+            try:
+                if self.decode:
+                    self._sizes[name] = found.open().size
+            except UserError as error:
+                if not self.keep_faulty:
+                    raise
+                self.faults[name] = str(error)
+            self._known[name] = found
+        return self._known[name]
+
+    def fault(self, shown: Sequence[Picture], *, video: bool) -> str:
+        """Why these pictures cannot be shown together; empty if they can.
+
+        Raises:
+            UserError: The frames of a video are not of one size, and nothing faulty is kept.
+        """
+        found = next((self.faults[one.id] for one in shown if one.id in self.faults), "")
+        sizes = {self._sizes[one.id] for one in shown if one.id in self._sizes}
+        if found or not video or len(sizes) < 2:
+            return found
+        found = f"the frames of a video must be of one size, got {sorted(sizes)} (width, height)."
+        if not self.keep_faulty:
+            raise UserError(found)
+        return found
+
+
+def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
+    """Read one line."""
+    try:
+        fields = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise UserError("this is not UTF-8; save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"this is not JSON ({error.msg} at column {error.colno}); {_FIELDS}."
+        ) from None
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"a number has more digits than can be read; {_FIELDS}.") from None
+    except RecursionError:
+        raise UserError(f"lists or objects are nested too deeply; {_FIELDS}.") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"expected an object, got {type(fields).__name__}; {_FIELDS}.")
+    missing = [name for name in ("question", "answer") if name not in fields]
+    given = [name for name in ("image", "images", "video") if name in fields]
+    if not given:
+        missing.insert(0, "image")
+    if missing:
+        listed = " and ".join(repr(name) for name in missing)
+        verb = "s {} are" if len(missing) > 1 else " {} is"
+        raise UserError(f"the field{verb.format(listed)} missing; {_FIELDS}.")
+    if len(given) > 1:
+        raise UserError("give one of 'image', 'images' and 'video', not several.")
+    paths = [fields["image"]] if "image" in fields else fields[given[0]]
+    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+        raise UserError(
+            "'image' must be a path, 'images' and 'video' must be a non-empty list of paths."
+        )
+    kind = _text(fields, "kind", "other")
+    if kind == OVERALL:
+        raise UserError(f"the kind {kind!r} stands for all questions together; choose another.")
+    for path in paths:
+        _check_text("a path", path)
+    images = tuple(pictures.get(path) for path in paths)
+    fault = pictures.fault(images, video="video" in fields)
+    return Question(
+        id=_text(fields, "id", f"line-{number}"),
+        images=images,
+        question=_text(fields, "question", allowed=_LAYOUT),
+        answer=_text(fields, "answer", allowed=_LAYOUT),
+        kind=kind,
+        video="video" in fields,
+        place=_place(fields.get("place")),
+        fault=f"line {number}: {fault}" if fault else "",
+    )
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)[:80]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise UserError(f"{name} is no JSON; write a text or a finite number.")
+
+
+def _place(value: Any) -> tuple[float, float] | None:
+    """(x, y), each from 0 to 1.  Raises `UserError` for anything else but None."""
+    if value is None:
+        return None
+    numbers = isinstance(value, list) and [isinstance(v, int | float) for v in value] == [True] * 2
+    if not numbers or not all(0 <= share <= 1 for share in value):
+        raise UserError(
+            "'place' must be [x, y] with shares of width and height from 0 to 1, got "
+            f"{_short(value)}."
+        )
+    return float(value[0]), float(value[1])
+
+
+def _text(fields: dict[str, Any], name: str, default: str | None = None, allowed: str = "") -> str:
+    """The text of a field, in which the control characters ``allowed`` may be."""
+    value = fields.get(name, default)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not (isinstance(value, float) and not math.isfinite(value)):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(
+            f"{name!r} must be a non-empty text or a finite number, got {_short(value)}."
+        )
+    _check_text(repr(name), value, allowed)
+    return value
+
+
+def _check_text(what: str, value: str, allowed: str = "") -> None:
+    """Raise `UserError` for what no file can hold, or what a terminal would obey."""
+    if not is_whole(value):
+        raise UserError(
+            f"{what} has half a character (a lone surrogate) in {_short(value)}; write the "
+            "whole one."
+        )
+    if not is_plain(value, allowed):
+        raise UserError(f"{what} has a control character in {_short(value)}; leave it out.")
+
+
+def check_placeholders(questions: Iterable[Question], adapter: "Adapter") -> None:
+    """Raise `UserError` unless the model can be asked every question.
+
+    A question may mark the places of all its images, or of its video, or of none: they then come
+    before the text (`Adapter.prompt`).
+
+    Args:
+        questions: All of them.
+        adapter: Of the model; its weights need not be there.
+    """
+    for item in with_faults(questions, adapter):
+        if item.fault:
+            raise UserError(f"the question {item.id!r} cannot be asked: {item.fault}")
+
+
+def with_faults(questions: Iterable[Question], adapter: "Adapter") -> list[Question]:
+    """The questions, with a `Question.fault` where marks and images do not fit.
+
+    Args:
+        questions: All of them.
+        adapter: Of the model; its weights need not be there.
+
+    Raises:
+        UserError: The model does not take what a question is about.
+    """
+    found = []
+    for item in questions:
+        if item.video and "video" not in adapter.encoders:
+            raise UserError(
+                f"the question {item.id!r} is about a video, but this model takes images only; "
+                "choose another model or --modality image."
+            )
+        try:
+            adapter.prompt(item.question, 0 if item.video else len(item.images), int(item.video))
+        except UserError as error:
+            item = replace(item, fault=item.fault or str(error))
+        found.append(item)
+    return found
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """SHA-256 of everything the answers depend on: texts, and the images' content."""
+    shown = {p.id: p for item in questions if not item.fault for p in item.images}
+    digests = {name: picture.digest() for name, picture in shown.items()}
+    total = hashlib.sha256()
+    for item in questions:
+        images = [digests.get(picture.id, "") for picture in item.images]
+        record = [item.id, images, item.question, item.answer, item.kind, item.video]
+        total.update(json.dumps(record).encode())
+    return total.hexdigest()

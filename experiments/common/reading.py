@@ -1,0 +1,265 @@
+"""What a run's folder holds, as far as it can be read: nothing in it is taken on trust.
+
+Tables are made from the journal, or from ``answers.parquet`` where that is as new; never from
+``summary.csv``, which may be older than either.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import tokenprune as tp
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.answers import answers_frame, read_answers
+from tokenprune.experiments.common.cells import Cell, Matched, without_seed
+from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.questions import (
+    Modality,
+    Question,
+    fingerprint,
+    held_out,
+    read_jsonl,
+)
+from tokenprune.experiments.common.references import references
+from tokenprune.experiments.common.run_folder import manifests
+
+__all__ = [
+    "answers_of",
+    "experiment_of",
+    "journaled",
+    "manifest_of",
+    "questions_of",
+]
+
+
+_MANY = 10_000  # testbed questions that are drawn only if the journal has answered so many
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Experiment(_Part):
+    model: str
+    modality: list[str]
+
+
+class _Match(_Part):
+    method: str
+    retention: Annotated[float, Field(gt=0, le=1)]
+    kind: str
+    asked: float
+    target: float
+    cost: float
+
+
+class _Asked(_Experiment):
+    methods: list[str]
+    retention: list[Annotated[float, Field(gt=0, le=1)]]
+    questions: Annotated[int, Field(ge=0)]
+    data: str
+    seed: Annotated[int, Field(ge=0)]
+    device: str
+    dtype: str
+    max_new_tokens: int
+    revision: str | None = None
+    match: list[_Match] | None = None
+
+
+class _Request(_Part):
+    data: str | None = None
+    modality: Modality | None = None
+    questions: Annotated[int, Field(ge=1)] | None = None
+    seeds: Annotated[int, Field(ge=1)] = 1
+
+
+class _Session(_Part):
+    started: str | None = None
+
+
+class _Git(_Part):
+    commit: str
+    dirty: bool = False
+
+
+class _Failure(_Part):
+    cell: str
+    error: str
+    traceback: str
+
+
+class _Manifest(_Part):
+    experiment: _Asked
+    request: _Request | None = None
+    status: str = "unknown"
+    sessions: list[_Session] = []
+    command: list[str] = []
+    seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    git: _Git | None = None
+    versions: dict[str, str | None] = {}
+    failures: list[_Failure] | None = None
+
+
+class _Named(_Part):
+    experiment: _Experiment
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of a comparison, or its backup.
+
+    Raises:
+        UserError: There is none, or what it says cannot be.
+    """
+    return _checked(folder, _Manifest, {"questions", "data"})
+
+
+def experiment_of(folder: Path) -> dict[str, Any]:
+    """Model and modality of a run.  Raises `UserError` as `manifest_of`."""
+    found: dict[str, Any] = _checked(folder, _Named, {"model", "modality"})["experiment"]
+    return found
+
+
+def _checked(folder: Path, shape: type[BaseModel], needed: set[str]) -> dict[str, Any]:
+    wrong = ""
+    for found in manifests(folder):
+        # Folders of other analyses have a manifest as well, but no questions that were answered.
+        if needed <= found["experiment"].keys():
+            try:
+                shape.model_validate(found)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                wrong = wrong or f"{where}: {first['msg']}"
+            else:
+                return found
+    if wrong:
+        raise UserError(
+            f"the manifest of {str(folder)!r} is damaged ({wrong}); run the command again that "
+            "made the folder, or restore manifest.json."
+        )
+    raise UserError(
+        f"{str(folder)!r} is not the folder of a comparison (it has no readable manifest.json "
+        "of one); give what tokenprune compare printed behind 'Written to'."
+    )
+
+
+def questions_of(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    journal: Journal,
+    notes: list[str],
+    moved: Path | None = None,
+) -> list[Question] | None:
+    """The questions of the run, or None where they cannot be had any more.
+
+    Args:
+        folder: Of the run.
+        manifest: Its manifest (`manifest_of`).
+        journal: Its journal.
+        notes: Is told what is missing.
+        moved: Where the data file is now; then an unreadable one raises `UserError`.
+    """
+    asked = manifest.get("request") or {}
+    experiment = manifest["experiment"]
+    file = moved or asked.get("data")
+    if file is None:
+        count, answered = experiment["questions"], len({name for _, name in journal.answers})
+        if count > max(_MANY, 2 * answered):
+            notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
+            return None
+        found = held_out(count, experiment["seed"], asked.get("modality") or "image")
+    else:
+        place = Path(file) if moved else _place(folder, str(file))
+        try:
+            found = read_jsonl(
+                place, asked.get("questions"), asked.get("modality"), check_images=False
+            )
+        except UserError as error:
+            if moved is not None:
+                raise
+            notes.append(f"No images: {error} Where it was moved, give its place with --data.")
+            return None
+    try:
+        same = fingerprint(found) == experiment["data"]
+    except (OSError, UserError):
+        notes.append("Some images are missing, so it was not checked whether the data changed.")
+    else:
+        if not same:
+            notes.append("The questions or images have changed since the run.")
+    return found
+
+
+def _place(folder: Path, file: str) -> Path:
+    """Where a manifest's path leads: from the folder, or, of older runs, from here."""
+    near = folder / file
+    return near if near.exists() else Path(file)
+
+
+def journaled(
+    manifest: Mapping[str, Any], questions: list[Question] | None, journal: Journal
+) -> pd.DataFrame:
+    """As `answers_frame`, from the journal.
+
+    Raises:
+        UserError: The questions are not there, or a method is not known here.
+    """
+    if questions is None:
+        raise UserError("the questions are not there.")
+    experiment = manifest["experiment"]
+    columns = [*_columns(experiment, (manifest.get("request") or {}).get("seeds", 1))]
+    columns[1:1] = references(set(experiment["modality"]))
+    return answers_frame(experiment["model"], columns, questions, journal)
+
+
+def _columns(experiment: Mapping[str, Any], seeds: int) -> Iterator[Cell]:
+    """The cells of a comparison, from its manifest."""
+    if experiment.get("match"):
+        yield Cell()
+        for one in experiment["match"]:
+            matched = Matched(**{item.name: one[item.name] for item in fields(Matched)})
+            method, retention = one["method"], one["retention"]
+            yield Cell(tp.parse(method, retention=retention), matched=matched)
+        return
+    for cell in cells(experiment["methods"], experiment["retention"]):
+        pooled = False
+        if cell.compressor is not None and seeds > 1:  # each was run with the seeds 0, 1, ...
+            pooled = getattr(cell.compressor, "seed", seeds) in range(seeds)
+            pooled &= without_seed(cell.compressor).label in experiment["methods"]
+        yield replace(cell, pooled=pooled)
+
+
+def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
+    """The answers of a run: ``answers.parquet``, or the journal where that has grown since.
+
+    Args:
+        folder: Of the run.
+        notes: Is told if what is returned is not all there is.
+
+    Raises:
+        UserError: There are none that can be read.
+    """
+    try:
+        table, wrong = read_answers(folder), None
+    except UserError as error:
+        table, wrong = None, error
+    file = folder / "answers.jsonl"
+    size = file.stat().st_size if file.is_file() else None
+    # A journal that is shorter than when the table was made has lost answers that the table has.
+    if table is not None and (size is None or table.attrs.get("journal", size) >= size):
+        return table
+    try:
+        manifest, journal = manifest_of(folder), Journal(file)
+        return journaled(manifest, questions_of(folder, manifest, journal, []), journal)
+    except UserError as error:
+        if table is None:
+            raise wrong or error from None
+        notes.append(
+            f"answers.parquet of {folder} is older than the journal; the command that made the "
+            "folder brings it up to date."
+        )
+        return table

@@ -1,0 +1,269 @@
+"""One run, one folder: a manifest, an append-only journal, and tables made from the journal.
+
+``manifest.json``    what was asked, with what, and how it ended; written first, with a backup
+``answers.jsonl``    the journal, one line per answer or failure, appended as they come
+``answers.parquet``  tidy: one row per model, method, parameters, retention and question
+``summary.csv``      one row per method, retention and question kind (`intervals.summarise`)
+``plots/``
+
+The journal is the truth: whatever else is in the folder can be made again from it.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.csv_files import write_csv
+from tokenprune.experiments.common.files import check_writable, replace_file, sweep, try_lock
+
+__all__ = [
+    "IMAGE_FREE",
+    "THUMBNAIL_ONLY",
+    "UNCOMPRESSED",
+    "RunFolder",
+    "asked_for",
+    "manifests",
+]
+
+
+UNCOMPRESSED, THUMBNAIL_ONLY, IMAGE_FREE = "uncompressed", "thumbnail-only", "image-free"
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+_MANIFESTS = ("manifest.json", "manifest.backup.json")
+
+
+_NAMED = 10  # files named in a refusal
+
+
+@dataclass
+class RunFolder:
+    """A run's folder, new or taken up again.
+
+    Attributes:
+        path: The folder.
+        manifest: What ``manifest.json`` holds.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    _lock: int | None = None
+    _started: float = field(default_factory=time.monotonic, repr=False)
+
+    @classmethod
+    def open(
+        cls, path: Path, experiment: Mapping[str, Any], details: Mapping[str, Any]
+    ) -> "RunFolder":
+        """Create the folder of ``experiment``, or take up the one that holds it.
+
+        The folder is then this process's own until `close`.
+
+        Args:
+            experiment: All that the answers depend on; JSON-serialisable.
+            details: What else the manifest should tell, e.g. versions and command line; in
+                ``files`` what fingerprints are made of (`fingerprints.answer_files`).
+
+        Raises:
+            UserError: The folder cannot be written, holds another experiment or files that are not
+                a run's, or another process is working in it.
+        """
+        check_writable(path)
+        lock = _lock(path)
+        try:
+            manifest = _manifest(path)
+            experiment = json.loads(json.dumps(experiment))  # as it will be when it is read back
+            differences = list(
+                _differences(
+                    manifest.get("experiment", experiment),
+                    experiment,
+                    manifest.get("files"),
+                    details.get("files"),
+                )
+            )
+            if differences:
+                raise UserError(
+                    f"{path} holds another experiment ({'; '.join(differences)}); choose another "
+                    "--out, or ask for the same again to resume it."
+                )
+            sweep(path, below=True)
+            _end_killed(manifest, path)
+            manifest |= {"status": "running", "experiment": experiment, **details}
+            manifest.setdefault("sessions", []).append({"started": _now(), "status": "running"})
+            folder = cls(path, manifest, lock)
+            folder.write_manifest()
+        except BaseException:
+            _unlock(lock)
+            raise
+        return folder
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "answers.jsonl"
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all sessions together."""
+        took = (session.get("seconds") for session in self.manifest["sessions"])
+        return float(sum(seconds for seconds in took if isinstance(seconds, int | float)))
+
+    def write_manifest(self) -> None:
+        """Write ``manifest.json`` and its backup, each in one step."""
+        text = json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str) + "\n"
+        for name in _MANIFESTS:
+            with replace_file(self.path / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    def write_tables(self, answers: pd.DataFrame, summary: pd.DataFrame) -> None:
+        """Write ``answers.parquet`` and ``summary.csv``, each in one step."""
+        answers = answers.copy(deep=False)
+        if self.journal.exists():  # tells readers whether the journal has grown since
+            answers.attrs["journal"] = self.journal.stat().st_size
+        with replace_file(self.path / "answers.parquet") as temporary:
+            temporary.write_bytes(answers.to_parquet(index=False))
+        with replace_file(self.path / "summary.csv") as temporary:
+            write_csv(summary, temporary)
+
+    def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Enter into the manifest how this session ended, and let go of the folder."""
+        seconds = round(time.monotonic() - self._started, 3)
+        self.manifest["sessions"][-1] |= {"ended": _now(), "seconds": seconds, "status": status}
+        self.manifest |= {"status": status, "seconds": round(self.seconds, 3)}
+        self.manifest["failures"] = list(failures)
+        try:
+            self.write_manifest()
+        finally:
+            _unlock(self._lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold ``folder`` for this process until `_unlock` or the process's end.
+
+    None where the system has no such locks.
+    """
+    if os.name == "nt":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    if not try_lock(handle):
+        os.close(handle)
+        raise UserError(
+            f"another process is writing to {folder}; wait until it ends or choose another --out."
+        )
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+def manifests(folder: Path) -> Iterator[dict[str, Any]]:
+    """The manifest of a run and its backup, those of them that are not torn or gone."""
+    for name in _MANIFESTS:
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("experiment"), dict):
+            yield found
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """That of a folder to be written to; empty if the folder is."""
+    for manifest in manifests(path):
+        if isinstance(manifest.get("sessions"), list):
+            manifest["sessions"] = [one for one in manifest["sessions"] if isinstance(one, dict)]
+            return manifest
+    if (path / _MANIFESTS[0]).exists():
+        file = path / _MANIFESTS[0]
+        raise UserError(f"{file} is not the manifest of a run; choose another --out.")
+    if any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise UserError(
+            f"{path} holds files but no manifest.json, so it is not the folder of a run; "
+            "choose another --out."
+        )
+    return {}
+
+
+def _end_killed(manifest: dict[str, Any], path: Path) -> None:
+    """Enter how long the last session took that was killed: until the last result it kept."""
+    last = (manifest.get("sessions") or [{}])[-1]
+    if not isinstance(last, dict) or "started" not in last or "seconds" in last:
+        return
+    kept = [path / "answers.jsonl", *path.glob("*/*.parquet")]
+    with suppress(TypeError, ValueError):
+        started = datetime.fromisoformat(last["started"]).timestamp()
+        ended = max([started, *(file.stat().st_mtime for file in kept if file.is_file())])
+        last |= {"seconds": round(ended - started, 3), "status": "killed"}
+
+
+def asked_for(request: Any, folder: Path) -> dict[str, Any]:
+    """The command line and the request, a dataclass, as a manifest tells them.
+
+    Paths are relative where they can be: in the request to the run's ``folder``, of what lies with
+    it in the working directory or beside it, so that both can move; in the command to the working
+    directory.
+    """
+    here, home = Path.cwd(), Path(os.path.abspath(folder))
+
+    def told(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [told(one) for one in value]
+        if not isinstance(value, Path):
+            return value
+        whole = os.path.abspath(value)
+        shared = Path(os.path.commonpath([whole, home]))
+        if shared.is_relative_to(here) or shared.is_relative_to(home.parent):
+            return Path(os.path.relpath(whole, home)).as_posix()
+        return whole
+
+    words = [
+        Path(sys.argv[0]).name,
+        *(word.replace(f"{here}{os.sep}", "") for word in sys.argv[1:]),
+    ]
+    asked = {name: told(value) for name, value in dataclasses.asdict(request).items()}
+    return {"command": words, "request": asked}
+
+
+def _differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], *files: Mapping[str, Any] | None
+) -> Iterator[str]:
+    """Say field by field what differs; of fingerprints which of the ``files`` there and here."""
+    for name in [*here, *(name for name in there if name not in here)]:
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif old != new:
+            if isinstance(old, str) and isinstance(new, str) and len(old) == len(new) == 64:
+                named = [one.get(name) if isinstance(one, dict) else None for one in files]
+                yield f"other {name}{_which(*named)}"
+            else:
+                yield f"{name}: {_say(old)} there, {_say(new)} here"
+
+
+def _which(there: Any = None, here: Any = None) -> str:
+    """Name the files whose digests differ, the first few of them."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return ""
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f": {', '.join(names[:_NAMED])}{more}" if names else ""
+
+
+def _say(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,286 @@
+"""Accuracy per method and retention, and paired comparisons of methods."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+
+from tokenprune.cost.ledger import FIGURES
+from tokenprune.experiments.common.intervals import (
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    proportion,
+    wilson,
+)
+
+__all__ = [
+    "OVERALL",
+    "compared",
+    "pairs",
+    "summarise",
+]
+
+
+OVERALL = "overall"
+"""The `kind` of a summary row that takes all questions together."""
+
+
+_MATCH = ("match", "match_target")
+
+
+def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
+    """One row per method, retention and question kind (and `OVERALL`), from ``answers.parquet``.
+
+    Accuracy and agreement stand beside their 95 % intervals (`proportion`), the mean divergence
+    ``kl`` of the answer token beside that of a bootstrap.  ``vs_uncompressed`` and ``vs_uniform``
+    are differences of accuracy to the uncompressed model and to `uniform` at the same retention, or
+    at the same cost where costs were matched (`compared`).  Costs are means per question.
+
+    ``easy_accuracy`` is that on questions which the model answers rightly without the image or
+    from the thumbnail alone, ``hard_accuracy`` that on all others.  The two references themselves
+    have 0 on hard questions by construction.
+
+    A method that ran with several seeds is one row: ``seeds`` says how many, the accuracy is their
+    mean, and ``seed_spread`` the standard deviation of theirs.
+
+    References without a retention (``thumbnail-only``, ``image-free``) have NaN there.
+
+    A cell that failed has ``status`` "failed" and no figures: neither its missing answers nor the
+    ones it gave before it failed are scored.  Where it failed on some questions alone, ``missing``
+    says on how many (answers, where there are several seeds); figures are of the ``n`` others, and
+    differences of those that both answered.
+    """
+    missing = {name: pd.NA for name in ("kl", "easy") if name not in answers}
+    answers = answers.assign(**missing).set_index("question_id")
+    cells = dict(iter(answers.groupby(["label", "retention"], sort=False, dropna=False)))
+    kinds = [OVERALL, *pd.unique(answers["kind"])]
+    if len(kinds) == 2:
+        kinds = [OVERALL]
+    parts = {
+        (*which, kind): _Part(_only(cell, kind)) for which, cell in cells.items() for kind in kinds
+    }
+    rows = []
+    for (label, retention), cell in cells.items():
+        # Where costs were matched, with the uniform cell whose cost was the target.
+        asked = cell["asked_retention"].iloc[0] if "asked_retention" in cell else retention
+        references = {"vs_uncompressed": ("uncompressed", 1.0), "vs_uniform": ("uniform", asked)}
+        failed = bool((cell["status"] == "failed").any())
+        for kind in kinds:
+            row: dict[Hashable, Any] = {
+                "model": cell["model"].iloc[0],
+                "method": cell["method"].iloc[0],
+                "label": label,
+                "parameters": cell["parameters"].iloc[0],
+                "retention": retention,
+                "asked_retention": asked,
+                **{name: cell[name].iloc[0] for name in _MATCH if name in cell},
+                "kind": kind,
+                "status": "failed" if failed else "ok",
+            }
+            rows.append(row)
+            if not failed:
+                part = parts[label, retention, kind]
+                row |= _figures(part, seed)
+                for name, which in references.items():
+                    other = parts.get((*which, kind))
+                    if other is not None:
+                        found = _compared(part, other, seed)
+                        row |= _named(
+                            name,
+                            found,
+                            {"difference": "", "low": "_low", "high": "_high", "p": "_p"},
+                        )
+    return pd.DataFrame(rows, columns=list(_columns()))
+
+
+def pairs(
+    answers: pd.DataFrame,
+    *,
+    seed: int,
+    labels: Sequence[str] = (),
+    kind: str = OVERALL,
+) -> pd.DataFrame:
+    """Every two methods at every retention, compared on the questions both answered.
+
+    Args:
+        answers: As in ``answers.parquet``.
+        seed: Of the bootstrap.
+        labels: Only these, in this order; all if empty.
+        kind: Only questions of this kind.
+
+    Returns:
+        One row per retention and pair: ``first``, ``second``, and the figures of `compared`.
+        ``p_holm`` is p adjusted for the number of rows (`holm`).  Matched methods meet at the
+        retention whose cost they have.  There are none at R = 1, where all methods are the
+        uncompressed model and would only add to what Holm adjusts for.
+    """
+    part = _only(answers, kind)
+    asked = part.get("asked_retention", part["retention"]).fillna(part["retention"])
+    part = part.assign(asked=asked).set_index("question_id")
+    rows = []
+    for retention, group in part[part["asked"] != 1].groupby("asked", sort=False):
+        cells = {name: _Part(cell) for name, cell in group.groupby("label", sort=False)}
+        names = [name for name in (labels or cells) if name in cells]
+        for first, second in combinations(names, 2):
+            found = _compared(cells[first], cells[second], seed)
+            if found:
+                rows.append({"retention": retention, "first": first, "second": second, **found})
+    table = pd.DataFrame(rows, columns=["retention", "first", "second", *_COMPARED])
+    return table.assign(kind=kind, p_holm=holm(table["p"]))
+
+
+_COMPARED = (
+    *("n", "first_accuracy", "second_accuracy"),
+    *("difference", "low", "high", "only_first", "only_second", "p"),
+)
+
+
+def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Hashable, Any]:
+    """How much oftener ``first`` is right than ``second``, on the questions both answered.
+
+    Args:
+        first, second: Rows of ``answers.parquet``, of one method each.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``n`` questions, both accuracies, their ``difference`` with its 95 % bootstrap interval
+        ``low`` to ``high`` (whole images resampled; where no question differs, how many still might
+        by Wilson's interval of 0 in n), how many questions ``only_first`` and
+        ``only_second`` got right, and the p-value of McNemar's exact test; the last three only if
+        each answered once and not with several seeds.  Empty if either failed or nothing is shared.
+    """
+    one, other = (_Part(answers.set_index("question_id")) for answers in (first, second))
+    return _compared(one, other, seed)
+
+
+class _Part:
+    """Answers of one cell, all or those of one kind, and what is asked of them more than once.
+
+    Attributes:
+        answers: Rows of ``answers.parquet``, indexed by question.
+    """
+
+    def __init__(self, answers: pd.DataFrame) -> None:
+        self.answers = answers
+
+    @cached_property
+    def failed(self) -> bool:
+        return bool((self.answers["status"] == "failed").any())
+
+    @cached_property
+    def known(self) -> pd.Series:
+        """Whether each answer that there is was right, indexed by question."""
+        return self.answers["correct"].dropna().astype(float)
+
+    @cached_property
+    def repeated(self) -> bool:
+        """Whether a question was answered several times, with several seeds."""
+        return not self.known.index.is_unique
+
+    @cached_property
+    def right(self) -> pd.Series:
+        """How often each question was answered rightly."""
+        return self.known.groupby(level=0, sort=False).mean() if self.repeated else self.known
+
+    @cached_property
+    def images(self) -> pd.Series:
+        """What each question belongs to."""
+        images = self.answers["image_id"]
+        return images[~images.index.duplicated()]
+
+
+def _compared(first: _Part, second: _Part, seed: int) -> dict[Hashable, Any]:
+    if first.failed or second.failed:
+        return {}
+    shared = first.right.index
+    if not shared.equals(second.right.index):
+        shared = shared.intersection(second.right.index, sort=False)
+    if shared.empty:
+        return {}
+    mine, theirs = (part.right.reindex(shared).to_numpy() for part in (first, second))
+    low, high = paired_bootstrap(mine - theirs, first.images.reindex(shared), seed=seed)
+    if not (mine != theirs).any():  # no certainty either
+        high = wilson(0, len(shared)).high
+        low = -high
+    found: dict[Hashable, Any] = {
+        "n": len(shared),
+        "first_accuracy": mine.mean(),
+        "second_accuracy": theirs.mean(),
+        "difference": (mine - theirs).mean(),
+        "low": low,
+        "high": high,
+    }
+    if not (first.repeated or second.repeated):
+        found |= {
+            "only_first": int((mine > theirs).sum()),
+            "only_second": int((mine < theirs).sum()),
+            "p": mcnemar(mine, theirs),
+        }
+    return found
+
+
+def _named(
+    prefix: str, found: dict[Hashable, Any], suffixes: dict[str, str]
+) -> dict[Hashable, Any]:
+    return {f"{prefix}{end}": found[name] for name, end in suffixes.items() if name in found}
+
+
+def _columns() -> Iterator[str]:
+    yield from ("model", "method", "label", "parameters", "retention", "kind", "status", "n")
+    yield "missing"
+    yield from ("asked_retention", *_MATCH)
+    for share in ("accuracy", "agreement"):
+        yield from (share, f"{share}_low", f"{share}_high")
+    yield from FIGURES
+    for name in ("vs_uncompressed", "vs_uniform"):
+        yield from (name, f"{name}_low", f"{name}_high", f"{name}_p")
+    yield from ("kl", "kl_low", "kl_high")
+    for part in ("easy", "hard"):
+        yield from (f"{part}_n", *(f"{part}_accuracy{end}" for end in ("", "_low", "_high")))
+    yield from ("seeds", "seed_spread")
+
+
+def _only(cell: pd.DataFrame, kind: str) -> pd.DataFrame:
+    return cell if kind == OVERALL else cell[cell["kind"] == kind]
+
+
+def _figures(part: _Part, seed: int) -> dict[Hashable, Any]:
+    cell = part.answers
+    easy = cell["easy"].astype("boolean")
+    images = cell["image_id"]
+    lacking = cell["status"] == "missing"
+    figures: dict[Hashable, Any] = {"missing": int(lacking.sum())}
+    cell = cell[~lacking]
+    easy, images = easy[~lacking], images[~lacking]
+    figures["n"] = cell.index.nunique()
+    figures |= _share("accuracy", cell["correct"], images, seed)
+    figures |= _share("agreement", cell["agrees"], images, seed)
+    for name, which in (("easy", easy.fillna(False)), ("hard", ~easy.fillna(True))):
+        if easy.notna().any():
+            figures[f"{name}_n"] = cell.index[which].nunique()
+        figures |= _share(f"{name}_accuracy", cell["correct"][which], images[which], seed)
+    known = cell["kl"].notna()
+    if known.any():
+        values = cell["kl"][known].astype(float)
+        low, high = paired_bootstrap(values, images[known], seed=seed)
+        figures |= {"kl": values.mean(), "kl_low": low, "kl_high": high}
+    if len(cell):
+        # Answers of an older run lack the younger columns.
+        figures |= {name: cell[name].mean() for name in FIGURES if name in cell}
+        figures["seeds"] = cell["parameters"].nunique()
+    if figures.get("seeds", 1) > 1:
+        each = cell["correct"].astype(float).groupby(cell["parameters"]).mean()
+        figures["seed_spread"] = each.std(ddof=1)
+    return figures
+
+
+def _share(name: str, right: pd.Series, images: pd.Series, seed: int) -> dict[Hashable, Any]:
+    known = right.notna()
+    if not known.any():
+        return {}
+    right = right[known].astype(bool)
+    low, high = proportion(right, images[known], seed=seed)
+    return {name: right.mean(), f"{name}_low": low, f"{name}_high": high}

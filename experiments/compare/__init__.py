@@ -1,0 +1,1 @@
+"""Accuracy and cost of methods on the same questions."""

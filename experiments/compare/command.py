@@ -1,0 +1,436 @@
+"""``tokenprune compare``: the main job on the command line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.console import (
+    FAILED,
+    OK,
+    ManyValues,
+    app,
+    as_exit_status,
+    method_label,
+    new_table,
+    progress,
+    quiet,
+)
+from tokenprune.experiments.common import options
+from tokenprune.plugins import import_plugins
+from tokenprune.spec import method_specs, ratios
+from tokenprune.units import flops_unit, percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tokenprune.experiments.common.setting import Outcome, Request
+
+__all__ = [
+    "compare",
+    "matched_table",
+    "tables",
+]
+
+
+_KINDS_PER_TABLE = 5
+
+
+_FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
+
+
+@app.command(cls=ManyValues)
+def compare(
+    model: options.Model = "testbed-next",
+    methods: Annotated[
+        list[str] | None,
+        options.methods(
+            "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
+            "of yours: my_module:Mine, whose module is executed. One before and one inside the "
+            "language model: 'globalcom2@0.5 + fastv@0.5'.",
+            default="uniform random fastv globalcom2",
+        ),
+    ] = None,
+    plugin: options.Plugin = None,
+    retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
+    questions: options.Questions = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own questions, JSON lines with image (or images, or the frames of a "
+            "video), question, answer and optionally kind and id; paths are relative to the file.",
+        ),
+    ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
+    modality: options.Modality = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only see whether every question can be asked: images, frames, places of images "
+            "in the text. Needs no weights.",
+        ),
+    ] = False,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Run methods that draw at random with this many seeds.")
+    ] = 1,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: options.Out = None,
+    max_new_tokens: options.MaxNewTokens = 8,
+    timeout_per_batch: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="What takes longer at once, such as a method that hangs on a batch of questions, "
+            "is stopped and reported as failed. [default: no limit]",
+        ),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tokens|flops|prefill-ms",
+            help="Let every method keep what makes it cost as much as uniform at the retention "
+            "asked for: tokens a layer, FLOPs of the prefill, or its measured time.",
+        ),
+    ] = None,
+) -> None:
+    """Compare methods side by side on one model and one set of questions.
+
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, beside the
+    model that sees no image or the thumbnail alone; writes every answer, a summary and plots to a
+    folder. Ctrl-C keeps what was computed; the same command goes on.
+
+    Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
+    """
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        import_plugins(plugin)
+        asked: dict[str, Any] = {
+            "model": model,
+            "questions": questions,
+            "modality": modality,
+            "data": data,
+            "batch_size": batch_size,
+            "seed": seed,
+            "seeds": seeds,
+            "device": device,
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "out": out,
+            "max_new_tokens": max_new_tokens,
+            "match": match,
+            "timeout_per_batch": timeout_per_batch,
+        }
+        if methods:
+            asked["methods"] = tuple(method_specs(methods))
+        if retention:
+            asked["retention"] = ratios(retention)
+
+        from tokenprune.experiments.common.setting import Request
+
+        request = Request(**asked)
+        status = _check(request) if check else _compare(request)
+    raise typer.Exit(status)
+
+
+def _check(request: Request) -> int:
+    """Say what could be asked; the exit status."""
+    from tokenprune.experiments.common.setting import check
+
+    quiet()
+    with progress() as report:
+        questions = check(request, report)
+    pictures = {picture.id for item in questions for picture in item.images}
+    typer.echo(
+        f"Questions: {len(questions)}, images and frames: {len(pictures)}. All can be asked of "
+        f"{request.model}; nothing was computed."
+    )
+    return OK
+
+
+def _compare(request: Request) -> int:
+    """Run the comparison, show it, and return the exit status."""
+    from tokenprune.experiments.compare.run import compare
+
+    quiet()
+    started = options.stoppable()
+    with progress() as report:
+        outcome = compare(request, report)
+    seconds = time.monotonic() - started
+    if outcome.status == "interrupted":
+        return options.interrupted(outcome)
+    folder, console = outcome.folder, Console()
+    for table in tables(outcome.summary):
+        console.print(table, "")
+    if request.match:
+        from tokenprune.experiments.common.answers import read_answers
+        from tokenprune.experiments.compare.matching import realised
+
+        found = realised(read_answers(folder))
+        if len(found):
+            console.print(matched_table(found), "")
+        for words in _misses(found):
+            typer.echo(words)
+    for words in _spreads(outcome.summary):
+        typer.echo(words)
+    for name, why in outcome.skipped.items():
+        typer.echo(f"SKIPPED {name}: {why}")
+    for cell, failure in outcome.failures.items():
+        typer.echo(f"FAILED {cell}: {failure.error}")
+    for words in options.missing(outcome):
+        typer.echo(words)
+    typer.echo(_closing_words(outcome, seconds))
+    return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _spreads(summary: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method that ran with several seeds."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    for row in _rows(summary[(summary["kind"] == OVERALL) & (summary["seeds"] > 1)]):
+        yield (
+            f"{row['label']} at {row['retention']:g}: {row['seeds']:.0f} seeds, whose accuracies "
+            f"have a standard deviation of {100 * row['seed_spread']:.1f} points"
+        )
+
+
+def _closing_words(outcome: Outcome, seconds: float) -> str:
+    took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    if not (outcome.new or outcome.failures or outcome.missing):
+        first = "Every answer was there already; nothing was computed again."
+    else:
+        first = f"{outcome.new} answers in {took}."
+    words = f"{first}\nWritten to {outcome.folder}: answers.parquet, summary.csv, plots/"
+    if outcome.failures:
+        words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
+    if outcome.missing:
+        words += "\nWhy answers are missing is in manifest.json, tracebacks in answers.jsonl; the "
+        words += "same command asks for them again."
+    return words
+
+
+def tables(summary: pd.DataFrame) -> Iterator[Table]:
+    """The comparison as tables of at most 80 columns: overall, then by kind of question."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    # At R = 1 all methods are the uncompressed model, which has a row of its own.
+    rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
+    rows = _as_asked(rows)
+    overall = rows[rows["kind"] == OVERALL]
+    unit, scale = flops_unit(overall["uncompressed_flops"].max())
+
+    table = new_table(
+        title="All questions",
+        caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ better or worse than uniform "
+        "at the same retention (exact McNemar test on the same questions, p < 0.05). Same: answers "
+        "in % that equal the uncompressed model's. Tokens: visual ones with separators, mean over "
+        "decoder layers. FLOPs: prefill of the decoder, selection included." + _matching(rows),
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("accuracy", "", "same", "tokens", unit, "of all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for retention, group in overall.groupby("keep", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            figures = ["FAILED", "", "", "", "", ""]
+            if row["status"] == "ok":
+                share = row["flops"] / row["uncompressed_flops"]
+                figures = [
+                    _accuracy(row, decimals=1),
+                    _verdict(row),
+                    f"{100 * row['agreement']:.1f}",
+                    f"{row['layer_average']:.1f}",
+                    f"{row['flops'] / scale:.3g}",
+                    percent(share, 0),
+                ]
+            keep = "" if position else percent(float(str(retention)), None)
+            table.add_row(
+                keep, method_label(row["name"]), *figures, end_section=position + 1 == len(group)
+            )
+    yield table
+
+    yield _loyalty_table(summary[summary["kind"] == OVERALL])
+    kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
+    for start in range(0, len(kinds), _KINDS_PER_TABLE):
+        yield _kinds_table(rows, kinds[start : start + _KINDS_PER_TABLE])
+
+
+def _loyalty_table(rows: pd.DataFrame) -> Table:
+    """How near every method stays to the uncompressed model, and where it loses; overall rows."""
+    counts = rows[["easy_n", "hard_n"]].max().fillna(0).astype(int)
+    table = new_table(
+        title="Loyalty and difficulty",
+        caption="KL: divergence of the answer token from the uncompressed model's, in nats, and "
+        f"its 95 % interval. Easy: accuracy in % on the {counts['easy_n']} questions answered "
+        "rightly without the image or from the thumbnail alone; hard: on the other "
+        f"{counts['hard_n']}.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("accuracy", "KL", "easy", "hard"):
+        table.add_column(name, justify="right", no_wrap=True)
+    beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
+    ordered = _as_asked(rows[~beside & (rows["retention"] < 1)])
+    references = rows[beside].assign(name=rows["label"])
+    last = ""
+    for position, row in enumerate([*_rows(references), *_rows(ordered)]):
+        keep = "" if position < beside.sum() else percent(row["keep"], None)
+        figures = ["FAILED", "", "", ""]
+        if row["status"] == "ok":
+            decimals = 3 if row["kl_high"] < 10 else 1
+            figures = [_accuracy(row, decimals=0), _between(row, "kl", decimals, scale=1)]
+            # The references' own answers are what sorts the questions.
+            parts = () if math.isnan(row["retention"]) else ("easy", "hard")
+            figures += [_between(row, f"{part}_accuracy", 0) for part in parts]
+        if keep != last:
+            table.add_section()
+        table.add_row("" if keep == last else keep, method_label(row["name"]), *figures)
+        last = keep
+    return table
+
+
+def _rows(table: pd.DataFrame) -> list[pd.Series]:
+    return [row for _, row in table.iterrows()]
+
+
+def _between(row: pd.Series, name: str, decimals: int, scale: float = 100) -> str:
+    """A figure and its interval; a dash if there is none."""
+    value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{decimals}f} {low:.{decimals}f}–{high:.{decimals}f}"
+
+
+def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
+    table = new_table(title="Accuracy in % by kind of question")
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for kind in kinds:
+        table.add_column(escape(kind), justify="right")
+    for retention, group in rows[rows["kind"].isin(kinds)].groupby("keep", sort=False):
+        methods = list(group.groupby("label", sort=False))
+        for position, (label, cell) in enumerate(methods):
+            by_kind = cell.set_index("kind")
+            texts = [_accuracy(by_kind.loc[kind], decimals=0) for kind in kinds]
+            keep = "" if position else percent(float(str(retention)), None)
+            table.add_row(
+                keep, method_label(str(label)), *texts, end_section=position + 1 == len(methods)
+            )
+    return table
+
+
+def _matching(rows: pd.DataFrame) -> str:
+    kinds = rows["match"].dropna().unique() if "match" in rows else []
+    return "".join(
+        f" Matched: every method keeps what gives it the {kind} of uniform at that retention; "
+        "how much that is stands behind its name."
+        for kind in kinds
+    )
+
+
+def matched_table(found: pd.DataFrame) -> Table:
+    """How far costs were matched; ``found`` is as `matching.realised` returns it."""
+    kind, measured = found["match"].iloc[0], found["ratio"].notna().any()
+    table = new_table(
+        title=f"Matched: {kind}",
+        caption="Wanted, got: on the prompt of median length, for which retentions were solved."
+        + (
+            " Of uniform's: what the method really cost on the questions asked, over what uniform "
+            "did; mean, least and most."
+            if measured
+            else ""
+        ),
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("retention", "wanted", "got", *(["of uniform's"] if measured else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for asked, group in found.groupby("asked", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            ratio = f"{row['ratio']:.3f} ({row['least']:.2f}–{row['most']:.2f})"
+            table.add_row(
+                "" if position else percent(float(str(asked)), None),
+                method_label(row["label"]),
+                f"{row['retention']:.4g}",
+                *(_cost(row[name], kind) for name in ("target", "cost")),
+                *([ratio] if measured else []),
+                end_section=position + 1 == len(group),
+            )
+    return table
+
+
+def _misses(found: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method whose cost is not that of uniform."""
+    for row in _rows(found):
+        name = f"{row['label']} does not have the cost of uniform at {row['asked']:g}"
+        if row["coarse"]:
+            yield (
+                f"{name}: it goes in steps, of which {_cost(row['cost'], row['match'])} is the "
+                f"nearest to {_cost(row['target'], row['match'])}."
+            )
+        elif abs(row["ratio"] - 1) > _FAR:
+            yield (
+                f"{name} on these questions, but {row['ratio']:.2f} times as much: content decides "
+                "how much it keeps."
+            )
+
+
+def _cost(cost: float, kind: str) -> str:
+    """A cost of `matching.KINDS` in words."""
+    if kind == "flops":
+        return percent(cost, 2)
+    return f"{cost:.1f}" if kind == "tokens" else f"{cost:.3g} ms"
+
+
+def _as_asked(rows: pd.DataFrame) -> pd.DataFrame:
+    """By the retention asked for (``keep``), most first; ``name`` tells one that was solved for."""
+    rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
+    return rows.sort_values("keep", ascending=False, kind="stable")
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    """Labels; with the retention where it is not the one asked for but was solved for."""
+    if "asked_retention" not in rows:
+        return list(rows["label"])
+    return [
+        label if own == asked else f"{label}@{own:.3g}"
+        for label, own, asked in zip(
+            rows["label"], rows["retention"], rows["asked_retention"], strict=True
+        )
+    ]
+
+
+def _accuracy(row: pd.Series, decimals: int) -> str:
+    """Accuracy in percent and its interval."""
+    if row["status"] != "ok":
+        return "FAILED"
+    if math.isnan(row["accuracy"]):  # all of its answers are missing
+        return "-"
+    value, low, high = (
+        f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
+    )
+    return f"{value} ({low}–{high})" if decimals else f"{value} {low}–{high}"
+
+
+def _verdict(row: pd.Series) -> str:
+    """An arrow where the method and `uniform` at the same retention are not equally right."""
+    import pandas as pd
+
+    sure = row["vs_uniform_p"] < 0.05
+    if pd.isna(row["vs_uniform_p"]):  # with several seeds; then the interval tells
+        sure = row["vs_uniform_low"] * row["vs_uniform_high"] > 0
+    if not sure:
+        return ""
+    return "↑" if row["vs_uniform"] > 0 else "↓"

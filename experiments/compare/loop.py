@@ -1,0 +1,388 @@
+"""The loop over cells and batches."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.encoder import EncoderCompressor, encoder_part
+from tokenprune.errors import ContractError, UserError
+from tokenprune.experiments.common.cells import Cell, Failure
+from tokenprune.experiments.common.failing import Failing, tried
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.questions import Question
+from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner
+from tokenprune.experiments.compare.shared_encodings import Encodings
+from tokenprune.experiments.compare.sharing import Job, Plan, separate
+from tokenprune.progress import Report
+from tokenprune.signals import Signal
+
+__all__ = [
+    "run",
+]
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def run(
+    runner: Runner,
+    cells: Iterable[Cell],
+    questions: Sequence[Question],
+    journal: Journal,
+    *,
+    batch_size: int,
+    plan: Plan = separate,
+    timeout: float | None = None,
+    report: Report = lambda *_: None,
+) -> None:
+    """Add to ``journal`` every answer that it lacks.
+
+    Each image or video is encoded once, however many cells and questions need it, and once more for
+    every method that acts inside the vision tower; ``plan`` says what else is computed together.
+
+    What fails together is tried again cell by cell, and then question by question, so that a
+    question that a cell cannot answer is entered as missing and costs no other answer.  A cell that
+    answers nothing (`Failing`) is entered as failed and left alone until the next run.  Answers of
+    a cell that changed what all cells look at do not count, and what it changed is encoded anew.
+
+    Args:
+        runner: Answers.
+        cells: What to compare.
+        questions: What to ask.
+        journal: Where answers go; it must be open.
+        batch_size: Questions answered at once.
+        plan: What is computed together.
+        timeout: Seconds that encoding or answering one batch may take (`time_limit`).
+        report: Told how far it is.
+    """
+    todo: dict[str, Cell] = {}
+    for cell in cells:
+        todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
+    questions = _without_faulty(questions, todo, journal)
+    towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
+    signals: dict[EncoderCompressor | None, frozenset[Signal]] = {}
+    for key, cell in todo.items():
+        needs = cell.compressor.needs if cell.compressor else frozenset()
+        signals[towers[key]] = signals.get(towers[key], frozenset[Signal]()) | needs
+    batches = _batches(questions, batch_size)
+    last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
+    encodings = Encodings(runner, signals)
+    failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
+    total = len(todo) * len(questions)
+
+    for index, batch in enumerate(batches):
+        lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
+        for tower in dict.fromkeys(towers[key] for key in lacking):
+            report(len(journal.answers), total, "vision tower")
+            sharing = [key for key in lacking if towers[key] == tower]
+            _encode(encodings, tower, batch, sharing, failing, timeout)
+        entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
+        # All cells, answered or not: the same cells and questions are put together the same way and
+        # give the same answers to the last bit, whether the run was interrupted or not.
+        for tower in dict.fromkeys(towers.values()):
+            left = [key for key in todo if towers[key] == tower and key not in failing.out]
+            there = [item for item in batch if (tower, item) in encodings]
+            if not there or not set(left).intersection(lacking):
+                continue
+            several = [todo[key] for key in left if tower is None and not todo[key].without_images]
+            alone = [todo[key] for key in left if todo[key] not in several]
+            desk = _Desk(entering, failing, encodings, tower, there, timeout, warned, total, report)
+            while not desk.serve(plan, several, alone):
+                pass
+        encodings.keep({image for image, last in last_use.items() if last > index})
+    failing.settle()
+    report(len(journal.answers), total, "")
+
+
+def _without_faulty(
+    questions: Sequence[Question], keys: Iterable[str], journal: Journal
+) -> list[Question]:
+    """The questions that can be asked; the others are entered as missing in all cells ``keys``."""
+    for item in questions:
+        for key in keys if item.fault else ():
+            if (key, item.id) not in journal.missing:
+                journal.fail(key, Failure.of(UserError(item.fault)), item.id)
+    return [item for item in questions if not item.fault]
+
+
+def _encode(
+    encodings: Encodings,
+    tower: EncoderCompressor | None,
+    batch: Sequence[Question],
+    keys: Sequence[str],
+    failing: Failing,
+    timeout: float | None,
+) -> None:
+    """Encode the images of a batch for cells ``keys``, one by one where they fail together."""
+    new = encodings.lacking(tower, batch)
+    failure = tried(partial(encodings.encode, tower, new), timeout) if new else None
+    if failure is None:
+        return
+    for item in new:
+        if failing.out.issuperset(keys):
+            return
+        if len(new) > 1:
+            failure = tried(partial(encodings.encode, tower, [item]), timeout)
+        if failure is None:
+            continue
+        innocent = tower is not None and (None, item) in encodings
+        for question in (other for other in batch if other.image_id == item.image_id):
+            for key in keys:
+                if failing.is_due(key, question):
+                    failing.add(key, question, failure, innocent=innocent)
+
+
+@dataclass
+class _Desk:
+    """Asks the cells of one vision tower a batch of questions."""
+
+    entering: "_Entering"
+    failing: Failing
+    encodings: Encodings
+    tower: EncoderCompressor | None
+    batch: Sequence[Question]
+    timeout: float | None
+    warned: set[tuple[str, str]]
+    total: int
+    report: Report
+
+    @property
+    def runner(self) -> Runner:
+        return self.entering.runner
+
+    def serve(self, plan: Plan, several: Sequence[Cell], alone: Sequence[Cell]) -> bool:
+        """Let the cells answer, ``several`` by ``plan``, and those ``alone`` one after the other.
+
+        Returns:
+            Whether that is done; False where a cell changed what is shown, so that everything has
+            to be put together anew from what was encoded again.
+        """
+        shown = self.encodings.shown(self.tower, self.batch)
+        prompts = [item.question for item in self.batch]
+        jobs = [(several, job) for job in _jobs(plan, self.runner, several, shown, prompts)]
+        jobs += [(alone, job) for job in separate(self.runner, alone, shown, prompts)]
+        for cells_of, job in jobs:
+            rows = [(cells_of[cell], self.batch[question]) for cell, question in job.rows]
+            if not any(self.failing.is_due(cell.key, item) for cell, item in rows):
+                continue
+            cells = list({cell.key: cell for cell, _ in rows}.values())
+            answered, changed = False, False
+            if job.run is not None and not self.failing.suspects(item for _, item in rows):
+                answered, changed = self._at_once(job.run, rows, cells)
+            for cell in cells if not answered else ():
+                changed |= self._by_itself(cell)
+            if changed:
+                return False
+        return True
+
+    def _tell(self, doing: str) -> None:
+        self.report(len(self.entering.journal.answers), self.total, doing)
+
+    def _at_once(
+        self,
+        run: Callable[[], Sequence[dict[str, Any]]],
+        rows: Sequence[tuple[Cell, Question]],
+        cells: Sequence[Cell],
+    ) -> tuple[bool, bool]:
+        """Enter what ``run`` answers; whether it did, and whether it changed what is shown."""
+        self._tell(f"{len(cells)} cells together" if len(cells) > 1 else str(cells[0]))
+
+        def answer() -> Sequence[dict[str, Any]]:
+            with _warning_once(cells[0].key, self.warned):
+                return run()
+
+        found = tried(answer, self.timeout)
+        changed = self._mend(self.batch)
+        if isinstance(found, Failure) or changed:
+            why = found.error if isinstance(found, Failure) else "it changed what others are shown"
+            if len(cells) > 1 and ("", why) not in self.warned:
+                self.warned.add(("", why))
+                warnings.warn(
+                    f"what cells have in common cannot be computed once ({why}); trying them one "
+                    "by one, which takes longer.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return False, changed
+        by_cell: dict[str, dict[str, dict[str, Any]]] = {}
+        for (cell, item), record in zip(rows, found, strict=True):
+            by_cell.setdefault(cell.key, {})[item.id] = record
+        for key, records in by_cell.items():
+            self._enter(key, records)
+        return True, False
+
+    def _by_itself(self, cell: Cell) -> bool:
+        """Let one cell answer, question by question where it must; whether it changed what is
+        shown."""
+        key, ever = cell.key, False
+        groups = self.failing.grouped(key, self.batch)
+        while groups:
+            group = groups.pop(0)
+            if not any(self.failing.is_due(key, item) for item in group):
+                continue
+            self._tell(str(cell))
+
+            def answer(group: Sequence[Question] = group) -> Sequence[dict[str, Any]]:
+                shown = self.encodings.shown(self.tower, group)
+                with _warning_once(key, self.warned):
+                    return _answer(self.runner, cell, shown, group)
+
+            found = tried(answer, self.timeout)
+            changed = self._mend(group)
+            ever |= changed
+            if changed and not isinstance(found, Failure):
+                found = Failure.of(
+                    ContractError(
+                        f"{cell} wrote to what other methods are shown as well, in a way that "
+                        "PyTorch does not see (numpy, .data); work on a copy."
+                    )
+                )
+            if not isinstance(found, Failure):
+                ids = (item.id for item in group)
+                self._enter(key, dict(zip(ids, found, strict=True)))
+            elif len(group) > 1:
+                groups = [[item] for item in group] + groups
+            else:
+                self.failing.add(key, group[0], found)
+        return ever
+
+    def _enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
+        self.entering.enter(key, records)
+        self.failing.answered(key)
+
+    def _mend(self, group: Sequence[Question]) -> bool:
+        """Encode again what was written to; whether anything was."""
+        changed = self.encodings.changed(self.tower, group)
+        if changed:
+            self.encodings.encode(self.tower, changed)
+        return bool(changed)
+
+
+def _answer(
+    runner: Runner, cell: Cell, shown: Sequence[Sequence[Any]], batch: Sequence[Question]
+) -> Sequence[dict[str, Any]]:
+    """The answers of ``cell`` to a batch of questions, whose encoded images are ``shown``."""
+    prompts = [item.question for item in batch]
+    if cell.without_images:
+        return runner.answer_without_images(shown, prompts)
+    return runner.answer(cell.compressor, shown, prompts)
+
+
+class _Loyalty:
+    """What the journal takes in of records: divergences in the place of distributions.
+
+    Attributes:
+        full: Question id to the uncompressed model's log-probabilities of the first token.
+        unknown: Ids of questions on which the uncompressed model fails.
+    """
+
+    def __init__(self) -> None:
+        self.full: dict[str, Tensor] = {}
+        self.unknown: set[str] = set()
+
+    def lacking(self, key: str, records: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Questions of which cell ``key`` has a distribution but nothing to compare it with."""
+        if key == UNCOMPRESSED:
+            return set()
+        wanted = {name for name, record in records.items() if FIRST_TOKEN in record}
+        return wanted - self.full.keys() - self.unknown
+
+    def entries(
+        self, key: str, records: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Question id to entry; those of the uncompressed model are remembered."""
+        found = {}
+        for name, record in records.items():
+            first = record.get(FIRST_TOKEN)
+            if key == UNCOMPRESSED and first is not None:
+                self.full[name] = first
+            found[name] = {what: value for what, value in record.items() if what != FIRST_TOKEN}
+            if first is not None and name in self.full:
+                found[name]["kl"] = divergence(self.full[name], first)
+        return found
+
+
+def divergence(full: Tensor, short: Tensor) -> float:
+    """KL(p || q) in nats of two distributions given as log-probabilities (V,)."""
+    terms = full.exp() * (full - short)
+    # What the one holds impossible adds nothing; rounding must not make the sum negative.
+    return max(0.0, float(terms.masked_fill(full == -torch.inf, 0.0).double().sum()))
+
+
+def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Cut into batches, with questions about the same image brought together."""
+    first: dict[str, int] = {}
+    for item in questions:
+        first.setdefault(item.image_id, len(first))
+    ordered = sorted(questions, key=lambda item: first[item.image_id])
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _jobs(plan: Plan, *arguments: Any) -> Iterator[Job]:
+    """What ``plan`` puts together; where it cannot, one cell after the other."""
+    try:
+        yield from plan(*arguments)
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException:  # each cell will say by itself what is wrong
+        yield from separate(*arguments)
+
+
+class _Entering:
+    """Takes the answers to one batch of questions into the journal."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        journal: Journal,
+        batch: Sequence[Question],
+        timeout: float | None,
+        *,
+        loyal: bool,
+    ) -> None:
+        self.runner, self.journal, self.batch, self.timeout = runner, journal, batch, timeout
+        self.loyal, self.loyalty = loyal, _Loyalty()
+
+    def enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
+        """The records of cell ``key``, question id to record."""
+        if self.loyal:  # the uncompressed model answered in an earlier run
+            self._refer(self.loyalty.lacking(key, records))
+        self.journal.add(key, self.loyalty.entries(key, records))
+
+    def _refer(self, names: set[str]) -> None:
+        """Run the uncompressed model on the batch again, for its distributions on ``names``."""
+        for group in (self.batch, *([item] for item in self.batch)):
+            if names.isdisjoint(item.id for item in group):
+                continue
+            found = tried(partial(self._full, group), self.timeout)
+            if not isinstance(found, Failure):
+                ids = [item.id for item in group]
+                self.loyalty.entries(UNCOMPRESSED, dict(zip(ids, found, strict=True)))
+                names = names.difference(ids)
+        self.loyalty.unknown |= names
+
+    def _full(self, group: Sequence[Question]) -> Sequence[dict[str, Any]]:
+        return _answer(self.runner, Cell(), self.runner.encode(group, frozenset()), group)
+
+
+@contextmanager
+def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
+    """Let through the first warning of each category of a cell, not one for every image size."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        about = getattr(warning.message, "about", "") or key
+        known = (about, warning.category.__name__)
+        if known not in warned:
+            warned.add(known)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )

@@ -1,0 +1,119 @@
+"""Answers questions with a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import tokenprune as tp
+from tokenprune.adapter import Adapter
+from tokenprune.compressor import Compressor
+from tokenprune.encoder import EncoderCompressor
+from tokenprune.engine.prefix import Prefix
+from tokenprune.experiments.common.kept_bits import packed_rows
+from tokenprune.experiments.common.questions import Question
+from tokenprune.signals import Signal
+
+__all__ = [
+    "FIRST_TOKEN",
+    "ModelRunner",
+    "Runner",
+]
+
+
+FIRST_TOKEN = "first_token"
+
+
+class Runner(Protocol):
+    """What answers questions: a model, or a stand-in for tests."""
+
+    def encode(
+        self,
+        questions: Sequence[Question],
+        signals: frozenset[Signal],
+        encoder: EncoderCompressor | None = None,
+    ) -> Sequence[Sequence[Any]]:
+        """Run the vision tower, under ``encoder``; for every question its images or video."""
+
+    def answer(
+        self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        """Answer one batch.
+
+        Returns:
+            For every prompt its ``answer``, the figures of its ledger, and in `FIRST_TOKEN`, if it
+            is known, (V,) the log-probabilities of the first token of the answer.
+        """
+
+    def answer_without_images(
+        self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        """The same from the same prompts without a visual token."""
+
+
+@dataclass(frozen=True)
+class ModelRunner:
+    """Greedy answers of a loaded model."""
+
+    adapter: Adapter
+    max_new_tokens: int
+
+    def encode(
+        self,
+        questions: Sequence[Question],
+        signals: frozenset[Signal],
+        encoder: EncoderCompressor | None = None,
+    ) -> Sequence[Sequence[Any]]:
+        opened = [[picture.open() for picture in item.images] for item in questions]
+        encode = self.adapter.encode
+        # Single images, the common case, go through the vision tower together.
+        alone = [index for index, item in enumerate(questions) if item.modality == "image"]
+        single = iter(encode([opened[index][0] for index in alone], signals, encoder))
+        found = []
+        for item, images in zip(questions, opened, strict=True):
+            if item.modality == "image":
+                found.append([next(single)])
+            elif item.modality == "video":
+                found.append(self.adapter.encode_videos([images], signals, encoder))
+            else:
+                found.append(encode(images, signals, encoder, same_prompt=True))
+        return found
+
+    def answer(
+        self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        return self.generate(compressor, self.adapter.assemble(images, prompts))
+
+    def answer_without_images(
+        self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
+    ) -> Sequence[dict[str, Any]]:
+        return self.generate(None, self.adapter.assemble(images, prompts, without_images=True))
+
+    def generate(
+        self,
+        compressor: Compressor | Sequence[Compressor] | None,
+        inputs: Mapping[str, Any],
+        prefix: Prefix | None = None,
+    ) -> list[dict[str, Any]]:
+        """The record of every row of ``inputs``; ``compressor`` and ``prefix`` as `tp.compress`."""
+        with tp.compress(self.adapter.model, compressor, prefix=prefix) as trace:
+            output = self.adapter.model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        texts = self.adapter.decode(output.sequences, inputs)
+        first = output.logits[0].float().log_softmax(-1)
+        keeps = packed_rows(trace.selections, len(texts))
+        return [
+            {
+                "answer": text,
+                FIRST_TOKEN: row,
+                **ledger.figures,
+                "visual_per_layer": list(ledger.visual_per_layer),
+                **({"kept": keep} if keep else {}),
+            }
+            for text, row, ledger, keep in zip(texts, first, trace.ledgers, keeps, strict=True)
+        ]

@@ -1,0 +1,92 @@
+"""What the vision tower made of the images, once for all cells, and whether it still is that.
+
+The core notices when a strategy writes to what it is shown (`tokenprune.untouched`), unless it goes
+behind the back of PyTorch: through ``.data`` or numpy.  Here the numbers themselves are compared
+after everything that ran on them, a sum of bits for each row; one look at the features is nothing
+beside a prefill.  What was written to is made anew, so that other cells see what they would have
+seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.encoder import EncoderCompressor
+from tokenprune.experiments.common.questions import Question
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
+from tokenprune.untouched import digest
+
+if TYPE_CHECKING:
+    from tokenprune.experiments.compare.runner import Runner
+
+__all__ = [
+    "Encodings",
+]
+
+
+Tower = EncoderCompressor | None
+
+
+_GEOMETRY = [item.name for item in fields(TokenLayout) if item.type == "Tensor"]
+
+
+class Encodings:
+    """Images and videos as each vision tower encoded them, as long as questions need them."""
+
+    def __init__(self, runner: Runner, signals: Mapping[Tower, frozenset[Signal]]) -> None:
+        """Encode with ``runner``, and with a tower (None: the plain one) its ``signals``."""
+        self.runner, self.signals = runner, signals
+        self._found: dict[tuple[Tower, str], tuple[Sequence[Any], Tensor]] = {}
+
+    def __contains__(self, which: tuple[Tower, Question]) -> bool:
+        tower, item = which
+        return (tower, item.image_id) in self._found
+
+    def lacking(self, tower: Tower, questions: Sequence[Question]) -> list[Question]:
+        """One question for every image that ``tower`` has not encoded yet."""
+        return list({q.image_id: q for q in questions if (tower, q) not in self}.values())
+
+    def encode(self, tower: Tower, questions: Sequence[Question]) -> None:
+        """Encode the images of ``questions``, also those that are there already."""
+        made = self.runner.encode(questions, self.signals[tower], tower)
+        for item, images in zip(questions, made, strict=True):
+            self._found[tower, item.image_id] = images, _digest(images)
+
+    def shown(self, tower: Tower, questions: Sequence[Question]) -> list[Sequence[Any]]:
+        """For every question its encoded images."""
+        return [self._found[tower, item.image_id][0] for item in questions]
+
+    def changed(self, tower: Tower, questions: Sequence[Question]) -> list[Question]:
+        """One question for every image that is not what was encoded any more."""
+        questions = list({item.image_id: item for item in questions}.values())
+        entries = [self._found[tower, item.image_id] for item in questions]
+        now = [_digest(images) for images, _ in entries]
+        before = [digests for _, digests in entries]
+        if not entries or torch.equal(torch.cat(now), torch.cat(before)):  # one wait for the device
+            return []
+        pairs = zip(questions, now, before, strict=True)
+        return [item for item, one, other in pairs if not torch.equal(one, other)]
+
+    def keep(self, images: set[str]) -> None:
+        """Forget all but these images."""
+        self._found = {which: one for which, one in self._found.items() if which[1] in images}
+
+
+def _digest(images: Sequence[Any]) -> Tensor:
+    """Sums of the bits of all that methods are shown of some images; of stand-ins nothing."""
+    parts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+    for tokens in images:
+        if isinstance(tokens, VisualTokens):
+            values = [tokens.features, *tokens.signals.values()]
+            values += [one for one in (tokens.fingerprint, tokens.clusters) if one is not None]
+            values.append(torch.stack([getattr(tokens.layout, name) for name in _GEOMETRY]))
+            parts += [digest(one) for one in values]
+    device = max((part.device for part in parts), key=lambda one: one.type != "cpu")
+    return torch.cat([part.to(device) for part in parts])

@@ -1,0 +1,164 @@
+"""What the cells of a comparison have in common is computed once for a batch of questions.
+
+The vision tower and its signals run before, once for every image (`compare.run`).  Of the rest:
+
+* Prompts are spelled out once.
+* The uncompressed model and cells that cut inside the language model run one after the other on the
+  whole batch; the layers in front of their first cuts run once (`tokenprune.engine.prefix`).
+* Cells that act in front of the language model show it a shorter prompt, so that several fit where
+  one uncompressed batch does.  Rows (a cell's view of a question) of about the same length run
+  together, whatever their cell and question: little is padded, new tokens take few steps.
+
+How rows are put together depends on questions and cells alone, not on what is answered already.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.compressor import Compressor, Stage
+from tokenprune.engine.prefix import Prefix, in_front
+
+if TYPE_CHECKING:
+    from tokenprune.experiments.common.cells import Cell
+    from tokenprune.experiments.compare.runner import ModelRunner, Runner
+    from tokenprune.tokens import VisualTokens
+
+__all__ = [
+    "Job",
+    "Plan",
+    "separate",
+    "together",
+]
+
+
+# The embeddings of all rows exist at full length for a moment; a batch of this many uncompressed
+# ones is less than the KV cache of one such batch in any decoder of a usual depth.
+ROWS = 8
+
+
+# On the CPU larger batches fall out of its caches: a fifth slower on the testbed.
+TOKENS = 4096
+
+
+# Rows shorter than this share of the longest one wait for a batch of their own length.
+ALIKE = 0.85
+
+
+@dataclass(frozen=True)
+class Job:
+    """Answers that are computed together.
+
+    Attributes:
+        rows: Index of the cell and of the question of each.
+        run: Makes their records, in that order; None where one cell is to be run by itself.
+    """
+
+    rows: Sequence[tuple[int, int]]
+    run: Callable[[], Sequence[dict[str, Any]]] | None = None
+
+
+Plan = Callable[[Any, Sequence["Cell"], Sequence[Sequence[Any]], Sequence[str]], Iterator[Job]]
+"""Puts together what a runner answers: takes it, the cells, the encoded images and the prompts."""
+
+
+def separate(
+    runner: Runner, cells: Sequence[Cell], images: Sequence[Sequence[Any]], prompts: Sequence[str]
+) -> Iterator[Job]:
+    """One cell after the other."""
+    for cell in range(len(cells)):
+        yield Job([(cell, question) for question in range(len(prompts))])
+
+
+def together(
+    runner: ModelRunner,
+    cells: Sequence[Cell],
+    images: Sequence[Sequence[VisualTokens]],
+    prompts: Sequence[str],
+) -> Iterator[Job]:
+    """Everything that cells have in common once; see the module."""
+    adapter = runner.adapter
+    inputs = adapter.assemble(images, prompts)
+    methods = [cell.compressor for cell in cells]
+    everything = range(len(prompts))
+
+    alike: dict[str, list[int]] = {}
+    joined: dict[bool, list[int]] = {}
+    for index, method in enumerate(methods):
+        parts = list(method.parts()) if method is not None else []
+        stages = {part.stage for part in parts}
+        if Stage.ENCODER in stages:
+            yield Job([(index, question) for question in everything])
+        elif stages == {Stage.PRE_LLM} and method is not None and method.retention < 1:
+            joined.setdefault(parts[0].keeps_positions, []).append(index)
+        else:
+            alike.setdefault(repr(in_front(method)), []).append(index)
+
+    for group in alike.values():
+        prefix = Prefix(adapter, [methods[index] for index in group])
+        for index in group:
+            taken = adapter.take(inputs, images, everything)
+            run = functools.partial(_generate, runner, methods[index], taken, prefix)
+            yield Job([(index, question) for question in everything], run)
+        prefix.clear()
+
+    for group in joined.values():
+        lengths = _lengths(methods, group, images, inputs["attention_mask"].sum(1).tolist())
+        width = inputs["attention_mask"].shape[1]
+        most = len(prompts) * width
+        if adapter.device.type == "cpu":
+            most = min(most, max(TOKENS, width))
+        for rows in _of_equal_length(lengths, most, width):
+            taken = adapter.take(inputs, images, [question for _, question in rows])
+            mixed = [method for cell, _ in rows if (method := methods[cell])]
+            run = functools.partial(runner.generate, mixed, taken)
+            yield Job(rows, run)
+
+
+def _generate(
+    runner: ModelRunner, compressor: Compressor | None, inputs: dict[str, Any], prefix: Prefix
+) -> list[dict[str, Any]]:
+    try:
+        return runner.generate(compressor, inputs, prefix)
+    except BaseException:
+        prefix.clear()  # perhaps it took the memory that was missing
+        raise
+
+
+def _lengths(
+    methods: Sequence[Compressor | None],
+    group: Sequence[int],
+    images: Sequence[Sequence[VisualTokens]],
+    full: Sequence[int],
+) -> dict[tuple[int, int], int]:
+    """Cell and question to about how many tokens the language model will see."""
+    found = {}
+    for question, some in enumerate(images):
+        patches = [len(tokens.layout.patches) for tokens in some]
+        for cell in group:
+            method = methods[cell]
+            ratio = method.retention if method is not None else 1.0
+            kept = sum(math.ceil(ratio * count) for count in patches)
+            found[cell, question] = full[question] - sum(patches) + kept
+    return found
+
+
+def _of_equal_length(
+    lengths: dict[tuple[int, int], int], most: int, width: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Rows in batches of at most ``most`` tokens, where an uncompressed row has ``width``."""
+    count = most // width
+    batch: list[tuple[int, int]] = []
+    for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
+        longest = lengths[batch[0]] if batch else lengths[row]
+        full = (len(batch) + 1) * longest > most or len(batch) == ROWS * count
+        if batch and (full or (lengths[row] < ALIKE * longest and len(batch) >= count)):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""Whether two methods answer different questions correctly."""

@@ -1,0 +1,101 @@
+"""``tokenprune complementarity``: thumbnail, crops or both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.console import app, as_exit_status, new_table, progress, quiet
+from tokenprune.experiments.common import options
+from tokenprune.experiments.common.formatting import difference, p_value
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "complementarity",
+    "table",
+]
+
+
+@app.command()
+def complementarity(
+    model: options.Model = "testbed-next",
+    questions: options.Questions = None,
+    data: options.Data = None,
+    max_image_pixels: options.MaxImagePixels = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: options.Out = None,
+    max_new_tokens: options.MaxNewTokens = 8,
+) -> None:
+    """Answer from the thumbnail, from the crops and from both.
+
+    Prints accuracy relative to the whole image for every kind of question. Images only: videos and
+    prompts of several images have no crops, also in LLaVA-OneVision.
+
+    Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
+    """
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        from tokenprune.experiments.common.setting import Request
+        from tokenprune.experiments.complementarity.run import complementarity
+
+        request = Request(
+            model=model,
+            questions=questions,
+            data=data,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            out=out,
+            max_new_tokens=max_new_tokens,
+        )
+        quiet()
+        started = options.stoppable()
+        with progress() as report:
+            result = complementarity(request, report)
+        if len(result.table):
+            Console().print(table(result.table), "")
+        if result.left_out:
+            typer.echo(f"{result.left_out} questions were left out: their images have no crops.")
+        status = options.closing(
+            result.outcome, started, "complementarity.csv, answers.parquet, plots/"
+        )
+    raise typer.Exit(status)
+
+
+def table(found: pd.DataFrame) -> Table:
+    """At most 80 columns; ``found`` is as `experiments.complementarity.relative` returns it."""
+    made = new_table(
+        title="Accuracy from one kind of view alone",
+        caption="Relative: to the accuracy with thumbnail and crops, with its 95 % interval, in %. "
+        "Difference in points with its interval (whole images resampled), p of McNemar's exact "
+        "test, on the same questions.",
+    )
+    made.add_column("kind")
+    made.add_column("seen")
+    for name in ("accuracy", "relative", "difference", "p"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for kind, group in found.groupby("kind", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            whole = not position
+            ends = [f"{100 * row[f'relative_{end}']:.0f}" for end in ("low", "high")]
+            made.add_row(
+                escape(str(kind)) if whole else "",
+                row["shown"].removesuffix(" only"),
+                f"{100 * row['accuracy']:.1f}",
+                "" if whole else f"{100 * row['relative']:.1f} {'–'.join(ends)}",
+                "" if whole else difference(row["difference"], row["low"], row["high"]),
+                "" if whole else p_value(row["p"]),
+                end_section=position + 1 == len(group),
+            )
+    return made

@@ -1,0 +1,1 @@
+"""How much each crop matters for the answer."""

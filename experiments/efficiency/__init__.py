@@ -1,0 +1,1 @@
+"""Cost of methods: estimated analytically, and measured."""

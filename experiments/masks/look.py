@@ -1,0 +1,277 @@
+"""What a method sees and keeps of one image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+import tokenprune as tp
+from tokenprune.adapter import Adapter
+from tokenprune.compressor import Compressor, Stage
+from tokenprune.encoder import encoder_part
+from tokenprune.engine.rankings import Note, noting
+from tokenprune.engine.trace import SelectionRecord
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.kept_bits import final
+from tokenprune.experiments.common.limits import check_lengths
+from tokenprune.experiments.common.patch_boxes import ViewSize
+from tokenprune.experiments.common.questions import Picture, Question
+from tokenprune.layout import TokenLayout
+from tokenprune.pictures import picture
+from tokenprune.progress import Report
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
+
+__all__ = [
+    "SALIENCY",
+    "Kept",
+    "Medium",
+    "Seen",
+    "check",
+    "look",
+]
+
+
+SALIENCY = Signal("saliency")
+
+
+@dataclass(frozen=True, eq=False)
+class Medium:
+    """An image or a video of the prompt.
+
+    Attributes:
+        pictures: The image, or the frames.
+        tokens: Its packed sequence, with the tower's saliency where it has one.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    tokens: VisualTokens
+
+    @property
+    def layout(self) -> TokenLayout:
+        return self.tokens.layout
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.pictures[0].height, self.pictures[0].width
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What one method left.
+
+    Attributes:
+        label: The method, ``uncompressed`` for all tokens.
+        retention: R asked for.
+        keeps: For every medium (M,) indices into its packed sequence.
+        answer: The model's; None where there is no language model or no question.
+        where: Where the method acts, in words.
+        scores: For every medium, the layout of the tokens it scored last and (M,) their scores;
+            empty unless it ranks (`Compressor.ranking`).
+    """
+
+    label: str
+    retention: float
+    keeps: tuple[Tensor, ...]
+    answer: str | None = None
+    where: str = ""
+    scores: tuple[tuple[TokenLayout, Tensor], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A prompt's images or video, and what every method left of them.
+
+    Attributes:
+        model: Its name.
+        view: Its views.
+        media: The images, or the video.
+        kept: What is left, all tokens first.
+        question, truth: What was asked, and the true answer if known.
+        saliency: What the tower's saliency is, in words; empty if it has none that can be told.
+    """
+
+    model: str
+    view: ViewSize
+    media: tuple[Medium, ...]
+    kept: tuple[Kept, ...]
+    question: str | None = None
+    truth: str | None = None
+    saliency: str = ""
+
+    def table(self) -> pd.DataFrame:
+        """One row per method, retention, image and view: its patch tokens, and those kept."""
+        rows = []
+        for one in self.kept:
+            for number, (medium, keep) in enumerate(zip(self.media, one.keeps, strict=True)):
+                sizes = medium.layout.view_sizes
+                counts = medium.layout.take(keep).view_sizes
+                for view, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+                    rows.append(
+                        {
+                            "method": one.label,
+                            "retention": one.retention,
+                            "acts": one.where,
+                            "image": number,
+                            "view": view,
+                            "kind": _view_kind(medium.layout, view),
+                            "tokens": size,
+                            "kept": count,
+                            "share": count / size if size else math.nan,
+                            "answer": one.answer,
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+
+def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
+    """Raises `UserError` if the model, or a missing question, leaves it nothing to work on."""
+    adapter.check(compressor)
+    stages = list(compressor.parts())
+    inside = [part for part in stages if part.stage is Stage.LLM]
+    if inside and not asks:
+        raise UserError(f"{inside[0].name} acts inside the language model; ask a question.")
+    if len(stages) > 1 and not asks:
+        raise UserError(f"{compressor.label} acts in several places; ask a question.")
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def look(
+    adapter: Adapter,
+    images: Sequence[Image.Image],
+    question: str | None = None,
+    methods: Sequence[str] = ("globalcom2", "fastv"),
+    retention: float | Sequence[float] = 0.25,
+    *,
+    video: bool = False,
+    cuts: bool = False,
+    truth: str | None = None,
+    name: str = "",
+    max_new_tokens: int = 8,
+    report: Report = lambda *_: None,
+) -> Seen:
+    """Run ``methods`` on one prompt and note what they keep.
+
+    Args:
+        adapter, images, question, methods, retention: As of `masks`.
+        video: Whether the images are the frames of one video.
+        cuts: Whether methods that cut several times are shown after every cut, not only at last.
+        truth: The true answer, if known.
+        name: Of the model, for the title.
+        max_new_tokens: Longest answer.
+        report: Told of the progress.
+
+    Raises:
+        UserError: The model lacks what a method needs, a method acts inside the language model but
+            there is none or no question, or there is no image.
+    """
+    if not images:
+        raise UserError("there is nothing to draw; give at least one image.")
+    ratios = [retention] if isinstance(retention, int | float) else retention
+    columns = cells(methods, ratios)
+    asks = question is not None and adapter.has_language_model
+    for cell in columns:
+        if cell.compressor is not None:
+            check(adapter, cell.compressor, asks)
+    pictures = [picture(image) for image in images]
+    if question is not None and asks:
+        named = tuple(Picture(str(index), one) for index, one in enumerate(pictures))
+        check_lengths(adapter, [Question("0", named, question, "", video=video)], max_new_tokens)
+    signals = frozenset[Signal]().union(
+        *(cell.compressor.needs for cell in columns if cell.compressor)
+    )
+    report(0, len(columns), "vision tower")
+    groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
+    saliency = "attention received"
+    if adapter.has_cls:
+        saliency = "logits of the CLS token's attention"
+    try:
+        encoded = _encode(adapter, pictures, signals | {SALIENCY}, video)
+    except UserError:  # a tower whose attention cannot be told
+        encoded, saliency = _encode(adapter, pictures, signals, video), ""
+    media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))
+    found: list[Kept] = []
+    for index, cell in enumerate(columns):
+        report(index, len(columns), str(cell))
+        if cell.compressor is not None and cell.compressor.retention == 1:
+            continue  # is the first, the uncompressed model
+        compressor, heard = (None, []) if cell.compressor is None else noting(cell.compressor)
+        answer, shown = None, encoded
+        if compressor is not None and encoder_part(compressor) is not None:
+            shown = _encode(adapter, pictures, compressor.needs, video, compressor)
+        if asks:
+            inputs = adapter.assemble([shown], [str(question)])
+            with tp.compress(adapter.model, compressor) as trace:
+                ids = adapter.model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+                )
+            (answer,) = adapter.decode(ids, inputs)
+            selections = trace.selections
+        else:
+            selections = [
+                SelectionRecord(
+                    0, number, compressor.stage, None, tokens.layout, compressor(tokens).keep
+                )
+                for number, tokens in enumerate(shown)
+                if compressor is not None
+            ]
+        made = _steps(selections) if cuts else [final(selections)]
+        for step in made:
+            keeps = tuple(
+                step[0, number].keep.cpu() if (0, number) in step else torch.arange(len(tokens))
+                for number, tokens in enumerate(encoded)
+            )
+            last = step is made[-1]
+            enough = last and len(heard) >= len(media)
+            scores = tuple(map(_on_cpu, heard[-len(media) :] if enough else ()))
+            where = _where(next(iter(step.values()), None))
+            found.append(Kept(cell.label, cell.retention, keeps, answer, where, scores))
+    view = ViewSize.of(adapter)
+    return Seen(name or adapter.name, view, media, tuple(found), question, truth, saliency)
+
+
+def _encode(
+    adapter: Adapter,
+    pictures: Sequence[Image.Image],
+    signals: frozenset[Signal],
+    video: bool,
+    compressor: Compressor | None = None,
+) -> list[VisualTokens]:
+    if video:
+        return adapter.encode_videos([list(pictures)], signals, compressor)
+    return adapter.encode(pictures, signals, compressor, same_prompt=len(pictures) > 1)
+
+
+def _on_cpu(note: Note) -> tuple[TokenLayout, Tensor]:
+    tokens, scores = note
+    return tokens.layout.to("cpu"), scores.detach().float().cpu()
+
+
+def _steps(selections: Sequence[SelectionRecord]) -> list[dict[tuple[int, int], SelectionRecord]]:
+    """What was left after every cut; all tokens if there was none."""
+    layers = list(dict.fromkeys(chosen.layer for chosen in selections))
+    return [final(c for c in selections if c.layer == layer) for layer in layers] or [{}]
+
+
+def _where(chosen: SelectionRecord | None) -> str:
+    if chosen is None:
+        return ""
+    if chosen.stage is Stage.ENCODER:
+        return "in the encoder"
+    return "before the LLM" if chosen.layer is None else f"before layer {chosen.layer}"
+
+
+def _view_kind(layout: TokenLayout, view: int) -> str:
+    if layout.modality == "video":
+        return "frame"
+    return "crop" if view and layout.grid != (0, 0) else "thumbnail"

@@ -1,0 +1,1 @@
+"""Whether a method prefers places."""

@@ -1,0 +1,527 @@
+"""Selections under rearranged images."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+import tokenprune as tp
+from tokenprune.adapter import Adapter
+from tokenprune.compressor import Compressor, Stage
+from tokenprune.engine.rankings import noting
+from tokenprune.errors import RetentionWarning, UserError, unknown
+from tokenprune.experiments.common.cells import Failure
+from tokenprune.experiments.common.failing import tried
+from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.positional_bias.estimates import NORMAL, profiles, statistics
+from tokenprune.experiments.positional_bias.rearrange import (
+    CONDITIONS,
+    CROPS,
+    DEFAULT,
+    EXCHANGED,
+    LEVELS,
+    Condition,
+    Level,
+    NotPossible,
+    Shown,
+    move_pixels,
+    move_tokens,
+    paired,
+)
+from tokenprune.experiments.positional_bias.rows import Parts, Rows, Skip, joined
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.progress import Report
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
+
+__all__ = [
+    "PROMPT",
+    "Result",
+    "check_method",
+    "compressors_of",
+    "positional_bias",
+    "selector_bias",
+]
+
+
+PROMPT = "What is in the image?"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        tokens: One row per method, retention, image, condition, level and patch token: ``token``
+            (index in the packed sequence), ``position`` (its middle, relative, in (0, 1)),
+            ``kind``, ``view``, ``slot`` (of crops and of frames in the order of the sequence, from
+            0; -1 for a thumbnail) of ``slots``, ``row`` and ``col`` in the view, ``y`` and ``x``
+            (relative place in the image), ``content`` (which token showed the same originally, -1
+            where none did),
+            ``kept`` (at the end), ``kept_first`` (at the first cut) and ``score`` (that the first
+            cut ranked by; missing for methods that do not score).
+        statistics: As `position_statistics.statistics` returns it.
+        profiles: As `position_statistics.profiles` returns it.
+        skipped: (condition, level, why) to the number of images that could not be rearranged so.
+        failures: (method, retention) to why it is missing from the tables.
+    """
+
+    tokens: pd.DataFrame
+    statistics: pd.DataFrame
+    profiles: pd.DataFrame
+    skipped: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    failures: Mapping[tuple[str, float], Failure] = field(default_factory=dict)
+
+
+# --- the analysis ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """An image in one condition, encoded.
+
+    Attributes:
+        content: (N,) as `rearrange.paired` returns it.
+        slot: (N,) of the places in the sequence, whatever is put there.
+    """
+
+    image: int
+    condition: str
+    level: str
+    tokens: VisualTokens
+    content: Tensor
+    slot: Tensor
+
+    @cached_property
+    def layout(self) -> TokenLayout:
+        """On the CPU."""
+        return self.tokens.layout.to("cpu")
+
+    @cached_property
+    def geometry(self) -> dict[str, np.ndarray[Any, Any]]:
+        """(P,) columns of the table of tokens that do not depend on the method."""
+        layout, index = self.layout, torch.arange(len(self.tokens))
+        canvas = layout.kind == Kind.CROP
+        (height, width), (rows, cols) = layout.view_shape, layout.canvas_shape
+        y = torch.where(
+            canvas,
+            (layout.canvas_row.float() + 0.5) / max(rows, 1),
+            (layout.row.float() + 0.5) / height,
+        )
+        x = torch.where(
+            canvas,
+            (layout.canvas_col.float() + 0.5) / max(cols, 1),
+            (layout.col.float() + 0.5) / width,
+        )
+        columns: dict[str, tuple[Tensor, Any]] = {
+            "token": (index, np.int32),
+            "position": ((index.double() + 0.5) / len(index), np.float64),
+            "kind": (layout.kind, np.int8),
+            "view": (layout.view, np.int16),
+            "slot": (self.slot.cpu(), np.int16),
+            "row": (layout.row, np.int16),
+            "col": (layout.col, np.int16),
+            "y": (y, np.float32),
+            "x": (x, np.float32),
+            "content": (self.content.cpu(), np.int32),
+        }
+        return {
+            name: values[layout.patches].numpy().astype(kind)
+            for name, (values, kind) in columns.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What a method made of a case: (N,) each; scores missing where there are none."""
+
+    kept: Tensor
+    kept_first: Tensor
+    score: Tensor
+
+
+def positional_bias(
+    adapter: Adapter,
+    methods: Sequence[str | Compressor],
+    images: Sequence[Shown],
+    *,
+    retention: Sequence[float] = (0.25,),
+    conditions: Sequence[Condition] = DEFAULT,
+    levels: Sequence[Level] = LEVELS,
+    prompts: Sequence[str] | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    parts: Path | None = None,
+    report: Report = lambda *_: None,
+) -> Result:
+    """Run methods on images whose content is rearranged, and test what the choice follows.
+
+    Methods in front of the language model choose as `Adapter.choose` lets them; all others run
+    inside the model, in the prefill of a prompt.
+
+    Args:
+        adapter: As `tokenprune.load` returns it.
+        methods: Compressors, or specs: those without a retention of their own run at each of
+            ``retention``.
+        images: Images, or videos as lists of frames, or both.
+        retention: Shares of patch tokens to keep.
+        conditions: Which ones of `rearrange.CONDITIONS`, besides the normal one; each is applied
+            where it is possible.
+        levels: Whether to move features and signals behind the encoder (``selector``), pixels in
+            front of it (``pipeline``), or both.
+        prompts: For every image the question that methods in the language model see; None for
+            "What is in the image?".
+        batch_size: Prompts that run at once.
+        seed: Of the bootstrap.
+        parts: Folder in which every finished batch is kept at once; what it holds of these methods
+            and images is not computed again.
+        report: Told about progress.
+
+    Raises:
+        UserError: Bad input, found before anything is run.
+    """
+    compressors = compressors_of(methods, retention)
+    for compressor in compressors:
+        check_method(adapter, compressor)
+    _check(adapter, images, conditions, levels, prompts, batch_size)
+    asked = list(prompts or [PROMPT] * len(images))
+    signals = frozenset[Signal]().union(*(compressor.needs for compressor in compressors))
+    outside = frozenset(signal for signal in signals if not signal.in_llm)
+    known = Parts(parts)
+
+    def cases(index: int) -> Iterator[_Case]:
+        return _cases(adapter, index, images[index], outside, conditions, levels, known.skipped)
+
+    def choices(compressor: Compressor, some: Sequence[_Case]) -> list[_Choice]:
+        return _choices(adapter, compressor, some, [asked[case.image] for case in some])
+
+    return _analysed(compressors, len(images), cases, choices, known, batch_size, seed, report)
+
+
+def selector_bias(
+    methods: Sequence[str | Compressor],
+    encoded: Sequence[VisualTokens],
+    *,
+    retention: Sequence[float] = (0.25,),
+    conditions: Sequence[Condition] = DEFAULT,
+    seed: int = 0,
+    report: Report = lambda *_: None,
+) -> Result:
+    """The same for encoded images, real or made up, without a model.
+
+    Args:
+        methods: As for `positional_bias`, all of them in front of the language model.
+        encoded: As `Adapter.encode` returns them, with the signals that the methods need.
+        retention, conditions, seed, report: As for `positional_bias`.
+
+    Raises:
+        UserError: Bad input, found before anything is run.
+    """
+    compressors = compressors_of(methods, retention)
+    for compressor in compressors:
+        if not _in_front(compressor):
+            raise UserError(
+                f"{compressor.label} does not act in front of the language model alone; use "
+                "positional_bias with a model."
+            )
+    _check_names(conditions, LEVELS)
+    if not encoded:
+        raise UserError("positional bias needs at least one image.")
+    known = Parts(None)
+
+    def cases(index: int) -> Iterator[_Case]:
+        tokens = _told_apart(index, encoded[index])
+        yield _as_it_is(index, tokens)
+        yield from _moved(index, tokens, conditions, known.skipped)
+
+    return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, report)
+
+
+def _asked(
+    compressor: Compressor,
+    cases: Sequence[_Case],
+    choices: Callable[[Compressor, Sequence[_Case]], Sequence[_Choice]],
+    batch_size: int,
+) -> list[Rows]:
+    """What a method chooses of all cases, some at once."""
+    rows: list[Rows] = []
+    for first in range(0, len(cases), batch_size):
+        some = cases[first : first + batch_size]
+        rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
+    return rows
+
+
+def _analysed(
+    compressors: Sequence[Compressor],
+    images: int,
+    cases: Callable[[int], Iterator[_Case]],
+    choices: Callable[[Compressor, Sequence[_Case]], list[_Choice]],
+    known: Parts,
+    batch_size: int,
+    seed: int,
+    report: Report,
+) -> Result:
+    """Run the methods on all cases of all images; a method that fails is left out."""
+    failures: dict[tuple[str, float], Failure] = {}
+    keys = {(one.label, one.retention): one for one in compressors}
+    total, done = len(keys) * images, 0
+    for start in range(0, images, batch_size):
+        report(done, total, "vision tower")
+        here = range(start, min(start + batch_size, images))
+        lacking = {key: set(here) - known.images(*key) for key in keys if key not in failures}
+        needed = sorted(set().union(*lacking.values()))
+        batch = [case for index in needed for case in cases(index)]
+        for key, compressor in keys.items():
+            report(done, total, f"{key[0]} at {key[1]:g}")
+            done += len(here)
+            mine = [case for case in batch if case.image in lacking.get(key, ())]
+            found = tried(partial(_asked, compressor, mine, choices, batch_size))
+            if isinstance(found, Failure):
+                failures[key] = found
+                # Perhaps it wrote to what the others are shown as well.
+                batch = [case for index in needed for case in cases(index)]
+            else:
+                known.add(found)
+    report(total, total, "statistics")
+    tokens = joined([one for key in keys if key not in failures for one in known.rows(*key)])
+    skipped = Counter(skip[1:] for skip in known.skipped)
+    return Result(tokens, statistics(tokens, seed=seed), profiles(tokens), dict(skipped), failures)
+
+
+def compressors_of(
+    methods: Sequence[str | Compressor], retention: Sequence[float]
+) -> list[Compressor]:
+    found: dict[tuple[str, float], Compressor] = {}
+    for method in methods:
+        made = (
+            [cell.compressor for cell in cells([method], retention)]
+            if isinstance(method, str)
+            else [method]
+        )
+        for compressor in made:
+            if compressor is not None:
+                found.setdefault((compressor.label, compressor.retention), compressor)
+    if not found:
+        raise UserError("positional bias needs at least one method and one retention.")
+    return list(found.values())
+
+
+def check_method(adapter: Adapter, compressor: Compressor) -> None:
+    adapter.check(compressor)
+    for part in compressor.parts():
+        if part.stage is Stage.ENCODER:
+            raise UserError(
+                f"{part.name} acts inside the vision tower, in front of the sequence in which this "
+                "analysis moves content to other places; leave it out (tokenprune masks shows what "
+                "it keeps)."
+            )
+
+
+def _check(
+    adapter: Adapter,
+    images: Sequence[Shown],
+    conditions: Sequence[str],
+    levels: Sequence[str],
+    prompts: Sequence[str] | None,
+    batch_size: int,
+) -> None:
+    _check_names(conditions, levels)
+    if EXCHANGED in conditions and "selector" not in levels:
+        raise UserError(
+            f"{EXCHANGED} moves features under the thumbnail, which is made of the same pixels; "
+            "add the level 'selector' or leave the condition out."
+        )
+    if not images:
+        raise UserError("positional bias needs at least one image.")
+    if prompts is not None and len(prompts) != len(images):
+        raise UserError(f"{len(prompts)} prompts for {len(images)} images; give one for each.")
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {batch_size}.")
+    for shown in images:
+        if not isinstance(shown, Image.Image):
+            if "video" not in adapter.encoders:
+                raise UserError(
+                    f"{adapter.name} takes images only; load a model that takes videos, or hand "
+                    "over single frames as images."
+                )
+            if not len(shown):
+                raise UserError("a video needs at least one frame, got an empty list.")
+
+
+def _check_names(conditions: Sequence[str], levels: Sequence[str]) -> None:
+    for what, values, known in (
+        ("condition", conditions, CONDITIONS),
+        ("level", levels, LEVELS),
+    ):
+        for value in values:
+            if value not in known:
+                raise unknown(what, value, known)
+
+
+def _cases(
+    adapter: Adapter,
+    index: int,
+    shown: Shown,
+    signals: frozenset[Signal],
+    conditions: Sequence[Condition],
+    levels: Sequence[Level],
+    skipped: set[Skip],
+) -> Iterator[_Case]:
+    """An image as it is and in every condition that is possible, encoded."""
+    normal = _told_apart(index, _encoded(adapter, shown, signals))
+    yield _as_it_is(index, normal)
+    if "selector" in levels:
+        yield from _moved(index, normal, conditions, skipped)
+    pixelwise = [one for one in _fitting(normal.layout, conditions) if one != EXCHANGED]
+    for condition in pixelwise if "pipeline" in levels else ():
+        try:
+            pixels = move_pixels(shown, condition, normal.layout, _side(adapter))
+            moved = _encoded(adapter, pixels, signals)
+            if not _alike(moved.layout, normal.layout):
+                raise NotPossible("another grid once rearranged")
+        except NotPossible as reason:
+            skipped.add((index, condition, "pipeline", str(reason)))
+        else:
+            content = paired(normal.layout, condition)
+            yield _Case(index, condition, "pipeline", moved, content, _slots(normal.layout))
+
+
+def _told_apart(index: int, tokens: VisualTokens) -> VisualTokens:
+    """With a fingerprint, by which scores are told apart and strategies draw anew."""
+    if tokens.fingerprint is not None:
+        return tokens
+    return replace(tokens, fingerprint=torch.tensor([index], dtype=torch.float32))
+
+
+def _as_it_is(index: int, tokens: VisualTokens) -> _Case:
+    layout = tokens.layout
+    itself = torch.arange(len(layout), device=layout.is_separator.device)
+    content = itself.masked_fill(layout.is_separator, -1)
+    return _Case(index, NORMAL, NORMAL, tokens, content, _slots(layout))
+
+
+def _slots(layout: TokenLayout) -> Tensor:
+    """(N,) which crop or frame lies at each place, from 0; negative for what is neither."""
+    return layout.view - int(layout.modality != "video")
+
+
+def _moved(
+    index: int,
+    tokens: VisualTokens,
+    conditions: Sequence[Condition],
+    skipped: set[Skip],
+) -> Iterator[_Case]:
+    """An encoded image in every condition that is possible, at the selector level."""
+    for condition in _fitting(tokens.layout, conditions):
+        try:
+            content = paired(tokens.layout, condition)
+        except NotPossible as reason:
+            skipped.add((index, condition, "selector", str(reason)))
+        else:
+            moved, slots = move_tokens(tokens, condition), _slots(tokens.layout)
+            yield _Case(index, condition, "selector", moved, content, slots)
+
+
+def _fitting(layout: TokenLayout, conditions: Sequence[Condition]) -> list[Condition]:
+    """Those that are a question of an image, or of a video."""
+    others = CROPS if layout.modality == "video" else ("reversed-frames",)
+    return [condition for condition in conditions if condition not in others]
+
+
+def _encoded(adapter: Adapter, shown: Shown, signals: frozenset[Signal]) -> VisualTokens:
+    if isinstance(shown, Image.Image):
+        return adapter.encode([shown], signals)[0]
+    return adapter.encode_videos([list(shown)], signals)[0]
+
+
+def _side(adapter: Adapter) -> int:
+    """Of a view, in pixels."""
+    return int(adapter.base.config.vision_config.image_size)
+
+
+def _alike(one: TokenLayout, other: TokenLayout) -> bool:
+    return (
+        len(one) == len(other)
+        and one.grid == other.grid
+        and one.canvas_shape == other.canvas_shape
+        and torch.equal(one.view, other.view)
+    )
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+def _in_front(compressor: Compressor) -> bool:
+    """Whether it acts in front of the language model alone, so that nothing behind need run."""
+    return compressor.stage is Stage.PRE_LLM and list(compressor.parts()) == [compressor]
+
+
+def _chosen(compressor: Compressor, cases: Sequence[_Case]) -> list[_Choice]:
+    """What a method in front of the language model keeps of each case, as `Adapter.choose`."""
+    heedful, notes = noting(compressor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetentionWarning)  # the shares show it
+        return [_choice(case, [heedful(case.tokens).keep], notes) for case in cases]
+
+
+def _choices(
+    adapter: Adapter, compressor: Compressor, cases: Sequence[_Case], prompts: Sequence[str]
+) -> list[_Choice]:
+    """What any method keeps of each case."""
+    if _in_front(compressor):
+        return _chosen(compressor, cases)
+    heedful, notes = noting(compressor)
+    inputs = adapter.assemble([[case.tokens] for case in cases], prompts)
+    with warnings.catch_warnings(), tp.compress(adapter.model, heedful) as trace:
+        warnings.simplefilter("ignore", RetentionWarning)
+        adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+    cuts: list[list[Tensor]] = [[] for _ in cases]
+    for chosen in trace.selections:
+        cuts[chosen.row].append(chosen.keep)
+    return [_choice(case, keeps, notes) for case, keeps in zip(cases, cuts, strict=True)]
+
+
+def _choice(
+    case: _Case, keeps: Sequence[Tensor], notes: Sequence[tuple[VisualTokens, Tensor]]
+) -> _Choice:
+    size = len(case.tokens)
+    first, last = (torch.zeros(size, dtype=torch.bool) for _ in range(2))
+    first[keeps[0].cpu()] = True
+    last[keeps[-1].cpu()] = True
+    score = torch.full((size,), torch.nan)
+    for seen, values in notes:  # a later cut sees fewer tokens
+        if seen.fingerprint is case.tokens.fingerprint and len(values) == size:
+            score = values.detach().float().cpu()
+            break
+    return _Choice(last, first, score)
+
+
+def _rows(compressor: Compressor, case: _Case, choice: _Choice) -> Rows:
+    layout = case.layout
+    patches = layout.patches.numpy()
+    slots = layout.frames if layout.modality == "video" else layout.grid[0] * layout.grid[1]
+    shared = {
+        "method": compressor.label,
+        "retention": compressor.retention,
+        "modality": layout.modality,
+        "image": case.image,
+        "condition": case.condition,
+        "level": case.level,
+        "slots": slots,
+        "grid": f"{layout.grid[0]}x{layout.grid[1]}",
+    }
+    made = {
+        "kept": choice.kept.numpy()[patches],
+        "kept_first": choice.kept_first.numpy()[patches],
+        "score": choice.score.numpy()[patches],
+    }
+    return Rows(shared, {**case.geometry, **made})

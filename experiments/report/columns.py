@@ -1,0 +1,50 @@
+"""The columns of the report: one per method and retention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+import tokenprune as tp
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.cells import Cell
+from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+
+__all__ = [
+    "Column",
+    "table_columns",
+]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A method at a retention."""
+
+    label: str
+    retention: float
+    key: str | None
+    failed: bool
+
+    @property
+    def method(self) -> str:
+        return self.label.partition(":")[0]
+
+
+def table_columns(answers: pd.DataFrame) -> list[Column]:
+    """The uncompressed model first, then methods in the order of the run."""
+    found = []
+    for (label, retention), rows in answers.groupby(["label", "retention"], sort=False):
+        failed = bool((rows["status"] == "failed").any())
+        found.append(Column(label, float(retention), _key(label, float(retention)), failed))
+    return sorted(found, key=lambda column: column.label != UNCOMPRESSED)
+
+
+def _key(label: str, retention: float) -> str | None:
+    """What the journal files a method's answers under; None where the method is not known here."""
+    if label == UNCOMPRESSED:
+        return UNCOMPRESSED
+    try:
+        return Cell(tp.parse(label) if "@" in label else tp.parse(label, retention=retention)).key
+    except UserError:
+        return None

@@ -1,0 +1,218 @@
+"""``tokenprune report``: a page to look through a run."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenprune.console import (
+    OK,
+    ManyValues,
+    app,
+    as_exit_status,
+    method_label,
+    new_table,
+    progress,
+    quiet,
+)
+from tokenprune.experiments.common import options
+from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.spec import split_specs
+from tokenprune.units import percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "pairs",
+    "pairs_table",
+    "report",
+    "table",
+]
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_FOLDER", help="What tokenprune compare wrote.")
+    ],
+    questions: Annotated[int, typer.Option(help="How many to show with images and masks.")] = 100,
+    first: Annotated[
+        bool,
+        typer.Option(
+            "--first", help="Show the first ones, not those that methods answer most differently."
+        ),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The run's data file, if it was moved since."),
+    ] = None,
+    max_image_pixels: options.MaxImagePixels = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="[default: report.html in the folder]")
+    ] = None,
+    anonymous: Annotated[
+        bool,
+        typer.Option(
+            "--anonymous", help="Leave out user names, the machine's name and absolute paths."
+        ),
+    ] = False,
+) -> None:
+    """Write a page about a run: results, figures, and every question with what methods kept.
+
+    The page is one file that needs no network. Finished, failed and interrupted runs will do.
+
+    Exit status: 0 done, 2 bad input.
+    """
+    with as_exit_status(), options.image_limit(max_image_pixels):
+        from tokenprune.experiments.report.run import Request, report
+
+        quiet()
+        request = Request(
+            folder=folder,
+            questions=questions,
+            first=first,
+            data=data,
+            out=out,
+            anonymous=anonymous,
+        )
+        with progress() as tell:
+            written = report(request, tell)
+        for note in written.notes:
+            typer.echo(f"note: {note}", err=True)
+        size = f"{written.path.stat().st_size / 2**20:.1f} MiB"
+        typer.echo(
+            f"Written to {written.path} ({size}): {written.shown} of {written.of} questions."
+        )
+    raise typer.Exit(OK)
+
+
+@app.command(cls=ManyValues)
+def pairs(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", "-m", metavar="LABEL...", help="Only these. [default: all]"),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="Only questions of this kind. [default: all questions]")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the bootstrap samples.")] = 0,
+) -> None:
+    """Compare every two methods of a run on the questions that both answered.
+
+    Prints the difference of their accuracies with its 95 % bootstrap interval and the p-value of
+    McNemar's exact test, as it is and adjusted for the number of pairs (Holm), and writes
+    pairs.csv to the folder.
+
+    Exit status: 0 done, 2 bad input.
+    """
+    with as_exit_status():
+        from tokenprune.errors import UserError
+        from tokenprune.experiments.common.csv_files import write_csv
+        from tokenprune.experiments.common.files import check_file, replace_file
+        from tokenprune.experiments.common.limits import check_number
+        from tokenprune.experiments.common.reading import answers_of
+        from tokenprune.experiments.common.summary import OVERALL
+
+        check_number("seed", seed)
+        kind = kind or OVERALL
+        labels = tuple(split_specs(methods or ()))
+        if methods and not labels:
+            raise UserError("--methods needs at least one value.")
+        notes: list[str] = []
+        answers = answers_of(folder, notes)
+        path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv")
+        found = _found(answers, labels, kind, seed)
+        check_file(path)
+        with replace_file(path) as temporary:
+            write_csv(found, temporary)
+        console = Console()
+        console.print(pairs_table(found))
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
+        typer.echo(f"Written to {path}")
+    raise typer.Exit(OK)
+
+
+def _file_part(kind: str) -> str:
+    """``kind`` where it is a plain word, otherwise a digest: data must not name files."""
+    if re.fullmatch(r"[\w-]{1,40}", kind, re.ASCII):
+        return kind
+    return hashlib.sha256(kind.encode()).hexdigest()[:12]
+
+
+def _found(answers: pd.DataFrame, labels: tuple[str, ...], kind: str, seed: int) -> pd.DataFrame:
+    """The pairs.  Raises `UserError` for a label or a kind that the run does not have."""
+    from tokenprune.errors import UserError, unknown
+    from tokenprune.experiments.common import summary
+
+    for name in labels:
+        if name not in set(answers["label"]):
+            raise unknown("method of the run", name, answers["label"].unique())
+    if kind != summary.OVERALL and kind not in set(answers["kind"]):
+        raise unknown("kind of question", kind, answers["kind"].unique())
+    found = summary.pairs(answers, seed=seed, labels=labels, kind=kind)
+    if found.empty:
+        raise UserError(
+            "no two methods of the run answered the same questions at the same retention; give at "
+            "least two that did."
+        )
+    return found
+
+
+def pairs_table(found: pd.DataFrame) -> Table:
+    """The pairs as a table of at most 80 columns; ``found`` is as `intervals.pairs` returns it."""
+    number = found["n"].max()
+    made = new_table(
+        title=f"Every two methods on the same questions ({escape(found['kind'].iloc[0])})",
+        caption=f"First minus second, in points of accuracy, on {number} questions, with its 95 % "
+        "interval (whole images resampled). p: McNemar's exact test; Holm: adjusted for the "
+        f"{len(found)} pairs of this table; - with several seeds.",
+    )
+    made.add_column("keep", justify="right")
+    for name in ("first", "second"):
+        made.add_column(name, overflow="fold")
+    for name in ("difference", "p", "Holm"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for retention, group in found.groupby("retention", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            made.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["first"]),
+                method_label(row["second"]),
+                difference(row["difference"], row["low"], row["high"]),
+                p_value(row["p"]),
+                p_value(row["p_holm"]),
+                end_section=position + 1 == len(group),
+            )
+    return made
+
+
+@app.command()
+def table(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders that compare has written.")
+    ],
+) -> None:
+    """Print several comparisons side by side as one Markdown table.
+
+    One row per method: accuracies in % and, in brackets, the decoder's FLOPs in % of the full ones.
+
+    Exit status: 0 done, 2 bad input.
+    """
+    with as_exit_status():
+        from tokenprune.experiments.report.side_by_side import markdown, side_by_side
+
+        notes: list[str] = []
+        typer.echo(markdown(side_by_side(folders, notes)))
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
+    raise typer.Exit(OK)

@@ -1,0 +1,267 @@
+"""One self-contained HTML page of a run: what was run, its results, and every question to look at.
+
+Everything is read from the run folder (`results`) and from where its questions come from; no model
+is loaded.  Where something is gone - the data file, an image, a method's package - the page says so
+and shows the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.answers import read_answers
+from tokenprune.experiments.common.files import check_file, replace_file
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.limits import check_number
+from tokenprune.experiments.common.questions import Question
+from tokenprune.experiments.common.reading import journaled, manifest_of, questions_of
+from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+from tokenprune.experiments.common.summary import summarise
+from tokenprune.experiments.compare import figures
+from tokenprune.experiments.report.anonymous import anonymous
+from tokenprune.experiments.report.columns import Column, table_columns
+from tokenprune.experiments.report.gallery import Gallery, planner, question_entry
+from tokenprune.experiments.report.tables import (
+    command,
+    costs,
+    facts,
+    failures_of,
+    kinds,
+    own_citation,
+    results,
+    sources,
+    title,
+)
+from tokenprune.progress import Report
+
+__all__ = [
+    "Request",
+    "Written",
+    "report",
+]
+
+
+_PICTURES = 20 * 2**20  # bytes of all pictures together, before base64
+
+
+_KEPT = 12 * 2**20  # of what was kept
+
+
+_PLOT_WIDTH = 1400
+
+
+_TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to report on.
+
+    Attributes:
+        folder: Of the run.
+        questions: How many to show with images and masks.
+        first: Take the first ones, not those that methods answer most differently.
+        data: Where the data file is now, if it was moved.
+        out: The page; None for ``report.html`` in the folder.
+        anonymous: Leave out who ran it and where (`anonymous`); questions, answers and pictures
+            stay as they are.
+    """
+
+    folder: Path
+    questions: int = 100
+    first: bool = False
+    data: Path | None = None
+    out: Path | None = None
+    anonymous: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """The page, how many of the run's questions it shows, and what could not be shown."""
+
+    path: Path
+    shown: int
+    of: int
+    notes: tuple[str, ...]
+
+
+def report(request: Request, tell: Report = lambda *_: None) -> Written:
+    """Write the page.
+
+    Raises:
+        UserError: The folder is not that of a run, has neither answers nor questions, or is
+            damaged.
+    """
+    check_number("questions", request.questions, least=0)
+    path = request.out or request.folder / "report.html"
+    manifest = manifest_of(request.folder)
+    check_file(path)
+    notes: list[str] = []
+    tell(0, 0, "reading the run")
+    journal = Journal(request.folder / "answers.jsonl")
+    if journal.unreadable:
+        lines = "line" if journal.unreadable == 1 else "lines"
+        notes.append(f"{journal.unreadable} {lines} of answers.jsonl cannot be read: left out.")
+    questions = questions_of(request.folder, manifest, journal, notes, request.data)
+    answers = _answers(request.folder, manifest, questions, journal, notes)
+    # Methods at R = 1 are the uncompressed model.
+    answers = answers[~(answers["retention"] >= 1) | (answers["method"] == UNCOMPRESSED)]
+    summary = summarise(answers, seed=manifest["experiment"]["seed"])
+    answers = answers.dropna(subset="retention")
+    compressed = summary.dropna(subset="retention")
+    columns = table_columns(answers)
+    chosen = _chosen(answers, columns, request)
+    known = {item.id: item for item in questions or ()}
+    shown = {picture.id for name in chosen if name in known for picture in known[name].images}
+    gallery = Gallery(planner(manifest, notes), notes, _PICTURES // max(1, len(shown)))
+    entries = []
+    for index, name in enumerate(chosen):
+        tell(index, len(chosen), "pictures")
+        entries.append(question_entry(name, answers, columns, known.get(name), gallery, journal))
+    _bound(entries, notes)
+    if columns and chosen and not any(any(entry["kept"]) for entry in entries):
+        notes.append(
+            "The run did not record what was kept, or it cannot be drawn; no masks are shown."
+        )
+    browser = {
+        "cells": [{"label": c.label, "keep": c.retention, "failed": c.failed} for c in columns],
+        "questions": entries,
+        "media": gallery.media,
+        "pictures": gallery.pictures,
+    }
+    total = answers["question_id"].nunique()
+    figures = list(_figures(request.folder, compressed, manifest, notes))
+    failures = failures_of(manifest, journal)
+    if request.anonymous:
+        told = {"manifest": manifest, "failures": failures, "notes": notes}
+        manifest, failures, notes = anonymous(told).values()
+    page = _template().render(
+        title=title(manifest),
+        manifest=manifest,
+        experiment=manifest["experiment"],
+        command=command(manifest),
+        facts=facts(manifest),
+        status=manifest.get("status", "unknown"),
+        answered=len(journal.answers),
+        failures=failures,
+        results=results(summary),
+        kinds=kinds(summary),
+        costs=costs(compressed),
+        figures=figures,
+        sources=sources(columns),
+        citation=own_citation(manifest),
+        browser=_script_safe(browser),
+        shown=len(entries),
+        total=total,
+        first=request.first,
+        notes=notes,
+        version=tp.__version__,
+    )
+    with replace_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Written(path, len(entries), total, tuple(notes))
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("tokenprune.experiments.report", ".")
+    found = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return found.get_template(_TEMPLATE)
+
+
+def _script_safe(value: Any) -> str:
+    """JSON that cannot end the script element it stands in, whatever the texts contain."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def _answers(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    questions: list[Question] | None,
+    journal: Journal,
+    notes: list[str],
+) -> pd.DataFrame:
+    """As `answers_frame`: from the journal, or as it was written where that is not possible."""
+    try:
+        return journaled(manifest, questions, journal)
+    except UserError as error:
+        if not (folder / "answers.parquet").exists():
+            raise UserError(
+                f"{str(folder)!r} has no answers.parquet, and it cannot be made: {error}"
+            ) from error
+        notes.append(f"Read from answers.parquet, because {error}")
+        return read_answers(folder)
+
+
+def _chosen(answers: pd.DataFrame, columns: Sequence[Column], request: Request) -> list[str]:
+    """Ids of the questions to show.
+
+    The most informative ones are those with most methods that answer unlike the uncompressed
+    model, or, without one, with most different answers.
+    """
+    names = list(pd.unique(answers["question_id"]))
+    if not request.first:
+        unlike = (
+            (~answers["agrees"].fillna(True).astype(bool)).groupby(answers["question_id"]).sum()
+        )
+        ways = answers.groupby("question_id")["answer"].nunique()
+        names.sort(key=lambda name: (-int(unlike[name]), -int(ways[name])))
+    return names[: request.questions]
+
+
+def _bound(entries: Sequence[dict[str, Any]], notes: list[str]) -> None:
+    """Leave out what was kept of the last questions where that of all would be too much."""
+    sizes = [sum(map(len, itertools.chain(*filter(None, entry["kept"])))) for entry in entries]
+    fitting = sum(total <= _KEPT for total in itertools.accumulate(sizes))
+    for entry in entries[fitting:]:
+        entry["kept"] = [None] * len(entry["kept"])
+    if fitting < len(entries):
+        notes.append(f"Only the masks of the first {fitting} questions fit into the page.")
+
+
+def _figures(
+    folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any], notes: list[str]
+) -> Iterator[dict[str, str]]:
+    """The run's figures as data URIs; made afresh if an interrupted run has none."""
+    files = sorted((folder / "plots").glob("*.png"), key=lambda file: file.stem)
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.thumbnail((_PLOT_WIDTH, 4 * _PLOT_WIDTH), Image.Resampling.LANCZOS)
+                uri = _plot_uri(image)
+        except Exception as error:  # whatever damage does to a picture
+            notes.append(f"The figure {file.name} cannot be shown ({error}).")
+        else:
+            yield {"name": file.stem.replace("-", " "), "uri": uri}
+    if not files and len(summary) and summary["accuracy"].notna().any():
+        name = Path(manifest["experiment"]["model"]).name
+        figure = figures.accuracy(summary, f"Accuracy of {name} so far")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        with Image.open(buffer) as image:
+            yield {"name": "accuracy so far", "uri": _plot_uri(image)}
+
+
+def _plot_uri(image: Image.Image) -> str:
+    """A figure has few colours: a palette keeps its text sharp and the file small."""
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -1,0 +1,156 @@
+"""Accuracy of a testbed under reference selections."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+from tokenprune.experiments.training.geometry import Geometry, geometry
+from tokenprune.experiments.training.model import PER_VIEW
+from tokenprune.models.testbed import scenes
+from tokenprune.models.testbed.scenes import KINDS, Question
+
+# --- figures --------------------------------------------------------------------------------------
+
+Chooser = Callable[[Geometry, Tensor, np.random.Generator], Tensor]
+"""From geometry, [CLS] attention to the packed tokens (N,) and chance to the indices that stay."""
+
+
+def share(geo: Geometry, scores: Tensor, retention: float) -> Tensor:
+    """Indices of the best share of the patches, view by view, and all newlines."""
+    keep = geo.order < 0
+    for view in range(geo.views):
+        mine = (geo.order // PER_VIEW == view) & (geo.order >= 0)
+        best = scores.masked_fill(~mine, -math.inf).topk(max(1, round(retention * int(mine.sum()))))
+        keep[best.indices] = True
+    return keep.nonzero().squeeze(1)
+
+
+def at_random(geo: Geometry, rng: np.random.Generator, retention: float) -> Tensor:
+    """Indices of a random share of the patches, and all newlines."""
+    patches = (geo.order >= 0).nonzero().squeeze(1)
+    chosen = torch.from_numpy(rng.permutation(len(patches))[: round(retention * len(patches))])
+    return torch.cat([patches[chosen], (geo.order < 0).nonzero().squeeze(1)]).sort().values
+
+
+CONDITIONS: dict[str, Chooser] = {
+    "full": lambda geo, attention, rng: torch.arange(len(geo.order)),
+    "thumbnail only": lambda geo, attention, rng: torch.arange(PER_VIEW),
+    "crops only": lambda geo, attention, rng: torch.arange(PER_VIEW, len(geo.order)),
+    "image-free": lambda geo, attention, rng: torch.arange(0),
+    "random @ 0.25": lambda geo, attention, rng: at_random(geo, rng, 0.25),
+    "random @ 0.10": lambda geo, attention, rng: at_random(geo, rng, 0.10),
+    "CLS top-k @ 0.25": lambda geo, attention, rng: share(geo, attention, 0.25),
+    "CLS top-k @ 0.10": lambda geo, attention, rng: share(geo, attention, 0.10),
+}
+
+
+def cls_attention(model: LlavaNextForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """Attention of [CLS] to the patches in the last vision layer, mean of heads: (v, 49)."""
+    tower = model.model.vision_tower
+    layer = tower.encoder.layers[-1]
+    x = layer.layer_norm1(tower(pixels, output_hidden_states=True).hidden_states[-2])
+    heads = layer.self_attn.num_heads
+    query = rearrange(layer.self_attn.q_proj(x[:, :1]), "v n (h d) -> v h n d", h=heads)
+    key = rearrange(layer.self_attn.k_proj(x), "v n (h d) -> v h n d", h=heads)
+    weights: Tensor = (query @ key.mT / math.sqrt(key.shape[-1])).softmax(-1)
+    return weights[:, :, 0, 1:].mean(1)
+
+
+def chat(processor: LlavaNextProcessor, question: str) -> str:
+    content: Any = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    return prompt
+
+
+@torch.inference_mode()
+def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, dict[str, float]]:
+    """Accuracy by condition and kind on `count` fresh held-out questions a kind.
+
+    All through the saved processor and model.  The full model answers by `generate` and must say
+    the word and stop; shortened inputs, with compact positions, by the likeliest next token.
+    """
+    model = LlavaNextForConditionalGeneration.from_pretrained(
+        folder, trust_remote_code=False
+    ).eval()
+    nn.Module.to(model, device)
+    processor = LlavaNextProcessor.from_pretrained(folder, trust_remote_code=False)
+    asked = scenes.questions(count * len(KINDS), seed=seed)
+    right: dict[str, dict[str, list[bool]]] = {
+        condition: {kind: [] for kind in KINDS} for condition in CONDITIONS
+    }
+    for start in range(0, len(asked), len(KINDS)):
+        group: list[Question] = asked[start : start + len(KINDS)]
+        image = group[0].image
+        inputs = processor(
+            images=[image] * len(group),
+            text=[chat(processor, question.question) for question in group],
+            padding=True,
+            return_tensors="pt",
+        ).to(device)
+        ids = model.generate(**inputs)[:, inputs.input_ids.shape[1] :]
+        pixels, sizes = inputs.pixel_values[:1], inputs.image_sizes[:1]
+        features = model.get_image_features(pixels, sizes).pooler_output[0]
+        geo = geometry((image.height, image.width))
+        attention = cls_attention(model, pixels[0]).flatten().cpu()[geo.order.clamp(min=0)]
+        rng = np.random.default_rng([seed, start])
+        for condition, choose in CONDITIONS.items():
+            if condition != "full":
+                keep = choose(geo, attention, rng).to(device)
+                ids = next_ids(model, inputs.input_ids, inputs.attention_mask, features, keep)
+            answers = processor.batch_decode(ids, skip_special_tokens=True)
+            for question, answer in zip(group, answers, strict=True):
+                right[condition][question.kind].append(answer.strip() == question.answer)
+    return {c: {k: float(np.mean(r)) for k, r in kinds.items()} for c, kinds in right.items()}
+
+
+def next_ids(
+    model: LlavaNextForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    features: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """Likeliest next tokens (b, 1) after prompts (b, S) on one image, of whose packed features
+    (N, d) only those at `keep` (K,) are there, with compact positions."""
+    visual = input_ids == model.config.image_token_id  # (b, S), N of them in each row
+    stay = ~visual
+    rank = visual.cumsum(1) - 1
+    stay |= visual & torch.isin(rank, keep)
+    embeds = model.get_input_embeddings()(input_ids)
+    embeds[visual] = features.repeat(len(embeds), 1)
+    mask = rearrange(attention_mask[stay], "(b s) -> b s", b=len(embeds))
+    logits: Tensor = model(
+        inputs_embeds=rearrange(embeds[stay], "(b s) d -> b s d", b=len(embeds)),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+    ).logits
+    return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a share seen in `count` trials (Wilson)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)
+    return middle - half, middle + half
+
+
+def table(figures: dict[str, dict[str, float]], count: int) -> str:
+    """Figures as a Markdown table, with 95 % confidence intervals."""
+    lines = [f"| accuracy | mean | {' | '.join(KINDS)} |", "|---|" + "---|" * (len(KINDS) + 1)]
+    for condition, by_kind in figures.items():
+        cells = [f"{sum(by_kind.values()) / len(by_kind):.3f}"]
+        for kind in KINDS:
+            low, high = wilson(by_kind[kind], count)
+            cells.append(f"{by_kind[kind]:.3f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {condition} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,266 @@
+"""Questions and token dropping in training."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tokenprune.experiments.training.geometry import Geometry
+from tokenprune.experiments.training.model import PER_VIEW, WIDTH, build_processor
+from tokenprune.experiments.training.optim import Meter
+from tokenprune.models.testbed import scenes
+from tokenprune.models.testbed.scenes import KINDS, Scene
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How visual tokens are dropped in training.
+
+    `shares`: how often each scheme is drawn: nothing dropped, random patches, thumbnail only,
+    crops only, some views, some rows.  `retentions`: the ranges, one drawn first, from which the
+    retention ratio of random patches comes.
+    """
+
+    shares: tuple[float, float, float, float, float, float]
+    retentions: tuple[tuple[float, float], ...]
+
+
+# Learning to look up needs answers that can be seen; learning to do without tokens comes later.
+GENTLE = Dropout((0.35, 0.15, 0.30, 0.10, 0.05, 0.05), ((0.5, 0.9),))
+
+
+HARSH = Dropout((0.30, 0.35, 0.10, 0.08, 0.08, 0.09), ((0.05, 0.3), (0.05, 0.9)))
+
+
+def drop_tokens(geo: Geometry, count: int, rng: np.random.Generator, dropout: Dropout) -> Tensor:
+    """Indices (count, K) of the visual tokens that stay, drawn without regard to content.
+
+    One scheme for the batch, random patches anew for every scene.  Newlines stay, as in the
+    official code of most methods, or go (20 %).
+    """
+    order, row = geo.order.numpy(), geo.row.numpy()
+    patch = order >= 0
+    view = order // PER_VIEW
+    scheme = rng.choice(6, p=dropout.shares)
+    keep = np.tile(patch, (count, 1))
+    if scheme == 1:
+        low, high = dropout.retentions[rng.integers(len(dropout.retentions))]
+        retention = rng.uniform(low, high)
+        noise = np.where(patch, rng.random(keep.shape), 2)
+        number = max(4, round(retention * patch.sum()))
+        keep = noise.argsort(axis=1).argsort(axis=1) < number
+    elif scheme == 2:
+        keep &= view == 0
+    elif scheme == 3:
+        keep &= view != 0
+    elif scheme == 4:
+        chosen = rng.permutation(geo.views)[: rng.integers(1, geo.views + 1)]
+        keep &= np.isin(view, chosen)
+    elif scheme == 5:
+        rows = row.max() + 1
+        chosen = rng.permutation(rows)[: max(2, round(rng.uniform(0.2, 0.9) * rows))]
+        keep &= np.isin(row, chosen)
+    if scheme == 0 or rng.random() < 0.8:
+        keep |= ~patch
+    return torch.from_numpy(np.nonzero(keep)[1].reshape(count, -1))
+
+
+def brief(geo: Geometry, patches: Tensor, rng: np.random.Generator) -> Tensor:
+    """Indices (b, K) of the tokens that show an item or a digit, and of some others.
+
+    With true labels (b, v, 49, skills) only: looking up is learnt from short sequences first.
+    """
+    shown = (patches[..., 0] > 0) | (patches[..., 2] > 0)
+    packed = F.pad(shown.flatten(1), (0, 1))[:, geo.order].numpy()
+    scores = packed + rng.random(packed.shape)
+    best = (-scores).argsort(axis=1)[:, : int(packed.sum(1).max()) + 8]
+    return torch.from_numpy(np.sort(best, axis=1))
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """Questions on a batch of scenes: `ids` (b, Q, L) tokens of question, cue, answer, eos and
+    padding; `target` (b, Q, L) the next token where it is to be learnt, else -100; `answer`
+    (b, Q) where the answer is predicted; `kind` (b, Q) index into `KINDS`; `noun` (b, Q) where the
+    shape is named, -1 if none is; `facts` (b, Q, 4) what is true of the object so named: present,
+    right, bottom and its digit, -100 where that is meaningless."""
+
+    ids: Tensor
+    target: Tensor
+    answer: Tensor
+    kind: Tensor
+    noun: Tensor
+    facts: Tensor
+
+    def to(self, device: torch.device) -> "Quiz":
+        return Quiz(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+# How many questions of each kind are packed behind one scene.
+PORTIONS = {"existence": 4, "colour": 1, "count": 1, "position": 4, "digit": 3}
+
+
+def make_quiz(
+    batch: list[Scene],
+    rng: np.random.Generator,
+    device: torch.device,
+    portions: dict[str, int] = PORTIONS,
+) -> Quiz:
+    """Random questions about scenes, the same number of each kind for every scene."""
+    kinds = [kind for kind, number in portions.items() for _ in range(number)]
+    asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
+    facts = [[look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
+    index = [KINDS.index(kind) for kind in kinds]
+    return to_quiz(asked, index, facts, build_processor().tokenizer).to(device)
+
+
+def to_quiz(
+    asked: list[list[tuple[str, str]]],
+    kinds: list[int],
+    facts: list[list[tuple[int, int, int, int]]],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Quiz:
+    """Questions and answers as tensors.
+
+    Args:
+        asked: (b, Q) question and answer.
+        kinds: (Q,) index of each question's kind.
+        facts: (b, Q) as `Quiz.facts`.
+        tokenizer: Of the model that is asked.
+    """
+    texts = [f"{question}<assistant>{answer}</s>" for some in asked for question, answer in some]
+    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, length = encoded["input_ids"], encoded["attention_mask"].sum(1)
+    at = torch.arange(ids.shape[1])
+    # Both the answer and the closing token are learnt.
+    learnt = (at >= length[:, None] - 3) & (at < length[:, None] - 1)
+    target = torch.where(learnt, ids.roll(-1, dims=1), -100)
+    shapes = torch.tensor(tokenizer.convert_tokens_to_ids(list(scenes.SHAPES)))
+    named = torch.isin(ids, shapes)
+    noun = torch.where(named.any(1), named.int().argmax(1), -1)
+    kind = torch.tensor(kinds).repeat(len(asked))
+    parts = (ids, target, length - 3, kind, noun, torch.tensor(facts).flatten(0, 1))
+    return Quiz(*(part.unflatten(0, (len(asked), -1)) for part in parts))
+
+
+FACTS = (2, 2, 2, 10)  # classes of present, right, bottom, digit
+
+
+def look(scene: Scene, question: str) -> tuple[int, int, int, int]:
+    """`Quiz.facts` of one question."""
+    for item in scene.items:
+        if item.name in question:
+            height, width = scene.size
+            return 1, int(item.x > width / 2), int(item.y > height / 2), int(item.digit)
+    return 0, -100, -100, -100
+
+
+def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> Tensor:
+    """(1, 1, S, S) bool: everything sees the prefix causally, and a question only itself."""
+    block = torch.cat(
+        [torch.full((prefix,), -1), torch.arange(blocks).repeat_interleave(length)]
+    ).to(device)
+    causal = torch.ones(len(block), len(block), dtype=torch.bool, device=device).tril()
+    return (causal & ((block == block[:, None]) | (block == -1)))[None, None]
+
+
+def answer_logits(
+    model: PreTrainedModel,
+    visual: Tensor,
+    keep: Tensor,
+    quiz: Quiz,
+    *,
+    compact: bool,
+    early: list[Tensor] | None = None,
+) -> Tensor:
+    """Logits (b, Q, L, vocabulary) of questions that share their scene's visual tokens.
+
+    Args:
+        visual: packed visual sequence (b, N, d).
+        keep: indices (b, K) of the visual tokens the decoder sees.
+        compact: kept tokens are numbered anew, without gaps; else they keep their positions.
+        early: gets the states (b, Q, L, d) of the questions after the fourth layer.
+    """
+    b, questions, length = quiz.ids.shape
+    d, device = visual.shape[-1], visual.device
+    tokenizer = build_processor().tokenizer
+    head = tokenizer("<s><user>", return_tensors="pt").input_ids.to(device)
+    embed = model.model.language_model.embed_tokens
+    kept = visual.gather(1, repeat(keep, "b k -> b k d", d=d))
+    text = embed(rearrange(quiz.ids, "b q l -> b (q l)"))
+    inputs = torch.cat([embed(head).expand(b, -1, -1), kept, text], dim=1)
+
+    start = head.shape[1]
+    prefix = start + keep.shape[1]
+    seen = torch.arange(keep.shape[1], device=device).expand_as(keep) if compact else keep
+    after = prefix if compact else start + visual.shape[1]
+    positions = torch.cat(
+        [
+            torch.arange(start, device=device).expand(b, -1),
+            start + seen,
+            (after + torch.arange(length, device=device)).repeat(questions).expand(b, -1),
+        ],
+        dim=1,
+    )
+    out = model.model.language_model(
+        inputs_embeds=inputs,
+        attention_mask=block_mask(prefix, questions, length, device),
+        position_ids=positions,
+        use_cache=False,
+        output_hidden_states=early is not None,
+    )
+
+    def group(hidden: Tensor) -> Tensor:
+        return rearrange(hidden[:, prefix:], "b (q l) d -> b q l d", q=questions)
+
+    if early is not None:
+        early.append(group(out.hidden_states[4]))
+    logits: Tensor = model.lm_head(group(out.last_hidden_state))
+    return logits
+
+
+def build_fact_head() -> nn.Module:
+    """From a state (..., d) to the logits of all facts."""
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(FACTS)))
+
+
+def fact_loss(states: Tensor, head: nn.Module, quiz: Quiz, meter: Meter) -> Tensor:
+    """Cross-entropy of what `head` tells about an object at the word that names its shape."""
+    asked = quiz.noun >= 0
+    at = repeat(quiz.noun.clamp(min=0), "b q -> b q 1 d", d=states.shape[-1])
+    guesses = head(states.gather(2, at)[:, :, 0][asked]).split(FACTS, dim=-1)
+    loss = states.new_zeros(())
+    for name, guess, truth in zip(
+        ("present", "right", "bottom", "number"), guesses, quiz.facts[asked].T, strict=True
+    ):
+        loss = loss + F.cross_entropy(guess, truth)
+        meter.add(name, (guess.argmax(-1) == truth)[truth >= 0])
+    return loss
+
+
+def quiz_loss(
+    logits: Tensor, quiz: Quiz, meter: Meter, *, intact: bool, weights: dict[str, float]
+) -> Tensor:
+    """Cross-entropy of answers; accuracies of intact inputs go to the meter.
+
+    `weights` names the kinds in the order of `Quiz.kind` and says how much each counts.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 2), quiz.target.flatten(), reduction="none")
+    losses = losses.view_as(quiz.target).sum(-1)
+    weight = losses.new_tensor(list(weights.values()))[quiz.kind]
+    if intact:
+        at = repeat(quiz.answer, "b q -> b q 1")
+        right = logits.argmax(-1).gather(2, at) == quiz.target.gather(2, at)
+        for index, kind in enumerate(weights):
+            meter.add(kind, right[quiz.kind == index])
+    meter.add("loss", losses)
+    return (weight * losses).sum() / weight.sum()
+
+
+def image_weights(count: float) -> dict[str, float]:
+    """Counting weighs `count`, the colour, which is easy, one half, everything else one."""
+    return {kind: {"colour": 0.5, "count": count}.get(kind, 1.0) for kind in KINDS}

@@ -1,0 +1,596 @@
+"""Train `testbed-onevision`, the embedded LLaVA-OneVision, starting from `testbed-next`.
+
+    python -m tokenprune.experiments.training.testbed_onevision --out runs/testbed-onevision
+
+The first testbed can already see and look up, so that this one starts from its weights and learns
+what is new: a vision tower without [CLS] and without normalised embeddings (SigLIP's), biases in
+the attention of the decoder (Qwen2's), several images, and videos.
+
+1. vision   the tower labels patches and pooled frames again, and the projector gives the decoder
+            the embeddings that the first testbed's would;
+2. joint    projector and decoder answer questions about images, pairs of images and videos.
+
+In stage 2 most batches lose visual tokens, without regard to content (`drop_tokens`): random
+patches, whole views or frames, whole rows, with compact and with original positions.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import typer
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from tokenprune.experiments.training import model, quiz
+from tokenprune.experiments.training import testbed_next as first
+from tokenprune.experiments.training.evaluate import wilson
+from tokenprune.experiments.training.geometry import (
+    SKILLS,
+    Geometry,
+    Labels,
+    geometry,
+    scene_batches,
+    to_labels,
+    to_views,
+)
+from tokenprune.experiments.training.model import PATCH, PER_VIEW, SIDE, WIDTH, build_tokenizer
+from tokenprune.experiments.training.optim import Meter, Optimisers
+from tokenprune.experiments.training.quiz import (
+    Dropout,
+    Quiz,
+    answer_logits,
+    build_fact_head,
+    drop_tokens,
+    fact_loss,
+    quiz_loss,
+    to_quiz,
+)
+from tokenprune.experiments.training.testbed_next import pack, skill_loss
+from tokenprune.models import testbed
+from tokenprune.models.testbed import scenes
+from tokenprune.models.testbed.scenes import MODALITIES, VIEW, Modality, Scene
+
+POOLED = math.ceil(SIDE / 2)  # tokens along a frame
+
+
+PER_FRAME = POOLED * POOLED
+
+
+LAYERS = 4  # of the vision tower; the first testbed's projector never saw its fifth
+
+
+NONE = (-100, -100, -100, -100)
+
+
+# --- the model and its processor ------------------------------------------------------------------
+
+
+@cache
+def build_processor() -> LlavaOnevisionProcessor:
+    """A real LLaVA-OneVision processor with a word-level tokenizer of lower-case words."""
+    size = {"height": VIEW, "width": VIEW}
+    colours: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            size=size,
+            image_grid_pinpoints=[list(pinpoint) for pinpoint in scenes.GRID_PINPOINTS],
+            **colours,
+        ),
+        tokenizer=build_tokenizer(*MODALITIES),
+        video_processor=LlavaOnevisionVideoProcessor(size=size, **colours),
+        num_image_tokens=PER_VIEW,
+        vision_feature_select_strategy="full",
+        chat_template=model.CHAT_TEMPLATE,
+    )
+
+
+def build_model(seed: int) -> LlavaOnevisionForConditionalGeneration:
+    """The model with the weights of `testbed-next` wherever it has them."""
+    torch.manual_seed(seed)
+    tokenizer = build_processor().tokenizer
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = SiglipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        image_size=VIEW,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        **tokens,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[list(pinpoint) for pinpoint in scenes.GRID_PINPOINTS],
+        tie_word_embeddings=False,
+        dtype="float32",
+        **tokens,
+    )
+    model = LlavaOnevisionForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**tokens, max_new_tokens=4, do_sample=False)
+    warm_start(model, teacher())
+    return model
+
+
+@cache
+def teacher() -> LlavaNextForConditionalGeneration:
+    """`testbed-next`."""
+    folder = testbed.path("testbed-next")
+    model: LlavaNextForConditionalGeneration
+    model = LlavaNextForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def warm_start(
+    model: LlavaOnevisionForConditionalGeneration, source: LlavaNextForConditionalGeneration
+) -> None:
+    """Copy what has the same shape; biases and words that are new start at zero and at random."""
+    old, new = source.state_dict(), model.state_dict()
+    copied = {
+        name: value
+        for name, value in old.items()
+        if value.shape == getattr(new.get(name), "shape", None)
+    }
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        words = old[name]
+        rows = words.mean(0) + words.std() * torch.randn_like(new[name])
+        rows[: len(words)] = words  # the first words have the same ids
+        copied[name] = rows
+    tower = "model.vision_tower.embeddings"
+    patches = f"{tower}.patch_embedding.weight"
+    # SigLIP does not normalise its embeddings: give them the size that CLIP's have afterwards.
+    scale = old["model.vision_tower.pre_layrnorm.weight"].mean() / (
+        old[patches].std() * math.sqrt(3 * PATCH * PATCH)
+    )
+    copied[patches] = scale * old[patches]
+    copied[f"{tower}.position_embedding.weight"] = (
+        scale * old[f"{tower}.position_embedding.weight"][1:]
+    )
+    zeros = {n: torch.zeros_like(v) for n, v in new.items() if n.endswith("_proj.bias")}
+    missing = model.load_state_dict({**zeros, **copied}, strict=False).missing_keys
+    unexpected = [name for name in missing if "post_layernorm" not in name]
+    if unexpected != [f"{tower}.patch_embedding.bias"]:
+        raise RuntimeError(f"testbed-next lacks weights for {unexpected}")
+    model.model.vision_tower.embeddings.patch_embedding.bias.zero_()
+
+
+# --- clips and pairs as tensors -------------------------------------------------------------------
+
+
+# A frame, or an image of a pair: one view that is as large as a crop.  (The thumbnail, view 0 of
+# every geometry, is the same picture here and not used.)
+ONE_VIEW = Geometry((1, 1), (0, 0), torch.arange(2 * PER_VIEW), torch.arange(2 * PER_VIEW) // SIDE)
+
+
+def sequence(views: int, side: int, *, newlines: bool) -> Geometry:
+    """Views of `side` x `side` tokens one after the other, as `drop_tokens` wants them.
+
+    Args:
+        views: Frames of a video, or images of a pair.
+        side: Tokens along a view.
+        newlines: One after every view (images), or one at the very end (video).
+    """
+    index = torch.arange(side * side)
+    order, row, end = [], [], torch.tensor([-1])
+    for view in range(views):
+        order += [view * PER_VIEW + index, end] if newlines else [view * PER_VIEW + index]
+        rows = view * side + index // side
+        row += [rows, rows[-1:]] if newlines else [rows]
+    if not newlines:
+        order, row = [*order, end], [*row, row[-1][-1:]]
+    return Geometry((1, views - 1), (0, 0), torch.cat(order), torch.cat(row))
+
+
+def encode(model: LlavaOnevisionForConditionalGeneration, views: Tensor) -> Tensor:
+    """Patch features as the projector gets them, (b, v, 49, d)."""
+    out = model.model.vision_tower(views.flatten(0, 1), output_hidden_states=True)
+    patches: Tensor = out.hidden_states[model.config.vision_feature_layer]
+    patches = patches.unflatten(0, (len(views), -1))
+    return patches
+
+
+def one_view(batch: list[Scene], device: torch.device) -> Tensor:
+    """Pixels (b, 3, 56, 56) of scenes of one view."""
+    views: Tensor = to_views(batch, ONE_VIEW, device)[:, 1]
+    return views
+
+
+def pool(frames: Tensor) -> Tensor:
+    """Tokens (..., 49, d) of frames pooled as LLaVA-OneVision does: (..., 16, d)."""
+    grid = rearrange(frames.flatten(0, -3), "n (r c) d -> n d r c", r=SIDE)
+    small = F.interpolate(grid, size=(POOLED, POOLED), mode="bilinear")
+    pooled: Tensor = rearrange(small, "n d r c -> n (r c) d").unflatten(0, frames.shape[:-2])
+    return pooled
+
+
+def pooled_truth(batch: list[Scene]) -> tuple[Tensor, Tensor]:
+    """What pooled tokens of one-view scenes show: (b, 16, 3) shape, colour and digit of the object,
+    -1 for none; and (b, 16) bool, whether that is beyond doubt."""
+    most = max(1, *(len(scene.items) for scene in batch))
+    owner = torch.from_numpy(np.stack([scene.owner for scene in batch]))
+    masks = (owner[:, None] == torch.arange(most)[:, None, None]).float()
+    cover = F.interpolate(F.avg_pool2d(masks, PATCH), size=(POOLED, POOLED), mode="bilinear")
+    share, which = cover.flatten(2).max(dim=1)
+    table = torch.full((len(batch), most, 3), -1)
+    for i, scene in enumerate(batch):
+        for j, item in enumerate(scene.items):
+            colour = list(scenes.COLOURS).index(item.colour)
+            table[i, j] = torch.tensor([scenes.SHAPES.index(item.shape), colour, item.digit])
+    truth = table.gather(1, which[..., None].expand(-1, -1, 3))
+    truth[share < 0.3] = -1
+    return truth, (share < 0.05) | (share >= 0.3)
+
+
+# --- stage 1: the vision tower --------------------------------------------------------------------
+
+POOLED_CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 11)
+
+
+def train_vision(run: "Run") -> None:
+    model, steps = run.model, run.steps["vision"]
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    skill_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(SKILLS.values())))
+    pooled_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(POOLED_CLASSES)))
+    for head in (skill_head, pooled_head):
+        head.to(run.device)
+    optimisers = Optimisers([tower, projector, skill_head, pooled_head], 2e-3, steps, fall=0.6)
+    meter = run.meter("vision")
+    batches = scene_batches(6, run.seed + 1, items=(3, 6))
+    source = teacher()
+    nn.Module.to(source, run.device)
+    for step in range(steps):
+        batch, rng = next(batches)
+        geo = geometry(batch[0].size)
+        views = to_views(batch, geo, run.device)
+        labels = to_labels(batch, geo, run.device)
+        patches = encode(model, views)
+        loss = skill_loss(skill_head(patches), labels, meter)
+        with torch.no_grad():
+            wanted = source.model.multi_modal_projector(first.encode(source, views)[0])
+        clear = labels.sure[..., 0]
+        error = (projector(patches) - wanted)[clear].square().mean()
+        error = error / (wanted - wanted.mean((0, 1, 2)))[clear].square().mean()
+        meter.add("relative error", error)
+        loss = loss + 2 * error
+
+        alone = [scene for _ in range(6) for scene in scenes.render_clip(rng).frames[1::2]]
+        alone += [scene for _ in range(4) for scene in scenes.render_pair(rng).scenes]
+        seen = encode(model, one_view(alone, run.device)[:, None])
+        truth = to_labels(alone, ONE_VIEW, run.device)
+        crops = Labels(truth.patches[:, 1:], truth.sure[:, 1:], truth.tags, truth.known)
+        loss = loss + skill_loss(skill_head(seen), crops, meter)
+        loss = loss + pooled_loss(pooled_head(pool(seen)[:, 0]), alone, meter)
+        meter.add("loss", loss)
+        optimisers.step(loss)
+        meter.tick(step, steps)
+
+
+def pooled_loss(guesses: Tensor, batch: list[Scene], meter: Meter) -> Tensor:
+    """Cross-entropy of what pooled tokens (b, 16, classes) tell about the object they lie on."""
+    truth, sure = (x.to(guesses.device) for x in pooled_truth(batch))
+    loss = guesses.new_zeros(())
+    for index, part in enumerate(guesses.split(POOLED_CLASSES, dim=-1)):
+        label = truth[..., index] + 1
+        losses = F.cross_entropy(part[sure], label[sure], reduction="none")
+        shown = label[sure] > 0
+        loss = loss + 2 * losses[shown].mean() + 0.5 * losses[~shown].mean()
+        name = ("pooled shape", "pooled colour", "pooled digit")[index]
+        meter.add(name, (part[sure].argmax(-1) == label[sure])[shown])
+    return loss
+
+
+# --- stage 2: answering ---------------------------------------------------------------------------
+
+# How many questions of each kind are packed behind one image, clip or pair.
+PORTIONS: dict[Modality, dict[str, int]] = {
+    "image": quiz.PORTIONS,
+    "video": {"existence": 2, "digit": 3, "first": 2, "last": 2, "motion": 4},
+    "multi-image": {"existence": 3, "digit": 3, "which": 3, "both": 3},
+}
+
+
+WEIGHTS: dict[Modality, dict[str, float]] = {
+    "image": quiz.image_weights(3.0),
+    "video": dict.fromkeys(MODALITIES["video"], 1.0),
+    "multi-image": dict.fromkeys(MODALITIES["multi-image"], 1.0),
+}
+
+
+SHARES: dict[Modality, float] = {"image": 0.35, "video": 0.45, "multi-image": 0.2}
+
+
+# Nothing, random patches, first view only, all others, some views, some rows.
+DROPOUT: dict[Modality, Dropout] = {
+    "image": quiz.HARSH,
+    "video": Dropout((0.35, 0.40, 0.0, 0.0, 0.15, 0.10), ((0.05, 0.3), (0.05, 0.9))),
+    "multi-image": Dropout((0.35, 0.45, 0.0, 0.0, 0.0, 0.20), ((0.1, 0.4), (0.1, 0.9))),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Something to look at: pixels of all views (b, v, 3, 56, 56), and questions about it."""
+
+    modality: Modality
+    views: Tensor
+    geo: Geometry
+    quiz: Quiz
+
+
+def draw(modality: Modality, count: int, rng: np.random.Generator, device: torch.device) -> Batch:
+    """`count` random images of one size, clips of one length, or pairs, with questions."""
+    kinds = [kind for kind, number in PORTIONS[modality].items() for _ in range(number)]
+    index = [list(WEIGHTS[modality]).index(kind) for kind in kinds]
+    tokenizer = build_processor().tokenizer
+    if modality == "image":
+        sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())
+        size = sizes[rng.choice(len(sizes), p=shares)]
+        batch = [scenes.render(rng, size=size, alike=rng.random() < 0.5) for _ in range(count)]
+        asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
+        facts = [[quiz.look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
+        geo = geometry(size)
+        quiz = to_quiz(asked, index, facts, tokenizer).to(device)
+        return Batch(modality, to_views(batch, geo, device), geo, quiz)
+    if modality == "video":
+        length = int(rng.integers(4, 9))
+        clips = [scenes.render_clip(rng, frames=length) for _ in range(count)]
+        asked = [[scenes.ask_clip(clip, kind, rng) for kind in kinds] for clip in clips]
+        shown = [scene for clip in clips for scene in clip.frames]
+        things = [[track.item for track in clip.tracks] for clip in clips]
+        geo = sequence(length, POOLED, newlines=False)
+    else:
+        pairs = [scenes.render_pair(rng) for _ in range(count)]
+        asked = [[scenes.ask_pair(pair, kind, rng) for kind in kinds] for pair in pairs]
+        shown = [scene for pair in pairs for scene in pair.scenes]
+        things = [
+            [item for s in pair.scenes for item in s.items if item.name != pair.shared]
+            for pair in pairs
+        ]
+        geo = sequence(2, SIDE, newlines=True)
+    views = one_view(shown, device).unflatten(0, (count, -1))
+    facts = [[known(i, *one) for one in some] for i, some in zip(things, asked, strict=True)]
+    return Batch(modality, views, geo, to_quiz(asked, index, facts, tokenizer).to(device))
+
+
+def known(items: list[scenes.Item], question: str, answer: str) -> tuple[int, int, int, int]:
+    """`Quiz.facts` of a question about objects of a clip or pair; only the mover has a side."""
+    for item in items:
+        if item.name in question:
+            right = int(answer == "right") if "move" in question else -100
+            return 1, right, -100, item.digit
+    return NONE if "both" in question else (0, -100, -100, -100)
+
+
+def visual(model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> Tensor:
+    """The packed visual sequence (b, N, d), as the model itself packs it."""
+    inner = model.model
+    with torch.no_grad():
+        patches = encode(model, batch.views)
+    projected, newline = inner.multi_modal_projector(patches), inner.image_newline
+    if batch.modality != "video":
+        return pack(projected, newline, batch.geo)
+    return torch.cat([pool(projected).flatten(1, 2), newline.expand(len(projected), 1, -1)], dim=1)
+
+
+def train_joint(run: "Run") -> None:
+    model, steps, inner = run.model, run.steps["joint"], run.model.model
+    fact_head = build_fact_head().to(run.device)
+    newline = nn.ParameterList([inner.image_newline])
+    modules = [inner.language_model, model.lm_head, inner.multi_modal_projector, newline, fact_head]
+    optimisers = Optimisers(modules, 1e-3, steps)
+    meter = run.meter("joint")
+    rng = np.random.default_rng(run.seed + 4)
+    for step in range(steps):
+        names = list(SHARES)
+        modality = names[rng.choice(len(names), p=list(SHARES.values()))]
+        batch = draw(modality, 8, rng, run.device)
+        keep = drop_tokens(batch.geo, 8, rng, DROPOUT[modality]).to(run.device)
+        tokens = visual(model, batch)
+        early: list[Tensor] = []
+        compact = rng.random() < 0.5
+        logits = answer_logits(model, tokens, keep, batch.quiz, compact=compact, early=early)
+        intact = keep.shape[1] == tokens.shape[1]
+        weights = {f"{modality} {kind}": value for kind, value in WEIGHTS[modality].items()}
+        loss = quiz_loss(logits, batch.quiz, meter, intact=intact, weights=weights)
+        loss = loss + 0.25 * fact_loss(early[0], fact_head, batch.quiz, meter)
+        optimisers.step(loss)
+        meter.tick(step, steps)
+
+
+STAGES: dict[str, Callable[["Run"], None]] = {"vision": train_vision, "joint": train_joint}
+
+
+STEPS = {"vision": 700, "joint": 2800}
+
+
+class Run(first.Run):
+    """A training run: the model and its folder."""
+
+    stages: ClassVar[dict[str, Callable[[Any], None]]] = STAGES
+
+    def build(self, seed: int) -> LlavaOnevisionForConditionalGeneration:
+        return build_model(seed)
+
+    def parts(self, stage: str) -> dict[str, nn.Module]:
+        inner = self.model.model
+        projector = {"projector": inner.multi_modal_projector}
+        if stage == "vision":
+            return {"tower": inner.vision_tower, **projector}
+        newline = nn.ParameterList([inner.image_newline])
+        language = {"language": inner.language_model, "head": self.model.lm_head}
+        return {**language, **projector, "newline": newline}
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def conditions(modality: Modality) -> dict[str, Callable[[Any, np.random.Generator], Tensor]]:
+    """What is left of a question's visual tokens; from layout and chance to sorted indices."""
+    named: dict[str, Callable[[Any, np.random.Generator], Tensor]] = {
+        "full": lambda layout, rng: torch.arange(len(layout)),
+        "image-free": lambda layout, rng: torch.arange(0),
+        "random @ 0.25": lambda layout, rng: at_random(layout, rng, 0.25),
+        "random @ 0.10": lambda layout, rng: at_random(layout, rng, 0.10),
+    }
+    if modality == "image":
+        named["thumbnail only"] = lambda layout, rng: (layout.view == 0).nonzero().squeeze(1)
+        named["crops only"] = lambda layout, rng: (layout.view != 0).nonzero().squeeze(1)
+    if modality == "video":
+        named["first frame only"] = lambda layout, rng: (layout.view == 0).nonzero().squeeze(1)
+        named["last frame only"] = lambda layout, rng: (
+            (layout.view == layout.views - 1).nonzero().squeeze(1)
+        )
+        named["every other frame"] = lambda layout, rng: (layout.view % 2 == 0).nonzero().squeeze(1)
+    return named
+
+
+def at_random(layout: Any, rng: np.random.Generator, retention: float) -> Tensor:
+    """Indices of a random share of the patch tokens, and all newlines."""
+    patches = layout.patches
+    chosen = torch.from_numpy(rng.permutation(len(patches))[: round(retention * len(patches))])
+    return torch.cat([patches[chosen], layout.is_separator.nonzero().squeeze(1)]).sort().values
+
+
+@torch.inference_mode()
+def evaluate(
+    folder: Path, count: int, seed: int, device: str
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy by modality, condition and kind on `count` fresh held-out questions a kind.
+
+    All through the saved processor and model: `generate` on prompts whose visual tokens were
+    encoded once; shortened sequences by the model's own encoder outputs, cut.
+    """
+    import tokenprune as tp
+    from tokenprune.tokens import VisualTokens
+
+    adapter = tp.load(str(folder), device=device, dtype="float32")
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for modality, kinds in MODALITIES.items():
+        named = conditions(modality)
+        right: dict[str, dict[str, list[bool]]] = {c: {k: [] for k in kinds} for c in named}
+        asked = scenes.questions(count * len(kinds), seed=seed, modality=modality)
+        for start in range(0, len(asked), len(kinds)):
+            group = asked[start : start + len(kinds)]
+            images = list(group[0].images)
+            if modality == "video":
+                whole = adapter.encode_videos([images])
+            else:
+                whole = adapter.encode(images, same_prompt=len(images) > 1)
+            rng = np.random.default_rng([seed, start])
+            for condition, choose in named.items():
+                cut: list[VisualTokens] = [t.take(choose(t.layout, rng)) for t in whole]
+                cut = [tokens for tokens in cut if len(tokens)] or []
+                prompts = [question.question for question in group]
+                inputs = adapter.assemble([cut] * len(group), prompts)
+                with tp.compress(adapter.model, None):
+                    ids = adapter.model.generate(**inputs)
+                for question, answer in zip(group, adapter.decode(ids, inputs), strict=True):
+                    right[condition][question.kind].append(answer == question.answer)
+        figures[modality] = {
+            condition: {kind: float(np.mean(hits)) for kind, hits in by_kind.items()}
+            for condition, by_kind in right.items()
+        }
+        print(table(figures[modality], count), flush=True)
+    return figures
+
+
+def table(figures: dict[str, dict[str, float]], count: int) -> str:
+    """Figures of one modality as a Markdown table, with 95 % confidence intervals."""
+    kinds = list(next(iter(figures.values())))
+    lines = [f"| accuracy | mean | {' | '.join(kinds)} |", "|---|" + "---|" * (len(kinds) + 1)]
+    for condition, by_kind in figures.items():
+        cells = [f"{sum(by_kind.values()) / len(by_kind):.3f}"]
+        for kind in kinds:
+            low, high = wilson(by_kind[kind], count)
+            cells.append(f"{by_kind[kind]:.3f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {condition} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the run, or the model with --evaluate.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the default.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of training scenes and new weights.")] = 0,
+    scale: Annotated[float, typer.Option(help="Multiplies the steps of every stage.")] = 1.0,
+    questions: Annotated[int, typer.Option(help="Questions a kind for the figures.")] = 300,
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate", help="Only print figures of the model in OUT.")
+    ] = False,
+    test_seed: Annotated[int, typer.Option(help="Seed of the held-out questions.")] = 1000,
+) -> None:
+    """Train the second testbed from the first, or print the figures of an existing one."""
+    if threads:
+        torch.set_num_threads(threads)
+    if evaluate_only:
+        evaluate(out, questions, test_seed, device)
+        return
+    started = time.monotonic()
+    run = Run(out, device, seed, {name: max(1, round(n * scale)) for name, n in STEPS.items()})
+    for stage in STAGES:
+        run.do(stage)
+    folder = out / "model"
+    model.export(run.model, build_processor(), folder)
+    print(f"trained in {time.monotonic() - started:.0f} s", flush=True)
+    record = {
+        "seed": seed,
+        "test_seed": test_seed,
+        "questions_per_kind": questions,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "warm start": "testbed-next",
+        "stages": {
+            stage: json.loads((out / "stages" / f"{stage}.json").read_text()) for stage in STAGES
+        },
+        "accuracy": evaluate(folder, questions, test_seed, device),
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,332 @@
+"""Reading models from folders and the Hub, so that what is broken or incomplete is never run.
+
+Whatever a library raises over the files of a checkpoint becomes one `UserError`; weights are
+compared with the model they are for, and nothing that a checkpoint brings is executed unless the
+caller trusts it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenprune.errors import UserError, unknown
+from tokenprune.models.weights import (
+    FILES,
+    bad_values,
+    check_shards,
+    json_object,
+    refuse_faults,
+    weight_files,
+)
+from tokenprune.texts import first_line
+
+__all__ = [
+    "Source",
+    "device_of",
+    "dtype_of",
+    "read_config",
+    "read_model",
+    "read_processor",
+    "reading",
+    "source_of",
+]
+
+
+_POINTER = b"version https://git-lfs"
+
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Options of ``from_pretrained`` that say where files are; for config, weights and processor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: What the user calls it.
+        where: What ``from_pretrained`` takes.
+        folder: Its folder, unless it is on the Hub.
+        embedded: Whether it is a testbed.
+        trusted: Whether code that it brings may be executed.
+    """
+
+    name: str
+    where: str
+    folder: Path | None
+    embedded: bool = False
+    trusted: bool = False
+
+
+def source_of(name: str, *, trusted: bool = False) -> Source:
+    """Where ``name`` is: an embedded testbed, a local folder or a Hub id.
+
+    Args:
+        name: As for `tokenprune.load`.
+        trusted: Whether code that it brings may be executed.
+
+    Raises:
+        UserError: It can be none of these.
+    """
+    from tokenprune.models import testbed
+
+    if name in testbed.names():
+        folder = testbed.path(name)
+        return Source(name, str(folder), folder, embedded=True, trusted=trusted)
+    try:
+        is_folder = name != "" and Path(name).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        is_folder = False
+    if is_folder:
+        return Source(name, name, Path(name), trusted=trusted)
+    if "/" not in name:
+        raise unknown("model", name, testbed.names())
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise UserError(
+            f"cannot load {name!r}: there is no such folder, and a Hub id is written owner/name."
+        )
+    return Source(name, name, None, trusted=trusted)
+
+
+@contextmanager
+def reading(name: str, what: str = "") -> Iterator[None]:
+    """Make one `UserError` of whatever is raised over the files of the checkpoint ``name``.
+
+    Args:
+        name: What the user calls it.
+        what: The part that is read, to stand in front of the reason.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of parsers and model classes, which promise nothing
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"cannot load {name!r}: it brings code of its own, which is not executed unless "
+                "you trust it; read the code, then give --trust-remote-code "
+                "(trust_remote_code=True)."
+            ) from error
+        reason = first_line(str(error))
+        if not reason or not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+        raise UserError(f"cannot load {name!r}: {what}{reason}.") from error
+
+
+# --- config and processor -------------------------------------------------------------------------
+
+
+def read_config(name: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The ``transformers`` config of a testbed, a Hub id or a local folder.
+
+    Args:
+        name: As for `tokenprune.load`.
+        trust_remote_code: Whether a config class that comes with it may be executed.
+        **options: Where to look: ``revision``, ``token``, ``local_files_only``, ...
+
+    Raises:
+        UserError: There is none, it cannot be read, or it needs code that is not trusted.
+    """
+    return config_of(source_of(name, trusted=trust_remote_code), options)
+
+
+def config_of(source: Source, options: Mapping[str, Any]) -> Any:
+    """As `read_config`."""
+    import transformers
+
+    from tokenprune.models import testbed
+
+    if source.folder is not None:
+        _check_files(source.name, source.folder / options.get("subfolder", ""))
+    try:
+        with reading(source.name):
+            return transformers.AutoConfig.from_pretrained(
+                source.where, trust_remote_code=source.trusted, **_places(options)
+            )
+    except UserError as error:
+        raise UserError(
+            f"{error} Give an embedded testbed ({', '.join(testbed.names())}), a local folder or "
+            "a Hub id."
+        ) from error
+
+
+def _places(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _HUB if name in options}
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """Raise `UserError` if ``folder`` has no config.json, or a pointer or broken JSON in it.
+
+    Transformers does without some of them when it cannot read them.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"cannot load {name!r}: there is no config.json in it.")
+    weights = [file for kind in ("*.safetensors", "*.bin") for file in sorted(folder.glob(kind))]
+    for file in [*(folder / name for name in FILES), *weights]:
+        if not file.is_file():
+            continue
+        with reading(name, f"{file.name}: "), file.open("rb") as opened:
+            start = opened.read(len(_POINTER))
+        if start == _POINTER:
+            raise UserError(
+                f"cannot load {name!r}: {file.name} is a Git LFS pointer in place of the file; "
+                "run git lfs pull there."
+            )
+        if file.suffix == ".json":
+            json_object(name, file)
+
+
+def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
+    """The processor that belongs to a model.
+
+    Args:
+        source: Of the model.
+        options: For ``from_pretrained``; those that say where files are count here.
+
+    Raises:
+        UserError: A part of it is missing or broken, or needs code that is not trusted.
+    """
+    import transformers
+
+    with reading(source.name, "its processor: "):
+        processor = transformers.AutoProcessor.from_pretrained(
+            source.where, trust_remote_code=source.trusted, **_places(options)
+        )
+        folder = _folder(source, options)
+    for files in (
+        ("tokenizer_config.json",),
+        ("processor_config.json", "preprocessor_config.json"),
+    ):
+        if not any((folder / file).is_file() for file in files):
+            raise UserError(
+                f"cannot load {source.name!r}: there is no {' or '.join(files)} in it, so it is "
+                "not known how prompts and images are prepared."
+            )
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise UserError(
+                f"cannot load {source.name!r}: its processor, a {type(processor).__name__}, has no "
+                f"{part.replace('_', ' ')}."
+            )
+    return processor
+
+
+def _folder(source: Source, options: Mapping[str, Any]) -> Path:
+    """Where the files of a model lie on this machine."""
+    from transformers.utils.hub import cached_file
+
+    if source.folder is not None:
+        return source.folder / str(options.get("subfolder", ""))
+    return Path(str(cached_file(source.where, "config.json", **_places(options)))).parent
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def read_model(
+    kind: str, config: Any, source: Source, dtype: str | torch.dtype, options: Mapping[str, Any]
+) -> Any:
+    """The model with its weights, all of which are as it needs them.
+
+    Args:
+        kind: Name of its class.
+        config: Its config.
+        source: Where it comes from.
+        dtype: As for `tokenprune.load`.
+        options: For ``from_pretrained``.
+
+    Raises:
+        UserError: Tensors are missing, superfluous, of another shape, integers, NaN or infinite;
+            files are missing or broken; or the class comes with the checkpoint, which is not
+            trusted.
+    """
+    cls = _model_class(kind, config, source, options)
+    settings = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with reading(source.name, "its weights: "):
+        if source.folder is not None:
+            check_shards(source.name, source.folder / options.get("subfolder", ""))
+        model, report = cls.from_pretrained(
+            source.where, dtype=dtype, trust_remote_code=source.trusted, **settings
+        )
+        faults = {
+            "missing": report["missing_keys"],
+            "not of this model": report["unexpected_keys"],
+            "of another shape than the model's": [
+                f"{key}: {tuple(found)} for {tuple(wanted)}"
+                for key, found, wanted in report["mismatched_keys"]
+            ],
+            **bad_values(model, weight_files(_folder(source, options), options.get("variant"))),
+        }
+    refuse_faults(source.name, faults)
+    return model.eval()
+
+
+def _model_class(kind: str, config: Any, source: Source, options: Mapping[str, Any]) -> Any:
+    """The class called ``kind``, of transformers or, if that is trusted, of the checkpoint."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    found = getattr(transformers, kind, None)
+    if found is not None:
+        if not isinstance(config, found.config_class):
+            raise UserError(
+                f"cannot load {source.name!r}: its config.json names the model class {kind} and "
+                f"the model type {config.model_type!r}, which do not belong together."
+            )
+        return found
+    brought = [str(place) for place in (getattr(config, "auto_map", None) or {}).values()]
+    place = next((place for place in brought if place.endswith(f".{kind}")), None)
+    with reading(source.name, "its model class: "):
+        if place is None:
+            raise UserError(
+                f"cannot load {source.name!r}: neither transformers {transformers.__version__} nor "
+                f"the checkpoint has the model class {kind}."
+            )
+        if not source.trusted:
+            raise ValueError("trust_remote_code")
+        return get_class_from_dynamic_module(place, source.where, **_places(options))
+
+
+# --- where and how numbers are kept ---------------------------------------------------------------
+
+
+def dtype_of(dtype: str | torch.dtype) -> str | torch.dtype:
+    """The dtype called ``dtype``, or ``auto``.  Raises `UnknownNameError`."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in floats:
+        raise unknown("dtype", dtype, [*floats, "auto"])
+    return floats[dtype]
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """The device called ``device``, which is there.
+
+    Raises:
+        UserError: There is no device of that name, or not on this machine.
+    """
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise unknown("device", str(device), ["cpu", "cuda", "cuda:0", "mps"]) from None
+    try:
+        backend = torch.get_device_module(wanted)
+        count = backend.device_count() if backend.is_available() else 0
+    except (AttributeError, RuntimeError):  # PyTorch knows the name, but was built without it
+        count = 0
+    if (wanted.index or 0) < count:
+        return wanted
+    kind = {"cuda": "CUDA", "meta": "computing"}.get(wanted.type, wanted.type)
+    there = f"{count} {kind} device{'s' if count > 1 else ''}" if count else f"no {kind} device"
+    raise UserError(
+        f"device {str(device)!r} was asked for, but this machine has {there} that PyTorch can see; "
+        "use --device cpu."
+    )

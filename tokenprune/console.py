@@ -1,0 +1,167 @@
+"""What all commands share: the app they join, how they read lists, show progress and end."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from tokenprune.errors import UserError
+from tokenprune.progress import Report
+from tokenprune.texts import is_whole, printable
+
+__all__ = [
+    "BAD_INPUT",
+    "FAILED",
+    "INTERRUPTED",
+    "OK",
+    "ManyValues",
+    "app",
+    "as_exit_status",
+    "method_label",
+    "new_table",
+    "progress",
+    "quiet",
+    "spread",
+]
+
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Commands(TyperGroup):
+    """The commands; what they are given can be written to their manifests."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for value in args:
+            if not is_whole(value):
+                ctx.fail(
+                    f"the argument {value!r} is not UTF-8 (it has a lone surrogate); type the text "
+                    "again, or rename the file."
+                )
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Run and compare visual-token compression methods inside vision-language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+class ManyValues(TyperCommand):
+    """A command whose list options take several values: ``--retention 0.5 0.25``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        lists = {name for option in self.params if option.multiple for name in option.opts}
+        for name, value in pairwise(args):
+            # Typer would take the next option for the value; no value but a number starts so.
+            if name in lists and re.match(r"-[^\d.]", value):
+                ctx.fail(f"{name} needs at least one value, got the option {value}.")
+        return super().parse_args(ctx, spread(args, lists))
+
+
+def spread(args: Sequence[str], options: set[str]) -> list[str]:
+    """Repeat each of ``options`` in front of every value that follows it.
+
+    >>> spread(["-m", "uniform", "fastv", "--seed", "1"], {"-m"})
+    ['-m', 'uniform', '-m', 'fastv', '--seed', '1']
+    """
+    result: list[str] = []
+    current = ""  # the option whose values we are among
+    for before, arg in zip(["", *args], args, strict=False):
+        if arg.startswith("-") and before not in options:
+            current = arg.partition("=")[0] if arg.partition("=")[0] in options else ""
+        elif current and before not in options:
+            result.append(current)
+        result.append(arg)
+    return result
+
+
+@contextmanager
+def as_exit_status() -> Iterator[None]:
+    """Bad input and Ctrl-C end with a sentence and a status, not with a traceback."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(printable(f"error: {error}"), err=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt as stop:
+        typer.echo(printable(str(stop)) or "interrupted.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and notices off the terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A progress bar on standard error, which warnings do not tear apart."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}", justify="left"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("starting", total=None)
+
+    def report(done: int, total: int, doing: str) -> None:
+        bar.update(task, completed=done, total=total or None, description=escape(printable(doing)))
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        console.print(
+            printable(f"warning: {message}"), soft_wrap=True, highlight=False, markup=False
+        )
+
+    usual = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        with bar:
+            yield report
+    finally:
+        warnings.showwarning = usual
+
+
+def new_table(*columns: str, **options: Any) -> Table:
+    return Table(
+        *columns,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="dim",
+        **options,
+    )
+
+
+def method_label(label: str) -> str:
+    """A method's label, its options in lines of their own if it is long."""
+    if len(label) > 14:
+        label = label.replace(":", ":\n ", 1).replace(",", ",\n ")
+    return escape(label)

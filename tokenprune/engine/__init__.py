@@ -1,0 +1,1 @@
+"""Runs a compressor inside an unmodified Hugging Face model.  Start reading in `session`."""

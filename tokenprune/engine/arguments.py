@@ -1,0 +1,42 @@
+"""Reads the arguments of a hooked forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    "Kwargs",
+    "argument",
+    "asked",
+]
+
+
+Kwargs = dict[str, Any]
+
+
+def asked(kwargs: Kwargs, name: str, config: Any) -> bool:
+    """Whether an option of a forward is on, by its arguments or else by the configuration."""
+    given = kwargs.get(name)
+    return bool(getattr(config, name, False) if given is None else given)
+
+
+def argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:
+    """The argument ``name`` of a forward, given by position or by name."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    # Whoever replaces a forward often calls its arguments *args; then the class knows their names.
+    names = _names(module.forward) or _names(type(module).forward)[1:]
+    return dict(zip(names, args, strict=False)).get(name)
+
+
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """Of the arguments that may be given by position."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
+    ]

@@ -1,0 +1,279 @@
+"""Where the visual tokens of an image lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Kind",
+    "TokenLayout",
+    "listed",
+    "moved",
+    "unpadded_box",
+]
+
+
+class Kind(IntEnum):
+    """What an entry of the packed sequence is."""
+
+    THUMBNAIL = 0
+    CROP = 1
+    FRAME = 2
+    SEPARATOR = 3
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Geometry of each of the N entries of a packed sequence, known from the image size alone.
+
+    Attributes:
+        kind: (N,) `Kind` of the entry.
+        view: (N,) view it belongs to, 0 is the first (the thumbnail where there is one); -1 for a
+            separator.
+        row, col: (N,) place in its view; -1 for a separator.
+        canvas_row, canvas_col: (N,) place on the unpadded (and, where the model does so,
+            resampled) crop canvas; -1 where there is none.  A separator carries the canvas row it
+            ends.
+        grid: (rows, columns) of the crop grid, (0, 0) without crops.
+        view_shape: (rows, columns) of patches in a view.
+        canvas_shape: (rows, columns) of the unpadded crop canvas, (0, 0) without crops.
+    """
+
+    kind: Tensor
+    view: Tensor
+    row: Tensor
+    col: Tensor
+    canvas_row: Tensor
+    canvas_col: Tensor
+    grid: tuple[int, int]
+    view_shape: tuple[int, int]
+    canvas_shape: tuple[int, int]
+
+    @classmethod
+    def anyres(
+        cls,
+        grid: tuple[int, int],
+        view_shape: tuple[int, int],
+        box: tuple[int, int, int, int],
+        *,
+        newlines: bool = True,
+        canvas: tuple[int, int] | None = None,
+    ) -> TokenLayout:
+        """Thumbnail patches, then the unpadded canvas row by row, a separator after each row.
+
+        Args:
+            grid: (rows, columns) of crops.
+            view_shape: (rows, columns) of patches in every view.
+            box: (top, bottom, left, right) of the unpadded canvas in patches, ends exclusive.
+            newlines: Whether a separator ends each canvas row.
+            canvas: (rows, columns) that the unpadded canvas is resampled to, if it is.  A token
+                then belongs to the patch in which its centre lies, ``floor((i + 0.5) * in / out)``.
+        """
+        height, width = view_shape
+        top, bottom, left, right = box
+        full = bottom - top, right - left
+        rows, cols = canvas or full
+        thumb = torch.arange(height * width, device="cpu")
+        stride = cols + int(newlines)
+        index = torch.arange(rows * stride, device="cpu")
+        canvas_row, canvas_col = index // max(stride, 1), index % max(stride, 1)
+        separator = canvas_col == cols
+        # The patch that a token's centre lies in; its own where the canvas is not resampled.
+        y = ((2 * canvas_row + 1) * full[0]).div(2 * max(rows, 1), rounding_mode="floor") + top
+        x = ((2 * canvas_col + 1) * full[1]).div(2 * max(cols, 1), rounding_mode="floor") + left
+        none = torch.full_like(thumb, -1)
+
+        def patches_only(values: Tensor) -> Tensor:
+            return values.masked_fill(separator, -1)
+
+        return cls(
+            kind=torch.cat(
+                [
+                    torch.full_like(thumb, Kind.THUMBNAIL),
+                    torch.where(separator, int(Kind.SEPARATOR), int(Kind.CROP)),
+                ]
+            ),
+            view=torch.cat(
+                [torch.zeros_like(thumb), patches_only(1 + (y // height) * grid[1] + x // width)]
+            ),
+            row=torch.cat([thumb // width, patches_only(y % height)]),
+            col=torch.cat([thumb % width, patches_only(x % width)]),
+            canvas_row=torch.cat([none, canvas_row]),
+            canvas_col=torch.cat([none, patches_only(canvas_col)]),
+            grid=grid,
+            view_shape=view_shape,
+            canvas_shape=(rows, cols),
+        )
+
+    @classmethod
+    def single(cls, view_shape: tuple[int, int], *, newline: bool = True) -> TokenLayout:
+        """One view without crops, row by row, and one separator at the very end."""
+        height, width = view_shape
+        index = torch.arange(height * width + int(newline), device="cpu")
+        separator = index == height * width
+        none = torch.full_like(index, -1)
+        return cls(
+            kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.THUMBNAIL)),
+            view=torch.zeros_like(index).masked_fill(separator, -1),
+            row=(index // width).masked_fill(separator, -1),
+            col=(index % width).masked_fill(separator, -1),
+            canvas_row=none,
+            canvas_col=none,
+            grid=(0, 0),
+            view_shape=view_shape,
+            canvas_shape=(0, 0),
+        )
+
+    @classmethod
+    def video(cls, frames: int, view_shape: tuple[int, int]) -> TokenLayout:
+        """Frames of ``view_shape`` tokens one after the other, one separator at the very end."""
+        height, width = view_shape
+        index = torch.arange(frames * height * width + 1, device="cpu")
+        separator = index == len(index) - 1
+        none = torch.full_like(index, -1)
+        return cls(
+            kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.FRAME)),
+            view=(index // (height * width)).masked_fill(separator, -1),
+            row=(index // width % height).masked_fill(separator, -1),
+            col=(index % width).masked_fill(separator, -1),
+            canvas_row=none,
+            canvas_col=none,
+            grid=(0, 0),
+            view_shape=view_shape,
+            canvas_shape=(0, 0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @cached_property
+    def host(self) -> TokenLayout:
+        """The same layout on the CPU, where listing and counting wait for no device."""
+        return self if self.kind.device.type == "cpu" else self._on(torch.device("cpu"))
+
+    @cached_property
+    def modality(self) -> str:
+        """``video`` or ``image``."""
+        return "video" if bool((self.host.kind == Kind.FRAME).any()) else "image"
+
+    @cached_property
+    def is_separator(self) -> Tensor:
+        """(N,) bool."""
+        return self.kind == Kind.SEPARATOR
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(P,) indices of the patch tokens."""
+        return moved(listed(~self.host.is_separator), self.kind.device)
+
+    @cached_property
+    def places(self) -> dict[Kind, Tensor]:
+        """Indices of the entries of each kind."""
+        kinds, device = self.host.kind, self.kind.device
+        return {kind: moved(listed(kinds == kind), device) for kind in Kind}
+
+    @property
+    def separators(self) -> Tensor:
+        """(S,) indices of the separators."""
+        return self.places[Kind.SEPARATOR]
+
+    @property
+    def views(self) -> int:
+        """How many views the image was cut into, also those without a token left."""
+        return 1 + self.grid[0] * self.grid[1] if self.grid != (0, 0) else self.frames
+
+    @cached_property
+    def frames(self) -> int:
+        """How many views there are when there is no crop grid."""
+        return int(self.host.view.max()) + 1 if len(self) else 0
+
+    @cached_property
+    def view_sizes(self) -> tuple[int, ...]:
+        """Patch tokens of each view."""
+        view = self.host.view[self.host.patches]
+        return tuple(torch.bincount(view, minlength=self.views).tolist())
+
+    def take(self, index: Tensor) -> TokenLayout:
+        """The layout of the entries at ``index`` (M,); grid, shapes and frames stay.
+
+        With indices on the CPU nothing waits for the device.
+        """
+        at = moved(index, self.kind.device)
+        taken = self._each(lambda values: values[at])
+        taken.__dict__.update(frames=self.frames, modality=self.modality)
+        if self.host is not self:
+            taken.__dict__["host"] = self.host.take(index.cpu())
+        return taken
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout on ``device``."""
+        device = torch.device(device)
+        if self.kind.device == device:
+            return self
+        return self.host if device.type == "cpu" else self._on(device)
+
+    def _on(self, device: torch.device) -> TokenLayout:
+        copy = self._each(lambda values: moved(values, device))
+        if device.type != "cpu":
+            copy.__dict__["host"] = self.host
+        return copy
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
+        """The layout with everything that there is of every entry changed."""
+        names = [item.name for item in fields(self) if item.type == "Tensor"]
+        made: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **made)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; what comes from the CPU does not wait for what runs there."""
+    # Back from a device the host must wait for the numbers, and not all backends can do without.
+    to_cuda = values.device.type == "cpu" and device.type == "cuda"
+    return values.to(device, non_blocking=to_cuda)
+
+
+def listed(mask: Tensor) -> Tensor:
+    """(M,) sorted indices at which ``mask`` (N,) is set, on the CPU.
+
+    One wait for the device of the mask, which has to be done with it; to index by the mask itself
+    would wait as well, and the host would not know what it got.
+    """
+    return mask.cpu().nonzero().squeeze(1)
+
+
+def unpadded_box(
+    image_size: tuple[int, int],
+    canvas: tuple[int, int],
+    rule: Literal["hf", "llava"] = "hf",
+) -> tuple[int, int, int, int]:
+    """Part of the padded canvas that the image covers.
+
+    Args:
+        image_size: (height, width) of the original image in pixels.
+        canvas: (rows, columns) of patches of all crops together.
+        rule: How the covered extent becomes an integer.  ``hf`` truncates after rounding to seven
+            digits (``unpad_image`` of ``transformers``' LLaVA-NeXT, which the processor counts
+            with too); ``llava`` truncates only (``llava_arch.py`` of LLaVA).  They differ by two
+            rows or columns where the product is an integer up to float error.
+
+    Returns:
+        (top, bottom, left, right) in patches, ends exclusive.
+    """
+    (height, width), (rows, cols) = image_size, canvas
+    digits = 7 if rule == "hf" else None
+
+    def extent(value: float) -> int:
+        return int(round(value, digits) if digits is not None else value)
+
+    if width / height > cols / rows:
+        pad = (rows - extent(height * (cols / width))) // 2
+        return pad, rows - pad, 0, cols
+    pad = (cols - extent(width * (rows / height))) // 2
+    return 0, rows, pad, cols - pad

@@ -1,0 +1,171 @@
+"""Clusters of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ROUNDS",
+    "central_members",
+    "density_peaks",
+    "dispersed",
+    "kernel_density",
+    "least_cutoff",
+]
+
+
+ROUNDS = 16
+"""Of `dispersed`, before the host asks whether all points are decided; few need as many."""
+
+
+def central_members(cluster: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every cluster the member nearest to the mean place of its members, the earlier of equals.
+
+    Args:
+        cluster: (M,) int64 identifier of each member's cluster.
+        row, col: (M,) int64 its place.
+
+    Returns:
+        (C,) index of each cluster's member, by identifier, and (C,) numbers of members.
+    """
+    _, place, members = cluster.unique(return_inverse=True, return_counts=True)
+    distance = torch.zeros_like(place)  # squared and times the number of members squared: exact
+    for axis in (row, col):
+        total = torch.zeros_like(members).index_add_(0, place, axis)
+        distance += (members[place] * axis - total[place]).square()
+    near = distance.argsort(stable=True)
+    order = near[place[near].argsort(stable=True)]
+    return order[members.cumsum(0) - members], members
+
+
+def kernel_density(distance: Tensor, width: float = 2.0) -> Tensor:
+    """(P,) ``sum_j exp(-(d_ij / width)²)`` of distances (P, P)."""
+    return (-(distance / width).square()).exp().sum(1)
+
+
+def dispersed(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
+    """The points that, densest first, are farther than ``cutoff`` from all chosen before.
+
+    Every other point lies within ``cutoff`` of a chosen one.  Found in rounds over all points, of
+    which there are few: whoever is denser than all undecided points nearby is chosen, and decides
+    them.  That gives what a walk from point to point gives (the centres of DBDPC, arXiv 2504.08966,
+    algorithm 2; the earlier of equally dense points counts as denser).
+
+    Args:
+        distance: (P, P) symmetric.
+        density: (P,).
+        cutoff: At least 0.
+
+    Returns:
+        (P,) bool.
+    """
+    rounds, denser = ROUNDS, _denser(density)
+    while True:
+        chosen, undecided = _rounds(distance, denser, cutoff, rounds)
+        if not undecided.any():
+            return chosen
+        rounds *= 2
+
+
+def least_cutoff(
+    distance: Tensor, density: Tensor, count: int, least: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The smallest cutoff, at least ``least``, at which at most ``count`` points are `dispersed`.
+
+    Found by halving [``least``, largest distance] 16 times.  The host waits for the device once,
+    at the end, to learn whether `ROUNDS` were enough.
+
+    Args:
+        distance, density: As in `dispersed`.
+        count: At least 1.
+        least: Where to begin.
+
+    Returns:
+        The cutoff, () on the device, and on the CPU what `dispersed` gives for it.
+    """
+    rounds, denser = ROUNDS, _denser(density)
+    while True:
+        low = torch.full((), least, dtype=torch.float64, device=distance.device)
+        high = distance.max().double().clamp(min=least)
+        first, undecided = _rounds(distance, denser, low, rounds)
+        found, more = _rounds(distance, denser, high, rounds)
+        fits, undecided = first.sum() <= count, undecided | more
+        high, found = torch.where(fits, low, high), torch.where(fits, first, found)
+        for _ in range(16):
+            middle = (low + high) / 2
+            tried, more = _rounds(distance, denser, middle, rounds)
+            few, undecided = tried.sum() <= count, undecided | more
+            low, high = torch.where(few, low, middle), torch.where(few, middle, high)
+            found = torch.where(few, tried, found)
+        found, undecided = torch.stack([found, undecided]).cpu()
+        if not undecided.any():
+            return high, found
+        rounds *= 2
+
+
+def _denser(density: Tensor) -> Tensor:
+    """(P, P) bool, whether ``j`` is denser than ``i``; of equally dense points the earlier one."""
+    place = torch.arange(len(density), device=density.device)
+    order = density.argsort(descending=True, stable=True)
+    rank = torch.empty_like(place).scatter_(0, order, place)
+    return rank[None] < rank[:, None]
+
+
+def _any(mask: Tensor) -> Tensor:
+    """(P,) ``mask.any(1)`` of (P, Q), which on a CPU takes many times as long."""
+    return mask.view(torch.uint8).amax(1).bool()
+
+
+def _rounds(
+    distance: Tensor, denser: Tensor, cutoff: Tensor | float, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """(P,) bool each: what `dispersed` has chosen after some rounds, and what is undecided."""
+    near = (distance <= cutoff).fill_diagonal_(False)
+    before = near & denser
+    chosen = torch.zeros_like(near[0])
+    free = ~chosen
+    for _ in range(rounds):
+        if free.device.type == "cpu" and not free.any():  # on a GPU this would be a wait
+            break
+        new = free & ~_any(before & free)
+        chosen |= new
+        free &= ~new & ~_any(near & new)
+    return chosen, free
+
+
+def density_peaks(
+    vectors: Tensor, count: int, neighbours: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cluster around points that are dense and far from denser ones.
+
+    With ``d`` the Euclidean distance over the root of the dimension, the density of a point is
+    ``exp(-mean d²)`` over its ``count`` nearest, itself included; its score is the density times
+    the distance to the nearest denser point (the largest distance of all where there is none).  The
+    ``count`` best are centres, every other point joins the nearest (density peaks with k nearest
+    neighbours, as in SparseVLM's ``cluster_and_merge``, where noise breaks ties; here the earlier
+    of equally dense points counts as denser).
+
+    Args:
+        vectors: (P, D); compared in float32.
+        count: Number of clusters, in [1, P].
+        neighbours: How many nearest points make the density instead, at most ``count``.
+
+    Returns:
+        (count,) indices of the centres, best first, and (P,) cluster of every point.
+    """
+    points = vectors.float()
+    distance = torch.cdist(points, points) / points.shape[1] ** 0.5
+    distance = torch.maximum(distance, distance.T).fill_diagonal_(0)  # rounding is not symmetric
+    nearest = count if neighbours is None else min(neighbours, count)
+    density = (-distance.topk(nearest, largest=False).values.square().mean(-1)).exp()
+    rank = torch.empty_like(density, dtype=torch.long)
+    place = torch.arange(len(points), device=points.device)
+    rank[density.argsort(descending=True, stable=True)] = place
+    denser = rank[None] < rank[:, None]
+    far = torch.where(rank == 0, distance.max(), torch.inf)
+    score = density * torch.minimum(distance.masked_fill(~denser, torch.inf).amin(1), far)
+    centres = score.argsort(descending=True, stable=True)[:count]
+    cluster = distance[:, centres].argmin(1)
+    cluster[centres] = place[:count]
+    return centres, cluster

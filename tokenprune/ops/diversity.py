@@ -1,0 +1,147 @@
+"""Selections of dissimilar tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenprune.ops.ranking import ROUNDING
+
+__all__ = [
+    "cosine_distances",
+    "cover",
+    "dpp_greedy_map",
+    "max_min_diversity",
+    "segments",
+]
+
+
+def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
+    """A subset that covers all rows well, chosen greedily (facility location).
+
+    Again and again the row ``j`` with the largest ``worth_j * sum_i max(0, alike_ij - c_i)``, where
+    ``c_i``, at first 0, is the largest ``alike`` of row ``i`` to a chosen one.  Ties go to the
+    earlier row (SCOPE, arXiv 2510.24214).
+
+    Args:
+        alike: (P, P) similarities.
+        worth: (P,) not negative.
+        count: How many of the P rows, at most P.
+
+    Returns:
+        (count,) sorted indices.
+    """
+    chosen = torch.empty(count, dtype=torch.long, device=alike.device)
+    covered = alike.new_zeros(len(alike))
+    free = torch.zeros_like(covered)
+    for step in range(count):
+        gain = (alike - covered[:, None]).clamp(min=0).sum(0) * worth + free
+        # As a vector of one: a number as an index would make the host wait for it.
+        index = gain.argmax(0, keepdim=True)
+        chosen[step : step + 1] = index
+        covered = torch.maximum(covered, alike.index_select(1, index).squeeze(1))
+        free.index_fill_(0, index, -torch.inf)
+    return chosen.sort().values
+
+
+def max_min_diversity(features: Tensor, count: int) -> Tensor:
+    """A subset whose smallest pairwise cosine distance is large, chosen greedily.
+
+    First the row whose nearest other row is farthest, then again and again the row that is farthest
+    from all chosen ones.  Ties go to the earlier row (DivPrune, arXiv 2503.02175, algorithm 1): of
+    equal rows, and of two that are nearest to each other.
+
+    Args:
+        features: (P, D); compared in float32.
+        count: How many of the P rows, at most P.
+
+    Returns:
+        (count,) indices in the order of the choice.
+    """
+    chosen = torch.empty(count, dtype=torch.long, device=features.device)
+    if count < 1:
+        return chosen
+    distance = cosine_distances(features)
+    others = distance.clone().fill_diagonal_(torch.inf)
+    closest = torch.minimum(others.amin(0), others.amin(1))  # rounding is not symmetric
+    del others
+    for step in range(count):
+        # As a vector of one: a number as an index would make the host wait for it.
+        index = closest.argmax(0, keepdim=True)
+        chosen[step : step + 1] = index
+        row = distance.index_select(0, index).squeeze(0)
+        closest = row if step == 0 else torch.minimum(closest, row)
+        closest.index_fill_(0, index, -torch.inf)
+    return chosen
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(P, P) float32 one minus the cosine of the rows (P, D); 0 up to `ROUNDING`."""
+    unit = F.normalize(features.float(), dim=-1)
+    return torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
+
+
+def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
+    """The most probable subset of a determinantal point process, chosen greedily.
+
+    Again and again the row that multiplies ``det(kernel[S, S])`` by most.  That factor, the row's
+    gain, is at first ``kernel_jj`` and is kept up to date by one more row of a Cholesky
+    decomposition for every choice, in O(P * count) (Chen et al., arXiv 1709.05135, algorithm 1, as
+    in the official code of CDPruner).  Ties go to the row whose entries sum to least.
+
+    Gains below 1e-5 of ``kernel_jj`` are rounding: the subset spans such a row already.  They
+    count as nothing, and where only such rows are left the largest ``kernel_jj`` go first.
+
+    Args:
+        kernel: (P, P) symmetric, positive semidefinite; computed in float32.
+        count: How many of the P rows, at most P; may exceed the rank.
+
+    Returns:
+        (count,) indices in the order chosen.
+    """
+    order = kernel.float().sum(1).argsort(stable=True)
+    kernel = kernel.float()[order][:, order]
+    worth = kernel.diagonal()
+    gain = worth.clone()
+    place = torch.arange(len(kernel), device=kernel.device)
+    last = torch.empty_like(gain)  # below every gain, the largest diagonal entry first
+    last[worth.argsort(descending=True, stable=True)] = -1 - place.float()
+    factor = kernel.new_zeros(count, len(kernel))
+    chosen = torch.empty(count, dtype=torch.long, device=kernel.device)
+    taken = torch.zeros_like(gain)
+    for step in range(count):
+        spent = gain <= 1e-5 * worth
+        # One entry, not a number: nothing waits for the device.
+        index = (torch.where(spent, last, gain) + taken).argmax(0, keepdim=True)
+        chosen[step : step + 1] = index
+        row = kernel.index_select(0, index)[0]
+        row = row - factor[:step].index_select(1, index)[:, 0] @ factor[:step]
+        row = row / gain.index_select(0, index).sqrt()
+        factor[step] = torch.where(spent.index_select(0, index), 0, row)
+        gain = gain - factor[step].square()
+        taken.index_fill_(0, index, -torch.inf)
+    return order[chosen]
+
+
+def segments(gain: Tensor) -> list[tuple[int, int]]:
+    """The cut of a sequence of F into runs whose gains sum to the most (dynamic programming).
+
+    Args:
+        gain: (F, F), of the run from ``s`` to ``e`` inclusive at ``[s, e]``; 0 of a single entry.
+
+    Returns:
+        First and last entry of every run, in order.  Of equally good ones the shortest last run.
+    """
+    table = gain.tolist()
+    best, start = [0.0], []
+    for end in range(len(table)):
+        options = [best[first] + table[first][end] for first in range(end, -1, -1)]
+        most = max(options)
+        best.append(most)
+        start.append(end - options.index(most))
+    runs, end = [], len(table) - 1
+    while end >= 0:
+        runs.append((start[end], end))
+        end = start[end] - 1
+    return runs[::-1]

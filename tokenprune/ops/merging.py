@@ -1,0 +1,144 @@
+"""Matching and merging of tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "Matching",
+    "bipartite_matching",
+    "group_means",
+    "group_sums",
+    "merge_weighted",
+    "spread",
+    "tally",
+]
+
+
+def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(groups, D) mean of the vectors (P, D) of every group (P,) in float32, 0 of an empty one."""
+    sums = group_sums(vectors.float(), group, groups)
+    return sums / tally(group, groups).clamp(min=1)[:, None]
+
+
+def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(groups, ...) sum of the values (P, ...) of every group (P,), added up in their order.
+
+    The same in every run: on a GPU `index_add_` adds up as it comes, and `index_put_` sorts first.
+    """
+    sums = values.new_zeros(groups, *values.shape[1:])
+    if values.device.type == "cpu":
+        return sums.index_add_(0, group, values)
+    return sums.index_put_((group,), values, accumulate=True)
+
+
+def tally(group: Tensor, groups: int) -> Tensor:
+    """(groups,) how many entries of ``group`` (P,) name each.  `bincount`, but waits for nobody."""
+    return group.new_zeros(groups).index_add_(0, group, torch.ones_like(group))
+
+
+class Matching(NamedTuple):
+    """Which of ``n`` entries merge, for each of ``V`` sequences, and where everything goes.
+
+    Attributes:
+        unmerged: (V, a - r) entries of even index that stay alone, halved, in output order.
+        source: (V, r) entries of even index that merge away, halved, the most alike first.
+        target: (V, r) the entry of odd index that receives each, halved.
+        group: (V, n) place of every entry in the output of n - r.
+    """
+
+    unmerged: Tensor
+    source: Tensor
+    target: Tensor
+    group: Tensor
+
+    @property
+    def left(self) -> int:
+        """Entries of the output."""
+        return self.group.shape[1] - self.source.shape[1]
+
+
+def bipartite_matching(
+    vectors: Tensor, count: int, *, class_token: bool = False, distill_token: bool = False
+) -> Matching:
+    """Pair the entries of even index with their likes of odd index, and merge the best pairs.
+
+    Every entry of even index finds the one of odd index with the largest cosine; the ``count``
+    with the largest cosines merge into what they found, several into one if it so happens.  A class
+    token (entry 0) never merges, a distillation token (entry 1) never receives.
+
+    The output has the unmerged entries of even index, the most alike first (in their own order
+    where there is a class token), then all of odd index; the first of both lead where there is a
+    distillation token (ToMe, arXiv 2210.09461, section 3; official ``tome/merge.py``).
+
+    Args:
+        vectors: (V, n, d); compared in float32.
+        count: How many merge; at most half of the entries that are not protected do.
+        class_token: Whether entry 0 is one.
+        distill_token: Whether entry 1 is one.
+    """
+    views, entries, _ = vectors.shape
+    count = max(0, min(count, (entries - class_token - distill_token) // 2))
+    unit = F.normalize(vectors.float(), dim=-1)
+    alike = unit[:, ::2] @ unit[:, 1::2].mT
+    if class_token:
+        alike[:, 0] = -torch.inf
+    if distill_token:
+        alike[:, :, :1] = -torch.inf
+    even, odd = alike.shape[1:]
+    best, partner = alike.max(-1) if odd else (alike.new_zeros(views, even), None)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    source, unmerged = order[:, :count], order[:, count:]
+    if class_token:
+        unmerged = unmerged.sort(dim=-1).values
+    place = torch.arange(entries, device=vectors.device)
+    if not count or partner is None:  # nothing moves either
+        return Matching(unmerged, source, source, place.expand(views, -1))
+    target = partner.gather(1, source)
+    alone = even - count
+    first, second = place[:alone].clone(), place[alone : alone + odd].clone()
+    if distill_token:
+        first[1:] += 1
+        second[0] = min(alone, 1)
+    group = place.repeat(views, 1)
+    group[:, 1::2] = second
+    group[:, ::2] = (
+        torch.empty_like(order)
+        .scatter_(1, unmerged, first.expand(views, -1))
+        .scatter_(1, source, second[target])
+    )
+    return Matching(unmerged, source, target, group)
+
+
+def merge_weighted(
+    vectors: Tensor, size: Tensor, group: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Average the entries of each group, weighted by their sizes, which add up.
+
+    Args:
+        vectors: (V, n, C); averaged in float32.
+        size: (V, n) how much each entry counts.
+        group: (V, n) where it goes, in [0, count); -1 drops it.
+        count: How many groups; none of them empty.
+
+    Returns:
+        (V, count, C) in the dtype of ``vectors``, and (V, count) sizes.
+    """
+    slot = torch.where(group < 0, count, group)  # what is dropped meets in one more slot
+    total = size.new_zeros(len(size), count + 1).scatter_add(1, slot, size)
+    weighted = vectors.float() * size[..., None]
+    sums = weighted.new_zeros(len(size), count + 1, vectors.shape[-1])
+    sums = sums.scatter_add(1, slot[..., None].expand_as(weighted), weighted)
+    merged = sums[:, :count] / total[:, :count, None]
+    return merged.to(vectors.dtype), total[:, :count]
+
+
+def spread(vectors: Tensor, group: Tensor) -> Tensor:
+    """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...), zeros where it is -1."""
+    index = group.to(vectors.device).reshape(*group.shape, *[1] * (vectors.ndim - 2))
+    rows = vectors.gather(1, index.clamp(min=0).expand(*group.shape, *vectors.shape[2:]))
+    return rows.masked_fill(index < 0, 0)

@@ -1,0 +1,116 @@
+"""Shared maths of the strategies: small, vectorised, without a view of any model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.layout import TokenLayout, listed, moved
+from tokenprune.ops.merging import group_sums
+
+__all__ = [
+    "ROUNDING",
+    "best_per_view",
+    "lengths",
+    "normalise",
+    "rank_in_group",
+    "top",
+    "top_per_view",
+]
+
+
+ROUNDING = 2.0**-19
+"""Cosine distances up to this are 0: of equal vectors no more is left in float32.
+
+What is equal must tie, and ties go by place; left as they are, roundings would rank.
+"""
+
+
+def rank_in_group(group: Tensor) -> Tensor:
+    """(P,) how many earlier entries have the same group."""
+    order = group.argsort(stable=True)
+    grouped = group[order]
+    index = torch.arange(len(group), device=group.device)
+    first = torch.searchsorted(grouped, grouped)
+    rank = torch.empty_like(index)
+    rank[order] = index - first
+    return rank
+
+
+def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts[v]`` highest-scored patch tokens of every view ``v``.
+
+    Ranks in float32 and breaks ties by position, so that the result does not depend on the
+    backend; bfloat16 scores tie often.
+
+    Args:
+        layout: Geometry of the N entries.
+        scores: (N,) higher is kept first; values at separators are ignored.
+        counts: (V,) int64.
+
+    Returns:
+        (M,) sorted indices into the N entries; on the CPU where the counts are on another device,
+        which has to be waited for to learn how many they are.
+    """
+    ranked, kept = _ranked_per_view(layout, scores, counts)
+    if counts.device.type != "cpu":
+        return listed(_as_mask(ranked, kept, len(layout)))
+    total = sum(map(min, counts.tolist(), layout.view_sizes))
+    return ranked[kept.int().argsort(descending=True, stable=True)[:total]].sort().values
+
+
+def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
+    """(N,) bool which entries `top_per_view` lists, on the device of the scores, without a wait."""
+    return _as_mask(*_ranked_per_view(layout, scores, counts), len(layout))
+
+
+def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) indices of the patch tokens, best first, and which are among the best of their view."""
+    layout = layout.to(scores.device)
+    order = scores[layout.patches].float().argsort(descending=True, stable=True)
+    ranked = layout.patches[order]
+    view = layout.view[ranked]
+    return ranked, rank_in_group(view) < moved(counts, view.device)[view]
+
+
+def _as_mask(index: Tensor, which: Tensor, size: int) -> Tensor:
+    """(size,) bool, ``which`` (P,) at ``index`` (P,)."""
+    mask = torch.zeros(size, dtype=torch.bool, device=index.device)
+    mask[index] = which
+    return mask
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Sorted indices of the ``count`` highest of the scores (P,), earlier ones first on ties."""
+    order = scores.float().argsort(descending=True, stable=True)
+    return order[:count].sort().values
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """(P,) Euclidean norms of ``vectors`` (P, D), summed up in float32 without a copy of them."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+    return norms
+
+
+def normalise(
+    scores: Tensor, view: Tensor, views: int, how: Literal["l2", "minmax", "none"] = "l2"
+) -> Tensor:
+    """Bring the scores of every view to a common scale.
+
+    Args:
+        scores: (P,).
+        view: (P,) view of each entry.
+        views: Number of views.
+        how: ``l2`` divides by the view's Euclidean norm (at least 1e-12), ``minmax`` maps the
+            view to [0, 1], ``none`` changes nothing.
+    """
+    if how == "none":
+        return scores
+    if how == "l2":
+        squares = group_sums(scores.square(), view, views)
+        return scores / squares.sqrt().clamp(min=1e-12)[view]
+    low = scores.new_full((views,), torch.inf).scatter_reduce(0, view, scores, "amin")
+    high = scores.new_full((views,), -torch.inf).scatter_reduce(0, view, scores, "amax")
+    return (scores - low[view]) / (high - low).clamp(min=1e-12)[view]

@@ -1,0 +1,197 @@
+"""Operations on the places of patches in views and on the canvas."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenprune.layout import Kind, TokenLayout, moved
+from tokenprune.ops.merging import group_sums, tally
+from tokenprune.ops.ranking import ROUNDING, rank_in_group, top_per_view
+
+__all__ = [
+    "dithered",
+    "evenly_spaced",
+    "patch_table",
+    "patches_by_plane",
+    "patches_by_view",
+    "project_thumbnail",
+    "region_sums",
+    "regions",
+    "summary_distance",
+    "thumbnail_map",
+]
+
+
+def patches_by_view(layout: TokenLayout) -> list[Tensor]:
+    """Of every view the indices of its patch tokens, row by row; empty where none is left."""
+    patches = layout.patches
+    ordered = patches[layout.view[patches].argsort(stable=True)]
+    return list(ordered.split(list(layout.view_sizes)))
+
+
+def patch_table(layout: TokenLayout) -> Tensor:
+    """(V, P) index of the patch token at each place of every view, -1 where none is left."""
+    rows, cols = layout.view_shape
+    table = layout.kind.new_full((layout.views, rows * cols), -1)
+    patches = layout.patches
+    table[layout.view[patches], layout.row[patches] * cols + layout.col[patches]] = patches
+    return table
+
+
+def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
+    """Of every plane that is not empty the indices of its patch tokens, in sequence order.
+
+    The thumbnail is a plane, the crops together are one (their canvas), and so is every frame.
+    """
+    host = layout.host
+    crop = (host.kind == Kind.CROP)[host.patches]
+    plane = host.view[host.patches].masked_fill(crop, 1)
+    sizes = torch.bincount(plane).tolist()
+    ordered = moved(host.patches[plane.argsort(stable=True)], layout.kind.device)
+    return [part for part in ordered.split(sizes) if len(part)]
+
+
+def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
+    """``counts[v]`` evenly spaced patch tokens of every view, in the middle of equal intervals.
+
+    Of ``n`` tokens of which ``T`` are kept, those at ``floor((i + 0.5) * n / T)``, ``i < T``.
+
+    Returns:
+        (M,) sorted indices into the N entries, on the CPU.
+    """
+    layout, counts = layout.host, counts.cpu()
+    sizes = torch.tensor(layout.view_sizes, device="cpu")
+    view = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
+    slot = (2 * rank_in_group(view) + 1) * sizes[view] // (2 * counts[view])
+    # A view's patches need not be neighbours in the sequence: crops share canvas rows.
+    order = layout.patches[layout.view[layout.patches].argsort(stable=True)]
+    first = sizes.cumsum(0) - sizes
+    return order[first[view] + slot].sort().values
+
+
+def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
+    """``counts[v]`` patch tokens of every view, spread evenly over its rows *and* columns.
+
+    A view's tokens are taken in the order of a dispersed-dot dither (Bayer 1973): every further
+    token lies far from all earlier ones.  The rank of ``(row, col)`` is the reversed interleaving
+    of the bits of ``row xor col`` and ``row``.
+
+    Returns:
+        (M,) sorted indices into the N entries, on the CPU.
+    """
+    layout, counts = layout.host, counts.cpu()
+    row, col = layout.row.clamp(min=0), layout.col.clamp(min=0)
+    rank = torch.zeros_like(row)
+    for bit in range(max(layout.view_shape).bit_length()):
+        rank = 4 * rank + 2 * ((row ^ col) >> bit & 1) + (row >> bit & 1)
+    return top_per_view(layout, -rank.double(), counts)
+
+
+def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Sum of a thumbnail's scores over the region each crop covers, crops in row-major order.
+
+    Args:
+        scores: (H, W).
+        grid: (rows, columns) of crops.
+
+    Returns:
+        (rows * columns,) in the dtype of ``scores``.
+    """
+    height, width = scores.shape
+    region = moved(regions((height, width), grid), scores.device)
+    return group_sums(scores.flatten(), region.flatten(), grid[0] * grid[1])
+
+
+def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
+    """The thumbnail's scores as a map.
+
+    Where an earlier stage took patches out, the nearest one that is left stands in, the earlier of
+    equally near ones.
+
+    Args:
+        layout: Geometry of the N entries.
+        scores: (N,) per-entry scores.
+
+    Returns:
+        (rows, columns) of a view.
+    """
+    there = layout.places[Kind.THUMBNAIL]
+    rows, cols = layout.view_shape
+    values = scores[there]
+    if len(there) == rows * cols:
+        return values.view(rows, cols)
+    if not len(there):
+        return scores.new_zeros(rows, cols)
+    index = torch.arange(rows * cols, device=there.device)
+    away = (index[:, None] // cols - layout.row[there]).square()
+    away += (index[:, None] % cols - layout.col[there]).square()
+    nearest = (away * len(there) + index[: len(there)]).argmin(1)
+    return values[nearest].view(rows, cols)
+
+
+def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Which crop covers each token of a thumbnail, crops in row-major order.
+
+    Cells are ``side // n`` wide; the last row and column of cells take what is left over
+    (official GlobalCom² code, ``generate_scale_for_crop_features``).
+
+    Args:
+        shape: (H, W) of the thumbnail.
+        grid: (rows, columns) of crops.
+
+    Returns:
+        (H, W) int64 in [0, rows * columns).
+    """
+    row, col = (
+        (torch.arange(side, device="cpu") // max(side // cells, 1)).clamp(max=cells - 1)
+        for side, cells in zip(shape, grid, strict=True)
+    )
+    return row[:, None] * grid[1] + col[None, :]
+
+
+def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
+    """The thumbnail's scores where each crop token lies (bilinear, ``align_corners=False``).
+
+    The thumbnail is the whole image stretched to one view, so it maps onto the unpadded canvas.
+
+    Args:
+        layout: Geometry of the N entries.
+        scores: (N,) per-entry scores.
+
+    Returns:
+        (N,) NaN outside the crops.
+    """
+    thumbnail = thumbnail_map(layout, scores)[None, None]
+    canvas = F.interpolate(thumbnail, layout.canvas_shape, mode="bilinear", align_corners=False)
+    crop = layout.kind == Kind.CROP
+    values = canvas[0, 0, layout.canvas_row.clamp(min=0), layout.canvas_col.clamp(min=0)]
+    return torch.where(crop, values, torch.nan)
+
+
+def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
+    """How far each token of a video is from the summary of all frames at its place.
+
+    The temporal summary is the mean of the unit-length features of all frames at one place; the
+    distance is one minus the cosine to it.  What stands still is near the summary, what appears or
+    moves is far from it.  Two frames are equally far from their summary, everywhere.
+
+    Args:
+        layout: Geometry of the N entries.
+        features: (N, D).
+
+    Returns:
+        (N,) float32 in [0, 2], NaN at separators.
+    """
+    patches = layout.patches
+    place = layout.row[patches] * layout.view_shape[1] + layout.col[patches]
+    places = layout.view_shape[0] * layout.view_shape[1]
+    unit = F.normalize(features[patches].float(), dim=-1)
+    summary = F.normalize(group_sums(unit, place, places), dim=-1)
+    far = torch.threshold_(1 - (unit * summary[place]).sum(-1), ROUNDING, 0.0)
+    if layout.frames == 2:  # equal but for rounding, which must not rank
+        far = (group_sums(far, place, places) / tally(place, places))[place]
+    distance = unit.new_full((len(layout),), torch.nan)
+    distance[patches] = far
+    return distance

@@ -1,0 +1,190 @@
+"""Assertions and observers that the checks share."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenprune.compressor import Chain, Compressor, Selection
+from tokenprune.engine.trace import Trace
+from tokenprune.errors import RetentionWarning, UserError
+from tokenprune.testing.host import Host
+from tokenprune.tokens import VisualTokens
+
+__all__ = [
+    "Check",
+    "assert_close",
+    "assert_refused",
+    "assert_same",
+    "assert_same_bits",
+    "assert_same_kept",
+    "called",
+    "columns_on",
+    "kept_in",
+    "rng_state",
+    "seeded",
+    "spying",
+    "vision_products",
+    "with_fields",
+]
+
+
+Check = Callable[..., None]
+
+
+TOLERANCE = 1e-4
+
+
+def with_fields(compressor: Compressor, **fields: Any) -> Compressor:
+    """The same method with other fields; of a chain, every part."""
+    if isinstance(compressor, Chain):
+        return Chain.of(*(replace(part, **fields) for part in compressor.members))
+    return replace(compressor, **fields)
+
+
+# -- what the checks have in common --------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What one decoder layer was called with."""
+
+    length: int
+    positions: Tensor
+    attentions: bool
+
+
+@contextmanager
+def spying(host: Host) -> Iterator[list[Seen]]:
+    """While open, notes what every self-attention module of the decoder is called with."""
+    calls: list[Seen] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        asked = bool(kwargs.get("output_attentions"))
+        calls.append(Seen(hidden.shape[1], kwargs["position_ids"], asked))
+
+    handles = [
+        layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+        for layer in host.adapter.decoder_layers
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def vision_products(host: Host) -> Iterator[list[int]]:
+    """While open, notes the FLOPs of attention and MLP of every encoder layer that runs."""
+    found: list[int] = []
+
+    def attention(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        views, tokens, width = (kwargs.get("hidden_states", args[0] if args else None)).shape
+        found.append(views * (4 * 2 * tokens * width**2 + 2 * 2 * tokens**2 * width))
+
+    def linear(module: Any, args: Any) -> None:
+        views, tokens, width = args[0].shape
+        found.append(views * 2 * tokens * width * module.out_features)
+
+    handles = []
+    for layer in host.adapter.vision_layers:
+        handles.append(layer.self_attn.register_forward_pre_hook(attention, with_kwargs=True))
+        handles += [
+            module.register_forward_pre_hook(linear)
+            for module in layer.mlp.modules()
+            if isinstance(module, nn.Linear)
+        ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def assert_close(got: Tensor, want: Tensor, what: str) -> None:
+    if got.shape != want.shape:
+        raise AssertionError(f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
+    wrong = (got - want).abs().float() > TOLERANCE * (1 + want.abs().float())
+    wrong |= got.isnan() != want.isnan()
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} numbers differ, the first at {at}: "
+            f"{got[at].item():.6g} instead of {want[at].item():.6g}"
+        )
+
+
+def assert_same(got: Tensor, want: Tensor, what: str) -> None:
+    if not torch.equal(got, want):
+        raise AssertionError(f"{what}: {got.tolist()} instead of {want.tolist()}")
+
+
+def kept_in(trace: Trace, row: int) -> list[Tensor]:
+    return [chosen.keep for chosen in trace.selections if chosen.row == row]
+
+
+def assert_same_kept(got: Sequence[Tensor], want: Sequence[Tensor], what: str) -> None:
+    if len(got) != len(want):
+        raise AssertionError(f"{what}: {len(got)} selections instead of {len(want)}")
+    for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+        assert_same(mine, theirs, f"{what}: selection {index} keeps")
+
+
+def assert_refused(action: Callable[[], Any], word: str, what: str) -> None:
+    """``action`` must raise a `UserError` whose sentence names ``word``."""
+    try:
+        action()
+    except UserError as error:
+        sentence = str(error)
+    else:
+        raise AssertionError(f"{what} was not refused")
+    if word not in sentence:
+        raise AssertionError(f"{what}: refused, but without naming {word!r}: {sentence}")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Every global generator seeded while open, and as it was afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def rng_state() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is the point)
+    return random.getstate(), name, np.asarray(keys).tolist(), rest, torch.get_rng_state().tolist()
+
+
+def columns_on(side: str, length: int, width: int) -> slice:
+    """Columns of a prompt of ``length`` in a batch ``width`` wide."""
+    return slice(width - length, width) if side == "left" else slice(0, length)
+
+
+def called(part: Compressor, tokens: VisualTokens) -> Selection:
+    """What the core makes of the strategy's choice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetentionWarning)
+        return part(tokens)
+
+
+def assert_same_bits(got: Tensor, want: Tensor, what: str) -> None:
+    if got.shape != want.shape:
+        raise AssertionError(f"{what} are {tuple(got.shape)} instead of {tuple(want.shape)}")
+    if not torch.equal(got, want):
+        raise AssertionError(f"{what} differ by up to {(got - want).abs().max():.2g}")

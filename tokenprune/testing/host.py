@@ -1,0 +1,223 @@
+"""Tiny random models of every family that the checks run in."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.adapter import adapter_of
+from tokenprune.compressor import Compressor
+from tokenprune.errors import UserError
+from tokenprune.layout import TokenLayout
+from tokenprune.registry import adapters
+from tokenprune.spec import create, parse
+
+__all__ = [
+    "DECODERS",
+    "RETENTION",
+    "ROWS",
+    "Host",
+    "Row",
+    "example",
+    "hosts",
+    "refusal",
+    "tiny_host",
+]
+
+
+Inputs = dict[str, Any]
+
+
+DECODERS = ("llama", "mistral", "qwen2")
+
+
+RETENTION = 0.4
+
+
+# -- a model to run in ---------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One prompt of the ragged batch.
+
+    Attributes:
+        sizes: (height, width) of its images.
+        text: How many ids follow the images and videos.
+        frames: Frames of each of its videos, behind the images, where the model takes videos.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    text: int
+    frames: tuple[int, ...] = ()
+
+
+ROWS = (Row(((20, 30),), 3), Row((), 5), Row(((10, 30), (24, 24)), 4, frames=(3,)))
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A tiny random model and the inputs to run it on."""
+
+    adapter: Any
+    name: str = ""
+    decoder: str = ""
+
+    @classmethod
+    def tiny(cls, name: str, decoder: str = "llama", seed: int = 0) -> Host:
+        """The tiny model of the adapter registered as ``name``."""
+        family: Any = adapters.get(name)
+        return cls(adapter_of(family.tiny(decoder, seed)), name, decoder)
+
+    def like(
+        self,
+        *,
+        attention: str | None = None,
+        dtype: torch.dtype | None = None,
+        window: int | None = None,
+    ) -> Host:
+        """A copy of this model with another attention kernel, dtype or sliding window."""
+        model = copy.deepcopy(self.model)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        if window is not None:
+            adapter_of(model).language_model.config.sliding_window = window
+        return Host(adapter_of(model.to(dtype)), self.name, self.decoder)
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model."""
+        return self.adapter.model
+
+    @property
+    def placeholders(self) -> list[int]:
+        """Ids that stand for visual tokens."""
+        return [*self.adapter.placeholders.values()]
+
+    def layouts(self, row: int) -> list[TokenLayout]:
+        """Layouts of the images, then of the videos of a prompt."""
+        sizes, _, frames = ROWS[row]
+        images = [self.adapter.layout(size, same_prompt=len(sizes) > 1) for size in sizes]
+        if "video" not in self.adapter.encoders:
+            return images
+        return images + [self.adapter.video_layout(count) for count in frames]
+
+    def prompt(self, row: int) -> list[int]:
+        """Ids of one prompt: BOS, some text in front of each image, and the question."""
+        draw = random.Random(row)
+        ids = [1]
+        for layout in self.layouts(row):
+            ids += [draw.randrange(5, 60), draw.randrange(5, 60)]
+            ids += [int(self.adapter.placeholders[layout.modality])] * len(layout)
+        return ids + [draw.randrange(5, 60) for _ in range(ROWS[row].text)]
+
+    def media(self, row: int) -> dict[str, Inputs]:
+        """Modality to the encoder inputs of a prompt; they are the same in every batch."""
+        sizes, _, frames = ROWS[row]
+        found = {}
+        if sizes:
+            found["image"] = self.adapter.dummy_images(sizes, row, same_prompt=len(sizes) > 1)
+        if frames and "video" in self.adapter.encoders:
+            found["video"] = _batched([self.adapter.dummy_video(count, row) for count in frames])
+        return found
+
+    def inputs(
+        self,
+        rows: Sequence[int] = (0, 1, 2),
+        side: str = "left",
+        answer: Sequence[int] = (),
+    ) -> Inputs:
+        """The batch of ``rows``, each with ``answer`` behind it, padded on ``side``.
+
+        Ids and images of a row are the same in every batch.
+        """
+        prompts = [[*self.prompt(row), *answer] for row in rows]
+        width = max(map(len, prompts))
+        ids, mask = [], []
+        for prompt in prompts:
+            pad = [0] * (width - len(prompt))
+            ids.append(pad + prompt if side == "left" else prompt + pad)
+            real = [1] * len(prompt)
+            mask.append(pad + real if side == "left" else real + pad)
+        dtype = self.model.dtype
+        result = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        media = [self.media(row) for row in rows]
+        for modality in self.adapter.encoders:
+            some = [found[modality] for found in media if modality in found]
+            for name, values in _batched(some).items():
+                result[name] = values.to(dtype if values.is_floating_point() else None)
+        return result
+
+    def generate(self, inputs: Inputs, **options: Any) -> Tensor:
+        """(B, new) ids of ``model.generate``; four new tokens, none of them a placeholder."""
+        ids: Tensor = self._generate(inputs, **options)
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+    def generate_with_logits(self, inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
+        """(B, new) ids and the (B, new, vocabulary) logits they were chosen from."""
+        out = self._generate(inputs, return_dict_in_generate=True, output_logits=True, **options)
+        ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+        return ids, torch.stack(out.logits, dim=1)
+
+    def _generate(self, inputs: Inputs, **options: Any) -> Any:
+        options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, **options}
+        return self.model.generate(**inputs, suppress_tokens=self.placeholders, **options)
+
+    @torch.no_grad()
+    def logits(self, inputs: Inputs, **options: Any) -> Tensor:
+        """(B, S, vocabulary) logits of one forward."""
+        out: Tensor = self.model(**inputs, **options).logits
+        return out
+
+
+def _batched(parts: Sequence[Inputs]) -> Inputs:
+    """Encoder inputs one below the other, images of fewer views filled up with zeros."""
+    if not parts:
+        return {}
+    views = max(part["pixel_values"].shape[1] if "pixel_values" in part else 0 for part in parts)
+
+    def filled(values: Tensor) -> Tensor:
+        if values.ndim < 5 or not views:
+            return values
+        return nn.functional.pad(values, (0, 0) * 3 + (0, views - values.shape[1]))
+
+    return {name: torch.cat([filled(part[name]) for part in parts]) for name in parts[0]}
+
+
+@functools.cache
+def tiny_host(name: str, decoder: str, seed: int = 0) -> Host:
+    return Host.tiny(name, decoder, seed)
+
+
+def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
+    """A tiny model for every registered adapter with a language model, and every decoder."""
+    speaking = [name for name in adapters.names() if adapters.get(name).has_language_model]
+    return [tiny_host(name, decoder) for name in speaking for decoder in decoders]
+
+
+def refusal(host: Host, compressor: Compressor) -> str:
+    """Why the model cannot run the method; empty if it can."""
+    try:
+        host.adapter.check(compressor)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def example(name: str, retention: float = RETENTION) -> Compressor:
+    """The registered method with its defaults, or with options that a model here can run.
+
+    Where no tiny model has what the defaults need, the first choice of an option counts that one
+    has, such as a substitute for a text tower.
+    """
+    method, tried = create(name, retention=retention), hosts(DECODERS[:1])
+    if all(refusal(host, method) for host in tried):
+        for spec in (spec for host in tried for spec in host.adapter.other_options(method)):
+            return parse(spec, retention=retention)
+    return method

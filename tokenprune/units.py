@@ -1,0 +1,28 @@
+"""Numbers with units, as tables and plots show them."""
+
+from __future__ import annotations
+
+__all__ = [
+    "bytes_unit",
+    "flops_unit",
+    "percent",
+]
+
+
+def percent(share: float, decimals: int | None) -> str:
+    number = f"{100 * share:.3g}" if decimals is None else f"{100 * share:.{decimals}f}"
+    return f"{number} %"
+
+
+def flops_unit(largest: float) -> tuple[str, float]:
+    for unit, scale in (("TFLOPs", 1e12), ("GFLOPs", 1e9)):
+        if largest >= 0.1 * scale:
+            return unit, scale
+    return "MFLOPs", 1e6
+
+
+def bytes_unit(largest: float) -> tuple[str, float]:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if largest >= scale:
+            return unit, scale
+    return "KiB", 2**10
