@@ -19,10 +19,10 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.ops.diversity import cover, max_min_diversity
+from tokenprune.ops.ranking import outliers
 from tokenprune.signals import Signal
 from tokenprune.spec import create
 from tokenprune.strategies.hired import MarkedPatches
-from tokenprune.strategies.prumerge import outliers
 from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")

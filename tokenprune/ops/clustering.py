@@ -12,6 +12,7 @@ __all__ = [
     "dispersed",
     "kernel_density",
     "least_cutoff",
+    "recycling",
 ]
 
 
@@ -169,3 +170,28 @@ def density_peaks(
     cluster = distance[:, centres].argmin(1)
     cluster[centres] = place[:count]
     return centres, cluster
+
+
+def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int, int]:
+    """How many of ``count`` tokens are kept, recycled, and how many clusters the recycled make.
+
+    Of ``d`` dropped tokens ``m = int(share * d) + 1``, all of them at most, make ``m // 10 + 1``
+    clusters (SparseVLM, arXiv 2410.04417).  Fewer are kept, and at last fewer clusters made, until
+    no more than ``most`` are left of both.
+
+    Args:
+        count: Number of tokens.
+        kept: How many are kept at most, apart from the clusters.
+        most: How many are left at most, kept tokens and clusters together.
+        share: Share of the dropped tokens that is recycled; 0 makes no clusters.
+    """
+
+    def clusters(dropped: int) -> tuple[int, int]:
+        recycled = min(int(share * dropped) + 1, dropped) if share else 0
+        return recycled, recycled // 10 + 1 if recycled else 0
+
+    kept = max(1, min(kept, most))
+    while kept > 1 and kept + clusters(count - kept)[1] > most:
+        kept -= 1
+    recycled, made = clusters(count - kept)
+    return kept, recycled, min(made, most - kept)

@@ -14,6 +14,7 @@ __all__ = [
     "group_means",
     "group_sums",
     "merge_weighted",
+    "nearest_others",
     "spread",
     "tally",
 ]
@@ -142,3 +143,20 @@ def spread(vectors: Tensor, group: Tensor) -> Tensor:
     index = group.to(vectors.device).reshape(*group.shape, *[1] * (vectors.ndim - 2))
     rows = vectors.gather(1, index.clamp(min=0).expand(*group.shape, *vectors.shape[2:]))
     return rows.masked_fill(index < 0, 0)
+
+
+def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Tensor:
+    """Of each of the ``centres`` (C, D) the places of the ``count`` most similar ``keys`` (M, D).
+
+    Args:
+        centres, keys: Of unit length.
+        own: (C,) place of each centre among the keys, which is left out.
+        count: How many, of M - 1 at most.
+
+    Returns:
+        (C, count), the most similar first.
+    """
+    near = centres @ keys.T
+    near[torch.arange(len(centres), device=near.device), own] = -torch.inf
+    found = near.argsort(dim=-1, descending=True, stable=True)
+    return found[:, : min(count, len(keys) - 1)]
