@@ -5,15 +5,14 @@ Code:   https://github.com/Gumpest/SparseVLMs, llava/model/language_model/ (scor
         rank-based: 91fb6d9, fixed lists and version 2.0, SparseVLM+: 26a5f48)
 """
 
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import left_at
-from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
+from tokenprune.compressor import Depths, Selection, StagedCompressor
 from tokenprune.errors import UserError
 from tokenprune.ops.clustering import density_peaks, recycling
 from tokenprune.ops.merging import group_means
@@ -21,14 +20,13 @@ from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
-Cut = Annotated[float, Field(gt=0, lt=1)]
 ROWS, INPUTS = Signal("llm_text"), Signal("llm_inputs")
 HEADS, ROTARY = Signal("llm_text_heads"), Signal("llm_text_rotary")
 
 
 @register("sparsevlm")
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Compressor):
+class SparseVLM(StagedCompressor):
     """Rank by the attention of the raters, the text tokens most related to the image.
 
     Raters have more than the mean of ``mean_v softmax_t(x_v . x_t)``, with ``x`` what enters the
@@ -51,13 +49,9 @@ class SparseVLM(Compressor):
 
     version: Literal["1.0", "2.0"] = "1.0"
     heads: Annotated[int, Field(ge=1)] = 14
-    depths: Annotated[tuple[Cut, ...], Field(min_length=1, max_length=1000)] = (
-        *(3 / 32, 7 / 32, 16 / 32),
-    )
+    depths: Depths = (3 / 32, 7 / 32, 16 / 32)
     recycle: Annotated[float, Field(ge=0, le=1)] | None = None
-    cut: Annotated[int, Field(ge=0)] = 0
 
-    stage: ClassVar[Stage] = Stage.LLM
     card = Card(
         paper="SparseVLM",
         arxiv="2410.04417",
@@ -73,17 +67,6 @@ class SparseVLM(Compressor):
         ),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cuts(self, self.cut)
-
-    @property
-    def cuts(self) -> tuple[float, ...]:
-        return self.depths
-
-    def at(self, cut: int | float) -> Compressor:
-        return replace(self, cut=1 + self.depths.index(cut))
-
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({INPUTS, *({ROWS} if self.version == "1.0" else {HEADS, ROTARY})})
@@ -91,9 +74,6 @@ class SparseVLM(Compressor):
     @property
     def keeps_positions(self) -> bool:
         return self.version == "2.0" if self.position_ids == "auto" else super().keeps_positions
-
-    def limit(self, tokens: VisualTokens) -> int:
-        return left_at(tokens, self.retention, (self.cut or len(self.depths)) / len(self.depths))
 
     def raters(self, tokens: VisualTokens) -> Tensor:
         """(T,) bool, which of the text tokens behind the image rate."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tokenprune import allocators, budget
@@ -30,10 +30,12 @@ from tokenprune.untouched import watched
 __all__ = [
     "Chain",
     "Compressor",
+    "Depths",
     "ScoringCompressor",
     "Selection",
     "Separators",
     "Stage",
+    "StagedCompressor",
     "best",
     "check_cuts",
     "cut_layer",
@@ -266,6 +268,45 @@ class ScoringCompressor(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         return keep_best(self, tokens, self.score(tokens), self.allocation)
+
+
+Depths = Annotated[
+    tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, max_length=1000)
+]
+"""Type of `StagedCompressor.depths`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedCompressor(Compressor):
+    """A method that selects at several cuts of the language model.
+
+    At cut ``i`` of ``n`` it keeps at most ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered.
+    Every cut drops the same share, and R is left at the end.
+
+    Attributes:
+        depths: Cuts as shares of the decoder's depth, ascending.
+        cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
+    """
+
+    depths: Depths
+    cut: Annotated[int, Field(ge=0)] = 0
+
+    stage: ClassVar[Stage] = Stage.LLM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cuts(self, self.cut)
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        return self.depths
+
+    def at(self, cut: int | float) -> Compressor:
+        return dataclasses.replace(self, cut=1 + self.depths.index(cut))
+
+    def limit(self, tokens: VisualTokens) -> int:
+        share = (self.cut or len(self.depths)) / len(self.depths)
+        return budget.left_at(tokens, self.retention, share)
 
 
 @dataclass(frozen=True, kw_only=True)
