@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.layout import listed, moved
-from tokenprune.ops.merging import group_sums, tally
+from tokenprune.ops.merging import assigned, group_sums, tally
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -107,23 +106,3 @@ class VisionZip(Compressor):
         if self.merge == "mean":
             return targets, (own + sums) / (1 + number)
         return targets, own + sums / number.clamp(min=1)
-
-
-def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the indices ``rest`` (M,) become targets, which are merged, and into which target.
-
-    Args:
-        rest: Into ``keys``, in raster order.
-        count: Of targets, at most M.
-        keys: (N, D) of unit length.
-
-    Returns:
-        (count,) targets and (M - count,) others, both from ``rest``, and (M - count,) places among
-        the targets.
-    """
-    step = max(1, len(rest) // count)
-    other = torch.ones(len(rest), dtype=torch.bool, device="cpu")  # the host knows all of this
-    other[: count * step : step] = False
-    targets = rest[: count * step : step]
-    others = rest[moved(listed(other), rest.device)]
-    return targets, others, (keys[others] @ keys[targets].T).argmax(-1)

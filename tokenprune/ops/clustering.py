@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenprune.ops.merging import group_means, tally
+
 __all__ = [
     "ROUNDS",
     "central_members",
+    "clusters_apart",
     "density_peaks",
     "dispersed",
     "kernel_density",
@@ -195,3 +198,23 @@ def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int,
         kept -= 1
     recycled, made = clusters(count - kept)
     return kept, recycled, min(made, most - kept)
+
+
+def clusters_apart(
+    vectors: Tensor, count: int, neighbours: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The centres of `density_peaks`, and what surrounds them.
+
+    Args:
+        vectors: (P, D).
+        count, neighbours: As in `density_peaks`.
+
+    Returns:
+        (count,) indices of the centres, and (count, D) float32 mean of the other members of each
+        cluster, the centre itself where there are none.
+    """
+    centres, cluster = density_peaks(vectors, count, neighbours)
+    others = cluster.index_fill(0, centres, count)
+    means = group_means(vectors, others, count + 1)[:-1]
+    alone = tally(others, count + 1)[:-1] == 0
+    return centres, torch.where(alone[:, None], vectors[centres], means)

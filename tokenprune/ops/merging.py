@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.layout import listed, moved
+
 __all__ = [
     "Matching",
+    "assigned",
     "bipartite_matching",
     "group_means",
     "group_sums",
@@ -160,3 +163,23 @@ def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Te
     near[torch.arange(len(centres), device=near.device), own] = -torch.inf
     found = near.argsort(dim=-1, descending=True, stable=True)
     return found[:, : min(count, len(keys) - 1)]
+
+
+def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the indices ``rest`` (M,) become targets, which are merged, and into which target.
+
+    Args:
+        rest: Into ``keys``, in raster order.
+        count: Of targets, at most M.
+        keys: (N, D) of unit length.
+
+    Returns:
+        (count,) targets and (M - count,) others, both from ``rest``, and (M - count,) places among
+        the targets.
+    """
+    step = max(1, len(rest) // count)
+    other = torch.ones(len(rest), dtype=torch.bool, device="cpu")  # the host knows all of this
+    other[: count * step : step] = False
+    targets = rest[: count * step : step]
+    others = rest[moved(listed(other), rest.device)]
+    return targets, others, (keys[others] @ keys[targets].T).argmax(-1)
