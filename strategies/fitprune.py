@@ -52,8 +52,8 @@ class FitPrune(Compressor):
         arxiv="2409.10197",
         code="https://github.com/ywh187/FitPrune (d28e418)",
         deviations=(
-            "How many go in which layer is geometric unless shares are given; officially tables for "
-            "LLaVA-1.5, one for every reduction of FLOPs.",
+            "How many go in which layer is geometric unless shares are given; officially tables "
+            "for LLaVA-1.5, one for every reduction of FLOPs.",
             "Tokens leave behind the layer whose attention ranks them; officially behind its "
             "attention, which saves its MLP and changes nothing else.",
             "Every image and row is ranked by itself. Separators are not ranked and do not rank.",

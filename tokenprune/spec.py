@@ -157,7 +157,7 @@ def ratio(text: str) -> float:
 def says_retention(spec: str) -> bool:
     """Whether ``spec`` says itself what it keeps: ``@0.5``, ``retention=0.5``, or a chain.
 
-    >>> [says_retention(spec) for spec in ("fastv", "fastv@0.5", "sparsevlm:schedule=retention")]
+    >>> [says_retention(spec) for spec in ("fastv", "fastv@0.5", "uniform:pattern=retention")]
     [False, True, False]
     """
     return "@" in spec or " + " in spec or bool(re.search(r"\bretention\s*=", spec))

@@ -18,7 +18,7 @@ class Official(DART):
     """Shares and order of the ports.
 
     Every pivot picks ``int(P * R / pivots)`` tokens on top of the image pivots, in the order in
-    which CPython walks through a set of their positions.
+    which CPython iterates over a set of their positions.
 
     Args:
         start: Where the official code takes the image to begin.

@@ -58,7 +58,7 @@ class Ledger:
             what the uncompressed model holds: while the tower's signals are computed
             (`signal_bytes`) or its tokens merged (`merging_bytes`), while attention rows are
             (`DecoderShape.row_bytes`), while a strategy selects: what it is shown (`held_bytes`)
-            and what it says it needs (`Compressor.memory`), or while what is left is packed: copies
+            and what it holds itself (`cost.measuring`), or while what is left is packed: copies
             of it, and where tokens were merged one of everything (`copied_bytes`).
         kv_before: Entries that earlier turns had left in each layer's KV cache; empty for a first
             turn.  FLOPs of attending to them are not counted.
