@@ -9,10 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from tokenprune.compressor import Depths, Selection, StagedCompressor
+from tokenprune.compressor import Selection
 from tokenprune.ops.ranking import top
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
+from tokenprune.staged import Depths, StagedCompressor
 from tokenprune.tokens import VisualTokens
 
 

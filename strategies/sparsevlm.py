@@ -12,12 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.compressor import Depths, Selection, StagedCompressor
+from tokenprune.compressor import Selection
 from tokenprune.errors import UserError
 from tokenprune.ops.clustering import density_peaks, recycling
 from tokenprune.ops.merging import group_means
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
+from tokenprune.staged import Depths, StagedCompressor
 from tokenprune.tokens import VisualTokens
 
 ROWS, INPUTS = Signal("llm_text"), Signal("llm_inputs")

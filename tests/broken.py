@@ -5,492 +5,84 @@ A check that nothing fails is empty.  A `Fault` is a strategy plus what is broke
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from broken_methods import (
+    Anonymous,
+    ComparesNeighbours,
+    Counting,
+    DividesByNothing,
+    Empty,
+    Forgetful,
+    ForgetsTheAllocator,
+    GlobalNumpy,
+    GlobalPython,
+    GlobalTorch,
+    Greedy,
+    HidesItsChoice,
+    HidesItsDraws,
+    Inverted,
+    InvertedInCrops,
+    InvertedInVideos,
+    InvertedWords,
+    KeepsTheWorst,
+    Misshapen,
+    ModeSensitive,
+    MovesRows,
+    Mutable,
+    Mute,
+    OffByOne,
+    OneTooMany,
+    OnlyFloat32,
+    OutOfRange,
+    PeeksAtPlaces,
+    PeeksAtTheCanvas,
+    PeeksAtViews,
+    RanksByItself,
+    RemembersByLength,
+    Repeated,
+    RulesOut,
+    Scribbler,
+    ScribblesBehindTheCounter,
+    ScribblesOnText,
+    Short,
+    SometimesRepeated,
+    SometimesTooMany,
+    Sound,
+    Stingy,
+    Stubborn,
+    SumsSeparators,
+    Uncited,
+    Undocumented,
+    Unsorted,
+    local,
+)
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tokenprune.adapter import Adapter
 from tokenprune.attention import Projections
-from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage
-from tokenprune.engine import cache, decoder, guard, session, tower, vision
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.cost import account
+from tokenprune.cost.account import Account
+from tokenprune.engine import cache, decoder, dropping, guard, session, tower, vision
 from tokenprune.engine.cache import PrunedLayer
+from tokenprune.engine.dropping import Memory
 from tokenprune.engine.forward import Pass
 from tokenprune.engine.guard import Guard
 from tokenprune.engine.session import Session
 from tokenprune.engine.tower import Tower, running
 from tokenprune.engine.trace import Trace
 from tokenprune.errors import UserError
-from tokenprune.layout import Kind
-from tokenprune.ops.ranking import top_per_view
-from tokenprune.registry import Card
-from tokenprune.signals import Signal
 from tokenprune.spec import parse
 from tokenprune.tokens import VisualTokens
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-
-
-# -- strategies ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sound(Compressor):
-    """The first ``R * P`` patch tokens: nothing wrong with it."""
-
-    location_aware = True
-    card = Card(paper="The first tokens (baseline)")
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        return patches[: max(1, int(len(patches) * self.retention))]
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return Selection(self.picked(tokens))
-
-
-class Inverted(Sound):
-    """Keeps what gets the least attention."""
-
-    location_aware = False
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({Signal("received")})
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        order = patches[tokens[Signal("received")][patches].argsort()]
-        return order[: max(1, int(len(patches) * self.retention))].sort().values
-
-
-class InvertedInCrops(Inverted):
-    """Upside down in crops alone."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches, layout = tokens.layout.patches, tokens.layout
-        received = tokens[Signal("received")]
-        scores = torch.where(layout.kind == Kind.CROP, -received, received)[patches]
-        count = max(1, int(len(patches) * self.retention))
-        return patches[scores.argsort(descending=True)[:count]].sort().values
-
-
-class InvertedInVideos(Inverted):
-    """Upside down in videos alone."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        if tokens.layout.modality == "video":
-            return super().picked(tokens)
-        patches = tokens.layout.patches
-        order = patches[tokens[Signal("received")][patches].argsort(descending=True)]
-        return order[: max(1, int(len(patches) * self.retention))].sort().values
-
-
-class InvertedWords(Inverted):
-    """Keeps what the text looks at least."""
-
-    stage = Stage.LLM
-    cuts = (2,)  # type: ignore[assignment]
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({Signal("llm_text")})
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        order = patches[tokens[Signal("llm_text")][patches].mean(1).argsort()]
-        return order[: max(1, int(len(patches) * self.retention))].sort().values
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeepsTheWorst(ScoringCompressor):
-    """Scores, and keeps the lowest."""
-
-    card = Card(paper="Feature norm (baseline)")
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        return tokens.features.float().norm(dim=-1)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        counts = self.allocation.counts(tokens, self.score(tokens), self.retention)
-        return Selection(top_per_view(tokens.layout, -self.score(tokens), counts))
-
-
-class ForgetsTheAllocator(KeepsTheWorst):
-    """Keeps the highest of the whole image, whatever each view is due."""
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        patches = tokens.layout.patches
-        order = patches[self.score(tokens)[patches].argsort(descending=True)]
-        return Selection(order[: max(1, int(len(patches) * self.retention))].sort().values)
-
-
-class DividesByNothing(KeepsTheWorst):
-    """Its scores are NaN."""
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        return tokens.features.float().norm(dim=-1) / torch.zeros(len(tokens)) * 0
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return ScoringCompressor.select(self, tokens)
-
-
-class RulesOut(DividesByNothing):
-    """Its scores are minus infinity for every other token."""
-
-    def score(self, tokens: VisualTokens) -> Tensor:
-        every_other = torch.arange(len(tokens)) % 2 == 1
-        return tokens.features.float().norm(dim=-1).masked_fill(every_other, -torch.inf)
-
-
-class PeeksAtTheCanvas(Sound):
-    """Prefers the right of the canvas, which a picture of one view does not have."""
-
-    location_aware = False
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches, layout = tokens.layout.patches, tokens.layout
-        scores = tokens.features.float().norm(dim=-1) + 0.3 * layout.canvas_col
-        count = max(1, int(len(patches) * self.retention))
-        return patches[scores[patches].argsort(descending=True)[:count]].sort().values
-
-
-class RanksByItself(PeeksAtTheCanvas):
-    """Ranks without telling by what, so that NaN ranks first and nobody notices."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        scores = tokens.features.float().norm(dim=-1)[patches]
-        count = max(1, int(len(patches) * self.retention))
-        return patches[scores.argsort(descending=True)[:count]].sort().values
-
-
-class PeeksAtViews(PeeksAtTheCanvas):
-    """Prefers later crops."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        view = tokens.layout.view
-        return super().picked(replace(tokens, layout=replace(tokens.layout, canvas_col=view)))
-
-
-class RemembersByLength(PeeksAtTheCanvas):
-    """Chooses for the first image of a length, and the same of all others."""
-
-    known: ClassVar[dict[tuple[int, float], Tensor]] = {}
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        flat = torch.zeros_like(tokens.layout.canvas_col)
-        plain = replace(tokens, layout=replace(tokens.layout, canvas_col=flat))
-        return self.known.setdefault((len(tokens), self.retention), super().picked(plain))
-
-
-class SumsSeparators(PeeksAtTheCanvas):
-    """Takes the mean of keys over separators, where there are none: all scores are NaN."""
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({Signal("keys")})
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        keys, patches = tokens[Signal("keys")], tokens.layout.patches
-        scores = (keys - keys.mean(0)).norm(dim=-1)[patches]
-        count = max(1, int(len(patches) * self.retention))
-        return patches[scores.argsort(descending=True, stable=True)[:count]].sort().values
-
-
-class PeeksAtPlaces(Sound):
-    """Says that it goes by content, but prefers what comes late."""
-
-    location_aware = False
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        norms = tokens.features[patches].norm(dim=-1) + 0.05 * patches
-        count = max(1, int(len(patches) * self.retention))
-        return patches[norms.argsort(descending=True)[:count].sort().values]
-
-
-class OneTooMany(Sound):
-    """Keeps a token more than it may."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        return patches[: int(len(patches) * self.retention) + 1]
-
-
-class SometimesTooMany(Sound):
-    """Keeps two tokens more than it may, around a third."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        more = 2 if 0.32 < self.retention < 0.35 else 0
-        return patches[: max(1, int(len(patches) * self.retention)) + more]
-
-
-class Stingy(Sound):
-    """Keeps a quarter of what it may."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        return patches[: max(1, int(len(patches) * self.retention / 4))]
-
-
-class Undocumented(Sound):
-    __doc__ = None
-
-
-class Anonymous(Sound):
-    """No card."""
-
-    card = Card()
-
-
-class Uncited(Sound):
-    """A title alone."""
-
-    card = Card(paper="A very good idea")
-
-
-class Mutable(Sound):
-    """Its fields can be assigned."""
-
-    __setattr__ = object.__setattr__
-
-
-class Forgetful(Sound):
-    """Its copies have another retention."""
-
-    def __reduce__(self) -> Any:
-        return type(self), (), {"retention": 0.5}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __init__(self, *, retention: float = 0.5, **fields: Any) -> None:
-        super().__init__(retention=retention, **fields)
-
-
-def _local() -> type[Sound]:
-    class Local(Sound):
-        """Defined where pickle cannot find it."""
-
-    return Local
-
-
-class Mute(Sound):
-    """Its repr says nothing."""
-
-    def __repr__(self) -> str:
-        return "Mute()"
-
-
-class Unsorted(Sound):
-    """In score order."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        return super().picked(tokens).flip(0)
-
-
-class SometimesRepeated(Sound):
-    """The same token twice, at some retentions."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        kept = super().picked(tokens)
-        return torch.cat([kept[:1], kept]) if 0.45 < self.retention < 0.7 else kept
-
-
-class Repeated(Sound):
-    """The same token twice."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        return super().picked(tokens)[:1].repeat(2)
-
-
-class OffByOne(Sound):
-    """Counts from one."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        return tokens.layout.patches[-1:] + 1
-
-
-class OutOfRange(Sound):
-    """One behind the end."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        return torch.tensor([len(tokens)])
-
-
-class Empty(Sound):
-    """Nothing at all where the budget rounds to zero."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        return tokens.layout.patches[: int(len(tokens.layout.patches) * self.retention)]
-
-
-class Short(Sound):
-    """32-bit indices."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        return super().picked(tokens).int()
-
-
-class Misshapen(Sound):
-    """Merged features of all tokens, not of the kept ones."""
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return Selection(self.picked(tokens), tokens.features)
-
-
-class Greedy(Sound):
-    """A tenth more than it may."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        return patches[: int(len(patches) * min(1, 1.1 * self.retention)) + tokens.layout.views]
-
-
-class Scribbler(Sound):
-    """Writes to what it is shown."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        tokens.features.mul_(1.5)
-        return super().picked(tokens)
-
-
-class ScribblesBehindTheCounter(Sound):
-    """Writes through numpy, which no version counter sees."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        tokens.features.float().numpy()[:] *= 1.5
-        return super().picked(tokens)
-
-
-class MovesRows(Sound):
-    """Writes to the geometry."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        tokens.layout.canvas_row.add_(1)
-        return super().picked(tokens)
-
-
-class ScribblesOnText(Sound):
-    """Writes to what entered the language model."""
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({Signal("llm_inputs")})
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        assert tokens.inputs is not None
-        tokens.inputs[1].mul_(2)
-        return super().picked(tokens)
-
-
-class HidesItsDraws(Sound):
-    """Draws from numpy's global generator and puts it back as it was."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        state = np.random.get_state()  # noqa: NPY002 (the fault)
-        drawn = torch.from_numpy(np.random.rand(len(tokens.layout.patches)))  # noqa: NPY002
-        np.random.set_state(state)  # noqa: NPY002
-        return tokens.layout.patches[drawn.argsort()[: len(super().picked(tokens))]].sort().values
-
-
-class HidesItsChoice(HidesItsDraws):
-    """The same with Python's."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        state = random.getstate()
-        drawn = torch.tensor([random.random() for _ in tokens.layout.patches])
-        random.setstate(state)
-        count = max(1, int(len(drawn) * self.retention))
-        return tokens.layout.patches[drawn.argsort()[:count]].sort().values
-
-
-class ComparesNeighbours(Sound):
-    """Keeps the tokens whose norm is least like the mean of the image before."""
-
-    before: ClassVar[list[Tensor]] = [torch.tensor(0.0)]
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        norms = tokens.features[patches].float().norm(dim=-1)
-        far = (norms - self.before[0]).abs()
-        self.before[0] = norms.mean()
-        count = max(1, int(len(patches) * self.retention))
-        return patches[far.argsort(descending=True)[:count]].sort().values
-
-
-_calls = itertools.count()
-
-
-class Counting(Sound):
-    """Chooses by how often it was asked."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        kept = super().picked(tokens)
-        return kept[next(_calls) % 3 :] if len(kept) > 2 else kept
-
-
-class GlobalTorch(Sound):
-    """Draws from torch's global generator."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        patches = tokens.layout.patches
-        count = len(super().picked(tokens))
-        return patches[torch.randperm(len(patches))[:count]].sort().values
-
-
-class GlobalNumpy(Sound):
-    """Draws from numpy's global generator, to no effect."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        np.random.rand()  # noqa: NPY002 (the fault)
-        return super().picked(tokens)
-
-
-class GlobalPython(Sound):
-    """Draws from Python's global generator, to no effect."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        random.random()
-        return super().picked(tokens)
-
-
-class Stubborn(Sound):
-    """Keeps original positions, whatever the option says."""
-
-    @property
-    def keeps_positions(self) -> bool:
-        return True
-
-
-class OnlyFloat32(Sound):
-    """Keeps nearly everything in half precision."""
-
-    def limit(self, tokens: VisualTokens) -> int:
-        return len(tokens.layout.patches)
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        if tokens.features.dtype == torch.bfloat16:
-            return tokens.layout.patches[1:]
-        return super().picked(tokens)
-
-
-class ModeSensitive(Sound):
-    """Chooses otherwise under inference_mode."""
-
-    def picked(self, tokens: VisualTokens) -> Tensor:
-        kept = super().picked(tokens)
-        return kept[1:] if torch.is_inference_mode_enabled() else kept
 
 
 # -- hosts ---------------------------------------------------------------------------------------
@@ -613,8 +205,8 @@ def _marks_ids(
     original: Any, self: Session, module: Any, args: Any, kwargs: dict[str, Any]
 ) -> None:
     original(self, module, args, kwargs)
-    if self.ids is not None:
-        self.ids.seen = True  # type: ignore[attr-defined]
+    if self.given.ids is not None:
+        self.given.ids.seen = True  # type: ignore[attr-defined]
 
 
 def _last_slot_asks(original: Any, attention: Any, hidden: Tensor, *args: Any) -> Tensor:
@@ -654,15 +246,13 @@ def _sees_padding(layer: PrunedLayer) -> Tensor:
     return torch.cat([gap, torch.ones_like(layer.valid)], dim=1)
 
 
-def _compacts_always(
-    original: Any, self: Session, state: Any, keep: Tensor, keeps_positions: bool
-) -> Tensor:
-    result: Tensor = original(self, state, keep, not keeps_positions)
+def _compacts_always(original: Any, state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
+    result: Tensor = original(state, keep, not keeps_positions)
     return result
 
 
-def _counts_late(original: Any, self: Session, state: Any, start: int) -> None:
-    original(self, state, start + 1 if start else 0)
+def _counts_late(original: Any, self: Account, layer: int, visual: int) -> None:
+    original(self, layer + 1 if layer else 0, visual)
 
 
 def _enters_in_full(original: Any, **account: Any) -> Any:
@@ -691,21 +281,22 @@ def _refuses_without_reason(*args: Any) -> list[Any]:
 
 def _asks_in_front_of_any_label(original: Any, state: Pass) -> None:
     original(state)
+    answers = state.prompts.answers
     state.queries = [
-        torch.tensor([max(int(labels[0]) - 1, 0) if len(labels) else 0 for labels in state.answers])
-        if state.answers
+        torch.tensor([max(int(labels[0]) - 1, 0) if len(labels) else 0 for labels in answers])
+        if answers
         else query
         for query in state.queries
     ]
 
 
 def _asks_at_the_very_end(original: Any, state: Pass) -> None:
-    state.answers = []
+    state.prompts.answers = []
     original(state)
 
 
-def _sees_hidden_tokens(original: Any, state: Pass, placeholders: Any) -> Any:
-    visual, real = original(state, placeholders)
+def _sees_hidden_tokens(original: Any, state: Pass) -> Any:
+    visual, real = original(state)
     return visual, torch.ones_like(real)
 
 
@@ -722,9 +313,12 @@ def _tells_of_every_prompt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trace, "has_images", property(lambda trace: False))
 
 
-def _tells_too_early(original: Any, self: Session, state: Pass, *args: Any) -> Any:
-    self.trace._tell(self.trace._told._replace(selections=state.selections))
-    return original(self, state, *args)
+def _reports_too_early(original: Any, self: Session, *args: Any) -> Any:
+    """When the language model begins, which may still fail."""
+    changed = original(self, *args)
+    if self.reported is not None:
+        self.report(self.reported, 4)
+    return changed
 
 
 def _goes_straight_on(
@@ -764,12 +358,12 @@ def _host(*patches: Patch, strategy: str = "uniform") -> tuple[Fault, ...]:
     return tuple(Fault(compressor, patch) for patch in patches)
 
 
-NO_TARGETS = _replaced(Session, "_targets", lambda *args: None)
-NO_MEMORY = _replaced(Session, "_recall", lambda *args: None)
+NO_TARGETS = _replaced(Session, "note_targets", lambda *args: None)
+NO_MEMORY = _replaced(Memory, "recall", lambda *args: None)
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_documented": _broken(Undocumented, Anonymous, Uncited),
-    "check_is_a_value": _broken(Mutable, Forgetful, Mute, _local()),
+    "check_is_a_value": _broken(Mutable, Forgetful, Mute, local()),
     "check_selection_form": _broken(
         Unsorted, Repeated, SometimesRepeated, OffByOne, OutOfRange, Empty, Short, Misshapen
     ),
@@ -793,7 +387,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
             _forgets_shift,
             _replaced(PrunedLayer, "mask", _sees_padding),
             _wrapped(Pass, "repack", _swaps_slots),
-            _wrapped(Session, "_pack", _compacts_always),
+            _wrapped(dropping, "pack", _compacts_always),
         ),
         *_host(
             NO_MEMORY,
@@ -813,7 +407,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
         *_host(
             _counts_once,
-            _wrapped(session, "proportional_mask", lambda original, mask, *args: mask),
+            _wrapped(dropping, "proportional_mask", lambda original, mask, *args: mask),
             _wrapped(decoder, "decoder_row", _scrambled),
             _wrapped(decoder, "decoder_keys", _scrambled),
             strategy="pact",
@@ -831,8 +425,8 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         ),
     ),
     "check_prompt_logits": _host(
-        _replaced(Session, "_leave", _spread_nothing),
-        _wrapped(Session, "_leave", _shifts_spread),
+        _replaced(Session, "leave", _spread_nothing),
+        _wrapped(Session, "leave", _shifts_spread),
     ),
     "check_batch_equals_single": (
         *_broken(ComparesNeighbours),
@@ -844,18 +438,18 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(NO_MEMORY, strategy="fastv"),
         *_host(NO_MEMORY, strategy="cdpruner:relevance=text"),
         *_host(_forgets_shift),
-        *_host(_wrapped(session, "create_causal_mask", _drops_whole_mask), strategy="fastv"),
+        *_host(_wrapped(dropping, "create_causal_mask", _drops_whole_mask), strategy="fastv"),
     ),
     "check_sampling_agrees": _broken(GlobalTorch),
     "check_beams_agree": _host(_replaced(PrunedLayer, "reorder_cache", lambda layer, order: None)),
     "check_ledger_is_true": (
-        *_host(_replaced(Session, "_count", lambda *args: None)),
-        *_host(_wrapped(Session, "_count", _counts_late), strategy="fastv"),
-        *_host(_wrapped(session, "encoder_flops", _takes_it_for_full), strategy="tome"),
-        *_host(_wrapped(session, "settle", _enters_in_full)),
+        *_host(_replaced(Account, "count", lambda *args: None)),
+        *_host(_wrapped(Account, "count", _counts_late), strategy="fastv"),
+        *_host(_wrapped(account, "encoder_flops", _takes_it_for_full), strategy="tome"),
+        *_host(_wrapped(account, "settle", _enters_in_full)),
     ),
     "check_eager_agrees": _host(
-        _replaced(session, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
+        _replaced(dropping, "create_causal_mask", lambda **kwargs: None), strategy="fastv"
     ),
     "check_no_attention_matrix": _host(
         _wrapped(vision, "cls_row", _full_cls_row),
@@ -869,16 +463,16 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         _replaced(vision, "running", _leaves_hooks_on_error),
         strategy="tome",
     ),
-    "check_nesting_refused": _host(_replaced(session, "_active", _Never())),
+    "check_nesting_refused": _host(_replaced(session, "active", _Never())),
     "check_order_of_rows": _broken(Counting, ComparesNeighbours),
     "check_model_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython, HidesItsDraws),
     "check_positions": (
         *_broken(Stubborn),
-        *_host(_wrapped(Session, "_pack", _compacts_always)),
+        *_host(_wrapped(dropping, "pack", _compacts_always)),
     ),
     "check_inputs_untouched": _host(
-        _wrapped(Session, "_begin", _writes_pixels),
-        _wrapped(Session, "_begin", _marks_ids),
+        _wrapped(Session, "begin", _writes_pixels),
+        _wrapped(Session, "begin", _marks_ids),
     ),
     "check_bfloat16": _broken(OnlyFloat32),
     "check_inference_mode": _broken(ModeSensitive),
@@ -898,16 +492,16 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         *_host(_wrapped(Pass, "look", _sees_hidden_tokens), strategy="fastv"),
         *_host(
             _wrapped(Pass, "look", _sees_hidden_tokens),
-            _replaced(Pass, "_spent_on_hidden", lambda state: None),
+            _replaced(Pass, "hidden_positions", lambda state: None),
         ),
     ),
     "check_hidden_states": (
         *_host(_wrapped(Pass, "spread", _spreads_as_in_the_end), strategy="pyramiddrop"),
         *_host(_wrapped(session, "asked", _lets_attentions_pass)),
     ),
-    "check_decoder_by_itself": _host(_replaced(Session, "_forget", lambda *args: None)),
+    "check_decoder_by_itself": _host(_replaced(Session, "forget", lambda *args: None)),
     "check_trace_is_one_forward": _host(
-        _tells_of_every_prompt, _wrapped(Session, "_narrow", _tells_too_early)
+        _tells_of_every_prompt, _wrapped(Session, "enter", _reports_too_early)
     ),
     "check_sliding_window_refused": _host(
         _replaced(session, "refuse_beyond_window", lambda *args: None),
@@ -915,22 +509,22 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     ),
     "check_second_turn": _host(_forgets_shift),
     "check_chunked_prefill_refused": _host(
-        _replaced(Session, "_find_spans", _refuses_without_reason)
+        _replaced(session, "find_spans", _refuses_without_reason)
     ),
-    "check_static_cache_refused": _host(_replaced(Session, "_enter", lambda *args: None)),
+    "check_static_cache_refused": _host(_replaced(Session, "enter", lambda *args: None)),
     "check_leaving_refused": _host(_replaced(PrunedLayer, "update", DynamicLayer.update)),
-    "check_scattered_embeds_warn": _host(_replaced(Session, "_warn_blind", lambda self: None)),
+    "check_scattered_embeds_warn": _host(_replaced(session, "warn_of_embeds", lambda: None)),
     "check_compiled": _host(
         _replaced(session, "eagerly", lambda model: nullcontext()), strategy="fastv"
     ),
     "check_nothing_bypasses": _host(
-        _wrapped(Guard, "_forward", _goes_straight_on),
-        _replaced(Guard, "_went", lambda *args: None),
+        _wrapped(Guard, "forward", _goes_straight_on),
+        _replaced(Guard, "leave", lambda *args: None),
     ),
     "check_threads": _host(_shares_one_state, _replaced(Guard, "admit", lambda self: None)),
     "check_copies_are_plain": _host(
         _replaced(session, "plain_copies", lambda modules: nullcontext()),
-        _wrapped(guard, "_without_ours", _copies_attributes),
+        _wrapped(guard, "without_ours", _copies_attributes),
     ),
 }
 

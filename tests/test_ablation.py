@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
-from tokenprune.experiments.ablation.run import PAPER, differences, figure, parse_sweep
+from tokenprune.experiments.ablation.figures import figure
+from tokenprune.experiments.ablation.run import PAPER, differences, parse_sweep
 from tokenprune.experiments.common.intervals import mcnemar
 from tokenprune.experiments.common.summary import OVERALL
 

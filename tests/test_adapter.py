@@ -57,7 +57,7 @@ def test_the_example_of_the_readme(adapter: Any) -> None:
         assert len(image) == chosen.layout.views
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_encoding_once_gives_what_pixels_give(
     adapter: Any, name: str, options: dict[str, Any]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 CPU = torch.device("cpu")
 METHODS = [
-    *tp.available(),
+    *tp.list_methods(),
     "cdpruner:relevance=text",
     "cdpruner:relevance=none",
     "sparsevlm:version=2.0",

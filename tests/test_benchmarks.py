@@ -14,7 +14,8 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks import selection, tower
 from tokenprune.experiments.benchmarks.growth import _exponent
 from tokenprune.experiments.benchmarks.prefill import TOY
-from tokenprune.experiments.benchmarks.record import Figure, changes, record, save, table
+from tokenprune.experiments.benchmarks.record import Figure, changes, save, table
+from tokenprune.experiments.benchmarks.run import BenchmarkRequest, run
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
@@ -40,7 +41,7 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     frame = table(out)
     assert set(frame["benchmark"]) == {"sharing", "selection", "prefill", "growth"}
-    assert set(frame["case"]) >= {*tp.available(), "testbed-next"}
+    assert set(frame["case"]) >= {*tp.list_methods(), "testbed-next"}
     assert frame["value"].notna().all()
     for column in ("device", "machine", "torch", "transformers", "date"):
         assert frame[column].notna().all()
@@ -48,7 +49,7 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
     """Each takes rows of attention, keys or a norm, none of which is there anyway."""
     layout = TokenLayout.single((4, 4))
@@ -78,10 +79,10 @@ def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
 
 def test_names_and_devices_are_checked_before_anything_runs() -> None:
     with pytest.raises(UserError, match="Did you mean 'growth'"):
-        record(["growht"])
+        run(BenchmarkRequest(only=["growht"]))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device"):
-            record(device="cuda")
+            run(BenchmarkRequest(device="cuda"))
 
 
 def frame(**values: float) -> pd.DataFrame:

@@ -28,11 +28,11 @@ from tokenprune.cost.ledger import FIGURES
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import read_csv
 from tokenprune.experiments.common.journal import Journal
-from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import command
 from tokenprune.experiments.compare.command import tables
 from tokenprune.registry import strategies
-from tokenprune.spec import registered, split_specs
+from tokenprune.spec import registered, split
 
 
 def invoke(*words: str) -> Result:
@@ -40,10 +40,10 @@ def invoke(*words: str) -> Result:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[CompareRequest]:
     """What the command would have run."""
-    requests: list[Request] = []
-    monkeypatch.setattr(command, "_compare", lambda request: requests.append(request) or 0)
+    requests: list[CompareRequest] = []
+    monkeypatch.setattr(command, "_compare", lambda request, **_: requests.append(request) or 0)
     return requests
 
 
@@ -76,8 +76,8 @@ def test_spread(words: list[str], expected: list[str]) -> None:
         (["a,", ""], ["a"]),
     ],
 )
-def test_split_specs(given: list[str], expected: list[str]) -> None:
-    assert list(split_specs(given)) == expected
+def test_split(given: list[str], expected: list[str]) -> None:
+    assert list(split(given)) == expected
 
 
 @pytest.mark.parametrize(
@@ -89,16 +89,16 @@ def test_split_specs(given: list[str], expected: list[str]) -> None:
         "--methods=globalcom2:alpha=0.3,tau=5 fastv:layer=3 --retention=0.5,0.25",
     ],
 )
-def test_lists_can_be_written_in_every_usual_way(asked: list[Request], words: str) -> None:
+def test_lists_can_be_written_in_every_usual_way(asked: list[CompareRequest], words: str) -> None:
     assert invoke("compare", *words.split(), "--seed", "4").exit_code == 0
     assert asked[0].methods == ("globalcom2:alpha=0.3,tau=5", "fastv:layer=3")
     assert asked[0].retention == (0.5, 0.25)
     assert asked[0].seed == 4
 
 
-def test_no_arguments_are_the_defaults(asked: list[Request]) -> None:
+def test_no_arguments_are_the_defaults(asked: list[CompareRequest]) -> None:
     assert invoke("compare").exit_code == 0
-    assert asked == [Request()]
+    assert asked == [CompareRequest()]
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_ctrl_c_keeps_what_was_computed(tmp_path: Path, kind: signal.Signals) ->
         os.kill(process.pid, kind)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == console.INTERRUPTED
-    assert b"the same command goes on" in output
+    assert b"the same command resumes the run" in output
     kept = len(Journal(journal).answers)
     assert f"{kept} of 1400 answers".encode() in output
     assert kept == len(journal.read_text().splitlines())
@@ -445,7 +445,7 @@ def test_long_labels_break_between_options() -> None:
 def test_list() -> None:
     result = invoke("list")
     assert result.exit_code == 0
-    for name in tp.available():
+    for name in tp.list_methods():
         assert name in result.stdout
     for word in ("2501.05179", "2403.06764", "testbed-next", "LlavaNext"):
         assert word in result.stdout

@@ -21,16 +21,16 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.errors import RetentionWarning, UserError
-from tokenprune.experiments.common import setting
 from tokenprune.experiments.common.files import WriteError, writing
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.questions import Picture, Question, held_out
-from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.common.setting import check
 from tokenprune.experiments.compare import loop
-from tokenprune.experiments.compare import run as module
 from tokenprune.experiments.compare.loop import run
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.compare.runner import ModelRunner
 from tokenprune.signals import Signal
 
@@ -278,7 +278,9 @@ def test_a_question_with_several_images(tmp_path: Path) -> None:
 
 # --- on the testbed -------------------------------------------------------------------------------
 
-SMALL = Request(methods=("uniform", "fastv:layer=3"), retention=(0.25,), questions=10, batch_size=5)
+SMALL = CompareRequest(
+    methods=("uniform", "fastv:layer=3"), retention=(0.25,), questions=10, batch_size=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -287,11 +289,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> setting.Outcome:
+def finished(folder: Path) -> Outcome:
     return compare(replace(SMALL, out=folder))
 
 
-def test_the_run_folder(finished: setting.Outcome, folder: Path) -> None:
+def test_the_run_folder(finished: Outcome, folder: Path) -> None:
     assert finished.status == "complete"
     assert (finished.answered, finished.wanted, finished.new) == (50, 50, 50)
     for name in ("accuracy.png", "accuracy.pdf", "accuracy-by-kind.png", "accuracy-by-cost.pdf"):
@@ -321,9 +323,7 @@ def test_the_run_folder(finished: setting.Outcome, folder: Path) -> None:
     assert (folder / "summary.csv").read_text().count("\n") == 1 + 5 * 6
 
 
-def test_every_number_of_the_ledger_is_in_the_tables(
-    finished: setting.Outcome, folder: Path
-) -> None:
+def test_every_number_of_the_ledger_is_in_the_tables(finished: Outcome, folder: Path) -> None:
     adapter = tp.load("testbed-next")
     item = held_out(1, seed=0)[0]
     method = tp.create("uniform", retention=0.25)
@@ -341,7 +341,7 @@ def test_every_number_of_the_ledger_is_in_the_tables(
     assert list(row["visual_per_layer"]) == list(told.visual_per_layer)
 
 
-def test_the_answers_are_those_of_a_plain_generate(finished: setting.Outcome, folder: Path) -> None:
+def test_the_answers_are_those_of_a_plain_generate(finished: Outcome, folder: Path) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet")
     given = frame[frame["method"] == "fastv"].set_index("question_id")["answer"]
@@ -353,7 +353,7 @@ def test_the_answers_are_those_of_a_plain_generate(finished: setting.Outcome, fo
 
 
 def test_divergence_is_that_of_the_answer_tokens_distribution(
-    finished: setting.Outcome, folder: Path
+    finished: Outcome, folder: Path
 ) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
@@ -380,7 +380,7 @@ def test_divergence_of_what_cannot_be() -> None:
 
 
 def test_the_references_see_no_image_and_the_thumbnail_alone(
-    finished: setting.Outcome, folder: Path
+    finished: Outcome, folder: Path
 ) -> None:
     adapter = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
@@ -412,10 +412,10 @@ def test_several_seeds_are_one_method(tmp_path: Path) -> None:
     assert [cell.label for cell in found[2:]] == ["random"] * 3 + ["random:seed=7"]
     assert len({cell.key for cell in found}) == 6
     with pytest.raises(UserError, match="--seeds must be at least 1"):
-        compare(Request(seeds=0, out=tmp_path))
+        compare(CompareRequest(seeds=0, out=tmp_path))
 
 
-def test_the_same_again_computes_nothing(finished: setting.Outcome, folder: Path) -> None:
+def test_the_same_again_computes_nothing(finished: Outcome, folder: Path) -> None:
     before = {name: (folder / name).read_bytes() for name in ("answers.jsonl", "answers.parquet")}
     again = compare(replace(SMALL, out=folder, batch_size=3))
     assert (again.status, again.new) == ("complete", 0)
@@ -433,7 +433,7 @@ def test_the_same_again_computes_nothing(finished: setting.Outcome, folder: Path
     ],
 )
 def test_another_experiment_in_the_folder(
-    finished: setting.Outcome, folder: Path, changes: dict[str, Any], said: str
+    finished: Outcome, folder: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         compare(replace(SMALL, out=folder, **changes))
@@ -441,7 +441,7 @@ def test_another_experiment_in_the_folder(
 
 
 def test_interrupted_then_resumed(
-    finished: setting.Outcome,
+    finished: Outcome,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -479,7 +479,7 @@ def test_only_what_is_in_the_journal_is_complete(
         path = tmp_path / "answers.jsonl"
         path.write_bytes(path.read_bytes()[:-5])
 
-    monkeypatch.setattr(module, "run", losing)
+    monkeypatch.setattr(loop, "run", losing)
     outcome = compare(replace(SMALL, out=tmp_path, questions=2))
     assert (outcome.status, outcome.answered) == ("failed", outcome.wanted - 1)
     (why,) = outcome.failures.values()
@@ -527,7 +527,7 @@ def test_the_default_folder_says_what_was_asked_and_never_clashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "run", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "run", lambda *_, **__: None)
     paths = [
         compare(replace(SMALL, **changes)).folder
         for changes in ({}, {"seed": 1}, {"retention": (0.5,)}, {})
@@ -549,14 +549,16 @@ def test_own_questions(tmp_path: Path) -> None:
     lines.append(json.dumps(both | {"answer": "no"}))
     path = tmp_path / "my.jsonl"
     path.write_text("\n".join(lines))
-    request = Request(methods=("uniform",), retention=(0.5,), data=path, out=tmp_path / "run")
+    request = CompareRequest(
+        methods=("uniform",), retention=(0.5,), data=path, out=tmp_path / "run"
+    )
     outcome = compare(request)
     assert (outcome.status, outcome.answered) == ("complete", 20)
     assert not (tmp_path / "run" / "plots" / "accuracy-by-kind.png").exists(), "one kind only"
 
     path.write_text("\n".join([*lines, lines[-1].replace("<image> <image>", "<image>")]))
     with pytest.raises(UserError, match=r"'line-6' cannot be asked: .* has 1 '<image>'"):
-        setting.check(request)
+        check(request)
 
 
 def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
@@ -572,7 +574,9 @@ def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
     lines[3] = lines[3].replace('"question": "', '"question": "<image> <image> ')
     path = tmp_path / "my.jsonl"
     path.write_text("\n".join(lines))
-    request = Request(methods=("uniform",), retention=(0.5,), data=path, out=tmp_path / "run")
+    request = CompareRequest(
+        methods=("uniform",), retention=(0.5,), data=path, out=tmp_path / "run"
+    )
     with pytest.warns(RuntimeWarning, match="3 of 6 questions cannot be asked"):
         outcome = compare(request)
     assert (outcome.status, outcome.answered) == ("failed", 3 * 4)
@@ -595,7 +599,7 @@ def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("modality", ["video", "multi-image"])
 def test_videos_and_pairs_with_every_method(tmp_path: Path, modality: Any) -> None:
     outcome = compare(
-        Request(
+        CompareRequest(
             model="testbed-onevision",
             modality=modality,
             methods=("all",),
@@ -608,7 +612,7 @@ def test_videos_and_pairs_with_every_method(tmp_path: Path, modality: Any) -> No
     assert outcome.status == "complete"
     assert "CLS token" in outcome.skipped["fastervlm"]
     methods = set(outcome.summary["method"]) - {"uncompressed", "image-free"}
-    assert methods | set(outcome.skipped) == set(tp.available())
+    assert methods | set(outcome.skipped) == set(tp.list_methods())
     assert not methods & set(outcome.skipped)
     answers = pd.read_parquet(tmp_path / "run" / "answers.parquet")
     full = answers[answers["method"] == "uncompressed"]
@@ -624,6 +628,6 @@ def test_videos_and_pairs_with_every_method(tmp_path: Path, modality: Any) -> No
 
 def test_a_modality_that_the_model_lacks_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this model takes images only"):
-        compare(Request(modality="video", questions=3, out=tmp_path / "run"))
+        compare(CompareRequest(modality="video", questions=3, out=tmp_path / "run"))
     with pytest.raises(UserError, match="no modality is called 'videos'"):
-        compare(Request(modality="videos", out=tmp_path / "run"))  # type: ignore[arg-type]
+        compare(CompareRequest(modality="videos", out=tmp_path / "run"))  # type: ignore[arg-type]

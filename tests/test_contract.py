@@ -73,13 +73,13 @@ def _name(check: Check) -> str:
 
 
 @pytest.mark.parametrize("check", STRATEGY_CHECKS, ids=_name)
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_strategy(name: str, check: Check) -> None:
     run(check, create(name, retention=RETENTION))
 
 
 @pytest.mark.parametrize("check", MODEL_CHECKS, ids=_name)
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_strategy_in_models(name: str, check: Check) -> None:
     run(check, example(name), hosts(["llama"]))
 
@@ -99,7 +99,7 @@ def test_variant(variant: str, check: Check) -> None:
 
 
 @pytest.mark.parametrize("retention", [0.03, 0.95])
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_hardly_anything_and_nearly_everything(name: str, retention: float) -> None:
     """At 3 % two images of a prompt keep a token or two; at 95 % single ones go."""
     for check in MODEL_CHECKS:
@@ -118,7 +118,7 @@ def test_a_method_no_model_can_run_is_an_error_not_a_pass() -> None:
 
 
 def test_only_what_needs_a_text_tower_runs_with_other_options_than_its_defaults() -> None:
-    changed = {name for name in tp.available() if example(name) != create(name, retention=0.4)}
+    changed = {name for name in tp.list_methods() if example(name) != create(name, retention=0.4)}
     assert changed == {"cdpruner"}
     assert example("cdpruner").label == "cdpruner:relevance=text"
     for host in hosts(["llama"]):

@@ -163,7 +163,7 @@ def test_what_an_earlier_selection_left_is_measured_at_its_size() -> None:
     assert max(runs.seen[0].layout.view_sizes) - min(runs.seen[0].layout.view_sizes) <= 1
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_the_synthetic_tokens_have_the_shapes_of_the_real_ones(name: str) -> None:
     method = tp.parse(name, retention=0.4)
     part = method.at(method.cuts[0]) if method.cuts else method

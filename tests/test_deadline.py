@@ -21,8 +21,8 @@ from tokenprune.experiments.common import deadline
 from tokenprune.experiments.common.cells import Failure
 from tokenprune.experiments.common.deadline import TimeLimit, check_time_limit, time_limit
 from tokenprune.experiments.common.failing import tried
-from tokenprune.experiments.common.setting import Request
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 
@@ -131,7 +131,7 @@ def test_no_limit_that_is_none(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(UserError, match="number of seconds above 0"):
         check_time_limit(seconds)
     with pytest.raises(UserError, match="number of seconds above 0"):
-        compare(Request(timeout_per_batch=seconds, out=tmp_path))
+        compare(CompareRequest(timeout_per_batch=seconds, out=tmp_path))
 
 
 def test_where_there_are_no_signals_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.engine.tower import foreseen
+from tokenprune.engine.tower import dry_run
 from tokenprune.experiments.crop_importance.run import DropCrop
 from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
@@ -24,7 +24,7 @@ from tokenprune.testing.host import Host
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 SPECS = [
-    *tp.available(),
+    *tp.list_methods(),
     *("uniform:pattern=dispersed", "fastv:allocator=globalcom2", "feature-norm:allocator=max"),
     *("sparsevlm:version=2.0", "prumerge:adaptive=true", "cdpruner:relevance=text"),
 ]
@@ -90,7 +90,7 @@ def test_what_is_made_up_is_the_same(value: Any) -> None:
     def made() -> list[Tensor]:
         tokens = sample_tokens(frozenset({Signal("cls_logits")}), _layouts()["image"])
         pixels = adapter.dummy_images([(112, 112)])["pixel_values"]
-        tower = foreseen(adapter, tome, layout)  # type: ignore[arg-type]
+        tower = dry_run(adapter, tome, layout)  # type: ignore[arg-type]
         own = [tokens.features, tokens.signals[Signal("cls_logits")], pixels, *tower.groups]
         return [*own, torch.tensor([dropper.crop(tokens) or 0], device="cpu")]
 

@@ -23,7 +23,7 @@ from tokenprune.experiments.common.grid import chosen
 from tokenprune.experiments.common.prompt import Prompt, prompt_of, read_size
 from tokenprune.experiments.common.timing import peak_memory
 from tokenprune.experiments.efficiency import figures
-from tokenprune.experiments.efficiency.run import (
+from tokenprune.experiments.efficiency.costs import (
     activation_bytes,
     analytic_break_even,
     break_even,
@@ -402,7 +402,7 @@ def test_towers_that_do_less_are_told(run: Callable[..., tuple[int, str]]) -> No
     small, full = (n * 8 * wide**2 + 4 * n * n * wide + 4 * n * wide * deep for n in (145, 577))
     assert f"{100 * small / full:.2f} %" in said
     _, said = run("convert", "uniform@0.25")
-    assert "vision tower" not in said
+    assert "vision encoder" not in said
 
 
 @pytest.mark.parametrize(

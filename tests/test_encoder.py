@@ -461,7 +461,7 @@ def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None
         assert one.stage is Stage.ENCODER
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 @pytest.mark.parametrize("first", ["tome@0.6", "downsample@0.6"])
 @pytest.mark.parametrize("family", ["LLaVA-NeXT", "LLaVA-OneVision"])
 def test_every_method_follows_one_in_the_tower(family: str, first: str, name: str) -> None:

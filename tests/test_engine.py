@@ -406,7 +406,7 @@ def test_a_wrong_number_of_placeholders_is_refused(host: Host) -> None:
 
 
 def test_a_strategy_that_fails_names_itself(host: Host) -> None:
-    from broken import Unsorted
+    from broken_methods import Unsorted
 
     with (
         compress(host.model, Unsorted(retention=0.4)),

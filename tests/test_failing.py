@@ -336,7 +336,7 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tokenprune.experiments.common.setting import Request
+    from tokenprune.experiments.common.request import CompareRequest
     from tokenprune.experiments.compare import command
 
     image = held_out(8, 0)[-1].images[0]
@@ -351,7 +351,7 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
 
     monkeypatch.setattr(uniform, "select", picky)
     monkeypatch.setattr("warnings.warn", lambda *_, **__: None)
-    request = Request(
+    request = CompareRequest(
         methods=("uniform",), retention=(0.5,), questions=8, batch_size=4, out=tmp_path / "run"
     )
     assert command._compare(request) == 1

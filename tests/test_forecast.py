@@ -40,7 +40,7 @@ OPTIONS = (
     "divprune:allocator=proportional",
 )
 METHODS = [
-    *(tp.create(name, retention=0.4) for name in tp.available()),
+    *(tp.create(name, retention=0.4) for name in tp.list_methods()),
     *(tp.parse(spec, retention=0.4) for spec in OPTIONS),
     *map(tp.parse, CHAINS),
     tp.create("uniform", retention=1.0),

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune as tp
+from tokenprune.engine.cache import CACHE
 from tokenprune.errors import UserError
+from tokenprune.signals import Signal
 from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model or a part of it was compiled")
@@ -209,7 +211,7 @@ def test_a_compiled_function_cannot_open_a_context(host: Host, expected: Expecte
 
 def test_encoding_looks_into_a_compiled_tower(host: Host) -> None:
     call = host.adapter.dummy_images([(20, 30)])
-    signal = frozenset({tp.tokens.Signal("received")})
+    signal = frozenset({Signal("received")})
     (want,) = host.adapter._encode("image", call, signal, None)
     COMPILED["tower"](host.model)
     logits(host.model, host.inputs([0]))
@@ -317,10 +319,10 @@ def test_continuous_batching_is_refused(host: Host) -> None:
         """A KV cache without layers."""
 
     with tp.compress(host.model, "uniform", retention=0.4):
-        with pytest.raises(UserError, match=r"text alone.*model\.generate"):
+        with pytest.raises(UserError, match=r"text-only.*model\.generate"):
             host.model.generate_batch(inputs=[[5, 6, 7]], max_new_tokens=2)
-        with pytest.raises(UserError, match=r"Paged is no KV cache of layers.*generate_batch"):
-            host.logits(host.inputs([1]), **{tp.cache.CACHE: Paged()})
+        with pytest.raises(UserError, match=r"Paged is not a KV cache of layers.*generate_batch"):
+            host.logits(host.inputs([1]), **{CACHE: Paged()})
 
 
 # -- threads -------------------------------------------------------------------------------------

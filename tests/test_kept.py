@@ -18,8 +18,8 @@ from tokenprune.compressor import Stage
 from tokenprune.engine.trace import SelectionRecord
 from tokenprune.experiments.common.kept_bits import final, pack, packed_rows, unpack
 from tokenprune.experiments.common.questions import held_out
-from tokenprune.experiments.common.setting import Request
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.layout import TokenLayout
 
 LAYOUT = TokenLayout.single((3, 4))
@@ -64,7 +64,7 @@ def test_the_last_cut_counts() -> None:
 def test_a_comparison_remembers_what_was_kept(tmp_path: Path) -> None:
     methods = ("globalcom2", "pyramiddrop")
     request: dict[str, Any] = {"methods": methods, "retention": (1.0, 0.25), "questions": 3}
-    compare(Request(out=tmp_path, **request))
+    compare(CompareRequest(out=tmp_path, **request))
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     whole = ("uncompressed", "image-free")
     assert ["kept" in line for line in lines] == [line["cell"] not in whole for line in lines]

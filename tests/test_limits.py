@@ -25,8 +25,9 @@ from tokenprune.cli import app
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.limits import LIMITS, check_lengths, check_number
 from tokenprune.experiments.common.questions import Picture, Question
-from tokenprune.experiments.common.setting import Request, Setting
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.common.setting import Setting
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.masks.look import look
 from tokenprune.plugins import own_class
 from tokenprune.registry import strategies
@@ -347,7 +348,7 @@ LONG_ONE = Question("long", (Picture("a", picture()),), LONG, "yes")
 
 @pytest.mark.usefixtures("untouched")
 def test_questions_beyond_the_positions_are_refused(adapter: Any, tmp_path: Path) -> None:
-    request = Request(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
+    request = CompareRequest(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
     with pytest.raises(UserError, match="'long': the prompt has"):
         compare(request, setting=Setting(adapter, [LONG_ONE]))
     assert not list(tmp_path.rglob("*.json*")), "nothing is written"
@@ -357,7 +358,7 @@ def test_questions_beyond_the_positions_are_refused(adapter: Any, tmp_path: Path
 
 def test_a_question_beyond_the_positions_fails_alone(adapter: Any, tmp_path: Path) -> None:
     short = dataclasses.replace(LONG_ONE, id="short", question="What?")
-    request = Request(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
+    request = CompareRequest(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
     with pytest.warns(RuntimeWarning, match="1 of 2 questions cannot be asked"):
         outcome = compare(request, setting=Setting(adapter, [LONG_ONE, short]))
     answers = pd.read_parquet(outcome.folder / "answers.parquet")

@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from tokenprune.attention import proportional_mask
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.engine.cache import PrunedLayer
-from tokenprune.engine.session import Session, compress
-from tokenprune.engine.trace import Trace
+from tokenprune.engine.dropping import proportional
+from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
 from tokenprune.ops.clustering import dispersed, kernel_density, least_cutoff
@@ -196,12 +196,9 @@ def test_sizes_live_on_the_cache() -> None:
 
 
 def test_other_attention_kernels_are_refused() -> None:
-    host = Host.tiny("LLaVA-NeXT")
     config = SimpleNamespace(_attn_implementation="flash_attention_2")
-    session = Session(host.adapter, [None], frozenset(), None, Trace())
-    session.adapter = SimpleNamespace(language_model=SimpleNamespace(config=config))  # type: ignore[assignment]
     with pytest.raises(UserError, match="flash_attention_2; load it with"):
-        session._proportional(None, torch.ones(1, 2), torch.zeros(1, 2, 4))
+        proportional(config, None, torch.ones(1, 2), torch.zeros(1, 2, 4))
 
 
 class _Sized(Compressor):

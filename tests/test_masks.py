@@ -57,14 +57,14 @@ def onevision() -> Any:
 def test_what_is_seen_is_what_a_plain_run_does(following: Any) -> None:
     image = picture(112, 80)
     seen = look(following, [image], ASKED, ["globalcom2", "fastv"], [0.5, 0.25])
-    assert [(one.label, one.retention) for one in seen.kept] == [
+    assert [(one.label, one.retention) for one in seen.masks] == [
         ("uncompressed", 1.0),
         ("globalcom2", 0.5),
         ("globalcom2", 0.25),
         ("fastv", 0.5),
         ("fastv", 0.25),
     ]
-    for one in seen.kept:
+    for one in seen.masks:
         method = (
             None if one.label == "uncompressed" else tp.parse(one.label, retention=one.retention)
         )
@@ -76,14 +76,14 @@ def test_what_is_seen_is_what_a_plain_run_does(following: Any) -> None:
         assert torch.equal(one.keeps[0], expected)
         assert bool(one.scores) == (one.label in ("globalcom2", "fastv"))
     (chosen,) = following.choose("globalcom2", [image], retention=0.25)
-    assert torch.equal(seen.kept[2].keeps[0], chosen.keep)
-    assert seen.kept[3].where == "before layer 2"
+    assert torch.equal(seen.masks[2].keeps[0], chosen.keep)
+    assert seen.masks[3].where == "before layer 2"
 
 
 def test_the_table_counts_by_view(following: Any) -> None:
     seen = look(following, [picture(112, 112)], None, ["uniform"], 0.25)
     rows = seen.table()
-    layout, keep = seen.media[0].layout, seen.kept[1].keeps[0]
+    layout, keep = seen.media[0].layout, seen.masks[1].keeps[0]
     mine = rows[rows["method"] == "uniform"]
     for view in range(5):
         count = sum(int(layout.view[index]) == view for index in keep)
@@ -98,7 +98,7 @@ def test_every_patch_is_painted_where_it_lies(following: Any) -> None:
     colour = (0.8, 0.2, 0.4)
     image = Image.new("RGB", (112, 56), tuple(round(255 * part) for part in colour))
     seen = look(following, [image], None, ["random"], 0.3)
-    layout, keep = seen.media[0].layout, set(seen.kept[1].keeps[0].tolist())
+    layout, keep = seen.media[0].layout, set(seen.masks[1].keeps[0].tolist())
     bits = np.isin(np.arange(len(layout)), list(keep))
     laid = sheet(seen.media[0], seen.view)
     painted = _paint(laid, 140, lambda pixels, token: _show_kept(pixels, token, bits))
@@ -168,8 +168,8 @@ def test_heat_has_no_colour_where_there_is_no_score() -> None:
 
 
 def test_cuts_are_shown_one_by_one(following: Any) -> None:
-    shown = look(following, [picture(112, 56)], ASKED, ["pyramiddrop"], 0.25, cuts=True).kept[1:]
-    final = look(following, [picture(112, 56)], ASKED, ["pyramiddrop"], 0.25).kept[1]
+    shown = look(following, [picture(112, 56)], ASKED, ["pyramiddrop"], 0.25, cuts=True).masks[1:]
+    final = look(following, [picture(112, 56)], ASKED, ["pyramiddrop"], 0.25).masks[1]
     assert len(shown) > 1
     for early, late in pairwise(shown):
         assert set(late.keeps[0].tolist()) < set(early.keeps[0].tolist())
@@ -181,11 +181,11 @@ def test_chains_and_merging_methods(following: Any) -> None:
     seen = look(
         following, [picture(112, 112)], ASKED, ["globalcom2@0.5 + fastv@0.5", "prumerge"], 0.2
     )
-    chain = seen.kept[1]
+    chain = seen.masks[1]
     assert chain.where == "before layer 2"
     assert chain.scores, "FastV's, of what GlobalCom² left"
     assert len(chain.scores[0][0]) < len(seen.media[0].layout)
-    assert 0 < len(seen.kept[2].keeps[0]) < len(seen.media[0].layout)
+    assert 0 < len(seen.masks[2].keeps[0]) < len(seen.media[0].layout)
     assert len(heat(seen).axes) >= 2
 
 

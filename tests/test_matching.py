@@ -24,12 +24,12 @@ from tokenprune.experiments.common.bench import DECODED, Bench, Curve, Run
 from tokenprune.experiments.common.cells import Cell, Matched
 from tokenprune.experiments.common.prompt import Prompt, prompt_of
 from tokenprune.experiments.common.questions import Question, held_out
-from tokenprune.experiments.common.setting import Request
+from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.common.summary import OVERALL, summarise
 from tokenprune.experiments.common.timing import Timing
 from tokenprune.experiments.compare.command import _misses, matched_table, tables
 from tokenprune.experiments.compare.matching import matched_cells, realised, representative
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.efficiency.measured import measure
 from tokenprune.models.loading import adapter_at_random
 from tokenprune.signals import Signal
@@ -174,7 +174,7 @@ def test_times_can_be_matched(
 
 
 def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
-    request = Request(
+    request = CompareRequest(
         methods=("fastv",), retention=(0.7,), questions=4, match="tokens", out=tmp_path / "run"
     )
     outcome = compare(request)
@@ -251,7 +251,7 @@ def test_methods_that_miss_the_cost_are_named() -> None:
 
 def test_unknown_costs_are_refused_at_once() -> None:
     with pytest.raises(UserError, match="cost to match"):
-        compare(Request(match="watts"))  # type: ignore[arg-type]
+        compare(CompareRequest(match="watts"))  # type: ignore[arg-type]
 
 
 def test_answers_of_older_runs_are_still_summarised() -> None:

@@ -300,7 +300,7 @@ def _generate(adapter: LlavaOnevision, inputs: Any, **options: Any) -> Tensor:
     return ids
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_encoding_once_gives_what_pixels_give(
     adapter: LlavaOnevision, name: str, options: dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tomllib
@@ -130,7 +131,7 @@ def test_public_names_exist() -> None:
 
 
 def test_a_strategy_pickles_under_its_public_name() -> None:
-    for name in tp.available():
+    for name in tp.list_methods():
         method = tp.create(name, retention=0.5)
         assert type(method).__module__.startswith("tokenprune.strategies.")
         assert pickle.loads(pickle.dumps(method)) == method
@@ -149,3 +150,15 @@ def test_strategies_do_not_know_transformers() -> None:
             text = path.read_text().split("if TYPE_CHECKING:")
             for package in ("strategies", "experiments"):
                 assert f"from tokenprune.{package}" not in text[0], path
+
+
+@checkout
+def test_the_citation_is_of_this_version() -> None:
+    fields = dict(
+        line.split(": ", 1)
+        for line in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+        if re.match(r"[a-z-]+: ", line)
+    )
+    assert fields["version"] == tp.__version__
+    assert fields["license"] == _project()["project"]["license"]  # type: ignore[index]
+    assert fields["title"].strip('"').startswith(f"{tp.__name__}:")

@@ -22,7 +22,7 @@ from tokenprune.testing.host import Host, hosts
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 METHODS = [
-    *tp.available(),
+    *tp.list_methods(),
     "cdpruner:relevance=text",
     "uniform:position_ids=original",
     "fastv:layer=1,position_ids=compact",

@@ -29,7 +29,7 @@ from tokenprune.compressor import Compressor, ScoringCompressor, Selection
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.positional_bias import analysis, figures
-from tokenprune.experiments.positional_bias.analysis import Result, positional_bias, selector_bias
+from tokenprune.experiments.positional_bias.analysis import Analysis, positional_bias, selector_bias
 from tokenprune.experiments.positional_bias.command import _p_value, tables
 from tokenprune.experiments.positional_bias.estimates import (
     _without_rounding,
@@ -51,7 +51,7 @@ from tokenprune.experiments.positional_bias.rearrange import (
     origins,
     paired,
 )
-from tokenprune.experiments.positional_bias.run import Request, run
+from tokenprune.experiments.positional_bias.run import PositionalBiasRequest, run
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.registry import strategies
 from tokenprune.synthetic import sample_tokens
@@ -414,16 +414,16 @@ def test_crops_of_an_image_change_places() -> None:
 def test_choice_by_position_is_found() -> None:
     found = selector_bias(["last", "first"], encoded(24))
     for method, sign in (("last", 1), ("first", -1)):
-        normal = row(found.statistics, "normal", "normal", method=method)
+        normal = row(found.tables["statistics"], "normal", "normal", method=method)
         assert sign * normal["slope_low"] > 1
         for condition in ("reversed-crops", "flip-tb", "all"):
-            assert row(found.statistics, condition, method=method)["p"] < 1e-6
-        reversed_ = row(found.statistics, "reversed-crops", method="last")
+            assert row(found.tables["statistics"], condition, method=method)["p"] < 1e-6
+        reversed_ = row(found.tables["statistics"], "reversed-crops", method="last")
         assert reversed_["equivariance"] == reversed_["equivariance_high"] == 0
         assert reversed_["paired_slope_low"] > 0.5
-    last = row(found.statistics, "normal", "normal", method="last")
+    last = row(found.tables["statistics"], "normal", "normal", method="last")
     assert last["last"] > 0.9 or last["last"] > last["first"]
-    assert row(found.statistics, "reversed-crops", method="last")["last"] == last["last"]
+    assert row(found.tables["statistics"], "reversed-crops", method="last")["last"] == last["last"]
 
 
 @pytest.mark.parametrize("retention", [0.1, 0.25, 0.6])
@@ -432,7 +432,7 @@ def test_choice_by_content_is_not_blamed(retention: float) -> None:
     images = encoded(16, FULL, PADDED, LAYOUTS["1x3"], TokenLayout.video(4, (4, 4)))
     methods = ["feature-norm", "feature-norm:allocator=topk"]
     found = selector_bias(methods, images, retention=[retention])
-    compared = found.statistics[found.statistics["condition"] != "normal"]
+    compared = found.tables["statistics"][found.tables["statistics"]["condition"] != "normal"]
     assert set(compared["condition"]) == {*DEFAULT, "all"}
     assert (compared["p"] == 1).all()
     assert (compared["equivariance"] == 1).all()
@@ -481,13 +481,13 @@ def test_exchanged_crops_have_no_pipeline(testbed: Adapter, pictures: list[Image
         positional_bias(testbed, ["last"], pictures[:1], levels=["pipeline"], **asked)
     found = positional_bias(testbed, ["globalcom2:tau=1"], pictures[:2], **asked)
     assert not found.skipped
-    assert set(found.statistics["level"]) == {"normal", "selector"}
+    assert set(found.tables["statistics"]["level"]) == {"normal", "selector"}
 
 
 def test_more_planted_bias_is_less_equivariance() -> None:
     methods = [Planted(retention=0.25, late=late) for late in (0.0, 1.0, 4.0, 1e4)]
     found = selector_bias(methods, encoded(24), conditions=["reversed-crops"])
-    rows = found.statistics[found.statistics["condition"] == "reversed-crops"]
+    rows = found.tables["statistics"][found.tables["statistics"]["condition"] == "reversed-crops"]
     values = rows["equivariance"].tolist()
     assert values[0] == 1
     assert values[3] == 0
@@ -512,7 +512,7 @@ def test_random_is_uniform_over_seeds(condition: Any) -> None:
     methods = [f"random:seed={seed},allocator=topk" for seed in range(40)]
     small = TokenLayout.anyres((2, 1), (3, 3), (0, 6, 0, 3))
     found = selector_bias(methods, encoded(20, small), conditions=[condition])
-    rows = found.statistics[found.statistics["condition"] == condition]
+    rows = found.tables["statistics"][found.tables["statistics"]["condition"] == condition]
     assert len(rows) == 40
     assert kstest(rows["p"], "uniform").pvalue > 0.01
     assert rows["equivariance"].mean() == pytest.approx(0.5, abs=0.03)
@@ -523,7 +523,7 @@ def test_random_within_equal_budgets(retention: float) -> None:
     """Crops keep what they kept, so that nothing can be held against it, not even rounding."""
     methods = [f"random:seed={seed}" for seed in range(3)]
     found = selector_bias(methods, encoded(20, FULL, PADDED), retention=[retention])
-    rows = found.statistics
+    rows = found.tables["statistics"]
     assert (rows["p"][rows["condition"] == "reversed-crops"] == 1).all()
     assert (rows["p"].dropna() > 0.001).all()
 
@@ -606,8 +606,8 @@ def test_random_draws_anew_for_images_without_fingerprint() -> None:
     """One draw for all images would look like a preference for its places."""
     plain = [VisualTokens(one.layout, one.features) for one in encoded(24)]
     found = selector_bias(["random:allocator=topk"], plain)
-    assert (found.statistics["p"].dropna() > 1e-3).all()
-    kept = found.tokens.groupby(["condition", "token"], observed=True)["kept"].mean()
+    assert (found.tables["statistics"]["p"].dropna() > 1e-3).all()
+    kept = found.tables["tokens"].groupby(["condition", "token"], observed=True)["kept"].mean()
     assert kept.between(0, 1, inclusive="neither").all()
 
 
@@ -620,10 +620,10 @@ def test_profiles_by_hand() -> None:
     assert slots.tolist() == pytest.approx([0, 0, 8 / 16, 12 / 16])
     views = normal[normal["axis"] == "view"].set_index("place")["kept"]
     assert views[0] == 0
-    sequence = profiles(found.tokens, bins=4)
+    sequence = profiles(found.tables["tokens"], bins=4)
     sequence = sequence[(sequence["axis"] == "position") & (sequence["condition"] == "normal")]
     assert sequence["place"].tolist() == [0.125, 0.375, 0.625, 0.875]
-    tokens = found.tokens[found.tokens["condition"] == "normal"]
+    tokens = found.tables["tokens"][found.tables["tokens"]["condition"] == "normal"]
     for place, kept in zip(sequence["place"], sequence["kept"], strict=True):
         inside = tokens["kept"][(tokens["position"] - place).abs() < 0.125]
         assert kept == pytest.approx(inside.mean())
@@ -632,16 +632,16 @@ def test_profiles_by_hand() -> None:
 
 def test_statistics_can_be_made_again_from_the_table(tmp_path: Path) -> None:
     found = selector_bias(["random"], encoded(6), seed=3)
-    found.tokens.to_parquet(tmp_path / "tokens.parquet")
+    found.tables["tokens"].to_parquet(tmp_path / "tokens.parquet")
     again = statistics(pd.read_parquet(tmp_path / "tokens.parquet"), seed=3)
-    pd.testing.assert_frame_equal(again, found.statistics)
+    pd.testing.assert_frame_equal(again, found.tables["statistics"])
 
 
 def test_a_method_that_fails_costs_only_itself() -> None:
     found = selector_bias([Broken(retention=0.1), "uniform"], encoded(4))
     assert list(found.failures) == [("Broken", 0.1)]
     assert found.failures["Broken", 0.1].error == "ValueError: no such token"
-    assert set(found.statistics["method"]) == {"uniform"}
+    assert set(found.tables["statistics"]["method"]) == {"uniform"}
     assert selector_bias([Broken(retention=0.1)], encoded(4)).statistics.empty
 
 
@@ -679,7 +679,7 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def result(testbed: Adapter, pictures: list[Image.Image]) -> Result:
+def result(testbed: Adapter, pictures: list[Image.Image]) -> Analysis:
     methods = ["feature-norm", "globalcom2", "fastv", "pyramiddrop", "uniform@0.5 + fastv@0.5"]
     return positional_bias(testbed, methods, pictures, batch_size=4)
 
@@ -698,7 +698,7 @@ def test_crops_show_the_tower_the_same_pixels(
     assert not torch.allclose(again.features[~crops], moved.features[~crops], atol=1e-2)
 
 
-def test_levels_and_skipped_images(result: Result) -> None:
+def test_levels_and_skipped_images(result: Analysis) -> None:
     assert result.skipped == {("reversed-crops", "pipeline", "a padded canvas"): 1}
     table = result.statistics
     for condition in ("reversed-crops", "flip-lr", "flip-tb", "all"):
@@ -710,7 +710,7 @@ def test_levels_and_skipped_images(result: Result) -> None:
     assert row(table, "flip-lr", "pipeline", method="feature-norm")["equivariance"] < 0.9
 
 
-def kept(result: Result, method: str, image: int, condition: str) -> list[int]:
+def kept(result: Analysis, method: str, image: int, condition: str) -> list[int]:
     table = result.tokens
     chosen = table[
         (table["method"] == method)
@@ -725,7 +725,7 @@ def kept(result: Result, method: str, image: int, condition: str) -> list[int]:
 @pytest.mark.parametrize("condition", ["normal", "reversed-crops", "flip-lr"])
 @pytest.mark.parametrize("spec", ["globalcom2", "fastv", "pyramiddrop", "uniform@0.5 + fastv@0.5"])
 def test_choices_are_those_of_the_engine(
-    testbed: Adapter, pictures: list[Image.Image], result: Result, spec: str, condition: Any
+    testbed: Adapter, pictures: list[Image.Image], result: Analysis, spec: str, condition: Any
 ) -> None:
     """Also where several images run in one batch, against one prompt at a time."""
     method = tp.parse(spec) if "@" in spec else tp.parse(spec, retention=0.25)
@@ -743,7 +743,7 @@ def test_choices_are_those_of_the_engine(
 
 
 def test_reversed_crops_are_a_permuted_prompt_of_the_plain_model(
-    testbed: Adapter, pictures: list[Image.Image], result: Result
+    testbed: Adapter, pictures: list[Image.Image], result: Analysis
 ) -> None:
     """FastV's choice from the attention that the model pays to a sequence permuted by hand."""
     (tokens,) = testbed.encode(pictures[:1])
@@ -768,14 +768,14 @@ def test_reversed_crops_are_a_permuted_prompt_of_the_plain_model(
     assert kept(result, "fastv", 0, "reversed-crops") == sorted(best)
 
 
-def test_scores_inside_the_model_are_those_that_rank(result: Result) -> None:
+def test_scores_inside_the_model_are_those_that_rank(result: Analysis) -> None:
     table = result.tokens[(result.tokens["method"] == "fastv") & (result.tokens["image"] == 1)]
     for _, rows in table.groupby(["condition", "level"], observed=True):
         assert rows["score"][rows["kept"]].min() >= rows["score"][~rows["kept"]].max()
         assert rows["score"].between(0, 1).all()
 
 
-def test_first_cut_keeps_more_than_the_last(result: Result) -> None:
+def test_first_cut_keeps_more_than_the_last(result: Analysis) -> None:
     table = result.tokens[result.tokens["method"] == "pyramiddrop"]
     assert (table["kept_first"] | ~table["kept"]).all()
     assert table["kept_first"].sum() > table["kept"].sum()
@@ -789,7 +789,7 @@ def test_the_model_is_left_alone(testbed: Adapter, pictures: list[Image.Image]) 
     assert "score" not in vars(method)
 
 
-def test_figures_show_the_table(result: Result) -> None:
+def test_figures_show_the_table(result: Analysis) -> None:
     made = dict(figures.figures(result.tokens, result.statistics, "testbed-next"))
     assert set(made) == {
         f"{name}-image-25" for name in ("slots", "sequence", "map", "equivariance")
@@ -853,7 +853,7 @@ def test_command(tmp_path: Path) -> None:
     assert "with a padded canvas" in found.output
 
 
-def _stopped(request: Request, calls: int) -> None:
+def _stopped(request: PositionalBiasRequest, calls: int) -> None:
     """Begin a run and press Ctrl-C when it reports for the ``calls``-th time that it works."""
     seen: list[str] = []
 
@@ -862,8 +862,10 @@ def _stopped(request: Request, calls: int) -> None:
         if total and len([one for one in seen if " at " in one]) == calls:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
-        run(request, report)
+    outcome = run(request, report)
+    assert outcome.status == "interrupted"
+    assert 0 < outcome.answered < outcome.wanted
+    assert not outcome.tables
 
 
 @pytest.mark.parametrize("batch_size", [4, 3])
@@ -875,9 +877,11 @@ def test_an_interrupted_run_goes_on(
     asked: dict[str, Any] = {
         "methods": ("globalcom2", "fastv"), "retention": (0.5, 0.25), "images": 10,
     }  # fmt: skip
-    whole = run(Request(**asked, batch_size=4, out=tmp_path / "whole")).result
+    whole = run(PositionalBiasRequest(**asked, batch_size=4, out=tmp_path / "whole"))
     out = tmp_path / "run"
-    _stopped(Request(**asked, batch_size=4, out=out), 7)  # amid the second batch of four
+    _stopped(
+        PositionalBiasRequest(**asked, batch_size=4, out=out), 7
+    )  # amid the second batch of four
     assert not (out / "tokens.parquet").exists()
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["status"] == "interrupted"
@@ -892,35 +896,35 @@ def test_an_interrupted_run_goes_on(
         return real(adapter, compressor, cases, prompts)
 
     monkeypatch.setattr(analysis, "_choices", counting)
-    again = run(Request(**asked, batch_size=batch_size, out=out)).result
+    again = run(PositionalBiasRequest(**asked, batch_size=batch_size, out=out))
     assert sorted(counted) == sorted([*range(4, 8)] * 2 + [*range(8, 10)] * 4)
     if batch_size == 4:
-        pd.testing.assert_frame_equal(again.tokens, whole.tokens)
-        pd.testing.assert_frame_equal(again.statistics, whole.statistics)
+        pd.testing.assert_frame_equal(again.tables["tokens"], whole.tables["tokens"])
+        pd.testing.assert_frame_equal(again.tables["statistics"], whole.tables["statistics"])
     keys = ["method", "retention", "image", "condition", "level", "token"]
-    assert not again.tokens.duplicated(keys).any()
-    assert again.tokens[keys].astype(str).equals(whole.tokens[keys].astype(str))
-    assert again.skipped == whole.skipped
+    assert not again.tables["tokens"].duplicated(keys).any()
+    assert again.tables["tokens"][keys].astype(str).equals(whole.tables["tokens"][keys].astype(str))
+    assert again.notes == whole.notes
     assert json.loads((out / "manifest.json").read_text())["status"] == "complete"
 
     counted.clear()
-    run(Request(**asked, out=out))
+    run(PositionalBiasRequest(**asked, out=out))
     assert not counted, "all of it was there"
 
 
 def test_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "figures", lambda *_: [])
-    request = Request(methods=("last", "first"), images=3, out=tmp_path / "run")
+    request = PositionalBiasRequest(methods=("last", "first"), images=3, out=tmp_path / "run")
     real = type(tp.create("last", retention=0.5)).select
     with monkeypatch.context() as broken:
         broken.setattr(type(tp.create("last", retention=0.5)), "select", lambda *_: 1 / 0)
-        found = run(request).result
-    assert set(found.tokens["method"]) == {"first"}
-    assert list(found.failures) == [("last", 0.25)]
+        found = run(request)
+    assert set(found.tables["tokens"]["method"]) == {"first"}
+    assert list(found.failures) == ["last at 0.25"]
     assert type(tp.create("last", retention=0.5)).select is real
-    found = run(request).result
+    found = run(request)
     assert not found.failures
-    assert found.tokens.groupby("method", observed=True)["image"].nunique().to_dict() == {
+    assert found.tables["tokens"].groupby("method", observed=True)["image"].nunique().to_dict() == {
         "last": 3, "first": 3,
     }  # fmt: skip
 
@@ -928,9 +932,9 @@ def test_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_runs_of_other_methods_do_not_mix(tmp_path: Path) -> None:
     """The same names and retentions, put together otherwise."""
     out = tmp_path / "run"
-    run(Request(methods=("last@0.5", "first@0.25"), images=2, out=out))
+    run(PositionalBiasRequest(methods=("last@0.5", "first@0.25"), images=2, out=out))
     with pytest.raises(UserError, match="holds another experiment"):
-        run(Request(methods=("last@0.25", "first@0.5"), images=2, out=out))
+        run(PositionalBiasRequest(methods=("last@0.25", "first@0.5"), images=2, out=out))
 
 
 def test_all_are_those_that_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -938,7 +942,7 @@ def test_all_are_those_that_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(strategies, "names", lambda: names)
     found = invoke("--methods", "all", "--images", "1", "--out", str(tmp_path / "run"))
     assert found.exit_code == 0, found.output
-    assert "SKIPPED tome: tome acts inside the vision tower" in found.output
+    assert "SKIPPED tome: tome acts inside the vision encoder" in found.output
     assert "SKIPPED cdpruner: cdpruner needs a CLIP text tower" in found.output
     assert set(pd.read_csv(tmp_path / "run" / "statistics.csv")["method"]) == {"last"}
 
@@ -956,14 +960,19 @@ def test_own_images_and_videos(tmp_path: Path) -> None:
     ]
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(lines))
-    asked = Request(model="testbed-onevision", methods=("last",), data=file, out=tmp_path / "run")
-    found = run(asked).result
-    assert found.tokens.groupby("modality")["image"].nunique().to_dict() == {"image": 1, "video": 1}
-    assert found.skipped["all", "all", "several images in one prompt"] == 1
-    video = row(found.statistics, "reversed-frames", modality="video")
+    asked = PositionalBiasRequest(
+        model="testbed-onevision", methods=("last",), data=file, out=tmp_path / "run"
+    )
+    found = run(asked)
+    assert found.tables["tokens"].groupby("modality")["image"].nunique().to_dict() == {
+        "image": 1,
+        "video": 1,
+    }
+    assert "SKIPPED: 1 image with several images in one prompt." in found.notes
+    video = row(found.tables["statistics"], "reversed-frames", modality="video")
     assert video["equivariance"] == 0
-    assert not (found.statistics["condition"] == "reversed-crops")[
-        found.statistics["modality"] == "video"
+    assert not (found.tables["statistics"]["condition"] == "reversed-crops")[
+        found.tables["statistics"]["modality"] == "video"
     ].any()
 
 
@@ -971,7 +980,7 @@ def test_own_images_and_videos(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("--methods unifrom", "uniform"),
-        ("--methods tome", "inside the vision tower"),
+        ("--methods tome", "inside the vision encoder"),
         ("--conditions sideways", "condition"),
         ("--images 0", "at least 1"),
         ("-r 25", "at most 1"),

@@ -173,7 +173,7 @@ def test_specs_are_read_and_typed(spec: str, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("fastv:3", "write name:field=value"),
+        ("fastv:3", "write name:option=value"),
         ("fastv:layer=two", "fastv: layer='two' is not valid"),
         ("fastv:layer=0", "fastv: layer='0' is not valid"),
         ("globalcom2:alpha=1.5", "alpha='1.5' is not valid"),
@@ -276,7 +276,7 @@ def test_specs_with_their_own_retention_and_chains() -> None:
     ]:
         with pytest.raises(UserError, match=said):
             parse(spec)
-    with pytest.raises(UserError, match=r"has the retention 0\.3 and 0\.5"):
+    with pytest.raises(UserError, match=r"has the retention 0\.3 in its spec and 0\.5"):
         parse("uniform@0.3", retention=0.5)
-    with pytest.raises(UserError, match="say themselves what they keep"):
+    with pytest.raises(UserError, match="has a retention and options of its own"):
         parse("uniform@0.3 + fastv@0.5", retention=0.5)

@@ -27,11 +27,13 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.patch_boxes import ViewSize, patch_boxes
-from tokenprune.experiments.common.setting import Request as Comparison
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.report.gallery import _data_uri, _views, planner
-from tokenprune.experiments.report.run import Request, Written, _bound, _script_safe, report
+from tokenprune.experiments.report.run import ReportRequest, _bound, _script_safe
+from tokenprune.experiments.report.run import run as report
 from tokenprune.layout import Kind
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -73,6 +75,10 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
+def page_of(outcome: Outcome) -> Path:
+    return outcome.folder / outcome.files[0]
+
+
 def data_of(path: Path) -> dict[str, Any]:
     """What the page's script is given."""
     text = path.read_text(encoding="utf-8")
@@ -101,7 +107,7 @@ def change(folder: Path, **fields: Any) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "testbed"
     compare(
-        Comparison(methods=("uniform", "fastv"), retention=(0.5, 0.1), questions=20, out=folder)
+        CompareRequest(methods=("uniform", "fastv"), retention=(0.5, 0.1), questions=20, out=folder)
     )
     for file in (folder / "plots").glob("*.png"):  # to be quick
         with Image.open(file) as image:
@@ -129,7 +135,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"video": ["2.png", "2.png", "2.png"], "question": "four?", "answer": "4"},
     ]
     (root / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    request = Comparison(
+    request = CompareRequest(
         model="testbed-onevision",
         methods=("globalcom2",),
         retention=(0.3,),
@@ -148,9 +154,10 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_of_a_finished_run(run: Path) -> None:
-    written = report(Request(folder=run))
-    assert written == Written(run / "report.html", 20, 20, ())
-    page = Page(written.path.read_text(encoding="utf-8"))
+    written = report(ReportRequest(folder=run))
+    assert (written.folder, written.files) == (run, ("report.html",))
+    assert (written.answered, written.wanted, written.notes) == (20, 20, ())
+    page = Page(page_of(written).read_text(encoding="utf-8"))
     for element, attributes in page.elements:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
             place = attributes.get(name)
@@ -180,7 +187,7 @@ def test_the_page_of_a_finished_run(run: Path) -> None:
 
 
 def test_the_script_is_given_what_the_journal_says(run: Path) -> None:
-    report(Request(folder=run))
+    report(ReportRequest(folder=run))
     data, lines = data_of(run / "report.html"), lines_of(run)
     keys = {
         ("uncompressed", 1.0): "uncompressed",
@@ -211,14 +218,14 @@ def test_the_script_is_given_what_the_journal_says(run: Path) -> None:
 
 
 def test_how_many_and_which(run: Path, tmp_path: Path) -> None:
-    few = report(Request(folder=run, questions=3, out=tmp_path / "few.html"))
-    assert (few.shown, few.of) == (3, 20)
-    first = report(Request(folder=run, questions=3, first=True, out=tmp_path / "first.html"))
-    ids = [item["id"] for item in data_of(first.path)["questions"]]
+    few = report(ReportRequest(folder=run, questions=3, out=tmp_path / "few.html"))
+    assert (few.answered, few.wanted) == (3, 20)
+    first = report(ReportRequest(folder=run, questions=3, first=True, out=tmp_path / "first.html"))
+    ids = [item["id"] for item in data_of(page_of(first))["questions"]]
     assert ids == list(dict.fromkeys(line["question"] for line in lines_of(run)))[:3]
-    none = report(Request(folder=run, questions=0, out=tmp_path / "none.html"))
-    assert none.path.stat().st_size < few.path.stat().st_size
-    assert data_of(none.path)["pictures"] == []
+    none = report(ReportRequest(folder=run, questions=0, out=tmp_path / "none.html"))
+    assert page_of(none).stat().st_size < page_of(few).stat().st_size
+    assert data_of(page_of(none))["pictures"] == []
 
 
 @settings(max_examples=30)
@@ -258,36 +265,36 @@ def test_nothing_ends_the_script(text: str) -> None:
 
 
 def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
-    whole = report(Request(folder=own / "run", out=tmp_path / "whole.html"))
+    whole = report(ReportRequest(folder=own / "run", out=tmp_path / "whole.html"))
     assert whole.notes == ()
-    data = data_of(whole.path)
+    data = data_of(page_of(whole))
     assert [len(data["media"]), len(data["pictures"])] == [5, 3], "each picture once"
     assert all(all(item["kept"][1]) for item in data["questions"])
-    page = Page(whole.path.read_text(encoding="utf-8"))
+    page = Page(page_of(whole).read_text(encoding="utf-8"))
     assert len(page.all("script")) == 3
     assert len(page.all("b")) == len(data["cells"]) + 2, "of the table alone, with the references"
 
     moved = Path(shutil.copytree(own, tmp_path / "moved"))
     (moved / "1.png").unlink()
     change(moved / "run", request={"data": str(moved / "gone.jsonl")})
-    gone = report(Request(folder=moved / "run"))
+    gone = report(ReportRequest(folder=moved / "run"))
     assert any("give its place with --data" in note for note in gone.notes)
-    assert data_of(gone.path)["pictures"] == []
-    assert gone.shown == 4, "answers stand in answers.parquet"
-    found = report(Request(folder=moved / "run", data=moved / "my.jsonl"))
+    assert data_of(page_of(gone))["pictures"] == []
+    assert gone.answered == 4, "answers stand in answers.parquet"
+    found = report(ReportRequest(folder=moved / "run", data=moved / "my.jsonl"))
     assert any("images are missing" in note for note in found.notes)
-    again = data_of(found.path)
+    again = data_of(page_of(found))
     assert again["pictures"].count(None) == 1
     by_id = {item["id"]: item for item in again["questions"]}
     assert by_id["second"]["kept"][1] is None
     assert by_id["line-1"]["kept"][1]
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
-        report(Request(folder=moved / "run", data=moved / "nowhere.jsonl"))
+        report(ReportRequest(folder=moved / "run", data=moved / "nowhere.jsonl"))
 
     file = moved / "my.jsonl"
     (moved / "1.png").write_bytes((own / "1.png").read_bytes())
     file.write_text(file.read_text().replace("two?", "2?"))
-    changed = report(Request(folder=moved / "run", data=file))
+    changed = report(ReportRequest(folder=moved / "run", data=file))
     assert any("have changed since the run" in note for note in changed.notes)
 
 
@@ -296,9 +303,9 @@ def test_a_run_that_did_not_record_what_was_kept(run: Path) -> None:
     for line in lines:
         line.pop("kept", None)
     rewrite(run, lines)
-    written = report(Request(folder=run))
+    written = report(ReportRequest(folder=run))
     assert any("did not record what was kept" in note for note in written.notes)
-    assert all(not any(item["kept"]) for item in data_of(written.path)["questions"])
+    assert all(not any(item["kept"]) for item in data_of(page_of(written))["questions"])
 
 
 def test_a_record_of_another_image_is_not_drawn(run: Path) -> None:
@@ -307,7 +314,7 @@ def test_a_record_of_another_image_is_not_drawn(run: Path) -> None:
         if line["cell"].startswith("FastV"):
             line["kept"] = ["AAAA"]
     rewrite(run, lines)
-    data = data_of(report(Request(folder=run)).path)
+    data = data_of(page_of(report(ReportRequest(folder=run))))
     for item in data["questions"]:
         assert [bool(kept) for kept in item["kept"]] == [False, True, True, False, False]
 
@@ -322,13 +329,14 @@ def test_an_interrupted_run(run: Path) -> None:
         (run / name).unlink()
     shutil.rmtree(run / "plots")
     change(run, status="running")
-    written = report(Request(folder=run))
-    page = Page(written.path.read_text(encoding="utf-8"))
+    written = report(ReportRequest(folder=run))
+    page = Page(page_of(written).read_text(encoding="utf-8"))
     assert "This run was not finished" in page.text
     assert "55 answers" in page.text
     assert len(page.all("img")) == 1
     said = sum(
-        len([a for a in q["answers"] if a is not None]) for q in data_of(written.path)["questions"]
+        len([a for a in q["answers"] if a is not None])
+        for q in data_of(page_of(written))["questions"]
     )
     assert said == 55
 
@@ -340,11 +348,11 @@ def test_a_failed_run(run: Path) -> None:
     rewrite(run, [*lines, why])
     (run / "summary.csv").unlink()
     change(run, status="failed", failures=[why | {"cell": "fastv at 0.5"}])
-    written = report(Request(folder=run))
-    page = Page(written.path.read_text(encoding="utf-8"))
+    written = report(ReportRequest(folder=run))
+    page = Page(page_of(written).read_text(encoding="utf-8"))
     assert "fastv at 0.5 : RuntimeError: <b>luck</b>" in page.text
     assert "Traceback <i>" in page.text
-    failed = [cell["failed"] for cell in data_of(written.path)["cells"]]
+    failed = [cell["failed"] for cell in data_of(page_of(written))["cells"]]
     assert failed == [False, False, False, True, False]
 
 
@@ -354,26 +362,26 @@ def test_nothing_was_answered(run: Path) -> None:
         (run / name).unlink()
     shutil.rmtree(run / "plots")
     change(run, status="interrupted")
-    written = report(Request(folder=run))
-    assert (written.shown, written.of) == (0, 0)
-    assert "There is no answer yet" in Page(written.path.read_text()).text
+    written = report(ReportRequest(folder=run))
+    assert (written.answered, written.wanted) == (0, 0)
+    assert "There is no answer yet" in Page(page_of(written).read_text()).text
 
 
 def test_a_method_that_is_not_registered_here(run: Path) -> None:
     experiment = json.loads((run / "manifest.json").read_text())["experiment"]
     change(run, experiment=experiment | {"methods": ["uniform", "someones-own"]})
-    written = report(Request(folder=run))
+    written = report(ReportRequest(folder=run))
     assert any("someones-own" in note for note in written.notes)
-    assert written.shown == 20
-    assert data_of(written.path)["questions"][0]["kept"][1]
+    assert written.answered == 20
+    assert data_of(page_of(written))["questions"][0]["kept"][1]
 
 
 def test_a_model_that_is_not_here(run: Path) -> None:
     experiment = json.loads((run / "manifest.json").read_text())["experiment"]
     change(run, experiment=experiment | {"model": "someone/model-7b"})
-    written = report(Request(folder=run))
+    written = report(ReportRequest(folder=run))
     assert any("No masks: the configuration of someone/model-7b" in note for note in written.notes)
-    assert data_of(written.path)["pictures"], "images are there nevertheless"
+    assert data_of(page_of(written))["pictures"], "images are there nevertheless"
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
@@ -385,7 +393,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert "is not the folder of a comparison" in result.stderr
     with pytest.raises(UserError, match="must be at least 0"):
-        report(Request(folder=tmp_path, questions=-1))
+        report(ReportRequest(folder=tmp_path, questions=-1))
 
 
 def test_the_command_says_where_the_page_is(run: Path) -> None:
@@ -398,7 +406,7 @@ def test_the_command_says_where_the_page_is(run: Path) -> None:
 def test_an_older_summary_is_never_shown(run: Path) -> None:
     table = pd.read_csv(run / "summary.csv")
     table.assign(accuracy=0.1234).to_csv(run / "summary.csv", index=False)  # newer than all else
-    report(Request(folder=run))
+    report(ReportRequest(folder=run))
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert "12.3" not in page.text
     right = pd.read_parquet(run / "answers.parquet").groupby(["label", "retention"])["correct"]
@@ -406,9 +414,11 @@ def test_an_older_summary_is_never_shown(run: Path) -> None:
 
 
 def test_seeds_and_matched_costs_are_as_they_were_run(tmp_path: Path) -> None:
-    request = Comparison(methods=("random",), retention=(0.2,), questions=3, seeds=2, out=tmp_path)
+    request = CompareRequest(
+        methods=("random",), retention=(0.2,), questions=3, seeds=2, out=tmp_path
+    )
     compare(request)
-    report(Request(folder=tmp_path))
+    report(ReportRequest(folder=tmp_path))
     cells = data_of(tmp_path / "report.html")["cells"]
     assert [cell["label"] for cell in cells] == ["uncompressed", "random"]
 
@@ -430,7 +440,7 @@ def test_a_report_to_be_shared_names_nobody(
     )
     monkeypatch.setattr(socket, "gethostname", lambda: "JaneHost")
     (folder.parent / "2.png").unlink()  # so that a note is written
-    plain = report(Request(folder=folder)).path.read_text(encoding="utf-8")
+    plain = page_of(report(ReportRequest(folder=folder))).read_text(encoding="utf-8")
     assert "jane-doe" in plain
     assert "JaneHost" in plain
     result = CliRunner().invoke(app, ["report", str(folder), "--anonymous"])
@@ -554,12 +564,12 @@ def test_a_damaged_folder_is_a_sentence_or_a_table(run: Path, seed: int) -> None
 
 def test_a_damaged_figure_is_told_of(run: Path) -> None:
     (run / "plots" / "accuracy.png").write_bytes(b"no picture")
-    written = report(Request(folder=run))
+    written = report(ReportRequest(folder=run))
     assert any("accuracy.png cannot be shown" in note for note in written.notes)
 
 
 def test_accuracy_without_the_image_is_among_the_results(run: Path) -> None:
-    report(Request(folder=run))
+    report(ReportRequest(folder=run))
     text = Page((run / "report.html").read_text(encoding="utf-8")).text
     right = pd.read_parquet(run / "answers.parquet").groupby("label")["correct"].mean()
     for label in ("image-free", "thumbnail-only"):
@@ -599,7 +609,7 @@ def listed(page: Page) -> list[str | None]:
 
 @in_browser
 def test_it_opens_and_counts_what_was_kept(run: Path, opened: Callable[..., Page]) -> None:
-    report(Request(folder=run))
+    report(ReportRequest(folder=run))
     item = data_of(run / "report.html")["questions"][4]
     page = opened(run / "report.html", f"#q={item['id']}")
     assert len(listed(page)) == 20
@@ -618,7 +628,7 @@ def test_it_opens_and_counts_what_was_kept(run: Path, opened: Callable[..., Page
 @in_browser
 @pytest.mark.parametrize("show", ["kind=digit&show=wrong&method=uniform", "keep=0.1&show=differ"])
 def test_filters_of_the_address(run: Path, show: str, opened: Callable[..., Page]) -> None:
-    report(Request(folder=run))
+    report(ReportRequest(folder=run))
     data = data_of(run / "report.html")
     journal = {(line["cell"], line["question"]): line["answer"] for line in lines_of(run)}
     expected = []
@@ -645,7 +655,7 @@ def test_filters_of_the_address(run: Path, show: str, opened: Callable[..., Page
 
 @in_browser
 def test_keys_search_and_disagreement(run: Path, opened: Callable[..., Page]) -> None:
-    path = report(Request(folder=run)).path
+    path = page_of(report(ReportRequest(folder=run)))
     data = data_of(path)
     differ = [item["id"] for item in data["questions"] if len(set(item["ways"][1:])) > 1]
     press = """<script>
@@ -669,7 +679,7 @@ def test_keys_search_and_disagreement(run: Path, opened: Callable[..., Page]) ->
 def test_hostile_texts_and_missing_images(own: Path, tmp_path: Path, opened: Any) -> None:
     moved = Path(shutil.copytree(own, tmp_path / "moved"))
     (moved / "1.png").unlink()
-    path = report(Request(folder=moved / "run", data=moved / "my.jsonl")).path
+    path = page_of(report(ReportRequest(folder=moved / "run", data=moved / "my.jsonl")))
     page = opened(path, "#q=line-1")
     assert not [item for item in page.all("img") if item.get("src") == "x"]
     assert "onerror=noteError" in page.text, "shown as it was written"

@@ -27,7 +27,7 @@ from tokenprune.attention import (
     moved_keys,
 )
 from tokenprune.compressor import Compressor, Stage
-from tokenprune.cost.arithmetic import DecoderShape, Kept, held_bytes, merging_bytes, signal_bytes
+from tokenprune.cost.arithmetic import DecoderShape, held_bytes, merging_bytes, signal_bytes
 from tokenprune.cost.measuring import Work
 from tokenprune.errors import RetentionWarning
 from tokenprune.experiments.benchmarks import tower
@@ -40,7 +40,7 @@ from tokenprune.experiments.benchmarks.shapes import (
 )
 from tokenprune.experiments.common.timing import allocations, peak_memory
 from tokenprune.layout import TokenLayout
-from tokenprune.signals import Signal
+from tokenprune.signals import Kept, Signal
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
@@ -81,7 +81,7 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [IMAGE, VIDEO], ids=["image", "video"])
-@pytest.mark.parametrize("name", [*tp.available(), *OPTIONS])
+@pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
 def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: torch.dtype) -> None:
     """What the profiler sees of this selection is within 20 % of what synthetic tokens take."""
     method = tp.parse(name, retention=0.4)
@@ -98,7 +98,7 @@ def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: t
         assert found == pytest.approx(real, rel=0.2, abs=some), f"{real:,} taken, {found:,} found"
 
 
-@pytest.mark.parametrize("name", [*tp.available(), *OPTIONS])
+@pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
 def test_cost_goes_by_shapes_alone(name: str) -> None:
     """The forecast gives tensors without values."""
     method = tp.parse(name, retention=0.4)
@@ -170,7 +170,7 @@ def _layer(dtype: torch.dtype) -> tuple[Any, Tensor, tuple[Tensor, Tensor]]:
 
 WHOLE = [
     name
-    for name in tp.available()
+    for name in tp.list_methods()
     if tp.create(name, retention=0.25).stage is not Stage.ENCODER and name != "cdpruner"
 ]
 

@@ -14,6 +14,7 @@ from tokenprune.compressor import Compressor
 from tokenprune.engine import decoder
 from tokenprune.engine.prefix import Prefix
 from tokenprune.engine.session import compress
+from tokenprune.engine.vision import observing
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
@@ -39,7 +40,7 @@ def encoded(host: Host, rows: tuple[int, ...], wanted: list[Compressor]) -> list
     for row in rows:
         some: list[Any] = []
         for modality, call in host.media(row).items():
-            with tp.engine.observing(host.adapter, signals), torch.no_grad():
+            with observing(host.adapter, signals), torch.no_grad():
                 output = getattr(host.adapter.base, host.adapter.encoders[modality])(**call)
             some += [feature.visual for feature in output.pooler_output]
         found.append(some)
@@ -88,7 +89,7 @@ def layer_calls(host: Host) -> tuple[Counter[int], list[Any]]:
 @pytest.mark.parametrize("first", ["deepest first", "shallowest first"])
 def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, first: str) -> None:
     wanted: list[Compressor | None] = [*methods(INSIDE), None]
-    wanted.sort(key=lambda one: min(tp.prefix.cuts_of(host.adapter, one), default=9))
+    wanted.sort(key=lambda one: min(decoder.cuts_of(host.adapter, one), default=9))
     if first == "deepest first":
         wanted.reverse()
     images = encoded(host, (0, 1, 2), [one for one in wanted if one])
@@ -105,7 +106,7 @@ def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, 
         same(one, other, exactly=True)
     # What cuts in front of layer 1 leaves nothing more in common.
     assert calls[0] == 1
-    cuts = [min(tp.prefix.cuts_of(host.adapter, one), default=9) for one in wanted]
+    cuts = [min(decoder.cuts_of(host.adapter, one), default=9) for one in wanted]
     assert calls[1] == 1 + cuts.count(1)
     assert {name: set(vars(module)) for name, module in host.model.named_modules()} == before
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.errors import UnknownNameError, UserError
-from tokenprune.experiments.common.setting import Request
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.compare.run import run as compare
 from tokenprune.layout import Kind
 from tokenprune.models.timm_vision import TimmVision
 from tokenprune.signals import Signal
@@ -198,7 +198,7 @@ def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
         torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", tp.available())
+@pytest.mark.parametrize("name", tp.list_methods())
 def test_every_strategy_chooses_or_says_why_not(family: tuple[str, TimmVision], name: str) -> None:
     _, adapter = family
     image = _image(64, 64)
@@ -232,7 +232,7 @@ def test_what_needs_a_language_model_is_refused_with_a_sentence(tmp_path: Path) 
         lambda: adapter.prompt("w", 1),
         lambda: adapter.placeholders,
         lambda: adapter.decoder_layers,
-        lambda: compare(Request(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
+        lambda: compare(CompareRequest(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
     ):
         with pytest.raises(UserError, match="have no language model"):
             action()
@@ -324,7 +324,7 @@ def test_other_grids() -> None:
 
 def test_strategies_do_without_separators() -> None:
     layout = _GEOMETRY.layout((64, 64))
-    for name in tp.available():
+    for name in tp.list_methods():
         method = tp.create(name, retention=0.4)
         chosen = method(sample_tokens(method.needs, layout))
         assert 1 <= len(chosen.keep) <= 0.4 * len(layout) + layout.views

@@ -22,11 +22,18 @@ from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.intervals import wilson
 from tokenprune.experiments.common.questions import held_out, read_jsonl
 from tokenprune.experiments.common.references import KeepViews, region_sizes
-from tokenprune.experiments.common.setting import Request, prepare, with_crops
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.common.setting import prepare, with_crops
 from tokenprune.experiments.common.summary import OVERALL
 from tokenprune.experiments.complementarity import run as complementary
+from tokenprune.experiments.complementarity.figures import figure as complementary_figure
 from tokenprune.experiments.crop_importance import run as importance
-from tokenprune.experiments.crop_importance.run import DropCrop, crop_of
+from tokenprune.experiments.crop_importance.figures import DROPPED, holding, uneven
+from tokenprune.experiments.crop_importance.run import (
+    CropImportanceRequest,
+    DropCrop,
+    crop_of,
+)
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.models.testbed import scenes
 from tokenprune.signals import Signal
@@ -112,7 +119,7 @@ def test_crop_of_is_the_view_of_the_token_there(data: st.DataObject) -> None:
 
 
 def test_only_images_with_enough_crops() -> None:
-    setting = prepare(Request(questions=60))
+    setting = prepare(CompareRequest(questions=60))
     left, out = with_crops(setting, least=4)
     assert 0 < out < 60
     assert len(left.questions) == 60 - out
@@ -227,7 +234,7 @@ def test_complementarity_on_the_testbed(tmp_path: Path) -> None:
         )
         assert thumbnail == 49
         assert crops == whole - 49
-    drawn = bars(complementary.figure(table, "m"))
+    drawn = bars(complementary_figure(table, "m"))
     assert list(drawn) == ["crops only", "thumbnail only", "no image"]
     chosen = table[table["shown"] == "crops only"]["relative"]
     assert drawn["crops only"] == pytest.approx(list(chosen))
@@ -240,12 +247,15 @@ def test_complementarity_on_the_testbed(tmp_path: Path) -> None:
 
 
 def test_crop_importance_on_the_testbed(tmp_path: Path) -> None:
-    request = Request(questions=15, batch_size=15, seeds=2, out=tmp_path)
-    result = importance.crop_importance(request, score="cls_attention")
-    assert result.outcome.status == "complete"
+    outcome = importance.run(
+        CropImportanceRequest(
+            questions=15, batch_size=15, seeds=2, out=tmp_path, score="cls_attention"
+        )
+    )
+    assert outcome.status == "complete"
     adapter = tp.load("testbed-next")
     signal = Signal("cls_attention")
-    crops = result.crops.set_index(["image_id", "crop"])
+    crops = outcome.tables["crops"].set_index(["image_id", "crop"])
     frame = pd.read_parquet(tmp_path / "answers.parquet").set_index(["label", "question_id"])
     for item in held_out(15, seed=0):
         (seen,) = adapter.encode([item.images[0].open()], {signal})
@@ -268,16 +278,18 @@ def test_crop_importance_on_the_testbed(tmp_path: Path) -> None:
             assert kept == sum(layout.view_sizes) - layout.view_sizes[1 + crop]
         ranks = crops.loc[item.image_id, "rank"].tolist()
         assert ranks == [1 + sum(other > score for other in scores) for score in scores]
-    assert result.uneven == len(set(result.crops["image_id"])), "sevens have no equal parts"
+    assert uneven(outcome.tables["crops"]) == crops.index.get_level_values(0).nunique(), (
+        "sevens have no equal parts"
+    )
     assert len(frame.loc["without a random crop"]) == 2 * 15
-    assert math.isnan(result.table.query("dropped == 'random'")["p"].iloc[0]), "two seeds"
+    assert math.isnan(outcome.to_frame().query("dropped == 'random'")["p"].iloc[0]), "two seeds"
     for name in ("crops", "objects", "crop_importance"):
         assert (tmp_path / f"{name}.csv").exists()
     assert (tmp_path / "plots" / "crop-importance.png").stat().st_size > 10_000
 
 
 def test_losses_by_hand() -> None:
-    droppers = [DropCrop(which=which, signal=CLS) for which in importance.DROPPED]  # type: ignore[arg-type]
+    droppers = [DropCrop(which=which, signal=CLS) for which in DROPPED]  # type: ignore[arg-type]
     names = [Cell(dropper).parameters for dropper in droppers]
     table = pd.concat(
         [
@@ -317,11 +329,11 @@ def test_losses_by_hand() -> None:
     assert spared.loc["lowest", "drop"] == pytest.approx(1 / 6)
     assert found.loc[("digit", "highest"), "n"] == 5
 
-    shares = importance.holding(objects)
+    shares = holding(objects)
     assert shares["share"].tolist() == pytest.approx([5 / 6, 1 / 6])
     assert shares["low"].tolist()[0] == pytest.approx(wilson(5, 6).low)
     assert set(shares["chance"]) == {0.5}
-    assert importance.holding(objects.iloc[:0]).empty
+    assert holding(objects.iloc[:0]).empty
 
 
 def test_bad_scores_are_sentences(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 # Of one selection: 1 but for what has to know numbers that only the device has.
 MORE = {"holitom": 2, "pact": 2}  # where segments lie; how many rounds it took
-SPECS = [*tp.available(), "fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"]
+SPECS = [*tp.list_methods(), "fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"]
 
 
 def _steps(spec: str, retention: float = 0.4) -> list[Compressor]:

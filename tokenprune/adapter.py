@@ -18,6 +18,7 @@ from transformers import BatchFeature
 from tokenprune.attention import Projections, head_rows, projections
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, cut_layer
+from tokenprune.deprecated import renamed_arguments
 from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.engine.guard import eagerly
 from tokenprune.engine.tower import Tower
@@ -222,6 +223,12 @@ class Adapter(ABC):
         """Modality to the token id that stands for one visual token."""
         self.require_language_model()
         return {name: int(getattr(self.base.config, f"{name}_token_id")) for name in self.encoders}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "layout" in vars(cls):
+            rename = renamed_arguments(together="same_prompt")
+            cls.layout = rename(cls.layout)  # type: ignore[method-assign]
 
     @abstractmethod
     def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:

@@ -1,7 +1,8 @@
-"""The few attention rows a method needs, at O(N·d), whatever attention kernel the model runs.
+"""Attention rows, keys and values that signals are made of, at O(N·d), under any attention kernel.
 
-The queries and keys come from the projections that run anyway (forward hooks); one row times all
-keys costs a thousandth of the layer.  No module is switched to eager attention.
+Queries and keys of the vision encoder come from forward hooks on projections that run anyway; those
+of a decoder layer come from its KV cache, or are projected again.  One row costs a thousandth of
+the layer.  No module is switched to eager attention.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenprune.units import CHUNK
+
 __all__ = [
+    "CHUNK",
     "Projections",
     "attention_received",
     "cls_heads",
@@ -26,21 +30,27 @@ __all__ = [
     "decoder_mass",
     "decoder_row",
     "decoder_rows",
+    "decoder_values",
+    "first_arguments",
     "head_rows",
+    "key_vectors",
     "moved_keys",
     "projections",
     "proportional_mask",
     "rotary_product",
 ]
 
-CHUNK = 128  # queries whose attention exists at the same time in `attention_received`
-
 
 @dataclass
 class Projections:
-    """Queries and keys of one vision attention module, (views, tokens, heads * head_dim).
+    """Queries and keys of one attention module of the vision encoder.
 
-    ``bias`` (views, tokens) is what the module was told to add to the logits of each key.
+    Attributes:
+        heads: Number of heads.
+        scale: Factor of the products of queries and keys.
+        query: (views, tokens, heads * head_dim).
+        key: (views, tokens, heads * head_dim).
+        bias: (views, tokens) what a method adds to the logits of each key, or None.
     """
 
     heads: int
@@ -50,11 +60,11 @@ class Projections:
     bias: Tensor | None = None
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """Both as (views, heads, tokens, head_dim) in float32."""
+        """Queries and keys as (views, heads, tokens, head_dim) in float32."""
         return self.by_head(self.query), self.by_head(self.key)
 
     def by_head(self, values: Tensor | None) -> Tensor:
-        """One of both as (views, heads, tokens, head_dim) in float32."""
+        """Queries or keys as (views, heads, tokens, head_dim) in float32."""
         if values is None:
             raise RuntimeError("the vision tower was not run while its projections were tapped")
         return rearrange(values, "v n (h d) -> v h n d", h=self.heads).float()
@@ -67,18 +77,18 @@ class Projections:
         return logits.softmax(-1)
 
     def joint(self) -> Projections:
-        """The same as one head of the full width: products are scaled by its root."""
+        """The same with all heads joined into one, whose products the root of its width scales."""
         width = self.heads if self.key is None else self.key.shape[-1]
         return replace(self, heads=1, scale=width**-0.5)
 
 
 @contextmanager
 def projections(attention: nn.Module) -> Iterator[Projections]:
-    """While open, what ``attention.q_proj`` and ``attention.k_proj`` return is kept.
+    """While open, keep what ``attention.q_proj`` and ``attention.k_proj`` return.
 
     Args:
-        attention: A vision attention module with ``q_proj``, ``k_proj``, ``num_heads`` and
-            ``scale`` (CLIP's and SigLIP's in ``transformers``).
+        attention: An attention module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``,
+            such as those of CLIP and SigLIP in ``transformers``.
     """
     tapped = Projections(heads=int(attention.num_heads), scale=float(attention.scale))  # type: ignore[arg-type]
 
@@ -98,9 +108,9 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
 
 @contextmanager
 def first_arguments(module: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, what this thread calls ``module`` with is kept, one tensor a call."""
+    """While open, keep the first argument of each call of ``module`` by this thread."""
     seen: list[Tensor] = []
-    owner = threading.get_ident()  # another thread's method may project vectors meanwhile
+    owner = threading.get_ident()  # a method in another thread may call the projector meanwhile
 
     def note(_: nn.Module, args: Any) -> None:
         if threading.get_ident() == owner:
@@ -117,21 +127,21 @@ def key_vectors(tapped: Projections) -> Tensor:
     """Keys of every token, mean over heads, unscaled.
 
     Returns:
-        (views, tokens, head_dim) float32; of `Projections.joint`, the whole width.
+        (views, tokens, head_dim) float32; the whole width for `Projections.joint`.
     """
-    return tapped.by_head(tapped.key).mean(1)  # a float32 copy of the queries would be large
+    return tapped.by_head(tapped.key).mean(1)  # `split` would copy the queries to float32 as well
 
 
 @contextmanager
 def head_rows(head: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, the attention of a pooling head over the patches is kept, mean over heads.
+    """While open, keep the attention of a pooling head over the patches, mean over heads.
 
     Args:
         head: The `torch.nn.MultiheadAttention` of a pooling head (``head.attention`` of SigLIP's
             vision tower in ``transformers``), which computes its one row of weights anyway.
 
     Yields:
-        One (views, patches) tensor in float32 per call.
+        A list of (views, patches) tensors in float32, one for each call.
     """
     rows: list[Tensor] = []
     handle = head.register_forward_hook(
@@ -147,8 +157,8 @@ def cls_row(tapped: Projections, *, softmax: bool) -> Tensor:
     """Row of the CLS token (entry 0) over all other entries, mean over heads.
 
     Args:
-        tapped: What one attention layer computed.
-        softmax: Normalise over all keys, CLS included; else the scaled products themselves.
+        tapped: Queries and keys of one attention layer.
+        softmax: Whether to normalise over all keys, CLS included; otherwise the scaled products.
 
     Returns:
         (views, tokens - 1) float32.
@@ -163,15 +173,15 @@ def cls_heads(tapped: Projections, *, softmax: bool) -> Tensor:
         tapped, softmax: As in `cls_row`.
     """
     one = tapped if tapped.query is None else replace(tapped, query=tapped.query[:, :1])
-    query, key = one.split()  # in float32, which of all queries would be a large copy
+    query, key = one.split()  # copies to float32 the one query only
     row = torch.einsum("vhd,vhnd->vhn", query[:, :, 0], key) * tapped.scale
     return tapped.softmax(row) if softmax else row
 
 
 def attention_received(tapped: Projections) -> Tensor:
-    """Mean attention that every token receives from all tokens, over heads and queries.
+    """Attention that every token receives, mean over heads and over all queries.
 
-    Computed for `CHUNK` queries at a time: nothing of size N×N is kept.
+    It is computed for `CHUNK` queries at a time; nothing of size N×N is kept.
 
     Returns:
         (views, tokens) float32.
@@ -184,18 +194,21 @@ def attention_received(tapped: Projections) -> Tensor:
     return total / (query.shape[1] * query.shape[2])
 
 
-def _rotated(
-    attention: nn.Module, name: str, states: Tensor, rotary: tuple[Tensor, Tensor]
-) -> Tensor:
-    """(B, heads, M, head_dim) queries (``q``) or keys (``k``) of a decoder layer, rotated."""
+def _projected(attention: nn.Module, name: str, states: Tensor) -> Tensor:
+    """(B, heads, M, head_dim) queries (``q``), keys (``k``) or values (``v``), not rotated."""
     dim = int(attention.head_dim)  # type: ignore[arg-type]
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     projected = attention.get_submodule(f"{name}_proj")(states)
     heads = rearrange(projected, "b n (h d) -> b n h d", d=dim)
     norm = getattr(attention, f"{name}_norm", None)
     made: Tensor = (heads if norm is None else norm(heads)).transpose(1, 2)
-    turned: Tensor = rotate(made, made[:, :0], *rotary)[0]  # it wants queries and keys
-    return turned
+    return made
+
+
+def _rotated(
+    attention: nn.Module, name: str, states: Tensor, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """(B, heads, M, head_dim) queries (``q``) or keys (``k``) of a decoder layer, rotated."""
+    return moved_keys(attention, _projected(attention, name, states), rotary)
 
 
 def decoder_keys(attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -205,22 +218,38 @@ def decoder_keys(attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Ten
         attention: As in `decoder_row`.
         hidden: (B, M, D) its input, already normalised.
         rotary: cos and sin, (B or 1, M, head_dim).
+
+    Returns:
+        In the dtype of the model.
     """
     cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
     return _rotated(attention, "k", hidden, (cos, sin))
 
 
+def decoder_values(attention: nn.Module, hidden: Tensor) -> Tensor:
+    """(B, kv_heads, M, head_dim) values, as a KV cache holds them.
+
+    Args:
+        attention: As in `decoder_row`.
+        hidden: (B, M, D) its input, already normalised.
+
+    Returns:
+        In the dtype of the model.
+    """
+    return _projected(attention, "v", hidden)
+
+
 def moved_keys(attention: nn.Module, keys: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotated keys (B, kv_heads, M, head_dim) as they would be at other positions.
+    """Keys (B, kv_heads, M, head_dim) rotated further, to other position ids.
 
     Args:
         attention: As in `decoder_row`.
         keys: As a KV cache holds them.
-        rotary: cos and sin of how far they move, (B, 1, head_dim).
+        rotary: cos and sin of the difference of position ids, (B, 1 or M, head_dim).
     """
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    turned: Tensor = rotate(keys, keys[:, :0], *rotary)[0]
-    return turned
+    rotated: Tensor = rotate(keys, keys[:, :0], *rotary)[0]  # it takes queries and keys
+    return rotated
 
 
 def decoder_row(
@@ -232,18 +261,18 @@ def decoder_row(
     keys: Tensor | None = None,
     past: Tensor | None = None,
 ) -> Tensor:
-    """Attention that one query per row of the batch pays to every key, mean over heads.
+    """Attention that one query in each row of the batch pays to every key, mean over heads.
 
     Args:
-        attention: A Llama-like attention module of ``transformers`` (``q_proj``, ``k_proj``,
-            grouped-query or not, ``q_norm``/``k_norm`` where it has them).
+        attention: A Llama-like attention module of ``transformers``: ``q_proj``, ``k_proj``,
+            ``v_proj``, with grouped-query attention or not, with ``q_norm`` and ``k_norm`` or not.
         hidden: (B, M, D) its input, already normalised.
         rotary: cos and sin, (B or 1, M, head_dim).
-        query_slots: (B,) which of the M entries asks.
-        visible: (B, K) keys the query may look at, bool or how often each counts; K >= M with
-            cached keys in front.
+        query_slots: (B,) index of the query among the M entries.
+        visible: (B, K) keys that the query attends to, as bool, or how often each counts; K >= M
+            with cached keys in front.
         keys: (B, kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
-        past: (B, kv_heads, K - M, head_dim) rotated keys in front of those that are computed.
+        past: (B, kv_heads, K - M, head_dim) cached keys in front of those that are computed.
 
     Returns:
         (B, K) float32 softmaxed rows.
@@ -257,7 +286,7 @@ def decoder_row(
         keys = decoder_keys(attention, hidden, rotary)
         if past is not None:
             keys = torch.cat([past, keys], dim=2)
-    # The query heads of a group become rows of one product: the keys are never repeated.
+    # The query heads of a group become rows of one product, so that no key is repeated.
     grouped = rearrange(query, "b (g r) 1 d -> b g r d", g=keys.shape[1])
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
     row: Tensor = (logits + visible.float().log()[:, None, None]).softmax(-1).mean((1, 2))
@@ -276,17 +305,17 @@ def decoder_rows(
 ) -> Tensor:
     """Attention that several queries of ONE prompt pay to every key, mean over heads.
 
-    Computed for `CHUNK` queries at a time, O(T·N·d) in all.
+    They are computed for `CHUNK` queries at a time, O(T·N·d) in all.
 
     Args:
         attention: As in `decoder_row`.
         hidden: (M, D) its input, already normalised.
         rotary: cos and sin, (M, head_dim).
-        query_slots: (T,) which of the M entries ask.
-        visible: (T, K) keys each query may look at, bool or how often each counts; K >= M with
-            cached keys in front.
+        query_slots: (T,) indices of the queries among the M entries.
+        visible: (T, K) keys that each query attends to, as bool, or how often each counts; K >= M
+            with cached keys in front.
         keys: (kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
-        by_head: Whether every head is wanted instead of the mean.
+        by_head: Whether to return every head instead of the mean.
 
     Returns:
         (T, K) float32 softmaxed rows, or (T, K, heads).
@@ -302,13 +331,13 @@ def decoder_rows(
 
 
 def rotary_product(rotary: tuple[Tensor, Tensor], query_slots: Tensor) -> Tensor:
-    """What rotary positions alone make of a query and a key that are all ones.
+    """Product of a query and a key that are all ones, after their rotation.
 
     ``1ᵀ R(i - j) 1 / sqrt(d)``: the product of the rotated vectors over the root of their width.
 
     Args:
         rotary: cos and sin, (M, head_dim).
-        query_slots: (T,) which of the M entries ask.
+        query_slots: (T,) indices of the queries among the M entries.
 
     Returns:
         (T, M) float32.
@@ -328,17 +357,16 @@ def decoder_mass(
     visible: Callable[[Tensor], Tensor],
     keys: Tensor | None = None,
 ) -> Tensor:
-    """Attention that every key gets from several queries of ONE prompt, each by its keenest head.
+    """Largest attention of any head that every key receives, mean over queries of ONE prompt.
 
-    Computed for `CHUNK` queries at a time: nothing of size T×K is kept.
+    It is computed for `CHUNK` queries at a time; nothing of size T×K is kept.
 
     Args:
         attention, hidden, rotary, query_slots, keys: As in `decoder_rows`.
-        visible: Gives (t, K) for ``t`` of the slots, as in `decoder_rows`.
+        visible: Maps ``t`` of the slots to (t, K), as in `decoder_rows`.
 
     Returns:
-        (K,) float32: the mean over queries of the largest softmaxed attention of all heads, 0
-        without queries.
+        (K,) float32; 0 without queries.
     """
     if keys is None:
         keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
@@ -361,7 +389,7 @@ def _heads(
     query = _rotated(attention, "q", hidden[slots][None], at)
     grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
-    heads = logits.reshape(query.shape[1], len(slots), keys.shape[1])  # also without queries
+    heads = logits.reshape(query.shape[1], len(slots), keys.shape[1])
     softmaxed: Tensor = (heads + visible.float().log()).softmax(-1)
     return softmaxed
 
@@ -369,17 +397,17 @@ def _heads(
 def proportional_mask(
     mask: Tensor | None, sizes: Tensor, queries: int, dtype: torch.dtype
 ) -> Tensor:
-    """A decoder layer's attention mask that counts key ``j`` ``sizes[j]`` times.
+    """An attention mask for a decoder layer that counts key ``j`` ``sizes[j]`` times.
 
     Args:
-        mask: What the model's own mask factory made for ``sdpa`` (bool, or None for plain causal)
-            or ``eager`` (additive), (B or 1, 1, q, K).
+        mask: The model's own mask (B or 1, 1, q, K): bool or None (causal) for ``sdpa``, additive
+            for ``eager``.
         sizes: (B, K) at least 1.
         queries: q.
         dtype: Of the hidden states.
 
     Returns:
-        (B, 1, q, K) additive: ``log(sizes)`` where a query may look, else the least number.
+        (B, 1, q, K) additive: ``log(sizes)`` where a query attends, elsewhere the least number.
     """
     bias = sizes.log().to(dtype)[:, None, None]
     if mask is None:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
+from tokenprune.deprecated import moved_names
 from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
 from tokenprune.tokens import VisualTokens
@@ -118,3 +119,6 @@ def check_retention(retention: float) -> None:
             f"retention must be larger than 0 and at most 1 (the share of patch tokens kept), "
             f"got {retention:g}{hint}."
         )
+
+
+__getattr__ = moved_names(__name__)

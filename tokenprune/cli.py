@@ -1,6 +1,6 @@
-"""The command line: the methods themselves here, each experiment in its `command.py`.
+"""The command line: ``list`` and ``audit`` here, each experiment in its ``command.py``.
 
-What takes long to import is imported by the command that needs it.
+Slow imports are inside the command that needs them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,22 @@ from rich.table import Table
 
 import tokenprune
 from tokenprune import experiments
-from tokenprune.console import FAILED, OK, app, as_exit_status, new_table, progress, quiet
+from tokenprune.catalogue import families, methods
+from tokenprune.console import (
+    FAILED,
+    OK,
+    Commands,
+    Plugin,
+    app,
+    as_exit_status,
+    new_table,
+    progress,
+    quiet,
+)
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.options import Plugin
+from tokenprune.models import testbed
 from tokenprune.plugins import import_plugins, own_class
+from tokenprune.registry import strategies
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -56,79 +68,78 @@ def _options(
 @app.command("list")
 def list_(
     method: Annotated[
-        str | None, typer.Argument(help="Show this method's card and options instead.")
+        str | None, typer.Argument(help="Show the card and the options of this method instead.")
     ] = None,
     plugin: Plugin = None,
 ) -> None:
     """List methods and models.
 
-    Verified methods choose the same tokens as the authors' own code.
+    A verified method selects the same tokens as the authors' code.
     """
-    from tokenprune.models import testbed
-    from tokenprune.registry import adapters, strategies
-
     with as_exit_status():
         import_plugins(plugin)
-    if method is not None:
-        with as_exit_status():
+        if method is not None:
             _show_card(strategies.get(method))
-        raise typer.Exit(OK)
-    table = new_table("method", "acts", "looks at", "paper", "verified", title="Methods")
-    for name in strategies.names():
-        cls = strategies.get(name)
-        paper = f"{cls.card.paper}, arXiv {cls.card.arxiv}" if cls.card.arxiv else cls.card.paper
-        verified = "yes" if cls.card.verified else "no" if cls.card.code else "-"
-        table.add_row(name, _PLACES.get(cls.stage, cls.stage), _needs(name), paper, verified)
-    console = Console()
-    console.print(table, "")
-
-    table = new_table("model", "adapter", "model class", title="Models")
-    embedded = {name: _architecture(testbed.path(name)) for name in testbed.names()}
-    for name in adapters.names():
-        adapter = adapters.get(name)
-        for own, host in embedded.items():
-            if host in adapter.hosts:
-                table.add_row(own, name, host)
-        if adapter.has_language_model:
-            table.add_row("any Hub id or local folder", name, "\n".join(adapter.hosts))
-        else:
-            table.add_row("timm/<any ViT>", name, "vision only: encode and choose")
-    console.print(table)
+            raise typer.Exit(OK)
+        console = Console()
+        console.print(_methods(), "")
+        console.print(_models())
     raise typer.Exit(OK)
-
-
-def _show_card(cls: type[Compressor]) -> None:
-    """Where a method comes from, what differs, and its options with their defaults."""
-    card = cls.card
-    typer.echo(f"{inspect.getdoc(cls)}\n")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    verified = f"tests/data/golden/{card.verified}" if card.verified else ""
-    for what, value in {
-        "paper": f"{card.paper}{f', arXiv {card.arxiv}' if card.arxiv else ''}",
-        "code": card.code,
-        "vectors": verified,
-        "acts": _PLACES.get(cls.stage, cls.stage),
-        "options": ", ".join(
-            f"{item.name}={getattr(example, item.name)}"
-            for example in [tokenprune.create(cls.name, retention=0.25)]
-            for item in fields(cls)
-            if item.name != "retention"
-        ),
-    }.items():
-        if value:
-            table.add_row(what, escape(value))
-    for index, deviation in enumerate(card.deviations):
-        table.add_row("" if index else "differs", escape(deviation))
-    Console(highlight=False).print(table)
 
 
 _PLACES = {"encoder": "in encoder", "pre_llm": "before LLM", "llm": "inside LLM"}
 
 
-def _needs(name: str) -> str:
-    """What the strategy looks at with its default options."""
-    signals = sorted(tokenprune.create(name, retention=0.5).needs, key=repr)
-    return ", ".join(dict.fromkeys(item.name for item in signals)) or "-"
+def _methods() -> Table:
+    table = new_table("method", "acts", "looks at", "paper", "verified", title="Methods")
+    for method in methods():
+        table.add_row(
+            method.name,
+            _PLACES.get(method.stage, method.stage),
+            ", ".join(method.needs) or "-",
+            f"{method.paper}, arXiv {method.arxiv}" if method.arxiv else method.paper,
+            "yes" if method.verified else "no" if method.code else "-",
+        )
+    return table
+
+
+def _models() -> Table:
+    table = new_table("model", "adapter", "model class", title="Models")
+    embedded = {name: _architecture(testbed.path(name)) for name in testbed.names()}
+    for family in families():
+        for name, host in embedded.items():
+            if host in family.hosts:
+                table.add_row(name, family.name, host)
+        if family.has_language_model:
+            table.add_row("any Hub id or local folder", family.name, "\n".join(family.hosts))
+        else:
+            table.add_row("timm/<any ViT>", family.name, "vision only: encode and select")
+    return table
+
+
+def _show_card(cls: type[Compressor]) -> None:
+    """Print where a method comes from, how it differs, and its options with their defaults."""
+    card = cls.card
+    typer.echo(f"{inspect.getdoc(cls)}\n")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    example = tokenprune.create(cls.name, retention=0.25)
+    rows = {
+        "paper": f"{card.paper}, arXiv {card.arxiv}" if card.arxiv else card.paper,
+        "code": card.code,
+        "vectors": f"tests/data/golden/{card.verified}" if card.verified else "",
+        "acts": _PLACES.get(cls.stage, cls.stage),
+        "options": ", ".join(
+            f"{item.name}={getattr(example, item.name)}"
+            for item in fields(cls)
+            if item.name != "retention"
+        ),
+    }
+    for what, value in rows.items():
+        if value:
+            table.add_row(what, escape(value))
+    for index, deviation in enumerate(card.deviations):
+        table.add_row("" if index else "differs", escape(deviation))
+    Console(highlight=False).print(table)
 
 
 def _architecture(folder: Path) -> str:
@@ -151,11 +162,11 @@ def audit(
     ] = 0.4,
     plugin: Plugin = None,
 ) -> None:
-    """Check a method of anyone's against the contract, in tiny models of every family.
+    """Check a method against the contract, in tiny models of every family.
 
-    Prints a line for every check, with a counter-example if it fails: an inverted ranking, tokens
-    out of order or repeated, a budget that is exceeded, dependence on batch neighbours, on padding,
-    on positions or on global random numbers, and more.
+    Prints one line per check, with a counter-example if it fails: an inverted ranking, tokens out
+    of order or repeated, an exceeded budget, dependence on other rows of the batch, on padding, on
+    position ids or on global random numbers, and more.
 
     Exit status: 0 all passed, 1 a check failed, 2 bad input.
     """
@@ -169,7 +180,7 @@ def audit(
 
 
 def _auditee(method: str, retention: float) -> Compressor:
-    """The method to be checked.  Raises `UserError` if there is none of that name."""
+    """The method to check.  Raises `UserError` if there is none of that name."""
     from tokenprune.spec import parse
 
     own = own_class(method)
@@ -177,7 +188,7 @@ def _auditee(method: str, retention: float) -> Compressor:
 
 
 def _refuse_without_host(compressor: Compressor) -> None:
-    """Raise `UserError` if no tiny model has what the method needs."""
+    """Raise `UserError` if no tiny model has the signals that the method needs."""
     from tokenprune.testing.host import hosts, refusal
 
     refusals = [refusal(host, compressor) for host in hosts(["llama"])]
@@ -186,7 +197,7 @@ def _refuse_without_host(compressor: Compressor) -> None:
 
 
 def _audit(compressor: Compressor) -> int:
-    """Run every check and show how it went; how many failed."""
+    """Run every check and print a table.  Returns the number of failures."""
     from tokenprune.errors import RetentionWarning
     from tokenprune.testing.host import hosts
     from tokenprune.testing.runner import CHECKS, run
@@ -217,7 +228,7 @@ def _audit(compressor: Compressor) -> int:
     return failed
 
 
-def _discover() -> None:
+def _load_experiments() -> None:
     """Import the ``command.py`` of every experiment, which adds its commands to the app."""
     for found in pkgutil.iter_modules(experiments.__path__):
         name = f"{experiments.__name__}.{found.name}.command"
@@ -225,4 +236,4 @@ def _discover() -> None:
             importlib.import_module(name)
 
 
-_discover()
+Commands.load = staticmethod(_load_experiments)

@@ -1,4 +1,4 @@
-"""The contract: one image's packed visual tokens in, sorted indices out."""
+"""The contract of a method: the packed visual tokens of one image in, sorted indices out."""
 
 from __future__ import annotations
 
@@ -10,32 +10,41 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 import torch
-from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tokenprune import allocators, budget
 from tokenprune.allocators import Allocator, Proportional
+from tokenprune.deprecated import (
+    CallableTuple,
+    RenamedAttribute,
+    RenamesOptions,
+    moved_names,
+    rename_attributes,
+)
 from tokenprune.errors import ContractError, RetentionWarning, UserError, shown
+from tokenprune.grammar import Part, chained, shortest, value_text
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.ops.ranking import best_per_view
 from tokenprune.precision import autocasts, like_now, without_autocast
 from tokenprune.registry import Card
 from tokenprune.signals import Signal
-from tokenprune.tokens import VisualTokens, told
+from tokenprune.tokens import VisualTokens, on_cpu
 from tokenprune.untouched import watched
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Chain",
     "Compressor",
-    "Depths",
     "ScoringCompressor",
     "Selection",
     "Separators",
     "Stage",
-    "StagedCompressor",
     "best",
     "check_cuts",
     "cut_layer",
@@ -44,15 +53,13 @@ __all__ = [
     "warn_about_empty_views",
 ]
 
-
 Separators = Literal["all", "rows", "none"]
-
-
-LARGEST = 2**31 - 1  # that any number of a strategy may be; PyTorch takes it in every dtype we use
+LARGEST = 2**31 - 1
+"""The largest absolute value of an option: PyTorch takes it in every dtype used here."""
 
 
 class Stage(StrEnum):
-    """Where a compressor acts."""
+    """Where a compressor acts: inside the vision encoder, before or inside the language model."""
 
     ENCODER = "encoder"
     PRE_LLM = "pre_llm"
@@ -61,20 +68,19 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What is left of N entries.
+    """The M entries that stay of N.
 
     Attributes:
-        keep: (M,) int64 sorted, unique indices into the N entries, on whatever device; on the CPU
-            once the core has checked them.
-        features: (M, D) new features of the kept entries where dropped ones were merged into
-            them, else None.
-        sizes: (M,) how many entries each kept one stands for, where attention behind the cut shall
-            count it that often (proportional attention: the logarithm is added to the logits of its
-            key, also in later decode steps), else None.  Inside the language model only; a later
-            selection that gives sizes counts what it sees as one each.
-        scores: Numbers of any shape that the choice rests on, where the strategy ranks by itself;
-            the core refuses the selection unless all are finite.  None where `keep_best` or `best`
-            ranks, which look at the scores themselves.
+        keep: (M,) int64, sorted, unique indices into the N entries, on any device.  The core
+            returns them on the CPU.
+        features: (M, D) new features of the kept entries if dropped entries are merged into them,
+            else None.
+        sizes: (M,) number of entries that each kept entry stands for, for proportional attention:
+            the logarithm is added to the logits of its key, also in decode steps.  None without
+            proportional attention.  Inside the language model only.  A later selection with sizes
+            counts each entry that it receives as one.
+        scores: The scores, of any shape, if the method ranks by itself.  The core refuses the
+            selection unless all are finite.  None if `keep_best` or `best` ranks.
     """
 
     keep: Tensor
@@ -82,24 +88,40 @@ class Selection:
     sizes: Tensor | None = None
     scores: Tensor | None = None
 
+    def __repr__(self) -> str:
+        merged = ", merged" if self.features is not None else ""
+        return f"Selection({len(self.keep)} kept{merged})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each kept entry: ``index``, and ``size`` if the selection has sizes."""
+        import pandas as pd
+
+        columns = {"index": self.keep.cpu().numpy()}
+        if self.sizes is not None:
+            columns["size"] = self.sizes.cpu().numpy()
+        return pd.DataFrame(columns)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Compressor(ABC):
-    """A compression method.  Its fields are its hyper-parameters and make up its `repr`.
+class Compressor(ABC, metaclass=RenamesOptions):
+    """A compression method with its options, which are the fields of the dataclass.
 
-    Subclasses are frozen, keyword-only dataclasses that implement `select`.  They see ONE image at
-    a time as `VisualTokens`: never a batch, a padding mask, a hook or a model class.
+    A subclass is a frozen, keyword-only dataclass that implements `select`.  It receives ONE image
+    at a time as `VisualTokens`: no batch, no padding mask, no hook, no model class.
 
     Attributes:
-        retention: R in (0, 1], kept patch tokens / patch tokens.
+        retention: Retention ratio R in (0, 1]: kept patch tokens / all patch tokens.
         separators: Which separators stay: ``all`` (as in the official LLaVA-NeXT methods),
-            ``rows`` (those of canvas rows that keep a token) or ``none``.  They are never part of
-            R, and the ledger shows them apart.
-        location_aware: Whether the choice depends on where tokens lie by design, as in baselines
-            that keep evenly spaced tokens.
-        position_ids: ``compact`` re-indexes what is left as a shorter prompt, ``original`` keeps
-            the position ids of the full one.  ``auto`` is ``compact`` before the language model and
-            ``original`` inside it, as the official codes do.
+            ``rows`` (those of canvas rows that keep a token) or ``none``.  Separators do not count
+            in R; the ledger lists them separately.
+        location_aware: Whether the method uses the location of tokens by design, as baselines that
+            keep evenly spaced tokens do.
+        position_ids: ``compact`` renumbers the kept tokens as a shorter prompt, ``original`` keeps
+            the position ids of the full prompt.  ``auto`` is ``compact`` before the language model
+            and ``original`` inside it, as in the official codes.
+        name: The registered name.
+        stage: Where the method acts.
+        card: Where the method comes from.
     """
 
     retention: float
@@ -111,6 +133,14 @@ class Compressor(ABC):
     location_aware: ClassVar[bool] = False
     card: ClassVar[Card] = Card()
 
+    positional = RenamedAttribute("location_aware")
+    positions = RenamedAttribute("position_ids")
+    stages = RenamedAttribute("parts")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        rename_attributes(cls)
+
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = _validated(type(self), item.name, getattr(self, item.name))
@@ -119,49 +149,56 @@ class Compressor(ABC):
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
-        """Choose among the patch tokens; the core adds the separators afterwards."""
+        """Select patch tokens.  The core adds the separators afterwards.
+
+        Args:
+            tokens: One image's or video's packed sequence of N entries.
+
+        Returns:
+            At most `limit` patch tokens, never an empty selection.
+        """
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """What the strategy needs to see besides features and layout; nothing else is computed."""
+        """The signals that the method needs besides features and layout.  No other is computed."""
         return frozenset()
 
     def ranking(self, tokens: VisualTokens) -> Tensor | None:
-        """(N,) by what `select` ranks these tokens, higher is kept first; None if it does not.
+        """(N,) scores by which `select` ranks, higher is kept first; None if it does not rank.
 
-        For pictures and analyses; values at separators have no meaning.
+        For figures and analyses.  Values at separators have no meaning.
         """
         return None
 
     @property
     def cuts(self) -> tuple[int | float, ...]:
-        """Where an ``llm`` strategy selects: in front of which decoder layers, ascending.
+        """The decoder layers in front of which an ``llm`` method selects, ascending.
 
-        Whole numbers are indices of layers, fractions in (0, 1) shares of the decoder's depth.
+        An integer is the index of a layer, a fraction in (0, 1) a share of the decoder's depth.
         """
         return ()
 
     def at(self, cut: int | float) -> Compressor:
-        """What selects at ``cut``, one of `cuts`; itself unless its cuts differ."""
+        """The compressor that selects at ``cut``, one of `cuts`: itself unless the cuts differ."""
         return self
 
     @property
     def fills_budget(self) -> bool:
-        """Whether it keeps as much as R allows; False where content may decide to keep less."""
+        """Whether the method always keeps the whole budget; False if the content may lower it."""
         return True
 
     @property
     def allocation(self) -> Allocator | None:
-        """What says how many tokens each view keeps, if it is an allocator."""
+        """The allocator that divides the budget between the views, or None."""
         allocator: Allocator | None = getattr(self, "allocator", None)
         return allocator
 
     def limit(self, tokens: VisualTokens) -> int:
-        """How many patch tokens `select` may keep; more are an error.
+        """The most patch tokens that `select` may keep; more are an error.
 
-        The default is R of those that are there, rounded up once a view, or what the allocator may
-        hand out (`Allocator.limit`).  Strategies that select in several places and keep more at
-        first, or go beyond R by design, override it.
+        The default is R times the number of patch tokens, rounded up once per view, or the limit of
+        the allocator (`Allocator.limit`).  Override it if the method selects at several cuts and
+        keeps more at the first ones, or exceeds R by design.
         """
         if self.allocation is not None:
             return self.allocation.limit(tokens.layout, self.retention)
@@ -169,13 +206,16 @@ class Compressor(ABC):
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether survivors keep the position ids of the full prompt."""
+        """Whether kept tokens keep the position ids of the full prompt."""
         default = "original" if self.stage is Stage.LLM else "compact"
         return (default if self.position_ids == "auto" else self.position_ids) == "original"
 
     @property
     def label(self) -> str:
-        """The spec string that rebuilds the method apart from its retention, for tables."""
+        """The spec of the method without its retention, for tables: options that are not defaults.
+
+        `tokenprune.spec.format` adds the retention.
+        """
         plain = {
             item.name: item.default_factory()
             if item.default_factory is not dataclasses.MISSING
@@ -183,15 +223,14 @@ class Compressor(ABC):
             for item in dataclasses.fields(self)
         }
         changed = {
-            name: getattr(self, name)
+            name: _option_text(getattr(self, name))
             for name, default in plain.items()
             if name != "retention" and getattr(self, name) != default
         }
-        options = ",".join(f"{name}={_spell(value)}" for name, value in changed.items())
-        return f"{self.name or type(self).__name__}{':' if options else ''}{options}"
+        return str(Part(_name(self), changed))
 
     def parts(self) -> Iterator[Compressor]:
-        """The compressors this one runs, in order (itself, unless it is a `Chain`)."""
+        """The compressors that this one runs, in order: itself, or the members of a `Chain`."""
         yield self
 
     def flops(self, tokens: VisualTokens) -> float | None:
@@ -207,15 +246,15 @@ class Compressor(ABC):
         return None
 
     def __call__(self, tokens: VisualTokens) -> Selection:
-        """`select` plus the separators, checked.  This is what the engine runs.
+        """`select`, checked, with the separators.  The engine calls this.
 
         Raises:
-            ContractError: The strategy broke the contract: unsorted, repeated, out of range, empty,
-                more than its `limit`, features of the wrong shape, scores that are not finite, or
-                it wrote to what it was shown (`tokenprune.untouched`).
+            ContractError: The selection is unsorted, repeated, out of range, empty or larger than
+                `limit`; its features have the wrong shape; its scores are not finite; or the method
+                wrote to a tensor of ``tokens`` (`tokenprune.untouched`).
         """
         layout = tokens.layout.host
-        # Nothing to choose, whatever a formula makes of it.
+        # Full retention keeps everything, whatever a method's formula says.
         if self.retention == 1 or not len(layout.patches):
             chosen = Selection(layout.patches)
         else:
@@ -241,26 +280,26 @@ class Compressor(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringCompressor(Compressor):
-    """The common case: score every token, an allocator says how many each view keeps.
+    """The common case: the method scores every token, an allocator divides the budget.
 
     Attributes:
-        allocator: An `Allocator` or its name (``proportional``, ``topk``, ``globalcom2``, ``max``).
+        allocator: An `Allocator`, or its name: ``proportional``, ``topk``, ``globalcom2``, ``max``.
     """
 
     allocator: Allocator = field(default_factory=Proportional)
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Tensor:
-        """(N,) scores, higher is kept first; values at separators are ignored."""
+        """(N,) scores, higher is kept first.  Values at separators are ignored."""
 
     @property
     def allocation(self) -> Allocator:
-        """How many tokens each view keeps; for strategies that make up their own by default."""
+        """The allocator in use.  Override it if the default depends on other options."""
         return self.allocator
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """What the allocator needs; a strategy adds what `score` looks at."""
+        """The signals of the allocator.  A method adds those of `score`."""
         return self.allocation.needs
 
     def ranking(self, tokens: VisualTokens) -> Tensor | None:
@@ -270,50 +309,14 @@ class ScoringCompressor(Compressor):
         return keep_best(self, tokens, self.score(tokens), self.allocation)
 
 
-Depths = Annotated[
-    tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1, max_length=1000)
-]
-"""Type of `StagedCompressor.depths`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StagedCompressor(Compressor):
-    """A method that selects at several cuts of the language model.
-
-    At cut ``i`` of ``n`` it keeps at most ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered.
-    Every cut drops the same share, and R is left at the end.
-
-    Attributes:
-        depths: Cuts as shares of the decoder's depth, ascending.
-        cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
-    """
-
-    depths: Depths
-    cut: Annotated[int, Field(ge=0)] = 0
-
-    stage: ClassVar[Stage] = Stage.LLM
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cuts(self, self.cut)
-
-    @property
-    def cuts(self) -> tuple[float, ...]:
-        return self.depths
-
-    def at(self, cut: int | float) -> Compressor:
-        return dataclasses.replace(self, cut=1 + self.depths.index(cut))
-
-    def limit(self, tokens: VisualTokens) -> int:
-        share = (self.cut or len(self.depths)) / len(self.depths)
-        return budget.left_at(tokens, self.retention, share)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Chain(Compressor):
-    """Several compressors one after the other: inside the vision tower, before and inside the LLM.
+    """Several compressors, one after the other, at the same or at later stages.
 
-    Each acts on what the one before it left; `retention` is the product of theirs.
+    Each receives what the one before it kept.  `retention` is the product of theirs.
+
+    Attributes:
+        members: The compressors, in the order in which they act.
     """
 
     members: tuple[Compressor, ...] = ()
@@ -321,12 +324,17 @@ class Chain(Compressor):
 
     @classmethod
     def of(cls, *parts: Compressor) -> Chain:
-        """The chain of ``parts``.  Raises `UserError` unless they are in the order they act in."""
+        """The chain of ``parts``.
+
+        Raises:
+            UserError: They are not in the order in which they act, or more than one acts inside the
+                vision encoder or before the language model.
+        """
         order = [list(Stage).index(part.stage) for part in parts]
         if not parts or order != sorted(order) or max(order.count(0), order.count(1)) > 1:
             raise UserError(
                 f"a chain takes at most one encoder and at most one pre_llm strategy followed by "
-                f"llm ones, got "
+                f"llm ones; got "
                 f"{[f'{part.name} ({part.stage})' for part in parts]}."
             )
         retention = 1.0
@@ -340,22 +348,33 @@ class Chain(Compressor):
 
     @property
     def label(self) -> str:
-        return " + ".join(f"{part.label}@{_shortest(part.retention)}" for part in self.members)
+        return chained(f"{part.label}@{shortest(part.retention)}" for part in self.members)
 
-    def parts(self) -> Iterator[Compressor]:
+    def _parts(self) -> Iterator[Compressor]:
         for part in self.members:
             yield from part.parts()
 
+    if TYPE_CHECKING:
+
+        def parts(self) -> Iterator[Compressor]: ...
+
+    else:
+
+        @property
+        def parts(self) -> CallableTuple:
+            """A method now; the name was that of the field `members`."""
+            return CallableTuple.of(self.members, self._parts, "Chain.parts", "Chain.members")
+
     def select(self, tokens: VisualTokens) -> Selection:
-        raise UserError("a chain acts in several places; run it with tokenprune.compress.")
+        raise UserError("a chain selects at several stages; run it with tokenprune.compress.")
 
 
 def check_cuts(strategy: Compressor, cut: int) -> None:
-    """Raise `UserError` unless the `cuts` of ``strategy`` rise, and ``cut`` counts one of them.
+    """Raise `UserError` unless the `cuts` of ``strategy`` ascend and ``cut`` is one of them.
 
     Args:
-        strategy: One that selects several times.
-        cut: Which of its cuts it stands for, counted from 1; 0 for none.
+        strategy: A method with several cuts.
+        cut: The number of the cut at which it selects, counted from 1; 0 for none.
     """
     cuts = strategy.cuts
     if any(later <= earlier for earlier, later in pairwise(cuts)):
@@ -365,10 +384,10 @@ def check_cuts(strategy: Compressor, cut: int) -> None:
 
 
 def cut_layer(cut: int | float, depth: int) -> int:
-    """Which of ``depth`` decoder layers a cut (see `Compressor.cuts`) lies in front of.
+    """Index of the decoder layer, of ``depth``, that ``cut`` (`Compressor.cuts`) is in front of.
 
-    A share is at least one layer and leaves at least one.  Where two cuts of a strategy fall
-    together in a shallow decoder, the later one counts.
+    A share leaves at least one layer before it and one behind it.  In a shallow decoder two cuts
+    may fall on one layer; the later one counts.
     """
     return cut if isinstance(cut, int) else max(1, min(round(cut * depth), depth - 1))
 
@@ -376,7 +395,7 @@ def cut_layer(cut: int | float, depth: int) -> int:
 def placed(
     compressor: Compressor | None, depth: int
 ) -> tuple[list[Compressor], dict[int, Compressor]]:
-    """What selects in front of a decoder, in order, and what in front of which of its layers."""
+    """The compressors in front of a decoder of ``depth`` layers, and those inside by layer."""
     stages = list(compressor.parts()) if compressor is not None else []
     before = [part for part in stages if part.stage is not Stage.LLM]
     inside = {cut_layer(cut, depth): part.at(cut) for part in stages for cut in part.cuts}
@@ -386,7 +405,7 @@ def placed(
 def keep_best(
     strategy: Compressor, tokens: VisualTokens, scores: Tensor, allocator: Allocator
 ) -> Selection:
-    """The tokens of the highest ``scores`` (N,), as many of each view as ``allocator`` says.
+    """Select the highest ``scores`` (N,) of each view, as many as ``allocator`` grants.
 
     Raises:
         ContractError: A patch token's score is NaN or infinite.
@@ -401,23 +420,23 @@ def best(strategy: Compressor, tokens: VisualTokens, scores: Tensor, counts: Ten
     """The ``counts[v]`` patch tokens of the highest ``scores`` (N,) of every view ``v``.
 
     Returns:
-        (M,) sorted indices on the CPU; one wait where they are computed on a device.
+        (M,) sorted indices on the CPU.  One synchronisation if the scores are on a device.
 
     Raises:
         ContractError: A patch token's score is NaN or infinite.
     """
     of_patches = scores[tokens.layout.to(scores.device).patches]
     mask = best_per_view(tokens.layout, scores, counts)
-    kept, finite = told(mask, of_patches.isfinite().all())
+    kept, finite = on_cpu(mask, of_patches.isfinite().all())
     if not finite:
         raise _not_finite(strategy, of_patches)
     return kept.nonzero().squeeze(1)
 
 
 def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, keep: Tensor) -> None:
-    """Warn when a view's share of the budget is less than one token and it keeps none."""
+    """Warn of each view whose share of the budget is below one token and that keeps none."""
     starving = [0 < strategy.retention * size < 1 for size in layout.view_sizes]
-    if not any(starving):  # an allocator may empty a view on purpose
+    if not any(starving):  # an allocator may empty a view by design
         return
     kept = torch.bincount(layout.view[keep], minlength=layout.views).tolist()
     empty = [view for view, starves in enumerate(starving) if starves and not kept[view]]
@@ -431,7 +450,7 @@ def warn_about_empty_views(strategy: Compressor, layout: TokenLayout, keep: Tens
 
 
 def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor:
-    """(S,) indices of the separators that stay; all of it on the CPU."""
+    """(S,) indices of the separators that stay, on the CPU."""
     if policy == "none":
         return layout.separators[:0]
     if policy == "all":
@@ -440,7 +459,7 @@ def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor
     if layout.canvas_shape[0]:
         rows = torch.zeros(layout.canvas_shape[0] + 1, dtype=torch.bool, device=keep.device)
         rows[layout.canvas_row[keep]] = True
-        rows[-1] = False  # where the -1 of thumbnail tokens went
+        rows[-1] = False  # thumbnail tokens have canvas row -1
         stays = stays & rows[layout.canvas_row]
     return stays.nonzero().squeeze(1)
 
@@ -453,7 +472,7 @@ def _not_finite(strategy: Compressor, scores: Tensor) -> ContractError:
     wrong = int((~scores.isfinite()).sum())
     return ContractError(
         f"{_name(strategy)} ranks by scores of which {wrong} of {scores.numel()} are NaN or "
-        "infinite; a choice by them would be arbitrary."
+        "infinite; the selection would be arbitrary."
     )
 
 
@@ -465,11 +484,11 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
             f"{who} must return a non-empty 1-D int64 tensor of indices, got {keep.dtype} of "
             f"shape {tuple(keep.shape)}."
         )
-    # The one wait for the device: places are checked and looked up on the host.
+    # The only synchronisation: indices are checked on the CPU.
     if chosen.scores is None:
         keep = keep.cpu()
     else:
-        keep, finite = told(keep, chosen.scores.isfinite().all())
+        keep, finite = on_cpu(keep, chosen.scores.isfinite().all())
         if not finite:
             raise _not_finite(strategy, chosen.scores)
     bad = (keep.diff() <= 0).any() | (keep[0] < 0) | (keep[-1] >= len(tokens))
@@ -482,8 +501,8 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
     if len(keep) > limit:
         raise ContractError(
             f"{who} keeps {len(keep)} of {len(tokens.layout.patches)} patch tokens, at most "
-            f"{limit} are due at a retention of {strategy.retention:g}; a strategy that goes "
-            "beyond by design says so in `limit`."
+            f"{limit} are due at a retention of {strategy.retention:g}; a method that exceeds "
+            "it by design overrides `limit`."
         )
     shape = (len(keep), tokens.features.shape[1])
     if chosen.features is not None and tuple(chosen.features.shape) != shape:
@@ -525,7 +544,7 @@ def _validated(cls: type, name: str, value: Any) -> Any:
             return _validated(cls, name, tuple(value.split("/")))
         said = "; ".join(item["msg"] for item in error.errors())
     else:
-        # NaN fails every comparison; of the retention `check_retention` tells more.
+        # NaN fails every comparison.  `check_retention` has a better message for the retention.
         if name == "retention" or all(abs(number) <= LARGEST for number in _numbers(made)):
             return made
         said = f"a number must lie between -{LARGEST} and {LARGEST}"
@@ -542,14 +561,10 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(one)
 
 
-def _shortest(number: float) -> str:
-    """The shortest text that is read as ``number`` again."""
-    short = f"{number:g}"
-    return short if float(short) == number else repr(number)
+def _option_text(value: Any) -> str:
+    """``value`` as a spec gives it; an allocator by its name."""
+    named = {cls: name for name, cls in allocators.ALLOCATORS.items()}
+    return named.get(type(value)) or value_text(value)
 
 
-def _spell(value: Any) -> str:
-    named = {type(v()): k for k, v in allocators.ALLOCATORS.items()}
-    if isinstance(value, tuple):
-        return "/".join(map(_spell, value))
-    return named.get(type(value), str(value)) if isinstance(value, Allocator) else f"{value}"
+__getattr__ = moved_names(__name__)

@@ -1,13 +1,13 @@
-"""What all commands share: the app they join, how they read lists, show progress and end."""
+"""What all commands share: the app, list options, progress, tables and exit status."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from rich import box
@@ -18,7 +18,8 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
-from tokenprune.progress import Report
+from tokenprune.grammar import lines
+from tokenprune.progress import ProgressCallback
 from tokenprune.texts import is_whole, printable
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "INTERRUPTED",
     "OK",
     "ManyValues",
+    "Plugin",
     "app",
     "as_exit_status",
     "method_label",
@@ -41,7 +43,27 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Commands(TyperGroup):
-    """The commands; what they are given can be written to their manifests."""
+    """The commands.  Those of the experiments are imported when one of them is asked for.
+
+    Attributes:
+        load: Imports the modules that add the other commands to `app`.
+    """
+
+    load: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._complete()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            self._complete()
+        return super().get_command(ctx, cmd_name)
+
+    def _complete(self) -> None:
+        type(self).load()
+        group: Any = typer.main.get_command(app)
+        self.commands.update(group.commands)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for value in args:
@@ -69,7 +91,7 @@ class ManyValues(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         lists = {name for option in self.params if option.multiple for name in option.opts}
         for name, value in pairwise(args):
-            # Typer would take the next option for the value; no value but a number starts so.
+            # Typer would take the next option for the value.  Only a number may start with '-'.
             if name in lists and re.match(r"-[^\d.]", value):
                 ctx.fail(f"{name} needs at least one value, got the option {value}.")
         return super().parse_args(ctx, spread(args, lists))
@@ -82,7 +104,7 @@ def spread(args: Sequence[str], options: set[str]) -> list[str]:
     ['-m', 'uniform', '-m', 'fastv', '--seed', '1']
     """
     result: list[str] = []
-    current = ""  # the option whose values we are among
+    current = ""  # the option whose values follow
     for before, arg in zip(["", *args], args, strict=False):
         if arg.startswith("-") and before not in options:
             current = arg.partition("=")[0] if arg.partition("=")[0] in options else ""
@@ -92,9 +114,20 @@ def spread(args: Sequence[str], options: set[str]) -> list[str]:
     return result
 
 
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE...",
+        help="Import a module first, for the methods that it registers. Its code is executed.",
+    ),
+]
+"""The option ``--plugin``."""
+
+
 @contextmanager
 def as_exit_status() -> Iterator[None]:
-    """Bad input and Ctrl-C end with a sentence and a status, not with a traceback."""
+    """Turn bad input and Ctrl-C into a sentence and an exit status, without a traceback."""
     try:
         yield
     except UserError as error:
@@ -106,7 +139,7 @@ def as_exit_status() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Keep transformers' own progress bars and notices off the terminal."""
+    """Switch off the progress bars and notices of transformers."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -114,8 +147,8 @@ def quiet() -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """A progress bar on standard error, which warnings do not tear apart."""
+def progress() -> Iterator[ProgressCallback]:
+    """A progress bar on standard error.  Warnings are printed above it."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", justify="left"),
@@ -146,6 +179,7 @@ def progress() -> Iterator[Report]:
 
 
 def new_table(*columns: str, **options: Any) -> Table:
+    """An empty table in the style of all commands."""
     return Table(
         *columns,
         box=box.SIMPLE_HEAD,
@@ -161,7 +195,7 @@ def new_table(*columns: str, **options: Any) -> Table:
 
 
 def method_label(label: str) -> str:
-    """A method's label, its options in lines of their own if it is long."""
+    """A method's label for a cell of a table; a long one has its options in lines of their own."""
     if len(label) > 14:
-        label = label.replace(":", ":\n ", 1).replace(",", ",\n ")
+        label = "\n ".join(lines(label))
     return escape(label)

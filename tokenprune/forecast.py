@@ -1,15 +1,15 @@
-"""What a method would cost at a given shape, without weights, images or a forward.
+"""The cost of a method at given shapes, computed without weights, images or a forward.
 
-The strategy's own code runs on made-up tokens of the right geometry, in the places where the engine
-would run it, so that rounding, separators and several cuts come out as they would; the arithmetic
-is the ledger's.  What a method makes of the *content* is not foreseen: one whose counts
-depend on it is run on several draws, and the forecast then is an estimate.
+The method's own code runs on random tokens with the layout of the images, at the same points of the
+prefill as in the engine.  Rounding, separators and several cuts therefore have their real effect,
+and the same `tokenprune.cost.account` sums up.  Where the number of kept tokens depends on the
+content of an image, several draws differ, and the forecast is an estimate.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,23 +17,12 @@ import torch
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, placed
-from tokenprune.cost.arithmetic import (
-    DecoderShape,
-    Kept,
-    VisionShape,
-    copied_bytes,
-    encoder_flops,
-    held_bytes,
-    kept_of,
-    merging_bytes,
-    signal_bytes,
-    signal_flops,
-)
-from tokenprune.cost.ledger import Ledger, settle
-from tokenprune.cost.measuring import Work
-from tokenprune.encoder import encoder_part
+from tokenprune.cost.account import Account, Attended, Images, Sizes, attended_for
+from tokenprune.cost.arithmetic import signal_widths
+from tokenprune.cost.ledger import Ledger
+from tokenprune.encoder import EncoderCompressor, encoder_part
 from tokenprune.engine.decoder import tapped_layers
-from tokenprune.engine.tower import foreseen
+from tokenprune.engine.tower import dry_run
 from tokenprune.errors import RetentionWarning
 from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
@@ -50,12 +39,12 @@ _INPUTS, _PROMPT = Signal("llm_inputs"), Signal("llm_prompt")
 
 @dataclass(frozen=True)
 class Forecast:
-    """The accounts of several draws.
+    """The ledgers of several random draws.
 
     Attributes:
-        draws: A `Ledger` for each.
-        by_content: Whether counts depend on the image even where all draws agree, as where patches
-            merge in the tower: those of the padding vanish with it.
+        draws: One `Ledger` for each.
+        by_content: Whether counts depend on the image even if all draws agree, as for patches that
+            merge in the vision encoder: clusters inside the canvas padding disappear with it.
     """
 
     draws: tuple[Ledger, ...]
@@ -63,21 +52,21 @@ class Forecast:
 
     @property
     def ledger(self) -> Ledger:
-        """The account with the median layer average."""
+        """The ledger with the median layer average."""
         ordered = sorted(self.draws, key=lambda one: one.layer_average)
         return ordered[len(ordered) // 2]
 
     @property
     def exact(self) -> bool:
-        """Whether every draw processes equally many tokens in every layer.
+        """Whether all draws process the same number of tokens in every layer.
 
-        What a few draws do not show is not known: rounding that content seldom changes.
+        Rounding that depends on the content in rare cases may not show in a few draws.
         """
         return not self.by_content and len({one.visual_per_layer for one in self.draws}) == 1
 
     @property
     def mark(self) -> str:
-        """``≈`` where the counts depend on the content, else nothing."""
+        """``≈`` if the counts depend on the content, else an empty string."""
         return "" if self.exact else "≈"
 
 
@@ -91,18 +80,18 @@ def forecast(
     size: int = 2,
     draws: int = 5,
 ) -> Forecast:
-    """The account of one prompt's prefill with a KV cache.
+    """Forecast the ledger of one prompt's prefill with a KV cache.
 
     Args:
-        adapter: Of the model, which may lie on the ``meta`` device.
+        adapter: Adapter of the model, which may be on the ``meta`` device.
         compressor: The method, or None.
-        layouts: Of the prompt's images and videos (`Adapter.layout`).
-        text: Tokens of the prompt that are not visual.
-        asking: How many of them lie behind the images, for methods that ask the text; default all
-            of them.  Where there are none, one that is not counted stands in.  A number for each
-            image or video where words lie between them.
+        layouts: Layouts of the prompt's images and videos (`Adapter.layout`).
+        text: Number of text tokens.
+        asking: Number of text tokens behind the images, for methods that use text as queries; one
+            number for each image or video if text is between them.  The default is all of them.
+            If there are none, one token that is not counted takes their place.
         size: Bytes of a number: 2 for half precision.
-        draws: On how many made-up contents the strategy runs.
+        draws: Number of random contents that the method runs on.
 
     Raises:
         UserError: The model lacks what the method needs.
@@ -123,7 +112,7 @@ def forecast(
 
 
 class _Draw:
-    """One made-up prompt on its way through the model."""
+    """One random prompt on its way through the model."""
 
     def __init__(
         self,
@@ -137,47 +126,33 @@ class _Draw:
     ) -> None:
         self.adapter, self.layouts = adapter, layouts
         self.text, self.asking, self.size, self.seed = text, asking, size, seed
-        self.retention = compressor.retention if compressor is not None else 1.0
-        self.needs = compressor.needs if compressor is not None else frozenset()
-        self.shape = DecoderShape.of(adapter.language_model.config)
-        self.before, self.inside = placed(compressor, self.shape.layers)
-        towers = frozenset(signal for signal in self.needs if not signal.in_llm)
-        early = towers | (self.needs & {_PROMPT})
+        self.needs = needs = compressor.needs if compressor is not None else frozenset[Signal]()
+        self.sizes = Sizes.of(adapter)
+        self.before, self.inside = placed(compressor, self.sizes.decoder.layers)
+        self.account = Account(self.sizes, compressor, self.inside, needs)
+        self.attended: list[Attended] = []
+        towers = frozenset(signal for signal in needs if not signal.in_llm)
         self.images = [
-            sample_tokens(early, layout, seed=1000 * seed + index, text=words)
+            sample_tokens(
+                towers | (needs & {_PROMPT}), layout, seed=1000 * seed + index, text=words
+            )
             for index, (layout, words) in enumerate(zip(layouts, asking, strict=True))
         ]
-        views = sum(layout.views for layout in layouts)
-        vision = VisionShape.of(adapter.base.config.vision_config)
-        self.plain = views * encoder_flops([adapter.vision_tokens] * vision.layers, vision)
-        self.vision, attended, part = self.plain, None, encoder_part(compressor)
-        merging = 0
-        if part is not None and layouts:
-            runs = [foreseen(adapter, part, layout, seed) for layout in layouts]
-            self.images = [
-                replace(
-                    tokens,
-                    clusters=run.clusters([tokens.layout], adapter.view_shape)[0],
-                    encoding=run.encoding,
-                )
-                for tokens, run in zip(self.images, runs, strict=True)
-            ]
-            attended = runs[-1].attended  # as the engine does
-            self.vision = sum(
-                layout.views * encoder_flops(run.attended, vision, run.processed)
-                for layout, run in zip(layouts, runs, strict=True)
-            )
-            width = adapter.vision_width
-            merging = max(merging_bytes(run.encoding, width, views, size) for run in runs)
-        self.flops = signal_flops(towers, adapter, views, attended)
-        self.bytes = max(merging, signal_bytes(towers, adapter, views, size, attended))
-        self.tapped = 0  # bytes of the states that attention rows are made of
-        self.merged = 0  # bytes of copies that merged tokens are put in
+        part = encoder_part(compressor)
+        if part is not None:
+            self.images = [self._encoded(part, tokens) for tokens in self.images]
+        self.account.encode([(one.layout.views, one.encoding) for one in self.images], size)
+
+    def _encoded(self, part: EncoderCompressor, tokens: VisualTokens) -> VisualTokens:
+        """``tokens`` as a vision encoder that runs under ``part`` returns them."""
+        run = dry_run(self.adapter, part, tokens.layout, self.seed)
+        clusters = run.clusters([tokens.layout], self.adapter.view_shape)[0]
+        return replace(tokens, clusters=clusters, encoding=run.encoding)
 
     def ledger(self) -> Ledger:
-        """Run the method and settle."""
+        """Run the method and sum up."""
         for part in self.before:
-            self._select(part, self.images, inside=False)
+            self._select(part, self.images)
         entered = [tokens.layout for tokens in self.images]
         self.images = [
             replace(
@@ -187,83 +162,47 @@ class _Draw:
             )
             for tokens, words in zip(self.images, self.asking, strict=True)
         ]
-        visual: list[int] = []
-        for layer in range(self.shape.layers):
-            if layer in self.inside:
-                self._ask(self.inside[layer], layer, visual)
-                shown = [
-                    self._shown(self.inside[layer], tokens, words)
-                    for tokens, words in zip(self.images, self.asking, strict=True)
-                ]
-                self._select(self.inside[layer], shown, inside=True)
-            visual.append(sum(map(len, self.images)))
-        return settle(
-            shape=self.shape,
-            size=self.size,
-            requested=self.retention,
-            before=self.layouts,
-            entered=entered,
-            after=[tokens.layout for tokens in self.images],
-            text=self.text,
-            visual_per_layer=visual,
-            selector_flops=self.flops,
-            selector_bytes=self.bytes,
-            merged_bytes=self.merged,
-            vision_flops=self.vision,
-            uncompressed_vision_flops=self.plain,
-        )
+        self.account.count(0, sum(map(len, self.images)))
+        for layer, part in self.inside.items():
+            if self.images:
+                self.attended += self._attended(part, layer)
+            given = [
+                self._between_layers(part, tokens, words)
+                for tokens, words in zip(self.images, self.asking, strict=True)
+            ]
+            self._select(part, given, tapped_layers(part.needs, {layer: part}))
+            self.account.count(layer, sum(map(len, self.images)))
+        after = [tokens.layout for tokens in self.images]
+        layouts = Images(before=self.layouts, entered=entered, after=after)
+        return self.account.ledger(layouts, self.attended, text=self.text, size=self.size)
 
-    def _select(self, part: Compressor, shown: Sequence[VisualTokens], *, inside: bool) -> None:
-        """Let ``part`` choose of every image, and charge what that takes."""
-        held = [held_bytes(self._sized(tokens), inside=False) for tokens in self.images]
-        tapped = self.tapped if inside else 0
-        for index, tokens in enumerate(shown):
-            sized = self._sized(tokens)
-            own = held_bytes(sized, inside=True) - held[index] if inside else 0
-            cost = Work.of(part, sized, self.layouts[index]).cost()
-            self.flops += cost.flops
-            self.bytes = max(self.bytes, tapped + sum(held) + own + int(cost.bytes))
-        slots = self.text + sum(map(len, self.images))
-        chosen = [part(tokens) for tokens in shown]
-        for one in chosen:
-            if one.features is not None:
-                copied = copied_bytes(slots, len(one.keep), self.shape, self.size)
-                self.merged = max(self.merged, copied)
-        self.images = [old.take(one.keep) for old, one in zip(self.images, chosen, strict=True)]
+    def _select(
+        self, part: Compressor, given: Sequence[VisualTokens], tapped: Iterable[int] = ()
+    ) -> None:
+        """Let ``part`` select from every image, and enter the cost."""
+        sized = [self._sized(tokens) for tokens in self.images]
+        self.account.begin(sized)
+        left = []
+        each = zip(self.images, sized, given, self.layouts, strict=True)
+        for tokens, known, shown, full in each:
+            selection = part(shown)
+            wide = known if shown is tokens else self._sized(shown)
+            self.account.select(part, known, wide, selection, full, tapped)
+            left.append(tokens.take(selection.keep))
+        self.images = left
 
-    def _ask(self, part: Compressor, layer: int, visual: Sequence[int]) -> None:
-        """Charge the attention rows that ``part`` wants in front of ``layer``."""
-        if not self.images:
-            return
-        rows: list[tuple[int, int, bool, Kept]] = []  # layer, queries, keys projected for it, kept
+    def _attended(self, part: Compressor, layer: int) -> list[Attended]:
+        """Attention rows and keys that the engine computes for ``part`` in front of ``layer``."""
+        found = []
         for signal in part.needs:
-            kept = kept_of([signal.name])
-            if signal.name == "llm_attention":
-                rows.append((signal.layer, 1, False, kept))
-            elif signal.name == "llm_ahead":
-                rows.append((layer - 1, 1, True, kept))
-            elif signal.name in ("llm_text", "llm_text_heads", "llm_cross"):
-                rows += [(layer - 1, min(words, self.text), False, kept) for words in self.asking]
-            elif signal.name == "llm_self":
-                rows += [(layer - 1, len(one.layout.patches), False, kept) for one in self.images]
-            elif signal.name == "llm_global":
-                rows += [(layer - 1, 1, True, kept)] * len(self.images)
-            elif signal.name == "llm_keys_ahead":
-                rows.append((layer - 1, 0, True, kept))
-            elif signal.name in ("llm_keys", "llm_states"):
-                count = self.text + visual[layer - 1]
-                taken = self.shape.vector_bytes(count, self.size, signal.name)
-                self.bytes = max(self.bytes, taken)
-        for where, queries, again, kept in rows:
-            count = self.text + visual[where]
-            self.flops += self.shape.row_flops(count, again, queries)
-            taken = self.shape.row_bytes(count, again, self.size, queries, kept)
-            self.bytes = max(self.bytes, taken)
-        seen = [visual[where] for where in tapped_layers(part.needs, {layer: part})]
-        self.tapped = self.size * self.shape.hidden * sum(self.text + count for count in seen)
+            each = list(zip(self.images, self.asking, strict=True))
+            for tokens, words in each if signal.info.scope == "image" else each[:1]:
+                text, patches = min(words, self.text), len(tokens.layout.patches)
+                found.append(attended_for(signal, layer, text=text, patches=patches))
+        return [one for one in found if one is not None]
 
-    def _shown(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:
-        """What ``part`` sees between two layers of one image with ``words`` behind it."""
+    def _between_layers(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:
+        """What ``part`` is given between two layers of one image with ``words`` behind it."""
         wanted = frozenset(signal for signal in part.needs if signal.in_llm)
         drawn = sample_tokens(wanted, tokens.layout, seed=self.seed + 7, text=words)
         return replace(
@@ -274,28 +213,19 @@ class _Draw:
         )
 
     def _sized(self, tokens: VisualTokens) -> VisualTokens:
-        """The same with the true widths and dtypes, and nothing in it: for costs alone."""
-        shape, tower = self.shape, self.adapter.vision_width
+        """``tokens`` with the real widths and dtypes on the ``meta`` device, to compute costs."""
         half = {2: torch.bfloat16, 4: torch.float32}.get(self.size, torch.float32)
-        widths = {
-            "keys": (tower // self.adapter.vision_heads, torch.float32),
-            "joint_keys": (tower, torch.float32),
-            "unprojected": (tower, half),
-            "llm_keys": (shape.kv_heads * shape.head_dim, half),
-            "llm_keys_ahead": (shape.kv_heads * shape.head_dim, half),
-            "llm_prompt": (shape.hidden, half),
-            "llm_states": (shape.hidden, half),
-            "llm_text_heads": (shape.heads, torch.float32),
-        }
+        widths = signal_widths(self.adapter)
 
         def empty(signal: Signal, value: Tensor) -> Tensor:
             if signal.name not in widths:
                 return value.to("meta")
-            width, dtype = widths[signal.name]
-            return torch.empty(*value.shape[:-1], width, device="meta", dtype=dtype)
+            dtype = half if signal.info.dtype == "model" else torch.float32
+            sizes = *value.shape[:-1], widths[signal.name]
+            return torch.empty(sizes, device="meta", dtype=dtype)
 
         def wide(value: Tensor) -> Tensor:
-            return torch.empty(len(value), shape.hidden, device="meta", dtype=half)
+            return torch.empty(len(value), self.sizes.decoder.hidden, device="meta", dtype=half)
 
         asked = tokens.entered is not None and _INPUTS in self.needs
         inputs = tokens.inputs if asked else None

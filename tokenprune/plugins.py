@@ -50,12 +50,12 @@ def own_class(path: str) -> type[Compressor] | None:
     Raises:
         UserError: There is no such module, or no compressor of that name in it.
     """
-    from tokenprune.compressor import Compressor
-    from tokenprune.registry import strategies
-
     module, _, name = path.partition(":")
     if not (name.isidentifier() and _is_dotted(module)):
         return None
+    from tokenprune.compressor import Compressor
+    from tokenprune.registry import strategies
+
     if module in strategies.names():  # a method whose options cannot be read
         return None
     with _working_directory():

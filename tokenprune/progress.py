@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 __all__ = [
-    "Report",
+    "ProgressCallback",
+    "silent",
 ]
 
 
-Report = Callable[[int, int, str], None]
-"""Called with how much is done, how much there is (0: not known yet), and what is being done."""
+ProgressCallback = Callable[[int, int, str], None]
+"""Called with the steps done, the number of steps (0: not known yet), and the current step."""
+
+
+def silent(done: int, total: int, doing: str) -> None:
+    """A `ProgressCallback` that shows nothing."""

@@ -1,6 +1,6 @@
-"""Names for strategies and models, filled by discovery: a file in the folder is enough.
+"""Names of methods and model families.  A file in ``strategies`` or ``models`` registers itself.
 
-Third-party packages join through entry points, e.g. in their ``pyproject.toml``::
+Other packages register through entry points, for example in their ``pyproject.toml``::
 
     [project.entry-points."tokenprune.strategies"]
     mine = "my_package.mine:Mine"
@@ -12,11 +12,12 @@ import importlib
 import inspect
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
+from tokenprune.display import html_table
 from tokenprune.errors import UserError, unknown
 
 __all__ = ["Card", "Registry", "adapters", "register", "register_adapter", "strategies"]
@@ -27,14 +28,15 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Card:
-    """Where a method comes from and how far it is the authors' own.
+    """Where a method comes from and how it differs from the authors' code.
 
     Attributes:
         paper: Title.
-        arxiv: Identifier such as ``2501.05179``, empty where there is none.
+        arxiv: Identifier such as ``2501.05179``; empty if there is none.
         code: Official repository and commit.
-        deviations: What differs from the official code and why, one sentence each.
-        verified: Folder of golden vectors from the official code that the strategy reproduces.
+        deviations: Differences from the official code, with the reason, one sentence each.
+        verified: Folder of the golden vectors from the official code that the method reproduces;
+            empty if there are none.
     """
 
     paper: str = ""
@@ -43,14 +45,27 @@ class Card:
     deviations: tuple[str, ...] = ()
     verified: str = ""
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        link = f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
+        return html_table(
+            self.paper,
+            {
+                "paper": link,
+                "code": self.code,
+                "golden vectors": self.verified or "none",
+                "deviations": "\n".join(self.deviations),
+            },
+        )
+
 
 class Registry(Generic[T]):
     """Names to classes.
 
     Args:
-        what: The noun for error messages, e.g. ``strategy``.
-        package: Every module of this package is imported on first use.
-        group: Entry-point group through which other packages join.
+        what: The noun for error messages, such as ``strategy``.
+        package: Its modules are imported on first use.
+        group: Entry-point group of other packages.
     """
 
     def __init__(self, what: str, package: str, group: str) -> None:
@@ -59,9 +74,10 @@ class Registry(Generic[T]):
         self._discovered = False
 
     def add(self, name: str, cls: type[T]) -> None:
-        """Register ``cls``.  Raises `UserError` if another class has the name.
+        """Register ``cls``.  A notebook cell that runs again replaces its class.
 
-        Running the same notebook cell again replaces the earlier definition.
+        Raises:
+            UserError: Another class has the name.
         """
         old = self._classes.get(name)
         same = old is not None and (old.__module__, old.__qualname__) == (
@@ -87,20 +103,49 @@ class Registry(Generic[T]):
             raise unknown(self.what, name, self._classes)
         return self._classes[name]
 
+    def modules(self) -> list[str]:
+        """The modules of the package that may register classes, without its name."""
+        package = importlib.import_module(self.package)
+        return [
+            found.name
+            for found in pkgutil.iter_modules(package.__path__)
+            if not found.name.startswith("_") and not found.ispkg
+        ]
+
+    @property
+    def discovered(self) -> bool:
+        """Whether all modules of the package have been imported."""
+        return self._discovered
+
+    def beyond(self, modules: Container[str]) -> dict[str, type[T]]:
+        """Every class by its name, except those of ``modules`` of the package.
+
+        These modules are not imported; all others and the entry points are.
+        """
+        self._load(modules)
+        inside = f"{self.package}."
+        return {
+            name: cls
+            for name, cls in self._classes.items()
+            if not (cls.__module__.startswith(inside) and cls.__module__[len(inside) :] in modules)
+        }
+
     def _discover(self) -> None:
         # Before the imports: a module may look a name up while it is being imported.
-        if self._discovered:
-            return
-        self._discovered = True
-        package = importlib.import_module(self.package)
-        for found in pkgutil.iter_modules(package.__path__):
-            if not found.name.startswith("_") and not found.ispkg:
-                importlib.import_module(f"{self.package}.{found.name}")
+        if not self._discovered:
+            self._discovered = True
+            self._load(())
+
+    def _load(self, known: Container[str]) -> None:
+        """Import the modules of the package that are not ``known``, and the entry points."""
+        for name in self.modules():
+            if name not in known:
+                importlib.import_module(f"{self.package}.{name}")
         for entry in entry_points(group=self.group):
             self._join(entry)
 
     def _join(self, entry: EntryPoint) -> None:
-        """Add what another package brings, or warn: a broken one must not take ours down."""
+        """Add an entry point.  One that fails is a warning: it must not disable the others."""
         if entry.name in self._classes:
             return
         try:
@@ -131,7 +176,11 @@ adapters: Registry[Any] = Registry("model adapter", "tokenprune.models", "tokenp
 
 
 def register(name: str) -> Callable[[C], C]:
-    """Class decorator: make a `Compressor` available as ``name`` everywhere."""
+    """Class decorator: register a `Compressor` as ``name``.
+
+    Raises:
+        UserError: Another class has the name.
+    """
 
     def decorate(cls: C) -> C:
         strategies.add(name, cls)
@@ -142,7 +191,11 @@ def register(name: str) -> Callable[[C], C]:
 
 
 def register_adapter(name: str) -> Callable[[C], C]:
-    """Class decorator: make an `Adapter` available for the model classes it names."""
+    """Class decorator: register an `Adapter` as ``name``, for the model classes in its ``hosts``.
+
+    Raises:
+        UserError: Another class has the name.
+    """
 
     def decorate(cls: C) -> C:
         adapters.add(name, cls)

@@ -1,123 +1,432 @@
-"""The signals that a strategy can ask for."""
+"""The table of signals: what a strategy can ask for, where it comes from and what it costs.
+
+To add a signal, add an entry to `SIGNALS` and a function that computes it: in
+`tokenprune.engine.vision` for the vision encoder, in `tokenprune.engine.decoder` for the decoder
+layers.  The engine, the ledger, the forecast, the synthetic tokens of tests, the check of what a
+model has and the documentation read the entry.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tokenprune.errors import unknown
+
 __all__ = [
+    "AXES",
+    "SIGNALS",
+    "Kept",
     "Signal",
+    "SignalInfo",
 ]
+
+AXES: Mapping[str, str] = {
+    "N": "entries of the packed sequence",
+    "P": "patch tokens",
+    "T": "text tokens of the prompt behind the image",
+    "Q": "tokens of the question in the text encoder",
+    "heads": "query heads of a decoder layer",
+    "hidden": "width of the language model",
+    "kv_width": "key-value heads of a decoder layer times the width of a head",
+    "vision_width": "width of the vision encoder",
+    "vision_head_width": "width of a head of the vision encoder",
+    "joint_width": "width of the space that images and texts share",
+}
+"""Axis of a signal to what it counts."""
+
+Source = Literal[
+    "vision layer", "pooling head", "projector", "text encoder", "decoder layer", "prompt"
+]
+Sample = Literal["attention", "logits", "rotation", "vectors"]
+Kept = Literal["mean", "heads", "sum"]
+"""What is kept of the attention rows of several queries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalInfo:
+    """What is known about a signal, whatever the model.
+
+    Attributes:
+        source: The part of the model that it is read from.  A *text encoder* shares a space with a
+            vision encoder.  No model here has one, but the caller may provide its signals.
+        shape: Its axes, named in `AXES`.
+        meaning: What it is, in one sentence.
+        paper: A method that ranks or merges by it, with its arXiv id.
+        dtype: ``float32`` whatever the model runs in, or ``model`` for the dtype of the model.
+        layer: The layer that it is read from: ``named`` is `Signal.layer`, ``previous`` the decoder
+            layer in front of the cut, ``next`` the one behind the cut, computed ahead of it.
+            ``none`` where it belongs to no layer.
+        scope: Whether it is computed once for all tokens of a ``batch``, or for each ``image``.
+        queries: How many attention rows are computed for it: ``none``, ``one`` (of the CLS token,
+            or of the token that asks), or one for each token of the ``text``, of the ``patches``
+            or of the whole view (``all``).
+        joint_heads: Whether all heads count as one.
+        copies: Number of copies of the vectors of all tokens that are at work while they are
+            computed, and their dtype (as ``dtype``); None where nothing is copied, or where the
+            cost of the attention rows contains it.
+        needs_cls: Whether the vision encoder must have a CLS token.
+        stands_for: Names of the signals that it stands for: with a CLS token, and without.
+        found_in: The attribute of `VisualTokens` that holds it.  Vectors that the decoder layers
+            make of all tokens are in both ``signals`` and ``text``.
+        sample: The random numbers that stand in for it in tests and forecasts: ``attention`` is
+            positive and sums to 1 over the entries, ``logits`` and ``vectors`` are normal, and
+            ``rotation`` is uniform in [1, 2].
+    """
+
+    source: Source
+    shape: tuple[str, ...]
+    meaning: str
+    paper: str = ""
+    dtype: Literal["float32", "model"] = "float32"
+    layer: Literal["named", "previous", "next", "none"] = "named"
+    scope: Literal["batch", "image"] = "image"
+    queries: Literal["none", "one", "text", "patches", "all"] = "none"
+    joint_heads: bool = False
+    copies: tuple[int, Literal["float32", "model"]] | None = None
+    needs_cls: bool = False
+    stands_for: tuple[str, str] | None = None
+    found_in: Literal["signals", "text", "inputs"] = "signals"
+    sample: Sample = "vectors"
+
+    @property
+    def in_llm(self) -> bool:
+        """Whether the language model provides it."""
+        return self.source in ("decoder layer", "prompt")
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether it has a value for each of the N entries."""
+        return self.shape[0] == "N"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it has a vector for each of the N entries."""
+        return self.is_aligned and len(self.shape) > 1
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether a higher value means that an entry receives more attention."""
+        return self.sample in ("attention", "logits")
+
+    @property
+    def is_of_all_tokens(self) -> bool:
+        """Whether the engine makes vectors of all tokens, of which an image's are a copy."""
+        return self.is_vector and self.scope == "batch"
+
+    @property
+    def is_tapped(self) -> bool:
+        """Whether the attention input of a decoder layer is kept for it."""
+        return self.source == "decoder layer" and self.layer in ("named", "previous")
+
+    @property
+    def kept(self) -> Kept:
+        """What is kept of each attention row: the mean over heads, all heads, or only a sum."""
+        if "heads" in self.shape:
+            return "heads"
+        return "sum" if self.queries in ("text", "patches") and "T" not in self.shape else "mean"
 
 
 @dataclass(frozen=True)
 class Signal:
-    """Something a strategy needs to see besides the features.
+    """A tensor that a strategy asks for besides the features.
 
     Attributes:
-        name: ``cls_logits`` (scaled query-key products of the vision tower's CLS token, mean over
-            heads, before the softmax), ``cls_attention`` (the same after the softmax over all
-            keys), ``received`` (mean attention a patch receives from all queries; needs no CLS),
-            ``head_attention`` (attention of the tower's pooling head, softmaxed, mean over heads;
-            SigLIP where the checkpoint kept the head), ``saliency`` (whichever the tower has:
-            ``cls_logits`` with a CLS token, otherwise ``received``), or ``llm_attention`` (row of
-            the last prompt token in a decoder layer, softmaxed, mean over heads).  ``cls_joint`` is
-            the CLS row over all heads as one: products of the whole projections over the root of
-            their width, softmaxed.  A vector per token are ``keys`` (of an encoder layer, mean over
-            heads), ``joint_keys`` (all heads, one behind the other) and ``unprojected`` (what the
-            projector receives).  ``llm_ahead`` is ``llm_attention`` of the very layer that a
-            selection stands in front of, computed ahead of it; ``llm_keys`` are the rotated keys of
-            a decoder layer, all heads, and ``llm_states`` the hidden states in front of the
-            selection, behind the final norm: both vectors.  ``llm_text`` is (N, T), the attention
-            that each of the T text tokens behind the image pays to the entries, softmaxed, mean
-            over heads, in the layer that ran just before the selection; ``llm_text_heads``,
-            (N, T, heads), is the same of every head, and ``llm_text_rotary``, (N, T), what rotary
-            positions alone make of all-one queries and keys there (`rotary_product`);
-            ``llm_cross`` (N,) is the mean over these text tokens, and ``llm_self`` (N,) over the
-            image's patch tokens, of the largest attention of any head there.  ``llm_keys_ahead``
-            are the keys of the layer that the selection stands in front of, and ``llm_global`` is
-            the attention that the mean of all states up to the image's last token pays there to
-            them, without rotation, softmaxed over the same, mean over heads.  ``llm_inputs`` asks
-            for `VisualTokens.inputs`.  Of the prompt's text alone, hence in
-            `VisualTokens.text`, are ``llm_prompt``, the input embeddings (T, D) of the text behind
-            the image, known in front of the language model too, and ``clip_text``, the embeddings
-            (M, E) of the question in CLIP's joint space, to which ``clip_patches`` (N, E) belong;
-            no model here provides these two, the caller may (``given`` of `tokenprune.compress`).
-        layer: Index of the encoder or decoder layer; negative counts from the end.  Of no meaning
-            for ``head_attention`` and ``unprojected``, which come behind all layers.
+        name: Which one: a key of `SIGNALS`.
+        layer: Index of the layer of the vision encoder or of the language model; a negative index
+            counts from the end.  It matters only where `SignalInfo.layer` is ``named``.
+
+    Raises:
+        UnknownNameError: `SIGNALS` has no such name.
     """
 
-    name: Literal[
-        "cls_logits",
-        "cls_attention",
-        "cls_joint",
-        "received",
-        "head_attention",
-        "saliency",
-        "keys",
-        "joint_keys",
-        "unprojected",
-        "llm_attention",
-        "llm_ahead",
-        "llm_keys",
-        "llm_states",
-        "llm_text",
-        "llm_text_heads",
-        "llm_text_rotary",
-        "llm_self",
-        "llm_cross",
-        "llm_global",
-        "llm_keys_ahead",
-        "llm_inputs",
-        "llm_prompt",
-        "clip_patches",
-        "clip_text",
-    ]
+    name: str
     layer: int = -1
+
+    def __post_init__(self) -> None:
+        if self.name not in SIGNALS:
+            raise unknown("signal", self.name, SIGNALS)
+
+    @property
+    def info(self) -> SignalInfo:
+        """What is known about it."""
+        return SIGNALS[self.name]
 
     @property
     def in_llm(self) -> bool:
-        """Whether the language model provides it (otherwise the vision tower does)."""
-        return self.name.startswith("llm")
+        """Whether the language model provides it."""
+        return self.info.in_llm
 
     @property
     def needs_cls(self) -> bool:
-        """Whether the vision tower must have a CLS token."""
-        return self.name.startswith("cls")
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it is (N, C), a vector per token, and not (N,)."""
-        return self.name in (
-            "keys",
-            "joint_keys",
-            "unprojected",
-            "llm_keys",
-            "llm_keys_ahead",
-            "llm_states",
-            "llm_text",
-            "llm_text_heads",
-            "llm_text_rotary",
-            "clip_patches",
-        )
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether it has a value for each of the N entries; otherwise it is of the text alone."""
-        return self.name not in ("llm_inputs", "llm_prompt", "clip_text")
-
-    @property
-    def needs_text_tower(self) -> bool:
-        """Whether there must be a text tower that shares a space with the vision tower."""
-        return self.name.startswith("clip")
+        """Whether the vision encoder must have a CLS token."""
+        return self.info.needs_cls
 
     @property
     def needs_head(self) -> bool:
-        """Whether the vision tower must have an attention pooling head."""
-        return self.name == "head_attention"
+        """Whether the vision encoder must have an attention pooling head."""
+        return self.info.source == "pooling head"
+
+    @property
+    def needs_text_tower(self) -> bool:
+        """Whether the model must have a text encoder that shares a space with its patches."""
+        return self.info.source == "text encoder"
+
+    @property
+    def in_vision_layer(self) -> bool:
+        """Whether a layer of the vision encoder provides it."""
+        return self.info.source == "vision layer"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it has a vector for each of the N entries, and not a number."""
+        return self.info.is_vector
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether it has a value for each of the N entries; otherwise it belongs to the text."""
+        return self.info.is_aligned
 
     def resolve(self, has_cls: bool) -> Signal:
-        """What ``saliency`` stands for in a tower; every other signal is itself."""
-        if self.name != "saliency":
-            return self
-        return replace(self, name="cls_logits" if has_cls else "received")
+        """The signal that this one stands for in a vision encoder with or without a CLS token."""
+        names = self.info.stands_for
+        return self if names is None else replace(self, name=names[0 if has_cls else 1])
+
+
+SIGNALS: Mapping[str, SignalInfo] = {
+    # -- vision encoder --------------------------------------------------------------------------
+    "cls_logits": SignalInfo(
+        source="vision layer",
+        shape=("N",),
+        meaning="Scaled products of the CLS token's query with the key of each patch, before the "
+        "softmax, mean over heads.",
+        paper="GlobalCom² (2501.05179)",
+        queries="one",
+        needs_cls=True,
+        sample="logits",
+    ),
+    "cls_attention": SignalInfo(
+        source="vision layer",
+        shape=("N",),
+        meaning="Attention that the CLS token pays to each patch, softmax over all keys, mean over "
+        "heads.",
+        paper="FasterVLM (2412.01818)",
+        queries="one",
+        needs_cls=True,
+        sample="attention",
+    ),
+    "cls_joint": SignalInfo(
+        source="vision layer",
+        shape=("N",),
+        meaning="Attention that the CLS token pays to each patch if all heads are joined into one, "
+        "scaled by the root of the full width.",
+        paper="LLaVA-PruMerge (2403.15388)",
+        queries="one",
+        joint_heads=True,
+        needs_cls=True,
+        sample="attention",
+    ),
+    "received": SignalInfo(
+        source="vision layer",
+        shape=("N",),
+        meaning="Attention that each patch receives, mean over all queries of its view and over "
+        "heads.",
+        paper="HoliTom (2505.21334)",
+        queries="all",
+        sample="attention",
+    ),
+    "saliency": SignalInfo(
+        source="vision layer",
+        shape=("N",),
+        meaning="`cls_logits` where the vision encoder has a CLS token, otherwise `received`.",
+        paper="GlobalCom² (2501.05179)",
+        stands_for=("cls_logits", "received"),
+        sample="logits",
+    ),
+    "keys": SignalInfo(
+        source="vision layer",
+        shape=("N", "vision_head_width"),
+        meaning="Key of each patch, mean over heads.",
+        paper="VisionZip (2412.04467)",
+    ),
+    "joint_keys": SignalInfo(
+        source="vision layer",
+        shape=("N", "vision_width"),
+        meaning="Keys of each patch, the heads one after the other.",
+        paper="LLaVA-PruMerge (2403.15388)",
+        joint_heads=True,
+    ),
+    "head_attention": SignalInfo(
+        source="pooling head",
+        shape=("N",),
+        meaning="Attention that the pooling head pays to each patch, softmax over the patches, "
+        "mean over heads.",
+        paper="SigLIP (2303.15343)",
+        layer="none",
+        sample="attention",
+    ),
+    "unprojected": SignalInfo(
+        source="projector",
+        shape=("N", "vision_width"),
+        meaning="What the projector receives; `VisualTokens.project` maps merged vectors.",
+        paper="VisionZip (2412.04467)",
+        dtype="model",
+        layer="none",
+    ),
+    "clip_patches": SignalInfo(
+        source="text encoder",
+        shape=("N", "joint_width"),
+        meaning="Embedding of each patch in the space that images and texts share.",
+        paper="CDPruner (2506.10967)",
+        layer="none",
+    ),
+    "clip_text": SignalInfo(
+        source="text encoder",
+        shape=("Q", "joint_width"),
+        meaning="Embeddings of the question in the space of `clip_patches`.",
+        paper="CDPruner (2506.10967)",
+        layer="none",
+        found_in="text",
+    ),
+    # -- language model --------------------------------------------------------------------------
+    "llm_prompt": SignalInfo(
+        source="prompt",
+        shape=("T", "hidden"),
+        meaning="Input embeddings of the text behind the image; also known in front of the "
+        "language model.",
+        paper="CDPruner (2506.10967)",
+        dtype="model",
+        layer="none",
+        found_in="text",
+    ),
+    "llm_inputs": SignalInfo(
+        source="prompt",
+        shape=("P", "hidden"),
+        meaning="What enters the language model: all patch tokens of the image, and the text "
+        "behind it (T, hidden); the same at every cut.",
+        paper="SparseVLM (2410.04417)",
+        dtype="model",
+        layer="none",
+        found_in="inputs",
+    ),
+    "llm_attention": SignalInfo(
+        source="decoder layer",
+        shape=("N",),
+        meaning="Attention that the last prompt token pays to each entry, softmax over all keys, "
+        "mean over heads.",
+        paper="FastV (2403.06764)",
+        scope="batch",
+        queries="one",
+        sample="attention",
+    ),
+    "llm_ahead": SignalInfo(
+        source="decoder layer",
+        shape=("N",),
+        meaning="`llm_attention` of the layer behind the cut.",
+        paper="PyramidDrop (2410.17247)",
+        layer="next",
+        scope="batch",
+        queries="one",
+        sample="attention",
+    ),
+    "llm_keys": SignalInfo(
+        source="decoder layer",
+        shape=("N", "kv_width"),
+        meaning="Rotated keys of each entry, the heads one after the other, as if the prompt had "
+        "no padding.",
+        paper="DART (2502.11494)",
+        dtype="model",
+        scope="batch",
+        copies=(3, "model"),
+    ),
+    "llm_values": SignalInfo(
+        source="decoder layer",
+        shape=("N", "kv_width"),
+        meaning="Values of each entry, the heads one after the other.",
+        paper="VATP (2406.12335)",
+        dtype="model",
+        scope="batch",
+        copies=(1, "model"),
+    ),
+    "llm_keys_ahead": SignalInfo(
+        source="decoder layer",
+        shape=("N", "kv_width"),
+        meaning="Rotated keys of each entry in the layer behind the cut, the heads one after the "
+        "other.",
+        paper="PACT (2504.08966)",
+        dtype="model",
+        layer="next",
+        scope="batch",
+    ),
+    "llm_states": SignalInfo(
+        source="decoder layer",
+        shape=("N", "hidden"),
+        meaning="Hidden states of each entry in front of the cut, after the final norm.",
+        paper="DART (2502.11494)",
+        dtype="model",
+        layer="none",
+        scope="batch",
+        copies=(2, "float32"),
+    ),
+    "llm_text": SignalInfo(
+        source="decoder layer",
+        shape=("N", "T"),
+        meaning="Attention that each text token behind the image pays to each entry, softmax over "
+        "all keys, mean over heads.",
+        paper="SparseVLM (2410.04417)",
+        layer="previous",
+        queries="text",
+        sample="attention",
+    ),
+    "llm_text_heads": SignalInfo(
+        source="decoder layer",
+        shape=("N", "T", "heads"),
+        meaning="`llm_text` of each head.",
+        paper="SparseVLM (2410.04417)",
+        layer="previous",
+        queries="text",
+        sample="attention",
+    ),
+    "llm_text_rotary": SignalInfo(
+        source="decoder layer",
+        shape=("N", "T"),
+        meaning="Products of queries and keys that are all ones, rotated to the positions of the "
+        "text tokens and of the entries (`rotary_product`).",
+        paper="SparseVLM (2410.04417)",
+        layer="previous",
+        sample="rotation",
+    ),
+    "llm_self": SignalInfo(
+        source="decoder layer",
+        shape=("N",),
+        meaning="Largest attention of any head that each entry receives, mean over the image's "
+        "patch tokens.",
+        paper="FitPrune (2409.10197)",
+        layer="previous",
+        queries="patches",
+        sample="attention",
+    ),
+    "llm_cross": SignalInfo(
+        source="decoder layer",
+        shape=("N",),
+        meaning="Largest attention of any head that each entry receives, mean over the text tokens "
+        "behind the image.",
+        paper="FitPrune (2409.10197)",
+        layer="previous",
+        queries="text",
+        sample="attention",
+    ),
+    "llm_global": SignalInfo(
+        source="decoder layer",
+        shape=("N",),
+        meaning="Attention that the mean of all states up to the image's last token pays to each "
+        "entry, without rotation, softmax over these states, mean over heads, in the layer behind "
+        "the cut.",
+        paper="PACT (2504.08966)",
+        layer="next",
+        queries="one",
+        sample="attention",
+    ),
+}
+"""Every signal by name."""

@@ -1,4 +1,4 @@
-"""The grammar of methods: ``name:field=value@retention + ...``."""
+"""Compressors from specs and back.  `tokenprune.grammar` describes the text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.deprecated import moved_names, renamed_options
 from tokenprune.errors import UserError, unknown
+from tokenprune.grammar import Part, chained, has_retention, parts, read, shortest, split
 from tokenprune.registry import strategies
 
 if TYPE_CHECKING:
@@ -15,27 +17,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "create",
+    "format",
+    "has_retention",
     "method_specs",
     "parse",
     "ratio",
     "ratios",
     "registered",
-    "says_retention",
-    "split_specs",
+    "split",
 ]
 
 
-_LONGEST = 10_000  # characters of a spec
-
-
 def create(name: str, /, **fields: Any) -> Compressor:
-    """Build a registered strategy; values may be strings, as from a command line.
+    """Build a registered method.
+
+    Args:
+        name: Of the method.
+        **fields: Its options and its retention; values may be text, as on a command line.
 
     Raises:
-        UnknownNameError: No such strategy or field (with the nearest names).
-        UserError: A value is not of the field's type or outside its range.
+        UnknownNameError: No such method or option (with the nearest names).
+        UserError: A value is of the wrong type or out of range, or the retention is missing.
     """
     cls: type[Compressor] = strategies.get(name)
+    fields = renamed_options(fields)
     known = [item.name for item in dataclasses.fields(cls)]
     for given in fields:
         if given not in known:
@@ -46,104 +51,102 @@ def create(name: str, /, **fields: Any) -> Compressor:
 
 
 def parse(spec: str, /, **fields: Any) -> Compressor:
-    """Build a strategy from ``name`` or ``name:field=value,field=value``, or a chain of them.
+    """Build the method, or the `Chain` of methods, that ``spec`` names.
 
-    Several values of one field are joined by ``/``: ``pyramiddrop:depths=0.3/0.6``.
-
-    ``name@0.5`` carries its own retention.  Strategies joined by `` + `` become a `Chain`, and each
-    of them must: ``globalcom2@0.5 + fastv:layer=3@0.5``.
+    Args:
+        spec: Such as ``fastv:layer=3`` or ``globalcom2@0.5 + fastv@0.5`` (`tokenprune.grammar`).
+        **fields: Options and retention of a single method.  An option in ``spec`` wins.
 
     Raises:
-        UserError: As `create` and `Chain.of`, the text is not of that form or far too long, or a
-            field is given twice.
+        UserError: As `create` and `Chain.of`, the text is not a spec, or ``fields`` give what the
+            spec has: a retention next to ``@``, or anything for a chain.
     """
     from tokenprune.compressor import Chain
 
-    if len(spec) > _LONGEST:
-        raise UserError(
-            f"a method of {len(spec)} characters, {spec[:40]!r} and so on, is too long; write at "
-            f"most {_LONGEST}."
-        )
-    parts = [part.strip() for part in re.split(r"\s\+\s", spec)]
-    if len(parts) > 1:
+    found = read(spec)
+    if len(found) > 1:
         if fields:
-            raise UserError(f"the parts of {spec!r} say themselves what they keep; got {fields}.")
-        for part in parts:
-            if "@" not in part:
-                raise UserError(
-                    f"{part!r} in {spec!r} needs a retention of its own; write for instance "
-                    f"{' + '.join(f'{one}@0.5' for one in parts)}."
-                )
-        return Chain.of(*map(parse, parts))
-    spec, at, retention = spec.partition("@")
-    if at and "retention" in fields:
-        raise UserError(f"{spec!r} has the retention {retention} and {fields['retention']}.")
-    name, _, options = spec.partition(":")
-    given: dict[str, Any] = {"retention": retention.strip()} if at else {}
-    for option in filter(None, options.split(",")):
-        key, equals, value = option.partition("=")
-        if not equals:
             raise UserError(
-                f"cannot read {option!r} in {spec!r}; write name:field=value,field=value."
+                f"every part of {spec!r} has a retention and options of its own; got {fields}."
             )
-        if key.strip() in given:
-            raise UserError(f"{key.strip()!r} is given twice in {spec!r}; write it once.")
-        given[key.strip()] = value.strip()
-    return create(name.strip(), **{**fields, **given})
+        return Chain.of(*map(_built, found))
+    part = found[0]
+    if part.retention and "retention" in fields:
+        raise UserError(
+            f"{part.name!r} has the retention {part.retention} in its spec and "
+            f"{fields['retention']} as an argument; give one."
+        )
+    return _built(part, **fields)
 
 
-def split_specs(values: Sequence[str]) -> Iterator[str]:
-    """Specs that may be separated by commas, although their options are as well.
+def _built(part: Part, **fields: Any) -> Compressor:
+    own = {"retention": part.retention} if part.retention else {}
+    return create(part.name, **{**fields, **part.options, **own})
 
-    >>> list(split_specs(["globalcom2:alpha=0.3,tau=5,fastv", "uniform"]))
-    ['globalcom2:alpha=0.3,tau=5', 'fastv', 'uniform']
+
+def format(compressor: Compressor) -> str:
+    """The spec that `parse` turns into ``compressor``: its label, and its retention.
+
+    >>> format(parse("fastv:layer=3", retention=0.25))
+    'fastv:layer=3@0.25'
     """
-    for value in values:
-        for spec in re.split(r",(?!\s*\w+\s*=)", value):
-            if spec.strip():
-                yield spec.strip()
+    label = compressor.label
+    return label if has_retention(label) else f"{label}@{shortest(compressor.retention)}"
 
 
 def method_specs(values: Sequence[str]) -> list[str]:
-    """`split_specs`, each `registered`.  Raises `UserError` as that, or if there is none."""
-    specs = list(split_specs(values))
+    """The specs in ``values`` (`split`), each `registered`.
+
+    Raises:
+        UserError: As `registered`, or there is none.
+    """
+    specs = list(split(values))
     if not specs:
         raise UserError("--methods needs at least one value.")
     return [registered(spec) for spec in specs]
 
 
 def registered(spec: str) -> str:
-    """``spec``; a class of your own in it, ``module:Class``, is imported and called by its name.
+    """``spec`` with the registered name of every class of the user's, ``module:Class``.
 
     Raises:
         UserError: As `plugins.own_class`, or the class is not registered.
     """
     from tokenprune.plugins import own_class
 
-    parts = []
-    for part in spec.split(" + "):
-        path, at, retention = part.strip().partition("@")
+    found = []
+    for part in parts(spec):
+        path, at, retention = part.partition("@")
         own = own_class(path)
         if own is not None and not own.name:
             raise UserError(f'{path} has no name yet; write @register("name") above the class.')
-        parts.append(part if own is None else f"{own.name}{at}{retention}")
-    return " + ".join(parts)
+        found.append(part if own is None else f"{own.name}{at}{retention}")
+    return chained(found)
 
 
 def ratios(values: Sequence[str]) -> tuple[float, ...]:
-    """Retentions, each a value of its own or several with commas between them.
+    """The retention ratios in ``values``, which commas may separate.
 
     Raises:
         UserError: As `ratio`, or there is none.
     """
-    found = tuple(map(ratio, split_specs(values)))
+    found = tuple(map(ratio, _ratio_texts(values)))
     if not found:
         raise UserError("--retention needs at least one value.")
     return found
 
 
+def _ratio_texts(values: Sequence[str]) -> Iterator[str]:
+    for value in values:
+        yield from filter(None, map(str.strip, value.split(",")))
+
+
 def ratio(text: str) -> float:
-    """The retention that ``text`` says; whether it is in (0, 1] is checked where it is used."""
+    """``text`` as a number.  Its range is checked where it is used.
+
+    Raises:
+        UserError: It is not a number.
+    """
     try:
         return float(text)
     except ValueError:
@@ -154,10 +157,4 @@ def ratio(text: str) -> float:
         ) from None
 
 
-def says_retention(spec: str) -> bool:
-    """Whether ``spec`` says itself what it keeps: ``@0.5``, ``retention=0.5``, or a chain.
-
-    >>> [says_retention(spec) for spec in ("fastv", "fastv@0.5", "uniform:pattern=retention")]
-    [False, True, False]
-    """
-    return "@" in spec or " + " in spec or bool(re.search(r"\bretention\s*=", spec))
+__getattr__ = moved_names(__name__)

@@ -1,4 +1,4 @@
-"""Made-up visual tokens, for tests and for forecasts without a model."""
+"""Synthetic visual tokens, for tests and for forecasts without a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tokenprune.layout import TokenLayout
-from tokenprune.signals import Signal
+from tokenprune.signals import Signal, SignalInfo
 from tokenprune.tokens import VisualTokens
 
 __all__ = ["sample_tokens"]
 
 WIDTH, VECTOR, HEADS = 8, 6, 4
+"""Default sizes: of the features, of the vectors of a signal, and of an axis of heads."""
 
 
 def sample_tokens(
@@ -26,70 +27,79 @@ def sample_tokens(
     text: int = 5,
     widths: Mapping[str, int] | None = None,
 ) -> VisualTokens:
-    """Random features, and of the signals exactly those that were declared.
+    """Random features, and random numbers for exactly the given signals (`SignalInfo.sample`).
 
     Args:
         signals: What the strategy `Compressor.needs`.
         layout: Geometry of the N entries.
-        seed: Of everything that is drawn.
-        dtype: Of everything that is drawn.
-        text: How many text tokens lie behind the image.
-        widths: Of ``features`` and of vector signals by name, where a few numbers will not do.
+        seed: Of the random numbers.
+        dtype: Of the features and signals.
+        text: Number of text tokens behind the image.
+        widths: Size of the last axis of ``features`` and of signals, by name, where it matters.
     """
-    layout = copy.deepcopy(layout)  # a strategy that writes to its own must not spoil others'
+    layout = copy.deepcopy(layout)  # a strategy that writes to it must not affect other tests
     wide = widths or {}
     width = wide.get("features", WIDTH)
-    draw = torch.Generator("cpu").manual_seed(seed)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")
-
-    def signal(which: Signal) -> Tensor:
-        if which.name == "llm_text":
-            return drawn(len(layout), text).softmax(0)
-        if which.name == "llm_text_heads":
-            heads = wide.get(which.name, HEADS)
-            return drawn(len(layout), text, heads).softmax(0)
-        if which.name == "llm_text_rotary":
-            return 1 + torch.rand(
-                len(layout), text, generator=draw, dtype=torch.float32, device="cpu"
-            )
-        if which.is_vector:
-            vectors = drawn(len(layout), wide.get(which.name, VECTOR))
-            if which.in_llm:
-                return vectors
-            return vectors.masked_fill(layout.is_separator[:, None], torch.nan)
-        values = drawn(len(layout))
-        if which.name not in ("cls_logits", "saliency"):
-            values = values.softmax(0)
-        return values if which.in_llm else values.masked_fill(layout.is_separator, torch.nan)
-
-    ordered = sorted((one for one in signals if one.is_aligned), key=repr)
-    weight = drawn(wide.get("unprojected", VECTOR), width).to(dtype)
+    draw = _Draw(seed, dtype)
+    aligned = sorted((one for one in signals if one.is_aligned), key=repr)
+    others = sorted((one for one in signals if one.info.found_in == "text"), key=repr)
+    weight = draw.normal(wide.get("unprojected", VECTOR), width)
     return VisualTokens(
         layout=layout,
-        features=drawn(len(layout), width).to(dtype),
-        signals={which: signal(which).to(dtype) for which in ordered},
-        fingerprint=drawn(3, 4, 4),
+        features=draw.normal(len(layout), width),
+        signals={one: _aligned(draw, one, layout, text, wide) for one in aligned},
+        fingerprint=draw.normal(3, 4, 4, dtype=torch.float32),
         projector=lambda vectors: vectors.relu() @ weight,
         text={
-            which: drawn(text, wide.get(which.name, VECTOR)).to(dtype)
-            for which in ordered
-            if which.is_vector and which.in_llm and not which.name.startswith("llm_text")
+            one: draw.normal(text, wide.get(one.name, VECTOR))
+            for one in aligned
+            if one.info.is_of_all_tokens
         }
         | {
-            which: drawn(text, width if which.in_llm else wide.get(which.name, VECTOR)).to(dtype)
-            for which in sorted(signals, key=repr)
-            if which.name in ("llm_prompt", "clip_text")
+            one: draw.normal(text, width if one.in_llm else wide.get(one.name, VECTOR))
+            for one in others
         },
-        inputs=(
-            drawn(len(layout.patches), width).to(dtype),
-            drawn(text, width).to(dtype),
-        ),
-        clusters=torch.where(
-            layout.is_separator,
-            -1,
-            layout.view * len(layout)
-            + torch.randint(max(1, len(layout) // 2), (len(layout),), generator=draw, device="cpu"),
-        ),
+        inputs=(draw.normal(len(layout.patches), width), draw.normal(text, width)),
+        clusters=draw.clusters(layout),
     )
+
+
+def _aligned(
+    draw: _Draw, signal: Signal, layout: TokenLayout, text: int, widths: Mapping[str, int]
+) -> Tensor:
+    """(N, ...) a signal; NaN at separators where it is of the vision encoder."""
+    last = widths.get(signal.name, HEADS if "heads" in signal.info.shape else VECTOR)
+    sizes = {"N": len(layout), "T": text}
+    values = draw.signal(signal.info, [sizes.get(axis, last) for axis in signal.info.shape])
+    if signal.in_llm:
+        return values
+    separators = layout.is_separator.reshape(-1, *[1] * (values.ndim - 1))
+    return values.masked_fill(separators, torch.nan)
+
+
+class _Draw:
+    """Random numbers on the CPU, whatever the defaults of PyTorch are."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.generator, self.dtype = torch.Generator("cpu").manual_seed(seed), dtype
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers, drawn in float32."""
+        return self._normal(shape).to(dtype or self.dtype)
+
+    def signal(self, info: SignalInfo, shape: list[int]) -> Tensor:
+        """Numbers that stand in for a signal."""
+        if info.sample == "rotation":
+            uniform = torch.rand(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+            return (1 + uniform).to(self.dtype)
+        values = self._normal(shape)
+        return (values.softmax(0) if info.sample == "attention" else values).to(self.dtype)
+
+    def clusters(self, layout: TokenLayout) -> Tensor:
+        """(N,) clusters of about two entries in each view; -1 at separators."""
+        size = len(layout)
+        drawn = torch.randint(max(1, size // 2), (size,), generator=self.generator, device="cpu")
+        return torch.where(layout.is_separator, -1, layout.view * size + drawn)
+
+    def _normal(self, shape: list[int] | tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""What a strategy sees: one image's packed visual sequence and its geometry."""
+"""What a strategy receives: one image's packed sequence, its layout and its signals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.deprecated import moved_names
 from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.signals import Signal
@@ -17,12 +18,12 @@ from tokenprune.signals import Signal
 __all__ = [
     "Encoding",
     "VisualTokens",
-    "told",
+    "on_cpu",
 ]
 
 
-def told(values: Tensor, flag: Tensor) -> tuple[Tensor, bool]:
-    """``values`` (M,) on the CPU and what ``flag`` () says; one wait where both are on a device."""
+def on_cpu(values: Tensor, flag: Tensor) -> tuple[Tensor, bool]:
+    """``values`` (M,) on the CPU, and ``flag`` () as a bool, with one synchronisation for both."""
     if values.device != flag.device:
         return values.cpu(), bool(flag)
     both = torch.cat([values, flag[None].to(values.dtype)]).cpu()
@@ -31,12 +32,12 @@ def told(values: Tensor, flag: Tensor) -> tuple[Tensor, bool]:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the vision tower ran on each view of an image, where a method acted inside it.
+    """How the vision encoder ran on each view of an image under a method that acts inside it.
 
     Attributes:
         by: Representation of the method.
-        attended, processed: Entries (CLS token included) that the attention and the MLP of each
-            layer saw.
+        attended: Number of entries, CLS token included, in the attention of each layer.
+        processed: The same in the MLP of each layer.
         key_width: Width of the keys that were compared.
     """
 
@@ -48,24 +49,27 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """ONE image's (or video's) packed visual sequence of N entries, and what is known of each.
+    """The packed sequence of one image or video: N entries, and what is known of each.
 
     Attributes:
         layout: Geometry of the N entries.
         features: (N, D) what the language model receives.
-        signals: Whatever the strategy declared in `Compressor.needs`; each (N,), or (N, C) where
-            `Signal.is_vector`, NaN at separators where the signal exists for patches only.
-        fingerprint: Some of the image's pixels, from which `seed` derives.
-        projector: Maps ``unprojected`` vectors to features; there where that signal is.
-        entered: Inside the language model, how many patch tokens of the image entered it.
-        text: Vector signals (T, C) of the prompt's text tokens behind the image or video, up to
-            the last one of the prompt; those of the language model's layers inside it only.
+        signals: The signals that the strategy names in `Compressor.needs`.  Each is (N,), or
+            (N, ...) where `Signal.is_vector`.  Those of the vision encoder are NaN at separators.
+        fingerprint: Some pixels of the image, from which `seed` derives.
+        projector: Maps ``unprojected`` vectors to features.  None without that signal.
+        entered: Inside the language model, the number of the image's patch tokens that entered it.
+        text: Signals (T, ...) of the text tokens behind the image, up to the last prompt token
+            (`tokenprune.signals.SignalInfo.found_in`).
         inputs: Inside the language model, for strategies that need ``llm_inputs``: what entered
-            it, (P, D) for all patch tokens of the image and (T, D) for the text tokens behind it.
+            it, (P, D) of all patch tokens of the image and (T, D) of the text tokens behind it.
             The same at every cut.
-        clusters: Where a method acted inside the vision tower, (N,) which entries share a vector of
-            it, on the CPU; -1 at separators and where it was dropped.
-        encoding: How the tower ran then.
+        clusters: Where a method acted inside the vision encoder, (N,) the cluster of each entry, on
+            the CPU; -1 at separators and at dropped entries.
+        encoding: How the vision encoder ran then.
+
+    Raises:
+        UserError: A signal has more or fewer entries than the layout.
     """
 
     layout: TokenLayout
@@ -92,7 +96,11 @@ class VisualTokens:
         return len(self.layout)
 
     def __getitem__(self, signal: Signal) -> Tensor:
-        """(N,) or (N, C) the signal, on the device of the features."""
+        """(N, ...) the signal, on the device of the features.
+
+        Raises:
+            UserError: The strategy does not name it in its `needs`.
+        """
         signal = self.found_as(signal)
         if signal not in self.signals:
             raise UserError(
@@ -102,28 +110,30 @@ class VisualTokens:
         return self.signals[signal].to(self.features.device)
 
     def found_as(self, signal: Signal) -> Signal:
-        """Under what name ``signal`` lies here: ``saliency`` also under what it stands for."""
-        if signal not in self.signals and signal.name == "saliency":
-            both = signal.resolve(has_cls=True), signal.resolve(has_cls=False)
-            return next((one for one in both if one in self.signals), signal)
-        return signal
+        """The name under which ``signal`` is here: its own, or that of what it stands for."""
+        names = signal, signal.resolve(has_cls=True), signal.resolve(has_cls=False)
+        return next((one for one in names if one in self.signals), signal)
 
     def of_text(self, signal: Signal) -> Tensor:
-        """(T, C) the signal of the prompt's text, on the device of the features."""
+        """(T, ...) the signal of the prompt's text, on the device of the features.
+
+        Raises:
+            UserError: The prompt is not known, or the strategy does not name it in its `needs`.
+        """
         if signal not in self.text:
             raise UserError(
-                f"{signal} was not provided: it is a signal of the prompt's text, which is known "
-                "inside tokenprune.compress, not where images are encoded by themselves."
+                f"{signal} of the text was not provided. Name it in the strategy's `needs` and run "
+                "the strategy in tokenprune.compress; an image by itself has no prompt."
             )
         return self.text[signal].to(self.features.device)
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Features (M, D) that the model makes of vectors (M, C) changed before its projector.
+        """Features (M, D) that the projector makes of merged ``unprojected`` vectors (M, C).
 
         Raises:
-            UserError: The strategy did not name ``unprojected`` in its `needs`.
+            UserError: The strategy does not name ``unprojected`` in its `needs`.
         """
-        found = [value for signal, value in self.signals.items() if signal.name == "unprojected"]
+        found = [value for one, value in self.signals.items() if one.info.source == "projector"]
         if self.projector is None or not found:
             raise UserError("the projector is there for strategies that need 'unprojected' only.")
         with torch.no_grad():
@@ -132,7 +142,7 @@ class VisualTokens:
 
     @property
     def seed(self) -> int:
-        """Seed of this image for strategies that draw at random.
+        """Seed for strategies that draw at random.
 
         It depends on the pixels alone, so it is the same in every batch and for every beam.
         """
@@ -141,7 +151,7 @@ class VisualTokens:
         return zlib.crc32(self.fingerprint.float().cpu().contiguous().numpy().tobytes())
 
     def take(self, index: Tensor) -> VisualTokens:
-        """The entries at ``index`` (M,), best on the CPU (`TokenLayout.take`)."""
+        """The entries at ``index`` (M,), which is best on the CPU (`TokenLayout.take`)."""
         return replace(
             self,
             layout=self.layout.take(index),
@@ -153,3 +163,6 @@ class VisualTokens:
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
     return values[moved(index, values.device)]
+
+
+__getattr__ = moved_names(__name__)

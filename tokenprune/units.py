@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 __all__ = [
+    "CHUNK",
     "bytes_unit",
     "flops_unit",
     "percent",
 ]
+
+
+CHUNK = 128
+"""Queries whose attention exists at the same time where many are looked at."""
 
 
 def percent(share: float, decimals: int | None) -> str:

@@ -27,18 +27,21 @@ __all__ = [
 ]
 
 
+_Sweeps = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SWEEP]...",
+        help="In front of the options: method:option=value,value;option=value,value. Options "
+        "are separated by ';', values by ','; 'default' is the default of an option.",
+    ),
+]
+
+
 @app.command(cls=ManyValues)
 def ablation(
-    sweeps: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SWEEP]...",
-            help="In front of the options: method:option=value,value;option=value,value. Options "
-            "are separated by ';', values by ','; 'default' is what an option is if not given.",
-        ),
-    ] = None,
+    sweeps: _Sweeps = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Also what GlobalCom² is made of, option by option.")
+        bool, typer.Option("--paper", help="Also the parts of GlobalCom², option by option.")
     ] = False,
     plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
@@ -64,12 +67,12 @@ def ablation(
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        from tokenprune.experiments.ablation.run import PAPER, ablation
-        from tokenprune.experiments.common.setting import Request
+        from tokenprune.experiments.ablation.run import PAPER, AblationRequest, run
 
-        request = Request(
-            model=model,
+        request = AblationRequest(
+            sweeps=tuple(dict.fromkeys([*(sweeps or ()), *(PAPER if paper else ())])),
             retention=ratios(retention or ["0.25"]),
+            model=model,
             questions=questions,
             data=data,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
@@ -83,20 +86,18 @@ def ablation(
         )
         quiet()
         started = options.stoppable()
-        asked = dict.fromkeys([*(sweeps or ()), *(PAPER if paper else ())])
-        with progress() as report:
-            result = ablation(request, list(asked), report)
-        if len(result.table):
-            for table in tables(result.table):
-                Console().print(table, "")
-        for spec, why in result.skipped.items():
-            typer.echo(f"SKIPPED {spec}: {why}")
-        status = options.closing(result.outcome, started, "ablation.csv, answers.parquet, plots/")
+        with progress() as bar:
+            outcome = run(request, bar)
+        for table in tables(outcome.tables["ablation"]) if "ablation" in outcome.tables else ():
+            Console().print(table, "")
+        status = options.closing(outcome, started)
     raise typer.Exit(status)
 
 
 def tables(found: pd.DataFrame) -> Iterator[Table]:
-    """A table of at most 80 columns for every sweep; ``found`` is `ablation.differences`'."""
+    """A table of at most 80 columns for every sweep; ``found`` as `differences` returns it."""
+    if found.empty:
+        return
     for _, sweep in found.groupby("sweep", sort=False):
         first, second = sweep["first"].iloc[0], sweep["second"].iloc[0]
         made = new_table(title=escape(f"{sweep['method'].iloc[0]}, by {first} {second}".strip()))

@@ -28,59 +28,59 @@ __all__ = [
 ]
 
 
+_Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME...", help="Some of sharing, selection, prefill, growth. [default: all]"
+    ),
+]
+
+
+_Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, to check that everything runs.")]
+
+
+_Against = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="An earlier file; print what has changed since."),
+]
+
+
+_Out = Annotated[
+    Path, typer.Option(metavar="FILE", help="Where to write the figures, .csv or .parquet.")
+]
+
+
 @app.command(cls=ManyValues)
 def benchmark(
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME...", help="Some of sharing, selection, prefill, growth. [default: all]"
-        ),
-    ] = None,
-    quick_run: Annotated[
-        bool, typer.Option("--quick", help="Toy sizes, to see that everything runs.")
-    ] = False,
+    only: _Only = None,
+    quick_run: _Quick = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    against: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="An earlier file; say what has changed since."),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Where to write the figures, .csv or .parquet.")
-    ] = Path("runs/benchmarks.csv"),
+    against: _Against = None,
+    out: _Out = Path("runs/benchmarks.csv"),
 ) -> None:
-    """Measure what choosing tokens and comparing methods cost, as ratios.
+    """Measure what selecting tokens and comparing methods cost, as ratios.
 
-    Writes one row a figure, with machine, versions and date. Close everything else before you run
+    Writes one row per figure, with machine, versions and date. Close everything else before you run
     it.
 
     Exit status: 0 done, 1 something has become worse than in the file of --against, 2 bad input.
     """
     with as_exit_status():
-        from tokenprune.experiments.benchmarks.record import (
-            BENCHMARKS,
-            changes,
-            record,
-            save,
-            table,
-        )
-        from tokenprune.experiments.common.files import check_file
+        from tokenprune.experiments.benchmarks.run import BENCHMARKS, BenchmarkRequest, run
 
         quiet()
-        check_file(out)
-        earlier = table(against) if against is not None else None
-        with progress() as report:
-            frame = record(only or BENCHMARKS, quick=quick_run, device=device, report=report)
-        save(frame, out)
+        request = BenchmarkRequest(
+            only=only or BENCHMARKS, quick=quick_run, device=device, against=against, out=out
+        )
+        with progress() as bar:
+            outcome = run(request, bar)
         console = Console()
-        for name, group in frame.groupby("benchmark", sort=False):
+        for name, group in outcome.tables["figures"].groupby("benchmark", sort=False):
             _show(console, str(name), group)
         console.print(f"Written to {out}.", soft_wrap=True, highlight=False, markup=False)
-        status = OK
-        if earlier is not None:
-            moved = changes(frame, earlier)
-            _show_changes(console, moved, against)
-            status = FAILED if moved["worse"].any() else OK
-    raise typer.Exit(status)
+        if "changes" in outcome.tables:
+            _show_changes(console, outcome.tables["changes"], against)
+    raise typer.Exit(FAILED if outcome.status == "failed" else OK)
 
 
 def _show(console: Console, name: str, group: pd.DataFrame) -> None:

@@ -29,7 +29,7 @@ LONGEST, LARGEST = 4.0, 3 * 2**30  # seconds and bytes that the next size may be
 
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
     """Exponents of every registered method."""
-    for name in tp.available():
+    for name in tp.list_methods():
         compressor = tp.create(name, retention=RETENTION)
         tell(name)
         with warnings.catch_warnings():

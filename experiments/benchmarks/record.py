@@ -1,28 +1,16 @@
-"""Runs the benchmarks, keeps their figures in a tidy file and compares two such files."""
+"""The figures of benchmarks: a tidy file of them, and how two such files differ."""
 
-import dataclasses
-import importlib
-import platform
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
-import torch
 
-from tokenprune.errors import UserError, unknown
+from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import read_csv, write_csv
 from tokenprune.experiments.common.files import replace_file
-from tokenprune.experiments.common.provenance import environment
-from tokenprune.models.checkpoints import device_of
-from tokenprune.progress import Report
 
-__all__ = ["BENCHMARKS", "Figure", "changes", "record", "save", "table"]
-
-BENCHMARKS = ("sharing", "selection", "prefill", "growth")
-"""Modules of this package with ``measure(quick, device, report)``."""
+__all__ = ["Figure", "changes", "save", "table"]
 
 KEY = ["benchmark", "case", "figure"]
 NOTICEABLE = 0.1  # share by which a figure may move from run to run
@@ -56,63 +44,6 @@ class Figure:
         if self.goal is None:
             return None
         return self.value <= self.goal if self.better == "low" else self.value >= self.goal
-
-
-def record(
-    names: Sequence[str] = BENCHMARKS,
-    *,
-    quick: bool = False,
-    device: str = "cpu",
-    report: Report = lambda *_: None,
-) -> pd.DataFrame:
-    """Run benchmarks: one row per figure, with the machine, versions and date in every row.
-
-    Args:
-        names: Which of `BENCHMARKS`.
-        quick: Toy sizes, to see that everything runs; the figures mean nothing.
-        device: ``cpu`` or ``cuda``.
-        report: Called with what is being measured.
-
-    Raises:
-        UserError: An unknown benchmark, or a device that is not there.
-    """
-    for name in names:
-        if name not in BENCHMARKS:
-            raise unknown("benchmark", name, BENCHMARKS)
-    device_of(device)
-    rows: list[dict[str, Any]] = []
-    for done, name in enumerate(names):
-        measure: Callable[..., Iterable[Figure]] = importlib.import_module(
-            f"tokenprune.experiments.benchmarks.{name}"
-        ).measure
-
-        def tell(doing: str, done: int = done, name: str = name) -> None:
-            report(done, len(names), f"{name}: {doing}")
-
-        for figure in measure(quick, device, tell):
-            if quick:
-                figure = dataclasses.replace(figure, goal=None)
-            rows.append({"benchmark": name, **dataclasses.asdict(figure), "met": figure.met})
-    return (
-        pd.DataFrame(rows)
-        .assign(**_machine(device, quick))
-        .astype({"goal": float, "met": "boolean"})
-    )
-
-
-def _machine(device: str, quick: bool) -> dict[str, Any]:
-    cuda = device.startswith("cuda")
-    versions = environment()["versions"]
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
-        "machine": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "torch": versions["torch"],
-        "transformers": versions["transformers"],
-        "tokenprune": versions["tokenprune"],
-        "quick": quick,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def save(frame: pd.DataFrame, path: Path) -> None:

@@ -78,7 +78,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
     yield Figure(case=case, figure="prefill", value=seconds, unit="s", note=what)
     yield Figure(case=case, figure="prefill memory", value=held / 2**20, unit="MiB", note=what)
     yield Figure(case=case, figure="weights", value=weights / 2**20, unit="MiB", note=what)
-    methods = [tp.create(name, retention=RETENTION) for name in tp.available()]
+    methods = [tp.create(name, retention=RETENTION) for name in tp.list_methods()]
     inside = [one for one in methods if isinstance(one, EncoderCompressor)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -257,7 +257,7 @@ def _kernels(device: str) -> Iterator[Figure]:
         getattr(one.config, "_attn_implementation", "") for one in modules if hasattr(one, "config")
     ]
     slow, eager, ran = 0, 0, 0
-    for name in tp.available():
+    for name in tp.list_methods():
         compressor = tp.create(name, retention=RETENTION)
         if compressor.stage is Stage.ENCODER:
             continue

@@ -1,7 +1,7 @@
 """A whole comparison against its cells one by one, and against what sharing can save at best.
 
-"Separately" is each cell in a comparison of its own, with its own pass of the vision tower; nothing
-but the cell differs.  Answers and accounts of both ways must be equal.
+"Separately" is each cell in a comparison of its own, with its own run of the vision encoder; only
+the cell differs.  Answers and ledgers of both ways must be equal.
 """
 
 import tempfile
@@ -29,11 +29,9 @@ from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.questions import Question, held_out
+from tokenprune.experiments.common.request import RETENTION
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.common.setting import RETENTION
-from tokenprune.experiments.compare import sharing
-from tokenprune.experiments.compare.loop import run
-from tokenprune.experiments.compare.runner import ModelRunner
+from tokenprune.experiments.compare.run import answer
 
 METHODS = ("uniform", "globalcom2", "visionzip", "fastv", "dart", "pyramiddrop")
 HARDER = (0.75, 0.5, 0.25, 0.1)  # without R = 1, which all methods share
@@ -44,7 +42,7 @@ Answers = dict[tuple[str, str], dict[str, Any]]
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
     """Time ratios, what FLOPs say of them, and both beside each other; see the module."""
     count, size = (4, 4) if quick else (50, 50)
-    runner = ModelRunner(tp.load("testbed-next", device=device), 8)
+    adapter = tp.load("testbed-next", device=device)
     several = held_out(5 * count, 0, "image")
     for label, ratios, asked, goal in (
         ("testbed-next, default grid", RETENTION, several[::5], 0.4),
@@ -52,42 +50,42 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
         ("testbed-next, 5 questions an image", RETENTION, several[:count], None),
     ):
         tell(label)
-        yield from _grid(runner, label, ratios, asked, size, goal=goal)
+        yield from _grid(adapter, label, ratios, asked, size, new=8, goal=goal)
         if quick:
             return
     tell("decoder of 32 layers")
     larger = larger_testbed(SCALED)  # where the decoder dominates
     larger.model.to(device)
     asked = held_out(20, 0, "image")[::5]
-    runner = ModelRunner(larger, 1)
-    yield from _grid(runner, "32 layers of 256", HARDER, asked, 4, goal_of_bound=1.1)
+    yield from _grid(larger, "32 layers of 256", HARDER, asked, 4, new=1, goal_of_bound=1.1)
     bound = _bound_7b(larger, cells(METHODS, HARDER)[1:])
     yield Figure(case="LLaVA-NeXT-7B", figure="bound on it", value=bound)
 
 
 def _grid(
-    runner: ModelRunner,
+    adapter: Adapter,
     case: str,
     ratios: Sequence[float],
     asked: Sequence[Question],
     size: int,
     *,
+    new: int,
     goal: float | None = None,
     goal_of_bound: float | None = None,
 ) -> Iterator[Figure]:
     """All methods at all ``ratios``: the measured ratio, and the ratio of FLOPs."""
-    together, alone, columns, answers = _both(runner, ratios, asked, size)
+    together, alone, columns, answers = _both(adapter, ratios, asked, size, new)
     flops = {
         cell.key: sum(answers[cell.key, item.id]["flops"] for item in asked) for cell in columns
     }
     full = sum(answers[UNCOMPRESSED, item.id]["uncompressed_flops"] for item in asked)
-    ratio, tower = together / alone, _tower_flops(runner.adapter, asked)
-    bound = _bound(runner.adapter, columns, flops, full, tower)
+    ratio, tower = together / alone, _tower_flops(adapter, asked)
+    bound = _bound(adapter, columns, flops, full, tower)
     note = f"{len(METHODS)} methods x {len(ratios)} retentions, {len(asked)} questions"
     yield Figure(
         case=case, figure="time / separately", value=ratio, better="low", goal=goal, note=note
     )
-    note = "FLOPs of prefill and vision tower; no new tokens"
+    note = "FLOPs of prefill and vision encoder; no new tokens"
     yield Figure(case=case, figure="bound on it", value=bound, note=note)
     yield Figure(
         case=case, figure="time / bound", value=ratio / bound, better="low", goal=goal_of_bound
@@ -95,15 +93,15 @@ def _grid(
 
 
 def _both(
-    runner: ModelRunner, ratios: Sequence[float], asked: Sequence[Question], size: int
+    adapter: Adapter, ratios: Sequence[float], asked: Sequence[Question], size: int, new: int
 ) -> tuple[float, float, list[Cell], Answers]:
     """Seconds of the whole comparison and of all cells by themselves."""
     columns = cells(METHODS, ratios)
-    _run(runner, columns[-1:], asked[:1], size, sharing.together)  # warm up
-    together, answers = _run(runner, columns, asked, size, sharing.together)
+    _run(adapter, columns[-1:], asked[:1], size, new)  # warm up
+    together, answers = _run(adapter, columns, asked, size, new)
     alone = 0.0
     for cell in columns[1:]:  # the uncompressed model comes on top of the grid
-        seconds, same = _run(runner, [cell], asked, size, sharing.separate)
+        seconds, same = _run(adapter, [cell], asked, size, new, shared=False)
         alone += seconds
         # At R = 1 the account of a method by itself has what it spent on choosing everything.
         if cell.retention < 1 and any(
@@ -114,13 +112,15 @@ def _both(
 
 
 def _run(
-    runner: ModelRunner,
+    adapter: Adapter,
     columns: Sequence[Cell],
     asked: Sequence[Question],
     size: int,
-    plan: sharing.Plan,
+    new: int,
+    *,
+    shared: bool = True,
 ) -> tuple[float, Answers]:
-    device = runner.adapter.device
+    device = adapter.device
     with (
         tempfile.TemporaryDirectory() as folder,
         Journal(Path(folder) / "answers.jsonl") as journal,
@@ -128,7 +128,15 @@ def _run(
     ):
         warnings.simplefilter("ignore")
         start = time.perf_counter()
-        run(runner, columns, asked, journal, batch_size=size, plan=plan)
+        answer(
+            adapter,
+            columns,
+            asked,
+            journal,
+            max_new_tokens=new,
+            batch_size=size,
+            shared=shared,
+        )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
@@ -138,7 +146,7 @@ def _run(
 
 
 def _tower_flops(adapter: Adapter, asked: Sequence[Question]) -> float:
-    """FLOPs of the vision tower, once for every image that is asked about."""
+    """FLOPs of the vision encoder, once for every image that is asked about."""
     images = {item.image_id: item.images[0] for item in asked}.values()
     sizes = [image.open().size for image in images]
     vision = adapter.base.config.vision_config

@@ -38,6 +38,7 @@ from tokenprune.experiments.checks.faults import Fault, Kind
 from tokenprune.experiments.common import grid, setting
 from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import run
 
 __all__ = ["main"]
@@ -69,7 +70,7 @@ class Ended:
 class Started:
     """A run in a process of its own."""
 
-    def __init__(self, request: setting.Request, setting: setting.Setting, fault: Fault) -> None:
+    def __init__(self, request: CompareRequest, setting: setting.Setting, fault: Fault) -> None:
         self.begun = time.monotonic()
         reader, writer = os.pipe()
         self.process = os.fork()
@@ -95,7 +96,7 @@ class Started:
         return Ended(**{"entered": entered, "seconds": seconds, **last})
 
 
-def _work(request: setting.Request, setting: setting.Setting, fault: Fault, writer: int) -> None:
+def _work(request: CompareRequest, setting: setting.Setting, fault: Fault, writer: int) -> None:
     """Run in the new process, tell the pipe what was entered and how it ended, and exit."""
 
     def tell(**what: Any) -> None:
@@ -111,7 +112,7 @@ def _work(request: setting.Request, setting: setting.Setting, fault: Fault, writ
     Journal.add = adding  # type: ignore[method-assign]
     try:
         fault.install()
-        outcome = run.compare(request, name="crash", setting=setting, columns=_columns(request))
+        outcome = run.run(request, name="crash", setting=setting, columns=_columns(request))
         tell(status=outcome.status, events=fault.events)
     except UserError as error:
         tell(status="refused", said=str(error), events=fault.events)
@@ -121,7 +122,7 @@ def _work(request: setting.Request, setting: setting.Setting, fault: Fault, writ
         os._exit(0)
 
 
-def _columns(request: setting.Request) -> list[Any]:
+def _columns(request: CompareRequest) -> list[Any]:
     return grid.cells(request.methods, request.retention)
 
 
@@ -138,7 +139,7 @@ class Checks:
         self.folder, self.quick = folder, quick
         self.random = random.Random(seed)
         self.problems: list[str] = []
-        self.request = setting.Request(
+        self.request = CompareRequest(
             methods=("uniform", "fastv"), retention=(0.5,), questions=6, batch_size=3, seed=seed
         )
         self.setting = setting.prepare(self.request)

@@ -22,7 +22,7 @@ from tokenprune.experiments.checks.cases import Area, Case, Wrong, command, smal
 from tokenprune.experiments.common.grid import chosen
 from tokenprune.layout import TokenLayout
 from tokenprune.registry import strategies
-from tokenprune.spec import method_specs, parse, split_specs
+from tokenprune.spec import method_specs, parse, split
 from tokenprune.synthetic import sample_tokens
 
 __all__ = ["Options", "Selections", "Specs"]
@@ -228,7 +228,7 @@ def _rebuilt(spec: str, retention: float | None) -> None:
     again = parse(made.label, **given)
     if again != made:
         raise Wrong(f"the label {made.label!r} makes {again} in place of {made}")
-    if list(split_specs([f"{made.label},uniform"])) != [made.label, "uniform"]:
+    if list(split([f"{made.label},uniform"])) != [made.label, "uniform"]:
         raise Wrong(f"the label {made.label!r} is torn apart among others")
     if retention is not None and made.retention != retention:
         raise Wrong(f"it keeps {made.retention!r}")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from tokenprune.cost.ledger import FIGURES, WHOLE_FIGURES
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.cells import Cell
+from tokenprune.experiments.common.cells import Cell, CellRecord
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.questions import Question, normalise
 from tokenprune.experiments.common.run_folder import IMAGE_FREE, THUMBNAIL_ONLY, UNCOMPRESSED
@@ -50,7 +50,7 @@ _NEEDED = {*_TEXTS, "retention", "correct", "agrees"}  # older runs lack the oth
 
 
 def answers_frame(
-    model: str, cells: Sequence[Cell], questions: Sequence[Question], journal: Journal
+    model: str, cells: Sequence[Cell | CellRecord], questions: Sequence[Question], journal: Journal
 ) -> pd.DataFrame:
     """One row per cell and question that has an answer, or that has none because of a failure.
 

@@ -62,14 +62,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """What one method took.
+    """Time and memory of one method.
 
     Attributes:
         prefill: Of the language model, without `selector`.
-        selector: Choosing, with attention rows and packing; without signals of the tower.
+        selector: Selection, with attention rows and packing; without signals of the vision encoder.
         decode: One more token.
         peak: Bytes of the prefill, KV cache included, weights not.
-        ledger: Its account.
+        ledger: Its cost.
     """
 
     prefill: Timing
@@ -84,10 +84,10 @@ class Bench:
     """A model to time methods on.
 
     Attributes:
-        adapter: Of a model with weights, random ones do.
-        prompt: What is timed; its adapter may be another, of the full depth.
+        adapter: Of a model with weights, which may be random.
+        prompt: What is timed; it may have another adapter, of the full depth.
         batch_size: Prompts at once.
-        repeats: Timed runs of each part, behind one that is not.
+        repeats: Timed runs of each part, after one warm-up.
     """
 
     adapter: Adapter
@@ -103,12 +103,12 @@ class Bench:
 
     @property
     def depth(self) -> int:
-        """Decoder layers that are there."""
+        """The number of decoder layers of this model."""
         return len(self.adapter.decoder_layers)
 
     @cached_property
     def shape(self) -> DecoderShape:
-        """Of the decoder that is there."""
+        """Of the decoder of this model."""
         return DecoderShape.of(self.adapter.language_model.config)
 
     def _timed(self, work: Callable[[], Any]) -> Timing:
@@ -123,7 +123,7 @@ class Bench:
 
     @torch.no_grad()
     def vision(self, signals: frozenset[Signal] = frozenset()) -> Timing:
-        """The vision encoder on the prompt's image, with those of ``signals`` that it gives."""
+        """The vision encoder on the prompt's image, with the ``signals`` that it produces."""
         wanted = frozenset(signal for signal in signals if not signal.in_llm)
         if wanted not in self._seen:
             side = self.adapter.base.config.vision_config.image_size
@@ -142,12 +142,12 @@ class Bench:
         return self._seen[wanted]
 
     def signals(self, method: Compressor) -> float:
-        """Seconds that the tower's signals of ``method`` add to the encoder."""
+        """Seconds that the signals of ``method`` add to the vision encoder."""
         return max(0.0, self.vision(method.needs).median - self.vision().median)
 
     @cached_property
     def outside(self) -> float:
-        """Seconds of what comes behind all decoder layers, for one position of each prompt."""
+        """Seconds of what follows the decoder layers, for one position of each prompt."""
         states = torch.randn(
             self.batch_size,
             1,
@@ -174,12 +174,12 @@ class Bench:
 
     @torch.no_grad()
     def run(self, method: Compressor | None, layouts: Sequence[TokenLayout] | None = None) -> Run:
-        """Prefill, choice and decoding of the prompt, or of another with ``layouts``."""
+        """Prefill, selection and decoding of the prompt, or of another with ``layouts``."""
         needs = method.needs if method is not None else frozenset()
         inputs = self._inputs(needs, layouts or self.prompt.layouts)
         watch = _Watch(self.device)
         choosing: list[float] = []
-        gc.collect()  # so that garbage of earlier runs is not released while memory is counted
+        gc.collect()  # so that garbage of earlier runs is not freed while memory is counted
         with compress(self.adapter.model, method):
             fresh = inputs()
             peak = peak_memory(lambda: self._forward(fresh), self.device)
@@ -203,7 +203,7 @@ class Bench:
         return self.adapter.model(**inputs, use_cache=True, logits_to_keep=1)
 
     def _decode(self, inputs: dict[str, Any]) -> Timing:
-        """Single tokens, one after the other, behind the prompt."""
+        """Decode steps after the prompt, one token each."""
         out, mask = self._forward(inputs), inputs["attention_mask"]
         cache, seconds = getattr(out, CACHE), []
         token = torch.full((self.batch_size, 1), 5, device=self.device)
@@ -220,7 +220,7 @@ class Bench:
     def _inputs(
         self, needs: frozenset[Signal], layouts: Sequence[TokenLayout]
     ) -> Callable[[], dict[str, Any]]:
-        """Makes, afresh each time, ids and made-up features that carry what is known of them."""
+        """A function that makes new ids and synthetic features with their signals."""
         adapter, dtype = self.adapter, self.adapter.model.dtype
         tower = adapter.vision_width
         widths = {
@@ -246,7 +246,7 @@ class Bench:
         prompt: list[int] = []
         for layout in layouts:
             prompt += [adapter.placeholders[layout.modality]] * len(layout)
-        words = max(1, self.prompt.text)  # somebody has to ask
+        words = max(1, self.prompt.text)  # a prompt has text
         ids = torch.tensor([[*prompt, *([5] * words)]] * self.batch_size, device=self.device)
 
         def make() -> dict[str, Any]:
@@ -263,14 +263,14 @@ class Bench:
 
         return make
 
-    # -- what follows from them --------------------------------------------------------------------
+    # -- conclusions --------------------------------------------------------------------
 
     def layers_take(self, ledger: Ledger) -> float:
-        """Seconds of all decoder layers, by the fit."""
+        """Seconds of all decoder layers, from the fit."""
         return sum(map(self.layer, ledger.tokens_per_layer))
 
     def selector_curve(self, method: Compressor, at: Run | None = None) -> Curve:
-        """Seconds of choosing over the number of visual tokens, signals of the tower included."""
+        """Seconds of the selection over the number of visual tokens, with the encoder's signals."""
         whole = at or self.run(method)
         counts, seconds = [self.prompt.visual], [whole.selector.median]
         for share in (0.25, 0.5):
@@ -282,9 +282,9 @@ class Bench:
         return replace(found, b=found.b + self.signals(method) / self.prompt.visual)
 
     def price(self, method: Compressor) -> Callable[[Compressor], float]:
-        """Milliseconds that ``method`` at any retention takes for choice and prefill.
+        """Milliseconds that ``method`` takes for selection and prefill at any retention ratio.
 
-        The choice is timed once, at the retention of ``method``.
+        The selection is timed once, at the retention ratio of ``method``.
         """
         choosing = self.run(method).selector.median + self.signals(method)
 

@@ -1,5 +1,7 @@
 """One cell of an experiment: a method at a retention."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
@@ -7,13 +9,16 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenprune.compressor import Compressor
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+
+if TYPE_CHECKING:
+    from tokenprune.compressor import Compressor
 
 __all__ = [
     "Cell",
+    "CellRecord",
     "Failure",
     "Matched",
     "without_seed",
@@ -25,7 +30,7 @@ class Matched:
     """Why a cell has its retention: it was solved for, so that the cell costs what another does.
 
     Attributes:
-        kind: Which cost (`matching.KINDS`).
+        kind: Which cost (`setting.MATCHED_COSTS`).
         asked: Retention of `uniform`, whose cost is the target.
         target: That cost, on a representative prompt.
         cost: What the cell costs there.
@@ -109,6 +114,36 @@ class Cell:
         return f"{self.compressor.label} at {self.retention:g}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CellRecord:
+    """What tables say of a `Cell`, without its compressor: what a manifest can hold.
+
+    Attributes:
+        key, method, label, parameters, name: As of the cell.
+        retention: As of the cell; None for NaN, which is not JSON.
+    """
+
+    key: str
+    method: str
+    label: str
+    parameters: str
+    name: str
+    retention: float | None
+
+    matched = None
+
+    @classmethod
+    def of(cls, cell: Cell) -> CellRecord:
+        """That of a cell whose retention was not solved for."""
+        retention = None if math.isnan(cell.retention) else cell.retention
+        names = ("key", "method", "label", "parameters", "name")
+        return cls(**{name: getattr(cell, name) for name in names}, retention=retention)
+
+    @property
+    def asked(self) -> float | None:
+        return self.retention
+
+
 def without_seed(compressor: Compressor) -> Compressor:
     """The method with the seed it has by default; itself if it has no `seed`."""
     plain = {item.name: item.default for item in dataclasses.fields(compressor)}
@@ -126,7 +161,7 @@ class Failure:
     traceback: str
 
     @classmethod
-    def of(cls, error: BaseException, about: str = "") -> "Failure":
+    def of(cls, error: BaseException, about: str = "") -> Failure:
         """What ``error`` says, even if it cannot be printed, and ``about`` what it came up."""
         name = type(error).__name__
         try:

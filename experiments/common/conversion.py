@@ -16,19 +16,28 @@ from tokenprune.compressor import Chain, Compressor
 from tokenprune.cost.ledger import Ledger
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.prompt import DRAWS, Prompt
-from tokenprune.experiments.efficiency.run import equivalent
 
 __all__ = [
     "MEASURES",
     "WORDS",
     "Measure",
     "Solution",
+    "equivalent",
     "solve",
     "translate",
 ]
 
 
 Measure = Literal["tokens", "flops", "equivalent"]
+
+
+def equivalent(ledger: Ledger) -> float:
+    """Retention ratio of a ``pre_llm`` method with the same layer average and all separators.
+
+    ``(layer average - separators) / patch tokens``: all layers of such a method process what it
+    keeps.  Not positive if the layer average is below the number of separators.
+    """
+    return (ledger.layer_average - ledger.separators) / max(1, ledger.patch_tokens)
 
 
 MEASURES: dict[Measure, Callable[[Ledger], float]] = {

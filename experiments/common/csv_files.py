@@ -5,13 +5,17 @@ anyone's data; such texts get an apostrophe in front.  A text such as ``NA`` sta
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from tokenprune.experiments.common.files import replace_file
+
 __all__ = [
     "read_csv",
     "write_csv",
+    "write_tables",
 ]
 
 
@@ -28,6 +32,13 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         if not pd.api.types.is_numeric_dtype(kind):
             safe.isetitem(place, safe.iloc[:, place].map(_harmless))
     safe.to_csv(path, index=False)
+
+
+def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write ``<name>.csv`` of every table to ``folder``, each in one step."""
+    for name, table in tables.items():
+        with replace_file(folder / f"{name}.csv") as temporary:
+            write_csv(table, temporary)
 
 
 def read_csv(path: Path) -> pd.DataFrame:

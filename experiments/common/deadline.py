@@ -1,13 +1,12 @@
-"""A time limit for what a method of somebody else's computes.
+"""A time limit for the computations of a method.
 
-`time_limit` has the system send an alarm to the process, whose handler raises `TimeLimit` where the
-main thread is just then; the traceback shows where that was.  What it interrupts unwinds as with
-any exception, so that hooks are removed.  The handler does not interrupt a ``__enter__`` or
-``__exit__`` (hooks half installed or half removed would stay), but comes back a moment later, for
-ten seconds at most.
+`time_limit` sets an alarm.  Its handler raises `TimeLimit` in the main thread; the traceback shows
+where.  The stack unwinds as with any exception, so hooks are removed.  The handler does not
+interrupt ``__enter__`` and ``__exit__``, which would leave hooks half installed or half removed; it
+tries again a moment later, for at most ten seconds.
 
-It cannot interrupt a single call into C, such as a kernel that never returns, before that is over;
-and it needs POSIX signals and the main thread (`check_time_limit`).
+It cannot interrupt a single call into C, such as a kernel that never returns.  It needs POSIX
+signals and the main thread (`check_time_limit`).
 """
 
 from __future__ import annotations
@@ -32,24 +31,24 @@ __all__ = [
 _PROTECTED = {"__enter__", "__exit__", "__del__"}
 
 
-_AGAIN = 0.02  # seconds until a handler that must not interrupt looks again
+_AGAIN = 0.02  # seconds until a handler that must not interrupt tries again
 
 
-_INSIST = 1.0  # seconds until it raises once more, should somebody have swallowed it
+_INSIST = 1.0  # seconds until it raises again, in case the exception was swallowed
 
 
-_LONGEST = 1e6  # seconds that a limit may be; what is longer is none
+_LONGEST = 1e6  # the largest limit in seconds
 
 
-_PATIENCE = 10.0  # seconds for which it does not interrupt; to install or remove hooks takes none
+_PATIENCE = 10.0  # seconds for which it does not interrupt; installing hooks takes far less
 
 
 class TimeLimit(BaseException):
-    """It took too long.  No `Exception`, so that a method's own ``except Exception`` lets it by."""
+    """It took too long.  Not an `Exception`, so that ``except Exception`` does not catch it."""
 
 
 def check_time_limit(seconds: float | None) -> None:
-    """Raise `UserError` unless ``seconds`` is None or a limit that can be kept here."""
+    """Raise `UserError` unless ``seconds`` is None or a limit that works here."""
     if seconds is None:
         return
     if not 0 < seconds <= _LONGEST:
@@ -73,7 +72,7 @@ def check_time_limit(seconds: float | None) -> None:
 def time_limit(seconds: float | None) -> Iterator[None]:
     """Raise `TimeLimit` in the block when it has run for ``seconds``; None is no limit.
 
-    An alarm that somebody else has set goes on afterwards.
+    An alarm that was set before continues afterwards.
     """
     if seconds is None:
         yield

@@ -1,7 +1,7 @@
-"""What fails in a comparison costs as little else as possible.
+"""Failures in a comparison, which cost as few other answers as possible.
 
 A question that a cell cannot answer is missing in that cell alone.  A cell that answers nothing is
-given up, so that a method that always fails is not tried on five hundred questions.
+given up, so that a method that always fails is not run on five hundred questions.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = [
 T = TypeVar("T")
 
 
-# Questions that a cell without any answer may fail on: those that the uncompressed model answered,
-# which are hardly to blame; and any, since the uncompressed model may be what fails.
+# The number of questions on which a cell without any answer may fail: of those that the
+# uncompressed model answered, and of all, because the uncompressed model itself may fail.
 _TRIES, _PATIENCE = 3, 20
 
 
 def tried(compute: Callable[[], T], timeout: float | None = None) -> T | Failure:
-    """What ``compute`` returns, or why it failed; it may take ``timeout`` seconds.
+    """The result of ``compute``, or why it failed; it may take ``timeout`` seconds.
 
-    Whatever a method raises is a failure, `SystemExit` too; only the user interrupts.
+    Everything that a method raises is a failure, also `SystemExit`; only the user interrupts.
     """
     try:
         with time_limit(timeout):
@@ -46,14 +46,14 @@ def tried(compute: Callable[[], T], timeout: float | None = None) -> T | Failure
         raise
     except BaseException as error:
         failure = Failure.of(error)
-    # The traceback no longer holds on to a batch that was perhaps too large.
+    # Here the traceback no longer refers to the tensors of a batch that may have been too large.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return failure
 
 
 class Failing:
-    """Which cells and questions have failed, and are left alone for the rest of this run.
+    """The cells and questions that have failed; they are not tried again in this run.
 
     Attributes:
         out: Keys of the cells that were given up.
@@ -64,7 +64,7 @@ class Failing:
 
         Args:
             journal: It must be open.
-            judged: Whether the uncompressed model is asked as well, and before the others.
+            judged: Whether the uncompressed model answers too, before the others.
         """
         self.journal, self.judged = journal, judged
         self.out: set[str] = set()
@@ -83,13 +83,13 @@ class Failing:
         return key not in self.out and row not in self.journal.answers and row not in self._here
 
     def suspects(self, items: Iterable[Question]) -> bool:
-        """Whether one of the questions failed where it cannot be the method: in two cells, or in
-        the uncompressed model."""
+        """Whether a question failed for a reason other than the method: in two cells, or in the
+        uncompressed model."""
         found = (self._cells.get(item.id, set()) for item in items)
         return any(UNCOMPRESSED in cells or len(cells) > 1 for cells in found)
 
     def grouped(self, key: str, items: Sequence[Question]) -> list[list[Question]]:
-        """What ``key`` is asked together: all, but for questions that failed before, each alone."""
+        """The batches of ``key``: all questions at once, but those that failed before alone."""
         bad = [q for q in items if self.suspects([q]) or key in self._cells.get(q.id, ())]
         good = [item for item in items if item not in bad]
         return [group for group in (good, *([item] for item in bad)) if group]
@@ -101,7 +101,7 @@ class Failing:
             key: The cell.
             item: The question.
             failure: Why.
-            innocent: Whether others got as far with it, so that the question is not to blame.
+            innocent: Whether other cells answered it, so that the question is not the cause.
         """
         about = f"question {item.id!r}, image {item.image_id!r}"
         named = replace(failure, error=f"{failure.error} ({about})")
@@ -119,13 +119,13 @@ class Failing:
             self._give_up(key)
 
     def answered(self, key: str) -> None:
-        """Cell ``key`` answered something, so that what it failed on is missing, and no more."""
+        """Cell ``key`` answered, so the questions on which it failed are missing, not the cell."""
         self._answering.add(key)
         for question, failure in self._waiting.pop(key, ()):
             self.journal.fail(key, failure, question)
 
     def settle(self) -> None:
-        """At the end of a run, give up cells that failed on all that they were asked."""
+        """At the end of a run, give up the cells that failed on every question."""
         for key in list(self._waiting):
             self._give_up(key)
 

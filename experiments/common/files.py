@@ -87,7 +87,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
         temporary = Path(name)
         try:
-            try_lock(handle)  # so that nobody sweeps it away
+            try_lock(handle)  # so that no other process deletes it
             yield temporary
             os.fsync(handle)
             temporary.chmod(0o644)  # mkstemp makes it private

@@ -9,7 +9,7 @@ from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.cells import Cell, without_seed
 from tokenprune.registry import strategies
-from tokenprune.spec import says_retention
+from tokenprune.spec import has_retention
 
 __all__ = [
     "ALL",
@@ -54,7 +54,7 @@ def chosen(specs: Iterable[str], retention: Iterable[float]) -> list[Compressor]
     ratios = sorted(set(retention), reverse=True)
     found: dict[str, Compressor] = {}
     for spec in specs:
-        if says_retention(spec):
+        if has_retention(spec):
             methods = [tp.parse(spec)]
         else:
             methods = [tp.parse(spec, retention=ratio) for ratio in ratios]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,8 @@ __all__ = [
 
 
 _BLOCK = 2_000_000  # places of clusters drawn at once: bounds the memory
+_MOST = 32_000_000  # places that are kept for the next method, at two bytes each, seldom four
+_PART = 64_000
 
 
 class Interval(NamedTuple):
@@ -98,17 +100,13 @@ def bootstrap_ratio(
         clusters: As in `paired_bootstrap`.
         seed: As in `paired_bootstrap`.
     """
-    codes, names = pd.factorize(np.asarray(clusters))
+    codes, _ = pd.factorize(np.asarray(clusters))
     sums, sizes = (
         np.bincount(codes, np.asarray(values, dtype=float)) for values in (numerator, denominator)
     )
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate(
-            [
-                sums[drawn].sum(1) / sizes[drawn].sum(1)
-                for drawn in _resampled(len(names), resamples, seed)
-            ]
-        )
+        # Methods of a comparison answer the same questions: their denominators are equal.
+        ratios = _sums(sums, resamples, seed) / _equal_sums(sizes.tobytes(), resamples, seed)
     ratios = ratios[np.isfinite(ratios)]
     if not len(ratios):
         return Interval(np.nan, np.nan)
@@ -117,20 +115,49 @@ def bootstrap_ratio(
     return Interval(float(low), float(high))
 
 
-def _resampled(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+@lru_cache(maxsize=64)
+def _equal_sums(values: bytes, resamples: int, seed: int) -> NDArray[np.float64]:
+    return _sums(np.frombuffer(values), resamples, seed)
+
+
+def _sums(values: NDArray[Any], resamples: int, seed: int) -> NDArray[np.float64]:
+    """(resamples,) sums over the clusters that each resample draws; ``values`` (clusters,)."""
+    blocks = _resampled(len(values), resamples, seed)
+    return np.concatenate([np.take(values, drawn, mode="clip").sum(1) for drawn in blocks])
+
+
+def _resampled(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[Any]]:
     """(block, clusters) places of the clusters in each resample, block by block."""
     if resamples * clusters <= _BLOCK:
         yield _drawn(clusters, resamples, seed)
-        return
+    elif resamples * clusters <= _MOST:
+        yield from _packed(clusters, resamples, seed)
+    else:
+        yield from _blocks(clusters, resamples, seed)
+
+
+def _blocks(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
     generator = np.random.default_rng(seed)
     block = max(1, _BLOCK // clusters)
     for start in range(0, resamples, block):
         yield generator.integers(clusters, size=(min(block, resamples - start), clusters))
 
 
-@lru_cache(maxsize=4)  # all methods of a comparison answer the same questions
+# All methods of a comparison answer the same questions.
+@lru_cache(maxsize=4)
 def _drawn(clusters: int, resamples: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(clusters, size=(resamples, clusters))
+
+
+@lru_cache(maxsize=1)
+def _packed(clusters: int, resamples: int, seed: int) -> list[NDArray[Any]]:
+    """The blocks in as few bytes as their numbers need, in parts that fit into a cache."""
+    kind, rows = np.min_scalar_type(clusters), max(1, _PART // clusters)
+    return [
+        part
+        for drawn in _blocks(clusters, resamples, seed)
+        for part in np.split(drawn.astype(kind), range(rows, len(drawn), rows))
+    ]
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -26,16 +26,16 @@ __all__ = [
 
 
 class Journal:
-    """Answers and failures by cell key, kept in a file that is only ever appended to.
+    """Answers and failures by cell key, in an append-only file.
 
-    A line that a crash cut short is passed over when the file is read, so its answer is missing
-    and computed again, and cut off before anything is appended.  If an answer stands in the file
-    twice, the first one counts.
+    A line that a crash cut short is ignored when the file is read, so its answer is computed again;
+    it is cut off before anything is appended.  If an answer is in the file twice, the first one
+    counts.
 
     Attributes:
         answers: (cell key, question id) to the answer's record.
         failures: Cell key to the failure, of cells whose last entry is one.
-        unreadable: How many lines are no entries.
+        unreadable: The number of lines that are not entries.
         missing: (cell key, question id) to why the cell could not answer that question, which it
             failed on alone.
     """
@@ -61,7 +61,7 @@ class Journal:
             ) from error
 
     def _read(self, lines: Iterable[bytes]) -> None:
-        # Names, cells and most figures recur a hundred thousand times: each is kept once.
+        # Names, cells and most figures occur a hundred thousand times: each is stored once.
         known: dict[Any, tuple[str, Any]] = {}
         for line in lines:
             record = _entry(line, known)
@@ -84,7 +84,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         with writing(self.path):
             there = self.path.exists()
-            # Unbuffered: what one `write` hands over is in the file when it returns, whole.
+            # Unbuffered: when `write` returns, everything that it wrote is in the file.
             self._file = self.path.open("ab", buffering=0)
             if not there:
                 sync_folder(self.path.parent)
@@ -105,7 +105,7 @@ class Journal:
 
     @property
     def whole(self) -> bool:
-        """Whether the file is as long as what was found and appended; else read it again."""
+        """Whether the file is as long as what was read and appended; else read it again."""
         with suppress(FileNotFoundError):
             return self.path.stat().st_size == self._size
         return False
@@ -129,7 +129,7 @@ class Journal:
             self.missing[cell, question] = failure
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write lines.  Raises `WriteError`; lines that were written whole then stay."""
+        """Write lines.  Raises `WriteError`; lines that were written completely stay."""
         if self._file is None:
             raise RuntimeError("the journal is not open; write to it inside `with journal:`")
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -143,12 +143,12 @@ class Journal:
                     view = view[written:]
                     self._size += written
             except BaseException:
-                with suppress(OSError):  # else the next start does it
+                with suppress(OSError):  # otherwise the next run does it
                     self._mend(self._file)
                 raise
 
     def _mend(self, file: BinaryIO) -> None:
-        """Cut off a line that is half-written; end one that lacks nothing but its end."""
+        """Cut off an incomplete last line; end one that lacks only its line break."""
         size = os.fstat(file.fileno()).st_size
         if not size:
             return
@@ -165,11 +165,11 @@ class Journal:
 
 
 def _entry(line: bytes, known: dict[Any, tuple[str, Any]]) -> dict[str, Any] | None:
-    """What a line of the journal holds; None if it is torn or no answer and no failure.
+    """The content of a line; None if it is incomplete, or neither an answer nor a failure.
 
     Args:
         line: Of the file.
-        known: Names and values that lines before it had, which are used again; is added to.
+        known: Names and values of earlier lines, which are reused; new ones are added.
     """
     try:
         record = json.loads(line)

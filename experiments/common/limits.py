@@ -1,4 +1,4 @@
-"""How large the numbers and the prompts of a request may be."""
+"""Limits of the numbers and of the prompts of a request."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,7 +30,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "seeds": (1, 1_000),
     "text_tokens": (0, 1_000_000),
 }
-"""The least and the largest value of every whole number that can be asked for."""
+"""The least and the largest value of every whole number in a request."""
 
 
 _ORIENTATION = 0x0112  # EXIF; from 5 on the sides are swapped
@@ -42,7 +42,7 @@ def check_number(name: str, value: int | None, *, least: int | None = None) -> N
     Args:
         name: As in `LIMITS`; the option is spelled like it.
         value: What was asked for.
-        least: In place of the least value there.
+        least: Replaces the least value there.
     """
     if value is None:
         return
@@ -58,11 +58,11 @@ def check_number(name: str, value: int | None, *, least: int | None = None) -> N
 
 
 def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> None:
-    """Raise `UserError` if a prompt is longer than the decoder knows positions.
+    """Raise `UserError` if a prompt has more tokens than the decoder has positions.
 
     Args:
         adapter: Of the model.
-        questions: Whose prompts are meant, with all their visual tokens.
+        questions: Their prompts are checked, with all visual tokens.
         new: Tokens of the answer.
     """
     for item in with_long_ones(adapter, questions, new):
@@ -73,7 +73,7 @@ def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0)
 def with_long_ones(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> list[Question]:
     """The questions, with a `Question.fault` where `check_lengths` would raise.
 
-    Those that have a fault or whose images cannot be read are passed over.
+    Questions that have a fault already, or whose images cannot be read, stay as they are.
 
     Args:
         adapter, questions, new: As of `check_lengths`.
@@ -97,7 +97,7 @@ def with_long_ones(adapter: Adapter, questions: Iterable[Question], new: int = 0
 
 
 def _sizes(adapter: Adapter, item: Question) -> tuple[tuple[int, int], ...] | None:
-    """(height, width) of the images, or of a video's first frame; None where nobody knows."""
+    """(height, width) of the images, or of a video's first frame; None if unknown."""
     if item.video and "video" not in adapter.encoders:
         return None
     try:
@@ -120,7 +120,7 @@ def _text(adapter: Adapter, item: Question) -> int:
 
 
 def _size(picture: Picture) -> tuple[int, int]:
-    """(height, width) as it is shown, from the header of a file."""
+    """(height, width) after EXIF rotation, from the header of the file."""
     if isinstance(picture.source, Image.Image):
         return picture.source.height, picture.source.width
     with Image.open(picture.source) as image:

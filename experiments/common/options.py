@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.console import FAILED, INTERRUPTED, OK
+from tokenprune.console import FAILED, INTERRUPTED, OK, Plugin
 
 if TYPE_CHECKING:
-    from tokenprune.experiments.common.setting import Outcome
+    from tokenprune.experiments.common.outcome import Outcome
 
 __all__ = [
     "BatchSize",
@@ -35,12 +35,14 @@ __all__ = [
     "TextTokens",
     "TrustRemoteCode",
     "closing",
+    "gaps",
     "image_limit",
     "interrupted",
     "methods",
     "missing",
     "retention",
     "stoppable",
+    "written",
 ]
 
 
@@ -159,16 +161,6 @@ TextTokens = Annotated[
 ]
 
 
-Plugin = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="MODULE...",
-        help="Import a module first, which executes it, for the methods that it registers.",
-    ),
-]
-
-
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -180,11 +172,13 @@ TrustRemoteCode = Annotated[
 
 def image_limit(pixels: int | None) -> AbstractContextManager[None]:
     """While open, ``--max-image-pixels`` holds.  Raises `UserError` if it cannot be meant."""
+    if pixels is None:
+        return nullcontext()
     from tokenprune.experiments.common.limits import check_number
     from tokenprune.pictures import pixel_limit
 
     check_number("max_image_pixels", pixels)
-    return nullcontext() if pixels is None else pixel_limit(pixels)
+    return pixel_limit(pixels)
 
 
 def stoppable() -> float:
@@ -193,13 +187,27 @@ def stoppable() -> float:
     return time.monotonic()
 
 
-def interrupted(outcome: Outcome) -> int:
-    """Say what is kept; the exit status."""
+def interrupted(outcome: Outcome, what: str = "answers") -> int:
+    """Say how many of ``what`` are kept; the exit status."""
     typer.echo(
-        f"Interrupted: {outcome.answered} of {outcome.wanted} answers are kept in "
-        f"{outcome.folder}; the same command goes on from there."
+        f"Interrupted: {outcome.answered} of {outcome.wanted} {what} are kept in "
+        f"{outcome.folder}; the same command resumes the run."
     )
     return INTERRUPTED
+
+
+def written(outcome: Outcome) -> str:
+    """Where the files of an experiment are."""
+    return f"Written to {outcome.folder}: {', '.join(outcome.files)}"
+
+
+def gaps(outcome: Outcome) -> Iterator[str]:
+    """A sentence for everything that was left out, failed or is missing."""
+    for name, why in outcome.skipped.items():
+        yield f"SKIPPED {name}: {why}"
+    for cell, failure in outcome.failures.items():
+        yield f"FAILED {cell}: {failure.error}"
+    yield from missing(outcome)
 
 
 def missing(outcome: Outcome) -> Iterator[str]:
@@ -219,18 +227,21 @@ def missing(outcome: Outcome) -> Iterator[str]:
         yield f"MISSING {len(outcome.missing) - _NAMED} more questions; all are in manifest.json."
 
 
-def closing(outcome: Outcome, started: float, files: str) -> int:
-    """Say what failed, how long it took and where ``files`` are; the exit status."""
+def closing(outcome: Outcome, started: float) -> int:
+    """Say what must be known of a run, how long it took and where its files are; the exit status.
+
+    Args:
+        outcome: Of an experiment based on a comparison.
+        started: As `stoppable` returned it.
+    """
+    for note in outcome.notes:
+        typer.echo(note)
     if outcome.status == "interrupted":
         return interrupted(outcome)
-    for cell, failure in outcome.failures.items():
-        typer.echo(f"FAILED {cell}: {failure.error}")
-    for words in missing(outcome):
-        typer.echo(words)
-    for words in _without_image(outcome):
+    for words in (*gaps(outcome), *_without_image(outcome)):
         typer.echo(words)
     seconds = time.monotonic() - started
-    typer.echo(f"{outcome.new} answers in {seconds:.0f} s.\nWritten to {outcome.folder}: {files}")
+    typer.echo(f"{outcome.new} answers in {seconds:.0f} s.\n{written(outcome)}")
     return FAILED if outcome.failures or outcome.missing else OK
 
 

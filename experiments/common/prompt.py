@@ -27,25 +27,25 @@ __all__ = [
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-DRAWS = 5  # of made-up content, the median of which is told
+DRAWS = 5  # of synthetic content, of which the median counts
 
 
 _SIZE = re.compile(r"([hw]?)([0-9]{1,6})([hw]?)\s*[x×,]\s*([hw]?)([0-9]{1,6})([hw]?)")
 
 
-QUESTION = 32  # tokens that methods see of a question where no text is counted
+QUESTION = 32  # tokens of the question that methods see if no text is counted
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt on a model: all that its cost depends on.
+    """A prompt on a model: everything that its cost depends on.
 
     Attributes:
         adapter: Of the model, with or without weights.
         layouts: Of its images and videos.
         text: Its tokens that are not visual.
-        asking: How many of them lie behind the images, or are to be seen there though nobody counts
-            them; None for all.
+        asking: How many of them come after the images, or stand in for a question that is not
+            counted; None for all.
         size: Bytes of a number.
         image_size: (height, width) of its image where one was given.
     """
@@ -56,7 +56,7 @@ class Prompt:
     asking: int | None = None
     size: int = 2
     image_size: tuple[int, int] | None = None
-    _told: dict[Any, Forecast] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[Any, Forecast] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def shape(self) -> DecoderShape:
@@ -75,14 +75,14 @@ class Prompt:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of the whole model, tower and projector included, ``size`` bytes a number."""
+        """Of the whole model with vision encoder and projector, ``size`` bytes per number."""
         counts: list[int] = [weight.numel() for weight in self.adapter.model.parameters()]
         return self.size * sum(counts)
 
     def forecast(self, method: Compressor | None, draws: int = DRAWS) -> Forecast:
-        """What ``method`` costs on it; told again without computing it again."""
-        if (method, draws) not in self._told:
-            self._told[method, draws] = forecast(
+        """What ``method`` costs on it; computed once."""
+        if (method, draws) not in self._found:
+            self._found[method, draws] = forecast(
                 self.adapter,
                 method,
                 self.layouts,
@@ -91,10 +91,10 @@ class Prompt:
                 size=self.size,
                 draws=draws,
             )
-        return self._told[method, draws]
+        return self._found[method, draws]
 
     def square(self, side: int) -> "Prompt":
-        """The same with a single view of ``side`` x ``side`` patches and no separator."""
+        """The prompt with a single view of ``side`` x ``side`` patches and no separator."""
         layout = TokenLayout.single((side, side), newline=False)
         return Prompt(self.adapter, (layout,), self.text, self.asking, self.size)
 
@@ -110,18 +110,18 @@ def prompt_of(
     """One image in front of ``text`` tokens, on a model known by its config alone.
 
     Args:
-        model: As for `models.configs.config_of`.
+        model: As for `tokenprune.models.loading.adapter_without_weights`.
         image_size: (height, width) in pixels; the adapter's layout says how many tokens that is.
-            None stands for a thumbnail and 2x2 whole crops **without separators**, which is how the
-            efficiency tables of the field count: 2880 tokens on LLaVA-NeXT.
+            None is a thumbnail and 2x2 whole crops **without separators**, as efficiency tables in
+            papers count: 2880 tokens on LLaVA-NeXT.
         patches: (rows, columns) of a single view without separators, in place of an image.
         text: Tokens of the prompt that are not visual; those tables count none.  Methods that look
-            at the question then see one of `QUESTION` tokens that nobody counts.
+            at the question then see `QUESTION` tokens, which are not counted.
         dtype: Of weights and KV cache.
 
     Raises:
-        UserError: Unknown model or dtype, a size that is none, both an image and patches, or more
-            tokens than the decoder knows positions.
+        UserError: Unknown model or dtype, a bad size, both an image and patches, or more tokens
+            than the decoder has positions.
     """
     if dtype not in SIZES:
         raise UserError(f"dtype must be one of {', '.join(SIZES)}, got {dtype!r}.")
@@ -145,10 +145,10 @@ def prompt_of(
 
 def asks(prompt: Prompt, method: Compressor) -> bool:
     """Whether what ``method`` keeps or costs depends on how long the question is."""
-    told = [
+    found = [
         replace(prompt, asking=words).forecast(method, draws=1).ledger for words in (1, QUESTION)
     ]
-    return told[0] != told[1]
+    return found[0] != found[1]
 
 
 def read_size(text: str) -> tuple[int, int]:

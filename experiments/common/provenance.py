@@ -1,5 +1,7 @@
 """What a result depends on: files by their SHA-256, versions, and the state of the source."""
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import hashlib
@@ -12,16 +14,19 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenprune
-from tokenprune.compressor import Compressor
+
+if TYPE_CHECKING:
+    from tokenprune.compressor import Compressor
 
 __all__ = [
     "DECISIVE",
     "Files",
     "answer_files",
     "code_files",
+    "code_roots",
     "digests",
     "environment",
     "git_state",
@@ -148,15 +153,21 @@ def code_files(compressors: Iterable[Compressor], others: Iterable[type | str] =
         compressors: The methods.
         others: More classes, and names of modules.
     """
-    classes = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
-    names = [other for other in others if isinstance(other, str)]
-    classes |= {base for other in others if isinstance(other, type) for base in other.__mro__}
     found: dict[str, Path] = {}
     seen = set(_ASIDE)
-    for name in sorted({*names, *(kind.__module__ for kind in classes)}):
-        if name.partition(".")[0] not in sys.stdlib_module_names | {"torch"}:
-            _follow(name, found, seen)
+    for name in code_roots(compressors, others):
+        _follow(name, found, seen)
     return {name: _digest(path) for name, path in sorted(found.items())}
+
+
+def code_roots(compressors: Iterable[Compressor], others: Iterable[type | str] = ()) -> list[str]:
+    """The modules that `code_files` starts from, sorted; they stand for its arguments."""
+    classes = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
+    names = {other for other in others if isinstance(other, str)}
+    classes |= {base for other in others if isinstance(other, type) for base in other.__mro__}
+    names |= {kind.__module__ for kind in classes}
+    aside = sys.stdlib_module_names | {"torch"}
+    return sorted(name for name in names if name.partition(".")[0] not in aside)
 
 
 def _kinds(value: Any) -> Iterator[type]:

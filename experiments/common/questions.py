@@ -15,7 +15,6 @@ from PIL import Image
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.summary import OVERALL
-from tokenprune.pictures import picture
 from tokenprune.texts import is_plain, is_whole
 
 if TYPE_CHECKING:
@@ -67,6 +66,8 @@ class Picture:
 
     def open(self) -> Image.Image:
         """The image as `pictures.picture` shows it.  Raises `UserError` if it cannot."""
+        from tokenprune.pictures import picture  # with PyTorch, which texts alone do not need
+
         return picture(self.source)
 
     def digest(self) -> str:

@@ -1,17 +1,19 @@
-"""One run, one folder: a manifest, an append-only journal, and tables made from the journal.
+"""The folder of a run: a manifest, an append-only journal, and tables made from the journal.
 
-``manifest.json``    what was asked, with what, and how it ended; written first, with a backup
+``manifest.json``    what was run, with which versions, how it ended; written first, has a backup
 ``answers.jsonl``    the journal, one line per answer or failure, appended as they come
 ``answers.parquet``  tidy: one row per model, method, parameters, retention and question
-``summary.csv``      one row per method, retention and question kind (`intervals.summarise`)
+``summary.csv``      one row per method, retention and question kind (`summary.summarise`)
 ``plots/``
 
-The journal is the truth: whatever else is in the folder can be made again from it.
+Everything else in the folder can be made again from the journal.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ __all__ = [
     "UNCOMPRESSED",
     "RunFolder",
     "asked_for",
+    "folder_name",
     "manifests",
 ]
 
@@ -50,7 +53,7 @@ _NAMED = 10  # files named in a refusal
 
 @dataclass
 class RunFolder:
-    """A run's folder, new or taken up again.
+    """A run's folder, new or resumed.
 
     Attributes:
         path: The folder.
@@ -66,14 +69,14 @@ class RunFolder:
     def open(
         cls, path: Path, experiment: Mapping[str, Any], details: Mapping[str, Any]
     ) -> "RunFolder":
-        """Create the folder of ``experiment``, or take up the one that holds it.
+        """Create the folder of ``experiment``, or open the one that holds it.
 
-        The folder is then this process's own until `close`.
+        No other process can open the folder until `close`.
 
         Args:
-            experiment: All that the answers depend on; JSON-serialisable.
-            details: What else the manifest should tell, e.g. versions and command line; in
-                ``files`` what fingerprints are made of (`fingerprints.answer_files`).
+            experiment: Everything that the answers depend on; JSON-serialisable.
+            details: More entries of the manifest, e.g. versions and command line; ``files`` holds
+                what fingerprints are made of (`provenance.answer_files`).
 
         Raises:
             UserError: The folder cannot be written, holds another experiment or files that are not
@@ -128,7 +131,7 @@ class RunFolder:
     def write_tables(self, answers: pd.DataFrame, summary: pd.DataFrame) -> None:
         """Write ``answers.parquet`` and ``summary.csv``, each in one step."""
         answers = answers.copy(deep=False)
-        if self.journal.exists():  # tells readers whether the journal has grown since
+        if self.journal.exists():  # so that readers see whether the journal has grown since
             answers.attrs["journal"] = self.journal.stat().st_size
         with replace_file(self.path / "answers.parquet") as temporary:
             temporary.write_bytes(answers.to_parquet(index=False))
@@ -136,7 +139,7 @@ class RunFolder:
             write_csv(summary, temporary)
 
     def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Enter into the manifest how this session ended, and let go of the folder."""
+        """Enter into the manifest how this session ended, and release the folder."""
         seconds = round(time.monotonic() - self._started, 3)
         self.manifest["sessions"][-1] |= {"ended": _now(), "seconds": seconds, "status": status}
         self.manifest |= {"status": status, "seconds": round(self.seconds, 3)}
@@ -148,9 +151,9 @@ class RunFolder:
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold ``folder`` for this process until `_unlock` or the process's end.
+    """Lock ``folder`` for this process until `_unlock` or the end of the process.
 
-    None where the system has no such locks.
+    None if the system has no such locks.
     """
     if os.name == "nt":
         return None
@@ -169,7 +172,7 @@ def _unlock(handle: int | None) -> None:
 
 
 def manifests(folder: Path) -> Iterator[dict[str, Any]]:
-    """The manifest of a run and its backup, those of them that are not torn or gone."""
+    """The manifest of a run and its backup, if they are complete."""
     for name in _MANIFESTS:
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -180,7 +183,7 @@ def manifests(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """That of a folder to be written to; empty if the folder is."""
+    """The manifest of a folder to be written to; empty if the folder is empty."""
     for manifest in manifests(path):
         if isinstance(manifest.get("sessions"), list):
             manifest["sessions"] = [one for one in manifest["sessions"] if isinstance(one, dict)]
@@ -197,7 +200,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _end_killed(manifest: dict[str, Any], path: Path) -> None:
-    """Enter how long the last session took that was killed: until the last result it kept."""
+    """Enter the duration of a session that was killed: until its last stored result."""
     last = (manifest.get("sessions") or [{}])[-1]
     if not isinstance(last, dict) or "started" not in last or "seconds" in last:
         return
@@ -208,18 +211,27 @@ def _end_killed(manifest: dict[str, Any], path: Path) -> None:
         last |= {"seconds": round(ended - started, 3), "status": "killed"}
 
 
-def asked_for(request: Any, folder: Path) -> dict[str, Any]:
-    """The command line and the request, a dataclass, as a manifest tells them.
+def folder_name(experiment: Mapping[str, Any]) -> str:
+    """A readable name, different for different experiments."""
+    methods = experiment.get("name") or "+".join(experiment["methods"])
+    if len(methods) > 60:
+        methods = f"{len(experiment['methods'])}-methods"
+    parts = [Path(experiment["model"]).name, methods, f"{experiment['questions']}-questions"]
+    digest = hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
+    return re.sub(r"[^\w.+=-]+", "-", "_".join([*parts, digest[:8]]))
 
-    Paths are relative where they can be: in the request to the run's ``folder``, of what lies with
-    it in the working directory or beside it, so that both can move; in the command to the working
-    directory.
+
+def asked_for(request: Any, folder: Path) -> dict[str, Any]:
+    """The command line and the request, a dataclass, as entries of a manifest.
+
+    In the request, paths in the working directory or beside the run's ``folder`` are relative to
+    the folder, so that both can move.  In the command, paths are relative to the working directory.
     """
     here, home = Path.cwd(), Path(os.path.abspath(folder))
 
-    def told(value: Any) -> Any:
+    def entry(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [told(one) for one in value]
+            return [entry(one) for one in value]
         if not isinstance(value, Path):
             return value
         whole = os.path.abspath(value)
@@ -232,14 +244,14 @@ def asked_for(request: Any, folder: Path) -> dict[str, Any]:
         Path(sys.argv[0]).name,
         *(word.replace(f"{here}{os.sep}", "") for word in sys.argv[1:]),
     ]
-    asked = {name: told(value) for name, value in dataclasses.asdict(request).items()}
+    asked = {name: entry(value) for name, value in dataclasses.asdict(request).items()}
     return {"command": words, "request": asked}
 
 
 def _differences(
     there: Mapping[str, Any], here: Mapping[str, Any], *files: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    """Say field by field what differs; of fingerprints which of the ``files`` there and here."""
+    """The fields that differ; of fingerprints, the ``files`` that differ."""
     for name in [*here, *(name for name in there if name not in here)]:
         old, new = there.get(name), here.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -31,6 +31,9 @@ OVERALL = "overall"
 _MATCH = ("match", "match_target")
 
 
+_ENDS = {"difference": "", "low": "_low", "high": "_high", "p": "_p"}
+
+
 def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row per method, retention and question kind (and `OVERALL`), from ``answers.parquet``.
 
@@ -69,14 +72,12 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
         references = {"vs_uncompressed": ("uncompressed", 1.0), "vs_uniform": ("uniform", asked)}
         failed = bool((cell["status"] == "failed").any())
         for kind in kinds:
+            same = ("model", "method", "parameters", *_MATCH)
             row: dict[Hashable, Any] = {
-                "model": cell["model"].iloc[0],
-                "method": cell["method"].iloc[0],
+                **{name: cell[name].iloc[0] for name in same if name in cell},
                 "label": label,
-                "parameters": cell["parameters"].iloc[0],
                 "retention": retention,
                 "asked_retention": asked,
-                **{name: cell[name].iloc[0] for name in _MATCH if name in cell},
                 "kind": kind,
                 "status": "failed" if failed else "ok",
             }
@@ -87,12 +88,7 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
                 for name, which in references.items():
                     other = parts.get((*which, kind))
                     if other is not None:
-                        found = _compared(part, other, seed)
-                        row |= _named(
-                            name,
-                            found,
-                            {"difference": "", "low": "_low", "high": "_high", "p": "_p"},
-                        )
+                        row |= _named(name, _compared(part, other, seed), _ENDS)
     return pd.DataFrame(rows, columns=list(_columns()))
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of a piece of work on the device at hand."""
+"""Time and memory of a computation on this device."""
 
 import os
 import statistics

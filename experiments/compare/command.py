@@ -1,4 +1,4 @@
-"""``tokenprune compare``: the main job on the command line."""
+"""``tokenprune compare``: methods side by side, on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -32,7 +32,8 @@ from tokenprune.units import flops_unit, percent
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tokenprune.experiments.common.setting import Outcome, Request
+    from tokenprune.experiments.common.outcome import Outcome
+    from tokenprune.experiments.common.request import CompareRequest
 
 __all__ = [
     "compare",
@@ -47,111 +48,124 @@ _KINDS_PER_TABLE = 5
 _FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
 
 
+_Methods = Annotated[
+    list[str] | None,
+    options.methods(
+        "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
+        "of yours: my_module:Mine, whose module is executed. One before and one inside the "
+        "language model: 'globalcom2@0.5 + fastv@0.5'.",
+        default="uniform random fastv globalcom2",
+    ),
+]
+
+
+_Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Your own questions, JSON lines with image (or images, or the frames of a "
+        "video), question, answer and optionally kind and id; paths are relative to the file.",
+    ),
+]
+
+
+_Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Only check that every question can be asked: images, frames, places of images "
+        "in the text. Needs no weights.",
+    ),
+]
+
+
+_Seeds = Annotated[int, typer.Option(help="Run methods that draw at random with this many seeds.")]
+
+
+_Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Stop a computation that takes longer, such as a method that hangs on a batch of "
+        "questions, and report it as failed. [default: no limit]",
+    ),
+]
+
+
+_Match = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tokens|flops|prefill-ms",
+        help="Give every method the retention ratio at which it costs as much as uniform: "
+        "tokens per layer, FLOPs of the prefill, or its measured time.",
+    ),
+]
+
+
 @app.command(cls=ManyValues)
 def compare(
     model: options.Model = "testbed-next",
-    methods: Annotated[
-        list[str] | None,
-        options.methods(
-            "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
-            "of yours: my_module:Mine, whose module is executed. One before and one inside the "
-            "language model: 'globalcom2@0.5 + fastv@0.5'.",
-            default="uniform random fastv globalcom2",
-        ),
-    ] = None,
+    methods: _Methods = None,
     plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Your own questions, JSON lines with image (or images, or the frames of a "
-            "video), question, answer and optionally kind and id; paths are relative to the file.",
-        ),
-    ] = None,
+    data: _Data = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Only see whether every question can be asked: images, frames, places of images "
-            "in the text. Needs no weights.",
-        ),
-    ] = False,
+    check: _Check = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
-    seeds: Annotated[
-        int, typer.Option(help="Run methods that draw at random with this many seeds.")
-    ] = 1,
+    seeds: _Seeds = 1,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
-    timeout_per_batch: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="What takes longer at once, such as a method that hangs on a batch of questions, "
-            "is stopped and reported as failed. [default: no limit]",
-        ),
-    ] = None,
-    match: Annotated[
-        str | None,
-        typer.Option(
-            metavar="tokens|flops|prefill-ms",
-            help="Let every method keep what makes it cost as much as uniform at the retention "
-            "asked for: tokens a layer, FLOPs of the prefill, or its measured time.",
-        ),
-    ] = None,
+    timeout_per_batch: _Timeout = None,
+    match: _Match = None,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
     Prints accuracy, agreement with and divergence from the uncompressed model, and cost, beside the
     model that sees no image or the thumbnail alone; writes every answer, a summary and plots to a
-    folder. Ctrl-C keeps what was computed; the same command goes on.
+    folder. Ctrl-C keeps all answers; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        asked: dict[str, Any] = {
-            "model": model,
-            "questions": questions,
-            "modality": modality,
-            "data": data,
-            "batch_size": batch_size,
-            "seed": seed,
-            "seeds": seeds,
-            "device": device,
-            "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
-            "out": out,
-            "max_new_tokens": max_new_tokens,
-            "match": match,
-            "timeout_per_batch": timeout_per_batch,
-        }
-        if methods:
-            asked["methods"] = tuple(method_specs(methods))
-        if retention:
-            asked["retention"] = ratios(retention)
+        from tokenprune.experiments.common.request import METHODS, RETENTION, CompareRequest
 
-        from tokenprune.experiments.common.setting import Request
-
-        request = Request(**asked)
-        status = _check(request) if check else _compare(request)
+        request = CompareRequest(
+            model=model,
+            methods=tuple(method_specs(methods)) if methods else METHODS,
+            retention=ratios(retention) if retention else RETENTION,
+            questions=questions,
+            data=data,
+            modality=modality,  # type: ignore[arg-type]  # checked with the rest
+            batch_size=batch_size,
+            seed=seed,
+            seeds=seeds,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            out=out,
+            max_new_tokens=max_new_tokens,
+            timeout_per_batch=timeout_per_batch,
+            match=match,  # type: ignore[arg-type]  # checked with the rest
+        )
+        # With another limit, other images may be refused.
+        status = _check(request) if check else _compare(request, again=max_image_pixels is None)
     raise typer.Exit(status)
 
 
-def _check(request: Request) -> int:
+def _check(request: CompareRequest) -> int:
     """Say what could be asked; the exit status."""
     from tokenprune.experiments.common.setting import check
 
     quiet()
-    with progress() as report:
-        questions = check(request, report)
+    with progress() as bar:
+        questions = check(request, bar)
     pictures = {picture.id for item in questions for picture in item.images}
     typer.echo(
         f"Questions: {len(questions)}, images and frames: {len(pictures)}. All can be asked of "
@@ -160,39 +174,49 @@ def _check(request: Request) -> int:
     return OK
 
 
-def _compare(request: Request) -> int:
-    """Run the comparison, show it, and return the exit status."""
-    from tokenprune.experiments.compare.run import compare
+def _compare(request: CompareRequest, *, again: bool = True) -> int:
+    """Run the comparison, show it, and return the exit status.
 
-    quiet()
+    Args:
+        request: What to compare.
+        again: Whether a run that has all answers may be shown without loading the model.
+    """
+    from tokenprune.experiments.compare.finished import finished
+
     started = options.stoppable()
-    with progress() as report:
-        outcome = compare(request, report)
+    with progress() as bar:
+        outcome = finished(request, bar) if again else None
+        if outcome is None:
+            from tokenprune.experiments.compare.run import run
+
+            quiet()
+            outcome = run(request, bar)
     seconds = time.monotonic() - started
     if outcome.status == "interrupted":
         return options.interrupted(outcome)
-    folder, console = outcome.folder, Console()
+    console = Console()
     for table in tables(outcome.summary):
         console.print(table, "")
     if request.match:
-        from tokenprune.experiments.common.answers import read_answers
-        from tokenprune.experiments.compare.matching import realised
-
-        found = realised(read_answers(folder))
-        if len(found):
-            console.print(matched_table(found), "")
-        for words in _misses(found):
-            typer.echo(words)
+        _show_match(outcome.folder, console)
     for words in _spreads(outcome.summary):
         typer.echo(words)
-    for name, why in outcome.skipped.items():
-        typer.echo(f"SKIPPED {name}: {why}")
-    for cell, failure in outcome.failures.items():
-        typer.echo(f"FAILED {cell}: {failure.error}")
-    for words in options.missing(outcome):
+    for words in options.gaps(outcome):
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _show_match(folder: Path, console: Console) -> None:
+    """How well costs were matched."""
+    from tokenprune.experiments.common.answers import read_answers
+    from tokenprune.experiments.compare.matching import realised
+
+    found = realised(read_answers(folder))
+    if len(found):
+        console.print(matched_table(found), "")
+    for words in _misses(found):
+        typer.echo(words)
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
@@ -212,7 +236,7 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
         first = "Every answer was there already; nothing was computed again."
     else:
         first = f"{outcome.new} answers in {took}."
-    words = f"{first}\nWritten to {outcome.folder}: answers.parquet, summary.csv, plots/"
+    words = f"{first}\n{options.written(outcome)}"
     if outcome.failures:
         words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
     if outcome.missing:

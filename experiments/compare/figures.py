@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-CROWD = 8  # methods whose curves can still be told apart
+CROWD = 8  # methods whose curves can still be distinguished
 
 
 def accuracy(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:

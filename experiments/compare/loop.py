@@ -20,7 +20,7 @@ from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner
 from tokenprune.experiments.compare.shared_encodings import Encodings
 from tokenprune.experiments.compare.sharing import Job, Plan, separate
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 
 __all__ = [
@@ -40,17 +40,17 @@ def run(
     batch_size: int,
     plan: Plan = separate,
     timeout: float | None = None,
-    report: Report = lambda *_: None,
+    progress: ProgressCallback = silent,
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
-    Each image or video is encoded once, however many cells and questions need it, and once more for
-    every method that acts inside the vision tower; ``plan`` says what else is computed together.
+    Each image or video is encoded once for all cells and questions, and once more for every method
+    that acts inside the vision encoder; ``plan`` says what else is computed together.
 
-    What fails together is tried again cell by cell, and then question by question, so that a
-    question that a cell cannot answer is entered as missing and costs no other answer.  A cell that
-    answers nothing (`Failing`) is entered as failed and left alone until the next run.  Answers of
-    a cell that changed what all cells look at do not count, and what it changed is encoded anew.
+    A job that fails is run again cell by cell, and then question by question, so a question that a
+    cell cannot answer is entered as missing and costs no other answer.  A cell that answers nothing
+    (`Failing`) is entered as failed and not run again until the next run.  Answers of a cell that
+    changed shared encodings do not count, and these are encoded again.
 
     Args:
         runner: Answers.
@@ -60,45 +60,48 @@ def run(
         batch_size: Questions answered at once.
         plan: What is computed together.
         timeout: Seconds that encoding or answering one batch may take (`time_limit`).
-        report: Told how far it is.
+        progress: Called before every step.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
-        todo.setdefault(cell.key, cell)  # R = 1 is what the uncompressed model answered already
+        todo.setdefault(cell.key, cell)  # at R = 1 all are the uncompressed model
     questions = _without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
+    batches = _batches(questions, batch_size)
+    last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
+    encodings = Encodings(runner, _signals(todo, towers))
+    failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
+    total = len(todo) * len(questions)
+    for index, batch in enumerate(batches):
+        lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
+        for tower in dict.fromkeys(towers[key] for key in lacking):
+            progress(len(journal.answers), total, "vision encoder")
+            sharing = [key for key in lacking if towers[key] == tower]
+            _encode(encodings, tower, batch, sharing, failing, timeout)
+        entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
+        # All cells, answered or not: the same jobs give bit-identical answers, whether the run was
+        # interrupted or not.
+        for tower in dict.fromkeys(towers.values()):
+            left = [key for key in todo if towers[key] == tower and key not in failing.out]
+            there = [item for item in batch if (tower, item) in encodings]
+            if there and not set(left).isdisjoint(lacking):
+                common = (timeout, warned, total, progress)
+                desk = _Desk(entering, failing, encodings, tower, there, *common)
+                desk.serve_all(plan, [todo[key] for key in left])
+        encodings.keep({image for image, last in last_use.items() if last > index})
+    failing.settle()
+    progress(len(journal.answers), total, "")
+
+
+def _signals(
+    todo: Mapping[str, Cell], towers: Mapping[str, EncoderCompressor | None]
+) -> dict[EncoderCompressor | None, frozenset[Signal]]:
+    """Vision encoder, as compressed, to the signals that its cells need."""
     signals: dict[EncoderCompressor | None, frozenset[Signal]] = {}
     for key, cell in todo.items():
         needs = cell.compressor.needs if cell.compressor else frozenset()
         signals[towers[key]] = signals.get(towers[key], frozenset[Signal]()) | needs
-    batches = _batches(questions, batch_size)
-    last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
-    encodings = Encodings(runner, signals)
-    failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
-    total = len(todo) * len(questions)
-
-    for index, batch in enumerate(batches):
-        lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
-        for tower in dict.fromkeys(towers[key] for key in lacking):
-            report(len(journal.answers), total, "vision tower")
-            sharing = [key for key in lacking if towers[key] == tower]
-            _encode(encodings, tower, batch, sharing, failing, timeout)
-        entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
-        # All cells, answered or not: the same cells and questions are put together the same way and
-        # give the same answers to the last bit, whether the run was interrupted or not.
-        for tower in dict.fromkeys(towers.values()):
-            left = [key for key in todo if towers[key] == tower and key not in failing.out]
-            there = [item for item in batch if (tower, item) in encodings]
-            if not there or not set(left).intersection(lacking):
-                continue
-            several = [todo[key] for key in left if tower is None and not todo[key].without_images]
-            alone = [todo[key] for key in left if todo[key] not in several]
-            desk = _Desk(entering, failing, encodings, tower, there, timeout, warned, total, report)
-            while not desk.serve(plan, several, alone):
-                pass
-        encodings.keep({image for image, last in last_use.items() if last > index})
-    failing.settle()
-    report(len(journal.answers), total, "")
+    return signals
 
 
 def _without_faulty(
@@ -141,7 +144,7 @@ def _encode(
 
 @dataclass
 class _Desk:
-    """Asks the cells of one vision tower a batch of questions."""
+    """Asks the cells that share one vision encoder a batch of questions."""
 
     entering: "_Entering"
     failing: Failing
@@ -151,18 +154,25 @@ class _Desk:
     timeout: float | None
     warned: set[tuple[str, str]]
     total: int
-    report: Report
+    progress: ProgressCallback
 
     @property
     def runner(self) -> Runner:
         return self.entering.runner
 
+    def serve_all(self, plan: Plan, cells: Sequence[Cell]) -> None:
+        """Let the cells answer, by ``plan`` if they see the plain encoder's images."""
+        several = [cell for cell in cells if self.tower is None and not cell.without_images]
+        alone = [cell for cell in cells if cell not in several]
+        while not self.serve(plan, several, alone):
+            pass
+
     def serve(self, plan: Plan, several: Sequence[Cell], alone: Sequence[Cell]) -> bool:
         """Let the cells answer, ``several`` by ``plan``, and those ``alone`` one after the other.
 
         Returns:
-            Whether that is done; False where a cell changed what is shown, so that everything has
-            to be put together anew from what was encoded again.
+            Whether that is done; False if a cell changed shared encodings, so that the jobs have to
+            be made again.
         """
         shown = self.encodings.shown(self.tower, self.batch)
         prompts = [item.question for item in self.batch]
@@ -183,7 +193,7 @@ class _Desk:
         return True
 
     def _tell(self, doing: str) -> None:
-        self.report(len(self.entering.journal.answers), self.total, doing)
+        self.progress(len(self.entering.journal.answers), self.total, doing)
 
     def _at_once(
         self,
@@ -191,7 +201,7 @@ class _Desk:
         rows: Sequence[tuple[Cell, Question]],
         cells: Sequence[Cell],
     ) -> tuple[bool, bool]:
-        """Enter what ``run`` answers; whether it did, and whether it changed what is shown."""
+        """Enter the answers of ``run``; whether it answered, and whether it changed encodings."""
         self._tell(f"{len(cells)} cells together" if len(cells) > 1 else str(cells[0]))
 
         def answer() -> Sequence[dict[str, Any]]:
@@ -219,8 +229,7 @@ class _Desk:
         return True, False
 
     def _by_itself(self, cell: Cell) -> bool:
-        """Let one cell answer, question by question where it must; whether it changed what is
-        shown."""
+        """Let one cell answer, question by question if necessary; whether it changed encodings."""
         key, ever = cell.key, False
         groups = self.failing.grouped(key, self.batch)
         while groups:
@@ -258,7 +267,7 @@ class _Desk:
         self.failing.answered(key)
 
     def _mend(self, group: Sequence[Question]) -> bool:
-        """Encode again what was written to; whether anything was."""
+        """Encode again the images whose encodings changed; whether there are any."""
         changed = self.encodings.changed(self.tower, group)
         if changed:
             self.encodings.encode(self.tower, changed)
@@ -276,7 +285,7 @@ def _answer(
 
 
 class _Loyalty:
-    """What the journal takes in of records: divergences in the place of distributions.
+    """Replaces distributions in records with their divergences, for the journal.
 
     Attributes:
         full: Question id to the uncompressed model's log-probabilities of the first token.
@@ -288,7 +297,7 @@ class _Loyalty:
         self.unknown: set[str] = set()
 
     def lacking(self, key: str, records: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Questions of which cell ``key`` has a distribution but nothing to compare it with."""
+        """Questions with a distribution of cell ``key`` but none of the uncompressed model."""
         if key == UNCOMPRESSED:
             return set()
         wanted = {name for name, record in records.items() if FIRST_TOKEN in record}
@@ -312,12 +321,12 @@ class _Loyalty:
 def divergence(full: Tensor, short: Tensor) -> float:
     """KL(p || q) in nats of two distributions given as log-probabilities (V,)."""
     terms = full.exp() * (full - short)
-    # What the one holds impossible adds nothing; rounding must not make the sum negative.
+    # Tokens of probability 0 in p add nothing; rounding must not make the sum negative.
     return max(0.0, float(terms.masked_fill(full == -torch.inf, 0.0).double().sum()))
 
 
 def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Cut into batches, with questions about the same image brought together."""
+    """Batches of questions, with questions about the same image next to each other."""
     first: dict[str, int] = {}
     for item in questions:
         first.setdefault(item.image_id, len(first))
@@ -326,17 +335,17 @@ def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
 
 
 def _jobs(plan: Plan, *arguments: Any) -> Iterator[Job]:
-    """What ``plan`` puts together; where it cannot, one cell after the other."""
+    """The jobs of ``plan``; if it fails, one job per cell."""
     try:
         yield from plan(*arguments)
     except (KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException:  # each cell will say by itself what is wrong
+    except BaseException:  # each cell reports its own error
         yield from separate(*arguments)
 
 
 class _Entering:
-    """Takes the answers to one batch of questions into the journal."""
+    """Enters the answers to one batch of questions into the journal."""
 
     def __init__(
         self,
@@ -374,7 +383,7 @@ class _Entering:
 
 @contextmanager
 def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
-    """Let through the first warning of each category of a cell, not one for every image size."""
+    """Show the first warning of each category of a cell, not one for every image size."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

@@ -1,10 +1,9 @@
-"""Methods at equal cost: what each may keep to cost as much as `uniform` at a retention."""
+"""Methods at equal cost: the retention ratio at which each costs as much as `uniform`."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import get_args
 
 import pandas as pd
 import torch
@@ -16,14 +15,14 @@ from tokenprune.cost.ledger import Ledger
 from tokenprune.errors import RetentionWarning, UserError
 from tokenprune.experiments.common.bench import Bench
 from tokenprune.experiments.common.cells import Cell, Failure, Matched
-from tokenprune.experiments.common.conversion import MEASURES, WORDS, Measure, solve
+from tokenprune.experiments.common.conversion import MEASURES, WORDS, Measure, Solution, solve
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.prompt import Prompt
 from tokenprune.experiments.common.questions import Question
-from tokenprune.experiments.common.setting import Kind
+from tokenprune.experiments.common.request import MatchedCost
 from tokenprune.layout import TokenLayout
-from tokenprune.progress import Report
-from tokenprune.spec import says_retention
+from tokenprune.progress import ProgressCallback, silent
+from tokenprune.spec import has_retention
 
 __all__ = [
     "matched_cells",
@@ -44,7 +43,7 @@ _NEAR = 0.01  # share of a cost that is as good as met
 def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
     """The question with the median number of visual tokens, as the model sees its prompt.
 
-    Of very many questions evenly spaced ones are looked at.
+    Of very many questions, evenly spaced ones are considered.
     """
     return _median(adapter, questions)[1]
 
@@ -52,7 +51,7 @@ def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
 def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
     seen = [(item, tried(partial(_prompt, adapter, item))) for item in questions[::step]]
-    # A question that cannot be asked fails by itself when it is asked.
+    # A question that cannot be asked fails later, when it is asked.
     prompts = [(item, found) for item, found in seen if not isinstance(found, Failure)]
     if not prompts:
         why = next(found.error for _, found in seen if isinstance(found, Failure))
@@ -90,25 +89,25 @@ def matched_cells(
     questions: Sequence[Question],
     specs: Iterable[str],
     retention: Iterable[float],
-    kind: Kind,
+    kind: MatchedCost,
     *,
     optional: Iterable[str] = (),
-    report: Report = lambda *_: None,
+    progress: ProgressCallback = silent,
 ) -> tuple[list[Cell], dict[str, str]]:
-    """The uncompressed model, and every method at retentions where it costs what `uniform` does.
+    """The uncompressed model, and every method at the ratios that cost as much as `uniform`.
 
-    Costs are forecasts on the `representative` prompt, or, of methods whose counts depend on the
-    content, those of running them on it.
+    Costs are forecasts for the `representative` prompt; methods whose counts depend on the content
+    are run on it.
 
     Args:
         adapter: Of the model, with weights unless all costs are to be forecasts.
         questions: Where the `representative` prompt comes from.
-        specs: Methods; those that say what they keep are refused.
-        retention: Of `uniform`, the reference; it is added if it is not among the methods.
+        specs: Methods; those with their own retention ratio are refused.
+        retention: Of `uniform`, which is added if it is not among the methods.
         kind: ``tokens`` (visual ones a layer on average), ``flops`` (of the prefill, selection
-            included) or ``prefill-ms`` (measured here: choice and prefill of one prompt).
-        optional: Specs that may be left out where they cannot cost so little.
-        report: Told what is being done.
+            included) or ``prefill-ms`` (measured here: selection and prefill of one prompt).
+        optional: Specs that are left out if they cannot cost so little.
+        progress: Called before every step.
 
     Returns:
         The cells, and why some of ``optional`` are not among them.
@@ -117,57 +116,81 @@ def matched_cells(
         UserError: A method cannot be brought to the cost.
     """
     ratios = sorted(set(retention), reverse=True)
-    methods = [tp.create("uniform", retention=0.5)]
-    for spec in specs:
-        method = _unsettled(spec)
-        methods += [method] if method.label != methods[0].label else []
+    uniform = tp.create("uniform", retention=0.5)
+    methods = [one for spec in specs if (one := _unsettled(spec)).label != uniform.label]
     may_fail = {_unsettled(spec).label for spec in optional}
-    question, prompt = _median(adapter, questions)
-    bench = Bench(adapter, prompt) if kind == "prefill-ms" else None
-    real: dict[Measure, Callable[[Compressor], float]] = {
-        measure: cache(partial(_real_cost, adapter, question, measure))
-        for measure in get_args(Measure)
-    }
+    costs = _Costs(*_median(adapter, questions), kind)
+    total = 1 + len(methods)
+    progress(0, total, f"matching {uniform.label}")
+    targets = costs.of(uniform, ratios)
     cells, left_out = [Cell()], {}
-    for index, method in enumerate(methods):
-        report(index, len(methods), f"matching {method.label}")
-        price = bench.price(method) if bench is not None else None
-        for ratio in ratios:
-            if index == 0:
-                reference = replace(method, retention=ratio)
-                cost = price(reference) if price else _cost(prompt, reference, kind)
-                cells.append(Cell(reference, matched=Matched(kind, ratio, cost, cost)))
-                continue
-            target = next(c.matched.target for c in cells if c.matched and c.matched.asked == ratio)
+    cells += [_matched(replace(uniform, retention=one), kind, one, targets[one]) for one in ratios]
+    for index, method in enumerate(methods, start=1):
+        progress(index, total, f"matching {method.label}")
+        solve_for = costs.solver(method)
+        for ratio, target in targets.items():
             if ratio == 1:  # every method is the uncompressed model then
-                cells.append(
-                    Cell(replace(method, retention=1.0), matched=Matched(kind, 1.0, target, target))
-                )
+                cells.append(_matched(replace(method, retention=1.0), kind, 1.0, target))
                 continue
             try:
-                if price:
-                    what = "ms of choice and prefill"
-                    found = solve(prompt, method, target, price, what=what)
-                else:
-                    measure: Measure = "tokens" if kind == "tokens" else "flops"
-                    found = solve(prompt, method, target, measure)
-                    if not prompt.forecast(found.method).exact and adapter.device.type != "meta":
-                        found = solve(prompt, method, target, real[measure], what=WORDS[measure])
+                found = solve_for(target)
             except UserError as error:
-                sentence = f"uniform at {ratio:g} sets the cost, but {error}"
                 if method.label not in may_fail:
                     raise UserError(
-                        f"{sentence} Leave the method out, or ask for a larger retention."
+                        f"uniform at {ratio:g} sets the cost, but {error} Leave the method out, or "
+                        "ask for a larger retention."
                     ) from None
                 left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
-                continue
-            cells.append(Cell(found.method, matched=Matched(kind, ratio, target, found.cost)))
+            else:
+                cells.append(_matched(found.method, kind, ratio, target, found.cost))
     distinct = {repr(cell.compressor): cell for cell in cells}
     return list(distinct.values()), left_out
 
 
+def _matched(
+    method: Compressor, kind: MatchedCost, asked: float, target: float, cost: float | None = None
+) -> Cell:
+    return Cell(method, matched=Matched(kind, asked, target, target if cost is None else cost))
+
+
+class _Costs:
+    """The costs of methods on the `representative` prompt of a comparison."""
+
+    def __init__(self, question: Question, prompt: Prompt, kind: MatchedCost) -> None:
+        self.prompt, self.kind = prompt, kind
+        self._bench = Bench(prompt.adapter, prompt) if kind == "prefill-ms" else None
+        measure: Measure = "tokens" if kind == "tokens" else "flops"
+        self._measure = measure
+        self._real = cache(partial(_real_cost, prompt.adapter, question, measure))
+
+    def of(self, method: Compressor, ratios: Iterable[float]) -> dict[float, float]:
+        """Retention ratio to the cost of ``method`` at it."""
+        price: Callable[[Compressor], float] = partial(_cost, self.prompt, kind=self.kind)
+        if self._bench is not None:
+            price = self._bench.price(method)
+        return {ratio: price(replace(method, retention=ratio)) for ratio in ratios}
+
+    def solver(self, method: Compressor) -> Callable[[float], Solution]:
+        """Finds the retention ratio at which ``method`` has a given cost."""
+        if self._bench is not None:
+            price = self._bench.price(method)
+            return lambda target: solve(
+                self.prompt, method, target, price, what="ms of choice and prefill"
+            )
+        return partial(self._solved, method)
+
+    def _solved(self, method: Compressor, target: float) -> Solution:
+        """By forecast; by running the method if its counts depend on the content."""
+        found = solve(self.prompt, method, target, self._measure)
+        exact = self.prompt.forecast(found.method).exact
+        if exact or self.prompt.adapter.device.type == "meta":
+            return found
+        words = WORDS[self._measure]
+        return solve(self.prompt, method, target, self._real, what=words)
+
+
 def realised(answers: pd.DataFrame) -> pd.DataFrame:
-    """What matched methods cost on the questions that were asked, beside `uniform`.
+    """The cost of matched methods on the questions that were asked, relative to `uniform`.
 
     Args:
         answers: As in ``answers.parquet``.
@@ -203,7 +226,7 @@ def realised(answers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:
+def _cost(prompt: Prompt, method: Compressor, kind: MatchedCost) -> float:
     ledger = prompt.forecast(method, draws=1).ledger
     if kind == "tokens":
         return ledger.layer_average
@@ -211,7 +234,7 @@ def _cost(prompt: Prompt, method: Compressor, kind: Kind) -> float:
 
 
 def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compressor) -> float:
-    """What ``method`` really costs on a question, where content decides how much it keeps."""
+    """The cost of running ``method`` on a question, if the content decides how much it keeps."""
     shown = [picture.open() for picture in item.images]
     images, videos = (None, [[shown]]) if item.video else ([shown], None)
     inputs = adapter.prepare(images, [item.question], videos)
@@ -230,8 +253,8 @@ def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compr
 
 
 def _unsettled(spec: str) -> Compressor:
-    """The method of ``spec``, whose retention is to be found."""
-    if says_retention(spec):
+    """The method of ``spec``, whose retention ratio is to be found."""
+    if has_retention(spec):
         raise UserError(
             f"{spec!r} says itself what it keeps; with --match the retention is solved for, so "
             "give single methods without one."

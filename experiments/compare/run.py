@@ -1,118 +1,92 @@
-"""The main job: methods x retentions on one model and one set of questions, side by side.
+"""Methods side by side: every method at every retention ratio, on one model and the same questions.
 
-The outer loop runs over batches of questions, the inner one over cells (a method at a retention),
-so that the vision tower sees every image once, and an interrupted run has the same questions
-answered by every cell.
+The outer loop runs over batches of questions, the inner one over cells (a method at a retention
+ratio).  So the vision encoder sees every image once, and after an interruption all cells have
+answered the same questions.
 """
 
-import hashlib
-import json
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from tokenprune.adapter import Adapter
 from tokenprune.experiments.common.answers import answers_frame
-from tokenprune.experiments.common.cells import Cell, Failure
+from tokenprune.experiments.common.cells import Cell, CellRecord, Failure
 from tokenprune.experiments.common.files import WriteError
-from tokenprune.experiments.common.grid import cells, expanded
+from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.provenance import (
     DECISIVE,
     Files,
     answer_files,
+    code_roots,
     digests,
     environment,
 )
 from tokenprune.experiments.common.questions import Question, fingerprint
 from tokenprune.experiments.common.references import references
-from tokenprune.experiments.common.run_folder import RunFolder, asked_for
-from tokenprune.experiments.common.setting import Outcome, Request, prepare, with_faults_noted
+from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.common.run_folder import RunFolder, asked_for, folder_name
+from tokenprune.experiments.common.setting import Setting, prepare, with_faults_noted
 from tokenprune.experiments.common.summary import summarise
-from tokenprune.experiments.compare.figures import draw
-from tokenprune.experiments.compare.loop import run
+from tokenprune.experiments.compare import figures, loop
+from tokenprune.experiments.compare.finished import FILES
 from tokenprune.experiments.compare.matching import matched_cells
 from tokenprune.experiments.compare.runner import ModelRunner
-from tokenprune.experiments.compare.sharing import together
+from tokenprune.experiments.compare.sharing import separate, together
 from tokenprune.models import testbed
-from tokenprune.progress import Report
-
-if TYPE_CHECKING:
-    from tokenprune.experiments.common.setting import Setting
+from tokenprune.progress import ProgressCallback, silent
+from tokenprune.registry import strategies
 
 __all__ = [
-    "compare",
+    "accuracy_so_far",
+    "answer",
+    "run",
 ]
 
 
-# --- the command ----------------------------------------------------------------------------------
-
-
-def compare(
-    request: Request,
-    report: Report = lambda *_: None,
+def run(
+    request: CompareRequest,
+    progress: ProgressCallback = silent,
     *,
     name: str = "",
     columns: Sequence[Cell] | None = None,
-    setting: "Setting | None" = None,
+    setting: Setting | None = None,
 ) -> Outcome:
-    """Do what is asked, or what is left of it if it was begun before.
+    """Compare methods, or resume a comparison that was interrupted.
 
     Args:
         request: What to compare.
-        report: Told how far it is.
-        name: Of the experiment, if it is another one; the folder is named after it.
-        columns: Cells of that experiment, in the place of methods and retentions.  The uncompressed
-            model and the references are added.
-        setting: The model and its questions, if they are there already.
+        progress: Called before every step.
+        name: Of another experiment that runs its cells here; the folder is named after it.
+        columns: The cells of that experiment, instead of methods and retention ratios.  The
+            uncompressed model and the references are added.
+        setting: The model and its questions, if they are loaded already.
 
     Raises:
-        UserError: Bad input, found before the model answers a question.
+        UserError: Bad input, before the model answers a question.
     """
-    setting = setting or prepare(request, report, keep_faulty=True)
-    adapter = setting.adapter
-    questions = with_faults_noted(setting, request.max_new_tokens)
+    setting = setting or prepare(request, progress, keep_faulty=True)
+    setting = replace(setting, questions=with_faults_noted(setting, request.max_new_tokens))
     skipped: dict[str, str] = {}
     if columns is None:
-        methods, skipped = expanded(request.methods, adapter.check)
-        if request.match is None:
-            columns = cells(methods, request.retention, request.seeds)
-        else:
-            columns, left_out = matched_cells(
-                adapter,
-                [item for item in questions if not item.fault],
-                methods,
-                request.retention,
-                request.match,
-                optional=set(methods) - set(request.methods),
-                report=report,
-            )
-            skipped |= left_out
-    beside = [Cell(), *references({item.modality for item in questions})]
+        columns, skipped = _columns(request, setting, progress)
+    beside = [Cell(), *references({item.modality for item in setting.questions})]
     columns = [*beside, *(cell for cell in columns if cell not in beside)]
     for cell in columns:
         if cell.compressor:
-            adapter.check(cell.compressor)
-
-    surroundings = environment()
-    files = answer_files(
-        adapter.path,
-        [cell.compressor for cell in columns if cell.compressor],
-        [type(adapter), __name__],
-    )
-    experiment = _experiment(request, columns, questions, adapter, surroundings["versions"], files)
-    experiment |= {"name": name} if name else {}
-    path = request.out or Path("runs") / _folder_name(experiment)
-    details = _details(request, adapter, path) | {"files": files} | surroundings
-    folder = RunFolder.open(path, experiment, details)
+            setting.adapter.check(cell.compressor)
+    folder = _opened(request, _Work(setting, columns), name, skipped)
     try:
-        outcome = _fill(folder, request, columns, questions, adapter, report)
+        outcome = _fill(folder, request, _Work(setting, columns), progress)
     except BaseException as error:
         with suppress(WriteError):  # the first error says it
             folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -126,41 +100,138 @@ def compare(
     return replace(outcome, skipped=skipped)
 
 
-def _fill(
-    folder: RunFolder,
-    request: Request,
+@dataclass(frozen=True)
+class _Work:
+    """What to answer: the questions of a setting, in every one of ``columns``."""
+
+    setting: Setting
+    columns: Sequence[Cell]
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.setting.adapter
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        return self.setting.questions
+
+
+def _columns(
+    request: CompareRequest, setting: Setting, progress: ProgressCallback
+) -> tuple[list[Cell], dict[str, str]]:
+    """The cells of the methods, and why methods of ``all`` are not among them."""
+    methods, skipped = expanded(request.methods, setting.adapter.check)
+    if request.match is None:
+        return cells(methods, request.retention, request.seeds), skipped
+    found, left_out = matched_cells(
+        setting.adapter,
+        [item for item in setting.questions if not item.fault],
+        methods,
+        request.retention,
+        request.match,
+        optional=set(methods) - set(request.methods),
+        progress=progress,
+    )
+    return found, skipped | left_out
+
+
+def _opened(
+    request: CompareRequest, work: _Work, name: str, skipped: Mapping[str, str]
+) -> RunFolder:
+    """The folder of the run, which holds nothing else."""
+    surroundings = environment()
+    roots = code_roots(
+        [cell.compressor for cell in work.columns if cell.compressor],
+        [type(work.adapter), __name__],
+    )
+    files = answer_files(work.adapter.path, (), roots)
+    experiment = _experiment(request, work, surroundings["versions"], files)
+    experiment |= {"name": name} if name else {}
+    path = request.out or Path("runs") / folder_name(experiment)
+    details = _details(request, work.adapter, path) | {"files": files} | surroundings
+    if request.match is None and not name:
+        details["finished"] = {
+            "code": roots,
+            "columns": [asdict(CellRecord.of(cell)) for cell in work.columns],
+            "skipped": skipped,
+            "registered": strategies.names() if ALL in request.methods else None,
+        }
+    return RunFolder.open(path, experiment, details)
+
+
+def answer(
+    adapter: Adapter,
     columns: Sequence[Cell],
     questions: Sequence[Question],
-    adapter: Adapter,
-    report: Report,
+    journal: Journal,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    shared: bool = True,
+    timeout: float | None = None,
+    progress: ProgressCallback = silent,
+) -> None:
+    """Add to ``journal`` every answer that it lacks.
+
+    Args:
+        adapter: Of the model.
+        columns: The cells.
+        questions: What to ask.
+        journal: Where answers go; it must be open.
+        max_new_tokens: Longest answer.
+        batch_size: Questions answered at once.
+        shared: Whether what cells have in common is computed once.
+        timeout: Seconds that one computation may take.
+        progress: Called before every step.
+    """
+    loop.run(
+        ModelRunner(adapter, max_new_tokens),
+        columns,
+        questions,
+        journal,
+        batch_size=batch_size,
+        plan=together if shared else separate,
+        timeout=timeout,
+        progress=progress,
+    )
+
+
+def accuracy_so_far(summary: pd.DataFrame, model: str) -> Figure:
+    """The accuracy of a run that has drawn no figures yet; ``summary`` as in ``summary.csv``."""
+    return figures.accuracy(summary, f"Accuracy of {model} so far")
+
+
+def _fill(
+    folder: RunFolder, request: CompareRequest, work: _Work, progress: ProgressCallback
 ) -> Outcome:
-    """Answer what is not answered yet, and write tables and plots of what there is."""
+    """Answer what is not answered yet, and write tables and plots of all answers."""
+    columns, questions = work.columns, work.questions
     embedded = request.model in testbed.names()
     interrupted = False
     with Journal(folder.journal) as journal:
         before = len(journal.answers)
         try:
-            run(
-                ModelRunner(adapter, request.max_new_tokens),
+            answer(
+                work.adapter,
                 columns,
                 questions,
                 journal,
+                max_new_tokens=request.max_new_tokens,
                 batch_size=request.batch_size or (50 if embedded else 4),
-                plan=together,
                 timeout=request.timeout_per_batch,
-                report=report,
+                progress=progress,
             )
         except KeyboardInterrupt:
             interrupted = True
     if interrupted or not journal.whole:
         journal = Journal(folder.journal)  # what is in the file, wherever the interrupt fell
     wanted = len({cell.key for cell in columns}) * len(questions)
-    report(len(journal.answers), wanted, "tables and plots")
+    progress(len(journal.answers), wanted, "tables and plots")
     answers = answers_frame(request.model, columns, questions, journal)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
     if not interrupted and "name" not in folder.manifest["experiment"]:  # others draw their own
-        draw(folder, request.model, summary)
+        figures.draw(folder, request.model, summary)
     failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
     if not interrupted:
         failures = dict(_lacking(columns, questions, journal)) | failures
@@ -176,7 +247,8 @@ def _fill(
         answered=len(journal.answers),
         wanted=wanted,
         new=len(journal.answers) - before,
-        summary=summary,
+        tables={"summary": summary},
+        files=FILES,
         failures=failures,
         missing=missing,
     )
@@ -196,15 +268,13 @@ def _lacking(
 
 
 def _experiment(
-    request: Request,
-    columns: Sequence[Cell],
-    questions: Sequence[Question],
-    adapter: Adapter,
+    request: CompareRequest,
+    work: _Work,
     versions: Mapping[str, str | None],
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
     """All that the answers depend on; two runs may share a folder only if this is equal."""
-    config = adapter.model.config
+    columns, questions, adapter = work.columns, work.questions, work.adapter
     methods = [cell.compressor for cell in columns if cell.compressor and not cell.name]
     return {
         "model": request.model,
@@ -220,7 +290,7 @@ def _experiment(
         "max_new_tokens": request.max_new_tokens,
         **({} if request.match is None else {"match": _match(columns)}),
         **digests(files),
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": getattr(adapter.model.config, "_commit_hash", None),
         **{package: versions[package] for package in DECISIVE},
     }
 
@@ -234,18 +304,8 @@ def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(request: Request, adapter: Adapter, folder: Path) -> dict[str, Any]:
+def _details(request: CompareRequest, adapter: Adapter, folder: Path) -> dict[str, Any]:
     """What else a reader of the manifest will want to know."""
     device = adapter.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {**asked_for(request, folder), "device_name": name}
-
-
-def _folder_name(experiment: dict[str, Any]) -> str:
-    """Readable, and different for different experiments, so that none is refused its folder."""
-    methods = experiment.get("name") or "+".join(experiment["methods"])
-    if len(methods) > 60:
-        methods = f"{len(experiment['methods'])}-methods"
-    parts = [Path(experiment["model"]).name, methods, f"{experiment['questions']}-questions"]
-    digest = hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
-    return re.sub(r"[^\w.+=-]+", "-", "_".join([*parts, digest[:8]]))

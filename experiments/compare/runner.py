@@ -24,7 +24,7 @@ FIRST_TOKEN = "first_token"
 
 
 class Runner(Protocol):
-    """What answers questions: a model, or a stand-in for tests."""
+    """Answers questions: a model, or a stand-in for tests."""
 
     def encode(
         self,
@@ -32,7 +32,7 @@ class Runner(Protocol):
         signals: frozenset[Signal],
         encoder: EncoderCompressor | None = None,
     ) -> Sequence[Sequence[Any]]:
-        """Run the vision tower, under ``encoder``; for every question its images or video."""
+        """Run the vision encoder, compressed by ``encoder``; per question its images or video."""
 
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
@@ -40,14 +40,14 @@ class Runner(Protocol):
         """Answer one batch.
 
         Returns:
-            For every prompt its ``answer``, the figures of its ledger, and in `FIRST_TOKEN`, if it
-            is known, (V,) the log-probabilities of the first token of the answer.
+            For every prompt its ``answer``, the figures of its ledger, and, if known, in
+            `FIRST_TOKEN` the log-probabilities (V,) of the first token of the answer.
         """
 
     def answer_without_images(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        """The same from the same prompts without a visual token."""
+        """The same for the prompts without visual tokens."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ModelRunner:
     ) -> Sequence[Sequence[Any]]:
         opened = [[picture.open() for picture in item.images] for item in questions]
         encode = self.adapter.encode
-        # Single images, the common case, go through the vision tower together.
+        # Single images, the common case, are encoded in one batch.
         alone = [index for index, item in enumerate(questions) if item.modality == "image"]
         single = iter(encode([opened[index][0] for index in alone], signals, encoder))
         found = []

@@ -1,10 +1,9 @@
-"""What the vision tower made of the images, once for all cells, and whether it still is that.
+"""The output of the vision encoder, computed once for all cells and checked for changes.
 
-The core notices when a strategy writes to what it is shown (`tokenprune.untouched`), unless it goes
-behind the back of PyTorch: through ``.data`` or numpy.  Here the numbers themselves are compared
-after everything that ran on them, a sum of bits for each row; one look at the features is nothing
-beside a prefill.  What was written to is made anew, so that other cells see what they would have
-seen.
+The core detects a method that writes to its inputs (`tokenprune.untouched`), unless the method
+bypasses PyTorch through ``.data`` or numpy.  Here the numbers themselves are compared after every
+computation, as one sum of bits per row, which costs little in comparison with a prefill.  Encodings
+that were changed are computed again, so that other cells see the right ones.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ _GEOMETRY = [item.name for item in fields(TokenLayout) if item.type == "Tensor"]
 
 
 class Encodings:
-    """Images and videos as each vision tower encoded them, as long as questions need them."""
+    """Images and videos as each vision encoder encoded them, as long as questions need them."""
 
     def __init__(self, runner: Runner, signals: Mapping[Tower, frozenset[Signal]]) -> None:
-        """Encode with ``runner``, and with a tower (None: the plain one) its ``signals``."""
+        """Encode with ``runner``; ``signals`` are by encoder (None: the plain one)."""
         self.runner, self.signals = runner, signals
         self._found: dict[tuple[Tower, str], tuple[Sequence[Any], Tensor]] = {}
 
@@ -64,12 +63,12 @@ class Encodings:
         return [self._found[tower, item.image_id][0] for item in questions]
 
     def changed(self, tower: Tower, questions: Sequence[Question]) -> list[Question]:
-        """One question for every image that is not what was encoded any more."""
+        """One question for every image whose encoding has changed."""
         questions = list({item.image_id: item for item in questions}.values())
         entries = [self._found[tower, item.image_id] for item in questions]
         now = [_digest(images) for images, _ in entries]
         before = [digests for _, digests in entries]
-        if not entries or torch.equal(torch.cat(now), torch.cat(before)):  # one wait for the device
+        if not entries or torch.equal(torch.cat(now), torch.cat(before)):  # one synchronisation
             return []
         pairs = zip(questions, now, before, strict=True)
         return [item for item, one, other in pairs if not torch.equal(one, other)]
@@ -80,7 +79,7 @@ class Encodings:
 
 
 def _digest(images: Sequence[Any]) -> Tensor:
-    """Sums of the bits of all that methods are shown of some images; of stand-ins nothing."""
+    """Sums of the bits of everything that methods see of some images; of stand-ins none."""
     parts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
     for tokens in images:
         if isinstance(tokens, VisualTokens):

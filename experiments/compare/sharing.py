@@ -1,15 +1,15 @@
-"""What the cells of a comparison have in common is computed once for a batch of questions.
+"""Computes what the cells of a comparison have in common once per batch of questions.
 
-The vision tower and its signals run before, once for every image (`compare.run`).  Of the rest:
+The vision encoder and its signals run before, once per image (`compare.loop`).  Of the rest:
 
-* Prompts are spelled out once.
+* Prompts are tokenised once.
 * The uncompressed model and cells that cut inside the language model run one after the other on the
   whole batch; the layers in front of their first cuts run once (`tokenprune.engine.prefix`).
-* Cells that act in front of the language model show it a shorter prompt, so that several fit where
-  one uncompressed batch does.  Rows (a cell's view of a question) of about the same length run
-  together, whatever their cell and question: little is padded, new tokens take few steps.
+* Cells that act in front of the language model give it shorter prompts, so several fit into the
+  memory of one uncompressed batch.  Rows (a question in a cell) of about the same length run
+  together, whatever their cell and question: there is little padding, and decoding takes few steps.
 
-How rows are put together depends on questions and cells alone, not on what is answered already.
+The batches depend on questions and cells alone, not on the answers that exist already.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROWS = 8
 TOKENS = 4096
 
 
-# Rows shorter than this share of the longest one wait for a batch of their own length.
+# Rows shorter than this share of the longest one go to a batch of their own length.
 ALIKE = 0.85
 
 
@@ -63,7 +63,7 @@ class Job:
 
 
 Plan = Callable[[Any, Sequence["Cell"], Sequence[Sequence[Any]], Sequence[str]], Iterator[Job]]
-"""Puts together what a runner answers: takes it, the cells, the encoded images and the prompts."""
+"""Makes the jobs of a runner, from the runner, the cells, the encoded images and the prompts."""
 
 
 def separate(
@@ -125,7 +125,7 @@ def _generate(
     try:
         return runner.generate(compressor, inputs, prefix)
     except BaseException:
-        prefix.clear()  # perhaps it took the memory that was missing
+        prefix.clear()  # it may have taken the memory that was missing
         raise
 
 
@@ -135,7 +135,7 @@ def _lengths(
     images: Sequence[Sequence[VisualTokens]],
     full: Sequence[int],
 ) -> dict[tuple[int, int], int]:
-    """Cell and question to about how many tokens the language model will see."""
+    """Cell and question to the approximate number of tokens in the language model."""
     found = {}
     for question, some in enumerate(images):
         patches = [len(tokens.layout.patches) for tokens in some]

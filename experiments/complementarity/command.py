@@ -44,10 +44,9 @@ def complementarity(
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
-        from tokenprune.experiments.common.setting import Request
-        from tokenprune.experiments.complementarity.run import complementarity
+        from tokenprune.experiments.complementarity.run import ComplementarityRequest, run
 
-        request = Request(
+        request = ComplementarityRequest(
             model=model,
             questions=questions,
             data=data,
@@ -61,20 +60,17 @@ def complementarity(
         )
         quiet()
         started = options.stoppable()
-        with progress() as report:
-            result = complementarity(request, report)
-        if len(result.table):
-            Console().print(table(result.table), "")
-        if result.left_out:
-            typer.echo(f"{result.left_out} questions were left out: their images have no crops.")
-        status = options.closing(
-            result.outcome, started, "complementarity.csv, answers.parquet, plots/"
-        )
+        with progress() as bar:
+            outcome = run(request, bar)
+        found = outcome.tables.get("complementarity")
+        if found is not None and len(found):
+            Console().print(table(found), "")
+        status = options.closing(outcome, started)
     raise typer.Exit(status)
 
 
 def table(found: pd.DataFrame) -> Table:
-    """At most 80 columns; ``found`` is as `experiments.complementarity.relative` returns it."""
+    """At most 80 columns; ``found`` is as `complementarity.run.relative` returns it."""
     made = new_table(
         title="Accuracy from one kind of view alone",
         caption="Relative: to the accuracy with thumbnail and crops, with its 95 % interval, in %. "

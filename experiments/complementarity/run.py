@@ -8,79 +8,67 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
-from tokenprune.experiments.common.csv_files import write_csv
-from tokenprune.experiments.common.files import replace_file
+from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.intervals import bootstrap_ratio, wilson
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.references import CROPS_ONLY, KeepViews
-from tokenprune.experiments.common.run_folder import IMAGE_FREE, THUMBNAIL_ONLY, UNCOMPRESSED
-from tokenprune.experiments.common.setting import Outcome, Request, prepare, with_crops
+from tokenprune.experiments.common.request import QuestionRequest, comparison
+from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+from tokenprune.experiments.common.setting import prepare, with_crops
 from tokenprune.experiments.common.summary import OVERALL, compared
-from tokenprune.experiments.compare.run import compare
-from tokenprune.progress import Report
+from tokenprune.experiments.compare import run as compare
+from tokenprune.experiments.complementarity.figures import SHOWN, figure
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
-    "SHOWN",
-    "Result",
-    "complementarity",
-    "figure",
+    "ComplementarityRequest",
     "relative",
+    "run",
 ]
 
 
-SHOWN = {
-    UNCOMPRESSED: "both",
-    CROPS_ONLY: "crops only",
-    THUMBNAIL_ONLY: "thumbnail only",
-    IMAGE_FREE: "no image",
-}
-"""Label of a cell to what the model sees in it."""
+@dataclass(frozen=True, kw_only=True)
+class ComplementarityRequest(QuestionRequest):
+    """Which questions to answer from the thumbnail, from the crops and from both.
 
-
-@dataclass(frozen=True)
-class Result:
-    """What came out.
-
-    Attributes:
-        outcome: Of the run.
-        table: As `relative` returns it; empty if the run was interrupted.
-        left_out: Questions whose image has no crops.
+    They are about single images: videos and prompts of several images have no crops, also in
+    LLaVA-OneVision.
     """
 
-    outcome: Outcome
-    table: pd.DataFrame
-    left_out: int
 
-
-def complementarity(request: Request, report: Report = lambda *_: None) -> Result:
+def run(request: ComplementarityRequest, progress: ProgressCallback = silent) -> Outcome:
     """Answer every question from the thumbnail, from the crops and from both.
 
-    Methods and retentions of ``request`` are of no meaning.  Videos and prompts of several images
-    have no crops, also in LLaVA-OneVision, and are left out.  The folder of the run gets
-    ``complementarity.csv`` and a figure besides what `compare` writes.
+    Questions whose image has no crops are left out.  The folder of the run gets
+    ``complementarity.csv`` and a figure in addition to what `compare` writes.
+
+    Returns:
+        With the table ``complementarity``, as `relative` returns it, unless the run was
+        interrupted.
 
     Raises:
         UserError: As `compare`, or no image has crops.
     """
-    request = replace(request, modality="image")
-    setting, left_out = with_crops(prepare(request, report))
-    crops = Cell(KeepViews(views="crops"), name=CROPS_ONLY)
-    outcome = compare(
-        request, report, name="complementarity", columns=[Cell(), crops], setting=setting
-    )
+    asked = comparison(request, modality="image")
+    setting, left_out = with_crops(prepare(asked, progress))
+    columns = [Cell(), Cell(KeepViews(views="crops"), name=CROPS_ONLY)]
+    outcome = compare.run(asked, progress, name="complementarity", columns=columns, setting=setting)
+    if left_out:
+        words = f"{left_out} questions were left out: their images have no crops."
+        outcome = replace(outcome, notes=(words,))
     if outcome.status == "interrupted":
-        return Result(outcome, pd.DataFrame(), left_out)
+        return outcome
     table = relative(read_answers(outcome.folder), seed=request.seed)
-    with replace_file(outcome.folder / "complementarity.csv") as temporary:
-        write_csv(table, temporary)
+    write_tables(outcome.folder, {"complementarity": table})
     if len(table):
         drawn = figure(table, Path(request.model).name)
         plots.save(drawn, outcome.folder / "plots" / "complementarity")
-    return Result(outcome, table, left_out)
+    files = ("complementarity.csv", "answers.parquet", "plots/")
+    return replace(outcome, tables={"complementarity": table, **outcome.tables}, files=files)
 
 
 def relative(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
@@ -95,7 +83,7 @@ def relative(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
         ``kind``, ``shown``, ``n``, ``accuracy`` and that of the whole image, ``relative`` (their
         ratio, 1 for the whole image) with its 95 % interval (whole images resampled, both at once;
         from Wilson's interval of the accuracy where all resamples are equal), and ``difference`` in
-        accuracy with interval and p-value as of `intervals.compared`.
+        accuracy with interval and p-value as of `summary.compared`.
     """
     cells = dict(iter(answers.groupby("label", sort=False)))
     rows = []
@@ -130,32 +118,3 @@ def relative(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def figure(table: pd.DataFrame, model: str) -> Figure:
-    """Relative accuracy as bars, one group for each kind of question.
-
-    Args:
-        table: As `relative` returns it.
-        model: What to call the model.
-    """
-    shown = [name for name in SHOWN.values() if name != SHOWN[UNCOMPRESSED]]
-    table = table[table["shown"].isin(shown)]
-    kinds = [kind for kind in pd.unique(table["kind"]) if kind != OVERALL]
-    if len(kinds) == 1:
-        kinds = []
-    n = table.groupby("kind")["n"].max()
-    return plots.bars(
-        table.assign(
-            place=table["kind"], value=table["relative"],
-            low=table["relative_low"], high=table["relative_high"],
-        ),
-        places={kind: f"{kind}\n({n[kind]})" for kind in (OVERALL, *kinds)},
-        hues=shown,
-        title=f"What {model} answers from the thumbnail or the crops alone",
-        subtitle="accuracy relative to the whole image (100 %), number of questions in brackets; "
-        "bars: 95 % confidence intervals",
-        label="relative accuracy",
-        reference=1.0,
-        colours={SHOWN[IMAGE_FREE]: "#bdbdbd"},
-    )  # fmt: skip

@@ -23,17 +23,20 @@ __all__ = [
 ]
 
 
+_Score = Annotated[
+    str,
+    typer.Option(
+        metavar="SIGNAL",
+        help="What the thumbnail is scored by: saliency, cls_logits, cls_attention, received "
+        "or head_attention.",
+    ),
+]
+
+
 @app.command("crop-importance")
 def crop_importance(
     model: options.Model = "testbed-next",
-    score: Annotated[
-        str,
-        typer.Option(
-            metavar="SIGNAL",
-            help="What the thumbnail is scored by: saliency, cls_logits, cls_attention, received "
-            "or head_attention.",
-        ),
-    ] = "saliency",
+    score: _Score = "saliency",
     layer: Annotated[int, typer.Option(help="Encoder layer of the score.")] = -1,
     seeds: Annotated[int, typer.Option(help="How many random crops to drop in turn.")] = 1,
     questions: options.Questions = None,
@@ -55,16 +58,17 @@ def crop_importance(
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
-        from tokenprune.experiments.common.setting import Request
-        from tokenprune.experiments.crop_importance.run import crop_importance
+        from tokenprune.experiments.crop_importance.run import CropImportanceRequest, run
 
-        request = Request(
+        request = CropImportanceRequest(
             model=model,
+            score=score,
+            layer=layer,
+            seeds=seeds,
             questions=questions,
             data=data,
             batch_size=batch_size,
             seed=seed,
-            seeds=seeds,
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -73,24 +77,17 @@ def crop_importance(
         )
         quiet()
         started = options.stoppable()
-        with progress() as report:
-            result = crop_importance(request, report, score=score, layer=layer)
-        if len(result.table):
-            Console().print(table(result.table), "")
-        if result.uneven:
-            typer.echo(
-                f"In {result.uneven} of {result.crops['image_id'].nunique()} images the crops' "
-                "regions of the thumbnail differ in size: crops are ranked by the mean over theirs."
-            )
-        if result.left_out:
-            typer.echo(f"{result.left_out} questions were left out: fewer than two crops.")
-        files = "crop_importance.csv, crops.csv, objects.csv, answers.parquet, plots/"
-        status = options.closing(result.outcome, started, files)
+        with progress() as bar:
+            outcome = run(request, bar)
+        found = outcome.tables.get("crop_importance")
+        if found is not None and len(found):
+            Console().print(table(found), "")
+        status = options.closing(outcome, started)
     raise typer.Exit(status)
 
 
 def table(found: pd.DataFrame) -> Table:
-    """At most 80 columns; ``found`` is as `experiments.crop_importance.drops` returns it."""
+    """At most 80 columns; ``found`` is as `crop_importance.run.drops` returns it."""
     made = new_table(
         title="Accuracy lost without a crop",
         caption="Loss in points with its 95 % interval, against the whole image and against "

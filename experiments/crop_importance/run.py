@@ -9,14 +9,10 @@ their regions, since a thumbnail of 7 x 7 patches has no two halves of one size.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from tokenprune.allocators import SALIENCY, ThumbnailCommand
@@ -25,39 +21,32 @@ from tokenprune.errors import unknown
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
-from tokenprune.experiments.common.csv_files import write_csv
-from tokenprune.experiments.common.files import replace_file
-from tokenprune.experiments.common.intervals import wilson
-from tokenprune.experiments.common.plots import FAINT, INK, style, titles
+from tokenprune.experiments.common.csv_files import write_tables
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.references import region_sizes
+from tokenprune.experiments.common.request import QuestionRequest, comparison
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.common.setting import Outcome, Request, Setting, prepare, with_crops
+from tokenprune.experiments.common.setting import Setting, prepare, with_crops
 from tokenprune.experiments.common.summary import OVERALL, compared
-from tokenprune.experiments.compare.run import compare
+from tokenprune.experiments.compare import run as compare
+from tokenprune.experiments.crop_importance.figures import DROPPED, figure, uneven
 from tokenprune.layout import TokenLayout
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
-    "DROPPED",
     "HELD",
     "SCORES",
     "SPARED",
+    "CropImportanceRequest",
     "DropCrop",
-    "Result",
-    "crop_importance",
     "crop_of",
     "drops",
-    "figure",
-    "holding",
+    "run",
     "scored",
 ]
-
-
-DROPPED = ("highest", "random", "lowest")
-"""Which crop is dropped."""
 
 
 HELD, SPARED = "object dropped", "object spared"
@@ -67,77 +56,72 @@ HELD, SPARED = "object dropped", "object spared"
 SCORES = ("saliency", "cls_logits", "cls_attention", "received", "head_attention")
 
 
-@dataclass(frozen=True)
-class Result:
-    """What came out.
+@dataclass(frozen=True, kw_only=True)
+class CropImportanceRequest(QuestionRequest):
+    """Which questions to answer without one of the crops.  They are about single images.
 
     Attributes:
-        outcome: Of the run.
-        crops, objects: As `scored` returns them.
-        table: As `drops` returns it.  All three are empty if the run was interrupted.
-        left_out: Questions whose image has fewer than two crops.
+        score: Signal of the vision encoder that the thumbnail is scored by, one of `SCORES`.
+        layer: Encoder layer of the signal.
+        seeds: The number of random crops that are dropped in turn.
     """
 
-    outcome: Outcome
-    crops: pd.DataFrame
-    objects: pd.DataFrame
-    table: pd.DataFrame
-    left_out: int
-
-    @property
-    def uneven(self) -> int:
-        """In how many images the crops' regions of the thumbnail differ in size."""
-        return _uneven(self.crops)
+    score: str = "saliency"
+    layer: int = -1
+    seeds: int = 1
 
 
-def crop_importance(
-    request: Request,
-    report: Report = lambda *_: None,
-    *,
-    score: str = "saliency",
-    layer: int = -1,
-) -> Result:
+def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> Outcome:
     """Score the crops of every image, and answer its questions without one of them.
 
-    Methods and retentions of ``request`` are of no meaning; ``seeds`` is the number of random crops
-    that are dropped in turn.  The folder of the run gets ``crops.csv``, ``objects.csv``,
-    ``crop_importance.csv`` and a figure besides what `compare` writes.
+    Questions whose image has fewer than two crops are left out.  The folder of the run gets
+    ``crops.csv``, ``objects.csv``, ``crop_importance.csv`` and a figure in addition to what
+    `compare` writes.
 
-    Args:
-        request: Model, questions and so on.
-        report: Told how far it is.
-        score: Signal of the vision tower that the thumbnail is scored by, one of `SCORES`.
-        layer: Encoder layer of the signal.
+    Returns:
+        With the tables ``crop_importance``, as `drops` returns it, ``crops`` and ``objects``, as
+        `scored` returns them, unless the run was interrupted.
 
     Raises:
-        UserError: As `compare`, or no image has two crops, or the tower lacks the signal.
+        UserError: As `compare`, or no image has two crops, or the encoder lacks the signal.
     """
-    if score not in SCORES:
-        raise unknown("score", score, SCORES)
-    request = replace(request, modality="image")
-    setting, left_out = with_crops(prepare(request, report), least=2)
-    signal = Signal(score, layer)  # type: ignore[arg-type]  # checked above
-    droppers = [
+    if request.score not in SCORES:
+        raise unknown("score", request.score, SCORES)
+    asked = comparison(request, modality="image", seeds=request.seeds)
+    setting, left_out = with_crops(prepare(asked, progress), least=2)
+    droppers = _droppers(request)
+    columns = [Cell(dropper, name=_label(dropper.which)) for dropper in droppers]
+    name = f"crop-importance-{request.score}"
+    outcome = compare.run(asked, progress, name=name, columns=columns, setting=setting)
+    notes = [f"{left_out} questions were left out: fewer than two crops."] if left_out else []
+    if outcome.status == "interrupted":
+        return replace(outcome, notes=tuple(notes))
+    progress(0, 0, "scoring the crops")
+    crops, objects = scored(setting, droppers)
+    table = drops(read_answers(outcome.folder), crops, objects, droppers, seed=request.seed)
+    tables = {"crop_importance": table, "crops": crops, "objects": objects}
+    write_tables(outcome.folder, tables)
+    if len(table):
+        drawn = figure(table, crops, objects, Path(request.model).name, request.score)
+        plots.save(drawn, outcome.folder / "plots" / "crop-importance")
+    if count := uneven(crops):
+        notes.insert(
+            0,
+            f"In {count} of {crops['image_id'].nunique()} images the crops' regions of the "
+            "thumbnail differ in size: crops are ranked by the mean over their regions.",
+        )
+    files = (*(f"{name}.csv" for name in tables), "answers.parquet", "plots/")
+    tables |= outcome.tables
+    return replace(outcome, tables=tables, files=files, notes=tuple(notes))
+
+
+def _droppers(request: CropImportanceRequest) -> list["DropCrop"]:
+    signal = Signal(request.score, request.layer)
+    return [
         DropCrop(which="highest", signal=signal),
         *(DropCrop(which="random", signal=signal, seed=seed) for seed in range(request.seeds)),
         DropCrop(which="lowest", signal=signal),
     ]
-    columns = [Cell(dropper, name=_label(dropper.which)) for dropper in droppers]
-    outcome = compare(
-        request, report, name=f"crop-importance-{score}", columns=columns, setting=setting
-    )
-    if outcome.status == "interrupted":
-        return Result(outcome, pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), left_out)
-    report(0, 0, "scoring the crops")
-    crops, objects = scored(setting, droppers)
-    table = drops(read_answers(outcome.folder), crops, objects, droppers, seed=request.seed)
-    for name, made in (("crops", crops), ("objects", objects), ("crop_importance", table)):
-        with replace_file(outcome.folder / f"{name}.csv") as temporary:
-            write_csv(made, temporary)
-    if len(table):
-        drawn = figure(table, crops, objects, Path(request.model).name, score)
-        plots.save(drawn, outcome.folder / "plots" / "crop-importance")
-    return Result(outcome, crops, objects, table, left_out)
 
 
 def _label(which: str) -> str:
@@ -249,10 +233,6 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
     return pd.DataFrame(rows), pd.DataFrame(objects, columns=names)
 
 
-def _uneven(crops: pd.DataFrame) -> int:
-    return int((crops.groupby("image_id")["region"].nunique() > 1).sum()) if len(crops) else 0
-
-
 def _column(dropper: DropCrop) -> str:
     return f"dropped {dropper.which}" + (f" {dropper.seed}" if dropper.which == "random" else "")
 
@@ -278,7 +258,7 @@ def drops(
         ``n``, ``accuracy``, ``drop`` (accuracy with all crops minus that without the one) with
         ``low``, ``high`` and ``p``, and ``vs_random`` (accuracy minus that without a random crop)
         with ``vs_random_low``, ``vs_random_high`` and ``vs_random_p``; intervals and p-values as of
-        `intervals.compared`.  ``vs_random`` is missing for `HELD` and `SPARED`, which are other
+        `summary.compared`.  ``vs_random`` is missing for `HELD` and `SPARED`, which are other
         questions for every crop dropped.
     """
     cells = dict(iter(answers.groupby("label", sort=False)))
@@ -302,26 +282,47 @@ def drops(
             index=part.index,
             dtype="boolean",
         )
+        other = cells.get(_label("random")) if which != "random" else None
         for group, chosen in _groups(part, inside):
-            found = compared(whole, chosen, seed=seed)
-            if not found:
-                continue
-            row = {
-                "group": group,
-                "dropped": which,
-                "n": found["n"],
-                "accuracy": found["second_accuracy"],
-                "drop": found["difference"],
-                **{name: found.get(name) for name in ("low", "high", "p")},
-            }
-            other = cells.get(_label("random"))
-            if which != "random" and other is not None and group not in (HELD, SPARED):
-                against = compared(chosen, other, seed=seed)
-                row |= {"vs_random": against.get("difference")}
-                row |= {f"vs_random_{end}": against.get(end) for end in ("low", "high", "p")}
-            rows.append(row)
+            rows += _drop(group, which, whole, chosen, other, seed)
     order = {group: place for place, group in enumerate(dict.fromkeys(r["group"] for r in rows))}
     return pd.DataFrame(sorted(rows, key=lambda row: order[row["group"]]))
+
+
+def _drop(
+    group: str,
+    which: str,
+    whole: pd.DataFrame,
+    chosen: pd.DataFrame,
+    other: pd.DataFrame | None,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The row of a group of questions and a dropped crop; none if no question is shared.
+
+    Args:
+        group: Of questions.
+        which: Which crop is dropped.
+        whole: Answers from all crops.
+        chosen: Answers without the crop, of the group.
+        other: Answers without a random crop, if there are any to compare with.
+        seed: Of the bootstrap.
+    """
+    found = compared(whole, chosen, seed=seed)
+    if not found:
+        return []
+    row = {
+        "group": group,
+        "dropped": which,
+        "n": found["n"],
+        "accuracy": found["second_accuracy"],
+        "drop": found["difference"],
+        **{name: found.get(name) for name in ("low", "high", "p")},
+    }
+    if other is not None and group not in (HELD, SPARED):
+        against = compared(chosen, other, seed=seed)
+        row |= {"vs_random": against.get("difference")}
+        row |= {f"vs_random_{end}": against.get(end) for end in ("low", "high", "p")}
+    return [row]
 
 
 def _groups(part: pd.DataFrame, inside: "pd.Series[bool]") -> Iterator[tuple[str, pd.DataFrame]]:
@@ -333,123 +334,6 @@ def _groups(part: pd.DataFrame, inside: "pd.Series[bool]") -> Iterator[tuple[str
     if inside.notna().any():
         yield HELD, part[inside.fillna(False)]
         yield SPARED, part[~inside.fillna(True)]
-
-
-def holding(objects: pd.DataFrame) -> pd.DataFrame:
-    """How often the object that is asked about lies in the crop of each rank.
-
-    Args:
-        objects: As `scored` returns it; only images of the commonest number of crops count.
-
-    Returns:
-        ``rank``, ``n`` (questions about an object), ``share`` with its 95 % Wilson interval ``low``
-        and ``high``, and ``chance``, the share of an arbitrary crop.
-    """
-    if objects.empty:
-        return pd.DataFrame()
-    crops = int(objects["crops"].mode().iloc[0])
-    usual = objects[objects["crops"] == crops]
-    rows = []
-    for rank in range(1, crops + 1):
-        found = int((usual["rank"] == rank).sum())
-        low, high = wilson(found, len(usual))
-        row = {"rank": rank, "n": len(usual), "share": found / len(usual)}
-        rows.append(row | {"low": low, "high": high, "chance": 1 / crops})
-    return pd.DataFrame(rows)
-
-
-# --- the figure -----------------------------------------------------------------------------------
-
-_HUES = {"highest": "#c44e52", "random": "#8c8c8c", "lowest": "#4c72b0"}
-
-
-def figure(
-    table: pd.DataFrame, crops: pd.DataFrame, objects: pd.DataFrame, model: str, score: str
-) -> Figure:
-    """Scores by rank, where the objects lie, and what dropping a crop costs.
-
-    Args:
-        table: As `drops` returns it.
-        crops, objects: As `scored` returns them.
-        model: What to call the model.
-        score: What the thumbnail was scored by.
-    """
-    held = holding(objects)
-    widths = [1.1, 0.9, 2.2] if len(held) else [1.1, 2.4]
-    with style():
-        figure = Figure(figsize=(3.9 * sum(widths), 5.6), layout="constrained")
-        panels = figure.subplots(1, len(widths), width_ratios=widths)
-        _scores(panels[0], crops)
-        if len(held):
-            _objects(panels[1], held)
-        _costs(panels[-1], table)
-        for axes in panels:
-            axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
-            axes.xaxis.label.set_size(13)
-            axes.yaxis.label.set_size(13)
-        images = crops["image_id"].nunique()
-        titles(
-            figure,
-            f"What a crop is worth to {model}",
-            f"{images} images; score of a crop: {score} of the thumbnail, mean over its region "
-            f"(of unequal sizes in {_uneven(crops)} images); bars: 95 % confidence intervals",
-        )
-    return figure
-
-
-def _scores(axes: Axes, crops: pd.DataFrame) -> None:
-    count = crops.groupby("image_id")["crop"].transform("size")
-    usual = crops[count == count.mode().iloc[0]]
-    ranks = sorted(usual["rank"].unique())
-    line = {"color": INK, "linewidth": 1.2}
-    # Not seaborn's, which hands Matplotlib an argument that it is about to drop.
-    axes.boxplot(
-        [usual["centred"][usual["rank"] == rank] for rank in ranks],
-        positions=range(len(ranks)), widths=0.6, showfliers=False, patch_artist=True,
-        boxprops={"facecolor": "#d9d9d9", "edgecolor": INK, "linewidth": 1.2},
-        medianprops=line, whiskerprops=line, capprops=line,
-    )  # fmt: skip
-    sns.stripplot(
-        usual, x="rank", y="centred", order=ranks, ax=axes, color=INK, size=2.5, alpha=0.35
-    )
-    axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-    axes.set(xlabel="rank of the crop", ylabel="score minus the image's mean")
-    axes.set_title(f"Scores ({usual['image_id'].nunique()} images)", loc="left", fontsize=13)
-
-
-def _objects(axes: Axes, held: pd.DataFrame) -> None:
-    errors = [held["share"] - held["low"], held["high"] - held["share"]]
-    axes.bar(held["rank"], held["share"], 0.7, color="#d9d9d9", zorder=2)
-    axes.errorbar(
-        held["rank"], held["share"], yerr=errors, ls="", color=INK, elinewidth=1.3, zorder=3
-    )
-    chance = held["chance"].iloc[0]
-    axes.axhline(chance, color=FAINT, lw=1.2, ls=(0, (5, 3)), zorder=4)
-    axes.annotate(
-        "chance", (1, chance), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom",
-        fontsize=11, color=FAINT,
-    )  # fmt: skip
-    axes.set(xlabel="rank of the crop", ylabel="share of objects asked about")
-    axes.set_xticks(held["rank"])
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_title(f"Where the object is ({held['n'].iloc[0]} questions)", loc="left", fontsize=13)
-
-
-def _costs(axes: Axes, table: pd.DataFrame) -> None:
-    groups = list(pd.unique(table["group"]))
-    plots.grouped_bars(
-        axes,
-        table.assign(place=table["group"], shown=table["dropped"], value=table["drop"]),
-        {group: group.replace(" ", "\n") for group in groups},
-        DROPPED,
-        _HUES,
-    )
-    axes.axhline(0, color=INK, lw=1.2)
-    axes.set_ylabel("accuracy lost")
-    axes.legend(
-        title="dropped crop", frameon=False, fontsize=12, title_fontsize=12, loc="upper left"
-    )
-    axes.set_title("What dropping one costs", loc="left", fontsize=13)
 
 
 def crop_of(layout: TokenLayout, place: tuple[float, float]) -> int | None:

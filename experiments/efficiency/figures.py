@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from tokenprune.experiments.common import plots
+from tokenprune.grammar import lines
 
 __all__ = [
     "cost_by_retention",
@@ -20,7 +21,7 @@ def cost_by_retention(costs: pd.DataFrame, title: str, subtitle: str = "") -> Fi
     """FLOPs and KV cache, as shares of the uncompressed model's, against retention.
 
     Args:
-        costs: As `efficiency.costs` returns it.
+        costs: As `efficiency.costs.costs` returns it.
         title: What was computed.
         subtitle: On what, in smaller letters.
     """
@@ -60,7 +61,7 @@ def tokens_by_layer(layers: pd.DataFrame, title: str, subtitle: str = "") -> Fig
     """Visual tokens that enter every decoder layer, a panel for each of a few retentions.
 
     Args:
-        layers: As `efficiency.layers` returns it.
+        layers: As `efficiency.costs.layers` returns it.
         title: What was computed.
         subtitle: On what, in smaller letters.
     """
@@ -107,7 +108,7 @@ def _quiet(axes: Axes) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        names = [label.replace(":", ":\n", 1).replace(",", ",\n") for label in labels]
+        names = ["\n".join(lines(label)) for label in labels]
         figure.legend(
             handles, names, loc="outside right center", frameon=False, fontsize=12,
         )  # fmt: skip

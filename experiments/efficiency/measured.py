@@ -1,9 +1,8 @@
-"""What methods take on the device at hand: time of each part, and memory.
+"""Time and memory of methods on this device.
 
-Real shapes with random content: neither speed nor memory depends on what weights and pixels say
-(the choice itself may: SparseVLM's number of raters).  Where a model is built with fewer decoder
-layers than it has, what the missing ones would take is added from a fit of a layer's time over the
-number of tokens it processes.
+Real shapes with random content: speed and memory do not depend on weights and pixels (the selection
+may: SparseVLM's number of raters).  If a model is built with fewer decoder layers than it has, the
+cost of the others is extrapolated from a fit of a layer's time over the number of its tokens.
 """
 
 from collections.abc import Sequence
@@ -18,10 +17,10 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.common.bench import Bench
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.prompt import Prompt
-from tokenprune.experiments.efficiency.run import break_even
+from tokenprune.experiments.efficiency.costs import break_even
 from tokenprune.models.checkpoints import device_of
 from tokenprune.models.loading import adapter_at_random
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
     "Measured",
@@ -38,7 +37,7 @@ class Measured:
 
     Attributes:
         table: One row for the uncompressed model and one for every method, seconds and bytes.
-        words: How, for the reader of the table.
+        words: How it was measured, for the reader of the table.
     """
 
     table: pd.DataFrame
@@ -54,17 +53,17 @@ def measure(
     batch_size: int = 1,
     repeats: int = 5,
     device: str | None = None,
-    report: Report = lambda *_: None,
+    progress: ProgressCallback = silent,
 ) -> Measured:
     """Time methods on ``prompt``, on a model of its shapes with random weights.
 
-    Columns of the table: ``vision`` (the tower's signals included), ``selector``, ``prefill`` (of
+    Columns of the table: ``vision`` (the encoder's signals included), ``selector``, ``prefill`` (of
     the language model, without the former two) and ``decode`` (one token) in seconds, each with
     ``_spread``; ``peak_bytes`` (weights, KV cache, and what the prefill needs besides);
     ``pays_from``; ``status``: ``ok`` or why a method does not run at this depth.
 
     Raises:
-        UserError: Nonsense numbers, or a device that is not there.
+        UserError: A number out of range, or a device that does not exist.
     """
     for name, value in (("batch_size", batch_size), ("repeats", repeats), ("layers", layers)):
         check_number(name, value)
@@ -72,16 +71,16 @@ def measure(
     half = {2: torch.bfloat16, 4: torch.float32}[prompt.size]
     dtype = torch.float32 if place.type == "cpu" else half
     total = 3 + len(methods)
-    report(0, total, "building the model")
+    progress(0, total, "building the model")
     adapter = adapter_at_random(model, layers=layers, device=place, dtype=dtype)
     prompt = replace(prompt, size=dtype.itemsize)
     bench = Bench(adapter, prompt, batch_size, repeats)
-    report(1, total, "vision encoder and decoder layers")
+    progress(1, total, "vision encoder and decoder layers")
     bench.vision()
     rows = []
     for index, method in enumerate((None, *methods)):
         label = "uncompressed" if method is None else method.label
-        report(2 + index, total, label)
+        progress(2 + index, total, label)
         row = {
             "method": "uncompressed" if method is None else method.name,
             "label": label,

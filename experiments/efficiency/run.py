@@ -1,163 +1,206 @@
-"""What methods cost on a model of which there may be nothing but a config.
-
-Tokens, FLOPs and bytes are forecasts (`tokenprune.forecast`): the strategies' own code on made-up
-tokens, the ledger's arithmetic.  Conventions are the ledger's.
-"""
+"""What methods cost: estimated analytically on any model, and measured on this device."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tokenprune.compressor import Compressor
-from tokenprune.cost.arithmetic import DecoderShape
-from tokenprune.cost.ledger import Ledger
-from tokenprune.experiments.common.csv_files import write_csv
-from tokenprune.experiments.common.files import replace_file
-from tokenprune.experiments.common.prompt import Prompt
+from tokenprune.errors import UserError
+from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.csv_files import write_tables
+from tokenprune.experiments.common.files import check_writable, replace_file
+from tokenprune.experiments.common.grid import ALL, chosen, expanded
+from tokenprune.experiments.common.limits import check_number
+from tokenprune.experiments.common.outcome import Outcome
+from tokenprune.experiments.common.prompt import Prompt, asks, prompt_of, read_size
+from tokenprune.experiments.common.provenance import environment
+from tokenprune.experiments.common.request import Request
+from tokenprune.experiments.efficiency import figures
+from tokenprune.experiments.efficiency.costs import analytic_break_even, costs, layers
+from tokenprune.experiments.efficiency.measured import measure
+from tokenprune.models.checkpoints import device_of
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
-    "activation_bytes",
-    "analytic_break_even",
-    "break_even",
-    "costs",
-    "equivalent",
-    "layers",
-    "pays_from",
-    "write",
+    "EfficiencyRequest",
+    "PromptRequest",
+    "describe",
+    "prompt_for",
+    "run",
+    "stand_in",
 ]
 
 
-def activation_bytes(shape: DecoderShape, tokens: int, size: int) -> int:
-    """Bytes that a decoder layer holds at its peak while it processes ``tokens`` tokens.
+@dataclass(frozen=True, kw_only=True)
+class PromptRequest(Request):
+    """A prompt on a model.
 
-    In the MLP: hidden states in front of the layer and behind attention, normalised ones, and the
-    three intermediate products of a gated MLP.  Attention without an N×N matrix needs less.
+    Attributes:
+        model: As for `tokenprune.models.loading.adapter_without_weights`.
+        image_size: As `prompt.read_size` reads it; None for a thumbnail and 2x2 whole crops without
+            separators.
+        patches: Rows and columns of a single view, written like a size, instead of an image.
+        text_tokens: Tokens of the prompt that are not visual.
+        dtype: Of weights and KV cache: ``bfloat16``, ``float16`` or ``float32``.
     """
-    return tokens * size * (3 * shape.hidden + 3 * shape.intermediate)
+
+    model: str = "llava-v1.6-vicuna-7b"
+    image_size: str | None = None
+    patches: str | None = None
+    text_tokens: int = 0
+    dtype: str = "bfloat16"
 
 
-def costs(prompt: Prompt, methods: Sequence[Compressor]) -> pd.DataFrame:
-    """One row for the uncompressed model and one for every method.
+@dataclass(frozen=True, kw_only=True)
+class EfficiencyRequest(PromptRequest):
+    """The costs of which methods to find, on which prompt.
 
-    Columns are those of the ledger, and ``estimate`` (whether counts depend on the content),
-    ``flops_share`` (of the uncompressed prefill's FLOPs, selection included), ``equivalent`` (the
-    retention of a ``pre_llm`` method with equal layer average, see `translation`),
-    ``weight_bytes``, ``activation_bytes`` and ``memory_bytes``: weights, KV cache, and the larger
-    of activations and selector, at one prompt; neither the tower's activations nor what libraries
-    and the device's allocator take.
+    Attributes:
+        methods: Specs, as in `CompareRequest`.
+        retention: Retention ratios, each in (0, 1].
+        measure: Whether to measure time and memory on this device, with random weights.
+        layers: Decoder layers to build for that; None for all.
+        batch_size: Prompts that run at once when measured.
+        repeats: Timed runs of each part.
+        device: As in `ModelRequest`.
     """
-    rows = []
-    for method in (None, *methods):
-        told = prompt.forecast(method)
-        ledger = told.ledger
-        working = activation_bytes(prompt.shape, max(ledger.tokens_per_layer), prompt.size)
-        rows.append(
-            {
-                "method": "uncompressed" if method is None else method.name,
-                "label": "uncompressed" if method is None else method.label,
-                "retention": ledger.requested,
-                "estimate": not told.exact,
-                **ledger.figures,
-                "flops_share": ledger.flops / ledger.uncompressed_flops,
-                "equivalent": equivalent(ledger),
-                "weight_bytes": prompt.weight_bytes,
-                "activation_bytes": working,
-                "memory_bytes": prompt.weight_bytes
-                + ledger.kv_bytes
-                + max(working, ledger.selector_bytes),
-            }
-        )
-    return pd.DataFrame(rows)
+
+    methods: Sequence[str] = ("uniform",)
+    retention: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.1)
+    measure: bool = False
+    layers: int | None = None
+    batch_size: int = 1
+    repeats: int = 5
+    device: str | None = None
 
 
-def equivalent(ledger: Ledger) -> float:
-    """Retention of a ``pre_llm`` method that keeps all separators and has the same layer average.
+def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outcome:
+    """Forecast the costs of methods, and measure them if asked to.
 
-    ``(layer average - separators) / patch tokens``: such a method's layers all process what it
-    keeps.  Not positive where not even the separators would fit.
-    """
-    return (ledger.layer_average - ledger.separators) / max(1, ledger.patch_tokens)
-
-
-def layers(prompt: Prompt, methods: Sequence[Compressor]) -> pd.DataFrame:
-    """Visual tokens that enter every decoder layer: one row per method, retention and layer."""
-    rows = []
-    for method in (None, *methods):
-        ledger = prompt.forecast(method).ledger
-        label = "uncompressed" if method is None else method.label
-        for layer, visual in enumerate(ledger.visual_per_layer):
-            rows.append(
-                {
-                    "label": label,
-                    "retention": ledger.requested,
-                    "layer": layer,
-                    "visual_tokens": visual,
-                    "tokens": visual + ledger.text_tokens,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-# --- break-even -----------------------------------------------------------------------------------
-
-
-def pays_from(lengths: Sequence[int], pays: Sequence[bool]) -> int | None:
-    """The shortest of ``lengths`` (ascending) from which on a method pays; None if none."""
-    found = None
-    for length, good in zip(reversed(lengths), reversed(pays), strict=True):
-        if not good:
-            break
-        found = length
-    return found
-
-
-def break_even(
-    prompt: Prompt,
-    method: Compressor,
-    compressed: Callable[[Ledger], float],
-    uncompressed: Callable[[Ledger], float],
-) -> int | None:
-    """From how many visual tokens on ``method`` is cheaper than doing nothing.
-
-    Tried on single views of 1x1, 2x2, ... patches up to as many tokens as the prompt has.
-
-    Args:
-        prompt: Gives model and text.
-        method: At its retention.
-        compressed: What an account costs, selection included.
-        uncompressed: What the same prompt costs without a method.
+    The folder gets ``costs.csv``, ``layers.csv``, if measured ``measured.csv``,
+    ``efficiency.json`` (what was asked) and ``plots/``.
 
     Returns:
-        Visual tokens, or None where it never pays.
+        With these tables; ``about`` describes the ``prompt`` and how times were ``measured``.
+
+    Raises:
+        UserError: Bad input.
     """
-    longest = max(2, round(prompt.visual**0.5))
-    step = max(1, longest // 24)
-    sides = sorted({*range(1, min(9, longest)), *range(9, longest, step), longest})
-    pays = []
-    for side in sides:
-        ledger = prompt.square(side).forecast(method, draws=1).ledger
-        pays.append(compressed(ledger) < uncompressed(ledger))
-    return pays_from([side * side for side in sides], pays)
-
-
-def analytic_break_even(prompt: Prompt, method: Compressor) -> int | None:
-    """`break_even` in FLOPs of prefill and selection."""
-    return break_even(
-        prompt, method, lambda ledger: ledger.flops, lambda ledger: ledger.uncompressed_flops
+    folder = request.out or Path("runs") / f"efficiency_{Path(request.model).name}"
+    _check(request, folder)
+    prompt = prompt_for(request)
+    specs, skipped = expanded(request.methods, prompt.adapter.check)
+    methods = chosen(specs, request.retention)
+    for method in methods:
+        prompt.adapter.check(method)
+    progress(0, 0, "forecast")
+    found = costs(prompt, methods)
+    found["pays_from"] = [
+        None if method is None else analytic_break_even(prompt, method)
+        for method in (None, *methods)
+    ]
+    tables = {"costs": found, "layers": layers(prompt, methods)}
+    about = {"prompt": describe(request.model, prompt)}
+    if request.measure:
+        measured = measure(
+            request.model,
+            prompt,
+            methods,
+            layers=request.layers,
+            batch_size=request.batch_size,
+            repeats=request.repeats,
+            device=request.device,
+            progress=progress,
+        )
+        tables["measured"] = measured.table
+        about["measured"] = measured.words
+    _write(folder, tables, _details(request, prompt))
+    _draw(folder, tables, request.model, prompt)
+    return Outcome(
+        folder,
+        tables=tables,
+        files=(*(f"{name}.csv" for name in tables), "plots/"),
+        skipped=skipped,
+        notes=tuple(stand_in(prompt, methods)),
+        about=about,
     )
+
+
+def _check(request: EfficiencyRequest, folder: Path) -> None:
+    """Raise `UserError` for what can be seen to be wrong without a model."""
+    if request.device is not None:
+        device_of(request.device)
+    for name in ("layers", "batch_size", "repeats"):
+        check_number(name, getattr(request, name))
+    if request.layers is not None and not request.measure:
+        raise UserError("--layers says how many layers are measured; add --measure.")
+    check_writable(folder)
+    chosen([spec for spec in request.methods if spec != ALL], request.retention)
+
+
+def prompt_for(request: PromptRequest) -> Prompt:
+    """The prompt of ``request``.  Raises `UserError` as `prompt_of`."""
+    size, grid = (
+        None if given is None else read_size(given)
+        for given in (request.image_size, request.patches)
+    )
+    return prompt_of(
+        request.model, size, patches=grid, text=request.text_tokens, dtype=request.dtype
+    )
+
+
+def stand_in(prompt: Prompt, methods: Sequence[Compressor]) -> Iterator[str]:
+    """A sentence, if a method looks at a question and there is none."""
+    if not prompt.text and any(asks(prompt, method) for method in methods):
+        yield (
+            f"No text is counted; where a method looks at the question, {prompt.asking} tokens "
+            "stand in for it (--text-tokens gives and counts others)."
+        )
+
+
+def describe(model: str, prompt: Prompt) -> str:
+    """Model and prompt in a line."""
+    image = ""
+    if prompt.image_size is not None:
+        height, width = prompt.image_size
+        image = f"image {height} high x {width} wide, "
+    return f"{Path(model).name}: {image}{_parts(prompt)}"
+
+
+def _parts(prompt: Prompt) -> str:
+    separators = prompt.visual - prompt.patches
+    parts = [f"{prompt.patches} patch tokens"]
+    parts += [f"{separators} separators"] if separators else ["no separators"]
+    return ", ".join([*parts, f"{prompt.text} of text" if prompt.text else "no text"])
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write(folder: Path, tables: dict[str, pd.DataFrame], asked: dict[str, Any]) -> None:
-    """``<name>.csv`` of every table and ``efficiency.json``, what was asked; each in one step."""
-    for name, table in tables.items():
-        with replace_file(folder / f"{name}.csv") as temporary:
-            write_csv(table, temporary)
+def _details(request: EfficiencyRequest, prompt: Prompt) -> dict[str, Any]:
+    """What was asked, with the size that was read."""
+    asked = asdict(request)
+    size = prompt.image_size
+    asked["image_size"] = None if size is None else {"height": size[0], "width": size[1]}
+    for name in ("out", "repeats", "device"):
+        del asked[name]
+    return asked | environment()
+
+
+def _write(folder: Path, tables: dict[str, pd.DataFrame], details: dict[str, Any]) -> None:
+    write_tables(folder, tables)
     with replace_file(folder / "efficiency.json") as temporary:
-        text = json.dumps(asked, indent=2, ensure_ascii=False, default=str)
+        text = json.dumps(details, indent=2, ensure_ascii=False, default=str)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _draw(folder: Path, tables: dict[str, pd.DataFrame], model: str, prompt: Prompt) -> None:
+    title = f"What methods cost on {Path(model).name}"
+    figure = figures.cost_by_retention(tables["costs"], title, _parts(prompt))
+    plots.save(figure, folder / "plots" / "cost")
+    figure = figures.tokens_by_layer(tables["layers"], "Where tokens are processed", _parts(prompt))
+    plots.save(figure, folder / "plots" / "layers")

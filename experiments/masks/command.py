@@ -30,7 +30,7 @@ from tokenprune.units import percent
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tokenprune.experiments.masks.look import Seen
+    from tokenprune.experiments.common.outcome import Outcome
 
 __all__ = [
     "masks",
@@ -38,68 +38,90 @@ __all__ = [
 ]
 
 
+_Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGE... QUESTION",
+        help="Image files and, last, what to ask about them. With --video the frames, or a "
+        "folder of them, or an animated GIF. [default: an example of the testbed]",
+    ),
+]
+
+
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        help="As of compare, or timm/NAME. [default: testbed-next, or testbed-onevision for "
+        "several images and videos]"
+    ),
+]
+
+
+_Methods = Annotated[
+    list[str] | None,
+    options.methods("As for compare.", "globalcom2 fastv; globalcom2 without a question"),
+]
+
+
+_Video = Annotated[bool, typer.Option("--video", help="The images are a video's frames.")]
+
+
+_Frames = Annotated[
+    int, typer.Option(help="Of a longer video, take so many frames, evenly spaced.")
+]
+
+
+_Cuts = Annotated[
+    bool, typer.Option("--cuts", help="Show what is kept after every cut, not only at last.")
+]
+
+
+_Pretrained = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Weights of a timm model; without, they are random."),
+]
+
+
+_Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="[default: one in runs/, named after the picture]"),
+]
+
+
 @app.command(cls=ManyValues)
 def masks(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="IMAGE... QUESTION",
-            help="Image files and, last, what to ask about them. With --video the frames, or a "
-            "folder of them, or an animated GIF. [default: an example of the testbed]",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="As of compare, or timm/NAME. [default: testbed-next, or testbed-onevision for "
-            "several images and videos]"
-        ),
-    ] = None,
-    methods: Annotated[
-        list[str] | None,
-        options.methods("As for compare.", "globalcom2 fastv; globalcom2 without a question"),
-    ] = None,
+    words: _Words = None,
+    model: _Model = None,
+    methods: _Methods = None,
     plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
-    video: Annotated[
-        bool, typer.Option("--video", help="The images are a video's frames.")
-    ] = False,
-    frames: Annotated[
-        int, typer.Option(help="Of a longer video, take so many frames, evenly spaced.")
-    ] = 8,
+    video: _Video = False,
+    frames: _Frames = 8,
     max_image_pixels: options.MaxImagePixels = None,
-    cuts: Annotated[
-        bool, typer.Option("--cuts", help="Show what is left after every cut, not only at last.")
-    ] = False,
-    pretrained: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Weights of a timm model; without, they are random."),
-    ] = None,
+    cuts: _Cuts = False,
+    pretrained: _Pretrained = None,
     seed: Annotated[int, typer.Option(help="Draws the example.")] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="[default: one in runs/, named after the picture]"),
-    ] = None,
+    out: _Out = None,
 ) -> None:
-    """Draw what each method keeps of a picture, and what the model then answers.
+    """Draw what each method keeps of an image, and what the model then answers.
 
     Writes masks (dropped patches pale, the share kept in the corner of every crop) and heat (the
-    vision tower's saliency, and the scores of methods that score) as PNG and PDF, and kept.csv.
+    vision encoder's saliency, and the scores of methods that score) as PNG and PDF, and kept.csv.
 
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        from tokenprune.experiments.masks.run import Request, render
+        from tokenprune.experiments.masks.run import MasksRequest, run
 
         quiet()
-        request = Request(
+        request = MasksRequest(
             words=tuple(words or ()),
-            model=model,
+            model=model or "",
             methods=tuple(method_specs(methods)) if methods else None,
             retention=ratios(retention or ["0.25"]),
             video=video,
@@ -113,25 +135,23 @@ def masks(
             max_new_tokens=max_new_tokens,
             out=out,
         )
-        with progress() as report:
-            seen, folder, files, skipped = render(request, report)
-        console = Console()
-        console.print(table(seen), "")
-        for name, why in skipped.items():
-            typer.echo(f"SKIPPED {name}: {why}")
-        typer.echo(f"Written to {folder}: {', '.join(files)}")
+        with progress() as bar:
+            outcome = run(request, bar)
+        Console().print(table(outcome), "")
+        for line in (*options.gaps(outcome), options.written(outcome)):
+            typer.echo(line)
     raise typer.Exit(OK)
 
 
-def table(seen: Seen) -> Table:
-    """What was kept of each view, and the answers."""
-    made = new_table(title=escape(printable(seen.question or "No question")))
+def table(outcome: Outcome) -> Table:
+    """What is kept of each view, and the answers."""
+    made = new_table(title=escape(printable(outcome.about.get("question") or "No question")))
     made.add_column("keep", justify="right")
     made.add_column("method", overflow="fold")
     made.add_column("answer", overflow="fold")
     made.add_column("tokens", justify="right")
     made.add_column("of each view", overflow="fold")
-    rows = seen.table()
+    rows = outcome.tables["kept"]
     for _, group in rows.groupby(["method", "retention", "acts"], sort=False):
         first = group.iloc[0]
         made.add_row(
@@ -141,8 +161,8 @@ def table(seen: Seen) -> Table:
             str(group["kept"].sum()),
             _shares(group["share"].tolist()),
         )
-    if seen.truth is not None:
-        made.caption = f"True answer: {escape(seen.truth)}"
+    if "truth" in outcome.about:
+        made.caption = f"True answer: {escape(outcome.about['truth'])}"
     return made
 
 

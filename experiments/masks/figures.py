@@ -31,7 +31,7 @@ from tokenprune.experiments.common.patch_boxes import (
 )
 from tokenprune.experiments.common.plots import FAINT, INK, style
 from tokenprune.experiments.common.questions import normalise
-from tokenprune.experiments.masks.look import SALIENCY, Kept, Medium, Seen
+from tokenprune.experiments.masks.look import SALIENCY, Mask, Medium, Seen
 from tokenprune.layout import TokenLayout
 from tokenprune.units import percent
 
@@ -235,10 +235,10 @@ def draw(seen: Seen) -> Figure:
 
     The first panel is the whole, with the number of patch tokens of each view.
     """
-    ratios = list(dict.fromkeys(one.retention for one in seen.kept[1:]))
+    ratios = list(dict.fromkeys(one.retention for one in seen.masks[1:]))
     panels = []
-    for one in seen.kept:
-        whole = one is seen.kept[0]
+    for one in seen.masks:
+        whole = one is seen.masks[0]
         shades, corners, total, left = [], [], 0, 0
         for medium, keep in zip(seen.media, one.keeps, strict=True):
             bits = np.zeros(len(medium.layout), dtype=bool)
@@ -263,25 +263,25 @@ def draw(seen: Seen) -> Figure:
 
 
 def heat(seen: Seen) -> Figure:
-    """The tower's saliency and the scores of methods that score, as percentiles over all tokens.
+    """The encoder's saliency and the scores of methods that score, as percentiles of all tokens.
 
     Raises:
-        UserError: The tower has no saliency and no method scores.
+        UserError: The vision encoder has no saliency and no method scores.
     """
     panels = []
     if seen.saliency:
         maps = [(medium.layout, medium.tokens[SALIENCY].float().cpu()) for medium in seen.media]
-        panels.append(_heat_panel(seen, "saliency of the vision tower", (seen.saliency,), maps))
+        panels.append(_heat_panel(seen, "saliency of the vision encoder", (seen.saliency,), maps))
     shown = set()
-    for one in seen.kept:
+    for one in seen.masks:
         if one.scores and one.label not in shown:
             shown.add(one.label)  # the scores do not depend on how many are kept
             lines = (f"score, {one.where}",)
             panels.append(_heat_panel(seen, one.label, lines, list(one.scores)))
     if not panels:
         raise UserError(
-            "there is no score to draw: this vision tower has no saliency that can be told, and "
-            "none of the methods scores tokens."
+            "there is no score to draw: this vision encoder has no known saliency, and none of the "
+            "methods scores tokens."
         )
     figure = _figure(seen, panels, "Percentile of the score among all tokens shown.")
     bar = ScalarMappable(Normalize(0, 100), _HEAT)
@@ -325,7 +325,7 @@ def _percentiles(values: Pixels) -> Pixels:
     return ranks
 
 
-def _answer(one: Kept, truth: str | None) -> tuple[str, ...]:
+def _answer(one: Mask, truth: str | None) -> tuple[str, ...]:
     if one.answer is None:
         return ()
     verdict = ""

@@ -1,9 +1,9 @@
-"""What a method sees and keeps of one image."""
+"""What methods see and keep of one prompt."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,6 +18,7 @@ from tokenprune.encoder import encoder_part
 from tokenprune.engine.rankings import Note, noting
 from tokenprune.engine.trace import SelectionRecord
 from tokenprune.errors import UserError
+from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.kept_bits import final
 from tokenprune.experiments.common.limits import check_lengths
@@ -25,13 +26,13 @@ from tokenprune.experiments.common.patch_boxes import ViewSize
 from tokenprune.experiments.common.questions import Picture, Question
 from tokenprune.layout import TokenLayout
 from tokenprune.pictures import picture
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "SALIENCY",
-    "Kept",
+    "Mask",
     "Medium",
     "Seen",
     "check",
@@ -48,7 +49,7 @@ class Medium:
 
     Attributes:
         pictures: The image, or the frames.
-        tokens: Its packed sequence, with the tower's saliency where it has one.
+        tokens: Its packed sequence, with the saliency if the vision encoder has one.
     """
 
     pictures: tuple[Image.Image, ...]
@@ -65,8 +66,8 @@ class Medium:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """What one method left.
+class Mask:
+    """What one method keeps.
 
     Attributes:
         label: The method, ``uncompressed`` for all tokens.
@@ -88,21 +89,21 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A prompt's images or video, and what every method left of them.
+    """A prompt's images or video, and what every method keeps of them.
 
     Attributes:
         model: Its name.
         view: Its views.
         media: The images, or the video.
-        kept: What is left, all tokens first.
+        masks: What every method keeps, all tokens first.
         question, truth: What was asked, and the true answer if known.
-        saliency: What the tower's saliency is, in words; empty if it has none that can be told.
+        saliency: What the encoder's saliency is, in words; empty if it has none.
     """
 
     model: str
     view: ViewSize
     media: tuple[Medium, ...]
-    kept: tuple[Kept, ...]
+    masks: tuple[Mask, ...]
     question: str | None = None
     truth: str | None = None
     saliency: str = ""
@@ -110,7 +111,7 @@ class Seen:
     def table(self) -> pd.DataFrame:
         """One row per method, retention, image and view: its patch tokens, and those kept."""
         rows = []
-        for one in self.kept:
+        for one in self.masks:
             for number, (medium, keep) in enumerate(zip(self.media, one.keeps, strict=True)):
                 sizes = medium.layout.view_sizes
                 counts = medium.layout.take(keep).view_sizes
@@ -133,7 +134,7 @@ class Seen:
 
 
 def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
-    """Raises `UserError` if the model, or a missing question, leaves it nothing to work on."""
+    """Raise `UserError` if the method does not run on the model, or needs a question."""
     adapter.check(compressor)
     stages = list(compressor.parts())
     inside = [part for part in stages if part.stage is Stage.LLM]
@@ -158,9 +159,9 @@ def look(
     truth: str | None = None,
     name: str = "",
     max_new_tokens: int = 8,
-    report: Report = lambda *_: None,
+    progress: ProgressCallback = silent,
 ) -> Seen:
-    """Run ``methods`` on one prompt and note what they keep.
+    """Run ``methods`` on one prompt and record what they keep.
 
     Args:
         adapter, images, question, methods, retention: As of `masks`.
@@ -169,7 +170,7 @@ def look(
         truth: The true answer, if known.
         name: Of the model, for the title.
         max_new_tokens: Longest answer.
-        report: Told of the progress.
+        progress: Called before every step.
 
     Raises:
         UserError: The model lacks what a method needs, a method acts inside the language model but
@@ -187,57 +188,91 @@ def look(
     if question is not None and asks:
         named = tuple(Picture(str(index), one) for index, one in enumerate(pictures))
         check_lengths(adapter, [Question("0", named, question, "", video=video)], max_new_tokens)
+    progress(0, len(columns), "vision encoder")
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)
     )
-    report(0, len(columns), "vision tower")
-    groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
-    saliency = "attention received"
-    if adapter.has_cls:
-        saliency = "logits of the CLS token's attention"
-    try:
-        encoded = _encode(adapter, pictures, signals | {SALIENCY}, video)
-    except UserError:  # a tower whose attention cannot be told
-        encoded, saliency = _encode(adapter, pictures, signals, video), ""
-    media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))
-    found: list[Kept] = []
+    encoded, saliency = _encode_all(adapter, pictures, signals, video)
+    asked = str(question) if asks else None
+    prompt = _Prompt(adapter, pictures, encoded, video, asked, max_new_tokens)
+    found: list[Mask] = []
     for index, cell in enumerate(columns):
-        report(index, len(columns), str(cell))
-        if cell.compressor is not None and cell.compressor.retention == 1:
-            continue  # is the first, the uncompressed model
+        progress(index, len(columns), str(cell))
+        if cell.compressor is None or cell.compressor.retention < 1:  # else as the first
+            found += prompt.masks(cell, cuts)
+    groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
+    media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))
+    view = ViewSize.of(adapter)
+    return Seen(name or adapter.name, view, media, tuple(found), question, truth, saliency)
+
+
+def _encode_all(
+    adapter: Adapter, pictures: Sequence[Image.Image], signals: frozenset[Signal], video: bool
+) -> tuple[list[VisualTokens], str]:
+    """The images with ``signals`` and, if the encoder has it, its saliency, named in words."""
+    words = "attention received"
+    if adapter.has_cls:
+        words = "logits of the CLS token's attention"
+    try:
+        return _encode(adapter, pictures, signals | {SALIENCY}, video), words
+    except UserError:  # an encoder whose attention is not known
+        return _encode(adapter, pictures, signals, video), ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """One prompt, encoded.
+
+    Attributes:
+        pictures: Its images, or the frames of its video.
+        encoded: Their packed sequences.
+        question: None where nothing is asked.
+        max_new_tokens: Longest answer.
+    """
+
+    adapter: Adapter
+    pictures: Sequence[Image.Image]
+    encoded: Sequence[VisualTokens]
+    video: bool
+    question: str | None
+    max_new_tokens: int
+
+    def masks(self, cell: Cell, cuts: bool) -> Iterator[Mask]:
+        """What the method of ``cell`` keeps, at last or after every one of its ``cuts``."""
         compressor, heard = (None, []) if cell.compressor is None else noting(cell.compressor)
-        answer, shown = None, encoded
+        answer, selections = self._run(compressor)
+        made = _steps(selections) if cuts else [final(selections)]
+        count = len(self.encoded)
+        for step in made:
+            keeps = tuple(
+                step[0, number].keep.cpu() if (0, number) in step else torch.arange(len(tokens))
+                for number, tokens in enumerate(self.encoded)
+            )
+            enough = step is made[-1] and len(heard) >= count
+            scores = tuple(map(_on_cpu, heard[-count:] if enough else ()))
+            where = _where(next(iter(step.values()), None))
+            yield Mask(cell.label, cell.retention, keeps, answer, where, scores)
+
+    def _run(self, compressor: Compressor | None) -> tuple[str | None, Sequence[SelectionRecord]]:
+        """The answer, if something is asked, and what was selected."""
+        shown = self.encoded
         if compressor is not None and encoder_part(compressor) is not None:
-            shown = _encode(adapter, pictures, compressor.needs, video, compressor)
-        if asks:
-            inputs = adapter.assemble([shown], [str(question)])
-            with tp.compress(adapter.model, compressor) as trace:
-                ids = adapter.model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
-                )
-            (answer,) = adapter.decode(ids, inputs)
-            selections = trace.selections
-        else:
-            selections = [
+            shown = _encode(self.adapter, self.pictures, compressor.needs, self.video, compressor)
+        if self.question is None:
+            return None, [
                 SelectionRecord(
                     0, number, compressor.stage, None, tokens.layout, compressor(tokens).keep
                 )
                 for number, tokens in enumerate(shown)
                 if compressor is not None
             ]
-        made = _steps(selections) if cuts else [final(selections)]
-        for step in made:
-            keeps = tuple(
-                step[0, number].keep.cpu() if (0, number) in step else torch.arange(len(tokens))
-                for number, tokens in enumerate(encoded)
+        inputs = self.adapter.assemble([shown], [self.question])
+        with tp.compress(self.adapter.model, compressor) as trace:
+            ids = self.adapter.model.generate(
+                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
             )
-            last = step is made[-1]
-            enough = last and len(heard) >= len(media)
-            scores = tuple(map(_on_cpu, heard[-len(media) :] if enough else ()))
-            where = _where(next(iter(step.values()), None))
-            found.append(Kept(cell.label, cell.retention, keeps, answer, where, scores))
-    view = ViewSize.of(adapter)
-    return Seen(name or adapter.name, view, media, tuple(found), question, truth, saliency)
+        (answer,) = self.adapter.decode(ids, inputs)
+        return answer, trace.selections
 
 
 def _encode(

@@ -1,7 +1,7 @@
 """What each method keeps of an image, several images or a video, drawn over the pixels.
 
-`look` runs the methods and notes what they keep, answer and score; `draw` and `heat` make figures
-of that.  `masks` is the short way from a question to the figure.
+`look` runs the methods and records what they keep, answer and score; `draw` and `heat` make figures
+of that.  `masks` goes from a question to the figure in one call.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-import tokenprune as tp
 from tokenprune.adapter import Adapter
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.csv_files import write_csv
+from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.limits import check_number
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.plots import save
 from tokenprune.experiments.common.provenance import environment
 from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.common.request import ModelRequest
+from tokenprune.experiments.common.setting import load_model
 from tokenprune.experiments.masks.figures import draw, heat
 from tokenprune.experiments.masks.look import Seen, check, look
 from tokenprune.pictures import frames, picture
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
-    "Request",
+    "MasksRequest",
     "masks",
-    "render",
+    "run",
 ]
 
 
@@ -71,49 +73,45 @@ def masks(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class MasksRequest(ModelRequest):
     """What to draw, as asked on the command line.
 
     Attributes:
+        model: As of `tokenprune.load`; empty for a testbed that takes such images.
         words: Image files, and last the question; none for an example of the testbed.
-        model: As of `tokenprune.load`; None for a testbed.
-        methods: Specs; None for GlobalCom² and FastV, or what a missing question leaves of them.
-        retention: Shares of patch tokens to keep.
+        methods: Specs; None for GlobalCom² and FastV, or those of them that need no question if
+            there is none.
+        retention: Retention ratios, each in (0, 1].
         video: Whether the images are the frames of one video.
         frames: How many of a longer video are taken.
         cuts: As of `look`.
         pretrained: Checkpoint of a timm model.
-        seed: Draws the example.
-        device, dtype, trust_remote_code: As of `tokenprune.load`.
         max_new_tokens: Longest answer.
-        out: Folder; None for one in ``runs/``.
     """
 
+    model: str = ""
     words: Sequence[str] = ()
-    model: str | None = None
     methods: Sequence[str] | None = None
     retention: Sequence[float] = (0.25,)
     video: bool = False
     frames: int = 8
     cuts: bool = False
     pretrained: str | None = None
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
     max_new_tokens: int = 8
-    out: Path | None = None
 
 
-def render(
-    request: Request, report: Report = lambda *_: None
-) -> tuple[Seen, Path, list[str], dict[str, str]]:
-    """Do what is asked; what was seen, the folder it is drawn in, and the files there.
+def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
+    """Run methods on one prompt, and write figures of what they keep.
 
-    Last, which methods ``all`` left out, and why.
+    The folder gets ``masks`` and, if there are scores, ``heat`` as PNG and PDF, ``kept.csv`` and
+    ``manifest.json``.
+
+    Returns:
+        With the table ``kept``, as `Seen.table` returns it; ``about`` has the ``question`` and the
+        ``truth``, if they are known.
 
     Raises:
-        UserError: Bad input, found before the model runs.
+        UserError: Bad input, before the model runs.
     """
     for name in ("frames", "max_new_tokens", "seed"):
         check_number(name, getattr(request, name))
@@ -126,16 +124,8 @@ def render(
         r"[^\w.+=-]+", "-", f"masks_{Path(model).name}_{shown.name}"
     )
     check_writable(folder)
-    report(0, 0, f"loading {model}")
     extra = {} if request.pretrained is None else {"pretrained": request.pretrained}
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(
-        model,
-        device=device,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-        **extra,
-    )
+    adapter = load_model(replace(request, model=model), progress, **extra)
     asks = shown.question is not None and adapter.has_language_model
     methods, skipped = expanded(
         request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),
@@ -153,22 +143,37 @@ def render(
         truth=shown.truth if asks else None,
         name=f"{model}, random weights" if untrained else model,
         max_new_tokens=request.max_new_tokens,
-        report=report,
+        progress=progress,
     )
-    report(0, 0, "drawing")
+    progress(0, 0, "drawing")
+    table = seen.table()
+    files = _written(request, folder, seen, table)
+    about = {"question": seen.question, "truth": seen.truth}
+    return Outcome(
+        folder,
+        tables={"kept": table},
+        files=files,
+        skipped=skipped,
+        about={name: text for name, text in about.items() if text is not None},
+    )
+
+
+def _written(
+    request: MasksRequest, folder: Path, seen: Seen, table: pd.DataFrame
+) -> tuple[str, ...]:
+    """Write figures, table and manifest; their names."""
     save(draw(seen), folder / "masks")
     files = ["masks.png", "masks.pdf"]
-    if seen.saliency or any(one.scores for one in seen.kept):
+    if seen.saliency or any(one.scores for one in seen.masks):
         save(heat(seen), folder / "heat")
         files += ["heat.png", "heat.pdf"]
-    with replace_file(folder / "kept.csv") as temporary:
-        write_csv(seen.table(), temporary)
+    write_tables(folder, {"kept": table})
     asked = {"request": asdict(request), "command": sys.argv, **environment()}
     with replace_file(folder / "manifest.json") as temporary:
         temporary.write_text(
             json.dumps(asked, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
         )
-    return seen, folder, [*files, "kept.csv", "manifest.json"], skipped
+    return (*files, "kept.csv", "manifest.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +184,7 @@ class _Shown:
     truth: str | None = None
 
 
-def _example(request: Request) -> _Shown:
+def _example(request: MasksRequest) -> _Shown:
     """A question of the testbed that only the details answer."""
     asked = held_out(50, request.seed, "video" if request.video else "image")
     item = next((item for item in asked if item.kind == "digit"), asked[0])
@@ -187,7 +192,7 @@ def _example(request: Request) -> _Shown:
     return _Shown(f"example-{request.seed}", images, item.question, item.answer)
 
 
-def _given(request: Request) -> _Shown:
+def _given(request: MasksRequest) -> _Shown:
     """The images and the question of ``request.words``.  Raises `UserError`."""
     words = list(request.words)
     last = Path(words[-1])

@@ -1,1 +1,1 @@
-"""Whether a method prefers places."""
+"""Whether a method prefers locations."""

@@ -39,13 +39,13 @@ from tokenprune.experiments.positional_bias.rearrange import (
 )
 from tokenprune.experiments.positional_bias.rows import Parts, Rows, Skip, joined
 from tokenprune.layout import Kind, TokenLayout
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "PROMPT",
-    "Result",
+    "Analysis",
     "check_method",
     "compressors_of",
     "positional_bias",
@@ -57,8 +57,8 @@ PROMPT = "What is in the image?"
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was found.
+class Analysis:
+    """What was found: three tables, and what is missing from them.
 
     Attributes:
         tokens: One row per method, retention, image, condition, level and patch token: ``token``
@@ -69,8 +69,8 @@ class Result:
             where none did),
             ``kept`` (at the end), ``kept_first`` (at the first cut) and ``score`` (that the first
             cut ranked by; missing for methods that do not score).
-        statistics: As `position_statistics.statistics` returns it.
-        profiles: As `position_statistics.profiles` returns it.
+        statistics: As `statistics.statistics` returns it.
+        profiles: As `statistics.profiles` returns it.
         skipped: (condition, level, why) to the number of images that could not be rearranged so.
         failures: (method, retention) to why it is missing from the tables.
     """
@@ -161,11 +161,11 @@ def positional_bias(
     batch_size: int = 16,
     seed: int = 0,
     parts: Path | None = None,
-    report: Report = lambda *_: None,
-) -> Result:
+    progress: ProgressCallback = silent,
+) -> Analysis:
     """Run methods on images whose content is rearranged, and test what the choice follows.
 
-    Methods in front of the language model choose as `Adapter.choose` lets them; all others run
+    Methods in front of the language model choose as `Adapter.select` lets them; all others run
     inside the model, in the prefill of a prompt.
 
     Args:
@@ -184,7 +184,7 @@ def positional_bias(
         seed: Of the bootstrap.
         parts: Folder in which every finished batch is kept at once; what it holds of these methods
             and images is not computed again.
-        report: Told about progress.
+        progress: Called before every step.
 
     Raises:
         UserError: Bad input, found before anything is run.
@@ -204,7 +204,7 @@ def positional_bias(
     def choices(compressor: Compressor, some: Sequence[_Case]) -> list[_Choice]:
         return _choices(adapter, compressor, some, [asked[case.image] for case in some])
 
-    return _analysed(compressors, len(images), cases, choices, known, batch_size, seed, report)
+    return _analysed(compressors, len(images), cases, choices, known, batch_size, seed, progress)
 
 
 def selector_bias(
@@ -214,14 +214,14 @@ def selector_bias(
     retention: Sequence[float] = (0.25,),
     conditions: Sequence[Condition] = DEFAULT,
     seed: int = 0,
-    report: Report = lambda *_: None,
-) -> Result:
+    progress: ProgressCallback = silent,
+) -> Analysis:
     """The same for encoded images, real or made up, without a model.
 
     Args:
         methods: As for `positional_bias`, all of them in front of the language model.
         encoded: As `Adapter.encode` returns them, with the signals that the methods need.
-        retention, conditions, seed, report: As for `positional_bias`.
+        retention, conditions, seed, progress: As for `positional_bias`.
 
     Raises:
         UserError: Bad input, found before anything is run.
@@ -243,7 +243,7 @@ def selector_bias(
         yield _as_it_is(index, tokens)
         yield from _moved(index, tokens, conditions, known.skipped)
 
-    return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, report)
+    return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, progress)
 
 
 def _asked(
@@ -268,20 +268,20 @@ def _analysed(
     known: Parts,
     batch_size: int,
     seed: int,
-    report: Report,
-) -> Result:
+    progress: ProgressCallback,
+) -> Analysis:
     """Run the methods on all cases of all images; a method that fails is left out."""
     failures: dict[tuple[str, float], Failure] = {}
     keys = {(one.label, one.retention): one for one in compressors}
     total, done = len(keys) * images, 0
     for start in range(0, images, batch_size):
-        report(done, total, "vision tower")
+        progress(done, total, "vision encoder")
         here = range(start, min(start + batch_size, images))
         lacking = {key: set(here) - known.images(*key) for key in keys if key not in failures}
         needed = sorted(set().union(*lacking.values()))
         batch = [case for index in needed for case in cases(index)]
         for key, compressor in keys.items():
-            report(done, total, f"{key[0]} at {key[1]:g}")
+            progress(done, total, f"{key[0]} at {key[1]:g}")
             done += len(here)
             mine = [case for case in batch if case.image in lacking.get(key, ())]
             found = tried(partial(_asked, compressor, mine, choices, batch_size))
@@ -291,10 +291,12 @@ def _analysed(
                 batch = [case for index in needed for case in cases(index)]
             else:
                 known.add(found)
-    report(total, total, "statistics")
+    progress(total, total, "statistics")
     tokens = joined([one for key in keys if key not in failures for one in known.rows(*key)])
     skipped = Counter(skip[1:] for skip in known.skipped)
-    return Result(tokens, statistics(tokens, seed=seed), profiles(tokens), dict(skipped), failures)
+    return Analysis(
+        tokens, statistics(tokens, seed=seed), profiles(tokens), dict(skipped), failures
+    )
 
 
 def compressors_of(
@@ -320,9 +322,9 @@ def check_method(adapter: Adapter, compressor: Compressor) -> None:
     for part in compressor.parts():
         if part.stage is Stage.ENCODER:
             raise UserError(
-                f"{part.name} acts inside the vision tower, in front of the sequence in which this "
-                "analysis moves content to other places; leave it out (tokenprune masks shows what "
-                "it keeps)."
+                f"{part.name} acts inside the vision encoder, before the sequence exists in which "
+                "this analysis moves content to other places; leave it out (tokenprune masks shows "
+                "what it keeps)."
             )
 
 
@@ -396,7 +398,7 @@ def _cases(
 
 
 def _told_apart(index: int, tokens: VisualTokens) -> VisualTokens:
-    """With a fingerprint, by which scores are told apart and strategies draw anew."""
+    """With a fingerprint, by which scores are distinguished and methods draw anew."""
     if tokens.fingerprint is not None:
         return tokens
     return replace(tokens, fingerprint=torch.tensor([index], dtype=torch.float32))

@@ -1,11 +1,11 @@
-"""``tokenprune positional-bias``: content or place, on the command line."""
+"""``tokenprune positional-bias``: content or location, on the command line."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,13 +24,13 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.plugins import import_plugins
-from tokenprune.spec import method_specs, ratios, split_specs
+from tokenprune.spec import method_specs, ratios, split
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tokenprune.experiments.positional_bias.run import Outcome, Request
+    from tokenprune.experiments.positional_bias.run import PositionalBiasRequest
 
 __all__ = [
     "positional_bias",
@@ -38,15 +38,59 @@ __all__ = [
 ]
 
 
+_Paths = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[IMAGE]...",
+        help="Your own images, in front of the options. [default: the testbed's]",
+    ),
+]
+
+
+_Images = Annotated[
+    int | None,
+    typer.Option(help="How many images. [default: 60 of the testbed, or all of your own]"),
+]
+
+
+_Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Your own questions, JSON lines as for compare; each image or video is used once.",
+    ),
+]
+
+
+_Modality = Annotated[
+    str | None,
+    typer.Option(metavar="image|video", help="[default: image, or all of --data]"),
+]
+
+
+_Conditions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--conditions",
+        metavar="C...",
+        help="Of reversed-crops, reversed-frames, flip-lr, flip-tb, exchanged-crops (under an "
+        "unchanged thumbnail). [default: all but the last]",
+    ),
+]
+
+
+_BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Prompts run at once. [default: 50 on a testbed, otherwise 4]"),
+]
+
+
+_Seed = Annotated[int, typer.Option(help="Draws the testbed's images and the bootstrap samples.")]
+
+
 @app.command("positional-bias", cls=ManyValues)
 def positional_bias(
-    paths: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[IMAGE]...",
-            help="Your own images, in front of the options. [default: the testbed's]",
-        ),
-    ] = None,
+    paths: _Paths = None,
     model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
@@ -54,109 +98,70 @@ def positional_bias(
     ] = None,
     plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(help="How many images. [default: 60 of the testbed, or all of your own]"),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Your own questions, JSON lines as for compare; each image or video is used once.",
-        ),
-    ] = None,
+    images: _Images = None,
+    data: _Data = None,
     max_image_pixels: options.MaxImagePixels = None,
-    modality: Annotated[
-        str | None,
-        typer.Option(metavar="image|video", help="[default: image, or all of --data]"),
-    ] = None,
-    conditions: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--conditions",
-            metavar="C...",
-            help="Of reversed-crops, reversed-frames, flip-lr, flip-tb, exchanged-crops (under an "
-            "unchanged thumbnail). [default: all but the last]",
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Prompts run at once. [default: 50 on a testbed, otherwise 4]"),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Draws the testbed's images and the bootstrap samples.")
-    ] = 0,
+    modality: _Modality = None,
+    conditions: _Conditions = None,
+    batch_size: _BatchSize = None,
+    seed: _Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
 ) -> None:
-    """Test whether methods choose tokens by what they show or by where they lie.
+    """Test whether methods select tokens by content or by location.
 
     Shows every method the same content at other places: crops (or frames) in reversed order,
-    flipped images. Prints how the share kept changes as the same content moves along the sequence,
-    and what the choice follows; writes tables and plots to a folder. Ctrl-C keeps what was
-    computed; the same command goes on.
+    flipped images. Prints how the share of kept tokens changes as the same content moves along the
+    sequence, and what the selection follows; writes tables and plots to a folder. Ctrl-C keeps what
+    was computed; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        asked: dict[str, Any] = {
-            "model": model,
-            "paths": tuple(paths or ()),
-            "data": data,
-            "images": images,
-            "modality": modality,
-            "batch_size": batch_size,
-            "seed": seed,
-            "device": device,
-            "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
-            "out": out,
-        }
-        if methods:
-            asked["methods"] = tuple(method_specs(methods))
-        if retention:
-            asked["retention"] = ratios(retention)
-        if conditions:
-            asked["conditions"] = tuple(split_specs(conditions))
+        from tokenprune.experiments.positional_bias.rearrange import DEFAULT
+        from tokenprune.experiments.positional_bias.run import METHODS, PositionalBiasRequest
 
-        from tokenprune.experiments.positional_bias.run import Request
-
-        status = _run(Request(**asked))
+        request = PositionalBiasRequest(
+            paths=tuple(paths or ()),
+            model=model,
+            methods=tuple(method_specs(methods)) if methods else METHODS,
+            retention=ratios(retention or ["0.25"]),
+            images=images,
+            data=data,
+            modality=modality,  # type: ignore[arg-type]  # checked with the rest
+            conditions=tuple(split(conditions)) if conditions else DEFAULT,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            out=out,
+        )
+        status = _run(request)
     raise typer.Exit(status)
 
 
-def _run(request: Request) -> int:
+def _run(request: PositionalBiasRequest) -> int:
     """Run the analysis, show it, and return the exit status."""
     from tokenprune.experiments.positional_bias.run import run
 
     quiet()
     started = options.stoppable()
-    with progress() as report:
-        outcome = run(request, report)
+    with progress() as bar:
+        outcome = run(request, bar)
+    if outcome.status == "interrupted":
+        return options.interrupted(outcome, "selections (of an image by a method)")
     console = Console()
-    for table in tables(outcome.result.statistics):
+    for table in tables(outcome.tables["statistics"]):
         console.print(table, "")
-    for line in _remarks(outcome):
+    for line in (*outcome.notes, *options.gaps(outcome)):
         typer.echo(line)
     seconds = time.monotonic() - started
-    typer.echo(
-        f"{seconds:.0f} s. Written to {outcome.folder}: tokens.parquet, statistics.csv, "
-        "profiles.csv, plots/"
-    )
-    return FAILED if outcome.result.failures else OK
-
-
-def _remarks(outcome: Outcome) -> Iterator[str]:
-    for (condition, level, why), count in outcome.result.skipped.items():
-        where = "" if condition == "all" else f" {condition} ({level})"
-        yield f"SKIPPED{where}: {count} image{'s' * (count != 1)} with {why}."
-    for name, why in outcome.left_out.items():
-        yield f"SKIPPED {name}: {why}"
-    for (method, retention), failure in outcome.result.failures.items():
-        yield f"FAILED {method} at {retention:g}: {failure.error}"
+    typer.echo(f"{seconds:.0f} s. {options.written(outcome)}")
+    return FAILED if outcome.failures else OK
 
 
 def tables(statistics: pd.DataFrame) -> Iterator[Table]:
@@ -179,7 +184,7 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
         title=f"Positional bias, {statistics['images'].max():.0f} {modality}s",
         caption="Slope: change of the keep probability as the same content moves from the start of "
         "the sequence to its end (selector, reversed order; linear), 95 % interval. p: of a slope "
-        "of 0. Follows: 1 content, ½ neither, 0 place; selector/pipeline, all conditions. First "
+        "of 0. Follows: 1 content, ½ neither, 0 location; selector/pipeline, all conditions. First "
         f"and last {slot}: share kept in %, normal → reversed order.",
     )
     table.add_column("keep", justify="right")
@@ -203,9 +208,9 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
 
 def _by_condition(statistics: pd.DataFrame, conditions: Sequence[str]) -> Table:
     table = new_table(
-        title="What the choice follows, by condition",
-        caption="Selector/pipeline: 1 content, ½ neither, 0 place, - cannot be told. Then by how "
-        "much the keep probability changes as the same content moves from the start of the "
+        title="What the selection follows, by condition",
+        caption="Selector/pipeline: 1 content, ½ neither, 0 location, - unknown. Then the "
+        "change of the keep probability as the same content moves from the start of the "
         "sequence to its end, from left to right, from top to bottom (selector; linear; "
         "* p < 0.05, ** p < 1e-6).",
     )

@@ -1,30 +1,27 @@
-"""Does a method keep tokens for what they show, or for where they lie in the sequence?
+"""Does a method keep tokens because of their content, or because of their location?
 
 Figure 4 of GlobalCom² (arXiv 2501.05179): methods that rank by the language model's attention keep
-late crops, whatever they show and in whatever order they come.  Here any method is shown the same
-content at other places (`rearrange`), and statistics say which the choice follows
-(`position_statistics`).
+late crops, whatever their content and order.  Here any method sees the same content at other
+locations (`rearrange`), and statistics say which of both the selection follows (`estimates`).
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import tokenprune as tp
 from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common import plots
-from tokenprune.experiments.common.csv_files import write_csv
+from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.limits import check_lengths, check_number
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.provenance import (
     DECISIVE,
     Files,
@@ -41,11 +38,13 @@ from tokenprune.experiments.common.questions import (
     held_out,
     read_jsonl,
 )
+from tokenprune.experiments.common.request import ModelRequest
 from tokenprune.experiments.common.run_folder import RunFolder, asked_for
+from tokenprune.experiments.common.setting import load_model
 from tokenprune.experiments.positional_bias import figures
 from tokenprune.experiments.positional_bias.analysis import (
     PROMPT,
-    Result,
+    Analysis,
     check_method,
     compressors_of,
     positional_bias,
@@ -53,16 +52,16 @@ from tokenprune.experiments.positional_bias.analysis import (
 from tokenprune.experiments.positional_bias.rearrange import CONDITIONS, DEFAULT, Condition, Shown
 from tokenprune.experiments.positional_bias.rows import Parts
 from tokenprune.models import testbed
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
-    "Outcome",
-    "Request",
+    "METHODS",
+    "PositionalBiasRequest",
     "run",
 ]
 
 
-PARTS = "parts"  # folder of what an interrupted run has finished
+PARTS = "parts"  # folder of the finished parts of an interrupted run
 
 
 METHODS = ("uniform", "random", "last", "fastv", "globalcom2")
@@ -75,26 +74,21 @@ TESTBED_IMAGES = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class PositionalBiasRequest(ModelRequest):
     """What to analyse.
 
     Attributes:
-        model: A testbed's name, a Hub id or a local folder.
-        methods: Specs, as in `compare.Request`.
-        retention: Shares of patch tokens to keep, each in (0, 1].
+        methods: Specs, as in `CompareRequest`.
+        retention: Retention ratios, each in (0, 1].
         paths: Own images, each asked "What is in the image?".
-        data: JSON lines with own questions (`data.read_jsonl`); an image is used once, with its
-            first question.  None, without paths: the testbed's images.
+        data: JSON lines with own questions (`questions.read_jsonl`); an image is used once, with
+            its first question.  None, without paths: the testbed's images.
         images: How many; None for 60 of the testbed's or for all of one's own.
         modality: ``image`` or ``video``; None for ``image`` of the testbed's or all of ``data``.
         conditions: As in `positional_bias`.
         batch_size: Prompts that run at once; None for 50 on a testbed, otherwise 4.
-        seed: Draws the testbed's images and the bootstrap samples.
-        device, dtype, trust_remote_code: As in `compare.Request`.
-        out: Folder of the run; None for one in ``runs/`` named after the request.
     """
 
-    model: str = "testbed-next"
     methods: Sequence[str] = METHODS
     retention: Sequence[float] = (0.25,)
     paths: Sequence[Path] = ()
@@ -103,49 +97,27 @@ class Request:
     modality: Modality | None = None
     conditions: Sequence[Condition] = DEFAULT
     batch_size: int | None = None
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    out: Path | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Where a run was written, and what was found.
+def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> Outcome:
+    """Analyse methods, or resume an analysis that was interrupted, and write it to a folder.
 
-    Attributes:
-        folder: ``manifest.json``, ``parts/`` (batches as they were finished), and, made from them,
-            ``tokens.parquet``, ``statistics.csv``, ``profiles.csv`` and ``plots/``.
-        result: As `positional_bias` returns it.
-        left_out: Methods of ``all`` that do not run here, and why.
-    """
+    The folder gets ``manifest.json``, ``parts/`` (finished batches), and, made from them,
+    ``tokens.parquet``, ``statistics.csv``, ``profiles.csv`` and ``plots/``.
 
-    folder: Path
-    result: Result
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-
-def run(request: Request, report: Report = lambda *_: None) -> Outcome:
-    """Do what is asked, or what is left of it if it was begun before, and write it to a folder.
+    Returns:
+        With the tables ``statistics``, ``tokens`` and ``profiles``, as in `Analysis`, unless the
+        run was interrupted.
 
     Raises:
-        UserError: Bad input, found before the model runs.
-        KeyboardInterrupt: Ctrl-C, with a sentence about what is kept.
+        UserError: Bad input, before the model runs.
     """
     _check_request(request)
     cells([spec for spec in request.methods if spec != ALL], request.retention)
     check_writable(request.out or Path("runs"))
-    report(0, 0, "checking the images")
+    progress(0, 0, "checking the images")
     questions, left_out = _questions(request)
-    report(0, 0, f"loading {request.model}")
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = tp.load(
-        request.model,
-        device=device,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-    )
+    adapter = load_model(request, progress)
     methods, unfit = expanded(request.methods, lambda one: check_method(adapter, one))
     compressors = compressors_of(methods, request.retention)
     for compressor in compressors:
@@ -153,53 +125,88 @@ def run(request: Request, report: Report = lambda *_: None) -> Outcome:
     if adapter.has_language_model:
         check_placeholders(questions, adapter)
     check_lengths(adapter, questions, new=1)
+    folder = _opened(request, compressors, questions, adapter)
+    status = "failed"
+    failures: list[dict[str, Any]] = []
+    try:
+        found = _analysed(request, compressors, questions, adapter, folder.path, progress)
+        progress(0, 0, "tables and plots")
+        _write(folder.path, found, questions, Path(request.model).name)
+        failures = [{"cell": _cell(*which), **asdict(why)} for which, why in found.failures.items()]
+        status = "failed" if failures else "complete"
+    except KeyboardInterrupt:
+        status = "interrupted"
+    finally:
+        folder.close(status, failures)
+    done, wanted = len(Parts(folder.path / PARTS)), len(questions) * len(compressors)
+    if status == "interrupted":
+        return Outcome(folder.path, status, answered=done, wanted=wanted, skipped=unfit)
+    return Outcome(
+        folder.path,
+        status,
+        tables={name: getattr(found, name) for name in ("statistics", "tokens", "profiles")},
+        files=("tokens.parquet", "statistics.csv", "profiles.csv", "plots/"),
+        answered=done,
+        wanted=wanted,
+        failures={_cell(*which): why for which, why in found.failures.items()},
+        skipped=unfit,
+        notes=tuple(_notes(found, left_out)),
+    )
 
+
+def _cell(method: str, retention: float) -> str:
+    return f"{method} at {retention:g}"
+
+
+def _opened(
+    request: PositionalBiasRequest,
+    compressors: Sequence[Compressor],
+    questions: Sequence[Question],
+    adapter: Adapter,
+) -> RunFolder:
+    """The folder of the run, which holds nothing else."""
     surroundings = environment()
     files = answer_files(adapter.path, compressors, [type(adapter), __name__])
     experiment = _experiment(
         request, compressors, questions, adapter, surroundings["versions"], files
     )
     path = request.out or Path("runs") / _folder_name(experiment)
-    folder = RunFolder.open(
-        path, experiment, asked_for(request, path) | {"files": files} | surroundings
+    details = asked_for(request, path) | {"files": files} | surroundings
+    return RunFolder.open(path, experiment, details)
+
+
+def _analysed(
+    request: PositionalBiasRequest,
+    compressors: Sequence[Compressor],
+    questions: Sequence[Question],
+    adapter: Adapter,
+    folder: Path,
+    progress: ProgressCallback,
+) -> Analysis:
+    return positional_bias(
+        adapter,
+        compressors,
+        [_shown(item) for item in questions],
+        conditions=request.conditions,
+        prompts=[item.question for item in questions],
+        batch_size=request.batch_size or (50 if request.model in testbed.names() else 4),
+        seed=request.seed,
+        parts=folder / PARTS,
+        progress=progress,
     )
-    status = "failed"
-    failures: list[dict[str, Any]] = []
-    try:
-        result = positional_bias(
-            adapter,
-            compressors,
-            [_shown(item) for item in questions],
-            conditions=request.conditions,
-            prompts=[item.question for item in questions],
-            batch_size=request.batch_size or (50 if request.model in testbed.names() else 4),
-            seed=request.seed,
-            parts=folder.path / PARTS,
-            report=report,
-        )
-        if left_out:
-            skipped = {**result.skipped, ("all", "all", "several images in one prompt"): left_out}
-            result = Result(**{**vars(result), "skipped": skipped})
-        report(0, 0, "tables and plots")
-        _write(folder.path, result, questions, Path(request.model).name)
-        failures = [
-            {"cell": f"{method} at {retention:g}", **asdict(why)}
-            for (method, retention), why in result.failures.items()
-        ]
-        status = "failed" if failures else "complete"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        there = len(Parts(folder.path / PARTS))
-        raise KeyboardInterrupt(
-            f"interrupted: of {len(questions) * len(compressors)} choices (an image by a method), "
-            f"{there} are kept in {folder.path}; the same command goes on from there."
-        ) from None
-    finally:
-        folder.close(status, failures)
-    return Outcome(folder.path, result, unfit)
 
 
-def _check_request(request: Request) -> None:
+def _notes(found: Analysis, left_out: int) -> Iterator[str]:
+    """A sentence for images that could not be used in a condition, or at all."""
+    skipped = dict(found.skipped)
+    if left_out:
+        skipped["all", "all", "several images in one prompt"] = left_out
+    for (condition, level, why), count in skipped.items():
+        where = "" if condition == "all" else f" {condition} ({level})"
+        yield f"SKIPPED{where}: {count} image{'s' * (count != 1)} with {why}."
+
+
+def _check_request(request: PositionalBiasRequest) -> None:
     for name in ("images", "batch_size", "seed"):
         check_number(name, getattr(request, name))
     for name in ("methods", "retention", "conditions"):
@@ -214,7 +221,7 @@ def _check_request(request: Request) -> None:
         raise UserError("give either image files or --data, not both.")
 
 
-def _questions(request: Request) -> tuple[list[Question], int]:
+def _questions(request: PositionalBiasRequest) -> tuple[list[Question], int]:
     """One question about every image or video, and how many prompts of several were left out."""
     if request.paths:
         found = [
@@ -252,7 +259,7 @@ def _shown(item: Question) -> Shown:
 
 
 def _experiment(
-    request: Request,
+    request: PositionalBiasRequest,
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
     adapter: Adapter,
@@ -287,13 +294,11 @@ def _folder_name(experiment: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.+=-]+", "-", name)
 
 
-def _write(path: Path, result: Result, questions: Sequence[Question], model: str) -> None:
+def _write(path: Path, found: Analysis, questions: Sequence[Question], model: str) -> None:
     names = dict(enumerate(item.image_id for item in questions))
-    tokens = result.tokens.assign(image_id=result.tokens["image"].map(names).astype("category"))
+    tokens = found.tokens.assign(image_id=found.tokens["image"].map(names).astype("category"))
     with replace_file(path / "tokens.parquet") as temporary:
         tokens.to_parquet(temporary, index=False)
-    for name, table in (("statistics", result.statistics), ("profiles", result.profiles)):
-        with replace_file(path / f"{name}.csv") as temporary:
-            write_csv(table, temporary)
-    for name, figure in figures.figures(result.tokens, result.statistics, model):
+    write_tables(path, {"statistics": found.statistics, "profiles": found.profiles})
+    for name, figure in figures.figures(found.tokens, found.statistics, model):
         plots.save(figure, path / "plots" / name)

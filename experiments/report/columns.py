@@ -10,6 +10,7 @@ import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
+from tokenprune.grammar import has_retention
 
 __all__ = [
     "Column",
@@ -26,10 +27,6 @@ class Column:
     key: str | None
     failed: bool
 
-    @property
-    def method(self) -> str:
-        return self.label.partition(":")[0]
-
 
 def table_columns(answers: pd.DataFrame) -> list[Column]:
     """The uncompressed model first, then methods in the order of the run."""
@@ -45,6 +42,7 @@ def _key(label: str, retention: float) -> str | None:
     if label == UNCOMPRESSED:
         return UNCOMPRESSED
     try:
-        return Cell(tp.parse(label) if "@" in label else tp.parse(label, retention=retention)).key
+        own = {} if has_retention(label) else {"retention": retention}
+        return Cell(tp.parse(label, **own)).key
     except UserError:
         return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +22,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
-from tokenprune.spec import split_specs
+from tokenprune.spec import split
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
@@ -38,44 +36,59 @@ __all__ = [
 ]
 
 
+_Folder = Annotated[
+    Path, typer.Argument(metavar="RUN_FOLDER", help="What tokenprune compare wrote.")
+]
+
+
+_First = Annotated[
+    bool,
+    typer.Option(
+        "--first", help="Show the first ones, not those that methods answer most differently."
+    ),
+]
+
+
+_Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The run's data file, if it was moved since."),
+]
+
+
+_Out = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="[default: report.html in the folder]")
+]
+
+
+_Anonymous = Annotated[
+    bool,
+    typer.Option(
+        "--anonymous", help="Leave out user names, the machine's name and absolute paths."
+    ),
+]
+
+
 @app.command()
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RUN_FOLDER", help="What tokenprune compare wrote.")
-    ],
+    folder: _Folder,
     questions: Annotated[int, typer.Option(help="How many to show with images and masks.")] = 100,
-    first: Annotated[
-        bool,
-        typer.Option(
-            "--first", help="Show the first ones, not those that methods answer most differently."
-        ),
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The run's data file, if it was moved since."),
-    ] = None,
+    first: _First = False,
+    data: _Data = None,
     max_image_pixels: options.MaxImagePixels = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="[default: report.html in the folder]")
-    ] = None,
-    anonymous: Annotated[
-        bool,
-        typer.Option(
-            "--anonymous", help="Leave out user names, the machine's name and absolute paths."
-        ),
-    ] = False,
+    out: _Out = None,
+    anonymous: _Anonymous = False,
 ) -> None:
     """Write a page about a run: results, figures, and every question with what methods kept.
 
-    The page is one file that needs no network. Finished, failed and interrupted runs will do.
+    The page is one file that needs no network. The run may be finished, failed or interrupted.
 
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
-        from tokenprune.experiments.report.run import Request, report
+        from tokenprune.experiments.report.run import ReportRequest, run
 
         quiet()
-        request = Request(
+        request = ReportRequest(
             folder=folder,
             questions=questions,
             first=first,
@@ -83,14 +96,14 @@ def report(
             out=out,
             anonymous=anonymous,
         )
-        with progress() as tell:
-            written = report(request, tell)
-        for note in written.notes:
+        with progress() as bar:
+            outcome = run(request, bar)
+        for note in outcome.notes:
             typer.echo(f"note: {note}", err=True)
-        size = f"{written.path.stat().st_size / 2**20:.1f} MiB"
-        typer.echo(
-            f"Written to {written.path} ({size}): {written.shown} of {written.of} questions."
-        )
+        path = outcome.folder / outcome.files[0]
+        size = f"{path.stat().st_size / 2**20:.1f} MiB"
+        shown = f"{outcome.answered} of {outcome.wanted} questions"
+        typer.echo(f"Written to {path} ({size}): {shown}.")
     raise typer.Exit(OK)
 
 
@@ -116,60 +129,21 @@ def pairs(
     """
     with as_exit_status():
         from tokenprune.errors import UserError
-        from tokenprune.experiments.common.csv_files import write_csv
-        from tokenprune.experiments.common.files import check_file, replace_file
-        from tokenprune.experiments.common.limits import check_number
-        from tokenprune.experiments.common.reading import answers_of
-        from tokenprune.experiments.common.summary import OVERALL
+        from tokenprune.experiments.report.pairs import PairsRequest, pairs
 
-        check_number("seed", seed)
-        kind = kind or OVERALL
-        labels = tuple(split_specs(methods or ()))
+        labels = tuple(split(methods or ()))
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
-        notes: list[str] = []
-        answers = answers_of(folder, notes)
-        path = folder / ("pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv")
-        found = _found(answers, labels, kind, seed)
-        check_file(path)
-        with replace_file(path) as temporary:
-            write_csv(found, temporary)
-        console = Console()
-        console.print(pairs_table(found))
-        for note in notes:
+        outcome = pairs(PairsRequest(folder=folder, methods=labels, kind=kind, seed=seed))
+        Console().print(pairs_table(outcome.tables["pairs"]))
+        for note in outcome.notes:
             typer.echo(f"note: {note}", err=True)
-        typer.echo(f"Written to {path}")
+        typer.echo(f"Written to {outcome.folder / outcome.files[0]}")
     raise typer.Exit(OK)
 
 
-def _file_part(kind: str) -> str:
-    """``kind`` where it is a plain word, otherwise a digest: data must not name files."""
-    if re.fullmatch(r"[\w-]{1,40}", kind, re.ASCII):
-        return kind
-    return hashlib.sha256(kind.encode()).hexdigest()[:12]
-
-
-def _found(answers: pd.DataFrame, labels: tuple[str, ...], kind: str, seed: int) -> pd.DataFrame:
-    """The pairs.  Raises `UserError` for a label or a kind that the run does not have."""
-    from tokenprune.errors import UserError, unknown
-    from tokenprune.experiments.common import summary
-
-    for name in labels:
-        if name not in set(answers["label"]):
-            raise unknown("method of the run", name, answers["label"].unique())
-    if kind != summary.OVERALL and kind not in set(answers["kind"]):
-        raise unknown("kind of question", kind, answers["kind"].unique())
-    found = summary.pairs(answers, seed=seed, labels=labels, kind=kind)
-    if found.empty:
-        raise UserError(
-            "no two methods of the run answered the same questions at the same retention; give at "
-            "least two that did."
-        )
-    return found
-
-
 def pairs_table(found: pd.DataFrame) -> Table:
-    """The pairs as a table of at most 80 columns; ``found`` is as `intervals.pairs` returns it."""
+    """The pairs as a table of at most 80 columns; ``found`` is as `summary.pairs` returns it."""
     number = found["n"].max()
     made = new_table(
         title=f"Every two methods on the same questions ({escape(found['kind'].iloc[0])})",

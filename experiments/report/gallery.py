@@ -143,7 +143,7 @@ class Gallery:
                 layout = _layout(self.adapter, (height, width), len(group), video, together)
                 medium["views"] = _views(layout, (height, width), ViewSize.of(self.adapter))
                 entries = len(layout)
-            except Exception as error:  # of an adapter of anyone's: the page must not fail
+            except Exception as error:  # of any adapter: the page must not fail
                 note = f"No masks for some images: {type(error).__name__}: {error}"
                 if note not in self.notes:
                     self.notes.append(note)
@@ -188,7 +188,7 @@ def planner(manifest: Mapping[str, Any], notes: list[str]) -> Adapter | None:
     experiment = manifest["experiment"]
     name, revision = str(experiment["model"]), experiment.get("revision")
     try:
-        # Of whoever made the run: nothing that it names is executed or downloaded.
+        # The run may come from anyone: nothing that it names is executed or downloaded.
         config = read_config(
             name, trust_remote_code=False, local_files_only=True, revision=revision
         )

@@ -1,8 +1,8 @@
 """One self-contained HTML page of a run: what was run, its results, and every question to look at.
 
-Everything is read from the run folder (`results`) and from where its questions come from; no model
-is loaded.  Where something is gone - the data file, an image, a method's package - the page says so
-and shows the rest.
+Everything is read from the run folder and from the files of its questions; no model is loaded.
+Where something is missing (the data file, an image, a method's package) the page says so and shows
+the rest.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.files import check_file, replace_file
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.limits import check_number
+from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.reading import journaled, manifest_of, questions_of
+from tokenprune.experiments.common.request import Request
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.summary import summarise
-from tokenprune.experiments.compare import figures
+from tokenprune.experiments.compare.run import accuracy_so_far
 from tokenprune.experiments.report.anonymous import anonymous
 from tokenprune.experiments.report.columns import Column, table_columns
 from tokenprune.experiments.report.gallery import Gallery, planner, question_entry
@@ -45,12 +47,11 @@ from tokenprune.experiments.report.tables import (
     sources,
     title,
 )
-from tokenprune.progress import Report
+from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
-    "Request",
-    "Written",
-    "report",
+    "ReportRequest",
+    "run",
 ]
 
 
@@ -67,15 +68,15 @@ _TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ReportRequest(Request):
     """What to report on.
 
     Attributes:
+        out: The page; None for ``report.html`` in the folder.
         folder: Of the run.
         questions: How many to show with images and masks.
-        first: Take the first ones, not those that methods answer most differently.
+        first: Whether to show the first ones, not those that methods answer most differently.
         data: Where the data file is now, if it was moved.
-        out: The page; None for ``report.html`` in the folder.
         anonymous: Leave out who ran it and where (`anonymous`); questions, answers and pictures
             stay as they are.
     """
@@ -84,22 +85,14 @@ class Request:
     questions: int = 100
     first: bool = False
     data: Path | None = None
-    out: Path | None = None
     anonymous: bool = False
 
 
-@dataclass(frozen=True)
-class Written:
-    """The page, how many of the run's questions it shows, and what could not be shown."""
-
-    path: Path
-    shown: int
-    of: int
-    notes: tuple[str, ...]
-
-
-def report(request: Request, tell: Report = lambda *_: None) -> Written:
+def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
     """Write the page.
+
+    Returns:
+        With the table ``summary``; ``notes`` say what could not be shown.
 
     Raises:
         UserError: The folder is not that of a run, has neither answers nor questions, or is
@@ -107,10 +100,76 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
     """
     check_number("questions", request.questions, least=0)
     path = request.out or request.folder / "report.html"
+    found = _read(request, path, progress)
+    notes, manifest, journal = found.notes, found.manifest, found.journal
+    compressed = found.summary.dropna(subset="retention")
+    browser = _browser(found, request, progress)
+    images = list(_figures(request.folder, compressed, manifest, notes))
+    failures = failures_of(manifest, journal)
+    if request.anonymous:
+        texts = {"manifest": manifest, "failures": failures, "notes": notes}
+        manifest, failures, notes = anonymous(texts).values()
+    shown, total = len(browser["questions"]), found.answers["question_id"].nunique()
+    page = _template().render(
+        title=title(manifest),
+        manifest=manifest,
+        experiment=manifest["experiment"],
+        command=command(manifest),
+        facts=facts(manifest),
+        status=manifest.get("status", "unknown"),
+        answered=len(journal.answers),
+        failures=failures,
+        results=results(found.summary),
+        kinds=kinds(found.summary),
+        costs=costs(compressed),
+        figures=images,
+        sources=sources(found.columns),
+        citation=own_citation(manifest),
+        browser=_script_safe(browser),
+        shown=shown,
+        total=total,
+        first=request.first,
+        notes=notes,
+        version=tp.__version__,
+    )
+    with replace_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Outcome(
+        path.parent,
+        tables={"summary": found.summary},
+        files=(path.name,),
+        answered=shown,
+        wanted=total,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What was read of a run.
+
+    Attributes:
+        answers: As in ``answers.parquet``, without references.
+        summary: As in ``summary.csv``.
+        columns: Of the page.
+        notes: Sentences about what cannot be shown, added as it is found.
+    """
+
+    manifest: Mapping[str, Any]
+    journal: Journal
+    questions: list[Question] | None
+    answers: pd.DataFrame
+    summary: pd.DataFrame
+    columns: Sequence[Column]
+    notes: list[str]
+
+
+def _read(request: ReportRequest, path: Path, progress: ProgressCallback) -> _Run:
+    """Read the run; ``path`` is where the page goes, checked before anything takes long."""
     manifest = manifest_of(request.folder)
     check_file(path)
     notes: list[str] = []
-    tell(0, 0, "reading the run")
+    progress(0, 0, "reading the run")
     journal = Journal(request.folder / "answers.jsonl")
     if journal.unreadable:
         lines = "line" if journal.unreadable == 1 else "lines"
@@ -121,58 +180,34 @@ def report(request: Request, tell: Report = lambda *_: None) -> Written:
     answers = answers[~(answers["retention"] >= 1) | (answers["method"] == UNCOMPRESSED)]
     summary = summarise(answers, seed=manifest["experiment"]["seed"])
     answers = answers.dropna(subset="retention")
-    compressed = summary.dropna(subset="retention")
     columns = table_columns(answers)
-    chosen = _chosen(answers, columns, request)
-    known = {item.id: item for item in questions or ()}
+    return _Run(manifest, journal, questions, answers, summary, columns, notes)
+
+
+def _browser(found: _Run, request: ReportRequest, progress: ProgressCallback) -> dict[str, Any]:
+    """What the page shows of single questions: answers, pictures and masks."""
+    columns, notes = found.columns, found.notes
+    chosen = _chosen(found.answers, columns, request)
+    known = {item.id: item for item in found.questions or ()}
     shown = {picture.id for name in chosen if name in known for picture in known[name].images}
-    gallery = Gallery(planner(manifest, notes), notes, _PICTURES // max(1, len(shown)))
+    gallery = Gallery(planner(found.manifest, notes), notes, _PICTURES // max(1, len(shown)))
     entries = []
     for index, name in enumerate(chosen):
-        tell(index, len(chosen), "pictures")
-        entries.append(question_entry(name, answers, columns, known.get(name), gallery, journal))
+        progress(index, len(chosen), "pictures")
+        entries.append(
+            question_entry(name, found.answers, columns, known.get(name), gallery, found.journal)
+        )
     _bound(entries, notes)
     if columns and chosen and not any(any(entry["kept"]) for entry in entries):
         notes.append(
             "The run did not record what was kept, or it cannot be drawn; no masks are shown."
         )
-    browser = {
+    return {
         "cells": [{"label": c.label, "keep": c.retention, "failed": c.failed} for c in columns],
         "questions": entries,
         "media": gallery.media,
         "pictures": gallery.pictures,
     }
-    total = answers["question_id"].nunique()
-    figures = list(_figures(request.folder, compressed, manifest, notes))
-    failures = failures_of(manifest, journal)
-    if request.anonymous:
-        told = {"manifest": manifest, "failures": failures, "notes": notes}
-        manifest, failures, notes = anonymous(told).values()
-    page = _template().render(
-        title=title(manifest),
-        manifest=manifest,
-        experiment=manifest["experiment"],
-        command=command(manifest),
-        facts=facts(manifest),
-        status=manifest.get("status", "unknown"),
-        answered=len(journal.answers),
-        failures=failures,
-        results=results(summary),
-        kinds=kinds(summary),
-        costs=costs(compressed),
-        figures=figures,
-        sources=sources(columns),
-        citation=own_citation(manifest),
-        browser=_script_safe(browser),
-        shown=len(entries),
-        total=total,
-        first=request.first,
-        notes=notes,
-        version=tp.__version__,
-    )
-    with replace_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return Written(path, len(entries), total, tuple(notes))
 
 
 def _template() -> jinja2.Template:
@@ -211,7 +246,7 @@ def _answers(
         return read_answers(folder)
 
 
-def _chosen(answers: pd.DataFrame, columns: Sequence[Column], request: Request) -> list[str]:
+def _chosen(answers: pd.DataFrame, columns: Sequence[Column], request: ReportRequest) -> list[str]:
     """Ids of the questions to show.
 
     The most informative ones are those with most methods that answer unlike the uncompressed
@@ -240,7 +275,7 @@ def _bound(entries: Sequence[dict[str, Any]], notes: list[str]) -> None:
 def _figures(
     folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any], notes: list[str]
 ) -> Iterator[dict[str, str]]:
-    """The run's figures as data URIs; made afresh if an interrupted run has none."""
+    """The run's figures as data URIs; drawn here if an interrupted run has none."""
     files = sorted((folder / "plots").glob("*.png"), key=lambda file: file.stem)
     for file in files:
         try:
@@ -253,7 +288,7 @@ def _figures(
             yield {"name": file.stem.replace("-", " "), "uri": uri}
     if not files and len(summary) and summary["accuracy"].notna().any():
         name = Path(manifest["experiment"]["model"]).name
-        figure = figures.accuracy(summary, f"Accuracy of {name} so far")
+        figure = accuracy_so_far(summary, name)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
         with Image.open(buffer) as image:

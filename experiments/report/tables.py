@@ -14,6 +14,7 @@ from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.summary import OVERALL
 from tokenprune.experiments.report.columns import Column
+from tokenprune.grammar import names
 from tokenprune.registry import strategies
 from tokenprune.units import percent
 
@@ -163,12 +164,8 @@ def _interval(row: Any, name: str) -> str:
 
 def sources(columns: Sequence[Column]) -> list[dict[str, Any]]:
     """The cards of the methods that were run, with BibTeX entries of their papers."""
-    names: dict[str, None] = {}
-    for column in columns:
-        for part in column.label.split(" + "):
-            names.setdefault(part.partition("@")[0].partition(":")[0])
     found = []
-    for name in names:
+    for name in dict.fromkeys(name for column in columns for name in names(column.label)):
         if name not in strategies.names():
             continue
         card = strategies.get(name).card

@@ -1,31 +1,312 @@
-"""What one selection costs."""
+"""The cost of one prompt's prefill, entered while the prompt runs.
+
+The engine enters what happens in a real forward, the forecast what would happen.  The rules that
+turn the entries into a `Ledger` are here alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
+from tokenprune.compressor import Compressor, Selection
+from tokenprune.cost.arithmetic import (
+    DecoderShape,
+    VisionShape,
+    copied_bytes,
+    encoder_flops,
+    held_bytes,
+    merging_bytes,
+    signal_bytes,
+    signal_flops,
+)
+from tokenprune.cost.ledger import Ledger, settle
 from tokenprune.cost.measuring import Work
+from tokenprune.layout import TokenLayout
+from tokenprune.signals import Kept, Signal
+from tokenprune.tokens import Encoding, VisualTokens
+
+if TYPE_CHECKING:
+    from tokenprune.adapter import Adapter
 
 __all__ = [
-    "Picked",
+    "Account",
+    "Attended",
+    "Images",
+    "Sizes",
+    "attended_for",
 ]
 
 
 @dataclass(frozen=True)
-class Picked:
-    """What one selection took, counted once the row's length is known.
+class Sizes:
+    """The sizes of a model that the cost of a prefill depends on.
 
     Attributes:
-        work: What the strategy did.
-        shown: Bytes that it was shown.
-        tapped: Layers whose states were there for attention rows.
-        visual: Visual tokens of the row in front of it.
-        merged: How many vectors were put in.
+        adapter: Of the model.
+        decoder: Of its language model.
+        vision: Of its vision encoder.
     """
 
-    row: int
+    adapter: Adapter
+    decoder: DecoderShape
+    vision: VisionShape
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Sizes:
+        """Read from the configuration of the model."""
+        return cls(
+            adapter=adapter,
+            decoder=DecoderShape.of(adapter.language_model.config),
+            vision=VisionShape.of(adapter.base.config.vision_config),
+        )
+
+
+class Attended(NamedTuple):
+    """Attention rows, or keys alone, that were computed in a decoder layer for a selection.
+
+    Attributes:
+        layer: Index of the layer whose number of tokens counts.
+        queries: Number of attention rows, 0 for keys alone.
+        recomputed: Whether the keys were computed for it, because no KV cache had them.
+        kept: What is kept of each row.
+        row: Row of the batch, or None for every row that has images.
+    """
+
+    layer: int
+    queries: int
+    recomputed: bool
+    kept: Kept = "mean"
+    row: int | None = None
+
+
+def attended_for(
+    signal: Signal,
+    cut: int,
+    *,
+    cached: bool = True,
+    text: int = 0,
+    patches: int = 0,
+    row: int | None = None,
+) -> Attended | None:
+    """What a signal of the language model needs, if attention rows or keys are computed for it.
+
+    Vectors that are read from the KV cache count nothing, and neither do the projections that are
+    repeated where there is none.
+
+    Args:
+        signal: The signal.
+        cut: The decoder layer in front of which it is used.
+        cached: Whether the layer's keys are in a KV cache.
+        text: Number of text tokens behind the image.
+        patches: Number of patch tokens of the image.
+        row: Row of the batch, for a signal of one image.
+    """
+    info = signal.info
+    ahead = info.layer == "next"  # has as many keys as the layer in front of it
+    if info.source != "decoder layer" or (info.queries == "none" and not ahead):
+        return None
+    queries = {"none": 0, "one": 1, "text": text, "patches": patches}[info.queries]
+    layer = signal.layer if info.layer == "named" else cut - 1
+    return Attended(layer, queries, ahead or not cached, info.kept, row)
+
+
+class Images(NamedTuple):
+    """Layouts of a prompt's images and videos at three points of the prefill.
+
+    Attributes:
+        before: In full.
+        entered: In front of the first decoder layer.
+        after: In front of the last decoder layer.
+    """
+
+    before: Sequence[TokenLayout]
+    entered: Sequence[TokenLayout]
+    after: Sequence[TokenLayout]
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """What was there for one selection, and its own work.
+
+    Attributes:
+        work: What the strategy did, measured when the ledger is made.
+        bytes: What the strategy was given.
+        tapped: Layers whose attention input was held.
+        visual: Visual tokens of the prompt in front of the selection.
+        merged: Number of merged vectors.
+    """
+
     work: Work
-    shown: int
+    bytes: int
     tapped: tuple[int, ...]
     visual: int
     merged: int
+
+
+class Account:
+    """The cost of one prompt's prefill.
+
+    It holds numbers, never features or a KV cache, so that it may outlive the forward.
+
+    Attributes:
+        visual: Visual tokens that each decoder layer processes (`count`).
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        compressor: Compressor | None,
+        cuts: Mapping[int, Compressor],
+        needs: frozenset[Signal],
+    ) -> None:
+        """Open the account of a prompt.
+
+        Args:
+            sizes: Of the model.
+            compressor: What compresses the prompt, or None.
+            cuts: Index of a decoder layer to what selects in front of it.
+            needs: Signals that the model computes for the compressor.
+        """
+        self._sizes, self._cuts, self._needs = sizes, cuts, needs
+        self._given = compressor.needs if compressor is not None else frozenset[Signal]()
+        self._requested = compressor.retention if compressor is not None else 1.0
+        self._runs: Sequence[tuple[int, Encoding | None]] = ()
+        self._flops, self._bytes = 0.0, 0
+        self._selected: list[_Selected] = []
+        self._held, self._there = 0, 0  # in front of the selection that is being made
+        self.visual = [0] * sizes.decoder.layers
+
+    def encode(self, runs: Sequence[tuple[int, Encoding | None]], size: int) -> None:
+        """Enter the run of the vision encoder.
+
+        Args:
+            runs: For every image or video its number of views, and how the encoder ran if a method
+                acted inside it, which is the same for all of them.
+            size: Bytes of a number.
+        """
+        self._runs = runs
+        adapter, views = self._sizes.adapter, sum(count for count, _ in runs)
+        encoding = runs[-1][1] if runs else None
+        attended = None if encoding is None else encoding.attended
+        self._flops += signal_flops(self._needs, adapter, views, attended)
+        self._bytes = signal_bytes(self._needs, adapter, views, size, attended)
+        if encoding is not None:
+            merging = merging_bytes(encoding, adapter.vision_width, views, size)
+            self._bytes = max(self._bytes, merging)
+
+    def count(self, layer: int, visual: int) -> None:
+        """Enter that the decoder layers from ``layer`` on process ``visual`` visual tokens."""
+        self.visual[layer:] = [visual] * (len(self.visual) - layer)
+
+    def begin(self, images: Sequence[VisualTokens]) -> None:
+        """Enter what is there in front of the next selections: ``images``, with their signals."""
+        self._held = sum(held_bytes(one, inside=False, needs=self._given) for one in images)
+        self._there = sum(map(len, images))
+
+    def select(
+        self,
+        part: Compressor,
+        known: VisualTokens,
+        given: VisualTokens,
+        selection: Selection,
+        full: TokenLayout,
+        tapped: Iterable[int] = (),
+    ) -> None:
+        """Enter the selection of one image.
+
+        Args:
+            part: What selected.
+            known: What is known of the image outside the language model.
+            given: What the strategy was given; inside the language model more than ``known``.
+            selection: What it selected.
+            full: Layout of the whole image or video.
+            tapped: Layers whose attention input is held.
+        """
+        held = self._held
+        if given is not known:
+            held += held_bytes(given, inside=True) - held_bytes(known, inside=False)
+        self._selected.append(
+            _Selected(
+                work=Work.of(part, given, full),
+                bytes=held,
+                tapped=tuple(sorted(tapped)),
+                visual=self._there,
+                merged=0 if selection.features is None else len(selection.keep),
+            )
+        )
+
+    def ledger(
+        self,
+        images: Images,
+        attended: Iterable[Attended],
+        *,
+        text: int,
+        size: int,
+        kv_before: Sequence[int] = (),
+    ) -> Ledger:
+        """Sum up.
+
+        Args:
+            images: Layouts of the prompt's images and videos.
+            attended: Attention rows and keys that were computed in this prompt's decoder layers.
+            text: Tokens of the prompt that are not visual.
+            size: Bytes of a number.
+            kv_before: As in the ledger.
+        """
+        decoder, vision = self._sizes.decoder, self._sizes.vision
+        tokens = [text + visual for visual in self.visual]
+        flops, held = self._attention(list(attended), tokens, size)
+        if images.before:
+            held += self._vectors(tokens, size)
+        copied = 0
+        for one in self._selected:
+            states, cost = sum(tokens[layer] for layer in one.tapped), one.work.cost()
+            flops += cost.flops
+            held.append(one.bytes + int(cost.bytes) + states * decoder.hidden * size)
+            slots = text + one.visual
+            copied = max(copied, copied_bytes(slots, one.merged, decoder, size))
+        full = encoder_flops([self._sizes.adapter.vision_tokens] * vision.layers, vision)
+        return settle(
+            shape=decoder,
+            size=size,
+            requested=self._requested,
+            before=images.before,
+            entered=images.entered,
+            after=images.after,
+            text=text,
+            visual_per_layer=self.visual,
+            selector_flops=self._flops + flops,
+            selector_bytes=max([self._bytes, *held]),
+            merged_bytes=copied,
+            kv_before=kv_before,
+            vision_flops=sum(views * self._encoder_flops(run, full) for views, run in self._runs),
+            uncompressed_vision_flops=full * sum(layout.views for layout in images.before),
+        )
+
+    def _attention(
+        self, attended: Sequence[Attended], tokens: Sequence[int], size: int
+    ) -> tuple[float, list[int]]:
+        """FLOPs of all attention rows together, and the bytes of each entry."""
+        decoder, flops, held = self._sizes.decoder, 0.0, []
+        for one in attended:
+            count = tokens[one.layer]
+            flops += decoder.row_flops(count, one.recomputed, one.queries)
+            held.append(decoder.row_bytes(count, one.recomputed, size, one.queries, one.kept))
+        return flops, held
+
+    def _vectors(self, tokens: Sequence[int], size: int) -> list[int]:
+        """Bytes at work while the vectors of all tokens are made, for each signal of each cut."""
+        return [
+            self._sizes.decoder.vector_bytes(tokens[layer - 1], size, signal.name)
+            for layer, part in self._cuts.items()
+            for signal in part.needs
+            if signal.info.copies is not None
+        ]
+
+    def _encoder_flops(self, run: Encoding | None, full: float) -> float:
+        """FLOPs of the vision encoder on one view; ``full`` where no method acted inside it."""
+        if run is None:
+            return full
+        return encoder_flops(run.attended, self._sizes.vision, run.processed)

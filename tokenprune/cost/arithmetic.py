@@ -1,51 +1,48 @@
-"""FLOPs and bytes of models, signals and packing, from shapes."""
+"""FLOPs and bytes of models, signals and packing, computed from shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from tokenprune.attention import CHUNK
+from tokenprune.signals import SIGNALS, Kept, Signal
+from tokenprune.units import CHUNK
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
-    from tokenprune.signals import Signal
     from tokenprune.tokens import Encoding, VisualTokens
 
 __all__ = [
     "DecoderShape",
-    "Kept",
     "VisionShape",
     "copied_bytes",
     "encoder_flops",
     "held_bytes",
-    "kept_of",
     "merging_bytes",
     "prefill_flops",
     "signal_bytes",
     "signal_flops",
+    "signal_widths",
 ]
 
 
-_OF_ALL = {"llm_states", "llm_keys", "llm_keys_ahead"}
-
-
-Kept = Literal["mean", "heads", "sum"]
-"""What is kept of the attention rows of several queries (`DecoderShape.row_bytes`)."""
-
-
-def kept_of(names: Iterable[str]) -> Kept:
-    """What is kept of the rows that signals of these names are made of; the most, of several."""
-    names = set(names)
-    if "llm_text_heads" in names:
-        return "heads"
-    return "sum" if names & {"llm_self", "llm_cross"} and "llm_text" not in names else "mean"
+def signal_widths(adapter: Adapter) -> dict[str, int]:
+    """Size of the last axis of each signal where the model determines it, by name."""
+    sizes = {
+        "vision_width": adapter.vision_width,
+        "vision_head_width": adapter.vision_width // adapter.vision_heads,
+    }
+    if adapter.has_language_model:
+        sizes |= DecoderShape.of(adapter.language_model.config).widths
+    return {
+        name: sizes[info.shape[-1]] for name, info in SIGNALS.items() if info.shape[-1] in sizes
+    }
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder that its cost depends on."""
+    """The sizes of a decoder that determine its cost."""
 
     layers: int
     hidden: int
@@ -67,17 +64,23 @@ class DecoderShape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Sizes of the axes of signals (`tokenprune.signals.AXES`)."""
+        kv_width = self.kv_heads * self.head_dim
+        return {"heads": self.heads, "hidden": self.hidden, "kv_width": kv_width}
+
     def kv_bytes(self, size: int) -> int:
-        """Bytes that one token takes in one layer's KV cache, ``size`` bytes a number."""
+        """Bytes of one token in one layer's KV cache, at ``size`` bytes a number."""
         return 2 * self.kv_heads * self.head_dim * size
 
     def row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
         """FLOPs of attention rows over ``tokens`` keys: queries, products of all heads, keys.
 
         Args:
-            tokens: How many keys.
-            recomputed: Whether the keys have to be projected again (no KV cache to read).
-            rows: How many queries.
+            tokens: Number of keys.
+            recomputed: Whether the keys are projected again, because no KV cache has them.
+            rows: Number of queries.
         """
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         again = 2 * tokens * self.hidden * key if recomputed else 0
@@ -86,17 +89,17 @@ class DecoderShape:
     def row_bytes(
         self, tokens: int, recomputed: bool, size: int, rows: int = 1, kept: Kept = "mean"
     ) -> int:
-        """Bytes that exist at the same time while such rows are computed.
+        """Peak bytes while attention rows are computed.
 
-        The normalised input of the layer, which outlives it; keys that are computed again, with
-        three copies of them while they are rotated; float32 logits, masked logits and their softmax
-        of all heads, for at most `CHUNK` queries at a time; and what is kept of all queries, once
-        as it grows and once joined.
+        They hold the normalised input of the layer; recomputed keys, with three copies of them
+        while they are rotated; the float32 logits, masked logits and softmax of all heads, for at
+        most `CHUNK` queries at a time; and what is kept of all queries, in parts and joined.
 
         Args:
             tokens, recomputed, rows: As in `row_flops`.
             size: Bytes of a number in the model.
-            kept: Of every query the mean over heads, all heads, or nothing but a sum over queries.
+            kept: The mean over heads of every query, all heads of every query, or the sum over
+                queries.
         """
         states = tokens * self.hidden
         keys = tokens * self.kv_heads * self.head_dim * size if recomputed else 0
@@ -108,19 +111,19 @@ class DecoderShape:
         return max(looking, 8 * states) if recomputed else looking  # RMSNorm works in float32
 
     def vector_bytes(self, tokens: int, size: int, name: str) -> int:
-        """Bytes at work while all tokens' ``llm_states`` are normed or ``llm_keys`` moved."""
-        if name == "llm_states":
-            return 8 * tokens * self.hidden  # in float32
-        return 3 * tokens * self.kv_heads * self.head_dim * size
+        """Bytes of the copies at work while the vectors of a signal are made of all tokens."""
+        info = SIGNALS[name]
+        copies, dtype = info.copies or (0, "model")
+        return copies * tokens * self.widths[info.shape[-1]] * (4 if dtype == "float32" else size)
 
 
 def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
     """FLOPs of a prefill in which layer ``l`` processes ``tokens[l]`` tokens.
 
     Per layer ``2n(4d² + 3dm) + 4n²d`` for ``n`` tokens, width ``d`` and MLP width ``m``, the
-    projections adjusted for grouped-query attention; non-causal count of the attention products,
-    as in the efficiency tables of the GlobalCom² repository (LLaVA-NeXT-7B, 2880 tokens: 41.7
-    TFLOPs).
+    projections adjusted for grouped-query attention.  Attention products are counted without the
+    causal mask, as in the efficiency tables of the GlobalCom² repository (LLaVA-NeXT-7B, 2880
+    tokens: 41.7 TFLOPs).
     """
     query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     linear = 2 * shape.hidden * (2 * query + 2 * key_value + 3 * shape.intermediate)
@@ -133,19 +136,23 @@ def signal_flops(
     views: int,
     attended: Sequence[int] | None = None,
 ) -> float:
-    """FLOPs of the vision tower's attention rows that a method asks for, over ``views`` views.
+    """FLOPs of the attention rows that signals of the vision encoder need.
 
-    ``received`` needs a row for every query, every other kind the CLS row alone; projections run
-    anyway.  Keys and unprojected vectors are read off, and a pooling head computes its row anyway.
-    ``attended`` says how many tokens of a view each layer saw, where a method acted inside the
-    tower.
+    One row for each signal, or one for each token of a view (`SignalInfo.queries`).  The model
+    computes the projections and the row of a pooling head anyway.
+
+    Args:
+        signals: Those of the language model count nothing here.
+        adapter: Of the model.
+        views: Number of views.
+        attended: Tokens of a view in each layer, where a method acted inside the encoder.
     """
     total = 0.0
     for signal in signals:
         if signal.in_llm or signal.needs_head:
             continue
         keys = adapter.vision_tokens if attended is None else attended[signal.layer]
-        queries = keys if signal.resolve(adapter.has_cls).name == "received" else 1
+        queries = keys if signal.resolve(adapter.has_cls).info.queries == "all" else 1
         total += 2 * views * queries * keys * adapter.vision_width
     return total
 
@@ -157,13 +164,17 @@ def signal_bytes(
     size: int,
     attended: Sequence[int] | None = None,
 ) -> int:
-    """Bytes that the tower's signals hold until they are packed.
+    """Bytes that the signals of the vision encoder hold until they are packed.
 
-    Queries and keys of every layer that is looked at outlive the layer (``size`` bytes a number,
-    and a float32 copy where that is smaller); the logits and the softmax of one row, or of `CHUNK`
-    rows at a time for ``received``, come on top, for the largest of the signals.
+    Queries and keys of every layer that is read outlive the layer.  The largest of the signals adds
+    float32 copies of them, where ``size`` is smaller, and the logits and the softmax of one row, or
+    of `CHUNK` rows at a time.
+
+    Args:
+        signals, adapter, views, attended: As in `signal_flops`.
+        size: Bytes of a number in the model.
     """
-    seen = [s for s in signals if not s.in_llm and not s.needs_head and s.name != "unprojected"]
+    seen = [signal for signal in signals if signal.in_vision_layer]
 
     def keys_of(layer: int) -> int:
         return adapter.vision_tokens if attended is None else attended[layer]
@@ -172,27 +183,26 @@ def signal_bytes(
     kept = sum(wide * keys_of(layer) * size for layer in {signal.layer for signal in seen})
     most = 0
     for signal in seen:
-        keys = keys_of(signal.layer)
-        kind = signal.resolve(adapter.has_cls).name
+        keys, info = keys_of(signal.layer), signal.resolve(adapter.has_cls).info
+        queries = {"none": 0, "one": 1, "all": min(CHUNK, keys)}[info.queries]
         copies = wide * keys * 4 if size < 4 else 0
-        if kind in ("keys", "joint_keys"):
-            copies //= 2  # queries are not looked at
-        heads = 1 if kind in ("cls_joint", "joint_keys") else adapter.vision_heads
-        queries = {"keys": 0, "joint_keys": 0, "received": min(CHUNK, keys)}.get(kind, 1)
+        if not queries:
+            copies //= 2  # of the keys alone
+        heads = 1 if info.joint_heads else adapter.vision_heads
         most = max(most, copies + 2 * 4 * views * heads * queries * keys)
     return kept + most
 
 
 def merging_bytes(encoding: Encoding, width: int, views: int, size: int) -> int:
-    """Bytes that merging inside the vision tower takes, in the layer where it takes most.
+    """Peak bytes of merging inside the vision encoder, over its layers.
 
     Queries and keys outlive the attention; states and their weighted sums are in float32.
 
     Args:
-        encoding: How the tower ran.
-        width: Of the tower.
-        views: How many ran together.
-        size: Bytes of a number in the tower.
+        encoding: The record of the encoder's run.
+        width: Width of the encoder.
+        views: Number of views that ran together.
+        size: Bytes of a number in the encoder.
     """
     layers = zip(encoding.attended, encoding.processed, strict=True)
     most = max((2 * size * n + 4 * (n + 2 * left) for n, left in layers if left < n), default=0)
@@ -200,33 +210,33 @@ def merging_bytes(encoding: Encoding, width: int, views: int, size: int) -> int:
 
 
 def copied_bytes(slots: int, merged: int, shape: DecoderShape, size: int) -> int:
-    """Bytes of ``merged`` vectors and of the copy of all ``slots`` of a prompt they are put in."""
+    """Bytes of ``merged`` vectors and of the copy of the prompt's ``slots`` that receives them."""
     return (slots + merged) * shape.hidden * size if merged else 0
 
 
 def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | None = None) -> int:
-    """Bytes of all that a strategy is shown of one image beyond what the model holds anyway.
+    """Bytes that a method is given of one image beyond what the model holds anyway.
 
-    Signals, and inside the language model the copies that are made of hidden states and of what
-    entered: features, text vectors, `VisualTokens.inputs`.  Vectors that the layers make of all
-    tokens count twice, as the image's are a copy of its part.
+    These are the signals and, inside the language model, the copies of hidden states, text vectors
+    and `VisualTokens.inputs`.  Vectors that are computed for all tokens count twice, because those
+    of the image are a copy.
 
     Args:
-        tokens: What is known of the image.
-        inside: Whether the strategy acts inside the language model.
-        needs: Signals that it asked for, others being there for somebody else; None for all.
+        tokens: The image.
+        inside: Whether the method acts inside the language model.
+        needs: Signals that the method asks for; None for all of ``tokens``.
     """
     asked = set(tokens.signals if needs is None else map(tokens.found_as, needs))
     shown = [value for signal, value in tokens.signals.items() if signal in asked]
     if inside:
         shown += [tokens.features, *tokens.text.values(), *(tokens.inputs or ())]
-        shown += [value for signal, value in tokens.signals.items() if signal.name in _OF_ALL]
+        shown += [value for one, value in tokens.signals.items() if one.info.is_of_all_tokens]
     return sum(value.numel() * value.element_size() for value in shown)
 
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The sizes of a vision tower that its cost depends on."""
+    """The sizes of a vision encoder that determine its cost."""
 
     layers: int
     hidden: int
@@ -245,16 +255,16 @@ class VisionShape:
 def encoder_flops(
     tokens: Sequence[int], shape: VisionShape, behind: Sequence[int] | None = None
 ) -> float:
-    """FLOPs of the layers of a vision tower on one view.
+    """FLOPs of the layers of a vision encoder on one view.
 
     Per layer ``2n * 4d² + 4n²d`` for the attention over ``n`` tokens and ``2n' * 2dm`` for the MLP
-    behind it, of width ``m`` and without a gate.  Patch embedding and projector are left out, as
-    `prefill_flops` leaves out embedding and head.
+    behind it, of width ``m`` and without a gate.  Patch embedding and projector are not counted,
+    nor are embedding and head in `prefill_flops`.
 
     Args:
-        tokens: What the attention of each layer that runs sees, CLS token included.
-        shape: Of the tower.
-        behind: What the MLP of each layer sees, where tokens are merged between the two.
+        tokens: Number of tokens in the attention of each layer that runs, CLS token included.
+        shape: Sizes of the encoder.
+        behind: Number of tokens in the MLP of each layer, if tokens are merged in front of it.
     """
     linear = 2 * 4 * shape.hidden**2
     mlp = 2 * 2 * shape.hidden * shape.intermediate

@@ -1,14 +1,14 @@
-"""What a compression really cost: tokens, FLOPs, KV bytes, and what the selector takes.
+"""The cost of a compressed prefill: tokens, FLOPs, KV bytes and the selector cost.
 
 Conventions, the same everywhere (engine, forecast, translator, tables):
 
-* a *visual token* is an entry of the packed sequence, patch token or separator; ``retention`` is of
-  patch tokens alone;
+* a *visual token* is an entry of the packed sequence, patch token or separator, but the retention
+  ratio counts patch tokens only;
 * a layer's tokens are those that **enter** it: a selection in front of layer K counts from layer K
-  on, layers 0 .. K-1 count in full;
-* merged tokens are tokens; a token that stands for dropped ones counts once;
-* an average over layers is the plain mean of what enters each of them, without text unless the name
-  says so;
+  on, and layers 0 .. K-1 count in full;
+* a merged token counts once, whatever its size;
+* an average over layers is the mean number of tokens that enter each of them, without text unless
+  the name includes it;
 * the KV cache of a layer has one entry for every token that entered it, text included;
 * a multiplication and an addition are two FLOPs.
 """
@@ -21,8 +21,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
+from tokenprune.display import html_table
+from tokenprune.units import bytes_unit, flops_unit, percent
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tokenprune.layout import TokenLayout
 
 __all__ = [
@@ -35,33 +39,33 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Ledger:
-    """The account of one prompt's prefill.
+    """The cost of one prompt's prefill.
 
     Attributes:
-        requested: R as asked for.
+        requested: The requested retention ratio.
         patch_tokens, kept_patches: Patch tokens before compression, and entering the last layer.
         separators, kept_separators: The same for separators.
-        entered_patches, entered_separators: What enters the language model, its first layer: what
-            a ``pre_llm`` method left.
+        entered_patches, entered_separators: The same in front of the first decoder layer: what
+            the ``pre_llm`` methods kept.
         patches_per_view, kept_per_view: For every image, the patch tokens of each of its views,
-            before compression and at the end.
-        text_tokens: Tokens of the prompt that are not visual.
-        visual_per_layer: Visual tokens (separators included) that each decoder layer processed.
-        kv_bytes: Size of the KV cache when decoding begins, `kv_entries` in all.
+            before compression and in front of the last layer.
+        text_tokens: Text tokens of the prompt.
+        visual_per_layer: Visual tokens, separators included, that each decoder layer processed.
+        kv_bytes: Size of the KV cache, of `kv_entries` entries, when decoding begins.
         flops: Prefill FLOPs of the decoder, layer by layer, plus `selector_flops`.
-        selector_flops: What choosing cost: attention rows and the strategy's own arithmetic.
+        selector_flops: FLOPs of selecting: attention rows and the method's own arithmetic.
         uncompressed_flops: Prefill FLOPs of the decoder on the full prompt.
-        vision_flops: FLOPs of the vision tower's layers on all views, as many tokens in each as
-            really ran (`encoder_flops`); not part of `flops`.
+        vision_flops: FLOPs of the vision encoder's layers on all views, for the tokens that each
+            layer processed (`encoder_flops`); not part of `flops`.
         uncompressed_vision_flops: The same on full views.
-        selector_bytes: The most memory that choosing takes at one moment, told by formulas, beyond
-            what the uncompressed model holds: while the tower's signals are computed
-            (`signal_bytes`) or its tokens merged (`merging_bytes`), while attention rows are
-            (`DecoderShape.row_bytes`), while a strategy selects: what it is shown (`held_bytes`)
-            and what it holds itself (`cost.measuring`), or while what is left is packed: copies
-            of it, and where tokens were merged one of everything (`copied_bytes`).
-        kv_before: Entries that earlier turns had left in each layer's KV cache; empty for a first
-            turn.  FLOPs of attending to them are not counted.
+        selector_bytes: Peak memory of selecting beyond what the uncompressed model holds, estimated
+            analytically.  It is the maximum over the moments of the prefill: the vision encoder's
+            signals are computed (`signal_bytes`) or its tokens merged (`merging_bytes`); attention
+            rows are computed (`DecoderShape.row_bytes`); a method selects, with what it is given
+            (`held_bytes`) and its working memory (`cost.measuring`); the kept tokens are packed,
+            with copies of them and, if tokens were merged, of the whole prompt (`copied_bytes`).
+        kv_before: Entries of earlier turns in each layer's KV cache; empty for a first turn.  The
+            FLOPs of attending to them are not counted.
     """
 
     requested: float
@@ -86,39 +90,68 @@ class Ledger:
 
     @property
     def realised(self) -> float:
-        """Kept patch tokens / patch tokens (1 without an image)."""
+        """Kept patch tokens divided by patch tokens; 1 without an image."""
         return self.kept_patches / self.patch_tokens if self.patch_tokens else 1.0
 
     @property
     def layer_average(self) -> float:
-        """Visual tokens processed by a decoder layer on average."""
+        """Visual tokens that a decoder layer processes on average."""
         return sum(self.visual_per_layer) / len(self.visual_per_layer)
 
     @property
     def tokens_per_layer(self) -> tuple[int, ...]:
-        """All tokens that each decoder layer processed, text included."""
+        """Tokens that each decoder layer processed, text included."""
         return tuple(self.text_tokens + visual for visual in self.visual_per_layer)
 
     @property
     def layer_average_with_text(self) -> float:
-        """All tokens processed by a decoder layer on average."""
+        """Tokens that a decoder layer processes on average, text included."""
         return self.text_tokens + self.layer_average
 
     @property
     def kv_per_layer(self) -> tuple[int, ...]:
-        """Entries of each layer's KV cache when decoding begins, text included, padding not."""
+        """Entries of each layer's KV cache when decoding begins, with text, without padding."""
         before = self.kv_before or (0,) * len(self.visual_per_layer)
         return tuple(a + b for a, b in zip(before, self.tokens_per_layer, strict=True))
 
     @property
     def kv_entries(self) -> int:
-        """`kv_per_layer` of all layers together."""
+        """Sum of `kv_per_layer`."""
         return sum(self.kv_per_layer)
 
     @property
     def figures(self) -> dict[str, float]:
-        """All single numbers of the account that were not asked for, by name: `FIGURES`."""
+        """All single numbers of the ledger except `requested`, by name (`FIGURES`)."""
         return {name: getattr(self, name) for name in FIGURES}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row: ``requested``, ``realised`` and all `figures`."""
+        import pandas as pd
+
+        row = {"requested": self.requested, "realised": self.realised, **self.figures}
+        return pd.DataFrame([row])
+
+    def _shown(self) -> dict[str, str]:
+        """The main figures with their units."""
+        unit, scale = flops_unit(self.uncompressed_flops)
+        kv_unit, kv_scale = bytes_unit(self.kv_bytes)
+        return {
+            "patch tokens": f"{self.kept_patches} of {self.patch_tokens}",
+            "visual tokens per layer": f"{self.layer_average:.1f}",
+            "prefill": (
+                f"{self.flops / scale:.3g} of {self.uncompressed_flops / scale:.3g} {unit} "
+                f"({percent(self.flops / (self.uncompressed_flops or 1), 1)})"
+            ),
+            "KV cache": f"{self.kv_bytes / kv_scale:.3g} {kv_unit}",
+        }
+
+    def __repr__(self) -> str:
+        return f"Ledger({', '.join(f'{name}: {text}' for name, text in self._shown().items())})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        title = f"Ledger: retention {self.requested:g} requested, {self.realised:.3g} realised"
+        return html_table(title, self._shown())
 
 
 def _fields(kind: str) -> tuple[str, ...]:
@@ -156,21 +189,21 @@ def settle(
     """The `Ledger` of one prompt.
 
     Args:
-        shape: Of the decoder.
+        shape: Sizes of the decoder.
         size: Bytes of a number in the KV cache.
-        requested: R as asked for.
+        requested: The requested retention ratio.
         before, entered, after: Layouts of the prompt's images and videos: in full, in front of the
             first decoder layer, in front of the last one.
-        text: Tokens that are not visual.
-        visual_per_layer: As in the ledger.
-        selector_flops, selector_bytes, vision_flops, uncompressed_vision_flops, kv_before: As in
-            the ledger; packing is added to the bytes here.
-        merged_bytes: Of the copies that merged tokens are put in (`copied_bytes`).
+        text: Number of text tokens.
+        visual_per_layer, selector_flops, vision_flops, uncompressed_vision_flops, kv_before: As in
+            the ledger.
+        selector_bytes: As in the ledger, without packing, which is added here.
+        merged_bytes: Bytes of the copies that merged tokens are written to (`copied_bytes`).
     """
     tokens = [text + visual for visual in visual_per_layer]
     full = text + sum(map(len, before))
     left = max((new for old, new in pairwise([full, *tokens]) if new < old), default=0)
-    # The visual ones twice: in the prompt, and in what is known of the image.
+    # Visual tokens are copied twice: in the prompt and in `VisualTokens`.
     packing = (left + max(left - text, 0)) * shape.hidden * size + merged_bytes
     return Ledger(
         requested=requested,

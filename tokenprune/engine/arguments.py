@@ -19,22 +19,22 @@ Kwargs = dict[str, Any]
 
 
 def asked(kwargs: Kwargs, name: str, config: Any) -> bool:
-    """Whether an option of a forward is on, by its arguments or else by the configuration."""
+    """Whether an option of a forward is on: in its arguments, or else in the configuration."""
     given = kwargs.get(name)
     return bool(getattr(config, name, False) if given is None else given)
 
 
 def argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:
-    """The argument ``name`` of a forward, given by position or by name."""
+    """The argument ``name`` of a forward, passed by position or by name."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    # Whoever replaces a forward often calls its arguments *args; then the class knows their names.
+    # A replaced forward often takes *args; then the forward of the class has the names.
     names = _names(module.forward) or _names(type(module).forward)[1:]
     return dict(zip(names, args, strict=False)).get(name)
 
 
 def _names(forward: Callable[..., Any]) -> list[str]:
-    """Of the arguments that may be given by position."""
+    """Names of the arguments that can be passed by position."""
     return [
         parameter.name
         for parameter in inspect.signature(forward).parameters.values()

@@ -1,4 +1,4 @@
-"""A KV-cache layer that knows that its prompt was shortened."""
+"""KV-cache layers of a compressed prompt."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ __all__ = [
 ]
 
 
-# What models and masks call their KV cache: transformers 5.24 renamed the argument.
+# The argument of models and masks for the KV cache, which transformers 5.24 renamed.
 CACHE = (
     "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )
 
 
 class PrunedLayer(DynamicLayer):
-    """A dynamic cache layer with fewer entries than tokens seen.
+    """A dynamic cache layer with fewer entries than tokens of the prompt.
 
     To `generate` it reports the uncompressed length, so that ids, masks and positions are counted
-    as if nothing had been dropped; to the mask factory it reports the physical length, with the
-    dropped entries as an offset (as a sliding window would).  The state of each row lives here, on
-    the cache, so that beam reordering, batch selection and interleaved generations just work.
+    as if no token had been dropped.  To the mask factory it reports the physical length, with the
+    dropped entries as an offset, as a sliding window does.  The state of each row is part of the
+    cache, so that beam reordering, batch selection and interleaved generations work.
 
     Attributes:
-        valid: (B, K) bool, which physical entries are not padding, including entries announced by
-            `expect` that the attention module has not written yet.
-        dropped: Columns removed so far.
-        cut: How many selections this layer lies behind; layers with the same count share a mask.
-        shift: (B, 1) how far the position ids of later tokens move back.
-        extra: (B, 1) how much further they move from this layer on, or None.
-        sizes: (B, K) how often attention counts each entry of `valid`, or None for once.
-        replaced: The plain layer that may come back at the end of the forward (`settle_layers`).
+        valid: (B, K) bool, which physical entries are not padding.  It includes entries that
+            `expect` announced and the attention module has not written yet.
+        dropped: Number of columns dropped so far.
+        cut: Number of cuts in front of this layer; layers with the same number share a mask.
+        shift: (B, 1) what is subtracted from the position ids of later tokens.
+        extra: (B, 1) what is subtracted in addition from this layer on, or None.
+        sizes: (B, K) how often attention counts each entry of `valid`; None for once.
+        replaced: The plain layer that `settle_layers` may restore at the end of the forward.
     """
 
     is_sliding = False
@@ -67,19 +67,19 @@ class PrunedLayer(DynamicLayer):
 
     @property
     def held(self) -> int:
-        """Entries that are there already."""
+        """Number of entries that are written."""
         return self._physical()
 
     def _physical(self) -> int:
         return _entries(self)
 
     def expect(self, valid: Tensor, dropped: int = 0, sizes: Tensor | None = None) -> None:
-        """Announce the entries of the next `update`; again, to take back what was announced.
+        """Announce the entries of the next `update`; a second call replaces the first.
 
         Args:
-            valid: (B, q) bool, which of the new entries are real.
-            dropped: How many columns have been left out of them since the last announcement.
-            sizes: (B, q) how often each counts, or None for once.
+            valid: (B, q) bool, which of the new entries are not padding.
+            dropped: Number of columns dropped from them since the last announcement.
+            sizes: (B, q) how often attention counts each; None for once.
         """
         new, held = valid.to(self.valid.device), self._physical()
         if sizes is not None or self.sizes is not None:
@@ -91,14 +91,14 @@ class PrunedLayer(DynamicLayer):
         refuse_beyond_window(self.dropped + self.valid.shape[1], self.window)
 
     def mask(self) -> Tensor:
-        """(B, dropped + K) bool mask as `create_causal_mask` wants it for this layer."""
+        """(B, dropped + K) bool mask of this layer for `create_causal_mask`."""
         gap = self.valid.new_zeros(len(self.valid), self.dropped)
         return torch.cat([gap, self.valid], dim=1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append; raises `UserError` if nobody announced the entries."""
+        """Append entries.  Raises `UserError` unless `expect` announced them."""
         if self._physical() + key_states.shape[-2] != self.valid.shape[1]:
             raise UserError(
                 "this KV cache holds a compressed prompt; continue it inside "
@@ -108,15 +108,15 @@ class PrunedLayer(DynamicLayer):
         return keys, values
 
     def get_seq_length(self) -> int:
-        """Tokens seen, dropped ones included."""
+        """Number of tokens, dropped ones included."""
         return self.dropped + self._physical()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, offset): the physical entries, behind those that were dropped."""
+        """(key length, offset): the number of physical entries, and of dropped ones."""
         return self._physical() + query_length, self.dropped
 
     def reset(self) -> None:
-        """Forget everything, as a new cache."""
+        """Remove all entries."""
         super().reset()
         self.valid, self.dropped, self.cut = self.valid[:, :0], 0, 0
         self.shift, self.extra, self.sizes = torch.zeros_like(self.shift), None, None
@@ -128,17 +128,17 @@ class PrunedLayer(DynamicLayer):
         self.sizes = None if self.sizes is None else self.sizes[:, : self._physical()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in the order of ``beam_idx``."""
+        """Reorder the rows by ``beam_idx``."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows ``indices``."""
+        """Keep only the rows ``indices``."""
         super().batch_select_indices(indices)
         self._rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
+        """Repeat every row ``repeats`` times."""
         super().batch_repeat_interleave(repeats)
         self._rows(
             torch.arange(len(self.valid), device=self.valid.device).repeat_interleave(repeats)
@@ -167,7 +167,7 @@ def refuse_beyond_window(length: int, window: int | None) -> None:
 
 
 def _entries(layer: DynamicLayer) -> int:
-    """How many tokens ``layer`` holds keys of."""
+    """Number of tokens whose keys ``layer`` holds."""
     return layer.keys.shape[-2] if layer.keys is not None and layer.keys.numel() else 0
 
 
@@ -177,17 +177,17 @@ def is_pruned(cache: Cache | None) -> bool:
 
 
 def settle_layers(cache: Cache, *, cut: bool) -> None:
-    """At the end of a forward: a cache from which nothing was left out gets its plain layers back.
+    """Restore the plain layers of a cache at the end of a forward that dropped nothing.
 
     Args:
-        cache: What `adopt` changed.
-        cut: Whether anything was left out of what this forward added.
+        cache: A cache that `adopt` changed.
+        cut: Whether the forward dropped or merged any token.
     """
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, PrunedLayer) and (plain := layer.replaced) is not None:
             layer.replaced = None
             if not cut and layer.keys is not None and layer.values is not None:
-                if type(plain) is DynamicLayer:  # holds all there is, so that nothing is copied
+                if type(plain) is DynamicLayer:  # takes over the tensors without a copy
                     names = {"keys", "values", "dtype", "device", "is_initialized"}
                     plain.__dict__.update({k: v for k, v in vars(layer).items() if k in names})
                 else:
@@ -197,18 +197,19 @@ def settle_layers(cache: Cache, *, cut: bool) -> None:
 
 
 def refuse_paged(cache: Any) -> None:
-    """Raise `UserError` for a KV cache that does not keep its entries layer by layer."""
+    """Raise `UserError` for a KV cache without layers, such as a paged one."""
     if cache is not None and not hasattr(cache, "layers"):
-        raise UserError(f"a {type(cache).__name__} is no KV cache of layers: {PAGED}")
+        raise UserError(f"a {type(cache).__name__} is not a KV cache of layers: {PAGED}")
 
 
 def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:
-    """Replace the layers of ``cache`` in place by `PrunedLayer`; what they hold stays.
+    """Replace the layers of ``cache`` in place by `PrunedLayer`; their entries stay.
 
     Args:
         cache: A dynamic cache.
-        valid: (B, K) bool for the entries held so far; a layer with fewer takes the first ones.
-        layers: Number of decoder layers, for caches that create theirs lazily.
+        valid: (B, K) bool, which entries so far are not padding; a layer with fewer takes the first
+            ones.
+        layers: Number of decoder layers, for caches that create their layers lazily.
 
     Raises:
         UserError: The cache is static, quantised or otherwise not a plain dynamic one.

@@ -1,8 +1,8 @@
-"""What decoder layers show to a selection in front of one of them: attention rows, keys, states.
+"""Computes the signals of the decoder layers for a selection in front of one of them.
 
-Read off the KV cache and the hidden states of layers that ran, or computed ahead of the layer that
-is about to; at O(N * d), whatever attention kernel the model runs.  `observe` does the same for the
-vision tower.
+They come from the KV cache and the hidden states of layers that have run, or are computed ahead of
+the layer that runs next, at O(N * d), under any attention kernel.  `tokenprune.engine.vision` does
+the same for the vision encoder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ from tokenprune.attention import (
     decoder_mass,
     decoder_row,
     decoder_rows,
+    decoder_values,
     moved_keys,
     rotary_product,
 )
 from tokenprune.compressor import Compressor, placed
+from tokenprune.cost.account import attended_for
 from tokenprune.engine.forward import Pass, Span
 from tokenprune.errors import UserError
 from tokenprune.offload import applied, resident
@@ -35,29 +37,55 @@ if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
 
 __all__ = [
+    "COMPUTED",
     "LayerSignals",
     "cuts_of",
     "tapped_layers",
 ]
 
-
 Kwargs = dict[str, Any]
-
-
 Once = Callable[[Hashable, Callable[[], Tensor]], Tensor]
+Rotary = tuple[Tensor, Tensor]
+Method = TypeVar("Method", bound=Callable[..., Tensor])
+
+COMPUTED: dict[str, Callable[..., Tensor]] = {}
+"""Name of a signal to the method of `LayerSignals` that computes it."""
 
 
-_TEXT, _HEADS, _ROTARY = Signal("llm_text"), Signal("llm_text_heads"), Signal("llm_text_rotary")
+def _computes(*names: str) -> Callable[[Method], Method]:
+    """Enter a method into `COMPUTED`.
+
+    A method for signals of the scope ``batch`` takes a `_Cut` and the signal, and returns
+    (B, M, ...) of all slots, or (G, B, M) attention for the G `Pass.queries`.  One for signals of
+    the scope ``image`` also takes the `Span`, and returns (M, ...), or (T, M, ...) for T text
+    tokens.
+    """
+
+    def enter(method: Method) -> Method:
+        COMPUTED.update(dict.fromkeys(names, method))
+        return method
+
+    return enter
 
 
-_ASKED = frozenset({_TEXT, _HEADS, _ROTARY})  # that which text asks in the layer before a cut
+class _Cut(NamedTuple):
+    """Where a selection is made.
 
+    Attributes:
+        state: The forward.
+        layer: Index of the decoder layer that runs next.
+        hidden: (B, M, D) hidden states of the current slots.
+        kwargs: What the layer is called with.
+    """
 
-_SELF, _CROSS, _GLOBAL = Signal("llm_self"), Signal("llm_cross"), Signal("llm_global")
+    state: Pass
+    layer: int
+    hidden: Tensor
+    kwargs: Kwargs
 
 
 class LayerSignals:
-    """What the decoder layers of a model show."""
+    """The signals of the decoder layers of one model."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -65,32 +93,27 @@ class LayerSignals:
     def everywhere(
         self, state: Pass, part: Compressor, index: int, hidden: Tensor, kwargs: Kwargs, once: Once
     ) -> dict[Signal, Tensor]:
-        """(G, B, M) or (B, M, C): what ``part`` asks for of all slots in front of layer ``index``.
-
-        Attention rows are there once for each of the G `Pass.queries`.
+        """The signals that ``part`` needs and that are computed for all slots together.
 
         Args:
-            hidden: (B, M, D) states of the current slots.
+            state: The forward.
+            part: The compressor that selects in front of layer ``index``.
+            index: The decoder layer that runs next.
+            hidden: (B, M, D) hidden states of the current slots.
             kwargs: What the layer is called with.
-            once: Computes what it is given, or remembers it.
+            once: Returns what the given function computes, or what it computed before.
+
+        Returns:
+            Vectors (B, M, C), or attention (G, B, M) for the G `Pass.queries`.
         """
-        found = {}
-
-        def of_all(row: Callable[[int], Tensor]) -> Tensor:
-            return torch.stack([row(group) for group in range(len(state.queries))])
-
+        cut, found = _Cut(state, index, hidden, kwargs), {}
         for signal in part.needs:
-            row = functools.partial(self._row, state, signal.layer)
-            ahead = functools.partial(self._row_ahead, state, index, hidden, kwargs)
-            looks: dict[str, Callable[[], Tensor]] = {
-                "llm_attention": functools.partial(of_all, row),
-                "llm_ahead": functools.partial(of_all, ahead),
-                "llm_keys": functools.partial(self._keys, state, signal.layer, hidden.shape[1]),
-                "llm_keys_ahead": functools.partial(self._keys_ahead, state, index, hidden, kwargs),
-                "llm_states": functools.partial(self._states, hidden),
-            }
-            if signal.name in looks:
-                found[signal] = once(signal, looks[signal.name])
+            if signal.info.source == "decoder layer" and signal.info.scope == "batch":
+                compute = functools.partial(COMPUTED[signal.name], self, cut, signal)
+                found[signal] = once(signal, compute)
+                rows = len(state.queries) if signal.info.queries == "one" else 1
+                for _ in range(rows):
+                    _charge(state, signal, index)
         return found
 
     def tokens(
@@ -103,36 +126,35 @@ class LayerSignals:
         rows: Mapping[Signal, Tensor],
         once: Once,
     ) -> VisualTokens:
-        """What ``part`` sees of one image in front of layer ``index``.
+        """What ``part`` receives of one image in front of layer ``index``.
 
         Args:
-            hidden: (B, M, D) states of the current slots.
-            rows: What is known of all slots (`everywhere`).
-            once: Computes what it is given, or remembers it.
+            state, part, index, hidden, once: As in `everywhere`.
+            span: The image.
+            rows: What `everywhere` returned.
+
+        Raises:
+            UserError: The text behind the image ranks its tokens, but there is none.
         """
-        needs = part.needs
+        cut = _Cut(state, index, hidden, {})
         slots = state.slots(span.row, span.columns).to(hidden.device)
         text = state.text_slots(span)
-        if needs & (_ASKED | {_CROSS}) and not len(text):
-            raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
-
         signals = {}
         for name, values in rows.items():
             mine = values[span.row] if name.is_vector else values[span.group, span.row]
             signals[name] = mine[slots.to(values.device)]
-        for signal in needs & _ASKED:
-            ask = functools.partial(self._text_rows, state, span, index - 1, text, signal)
-            asked = once((signal, span.row, span.image), ask)
-            signals[signal] = asked[:, slots.to(asked.device)].transpose(0, 1)
-        patches = slots[span.tokens.layout.patches.to(slots.device)]
-        looks = {
-            _SELF: lambda: self._mass(state, span, index - 1, patches),
-            _CROSS: lambda: self._mass(state, span, index - 1, text),
-            _GLOBAL: lambda: self._global_row(state, span, index, hidden),
-        }
-        for signal in needs & looks.keys():
-            row = once((signal, span.row, span.image), looks[signal])
-            signals[signal] = row[slots.to(row.device)]
+        for signal in part.needs:
+            info = signal.info
+            if info.source != "decoder layer" or info.scope != "image":
+                continue
+            by_text = "T" in info.shape
+            if (by_text or info.queries == "text") and not len(text):
+                raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
+            compute = functools.partial(COMPUTED[signal.name], self, cut, signal, span)
+            values = once((signal, span.row, span.image), compute)
+            at = slots.to(values.device)
+            signals[signal] = values[:, at].transpose(0, 1) if by_text else values[at]
+            _charge(state, signal, index, span, len(text))
         words = {
             name: row[span.row, text.to(row.device)] for name, row in rows.items() if name.is_vector
         }
@@ -144,79 +166,173 @@ class LayerSignals:
             text={**span.tokens.text, **words},
         )
 
+    # -- signals of all slots --------------------------------------------------------------------
+
+    @_computes("llm_attention")
+    def _rows(self, cut: _Cut, signal: Signal) -> Tensor:
+        """Attention rows in a layer that has run."""
+        return self._for_each_query(cut.state, functools.partial(self._row, cut, signal.layer))
+
+    @_computes("llm_ahead")
+    def _rows_ahead(self, cut: _Cut, signal: Signal) -> Tensor:
+        """Attention rows in the layer that runs next."""
+        return self._for_each_query(cut.state, functools.partial(self._row_ahead, cut))
+
+    @_computes("llm_states")
     @torch.no_grad()
-    def _row(self, state: Pass, index: int, group: int) -> Tensor:
-        """(B, M) the attention row over the current slots in layer ``index``, which has run."""
-        hidden, (cos, sin) = state.tapped[index]
+    def _states(self, cut: _Cut, signal: Signal) -> Tensor:
+        """Hidden states behind the final norm."""
+        return applied(self.adapter.language_model.norm, cut.hidden).to(cut.hidden.device)
+
+    @_computes("llm_keys")
+    @torch.no_grad()
+    def _keys(self, cut: _Cut, signal: Signal) -> Tensor:
+        """Keys of a layer that has run, rotated as if no padding were in front of the prompt."""
+        state, attention = cut.state, self._attention(signal.layer)
+        cached = state.layers[signal.layer].keys if state.layers else None
+        if cached is not None:
+            keys = cached[:, :, -cut.hidden.shape[1] :]
+        else:
+            states, rotary = state.tapped[signal.layer]
+            with self._at_hand(signal.layer):
+                keys = decoder_keys(attention, states, _on(rotary, states.device))
+        first = state.real.int().argmax(1, keepdim=True)
+        back = -state.positions.gather(1, first).to(keys.device)
+        rotary = self.adapter.language_model.rotary_emb(keys, back)
+        keys = moved_keys(attention, keys, _on(rotary, keys.device))
+        return keys.transpose(1, 2).flatten(2)
+
+    @_computes("llm_values")
+    @torch.no_grad()
+    def _values(self, cut: _Cut, signal: Signal) -> Tensor:
+        """Values of a layer that has run."""
+        state = cut.state
+        cached = state.layers[signal.layer].values if state.layers else None
+        if cached is not None:
+            values = cached[:, :, -cut.hidden.shape[1] :]
+        else:
+            with self._at_hand(signal.layer):
+                states, _ = state.tapped[signal.layer]
+                values = decoder_values(self._attention(signal.layer), states)
+        return values.transpose(1, 2).flatten(2)
+
+    @_computes("llm_keys_ahead")
+    @torch.no_grad()
+    def _keys_ahead(self, cut: _Cut, signal: Signal) -> Tensor:
+        """Rotated keys in the layer that runs next."""
+        states = self._states_ahead(cut.layer, cut.hidden)
+        rotary = self._rotary_ahead(cut, states)
+        with self._at_hand(cut.layer):
+            keys = decoder_keys(self._attention(cut.layer), states, rotary)
+        return keys.transpose(1, 2).flatten(2)
+
+    # -- signals of one image --------------------------------------------------------------------
+
+    @_computes("llm_text", "llm_text_heads")
+    @torch.no_grad()
+    def _text_rows(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
+        """Attention rows of the text behind an image."""
+        prompt, keys, visible = self._prompt(cut, span)
+        text = cut.state.text_slots(span).to(prompt[1].device)
+        by_head = "heads" in signal.info.shape
+        with self._at_hand(cut.layer - 1):
+            rows = decoder_rows(*prompt, text, visible(text), keys, by_head=by_head)
+        return rows[:, -len(prompt[1]) :]
+
+    @_computes("llm_text_rotary")
+    @torch.no_grad()
+    def _text_rotary(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
+        """Products of rotated ones, of the text behind an image."""
+        (_, hidden, rotary), _, _ = self._prompt(cut, span)
+        return rotary_product(rotary, cut.state.text_slots(span).to(hidden.device))
+
+    @_computes("llm_self", "llm_cross")
+    @torch.no_grad()
+    def _mass(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
+        """Attention from the patch tokens of an image, or from the text behind it."""
+        if signal.info.queries == "text":
+            asks = cut.state.text_slots(span)
+        else:
+            slots = cut.state.slots(span.row, span.columns).to(cut.hidden.device)
+            asks = slots[span.tokens.layout.patches.to(slots.device)]
+        prompt, keys, visible = self._prompt(cut, span)
+        with self._at_hand(cut.layer - 1):
+            mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
+        return mass[-len(prompt[1]) :]
+
+    @_computes("llm_global")
+    @torch.no_grad()
+    def _global_row(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
+        """Attention row of the mean state, in the layer that runs next, without rotation.
+
+        The query of the mean state is the mean of all queries.
+        """
+        states = self._states_ahead(cut.layer, cut.hidden[span.row])
+        columns = cut.state.columns[span.row].to(states.device)
+        seen = (columns >= 0) & (columns <= int(span.columns[-1]))
+        mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
+        both = torch.cat([states, mean.to(states)[None]])[None]
+        asking = torch.full((1,), len(states), device=states.device)
+        visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
+        attention: Any = self._attention(cut.layer)
+        still = both.new_ones(*both.shape[:2], attention.head_dim)  # cos of no rotation
+        with self._at_hand(cut.layer):
+            row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
+        return row[0, :-1]
+
+    # -- what they are made of -------------------------------------------------------------------
+
+    @staticmethod
+    def _for_each_query(state: Pass, row: Callable[[int], Tensor]) -> Tensor:
+        """(G, B, M) the ``row`` of each of the G `Pass.queries`."""
+        return torch.stack([row(group) for group in range(len(state.queries))])
+
+    @torch.no_grad()
+    def _row(self, cut: _Cut, index: int, group: int) -> Tensor:
+        """(B, M) attention row over the current slots in layer ``index``, which has run."""
+        state = cut.state
+        hidden, rotary = state.tapped[index]
         device, count = hidden.device, hidden.shape[1]
         asking, visible = state.asking(device, group)
         keys, sizes = None, state.sizes
         if state.layers:
             keys, sizes = state.layers[index].keys, state.layers[index].sizes
             visible = torch.cat([state.layers[index].valid[:, :-count].to(device), visible], 1)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        rotary = cos.to(device), sin.to(device)
+        visible = _counted(visible, sizes)
         with self._at_hand(index):
-            row = decoder_row(attention, hidden, rotary, asking, _counted(visible, sizes), keys)
-        state.read.append((index, keys is None))
+            row = decoder_row(
+                self._attention(index), hidden, _on(rotary, device), asking, visible, keys
+            )
         return row[:, -count:]
 
     @torch.no_grad()
-    def _states(self, hidden: Tensor) -> Tensor:
-        """(B, M, D) states of the current slots behind the final norm."""
-        return applied(self.adapter.language_model.norm, hidden).to(hidden.device)
-
-    @torch.no_grad()
-    def _keys(self, state: Pass, index: int, count: int) -> Tensor:
-        """(B, M, kv_heads * head_dim) keys of a layer, rotated as if no padding lay in front."""
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        cached = state.layers[index].keys if state.layers else None
-        if cached is not None:
-            keys = cached[:, :, -count:]
-        else:
-            states, (cos, sin) = state.tapped[index]
-            rotary = cos.to(states.device), sin.to(states.device)
-            with self._at_hand(index):
-                keys = decoder_keys(attention, states, rotary)
-        first = state.real.int().argmax(1, keepdim=True)
-        back = -state.positions.gather(1, first).to(keys.device)
-        cos, sin = self.adapter.language_model.rotary_emb(keys, back)
-        keys = moved_keys(attention, keys, (cos.to(keys.device), sin.to(keys.device)))
-        return keys.transpose(1, 2).flatten(2)
-
-    @torch.no_grad()
-    def _text_rows(
-        self, state: Pass, span: Span, index: int, text: Tensor, signal: Signal
-    ) -> Tensor:
-        """(T, M) or (T, M, heads) what an image's text asks the current slots in a layer."""
-        prompt, keys, visible = self._prompt(state, span, index)
-        _, hidden, rotary = prompt
-        text = text.to(hidden.device)
-        if signal == _ROTARY:
-            return rotary_product(rotary, text)
+    def _row_ahead(self, cut: _Cut, group: int) -> Tensor:
+        """(B, M) attention row over the current slots in the layer that runs next."""
+        state, index = cut.state, cut.layer
+        states = self._states_ahead(index, cut.hidden)
+        device, count = states.device, states.shape[1]
+        asking, visible = state.asking(device, group)
+        past = None
+        cached = state.layers[index] if state.layers else None
+        if cached is not None and cached.keys is not None and cached.held:
+            past = cached.keys.to(device)
+            visible = torch.cat([cached.valid[:, : past.shape[2]].to(device), visible], 1)
+        visible = _counted(visible, state.sizes if cached is None else cached.sizes)
+        rotary = self._rotary_ahead(cut, states)
         with self._at_hand(index):
-            rows = decoder_rows(*prompt, text, visible(text), keys, by_head=signal == _HEADS)
-        state.asked.append((span.row, index, len(text), keys is None))
-        return rows[:, -len(hidden) :]
-
-    @torch.no_grad()
-    def _mass(self, state: Pass, span: Span, index: int, asks: Tensor) -> Tensor:
-        """(M,) what the current slots get in layer ``index`` from the queries ``asks``."""
-        prompt, keys, visible = self._prompt(state, span, index)
-        with self._at_hand(index):
-            mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
-        state.asked.append((span.row, index, len(asks), keys is None))
-        return mass[-len(prompt[1]) :]
+            row = decoder_row(self._attention(index), states, rotary, asking, visible, past=past)
+        return row[:, -count:]
 
     def _prompt(
-        self, state: Pass, span: Span, index: int
-    ) -> tuple[
-        tuple[nn.Module, Tensor, tuple[Tensor, Tensor]],
-        Tensor | None,
-        Callable[[Tensor], Tensor],
-    ]:
-        """Of layer ``index`` and an image's prompt: attention module, input (M, D) and rotation,
-        then cached keys, and a function from slots (T,) to how often each key counts (T, K)."""
+        self, cut: _Cut, span: Span
+    ) -> tuple[tuple[nn.Module, Tensor, Rotary], Tensor | None, Callable[[Tensor], Tensor]]:
+        """The prompt of an image in the layer in front of the cut.
+
+        Returns:
+            The attention module, its input (M, D) and its rotary embedding; the cached keys; and a
+            function from T slots to how often each of K keys counts for them (T, K).
+        """
+        state, index = cut.state, cut.layer - 1
         states, rotary = state.tapped[index]
         hidden = states[span.row]
         device, count = hidden.device, len(hidden)
@@ -234,91 +350,56 @@ class LayerSignals:
             return _counted(allowed, None if sizes is None else sizes[span.row])
 
         cos, sin = (part[span.row if len(part) > 1 else 0].to(device) for part in rotary)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        return (attention, hidden, (cos, sin)), keys, visible
-
-    @torch.no_grad()
-    def _row_ahead(
-        self, state: Pass, index: int, hidden: Tensor, kwargs: Kwargs, group: int
-    ) -> Tensor:
-        """(B, M) the attention row over the current slots in the layer that is about to run."""
-        states = self._states_ahead(index, hidden)
-        device, count = states.device, states.shape[1]
-        asking, visible = state.asking(device, group)
-        past = None
-        cached = state.layers[index] if state.layers else None
-        if cached is not None and cached.keys is not None and cached.held:
-            past = cached.keys.to(device)
-            visible = torch.cat([cached.valid[:, : past.shape[2]].to(device), visible], 1)
-        visible = _counted(visible, state.sizes if cached is None else cached.sizes)
-        rotary = self._rotary_ahead(state, index, states, kwargs)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        with self._at_hand(index):
-            row = decoder_row(attention, states, rotary, asking, visible, past=past)
-        state.read.append((index - 1, True))  # as many keys as the layer before processed
-        return row[:, -count:]
+        return (self._attention(index), hidden, (cos, sin)), keys, visible
 
     def _states_ahead(self, index: int, hidden: Tensor) -> Tensor:
-        """(..., D) ``hidden`` as the attention of layer ``index`` will see it."""
+        """(..., D) ``hidden`` as the attention of layer ``index`` will receive it."""
         norm = self.adapter.decoder_layers[index].get_submodule("input_layernorm")
         with self._at_hand(index):
             return applied(norm, hidden)
 
-    def _at_hand(self, index: int) -> AbstractContextManager[None]:
-        """While open, decoder layer ``index`` can be used in parts, outside its own forward."""
-        layer = self.adapter.decoder_layers[index]
-        return resident(layer, layer.get_submodule("self_attn"))
-
-    def _rotary_ahead(
-        self, state: Pass, index: int, states: Tensor, kwargs: Kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the current slots in layer ``index``, which is about to run."""
-        moved = state.inherited[index] if state.inherited else None
+    def _rotary_ahead(self, cut: _Cut, states: Tensor) -> Rotary:
+        """cos and sin of the current slots in the layer that runs next."""
+        state = cut.state
+        moved = state.inherited[cut.layer] if state.inherited else None
         if moved is None:
-            cos, sin = state.rotary or kwargs["position_embeddings"]
+            rotary = state.rotary or cut.kwargs["position_embeddings"]
         else:
             positions = (state.positions - moved.to(state.positions.device)).to(states.device)
-            cos, sin = self.adapter.language_model.rotary_emb(states, positions)
-        return cos.to(states.device), sin.to(states.device)
+            rotary = self.adapter.language_model.rotary_emb(states, positions)
+        return _on(rotary, states.device)
 
-    @torch.no_grad()
-    def _keys_ahead(self, state: Pass, index: int, hidden: Tensor, kwargs: Kwargs) -> Tensor:
-        """(B, M, kv_heads * head_dim) keys of the current slots in the layer about to run."""
-        states = self._states_ahead(index, hidden)
-        attention = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        rotary = self._rotary_ahead(state, index, states, kwargs)
-        with self._at_hand(index):
-            keys = decoder_keys(attention, states, rotary)
-        state.projected.append(index - 1)
-        return keys.transpose(1, 2).flatten(2)
+    def _attention(self, index: int) -> nn.Module:
+        """The attention module of decoder layer ``index``."""
+        return self.adapter.decoder_layers[index].get_submodule("self_attn")
 
-    @torch.no_grad()
-    def _global_row(self, state: Pass, span: Span, index: int, hidden: Tensor) -> Tensor:
-        """(M,) attention of the mean state up to an image's last token, in the layer about to run.
+    def _at_hand(self, index: int) -> AbstractContextManager[None]:
+        """While open, parts of decoder layer ``index`` can run outside its own forward."""
+        return resident(self.adapter.decoder_layers[index], self._attention(index))
 
-        Queries and keys are not rotated.  The query of the mean is the mean of the queries.
-        """
-        states = self._states_ahead(index, hidden[span.row])
-        columns = state.columns[span.row].to(states.device)
-        seen = (columns >= 0) & (columns <= int(span.columns[-1]))
-        mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
-        both = torch.cat([states, mean.to(states)[None]])[None]
-        asking = torch.full((1,), len(states), device=states.device)
-        visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
-        attention: Any = self.adapter.decoder_layers[index].get_submodule("self_attn")
-        still = both.new_ones(*both.shape[:2], attention.head_dim)  # cos of no rotation
-        with self._at_hand(index):
-            row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
-        state.asked.append((span.row, index - 1, 1, True))
-        return row[0, :-1]
+
+def _charge(
+    state: Pass, signal: Signal, index: int, span: Span | None = None, text: int = 0
+) -> None:
+    """Enter what a signal in front of layer ``index`` costs, for one image or for all rows."""
+    layer = signal.layer if signal.info.layer == "named" else index - 1
+    cached = bool(state.layers) and state.layers[layer].keys is not None
+    patches = 0 if span is None else len(span.tokens.layout.patches)
+    row = None if span is None else span.row
+    entry = attended_for(signal, index, cached=cached, text=text, patches=patches, row=row)
+    if entry is not None:
+        state.attended.append(entry)
+
+
+def _on(rotary: Rotary, device: torch.device) -> Rotary:
+    """cos and sin on ``device``."""
+    cos, sin = rotary
+    return cos.to(device), sin.to(device)
 
 
 def _counted(visible: Tensor, sizes: Tensor | None) -> Tensor:
-    """Which keys may be looked at, merged ones as often as ``sizes`` says."""
+    """``visible`` keys, merged ones as often as ``sizes`` says."""
     return visible if sizes is None else visible * sizes.to(visible.device)
-
-
-_OF_LAYERS = {"llm_text", "llm_text_heads", "llm_text_rotary", "llm_self", "llm_cross"}
 
 
 def cuts_of(adapter: Adapter, compressor: Compressor | None) -> dict[int, Compressor]:
@@ -326,10 +407,12 @@ def cuts_of(adapter: Adapter, compressor: Compressor | None) -> dict[int, Compre
     return placed(compressor, len(adapter.decoder_layers))[1]
 
 
-def tapped_layers(signals: Iterable[Signal], cuts: dict[int, Compressor]) -> set[int]:
-    """Decoder layers whose attention module's input is wanted for attention rows or keys."""
-    layers = {one.layer for one in signals if one.name in ("llm_attention", "llm_keys")}
-    asking = {
-        cut for cut, part in cuts.items() if any(one.name in _OF_LAYERS for one in part.needs)
+def tapped_layers(signals: Iterable[Signal], cuts: Mapping[int, Compressor]) -> set[int]:
+    """Decoder layers whose attention input is kept for ``signals``, or for those of the cuts."""
+    named = {one.layer for one in signals if one.info.is_tapped and one.info.layer == "named"}
+    previous = {
+        cut - 1
+        for cut, part in cuts.items()
+        if any(one.info.is_tapped and one.info.layer == "previous" for one in part.needs)
     }
-    return layers | {cut - 1 for cut in asking}
+    return named | previous

@@ -1,16 +1,380 @@
-"""Drops columns of the prompt and packs what is left."""
+"""Runs selections, drops columns of the prompt and packs what is left.
+
+`shorten` acts in front of the language model, `cut` in front of a decoder layer, and
+`surroundings` gives the layers behind a cut the mask, the position ids and the rotary embedding
+of what is left.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from tokenprune.attention import proportional_mask
+from tokenprune.compressor import Compressor, Selection, Stage
+from tokenprune.engine.arguments import Kwargs
+from tokenprune.engine.cache import CACHE
+from tokenprune.engine.decoder import LayerSignals, Once
+from tokenprune.engine.forward import Pass, Span
+from tokenprune.engine.plan import Plan
+from tokenprune.engine.trace import SelectionRecord
+from tokenprune.errors import ContractError, UserError
 from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from tokenprune.adapter import Adapter
 
 __all__ = [
-    "BEFORE",
     "PROMPT",
+    "Memory",
+    "cut",
+    "narrow",
+    "pack",
+    "proportional",
+    "shorten",
+    "surroundings",
 ]
 
 
 PROMPT = Signal("llm_prompt")
 
 
-BEFORE = -1  # in place of a layer's index: in front of the language model
+class Memory:
+    """Selections of prompts that run again, longer by a token, because there is no KV cache.
+
+    They are reused: otherwise the newest token would rank.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor, int | None, Tensor, Tensor, Selection]] = []
+
+    def recall(self, state: Pass, span: Span, layer: int | None) -> Selection | None:
+        """What was selected when this prompt ran before, or None.
+
+        Args:
+            state: The forward.
+            span: The image.
+            layer: Decoder layer in front of which the selection was made, or None.
+        """
+        if state.prompt_ids is None:
+            return None
+        row = state.prompt_ids[span.row]
+        for carrier, where, there, ids, selection in self._entries:
+            same = carrier is span.carrier and where == layer and torch.equal(there, span.there)
+            if same and torch.equal(row[: len(ids)], ids):
+                return selection
+        return None
+
+    def remember(self, state: Pass, span: Span, layer: int | None, selection: Selection) -> None:
+        """Keep ``selection`` as long as its image is in the prompts."""
+        if state.prompt_ids is None:
+            return
+        here = {id(other.carrier) for other in state.spans}
+        self._entries = [entry for entry in self._entries if id(entry[0]) in here]
+        ids = state.prompt_ids[span.row]
+        self._entries.append((span.carrier, layer, span.there, ids, selection))
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._entries.clear()
+
+
+# -- in front of the language model --------------------------------------------------------------
+
+
+def shorten(
+    plan: Plan, memory: Memory, state: Pass, step: int, embeds: Tensor, changed: Kwargs
+) -> Tensor:
+    """Drop columns of the prompt in front of the language model.
+
+    Args:
+        plan: What acts where.
+        memory: Selections of earlier forwards.
+        state: The forward.
+        step: Which of the compressors that act there one after the other.
+        embeds: (B, M, D) embeddings of the slots.
+        changed: Arguments of the forward, which change.
+
+    Returns:
+        (B, M', D) embeddings of what is left.
+    """
+    keep, whole, gone, keeps_positions = state.real, embeds, False, False
+    made: dict[Any, Selection] = {}
+    state.begin_selections()
+    for span in state.spans:
+        parts = plan.before[plan.index(span.row, len(state.columns))]
+        if step >= len(parts):
+            continue
+        part = parts[step]
+        keeps_positions = part.keeps_positions
+        if not len(span.tokens.layout.patches):  # the attention mask hides them all
+            gone |= narrow(state, span, part(span.tokens).keep, keep, part.stage, None)
+            continue
+        # Where the prompt is asked, it grows if there is no KV cache.
+        asks = PROMPT in part.needs
+        selection = memory.recall(state, span, None) if asks else None
+        if selection is None:
+            # Prompts about one image share its selection, unless the selection depends on them.
+            key = (id(part), id(span.record)) if span.is_untouched else None
+            selection = made.get(key) or select(part, span, span.tokens)
+            if key is not None:
+                made[key] = selection
+            state.accounts[span.row].select(part, span.tokens, span.tokens, selection, span.layout)
+            if asks:
+                memory.remember(state, span, None, selection)
+        embeds = _with_merged(embeds, whole, state, span, selection)
+        gone |= narrow(state, span, selection.keep, keep, part.stage, None)
+    changed["inputs_embeds"] = embeds
+    if not gone:
+        return embeds
+    shift = pack(state, keep, keeps_positions)
+    embeds = state.repack(embeds)
+    for layer in state.layers:
+        layer.expect(state.real, whole.shape[1] - embeds.shape[1])
+        layer.shift = layer.shift + shift.to(layer.shift.device)
+    mask = state.layers[0].mask() if state.layers else state.real
+    changed.update(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=state.positions)
+    return embeds
+
+
+# -- between decoder layers ----------------------------------------------------------------------
+
+
+def cut(
+    plan: Plan,
+    memory: Memory,
+    signals: LayerSignals,
+    once: Once,
+    state: Pass,
+    index: int,
+    hidden: Tensor,
+    kwargs: Kwargs,
+) -> Tensor:
+    """Drop columns of the prompt in front of decoder layer ``index``.
+
+    Args:
+        plan: What acts where.
+        memory: Selections of earlier forwards.
+        signals: Computes what decoder layers show.
+        once: Computes what contexts that share a prefix have in common.
+        state: The forward.
+        index: Of the layer.
+        hidden: (B, M, D) hidden states of the slots.
+        kwargs: What the layer is called with.
+
+    Returns:
+        (B, M', D) hidden states of what is left.
+    """
+    part, whole, keep, gone = plan.inside[index], hidden, state.real, False
+    state.begin_selections()
+    rows = signals.everywhere(state, part, index, whole, kwargs, once)
+    for span in state.spans:
+        if not len(span.tokens.layout.patches):  # the attention mask hides them all
+            gone |= narrow(state, span, part(span.tokens).keep, keep, Stage.LLM, index)
+            continue
+        tokens = signals.tokens(state, span, part, index, whole, rows, once)
+        selection = memory.recall(state, span, index)
+        if selection is None:
+            selection = select(part, span, tokens)
+            tapped = state.taps & state.tapped.keys()
+            state.accounts[span.row].select(
+                part, span.tokens, tokens, selection, span.layout, tapped
+            )
+            memory.remember(state, span, index, selection)
+        hidden = _with_merged(hidden, whole, state, span, selection)
+        if selection.sizes is not None:
+            if state.sizes is None:
+                state.sizes = torch.ones_like(state.columns, dtype=torch.float32)
+            slots = state.slots(span.row, span.columns[selection.keep])
+            state.sizes[span.row, slots] = selection.sizes.to(state.sizes)
+        gone |= narrow(state, span, selection.keep, keep, Stage.LLM, index)
+    state.tapped.clear()
+    if not gone:
+        return hidden
+    return _continue_shorter(plan, state, index, keep, hidden, kwargs)
+
+
+def _continue_shorter(
+    plan: Plan, state: Pass, index: int, keep: Tensor, hidden: Tensor, kwargs: Kwargs
+) -> Tensor:
+    """Pack behind a cut in front of layer ``index``: (B, M', D) hidden states of what is left."""
+    keeps_positions, width = plan.inside[index].keeps_positions, hidden.shape[1]
+    shift = pack(state, keep, keeps_positions)
+    state.cuts += 1
+    state.masks.clear()
+    hidden = state.repack(hidden)
+    if keeps_positions:
+        cos, sin = state.rotary or kwargs["position_embeddings"]
+        rows = len(hidden)
+        state.rotary = (
+            state.repack(cos.expand(rows, -1, -1)),
+            state.repack(sin.expand(rows, -1, -1)),
+        )
+    else:
+        at = state.positions.to(hidden.device)
+        state.rotary = plan.adapter.language_model.rotary_emb(hidden, at)
+    for layer in state.layers[index:]:
+        layer.expect(state.real, width - hidden.shape[1], state.sizes)
+        layer.cut += 1
+        if not keeps_positions:
+            more = shift.to(layer.valid.device)
+            layer.extra = more if layer.extra is None else layer.extra + more
+    state.enter_count(index)
+    return hidden
+
+
+def surroundings(
+    adapter: Adapter, state: Pass, index: int, behind: int, hidden: Tensor, kwargs: Kwargs
+) -> Kwargs:
+    """Mask, rotary embedding and position ids of a layer behind a cut.
+
+    Args:
+        adapter: Of the model.
+        state: The forward.
+        index: Of the layer.
+        behind: Number of cuts in front of it.
+        hidden: (B, M, D) hidden states of the slots.
+        kwargs: What the layer is called with.
+    """
+    language = adapter.language_model
+    layer = state.layers[index] if state.layers else None
+    positions, rotary = state.positions, state.rotary
+    if rotary is None:  # the cut was made by an earlier forward
+        positions, rotary = kwargs["position_ids"], kwargs["position_embeddings"]
+    moved = state.inherited[index] if state.inherited else None
+    if moved is not None:
+        positions = (positions - moved.to(positions.device)).to(hidden.device)
+        rotary = language.rotary_emb(hidden, positions)
+    if behind not in state.masks:
+        there = state.real if layer is None else layer.mask()
+        # Without padding there is no mask; the host knows, so that nothing waits for the device.
+        # Without a KV cache there must be one: gaps in the positions would pass for the borders
+        # of several packed sequences.
+        unmasked = state.is_whole and layer is not None
+        mask = create_causal_mask(
+            config=language.config,
+            inputs_embeds=hidden,
+            attention_mask=None if unmasked else there.long(),
+            position_ids=positions,
+            layer_idx=index,
+            **{CACHE: state.cache},
+        )
+        sizes = state.sizes if layer is None else layer.sizes
+        if sizes is not None:
+            mask = proportional(language.config, mask, sizes, hidden)
+        state.masks[behind] = mask
+    mask = state.masks[behind]
+    return {
+        "attention_mask": None if mask is None else mask.to(hidden.device),
+        "position_ids": positions,
+        "position_embeddings": tuple(table.to(hidden.device) for table in rotary),
+    }
+
+
+def proportional(config: Any, mask: Tensor | None, sizes: Tensor, hidden: Tensor) -> Tensor:
+    """``mask`` for attention that counts merged tokens as often as ``sizes`` (B, K) says.
+
+    Args:
+        config: Of the language model.
+        mask: Mask of the layer, or None.
+        sizes: How many tokens each key stands for.
+        hidden: (B, M, D) hidden states of the queries.
+
+    Raises:
+        UserError: The model runs an attention kernel that takes no such mask.
+    """
+    kernel = config._attn_implementation
+    if kernel not in ("sdpa", "eager"):
+        raise UserError(
+            f"attention in proportion to the sizes of merged tokens needs sdpa or eager "
+            f"attention, this model runs {kernel}; load it with attn_implementation='sdpa', or "
+            "turn the strategy's option off (pact:proportional=false)."
+        )
+    return proportional_mask(mask, sizes.to(hidden.device), hidden.shape[1], hidden.dtype)
+
+
+# -- both ----------------------------------------------------------------------------------------
+
+
+def select(part: Compressor, span: Span, tokens: VisualTokens) -> Selection:
+    """What ``part`` selects of an image, which is named where it breaks the contract."""
+    try:
+        return part(tokens)
+    except ContractError as error:
+        where = f"{span.layout.modality} {span.image} of prompt {span.row}, both counted from 0"
+        raise ContractError(f"{error} ({where})") from error
+
+
+def _with_merged(
+    states: Tensor, whole: Tensor, state: Pass, span: Span, selection: Selection
+) -> Tensor:
+    """``states`` with the merged vectors of an image; a copy if they still are ``whole``."""
+    if selection.features is None:
+        return states
+    if states is whole:
+        states = states.clone()
+    slots = state.slots(span.row, span.columns[selection.keep]).to(states.device)
+    states[span.row, slots] = selection.features.to(states.dtype)
+    return states
+
+
+def narrow(
+    state: Pass, span: Span, kept: Tensor, keep: Tensor, stage: Stage, layer: int | None
+) -> bool:
+    """Take what was not selected out of an image.
+
+    Args:
+        state: The forward, which records the selection.
+        span: The image.
+        kept: (M',) indices of what was selected into what is left of the image.
+        keep: (B, M) which slots stay; changed in place.
+        stage, layer: Where the selection was made.
+
+    Returns:
+        Whether any token was dropped.
+    """
+    gone = len(kept) < len(span.columns)
+    if gone:
+        keep[span.row, state.slots(span.row, span.columns)] = False
+        state.prompts.left[span.row] -= len(span.columns) - len(kept)
+        span.index, span.columns = span.index[kept], span.columns[kept]
+        keep[span.row, state.slots(span.row, span.columns)] = True
+        span.tokens = span.tokens.take(kept)
+    record = SelectionRecord(span.row, span.image, stage, layer, span.layout, span.index)
+    state.selections.append(record)
+    return gone
+
+
+def pack(state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
+    """Move the kept slots of every row to the right, with padding on the left.
+
+    Args:
+        state: The forward, whose slots change.
+        keep: (B, M) which slots stay.
+        keeps_positions: Whether kept tokens keep their position ids.
+
+    Returns:
+        (B, 1) number of positions that each row lost.
+    """
+    lost = state.real & ~keep
+    steps, shift = lost.cumsum(1), lost.sum(1, keepdim=True)
+    if state.hidden is not None and not keeps_positions:
+        closes = shift > 0
+        steps += state.hidden.gather(1, state.columns.clamp(min=0)) * closes
+        shift = shift + state.hidden[:, -1:] * closes
+        state.hidden = state.hidden * ~closes
+    width = max(state.prompts.left)
+    # A stable sort puts what goes in front and leaves what stays in order behind it.
+    state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
+    if not keeps_positions:
+        state.positions = state.positions - steps
+    state.positions = state.positions.gather(1, state.order)
+    state.columns = torch.where(keep, state.columns, -1).gather(1, state.order)
+    if state.sizes is not None:
+        state.sizes = state.sizes.gather(1, state.order)
+    state.packed = True
+    return torch.zeros_like(shift) if keeps_positions else shift

@@ -1,8 +1,8 @@
-"""What is known of one forward of the language model while it is compressed."""
+"""The state of one forward of the language model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -11,19 +11,45 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from tokenprune.compressor import Compressor, Selection
-from tokenprune.cost.account import Picked
-from tokenprune.cost.measuring import Work
-from tokenprune.engine.cache import PrunedLayer
+from tokenprune.cost.account import Account, Attended, Images
+from tokenprune.cost.ledger import Ledger
+from tokenprune.engine.arguments import Kwargs
+from tokenprune.engine.cache import CACHE, PrunedLayer, adopt, is_pruned
 from tokenprune.engine.guard import bypassed
-from tokenprune.engine.trace import SelectionRecord
+from tokenprune.engine.trace import Prefill, SelectionRecord
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
+    "Given",
     "Pass",
+    "Prompts",
     "Span",
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the caller passed to one forward of the model.
+
+    Attributes:
+        ids: (B, S) input ids, or None.
+        labels: (B, S) targets of the columns, -100 where there is none, or None.
+        scored: How many of the last columns are scored, as in teacher forcing or when draft tokens
+            are verified: the prompt ends with the first of them.  1 where all is prompt.
+        placeholders: Modality to (B, S), which columns stand for a visual token.
+    """
+
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    scored: int = 1
+    placeholders: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def labels_of(self, width: int) -> Tensor | None:
+        """(B, width) `labels`, which may have been passed for the last columns alone."""
+        if self.labels is None or self.labels.shape[-1] >= width:
+            return self.labels
+        return F.pad(self.labels, (width - self.labels.shape[-1], 0), value=-100)
 
 
 @dataclass(eq=False)
@@ -31,16 +57,17 @@ class Span:
     """The visual tokens of one image that are still there.
 
     Attributes:
+        row: Row of the batch.
         first, last: Columns of the image's first and last token in the prompt.
-        columns: (M,) columns of what is left, on the CPU.
+        columns: (M,) columns of the tokens that are left, on the CPU.
         index: (M,) their indices in the image's full packed sequence, on the CPU.
         tokens: What is known of them.
         layout: Geometry of the full packed sequence, on the CPU.
         carrier: The encoder's own feature tensor, the same object for all beams and reruns.
-        record: What the encoder told of it, the same object wherever the image is used.
+        record: The encoder's record of the image, the same object wherever the image is used.
         there: (N,) indices of the tokens that the attention mask does not hide.
         entered: (M,) indices of those that enter the language model.
-        image: How many images and videos come before in the row.
+        image: Number of images and videos in front of it in the row.
         asks: Column of the token that asks for this image (`Pass.ask`).
         group: Which of `Pass.queries` has that column.
     """
@@ -62,12 +89,29 @@ class Span:
 
     @property
     def is_untouched(self) -> bool:
-        """Whether nothing was taken from or added to what the encoder told of the image."""
+        """Whether `tokens` are exactly those of the encoder's `record`."""
         return all(
             getattr(self.tokens, item.name) is getattr(self.record, item.name)
             for item in fields(VisualTokens)
             if item.name not in ("features", "layout")
         )
+
+
+@dataclass(eq=False)
+class Prompts:
+    """What the host knows of the prompts of a forward with images, row by row (`Pass.look`).
+
+    Attributes:
+        left: Number of slots that are not padding.
+        text: Columns of the text.
+        ends: Column of the last prompt token.
+        answers: Columns that have a label; empty without labels.
+    """
+
+    left: list[int] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)
 
 
 class Tapped(dict[int, tuple[Tensor, tuple[Tensor, Tensor]]]):
@@ -82,79 +126,119 @@ class Pass:
     """One forward of the language model: B rows, S columns of the prompt in M slots.
 
     Attributes:
+        given: What the caller passed.
+        width: S.
         columns: (B, M) column in each slot, -1 for padding; rising along a row once packed.
         positions: (B, M) position ids of the slots.
-        hidden: (B, S) how many position ids in front of each column are spent on columns that the
+        order: (B, M) slot in which each slot's content was before the latest packing.
+        packed: Whether any column was dropped.
+        sizes: (B, M) how often attention counts each slot, or None for once.
+        hidden: (B, S) how many position ids in front of each column belong to columns that the
             attention mask hides between two others, until a cut has freed them; None without any.
-        scored: How many of the last columns are scored, as in teacher forcing or when draft tokens
-            are verified: the prompt ends with the first of them.  1 where all is prompt.
-        labels: (B, S) targets of the columns, -100 where there is none, or None.
-        left: How many slots of each row are not padding.  This and what follows is what the host
-            knows where there are images (`look`).
-        text: For every row the columns of its text.
-        ends: For every row the column of the last prompt token.
-        answers: For every row the columns that have a label.
+
+        prompts: What the host knows of the prompts.
+        spans: The images.
         queries: (B,) each, columns of the tokens that ask.  One tensor unless labels make the
             images of a row belong to several turns.
-        ids: (B, S) input ids, where known.
-        layers: The layers of the KV cache, or none without one.
-        spans: The images.
-        tally: For every row, the visual tokens each decoder layer processes.
-        entered: (B,) tokens that the first decoder layer processes.
-        spent: (B,) FLOPs of the signals of the vision tower, per row.
-        most: (B,) bytes that choosing took at one moment, per row.
-        picked: What selections took.
-        selections: What was chosen, in the order made.
+
+        past: Number of tokens in the KV cache before this forward.
+        continued: Whether they are those of a compressed prompt.
+        cache: The KV cache, where this forward changes it.
+        layers: Its layers, or none.
+        held: For every layer, (B,) entries that the KV cache held before; empty without any.
+        inherited: How much further positions move back from each layer on, by earlier prefills.
+
+        taps: Decoder layers whose attention input is kept.
+        tapped: That input, and the rotary embedding.
+        cuts: Number of selections inside the language model that dropped tokens.
+        rotary: cos and sin behind the latest cut.
+        masks: Masks behind cuts, by the number of cuts in front.
         ran: For every decoder layer that ran, (B, M) the columns it processed, or None before any
             was dropped.
-        taps: Layers whose states this session wants, whatever others tapped.
-        order: (B, M) slot in which each slot's content was before the latest packing.
-        sizes: (B, M) how often attention counts each slot, or None for once.
-        rotary: cos and sin behind the latest cut.
-        inherited: How much further positions move back from each layer on, by earlier prefills.
-        masks: Masks behind cuts, by the number of cuts in front.
-        tapped: Input and rotary embedding of the attention modules whose rows are wanted.
-        read: Layers whose rows were computed, and whether the keys had to be computed again.
-        held: For every layer, (B,) entries that the KV cache held before; empty without any.
-        asked: Of text that asked in a layer: row, layer, number of queries, and again the keys.
-        projected: Layers as many of whose slots were made into keys ahead of the next one.
+
+        selections: The selections, in the order made.
+        accounts: For every row its account, where the trace reports this forward.
+        attended: Attention rows and keys that were computed for selections.
+        entered: (B,) tokens that the first decoder layer processes.
     """
 
+    given: Given
+    width: int
     columns: Tensor
     positions: Tensor
-    scored: int
-    labels: Tensor | None
-    ids: Tensor | None
-    cache: Cache | None
-    layers: list[PrunedLayer]
-    spans: list[Span]
-    tally: list[list[int]]
-    spent: list[float]
-    most: list[int]
-    taps: set[int]
-    width: int
     order: Tensor
-    entered: Tensor
-    left: list[int] = field(default_factory=list)
-    text: list[Tensor] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    answers: list[Tensor] = field(default_factory=list)
-    queries: list[Tensor] = field(default_factory=list)
-    hidden: Tensor | None = None
-    selections: list[SelectionRecord] = field(default_factory=list)
-    ran: list[Tensor | None] = field(default_factory=list)
+    past: int = 0
+    continued: bool = False
+    taps: Set[int] = frozenset()
     packed: bool = False
-    cuts: int = 0
     sizes: Tensor | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    inherited: list[Tensor | None] = field(default_factory=list)
-    masks: dict[int, Any] = field(default_factory=dict)
-    picked: list[Picked] = field(default_factory=list)
-    tapped: Tapped = field(default_factory=Tapped)
+    hidden: Tensor | None = None
+    prompts: Prompts = field(default_factory=Prompts)
+    spans: list[Span] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
+    cache: Cache | None = None
+    layers: list[PrunedLayer] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
-    read: list[tuple[int, bool]] = field(default_factory=list)
-    asked: list[tuple[int, int, int, bool]] = field(default_factory=list)
-    projected: list[int] = field(default_factory=list)
+    inherited: list[Tensor | None] = field(default_factory=list)
+    tapped: Tapped = field(default_factory=Tapped)
+    cuts: int = 0
+    rotary: tuple[Tensor, Tensor] | None = None
+    masks: dict[int, Any] = field(default_factory=dict)
+    ran: list[Tensor | None] = field(default_factory=list)
+    selections: list[SelectionRecord] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
+    attended: list[Attended] = field(default_factory=list)
+    entered: Tensor | None = None
+
+    @classmethod
+    def start(cls, given: Given, embeds: Tensor, kwargs: Kwargs, taps: Set[int]) -> Pass:
+        """A forward that begins with ``embeds`` (B, S, D) and other arguments ``kwargs``."""
+        (rows, width), device = embeds.shape[:2], embeds.device
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
+        past = cache.get_seq_length() if cache is not None else 0
+        column = torch.arange(width, device=device).expand(rows, -1)
+        columns = column
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            columns = torch.where(mask[:, -width:].to(device).bool(), column, -1)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = column + past
+        return cls(
+            given=given,
+            width=width,
+            columns=columns,
+            positions=positions.to(device).expand(rows, -1),
+            order=column,
+            past=past,
+            continued=is_pruned(cache),
+            taps=taps,
+        )
+
+    def join(self, cache: Cache, kwargs: Kwargs, depth: int) -> None:
+        """Announce the new entries to ``cache``; continue behind what was compressed before.
+
+        Args:
+            cache: The KV cache.
+            kwargs: Arguments of the forward; mask and position ids of a compressed prompt change.
+            depth: Number of decoder layers.
+        """
+        mask = kwargs.get("attention_mask")
+        past = self.real.new_ones(len(self.columns), self.past)
+        if mask is not None and not self.continued:
+            past = mask[:, : self.past].to(past.device).bool()
+        self.cache = cache
+        self.layers = adopt(cache, past, depth)
+        if self.past:
+            self.held = [layer.valid[:, : layer.held].sum(1) for layer in self.layers]
+        for layer in self.layers:
+            layer.expect(self.real)
+        if self.continued:
+            first = self.layers[0]
+            self.inherited = [layer.extra for layer in self.layers]
+            self.positions = self.positions - first.shift.to(self.positions.device)
+            kwargs.update(attention_mask=first.mask().long(), position_ids=self.positions)
+
+    # -- slots and columns -----------------------------------------------------------------------
 
     @property
     def real(self) -> Tensor:
@@ -162,113 +246,22 @@ class Pass:
         return self.columns >= 0
 
     @property
-    def prompt_ids(self) -> Tensor | None:
-        """(B, S) ids of prompts that `generate` may run again, longer, as there is no KV cache."""
-        is_scored = self.labels is not None or self.scored > 1
-        return None if self.cache is not None or is_scored else self.ids
-
-    def asking(self, device: torch.device, group: int) -> tuple[Tensor, Tensor]:
-        """(B,) slot of the token that asks, and (B, M) which slots it may look at."""
-        columns, query = self.columns.to(device), moved(self.queries[group], device)
-        visible = (columns >= 0) & (columns <= query[:, None])
-        slot = torch.arange(columns.shape[1], device=device)
-        return torch.where(visible, slot, 0).amax(1), visible
-
-    def charge(
-        self, span: Span, part: Compressor, tokens: VisualTokens, shown: int, chosen: Selection
-    ) -> None:
-        """Record one selection; ``shown`` bytes are held besides the strategy's own."""
-        row = span.row
-        visual = self.tally[row][-1]
-        if not visual:  # nothing is counted yet in front of layer 0
-            visual = sum(len(one.there) for one in self.spans if one.row == row)
-        self.picked.append(
-            Picked(
-                row=row,
-                work=Work.of(part, tokens, span.layout),
-                shown=shown,
-                tapped=tuple(sorted(self.taps.intersection(self.tapped))),
-                visual=visual,
-                merged=0 if chosen.features is None else len(chosen.keep),
-            )
-        )
-
-    def look(self, placeholders: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Bring what is known of the prompts to the host.
-
-        The one wait for the device that a forward with images takes, however many there are.
-
-        Returns:
-            (B, S) placeholders by modality, and (B, S) what the attention mask does not hide.
-        """
-        names = list(placeholders)
-        bits = [self.real, *(placeholders[name].to(self.columns.device) for name in names)]
-        if self.labels is not None:
-            bits.append(self.labels.to(self.columns.device) != -100)
-        real, *masks = torch.stack(bits).cpu()
-        visual = dict(zip(names, masks, strict=False))
-        text = real.clone()
-        for mask in visual.values():
-            text &= ~mask
-        self.left = real.sum(1).tolist()
-        self.text = [row.nonzero().squeeze(1) for row in text]
-        if self.labels is not None:
-            self.answers = [row.nonzero().squeeze(1) for row in masks[-1]]
-        prompt = real[:, : self.width - self.scored + 1]
-        inside = real.cumsum(1).bool() & real.flip(1).cumsum(1).flip(1).bool()
-        if bool((inside & ~real).any()):
-            self.hidden = self._spent_on_hidden()
-        self.ends = [_last(row.nonzero(), -1) for row in prompt]
-        return visual, real
-
-    def _spent_on_hidden(self) -> Tensor:
-        """(B, S) `hidden` of this prompt.
-
-        The position ids of a plain forward count what the mask hides, those of `generate` do not.
-        """
-        column = torch.arange(self.width, device=self.columns.device)
-        latest = torch.where(self.real, column, -1).cummax(1).values
-        before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the column before that is there
-        step = self.positions - self.positions.gather(1, before.clamp(min=0)) - 1
-        spent = torch.minimum(step, column - before - 1).clamp(min=0)
-        return (spent * (self.real & (before >= 0))).cumsum(1)
-
-    def ask(self) -> None:
-        """Say of every image which token asks for it, and list these tokens in `queries`.
-
-        It is the last text token behind the image in front of the first label behind the image,
-        the end of that turn's question.  Where no label lies behind the image, or no text between,
-        it is the last prompt token.
-        """
-        asked: list[list[int]] = [[] for _ in self.ends]
-        for span in self.spans:
-            mine, text = asked[span.row], self.text[span.row]
-            last = end = self.ends[span.row]
-            if self.answers:
-                later = self.answers[span.row]
-                end = _first(later[later > span.last], end + 1) - 1
-            span.asks = _last(text[(text > span.last) & (text <= end)], last)
-            if span.asks not in mine:
-                mine.append(span.asks)
-            span.group = mine.index(span.asks)
-        groups = max(map(len, asked))
-        columns = [
-            [*mine, *[end] * (groups - len(mine))]
-            for mine, end in zip(asked, self.ends, strict=True)
-        ]
-        self.queries = list(torch.tensor(columns, device="cpu").T)
+    def is_whole(self) -> bool:
+        """Whether no row has padding, nor the KV cache anything from before."""
+        left = self.prompts.left
+        return bool(left) and len(set(left)) == 1 and not self.held
 
     def slots(self, row: int, columns: Tensor) -> Tensor:
-        """(M,) where these columns (M,) of a row lie now."""
+        """(M,) slots in which these columns (M,) of a row are now."""
         columns = moved(columns, self.columns.device)
         if not self.packed:
             return columns
         return torch.searchsorted(self.columns[row].contiguous(), columns)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether no row has padding, nor the KV cache anything from before."""
-        return bool(self.left) and len(set(self.left)) == 1 and not self.held
+    def text_slots(self, span: Span) -> Tensor:
+        """(T,) slots of the prompt's text behind an image, up to the token that asks."""
+        text = self.prompts.text[span.row]
+        return self.slots(span.row, text[(text > span.last) & (text <= span.asks)])
 
     def repack(self, states: Tensor) -> Tensor:
         """(B, M, ...) ``states`` in the order of the latest packing."""
@@ -278,11 +271,6 @@ class Pass:
         taken = states.flatten(0, 1).index_select(0, (first + order).flatten())
         return taken.reshape(*order.shape, -1)
 
-    def text_slots(self, span: Span) -> Tensor:
-        """(T,) slots of the prompt's text behind an image, up to the token that asks."""
-        text = self.text[span.row]
-        return self.slots(span.row, text[(text > span.last) & (text <= span.asks)])
-
     def spread(self, states: Tensor, columns: Tensor) -> Tensor:
         """(B, S, D) packed ``states`` (B, M, D) in the columns of the prompt.
 
@@ -290,6 +278,7 @@ class Pass:
         predicted from there.
 
         Args:
+            states: States of the slots.
             columns: (B, M) the column in each slot when ``states`` were made.
         """
         every = torch.arange(self.width, device=columns.device)
@@ -297,6 +286,149 @@ class Pass:
         slot = torch.searchsorted(columns.contiguous(), every, right=True) - 1
         slot = slot.clamp(min=0).to(states.device)[..., None]
         return states.gather(1, slot.expand(-1, -1, states.shape[-1]))
+
+    # -- prompts ---------------------------------------------------------------------------------
+
+    @property
+    def prompt_ids(self) -> Tensor | None:
+        """(B, S) ids of prompts that `generate` may run again, longer, as there is no KV cache."""
+        is_scored = self.given.labels is not None or self.given.scored > 1
+        return None if self.cache is not None or is_scored else self.given.ids
+
+    def look(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Bring what is known of the prompts to the host.
+
+        This is the one synchronisation of a forward with images, however many there are.
+
+        Returns:
+            (B, S) placeholders by modality, and (B, S) what the attention mask does not hide.
+        """
+        placeholders, labels = self.given.placeholders, self.given.labels_of(self.width)
+        device = self.columns.device
+        bits = [self.real, *(mask.to(device) for mask in placeholders.values())]
+        if labels is not None:
+            bits.append(labels.to(device) != -100)
+        real, *masks = torch.stack(bits).cpu()
+        visual = dict(zip(placeholders, masks, strict=False))
+        text = real.clone()
+        for mask in visual.values():
+            text &= ~mask
+        prompt = real[:, : self.width - self.given.scored + 1]
+        inside = real.cumsum(1).bool() & real.flip(1).cumsum(1).flip(1).bool()
+        if bool((inside & ~real).any()):
+            self.hidden = self.hidden_positions()
+        self.prompts = Prompts(
+            left=real.sum(1).tolist(),
+            text=[row.nonzero().squeeze(1) for row in text],
+            ends=[_last(row.nonzero(), -1) for row in prompt],
+            answers=[] if labels is None else [row.nonzero().squeeze(1) for row in masks[-1]],
+        )
+        return visual, real
+
+    def hidden_positions(self) -> Tensor:
+        """(B, S) `hidden` of this prompt.
+
+        The position ids of a plain forward count what the mask hides, those of `generate` do not.
+        """
+        column = torch.arange(self.width, device=self.columns.device)
+        latest = torch.where(self.real, column, -1).cummax(1).values
+        before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the column before that is not hidden
+        step = self.positions - self.positions.gather(1, before.clamp(min=0)) - 1
+        skipped = torch.minimum(step, column - before - 1).clamp(min=0)
+        return (skipped * (self.real & (before >= 0))).cumsum(1)
+
+    def ask(self) -> None:
+        """Find the token that asks for each image, and list these tokens in `queries`.
+
+        It is the last text token behind the image in front of the first label behind the image,
+        the end of that turn's question.  Where no label is behind the image, or no text between,
+        it is the last prompt token.
+        """
+        prompts = self.prompts
+        asked: list[list[int]] = [[] for _ in prompts.ends]
+        for span in self.spans:
+            mine, text = asked[span.row], prompts.text[span.row]
+            last = end = prompts.ends[span.row]
+            if prompts.answers:
+                later = prompts.answers[span.row]
+                end = _first(later[later > span.last], end + 1) - 1
+            span.asks = _last(text[(text > span.last) & (text <= end)], last)
+            if span.asks not in mine:
+                mine.append(span.asks)
+            span.group = mine.index(span.asks)
+        groups = max(map(len, asked))
+        columns = [
+            [*mine, *[end] * (groups - len(mine))]
+            for mine, end in zip(asked, prompts.ends, strict=True)
+        ]
+        self.queries = list(torch.tensor(columns, device="cpu").T)
+
+    def asking(self, device: torch.device, group: int) -> tuple[Tensor, Tensor]:
+        """(B,) slot of the token that asks, and (B, M) which slots it attends to."""
+        columns, query = self.columns.to(device), moved(self.queries[group], device)
+        visible = (columns >= 0) & (columns <= query[:, None])
+        slot = torch.arange(columns.shape[1], device=device)
+        return torch.where(visible, slot, 0).amax(1), visible
+
+    # -- the account -----------------------------------------------------------------------------
+
+    def by_row(self) -> list[list[Span]]:
+        """The images of every row."""
+        rows: list[list[Span]] = [[] for _ in self.columns]
+        for span in self.spans:
+            rows[span.row].append(span)
+        return rows
+
+    def enter_encoding(self, size: int) -> None:
+        """Enter the run of the vision encoder, of ``size`` bytes a number."""
+        for account, spans in zip(self.accounts, self.by_row(), strict=True):
+            account.encode([(one.layout.views, one.tokens.encoding) for one in spans], size)
+
+    def enter_count(self, layer: int) -> None:
+        """Enter how many visual tokens the decoder layers from ``layer`` on process."""
+        for account, spans in zip(self.accounts, self.by_row(), strict=True):
+            account.count(layer, sum(len(span.columns) for span in spans))
+
+    def begin_selections(self) -> None:
+        """Enter what is there in front of the selections of the same stage or cut."""
+        for account, spans in zip(self.accounts, self.by_row(), strict=True):
+            account.begin([span.tokens for span in spans])
+
+    def prefill(self, size: int) -> Prefill:
+        """The report on this forward, whose KV cache has ``size`` bytes a number.
+
+        Ledgers are computed when they are read, so that the forward never waits for the device,
+        from counts and indices alone: a trace must not keep features or a KV cache alive.
+        """
+        images = [
+            [(one.layout, one.there, one.entered, one.index) for one in spans]
+            for spans in self.by_row()
+        ]
+        accounts, entered = self.accounts, self.entered
+        attended, held = self.attended, self.held
+
+        def ledgers() -> list[Ledger]:
+            made = []
+            totals = [] if entered is None else entered.tolist()
+            for row, (account, total) in enumerate(zip(accounts, totals, strict=True)):
+                mine = images[row]
+                layouts = Images(
+                    before=[layout.take(index) for layout, index, _, _ in mine],
+                    entered=[layout.take(index) for layout, _, index, _ in mine],
+                    after=[layout.take(index) for layout, _, _, index in mine],
+                )
+                made.append(
+                    account.ledger(
+                        layouts,
+                        [one for one in attended if mine and one.row in (None, row)],
+                        text=total - account.visual[0],
+                        size=size,
+                        kv_before=[int(layer[row]) for layer in held],
+                    )
+                )
+            return made
+
+        return Prefill(self.selections, bool(self.spans), ledgers)
 
 
 def _first(places: Tensor, default: int) -> int:

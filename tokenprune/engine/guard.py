@@ -1,15 +1,14 @@
-"""Sees to it that a model in an open context runs through the context's hooks, or is refused.
+"""Ensures that a model in an open context runs through the context's hooks, or is refused.
 
-Hooks are passed by in silence where a graph was captured without them, where somebody calls a
-module's ``forward`` instead of the module, and where a module was exchanged; they are mixed up
-where several threads run the model; and a copy of the model takes them along.  Here is what is done
-about each of these:
+PyTorch skips hooks silently if a graph was captured without them, if code calls a module's
+``forward`` instead of the module, or if a module was replaced.  Threads that run the model at the
+same time mix hooks up, and a copy of the model contains them.  Each case has its remedy:
 
-* `eagerly` has code behind ``torch.compile`` run as it is written, whenever it was compiled;
-* `Guard` sends direct calls of ``forward`` through the hooks, and raises where a forward reached
-  the inner modules past them;
-* it refuses threads that do not belong to the context;
-* `plain_copies` leaves out of copies what is marked as `Ours`.
+* `eagerly` runs code compiled by ``torch.compile`` as plain PyTorch, whenever it was compiled;
+* `Guard` redirects direct calls of ``forward`` to the module, and raises if a forward reached the
+  inner modules without the hooks;
+* `Guard` refuses threads that do not belong to the context;
+* `plain_copies` leaves everything that is marked as `Ours` out of copies.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ __all__ = [
 
 
 PAGED = (
-    "continuous batching (generate_batch and its paged KV caches) takes prompts of text alone and "
-    "is not supported inside a compress context; call model.generate with a batch, or leave the "
+    "continuous batching (generate_batch and its paged KV caches) takes text-only prompts and is "
+    "not supported inside a compress context; call model.generate with a batch, or leave the "
     "context."
 )
 
@@ -53,12 +52,12 @@ PAGED = (
 
 
 class Ours:
-    """A hook, or an attribute of one module, that an open context put there.
+    """A hook or an attribute that an open context has put on a module.
 
     Attributes:
-        call: What is called.
-        before: What the attribute was before, if the module had one of its own.
-        original: What the attribute stood for before.
+        call: The function that is called.
+        before: The instance attribute of the module that it replaces, if there was one.
+        original: The value that the attribute had before, from the instance or the class.
     """
 
     def __init__(self, call: Callable[..., Any], before: Any = None, original: Any = None) -> None:
@@ -70,9 +69,9 @@ class Ours:
 
 @contextmanager
 def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """While open, the attribute ``name`` of this module alone is ``call``.
+    """While open, the attribute ``name`` of this one module is ``call``.
 
-    Whoever still holds it afterwards calls the original.
+    A reference that outlives the context calls the original.
     """
     mine = Ours(call, module.__dict__.get(name), getattr(module, name))
     functools.update_wrapper(mine, mine.original, updated=())  # generate reads signatures
@@ -81,7 +80,7 @@ def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
         yield
     finally:
         mine.call = mine.original
-        if module.__dict__.get(name) is mine:  # nobody has put another one in its place
+        if module.__dict__.get(name) is mine:  # nothing else has replaced it
             delattr(module, name)
             if mine.before is not None:
                 setattr(module, name, mine.before)
@@ -91,7 +90,7 @@ def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
 def plain_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While open, ``copy.deepcopy``, ``pickle`` and ``torch.save`` leave out what is `Ours`.
 
-    All three ask the module itself how to take it apart.
+    All three call ``__reduce_ex__`` of the module.
     """
     modules = [*dict.fromkeys(modules)]
     for module in modules:
@@ -106,13 +105,13 @@ def plain_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _reduced(module: nn.Module, protocol: Any) -> Any:
     found = type(module).__reduce_ex__(module, protocol)
     if not isinstance(found, tuple) or len(found) < 3 or not isinstance(found[2], dict):
-        return found  # its class copies it in a way of its own
+        return found  # its class defines how it is copied
     make, args, state, *rest = found
-    return make, args, _without_ours(state), *rest
+    return make, args, without_ours(state), *rest
 
 
-def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a module as they are outside the context."""
+def without_ours(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a module without those of the context."""
     hooks = {k: held for k, held in state.items() if "_hooks" in k and isinstance(held, dict)}
     gone = {key for held in hooks.values() for key in held if isinstance(held[key], Ours)}
     kept: dict[str, Any] = {}
@@ -131,28 +130,28 @@ def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
 _lock = threading.Lock()
 
 
-_eager: list[Any] = []  # the stance that was set, once for each open context
+_eager: list[Any] = []  # the stance of `torch.compiler`, once for each open context
 
 
 @contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
-    """While any is open, what `torch.compile` has compiled runs as plain PyTorch, everywhere.
+    """While any is open, code compiled by `torch.compile` runs as plain PyTorch, everywhere.
 
-    A graph that was captured without hooks is replayed without them, for dynamo does not look
-    whether hooks have come (``torch._dynamo.config.skip_nnmodule_hook_guards``).
+    A graph that was captured without hooks is replayed without them, because dynamo does not guard
+    on new hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``).
 
     Raises:
-        UserError: Opened by code that is being compiled itself.
+        UserError: Code that is being compiled opens it.
     """
     if _is_compiled(model):
         warnings.warn(
             "this model or a part of it was compiled; inside a compress context it runs eagerly, "
-            "with the same answers but not as fast.",
+            "with the same answers but more slowly.",
             stacklevel=5,
         )
     with _lock:
         try:
-            # `set_stance` knows no nesting that is not last in, first out.
+            # `set_stance` supports nesting in last-in, first-out order only.
             _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
         except RuntimeError as error:
             raise UserError(
@@ -181,12 +180,12 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def bypassed(what: str) -> UserError:
-    """The error for a forward that did not run, or not through the hooks, in ``what``."""
+    """The error for a forward of ``what`` that did not run, or not through the hooks."""
     return UserError(
-        f"a forward got past the hooks on {what}, so that it was not compressed.  Something holds "
-        "it captured (a CUDA graph, a traced module), has exchanged it or a forward, or has taken "
-        "its hooks away.  Undo that, or open the compress context afterwards, on a model that "
-        "calls its modules."
+        f"a forward got past the hooks on {what}, so that it was not compressed.  It was captured "
+        "(a CUDA graph, a traced module), or the module, its forward or its hooks were replaced or "
+        "removed.  Undo that, or open the compress context afterwards, on a model that calls its "
+        "modules."
     )
 
 
@@ -194,13 +193,13 @@ _inside: ContextVar[frozenset[object]] = ContextVar("tokenprune_inside", default
 
 
 class _Here(threading.local):
-    """What a thread's forwards have passed, by the index of the module.
+    """The progress of a thread's forwards, by index of the module.
 
     Attributes:
-        fired: How often its hooks have run.
-        before: How often those of the next one in had run when it began.
-        hooked: Whether its hooks have run and its ``forward`` comes next.
-        sent: Whether a call of its ``forward`` was sent through the hooks.
+        fired: Number of times that the module's hooks have run.
+        before: The same of the next inner module, when the module's forward began.
+        hooked: Modules whose hooks have run and whose ``forward`` is next.
+        sent: Modules of which a call of ``forward`` was redirected to the module.
     """
 
     def __init__(self) -> None:
@@ -214,11 +213,11 @@ class Guard:
     """Watches the forwards of one model while a context is open.
 
     Args:
-        adapter: The model; its language model, the layers and what is around them have hooks.
+        adapter: Adapter of the model, whose language model and outer modules have hooks.
         alone: Whether only the thread that opens the context may run the model.
 
     Attributes:
-        modules: From the outside in, each called by the one before.
+        modules: From outer to inner, each called by the one before.
     """
 
     def __init__(self, adapter: Adapter, *, alone: bool = False) -> None:
@@ -233,14 +232,14 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Open it behind the context's own hooks, so that they have run when a forward begins."""
+        """While open, forwards are watched.  Open it after installing the context's own hooks."""
         with ExitStack() as stack:
             for index, module in enumerate(self.modules):
-                hook = Ours(functools.partial(self._came, index))
+                hook = Ours(functools.partial(self.enter, index))
                 stack.callback(module.register_forward_pre_hook(hook).remove)
-                hook = Ours(functools.partial(self._went, index))
+                hook = Ours(functools.partial(self.leave, index))
                 stack.callback(module.register_forward_hook(hook).remove)
-                forward = functools.partial(self._forward, index, module.forward)
+                forward = functools.partial(self.forward, index, module.forward)
                 stack.enter_context(shadowed(module, "forward", forward))
             outer = self.modules[0]
             if hasattr(outer, "init_continuous_batching"):
@@ -252,20 +251,21 @@ class Guard:
                 _inside.set(_inside.get() - {self.token})
 
     def admit(self) -> None:
-        """Raise `UserError` in a thread or task that does not belong to the context."""
+        """Raise `UserError` in a thread or task outside the context."""
         if self.token not in _inside.get():
             raise UserError(
-                "this model runs inside a compress context that another thread or task has opened, "
-                "and nothing says whether this one wants compressed answers.  To take part, start "
-                "the thread with target=contextvars.copy_context().run (its first argument is the "
-                "function to run); for plain answers use a copy of the model, or wait for the "
-                "context to end.  A model spread over devices by DataParallel runs in threads of "
-                "its own: use one process for each device."
+                "this model runs inside a compress context that another thread or task has opened. "
+                "To run compressed as well, start the thread with "
+                "target=contextvars.copy_context().run (its first argument is the function to "
+                "run); for plain answers use a copy of the model, or wait until the context is "
+                "closed.  A model that DataParallel spreads over devices runs in threads of its "
+                "own: use one process for each device."
             )
         if self.owner not in (None, threading.get_ident()):
             raise UserError("a context that shares a Prefix runs in the thread that opened it.")
 
-    def _came(self, index: int, module: nn.Module, args: Any) -> None:
+    def enter(self, index: int, module: nn.Module, args: Any) -> None:
+        """In front of a module: refuse other threads and replaced layers."""
         self.admit()
         if [*self.adapter.decoder_layers] != self.layers:
             raise bypassed("a decoder layer")
@@ -274,20 +274,22 @@ class Guard:
         here.fired[index] += 1
         here.before[index] = here.fired[index + 1]
 
-    def _went(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        """Behind a module: refuse a forward that reached the inner module without its hooks."""
         here, inner = self.here, index + 1
-        here.hooked.discard(index)  # there still if a forward has taken the place of `_forward`
+        here.hooked.discard(index)  # still there if another forward has replaced `forward`
         if inner < len(self.modules) and here.before.get(index) == here.fired[inner]:
             raise bypassed(type(self.modules[inner]).__name__)
 
-    def _forward(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of a module's ``forward``: run direct calls through the hooks."""
         here, module = self.here, self.modules[index]
         if index in here.hooked:
             here.hooked.discard(index)
             return original(*args, **kwargs)
         if index in here.sent:
             raise bypassed(type(module).__name__)
-        here.sent.add(index)  # somebody called module.forward
+        here.sent.add(index)  # the caller used module.forward
         try:
             return module(*args, **kwargs)
         finally:

@@ -1,10 +1,10 @@
-"""The decoder layers in front of every cut, run once for all compressors of a batch of prompts.
+"""Runs the decoder layers in front of every cut once for all compressors of a batch of prompts.
 
-What runs in front of a compressor's first cut does not depend on the compressor.  A `Prefix` notes
-what those layers made of the prompts when one `compress` context ran them, and hands it to the
-others: their KV cache gets the same entries, the layer behind gets the same hidden states, to the
-last bit; whoever looks at attention or keys in front of the same cut is shown the same.  The call
-of ``model.generate`` stays what it is.
+The output of the layers in front of a compressor's first cut does not depend on the compressor.  A
+`Prefix` records it when one `compress` context runs these layers, and repeats it in the others:
+their KV cache gets the same entries, and the next layer the same hidden states, bit for bit.
+Attention rows and keys in front of the same cut are also computed once.  The call of
+``model.generate`` does not change.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Prefix",
+    "Repetition",
     "in_front",
 ]
 
@@ -39,12 +40,12 @@ Tap = Callable[[int, Tensor, tuple[Tensor, Tensor]], None]
 
 @dataclass(eq=False)
 class _Ran:
-    """What one decoder layer made of the prompts.
+    """The output of one decoder layer for the prompts.
 
     Attributes:
-        keys, values: (B, kv_heads, S, head_dim) as the KV cache holds them.
-        output: What the layer returned, where a compressor goes on from there.
-        tapped: (B, S, D) input of its attention module, where a compressor wants it.
+        keys, values: (B, kv_heads, S, head_dim) as in the KV cache.
+        output: What the layer returned, if a compressor cuts behind it.
+        tapped: (B, S, D) input of its attention module, if a compressor needs it.
     """
 
     keys: Tensor
@@ -54,25 +55,25 @@ class _Ran:
 
 
 class Prefix:
-    """What the first decoder layers made of one batch of prompts.
+    """The output of the first decoder layers for one batch of prompts.
 
-    Use a new one for every batch, and the same one only with compressors that act alike in front
-    of the language model.
+    Use a new one for every batch, and share one only between compressors that select the same
+    tokens in front of the language model.
 
     Attributes:
-        cuts: Layers in front of which somebody goes on.
-        taps: Layers whose attention input somebody wants.
+        cuts: Layers in front of which a compressor cuts first.
+        taps: Layers whose attention input a compressor needs.
     """
 
     def __init__(self, adapter: Adapter, compressors: Iterable[Compressor | None]) -> None:
-        """Share what ``compressors`` have in common.
+        """Prepare to share layers between ``compressors``.
 
         Raises:
-            ValueError: They act differently in front of the language model.
+            ValueError: They select differently in front of the language model.
         """
         compressors = list(compressors)
         if len({repr(in_front(compressor)) for compressor in compressors}) > 1:
-            raise ValueError("these compressors do not show the language model the same tokens")
+            raise ValueError("these compressors do not give the language model the same tokens")
         self.cuts: set[int] = set()
         self.taps: set[int] = set()
         for compressor in compressors:
@@ -81,32 +82,34 @@ class Prefix:
             self.cuts |= {min(inside)} if inside else set()
             self.taps |= tapped_layers(needs, inside)
         self._ran: dict[int, _Ran] = {}
-        self._looked: dict[Hashable, tuple[Tensor, list[list[Any]]]] = {}
+        self._looked: dict[Hashable, Tensor] = {}
         self._prompts: Sequence[Any] = ()
 
     def clear(self) -> None:
-        """Forget what the layers made."""
+        """Forget all recorded outputs."""
         self._ran.clear()
         self._looked.clear()
 
     @contextmanager
-    def installed(self, layers: Sequence[nn.Module], first_cut: int, tap: Tap) -> Iterator[_Run]:
-        """While open, ``layers`` in front of ``first_cut`` note or repeat what they do.
+    def installed(
+        self, layers: Sequence[nn.Module], first_cut: int, tap: Tap
+    ) -> Iterator[Repetition]:
+        """While open, ``layers`` in front of ``first_cut`` record or repeat their output.
 
         Args:
             layers: All decoder layers.
-            first_cut: Where the compressor cuts first, or the number of layers.
-            tap: Called in place of a hook on the attention module of a layer that is not run.
+            first_cut: Layer in front of which the compressor cuts first, or the number of layers.
+            tap: Called with the attention input of a layer that is repeated instead of run.
         """
-        run = _Run(self, min(first_cut, max(self.cuts, default=0)), tap)
+        run = Repetition(self, min(first_cut, max(self.cuts, default=0)), tap)
         with ExitStack() as stack:
             for index in range(run.until):
                 forward = functools.partial(run.layer(index), layers[index].forward)
                 stack.enter_context(shadowed(layers[index], "forward", forward))
                 if index in self.taps:
                     attention = layers[index].get_submodule("self_attn")
-                    note = Ours(run.note(index))
-                    handle = attention.register_forward_pre_hook(note, with_kwargs=True)
+                    hook = Ours(run.record(index))
+                    handle = attention.register_forward_pre_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
             yield run
 
@@ -117,8 +120,8 @@ def in_front(compressor: Compressor | None) -> tuple[Compressor, ...]:
     return tuple(part for part in parts if part.stage is not Stage.LLM)
 
 
-class _Run:
-    """One open context's use of a `Prefix`: layers before ``skip`` are repeated, not run."""
+class Repetition:
+    """The use of a `Prefix` in one open context: layers in front of ``skip`` are not run again."""
 
     def __init__(self, prefix: Prefix, until: int, tap: Tap) -> None:
         self.prefix = prefix
@@ -129,12 +132,12 @@ class _Run:
         self._entered: Tensor | None = None
 
     def begin(self, cache: Cache | None, prompts: Sequence[Any]) -> None:
-        """A forward of the language model begins.
+        """Begin a forward of the language model.
 
         Args:
-            cache: Its KV cache.
-            prompts: Input ids and images; equal ones make an equal prompt.  Empty where the forward
-                is not one of the whole prompt.
+            cache: The KV cache.
+            prompts: Input ids and images that determine the prompts; empty if the forward does not
+                run whole prompts with images.
 
         Raises:
             RuntimeError: The prefix belongs to other prompts.
@@ -152,34 +155,22 @@ class _Run:
         missing = next((at for at in range(self.until) if at not in ran), self.until)
         self.skip = max((cut for cut in self.prefix.cuts if cut <= missing), default=0)
 
-    def once(
-        self, key: Hashable, account: Sequence[list[Any]], look: Callable[[], Tensor]
-    ) -> Tensor:
-        """What ``look`` computes, once for all contexts that look at the same in front of all cuts.
-
-        Args:
-            key: What is looked at.
-            account: Lists that ``look`` enters its cost into; each context gets the same entries.
-            look: Computes it.
-        """
+    def once(self, key: Hashable, look: Callable[[], Tensor]) -> Tensor:
+        """The result of ``look``, computed once for all contexts that ask for the same ``key``."""
         if not self.open:
             return look()
         looked = self.prefix._looked
-        if key in looked:
-            value, entries = looked[key]
-            for one, more in zip(account, entries, strict=True):
-                one.extend(more)
-            return value
-        before = [len(one) for one in account]
-        value = look()
-        looked[key] = value, [one[at:] for one, at in zip(account, before, strict=True)]
-        return value
+        if key not in looked:
+            looked[key] = look()
+        return looked[key]
 
     def end(self) -> None:
-        """The forward is over."""
+        """End the forward."""
         self.open, self._entered = False, None
 
-    def note(self, index: int) -> Callable[..., None]:
+    def record(self, index: int) -> Callable[..., None]:
+        """A hook that records the attention input of layer ``index``."""
+
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if self.open and index not in self.prefix._ran:
                 self._entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -187,6 +178,8 @@ class _Run:
         return hook
 
     def layer(self, index: int) -> Callable[..., Any]:
+        """The ``forward`` of layer ``index``, which runs it or repeats its output."""
+
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             cache: Any = kwargs.get(CACHE)
             if not self.open or cache is None:
@@ -201,7 +194,7 @@ class _Run:
                 return before.output if index + 1 == self.skip else hidden
             output = original(*args, **kwargs)
             held = cache.layers[index]
-            # Not all of it is in a cache with a sliding window, and none of it in a quantised one.
+            # A cache with a sliding window holds a part of it, a quantised cache nothing.
             if index not in ran and held.keys.shape[-2] == hidden.shape[1]:
                 left = output if index + 1 in self.prefix.cuts else None
                 ran[index] = _Ran(held.keys, held.values, left, self._entered)

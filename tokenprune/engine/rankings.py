@@ -1,4 +1,6 @@
-"""By what a method ranks tokens, noted while it runs."""
+"""Records the scores by which a method ranks tokens, while it runs."""
+
+from __future__ import annotations
 
 import copy
 
@@ -14,20 +16,20 @@ __all__ = [
 
 
 Note = tuple[VisualTokens, Tensor]
-"""What a method was shown, and the (N,) scores it ranked by."""
+"""The tokens that a method was given, and the (N,) scores by which it ranked them."""
 
 
 def noting(compressor: Compressor) -> tuple[Compressor, list[Note]]:
-    """A copy that notes every score vector it ranks by (`Compressor.ranking`), and its notes.
+    """A copy of ``compressor`` that records its scores (`Compressor.ranking`), and the record.
 
-    The copy's own ``select`` stands in front of its class's; nothing else is touched.
+    The copy has a ``select`` of its own in place of its class's; nothing else differs.
     """
     notes: list[Note] = []
 
-    def heedful(part: Compressor) -> Compressor:
+    def recorded(part: Compressor) -> Compressor:
         made = copy.copy(part)
         if isinstance(part, Chain):
-            object.__setattr__(made, "members", tuple(map(heedful, part.members)))
+            object.__setattr__(made, "members", tuple(map(recorded, part.members)))
             return made
 
         def select(tokens: VisualTokens) -> Selection:
@@ -38,8 +40,8 @@ def noting(compressor: Compressor) -> tuple[Compressor, list[Note]]:
 
         object.__setattr__(made, "select", select)
         object.__setattr__(
-            made, "at", lambda cut: made if part.at(cut) is part else heedful(part.at(cut))
+            made, "at", lambda cut: made if part.at(cut) is part else recorded(part.at(cut))
         )
         return made
 
-    return heedful(compressor), notes
+    return recorded(compressor), notes

@@ -1,4 +1,4 @@
-"""Runs an encoder compressor inside the vision tower."""
+"""Runs an encoder compressor inside the vision encoder."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 __all__ = [
     "Tower",
     "TowerRun",
-    "foreseen",
+    "dry_run",
     "running",
 ]
 
 
 @dataclass(eq=False)
 class Tower:
-    """One run of the vision tower on V views.
+    """One run of the vision encoder on V views.
 
     Attributes:
-        groups: Of every hidden state (the input of layer 0, then what each layer returns) the
-            (V, T) place of each of the T entries of a full view in it, -1 where it was dropped.
-        biases: (V, n) what each layer adds to the attention logits of its keys, or None.
-        attended, processed: Entries that attention and MLP of each layer saw.
-        size: (V, n) how many patches each entry stands for, None as long as it is one.
+        groups: For every hidden state (the input of layer 0, then the output of each layer),
+            (V, T) index of each of the T entries of a full view in it, -1 for dropped entries.
+        biases: For every layer (V, n), added to the attention logits of its keys, or None.
+        attended, processed: For every layer the number of entries in its attention and its MLP.
+        size: (V, n) number of patches that each entry stands for, None while all are 1.
         key_width: Width of the keys that were compared.
-        by: Representation of the method.
+        by: `repr` of the method.
     """
 
     groups: list[Tensor] = field(default_factory=list)
@@ -57,18 +57,18 @@ class Tower:
     by: str = ""
 
     def spread(self, values: Tensor, layer: int | None) -> Tensor:
-        """(V, T, ...) values (V, n, ...) of what ``layer`` saw, over all entries of a view.
+        """(V, T, ...) ``values`` (V, n, ...) of the entries of ``layer``, for all T of a full view.
 
-        None stands for what is left behind the last layer.
+        A ``layer`` of None stands for the entries that are left behind the last layer.
         """
         return spread(values, self.groups[-1 if layer is None else layer % len(self.attended)])
 
     def clusters(self, layouts: list[TokenLayout], shape: tuple[int, int]) -> list[Tensor]:
-        """Of every image or video the (N,) cluster of its entries, -1 at separators, on the CPU.
+        """For every image or video, (N,) the cluster of each token, -1 at separators, on the CPU.
 
         Args:
-            layouts: Of the images or videos whose views ran.
-            shape: (rows, columns) of patches in a full view.
+            layouts: Layouts of the images or videos whose views ran.
+            shape: (rows, columns) of the patches of a full view.
         """
         group, (height, width) = self.groups[-1], shape
         cells = group[:, -height * width :].unflatten(1, shape).cpu()
@@ -85,7 +85,7 @@ class Tower:
 
     @property
     def encoding(self) -> Encoding:
-        """The account of one view."""
+        """The record of this run that `VisualTokens` carry."""
         return Encoding(self.by, tuple(self.attended), tuple(self.processed), self.key_width)
 
 
@@ -96,18 +96,18 @@ def running(
     call: Mapping[str, Any],
     modality: str,
 ) -> Iterator[Tower | None]:
-    """While open, the vision tower runs under ``compressor``.
+    """While open, the vision encoder runs under ``compressor``.
 
-    Hooks and the layers' own ``forward`` are instance attributes and gone afterwards.
+    Hooks and replaced ``forward`` methods are attributes of the instances and are removed.
 
     Args:
         adapter: The model.
-        compressor: The method, or None to leave the tower alone.
+        compressor: The method, or None to change nothing.
         call: Arguments of the encoder method that is about to run.
-        modality: Which of the adapter's encoders.
+        modality: Key of `Adapter.encoders`.
 
     Yields:
-        What is known of the run once it is over.
+        The record of the run, complete when it is over; None without a method.
     """
     if compressor is None:
         yield None
@@ -123,15 +123,15 @@ def running(
             stack.callback(handle.remove)
         for index, layer in enumerate(adapter.vision_layers):
             stack.enter_context(replaced_forward(layer, session.layer(index, layer)))
-        if session.shape != adapter.view_shape:  # the tower reads a table to interpolate it
+        if session.shape != adapter.view_shape:  # the position table is interpolated
             stack.enter_context(resident(adapter.vision_positions))
         yield session.tower
 
 
-def foreseen(
+def dry_run(
     adapter: Adapter, compressor: EncoderCompressor, layout: TokenLayout, seed: int = 0
 ) -> Tower:
-    """A run on the views of one image without weights: the method sees made-up states and keys."""
+    """A run on the views of one image without weights: the method gets random states and keys."""
     session = TowerRun(adapter, compressor, budget(layout.view_sizes[0], compressor.retention), {})
     rows, cols = adapter.view_shape
     tall, wide = adapter.patch_size
@@ -164,7 +164,7 @@ class TowerRun:
     def enter(
         self, module: nn.Module | None, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
-        """In front of the tower: resize the views."""
+        """In front of the vision encoder: resize the views."""
         pixels: Tensor = args[0] if args else kwargs["pixel_values"]
         prefix, (rows, cols) = self.adapter.prefix_tokens, self.adapter.view_shape
         place = torch.arange(prefix, device=pixels.device)
@@ -185,7 +185,7 @@ class TowerRun:
         return args, {**changed, "pixel_values": small}
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Behind the tower: spread what it returns over the patches of a full view."""
+        """Behind the vision encoder: spread its output over the entries of a full view."""
         if len(self.tower.attended) < self.depth:
             raise bypassed("the layers of the vision tower")
         states = [
@@ -219,9 +219,9 @@ class TowerRun:
         return forward
 
     def _reduced(self, index: int, states: Tensor, look: Callable[[], Tensor]) -> Tensor:
-        """(V, m, D) what is left of the states (V, n, D) behind the attention of a layer.
+        """(V, m, D) what is left of ``states`` (V, n, D) behind the attention of a layer.
 
-        ``look`` makes its keys (V, n, d), where the method wants to see them.
+        ``look`` returns the keys (V, n, d) of the layer, and is called only if they are needed.
         """
         tower, group = self.tower, self.tower.groups[-1]
         size = tower.size

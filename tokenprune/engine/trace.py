@@ -1,4 +1,4 @@
-"""What a `compress` context reports about a prefill."""
+"""The record of a prefill inside a `compress` context: its selections and its ledgers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from PIL import Image
 from torch import Tensor
 
 from tokenprune.compressor import Stage
 from tokenprune.cost.ledger import Ledger
+from tokenprune.drawing import Fit, draw_kept
 from tokenprune.errors import UserError
-from tokenprune.layout import TokenLayout
+from tokenprune.layout import Kind, TokenLayout
+from tokenprune.pictures import frames, picture
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "Prefill",
@@ -24,15 +30,15 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class SelectionRecord:
-    """One selection that was made.
+    """One selection.
 
     Attributes:
         row: Row of the batch.
-        image: How many images and videos come before in that row.
-        stage: Where.
-        layer: Decoder layer in front of which it was made, or None.
-        layout: Geometry of the image's full packed sequence, on the CPU.
-        keep: (M,) indices into it, on the CPU.
+        image: Index of the image or video in that row.
+        stage: Where the compressor acts.
+        layer: The decoder layer in front of which it selects; None outside the language model.
+        layout: Geometry of the full packed sequence of N entries, on the CPU.
+        keep: (M,) int64 indices of the kept entries, on the CPU.
     """
 
     row: int
@@ -42,9 +48,68 @@ class SelectionRecord:
     layout: TokenLayout
     keep: Tensor
 
+    @property
+    def kept_patches(self) -> int:
+        """Number of kept patch tokens."""
+        return int((~self.layout.is_separator[self.keep]).sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per entry of the full packed sequence.
+
+        Columns: ``kind``, ``view``, ``row``, ``col``, ``canvas_row``, ``canvas_col`` as in
+        `TokenLayout`, and ``kept``.
+        """
+        import pandas as pd
+
+        columns = ("view", "row", "col", "canvas_row", "canvas_col")
+        frame = pd.DataFrame({name: getattr(self.layout, name).numpy() for name in columns})
+        frame.insert(0, "kind", [Kind(kind).name.lower() for kind in self.layout.kind.tolist()])
+        frame["kept"] = frame.index.isin(self.keep.tolist())
+        return frame
+
+    def show(self, image: Any, fit: Fit = "stretch") -> Image.Image:
+        """Draw which patches are kept (`draw_kept`).
+
+        Args:
+            image: The image as `tokenprune.pictures.picture` takes it, or for a video its sampled
+                frames as `tokenprune.pictures.frames` takes them.
+            fit: How the processor makes a square view of an image without crops (`Adapter.fit`).
+
+        Raises:
+            UserError: The image cannot be read, or the video has another number of frames.
+        """
+        if self.layout.modality == "image":
+            return draw_kept(self.layout, self.keep, [picture(image)], fit)
+        shown = [Image.fromarray(frame) for frame in frames(image)]
+        if len(shown) != self.layout.views:
+            raise UserError(
+                f"the model saw {self.layout.views} frames of this video, got {len(shown)}; give "
+                "the frames that were sampled."
+            )
+        return draw_kept(self.layout, self.keep, shown, fit)
+
+    def _place(self) -> str:
+        return self.stage if self.layer is None else f"{self.stage} layer {self.layer}"
+
+    def __repr__(self) -> str:
+        return (
+            f"SelectionRecord(row {self.row}, image {self.image}, {self._place()}: "
+            f"{self.kept_patches} of {len(self.layout.patches)} patch tokens)"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return str(_summary([self]).to_html(index=False))
+
 
 class Prefill(NamedTuple):
-    """What a trace tells of one prefill."""
+    """One prefill.
+
+    Attributes:
+        selections: In the order made.
+        has_images: Whether the prompts have images or videos.
+        account: Makes the ledger of every row.
+    """
 
     selections: list[SelectionRecord]
     has_images: bool
@@ -52,54 +117,111 @@ class Prefill(NamedTuple):
 
 
 class Trace:
-    """What the latest prefill with images inside a `compress` context did.
+    """The latest prefill with images inside a `compress` context.
 
-    Where several threads run the model, each is told of its own latest prefill; one that had none
-    is told of the latest of all.
-
-    Selections and account are always of the same forward.  A prompt without images is told about
-    only as long as none with images was seen, so that the text-only pass of ``guidance_scale``
-    changes nothing.
+    Selections and ledgers always belong to the same forward.  A prefill without images is recorded
+    only until the first one with images, so that the text-only forward of ``guidance_scale``
+    changes nothing.  If several threads run the model, each reads its own latest prefill; a thread
+    without one reads the latest of all.
 
     Attributes:
-        around: Makes the context that every selection runs in, attention rows and packing
-            included; put a stopwatch there to time what choosing takes.
+        around: Makes the context in which every selection runs, including its signals inside the
+            language model and packing.  Put a stopwatch here to time the selector.
+        fit: How the processor makes a square view of an image without crops (`Adapter.fit`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fit: Fit = "stretch") -> None:
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.fit: Fit = fit
         self._latest = Prefill([], False, list)
         self._own = threading.local()
 
-    def _tell(self, told: Prefill) -> None:
-        self._latest = self._own.told = told
-
     @property
-    def _told(self) -> Prefill:
-        told: Prefill = getattr(self._own, "told", self._latest)
-        return told
+    def prefill(self) -> Prefill:
+        """The latest prefill of this thread."""
+        own: Prefill = getattr(self._own, "prefill", self._latest)
+        return own
+
+    @prefill.setter
+    def prefill(self, prefill: Prefill) -> None:
+        self._latest = self._own.prefill = prefill
 
     @property
     def selections(self) -> list[SelectionRecord]:
         """Every selection, in the order made."""
-        return self._told.selections
+        return self.prefill.selections
 
     @property
     def has_images(self) -> bool:
-        """Whether that prefill had images."""
-        return self._told.has_images
+        """Whether the prefill has images."""
+        return self.prefill.has_images
 
     @property
     def ledgers(self) -> list[Ledger]:
-        """The account of every row of the batch."""
-        return self._told.account()
+        """The ledger of every row of the batch."""
+        return self.prefill.account()
 
     @property
     def ledger(self) -> Ledger:
-        """The account of the only prompt.  Raises `UserError` unless there was exactly one."""
+        """The ledger of the only prompt.  Raises `UserError` unless there is exactly one."""
         found = self.ledgers
         if len(found) != 1:
             raise UserError(
                 f"the latest prefill had {len(found)} prompts; use trace.ledgers, one per row."
             )
         return found[0]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per selection.
+
+        Columns: ``row``, ``image``, ``stage``, ``layer``; ``patch_tokens`` and ``kept_patches``;
+        and their quotient ``realised``.
+        """
+        return _summary(self.selections)
+
+    def show(self, image: Any, *, row: int = 0, index: int = 0) -> Image.Image:
+        """Draw which patches of an image are left after the last selection.
+
+        Args:
+            image: As for `SelectionRecord.show`.
+            row: Row of the batch.
+            index: Index of the image or video in that row.
+
+        Raises:
+            UserError: Nothing was selected there, or as `SelectionRecord.show`.
+        """
+        found = [one for one in self.selections if (one.row, one.image) == (row, index)]
+        if not found:
+            raise UserError(
+                f"there is no selection of image {index} in row {row}; run the model inside "
+                "tokenprune.compress first, with a retention below 1."
+            )
+        return found[-1].show(image, self.fit)
+
+    def __repr__(self) -> str:
+        made = len(self.selections)
+        return f"Trace({made} selection{'s' * (made != 1)})"
+
+    def _repr_html_(self) -> str:
+        """The selections as a table, then the ledger of every row, for notebooks."""
+        ledgers = "".join(ledger._repr_html_() for ledger in self.ledgers)
+        return f"{self.to_frame().to_html(index=False)}{ledgers}"
+
+
+def _summary(records: list[SelectionRecord]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [
+        {
+            "row": record.row,
+            "image": record.image,
+            "stage": str(record.stage),
+            "layer": record.layer,
+            "patch_tokens": len(record.layout.patches),
+            "kept_patches": record.kept_patches,
+        }
+        for record in records
+    ]
+    columns = ["row", "image", "stage", "layer", "patch_tokens", "kept_patches"]
+    frame = pd.DataFrame(rows, columns=columns).astype({"layer": "Int64"})
+    return frame.assign(realised=frame["kept_patches"] / frame["patch_tokens"])

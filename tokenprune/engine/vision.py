@@ -1,4 +1,4 @@
-"""Notes the geometry and the signals of every image while the model itself encodes it."""
+"""Records the layout and the signals of every image while the model encodes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokenprune.attention import attention_received, cls_row, first_arguments, key_vectors
+from tokenprune.attention import (
+    Projections,
+    attention_received,
+    cls_row,
+    first_arguments,
+    key_vectors,
+)
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.guard import Ours, bypassed, shadowed
 from tokenprune.engine.tower import Tower, running
@@ -27,17 +33,27 @@ if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
 
 __all__ = [
+    "COMPUTED",
     "Ragged",
     "encoded",
     "observing",
     "watched",
 ]
 
+COMPUTED: dict[str, Callable[[Projections], Tensor]] = {
+    "cls_logits": lambda tapped: _behind_cls(cls_row(tapped, softmax=False)),
+    "cls_attention": lambda tapped: _behind_cls(cls_row(tapped, softmax=True)),
+    "cls_joint": lambda tapped: _behind_cls(cls_row(tapped.joint(), softmax=True)),
+    "received": lambda tapped: attention_received(tapped),
+    "keys": lambda tapped: key_vectors(tapped),
+    "joint_keys": lambda tapped: key_vectors(tapped.joint()),
+}
+"""Name of a signal of the vision layers to what computes (views, tokens, ...) of a layer."""
 
 Seen = Mapping[str, list[list[Tensor]]]
 
 
-# Who looks into a vision tower puts hooks on it for the time of one call: one thread at a time.
+# Hooks on a vision encoder last for one call, and one thread at a time may set them.
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
@@ -45,10 +61,10 @@ _making = threading.Lock()
 
 
 class Ragged(list[Tensor]):
-    """Features (N_i, D) of several videos, where the model expects them stacked (V, N, D).
+    """Features (N_i, D) of several videos, where the model expects a stack (V, N, D).
 
-    The model only ever joins them, with ``flatten(0, 1)``.  As a list each keeps its own record,
-    beams repeat them without copying, and they may differ in length.
+    The model only joins them, with ``flatten(0, 1)``.  In a list each keeps its own record, beams
+    repeat it without a copy, and lengths may differ.
     """
 
     def flatten(self, start: int = 0, end: int = 1) -> Tensor:
@@ -57,7 +73,7 @@ class Ragged(list[Tensor]):
 
 
 def encoded(features: Iterable[Tensor]) -> BaseModelOutputWithPooling:
-    """``features`` of images or videos as an encoder of the model returns them."""
+    """``features`` of images or videos in the form that the model's encoder returns."""
     output = BaseModelOutputWithPooling()
     output.pooler_output = Ragged(features)  # type: ignore[assignment]
     return output
@@ -72,15 +88,15 @@ def observing(
 ) -> Iterator[None]:
     """While open, every encoded image carries a `VisualTokens` record as ``feature.visual``.
 
-    The record rides on the feature tensor because `generate` encodes images before the first
-    forward and hands over the tensors alone, repeated for beams.
+    The record is an attribute of the feature tensor because `generate` encodes images before the
+    first forward and passes the tensors alone, repeated for beams.
 
     Args:
-        adapter: The model.
-        signals: Signals to compute on the way; those of the language model are left out.
-        enter: Called in front of every encoder call; returns, per modality, the list that the
+        adapter: Of the model.
+        signals: Signals to compute; those of the language model are left out.
+        enter: Called in front of every encoder call; returns, for each modality, the list that the
             features are appended to.
-        encoder: A method that acts inside the vision tower.
+        encoder: A method that acts inside the vision encoder.
     """
     with ExitStack() as stack:
         for modality, method in adapter.encoders.items():
@@ -96,17 +112,17 @@ def watched(
     enter: Callable[[], Seen] | None = None,
     encoder: EncoderCompressor | None = None,
 ) -> Callable[..., Any]:
-    """The model's encoder of ``modality``, the features of which carry records.
+    """The model's encoder of ``modality``, with features that carry records.
 
     Args:
-        adapter: The model.
-        modality: Which of the adapter's encoders.
+        adapter: Of the model.
+        modality: A key of `Adapter.encoders`.
         signals, enter, encoder: As in `observing`.
     """
     wanted = frozenset(signal for signal in signals if not signal.in_llm)
     original = getattr(adapter.base, adapter.encoders[modality])
     if isinstance(original, Ours):
-        original = original.original  # each context sees to itself alone
+        original = original.original  # contexts do not nest
     signature = inspect.signature(original)
     with _making:
         lock = _locks.setdefault(adapter.base, threading.RLock())
@@ -115,14 +131,14 @@ def watched(
     def encode(*args: Any, **kwargs: Any) -> Any:
         seen = None if enter is None else enter()[modality]
         call = {
-            name: value.cpu() if _counts(value) else value  # sizes and numbers of images, once
+            name: value.cpu() if _is_integer(value) else value  # sizes and numbers of images
             for name, value in signature.bind(*args, **kwargs).arguments.items()
         }
         with lock:
             with (
                 running(adapter, encoder, call, modality) as tower,
                 _tapped(adapter, wanted, tower) as maps,
-                resident(adapter.base),  # the encoder reads its newline outside of a forward
+                resident(adapter.base),  # the encoder reads the separator outside a forward
             ):
                 output = original(*args, **kwargs)
             features = Ragged(output.pooler_output)
@@ -140,7 +156,7 @@ def watched(
     return encode
 
 
-def _counts(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point()
 
 
@@ -148,52 +164,47 @@ def _counts(value: Any) -> bool:
 def _tapped(
     adapter: Adapter, signals: frozenset[Signal], tower: Tower | None
 ) -> Iterator[Callable[[], dict[Signal, Tensor]]]:
-    """While open, the vision tower's rows are kept; call what is yielded for the maps.
+    """While open, keep what the vision encoder computes; call what is yielded for the signals.
 
     Yields:
         A function that returns for every signal (all views, patches), or (all views, patches, C).
     """
-    behind = ("head_attention", "unprojected")
-    layers = {signal.layer for signal in signals if signal.name not in behind}
+    layers = {signal.layer for signal in signals if signal.in_vision_layer}
     with ExitStack() as stack:
         tapped = {layer: stack.enter_context(adapter.tap(layer)) for layer in layers}
         rows: list[Tensor] = []
         if any(signal.needs_head for signal in signals):
             rows = stack.enter_context(adapter.tap_head())
         inputs: list[Tensor] = []
-        if any(signal.name == "unprojected" for signal in signals):
+        if any(signal.info.source == "projector" for signal in signals):
             inputs = stack.enter_context(first_arguments(adapter.projector))
         prefix = adapter.prefix_tokens
 
         def of_patches(values: Tensor, layer: int | None) -> Tensor:
-            """Values of all patches of a view, of what a layer (or the head) saw."""
+            """Values of the patches of a full view, of what a layer or the head returned."""
             return (values if tower is None else tower.spread(values, layer))[:, prefix:]
 
+        def computed(signal: Signal) -> Tensor:
+            if signal.info.source == "projector":
+                return inputs[-1]
+            if signal.needs_head:
+                return rows[-1] if tower is None else of_patches(rows[-1], None)
+            if signal.layer not in tapped:
+                raise RuntimeError(f"{signal} was not tapped")
+            compute = COMPUTED[signal.resolve(adapter.has_cls).name]
+            return of_patches(compute(tapped[signal.layer]), signal.layer)
+
         def maps() -> dict[Signal, Tensor]:
-            found = {}
             if any(one.key is None for one in tapped.values()):
                 raise bypassed("the vision tower")
             if tower is not None:
                 for layer, projected in tapped.items():
                     projected.bias = tower.biases[layer]
-            for signal in signals:
-                name = signal.resolve(adapter.has_cls).name
-                rows_of = tapped.get(signal.layer)
-                if name == "unprojected":
-                    found[signal] = inputs[-1]
-                elif name == "head_attention":
-                    found[signal] = rows[-1] if tower is None else of_patches(rows[-1], None)
-                elif rows_of is None:
-                    raise RuntimeError(f"{signal} was not tapped")
-                elif name in ("keys", "joint_keys"):
-                    keys = key_vectors(rows_of.joint() if name == "joint_keys" else rows_of)
-                    found[signal] = of_patches(keys, signal.layer)
-                elif name == "received":
-                    found[signal] = of_patches(attention_received(rows_of), signal.layer)
-                else:
-                    one = rows_of.joint() if name == "cls_joint" else rows_of
-                    row = cls_row(one, softmax=name != "cls_logits")
-                    found[signal] = of_patches(F.pad(row, (1, 0)), signal.layer)
-            return found
+            return {signal: computed(signal) for signal in signals}
 
         yield maps
+
+
+def _behind_cls(row: Tensor) -> Tensor:
+    """(views, tokens) a row (views, tokens - 1) with 0 at the CLS token."""
+    return F.pad(row, (1, 0))

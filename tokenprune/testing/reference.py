@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,13 +24,11 @@ from tokenprune.testing.reference_tower import (
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
+    "BY_HAND",
     "Reference",
     "images_by_hand",
     "reference",
 ]
-
-
-# -- the reference -------------------------------------------------------------------------------
 
 
 class Reference(NamedTuple):
@@ -65,169 +63,298 @@ def reference(
 ) -> Reference:
     """Build the short sequence of one prompt by hand and run it.
 
-    A batch of one without padding, hooks or KV cache: embeddings are gathered, and where tokens go
-    between two layers, the layers are called one by one with a mask and positions made here.
+    A batch of one without padding, hooks or KV cache: embeddings are gathered, and where tokens are
+    dropped between two layers, the layers are called one by one with a mask and position ids made
+    here.
 
     Args:
         host: The model.
         compressor: The method.
         row: Which prompt.
-        answer: Ids behind the prompt, which have no say in the selection.
+        answer: Ids behind the prompt, which have no influence on the selection.
         asking: For every image the column whose attention ranks it; default: the last one of the
             prompt.
         hidden_columns: Columns that the attention mask hides; the sequence is built without them.
         counted: Whether position ids count them, as in a plain forward; those of `generate` do not.
     """
-    model, adapter, language = host.model, host.adapter, host.adapter.language_model
-    ids = torch.tensor([*host.prompt(row), *answer])
-    images = images_by_hand(host, compressor.needs, row, encoder_part(compressor))
-    hidden = model.get_input_embeddings()(ids)
-    columns = positions = torch.arange(len(ids))
-    askers = asking or [len(host.prompt(row)) - 1] * len(images)
-    visual = torch.isin(ids, torch.tensor(host.placeholders)).nonzero().squeeze(1)
-    places = list(visual.split([*map(len, images)]))
-    for place, tokens in zip(places, images, strict=True):
-        hidden[place] = tokens.features
-    whole = [torch.arange(len(tokens)) for tokens in images]
-    last = [int(place[-1]) for place in places]
-    there = ~torch.isin(columns, torch.tensor([*hidden_columns], dtype=torch.long))
-    for index, place in enumerate(places):
-        whole[index] = there[place].nonzero().squeeze(1)
-        images[index] = images[index].take(whole[index])
-        places[index] = place[there[place]]
-    prompt, hidden, columns = hidden, hidden[there], columns[there]
-    positions = columns if counted else torch.arange(len(columns))
-    gaps = (~there).cumsum(0) * int(counted)  # closed by the first cut that re-indexes
-    kept: list[Tensor] = []
-    attention: dict[Signal, Tensor] = {}  # by asking and asked column
-    vectors: dict[Signal, Tensor] = {}  # by column
-    everything = torch.cat(places) if places else columns[:0]
-    # Of the layer before, by asking and asked column: attention of all heads, and rotation alone.
-    before: tuple[Tensor, Tensor] | None = None
-    sizes = torch.ones(len(ids))  # how often attention counts a column
+    prompt = _Prompt(host, compressor, row, answer, asking)
+    prompt.hide(hidden_columns, counted)
+    parts = list(compressor.parts()) if prompt.images else []
+    for part in parts:
+        if part.stage is not Stage.LLM:
+            prompt.cut(part)
+    prompt.enter()
+    inside = [part for part in parts if part.cuts]
+    if not inside and torch.equal(prompt.positions, torch.arange(len(prompt.positions))):
+        return prompt.run_plainly()
+    return prompt.run(inside)
 
-    def cut(part: Compressor, ahead: nn.Module | None = None) -> None:
-        nonlocal hidden, columns, positions
-        stays = torch.ones(len(columns), dtype=torch.bool)
-        found = hidden.clone()  # what is merged of one image is nothing to another
-        for index, tokens in enumerate(images):
-            slots = torch.isin(columns, places[index]).nonzero().squeeze(1)
+
+class _Layer(NamedTuple):
+    """What one decoder layer computes for S columns; NaN at columns that are not there.
+
+    Attributes:
+        attention: (heads, S, S) by query and key.
+        rotation: (S, S) products of rotated ones (`_rotation_alone`).
+        keys: (S, kv_heads * head_dim), rotated.
+        values: (S, kv_heads * head_dim).
+    """
+
+    attention: Tensor
+    rotation: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class _Seen(NamedTuple):
+    """What the signals of one image are made of, in front of a decoder layer.
+
+    Attributes:
+        ran: The layers that have run.
+        ahead: The layer that runs next.
+        module: The same, as a module.
+        states: (S, D) hidden states behind the final norm; NaN at columns that are not there.
+        upto: (m,) the columns up to the image's last one, and their hidden states (m, D).
+        asks: The column that asks for the image.
+        text: (T,) columns of the text behind the image.
+        patches: (P,) columns of the image's patch tokens.
+    """
+
+    ran: list[_Layer]
+    ahead: _Layer
+    module: nn.Module
+    states: Tensor
+    upto: tuple[Tensor, Tensor]
+    asks: int
+    text: Tensor
+    patches: Tensor
+
+
+def _global(seen: _Seen) -> Tensor:
+    """(S,) attention of the mean of all states up to an image's last column, without rotation."""
+    columns, hidden = seen.upto
+    query, key = (_decoder_projected(seen.module, hidden, name) for name in "qk")
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    logits = (query.mean(1, keepdim=True) @ key.mT)[:, 0] / query.shape[-1] ** 0.5
+    found = torch.full((len(seen.states),), torch.nan)
+    found[columns] = logits.softmax(-1).mean(0)
+    return found
+
+
+BY_HAND: Mapping[str, Callable[[_Seen, int], Tensor]] = {
+    "llm_attention": lambda seen, layer: seen.ran[layer].attention.mean(0)[seen.asks],
+    "llm_ahead": lambda seen, layer: seen.ahead.attention.mean(0)[seen.asks],
+    "llm_keys": lambda seen, layer: seen.ran[layer].keys,
+    "llm_values": lambda seen, layer: seen.ran[layer].values,
+    "llm_keys_ahead": lambda seen, layer: seen.ahead.keys,
+    "llm_states": lambda seen, layer: seen.states,
+    "llm_text": lambda seen, layer: seen.ran[-1].attention[:, seen.text].mean(0).T,
+    "llm_text_heads": lambda seen, layer: seen.ran[-1].attention[:, seen.text].permute(2, 1, 0),
+    "llm_text_rotary": lambda seen, layer: seen.ran[-1].rotation[seen.text].T,
+    "llm_cross": lambda seen, layer: seen.ran[-1].attention[:, seen.text].amax(0).mean(0),
+    "llm_self": lambda seen, layer: seen.ran[-1].attention[:, seen.patches].amax(0).mean(0),
+    "llm_global": lambda seen, layer: _global(seen),
+}
+"""Name of a signal of the decoder layers to its value (S, ...) at every column."""
+
+
+class _Prompt:
+    """One prompt, in a batch of one, on its way through the model.
+
+    Attributes:
+        hidden: (M, D) embeddings or hidden states of the columns that are left.
+        columns, positions: (M,) these columns, and their position ids.
+        images: What is known of every image.
+        places: For every image, the columns of what is left of it.
+        whole: The same as indices into its full packed sequence.
+        last: For every image, its last column in the full prompt.
+        asks: For every image, the column that asks for it.
+        sizes: For every column of the prompt, how often attention counts it.
+        kept: What the selections kept.
+        ran: The decoder layers that have run.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        compressor: Compressor,
+        row: int,
+        answer: Sequence[int],
+        asking: Sequence[int] | None,
+    ) -> None:
+        self.host, self.adapter = host, host.adapter
+        self.language: Any = host.adapter.language_model
+        ids = torch.tensor([*host.prompt(row), *answer])
+        self.images = images_by_hand(host, compressor.needs, row, encoder_part(compressor))
+        self.prompt = self.hidden = host.model.get_input_embeddings()(ids)
+        self.columns = self.positions = torch.arange(len(ids))
+        self.asks = list(asking or [len(host.prompt(row)) - 1] * len(self.images))
+        visual = torch.isin(ids, torch.tensor(host.placeholders)).nonzero().squeeze(1)
+        self.places = list(visual.split([*map(len, self.images)]))
+        for place, tokens in zip(self.places, self.images, strict=True):
+            self.hidden[place] = tokens.features
+        self.whole = [torch.arange(len(tokens)) for tokens in self.images]
+        self.last = [int(place[-1]) for place in self.places]
+        self.sizes = torch.ones(len(ids))
+        self.kept: list[Tensor] = []
+        self.ran: list[_Layer] = []
+
+    def hide(self, columns: Sequence[int], counted: bool) -> None:
+        """Take out what the attention mask hides; position ids may count it."""
+        there = ~torch.isin(self.columns, torch.tensor([*columns], dtype=torch.long))
+        for index, place in enumerate(self.places):
+            self.whole[index] = there[place].nonzero().squeeze(1)
+            self.images[index] = self.images[index].take(self.whole[index])
+            self.places[index] = place[there[place]]
+        self.hidden, self.columns = self.hidden[there], self.columns[there]
+        self.positions = self.columns if counted else torch.arange(len(self.columns))
+        # Gaps in the position ids, closed by the first cut that renumbers them.
+        self.gaps = (~there).cumsum(0) * int(counted)
+        self.visual = torch.cat(self.places) if self.places else self.columns[:0]
+
+    def enter(self) -> None:
+        """Note what enters the language model."""
+        for index, some in enumerate(self.images):
+            patches = torch.isin(self.columns, self.places[index][some.layout.patches])
+            text = torch.isin(self.columns, self._text(index))
+            self.images[index] = replace(
+                some,
+                entered=len(some.layout.patches),
+                inputs=(self.hidden[patches], self.hidden[text]),
+            )
+
+    def cut(self, part: Compressor, layer: nn.Module | None = None) -> None:
+        """Let ``part`` select, in front of the decoder ``layer`` or of the language model."""
+        stays = torch.ones(len(self.columns), dtype=torch.bool)
+        hidden = self.hidden.clone()  # what is merged of one image does not change another
+        ahead = None if layer is None else self._layer(layer)
+        for index, tokens in enumerate(self.images):
+            slots = torch.isin(self.columns, self.places[index]).nonzero().squeeze(1)
             if not len(tokens.layout.patches):  # hidden, apart from separators perhaps
                 rowless = part.separators == "rows" and not tokens.layout.canvas_shape[0]
                 stays[slots] = part.separators == "all" or rowless
-                places[index] = columns[slots[stays[slots]]]
-                whole[index] = whole[index][stays[slots]]
-                images[index] = tokens.take(stays[slots].nonzero().squeeze(1))
-                kept.append(whole[index])
+                self._keep(index, tokens, stays[slots].nonzero().squeeze(1))
                 continue
-            seen = {
-                signal: square[askers[index], places[index]] for signal, square in attention.items()
-            }
-            behind = (columns > last[index]) & (columns <= askers[index])
-            text = columns[behind & ~torch.isin(columns, everything)]
-            seen |= {signal: values[places[index]] for signal, values in vectors.items()}
-            if before is not None:
-                every, turned = before
-                asked = every[:, text][..., places[index]]
-                patches = places[index][tokens.layout.patches]
-                given = {
-                    "llm_text": asked.mean(0).T,
-                    "llm_text_heads": asked.permute(2, 1, 0),
-                    "llm_text_rotary": turned[text][:, places[index]].T,
-                    "llm_cross": asked.amax(0).mean(0),
-                    "llm_self": every[:, patches][..., places[index]].amax(0).mean(0),
-                }
-                seen |= {one: given[one.name] for one in part.needs if one.name in given}
-            if ahead is not None and Signal("llm_global") in part.needs:
-                upto = found[columns <= last[index]]
-                query, key = (_decoder_projected(ahead, upto, name) for name in "qk")
-                key = key.repeat_interleave(len(query) // len(key), dim=0)
-                logits = (query.mean(1, keepdim=True) @ key.mT)[:, 0] / query.shape[-1] ** 0.5
-                seen[Signal("llm_global")] = logits.softmax(-1).mean(0)[slots]
-            tokens = replace(tokens, text={s: values[text] for s, values in vectors.items()})
-            tokens = replace(tokens, features=found[slots], signals={**tokens.signals, **seen})
+            tokens = replace(tokens, features=hidden[slots])
+            if ahead is None or layer is None:
+                text = {one: self.prompt[self._text(index)] for one in part.needs & {_PROMPT}}
+                tokens = replace(tokens, text=text)
+            else:
+                tokens = self._given(index, tokens, part, layer, ahead, hidden)
             chosen = part(tokens)
             if chosen.features is not None:
-                hidden[slots[chosen.keep]] = chosen.features
+                self.hidden[slots[chosen.keep]] = chosen.features
             if chosen.sizes is not None:
-                sizes[places[index][chosen.keep]] = chosen.sizes
+                self.sizes[self.places[index][chosen.keep]] = chosen.sizes
             stays[slots] = False
             stays[slots[chosen.keep]] = True
-            images[index] = tokens.take(chosen.keep)
-            places[index] = places[index][chosen.keep]
-            whole[index] = whole[index][chosen.keep]
-            kept.append(whole[index])
+            self._keep(index, tokens, chosen.keep)
         if not part.keeps_positions and not stays.all():
-            positions = positions - (~stays).cumsum(0) - gaps[columns]
-            gaps.zero_()
-        hidden, columns, positions = hidden[stays], columns[stays], positions[stays]
+            self.positions = self.positions - (~stays).cumsum(0) - self.gaps[self.columns]
+            self.gaps.zero_()
+        self.hidden, self.columns = self.hidden[stays], self.columns[stays]
+        self.positions = self.positions[stays]
 
-    if Signal("llm_prompt") in compressor.needs:
-        vectors[Signal("llm_prompt")] = prompt
-    stages = list(compressor.parts()) if images else []
-    for part in stages:
-        if part.stage is not Stage.LLM:
-            cut(part)
-    for index, some in enumerate(images):
-        patches = torch.isin(columns, places[index][some.layout.patches])
-        behind = (columns > last[index]) & (columns <= askers[index])
-        text = behind & ~torch.isin(columns, everything)
-        entered = len(some.layout.patches)
-        images[index] = replace(some, entered=entered, inputs=(hidden[patches], hidden[text]))
-    inside = [part for part in stages if part.cuts]
-    if not inside and torch.equal(positions, torch.arange(len(positions))):
-        # Nothing happens inside, so the plain model on the plain short prompt is the reference.
-        out = language(inputs_embeds=hidden[None], use_cache=False, output_hidden_states=True)
-        made = [(columns, one[0]) for one in out.hidden_states[1:]]
-        logits = model.lm_head(out.last_hidden_state[0])
-        return Reference(columns, logits, [positions] * len(made), kept, made)
-    seen_positions, made = [], []
-    for index, layer in enumerate(adapter.decoder_layers):
-        for part in inside:
-            for where in {adapter.cut_layer(each): each for each in part.cuts}.values():
-                if adapter.cut_layer(where) == index:
-                    rotary = language.rotary_emb(hidden[None], positions[None])
-                    square = torch.full((len(ids), len(ids)), torch.nan)
-                    heads = _decoder_attention(layer, hidden, rotary, sizes[columns])
-                    square[columns[:, None], columns] = heads.mean(0)
-                    attention[Signal("llm_ahead")] = square
-                    if Signal("llm_keys_ahead") in part.needs:
-                        keys = _decoder_keys(layer, hidden, rotary)
-                        ahead = torch.full((len(ids), keys.shape[1]), torch.nan)
-                        ahead[columns] = keys
-                        vectors[Signal("llm_keys_ahead")] = ahead
-                    states = torch.full((len(ids), hidden.shape[1]), torch.nan)
-                    states[columns] = language.norm(hidden)
-                    vectors[Signal("llm_states")] = states
-                    cut(part.at(where), layer)
-        seen_positions.append(positions)
-        rotary = language.rotary_emb(hidden[None], positions[None])
-        heads = _decoder_attention(layer, hidden, rotary, sizes[columns])
-        every = torch.full((len(heads), len(ids), len(ids)), torch.nan)
-        every[:, columns[:, None], columns] = heads
-        turned = torch.full((len(ids), len(ids)), torch.nan)
-        turned[columns[:, None], columns] = _rotation_alone(rotary)
-        before = every, turned
-        for signal in compressor.needs:
-            if signal.name == "llm_keys" and signal.layer == index:
-                rotated = _decoder_keys(layer, hidden, rotary)
-                vectors[signal] = torch.full((len(ids), rotated.shape[1]), torch.nan)
-                vectors[signal][columns] = rotated
-            if signal.name == "llm_attention" and signal.layer == index:
-                square = torch.full((len(ids), len(ids)), torch.nan)
-                square[columns[:, None], columns] = heads.mean(0)
-                attention[signal] = square
-        causal = torch.full((len(hidden), len(hidden)), -torch.inf).triu(1)
-        hidden = layer(
-            hidden[None],
-            attention_mask=(causal + sizes[columns].log())[None, None],
-            position_ids=positions[None],
-            position_embeddings=rotary,
-        )[0]
-        made.append((columns, hidden.clone()))  # a cut writes what it merges into it
-    hidden = language.norm(hidden)
-    made[-1] = columns, hidden
-    return Reference(columns, model.lm_head(hidden), seen_positions, kept, made)
+    def _keep(self, index: int, tokens: VisualTokens, keep: Tensor) -> None:
+        self.images[index] = tokens.take(keep)
+        self.places[index] = self.places[index][keep]
+        self.whole[index] = self.whole[index][keep]
+        self.kept.append(self.whole[index])
+
+    def _text(self, index: int) -> Tensor:
+        """(T,) columns of the text behind an image, up to the column that asks for it."""
+        behind = (self.columns > self.last[index]) & (self.columns <= self.asks[index])
+        return self.columns[behind & ~torch.isin(self.columns, self.visual)]
+
+    def _given(
+        self,
+        index: int,
+        tokens: VisualTokens,
+        part: Compressor,
+        layer: nn.Module,
+        ahead: _Layer,
+        hidden: Tensor,
+    ) -> VisualTokens:
+        """What ``part`` receives of an image in front of a decoder ``layer``."""
+        text, place = self._text(index), self.places[index]
+        upto = self.columns <= self.last[index]
+        seen = _Seen(
+            ran=self.ran,
+            ahead=ahead,
+            module=layer,
+            states=self._by_column(self.language.norm(hidden)),
+            upto=(self.columns[upto], hidden[upto]),
+            asks=self.asks[index],
+            text=text,
+            patches=place[tokens.layout.patches],
+        )
+        own = [one for one in part.needs if one.name in BY_HAND]
+        values = {one: BY_HAND[one.name](seen, one.layer) for one in own}
+        words = {one: values[one][text] for one in own if one.info.is_of_all_tokens}
+        words |= {one: self.prompt[text] for one in part.needs & {_PROMPT}}
+        return replace(
+            tokens,
+            text=words,
+            signals={**tokens.signals, **{one: value[place] for one, value in values.items()}},
+        )
+
+    def run_plainly(self) -> Reference:
+        """The plain model on the plain short prompt."""
+        out = self.language(
+            inputs_embeds=self.hidden[None], use_cache=False, output_hidden_states=True
+        )
+        made = [(self.columns, one[0]) for one in out.hidden_states[1:]]
+        logits = self.host.model.lm_head(out.last_hidden_state[0])
+        return Reference(self.columns, logits, [self.positions] * len(made), self.kept, made)
+
+    def run(self, inside: Sequence[Compressor]) -> Reference:
+        """The decoder layers one by one, with the cuts of the parts ``inside``."""
+        positions, made = [], []
+        for index, layer in enumerate(self.adapter.decoder_layers):
+            for part in inside:
+                for where in {self.adapter.cut_layer(each): each for each in part.cuts}.values():
+                    if self.adapter.cut_layer(where) == index:
+                        self.cut(part.at(where), layer)
+            positions.append(self.positions)
+            self.ran.append(self._layer(layer))
+            causal = torch.full((len(self.hidden), len(self.hidden)), -torch.inf).triu(1)
+            self.hidden = layer(
+                self.hidden[None],
+                attention_mask=(causal + self.sizes[self.columns].log())[None, None],
+                position_ids=self.positions[None],
+                position_embeddings=self._rotary(),
+            )[0]
+            made.append((self.columns, self.hidden.clone()))  # a cut writes merged tokens into it
+        last = self.language.norm(self.hidden)
+        made[-1] = self.columns, last
+        logits = self.host.model.lm_head(last)
+        return Reference(self.columns, logits, positions, self.kept, made)
+
+    def _rotary(self) -> tuple[Tensor, Tensor]:
+        rotary: tuple[Tensor, Tensor] = self.language.rotary_emb(
+            self.hidden[None], self.positions[None]
+        )
+        return rotary
+
+    def _layer(self, layer: nn.Module) -> _Layer:
+        """What a decoder layer computes of the current states."""
+        rotary = self._rotary()
+        heads = _decoder_attention(layer, self.hidden, rotary, self.sizes[self.columns])
+        return _Layer(
+            attention=torch.stack([self._by_column(self._by_column(one).T).T for one in heads]),
+            rotation=self._by_column(self._by_column(_rotation_alone(rotary)).T).T,
+            keys=self._by_column(_decoder_keys(layer, self.hidden, rotary)),
+            values=self._by_column(_decoder_values(layer, self.hidden)),
+        )
+
+    def _by_column(self, values: Tensor) -> Tensor:
+        """(S, ...) ``values`` (M, ...) of the columns that are left; NaN at all others."""
+        found = values.new_full((len(self.sizes), *values.shape[1:]), torch.nan)
+        found[self.columns] = values
+        return found
+
+
+_PROMPT = Signal("llm_prompt")
 
 
 def images_by_hand(
@@ -380,7 +507,7 @@ def _rotation_alone(rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _decoder_projected(layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
-    """(heads, M, head_dim) queries (``q``) or keys (``k``) of a decoder layer, not rotated."""
+    """(heads, M, head_dim) queries (``q``), keys (``k``) or values (``v``), not rotated."""
     attention: Any = layer.self_attn
     states = layer.get_submodule("input_layernorm")(hidden)
     out = attention.get_submodule(f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
@@ -413,3 +540,8 @@ def _decoder_attention(
 def _decoder_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """(M, kv_heads * head_dim) rotated keys of a decoder layer."""
     return _decoder_rotated(layer, hidden, rotary, "k").transpose(0, 1).flatten(1)
+
+
+def _decoder_values(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """(M, kv_heads * head_dim) values of a decoder layer."""
+    return _decoder_projected(layer, hidden, "v").transpose(0, 1).flatten(1)

@@ -194,12 +194,7 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
         own = part  # what ranks, not what the allocator looks at
         if getattr(part, "allocator", None) is not None:
             own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
-        asked = [
-            signal
-            for signal in own.needs
-            if (signal.is_aligned and not signal.is_vector)
-            or signal.name in ("llm_text", "llm_text_heads")
-        ]
+        asked = [signal for signal in own.needs if signal.info.is_attention]
         # Views large enough for methods that keep only some of their tokens by attention.
         frames = {"two frames": TokenLayout.video(2, (4, 4))}
         layouts = {name: LAYOUTS[name] for name in ("2x2", "2x2 padded", "one view")} | frames

@@ -1,0 +1,131 @@
+"""What experiments are asked.  This module imports neither PyTorch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenprune.experiments.common.questions import Modality, Question, held_out, read_jsonl
+
+__all__ = [
+    "METHODS",
+    "RETENTION",
+    "CompareRequest",
+    "MatchedCost",
+    "ModelRequest",
+    "QuestionRequest",
+    "Request",
+    "comparison",
+    "questions_for",
+]
+
+
+METHODS = ("uniform", "random", "fastv", "globalcom2")
+
+
+RETENTION = (1.0, 0.5, 0.25, 0.1)
+
+
+TESTBED_QUESTIONS = 500
+
+
+MatchedCost = Literal["tokens", "flops", "prefill-ms"]
+"""The cost that `compare --match` makes equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every experiment is asked.
+
+    Attributes:
+        out: Where results are written; None for a path in ``runs/`` named after the request.
+    """
+
+    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest(Request):
+    """What every experiment that runs a model is asked.
+
+    Attributes:
+        model: A testbed's name, a Hub id or a local folder.
+        device: None for CUDA if there is a GPU, otherwise the CPU.
+        dtype: As in `tokenprune.load`.
+        trust_remote_code: As in `tokenprune.load`.
+        seed: Draws the testbed's questions and the bootstrap samples.
+    """
+
+    model: str = "testbed-next"
+    device: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionRequest(ModelRequest):
+    """What every experiment that asks a model questions is asked.
+
+    Attributes:
+        questions: How many; None for 500 of the testbed's or for all of ``data``.
+        modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed's or
+            for all of ``data``.
+        data: JSON lines with your own questions (`questions.read_jsonl`); None for the testbed's.
+        batch_size: Questions answered at once; None for 50 on a testbed, otherwise 4.
+        max_new_tokens: Longest answer.
+        timeout_per_batch: Seconds that one computation of the model may take; a longer one fails
+            (`tokenprune.experiments.common.deadline`).  None is no limit.
+    """
+
+    questions: int | None = None
+    modality: Modality | None = None
+    data: Path | None = None
+    batch_size: int | None = None
+    max_new_tokens: int = 8
+    timeout_per_batch: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest(QuestionRequest):
+    """What to compare.
+
+    Attributes:
+        methods: Specs such as ``globalcom2:alpha=0.3,tau=5``; ``all`` stands for every registered
+            method that runs on the model.  ``uniform@0.3`` and chains such as
+            ``globalcom2@0.5 + fastv@0.5`` contain their own retention ratios.
+        retention: Retention ratios, each in (0, 1].
+        seeds: The number of seeds of a method that draws at random; they are reported together.
+        match: Bring every method to the cost of `uniform` at each retention ratio: ``tokens``,
+            ``flops`` or ``prefill-ms`` (`matching.matched_cells`); None keeps the ratios.  Every
+            call measures times again, so a run that matches them cannot be resumed.
+    """
+
+    methods: Sequence[str] = METHODS
+    retention: Sequence[float] = RETENTION
+    seeds: int = 1
+    match: MatchedCost | None = None
+
+
+def comparison(request: QuestionRequest, **changes: Any) -> CompareRequest:
+    """A comparison with the model and the questions of ``request``, and ``changes``."""
+    shared = {item.name: getattr(request, item.name) for item in fields(QuestionRequest)}
+    return CompareRequest(**shared | changes)
+
+
+def questions_for(
+    request: QuestionRequest, *, check_images: bool = True, keep_faulty: bool = False
+) -> list[Question]:
+    """The questions of ``request``; the rest as `questions.read_jsonl`."""
+    if request.data is None:
+        count = request.questions or TESTBED_QUESTIONS
+        return held_out(count, request.seed, request.modality or "image")
+    return read_jsonl(
+        request.data,
+        request.questions,
+        request.modality,
+        check_images=check_images,
+        keep_faulty=keep_faulty,
+    )

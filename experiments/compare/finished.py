@@ -1,0 +1,162 @@
+"""A comparison that has all its answers: its tables and plots, without the model.
+
+Nothing heavy is imported for it, neither PyTorch nor transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.answers import answers_frame
+from tokenprune.experiments.common.cells import CellRecord
+from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.outcome import Outcome
+from tokenprune.experiments.common.provenance import (
+    DECISIVE,
+    answer_files,
+    digests,
+    environment,
+)
+from tokenprune.experiments.common.questions import Question, fingerprint
+from tokenprune.experiments.common.request import CompareRequest, questions_for
+from tokenprune.experiments.common.run_folder import (
+    RunFolder,
+    asked_for,
+    folder_name,
+    manifests,
+)
+from tokenprune.experiments.common.summary import summarise
+from tokenprune.models import testbed
+from tokenprune.progress import ProgressCallback, silent
+from tokenprune.registry import strategies
+
+__all__ = [
+    "FILES",
+    "finished",
+]
+
+
+FILES = ("answers.parquet", "summary.csv", "plots/")
+"""What a reader of a comparison opens."""
+
+
+_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""What NVIDIA's, AMD's and WSL's drivers are reached by."""
+
+
+def finished(request: CompareRequest, progress: ProgressCallback = silent) -> Outcome | None:
+    """The outcome of a comparison that has all its answers; None where there may be more to do.
+
+    The same was asked before, and its weights, processor, code, data and versions are unchanged.
+    Input is not refused here: whatever is not as it was is left to `compare.run.run`.
+
+    Args:
+        request: What to compare.
+        progress: Told how far it is.
+
+    Raises:
+        UserError: The folder cannot be written, or another process is working in it.
+    """
+    for path in [request.out] if request.out else sorted(Path("runs").glob("*")):
+        manifest = next(manifests(path), {})
+        try:
+            found = _found(request, path, manifest, progress)
+        except (KeyError, TypeError, AttributeError, OSError, UserError):
+            continue  # a manifest of another shape, a file that is gone
+        if found is not None:
+            progress(0, 0, "tables and plots")
+            return _written(request, path, manifest, found)
+    return None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What tables are made of, and what the manifest is to say."""
+
+    columns: Sequence[CellRecord]
+    questions: Sequence[Question]
+    journal: Journal
+    details: Mapping[str, Any]
+
+
+def _found(
+    request: CompareRequest, path: Path, manifest: Mapping[str, Any], progress: ProgressCallback
+) -> _Found | None:
+    """What the run in ``path`` holds, or None if an answer is missing or an input changed."""
+    folder = _model_folder(request.model)
+    if folder is None or not _is_asked(request, path, manifest):
+        return None
+    noted, experiment = manifest["finished"], manifest["experiment"]
+    progress(0, 0, "checking what was answered")
+    questions = questions_for(request, check_images=False)
+    files, surroundings = answer_files(folder, (), noted["code"]), environment()
+    now = {
+        "questions": len(questions),
+        "data": fingerprint(questions),
+        **digests(files),
+        **{package: surroundings["versions"][package] for package in DECISIVE},
+    }
+    if experiment != experiment | now:
+        return None
+    columns = [CellRecord(**column) for column in noted["columns"]]
+    journal = Journal(path / "answers.jsonl")
+    keys = {column.key for column in columns}
+    if not all((key, item.id) in journal.answers for key in keys for item in questions):
+        return None
+    same = {name: manifest[name] for name in ("finished", "device_name")}
+    details = asked_for(request, path) | same | {"files": files} | surroundings
+    return _Found(columns, questions, journal, details)
+
+
+def _model_folder(model: str) -> Path | None:
+    """The files of a model; None if they are on the Hub, where there may be others by now."""
+    if model in testbed.names():
+        return testbed.path(model)
+    return Path(model) if Path(model).is_dir() else None
+
+
+def _is_asked(request: CompareRequest, path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the run in ``path`` is complete and was asked for by the same options."""
+    if manifest.get("status") != "complete" or not manifest.get("finished"):
+        return False
+    experiment, registered = manifest["experiment"], manifest["finished"]["registered"]
+    if request.out is None and path.name != folder_name(experiment):
+        return False
+    now, then = asked_for(request, path)["request"], manifest["request"]
+    if now | {"out": None} != then | {"out": None}:
+        return False
+    if registered is not None and registered != strategies.names():
+        return False  # `all` means other methods by now
+    # Without PyTorch it is known which device it would choose only where there is no GPU at all.
+    alone = sys.platform == "linux" and not any(Path(gpu).exists() for gpu in _GPUS)
+    return request.device is not None or (alone and experiment["device"] == "cpu")
+
+
+def _written(
+    request: CompareRequest, path: Path, manifest: Mapping[str, Any], found: _Found
+) -> Outcome:
+    """Write the tables again, and the plots if there are none."""
+    folder = RunFolder.open(path, manifest["experiment"], found.details)
+    answers = answers_frame(request.model, found.columns, found.questions, found.journal)
+    summary = summarise(answers, seed=request.seed)
+    folder.write_tables(answers, summary)
+    if not any((path / "plots").glob("*.png")):  # else of this journal, as the run was complete
+        from tokenprune.experiments.compare.figures import draw
+
+        draw(folder, request.model, summary)
+    folder.close("complete")
+    return Outcome(
+        status="complete",
+        folder=path,
+        answered=len(found.journal.answers),
+        wanted=len({column.key for column in found.columns}) * len(found.questions),
+        new=0,
+        tables={"summary": summary},
+        files=FILES,
+        skipped=manifest["finished"]["skipped"],
+    )

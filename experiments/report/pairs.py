@@ -1,0 +1,87 @@
+"""Every two methods of a run, compared on the questions that both answered."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from tokenprune.errors import UserError, unknown
+from tokenprune.experiments.common import summary
+from tokenprune.experiments.common.csv_files import write_csv
+from tokenprune.experiments.common.files import check_file, replace_file
+from tokenprune.experiments.common.limits import check_number
+from tokenprune.experiments.common.outcome import Outcome
+from tokenprune.experiments.common.reading import answers_of
+from tokenprune.experiments.common.summary import OVERALL
+
+__all__ = [
+    "PairsRequest",
+    "pairs",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsRequest:
+    """Which methods of a run to compare.
+
+    Attributes:
+        folder: Of the run.
+        methods: Labels; all methods if empty.
+        kind: Only questions of this kind; all questions if empty.
+        seed: Of the bootstrap.
+    """
+
+    folder: Path
+    methods: Sequence[str] = ()
+    kind: str = ""
+    seed: int = 0
+
+
+def pairs(request: PairsRequest) -> Outcome:
+    """Compare every two methods, and write ``pairs.csv`` to the folder.
+
+    Returns:
+        With the table ``pairs``, as `summary.pairs` returns it.
+
+    Raises:
+        UserError: The folder is not that of a run, or has no such methods or questions.
+    """
+    check_number("seed", request.seed)
+    kind = request.kind or OVERALL
+    notes: list[str] = []
+    answers = answers_of(request.folder, notes)
+    name = "pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv"
+    found = _found(answers, tuple(request.methods), kind, request.seed)
+    path = request.folder / name
+    check_file(path)
+    with replace_file(path) as temporary:
+        write_csv(found, temporary)
+    return Outcome(request.folder, tables={"pairs": found}, files=(name,), notes=tuple(notes))
+
+
+def _file_part(kind: str) -> str:
+    """``kind`` if it is a plain word, otherwise a digest: data must not name files."""
+    if re.fullmatch(r"[\w-]{1,40}", kind, re.ASCII):
+        return kind
+    return hashlib.sha256(kind.encode()).hexdigest()[:12]
+
+
+def _found(answers: pd.DataFrame, labels: tuple[str, ...], kind: str, seed: int) -> pd.DataFrame:
+    """The pairs.  Raises `UserError` for a label or a kind that the run does not have."""
+    for name in labels:
+        if name not in set(answers["label"]):
+            raise unknown("method of the run", name, answers["label"].unique())
+    if kind != OVERALL and kind not in set(answers["kind"]):
+        raise unknown("kind of question", kind, answers["kind"].unique())
+    found = summary.pairs(answers, seed=seed, labels=labels, kind=kind)
+    if found.empty:
+        raise UserError(
+            "no two methods of the run answered the same questions at the same retention; give at "
+            "least two that did."
+        )
+    return found

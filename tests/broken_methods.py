@@ -1,0 +1,470 @@
+"""Deliberately broken methods for the checks of `broken`."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage
+from tokenprune.layout import Kind
+from tokenprune.ops.ranking import top_per_view
+from tokenprune.registry import Card
+from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound(Compressor):
+    """The first ``R * P`` patch tokens: nothing wrong with it."""
+
+    location_aware = True
+    card = Card(paper="The first tokens (baseline)")
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: max(1, int(len(patches) * self.retention))]
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection(self.picked(tokens))
+
+
+class Inverted(Sound):
+    """Keeps what gets the least attention."""
+
+    location_aware = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("received")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        order = patches[tokens[Signal("received")][patches].argsort()]
+        return order[: max(1, int(len(patches) * self.retention))].sort().values
+
+
+class InvertedInCrops(Inverted):
+    """Upside down in crops alone."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches, layout = tokens.layout.patches, tokens.layout
+        received = tokens[Signal("received")]
+        scores = torch.where(layout.kind == Kind.CROP, -received, received)[patches]
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores.argsort(descending=True)[:count]].sort().values
+
+
+class InvertedInVideos(Inverted):
+    """Upside down in videos alone."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        if tokens.layout.modality == "video":
+            return super().picked(tokens)
+        patches = tokens.layout.patches
+        order = patches[tokens[Signal("received")][patches].argsort(descending=True)]
+        return order[: max(1, int(len(patches) * self.retention))].sort().values
+
+
+class InvertedWords(Inverted):
+    """Keeps what the text looks at least."""
+
+    stage = Stage.LLM
+    cuts = (2,)  # type: ignore[assignment]
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("llm_text")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        order = patches[tokens[Signal("llm_text")][patches].mean(1).argsort()]
+        return order[: max(1, int(len(patches) * self.retention))].sort().values
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsTheWorst(ScoringCompressor):
+    """Scores, and keeps the lowest."""
+
+    card = Card(paper="Feature norm (baseline)")
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.float().norm(dim=-1)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        counts = self.allocation.counts(tokens, self.score(tokens), self.retention)
+        return Selection(top_per_view(tokens.layout, -self.score(tokens), counts))
+
+
+class ForgetsTheAllocator(KeepsTheWorst):
+    """Keeps the highest of the whole image, whatever each view is due."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        patches = tokens.layout.patches
+        order = patches[self.score(tokens)[patches].argsort(descending=True)]
+        return Selection(order[: max(1, int(len(patches) * self.retention))].sort().values)
+
+
+class DividesByNothing(KeepsTheWorst):
+    """Its scores are NaN."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.float().norm(dim=-1) / torch.zeros(len(tokens)) * 0
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return ScoringCompressor.select(self, tokens)
+
+
+class RulesOut(DividesByNothing):
+    """Its scores are minus infinity for every other token."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        every_other = torch.arange(len(tokens)) % 2 == 1
+        return tokens.features.float().norm(dim=-1).masked_fill(every_other, -torch.inf)
+
+
+class PeeksAtTheCanvas(Sound):
+    """Prefers the right of the canvas, which a picture of one view does not have."""
+
+    location_aware = False
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches, layout = tokens.layout.patches, tokens.layout
+        scores = tokens.features.float().norm(dim=-1) + 0.3 * layout.canvas_col
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores[patches].argsort(descending=True)[:count]].sort().values
+
+
+class RanksByItself(PeeksAtTheCanvas):
+    """Ranks without telling by what, so that NaN ranks first and nobody notices."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        scores = tokens.features.float().norm(dim=-1)[patches]
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores.argsort(descending=True)[:count]].sort().values
+
+
+class PeeksAtViews(PeeksAtTheCanvas):
+    """Prefers later crops."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        view = tokens.layout.view
+        return super().picked(replace(tokens, layout=replace(tokens.layout, canvas_col=view)))
+
+
+class RemembersByLength(PeeksAtTheCanvas):
+    """Chooses for the first image of a length, and the same of all others."""
+
+    known: ClassVar[dict[tuple[int, float], Tensor]] = {}
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        flat = torch.zeros_like(tokens.layout.canvas_col)
+        plain = replace(tokens, layout=replace(tokens.layout, canvas_col=flat))
+        return self.known.setdefault((len(tokens), self.retention), super().picked(plain))
+
+
+class SumsSeparators(PeeksAtTheCanvas):
+    """Takes the mean of keys over separators, where there are none: all scores are NaN."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("keys")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        keys, patches = tokens[Signal("keys")], tokens.layout.patches
+        scores = (keys - keys.mean(0)).norm(dim=-1)[patches]
+        count = max(1, int(len(patches) * self.retention))
+        return patches[scores.argsort(descending=True, stable=True)[:count]].sort().values
+
+
+class PeeksAtPlaces(Sound):
+    """Says that it goes by content, but prefers what comes late."""
+
+    location_aware = False
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        norms = tokens.features[patches].norm(dim=-1) + 0.05 * patches
+        count = max(1, int(len(patches) * self.retention))
+        return patches[norms.argsort(descending=True)[:count].sort().values]
+
+
+class OneTooMany(Sound):
+    """Keeps a token more than it may."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: int(len(patches) * self.retention) + 1]
+
+
+class SometimesTooMany(Sound):
+    """Keeps two tokens more than it may, around a third."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        more = 2 if 0.32 < self.retention < 0.35 else 0
+        return patches[: max(1, int(len(patches) * self.retention)) + more]
+
+
+class Stingy(Sound):
+    """Keeps a quarter of what it may."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: max(1, int(len(patches) * self.retention / 4))]
+
+
+class Undocumented(Sound):
+    __doc__ = None
+
+
+class Anonymous(Sound):
+    """No card."""
+
+    card = Card()
+
+
+class Uncited(Sound):
+    """A title alone."""
+
+    card = Card(paper="A very good idea")
+
+
+class Mutable(Sound):
+    """Its fields can be assigned."""
+
+    __setattr__ = object.__setattr__
+
+
+class Forgetful(Sound):
+    """Its copies have another retention."""
+
+    def __reduce__(self) -> Any:
+        return type(self), (), {"retention": 0.5}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __init__(self, *, retention: float = 0.5, **fields: Any) -> None:
+        super().__init__(retention=retention, **fields)
+
+
+def local() -> type[Sound]:
+    class Local(Sound):
+        """Defined where pickle cannot find it."""
+
+    return Local
+
+
+class Mute(Sound):
+    """Its repr says nothing."""
+
+    def __repr__(self) -> str:
+        return "Mute()"
+
+
+class Unsorted(Sound):
+    """In score order."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return super().picked(tokens).flip(0)
+
+
+class SometimesRepeated(Sound):
+    """The same token twice, at some retentions."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        kept = super().picked(tokens)
+        return torch.cat([kept[:1], kept]) if 0.45 < self.retention < 0.7 else kept
+
+
+class Repeated(Sound):
+    """The same token twice."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return super().picked(tokens)[:1].repeat(2)
+
+
+class OffByOne(Sound):
+    """Counts from one."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return tokens.layout.patches[-1:] + 1
+
+
+class OutOfRange(Sound):
+    """One behind the end."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return torch.tensor([len(tokens)])
+
+
+class Empty(Sound):
+    """Nothing at all where the budget rounds to zero."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return tokens.layout.patches[: int(len(tokens.layout.patches) * self.retention)]
+
+
+class Short(Sound):
+    """32-bit indices."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        return super().picked(tokens).int()
+
+
+class Misshapen(Sound):
+    """Merged features of all tokens, not of the kept ones."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return Selection(self.picked(tokens), tokens.features)
+
+
+class Greedy(Sound):
+    """A tenth more than it may."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        return patches[: int(len(patches) * min(1, 1.1 * self.retention)) + tokens.layout.views]
+
+
+class Scribbler(Sound):
+    """Writes to what it is shown."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        tokens.features.mul_(1.5)
+        return super().picked(tokens)
+
+
+class ScribblesBehindTheCounter(Sound):
+    """Writes through numpy, which no version counter sees."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        tokens.features.float().numpy()[:] *= 1.5
+        return super().picked(tokens)
+
+
+class MovesRows(Sound):
+    """Writes to the geometry."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        tokens.layout.canvas_row.add_(1)
+        return super().picked(tokens)
+
+
+class ScribblesOnText(Sound):
+    """Writes to what entered the language model."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal("llm_inputs")})
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        assert tokens.inputs is not None
+        tokens.inputs[1].mul_(2)
+        return super().picked(tokens)
+
+
+class HidesItsDraws(Sound):
+    """Draws from numpy's global generator and puts it back as it was."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        state = np.random.get_state()  # noqa: NPY002 (the fault)
+        drawn = torch.from_numpy(np.random.rand(len(tokens.layout.patches)))  # noqa: NPY002
+        np.random.set_state(state)  # noqa: NPY002
+        return tokens.layout.patches[drawn.argsort()[: len(super().picked(tokens))]].sort().values
+
+
+class HidesItsChoice(HidesItsDraws):
+    """The same with Python's."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        state = random.getstate()
+        drawn = torch.tensor([random.random() for _ in tokens.layout.patches])
+        random.setstate(state)
+        count = max(1, int(len(drawn) * self.retention))
+        return tokens.layout.patches[drawn.argsort()[:count]].sort().values
+
+
+class ComparesNeighbours(Sound):
+    """Keeps the tokens whose norm is least like the mean of the image before."""
+
+    before: ClassVar[list[Tensor]] = [torch.tensor(0.0)]
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        norms = tokens.features[patches].float().norm(dim=-1)
+        far = (norms - self.before[0]).abs()
+        self.before[0] = norms.mean()
+        count = max(1, int(len(patches) * self.retention))
+        return patches[far.argsort(descending=True)[:count]].sort().values
+
+
+_calls = itertools.count()
+
+
+class Counting(Sound):
+    """Chooses by how often it was asked."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        kept = super().picked(tokens)
+        return kept[next(_calls) % 3 :] if len(kept) > 2 else kept
+
+
+class GlobalTorch(Sound):
+    """Draws from torch's global generator."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        patches = tokens.layout.patches
+        count = len(super().picked(tokens))
+        return patches[torch.randperm(len(patches))[:count]].sort().values
+
+
+class GlobalNumpy(Sound):
+    """Draws from numpy's global generator, to no effect."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        np.random.rand()  # noqa: NPY002 (the fault)
+        return super().picked(tokens)
+
+
+class GlobalPython(Sound):
+    """Draws from Python's global generator, to no effect."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        random.random()
+        return super().picked(tokens)
+
+
+class Stubborn(Sound):
+    """Keeps original positions, whatever the option says."""
+
+    @property
+    def keeps_positions(self) -> bool:
+        return True
+
+
+class OnlyFloat32(Sound):
+    """Keeps nearly everything in half precision."""
+
+    def limit(self, tokens: VisualTokens) -> int:
+        return len(tokens.layout.patches)
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        if tokens.features.dtype == torch.bfloat16:
+            return tokens.layout.patches[1:]
+        return super().picked(tokens)
+
+
+class ModeSensitive(Sound):
+    """Chooses otherwise under inference_mode."""
+
+    def picked(self, tokens: VisualTokens) -> Tensor:
+        kept = super().picked(tokens)
+        return kept[1:] if torch.is_inference_mode_enabled() else kept
