@@ -1,8 +1,7 @@
 """SparseVLM: words that look at the image rate its tokens; some of what is dropped is recycled.
 
 Paper:  https://arxiv.org/abs/2410.04417 (ICML 2025)
-Code:   https://github.com/Gumpest/SparseVLMs, llava/model/language_model/ (score.py, utils.py;
-        rank-based: 91fb6d9, fixed lists and version 2.0, SparseVLM+: 26a5f48)
+Code:   https://github.com/Gumpest/SparseVLMs, llava/model/language_model/ (91fb6d9, 26a5f48)
 """
 
 from dataclasses import dataclass
