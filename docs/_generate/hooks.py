@@ -35,8 +35,6 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "help": commands.options_of,
     "commands": commands.table,
     "methods": methods.table,
-    "signals": methods.signals,
-    "axes": methods.axes,
     "public-names": reference.public_names,
     "signals": signals.table,
     "axes": signals.axes,
