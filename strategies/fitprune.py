@@ -38,7 +38,7 @@ class FitPrune(Compressor):
 
     Args:
         steps: ``n``, cuts at ``i / (n + 1)`` of the depth.  Official: every layer of 32.
-        shares: A fitted schedule instead, one share for every cut (`fitprune_schedule.fit`).
+        shares: A fitted schedule instead, one share for every cut (`_fitprune_schedule.fit`).
         cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
     """
 

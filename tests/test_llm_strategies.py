@@ -26,8 +26,8 @@ from tokenprune.ops.clustering import dispersed, kernel_density, least_cutoff
 from tokenprune.ops.ranking import top
 from tokenprune.signals import Signal
 from tokenprune.spec import create
+from tokenprune.strategies._fitprune_schedule import fit
 from tokenprune.strategies._golden.dart import Official
-from tokenprune.strategies.fitprune_schedule import fit
 from tokenprune.strategies.pact import GLOBAL, KEYS
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
