@@ -47,7 +47,6 @@ VARIANTS = {
         "sparsevlm:version=2.0,heads=2",
         "cdpruner:relevance=saliency",
         "cdpruner:relevance=none",
-        "dycoke:official=true",
         "pact:cutoff=0.6,position_ids=compact",
         "fitprune:steps=1,position_ids=compact",
     )

@@ -27,7 +27,6 @@ SPECS = [
     *tp.list_methods(),
     *("uniform:pattern=dispersed", "fastv:allocator=globalcom2", "feature-norm:allocator=max"),
     *("sparsevlm:version=2.0", "prumerge:adaptive=true", "cdpruner:relevance=text"),
-    *("dycoke:official=true", "hired:official=true", "dart:official=true"),
 ]
 DEFAULTS = [torch.float64, torch.bfloat16, torch.float16, "meta"]
 

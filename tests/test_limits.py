@@ -30,11 +30,9 @@ from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.common.setting import Setting
 from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.masks.look import look
-from tokenprune.layout import TokenLayout
 from tokenprune.plugins import own_class
 from tokenprune.registry import strategies
 from tokenprune.spec import parse
-from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
 
 DIGITS = "9" * 4301  # more than Python reads as a number
@@ -222,15 +220,6 @@ def test_the_label_of_a_chain_keeps_every_digit() -> None:
         chain = parse(f"uniform@{share!r} + fastv@{share!r}")
         assert parse(chain.label) == chain
     assert parse("uniform@0.50 + fastv@0.25").label == "uniform@0.5 + fastv@0.25"
-
-
-def test_official_hired_says_which_images_it_cannot_split() -> None:
-    fits = TokenLayout.anyres((1, 3), (3, 3), (0, 3, 0, 9))
-    unfit = TokenLayout.anyres((1, 2), (3, 3), (0, 3, 0, 6))  # 9 patches in 2 runs
-    method = tp.create("hired", retention=0.5, official=True)
-    assert len(method(sample_tokens(method.needs, fits)).keep)
-    with pytest.raises(UserError, match="9 patches into as many equal runs"):
-        method(sample_tokens(method.needs, unfit))
 
 
 # --- messages -------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from tokenprune.ops.clustering import dispersed, kernel_density, least_cutoff
 from tokenprune.ops.ranking import top
 from tokenprune.signals import Signal
 from tokenprune.spec import create
-from tokenprune.strategies.fitprune import fit
+from tokenprune.strategies._fitprune_schedule import fit
+from tokenprune.strategies._golden.dart import Official
 from tokenprune.strategies.pact import GLOBAL, KEYS
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
@@ -370,7 +371,7 @@ def test_inner_holitom_equals_loops(seed: int) -> None:
 
 def test_official_dart_keeps_its_pivots_on_top_of_the_budget() -> None:
     """49 tokens at R = 0.5: int(24.5 / 8) = 3 for each of eight pivots, and four image pivots."""
-    method = create("dart", retention=0.5, official=True)
+    method = Official(retention=0.5)
     tokens = sample_tokens(method.needs, TokenLayout.single((7, 7), newline=False))
     assert len(method(tokens).keep) == 28
     clean = create("dart", retention=0.5)

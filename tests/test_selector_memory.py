@@ -28,6 +28,7 @@ from tokenprune.attention import (
 )
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.cost.arithmetic import DecoderShape, held_bytes, merging_bytes, signal_bytes
+from tokenprune.cost.measuring import Work
 from tokenprune.errors import RetentionWarning
 from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.shapes import (
@@ -82,7 +83,7 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
 @pytest.mark.parametrize("layout", [IMAGE, VIDEO], ids=["image", "video"])
 @pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
 def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: torch.dtype) -> None:
-    """Not a fifth more than is said, and half of what is said at least."""
+    """What the profiler sees of this selection is within 20 % of what synthetic tokens take."""
     method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         tokens = _tokens(part, layout, dtype)
@@ -90,15 +91,16 @@ def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: t
             warnings.simplefilter("ignore", RetentionWarning)
             part.select(tokens)  # what is loaded or cached on first use
             real = peak_memory(lambda part=part, tokens=tokens: part.select(tokens))
-        told = part.memory(tokens)
-        some = 48 * len(tokens)  # index vectors more or fewer
-        assert real <= 1.2 * told + some, f"{real:,} bytes were taken, memory() says {told:,.0f}"
-        assert told <= 2 * real + some, f"memory() says {told:,.0f}, {real:,} bytes were taken"
+        found = Work.of(part, tokens, layout).cost().bytes
+        some = 16 * len(tokens)  # index vectors inside operators, which are not seen
+        if name.startswith("cdpruner") and dtype == torch.bfloat16:
+            some += 4 * tokens.features.numel()  # on the CPU `vector_norm` casts inside
+        assert found == pytest.approx(real, rel=0.2, abs=some), f"{real:,} taken, {found:,} found"
 
 
 @pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
-def test_memory_and_flops_go_by_shapes_alone(name: str) -> None:
-    """The forecast asks tensors that hold nothing."""
+def test_cost_goes_by_shapes_alone(name: str) -> None:
+    """The forecast gives tensors without values."""
     method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         real = _tokens(part, IMAGE, torch.float32)
@@ -108,8 +110,7 @@ def test_memory_and_flops_go_by_shapes_alone(name: str) -> None:
             signals={signal: value.to("meta") for signal, value in real.signals.items()},
             inputs=tuple(value.to("meta") for value in real.inputs or ()),
         )
-        assert part.memory(empty) == part.memory(real)
-        assert part.flops(empty) == part.flops(real)
+        assert Work.of(part, empty, IMAGE) == Work.of(part, real, IMAGE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -127,7 +127,7 @@ def check_signal(
 def _missing(facts: ModelFacts, signal: Signal) -> str:
     """The part that ``signal`` needs and the model does not have; empty if it has it."""
     vision = facts.vision
-    from_attention = not (signal.in_llm or signal.needs_head or signal.name == "unprojected")
+    from_attention = signal.in_vision_layer
     if from_attention and not vision.readable:
         return "plain blocks (a softmax of query times key, without a bias or a second map)"
     if signal.in_llm and facts.language_model is None:

@@ -182,10 +182,11 @@ class _Draw:
         sized = [self._sized(tokens) for tokens in self.images]
         self.account.begin(sized)
         left = []
-        for tokens, known, shown in zip(self.images, sized, given, strict=True):
+        each = zip(self.images, sized, given, self.layouts, strict=True)
+        for tokens, known, shown, full in each:
             selection = part(shown)
             wide = known if shown is tokens else self._sized(shown)
-            self.account.select(part, known, wide, selection, tapped)
+            self.account.select(part, known, wide, selection, full, tapped)
             left.append(tokens.take(selection.keep))
         self.images = left
 

@@ -62,7 +62,7 @@ def check_lengths(pipe: Pipeline, questions: Iterable[Question], new: int = 0) -
     """Raise `UserError` if a prompt has more tokens than the decoder has positions.
 
     Args:
-        pipe: Of the model.
+        pipe: The model and its processor.
         questions: Their prompts are checked, with all visual tokens.
         new: Tokens of the answer.
     """

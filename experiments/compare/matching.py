@@ -138,10 +138,9 @@ def matched_cells(
                 found = solve_for(target)
             except UserError as error:
                 if method.label not in may_fail:
-                    raise UserError(
-                        f"uniform at {ratio:g} sets the cost, but {error} Leave the method out, or "
-                        "ask for a larger retention."
-                    ) from None
+                    words = "Leave the method out, or ask for a larger retention."
+                    sentence = f"uniform at {ratio:g} sets the cost, but {error} {words}"
+                    raise UserError(sentence) from None
                 left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
             else:
                 cells.append(_matched(found.method, kind, ratio, target, found.cost))

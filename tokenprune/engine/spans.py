@@ -119,7 +119,7 @@ def refuse_missing_images(placeholders: Mapping[str, Tensor]) -> None:
 def warn_of_embeds() -> None:
     """Warn that nothing is compressed in ``inputs_embeds`` that contain visual features."""
     warnings.warn(
-        "inputs_embeds that already contain visual features cannot be told from text, so "
-        "nothing is compressed; pass input_ids with pixel_values instead.",
+        "inputs_embeds that already contain visual features cannot be distinguished from text, "
+        "so nothing is compressed; pass input_ids with pixel_values instead.",
         stacklevel=2,
     )

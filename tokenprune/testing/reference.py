@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, cut_layer
 from tokenprune.encoder import EncoderCompressor, encoder_part
+from tokenprune.engine.vision import fingerprint
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.signals import Signal
 from tokenprune.testing.host import ROWS, Host
@@ -375,7 +376,7 @@ def images_by_hand(
             if part is not None:
                 first = layouts[modality][0].view_sizes[0]
                 made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
-                images.append(replace(made, fingerprint=adapter.fingerprint(call, index, 0)))
+                images.append(replace(made, fingerprint=fingerprint(call, index, 0)))
                 continue
             maps = {
                 signal: _packed_by_hand(
@@ -389,7 +390,7 @@ def images_by_hand(
                     layout=layout,
                     features=output.pooler_output[index],
                     signals=maps,
-                    fingerprint=adapter.fingerprint(call, index, 0),
+                    fingerprint=fingerprint(call, index, 0),
                     projector=adapter.base.multi_modal_projector,
                 )
             )
