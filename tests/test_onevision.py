@@ -66,13 +66,13 @@ REAL, TINY = _real(), _adapter(LlavaOnevision.tiny().config)
 # -- geometry ------------------------------------------------------------------------------------
 
 
-def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], together: bool) -> Tensor:
+def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], same_prompt: bool) -> Tensor:
     """(N, 3) as the model packs them: 1 in crops, and row and column on the padded canvas.
 
     A resampled canvas has blends of these; newlines are -1.
     """
     config, (side, _) = adapter.base.config, adapter.view_shape
-    layout = adapter.layout(size, same_prompt=together)
+    layout = adapter.layout(size, same_prompt=same_prompt)
     row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     codes = [torch.stack([torch.zeros_like(row), row, col], -1).flatten(0, 1)]
     for y in range(layout.grid[0]):
@@ -89,11 +89,13 @@ def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], together: bool
     return packed[0]
 
 
-def _check_layout(adapter: LlavaOnevision, size: tuple[int, int], together: bool = False) -> None:
-    layout, codes = adapter.layout(size, same_prompt=together), None
+def _check_layout(
+    adapter: LlavaOnevision, size: tuple[int, int], same_prompt: bool = False
+) -> None:
+    layout, codes = adapter.layout(size, same_prompt=same_prompt), None
     canvas = layout.canvas_shape
     try:
-        codes = _packed_codes(adapter, size, together)
+        codes = _packed_codes(adapter, size, same_prompt)
     except RuntimeError:  # the model cannot resample a canvas to nothing
         assert 0 in canvas
         assert layout.grid != (0, 0)
