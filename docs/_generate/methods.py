@@ -14,7 +14,6 @@ from griffe import Docstring, DocstringSectionKind
 
 import tokenprune as tp
 from tokenprune.registry import strategies
-from tokenprune.signals import AXES, SIGNALS
 
 STAGES = {
     "encoder": "`encoder`: inside the vision encoder",
@@ -48,28 +47,13 @@ def table(_: str = "") -> str:
     )
 
 
-def signals(_: str = "") -> str:
-    """A Markdown table of all signals and the methods that ask for them by default."""
-    asking: dict[str, list[str]] = {}
+def asking() -> dict[str, list[str]]:
+    """Signal to links to the methods that ask for it with their default options."""
+    found: dict[str, list[str]] = {}
     for name in classes():
-        for signal in tp.create(name, retention=0.5).needs:
-            asking.setdefault(signal.name, []).append(f"[`{name}`](methods/{name}.md)")
-    rows = ["| signal | source | shape | meaning | methods |", "|---|---|---|---|---|"]
-    for name, info in SIGNALS.items():
-        methods = ", ".join(dict.fromkeys(asking.get(name, []))) or "–"
-        meaning = _line(info.meaning)
-        rows.append(f"| `{name}` | {info.source} | ({_axes(info.shape)}) | {meaning} | {methods} |")
-    return "\n".join(rows)
-
-
-def axes(_: str = "") -> str:
-    """A Markdown table of the axes of signals."""
-    rows = [f"| {name} | {meaning} |" for name, meaning in AXES.items()]
-    return "\n".join(["| axis | what it counts |", "|---|---|", *rows])
-
-
-def _axes(shape: tuple[str, ...]) -> str:
-    return ", ".join(shape) + ("," if len(shape) == 1 else "")
+        for signal in sorted({one.name for one in tp.create(name, retention=0.5).needs}):
+            found.setdefault(signal, []).append(f"[`{name}`](methods/{name}.md)")
+    return found
 
 
 def _page(name: str, cls: type[Any]) -> str:
