@@ -21,9 +21,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tokenprune as tp
+from tokenprune import facts, pipeline
 from tokenprune.cli import app
 from tokenprune.models import testbed
-from tokenprune.pipeline import Pipeline
 from tokenprune.registry import strategies
 from tokenprune.testing import runner
 from tokenprune.testing.__main__ import app as testing_app
@@ -187,7 +187,7 @@ def test_names_in_the_glossary_exist() -> None:
     assert len(names_of_the_glossary()) > 50
     for name in names_of_the_glossary():
         owner, _, attribute = name.partition("(")[0].rpartition(".")
-        space = {"Pipeline": Pipeline, **{one: getattr(tp, one) for one in tp.__all__}}
+        space = {**vars(facts), **vars(pipeline), **{one: getattr(tp, one) for one in tp.__all__}}
         if owner == "tokenprune":
             assert find_spec(name), name
         elif owner in ("", "tp"):

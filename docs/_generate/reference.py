@@ -22,7 +22,7 @@ GROUPS = {
         *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),
         *("ops", "spec", "registry"),
     ),
-    "Writing an adapter": ("adapter", "compatibility"),
+    "Writing an adapter": ("adapter", "facts", "compatibility"),
     "Testing": ("testing.runner", "testing.host", "synthetic"),
     "Errors": ("errors",),
 }
