@@ -124,7 +124,7 @@ class EncoderCompressor(Compressor, ABC):
             raise UserError(
                 f"{self.name or type(self).__name__} acts inside the vision tower, but these "
                 "features were encoded without it; run it with tokenprune.compress, or give it to "
-                "adapter.encode."
+                "pipe.encode."
             )
         layout, cluster = tokens.layout.host, tokens.clusters.cpu()
         there = listed((cluster >= 0) & ~layout.is_separator)
