@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenprune.adapter import Adapter, adapter_of
 from tokenprune.compatibility import check_compatible, check_encoder, check_length, check_signal
 from tokenprune.compressor import Compressor, Stage
+from tokenprune.deprecated import renamed_arguments
 from tokenprune.encoder import encoder_part
 from tokenprune.engine import vision
 from tokenprune.engine.trace import SelectionRecord
@@ -217,6 +218,7 @@ class Pipeline:
 
     # -- encoding once ---------------------------------------------------------------------------
 
+    @renamed_arguments(together="same_prompt")
     def encode(
         self,
         images: Sequence[Any],
@@ -332,6 +334,7 @@ class Pipeline:
             for index, tokens in enumerate(encoded)
         ]
 
+    @renamed_arguments(blind="without_images")
     def assemble(
         self,
         encoded: Sequence[Sequence[VisualTokens]],
