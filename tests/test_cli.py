@@ -279,7 +279,7 @@ def test_check_reads_everything_and_computes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tp.models.loading, "load", None)  # would fail
+    monkeypatch.setattr("tokenprune.models.loading.load", None)  # would fail
     data = str(_data(tmp_path, question="<image>\nRed?"))
     fine = invoke("compare", "--data", data, "--check")
     assert fine.exit_code == console.OK, fine.output
