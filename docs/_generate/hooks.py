@@ -15,6 +15,7 @@ import commands
 import methods
 import reference
 import results
+import signals
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -35,6 +36,8 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "commands": commands.table,
     "methods": methods.table,
     "public-names": reference.public_names,
+    "signals": signals.table,
+    "axes": signals.axes,
     "modules": reference.table,
     "output": commands.output_of,
     **results.INSERTS,

@@ -222,10 +222,10 @@ class Bench:
     ) -> Callable[[], dict[str, Any]]:
         """A function that makes new ids and synthetic features with their signals."""
         adapter, dtype = self.adapter, self.adapter.model.dtype
-        tower = adapter.vision_width
+        tower = adapter.facts.vision.hidden
         widths = {
             "features": self.shape.hidden,
-            "keys": tower // adapter.vision_heads,
+            "keys": tower // adapter.facts.vision.heads,
             "joint_keys": tower,
             "unprojected": tower,
         }
@@ -245,7 +245,7 @@ class Bench:
             )
         prompt: list[int] = []
         for layout in layouts:
-            prompt += [adapter.placeholders[layout.modality]] * len(layout)
+            prompt += [adapter.facts.placeholders[layout.modality]] * len(layout)
         words = max(1, self.prompt.text)  # a prompt has text
         ids = torch.tensor([[*prompt, *([5] * words)]] * self.batch_size, device=self.device)
 

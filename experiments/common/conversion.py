@@ -12,7 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from tokenprune.compressor import Chain, Compressor
+from tokenprune.compressor import Chain, Compressor, cut_layer
 from tokenprune.cost.ledger import Ledger
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.prompt import DRAWS, Prompt
@@ -214,6 +214,8 @@ def _at(method: Compressor, step: int) -> Compressor:
 
 def _why(prompt: Prompt, method: Compressor) -> str:
     """Which layers run at full length, if any do."""
-    full = min((prompt.adapter.cut_layer(cut) for cut in method.cuts), default=0)
+    full = min(
+        (cut_layer(cut, prompt.adapter.facts.decoder.layers) for cut in method.cuts), default=0
+    )
     depth = prompt.shape.layers
     return f", because {full} of {depth} layers run at full length" if full else ""

@@ -68,7 +68,8 @@ def expanded(
 ) -> tuple[list[str], dict[str, str]]:
     """``all`` replaced by the methods that pass ``check``, and why the others do not.
 
-    ``check`` raises `UserError` for a method that does not run, as `Adapter.check` does.
+    ``check`` raises `UserError` for a method that does not run, as
+    `compatibility.check_compatible` does.
     """
     methods: list[str] = []
     skipped: dict[str, str] = {}

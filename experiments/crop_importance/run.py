@@ -205,7 +205,7 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
         asked.setdefault(item.image_id, []).append(item)
     rows, objects = [], []
     for image_id, items in asked.items():
-        (tokens,) = setting.adapter.encode([items[0].images[0].open()], droppers[0].needs)
+        (tokens,) = setting.pipe.encode([items[0].images[0].open()], droppers[0].needs)
         scores = droppers[0].scores(tokens)
         ranks = (scores.argsort(descending=True, stable=True).argsort() + 1).tolist()
         sizes = region_sizes(tokens.layout).tolist()
