@@ -90,7 +90,7 @@ def test_what_is_made_up_is_the_same(value: Any) -> None:
     def made() -> list[Tensor]:
         tokens = sample_tokens(frozenset({Signal("cls_logits")}), _layouts()["image"])
         pixels = pipe.adapter.dummy_images([(112, 112)])["pixel_values"]
-        tower = dry_run(pipe, tome, layout)  # type: ignore[arg-type]
+        tower = dry_run(pipe.adapter, tome, layout)
         own = [tokens.features, tokens.signals[Signal("cls_logits")], pixels, *tower.groups]
         return [*own, torch.tensor([dropper.crop(tokens) or 0], device="cpu")]
 

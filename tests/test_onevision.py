@@ -29,10 +29,12 @@ from tokenprune.adapter import adapter_of
 from tokenprune.allocators import ThumbnailCommand
 from tokenprune.compatibility import check_compatible
 from tokenprune.engine.session import compress
+from tokenprune.engine.vision import describe
 from tokenprune.errors import UserError
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.models.llava_onevision import LlavaOnevision
 from tokenprune.ops.spatial import summary_distance
+from tokenprune.pipeline import Pipeline
 from tokenprune.signals import Signal
 from tokenprune.spec import create
 from tokenprune.testing.host import Host
@@ -64,13 +66,13 @@ REAL, TINY = _real(), _adapter(LlavaOnevision.tiny().config)
 # -- geometry ------------------------------------------------------------------------------------
 
 
-def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], together: bool) -> Tensor:
+def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], same_prompt: bool) -> Tensor:
     """(N, 3) as the model packs them: 1 in crops, and row and column on the padded canvas.
 
     A resampled canvas has blends of these; newlines are -1.
     """
     config, (side, _) = adapter.base.config, adapter.view_shape
-    layout = adapter.layout(size, same_prompt=together)
+    layout = adapter.layout(size, same_prompt=same_prompt)
     row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     codes = [torch.stack([torch.zeros_like(row), row, col], -1).flatten(0, 1)]
     for y in range(layout.grid[0]):
@@ -87,11 +89,13 @@ def _packed_codes(adapter: LlavaOnevision, size: tuple[int, int], together: bool
     return packed[0]
 
 
-def _check_layout(adapter: LlavaOnevision, size: tuple[int, int], together: bool = False) -> None:
-    layout, codes = adapter.layout(size, same_prompt=together), None
+def _check_layout(
+    adapter: LlavaOnevision, size: tuple[int, int], same_prompt: bool = False
+) -> None:
+    layout, codes = adapter.layout(size, same_prompt=same_prompt), None
     canvas = layout.canvas_shape
     try:
-        codes = _packed_codes(adapter, size, together)
+        codes = _packed_codes(adapter, size, same_prompt)
     except RuntimeError:  # the model cannot resample a canvas to nothing
         assert 0 in canvas
         assert layout.grid != (0, 0)
@@ -252,9 +256,9 @@ def _image(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def adapter() -> LlavaOnevision:
+def pipe() -> Pipeline:
     model = LlavaOnevision.tiny()
-    return LlavaOnevision(model, _processor(model))
+    return Pipeline(model, _processor(model))
 
 
 @settings(max_examples=60)
@@ -266,22 +270,22 @@ def adapter() -> LlavaOnevision:
     )
 )
 def test_processor_and_model_agree_on_any_batch(
-    adapter: LlavaOnevision, batch: list[tuple[list[tuple[int, int]]]]
+    pipe: Pipeline, batch: list[tuple[list[tuple[int, int]]]]
 ) -> None:
     """Prompts of none, one or several images of any size, together."""
     rows = [sizes for (sizes,) in batch]
-    inputs = adapter.prepare([[_image(*s) for s in sizes] for sizes in rows], ["w5"] * len(rows))
+    inputs = pipe.prepare([[_image(*s) for s in sizes] for sizes in rows], ["w5"] * len(rows))
     for ids, sizes in zip(inputs["input_ids"], rows, strict=True):
-        expected = sum(len(adapter.layout(size, same_prompt=len(sizes) > 1)) for size in sizes)
+        expected = sum(len(pipe.adapter.layout(size, same_prompt=len(sizes) > 1)) for size in sizes)
         assert int((ids == 63).sum()) == expected
-    with compress(adapter.model, None) as trace, torch.no_grad():
-        adapter.model(**inputs)
+    with compress(pipe.model, None) as trace, torch.no_grad():
+        pipe.model(**inputs)
     flat = [(row, i) for row, sizes in enumerate(rows) for i in range(len(sizes))]
     ledgers = trace.ledgers
     assert [len(ledger.patches_per_view) for ledger in ledgers] == [len(sizes) for sizes in rows]
     for row, index in flat:
         sizes = rows[row]
-        layout = adapter.layout(sizes[index], same_prompt=len(sizes) > 1)
+        layout = pipe.adapter.layout(sizes[index], same_prompt=len(sizes) > 1)
         assert ledgers[row].patches_per_view[index] == layout.view_sizes
 
 
@@ -294,8 +298,8 @@ IMAGES = [[_image(24, 24)], [], [_image(10, 30), _image(24, 20)], [_image(24, 12
 VIDEOS = [[], [VIDEO], [VIDEO], []]
 
 
-def _generate(adapter: LlavaOnevision, inputs: Any, **options: Any) -> Tensor:
-    ids: Tensor = adapter.model.generate(
+def _generate(pipe: Pipeline, inputs: Any, **options: Any) -> Tensor:
+    ids: Tensor = pipe.model.generate(
         **inputs, do_sample=False, max_new_tokens=4, suppress_tokens=[62, 63, 2], **options
     )
     return ids
@@ -304,53 +308,53 @@ def _generate(adapter: LlavaOnevision, inputs: Any, **options: Any) -> Tensor:
 @pytest.mark.parametrize("name", tp.list_methods())
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_encoding_once_gives_what_pixels_give(
-    adapter: LlavaOnevision, name: str, options: dict[str, Any]
+    pipe: Pipeline, name: str, options: dict[str, Any]
 ) -> None:
     method = create(name, retention=0.4)
     try:
-        check_compatible(adapter.facts, method)
+        check_compatible(pipe.adapter.facts, method)
     except UserError as error:
         pytest.skip(str(error))
-    with compress(adapter.model, method) as trace:
-        pixels = _generate(adapter, adapter.prepare(IMAGES, QUESTIONS, VIDEOS), **options)
+    with compress(pipe.model, method) as trace:
+        pixels = _generate(pipe, pipe.prepare(IMAGES, QUESTIONS, VIDEOS), **options)
         kept = [chosen.keep.tolist() for chosen in trace.selections]
     encoded = [
         [
-            *adapter.encode(images, method.needs, method, same_prompt=len(images) > 1),
-            *adapter.encode_videos(videos, method.needs, method),
+            *pipe.encode(images, method.needs, method, same_prompt=len(images) > 1),
+            *pipe.encode_videos(videos, method.needs, method),
         ]
         if images or videos
         else []
         for images, videos in zip(IMAGES, VIDEOS, strict=True)
     ]
-    with compress(adapter.model, method) as trace:
+    with compress(pipe.model, method) as trace:
         for _ in range(2):  # beams expand what they are given; the second call must not notice
-            ids = _generate(adapter, adapter.assemble(encoded, QUESTIONS), **options)
+            ids = _generate(pipe, pipe.assemble(encoded, QUESTIONS), **options)
             assert torch.equal(ids, pixels)
             assert [chosen.keep.tolist() for chosen in trace.selections] == kept
 
 
 @pytest.mark.parametrize("name", ["uniform", "fastv", "globalcom2"])
-def test_videos_of_different_length_in_one_batch(adapter: LlavaOnevision, name: str) -> None:
+def test_videos_of_different_length_in_one_batch(pipe: Pipeline, name: str) -> None:
     """The model stacks videos of a batch; encoded one by one they may differ in length."""
     method = create(name, retention=0.5)
-    encoded = [[video] for video in adapter.encode_videos([VIDEO, LONGER], method.needs)]
-    with compress(adapter.model, method):
-        together = _generate(adapter, adapter.assemble(encoded, ["w4", "w5 w6"]))[:, -4:]
+    encoded = [[video] for video in pipe.encode_videos([VIDEO, LONGER], method.needs)]
+    with compress(pipe.model, method):
+        together = _generate(pipe, pipe.assemble(encoded, ["w4", "w5 w6"]))[:, -4:]
         for row, (video, question) in enumerate([(VIDEO, "w4"), (LONGER, "w5 w6")]):
-            alone = _generate(adapter, adapter.prepare(None, [question], [video]))[:, -4:]
+            alone = _generate(pipe, pipe.prepare(None, [question], [video]))[:, -4:]
             assert torch.equal(alone[0], together[row])
 
 
-def test_the_short_sequence_of_a_video_built_by_hand(adapter: LlavaOnevision) -> None:
+def test_the_short_sequence_of_a_video_built_by_hand(pipe: Pipeline) -> None:
     """Features of the plain model, gathered by hand, through the plain model."""
-    inputs = adapter.prepare(None, ["w4 w5"], [VIDEO])
-    model = adapter.model
+    inputs = pipe.prepare(None, ["w4 w5"], [VIDEO])
+    model = pipe.model
     with torch.no_grad():
         video = model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0]
         for spec in ("uniform", "random", "globalcom2"):
             with compress(model, spec, retention=0.5) as trace:
-                got = _generate(adapter, inputs, return_dict_in_generate=True, output_logits=True)
+                got = _generate(pipe, inputs, return_dict_in_generate=True, output_logits=True)
             (chosen,) = trace.selections
             assert len(chosen.layout) == len(video) == 3 * 4 + 1
             assert int(chosen.keep[-1]) == len(video) - 1  # the newline stays
@@ -372,31 +376,31 @@ def test_the_short_sequence_of_a_video_built_by_hand(adapter: LlavaOnevision) ->
     assert ledger.kept_separators == 1
 
 
-def test_an_image_behind_a_video(adapter: LlavaOnevision) -> None:
+def test_an_image_behind_a_video(pipe: Pipeline) -> None:
     """Selections and accounts follow the order of the prompt, not that of the modalities."""
-    inputs = adapter.prepare([IMAGES[0]], ["<video> w5 <image> w6"], [VIDEO])
-    with compress(adapter.model, "uniform", retention=0.5) as trace, torch.no_grad():
-        adapter.model(**inputs)
+    inputs = pipe.prepare([IMAGES[0]], ["<video> w5 <image> w6"], [VIDEO])
+    with compress(pipe.model, "uniform", retention=0.5) as trace, torch.no_grad():
+        pipe.model(**inputs)
     first, second = trace.selections
     assert (first.layout.modality, first.image) == ("video", 0)
     assert (second.layout.modality, second.image) == ("image", 1)
     assert trace.ledger.patches_per_view == (first.layout.view_sizes, second.layout.view_sizes)
 
 
-def test_bad_videos_are_sentences(adapter: LlavaOnevision) -> None:
+def test_bad_videos_are_sentences(pipe: Pipeline) -> None:
     with pytest.raises(UserError, match=r"videos have \[3, 5\] frames"):
-        adapter.prepare(None, ["w4", "w5"], [VIDEO, LONGER])
+        pipe.prepare(None, ["w4", "w5"], [VIDEO, LONGER])
     with pytest.raises(UserError, match="from 0 to 300 has no known range"):
-        adapter.prepare(None, ["w4"], [np.linspace(0, 300, 864).reshape(2, 12, 12, 3)])
+        pipe.prepare(None, ["w4"], [np.linspace(0, 300, 864).reshape(2, 12, 12, 3)])
     with pytest.raises(UserError, match="of one size"):
-        adapter.prepare(None, ["w4"], [[_image(12, 12), _image(12, 13)]])
+        pipe.prepare(None, ["w4"], [[_image(12, 12), _image(12, 13)]])
     with pytest.raises(UserError, match="at least one frame"):
-        adapter.encode_videos([[]])
+        pipe.encode_videos([[]])
     with pytest.raises(UserError, match=r"has 1 '<video>' placeholders but 0 videos"):
-        adapter.prepare([IMAGES[0]], ["<video> <image> w4"])
+        pipe.prepare([IMAGES[0]], ["<video> <image> w4"])
     with pytest.raises(UserError, match="2 video lists for 1 prompts"):
-        adapter.prepare(None, ["w4"], [VIDEO, VIDEO])
-    still = adapter_of(Host.tiny("LLaVA-NeXT").model)
+        pipe.prepare(None, ["w4"], [VIDEO, VIDEO])
+    still = Pipeline(Host.tiny("LLaVA-NeXT").model, None)
     with pytest.raises(UserError, match="takes images only, got 1 videos"):
         still.prepare(None, ["w4"], [VIDEO])
 
@@ -416,7 +420,7 @@ def test_head_attention_is_the_row_of_the_pooling_head() -> None:
     adapter = _with_head().adapter
     tower, signal = adapter.base.vision_tower, Signal("head_attention")
     call = adapter.dummy_images([(12, 30), (24, 24)], same_prompt=True)
-    tokens = adapter.describe(call, *_features_and_maps(adapter, call, signal), "image")
+    tokens = describe(adapter, call, *_features_and_maps(adapter, call, signal), "image")
     states = tower(call["pixel_values"].flatten(0, 1)).last_hidden_state
     head = tower.head.attention
     width, heads = head.embed_dim, head.num_heads

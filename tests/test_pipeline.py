@@ -168,7 +168,11 @@ def test_the_former_interface_works_with_a_warning(pipe: Pipeline) -> None:
     with pytest.warns(DeprecationWarning, match=r"use pipe\.adapter\.layout"):
         former = pipe.layout(size)
     assert len(former) == len(pipe.adapter.layout(size))
-    with pytest.warns(DeprecationWarning, match=r"use pipe\.select in place of \.choose"):
+    with pytest.warns(DeprecationWarning, match=r"\.choose is deprecated.*use pipe\.select"):
         (record,) = pipe.choose("uniform", [image], retention=0.5)
+    with pytest.warns(DeprecationWarning, match="facts.placeholders"):
+        assert pipe.placeholders == pipe.adapter.facts.placeholders
+    with pytest.warns(DeprecationWarning, match="without_images"):
+        pipe.assemble([[]], ["one"], blind=True)  # type: ignore[call-arg]
     (wanted,) = pipe.select("uniform", [image], retention=0.5)
     assert torch.equal(record.keep, wanted.keep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -282,6 +281,7 @@ class Adapter(ABC):
         """The images of all prompts, nested as the processor expects them."""
         return [image for some in images for image in some]
 
+    @renamed_arguments(together="same_prompt")
     def dummy_images(
         self, sizes: Sequence[tuple[int, int]], seed: int = 0, *, same_prompt: bool = False
     ) -> dict[str, Tensor]:
@@ -308,24 +308,6 @@ class Adapter(ABC):
         draw = torch.Generator("cpu").manual_seed(seed)
         side = self.base.config.vision_config.image_size
         return {"pixel_values_videos": _pixels(draw, 1, frames, 3, side, side)}
-
-    def __getattr__(self, name: str) -> Any:
-        # Facts by their former names, until every reader takes them from `facts`.
-        where = _FACTS.get(name)
-        if where is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return operator.attrgetter(where)(self.facts)
-
-
-_FACTS = {
-    "has_cls": "vision.has_cls",
-    "patch_size": "vision.patch_size",
-    "placeholders": "placeholders",
-    "prefix_tokens": "vision.prefix_tokens",
-    "vision_heads": "vision.heads",
-    "vision_tokens": "vision.tokens",
-    "vision_width": "vision.hidden",
-}
 
 
 class HasAdapter(Protocol):

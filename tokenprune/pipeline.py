@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tokenprune.adapter import Adapter, adapter_of
 from tokenprune.compatibility import check_compatible, check_encoder, check_length, check_signal
 from tokenprune.compressor import Compressor, Stage
+from tokenprune.deprecated import renamed_arguments
 from tokenprune.encoder import encoder_part
 from tokenprune.engine import vision
 from tokenprune.engine.trace import SelectionRecord
@@ -33,7 +35,18 @@ from tokenprune.tokens import VisualTokens
 
 __all__ = ["Pipeline", "encoder_outputs"]
 
-_RENAMED = {"choose": "select"}
+_RENAMED = {
+    "choose": "select",
+    "has_cls": "adapter.facts.vision.has_cls",
+    "patch_size": "adapter.facts.vision.patch_size",
+    "placeholders": "adapter.facts.placeholders",
+    "positions": "adapter.facts.decoder.positions",
+    "prefix_tokens": "adapter.facts.vision.prefix_tokens",
+    "vision_heads": "adapter.facts.vision.heads",
+    "vision_tokens": "adapter.facts.vision.tokens",
+    "vision_width": "adapter.facts.vision.hidden",
+}
+"""Former attributes of what `tokenprune.load` returned, and where they are now."""
 
 
 class Pipeline:
@@ -70,15 +83,16 @@ class Pipeline:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "adapter":  # while it is being made or copied
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        new = _RENAMED.get(name)
-        found = getattr(self, new) if new else getattr(self.adapter, name)
+        if name not in _RENAMED and not hasattr(self.adapter, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        new = _RENAMED.get(name, f"adapter.{name}")
         warnings.warn(
-            f"tokenprune.load returns a Pipeline now; use pipe.{new or f'adapter.{name}'} in place "
-            f"of .{name}, which will go in the next release.",
+            f"tokenprune.load returns a Pipeline now; .{name} is deprecated and will go in the "
+            f"next release: use pipe.{new}.",
             DeprecationWarning,
             stacklevel=2,
         )
-        return found
+        return operator.attrgetter(new)(self)
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +231,7 @@ class Pipeline:
 
     # -- encoding once ---------------------------------------------------------------------------
 
+    @renamed_arguments(together="same_prompt")
     def encode(
         self,
         images: Sequence[Any],
@@ -332,6 +347,7 @@ class Pipeline:
             for index, tokens in enumerate(encoded)
         ]
 
+    @renamed_arguments(blind="without_images")
     def assemble(
         self,
         encoded: Sequence[Sequence[VisualTokens]],

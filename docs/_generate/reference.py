@@ -20,7 +20,7 @@ GROUPS = {
     "Costs": ("cost.ledger", "cost.arithmetic", "forecast"),
     "Writing a method": (
         *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),
-        *("ops", "spec", "registry"),
+        *("ops", "spec", "grammar", "registry", "catalogue"),
     ),
     "Writing an adapter": ("adapter", "facts", "compatibility"),
     "Testing": ("testing.runner", "testing.host", "synthetic"),

@@ -193,7 +193,7 @@ class Account:
         self._flops += signal_flops(self._needs, adapter, views, attended)
         self._bytes = signal_bytes(self._needs, adapter, views, size, attended)
         if encoding is not None:
-            merging = merging_bytes(encoding, adapter.vision_width, views, size)
+            merging = merging_bytes(encoding, adapter.facts.vision.hidden, views, size)
             self._bytes = max(self._bytes, merging)
 
     def count(self, layer: int, visual: int) -> None:
@@ -267,7 +267,7 @@ class Account:
             held.append(one.bytes + int(cost.bytes) + states * decoder.hidden * size)
             slots = text + one.visual
             copied = max(copied, copied_bytes(slots, one.merged, decoder, size))
-        full = encoder_flops([self._sizes.adapter.vision_tokens] * vision.layers, vision)
+        full = encoder_flops([self._sizes.adapter.facts.vision.tokens] * vision.layers, vision)
         return settle(
             shape=decoder,
             size=size,

@@ -260,7 +260,7 @@ class Session(threading.local):
     def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
         """Modality to (B, S), which columns stand for a visual token."""
         found = {}
-        for modality, token in self.adapter.placeholders.items():
+        for modality, token in self.adapter.facts.placeholders.items():
             if ids is not None:
                 found[modality] = ids == token
             elif embeds is not None:

@@ -134,12 +134,12 @@ def dry_run(
     """A run on the views of one image without weights: the method gets random states and keys."""
     session = TowerRun(adapter, compressor, budget(layout.view_sizes[0], compressor.retention), {})
     rows, cols = adapter.view_shape
-    tall, wide = adapter.patch_size
+    tall, wide = adapter.facts.vision.patch_size
     pixels = torch.zeros(layout.views, 1, rows * tall, cols * wide, device="cpu")
     session.enter(None, (pixels,), {})
     tower, draw = session.tower, torch.Generator("cpu").manual_seed(seed)
-    entries = adapter.prefix_tokens + session.shape[0] * session.shape[1]
-    width = adapter.vision_width // adapter.vision_heads  # of keys, which cost by it
+    entries = adapter.facts.vision.prefix_tokens + session.shape[0] * session.shape[1]
+    width = adapter.facts.vision.hidden // adapter.facts.vision.heads  # of keys, which cost by it
     states = torch.randn(
         layout.views, entries, width, generator=draw, dtype=torch.float32, device="cpu"
     )
@@ -166,7 +166,7 @@ class TowerRun:
     ) -> tuple[Any, Any] | None:
         """In front of the vision encoder: resize the views."""
         pixels: Tensor = args[0] if args else kwargs["pixel_values"]
-        prefix, (rows, cols) = self.adapter.prefix_tokens, self.adapter.view_shape
+        prefix, (rows, cols) = self.adapter.facts.vision.prefix_tokens, self.adapter.view_shape
         place = torch.arange(prefix, device=pixels.device)
         height, width = self.shape
         row = (2 * torch.arange(rows, device=pixels.device) + 1) * height // (2 * rows)
@@ -175,7 +175,7 @@ class TowerRun:
         self.tower.groups.append(torch.cat([place, cell]).repeat(len(pixels), 1))
         if self.shape == self.adapter.view_shape:
             return None
-        tall, wide = self.adapter.patch_size
+        tall, wide = self.adapter.facts.vision.patch_size
         small = F.interpolate(
             pixels.float(), (height * tall, width * wide), mode="bilinear", antialias=True
         ).to(pixels.dtype)
@@ -233,7 +233,7 @@ class TowerRun:
             tokens = EncoderTokens(
                 layer=index,
                 layers=self.depth,
-                prefix=self.adapter.prefix_tokens,
+                prefix=self.adapter.facts.vision.prefix_tokens,
                 patches=self.shape[0] * self.shape[1],
                 target=self.target,
                 states=states.detach(),

@@ -183,7 +183,7 @@ def _tapped(
         inputs: list[Tensor] = []
         if any(signal.info.source == "projector" for signal in signals):
             inputs = stack.enter_context(first_arguments(adapter.projector))
-        prefix = adapter.prefix_tokens
+        prefix = adapter.facts.vision.prefix_tokens
 
         def of_patches(values: Tensor, layer: int | None) -> Tensor:
             """Values of the patches of a full view, of what a layer or the head returned."""
@@ -196,7 +196,7 @@ def _tapped(
                 return rows[-1] if tower is None else of_patches(rows[-1], None)
             if signal.layer not in tapped:
                 raise RuntimeError(f"{signal} was not tapped")
-            compute = COMPUTED[signal.resolve(adapter.has_cls).name]
+            compute = COMPUTED[signal.resolve(adapter.facts.vision.has_cls).name]
             return of_patches(compute(tapped[signal.layer]), signal.layer)
 
         def maps() -> dict[Signal, Tensor]:
