@@ -206,7 +206,7 @@ class ByValues(ScoringCompressor):
     layer: Annotated[int, Field(ge=1)] = CUT
 
     stage = Stage.LLM
-    card = Card(paper="Attention times value norm (test)")
+    card = Card(paper="Attention Score is Not All You Need", arxiv="2406.12335")
 
     @property
     def cuts(self) -> tuple[int, ...]:
