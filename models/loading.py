@@ -15,6 +15,7 @@ from tokenprune.errors import UserError, unknown
 from tokenprune.models import checkpoints
 from tokenprune.models.checkpoints import read_config
 from tokenprune.models.published import KNOWN
+from tokenprune.pipeline import Pipeline
 from tokenprune.registry import adapters
 
 __all__ = [
@@ -34,7 +35,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     **options: Any,
-) -> Adapter:
+) -> Pipeline:
     """Load a model and its processor.
 
     Args:
@@ -60,7 +61,7 @@ def load(
     if name.startswith("timm/"):
         from tokenprune.models.timm_vision import load_timm
 
-        return load_timm(name.removeprefix("timm/"), device, dtype, **options)
+        return Pipeline(*load_timm(name.removeprefix("timm/"), device, dtype, **options))
     if "pretrained" in options:
         raise UserError(
             f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
@@ -78,13 +79,13 @@ def load(
         with checkpoints.reading(name, f"on {device}: "):
             model = model.to(device)
     processor.tokenizer.padding_side = "left"  # what batched generation needs
-    adapter = family(model, processor, source.folder)
-    _rehearse(adapter, name)
-    return adapter
+    pipe = Pipeline(family(model), processor, source.folder)
+    _rehearse(pipe, name)
+    return pipe
 
 
-def without_weights(name: str) -> Adapter:
-    """The adapter of a model with its processor, but with nothing to compute with.
+def without_weights(name: str) -> Pipeline:
+    """The pipeline of a model that has a config and a processor, but no modules to run.
 
     Args:
         name: As in `load`.
@@ -96,18 +97,19 @@ def without_weights(name: str) -> Adapter:
     config = checkpoints.config_of(source, {})
     _, family = host_of(config)
     model: Any = SimpleNamespace(config=config)
-    return family(model, checkpoints.read_processor(source, {}), source.folder)
+    return Pipeline(family(model), checkpoints.read_processor(source, {}), source.folder)
 
 
-def _rehearse(adapter: Adapter, name: str) -> None:
+def _rehearse(pipe: Pipeline, name: str) -> None:
     """Prepare a small image, and raise `UserError` if processor and model do not agree on it."""
-    rows, columns = adapter.view_shape
-    view = rows * adapter.patch_size[0], columns * adapter.patch_size[1]
+    adapter, facts = pipe.adapter, pipe.adapter.facts
+    rows, columns = facts.vision.view_shape
+    view = rows * facts.vision.patch_size[0], columns * facts.vision.patch_size[1]
     size = view[0] + 1, view[1]
     with checkpoints.reading(name, "its processor fails on an image: "):
-        inputs = adapter.prepare([PIL.Image.new("RGB", size[::-1])], ["?"])
+        inputs = pipe.prepare([PIL.Image.new("RGB", size[::-1])], ["?"])
         ids, pixels = inputs["input_ids"], inputs[adapter.image_arguments[0]]
-        written = int((ids == adapter.placeholders["image"]).sum())
+        written = int((ids == facts.placeholders["image"]).sum())
     with checkpoints.reading(name, "its config: "):
         made = len(adapter.layout(size))
         words = adapter.model.get_input_embeddings().num_embeddings

@@ -29,11 +29,11 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from tokenprune.adapter import Adapter, image_sizes
 from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
+from tokenprune.facts import ModulePaths, VisionFacts
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.models.checkpoints import reading
 from tokenprune.models.weights import infinite, integers, refuse_faults
 from tokenprune.registry import register_adapter
-from tokenprune.signals import Signal
 from tokenprune.texts import first_line
 
 GRID = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
@@ -129,6 +129,7 @@ class TimmVision(Adapter):
 
     hosts: ClassVar[tuple[str, ...]] = ("TimmModel",)
     has_language_model: ClassVar[bool] = False
+    paths: ClassVar[ModulePaths] = ModulePaths(vision="vit")
 
     @property
     def base(self) -> Any:
@@ -152,26 +153,25 @@ class TimmVision(Adapter):
         rows, cols = self.model.vit.patch_embed.grid_size
         return int(rows), int(cols)
 
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        height, width = self.model.vit.patch_embed.patch_size
-        return int(height), int(width)
-
-    @property
-    def has_cls(self) -> bool:
-        return getattr(self.model.vit, "cls_token", None) is not None
-
-    @property
-    def prefix_tokens(self) -> int:
-        return int(self.model.vit.num_prefix_tokens)
-
-    def _missing(self, signal: Signal) -> str:
-        in_a_block = not (signal.in_llm or signal.needs_head or signal.name == "unprojected")
-        if in_a_block and not all(
-            _is_plain(block.get_submodule("attn")) for block in self.vision_layers
-        ):
-            return "plain blocks (a softmax of query times key, without a bias or a second map)"
-        return super()._missing(signal)
+    def vision_facts(self) -> VisionFacts:
+        vit: Any = self.model.vit
+        block = self.vision_layers[0]
+        height, width = vit.patch_embed.patch_size
+        return VisionFacts(
+            model_type=self.model.config.vision_config.model_type,
+            layers=len(self.vision_layers),
+            hidden=int(vit.embed_dim),
+            intermediate=_mlp_width(block),
+            heads=int(getattr(block.get_submodule("attn"), "num_heads", 0)),
+            view_shape=self.view_shape,
+            patch_size=(int(height), int(width)),
+            prefix_tokens=int(vit.num_prefix_tokens),
+            has_cls=getattr(vit, "cls_token", None) is not None,
+            has_head=self.pooling_head is not None,
+            readable=all(_is_plain(one.get_submodule("attn")) for one in self.vision_layers),
+            reducible=False,
+            resizable=False,
+        )
 
     @contextmanager
     def tap(self, layer: int) -> Iterator[Projections]:
@@ -196,6 +196,14 @@ class TimmVision(Adapter):
 
     def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
         return packed(maps, self.layouts(call, modality))
+
+
+def _mlp_width(block: nn.Module) -> int:
+    """Width of the MLP of a block: rows of its first linear layer, 0 where there is none."""
+    mlp = getattr(block, "mlp", nn.Identity())
+    linears = (one for one in mlp.modules() if isinstance(one, nn.Linear))
+    first = next(linears, None)
+    return 0 if first is None else first.out_features
 
 
 def _is_plain(attention: nn.Module) -> bool:
@@ -276,8 +284,8 @@ def load_timm(
     pretrained: bool | str | Path = False,
     grid: Sequence[tuple[int, int]] = GRID,
     **options: Any,
-) -> TimmVision:
-    """Build the adapter; users call ``tp.load("timm/<name>", ...)``.
+) -> tuple[TimmVision, SimpleNamespace, Path | None]:
+    """Build the parts of a pipeline; users call ``tp.load("timm/<name>", ...)``.
 
     Args:
         name: What timm calls the model, tag included.
@@ -288,6 +296,9 @@ def load_timm(
             ``num_classes`` asks for one.
         grid: (rows, columns) of crops that an image may be cut into.
         **options: For `timm.create_model`, such as ``img_size``.
+
+    Returns:
+        The adapter, a processor of images alone, and the file of the weights or None.
 
     Raises:
         UserError: Unknown name, not a plain ViT, weights that cannot be had or do not fit, a bad
@@ -329,7 +340,7 @@ def load_timm(
         image_std=list(settings["std"]),
         resample={"bilinear": 2, "bicubic": 3}.get(settings["interpolation"], 3),
     )
-    return TimmVision(model, SimpleNamespace(image_processor=image_processor), file)
+    return TimmVision(model), SimpleNamespace(image_processor=image_processor), file
 
 
 def _load_file(vit: Any, name: str, file: Path, resized: bool) -> None:

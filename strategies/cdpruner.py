@@ -15,7 +15,7 @@ from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.errors import UserError
 from tokenprune.ops.diversity import dpp_greedy_map
-from tokenprune.ops.ranking import float_copy, lengths
+from tokenprune.ops.ranking import lengths
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -106,30 +106,7 @@ class CDPruner(Compressor):
         norms = lengths(tokens.features)[tokens.layout.patches]
         return Selection(torch.cat(kept).sort().values, scores=norms)
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of all pairs of each view, and the Cholesky rows of what is kept."""
-        sizes = tokens.layout.view_sizes
-        cosines = sum(2.0 * size * size * tokens.features.shape[1] for size in sizes)
-        return cosines + sum(size * (self.retention * size) ** 2 for size in sizes)
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Unit vectors of what relevance compares, or of the largest view, and four kernels."""
-        size, width = max(tokens.layout.view_sizes), tokens.features.shape[1]
-        compared = {"clip": tokens.signals.get(PATCHES), "text": tokens.features}
-        vectors = compared.get(self.relevance)
-        quality = 0.0 if vectors is None else _unit_bytes(vectors)
-        view = tokens.features[:size]
-        units = max(float_copy(view), 4 * size * size) + 8.0 * size * width
-        kernel = max(units, 12.0 * size * size) + 4 * size * size  # and that of the view before
-        own = view.numel() * view.element_size()
-        return super().memory(tokens) + max(quality, own + kernel)
-
 
 def _cosines(left: Tensor, right: Tensor) -> Tensor:
     """(P, Q) cosines of rows (P, D) and (Q, D), in float32."""
     return F.normalize(left.float(), dim=-1) @ F.normalize(right.float(), dim=-1).T
-
-
-def _unit_bytes(vectors: Tensor) -> float:
-    """Bytes of some rows of ``vectors``, of them in float32, and of unit length."""
-    return vectors.numel() * (vectors.element_size() + 4.0) + float_copy(vectors)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
-from tokenprune.ops.ranking import float_copy
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
@@ -34,16 +33,11 @@ class DART(Compressor):
         layer: K, counted from 0.  Official: 2.
         image_pivots: Official: 4.
         text_pivots: Official: 4.
-        official: Share and order of the ports: ``int(P * R / pivots)`` tokens a pivot on top of the
-            image pivots, in the order in which CPython walks through a set of the positions.
-        start: Where the official code takes the image to begin; only for ``official``.
     """
 
     layer: Annotated[int, Field(ge=1)] = 2
     image_pivots: Annotated[int, Field(ge=1)] = 4
     text_pivots: Annotated[int, Field(ge=0)] = 4
-    official: bool = False
-    start: Annotated[int, Field(ge=0)] = 35
 
     stage: ClassVar[Stage] = Stage.LLM
     card = Card(
@@ -52,9 +46,9 @@ class DART(Compressor):
         code="ports: LightCompress (9701d03), VLMUniPruneBench (f93768f)",
         verified="dart",
         deviations=(
-            "The budget is kept; officially the image pivots come on top of it (official=True).",
+            "The budget is kept; officially the image pivots come on top of it.",
             "Pivots pick in the order of their norms, image before text; officially in the order "
-            "of a Python set of positions, which changes the choice (official=True).",
+            "of a Python set of positions, which changes the choice.",
             "Every row of a batch and every image is treated by itself; officially batches of one.",
         ),
     )
@@ -72,84 +66,55 @@ class DART(Compressor):
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.keys, Signal("llm_states")})
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """The norms of all keys, and cosines of every pivot with all states."""
-        states, keys = tokens[Signal("llm_states")], tokens[self.keys]
-        pivots = self.image_pivots + min(self.text_pivots, len(tokens.text[self.keys]))
-        return 2.0 * (pivots + 1) * states.numel() + keys.numel()
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Absolute keys, or normalised states; at most two float32 copies of either."""
-        states = tokens[Signal("llm_states")]
-        return super().memory(tokens) + 8 * states.numel() + float_copy(states) / 2
-
-    def limit(self, tokens: VisualTokens) -> int:
-        """Officially the image pivots come on top."""
-        return super().limit(tokens) + (self.image_pivots if self.official else 0)
-
     def select(self, tokens: VisualTokens) -> Selection:
-        patches = tokens.layout.patches
-        norms = _norms(tokens[self.keys][patches])
-        image, text = self.pivots(tokens, norms)
-        picked, alike = self.picks(tokens, image, text)
-        chosen = torch.cat([self._kept(tokens, image), *picked]).sort().values
-        return Selection(patches[chosen], scores=torch.stack([norms, alike]))
-
-    def pivots(self, tokens: VisualTokens, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the patch tokens, of these ``norms``, and of the text tokens are pivots.
-
-        The largest norm first.
-        """
-        words = _norms(tokens.text[self.keys].to(norms.device))
-        return _largest(norms, self.image_pivots), _largest(words, self.text_pivots)
-
-    def order(self, tokens: VisualTokens, image: Tensor, text: Tensor) -> list[int]:
-        """In which order the pivots pick: places among ``image`` and then ``text``."""
-        if not self.official:
-            return list(range(len(image) + len(text)))
-        behind = self.start + len(tokens.layout.patches)
-        places = [*(self.start + image).tolist(), *(behind + text).tolist()]
-        return [places.index(place) for place in set(places)]
-
-    def _kept(self, tokens: VisualTokens, image: Tensor) -> Tensor:
-        """The pivots that stay: officially all, whatever the budget."""
-        most = len(image) if self.official else budget(len(tokens.layout.patches), self.retention)
-        return image[:most]
-
-    def picks(
-        self, tokens: VisualTokens, image: Tensor, text: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """What each pivot in turn picks of the patch tokens, the least similar first.
-
-        Beside it the cosines (P,) of the last one.
-        """
         patches, states = tokens.layout.patches, Signal("llm_states")
+        norms, words = norms_of(tokens[self.keys][patches]), norms_of(tokens.of_text(self.keys))
+        image, text = largest(norms, self.image_pivots), largest(words, self.text_pivots)
         unit = F.normalize(tokens[states][patches].float(), dim=-1)
-        behind = F.normalize(tokens.text[states].to(patches.device)[text].float(), dim=-1)
-        pivots, kept = torch.cat([unit[image], behind]), self._kept(tokens, image)
-        number, left = len(pivots), len(patches) - len(kept)
-        if self.official:
-            shares = [int(len(patches) * self.retention / number)] * number
-        else:
-            rest = budget(len(patches), self.retention) - len(kept)
-            shares = [rest // number + (turn < rest % number) for turn in range(number)]
-        free = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
-        free[kept] = False
-        picked = []
-        for pivot, share in zip(pivots[self.order(tokens, image, text)], shares, strict=True):
-            alike = unit @ pivot
-            order = alike.masked_fill(~free, torch.inf).argsort(stable=True)
-            picked.append(order[: min(share, left)])
-            free[picked[-1]] = False
-            left -= len(picked[-1])
-        return picked, alike
+        behind = F.normalize(tokens.of_text(states)[text].float(), dim=-1)
+        kept, shares = self.shares(image, len(text), len(patches))
+        pivots = torch.cat([unit[image], behind])[self.order(image, text, len(patches))]
+        picked = picks(unit, pivots, shares, kept)
+        chosen = torch.cat([kept, *picked]).sort().values
+        return Selection(patches[chosen], scores=torch.stack([norms, unit.sum(-1)]))
+
+    def order(self, image: Tensor, text: Tensor, patches: int) -> list[int]:
+        """The order in which the pivots pick: places among ``image`` and then ``text``."""
+        return list(range(len(image) + len(text)))
+
+    def shares(self, image: Tensor, text: int, patches: int) -> tuple[Tensor, list[int]]:
+        """The image pivots that stay, and how many tokens each pivot picks."""
+        count, pivots = budget(patches, self.retention), len(image) + text
+        kept = image[:count]
+        rest = count - len(kept)
+        return kept, [rest // pivots + (turn < rest % pivots) for turn in range(pivots)]
 
 
-def _norms(keys: Tensor) -> Tensor:
+def picks(unit: Tensor, pivots: Tensor, shares: list[int], kept: Tensor) -> list[Tensor]:
+    """What each pivot in turn picks, the least similar first.
+
+    Args:
+        unit: (P, D) candidates of unit length.
+        pivots: (Q, D) of unit length.
+        shares: How many each of them picks, as long as any are left.
+        kept: (K,) places of candidates that nobody picks.
+    """
+    free = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
+    free[kept] = False
+    left, picked = len(unit) - len(kept), []
+    for pivot, share in zip(pivots, shares, strict=True):
+        order = (unit @ pivot).masked_fill(~free, torch.inf).argsort(stable=True)
+        picked.append(order[: min(share, left)])
+        free[picked[-1]] = False
+        left -= len(picked[-1])
+    return picked
+
+
+def norms_of(keys: Tensor) -> Tensor:
     """(P,) L1 norms of the keys (P, C)."""
     return keys.float().abs().sum(-1)
 
 
-def _largest(norms: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest ``norms`` (P,), the largest first."""
+def largest(norms: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` largest ``norms`` (P,), the largest first."""
     return norms.argsort(descending=True, stable=True)[:count]

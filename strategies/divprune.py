@@ -12,7 +12,7 @@ from tokenprune.allocators import Allocator
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.ops.diversity import max_min_diversity
-from tokenprune.ops.ranking import float_copy, lengths
+from tokenprune.ops.ranking import lengths
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -63,15 +63,3 @@ class DivPrune(Compressor):
             for mine, count in zip(views, counts, strict=True)
         ]
         return Selection(torch.cat(parts).sort().values, scores=norms[tokens.layout.patches])
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Cosines and distances of all pairs, and the features of unit length."""
-        sizes = tokens.layout.view_sizes if self.allocator else (len(tokens.layout.patches),)
-        count, width = max(sizes), tokens.features.shape[1]
-        norms = float_copy(tokens.features) if self.allocator else 0
-        return super().memory(tokens) + max(norms, 8.0 * count * (count + width))
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of all pairs, and one comparison with every token for each that is picked."""
-        count = len(tokens.layout.patches)
-        return 2.0 * count * count * tokens.features.shape[1] + self.retention * count * count

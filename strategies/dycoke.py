@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection, best
 from tokenprune.layout import TokenLayout, moved
-from tokenprune.ops.ranking import ROUNDING, float_copy
+from tokenprune.ops.ranking import ROUNDING
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
@@ -43,13 +43,10 @@ class DyCoke(Compressor):
     Args:
         window: Frames of which one stays whole.  Official: 4.
         least: Smallest share of a compared frame before windows widen.  Ours.
-        official: Windows of four as the code makes them: the last frame of an odd number is lost,
-            the third one of the last window stays whole, counts are rounded down.
     """
 
     window: Annotated[int, Field(ge=2)] = 4
     least: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    official: bool = False
 
     location_aware = True  # the first frame of a window
     card = Card(
@@ -58,9 +55,8 @@ class DyCoke(Compressor):
         code="https://github.com/KD-TAO/DyCoke (dd74634)",
         deviations=(
             "The drop ratio follows from R, and windows widen below the least R of four frames.",
-            "All frames are treated alike; officially the last one of an odd number is lost and "
-            "the third one of the last window stays whole (official=True), and videos of four "
-            "frames or fewer fail.",
+            "All frames are treated alike; officially the last of an odd number is lost, the third "
+            "of the last window stays whole, and videos of four frames or fewer fail.",
             "Kept tokens stay in their places; officially they come in the order of similarity.",
             "Images, which the official code leaves alone, are compressed view by view.",
             "Nothing happens in the language model, where officially the KV cache is thinned out "
@@ -70,12 +66,10 @@ class DyCoke(Compressor):
 
     def earlier(self, frames: int) -> list[int]:
         """For every frame the one that it is compared with, -1 where it stays whole."""
-        window = 4 if self.official else self.window
+        window = self.window
         while True:
             offsets = [frame % window for frame in range(frames)]
             found = [i - o + (o & (o - 1)) if o else -1 for i, o in enumerate(offsets)]
-            if self.official:
-                return [-1 if i % 4 == 2 and i + 2 >= frames else f for i, f in enumerate(found)]
             share = (self.retention * frames - found.count(-1)) / max(frames - found.count(-1), 1)
             if window >= frames or share >= self.least:
                 return found
@@ -83,20 +77,13 @@ class DyCoke(Compressor):
 
     def counts(self, earlier: list[int], sizes: Sequence[int]) -> list[int]:
         """How many of its tokens, ``sizes``, every frame keeps."""
-        frames = len(earlier)
-        lost = [frames - 1] if self.official and frames % 2 and frames > 1 else []
-        whole = [i for i, f in enumerate(earlier) if f < 0 and i not in lost]
-        compared = [i for i, f in enumerate(earlier) if f >= 0 and i not in lost]
-        of_whole, of_compared = ([sizes[i] for i in some] for some in (whole, compared))
+        compared = [size if frame >= 0 else 0 for size, frame in zip(sizes, earlier, strict=True)]
+        whole = [size - other for size, other in zip(sizes, compared, strict=True)]
         total = budget(sum(sizes), self.retention)
-        least = int(min(self.least, self.retention) * sum(of_compared))
-        rest = min(max(total - sum(of_whole), least), sum(of_compared))
-        shares = apportion(rest, of_compared)
-        if self.official:
-            shares = [rest // max(len(compared), 1)] * len(compared)
-        first = apportion(min(total - rest, sum(of_whole)), of_whole)
-        kept = dict(zip(compared + whole, shares + first, strict=True))
-        return [kept.get(frame, 0) for frame in range(frames)]
+        least = int(min(self.least, self.retention) * sum(compared))
+        rest = min(max(total - sum(whole), least), sum(compared))
+        shares = apportion(rest, compared), apportion(min(total - rest, sum(whole)), whole)
+        return [one + other for one, other in zip(*shares, strict=True)]
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout, views = tokens.layout.host, patches_by_view(tokens.layout.host)
@@ -116,17 +103,6 @@ class DyCoke(Compressor):
             alike = F.cosine_similarity(features[here], like, dim=-1)
             scores[here] = -alike.clamp(max=1 - ROUNDING)
         return Selection(best(self, tokens, scores, torch.tensor(counts, device="cpu")))
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """One cosine for every token, of two norms and a product."""
-        return 6.0 * len(tokens.layout.patches) * tokens.features.shape[1]
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """All features in float32, and of one view: they, what they are compared with, both of
-        unit length, and the products."""
-        view = max(tokens.layout.view_sizes) * tokens.features.shape[1]
-        copies = 5 if tokens.layout.modality == "video" else 4  # or with a single vector
-        return super().memory(tokens) + float_copy(tokens.features) + 4.0 * copies * view
 
 
 def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenprune.compressor import ScoringCompressor
-from tokenprune.ops.ranking import float_copy
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -20,13 +19,6 @@ class FeatureNorm(ScoringCompressor):
     """
 
     card = Card(paper="Feature norm (baseline)")
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """A square and a sum for every number."""
-        return 2.0 * tokens.features.numel()
-
-    def memory(self, tokens: VisualTokens) -> float:
-        return super().memory(tokens) + float_copy(tokens.features)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         norms: Tensor = tokens.features.float().norm(dim=-1)

@@ -108,8 +108,3 @@ class GlobalCom2(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         return keep_best(self, tokens, self.ranking(tokens), self.allocation)
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Of a video, the features in float32, of unit length, and beside their summary."""
-        video = tokens.layout.modality == "video"
-        return super().memory(tokens) + (12.0 * tokens.features.numel() if video else 0)

@@ -66,13 +66,3 @@ class GPrune(Compressor):
             information = information @ flow
         score: Tensor = information / edge.sum(-1).clamp(min=1)
         return score
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Four float32 matrices and a mask of all pairs of the largest plane, and its features."""
-        count = max(map(len, patches_by_plane(tokens.layout)))
-        return super().memory(tokens) + 17.0 * count**2 + 8.0 * count * tokens.features.shape[1]
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of all pairs of each plane, and the flow over them."""
-        pairs = sum(len(plane) ** 2 for plane in patches_by_plane(tokens.layout))
-        return 2.0 * pairs * (tokens.features.shape[1] + self.steps)

@@ -5,7 +5,7 @@ Code:   https://github.com/hasanar1f/HiRED, models/llava_next/modeling_llava_nex
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,7 +14,6 @@ from torch import Tensor
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.budget import budget
 from tokenprune.compressor import ScoringCompressor
-from tokenprune.errors import UserError
 from tokenprune.layout import moved
 from tokenprune.ops.spatial import region_sums, thumbnail_map
 from tokenprune.registry import Card, register
@@ -33,13 +32,13 @@ class MarkedPatches(Allocator):
     Args:
         alpha: The thumbnail's share, and one minus the share of its patches that is marked.
         signal: What marks.
-        official: Split the marks as the official code does: into runs of the flattened thumbnail,
-            which are horizontal strips, not the regions of the crops.
     """
 
     alpha: float
     signal: Signal
-    official: bool = False
+
+    least: ClassVar[int] = 1
+    """Tokens of the thumbnail where ``alpha`` is 0."""
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -50,31 +49,21 @@ class MarkedPatches(Allocator):
         if layout.grid == (0, 0):
             return Proportional().counts(tokens, scores, retention)
         total = budget(sum(sizes), retention)
-        least = 0 if self.official else 1
-        thumbnail = min(budget(total, self.alpha) if self.alpha else least, sizes[0])
+        thumbnail = min(budget(total, self.alpha) if self.alpha else self.least, sizes[0])
         rest = min(total - thumbnail, sum(sizes[1:]))
         seen = thumbnail_map(layout, tokens[self.signal]).flatten().float()
         marked = int(len(seen) * (1 - self.alpha))
         marks = torch.zeros_like(seen)
         marks[seen.argsort(descending=True, stable=True)[:marked]] = 1
-        if self.official:
-            runs = layout.grid[0] * layout.grid[1]
-            if len(marks) % runs:
-                raise UserError(
-                    f"hired:official=true splits the thumbnail's {len(marks)} patches into as many "
-                    f"equal runs as there are crops, which {runs} crops do not allow; leave it "
-                    "out, or show an image of another shape."
-                )
-            per_crop = marks.unflatten(0, (runs, -1)).sum(1)
-        else:
-            per_crop = region_sums(marks.view(layout.view_shape), layout.grid)
+        per_crop = self.per_crop(marks.view(layout.view_shape), layout.grid)
         share = per_crop / per_crop.sum().clamp(min=1)
-        crops = (
-            (share * rest)
-            .long()
-            .minimum(moved(torch.tensor(sizes[1:], device="cpu"), share.device))
-        )
+        most = moved(torch.tensor(sizes[1:], device="cpu"), share.device)
+        crops = (share * rest).long().minimum(most)
         return torch.cat([crops.new_full((1,), thumbnail), crops])
+
+    def per_crop(self, marks: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(crops,) number of the marks (H, W) of the thumbnail in the region of each crop."""
+        return region_sums(marks, grid)
 
 
 @register("hired")
@@ -87,14 +76,12 @@ class HiRED(ScoringCompressor):
         layer: Encoder layer that ranks.  Official: the last but one, whose output the projector
             gets.
         early: Encoder layer that shares out the budget.  Official: the first.
-        official: Reproduce the official region map.
         allocator: Default: `MarkedPatches`.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     layer: int = -2
     early: int = 0
-    official: bool = False
     allocator: Allocator | None = None  # type: ignore[assignment]
 
     card = Card(
@@ -103,8 +90,7 @@ class HiRED(ScoringCompressor):
         code="https://github.com/hasanar1f/HiRED (502d6dd)",
         verified="hired",
         deviations=(
-            "Marks are counted in the region each crop covers; officially in horizontal strips "
-            "(official=True).",
+            "Marks are counted in the region each crop covers; officially in horizontal strips.",
             "The budget is R of the unpadded tokens; officially R of all, and what was spent on "
             "padding is lost.",
             "Crops lie where they belong; officially rows and columns of the grid are swapped.",
@@ -122,7 +108,7 @@ class HiRED(ScoringCompressor):
     def allocation(self) -> Allocator:
         """How many tokens each view keeps."""
         early = Signal("cls_attention", self.early)
-        return self.allocator or MarkedPatches(self.alpha, early, self.official)
+        return self.allocator or MarkedPatches(self.alpha, early)
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -15,9 +15,8 @@ from torch import Tensor
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.layout import moved
-from tokenprune.ops.clustering import density_peaks
-from tokenprune.ops.diversity import segments
-from tokenprune.ops.merging import group_means, tally
+from tokenprune.ops.clustering import clusters_apart
+from tokenprune.ops.diversity import static_segments
 from tokenprune.ops.ranking import top
 from tokenprune.ops.spatial import patch_table, patches_by_view
 from tokenprune.registry import Card, register
@@ -80,22 +79,6 @@ class HoliTom(Compressor):
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.saliency})
 
-    def flops(self, tokens: VisualTokens) -> float:
-        patches, dim = len(tokens.layout.patches), tokens.features.shape[1]
-        # Neighbouring frames, and at worst every segment's distances between all places.
-        return 2.0 * patches * dim * (1 + max(tokens.layout.view_sizes))
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """All frames, their unit vectors and products, or what is kept, thrice, in float32."""
-        sizes, width = tokens.layout.view_sizes, tokens.features.shape[1]
-        patches, size = len(tokens.layout.patches), max(sizes)
-        most = 12.0 * self.retention * patches * width
-        if tokens.layout.modality == "video" and len(sizes) > 1:
-            frames = 4.0 * patches * width + 12.0 * (patches - size) * width
-            clusters = 13.0 * size**2 + 8.0 * size * width  # at worst, where nothing moves
-            most = max(most, frames, clusters)
-        return super().memory(tokens) + most
-
     def groups(self, tokens: VisualTokens) -> list[tuple[Tensor, bool]]:
         """Patch indices (F, L) of the F frames that share L places, and whether those are static.
 
@@ -109,12 +92,8 @@ class HoliTom(Compressor):
         frames = tokens.features.float()[moved(table.clamp(min=0), tokens.features.device)]
         still = (F.cosine_similarity(frames[1:], frames[:-1], dim=-1) > self.tau).cpu()
         still &= there[1:] & there[:-1]
-        saved = torch.zeros(len(table), len(table), dtype=torch.int64, device="cpu")
-        for first in range(len(table) - 1):
-            static = still[first:].cumprod(0).sum(1)
-            saved[first, first + 1 :] = static * (1 + torch.arange(len(static), device="cpu"))
         groups = []
-        for s, e in segments(saved):
+        for s, e in static_segments(still):
             static = still[s:e].all(0) & (e > s)
             groups.append((table[s : e + 1, static], True))
             groups += [(table[f][~static & there[f]][None], False) for f in range(s, e + 1)]
@@ -128,7 +107,9 @@ class HoliTom(Compressor):
         for (places, shared), count in zip(groups, apportion(total, sizes), strict=True):
             places = moved(places, scores.device)
             if shared and count:
-                chosen, vectors = self._clustered(tokens.features[places].float().mean(0), count)
+                means = tokens.features[places].float().mean(0)
+                chosen, others = clusters_apart(means, count, self.neighbours)
+                vectors = self.beta * means[chosen] + (1 - self.beta) * others
             else:
                 chosen = top(scores[places[0]], count)
                 vectors = tokens.features[places[0, chosen]].float()
@@ -137,12 +118,3 @@ class HoliTom(Compressor):
         keep, order = torch.cat(kept).sort()
         merged = torch.cat(features)[order].to(tokens.features)
         return Selection(keep, merged, scores=scores[tokens.layout.patches])
-
-    def _clustered(self, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` centres among the vectors (P, D), and what their clusters become."""
-        centres, cluster = density_peaks(vectors, count, self.neighbours)
-        others = cluster.index_fill(0, centres, count)  # the centres by themselves
-        means = group_means(vectors, others, count + 1)[:-1]
-        alone = tally(others, count + 1)[:-1] == 0
-        means = torch.where(alone[:, None], vectors[centres], means)
-        return centres, self.beta * vectors[centres] + (1 - self.beta) * means

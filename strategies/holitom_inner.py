@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from tokenprune.compressor import Selection
 from tokenprune.layout import moved
 from tokenprune.ops.merging import group_means
-from tokenprune.ops.ranking import float_copy
 from tokenprune.registry import Card, register
 from tokenprune.strategies.fastv import FastV
 from tokenprune.tokens import VisualTokens
@@ -42,20 +41,6 @@ class HoliTomInner(FastV):
             "neither ranked nor merged.",
         ),
     )
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of all patch tokens with those that stay."""
-        patches, dim = len(tokens.layout.patches), tokens.features.shape[1]
-        return 2.0 * dim * patches**2 * self.retention
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Unit vectors, all and those of both sides, and the cosines; or what is merged."""
-        patches, width = tokens.features[: len(tokens.layout.patches)], tokens.features.shape[1]
-        count = len(patches)
-        kept = self.retention * count
-        cosines = 4.0 * (count * width + kept * width + count * kept)
-        means = patches.numel() * patches.element_size() + float_copy(patches) + 8.0 * kept * width
-        return super().memory(tokens) + 4.0 * tokens.features.numel() + max(cosines, means)
 
     def select(self, tokens: VisualTokens) -> Selection:
         chosen, patches = super().select(tokens), tokens.layout.patches

@@ -88,26 +88,6 @@ class PACT(Compressor):
     def fills_budget(self) -> bool:
         return not self.cutoff
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of what stays with each other, and of all with the centres."""
-        patches = len(tokens.layout.patches)
-        stay, centres = self._stay(patches), budget(patches, self.retention)
-        return 2.0 * tokens[KEYS].shape[1] * (stay**2 + patches * centres)
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """States and keys in float32, distances of what stays, and the largest of: who is near,
-        the keys on both sides, distances of all to the centres, the means."""
-        patches, width, key = (
-            len(tokens.layout.patches),
-            tokens.features.shape[1],
-            tokens[KEYS].shape[1],
-        )
-        stay, centres = self._stay(patches), budget(patches, self.retention)
-        vectors = 4.0 * patches * (width + key) + 4.0 * stay**2
-        means = 4.0 * patches * width + 8.0 * centres * width
-        most = max(8.0 * stay**2, 8.0 * stay * key, 8.0 * patches * centres, means)
-        return super().memory(tokens) + vectors + most
-
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         vectors = tokens.features[patches].float()

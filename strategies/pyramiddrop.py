@@ -4,30 +4,26 @@ Paper:  https://arxiv.org/abs/2410.17247 (CVPR 2025)
 Code:   https://github.com/Cooperx521/PyramidDrop, llava/model/modeling_llama_pdrop.py (6444f30)
 """
 
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from tokenprune.budget import left_at
-from tokenprune.compressor import Compressor, Selection, Stage, check_cuts
+from tokenprune.compressor import Selection
 from tokenprune.ops.ranking import top
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
+from tokenprune.staged import Depths, StagedCompressor
 from tokenprune.tokens import VisualTokens
-
-Cut = Annotated[float, Field(gt=0, lt=1)]
 
 
 @register("pyramiddrop")
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(Compressor):
+class PyramidDrop(StagedCompressor):
     """At each of ``n`` cuts keep what the last prompt token attends to in the layer behind it.
 
-    At cut ``i`` of ``n``, ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered are left, so that
-    ``R`` is what is left at the end; the ledger tells the average over layers.  ``R = 0.125`` with
-    three cuts is the official schedule 0.5, 0.25, 0.125.
+    At cut ``i`` of ``n``, ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered are left.
+    ``R = 0.125`` with three cuts is the official schedule 0.5, 0.25, 0.125.
 
     Args:
         depths: Cuts as shares of the decoder's depth.  Official: in front of layers 8, 16 and 24 of
@@ -36,11 +32,9 @@ class PyramidDrop(Compressor):
         cut: Which of the cuts this one is, counted from 1; 0 stands for all.
     """
 
-    depths: Annotated[tuple[Cut, ...], Field(min_length=1, max_length=1000)] = (0.25, 0.5, 0.75)
+    depths: Depths = (0.25, 0.5, 0.75)
     position_ids: Literal["auto", "compact", "original"] = "compact"
-    cut: Annotated[int, Field(ge=0)] = 0
 
-    stage: ClassVar[Stage] = Stage.LLM
     card = Card(
         paper="PyramidDrop",
         arxiv="2410.17247",
@@ -56,27 +50,12 @@ class PyramidDrop(Compressor):
         ),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cuts(self, self.cut)
-
-    @property
-    def cuts(self) -> tuple[float, ...]:
-        return self.depths
-
-    def at(self, cut: int | float) -> Compressor:
-        return replace(self, cut=1 + self.depths.index(cut))
-
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({Signal("llm_ahead")})
 
     def ranking(self, tokens: VisualTokens) -> Tensor:
         return tokens[Signal("llm_ahead")]
-
-    def limit(self, tokens: VisualTokens) -> int:
-        stage = self.cut or len(self.depths)
-        return left_at(tokens, self.retention, stage / len(self.depths))
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches

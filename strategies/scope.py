@@ -14,7 +14,6 @@ from pydantic import Field
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.ops.diversity import cover
-from tokenprune.ops.ranking import float_copy
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -70,16 +69,3 @@ class Scope(Compressor):
             alike = unit[patches] @ unit[patches].T
             kept.append(patches[cover(alike, scores[patches] ** self.alpha, count)])
         return Selection(torch.cat(kept).sort().values, scores=scores[tokens.layout.patches])
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Unit vectors of all tokens, and cosines and gains of all pairs of the largest view."""
-        vectors, size = tokens[Signal("unprojected")], max(tokens.layout.view_sizes)
-        pairs = max(12.0 * size * size, float_copy(vectors))
-        return super().memory(tokens) + 4.0 * vectors.numel() + pairs
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of all pairs of each view, and the gains anew for every token that is picked."""
-        width = tokens[Signal("unprojected")].shape[1]
-        pairs = sum(size * size for size in tokens.layout.view_sizes)
-        picks = self.retention * max(tokens.layout.view_sizes)
-        return 2.0 * width * pairs + 3.0 * picks * pairs

@@ -36,15 +36,6 @@ class SpatialPool(Compressor):
     location_aware = True
     card = Card(paper="Average pooling (baseline)")
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """One addition for every number."""
-        return float(tokens.features.numel())
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """All features in float32, and their sums, means and what is kept."""
-        share = 1 + 3 * self.retention
-        return super().memory(tokens) + 4.0 * share * tokens.features.numel()
-
     def select(self, tokens: VisualTokens) -> Selection:
         layout, members, cells, kept, count = tokens.layout.host, [], [], [], 0
         for patches in patches_by_plane(layout):

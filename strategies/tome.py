@@ -61,11 +61,11 @@ class ToMe(EncoderCompressor):
     def bias(self, size: Tensor) -> Tensor | None:
         return super().bias(size) if self.proportional else None
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """Products of all even with all odd keys, in each layer that merges."""
+    def flops(self, tokens: VisualTokens) -> float | None:
+        """Products of all even with all odd keys, in each layer of the tower that merges."""
         run = tokens.encoding
         if run is None:
-            return 0.0
+            return None
         pairs = sum(
             (n // 2) * (n - n // 2)
             for n, left in zip(run.attended, run.processed, strict=True)
@@ -73,14 +73,14 @@ class ToMe(EncoderCompressor):
         )
         return 2.0 * pairs * run.key_width * tokens.layout.views
 
-    def memory(self, tokens: VisualTokens) -> float:
-        """As others, or in the tower keys of unit length and cosines of even with odd entries."""
-        run, ranking = tokens.encoding, super().memory(tokens)
+    def memory(self, tokens: VisualTokens) -> float | None:
+        """In the tower: keys of unit length, and cosines of even with odd entries."""
+        run = tokens.encoding
         if run is None:
-            return ranking
+            return None
         entries = max(run.attended)
         matched = 4.0 * entries * run.key_width + 4.0 * (entries // 2) * (entries - entries // 2)
-        return max(ranking, tokens.layout.views * matched)
+        return tokens.layout.views * matched
 
 
 def schedule(patches: int, target: int, layers: int) -> list[int]:

@@ -16,7 +16,6 @@ from tokenprune.budget import rounded_up, surplus
 from tokenprune.compressor import Compressor, Selection, best
 from tokenprune.layout import moved
 from tokenprune.ops.merging import group_means, group_sums, tally
-from tokenprune.ops.ranking import float_copy
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -89,17 +88,6 @@ class VidCom2(Compressor):
     def limit(self, tokens: VisualTokens) -> int:
         layout = tokens.layout
         return rounded_up(layout, self.retention) + surplus(layout.view_sizes, self.retention)
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """The variance of all channels, and differences to two centres, squared and summed."""
-        return (3 + 2 * 4 * self.channels) * tokens.features.numel()
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """The channels that are looked at, in float32 and of unit length, or a part of all."""
-        features = tokens.features
-        part = features[:, :PART]
-        copies = part.numel() * part.element_size() + float_copy(part)
-        return super().memory(tokens) + max(8 * self.channels * features.numel(), copies)
 
     def select(self, tokens: VisualTokens) -> Selection:
         to_video, to_frame = self.resemblance(tokens)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.layout import listed, moved
-from tokenprune.ops.merging import group_sums, tally
+from tokenprune.ops.merging import assigned, group_sums, tally
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -95,19 +94,6 @@ class VisionZip(Compressor):
             features = torch.cat([features, tokens.project(torch.cat(merged))])
         return Selection(keep, features[place], scores=scores[tokens.layout.patches])
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of what is merged with its targets, view by view, and the sums."""
-        keys, vectors = tokens[self.metric], tokens[Signal("unprojected")]
-        targets = self.retention * self.contextual * max(tokens.layout.view_sizes)
-        return 2.0 * keys.numel() * (1 + targets * (1 - self.retention)) + vectors.numel()
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Keys of unit length, and the merged vectors with what came to them, in float32."""
-        keys, vectors = tokens[self.metric], tokens[Signal("unprojected")]
-        view = vectors.shape[1] * max(tokens.layout.view_sizes)
-        made = tokens.features.element_size() * self.retention * tokens.features.numel()
-        return super().memory(tokens) + 4.0 * keys.numel() + 8.0 * view + 2 * made
-
     def _merged(
         self, rest: Tensor, count: int, vectors: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -120,23 +106,3 @@ class VisionZip(Compressor):
         if self.merge == "mean":
             return targets, (own + sums) / (1 + number)
         return targets, own + sums / number.clamp(min=1)
-
-
-def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the indices ``rest`` (M,) become targets, which are merged, and into which target.
-
-    Args:
-        rest: Into ``keys``, in raster order.
-        count: Of targets, at most M.
-        keys: (N, D) of unit length.
-
-    Returns:
-        (count,) targets and (M - count,) others, both from ``rest``, and (M - count,) places among
-        the targets.
-    """
-    step = max(1, len(rest) // count)
-    other = torch.ones(len(rest), dtype=torch.bool, device="cpu")  # the host knows all of this
-    other[: count * step : step] = False
-    targets = rest[: count * step : step]
-    others = rest[moved(listed(other), rest.device)]
-    return targets, others, (keys[others] @ keys[targets].T).argmax(-1)

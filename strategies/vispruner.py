@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.ops.ranking import float_copy
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -76,17 +75,6 @@ class VisPruner(Compressor):
             first = int(count * self.important)
             kept += [order[:first], thinned(order[first:], count - first, unit)]
         return Selection(torch.cat(kept).sort().values, scores=scores[tokens.layout.patches])
-
-    def memory(self, tokens: VisualTokens) -> float:
-        """Unit vectors of all tokens, and cosines of all pairs of the largest view."""
-        vectors, size = tokens[Signal("unprojected")], max(tokens.layout.view_sizes)
-        pairs = 4.0 * size * size + 8.0 * size * vectors.shape[1]
-        return super().memory(tokens) + 4.0 * vectors.numel() + max(pairs, float_copy(vectors))
-
-    def flops(self, tokens: VisualTokens) -> float:
-        """Cosines of all pairs of each view."""
-        width = tokens[Signal("unprojected")].shape[1]
-        return 2.0 * width * sum(size * size for size in tokens.layout.view_sizes)
 
 
 def thinned(order: Tensor, count: int, unit: Tensor) -> Tensor:

@@ -191,11 +191,11 @@ def outcome_of(case: Case, source: Path, folder: Path) -> str:
     shutil.copytree(source, folder)
     apply(case, folder)
     try:
-        adapter = tp.load(str(folder))
+        pipe = tp.load(str(folder))
         item = questions(1, seed=5)[0]
         with torch.no_grad():
-            adapter.model.generate(
-                **adapter.prepare([item.image], [item.question]), max_new_tokens=2, do_sample=False
+            pipe.model.generate(
+                **pipe.prepare([item.image], [item.question]), max_new_tokens=2, do_sample=False
             )
     except UserError:
         return "refused"

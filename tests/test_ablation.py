@@ -43,7 +43,7 @@ def test_sweeps_are_read(text: str, options: dict[str, tuple[str, ...]]) -> None
         ("globalcom2:alpha=0,1;alpha=2,3", "twice"),
         ("globalcom2:alpha=0,1@0.5", "is not a sweep"),
         ("uniform@0.5 + fastv@0.5", "is not a sweep"),
-        (f"dart:layer={','.join(map(str, range(100_000)))};start=1,2", "has 200000 settings"),
+        (f"dart:layer={','.join(map(str, range(100_000)))};text_pivots=1,2", "has 200000 settings"),
     ],
 )
 def test_bad_sweeps_are_sentences(text: str, said: str) -> None:

@@ -33,26 +33,28 @@ IMAGES = [[_image(60, 90)], [], [_image(120, 40), _image(50, 50)]]
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Any:
+def pipe() -> Any:
     return tp.load("testbed-next")
 
 
-def _generate(adapter: Any, inputs: Any, **options: Any) -> torch.Tensor:
+def _generate(pipe: Any, inputs: Any, **options: Any) -> torch.Tensor:
     options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, **options}
-    ids: torch.Tensor = adapter.model.generate(
-        **inputs, suppress_tokens=[adapter.placeholders["image"]], **options
+    ids: torch.Tensor = pipe.model.generate(
+        **inputs, suppress_tokens=[pipe.adapter.facts.placeholders["image"]], **options
     )
     return ids
 
 
-def test_the_example_of_the_readme(adapter: Any) -> None:
-    inputs = adapter.prepare(images=[_image(60, 60)], prompts=[QUESTIONS[0]])
-    with tp.compress(adapter.model, "globalcom2", retention=0.25) as trace:
-        ids = adapter.model.generate(**inputs, max_new_tokens=8)
-    assert len(adapter.decode(ids, inputs)) == 1
+def test_the_example_of_the_readme(pipe: Any) -> None:
+    inputs = pipe.prepare(images=[_image(60, 60)], prompts=[QUESTIONS[0]])
+    with tp.compress(pipe.model, "globalcom2", retention=0.25) as trace:
+        ids = pipe.model.generate(**inputs, max_new_tokens=8)
+    assert len(pipe.decode(ids, inputs)) == 1
     assert 0 < trace.ledger.realised <= 0.5
     (chosen,) = trace.selections
-    assert len(chosen.layout) == int((inputs["input_ids"] == adapter.placeholders["image"]).sum())
+    assert len(chosen.layout) == int(
+        (inputs["input_ids"] == pipe.adapter.facts.placeholders["image"]).sum()
+    )
     for image in trace.ledger.kept_per_view:
         assert len(image) == chosen.layout.views
 
@@ -60,49 +62,49 @@ def test_the_example_of_the_readme(adapter: Any) -> None:
 @pytest.mark.parametrize("name", tp.list_methods())
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
 def test_encoding_once_gives_what_pixels_give(
-    adapter: Any, name: str, options: dict[str, Any]
+    pipe: Any, name: str, options: dict[str, Any]
 ) -> None:
     """The images of a comparison are encoded once and shared by all cells."""
     method = example(name)
-    with compress(adapter.model, method) as trace:
-        pixels = _generate(adapter, adapter.prepare(IMAGES, QUESTIONS), **options)
+    with compress(pipe.model, method) as trace:
+        pixels = _generate(pipe, pipe.prepare(IMAGES, QUESTIONS), **options)
         kept = [chosen.keep.tolist() for chosen in trace.selections]
-    encoded = [adapter.encode(images, method.needs, method) for images in IMAGES]
-    with compress(adapter.model, method) as trace:
+    encoded = [pipe.encode(images, method.needs, method) for images in IMAGES]
+    with compress(pipe.model, method) as trace:
         for _ in range(2):  # beams expand what they are given; the second call must not notice
-            ids = _generate(adapter, adapter.assemble(encoded, QUESTIONS), **options)
+            ids = _generate(pipe, pipe.assemble(encoded, QUESTIONS), **options)
             assert torch.equal(ids, pixels)
             assert [chosen.keep.tolist() for chosen in trace.selections] == kept
 
 
-def test_a_batch_of_prompts_equals_prompts_alone(adapter: Any) -> None:
-    inputs = adapter.prepare(IMAGES, QUESTIONS)
-    with compress(adapter.model, "fastv", retention=0.4):
-        together = _generate(adapter, inputs)[:, inputs["input_ids"].shape[1] :]
+def test_a_batch_of_prompts_equals_prompts_alone(pipe: Any) -> None:
+    inputs = pipe.prepare(IMAGES, QUESTIONS)
+    with compress(pipe.model, "fastv", retention=0.4):
+        together = _generate(pipe, inputs)[:, inputs["input_ids"].shape[1] :]
         for row in range(3):
-            alone = adapter.prepare(IMAGES[row : row + 1], QUESTIONS[row : row + 1])
-            ids = _generate(adapter, alone)[:, alone["input_ids"].shape[1] :]
+            alone = pipe.prepare(IMAGES[row : row + 1], QUESTIONS[row : row + 1])
+            ids = _generate(pipe, alone)[:, alone["input_ids"].shape[1] :]
             assert torch.equal(ids[0], together[row])
 
 
-def test_placeholders_that_do_not_match_the_images(adapter: Any) -> None:
-    token = adapter.image_token
+def test_placeholders_that_do_not_match_the_images(pipe: Any) -> None:
+    token = pipe.placeholder_texts["image"]
     with pytest.raises(UserError, match=r"has 2 .* placeholders but 1 images"):
-        adapter.prepare([IMAGES[0]], [f"{token} and {token}?"])
+        pipe.prepare([IMAGES[0]], [f"{token} and {token}?"])
     with pytest.raises(UserError, match="2 image lists for 1 prompts"):
-        adapter.prepare(IMAGES[:2], QUESTIONS[:1])
+        pipe.prepare(IMAGES[:2], QUESTIONS[:1])
     with pytest.raises(UserError, match=r"has 1 .* placeholders but 0 images"):
-        adapter.prepare(None, [f"{token}?"])
+        pipe.prepare(None, [f"{token}?"])
 
 
-def test_a_prompt_with_its_own_turn_markers_is_taken_as_it_is(adapter: Any) -> None:
-    text = f"<user>{adapter.image_token} {QUESTIONS[0]}<assistant>"
-    assert adapter.prompt(text, 1) == text
+def test_a_prompt_with_its_own_turn_markers_is_taken_as_it_is(pipe: Any) -> None:
+    text = f"<user>{pipe.placeholder_texts['image']} {QUESTIONS[0]}<assistant>"
+    assert pipe.prompt(text, 1) == text
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
-def test_images_of_any_mode(adapter: Any, mode: str) -> None:
-    inputs = adapter.prepare([IMAGES[0][0].convert(mode)], QUESTIONS[:1])
+def test_images_of_any_mode(pipe: Any, mode: str) -> None:
+    inputs = pipe.prepare([IMAGES[0][0].convert(mode)], QUESTIONS[:1])
     assert inputs["pixel_values"].shape[2] == 3
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import tokenprune as tp
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderTokens, Reduction
 from tokenprune.engine.session import compress
@@ -50,7 +51,7 @@ def host(request: pytest.FixtureRequest) -> Host:
 def test_every_method_runs(host: Host, spec: str, dtype: torch.dtype) -> None:
     method = _method(spec)
     try:
-        host.adapter.check(method)
+        check_compatible(host.adapter.facts, method)
     except UserError as error:
         pytest.skip(str(error))
     with torch.autocast("cpu", dtype), compress(host.model, method) as trace, torch.no_grad():
@@ -101,7 +102,7 @@ def test_signals_of_the_tower_are_products_in_float32(host: Host) -> None:
     assert tapped.query.dtype == torch.bfloat16
     query, key = tapped.split()
     attention = (query @ key.mT * tapped.scale).softmax(-1).mean((1, 2))
-    maps = attention[:, adapter.prefix_tokens :, None]
+    maps = attention[:, adapter.facts.vision.prefix_tokens :, None]
     (wanted,) = adapter.pack([maps], images, "image")
     got = feature.visual.signals[Signal("received", -1)]
     torch.testing.assert_close(got, wanted[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -324,11 +324,11 @@ def test_the_run_folder(finished: Outcome, folder: Path) -> None:
 
 
 def test_every_number_of_the_ledger_is_in_the_tables(finished: Outcome, folder: Path) -> None:
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     item = held_out(1, seed=0)[0]
     method = tp.create("uniform", retention=0.25)
-    with tp.compress(adapter.model, method) as trace, torch.no_grad():
-        adapter.model(**adapter.prepare([item.images[0].open()], [item.question]))
+    with tp.compress(pipe.model, method) as trace, torch.no_grad():
+        pipe.model(**pipe.prepare([item.images[0].open()], [item.question]))
     told = trace.ledger
     frame = pd.read_parquet(folder / "answers.parquet")
     row = frame.set_index(["method", "question_id"]).loc[("uniform", item.id)]
@@ -342,28 +342,28 @@ def test_every_number_of_the_ledger_is_in_the_tables(finished: Outcome, folder: 
 
 
 def test_the_answers_are_those_of_a_plain_generate(finished: Outcome, folder: Path) -> None:
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet")
     given = frame[frame["method"] == "fastv"].set_index("question_id")["answer"]
     for item in held_out(3, seed=0):
-        inputs = adapter.prepare([item.images[0].open()], [item.question])
-        with tp.compress(adapter.model, tp.create("fastv", layer=3, retention=0.25)):
-            ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        assert adapter.decode(ids, inputs) == [given[item.id]]
+        inputs = pipe.prepare([item.images[0].open()], [item.question])
+        with tp.compress(pipe.model, tp.create("fastv", layer=3, retention=0.25)):
+            ids = pipe.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert pipe.decode(ids, inputs) == [given[item.id]]
 
 
 def test_divergence_is_that_of_the_answer_tokens_distribution(
     finished: Outcome, folder: Path
 ) -> None:
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
     fastv = tp.create("fastv", layer=3, retention=0.25)
     for item in held_out(3, seed=0):
-        inputs = adapter.prepare([item.images[0].open()], [item.question])
+        inputs = pipe.prepare([item.images[0].open()], [item.question])
         probabilities = []
         for compressor in (None, fastv):
-            with tp.compress(adapter.model, compressor), torch.no_grad():
-                logits = adapter.model(**inputs).logits[0, -1].double()
+            with tp.compress(pipe.model, compressor), torch.no_grad():
+                logits = pipe.model(**inputs).logits[0, -1].double()
             probabilities.append(logits.softmax(-1).numpy())
         expected = scipy.stats.entropy(*probabilities)
         assert frame.loc[("fastv", item.id), "kl"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -382,7 +382,7 @@ def test_divergence_of_what_cannot_be() -> None:
 def test_the_references_see_no_image_and_the_thumbnail_alone(
     finished: Outcome, folder: Path
 ) -> None:
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     frame = pd.read_parquet(folder / "answers.parquet").set_index(["method", "question_id"])
     for item in held_out(4, seed=0):
         blind, low = (frame.loc[(name, item.id)] for name in ("image-free", "thumbnail-only"))
@@ -390,10 +390,10 @@ def test_the_references_see_no_image_and_the_thumbnail_alone(
         assert (low["kept_patches"], low["kept_separators"]) == (49, 0)
         assert math.isnan(low["retention"])
         assert low["patch_tokens"] > 49
-        prompt = adapter.prompt(item.question, 1)
-        inputs = adapter.processor.tokenizer(prompt.replace("<image>", ""), return_tensors="pt")
-        ids = adapter.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        assert adapter.decode(ids, inputs) == [blind["answer"]]
+        prompt = pipe.prompt(item.question, 1)
+        inputs = pipe.processor.tokenizer(prompt.replace("<image>", ""), return_tensors="pt")
+        ids = pipe.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert pipe.decode(ids, inputs) == [blind["answer"]]
         right = {item.answer} & {blind["answer"], low["answer"]}
         assert set(frame.xs(item.id, level=1)["easy"]) == {bool(right)}
     assert finished.summary["retention"].isna().sum() == 2 * 6
@@ -617,13 +617,13 @@ def test_videos_and_pairs_with_every_method(tmp_path: Path, modality: Any) -> No
     answers = pd.read_parquet(tmp_path / "run" / "answers.parquet")
     full = answers[answers["method"] == "uncompressed"]
     assert full["correct"].mean() >= 0.8
-    adapter = tp.load("testbed-onevision")
+    pipe = tp.load("testbed-onevision")
     for item, said in zip(held_out(10, 0, modality), full["answer"], strict=True):
         images = [picture.open() for picture in item.images]
         videos = [images] if item.video else None
-        inputs = adapter.prepare(None if videos else [images], [item.question], videos)
-        ids = adapter.model.generate(**inputs)
-        assert adapter.decode(ids, inputs) == [said]
+        inputs = pipe.prepare(None if videos else [images], [item.question], videos)
+        ids = pipe.model.generate(**inputs)
+        assert pipe.decode(ids, inputs) == [said]
 
 
 def test_a_modality_that_the_model_lacks_is_a_sentence(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import tokenprune as tp
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Chain, Compressor
 from tokenprune.errors import UserError
 from tokenprune.registry import adapters
@@ -46,7 +47,6 @@ VARIANTS = {
         "sparsevlm:version=2.0,heads=2",
         "cdpruner:relevance=saliency",
         "cdpruner:relevance=none",
-        "dycoke:official=true",
         "pact:cutoff=0.6,position_ids=compact",
         "fitprune:steps=1,position_ids=compact",
     )
@@ -124,7 +124,7 @@ def test_only_what_needs_a_text_tower_runs_with_other_options_than_its_defaults(
     assert example("cdpruner").label == "cdpruner:relevance=text"
     for host in hosts(["llama"]):
         with pytest.raises(UserError, match=r"a CLIP text tower.*cdpruner:relevance=text, cdpru"):
-            host.adapter.check(create("cdpruner", retention=0.4))
+            check_compatible(host.adapter.facts, create("cdpruner", retention=0.4))
 
 
 def test_adapters_are_discovered() -> None:
@@ -145,8 +145,8 @@ def test_chain_refuses_two_cuts_in_one_place() -> None:
     (host,) = hosts(["llama"])[:1]
     both = parse("fastv:layer=2@0.5 + pyramiddrop@0.5")
     with pytest.raises(UserError, match=r"fastv and pyramiddrop both cut .* layer 2"):
-        host.adapter.check(both)
-    host.adapter.check(parse("fastv:layer=1@0.5 + fastv:layer=2@0.5"))
+        check_compatible(host.adapter.facts, both)
+    check_compatible(host.adapter.facts, parse("fastv:layer=1@0.5 + fastv:layer=2@0.5"))
 
 
 def test_a_class_of_a_notebook_is_checked_like_any_other() -> None:

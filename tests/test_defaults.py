@@ -27,7 +27,6 @@ SPECS = [
     *tp.list_methods(),
     *("uniform:pattern=dispersed", "fastv:allocator=globalcom2", "feature-norm:allocator=max"),
     *("sparsevlm:version=2.0", "prumerge:adaptive=true", "cdpruner:relevance=text"),
-    *("dycoke:official=true", "hired:official=true", "dart:official=true"),
 ]
 DEFAULTS = [torch.float64, torch.bfloat16, torch.float16, "meta"]
 
@@ -84,14 +83,14 @@ def _entries(layout: TokenLayout) -> list[Tensor]:
 
 @pytest.mark.parametrize("value", DEFAULTS)
 def test_what_is_made_up_is_the_same(value: Any) -> None:
-    adapter = tp.load("testbed-next")
-    tome, layout = tp.create("tome", retention=0.5), adapter.layout((112, 112))
+    pipe = tp.load("testbed-next")
+    tome, layout = tp.create("tome", retention=0.5), pipe.adapter.layout((112, 112))
     dropper = DropCrop(which="random", signal=Signal("cls_logits"), seed=3)
 
     def made() -> list[Tensor]:
         tokens = sample_tokens(frozenset({Signal("cls_logits")}), _layouts()["image"])
-        pixels = adapter.dummy_images([(112, 112)])["pixel_values"]
-        tower = dry_run(adapter, tome, layout)  # type: ignore[arg-type]
+        pixels = pipe.adapter.dummy_images([(112, 112)])["pixel_values"]
+        tower = dry_run(pipe, tome, layout)  # type: ignore[arg-type]
         own = [tokens.features, tokens.signals[Signal("cls_logits")], pixels, *tower.groups]
         return [*own, torch.tensor([dropper.crop(tokens) or 0], device="cpu")]
 

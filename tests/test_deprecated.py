@@ -33,7 +33,7 @@ def _name(module: str, name: str) -> Any:
         (("models.adapter", "Adapter"), ("adapter", "Adapter")),
         (("models.adapter", "load"), ("models.loading", "load")),
         (("terminal", "percent"), ("units", "percent")),
-        (("terminal", "Report"), ("progress", "Report")),
+        (("terminal", "ratios"), ("spec", "ratios")),
         (("ledger", "Ledger"), ("cost.ledger", "Ledger")),
         (("ledger", "DecoderShape"), ("cost.arithmetic", "DecoderShape")),
         (("engine", "compress"), ("engine.session", "compress")),

@@ -40,6 +40,8 @@ LESS = {
     "compare": ("--questions 2", "--retention 0.5"),
     "complementarity": ("--questions 3",),
     "crop-importance": ("--questions 3",),
+    "efficiency": ("--retention 0.5",),
+    "efficiency --measure": ("--repeats 1",),
     "positional-bias": ("--images 3",),
 }
 """Options that a command gets unless its line has them."""
@@ -92,7 +94,7 @@ def commands(page: str) -> list[str]:
     """The lines of a page that run tokenprune."""
     lines = [line for code in fences(page, "bash") for line in code.splitlines()]
     if page == "README.md":
-        lines += re.findall(r"`(tokenprune \S+ [^`]+)`", PAGES[page])
+        lines += re.findall(r"`(tokenprune [\w-]+ [^`]+)`", PAGES[page])
     return [line for line in lines if re.match(r"(tokenprune|python -m tokenprune\S*) ?", line)]
 
 
@@ -138,9 +140,16 @@ def words(line: str) -> list[str]:
     given = shlex.split(line, comments=True)
     if given[0] == "python":
         return given[3:]
-    for option in LESS.get(given[1], ()) if len(given) > 1 else ():
-        if option.split()[0] not in given and not {"--check", "--data"} & set(given):
-            given += option.split()
+    if not {"--check", "--data"} & set(given):
+        fewer = [
+            option
+            for of, options in LESS.items()
+            if {*of.split()} <= {*given}
+            for option in options
+        ]
+        given += [
+            word for option in fewer if option.split()[0] not in given for word in option.split()
+        ]
     return given[1:]
 
 

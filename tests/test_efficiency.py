@@ -31,6 +31,9 @@ from tokenprune.experiments.efficiency.costs import (
     layers,
     pays_from,
 )
+from tokenprune.strategies._golden.dart import Official
+from tokenprune.strategies._golden.sparsevlm import Scheduled
+from tokenprune.strategies.dart import DART
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -197,9 +200,7 @@ def test_fastv_averages_more_than_its_r_says(square: Prompt) -> None:
 
 def test_sparsevlm_by_its_own_count(square: Prompt) -> None:
     """Its "128" counts the cutting layers as cut already, and nothing that is recycled."""
-    method = tp.create(
-        "sparsevlm", schedule="128", recycle=0, depths=(2 / 32, 6 / 32, 16 / 32), retention=0.999
-    )
+    method = Scheduled(schedule="128", recycle=0, depths=(2 / 32, 6 / 32, 16 / 32), retention=0.999)
     wanted = (2 * 576 + 4 * 303 + 10 * 110 + 16 * 36) / 32
     assert translate(square, method)["tokens"] == wanted == 126.25
 
@@ -217,7 +218,7 @@ def test_sparsevlm_as_it_is_processed(
     square: Prompt, name: str, stages: tuple[int, ...] | None, average: float
 ) -> None:
     """Three layers run in full, recycled tokens count: what its code really processes."""
-    method = tp.create("sparsevlm", schedule=name, retention=0.999)
+    method = Scheduled(schedule=name, retention=0.999)
     assert translate(square, method)["tokens"] == pytest.approx(average, abs=0.051)
     if stages:
         table = layers(square, [method])
@@ -228,8 +229,8 @@ def test_sparsevlm_as_it_is_processed(
 def test_dart_keeps_its_pivots_on_top(square: Prompt) -> None:
     """Its "128" is 132: eight pivots pick 16 each, four image pivots stay besides."""
     share = 0.222223  # 128.0004 of 576
-    for official, count in ((True, 132), (False, 128)):
-        method = tp.create("dart", official=official, retention=share)
+    for kind, count in ((Official, 132), (DART, 128)):
+        method = kind(retention=share)
         assert translate(square, method)["kept_patches"] == count
 
 
@@ -372,15 +373,14 @@ def test_convert_on_the_command_line(run: Callable[..., tuple[int, str]]) -> Non
 
 
 def test_the_fields_square_view_and_its_question(run: Callable[..., tuple[int, str]]) -> None:
-    """DART's "128" of 576: 8 pivots pick 16 each, 4 image pivots stay; 4 of the 8 are words."""
-    dart = ("convert", "dart:official=true,retention=0.222223", "--patches", "24x24")
+    """128 of 576 for DART, of whose 8 pivots 4 are words."""
+    dart = ("convert", "dart:retention=0.222223", "--patches", "24x24")
     status, said = run(*dart)
     assert status == 0, said
     assert "576 patch tokens, no separators, no text" in said
-    assert re.search(r"patch tokens at the end +132\b", said)
+    assert re.search(r"patch tokens at the end +128\b", said)
     assert "32 tokens stand in for it" in said
     status, said = run(*dart, "--text-tokens", "1")
-    assert re.search(r"patch tokens at the end +129\b", said)  # 5 pivots of 25, and 4
     assert "stand in" not in said
     _, said = run("convert", "uniform@0.5")
     assert "stand in" not in said, "it asks nothing"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.budget import budget
+from tokenprune.compatibility import check_compatible, compatible_methods
 from tokenprune.compressor import Chain, Stage
 from tokenprune.encoder import EncoderCompressor, EncoderTokens, Reduction
 from tokenprune.engine.session import compress
@@ -453,7 +454,7 @@ def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None
     torch.testing.assert_close(stored, direct, rtol=1e-4, atol=1e-4)
     assert trace.ledgers[0].vision_flops < trace.ledgers[0].uncompressed_vision_flops
     first = next(iter(method.parts()))
-    chosen = testbed.choose(first, images)
+    chosen = testbed.select(first, images)
     for one, other in zip(
         chosen, [c for c in trace.selections if c.stage is Stage.ENCODER], strict=True
     ):
@@ -469,7 +470,7 @@ def test_every_method_follows_one_in_the_tower(family: str, first: str, name: st
     host = _tiny(family)
     method = create(name, retention=0.6)
     try:
-        host.adapter.check(chain := Chain.of(parse(first), method))
+        check_compatible(host.adapter.facts, chain := Chain.of(parse(first), method))
     except UserError as error:
         pytest.skip(str(error))
     with compress(host.model, chain) as trace:
@@ -517,14 +518,14 @@ def test_what_cannot_run_is_a_sentence(host: Host) -> None:
         "timm/vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2
     )
     with pytest.raises(UserError, match="offered for the CLIP and SigLIP towers"):
-        timm.check(create("tome", retention=0.5))
+        check_compatible(timm.adapter.facts, create("tome", retention=0.5))
     with pytest.raises(UserError, match="offered for the CLIP"):
         timm.encode([_image(32, 32)], (), create("downsample", retention=0.5))
-    assert not {"tome", "downsample"} & {*timm._compatible()}
+    assert not {"tome", "downsample"} & {*compatible_methods(timm.adapter.facts)}
     host.adapter.vision_tower.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="attn_implementation='sdpa'"):
-        host.adapter.check(create("tome", retention=0.5))
-    host.adapter.check(create("tome", retention=0.5, proportional=False))
+        check_compatible(host.adapter.facts, create("tome", retention=0.5))
+    check_compatible(host.adapter.facts, create("tome", retention=0.5, proportional=False))
 
 
 def test_a_tower_with_fixed_positions_is_refused_before_it_runs(
@@ -532,8 +533,8 @@ def test_a_tower_with_fixed_positions_is_refused_before_it_runs(
 ) -> None:
     monkeypatch.setattr(host.adapter.vision_tower, "forward", lambda pixel_values, **options: None)
     with pytest.raises(UserError, match="cannot interpolate its positions"):
-        host.adapter.check(create("downsample", retention=0.5))
-    host.adapter.check(create("tome", retention=0.5))
+        check_compatible(host.adapter.facts, create("downsample", retention=0.5))
+    check_compatible(host.adapter.facts, create("tome", retention=0.5))
 
 
 def test_chains_have_one_encoder_stage_in_front() -> None:

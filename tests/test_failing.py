@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.experiments.common.answers import answers_frame
 from tokenprune.experiments.common.cells import Cell
@@ -27,6 +26,7 @@ from tokenprune.experiments.common.summary import compared, summarise
 from tokenprune.experiments.compare.loop import run
 from tokenprune.experiments.compare.runner import ModelRunner
 from tokenprune.experiments.compare.sharing import together
+from tokenprune.pipeline import Pipeline
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
@@ -277,21 +277,21 @@ OTHERS = cells(["uniform", "globalcom2", "fastv"], [0.25])
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Adapter:
+def pipe() -> Pipeline:
     return tp.load("testbed-next")
 
 
 @pytest.fixture(scope="module")
-def alone(adapter: Adapter, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def alone(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     with Journal(tmp_path_factory.mktemp("alone") / "j") as journal:
-        ask(adapter, OTHERS, journal)
+        ask(pipe, OTHERS, journal)
     return journal.answers
 
 
-def ask(adapter: Adapter, columns: Sequence[Cell], journal: Journal) -> None:
+def ask(pipe: Pipeline, columns: Sequence[Cell], journal: Journal) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "what cells have in common")
-        runner = ModelRunner(adapter, max_new_tokens=3)
+        runner = ModelRunner(pipe, max_new_tokens=3)
         run(runner, columns, held_out(5, 0), journal, batch_size=5, plan=together)
 
 
@@ -308,11 +308,11 @@ def ask(adapter: Adapter, columns: Sequence[Cell], journal: Journal) -> None:
     ids=lambda writer: f"{writer.name} {writer.how}",
 )
 def test_who_writes_fails_and_the_others_answer_as_without_it(
-    adapter: Adapter, alone: dict[Any, Any], tmp_path: Path, writer: Compressor
+    pipe: Pipeline, alone: dict[Any, Any], tmp_path: Path, writer: Compressor
 ) -> None:
     bad = Cell(writer)
     with Journal(tmp_path / "j") as journal:
-        ask(adapter, [OTHERS[0], bad, *OTHERS[1:]], journal)
+        ask(pipe, [OTHERS[0], bad, *OTHERS[1:]], journal)
     assert list(journal.failures) == [bad.key]
     assert not journal.missing
     why = journal.failures[bad.key]
@@ -331,7 +331,7 @@ def test_who_writes_fails_and_the_others_answer_as_without_it(
 
 
 def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
-    adapter: Adapter,
+    pipe: Pipeline,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -342,7 +342,7 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     image = held_out(8, 0)[-1].images[0]
     bad = [item.id for item in held_out(8, 0) if item.image_id == image.id]
     uniform = type(tp.create("uniform", retention=0.5))
-    original, seed = uniform.select, adapter.encode([image.open()])[0].seed
+    original, seed = uniform.select, pipe.encode([image.open()])[0].seed
 
     def picky(self: Any, tokens: VisualTokens) -> Selection:
         if tokens.seed == seed:

@@ -123,8 +123,8 @@ def test_options_are_part_of_a_method() -> None:
 
 def test_every_file_in_which_answering_runs_is_in_it() -> None:
     """Seen by watching: the files whose functions run while two questions are answered."""
-    adapter = tp.load("testbed-next")
-    runner = ModelRunner(adapter, 2)
+    pipe = tp.load("testbed-next")
+    runner = ModelRunner(pipe, 2)
     methods = [tp.parse("tome@0.5 + fastv@0.5"), tp.parse("globalcom2@0.5")]
     questions = held_out(2, 0)
     root = Path(tp.__file__).parent.resolve()
@@ -148,7 +148,7 @@ def test_every_file_in_which_answering_runs_is_in_it() -> None:
             runner.answer(method, shown, [item.question for item in questions])
     finally:
         sys.setprofile(None)
-    found = answer_files(None, methods, [type(adapter), "tokenprune.experiments.compare.run"])[
+    found = answer_files(None, methods, [type(pipe.adapter), "tokenprune.experiments.compare.run"])[
         "code"
     ]
     held = set()

@@ -26,17 +26,17 @@ from transformers import (
 )
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter, tiny_decoder
+from tokenprune.adapter import tiny_decoder
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.patch_boxes import ViewSize, crop_boxes, lattices, patch_boxes
 from tokenprune.layout import TokenLayout
-from tokenprune.models.llava_next import LlavaNext
 from tokenprune.models.llava_onevision import LlavaOnevision
+from tokenprune.pipeline import Pipeline
 
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
-def _family(kind: str, side: int, patch: int, shapes: list[tuple[int, int]]) -> Adapter:
+def _family(kind: str, side: int, patch: int, shapes: list[tuple[int, int]]) -> Pipeline:
     """A tiny model with views of ``side`` pixels, its real processors, and these crop grids."""
     pinpoints = [[rows * side, cols * side] for rows, cols in shapes]
     sizes: dict[str, Any] = {
@@ -61,7 +61,7 @@ def _family(kind: str, side: int, patch: int, shapes: list[tuple[int, int]]) -> 
         images: Any = LlavaNextImageProcessor(
             size={"shortest_edge": side}, crop_size=size, image_grid_pinpoints=pinpoints
         )
-        return LlavaNext(model, SimpleNamespace(image_processor=images))
+        return Pipeline(model, SimpleNamespace(image_processor=images))
     model = LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
             vision_config=SiglipVisionConfig(vision_use_head=False, **sizes),  # type: ignore[call-arg]
@@ -72,7 +72,7 @@ def _family(kind: str, side: int, patch: int, shapes: list[tuple[int, int]]) -> 
     )
     images = LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints)
     videos = LlavaOnevisionVideoProcessor(size=size)
-    return LlavaOnevision(model, SimpleNamespace(image_processor=images, video_processor=videos))
+    return Pipeline(model, SimpleNamespace(image_processor=images, video_processor=videos))
 
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
@@ -95,34 +95,34 @@ def _ramp(size: tuple[int, int]) -> Tensor:
     return torch.stack([x, y, torch.ones_like(x)])
 
 
-def _codes(adapter: Adapter, pixels: Tensor) -> Tensor:
+def _codes(pipe: Pipeline, pixels: Tensor) -> Tensor:
     """(views, patches, 7): of the image's pixels in each patch the mean x, y and share, and ends.
 
     Args:
-        adapter: Whose patches.
+        pipe: Whose patches.
         pixels: (views, 3, side, side) what the tower receives of a `_ramp`.
     """
-    size = adapter.patch_size
+    size = pipe.adapter.facts.vision.patch_size
     mean, high = F.avg_pool2d(pixels, size), F.max_pool2d(pixels[:, :2], size)
     low = -F.max_pool2d(-pixels[:, :2], size)
     return torch.cat([mean, low, high], 1).flatten(2).transpose(1, 2)
 
 
 def _seen(
-    adapter: Adapter, size: tuple[int, int], together: bool
+    pipe: Pipeline, size: tuple[int, int], same_prompt: bool
 ) -> tuple[Tensor, TokenLayout, tuple[int, int] | None]:
     """(N, 7) what each token saw of the image, by the real processor and the real packing.
 
     And the layout, and (width, height) to which the image was resized to be cut into crops.
     """
     image = _ramp(size)
-    grouped = [[image] * 2] if together else [[image]]
-    processor = adapter.processor.image_processor
+    grouped = [[image] * 2] if same_prompt else [[image]]
+    processor = pipe.processor.image_processor
     processor.image_mean = [0.0] * 3  # the colour of padding as well
     plain = {"do_rescale": False, "image_std": [1.0] * 3}
-    batch = processor(adapter.grouped(grouped), return_tensors="pt", **plain)  # type: ignore[arg-type]
-    call = adapter.encoder_inputs(batch)
-    layout = adapter.layouts(call, "image")[0]
+    batch = processor(pipe.adapter.grouped(grouped), return_tensors="pt", **plain)  # type: ignore[arg-type]
+    call = {name: batch[name] for name in pipe.adapter.image_arguments}
+    layout = pipe.adapter.layouts(call, "image")[0]
     pixels = batch["pixel_values"][0].reshape(-1, 3, *batch["pixel_values"].shape[-2:]).double()
     resized = None
     if layout.grid != (0, 0):
@@ -130,17 +130,17 @@ def _seen(
         ones = pixels[1 : layout.views, 2].reshape(rows, cols, *pixels.shape[-2:])
         canvas = ones.transpose(1, 2).flatten(2).flatten(0, 1) > 0.5
         resized = int(canvas.any(0).sum()), int(canvas.any(1).sum())
-    maps = [_codes(adapter, pixels[: layout.views])] * len(call["image_sizes"])
-    return adapter.pack(maps, call, "image")[0], layout, resized
+    maps = [_codes(pipe, pixels[: layout.views])] * len(call["image_sizes"])
+    return pipe.adapter.pack(maps, call, "image")[0], layout, resized
 
 
-def _check(adapter: Adapter, size: tuple[int, int], together: bool = False) -> None:
-    layout = adapter.layout(size, same_prompt=together)
+def _check(pipe: Pipeline, size: tuple[int, int], same_prompt: bool = False) -> None:
+    layout = pipe.adapter.layout(size, same_prompt=same_prompt)
     if 0 in layout.canvas_shape and layout.grid != (0, 0):
         return  # the model itself cannot pack an image of so extreme a shape
-    codes, true_layout, resized = _seen(adapter, size, together)
+    codes, true_layout, resized = _seen(pipe, size, same_prompt)
     assert len(true_layout) == len(layout) == len(codes)
-    view = ViewSize.of(adapter)
+    view = ViewSize.of(pipe.adapter)
     boxes = torch.from_numpy(patch_boxes(layout, size, view))
     assert torch.equal(boxes.isnan().all(1), layout.is_separator)
     patches = layout.patches
@@ -151,15 +151,15 @@ def _check(adapter: Adapter, size: tuple[int, int], together: bool = False) -> N
     assert (extent >= 0).all()
     # How many pixels of the image one of the view stands for, by token.
     whole = torch.tensor([width, height]) / view.side
-    if together:
+    if same_prompt:
         whole = torch.full((2,), max(size) / view.side)
     on_canvas = layout.canvas_row[patches] >= 0
     scale = whole.expand(len(boxes), 2).clone()
     if resized is not None:
         scale[on_canvas] = torch.tensor([width / resized[0], height / resized[1]])
     inside, middle = codes[:, 2], codes[:, :2] / codes[:, 2:3]  # padding is all zeros
-    resampled = on_canvas & torch.tensor(_is_resampled(adapter, layout, size))
-    patch = torch.tensor(adapter.patch_size[::-1]) * scale
+    resampled = on_canvas & torch.tensor(_is_resampled(pipe, layout, size))
+    patch = torch.tensor(pipe.adapter.facts.vision.patch_size[::-1]) * scale
     share, off = extent.prod(1) / patch.prod(1), (centre - middle).abs()
     # Resizing bends a ramp near the image's edges; a token in the middle must fit to a hair.
     pixel = scale.clamp(min=1)  # of the view or of the image, whichever is coarser
@@ -182,10 +182,10 @@ def _check(adapter: Adapter, size: tuple[int, int], together: bool = False) -> N
     assert (off[blend] < 0.5 * patch[blend] + pixel[blend]).all()
 
 
-def _is_resampled(adapter: Adapter, layout: TokenLayout, size: tuple[int, int]) -> bool:
-    if not isinstance(adapter, LlavaOnevision) or layout.grid == (0, 0):
+def _is_resampled(pipe: Pipeline, layout: TokenLayout, size: tuple[int, int]) -> bool:
+    if not isinstance(pipe.adapter, LlavaOnevision) or layout.grid == (0, 0):
         return False
-    return adapter.layout(size, aspect="anyres_max_999").canvas_shape != layout.canvas_shape  # type: ignore[call-arg]
+    return pipe.adapter.layout(size, aspect="anyres_max_999").canvas_shape != layout.canvas_shape  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -213,15 +213,15 @@ def test_images_of_a_prompt_with_several_are_padded(size: tuple[int, int]) -> No
 @given(size=st.tuples(st.integers(8, 200), st.integers(8, 200)), frames=st.integers(1, 3))
 def test_pooled_frames(size: tuple[int, int], frames: int) -> None:
     for name in ("OneVision", "patches that leave pixels over"):
-        adapter: Any = FAMILIES[name]
+        pipe: Any = FAMILIES[name]
         video = _ramp(size)[None].expand(frames, -1, -1, -1)
         plain = {"do_rescale": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-        batch = adapter.processor.video_processor([video], return_tensors="pt", **plain)
+        batch = pipe.processor.video_processor([video], return_tensors="pt", **plain)
         call = {"pixel_values_videos": batch["pixel_values_videos"]}
-        maps = _codes(adapter, batch["pixel_values_videos"][0].double())
-        (codes,) = adapter.pack([maps], call, "video")
-        layout = adapter.video_layout(frames)
-        view = ViewSize.of(adapter)
+        maps = _codes(pipe, batch["pixel_values_videos"][0].double())
+        (codes,) = pipe.adapter.pack([maps], call, "video")
+        layout = pipe.adapter.video_layout(frames)
+        view = ViewSize.of(pipe.adapter)
         boxes = torch.from_numpy(patch_boxes(layout, size, view))[:-1]
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         token = (boxes[:, 2:] - boxes[:, :2]).amax(0)
@@ -245,12 +245,12 @@ def test_an_image_that_is_cropped_to_a_square(size: tuple[int, int]) -> None:
 
 def test_real_sizes_of_the_published_checkpoints() -> None:
     """384 pixels of 14-pixel patches: 27 of them, and six pixels that none sees."""
-    adapter = _family("onevision", 384, 14, [(1, 1), (1, 2), (2, 2)])
-    assert ViewSize.of(adapter) == ViewSize(384, (378, 378), "pad")
-    _check(adapter, (500, 700))
+    pipe = _family("onevision", 384, 14, [(1, 1), (1, 2), (2, 2)])
+    assert ViewSize.of(pipe.adapter) == ViewSize(384, (378, 378), "pad")
+    _check(pipe, (500, 700))
     _check(_family("next", 336, 14, GRIDS), (480, 640))
-    layout = adapter.layout((768, 768))
-    boxes = patch_boxes(layout, (768, 768), ViewSize.of(adapter))
+    layout = pipe.adapter.layout((768, 768))
+    boxes = patch_boxes(layout, (768, 768), ViewSize.of(pipe.adapter))
     crops = boxes[27 * 27 :].reshape(54, 55, 4)
     assert crops[0, 26].tolist() == [364, 0, 378, 14]
     assert crops[0, 27].tolist() == [384, 0, 398, 14]
@@ -261,8 +261,8 @@ def test_real_sizes_of_the_published_checkpoints() -> None:
 @given(size=SIZES, data=st.data())
 def test_a_place_finds_its_token(size: tuple[int, int], data: st.DataObject) -> None:
     """What is painted pixel by pixel is what the rectangles say."""
-    adapter = FAMILIES[data.draw(st.sampled_from(list(FAMILIES)))]
-    layout, view = adapter.layout(size), ViewSize.of(adapter)
+    pipe = FAMILIES[data.draw(st.sampled_from(list(FAMILIES)))]
+    layout, view = pipe.adapter.layout(size), ViewSize.of(pipe.adapter)
     boxes = patch_boxes(layout, size, view)
     height, width = size
     y = np.array(data.draw(st.lists(st.floats(0, height, exclude_max=True), min_size=1)))
@@ -278,13 +278,13 @@ def test_a_place_finds_its_token(size: tuple[int, int], data: st.DataObject) -> 
 
 
 def test_crops_tile_the_image() -> None:
-    adapter = FAMILIES["LLaVA-NeXT"]
+    pipe = FAMILIES["LLaVA-NeXT"]
     for size in ((80, 112), (112, 80), (20, 300), (7, 11)):
-        layout = adapter.layout(size)
-        crops = crop_boxes(layout, size, ViewSize.of(adapter))
+        layout = pipe.adapter.layout(size)
+        crops = crop_boxes(layout, size, ViewSize.of(pipe.adapter))
         area = (crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1])
         assert area.sum() == pytest.approx(size[0] * size[1])
-        boxes = patch_boxes(layout, size, ViewSize.of(adapter))
+        boxes = patch_boxes(layout, size, ViewSize.of(pipe.adapter))
         for view in range(1, layout.views):
             left, top, right, bottom = crops[view - 1] + [-1e-9, -1e-9, 1e-9, 1e-9]
             mine = boxes[(layout.view == view).numpy()]
@@ -293,6 +293,6 @@ def test_crops_tile_the_image() -> None:
 
 
 def test_a_layout_of_another_size_is_refused() -> None:
-    adapter = FAMILIES["LLaVA-NeXT"]
+    pipe = FAMILIES["LLaVA-NeXT"]
     with pytest.raises(UserError, match="give the size the layout was made for"):
-        patch_boxes(adapter.layout((50, 100)), (100, 50), ViewSize.of(adapter))
+        patch_boxes(pipe.adapter.layout((50, 100)), (100, 50), ViewSize.of(pipe.adapter))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import tokenprune as tp
 from tokenprune.engine.cache import CACHE
+from tokenprune.engine.vision import encode as run_encoder
 from tokenprune.errors import UserError
 from tokenprune.signals import Signal
 from tokenprune.testing.host import Host
@@ -212,10 +213,10 @@ def test_a_compiled_function_cannot_open_a_context(host: Host, expected: Expecte
 def test_encoding_looks_into_a_compiled_tower(host: Host) -> None:
     call = host.adapter.dummy_images([(20, 30)])
     signal = frozenset({Signal("received")})
-    (want,) = host.adapter._encode("image", call, signal, None)
+    (want,) = run_encoder(host.adapter, "image", call, signal, None)
     COMPILED["tower"](host.model)
     logits(host.model, host.inputs([0]))
-    (got,) = host.adapter._encode("image", call, signal, None)
+    (got,) = run_encoder(host.adapter, "image", call, signal, None)
     torch.testing.assert_close(got.signals, want.signals, equal_nan=True)
 
 
@@ -424,13 +425,13 @@ def test_encoding_in_another_thread_does_not_disturb_a_context(
 ) -> None:
     """`Adapter.encode` is not of the context; it waits for the tower, and leaves no trace."""
     call = host.adapter.dummy_images([(20, 30)])
-    (want,) = host.adapter._encode("image", call, frozenset(), None)
+    (want,) = run_encoder(host.adapter, "image", call, frozenset(), None)
     found = []
     stop = threading.Event()
 
     def encode() -> None:
         while not stop.is_set():
-            found.extend(host.adapter._encode("image", call, frozenset(), None))
+            found.extend(run_encoder(host.adapter, "image", call, frozenset(), None))
 
     thread = threading.Thread(target=encode)
     with tp.compress(host.model, "tome", retention=0.4) as trace:

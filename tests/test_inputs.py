@@ -53,7 +53,7 @@ CHATML = (
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Any:
+def pipe() -> Any:
     return tp.load("testbed-next")
 
 
@@ -62,9 +62,9 @@ def onevision() -> Any:
     return tp.load("testbed-onevision")
 
 
-def talking(adapter: Any, template: str | None) -> Any:
+def talking(pipe: Any, template: str | None) -> Any:
     """The processor of ``adapter`` with another chat template."""
-    processor = copy.copy(adapter.processor)
+    processor = copy.copy(pipe.processor)
     processor.chat_template = template
     return processor
 
@@ -93,14 +93,14 @@ def asked(processor: Any, question: str, counts: dict[str, int] = ONE) -> str:
     "question", ["{}", "<image>\n{}", "<image> {}", "<image>{}", "<image>\r\n{}", "\n<image>\n{}"]
 )
 def test_a_mark_in_front_gives_the_prompt_of_the_question_alone(
-    adapter: Any, template: str, expected: str, question: str
+    pipe: Any, template: str, expected: str, question: str
 ) -> None:
-    assert asked(talking(adapter, template), question.format(ASKED)) == expected
+    assert asked(talking(pipe, template), question.format(ASKED)) == expected
 
 
 @pytest.mark.parametrize("question", [" two  spaces ", "\nin a new line", "tail\n", "a\n\nb"])
-def test_the_text_itself_stays_as_it_is(adapter: Any, question: str) -> None:
-    assert adapter.prompt(f"<image>\n{question}", 1) == adapter.prompt(question, 1)
+def test_the_text_itself_stays_as_it_is(pipe: Any, question: str) -> None:
+    assert pipe.prompt(f"<image>\n{question}", 1) == pipe.prompt(question, 1)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_marks_stand_where_the_text_has_them(
     assert said == f"<s><user>{content}<assistant>"
 
 
-def test_templates_that_show_images_first_decide_that(adapter: Any) -> None:
-    said = asked(talking(adapter, VICUNA), "What is this?\n<image>")
+def test_templates_that_show_images_first_decide_that(pipe: Any) -> None:
+    said = asked(talking(pipe, VICUNA), "What is this?\n<image>")
     assert said == "USER: <image>\nWhat is this? ASSISTANT:"
 
 
-def test_only_turn_markers_make_a_finished_prompt(adapter: Any) -> None:
+def test_only_turn_markers_make_a_finished_prompt(pipe: Any) -> None:
     for template, finished in (
         (VICUNA, "A chat. USER: <image>\nWhat? ASSISTANT:"),
         (VICUNA, "USER:<image>\nWhat? ASSISTANT: A cat. USER: Sure? ASSISTANT:"),
@@ -136,7 +136,7 @@ def test_only_turn_markers_make_a_finished_prompt(adapter: Any) -> None:
         (CHATML, "<|im_start|>user <image>\nWhat?<|im_end|><|im_start|>assistant"),
         (CHATML, "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\nIt is"),
     ):
-        assert asked(talking(adapter, template), finished) == finished
+        assert asked(talking(pipe, template), finished) == finished
     for template, question in (
         (VICUNA, "<image>\nWhat does the USER: do?"),
         (VICUNA, "<image>\nIs ASSISTANT: in front of USER:?"),
@@ -144,15 +144,15 @@ def test_only_turn_markers_make_a_finished_prompt(adapter: Any) -> None:
         (CHATML, "<image>\nUSER: What? ASSISTANT:"),
     ):
         alone = question.removeprefix("<image>\n")
-        said = asked(talking(adapter, template), question)
-        assert said == asked(talking(adapter, template), alone) != question
+        said = asked(talking(pipe, template), question)
+        assert said == asked(talking(pipe, template), alone) != question
 
 
 @pytest.mark.parametrize(
     "template", [VICUNA, MISTRAL, CHATML, "own"], ids=["vicuna", "mistral", "chatml", "own"]
 )
-def test_what_a_template_makes_is_finished(adapter: Any, template: str) -> None:
-    processor = adapter.processor if template == "own" else talking(adapter, template)
+def test_what_a_template_makes_is_finished(pipe: Any, template: str) -> None:
+    processor = pipe.processor if template == "own" else talking(pipe, template)
     made = asked(processor, ASKED)
     assert asked(processor, made) == made
     alone = asked(processor, ASKED, {"image": 0, "video": 0})
@@ -161,48 +161,48 @@ def test_what_a_template_makes_is_finished(adapter: Any, template: str) -> None:
         asked(processor, alone)
 
 
-def test_without_a_chat_template_marks_make_a_finished_prompt(adapter: Any) -> None:
-    plain = talking(adapter, None)
+def test_without_a_chat_template_marks_make_a_finished_prompt(pipe: Any) -> None:
+    plain = talking(pipe, None)
     assert asked(plain, "<image> What?") == "<image> What?"
     assert asked(plain, "What?") == "<image>\nWhat?"
 
 
-def test_a_template_without_turn_markers(adapter: Any) -> None:
+def test_a_template_without_turn_markers(pipe: Any) -> None:
     bare = talking(
-        adapter,
+        pipe,
         "{% for part in messages[-1]['content'] %}{{ part.text or '<image>' }}{% endfor %}",
     )
     assert asked(bare, "<image>\nWhat?") == asked(bare, "What?") == "<image>What?"
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_words_that_are_taken_for_marks_are_refused(adapter: Any, count: int) -> None:
+def test_words_that_are_taken_for_marks_are_refused(pipe: Any, count: int) -> None:
     for question in ("What does the tag <image> mean?", "<image>\nWhat?"):
         with pytest.raises(UserError, match=f"has 1 '<image>' placeholders but {count} images"):
-            adapter.prompt(question, count)
+            pipe.prompt(question, count)
 
 
-def test_a_template_that_drops_images_is_refused(adapter: Any) -> None:
-    deaf = talking(adapter, "{{ messages[0]['content'][-1]['text'] }}")
+def test_a_template_that_drops_images_is_refused(pipe: Any) -> None:
+    deaf = talking(pipe, "{{ messages[0]['content'][-1]['text'] }}")
     with pytest.raises(UserError, match="does not show 1 images"):
         asked(deaf, ASKED)
 
 
 @pytest.mark.parametrize("retention", [1.0, 0.5])
-def test_marked_questions_get_the_same_answers(adapter: Any, retention: float) -> None:
+def test_marked_questions_get_the_same_answers(pipe: Any, retention: float) -> None:
     image = Image.fromarray(np.arange(60 * 90 * 3, dtype=np.uint8).reshape(90, 60, 3))
-    plain = adapter.prepare([image], [ASKED])
-    marked = adapter.prepare([image], [f"<image>\n{ASKED}"])
-    encoded = [adapter.encode([image])]
-    assembled = adapter.assemble(encoded, [f"<image>\n{ASKED}"])
+    plain = pipe.prepare([image], [ASKED])
+    marked = pipe.prepare([image], [f"<image>\n{ASKED}"])
+    encoded = [pipe.encode([image])]
+    assembled = pipe.assemble(encoded, [f"<image>\n{ASKED}"])
     assert torch.equal(plain["input_ids"], marked["input_ids"])
     assert torch.equal(plain["input_ids"], assembled["input_ids"])
-    blind = adapter.assemble(encoded, [f"<image>\n{ASKED}"], without_images=True)["input_ids"]
-    token = adapter.placeholders["image"]
+    blind = pipe.assemble(encoded, [f"<image>\n{ASKED}"], without_images=True)["input_ids"]
+    token = pipe.adapter.facts.placeholders["image"]
     assert blind[0].tolist() == [one for one in plain["input_ids"][0].tolist() if one != token]
-    with tp.compress(adapter.model, "uniform", retention=retention):
+    with tp.compress(pipe.model, "uniform", retention=retention):
         said = [
-            adapter.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            pipe.model.generate(**inputs, max_new_tokens=3, do_sample=False)
             for inputs in (plain, marked)
         ]
     assert torch.equal(*said)
@@ -213,22 +213,22 @@ def test_marked_questions_get_the_same_answers(adapter: Any, retention: float) -
 PIXELS = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)
 
 
-def test_images_of_every_kind_give_the_same_inputs(adapter: Any, tmp_path: Path) -> None:
+def test_images_of_every_kind_give_the_same_inputs(pipe: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(PIXELS).save(path)
-    expected = adapter.prepare([Image.fromarray(PIXELS)], [ASKED])["pixel_values"]
-    features = adapter.encode([Image.fromarray(PIXELS)])[0].features
-    kept = adapter.choose("feature-norm", [Image.fromarray(PIXELS)], retention=0.25)[0].keep
+    expected = pipe.prepare([Image.fromarray(PIXELS)], [ASKED])["pixel_values"]
+    features = pipe.encode([Image.fromarray(PIXELS)])[0].features
+    kept = pipe.select("feature-norm", [Image.fromarray(PIXELS)], retention=0.25)[0].keep
     for image in (str(path), path, io.BytesIO(path.read_bytes()), PIXELS, torch.tensor(PIXELS)):
-        assert torch.equal(adapter.prepare([image], [ASKED])["pixel_values"], expected)
-        assert torch.equal(adapter.encode([image])[0].features, features)
-        (chosen,) = adapter.choose("feature-norm", [image], retention=0.25)
+        assert torch.equal(pipe.prepare([image], [ASKED])["pixel_values"], expected)
+        assert torch.equal(pipe.encode([image])[0].features, features)
+        (chosen,) = pipe.select("feature-norm", [image], retention=0.25)
         assert torch.equal(chosen.keep, kept)
     for images in ([[path]], (PIXELS,), PIXELS[None], torch.tensor(PIXELS)[None]):
-        assert torch.equal(adapter.prepare(images, [ASKED])["pixel_values"], expected)
+        assert torch.equal(pipe.prepare(images, [ASKED])["pixel_values"], expected)
 
 
-def test_turned_and_transparent_pictures_in_every_host(adapter: Any, tmp_path: Path) -> None:
+def test_turned_and_transparent_pictures_in_every_host(pipe: Any, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     sideways, clear = tmp_path / "sideways.png", Image.fromarray(PIXELS)
@@ -237,10 +237,10 @@ def test_turned_and_transparent_pictures_in_every_host(adapter: Any, tmp_path: P
     white = Image.new("RGB", (30, 40), "white")
     timm = tp.load("timm/vit_tiny_patch16_224", pretrained=False)
     for shown, given in ((Image.fromarray(PIXELS), Image.open(sideways)), (white, clear)):
-        for host in (adapter, timm):
+        for host in (pipe, timm):
             (one,), (other,) = host.encode([shown]), host.encode([given])
             assert torch.equal(one.features, other.features)
-        one, other = (adapter.prepare([each], [ASKED]) for each in (shown, given))
+        one, other = (pipe.prepare([each], [ASKED]) for each in (shown, given))
         assert torch.equal(one["pixel_values"], other["pixel_values"])
         assert torch.equal(one["image_sizes"], other["image_sizes"])
 
@@ -267,7 +267,7 @@ def test_videos_of_every_kind_give_the_same_inputs(onevision: Any, tmp_path: Pat
 def test_a_low_video_is_not_taken_for_channels(onevision: Any, height: int) -> None:
     """Every row of a frame is alike, and so is every row of what the tower sees."""
     frame = np.repeat(PIXELS[:1], height, axis=0)
-    side = onevision.base.config.vision_config.image_size
+    side = onevision.adapter.base.config.vision_config.image_size
     seen = onevision.prepare(None, [ASKED], videos=[[frame]])["pixel_values_videos"][0, 0]
     tall = onevision.prepare(None, [ASKED], videos=[[np.repeat(PIXELS[:1], side, axis=0)]])
     expected = tall["pixel_values_videos"][0, 0]
@@ -277,32 +277,32 @@ def test_a_low_video_is_not_taken_for_channels(onevision: Any, height: int) -> N
     assert torch.allclose(encoded, whole, atol=0.05)
 
 
-def test_what_is_no_list_gets_a_sentence(adapter: Any, onevision: Any) -> None:
+def test_what_is_no_list_gets_a_sentence(pipe: Any, onevision: Any) -> None:
     image = Image.fromarray(PIXELS)
     for bare in (image, "photo.jpg", Path("photo.jpg"), PIXELS, torch.tensor(PIXELS)):
         for call in (
-            lambda one: adapter.prepare(one, [ASKED]),
-            lambda one: adapter.encode(one),
-            lambda one: adapter.choose("uniform", one, retention=0.5),
+            lambda one: pipe.prepare(one, [ASKED]),
+            lambda one: pipe.encode(one),
+            lambda one: pipe.select("uniform", one, retention=0.5),
         ):
             with pytest.raises(UserError, match=r"images must be a list of images, .*\[image\]"):
                 call(bare)
     for prompts in (ASKED, None, 7):
         with pytest.raises(UserError, match="prompts must be a list of texts"):
-            adapter.prepare([image], prompts)
+            pipe.prepare([image], prompts)
         with pytest.raises(UserError, match="prompts must be a list of texts"):
-            adapter.assemble([adapter.encode([image])], prompts)
+            pipe.assemble([pipe.encode([image])], prompts)
     with pytest.raises(UserError, match="a prompt must be a text, got None"):
-        adapter.prepare([image], [None])
+        pipe.prepare([image], [None])
     with pytest.raises(UserError, match="lone surrogate"):
-        adapter.prepare([image], ["what \ud800?"])
+        pipe.prepare([image], ["what \ud800?"])
     for nothing in ([None], [[None]], [[image, None]]):
         with pytest.raises(UserError, match="None is not an image"):
-            adapter.prepare(nothing, [ASKED])
+            pipe.prepare(nothing, [ASKED])
     with pytest.raises(UserError, match="videos must be a list of videos"):
         onevision.prepare(None, [ASKED], videos="clip.gif")
     with pytest.raises(UserError, match="videos must be a list of videos"):
         onevision.encode_videos(np.stack([PIXELS, PIXELS]))
     with pytest.raises(UserError, match="None is not a video"):
         onevision.prepare(None, [ASKED], videos=[None])
-    assert adapter.encode([]) == []
+    assert pipe.encode([]) == []

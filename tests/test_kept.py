@@ -68,12 +68,12 @@ def test_a_comparison_remembers_what_was_kept(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     whole = ("uncompressed", "image-free")
     assert ["kept" in line for line in lines] == [line["cell"] not in whole for line in lines]
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     for item in held_out(3, 0):
-        inputs = adapter.prepare([item.images[0].open()], [item.question])
+        inputs = pipe.prepare([item.images[0].open()], [item.question])
         for method in methods:
-            with tp.compress(adapter.model, method, retention=0.25) as trace:
-                adapter.model.generate(**inputs, max_new_tokens=1)
+            with tp.compress(pipe.model, method, retention=0.25) as trace:
+                pipe.model.generate(**inputs, max_new_tokens=1)
             last = trace.selections[-1]
             (line,) = (
                 line

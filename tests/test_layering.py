@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"layout", "signals", "tokens", "synthetic", "untouched", "drawing"},
             {"ops"},
             {"budget", "allocators"},
-            {"compressor", "encoder"},
+            {"compressor", "staged", "encoder"},
             {"plugins", "spec", "unwrap", "prompts"},
             {"facts", "adapter", "compatibility"},
             {"cost"},
@@ -42,7 +42,17 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 """Modules and packages of the core, lowest first.  Each imports its own layer and those below."""
 
 STRATEGIES_MAY = {
-    *("layout", "signals", "tokens", "ops", "budget", "allocators", "compressor", "encoder"),
+    *(
+        "layout",
+        "signals",
+        "tokens",
+        "ops",
+        "budget",
+        "allocators",
+        "compressor",
+        "staged",
+        "encoder",
+    ),
     *("registry", "errors"),
 }
 TERMINAL = {"typer", "rich"}

@@ -22,6 +22,7 @@ import tokenprune as tp
 from tokenprune import console
 from tokenprune.allocators import ThumbnailCommand
 from tokenprune.cli import app
+from tokenprune.compatibility import check_length
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.limits import LIMITS, check_lengths, check_number
 from tokenprune.experiments.common.questions import Picture, Question
@@ -29,11 +30,9 @@ from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.common.setting import Setting
 from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.masks.look import look
-from tokenprune.layout import TokenLayout
 from tokenprune.plugins import own_class
 from tokenprune.registry import strategies
 from tokenprune.spec import parse
-from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
 
 DIGITS = "9" * 4301  # more than Python reads as a number
@@ -223,15 +222,6 @@ def test_the_label_of_a_chain_keeps_every_digit() -> None:
     assert parse("uniform@0.50 + fastv@0.25").label == "uniform@0.5 + fastv@0.25"
 
 
-def test_official_hired_says_which_images_it_cannot_split() -> None:
-    fits = TokenLayout.anyres((1, 3), (3, 3), (0, 3, 0, 9))
-    unfit = TokenLayout.anyres((1, 2), (3, 3), (0, 3, 0, 6))  # 9 patches in 2 runs
-    method = tp.create("hired", retention=0.5, official=True)
-    assert len(method(sample_tokens(method.needs, fits)).keep)
-    with pytest.raises(UserError, match="9 patches into as many equal runs"):
-        method(sample_tokens(method.needs, unfit))
-
-
 # --- messages -------------------------------------------------------------------------------------
 
 
@@ -271,26 +261,26 @@ def test_positions_with_rotary_scaling(host: Host, rope: dict[str, Any], known: 
     config = LlamaConfig(max_position_embeddings=100, rope_parameters=rope)
     host.adapter.language_model.config.max_position_embeddings = 100
     host.adapter.language_model.config.rope_parameters = config.rope_parameters
-    assert host.adapter.positions == known
-    host.adapter.check_length(known)
-    host.adapter.check_length(known - 3, 3)
+    assert host.adapter.facts.decoder.positions == known
+    check_length(host.adapter.facts, known)
+    check_length(host.adapter.facts, known - 3, 3)
     with pytest.raises(UserError, match=f"knows {known} positions"):
-        host.adapter.check_length(known - 3, 4)
+        check_length(host.adapter.facts, known - 3, 4)
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Any:
+def pipe() -> Any:
     return tp.load("testbed-next")
 
 
 @pytest.fixture
-def untouched(adapter: Any) -> Iterator[None]:
+def untouched(pipe: Any) -> Iterator[None]:
     """Neither the vision tower nor the language model runs."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the model was run")
 
-    modules = (adapter.vision_tower, adapter.language_model)
+    modules = (pipe.adapter.vision_tower, pipe.adapter.language_model)
     handles = [module.register_forward_pre_hook(refuse) for module in modules]
     yield
     for handle in handles:
@@ -306,30 +296,30 @@ LONG = "what " * 5000
 
 
 @pytest.mark.usefixtures("untouched")
-def test_a_prompt_beyond_the_positions_is_not_prepared(adapter: Any) -> None:
+def test_a_prompt_beyond_the_positions_is_not_prepared(pipe: Any) -> None:
     with pytest.raises(UserError, match="4096 positions"):
-        adapter.prepare([picture()], [LONG])
-    assert adapter.prepare([picture()], [LONG], longer=True)["input_ids"].shape[1] > 4096
+        pipe.prepare([picture()], [LONG])
+    assert pipe.prepare([picture()], [LONG], longer=True)["input_ids"].shape[1] > 4096
 
 
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("method", [None, "fastv", "fitprune"])
-def test_no_forward_begins_beyond_the_positions(adapter: Any, method: str | None) -> None:
-    inputs = adapter.prepare([picture()], [LONG], longer=True)
+def test_no_forward_begins_beyond_the_positions(pipe: Any, method: str | None) -> None:
+    inputs = pipe.prepare([picture()], [LONG], longer=True)
     fields = {"retention": 0.5} if method else {}
-    with tp.compress(adapter.model, method, **fields), pytest.raises(UserError, match="positions"):
-        adapter.model(**inputs)
+    with tp.compress(pipe.model, method, **fields), pytest.raises(UserError, match="positions"):
+        pipe.model(**inputs)
 
 
-def test_generate_does_not_reach_the_decoder_beyond_the_positions(adapter: Any) -> None:
-    inputs = adapter.prepare([picture()], [LONG], longer=True)
-    handle = adapter.decoder_layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+def test_generate_does_not_reach_the_decoder_beyond_the_positions(pipe: Any) -> None:
+    inputs = pipe.prepare([picture()], [LONG], longer=True)
+    handle = pipe.adapter.decoder_layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
     try:
         with (
-            tp.compress(adapter.model, "fastv", retention=0.5),
+            tp.compress(pipe.model, "fastv", retention=0.5),
             pytest.raises(UserError, match="positions"),
         ):
-            adapter.model.generate(**inputs, max_new_tokens=1)
+            pipe.model.generate(**inputs, max_new_tokens=1)
     finally:
         handle.remove()
 
@@ -358,26 +348,26 @@ LONG_ONE = Question("long", (Picture("a", picture()),), LONG, "yes")
 
 
 @pytest.mark.usefixtures("untouched")
-def test_questions_beyond_the_positions_are_refused(adapter: Any, tmp_path: Path) -> None:
+def test_questions_beyond_the_positions_are_refused(pipe: Any, tmp_path: Path) -> None:
     request = CompareRequest(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
     with pytest.raises(UserError, match="'long': the prompt has"):
-        compare(request, setting=Setting(adapter, [LONG_ONE]))
+        compare(request, setting=Setting(pipe, [LONG_ONE]))
     assert not list(tmp_path.rglob("*.json*")), "nothing is written"
     with pytest.raises(UserError, match="positions"):
-        look(adapter, [picture()], LONG, ["uniform"], 0.5)
+        look(pipe, [picture()], LONG, ["uniform"], 0.5)
 
 
-def test_a_question_beyond_the_positions_fails_alone(adapter: Any, tmp_path: Path) -> None:
+def test_a_question_beyond_the_positions_fails_alone(pipe: Any, tmp_path: Path) -> None:
     short = dataclasses.replace(LONG_ONE, id="short", question="What?")
     request = CompareRequest(methods=["uniform"], retention=[0.5], out=tmp_path / "run")
     with pytest.warns(RuntimeWarning, match="1 of 2 questions cannot be asked"):
-        outcome = compare(request, setting=Setting(adapter, [LONG_ONE, short]))
+        outcome = compare(request, setting=Setting(pipe, [LONG_ONE, short]))
     answers = pd.read_parquet(outcome.folder / "answers.parquet")
     assert set(answers.loc[answers["status"] == "ok", "question_id"]) == {"short"}
     assert set(answers.loc[answers["status"] != "ok", "question_id"]) <= {"long"}
 
 
-def test_the_length_is_that_of_the_prompt_that_is_run(adapter: Any, tmp_path: Path) -> None:
+def test_the_length_is_that_of_the_prompt_that_is_run(pipe: Any, tmp_path: Path) -> None:
     """Of files, turned ones and several images; the longest that fits and one token more."""
     image = picture().resize((150, 60))
     exif = Image.Exif()
@@ -385,28 +375,28 @@ def test_the_length_is_that_of_the_prompt_that_is_run(adapter: Any, tmp_path: Pa
     image.save(tmp_path / "turned.jpg", exif=exif)
     shown = Picture("turned", tmp_path / "turned.jpg")
     item = Question("0", (shown,), "Which digit is on the red circle?", "3")
-    length = adapter.prepare([shown.open()], [item.question])["input_ids"].shape[1]
-    known = adapter.positions
-    check_lengths(adapter, [item], known - length)
+    length = pipe.prepare([shown.open()], [item.question])["input_ids"].shape[1]
+    known = pipe.adapter.facts.decoder.positions
+    check_lengths(pipe, [item], known - length)
     with pytest.raises(UserError, match=f"has {length} tokens and {known - length + 1}"):
-        check_lengths(adapter, [item], known - length + 1)
+        check_lengths(pipe, [item], known - length + 1)
 
 
 def test_the_length_of_a_video_and_of_several_images() -> None:
-    adapter = tp.load("testbed-onevision")
+    pipe = tp.load("testbed-onevision")
     images = tuple(Picture(str(index), picture()) for index in range(3))
     shown = [one.open() for one in images]
     video = Question("v", images, "What?", "yes", video=True)
     several = Question("s", images, "What?", "yes")
     prompts: list[tuple[Question, Callable[[], Any]]] = [
-        (video, lambda: adapter.prepare(None, ["What?"], videos=[shown])),
-        (several, lambda: adapter.prepare([shown], ["What?"])),
+        (video, lambda: pipe.prepare(None, ["What?"], videos=[shown])),
+        (several, lambda: pipe.prepare([shown], ["What?"])),
     ]
     for item, prepare in prompts:
         length = prepare()["input_ids"].shape[1]
-        check_lengths(adapter, [item], adapter.positions - length)
+        check_lengths(pipe, [item], pipe.adapter.facts.decoder.positions - length)
         with pytest.raises(UserError, match=f"has {length} tokens"):
-            check_lengths(adapter, [item], adapter.positions - length + 1)
+            check_lengths(pipe, [item], pipe.adapter.facts.decoder.positions - length + 1)
 
 
 def test_allocators_made_in_python() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tokenprune.attention import proportional_mask
-from tokenprune.compressor import Compressor, Selection
+from tokenprune.compressor import Compressor, Selection, cut_layer
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.dropping import proportional
 from tokenprune.engine.session import compress
@@ -26,7 +26,8 @@ from tokenprune.ops.clustering import dispersed, kernel_density, least_cutoff
 from tokenprune.ops.ranking import top
 from tokenprune.signals import Signal
 from tokenprune.spec import create
-from tokenprune.strategies.fitprune import fit
+from tokenprune.strategies._fitprune_schedule import fit
+from tokenprune.strategies._golden.dart import Official
 from tokenprune.strategies.pact import GLOBAL, KEYS
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
@@ -253,7 +254,9 @@ def test_fitprune_cuts_in_front_of_every_layer_but_the_first() -> None:
     host = Host.tiny("LLaVA-OneVision")
     depth = len(host.adapter.decoder_layers)
     method = create("fitprune", retention=0.25, separators="none")
-    assert {host.adapter.cut_layer(cut) for cut in method.cuts} == {*range(1, depth)}
+    assert {cut_layer(cut, host.adapter.facts.decoder.layers) for cut in method.cuts} == {
+        *range(1, depth)
+    }
     with compress(host.model, method) as trace:
         host.logits(host.inputs((0,)))
     visual = trace.ledger.visual_per_layer
@@ -368,7 +371,7 @@ def test_inner_holitom_equals_loops(seed: int) -> None:
 
 def test_official_dart_keeps_its_pivots_on_top_of_the_budget() -> None:
     """49 tokens at R = 0.5: int(24.5 / 8) = 3 for each of eight pivots, and four image pivots."""
-    method = create("dart", retention=0.5, official=True)
+    method = Official(retention=0.5)
     tokens = sample_tokens(method.needs, TokenLayout.single((7, 7), newline=False))
     assert len(method(tokens).keep) == 28
     clean = create("dart", retention=0.5)

@@ -10,32 +10,33 @@ import torch
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter, adapter_of
+from tokenprune.adapter import adapter_of
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.models import testbed
 from tokenprune.models.testbed.scenes import questions
+from tokenprune.pipeline import Pipeline
 from tokenprune.testing.host import Host
 
 
 @pytest.fixture(scope="module")
-def bed() -> Adapter:
+def bed() -> Pipeline:
     return tp.load("testbed-next")
 
 
-def test_no_photo_is_refused_for_its_shape(bed: Adapter) -> None:
+def test_no_photo_is_refused_for_its_shape(bed: Pipeline) -> None:
     for size in [(1, 1), (1, 400), (400, 1), (7, 300), (1000, 30), (57, 56)]:
         with tp.compress(bed.model, "globalcom2", retention=0.5) as trace:
             bed.model(**bed.prepare([Image.new("RGB", size)], ["How many objects are there?"]))
         assert trace.ledger.kept_patches >= 1
 
 
-def test_as_many_image_lists_as_prompts(bed: Adapter) -> None:
+def test_as_many_image_lists_as_prompts(bed: Pipeline) -> None:
     photo = Image.new("RGB", (112, 112))
     with pytest.raises(UserError, match="2 image lists for 1 prompts"):
         bed.prepare([photo, photo], ["one"])
 
 
-def test_a_local_folder_loads_like_the_testbed(bed: Adapter, tmp_path: Path) -> None:
+def test_a_local_folder_loads_like_the_testbed(bed: Pipeline, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(testbed.path("testbed-next"), folder)
     mine = tp.load(str(folder), dtype="bfloat16", attn_implementation="eager")

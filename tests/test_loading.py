@@ -74,10 +74,10 @@ def test_one_bad_tensor_is_refused_by_name(fault: str, checkpoint: Path, tmp_pat
 
 
 def test_what_is_whole_loads(checkpoint: Path) -> None:
-    adapter = tp.load(checkpoint)
-    inputs = adapter.prepare([questions(1, seed=5)[0].image], ["What is it?"])
-    with tp.compress(adapter.model, "uniform", retention=0.5) as trace:
-        adapter.model(**inputs)
+    pipe = tp.load(checkpoint)
+    inputs = pipe.prepare([questions(1, seed=5)[0].image], ["What is it?"])
+    with tp.compress(pipe.model, "uniform", retention=0.5) as trace:
+        pipe.model(**inputs)
     assert trace.ledger.kept_patches > 0
 
 
@@ -134,9 +134,9 @@ def test_offloaded_weights_are_looked_at_too(sound: Path, tmp_path: Path) -> Non
     name = "language_model.model.layers.2.mlp.up_proj.weight"
     bad = broken(sound, tmp_path / "bad", spoilt(state, "nan", name))
     options = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offloaded")}
-    adapter = tp.load(sound, **options)
-    assert adapter.model.device.type == "meta"
-    assert adapter.prepare(None, ["?"])["input_ids"].device.type == "cpu"
+    pipe = tp.load(sound, **options)
+    assert pipe.model.device.type == "meta"
+    assert pipe.prepare(None, ["?"])["input_ids"].device.type == "cpu"
     with pytest.raises(UserError, match=r"1 tensor NaN or infinite \(model\.language_model"):
         tp.load(bad, **options)
 
@@ -154,10 +154,10 @@ def test_what_a_dtype_cannot_hold(sound: Path, tmp_path: Path) -> None:
 def test_quantised_weights(options: dict[str, bool], sound: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     config = transformers.BitsAndBytesConfig(**options)
-    adapter = tp.load(sound, quantization_config=config)
+    pipe = tp.load(sound, quantization_config=config)
     stored = tmp_path / "stored"
     shutil.copytree(sound, stored, ignore=shutil.ignore_patterns("*.safetensors"))
-    adapter.model.save_pretrained(stored)
+    pipe.model.save_pretrained(stored)
     assert any(not value.is_floating_point() for value in tensors(stored).values())
     tp.load(stored)
     name = "language_model.model.layers.1.mlp.up_proj.weight"

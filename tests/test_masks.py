@@ -75,7 +75,7 @@ def test_what_is_seen_is_what_a_plain_run_does(following: Any) -> None:
         expected = trace.selections[-1].keep if method else torch.arange(len(seen.media[0].layout))
         assert torch.equal(one.keeps[0], expected)
         assert bool(one.scores) == (one.label in ("globalcom2", "fastv"))
-    (chosen,) = following.choose("globalcom2", [image], retention=0.25)
+    (chosen,) = following.select("globalcom2", [image], retention=0.25)
     assert torch.equal(seen.masks[2].keeps[0], chosen.keep)
     assert seen.masks[3].where == "before layer 2"
 
@@ -203,8 +203,8 @@ def test_every_shape_can_be_drawn(
     sizes: list[tuple[int, int]], video: bool, onevision: Any, following: Any, tmp_path: Path
 ) -> None:
     images = [picture(*size, seed=index) for index, size in enumerate(sizes)]
-    for adapter in (onevision,) if video else (onevision, following):
-        seen = look(adapter, images, "$How^ many?", ["globalcom2", "fastv"], 0.25, video=video)
+    for pipe in (onevision,) if video else (onevision, following):
+        seen = look(pipe, images, "$How^ many?", ["globalcom2", "fastv"], 0.25, video=video)
         for figure in (draw(seen), heat(seen)):
             figure.savefig(tmp_path / "figure.png", dpi=20)
         for medium in seen.media:
@@ -218,11 +218,11 @@ def test_every_shape_can_be_drawn(
 
 def test_without_a_language_model(tmp_path: Path) -> None:
     options = {"img_size": 32, "patch_size": 8, "depth": 2}
-    adapter = tp.load("timm/vit_tiny_patch16_224", **options)
-    figure = masks(adapter, [picture(60, 90)], ASKED, ["globalcom2", "hired"], [0.5, 0.2])
+    pipe = tp.load("timm/vit_tiny_patch16_224", **options)
+    figure = masks(pipe, [picture(60, 90)], ASKED, ["globalcom2", "hired"], [0.5, 0.2])
     figure.savefig(tmp_path / "figure.png", dpi=20)
     with pytest.raises(UserError, match="acts inside the language model"):
-        masks(adapter, [picture(60, 90)], None, ["fastv"])
+        masks(pipe, [picture(60, 90)], None, ["fastv"])
     biased = tp.load("timm/beit_base_patch16_224", **options)  # attention that cannot be told
     seen = look(biased, [picture(60, 90)], None, ["uniform"], 0.5)
     assert not seen.saliency

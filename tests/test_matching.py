@@ -16,7 +16,6 @@ import pytest
 from rich.console import Console
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
 from tokenprune.errors import UserError
@@ -32,6 +31,7 @@ from tokenprune.experiments.compare.matching import matched_cells, realised, rep
 from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.efficiency.measured import measure
 from tokenprune.models.loading import adapter_at_random
+from tokenprune.pipeline import Pipeline
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Adapter:
+def pipe() -> Pipeline:
     return tp.load("testbed-next")
 
 
@@ -52,15 +52,15 @@ def questions() -> Sequence[Question]:
 
 
 def test_the_representative_prompt_is_as_the_engine_sees_it(
-    adapter: Adapter, questions: Sequence[Question]
+    pipe: Pipeline, questions: Sequence[Question]
 ) -> None:
     """Its tokens are those of the real batch; half of the questions have no more."""
-    prompt = representative(adapter, questions)
+    prompt = representative(pipe, questions)
     lengths = []
     for item in questions:
         image = item.images[0].open()
-        ids = adapter.prepare([image], [item.question])["input_ids"]
-        lengths.append((int((ids == adapter.placeholders["image"]).sum()), ids.shape[1]))
+        ids = pipe.prepare([image], [item.question])["input_ids"]
+        lengths.append((int((ids == pipe.adapter.facts.placeholders["image"]).sum()), ids.shape[1]))
     ordered = sorted(visual for visual, _ in lengths)
     assert prompt.visual == ordered[len(ordered) // 2]
     assert (prompt.visual, prompt.visual + prompt.text) in lengths
@@ -70,13 +70,13 @@ def test_the_representative_prompt_is_as_the_engine_sees_it(
 
 @pytest.mark.parametrize("kind", ["tokens", "flops"])
 def test_cells_cost_what_uniform_costs(
-    adapter: Adapter, questions: Sequence[Question], kind: str
+    pipe: Pipeline, questions: Sequence[Question], kind: str
 ) -> None:
     """Counted by hand from the layers the method would process."""
     methods = ["fastv", "uniform", "globalcom2", "sparsevlm"]
-    found, left_out = matched_cells(adapter, questions, methods, [0.6, 1.0], kind)  # type: ignore[arg-type]
-    prompt = representative(adapter, questions)
-    shape = DecoderShape.of(adapter.language_model.config)
+    found, left_out = matched_cells(pipe, questions, methods, [0.6, 1.0], kind)  # type: ignore[arg-type]
+    prompt = representative(pipe, questions)
+    shape = DecoderShape.of(pipe.adapter.language_model.config)
     assert not left_out
     assert found[0] == Cell()
     half = [cell for cell in found[1:] if cell.asked == 0.6]
@@ -115,8 +115,8 @@ def test_what_content_decides_is_run() -> None:
     assert told.layer_average > cell.matched.cost, "else this test shows nothing"
 
 
-def test_only_the_retention_is_solved_for(adapter: Adapter, questions: Sequence[Question]) -> None:
-    found, _ = matched_cells(adapter, questions, ["fastv:layer=1"], [0.5], "tokens")
+def test_only_the_retention_is_solved_for(pipe: Pipeline, questions: Sequence[Question]) -> None:
+    found, _ = matched_cells(pipe, questions, ["fastv:layer=1"], [0.5], "tokens")
     solved = found[-1].compressor
     assert solved is not None
     assert replace(solved, retention=0.5) == tp.parse("fastv:layer=1", retention=0.5)
@@ -124,12 +124,12 @@ def test_only_the_retention_is_solved_for(adapter: Adapter, questions: Sequence[
 
 
 def test_what_cannot_be_reached_is_refused_or_left_out(
-    adapter: Adapter, questions: Sequence[Question]
+    pipe: Pipeline, questions: Sequence[Question]
 ) -> None:
     with pytest.raises(UserError, match=r"fastv cannot go down .* 2 of 6 layers run at full"):
-        matched_cells(adapter, questions, ["fastv"], [0.1], "tokens")
+        matched_cells(pipe, questions, ["fastv"], [0.1], "tokens")
     found, left_out = matched_cells(
-        adapter, questions, ["fastv"], [0.6, 0.1], "tokens", optional=["fastv"]
+        pipe, questions, ["fastv"], [0.6, 0.1], "tokens", optional=["fastv"]
     )
     assert [(cell.method, cell.asked) for cell in found[1:]] == [
         ("uniform", 0.6), ("uniform", 0.1), ("fastv", 0.6),
@@ -139,22 +139,20 @@ def test_what_cannot_be_reached_is_refused_or_left_out(
 
 @pytest.mark.parametrize("spec", ["fastv@0.3", "first@0.5 + fastv@0.5", "uniform:retention=0.3"])
 def test_methods_that_say_what_they_keep_are_refused(
-    adapter: Adapter, questions: Sequence[Question], spec: str
+    pipe: Pipeline, questions: Sequence[Question], spec: str
 ) -> None:
     with pytest.raises(UserError, match="says itself what it keeps"):
-        matched_cells(adapter, questions, [spec], [0.5], "tokens")
+        matched_cells(pipe, questions, [spec], [0.5], "tokens")
 
 
-def test_options_that_sound_like_it_are_none(
-    adapter: Adapter, questions: Sequence[Question]
-) -> None:
-    spec = "sparsevlm:schedule=retention"
-    found, _ = matched_cells(adapter, questions, [spec], [0.7], "tokens")
-    assert found[-1].method == "sparsevlm"
+def test_options_that_sound_like_it_are_none(pipe: Pipeline, questions: Sequence[Question]) -> None:
+    spec = "sparsevlm:position_ids=compact"
+    found, _ = matched_cells(pipe, questions, [spec], [0.7], "tokens")
+    assert found[-1].method == spec
 
 
 def test_times_can_be_matched(
-    adapter: Adapter, questions: Sequence[Question], monkeypatch: pytest.MonkeyPatch
+    pipe: Pipeline, questions: Sequence[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer takes 1 ms a token, FastV's choice 60 ms: at equal time it processes 10 fewer."""
     monkeypatch.setattr(Bench, "layer", Curve(0.0, 1e-3, 0.0))
@@ -167,8 +165,8 @@ def test_times_can_be_matched(
         return Run(Timing(0.0, 0.0), chose, Timing(0.0, 0.0), 0, ledger)
 
     monkeypatch.setattr(Bench, "run", run)
-    found, _ = matched_cells(adapter, questions, ["fastv"], [0.7], "prefill-ms")
-    prompt = representative(adapter, questions)
+    found, _ = matched_cells(pipe, questions, ["fastv"], [0.7], "prefill-ms")
+    prompt = representative(pipe, questions)
     averages = [prompt.forecast(cell.compressor).ledger.layer_average for cell in found[1:]]
     assert averages[0] - averages[1] == pytest.approx(10, abs=0.7)
 
@@ -283,7 +281,7 @@ def test_a_question_that_cannot_be_looked_at_is_passed_over(
 ) -> None:
     from tokenprune.experiments.compare import matching
 
-    def half(adapter: Any, item: str) -> Any:
+    def half(pipe: Any, item: str) -> Any:
         if item.startswith("bad"):
             raise OSError("image file is truncated")
         return SimpleNamespace(visual=len(item))

@@ -27,6 +27,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 import tokenprune as tp
 from tokenprune.adapter import adapter_of
 from tokenprune.allocators import ThumbnailCommand
+from tokenprune.compatibility import check_compatible
 from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.layout import Kind, TokenLayout
@@ -307,7 +308,7 @@ def test_encoding_once_gives_what_pixels_give(
 ) -> None:
     method = create(name, retention=0.4)
     try:
-        adapter.check(method)
+        check_compatible(adapter.facts, method)
     except UserError as error:
         pytest.skip(str(error))
     with compress(adapter.model, method) as trace:
@@ -448,9 +449,9 @@ def test_globalcom2_by_the_pooling_head_keeps_the_contract() -> None:
 def test_what_a_tower_lacks_is_a_sentence() -> None:
     plain = Host.tiny("LLaVA-OneVision").adapter
     with pytest.raises(UserError, match="needs the attention of a pooling head"):
-        plain.check(create("globalcom2", retention=0.5, score="head_attention"))
+        check_compatible(plain.facts, create("globalcom2", retention=0.5, score="head_attention"))
     with pytest.raises(UserError, match="needs the attention of a CLS token"):
-        plain.check(create("globalcom2", retention=0.5, score="cls_logits"))
+        check_compatible(plain.facts, create("globalcom2", retention=0.5, score="cls_logits"))
 
 
 def test_saliency_is_what_the_tower_has() -> None:

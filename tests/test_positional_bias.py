@@ -22,7 +22,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.allocators import Allocator, TopK
 from tokenprune.cli import app
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection
@@ -53,6 +52,7 @@ from tokenprune.experiments.positional_bias.rearrange import (
 )
 from tokenprune.experiments.positional_bias.run import PositionalBiasRequest, run
 from tokenprune.layout import Kind, TokenLayout
+from tokenprune.pipeline import Pipeline
 from tokenprune.registry import strategies
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.strategy_checks import LAYOUTS
@@ -475,7 +475,7 @@ def test_tables_of_all_conditions_are_legible() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_exchanged_crops_have_no_pipeline(testbed: Adapter, pictures: list[Image.Image]) -> None:
+def test_exchanged_crops_have_no_pipeline(testbed: Pipeline, pictures: list[Image.Image]) -> None:
     asked: dict[str, Any] = {"conditions": ["exchanged-crops"]}
     with pytest.raises(UserError, match="add the level 'selector'"):
         positional_bias(testbed, ["last"], pictures[:1], levels=["pipeline"], **asked)
@@ -665,7 +665,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def testbed() -> Adapter:
+def testbed() -> Pipeline:
     return tp.load("testbed-next")
 
 
@@ -679,13 +679,13 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def result(testbed: Adapter, pictures: list[Image.Image]) -> Analysis:
+def result(testbed: Pipeline, pictures: list[Image.Image]) -> Analysis:
     methods = ["feature-norm", "globalcom2", "fastv", "pyramiddrop", "uniform@0.5 + fastv@0.5"]
     return positional_bias(testbed, methods, pictures, batch_size=4)
 
 
 def test_crops_show_the_tower_the_same_pixels(
-    testbed: Adapter, pictures: list[Image.Image]
+    testbed: Pipeline, pictures: list[Image.Image]
 ) -> None:
     """Reversed pixels, encoded anew, are the reversed features; only the thumbnail differs."""
     (tokens,) = testbed.encode(pictures[:1])
@@ -725,7 +725,7 @@ def kept(result: Analysis, method: str, image: int, condition: str) -> list[int]
 @pytest.mark.parametrize("condition", ["normal", "reversed-crops", "flip-lr"])
 @pytest.mark.parametrize("spec", ["globalcom2", "fastv", "pyramiddrop", "uniform@0.5 + fastv@0.5"])
 def test_choices_are_those_of_the_engine(
-    testbed: Adapter, pictures: list[Image.Image], result: Analysis, spec: str, condition: Any
+    testbed: Pipeline, pictures: list[Image.Image], result: Analysis, spec: str, condition: Any
 ) -> None:
     """Also where several images run in one batch, against one prompt at a time."""
     method = tp.parse(spec) if "@" in spec else tp.parse(spec, retention=0.25)
@@ -743,7 +743,7 @@ def test_choices_are_those_of_the_engine(
 
 
 def test_reversed_crops_are_a_permuted_prompt_of_the_plain_model(
-    testbed: Adapter, pictures: list[Image.Image], result: Analysis
+    testbed: Pipeline, pictures: list[Image.Image], result: Analysis
 ) -> None:
     """FastV's choice from the attention that the model pays to a sequence permuted by hand."""
     (tokens,) = testbed.encode(pictures[:1])
@@ -758,7 +758,7 @@ def test_reversed_crops_are_a_permuted_prompt_of_the_plain_model(
     inputs = testbed.assemble([[tokens]], ["What is in the image?"])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     embeds = eager.get_input_embeddings()(ids).detach()
-    visual = ids[0] == testbed.placeholders["image"]
+    visual = ids[0] == testbed.adapter.facts.placeholders["image"]
     embeds[0, visual] = tokens.features[order]
     with torch.no_grad():
         seen = eager(inputs_embeds=embeds, attention_mask=mask, output_attentions=True)
@@ -781,7 +781,7 @@ def test_first_cut_keeps_more_than_the_last(result: Analysis) -> None:
     assert table["kept_first"].sum() > table["kept"].sum()
 
 
-def test_the_model_is_left_alone(testbed: Adapter, pictures: list[Image.Image]) -> None:
+def test_the_model_is_left_alone(testbed: Pipeline, pictures: list[Image.Image]) -> None:
     hooks = sum(len(module._forward_pre_hooks) for module in testbed.model.modules())
     method = tp.parse("fastv", retention=0.25)
     positional_bias(testbed, [method], pictures[:1], conditions=["flip-lr"], levels=["selector"])

@@ -168,7 +168,7 @@ def test_equal_texts_and_figures_of_a_journal_are_kept_once(tmp_path: Path) -> N
 def test_answers_are_in_the_file_as_soon_as_they_are_added(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from tokenprune.experiments.common.run_folder import Journal\n"
+        "from tokenprune.experiments.common.journal import Journal\n"
         "with Journal(Path(sys.argv[1])) as journal:\n"
         "    journal.add('cell', {'q1': {'answer': 'a'}})\n"
         "    os._exit(9)\n"

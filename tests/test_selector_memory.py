@@ -28,6 +28,7 @@ from tokenprune.attention import (
 )
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.cost.arithmetic import DecoderShape, held_bytes, merging_bytes, signal_bytes
+from tokenprune.cost.measuring import Work
 from tokenprune.errors import RetentionWarning
 from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.shapes import (
@@ -82,7 +83,7 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
 @pytest.mark.parametrize("layout", [IMAGE, VIDEO], ids=["image", "video"])
 @pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
 def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: torch.dtype) -> None:
-    """Not a fifth more than is said, and half of what is said at least."""
+    """What the profiler sees of this selection is within 20 % of what synthetic tokens take."""
     method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         tokens = _tokens(part, layout, dtype)
@@ -90,15 +91,16 @@ def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: t
             warnings.simplefilter("ignore", RetentionWarning)
             part.select(tokens)  # what is loaded or cached on first use
             real = peak_memory(lambda part=part, tokens=tokens: part.select(tokens))
-        told = part.memory(tokens)
-        some = 48 * len(tokens)  # index vectors more or fewer
-        assert real <= 1.2 * told + some, f"{real:,} bytes were taken, memory() says {told:,.0f}"
-        assert told <= 2 * real + some, f"memory() says {told:,.0f}, {real:,} bytes were taken"
+        found = Work.of(part, tokens, layout).cost().bytes
+        some = 16 * len(tokens)  # index vectors inside operators, which are not seen
+        if name.startswith("cdpruner") and dtype == torch.bfloat16:
+            some += 4 * tokens.features.numel()  # on the CPU `vector_norm` casts inside
+        assert found == pytest.approx(real, rel=0.2, abs=some), f"{real:,} taken, {found:,} found"
 
 
 @pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
-def test_memory_and_flops_go_by_shapes_alone(name: str) -> None:
-    """The forecast asks tensors that hold nothing."""
+def test_cost_goes_by_shapes_alone(name: str) -> None:
+    """The forecast gives tensors without values."""
     method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         real = _tokens(part, IMAGE, torch.float32)
@@ -108,8 +110,7 @@ def test_memory_and_flops_go_by_shapes_alone(name: str) -> None:
             signals={signal: value.to("meta") for signal, value in real.signals.items()},
             inputs=tuple(value.to("meta") for value in real.inputs or ()),
         )
-        assert part.memory(empty) == part.memory(real)
-        assert part.flops(empty) == part.flops(real)
+        assert Work.of(part, empty, IMAGE) == Work.of(part, real, IMAGE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -211,7 +212,7 @@ def test_bytes_of_merging_in_the_tower(dtype: torch.dtype) -> None:
     adapter = tower.clip(12, "cpu", dtype, **{**tower.SMALL, "hidden_size": 256})
     steps = tower.Steps(adapter, tp.create("tome", retention=0.25), IMAGE, 8)
     run, size = steps().encoding, steps.key.element_size()
-    told = merging_bytes(run, adapter.vision_width, IMAGE.views, size)
+    told = merging_bytes(run, adapter.facts.vision.hidden, IMAGE.views, size)
     real = peak_memory(steps.first) + steps.key.nbytes + steps.query.nbytes
     assert told == pytest.approx(real, rel=0.3)
 
@@ -221,13 +222,13 @@ def test_bytes_of_merging_in_the_tower(dtype: torch.dtype) -> None:
 def test_bytes_of_tower_rows(kind: str, dtype: torch.dtype) -> None:
     """Queries and keys that are kept, and the work on them, of four views."""
     adapter = Host.tiny("LLaVA-NeXT").adapter
-    keys, width = 17, adapter.vision_width
+    keys, width = 17, adapter.facts.vision.hidden
     looks = {"received": attention_received, "keys": key_vectors}
     work = looks.get(kind, functools.partial(cls_row, softmax=True))
 
     def run() -> None:
         query, key = (torch.ones(4, keys, width).to(dtype) for _ in range(2))
-        work(Projections(adapter.vision_heads, 1.0, query, key))
+        work(Projections(adapter.facts.vision.heads, 1.0, query, key))
 
     real = peak_memory(run)
     size = torch.finfo(dtype).bits // 8

@@ -19,10 +19,12 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.ops.diversity import cover, max_min_diversity
+from tokenprune.ops.ranking import outliers
 from tokenprune.signals import Signal
 from tokenprune.spec import create
+from tokenprune.strategies._golden.hired import Strips
+from tokenprune.strategies._golden.sparsevlm import Scheduled
 from tokenprune.strategies.hired import MarkedPatches
-from tokenprune.strategies.prumerge import outliers
 from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -225,7 +227,8 @@ def test_hired_counts_marks_where_the_crops_are(official: bool) -> None:
     values = torch.zeros(len(layout))
     values[layout.kind == Kind.THUMBNAIL] = marks.flatten()
     tokens = VisualTokens(layout, torch.zeros(len(layout), 1), {early: values})
-    counts = MarkedPatches(0.5, early, official).counts(tokens, values, 0.4)
+    kind = Strips if official else MarkedPatches
+    counts = kind(0.5, early).counts(tokens, values, 0.4)
     # 32 of 80 tokens; 16 for the thumbnail, 16 for the crops on the left.  The official strips
     # are rows of the thumbnail, each of which holds a quarter of the marks.
     assert counts.tolist() == ([16, 4, 4, 4, 4] if official else [16, 8, 0, 8, 0])
@@ -236,7 +239,8 @@ def test_hired_leaves_the_thumbnail_one_token_or_officially_none() -> None:
     values = torch.arange(float(len(layout)))
     early = Signal("cls_attention", 0)
     tokens = VisualTokens(layout, torch.zeros(len(layout), 1), {early: values})
-    counts = [MarkedPatches(0.0, early, on).counts(tokens, values, 0.4) for on in (False, True)]
+    kinds = MarkedPatches, Strips
+    counts = [kind(0.0, early).counts(tokens, values, 0.4) for kind in kinds]
     # Of 32 tokens; all patches are marked, so that the crops share equally and lose remainders.
     assert [one.tolist() for one in counts] == [[1, 7, 7, 7, 7], [0, 8, 8, 8, 8]]
 
@@ -428,25 +432,22 @@ def test_sparsevlm_lets_all_words_rate_where_none_stands_out() -> None:
         method.select(none)
 
 
-@pytest.mark.parametrize("schedule", ["retention", "rank", "192", "64"])
+@pytest.mark.parametrize("schedule", ["", "rank", "192", "64"])
 @pytest.mark.parametrize("retention", [0.01, 0.2, 0.5, 0.99])
 def test_sparsevlm_never_exceeds_its_budget(schedule: str, retention: float) -> None:
     draw = torch.Generator().manual_seed(0)
     rows = torch.rand(576, 4, generator=draw)
     states, text = torch.randn(576, 8, generator=draw), torch.randn(4, 8, generator=draw)
     tokens = _rated(rows, states, states, text)
-    method = create("sparsevlm", retention=retention, schedule=schedule)
+    method = create("sparsevlm", retention=retention)
+    if schedule:
+        method = Scheduled(retention=retention, schedule=schedule)  # type: ignore[arg-type]
     for stage, cut in enumerate(method.cuts, 1):
         kept = len(method.at(cut).select(tokens).keep)
         most = max(1, math.floor(576 * retention ** (stage / 3) + 1e-9))
         assert kept <= most
-        if schedule == "retention":
+        if not schedule:
             assert kept == most
-
-
-def test_sparsevlm_has_no_list_for_a_fourth_cut() -> None:
-    with pytest.raises(UserError, match="3 counts for 4 cuts"):
-        create("sparsevlm", retention=0.5, schedule="192", depths=(0.1, 0.2, 0.3, 0.4))
 
 
 def test_sparsevlm_2_corrects_for_places_and_asks_the_heads_that_look() -> None:
@@ -466,7 +467,6 @@ def test_sparsevlm_2_corrects_for_places_and_asks_the_heads_that_look() -> None:
     half = replace(method, retention=0.5)
     assert half.select(tokens).keep.tolist() == [0, 3]
     assert replace(half, heads=14).select(tokens).keep.tolist() == [0, 1]
-    assert replace(method, schedule="64", depths=(0.3, 0.4, 0.5)).left(tokens, rotary)[0] == 1
 
 
 # -- CDPruner ------------------------------------------------------------------------------------
@@ -546,9 +546,9 @@ def test_cdpruner_keeps_twins_apart_and_more_than_the_rank() -> None:
 
 def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
     """What no model here has comes with the images; without it, the refusal names substitutes."""
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     image = Image.fromarray(torch.arange(64 * 96 * 3).view(64, 96, 3).to(torch.uint8).numpy())
-    (tokens,) = adapter.encode([image])
+    (tokens,) = pipe.encode([image])
     draw = torch.Generator().manual_seed(0)
     brought = replace(
         tokens,
@@ -556,30 +556,30 @@ def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
         text={CLIP[1]: torch.randn(1, 4, generator=draw)},
     )
     method = create("cdpruner", retention=0.3)
-    inputs = adapter.assemble([[brought]], ["How many objects are there?"])
-    with tp.compress(adapter.model, method, extra_signals=CLIP) as trace:
-        adapter.model.generate(**inputs, max_new_tokens=2)
+    inputs = pipe.assemble([[brought]], ["How many objects are there?"])
+    with tp.compress(pipe.model, method, extra_signals=CLIP) as trace:
+        pipe.model.generate(**inputs, max_new_tokens=2)
     assert torch.equal(trace.selections[0].keep, method(brought).keep)
     with (
-        tp.compress(adapter.model, method, extra_signals=CLIP),
+        tp.compress(pipe.model, method, extra_signals=CLIP),
         pytest.raises(UserError, match="provided"),
     ):
-        adapter.model.generate(**adapter.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
+        pipe.model.generate(**pipe.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
     with (
         pytest.raises(UserError, match=r"CLIP text tower.*LLaVA-NeXT.*cdpruner:relevance=text"),
-        tp.compress(adapter.model, method),
+        tp.compress(pipe.model, method),
     ):
         pass
     with pytest.raises(UserError, match="looks at the prompt"):
-        adapter.choose("cdpruner:relevance=text", [image], retention=0.3)
+        pipe.select("cdpruner:relevance=text", [image], retention=0.3)
 
 
 def test_cdpruner_by_text_follows_the_question() -> None:
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     image = next(iter(held_out(1, 0, "image"))).images[0].open()
     kept = []
     for question in ("How many objects are there?", "What digit is on the red square?"):
-        with tp.compress(adapter.model, "cdpruner:relevance=text", retention=0.2) as trace:
-            adapter.model.generate(**adapter.prepare([image], [question]), max_new_tokens=1)
+        with tp.compress(pipe.model, "cdpruner:relevance=text", retention=0.2) as trace:
+            pipe.model.generate(**pipe.prepare([image], [question]), max_new_tokens=1)
         kept.append(trace.selections[0].keep.tolist())
     assert kept[0] != kept[1]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenprune as tp
+from tokenprune.compatibility import compatible_methods
 from tokenprune.errors import UnknownNameError, UserError
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare.run import run as compare
@@ -44,11 +45,11 @@ FAMILIES = {
 def _load(family: str) -> TimmVision:
     name, options, *_ = FAMILIES[family]
     torch.manual_seed(0)
-    adapter = tp.load(f"timm/{name}", **options)
-    assert isinstance(adapter, TimmVision)
-    for parameter in adapter.model.parameters():  # random weights hardly attend otherwise
+    pipe = tp.load(f"timm/{name}", **options)
+    assert isinstance(pipe, TimmVision)
+    for parameter in pipe.model.parameters():  # random weights hardly attend otherwise
         torch.nn.init.normal_(parameter, std=0.2)
-    return adapter
+    return pipe
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -61,14 +62,14 @@ def _image(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _matrices(adapter: TimmVision, pixels: Tensor, layer: int) -> Tensor:
+def _matrices(pipe: TimmVision, pixels: Tensor, layer: int) -> Tensor:
     """(views, heads, N, N) attention of a block, from timm's own unfused code path."""
-    attention: Any = adapter.vision_attention(layer)
+    attention: Any = pipe.adapter.vision_attention(layer)
     fused, attention.fused_attn = attention.fused_attn, False
     seen: list[Tensor] = []
     handle = attention.attn_drop.register_forward_hook(lambda m, args, out: seen.append(out))
     try:
-        adapter.model.vit.forward_features(pixels)
+        pipe.model.vit.forward_features(pixels)
     finally:
         attention.fused_attn = fused
         handle.remove()
@@ -78,17 +79,20 @@ def _matrices(adapter: TimmVision, pixels: Tensor, layer: int) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_signals_are_what_the_whole_matrix_says(family: tuple[str, TimmVision], layer: int) -> None:
-    name, adapter = family
+    name, pipe = family
     _, _, has_cls, prefix, _ = FAMILIES[name]
-    assert (adapter.has_cls, adapter.prefix_tokens) == (has_cls, prefix)
+    assert (pipe.adapter.facts.vision.has_cls, pipe.adapter.facts.vision.prefix_tokens) == (
+        has_cls,
+        prefix,
+    )
     image = _image(40, 70)
-    pixels = adapter.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
-    full = _matrices(adapter, pixels, layer)
+    pixels = pipe.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+    full = _matrices(pipe, pixels, layer)
     wanted = {"received": full.mean((1, 2))[:, prefix:]}
     if has_cls:
         wanted["cls_attention"] = full[:, :, 0, prefix:].mean(1)
     signals = {Signal(which, layer) for which in wanted}  # type: ignore[arg-type]
-    (tokens,) = adapter.encode([image], signals)
+    (tokens,) = pipe.encode([image], signals)
     layout = tokens.layout
     place = layout.row * layout.view_shape[1] + layout.col
     for which, values in wanted.items():
@@ -98,20 +102,20 @@ def test_signals_are_what_the_whole_matrix_says(family: tuple[str, TimmVision], 
 
 @torch.no_grad()
 def test_saliency_is_cls_logits_or_received(family: tuple[str, TimmVision]) -> None:
-    name, adapter = family
+    name, pipe = family
     stands_for = Signal("cls_logits" if FAMILIES[name][2] else "received")
-    tokens, *_ = adapter.encode([_image(40, 70)], {Signal("saliency"), stands_for})
+    tokens, *_ = pipe.encode([_image(40, 70)], {Signal("saliency"), stands_for})
     assert torch.equal(tokens.signals[Signal("saliency")], tokens[stands_for])
     assert tokens[stands_for].std() > 0
 
 
 @torch.no_grad()
 def test_head_attention_is_the_pooling_heads() -> None:
-    adapter = _load("siglip")
-    image, head = _image(40, 70), adapter.pooling_head
-    (tokens,) = adapter.encode([image], {Signal("head_attention")})
-    pixels = adapter.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
-    states = adapter.model.vit.forward_features(pixels)
+    pipe = _load("siglip")
+    image, head = _image(40, 70), pipe.adapter.pooling_head
+    (tokens,) = pipe.encode([image], {Signal("head_attention")})
+    pixels = pipe.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+    states = pipe.model.vit.forward_features(pixels)
     query = head.q(head.latent)[0, 0].view(head.num_heads, -1)
     key = head.kv(states)[..., :32].unflatten(-1, (head.num_heads, -1))
     logits = torch.einsum("hd,vnhd->vhn", query, key) * head.scale
@@ -123,23 +127,23 @@ def test_head_attention_is_the_pooling_heads() -> None:
 
 @torch.no_grad()
 def test_the_unfused_path_gives_the_same_signals() -> None:
-    adapter, image = _load("eva02"), _image(40, 70)
+    pipe, image = _load("eva02"), _image(40, 70)
     signals = {Signal("received"), Signal("cls_logits")}
-    (fused,) = adapter.encode([image], signals)
-    for block in adapter.vision_layers:
+    (fused,) = pipe.encode([image], signals)
+    for block in pipe.adapter.vision_layers:
         block.attn.fused_attn = False  # type: ignore[union-attr]
-    (plain,) = adapter.encode([image], signals)
+    (plain,) = pipe.encode([image], signals)
     for signal in signals:
         torch.testing.assert_close(plain[signal], fused[signal], rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
 def test_features_are_the_final_patch_tokens(family: tuple[str, TimmVision]) -> None:
-    name, adapter = family
+    name, pipe = family
     image = _image(64, 64)
-    (tokens,) = adapter.encode([image])
-    pixels = adapter.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
-    states = adapter.model.vit.forward_features(pixels)[:, FAMILIES[name][3] :]
+    (tokens,) = pipe.encode([image])
+    pixels = pipe.processor.image_processor([image], return_tensors="pt")["pixel_values"][0]
+    states = pipe.model.vit.forward_features(pixels)[:, FAMILIES[name][3] :]
     assert tokens.features.shape == (16 + 64, 32)
     torch.testing.assert_close(tokens.features[:16], states[0])
     layout = tokens.layout
@@ -152,18 +156,18 @@ def test_features_are_the_final_patch_tokens(family: tuple[str, TimmVision]) -> 
 @given(st.tuples(st.integers(8, 200), st.integers(8, 200)))
 def test_every_token_sees_its_place_in_the_image(size: tuple[int, int]) -> None:
     """Pixels that tell their place, averaged per patch instead of encoded."""
-    for adapter in (_GEOMETRY, _OBLONG):
-        _check_geometry(adapter, size)
+    for pipe in (_GEOMETRY, _OBLONG):
+        _check_geometry(pipe, size)
 
 
-def _check_geometry(adapter: TimmVision, size: tuple[int, int]) -> None:
+def _check_geometry(pipe: TimmVision, size: tuple[int, int]) -> None:
     height, width = size
-    patches = adapter.view_shape
+    patches = pipe.adapter.view_shape
     y, x = np.mgrid[:height, :width]
     ramps = np.stack([255 * y / max(height - 1, 1), 255 * x / max(width - 1, 1), 0 * y], -1)
     image = Image.fromarray(ramps.round().astype(np.uint8))
-    batch = adapter.processor.image_processor([image], return_tensors="pt")
-    layout = adapter.layout(size)
+    batch = pipe.processor.image_processor([image], return_tensors="pt")
+    layout = pipe.adapter.layout(size)
     views = batch["pixel_values"][0, : layout.views] * 0.5 + 0.5  # mean and std are 0.5
     patch = 32 // patches[0], 32 // patches[1]
     means = torch.nn.functional.avg_pool2d(views[:, :2], patch).flatten(2)
@@ -188,11 +192,11 @@ _OBLONG = tp.load("timm/vit_tiny_patch16_224", **{**TINY, "patch_size": (8, 4)})
 
 @torch.no_grad()
 def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
-    _, adapter = family
+    _, pipe = family
     images = [_image(40, 70), _image(64, 64, 1), _image(90, 30, 2)]
     signals = {Signal("saliency")}
-    for image, together in zip(images, adapter.encode(images, signals), strict=True):
-        (alone,) = adapter.encode([image], signals)
+    for image, together in zip(images, pipe.encode(images, signals), strict=True):
+        (alone,) = pipe.encode([image], signals)
         torch.testing.assert_close(together.features, alone.features, atol=1e-4, rtol=1e-4)
         both = together[Signal("saliency")], alone[Signal("saliency")]
         torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
@@ -200,47 +204,47 @@ def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
 
 @pytest.mark.parametrize("name", tp.list_methods())
 def test_every_strategy_chooses_or_says_why_not(family: tuple[str, TimmVision], name: str) -> None:
-    _, adapter = family
+    _, pipe = family
     image = _image(64, 64)
-    if name not in adapter._compatible():
+    if name not in compatible_methods(pipe.adapter.facts):
         with pytest.raises(UserError, match=r"Strategies that work here: \w+"):
-            adapter.choose(name, [image], retention=0.25)
+            pipe.select(name, [image], retention=0.25)
         return
-    first, second = adapter.choose(name, [image, _image(40, 70)], retention=0.25)
+    first, second = pipe.select(name, [image, _image(40, 70)], retention=0.25)
     assert (first.row, second.row) == (0, 1)
     assert first.layout.view_sizes == (16,) * 5
-    again = adapter.choose(name, [image], retention=0.25)[0].keep
+    again = pipe.select(name, [image], retention=0.25)[0].keep
     assert torch.equal(again, first.keep)
     assert 1 <= len(first.keep) <= 25
 
 
 def test_globalcom2_gives_the_salient_crop_more() -> None:
-    adapter = _load("clip")
-    (chosen,) = adapter.choose("globalcom2", [_image(64, 64)], retention=0.25, tau=0.01)
-    (tokens,) = adapter.encode([_image(64, 64)], {Signal("cls_logits")})
+    pipe = _load("clip")
+    (chosen,) = pipe.select("globalcom2", [_image(64, 64)], retention=0.25, tau=0.01)
+    (tokens,) = pipe.encode([_image(64, 64)], {Signal("cls_logits")})
     grid = tokens[Signal("cls_logits")][:16].view(2, 2, 2, 2).sum((1, 3)).flatten()
     counts = chosen.layout.take(chosen.keep).view_sizes[1:]
     assert int(grid.argmax()) == counts.index(max(counts))
 
 
 def test_what_needs_a_language_model_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    adapter = _load("plain")
+    pipe = _load("plain")
     for action in (
-        lambda: adapter.prepare([_image(32, 32)], ["w"]),
-        lambda: adapter.assemble([[]], ["w"]),
-        lambda: tp.compress(adapter.model, "uniform", retention=0.5).__enter__(),
-        lambda: adapter.prompt("w", 1),
-        lambda: adapter.placeholders,
-        lambda: adapter.decoder_layers,
+        lambda: pipe.prepare([_image(32, 32)], ["w"]),
+        lambda: pipe.assemble([[]], ["w"]),
+        lambda: tp.compress(pipe.model, "uniform", retention=0.5).__enter__(),
+        lambda: pipe.prompt("w", 1),
+        lambda: pipe.adapter.facts.placeholders,
+        lambda: pipe.adapter.decoder_layers,
         lambda: compare(CompareRequest(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
     ):
         with pytest.raises(UserError, match="have no language model"):
             action()
     with pytest.raises(UserError, match="fastv acts inside the language model"):
-        adapter.choose("fastv", [_image(32, 32)], retention=0.5)
+        pipe.select("fastv", [_image(32, 32)], retention=0.5)
     chain = tp.Chain.of(tp.create("uniform", retention=0.5))
     with pytest.raises(UserError, match="does not act in front of"):
-        adapter.choose(chain, [_image(32, 32)])
+        pipe.select(chain, [_image(32, 32)])
 
 
 def test_bad_names_and_weights_are_sentences(tmp_path: Path) -> None:
@@ -274,15 +278,15 @@ def test_bad_names_and_weights_are_sentences(tmp_path: Path) -> None:
 def test_a_local_checkpoint_is_loaded(tmp_path: Path) -> None:
     source = timm.create_model("vit_tiny_patch16_224", **TINY)
     save_file(source.state_dict(), tmp_path / "mine.safetensors")
-    adapter = tp.load(
+    pipe = tp.load(
         "timm/vit_tiny_patch16_224",
         pretrained=tmp_path / "mine.safetensors",
         dtype="bfloat16",
         **TINY,
     )
     weight = source.blocks[0].attn.qkv.weight
-    assert torch.equal(adapter.model.vit.blocks[0].attn.qkv.weight, weight.bfloat16())
-    (tokens,) = adapter.encode([_image(32, 32)], {Signal("saliency")})
+    assert torch.equal(pipe.model.vit.blocks[0].attn.qkv.weight, weight.bfloat16())
+    (tokens,) = pipe.encode([_image(32, 32)], {Signal("saliency")})
     assert tokens.features.dtype == torch.bfloat16
 
 
@@ -296,9 +300,9 @@ def test_a_checkpoint_fits_without_its_classifier_and_at_another_size(tmp_path: 
         torch.save(saved, file)
         for side in (32, 64):
             options = {**TINY, "img_size": side}
-            adapter = tp.load("timm/vit_tiny_patch16_224", pretrained=str(file), **options)
-            assert torch.equal(adapter.model.vit.blocks[0].attn.qkv.weight, weight)
-            assert adapter.model.vit.pos_embed.shape[1] == 1 + (side // 8) ** 2
+            pipe = tp.load("timm/vit_tiny_patch16_224", pretrained=str(file), **options)
+            assert torch.equal(pipe.model.vit.blocks[0].attn.qkv.weight, weight)
+            assert pipe.model.vit.pos_embed.shape[1] == 1 + (side // 8) ** 2
     with pytest.raises(UserError, match=r"2 tensors missing \(head\.bias, head\.weight\)"):
         tp.load("timm/vit_tiny_patch16_224", pretrained=file, num_classes=7, **TINY)
 
@@ -318,8 +322,8 @@ def test_a_checkpoint_of_another_model_is_a_sentence(tmp_path: Path) -> None:
 
 def test_other_grids() -> None:
     name, options, *_ = FAMILIES["plain"]
-    adapter = tp.load(f"timm/{name}", grid=[(1, 1)], **options)
-    assert adapter.layout((100, 100)).grid == (1, 1)
+    pipe = tp.load(f"timm/{name}", grid=[(1, 1)], **options)
+    assert pipe.adapter.layout((100, 100)).grid == (1, 1)
 
 
 def test_strategies_do_without_separators() -> None:
@@ -339,37 +343,37 @@ def test_attention_that_is_no_plain_softmax_is_refused_before_it_runs(
     name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Relative positions add a bias, differential attention subtracts a second map."""
-    adapter = tp.load(f"timm/{name}", **TINY)
-    for block in adapter.vision_layers:
+    pipe = tp.load(f"timm/{name}", **TINY)
+    for block in pipe.adapter.vision_layers:
         block.attn.fused_attn = fused  # type: ignore[assignment, union-attr]
-    assert len(adapter.encode([_image(32, 32)])) == 1
-    assert len(adapter.choose("uniform", [_image(32, 32)], retention=0.5)) == 1
-    monkeypatch.setattr(adapter.model.vit, "forward_features", None)
+    assert len(pipe.encode([_image(32, 32)])) == 1
+    assert len(pipe.select("uniform", [_image(32, 32)], retention=0.5)) == 1
+    monkeypatch.setattr(pipe.model.vit, "forward_features", None)
     with pytest.raises(UserError, match=r"globalcom2 needs .* plain blocks .* uniform"):
-        adapter.choose("globalcom2", [_image(32, 32)], retention=0.5)
+        pipe.select("globalcom2", [_image(32, 32)], retention=0.5)
     with pytest.raises(UserError, match="received needs the attention of plain blocks"):
-        adapter.encode([_image(32, 32)], {Signal("received")})
-    assert "globalcom2" not in adapter._compatible()
+        pipe.encode([_image(32, 32)], {Signal("received")})
+    assert "globalcom2" not in compatible_methods(pipe.adapter.facts)
 
 
 def test_signals_that_are_not_there_are_sentences_before_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    adapter = _load("registers")
-    monkeypatch.setattr(adapter.model.vit, "forward_features", None)
+    pipe = _load("registers")
+    monkeypatch.setattr(pipe.model.vit, "forward_features", None)
     for signal, said in [
         (Signal("received", 3), "asks for layer 3 of the vision tower, which has 3"),
         (Signal("cls_attention"), "needs the attention of a CLS token"),
         (Signal("head_attention"), "needs the attention of a pooling head"),
     ]:
         with pytest.raises(UserError, match=said):
-            adapter.encode([_image(32, 32)], iter([signal]))
+            pipe.encode([_image(32, 32)], iter([signal]))
     ready = tp.create("uniform", retention=0.5)
     with pytest.raises(UserError, match=r"\['retention'\] need a strategy's name"):
-        adapter.choose(ready, [_image(32, 32)], retention=0.2)
+        pipe.select(ready, [_image(32, 32)], retention=0.2)
 
 
 def test_a_vit_of_another_number_of_tokens_is_a_sentence() -> None:
-    adapter = tp.load("timm/convit_tiny", depth=2, embed_dim=16)  # its CLS token joins in block 10
+    pipe = tp.load("timm/convit_tiny", depth=2, embed_dim=16)  # its CLS token joins in block 10
     with pytest.raises(UserError, match="return one token per patch"):
-        adapter.encode([_image(32, 32)])
+        pipe.encode([_image(32, 32)])

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Any:
+def pipe() -> Any:
     return tp.load("testbed-onevision")
 
 
@@ -28,26 +28,26 @@ def _images(batch: list[scenes.Scene]) -> list[Image.Image]:
 
 @pytest.mark.parametrize("modality", scenes.MODALITIES)
 @torch.no_grad()
-def test_training_batches_are_what_the_model_packs(adapter: Any, modality: scenes.Modality) -> None:
+def test_training_batches_are_what_the_model_packs(pipe: Any, modality: scenes.Modality) -> None:
     """Pixels through the real processor, features through the model, order by its layout."""
     rng = np.random.default_rng(3)
     state = rng.bit_generator.state
     batch = onevision.draw(modality, 2, rng, CPU)
-    ours = onevision.visual(adapter.model, batch)
+    ours = onevision.visual(pipe.model, batch)
     rng.bit_generator.state = state
     if modality == "video":
         count = int(rng.integers(4, 9))
         clips = [scenes.render_clip(rng, frames=count) for _ in range(2)]
-        tokens = adapter.encode_videos([_images(list(clip.frames)) for clip in clips])
+        tokens = pipe.encode_videos([_images(list(clip.frames)) for clip in clips])
     elif modality == "multi-image":
         pairs = [scenes.render_pair(rng) for _ in range(2)]
-        encoded = [adapter.encode(_images(list(p.scenes)), same_prompt=True) for p in pairs]
+        encoded = [pipe.encode(_images(list(p.scenes)), same_prompt=True) for p in pairs]
         tokens = [torch.cat([part.features for part in some]) for some in encoded]
     else:
         sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())
         size = sizes[rng.choice(len(sizes), p=shares)]
         pictures = [scenes.render(rng, size=size, alike=rng.random() < 0.5) for _ in range(2)]
-        tokens = adapter.encode(_images(pictures))
+        tokens = pipe.encode(_images(pictures))
     for mine, theirs in zip(ours, tokens, strict=True):
         features = theirs if isinstance(theirs, torch.Tensor) else theirs.features
         # Thumbnails are resized by different code, which rounds differently here and there.
@@ -55,7 +55,7 @@ def test_training_batches_are_what_the_model_packs(adapter: Any, modality: scene
         torch.testing.assert_close(mine[resized:], features[resized:], atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(mine[:resized], features[:resized], atol=0.1, rtol=0)
     geo = batch.geo
-    newline = adapter.base.image_newline
+    newline = pipe.adapter.base.image_newline
     assert torch.equal((ours[0] == newline).all(-1), geo.order < 0)
     if modality != "multi-image":
         layout = tokens[0].layout

@@ -106,8 +106,8 @@ def test_who_trusts_it_gets_it(theirs: Path, monkeypatch: pytest.MonkeyPatch) ->
     state = load_file(theirs / "model.safetensors")
     state["lm_head.weight"] = state.pop("language_model.lm_head.weight")  # an older name of it
     save_file(state, theirs / "model.safetensors", metadata={"format": "pt"})
-    adapter = tp.load(theirs, trust_remote_code=True)
-    assert type(adapter.model).__name__ == "TheirModel"
+    pipe = tp.load(theirs, trust_remote_code=True)
+    assert type(pipe.model).__name__ == "TheirModel"
     assert (theirs.parent / "executed").exists()
 
 

@@ -108,19 +108,6 @@ def test_dycoke_widens_windows_below_a_quarter() -> None:
     assert set(sizes) == {9, 10}
 
 
-def test_dycoke_official_counts() -> None:
-    """k = 0.7: int(0.3 * 196) = 58; frame 30 stays whole, and of 33 frames the last one is lost."""
-    whole, reduced = 9, 23
-    tokens = VisualTokens(TokenLayout.video(32, (14, 14)), torch.randn(32 * 196 + 1, 4))
-    retention = round((whole + reduced * 0.3) / 32, 6)
-    keep = create("dycoke", retention=retention, official=True).select(tokens).keep
-    sizes = tokens.layout.take(keep).view_sizes
-    assert [i for i, size in enumerate(sizes) if size == 196] == [*range(0, 32, 4), 30]
-    assert {size for size in sizes if size != 196} == {58}
-    odd = create("dycoke", retention=0.5, official=True).select(_video(33)).keep
-    assert _per_frame(odd, 33, 6)[-1] == []
-
-
 def test_dycoke_of_an_image_keeps_what_is_least_like_its_view() -> None:
     layout = TokenLayout.anyres((1, 2), (2, 2), (0, 2, 0, 4))
     tokens = VisualTokens(layout, torch.randn(14, 5, generator=torch.Generator().manual_seed(1)))

@@ -253,12 +253,12 @@ def test_crop_importance_on_the_testbed(tmp_path: Path) -> None:
         )
     )
     assert outcome.status == "complete"
-    adapter = tp.load("testbed-next")
+    pipe = tp.load("testbed-next")
     signal = Signal("cls_attention")
     crops = outcome.tables["crops"].set_index(["image_id", "crop"])
     frame = pd.read_parquet(tmp_path / "answers.parquet").set_index(["label", "question_id"])
     for item in held_out(15, seed=0):
-        (seen,) = adapter.encode([item.images[0].open()], {signal})
+        (seen,) = pipe.encode([item.images[0].open()], {signal})
         layout = seen.layout
         sums, sizes = [0.0] * (layout.views - 1), [0] * (layout.views - 1)
         for index in range(49):  # a slow loop over the thumbnail

@@ -1,4 +1,4 @@
-"""How many tokens each view keeps."""
+"""Allocators: how the budget is divided between the views."""
 
 from __future__ import annotations
 
@@ -29,38 +29,36 @@ __all__ = [
 ]
 
 
-SALIENCY = Signal("saliency")  # of the last encoder layer
+SALIENCY = Signal("saliency")
+"""Saliency in the last encoder layer."""
 
 
 class Allocator(ABC):
-    """Decides how many patch tokens each view keeps, whatever ranks them inside the view."""
+    """The number of patch tokens that each view keeps.  It does not rank them."""
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Signals the allocator itself looks at."""
+        """The signals that the allocator reads."""
         return frozenset()
 
     @abstractmethod
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        """(V,) int64 tokens to keep in each view, on the CPU or on the device of the features.
+        """(V,) int64 number of tokens to keep in each of V views, on the CPU or the device.
 
         Args:
             tokens: The packed sequence.
-            scores: (N,) score of every entry, higher is kept first; NaN at separators.
+            scores: (N,) scores, higher is kept first; NaN at separators.
             retention: R in (0, 1].
         """
 
     def limit(self, layout: TokenLayout, retention: float) -> int:
-        """The most that `counts` may add up to; allocators that go beyond R override it."""
+        """An upper bound for the sum of `counts`.  Override it to exceed R by design."""
         return rounded_up(layout, retention)
 
 
 @dataclass(frozen=True)
 class Proportional(Allocator):
-    """Every view keeps the same share; the total is exactly the rounded ``R * P``.
-
-    What rounding leaves over goes to the views with the largest remainder, earlier views first.
-    """
+    """Every view keeps the same share.  The total is the rounded ``R * P`` (`apportion`)."""
 
     rounding: Rounding = "floor"
 
@@ -72,7 +70,7 @@ class Proportional(Allocator):
 
 @dataclass(frozen=True)
 class TopK(Allocator):
-    """No borders between views: the ``R * P`` highest scores of the whole sequence."""
+    """The ``R * P`` highest scores of the whole sequence, in whichever view."""
 
     rounding: Rounding = "floor"
 
@@ -85,7 +83,7 @@ class TopK(Allocator):
 
 @dataclass(frozen=True)
 class ThumbnailCommand(Allocator):
-    """GlobalCom²: the thumbnail decides how much of the budget each crop gets.
+    """GlobalCom²: the thumbnail divides the budget between the crops.
 
     With ``S_j`` the sum of the thumbnail's scores over the region of crop ``j`` (of ``n``),
     ``sigma = softmax((S - max S) / tau)`` and ``r_j = min(R * (1 + sigma_j - mean sigma), 1)``,
@@ -93,19 +91,22 @@ class ThumbnailCommand(Allocator):
     ``trunc(R * N)``.
 
     Source: arXiv 2501.05179, section on adaptive compression; official
-    ``llava/model/llava_arch.py``, ``generate_scale_for_crop_features`` (commit 96b2d00), whose
-    1e-8 in the softmax and float64 arithmetic are kept: ``r_j * N_j`` can lie within 1e-6 of an
-    integer.
+    ``llava/model/llava_arch.py``, ``generate_scale_for_crop_features`` (commit 96b2d00).  Its 1e-8
+    in the softmax and its float64 arithmetic are kept, because ``r_j * N_j`` can lie within 1e-6 of
+    an integer.
 
-    A video has no thumbnail.  The temporal summary of its frames takes the place: ``S_f`` is the
-    sum of the distances of frame ``f``'s tokens from it (`summary_distance`), the rest is the same
-    formula over frames, where ``r_f * N_f`` may be short of an integer by 1e-6, so that frames that
-    tie, as two always do, keep equally many whatever the device rounds.  This is ours, not the
-    paper's.  One view without crops keeps ``trunc(R * N)``.
+    A video has no thumbnail; the temporal summary of its frames replaces it, which is not in the
+    paper.  ``S_f`` is the sum of the distances of frame ``f``'s tokens from the summary
+    (`summary_distance`), and frames take the place of crops in the formula.  ``r_f * N_f`` is
+    truncated with a tolerance of 1e-6, so that tied frames (two frames always tie) keep equally
+    many on every device.  One view without crops keeps ``trunc(R * N)``.
 
     Args:
-        tau: Temperature.  The paper's 10 is meant for sums of raw logits.
+        tau: Temperature, larger than 0.  The paper's 10 suits sums of raw logits.
         signal: The thumbnail's scores.
+
+    Raises:
+        UserError: ``tau`` is not a finite number larger than 0.
     """
 
     tau: float = 10.0
@@ -133,7 +134,7 @@ class ThumbnailCommand(Allocator):
             patches = layout.patches
             distance = summary_distance(layout, tokens.features)[patches].double()
             return self.summary(distance, layout.view[patches], layout.views)
-        there = layout.places[Kind.THUMBNAIL]  # not all of it where something was dropped before
+        there = layout.places[Kind.THUMBNAIL]  # an earlier selection may have dropped some
         scores = tokens[self.signal].double()
         thumbnail = scores.new_zeros(layout.view_shape)
         thumbnail[layout.row[there], layout.col[there]] = scores[there]
@@ -141,12 +142,12 @@ class ThumbnailCommand(Allocator):
         return self.summary(thumbnail.flatten(), region, layout.grid[0] * layout.grid[1])
 
     def limit(self, layout: TokenLayout, retention: float) -> int:
-        """The ``r_j`` are R on average; large crops may have the larger ones (`surplus`)."""
+        """The ``r_j`` are R on average, but large crops may have the larger ratios (`surplus`)."""
         crops = layout.view_sizes[1:] if layout.grid != (0, 0) else layout.view_sizes
         return rounded_up(layout, retention) + surplus(crops, retention)
 
     def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
-        """(regions,) what the scores (P,) of a region, in [0, regions), amount to: their sum."""
+        """(regions,) sums of the scores (P,) by ``region`` (P,) in [0, regions)."""
         return group_sums(scores, region, regions)
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
@@ -155,7 +156,7 @@ class ThumbnailCommand(Allocator):
             ratios = self.ratios(tokens, retention)
             there = moved(torch.tensor(sizes, device="cpu"), ratios.device)
             frames = (ratios * there + 1e-6).long()
-            # At a tiny retention no frame may be due a whole token; the richest one gets it.
+            # At a tiny retention every frame's share may be below one; the richest keeps one.
             richest = torch.arange(len(sizes), device=ratios.device) == ratios.argmax()
             return torch.where(richest, frames.clamp(min=1), frames)
         if tokens.layout.grid == (0, 0):
@@ -168,14 +169,12 @@ class ThumbnailCommand(Allocator):
 
 @dataclass(frozen=True)
 class ThumbnailPeak(ThumbnailCommand):
-    """As `ThumbnailCommand`, but a crop is as rich as the best thumbnail token in its region.
+    """`ThumbnailCommand` with the largest score of a region in place of the sum.
 
-    ``S_j`` is the largest score there, not their sum; of a video, the largest distance in frame
-    ``f``.  A variant to compare GlobalCom²'s own rule with.
+    Not in the paper: a variant for comparison with GlobalCom²'s rule.
 
     Args:
-        tau: Temperature.  A single logit varies less than a sum of them, hence the smaller default,
-            which is ours.
+        tau: Temperature.  One logit varies less than a sum of logits, hence the smaller default.
         signal: The thumbnail's scores.
     """
 
@@ -194,7 +193,11 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 
 
 def allocator(name: str) -> Allocator:
-    """The allocator called ``name``, with its defaults."""
+    """The allocator called ``name``, with its defaults.
+
+    Raises:
+        UnknownNameError: There is none.
+    """
     if name not in ALLOCATORS:
         raise unknown("allocator", name, ALLOCATORS)
     return ALLOCATORS[name]()

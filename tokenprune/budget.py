@@ -1,4 +1,4 @@
-"""From a retention ratio to integers: how many tokens in all, and how many each view keeps."""
+"""From a retention ratio to whole numbers of tokens."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ __all__ = [
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
 
 
-# Retentions this close to a quotient of whole numbers are it: no float of one is farther off.
+# A retention this close to a quotient of whole numbers is that quotient: floats are closer.
 _QUOTIENT = Fraction(1, 10**12)
 
 
-@lru_cache(maxsize=4096)  # a comparison asks for few, thousands of times
+@lru_cache(maxsize=4096)  # a comparison calls it thousands of times with few arguments
 def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
-    """How many of ``tokens`` are kept, at least one of a non-empty sequence.
+    """The number of kept tokens of ``tokens``: at least one unless there are none.
 
-    The product is taken exactly, from the decimal that was written: ``0.29`` of 100 is 29, where
-    ``int(100 * 0.29)`` gives 28.  A quotient is what was divided: ``192 / 576`` of 576 is 192,
-    though the float is a little less than a third.
+    The product is exact.  A decimal is taken as written: ``0.29`` of 100 is 29, where
+    ``int(100 * 0.29)`` gives 28.  A quotient is taken as divided: ``192 / 576`` of 576 is 192,
+    although the float is slightly less than a third.
     """
     exact = tokens * Fraction(str(retention))
     if abs(exact - round(exact)) <= tokens * _QUOTIENT:
@@ -53,7 +53,7 @@ def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
 
 
 def rounded_up(layout: TokenLayout, retention: float) -> int:
-    """``R * P`` patch tokens where every view that has some may round up once, at least one."""
+    """``R * P`` patch tokens, at least one, if every view that has any may round up once."""
     sizes = [size for size in layout.view_sizes if size]
     if len(sizes) < 2:
         return budget(sum(sizes), retention, "ceil")
@@ -61,32 +61,32 @@ def rounded_up(layout: TokenLayout, retention: float) -> int:
 
 
 def surplus(sizes: Sequence[int], retention: float) -> int:
-    """How much more than R views of ``sizes`` may keep whose ratios are R on average only.
+    """The most tokens beyond R that views of ``sizes`` keep if their ratios are R on average.
 
-    View ``j`` of ``N_j`` tokens keeps ``R (1 + s_j - mean s) N_j`` with ``s_j`` in [0, 1] and of
-    sum 1, together at most ``R (sum N + max N - mean N)``: the largest view then has all of ``s``.
+    View ``j`` of ``N_j`` tokens keeps ``R (1 + s_j - mean s) N_j``, where ``s_j`` in [0, 1] add up
+    to 1.  The sum is largest if the largest view has all of ``s``: ``R (sum N + max N - mean N)``.
     """
     return math.ceil(retention * (max(sizes) - sum(sizes) / len(sizes))) if sizes else 0
 
 
 def coarse_grid(shape: tuple[int, int], count: int) -> tuple[int, int]:
-    """(rows, columns) of at most ``count`` cells, of the aspect of ``shape`` as far as that goes.
+    """(rows, columns) of at most ``count`` cells, with about the aspect ratio of ``shape``.
 
     Args:
-        shape: (rows, columns) of what is laid out; no side gets more cells.
+        shape: (rows, columns); an upper bound for both sides.
         count: In [1, rows * columns].
     """
     height, width = shape
-    # Wide enough that what is left for the columns fits, and never more cells than tokens are due.
+    # Enough rows that the columns fit into the width, but never more than ``count`` cells.
     rows = max(1, round(math.sqrt(count * height / width)), count // width)
     rows = min(rows, height, count)
     return rows, min(width, count // rows)
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """``total`` shared out in proportion to ``sizes``, exactly.
+    """``total`` divided in proportion to ``sizes``, by the largest-remainder method.
 
-    What rounding leaves over goes to the largest remainders, earlier entries first.
+    Of equal remainders the earlier entry comes first.
     """
     quotas = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
     counts = [math.floor(quota) for quota in quotas]
@@ -97,15 +97,15 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def left_at(tokens: VisualTokens, retention: float, share: float = 1.0) -> int:
-    """How many patch tokens are left at one of several cuts inside the language model.
+    """The number of patch tokens that stay at one of several cuts inside the language model.
 
-    ``floor(R ** share * P)`` of the ``P`` that entered it, at most those that are still there.
+    ``floor(R ** share * P)`` of the ``P`` that entered the language model, at most those left.
 
     Args:
-        tokens: What is there.
-        retention: R, what is left at the last cut.
-        share: How much of the way to R is gone, in [0, 1]; evenly spaced ones drop the same share
-            at every cut.
+        tokens: The sequence at the cut.
+        retention: R, reached at the last cut.
+        share: Progress towards R, in [0, 1].  Evenly spaced values drop the same share at every
+            cut.
     """
     there = len(tokens.layout.patches)
     return min(budget(tokens.entered or there, round(retention**share, 12)), there)

@@ -50,7 +50,6 @@ __all__ = [
     "cut_layer",
     "keep_best",
     "placed",
-    "ranking_bytes",
     "warn_about_empty_views",
 ]
 
@@ -234,21 +233,17 @@ class Compressor(ABC, metaclass=RenamesOptions):
         """The compressors that this one runs, in order: itself, or the members of a `Chain`."""
         yield self
 
-    def flops(self, tokens: VisualTokens) -> float:
-        """FLOPs of `select` beyond the signals; the default is what sorting N scores is worth: 0.
+    def flops(self, tokens: VisualTokens) -> float | None:
+        """FLOPs of the strategy beyond those of its signals; None: `select` is measured.
 
-        Strategies with N×N similarities override it.
+        Override it where the strategy works outside `select`, as in the vision tower.  The figure
+        may depend on shapes and dtypes alone, never on values.
         """
-        return 0.0
+        return None
 
-    def memory(self, tokens: VisualTokens) -> float:
-        """Bytes that `select` holds at its peak besides what ``tokens`` holds.
-
-        The default is what ranking N scores takes: the scores, their order, and a few index
-        vectors.  Strategies that copy features or build N×N similarities override it.  Like
-        `flops`, it goes by shapes and dtypes alone, never by values.
-        """
-        return ranking_bytes(len(tokens))
+    def memory(self, tokens: VisualTokens) -> float | None:
+        """Bytes that the strategy holds at its peak besides ``tokens``; see `flops`."""
+        return None
 
     def __call__(self, tokens: VisualTokens) -> Selection:
         """`select`, checked, with the separators.  The engine calls this.
@@ -372,11 +367,6 @@ class Chain(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         raise UserError("a chain selects at several stages; run it with tokenprune.compress.")
-
-
-def ranking_bytes(count: int) -> float:
-    """Bytes that ranking ``count`` scores and listing what is kept takes."""
-    return 80.0 * count
 
 
 def check_cuts(strategy: Compressor, cut: int) -> None:

@@ -1,11 +1,10 @@
-"""The encoder stage: what a method that acts inside the vision tower sees, and how it is run.
+"""The encoder stage: the contract of a method that acts inside the vision encoder.
 
-A method may hand the tower a smaller view (`EncoderCompressor.grid`), and may merge or drop entries
-between attention and MLP of every layer up to the one whose output is used
-(`EncoderCompressor.reduce`).  The tower then really works on shorter sequences.  What it returns is
-spread over the patches again, so that the model packs it as ever; which patches share a vector
-rides along as `VisualTokens.clusters`, and in front of the language model one entry of each
-cluster stays.
+A method may resize a view (`EncoderCompressor.grid`), and may merge or drop entries between
+attention and MLP of every layer up to the one whose output is used (`EncoderCompressor.reduce`).
+The vision encoder then runs on shorter sequences.  Its output is copied back to all patches, so
+that the model packs it as usual.  `VisualTokens.clusters` records which patches share a vector, and
+one token of each cluster enters the language model.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ __all__ = [
 
 
 class Reduction(NamedTuple):
-    """What becomes of the entries of every view.
+    """How the n entries of each of V views merge.
 
     Attributes:
-        group: (V, n) int64 place of every entry in what is left, in [0, left), none of them
-            empty; -1 drops it: where the model mixes patches, it then counts as zeros.  The entries
-            in front of the patches must stay where they are.
-        left: How many are left, the same number in all views.
+        group: (V, n) int64 index in [0, left) of the entry that each entry merges into; every index
+            occurs.  -1 drops an entry: if the model mixes patches, it counts as zeros.  The entries
+            in front of the patches must keep their index.
+        left: Number of entries that are left, the same in all views.
     """
 
     group: Tensor
@@ -53,13 +52,13 @@ class EncoderTokens:
 
     Attributes:
         layer: Index of the layer.
-        layers: How many layers there are up to the one whose output is used.
+        layers: Number of layers up to the one whose output is used.
         prefix: Entries in front of the patches (a CLS token, or nothing).
-        patches: Patches that each view had in front of the first layer.
-        target: Entries behind the prefix that each view should have in the end.
+        patches: Patches of each view in front of the first layer.
+        target: Entries behind the prefix that each view should end with.
         states: (V, n, D) hidden states.
         keys: (V, n, d) keys of the layer, mean over heads, float32.
-        size: (V, n) float32 how many patches each entry stands for.
+        size: (V, n) float32 number of patches that each entry stands for.
     """
 
     layer: int
@@ -74,18 +73,18 @@ class EncoderTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCompressor(Compressor, ABC):
-    """A method that acts inside the vision tower.  Subclasses override `grid`, `reduce` or both.
+    """A method that acts inside the vision encoder.  Subclasses override `grid`, `reduce` or both.
 
-    R is the share of patch tokens that enter the language model, as everywhere; a view is to have
-    ``floor(R * n)`` vectors of the ``n`` tokens that the model makes of a full view.  `select` then
-    keeps one token of each cluster of patches that share a vector: of those in the packed sequence
-    the one nearest to their mean place, the earlier of equally near ones.  A cluster that lies in
-    the padding of the canvas altogether vanishes with it.  Where more clusters are left than the
-    budget allows (padding that merged, a canvas that the model resamples, a target out of reach),
-    the largest of each view stay.
+    R is the share of patch tokens that enter the language model, as for every method.  A view
+    should end with ``floor(R * n)`` vectors, where ``n`` is the number of tokens of a full view.
 
-    Where the model resamples a canvas or pools video frames, a token belongs to the cluster of the
-    patch that its centre lies in, and its features are what the model mixed there.
+    `select` keeps one token of each cluster, the patches that share a vector: the token nearest to
+    their mean location, the earlier of equally near ones.  A cluster that lies entirely in the
+    canvas padding is dropped with it.  If more clusters are left than the budget allows (merged
+    padding, a resampled canvas, a target out of reach), the largest of each view stay.
+
+    If the model resamples the canvas or pools video frames, a token belongs to the cluster of the
+    patch that contains its centre, and has the mixed features.
     """
 
     stage: ClassVar[Stage] = Stage.ENCODER
@@ -96,28 +95,27 @@ class EncoderCompressor(Compressor, ABC):
         return False  # patches that share a vector become one token
 
     def grid(self, view_shape: tuple[int, int], target: int) -> tuple[int, int]:
-        """(rows, columns) of patches that a view is resized to; ``view_shape`` leaves it alone."""
+        """(rows, columns) of patches to resize a view to; ``view_shape`` keeps its size."""
         return view_shape
 
     def reduce(self, tokens: EncoderTokens) -> Reduction | None:
-        """What merges or goes in this layer; None for nothing."""
+        """The merges and drops in this layer; None for none."""
         return None
 
     @property
     def by_content(self) -> bool:
-        """Whether the image decides which patches share a vector, and so how many are left."""
+        """Whether the content of the image decides how many tokens are left."""
         return self.reduces and self.retention < 1
 
     @property
     def reduces(self) -> bool:
-        """Whether it does anything between attention and MLP, so that it has to see keys."""
+        """Whether the method overrides `reduce`, which needs the keys."""
         return type(self).reduce is not EncoderCompressor.reduce
 
     def bias(self, size: Tensor) -> Tensor | None:
-        """(V, n) what is added to the attention logits of every key, given its size, or None.
+        """(V, n) bias of the attention logits of every key, given its size; None for no bias.
 
-        The logarithm lets an entry weigh as much as the patches it stands for (proportional
-        attention of ToMe, arXiv 2210.09461, equation 1).
+        The logarithm is proportional attention (ToMe, arXiv 2210.09461, equation 1).
         """
         return size.log()
 
@@ -126,7 +124,7 @@ class EncoderCompressor(Compressor, ABC):
             raise UserError(
                 f"{self.name or type(self).__name__} acts inside the vision tower, but these "
                 "features were encoded without it; run it with tokenprune.compress, or give it to "
-                "adapter.encode."
+                "pipe.encode."
             )
         layout, cluster = tokens.layout.host, tokens.clusters.cpu()
         there = listed((cluster >= 0) & ~layout.is_separator)
@@ -142,7 +140,7 @@ class EncoderCompressor(Compressor, ABC):
 
 
 def encoder_part(compressor: Compressor | None) -> EncoderCompressor | None:
-    """The part of ``compressor`` that changes how the vision tower runs, if there is one."""
+    """The part of ``compressor`` that acts inside the vision encoder at R < 1, or None."""
     for part in compressor.parts() if compressor is not None else ():
         if isinstance(part, EncoderCompressor) and part.retention < 1:
             return part

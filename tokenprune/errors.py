@@ -1,4 +1,4 @@
-"""Errors a user can act on.  Each carries a finished sentence: what was wrong, what to do."""
+"""Errors that a user can act on.  Each message says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """Bad input, found before compute was spent.
+    """Bad input, refused before anything is computed.
 
-    Messages repeat what was given, which may be anything: control characters and lone surrogates
-    are escaped, and of a very long text the middle is left out.
+    A message may quote any input: control characters and lone surrogates are escaped, and the
+    middle of a very long text is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,19 +40,19 @@ def _legible(text: str) -> str:
 
 
 class ContractError(UserError):
-    """A strategy did what none may do; the sentence says which, what, and of which image."""
+    """A method broke the contract of `Compressor`."""
 
 
 class UnknownNameError(UserError, LookupError):
-    """A name that nothing is registered under."""
+    """An unknown name."""
 
 
 class PictureWarning(UserWarning):
-    """The values of a picture do not say which of them is black and which is white."""
+    """The range of values of an image is guessed."""
 
 
 class RetentionWarning(UserWarning):
-    """The requested retention leaves a view without a single token.
+    """The requested retention leaves a view without any token.
 
     Attributes:
         about: `repr` of the strategy.
@@ -64,7 +64,7 @@ class RetentionWarning(UserWarning):
 
 
 def shown(value: object) -> str:
-    """``value`` in a message: its `repr`, also where Python refuses to write a number out."""
+    """``value`` for a message: its `repr`, or a placeholder if Python refuses to convert it."""
     try:
         return repr(value)
     except ValueError:
@@ -72,16 +72,16 @@ def shown(value: object) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> UnknownNameError:
-    """The error for an unknown ``name``, with the nearest known names and the whole list.
+    """The error for an unknown ``name``, with the nearest known names and all known names.
 
     Args:
         what: The noun.
-        name: What was asked for.
+        name: The unknown name.
         known: All names.
-        listing: Said in place of the whole list where that is too long to read.
+        listing: Replaces the list of all names if that is too long to read.
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name[:100], known, 3, 0.5)  # takes long on long names
+    near = difflib.get_close_matches(name[:100], known, 3, 0.5)  # slow on long names
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     listed = listing or f"Known: {', '.join(known)}."
     return UnknownNameError(f"no {what} is called {name!r}.{hint} {listed}")

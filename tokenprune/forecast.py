@@ -11,11 +11,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tokenprune.adapter import Adapter, ModelLike, adapter_of
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, placed
 from tokenprune.cost.account import Account, Attended, Images, Sizes, attended_for
 from tokenprune.cost.arithmetic import signal_widths
@@ -28,9 +29,6 @@ from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import VisualTokens
-
-if TYPE_CHECKING:
-    from tokenprune.adapter import Adapter
 
 __all__ = ["Forecast", "forecast"]
 
@@ -71,7 +69,7 @@ class Forecast:
 
 
 def forecast(
-    adapter: Adapter,
+    model: ModelLike,
     compressor: Compressor | None,
     layouts: Sequence[TokenLayout],
     text: int = 0,
@@ -83,7 +81,7 @@ def forecast(
     """Forecast the ledger of one prompt's prefill with a KV cache.
 
     Args:
-        adapter: Adapter of the model, which may be on the ``meta`` device.
+        model: A model, which may be on the ``meta`` device, its adapter or its pipeline.
         compressor: The method, or None.
         layouts: Layouts of the prompt's images and videos (`Adapter.layout`).
         text: Number of text tokens.
@@ -96,8 +94,9 @@ def forecast(
     Raises:
         UserError: The model lacks what the method needs.
     """
+    adapter = adapter_of(model)
     if compressor is not None:
-        adapter.check(compressor)
+        check_compatible(adapter.facts, compressor)
     behind = text if asking is None else asking
     each = [behind] * len(layouts) if isinstance(behind, int) else behind
     each = [max(1, number) for number in each]
@@ -183,10 +182,11 @@ class _Draw:
         sized = [self._sized(tokens) for tokens in self.images]
         self.account.begin(sized)
         left = []
-        for tokens, known, shown in zip(self.images, sized, given, strict=True):
+        each = zip(self.images, sized, given, self.layouts, strict=True)
+        for tokens, known, shown, full in each:
             selection = part(shown)
             wide = known if shown is tokens else self._sized(shown)
-            self.account.select(part, known, wide, selection, tapped)
+            self.account.select(part, known, wide, selection, full, tapped)
             left.append(tokens.take(selection.keep))
         self.images = left
 

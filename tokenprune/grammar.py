@@ -125,7 +125,7 @@ def names(spec: str) -> list[str]:
 def has_retention(spec: str) -> bool:
     """Whether ``spec`` has a retention of its own: ``@0.5``, ``retention=0.5``, or a chain.
 
-    >>> [has_retention(spec) for spec in ("fastv", "fastv@0.5", "sparsevlm:schedule=retention")]
+    >>> [has_retention(spec) for spec in ("fastv", "fastv@0.5", "uniform:pattern=retention")]
     [False, True, False]
     """
     written = spec.partition(":")[2].split(",")

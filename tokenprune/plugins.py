@@ -1,8 +1,8 @@
-"""Code of the user's own on the command line: ``module:Class`` and ``--plugin MODULE``.
+"""The user's own code on the command line: ``module:Class`` and ``--plugin MODULE``.
 
-Importing a module executes it.  ``--plugin`` asks for that; ``module:Class`` also looks like a
-method whose option is misspelt, so that the source is read first, and nothing is executed unless it
-defines a class of that name that derives from `Compressor`.
+Importing a module executes it.  ``--plugin`` asks for that.  ``module:Class`` may also be a method
+with a misspelt option.  Its source is therefore read first, and executed only if it defines a class
+of that name that derives from `Compressor`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["import_plugins", "own_class"]
 
 
 def import_plugins(modules: Iterable[str] | None) -> None:
-    """Execute ``modules``, so that the methods they register have names.
+    """Import ``modules``, which register methods.
 
     Raises:
-        UserError: There is no module of that name, or it fails.
+        UserError: There is no module of that name, or its import fails.
     """
     for module in modules or ():
         with _working_directory():
@@ -45,7 +45,7 @@ def import_plugins(modules: Iterable[str] | None) -> None:
 def own_class(path: str) -> type[Compressor] | None:
     """The class at ``package.module:Class``; None for a spec such as ``fastv:layer=3``.
 
-    Its module is executed, if its source says that there is such a class.
+    Its module is executed only if its source defines such a class.
 
     Raises:
         UserError: There is no such module, or no compressor of that name in it.
@@ -74,7 +74,7 @@ def _is_dotted(module: str) -> bool:
 
 @contextmanager
 def _working_directory() -> Iterator[None]:
-    """While open, a file in the working directory is a module, too."""
+    """A context in which files of the working directory can be imported."""
     sys.path.insert(0, "")
     try:
         yield
@@ -109,7 +109,7 @@ def _not_found(module: str, why: str) -> UserError:
 
 
 def _check_source(module: str, name: str) -> None:
-    """Raise `UserError` unless ``module`` defines a compressor ``name``, as far as can be read."""
+    """Raise `UserError` unless the source of ``module`` defines a compressor ``name``."""
     spec = _spec(module)
     if spec is None:
         raise _not_found(module, f"No module named {module!r}")
@@ -122,15 +122,15 @@ def _check_source(module: str, name: str) -> None:
         ) from error
     if not found:
         raise UserError(
-            f"{name!r} of {module!r} is not a class derived from Compressor, as far as "
-            f"{spec.origin or 'its source'} can be read without executing it, so that it was not. "
-            f"If the module makes methods when it is imported, give --plugin {module}; if "
-            f"{module!r} was to be a method, see tokenprune list."
+            f"{name!r} of {module!r} is not a class derived from Compressor in the source "
+            f"{spec.origin or 'of the module'}, which was not executed. If the module makes "
+            f"methods when it is imported, give --plugin {module}; if {module!r} should be a "
+            "method, see tokenprune list."
         )
 
 
 def _spec(module: str) -> ModuleSpec | None:
-    """Where ``module`` is, without importing the packages that it is in."""
+    """The import spec of ``module``, without importing its parent packages."""
     path: Sequence[str] | None = None
     spec = None
     parts = module.split(".")
@@ -168,7 +168,7 @@ def _derives(module: str, name: str, seen: tuple[tuple[str, str], ...]) -> bool:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those that run when the module is imported, also within ``if`` and ``try``."""
+    """The statements that run on import, including those in ``if``, ``try`` and ``with``."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If | ast.Try | ast.With):
@@ -177,7 +177,7 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _imported(name: str, body: list[ast.stmt], package: str) -> Iterator[tuple[str, str]]:
-    """(module, name there) that ``name`` may be imported from."""
+    """(module, name there) from which ``name`` may be imported."""
     for statement in body:
         if not isinstance(statement, ast.ImportFrom):
             continue
@@ -192,7 +192,7 @@ def _imported(name: str, body: list[ast.stmt], package: str) -> Iterator[tuple[s
 def _reference(
     base: ast.expr, body: list[ast.stmt], module: str, package: str
 ) -> tuple[str, str] | None:
-    """(module, name there) of a base class that is written ``Name`` or ``module.Name``."""
+    """(module, name there) of a base class written as ``Name`` or ``module.Name``."""
     if isinstance(base, ast.Subscript):  # Generic[T]
         base = base.value
     if isinstance(base, ast.Name):

@@ -1,7 +1,7 @@
-"""``torch.autocast`` is for the model: what is chosen is computed in the precision that is written.
+"""``torch.autocast`` applies to the model, not to the selection.
 
-Inside an autocast products of float32 tensors are taken in half precision, and scores tie that
-should not.
+Under autocast, products of float32 tensors are computed in half precision, and different scores
+become ties.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ __all__ = ["autocasts", "like_now", "without_autocast"]
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether an autocast for ``device`` is in force."""
+    """Whether autocast is on for ``device``."""
     kind = device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """While open, no autocast for ``device`` is in force."""
+    """A context in which autocast is off for ``device``."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def like_now(
     module: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """``module``, a part of the model, under the autocast for ``device`` that is in force."""
+    """``module``, a part of the model, wrapped in the autocast that is on now for ``device``."""
     dtype = torch.get_autocast_dtype(device.type)
 
     def call(states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Texts from outside: what can be written, and what a terminal may be shown."""
+"""Text from outside: whether a file can hold it, and how a terminal may show it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _LONGEST = 300  # characters of another library's error
 
 
 def is_whole(text: str) -> bool:
-    """Whether ``text`` has no lone surrogate, half a character that no file can hold."""
+    """Whether ``text`` has no lone surrogate, which UTF-8 cannot encode."""
     return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def is_plain(text: str, allowed: str = "") -> bool:
-    """Whether ``text`` has no control characters but those ``allowed``."""
+    """Whether ``text`` has no control characters except those in ``allowed``."""
     return not any(unicodedata.category(sign) == "Cc" and sign not in allowed for sign in text)
 
 
 def printable(text: str) -> str:
-    r"""``text`` with escapes for what a terminal would obey or cannot show.
+    r"""``text`` with control characters and lone surrogates escaped.
 
     >>> printable("a\x1b[31mb\n")
     'a\\x1b[31mb\n'
@@ -34,7 +34,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: str) -> str:
-    """The first line of another library's error, at most 300 characters, without its full stop."""
+    """The first line of another library's error: at most 300 characters, no final full stop."""
     first = next((line for line in error.splitlines() if line.strip()), "")
     short = " ".join(first.split()).rstrip(".: ")
     return short if len(short) <= _LONGEST else f"{short[:_LONGEST].rstrip()} …"

@@ -1,4 +1,4 @@
-"""Numbers with units, as tables and plots show them."""
+"""Numbers with units, for tables and figures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ CHUNK = 128
 
 
 def percent(share: float, decimals: int | None) -> str:
+    """``share`` in percent; None stands for three significant digits."""
     number = f"{100 * share:.3g}" if decimals is None else f"{100 * share:.{decimals}f}"
     return f"{number} %"
 
 
 def flops_unit(largest: float) -> tuple[str, float]:
+    """Name and size of the unit that suits FLOPs up to ``largest``."""
     for unit, scale in (("TFLOPs", 1e12), ("GFLOPs", 1e9)):
         if largest >= 0.1 * scale:
             return unit, scale
@@ -27,6 +29,7 @@ def flops_unit(largest: float) -> tuple[str, float]:
 
 
 def bytes_unit(largest: float) -> tuple[str, float]:
+    """Name and size of the unit that suits bytes up to ``largest``."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if largest >= scale:
             return unit, scale

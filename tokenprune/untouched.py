@@ -1,13 +1,13 @@
-"""A strategy must not write to what it is shown: other methods look at the same tensors.
+"""A method must not write to the tensors that it receives: other methods share them.
 
-`untouched` compares before and after: which tensors there are, and PyTorch's version counter of
-each, which every in-place operation raises, also one on a view.  That costs no look at the numbers
-and no wait for the device.  Tensors made in `torch.inference_mode` have no counter; of those the
-numbers are compared (`digest`).
+`untouched` compares PyTorch's version counter of every tensor before and after.  Each in-place
+operation increments it, also one on a view.  The comparison reads no values and needs no
+synchronisation.  Tensors made in `torch.inference_mode` have no counter; their values are compared
+(`digest`).
 
-No counter sees a write through ``.data``, through numpy, or through a pointer.  Where methods share
-encodings, `tokenprune.experiments.compare.shared_encodings` compares the numbers as well.  The
-weights of the model, which a strategy can reach through `VisualTokens.projector`, are not watched.
+A write through ``.data``, through numpy or through a pointer does not change the counter.  When
+methods share encodings, the comparison therefore compares the values too.  The weights of the
+model, which a method can reach through `VisualTokens.projector`, are not watched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 def shown(tokens: VisualTokens) -> dict[str, Tensor]:
-    """Every tensor that a strategy can get at, by what it is called."""
+    """Every tensor that a method can reach, by name."""
     signals = {f"signals[{signal.name}, {signal.layer}]": v for signal, v in tokens.signals.items()}
     text = {f"text[{signal.name}, {signal.layer}]": v for signal, v in tokens.text.items()}
     entered = dict(zip(("inputs[0]", "inputs[1]"), tokens.inputs or (), strict=False))
@@ -38,7 +38,7 @@ def shown(tokens: VisualTokens) -> dict[str, Tensor]:
 
 
 def _geometry(layout: TokenLayout) -> dict[str, Tensor]:
-    """The tensors of a layout, those it computes when they are first asked for included."""
+    """The tensors of a layout, including its cached properties."""
     found = {}
     for name, value in vars(layout).items():
         if isinstance(value, Tensor):
@@ -50,26 +50,25 @@ def _geometry(layout: TokenLayout) -> dict[str, Tensor]:
 
 
 def digest(values: Tensor) -> Tensor:
-    """(N,) int64 sums of the bits of every row of ``values`` (N, ...).
+    """(N,) int64 checksums of the rows of ``values`` (N, ...): sums of their words.
 
-    Whoever changes a number changes the sum of its row, unless other changes make up for it to the
-    last bit.
+    A changed number changes the sum of its row unless other changes cancel it to the last bit.
     """
     rows = values.detach().flatten(1) if values.ndim > 1 else values.detach()[..., None]
     rows = rows.contiguous()
     size = rows.element_size()
-    # Longer words are fewer; they must fill the row.
+    # Longer words are fewer, but they must divide the row.
     word = next((n for n in (8, 4, 2, 1) if n >= size and rows.shape[1] * size % n == 0), size)
     return rows.view(_WORDS[word]).sum(1, dtype=torch.int64)
 
 
 @contextmanager
 def untouched(who: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Raise `ContractError` at the end of the block if one of ``tensors`` was written to.
+    """Raise `ContractError` at the end of the block if one of ``tensors`` has changed.
 
     Args:
-        who: Who gets the blame.
-        tensors: By what they are called.
+        who: Name of the method, for the message.
+        tensors: By name.
     """
     before = {name: _mark(value) for name, value in tensors.items()}
     yield
@@ -80,16 +79,16 @@ def untouched(who: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def watched(who: str, tokens: VisualTokens) -> Iterator[None]:
-    """`untouched` for all that ``tokens`` shows; nothing may be put in its place either."""
+    """`untouched` for every tensor of ``tokens``, none of which may be replaced either."""
     layout = tokens.layout
     for one in (layout, layout.host):
-        _ = one.patches, one.is_separator, one.places  # there before, so that they are watched
+        _ = one.patches, one.is_separator, one.places  # computed now, so that they are watched
     before = shown(tokens)
     with untouched(who, before):
         yield
     after = shown(tokens)
     for name in {**before, **after}:
-        known = name in before or "layout." in name  # a layout may work out more of itself
+        known = name in before or "layout." in name  # a layout may compute further properties
         if after.get(name) is not before.get(name, after.get(name)) or not known:
             raise _blame(who, name)
 
@@ -107,6 +106,6 @@ def _same(one: int | Tensor, other: int | Tensor) -> bool:
 def _blame(who: str, name: str) -> ContractError:
     what: Any = name.removeprefix("host ")
     return ContractError(
-        f"{who} wrote to {what}, which other methods are shown as well; work on a copy "
+        f"{who} wrote to {what}, which other methods receive as well; work on a copy "
         f"(tokens.features.clone())."
     )

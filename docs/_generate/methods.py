@@ -47,13 +47,22 @@ def table(_: str = "") -> str:
     )
 
 
+def asking() -> dict[str, list[str]]:
+    """Signal to links to the methods that ask for it with their default options."""
+    found: dict[str, list[str]] = {}
+    for name in classes():
+        for signal in sorted({one.name for one in tp.create(name, retention=0.5).needs}):
+            found.setdefault(signal, []).append(f"[`{name}`](methods/{name}.md)")
+    return found
+
+
 def _page(name: str, cls: type[Any]) -> str:
     card = cls.card
     facts = {
         "paper": _paper(card),
         "official code": _linked(card.code) or "none",
         "stage": STAGES[str(cls.stage)],
-        "signals": _signals(name),
+        "[signals](../signals.md)": _signals(name),
         "verified": _verified(card),
     }
     text, options = _described(cls)

@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 import tokenprune as tp
 
 GROUPS = {
-    "Running a model": ("models.loading", "engine.session", "engine.trace"),
+    "Running a model": ("models.loading", "engine.session", "engine.trace", "catalogue"),
     "Costs": ("cost.ledger", "cost.arithmetic", "forecast"),
     "Writing a method": (
         *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),

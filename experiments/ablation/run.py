@@ -10,6 +10,7 @@ import pandas as pd
 
 import tokenprune as tp
 from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_compatible
 from tokenprune.errors import UserError
 from tokenprune.experiments.ablation.figures import figure
 from tokenprune.experiments.common import plots
@@ -178,7 +179,7 @@ def run(request: AblationRequest, progress: ProgressCallback = silent) -> Outcom
     specs = list(dict.fromkeys(point.spec for sweep in read for point in sweep.points))
     asked = comparison(request, methods=specs, retention=request.retention)
     setting = prepare(asked, progress)
-    skipped = dict(_lacking(setting.adapter, read))
+    skipped = dict(_lacking(setting.pipe.adapter, read))
     asked = replace(asked, methods=[spec for spec in specs if spec not in skipped])
     outcome = compare.run(asked, progress, name="ablation", setting=setting)
     outcome = replace(outcome, skipped=skipped)
@@ -198,7 +199,7 @@ def _lacking(adapter: Adapter, sweeps: Iterable[Sweep]) -> Iterable[tuple[str, s
     for sweep in sweeps:
         for point in sweep.points if sweep.text in PAPER else ():
             try:
-                adapter.check(tp.parse(point.spec, retention=0.5))
+                check_compatible(adapter.facts, tp.parse(point.spec, retention=0.5))
             except UserError as error:
                 yield point.spec, str(error)
 

@@ -38,6 +38,7 @@ from tokenprune.attention import (
     moved_keys,
     rotary_product,
 )
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.encoder import EncoderCompressor
@@ -249,10 +250,10 @@ def _kernels(device: str) -> Iterator[Figure]:
     """Whether every attention of the testbed ran in a fused kernel, in its usual implementation."""
     from tokenprune.experiments.common.questions import held_out
 
-    adapter = tp.load("testbed-next", device=device)
+    pipe = tp.load("testbed-next", device=device)
     (item,) = held_out(1, 0, "image")
-    inputs = adapter.prepare([item.images[0].open()], [item.question])
-    modules = [*adapter.model.modules()]
+    inputs = pipe.prepare([item.images[0].open()], [item.question])
+    modules = [*pipe.model.modules()]
     before = [
         getattr(one.config, "_attn_implementation", "") for one in modules if hasattr(one, "config")
     ]
@@ -262,12 +263,12 @@ def _kernels(device: str) -> Iterator[Figure]:
         if compressor.stage is Stage.ENCODER:
             continue
         try:
-            adapter.check(compressor)
+            check_compatible(pipe.adapter.facts, compressor)
         except UserError:  # it needs what no model here has
             continue
         ran += 1
-        with tp.compress(adapter.model, compressor), watching() as seen:
-            adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        with tp.compress(pipe.model, compressor), watching() as seen:
+            pipe.model.generate(**inputs, max_new_tokens=2, do_sample=False)
             inside = [one.config._attn_implementation for one in modules if hasattr(one, "config")]
         slow += seen.attention - seen.fused
         eager += inside != before or not seen.attention

@@ -14,6 +14,7 @@ from tokenprune.experiments.common.timing import timed
 from tokenprune.layout import TokenLayout
 from tokenprune.models import testbed
 from tokenprune.models.llava_next import LlavaNext
+from tokenprune.pipeline import Pipeline, encoder_outputs
 from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import VisualTokens
@@ -71,7 +72,7 @@ def random_model(config: LlavaNextConfig, device: str, dtype: torch.dtype) -> Ad
     return adapter_of(model)
 
 
-def larger_testbed(shape: DecoderShape) -> Adapter:
+def larger_testbed(shape: DecoderShape) -> Pipeline:
     """The testbed's processor and vision tower, random, with a decoder of ``shape``."""
     from transformers import AutoProcessor
 
@@ -84,7 +85,7 @@ def larger_testbed(shape: DecoderShape) -> Adapter:
     model = LlavaNextForConditionalGeneration(config).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"
-    return LlavaNext(model, processor)
+    return Pipeline(model, processor)
 
 
 def tokens_at(
@@ -133,11 +134,11 @@ def tokens_at(
 def prompt_of(adapter: Adapter, tokens: VisualTokens, rows: int = 1) -> dict[str, Any]:
     """Inputs for a forward of ``rows`` equal prompts: the visual tokens, then `TEXT` ids."""
     device = tokens.features.device
-    image = torch.full((1, len(tokens)), adapter.placeholders["image"])
+    image = torch.full((1, len(tokens)), adapter.facts.placeholders["image"])
     ids = torch.cat([torch.tensor([[1]]), image, torch.full((1, TEXT - 1), 5)], 1).to(device)
     ids = ids.repeat(rows, 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | adapter._outputs([[tokens]] * rows)
+    return inputs | encoder_outputs([[tokens]] * rows)
 
 
 def vit_flops(views: int, patches: int, width: int, mlp: int, layers: int) -> float:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
 from tokenprune.engine.decoder import cuts_of
 from tokenprune.experiments.benchmarks.record import Figure
@@ -32,6 +31,7 @@ from tokenprune.experiments.common.questions import Question, held_out
 from tokenprune.experiments.common.request import RETENTION
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.compare.run import answer
+from tokenprune.pipeline import Pipeline
 
 METHODS = ("uniform", "globalcom2", "visionzip", "fastv", "dart", "pyramiddrop")
 HARDER = (0.75, 0.5, 0.25, 0.1)  # without R = 1, which all methods share
@@ -42,7 +42,7 @@ Answers = dict[tuple[str, str], dict[str, Any]]
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
     """Time ratios, what FLOPs say of them, and both beside each other; see the module."""
     count, size = (4, 4) if quick else (50, 50)
-    adapter = tp.load("testbed-next", device=device)
+    pipe = tp.load("testbed-next", device=device)
     several = held_out(5 * count, 0, "image")
     for label, ratios, asked, goal in (
         ("testbed-next, default grid", RETENTION, several[::5], 0.4),
@@ -50,7 +50,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
         ("testbed-next, 5 questions an image", RETENTION, several[:count], None),
     ):
         tell(label)
-        yield from _grid(adapter, label, ratios, asked, size, new=8, goal=goal)
+        yield from _grid(pipe, label, ratios, asked, size, new=8, goal=goal)
         if quick:
             return
     tell("decoder of 32 layers")
@@ -63,7 +63,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
 
 
 def _grid(
-    adapter: Adapter,
+    pipe: Pipeline,
     case: str,
     ratios: Sequence[float],
     asked: Sequence[Question],
@@ -74,13 +74,13 @@ def _grid(
     goal_of_bound: float | None = None,
 ) -> Iterator[Figure]:
     """All methods at all ``ratios``: the measured ratio, and the ratio of FLOPs."""
-    together, alone, columns, answers = _both(adapter, ratios, asked, size, new)
+    together, alone, columns, answers = _both(pipe, ratios, asked, size, new)
     flops = {
         cell.key: sum(answers[cell.key, item.id]["flops"] for item in asked) for cell in columns
     }
     full = sum(answers[UNCOMPRESSED, item.id]["uncompressed_flops"] for item in asked)
-    ratio, tower = together / alone, _tower_flops(adapter, asked)
-    bound = _bound(adapter, columns, flops, full, tower)
+    ratio, tower = together / alone, _tower_flops(pipe, asked)
+    bound = _bound(pipe, columns, flops, full, tower)
     note = f"{len(METHODS)} methods x {len(ratios)} retentions, {len(asked)} questions"
     yield Figure(
         case=case, figure="time / separately", value=ratio, better="low", goal=goal, note=note
@@ -93,15 +93,15 @@ def _grid(
 
 
 def _both(
-    adapter: Adapter, ratios: Sequence[float], asked: Sequence[Question], size: int, new: int
+    pipe: Pipeline, ratios: Sequence[float], asked: Sequence[Question], size: int, new: int
 ) -> tuple[float, float, list[Cell], Answers]:
     """Seconds of the whole comparison and of all cells by themselves."""
     columns = cells(METHODS, ratios)
-    _run(adapter, columns[-1:], asked[:1], size, new)  # warm up
-    together, answers = _run(adapter, columns, asked, size, new)
+    _run(pipe, columns[-1:], asked[:1], size, new)  # warm up
+    together, answers = _run(pipe, columns, asked, size, new)
     alone = 0.0
     for cell in columns[1:]:  # the uncompressed model comes on top of the grid
-        seconds, same = _run(adapter, [cell], asked, size, new, shared=False)
+        seconds, same = _run(pipe, [cell], asked, size, new, shared=False)
         alone += seconds
         # At R = 1 the account of a method by itself has what it spent on choosing everything.
         if cell.retention < 1 and any(
@@ -112,7 +112,7 @@ def _both(
 
 
 def _run(
-    adapter: Adapter,
+    pipe: Pipeline,
     columns: Sequence[Cell],
     asked: Sequence[Question],
     size: int,
@@ -120,7 +120,7 @@ def _run(
     *,
     shared: bool = True,
 ) -> tuple[float, Answers]:
-    device = adapter.device
+    device = pipe.device
     with (
         tempfile.TemporaryDirectory() as folder,
         Journal(Path(folder) / "answers.jsonl") as journal,
@@ -129,7 +129,7 @@ def _run(
         warnings.simplefilter("ignore")
         start = time.perf_counter()
         answer(
-            adapter,
+            pipe,
             columns,
             asked,
             journal,
@@ -145,43 +145,45 @@ def _run(
         return seconds, journal.answers
 
 
-def _tower_flops(adapter: Adapter, asked: Sequence[Question]) -> float:
+def _tower_flops(pipe: Pipeline, asked: Sequence[Question]) -> float:
     """FLOPs of the vision encoder, once for every image that is asked about."""
     images = {item.image_id: item.images[0] for item in asked}.values()
     sizes = [image.open().size for image in images]
-    vision = adapter.base.config.vision_config
+    vision = pipe.adapter.base.config.vision_config
     return vit_flops(
-        sum(adapter.layout((height, width)).views for width, height in sizes),
+        sum(pipe.adapter.layout((height, width)).views for width, height in sizes),
         vision.image_size**2 // vision.patch_size**2,
         vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers,
     )  # fmt: skip
 
 
 def _bound(
-    adapter: Adapter, columns: Sequence[Cell], flops: dict[str, float], full: float, tower: float
+    pipe: Pipeline, columns: Sequence[Cell], flops: dict[str, float], full: float, tower: float
 ) -> float:
     """FLOPs of everything once over FLOPs of all cells by themselves."""
-    layers = len(adapter.decoder_layers)
+    layers = len(pipe.adapter.decoder_layers)
     together = tower + full
     for cell in columns:
         if cell.key == UNCOMPRESSED:  # at R = 1 the uncompressed model has answered already
             continue
-        first = min(cuts_of(adapter, cell.compressor), default=0)
+        first = min(cuts_of(pipe.adapter, cell.compressor), default=0)
         together += flops[cell.key] - full * first / layers  # that much ran before
     return together / sum(tower + flops[cell.key] for cell in columns)
 
 
-def _bound_7b(adapter: Adapter, columns: Sequence[Cell]) -> float:
+def _bound_7b(pipe: Pipeline, columns: Sequence[Cell]) -> float:
     """The same for one square image in LLaVA-NeXT-7B, cuts and budgets as the methods say."""
     shape, patches, rest = LLAVA_NEXT_7B, 2880, 48 + 64
     full = prefill_flops([patches + rest] * shape.layers, shape)
     flops = {}
     for cell in columns:
-        cuts = sorted(cuts_of(adapter, cell.compressor)) or [0]  # this decoder has 32 layers too
+        cuts = sorted(cuts_of(pipe.adapter, cell.compressor)) or [
+            0
+        ]  # this decoder has 32 layers too
         tokens = []
         for layer in range(shape.layers):
             passed = sum(cut <= layer for cut in cuts)
             tokens.append(int(cell.retention ** (passed / len(cuts)) * patches) + rest)
         flops[cell.key] = prefill_flops(tokens, shape)
     tower = vit_flops(5, 576, VISION_WIDTH, 4 * VISION_WIDTH, VISION_LAYERS)
-    return _bound(adapter, columns, flops, full, tower)
+    return _bound(pipe, columns, flops, full, tower)

@@ -79,12 +79,13 @@ class Steps:
     ) -> None:
         """Draw what is needed; ``width`` is that of the language model."""
         self.adapter, self.compressor, self.layout = adapter, compressor, layout
-        (rows, columns), (tall, wide) = adapter.view_shape, adapter.patch_size
+        (rows, columns), (tall, wide) = adapter.view_shape, adapter.facts.vision.patch_size
         weight = next(adapter.vision_tower.parameters())
         draw = functools.partial(torch.randn, device=weight.device, dtype=weight.dtype)
         self.pixels = draw(layout.views, 3, rows * tall, columns * wide)
         self.states, self.query, self.key = (
-            draw(layout.views, adapter.vision_tokens, adapter.vision_width) for _ in range(3)
+            draw(layout.views, adapter.facts.vision.tokens, adapter.facts.vision.hidden)
+            for _ in range(3)
         )
         self.tokens = tokens_at(
             layout, frozenset(), width, dtype=weight.dtype, device=str(weight.device)
@@ -114,13 +115,13 @@ class Steps:
         target = budget(self.layout.view_sizes[0], self.compressor.retention)
         session = TowerRun(self.adapter, self.compressor, target, {})
         session.enter(None, (self.pixels,), {})
-        count = self.adapter.prefix_tokens + session.shape[0] * session.shape[1]
+        count = self.adapter.facts.vision.prefix_tokens + session.shape[0] * session.shape[1]
         return session, self.states[:, :count]
 
     def _layer(self, session: TowerRun, index: int, states: Tensor) -> Tensor:
         count = states.shape[1]
         query, key = self.query[:, :count], self.key[:, :count]
-        tapped = Projections(self.adapter.vision_heads, 1.0, query, key)
+        tapped = Projections(self.adapter.facts.vision.heads, 1.0, query, key)
         session.tower.attended.append(count)
         states = session._reduced(index, states, lambda: key_vectors(tapped))
         session.tower.processed.append(states.shape[1])

@@ -422,10 +422,11 @@ class Options(Area):
 
 def _fits(name: str) -> bool:
     """Whether the method runs on the embedded LLaVA-NeXT with its default options."""
+    from tokenprune.compatibility import check_compatible
     from tokenprune.models.loading import adapter_without_weights
 
     try:
-        adapter_without_weights("testbed-next").check(parse(name, retention=0.5))
+        check_compatible(adapter_without_weights("testbed-next").facts, parse(name, retention=0.5))
     except UserError:
         return False
     return True

@@ -52,16 +52,16 @@ _NEEDED = {*_TEXTS, "retention", "correct", "agrees"}  # older runs lack the oth
 def answers_frame(
     model: str, cells: Sequence[Cell | CellRecord], questions: Sequence[Question], journal: Journal
 ) -> pd.DataFrame:
-    """One row per cell and question that has an answer, or that has none because of a failure.
+    """One row per cell and question that has an answer or failed.
 
-    ``status`` is "ok", "failed" where the cell failed as a whole, or "missing" where it failed on
-    that question alone.
+    ``status`` is "ok", "failed" if the whole cell failed, or "missing" if it failed on that
+    question alone.
 
-    ``correct`` and ``agrees`` (the same answer as the uncompressed model's) compare normalised
-    texts and are missing where there is no answer to compare.  ``kl`` is the divergence of the
-    first answer token's distribution from the uncompressed model's, in nats.  ``easy`` tells
-    questions that are answered rightly without the image or from the thumbnail alone; it is the
-    same for all cells, and missing where nobody asked.
+    ``correct`` and ``agrees`` (whether the answer equals that of the uncompressed model) compare
+    normalised texts and are missing if there is no answer to compare.  ``kl`` is the divergence of
+    the first answer token's distribution from the uncompressed model's, in nats.  ``easy`` marks
+    questions that are answered correctly without the image or from the thumbnail alone; it is the
+    same for all cells, and missing if these references were not run.
     """
     little = {cell.name: cell.key for cell in cells if cell.name in (IMAGE_FREE, THUMBNAIL_ONLY)}
     easy = {item.id: _easy(item, little, journal) for item in questions}
@@ -112,7 +112,7 @@ def answers_frame(
 
 @lru_cache(maxsize=4096)
 def _plain(answer: str | None) -> str | None:
-    """As answers are compared; None if there is none."""
+    """The normalised answer; None if there is none."""
     return None if answer is None else normalise(answer)
 
 
@@ -121,17 +121,17 @@ def _same(one: str | None, other: str | None) -> bool | None:
 
 
 def _easy(item: Question, little: Mapping[str, str], journal: Journal) -> bool | None:
-    """Whether ``item`` is answered rightly by a model that sees little or nothing of the image.
+    """Whether ``item`` is answered correctly by a model that sees little or nothing of the image.
 
     Args:
         item: The question.
-        little: Name to cell key of the references that see so little.
+        little: Name to cell key of these references.
         journal: With their answers.
     """
     said = {name: journal.answers.get((key, item.id)) for name, key in little.items()}
     if not said or None in said.values():
         return None
-    # Where an image has no crops, its thumbnail is all of it and tells nothing about difficulty.
+    # The thumbnail of an image without crops is the whole image and says nothing of difficulty.
     return any(
         name == IMAGE_FREE or record.get("kept_patches", 0) < record.get("patch_tokens", 0)
         for name, record in said.items()

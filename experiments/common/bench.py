@@ -239,7 +239,7 @@ class Bench:
             )
         prompt: list[int] = []
         for layout in layouts:
-            prompt += [adapter.placeholders[layout.modality]] * len(layout)
+            prompt += [adapter.facts.placeholders[layout.modality]] * len(layout)
         words = max(1, self.prompt.text)  # a prompt has text
         ids = torch.tensor([[*prompt, *([5] * words)]] * self.batch_size, device=self.device)
 

@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Matched:
-    """Why a cell has its retention: it was solved for, so that the cell costs what another does.
+    """Why a cell has its retention ratio: at it, the cell costs as much as `uniform`.
 
     Attributes:
         kind: Which cost (`setting.MATCHED_COSTS`).
@@ -44,14 +44,14 @@ class Matched:
 
 @dataclass(frozen=True)
 class Cell:
-    """One column of a comparison: a method at a retention, or a reference it stands beside.
+    """One column of a comparison: a method at a retention ratio, or a reference.
 
     Attributes:
         compressor: None for the uncompressed model.
-        name: Of a reference whose tokens are no share R of all, such as ``thumbnail-only``; empty
-            for a method and for the uncompressed model.
+        name: Of a reference without a retention ratio, such as ``thumbnail-only``; empty for a
+            method and for the uncompressed model.
         without_images: Whether the question is asked without its images.
-        pooled: Whether the method is one of several that differ in their `seed` alone and are
+        pooled: Whether the method is one of several that differ only in their `seed` and are
             reported together, under the label without the seed.
     """
 
@@ -63,7 +63,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What the journal files answers under.
+        """The key of the answers in the journal.
 
         Every method at R = 1 is the uncompressed model, so these cells share their answers.
         """
@@ -94,7 +94,7 @@ class Cell:
 
     @property
     def asked(self) -> float:
-        """The retention that was asked for; not the cell's own where that was solved for."""
+        """The requested retention ratio; not the cell's own if that was solved for."""
         return self.retention if self.matched is None else self.matched.asked
 
     @property
@@ -116,11 +116,11 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord:
-    """What tables say of a `Cell`, without its compressor: what a manifest can hold.
+    """A `Cell` without its compressor, as a manifest stores it.
 
     Attributes:
-        key, method, label, parameters, name: As of the cell.
-        retention: As of the cell; None for NaN, which is not JSON.
+        key, method, label, parameters, name: Of the cell.
+        retention: Of the cell; None for NaN, which is not JSON.
     """
 
     key: str
@@ -134,7 +134,7 @@ class CellRecord:
 
     @classmethod
     def of(cls, cell: Cell) -> CellRecord:
-        """That of a cell whose retention was not solved for."""
+        """The record of a cell whose retention ratio was not solved for."""
         retention = None if math.isnan(cell.retention) else cell.retention
         names = ("key", "method", "label", "parameters", "name")
         return cls(**{name: getattr(cell, name) for name in names}, retention=retention)
@@ -145,7 +145,7 @@ class CellRecord:
 
 
 def without_seed(compressor: Compressor) -> Compressor:
-    """The method with the seed it has by default; itself if it has no `seed`."""
+    """The method with its default seed; the method itself if it has no `seed`."""
     plain = {item.name: item.default for item in dataclasses.fields(compressor)}
     if "seed" not in plain:
         return compressor
@@ -162,7 +162,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException, about: str = "") -> Failure:
-        """What ``error`` says, even if it cannot be printed, and ``about`` what it came up."""
+        """The message of ``error``, even if it cannot be printed, and what it is ``about``."""
         name = type(error).__name__
         try:
             message = str(error).strip().splitlines()
@@ -177,7 +177,7 @@ class Failure:
 
 
 def _from_roots(line: str) -> str:
-    """A line of a traceback with its file from where modules are looked for."""
+    """A line of a traceback with its file relative to the import path."""
     roots = {str(Path.cwd()), *filter(None, sys.path)}
     for root in sorted(roots, key=len, reverse=True):
         line = line.replace(f'File "{root}{os.sep}', 'File "')

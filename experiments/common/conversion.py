@@ -1,8 +1,8 @@
-"""What one paper calls 25 % in the terms of another.
+"""Translates between the retention ratios of different papers.
 
-A method at a retention has a layer average, a share of the FLOPs and an equivalent ``pre_llm``
-retention; each of them, taken as the target, leads back to the retention.  All are step functions
-of the retention, one token at a time, and the way back finds the step that comes nearest.
+A method at a retention ratio has a layer average, a share of the FLOPs and an equivalent
+``pre_llm`` retention ratio.  Each of these can be the target for which a retention ratio is solved.
+All are step functions of the retention ratio, one step per token; the solution is the nearest step.
 """
 
 import math
@@ -12,7 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from tokenprune.compressor import Chain, Compressor
+from tokenprune.compressor import Chain, Compressor, cut_layer
 from tokenprune.cost.ledger import Ledger
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.prompt import DRAWS, Prompt
@@ -54,21 +54,21 @@ WORDS: dict[Measure, str] = {
 }
 
 
-_DIGITS = 6  # of a solved retention; no prompt has a million tokens
+_DIGITS = 6  # of a solved retention ratio; no prompt has a million tokens
 
 
-_PLACES = 128  # where to look for a cost that does not simply rise with the retention
+_PLACES = 128  # points at which to evaluate a cost that is not monotonic in the retention ratio
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A method brought to a cost.
+    """A method at the retention ratio that comes nearest to a cost.
 
     Attributes:
-        method: With the retention that was found.
+        method: At the retention ratio that was found.
         cost: What it costs.
-        target: What it was to cost.
-        token: What one token more costs.
+        target: The cost that was wanted.
+        token: The cost of one more token.
     """
 
     method: Compressor
@@ -78,7 +78,7 @@ class Solution:
 
     @property
     def coarse(self) -> bool:
-        """Whether the nearest step lies more than a token off the target."""
+        """Whether the nearest step is more than one token away from the target."""
         return abs(self.cost - self.target) > self.token * (1 + 1e-9)
 
 
@@ -105,16 +105,16 @@ def solve(
     what: str = "",
     slack: float | None = None,
 ) -> Solution:
-    """Change the retention of ``method``, and nothing else, until it costs ``target``.
+    """Find the retention ratio at which ``method`` costs ``target``.
 
     Args:
-        prompt: On which it costs that.
+        prompt: The cost is that of this prompt.
         method: Its own retention does not matter.
         target: The cost wanted.
-        cost: A measure, or anything else that rises with the retention, by and large.
-        what: What the cost is, for sentences; known for measures.
-        slack: How far from the target the nearest step may lie; default: what two tokens in all
-            layers are worth.
+        cost: A measure, or another cost that mostly rises with the retention ratio.
+        what: Name of the cost, for messages; known for measures.
+        slack: Largest distance of the nearest step from the target; default: the cost of two
+            tokens in all layers.
 
     Raises:
         UserError: The method cannot be brought so low, is a chain whose parts say themselves what
@@ -131,7 +131,7 @@ def solve(
         return _solve(prompt, method, target, cost, what, slack, why=False)
     what = what or WORDS[cost]
     measure = MEASURES[cost]
-    # One draw of the content will do wherever the counts turn out not to depend on it.
+    # One draw of the content suffices if the counts do not depend on it.
     quick = partial(_price, prompt, measure, 1)
     found = _solve(prompt, method, target, quick, what, slack, why=True)
     if prompt.forecast(found.method).exact:
@@ -183,14 +183,14 @@ def _solve(
 
     _close_in(at, target, low, high)
     if min(map(miss, known)) > token:
-        # Grids round to whole rows, so that keeping more may cost less: look everywhere.
+        # Grids round to whole rows, so keeping more may cost less: search everywhere.
         count = min(prompt.patches, _PLACES)
         places = [max(1, round(high * place / count)) for place in range(count + 1)]
         for one, other in pairwise(places):
             if (at(one) <= target) != (at(other) <= target) and min(map(miss, known)) > token:
                 _close_in(at, target, one, other)
     nearest = min(known, key=lambda step: (miss(step), step))
-    for digits in range(1, _DIGITS):  # as short as it may be written
+    for digits in range(1, _DIGITS):  # the shortest spelling of it
         step = round(nearest, digits - _DIGITS)
         if step > 0 and at(step) == at(nearest):
             nearest = step
@@ -199,7 +199,7 @@ def _solve(
 
 
 def _close_in(at: Callable[[int], float], target: float, one: int, other: int) -> None:
-    """Halve the way between two steps, one of which costs more than the target, until they meet."""
+    """Bisect between two steps, one of which costs more than the target."""
     while abs(other - one) > 1:
         middle = (one + other) // 2
         if (at(middle) <= target) == (at(one) <= target):
@@ -214,6 +214,8 @@ def _at(method: Compressor, step: int) -> Compressor:
 
 def _why(prompt: Prompt, method: Compressor) -> str:
     """Which layers run at full length, if any do."""
-    full = min((prompt.adapter.cut_layer(cut) for cut in method.cuts), default=0)
+    full = min(
+        (cut_layer(cut, prompt.adapter.facts.decoder.layers) for cut in method.cuts), default=0
+    )
     depth = prompt.shape.layers
     return f", because {full} of {depth} layers run at full length" if full else ""

@@ -22,8 +22,8 @@ __all__ = [
 def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) -> list[Cell]:
     """The uncompressed model, then every method at every retention, most tokens first.
 
-    Methods that say what they keep (``uniform@0.3``, ``globalcom2@0.5 + fastv@0.5``) are one cell.
-    Those that draw at random and are given no seed are as many as there are ``seeds``.
+    Methods with their own retention ratio (``uniform@0.3``, ``globalcom2@0.5 + fastv@0.5``) are one
+    cell.  Methods that draw at random and have no seed become one cell per seed.
 
     Raises:
         UserError: An unknown method or option, or a retention outside (0, 1].
@@ -34,7 +34,7 @@ def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) ->
 
 
 def _seeded(compressor: Compressor, seeds: int) -> list[Cell]:
-    """The method with each of the seeds 0, 1, ... if it draws at random and has no other seed."""
+    """The method with the seeds 0, 1, ... if it draws at random and has no seed of its own."""
     given = {item.name: getattr(compressor, item.name) for item in fields(compressor)}
     if seeds == 1 or "seed" not in given or compressor != without_seed(compressor):
         return [Cell(compressor)]
@@ -48,8 +48,8 @@ ALL = "all"
 def chosen(specs: Iterable[str], retention: Iterable[float]) -> list[Compressor]:
     """Every method at every retention, most tokens first; each once.
 
-    Methods that say themselves what they keep (``uniform@0.3``, ``fastv:retention=0.3``, chains)
-    are there once.
+    Methods with their own retention ratio (``uniform@0.3``, ``fastv:retention=0.3``, chains) are
+    included once.
     """
     ratios = sorted(set(retention), reverse=True)
     found: dict[str, Compressor] = {}
@@ -68,7 +68,8 @@ def expanded(
 ) -> tuple[list[str], dict[str, str]]:
     """``all`` replaced by the methods that pass ``check``, and why the others do not.
 
-    ``check`` raises `UserError` for a method that does not run, as `Adapter.check` does.
+    ``check`` raises `UserError` for a method that does not run, as
+    `compatibility.check_compatible` does.
     """
     methods: list[str] = []
     skipped: dict[str, str] = {}

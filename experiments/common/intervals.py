@@ -1,4 +1,4 @@
-"""How sure we are: intervals of proportions, and paired differences on the same questions."""
+"""Confidence intervals of proportions, and paired differences on the same questions."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -67,7 +67,7 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile interval of the mean of paired differences, whole clusters resampled.
 
-    Questions about one image stand or fall together; resampling them one by one would give too
+    Answers to questions about one image are correlated; resampling them one by one would give too
     narrow an interval.
 
     Args:

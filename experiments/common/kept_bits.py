@@ -1,4 +1,4 @@
-"""What was left of every image in the end, and how a journal remembers it in few bytes."""
+"""The final selection of every image, packed into few bytes for the journal."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = [
 def final(selections: Iterable[SelectionRecord]) -> dict[tuple[int, int], SelectionRecord]:
     """(row, image) to the last selection made of it, in the order of images.
 
-    Where a method cuts several times, or two act one behind the other, that is what all of them
-    left: indices are into the full packed sequence.
+    After several cuts, or a chain, that is what all of them kept: indices are into the full packed
+    sequence.
     """
     last = {(chosen.row, chosen.image): chosen for chosen in selections}
     return dict(sorted(last.items()))

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from PIL import Image
 
-from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_length
 from tokenprune.errors import UserError, shown
 from tokenprune.experiments.common.questions import Picture, Question
+from tokenprune.pipeline import Pipeline
 
 __all__ = [
     "LIMITS",
@@ -57,48 +58,48 @@ def check_number(name: str, value: int | None, *, least: int | None = None) -> N
         raise UserError(f"{option} must be at most {high}, got {shown(value)}.")
 
 
-def check_lengths(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> None:
+def check_lengths(pipe: Pipeline, questions: Iterable[Question], new: int = 0) -> None:
     """Raise `UserError` if a prompt has more tokens than the decoder has positions.
 
     Args:
-        adapter: Of the model.
+        pipe: The model and its processor.
         questions: Their prompts are checked, with all visual tokens.
         new: Tokens of the answer.
     """
-    for item in with_long_ones(adapter, questions, new):
+    for item in with_long_ones(pipe, questions, new):
         if item.fault:
             raise UserError(f"the question {item.id!r} cannot be asked: {item.fault}")
 
 
-def with_long_ones(adapter: Adapter, questions: Iterable[Question], new: int = 0) -> list[Question]:
+def with_long_ones(pipe: Pipeline, questions: Iterable[Question], new: int = 0) -> list[Question]:
     """The questions, with a `Question.fault` where `check_lengths` would raise.
 
     Questions that have a fault already, or whose images cannot be read, stay as they are.
 
     Args:
-        adapter, questions, new: As of `check_lengths`.
+        pipe, questions, new: As of `check_lengths`.
     """
-    if not adapter.has_language_model or adapter.positions is None:
+    if not pipe.adapter.has_language_model or pipe.adapter.facts.decoder.positions is None:
         return list(questions)
     seen: dict[tuple[object, ...], int] = {}  # texts and sizes repeat
     found = []
     for item in questions:
-        sizes = None if item.fault else _sizes(adapter, item)
+        sizes = None if item.fault else _sizes(pipe, item)
         if sizes is not None:
             key = (item.question, len(item.images), item.video, sizes)
             if key not in seen:
-                seen[key] = _visual(adapter, item, sizes) + _text(adapter, item)
+                seen[key] = _visual(pipe, item, sizes) + _text(pipe, item)
             try:
-                adapter.check_length(seen[key], new)
+                check_length(pipe.adapter.facts, seen[key], new)
             except UserError as error:
                 item = replace(item, fault=str(error))
         found.append(item)
     return found
 
 
-def _sizes(adapter: Adapter, item: Question) -> tuple[tuple[int, int], ...] | None:
+def _sizes(pipe: Pipeline, item: Question) -> tuple[tuple[int, int], ...] | None:
     """(height, width) of the images, or of a video's first frame; None if unknown."""
-    if item.video and "video" not in adapter.encoders:
+    if item.video and "video" not in pipe.adapter.encoders:
         return None
     try:
         return tuple(map(_size, item.images[:1] if item.video else item.images))
@@ -106,17 +107,17 @@ def _sizes(adapter: Adapter, item: Question) -> tuple[tuple[int, int], ...] | No
         return None
 
 
-def _visual(adapter: Adapter, item: Question, sizes: tuple[tuple[int, int], ...]) -> int:
+def _visual(pipe: Pipeline, item: Question, sizes: tuple[tuple[int, int], ...]) -> int:
     if item.modality == "video":
-        return len(adapter.video_layout(len(item.images)))  # type: ignore[attr-defined]
-    return sum(len(adapter.layout(size, same_prompt=len(sizes) > 1)) for size in sizes)
+        return len(pipe.adapter.video_layout(len(item.images)))
+    return sum(len(pipe.adapter.layout(size, same_prompt=len(sizes) > 1)) for size in sizes)
 
 
-def _text(adapter: Adapter, item: Question) -> int:
+def _text(pipe: Pipeline, item: Question) -> int:
     video = item.modality == "video"
-    text = adapter.prompt(item.question, 0 if video else len(item.images), int(video))
-    ids = adapter.processor.tokenizer(text)["input_ids"]
-    return sum(each not in adapter.placeholders.values() for each in ids)
+    text = pipe.prompt(item.question, 0 if video else len(item.images), int(video))
+    ids = pipe.processor.tokenizer(text)["input_ids"]
+    return sum(each not in pipe.adapter.facts.placeholders.values() for each in ids)
 
 
 def _size(picture: Picture) -> tuple[int, int]:

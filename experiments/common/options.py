@@ -50,7 +50,7 @@ _NAMED = 10  # questions whose answers are missing that are named
 
 
 def methods(about: str, default: str) -> Any:
-    """The option ``--methods``; what it takes and what it is if not given differ by command."""
+    """The option ``--methods``; its values and its default differ by command."""
     text = f"{about} [default: {default}]"
     return typer.Option("--methods", "-m", metavar="SPEC...", help=text)
 
@@ -97,8 +97,8 @@ Out = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Folder of the run. The same command takes up an unfinished run in it. "
-        "[default: one in runs/, named after what is asked]",
+        help="Folder of the run. The same command resumes an unfinished run in it. "
+        "[default: one in runs/, named after the request]",
     ),
 ]
 
@@ -171,7 +171,7 @@ TrustRemoteCode = Annotated[
 
 
 def image_limit(pixels: int | None) -> AbstractContextManager[None]:
-    """While open, ``--max-image-pixels`` holds.  Raises `UserError` if it cannot be meant."""
+    """Apply ``--max-image-pixels`` inside the context.  Raises `UserError` if out of range."""
     if pixels is None:
         return nullcontext()
     from tokenprune.experiments.common.limits import check_number
@@ -182,7 +182,7 @@ def image_limit(pixels: int | None) -> AbstractContextManager[None]:
 
 
 def stoppable() -> float:
-    """Treat a polite request to end, as schedulers make, as Ctrl-C; the time, for `closing`."""
+    """Treat SIGTERM, which schedulers send, as Ctrl-C; the current time, for `closing`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return time.monotonic()
 
@@ -211,7 +211,7 @@ def gaps(outcome: Outcome) -> Iterator[str]:
 
 
 def missing(outcome: Outcome) -> Iterator[str]:
-    """How many answers are missing, and a sentence for each of the first questions they are to."""
+    """The number of missing answers, and a sentence for each of the first such questions."""
     if not outcome.missing:
         return
     number = sum(map(len, outcome.missing.values()))
@@ -246,7 +246,7 @@ def closing(outcome: Outcome, started: float) -> int:
 
 
 def _without_image(outcome: Outcome) -> Iterator[str]:
-    """How often the model is right without seeing anything."""
+    """The accuracy of the model without images."""
     from tokenprune.experiments.common.answers import read_answers
     from tokenprune.experiments.common.run_folder import IMAGE_FREE
     from tokenprune.experiments.common.summary import OVERALL, summarise

@@ -56,7 +56,7 @@ class ViewSize:
     def of(cls, adapter: Adapter) -> ViewSize:
         """The views of a model."""
         side = int(adapter.base.config.vision_config.image_size)
-        (rows, cols), (height, width) = adapter.view_shape, adapter.patch_size
+        (rows, cols), (height, width) = adapter.view_shape, adapter.facts.vision.patch_size
         return cls(side, (min(side, rows * height), min(side, cols * width)), adapter.fit)
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_length
 from tokenprune.compressor import Compressor
 from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.errors import UserError
@@ -130,7 +131,7 @@ def prompt_of(
         raise UserError("give --image-size or --patches, not both.")
     adapter = adapter_without_weights(model)
     if patches is not None:
-        adapter.check_length(math.prod(patches), text)
+        check_length(adapter.facts, math.prod(patches), text)
         layout = TokenLayout.single(patches, newline=False)
     elif image_size is None:
         rows, cols = adapter.view_shape
@@ -138,7 +139,7 @@ def prompt_of(
         layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
     else:
         layout = adapter.layout(image_size)
-    adapter.check_length(len(layout) + text)
+    check_length(adapter.facts, len(layout) + text)
     asking = None if text else QUESTION
     return Prompt(adapter, (layout,), text, asking, SIZES[dtype], image_size)
 

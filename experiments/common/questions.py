@@ -18,7 +18,7 @@ from tokenprune.experiments.common.summary import OVERALL
 from tokenprune.texts import is_plain, is_whole
 
 if TYPE_CHECKING:
-    from tokenprune.adapter import Adapter
+    from tokenprune.pipeline import Pipeline
 
 __all__ = [
     "MODALITIES",
@@ -384,40 +384,40 @@ def _check_text(what: str, value: str, allowed: str = "") -> None:
         raise UserError(f"{what} has a control character in {_short(value)}; leave it out.")
 
 
-def check_placeholders(questions: Iterable[Question], adapter: "Adapter") -> None:
+def check_placeholders(questions: Iterable[Question], pipe: "Pipeline") -> None:
     """Raise `UserError` unless the model can be asked every question.
 
     A question may mark the places of all its images, or of its video, or of none: they then come
-    before the text (`Adapter.prompt`).
+    before the text (`Pipeline.prompt`).
 
     Args:
         questions: All of them.
-        adapter: Of the model; its weights need not be there.
+        pipe: The model and its processor; the model needs no weights.
     """
-    for item in with_faults(questions, adapter):
+    for item in with_faults(questions, pipe):
         if item.fault:
             raise UserError(f"the question {item.id!r} cannot be asked: {item.fault}")
 
 
-def with_faults(questions: Iterable[Question], adapter: "Adapter") -> list[Question]:
+def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Question]:
     """The questions, with a `Question.fault` where marks and images do not fit.
 
     Args:
         questions: All of them.
-        adapter: Of the model; its weights need not be there.
+        pipe: The model and its processor; the model needs no weights.
 
     Raises:
         UserError: The model does not take what a question is about.
     """
     found = []
     for item in questions:
-        if item.video and "video" not in adapter.encoders:
+        if item.video and "video" not in pipe.adapter.encoders:
             raise UserError(
                 f"the question {item.id!r} is about a video, but this model takes images only; "
                 "choose another model or --modality image."
             )
         try:
-            adapter.prompt(item.question, 0 if item.video else len(item.images), int(item.video))
+            pipe.prompt(item.question, 0 if item.video else len(item.images), int(item.video))
         except UserError as error:
             item = replace(item, fault=item.fault or str(error))
         found.append(item)

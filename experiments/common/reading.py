@@ -1,7 +1,7 @@
-"""What a run's folder holds, as far as it can be read: nothing in it is taken on trust.
+"""Reads the folder of a run; everything in it is validated.
 
-Tables are made from the journal, or from ``answers.parquet`` where that is as new; never from
-``summary.csv``, which may be older than either.
+Tables are made from the journal, or from ``answers.parquet`` if that is as new; never from
+``summary.csv``, which may be older than both.
 """
 
 from collections.abc import Iterator, Mapping
@@ -113,7 +113,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of a comparison, or its backup.
 
     Raises:
-        UserError: There is none, or what it says cannot be.
+        UserError: There is none, or it is damaged.
     """
     return _checked(folder, _Manifest, {"questions", "data"})
 
@@ -234,14 +234,14 @@ def _columns(experiment: Mapping[str, Any], seeds: int) -> Iterator[Cell]:
 
 
 def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
-    """The answers of a run: ``answers.parquet``, or the journal where that has grown since.
+    """The answers of a run: ``answers.parquet``, or the journal if it has grown since.
 
     Args:
         folder: Of the run.
-        notes: Is told if what is returned is not all there is.
+        notes: Gets a sentence if answers are missing from the result.
 
     Raises:
-        UserError: There are none that can be read.
+        UserError: No answers can be read.
     """
     try:
         table, wrong = read_answers(folder), None

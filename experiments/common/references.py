@@ -1,6 +1,6 @@
-"""Whole views kept or dropped: what is shown to the model when an experiment asks about views.
+"""Compressors that keep or drop whole views, for experiments about views.
 
-These are no methods of compression: how many tokens stay follows from the picture, not from R.
+They are not compression methods: the number of kept tokens follows from the image, not from R.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class KeepViews(Compressor):
     Args:
         views: What to keep.
         separators: Those of the canvas rows that are kept.
-        retention: Of no meaning here.
+        retention: Has no effect.
     """
 
     views: Literal["thumbnail", "crops"]
@@ -44,7 +44,7 @@ class KeepViews(Compressor):
     name = "views"
 
     def limit(self, tokens: VisualTokens) -> int:
-        return len(tokens)  # R has no say
+        return len(tokens)  # independent of R
 
     def select(self, tokens: VisualTokens) -> Selection:
         layout = tokens.layout
@@ -62,7 +62,7 @@ def region_sizes(layout: TokenLayout) -> Tensor:
 
 
 def references(modalities: set[str]) -> list[Cell]:
-    """What every comparison stands beside: the model that sees nothing, or the thumbnail alone.
+    """The references of every comparison: the model without images, or with the thumbnail alone.
 
     Args:
         modalities: Of the questions; only single images are cut into a thumbnail and crops.

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import torch
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.budget import check_retention
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.deadline import check_time_limit
@@ -31,6 +30,7 @@ from tokenprune.experiments.common.request import (
     questions_for,
 )
 from tokenprune.models.loading import without_weights
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
 class Setting:
     """A loaded model and the questions it is to answer."""
 
-    adapter: Adapter
+    pipe: Pipeline
     questions: list[Question]
 
 
@@ -73,8 +73,8 @@ def prepare(
 
 def load_model(
     request: ModelRequest, progress: ProgressCallback = silent, **options: Any
-) -> Adapter:
-    """The adapter of the model of ``request``.
+) -> Pipeline:
+    """The pipe of the model of ``request``.
 
     Args:
         request: Which model, and where.
@@ -107,9 +107,9 @@ def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list
     """
     questions = checked_questions(request, progress)
     progress(0, 0, f"reading the processor of {request.model}")
-    adapter = without_weights(request.model)
-    check_placeholders(questions, adapter)
-    check_lengths(adapter, questions, request.max_new_tokens)
+    pipe = without_weights(request.model)
+    check_placeholders(questions, pipe)
+    check_lengths(pipe, questions, request.max_new_tokens)
     return questions
 
 
@@ -123,8 +123,8 @@ def with_faults_noted(setting: Setting, new: int) -> list[Question]:
     Raises:
         UserError: None of them can be asked.
     """
-    adapter = setting.adapter
-    questions = with_long_ones(adapter, with_faults(setting.questions, adapter), new)
+    pipe = setting.pipe
+    questions = with_long_ones(pipe, with_faults(setting.questions, pipe), new)
     faulty = [item for item in questions if item.fault]
     if not faulty:
         return questions
@@ -184,7 +184,7 @@ def with_crops(setting: Setting, least: int = 1) -> tuple[Setting, int]:
     @cache
     def crops(picture: Picture) -> int:
         width, height = picture.open().size
-        rows, cols = setting.adapter.layout((height, width)).grid
+        rows, cols = setting.pipe.adapter.layout((height, width)).grid
         return rows * cols
 
     left = [
@@ -194,7 +194,7 @@ def with_crops(setting: Setting, least: int = 1) -> tuple[Setting, int]:
     ]
     if not left:
         raise UserError(
-            f"{setting.adapter.name} cuts none of the images into {least} or more crops; give "
+            f"{setting.pipe.adapter.name} cuts none of the images into {least} or more crops; give "
             "larger single images, or a model that cuts images into crops."
         )
     return replace(setting, questions=left), len(setting.questions) - len(left)

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor
 from tokenprune.cost.ledger import Ledger
 from tokenprune.errors import RetentionWarning, UserError
@@ -21,6 +20,7 @@ from tokenprune.experiments.common.prompt import Prompt
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.request import MatchedCost
 from tokenprune.layout import TokenLayout
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.spec import has_retention
 
@@ -40,17 +40,17 @@ _COSTS: dict[str, str] = {"tokens": "layer_average", "flops": "flops"}  # column
 _NEAR = 0.01  # share of a cost that is as good as met
 
 
-def representative(adapter: Adapter, questions: Sequence[Question]) -> Prompt:
+def representative(pipe: Pipeline, questions: Sequence[Question]) -> Prompt:
     """The question with the median number of visual tokens, as the model sees its prompt.
 
     Of very many questions, evenly spaced ones are considered.
     """
-    return _median(adapter, questions)[1]
+    return _median(pipe, questions)[1]
 
 
-def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, Prompt]:
+def _median(pipe: Pipeline, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
-    seen = [(item, tried(partial(_prompt, adapter, item))) for item in questions[::step]]
+    seen = [(item, tried(partial(_prompt, pipe, item))) for item in questions[::step]]
     # A question that cannot be asked fails later, when it is asked.
     prompts = [(item, found) for item, found in seen if not isinstance(found, Failure)]
     if not prompts:
@@ -60,32 +60,34 @@ def _median(adapter: Adapter, questions: Sequence[Question]) -> tuple[Question, 
     return ordered[len(ordered) // 2]
 
 
-def _prompt(adapter: Adapter, item: Question) -> Prompt:
+def _prompt(pipe: Pipeline, item: Question) -> Prompt:
     video = item.modality == "video"
     layouts: tuple[TokenLayout, ...]
     if video:
-        layouts = (adapter.video_layout(len(item.images)),)  # type: ignore[attr-defined]
+        layouts = (pipe.adapter.video_layout(len(item.images)),)
         size = None
     else:
         sizes = [picture.open().size[::-1] for picture in item.images]
         together = len(sizes) > 1
-        layouts = tuple(adapter.layout(one, same_prompt=together) for one in sizes)
+        layouts = tuple(pipe.adapter.layout(one, same_prompt=together) for one in sizes)
         size = None if together else sizes[0]
-    text = adapter.prompt(item.question, 0 if video else len(layouts), int(video))
-    ids = adapter.processor.tokenizer(text)["input_ids"]
-    marks = [index for index, each in enumerate(ids) if each in adapter.placeholders.values()]
+    text = pipe.prompt(item.question, 0 if video else len(layouts), int(video))
+    ids = pipe.processor.tokenizer(text)["input_ids"]
+    marks = [
+        index for index, each in enumerate(ids) if each in pipe.adapter.facts.placeholders.values()
+    ]
     return Prompt(
-        adapter,
+        pipe.adapter,
         layouts,
         text=len(ids) - len(marks),
         asking=len(ids) - 1 - marks[-1] if marks else None,
-        size=adapter.model.dtype.itemsize,
+        size=pipe.model.dtype.itemsize,
         image_size=size,
     )
 
 
 def matched_cells(
-    adapter: Adapter,
+    pipe: Pipeline,
     questions: Sequence[Question],
     specs: Iterable[str],
     retention: Iterable[float],
@@ -100,7 +102,7 @@ def matched_cells(
     are run on it.
 
     Args:
-        adapter: Of the model, with weights unless all costs are to be forecasts.
+        pipe: Of the model, with weights unless all costs are to be forecasts.
         questions: Where the `representative` prompt comes from.
         specs: Methods; those with their own retention ratio are refused.
         retention: Of `uniform`, which is added if it is not among the methods.
@@ -119,7 +121,7 @@ def matched_cells(
     uniform = tp.create("uniform", retention=0.5)
     methods = [one for spec in specs if (one := _unsettled(spec)).label != uniform.label]
     may_fail = {_unsettled(spec).label for spec in optional}
-    costs = _Costs(*_median(adapter, questions), kind)
+    costs = _Costs(pipe, *_median(pipe, questions), kind)
     total = 1 + len(methods)
     progress(0, total, f"matching {uniform.label}")
     targets = costs.of(uniform, ratios)
@@ -136,10 +138,9 @@ def matched_cells(
                 found = solve_for(target)
             except UserError as error:
                 if method.label not in may_fail:
-                    raise UserError(
-                        f"uniform at {ratio:g} sets the cost, but {error} Leave the method out, or "
-                        "ask for a larger retention."
-                    ) from None
+                    words = "Leave the method out, or ask for a larger retention."
+                    sentence = f"uniform at {ratio:g} sets the cost, but {error} {words}"
+                    raise UserError(sentence) from None
                 left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
             else:
                 cells.append(_matched(found.method, kind, ratio, target, found.cost))
@@ -156,12 +157,14 @@ def _matched(
 class _Costs:
     """The costs of methods on the `representative` prompt of a comparison."""
 
-    def __init__(self, question: Question, prompt: Prompt, kind: MatchedCost) -> None:
+    def __init__(
+        self, pipe: Pipeline, question: Question, prompt: Prompt, kind: MatchedCost
+    ) -> None:
         self.prompt, self.kind = prompt, kind
         self._bench = Bench(prompt.adapter, prompt) if kind == "prefill-ms" else None
         measure: Measure = "tokens" if kind == "tokens" else "flops"
         self._measure = measure
-        self._real = cache(partial(_real_cost, prompt.adapter, question, measure))
+        self._real = cache(partial(_real_cost, pipe, question, measure))
 
     def of(self, method: Compressor, ratios: Iterable[float]) -> dict[float, float]:
         """Retention ratio to the cost of ``method`` at it."""
@@ -233,17 +236,17 @@ def _cost(prompt: Prompt, method: Compressor, kind: MatchedCost) -> float:
     return ledger.flops / ledger.uncompressed_flops
 
 
-def _real_cost(adapter: Adapter, item: Question, measure: Measure, method: Compressor) -> float:
+def _real_cost(pipe: Pipeline, item: Question, measure: Measure, method: Compressor) -> float:
     """The cost of running ``method`` on a question, if the content decides how much it keeps."""
     shown = [picture.open() for picture in item.images]
     images, videos = (None, [[shown]]) if item.video else ([shown], None)
-    inputs = adapter.prepare(images, [item.question], videos)
+    inputs = pipe.prepare(images, [item.question], videos)
 
     def run() -> Ledger:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", RetentionWarning)
-            with tp.compress(adapter.model, method) as trace:
-                adapter.model(**inputs, use_cache=True)
+            with tp.compress(pipe.model, method) as trace:
+                pipe.model(**inputs, use_cache=True)
         return trace.ledger
 
     found = tried(run)

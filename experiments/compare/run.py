@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_compatible
 from tokenprune.experiments.common.answers import answers_frame
 from tokenprune.experiments.common.cells import Cell, CellRecord, Failure
 from tokenprune.experiments.common.files import WriteError
@@ -43,6 +44,7 @@ from tokenprune.experiments.compare.matching import matched_cells
 from tokenprune.experiments.compare.runner import ModelRunner
 from tokenprune.experiments.compare.sharing import separate, together
 from tokenprune.models import testbed
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.registry import strategies
 
@@ -83,7 +85,7 @@ def run(
     columns = [*beside, *(cell for cell in columns if cell not in beside)]
     for cell in columns:
         if cell.compressor:
-            setting.adapter.check(cell.compressor)
+            check_compatible(setting.pipe.adapter.facts, cell.compressor)
     folder = _opened(request, _Work(setting, columns), name, skipped)
     try:
         outcome = _fill(folder, request, _Work(setting, columns), progress)
@@ -108,8 +110,8 @@ class _Work:
     columns: Sequence[Cell]
 
     @property
-    def adapter(self) -> Adapter:
-        return self.setting.adapter
+    def pipe(self) -> Pipeline:
+        return self.setting.pipe
 
     @property
     def questions(self) -> Sequence[Question]:
@@ -120,11 +122,13 @@ def _columns(
     request: CompareRequest, setting: Setting, progress: ProgressCallback
 ) -> tuple[list[Cell], dict[str, str]]:
     """The cells of the methods, and why methods of ``all`` are not among them."""
-    methods, skipped = expanded(request.methods, setting.adapter.check)
+    methods, skipped = expanded(
+        request.methods, partial(check_compatible, setting.pipe.adapter.facts)
+    )
     if request.match is None:
         return cells(methods, request.retention, request.seeds), skipped
     found, left_out = matched_cells(
-        setting.adapter,
+        setting.pipe,
         [item for item in setting.questions if not item.fault],
         methods,
         request.retention,
@@ -142,13 +146,13 @@ def _opened(
     surroundings = environment()
     roots = code_roots(
         [cell.compressor for cell in work.columns if cell.compressor],
-        [type(work.adapter), __name__],
+        [type(work.pipe.adapter), __name__],
     )
-    files = answer_files(work.adapter.path, (), roots)
+    files = answer_files(work.pipe.path, (), roots)
     experiment = _experiment(request, work, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / folder_name(experiment)
-    details = _details(request, work.adapter, path) | {"files": files} | surroundings
+    details = _details(request, work.pipe, path) | {"files": files} | surroundings
     if request.match is None and not name:
         details["finished"] = {
             "code": roots,
@@ -160,7 +164,7 @@ def _opened(
 
 
 def answer(
-    adapter: Adapter,
+    pipe: Pipeline,
     columns: Sequence[Cell],
     questions: Sequence[Question],
     journal: Journal,
@@ -174,7 +178,7 @@ def answer(
     """Add to ``journal`` every answer that it lacks.
 
     Args:
-        adapter: Of the model.
+        pipe: Of the model.
         columns: The cells.
         questions: What to ask.
         journal: Where answers go; it must be open.
@@ -185,7 +189,7 @@ def answer(
         progress: Called before every step.
     """
     loop.run(
-        ModelRunner(adapter, max_new_tokens),
+        ModelRunner(pipe, max_new_tokens),
         columns,
         questions,
         journal,
@@ -212,7 +216,7 @@ def _fill(
         before = len(journal.answers)
         try:
             answer(
-                work.adapter,
+                work.pipe,
                 columns,
                 questions,
                 journal,
@@ -274,7 +278,7 @@ def _experiment(
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
     """All that the answers depend on; two runs may share a folder only if this is equal."""
-    columns, questions, adapter = work.columns, work.questions, work.adapter
+    columns, questions, pipe = work.columns, work.questions, work.pipe
     methods = [cell.compressor for cell in columns if cell.compressor and not cell.name]
     return {
         "model": request.model,
@@ -285,12 +289,12 @@ def _experiment(
         "modality": sorted({item.modality for item in questions}),
         "data": fingerprint(questions),
         "seed": request.seed,
-        "device": adapter.device.type,
-        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "max_new_tokens": request.max_new_tokens,
         **({} if request.match is None else {"match": _match(columns)}),
         **digests(files),
-        "revision": getattr(adapter.model.config, "_commit_hash", None),
+        "revision": getattr(pipe.model.config, "_commit_hash", None),
         **{package: versions[package] for package in DECISIVE},
     }
 
@@ -304,8 +308,8 @@ def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(request: CompareRequest, adapter: Adapter, folder: Path) -> dict[str, Any]:
+def _details(request: CompareRequest, pipe: Pipeline, folder: Path) -> dict[str, Any]:
     """What else a reader of the manifest will want to know."""
-    device = adapter.device
+    device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {**asked_for(request, folder), "device_name": name}

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.prefix import Prefix
 from tokenprune.experiments.common.kept_bits import packed_rows
 from tokenprune.experiments.common.questions import Question
+from tokenprune.pipeline import Pipeline
 from tokenprune.signals import Signal
 
 __all__ = [
@@ -54,7 +54,7 @@ class Runner(Protocol):
 class ModelRunner:
     """Greedy answers of a loaded model."""
 
-    adapter: Adapter
+    pipe: Pipeline
     max_new_tokens: int
 
     def encode(
@@ -64,7 +64,7 @@ class ModelRunner:
         encoder: EncoderCompressor | None = None,
     ) -> Sequence[Sequence[Any]]:
         opened = [[picture.open() for picture in item.images] for item in questions]
-        encode = self.adapter.encode
+        encode = self.pipe.encode
         # Single images, the common case, are encoded in one batch.
         alone = [index for index, item in enumerate(questions) if item.modality == "image"]
         single = iter(encode([opened[index][0] for index in alone], signals, encoder))
@@ -73,7 +73,7 @@ class ModelRunner:
             if item.modality == "image":
                 found.append([next(single)])
             elif item.modality == "video":
-                found.append(self.adapter.encode_videos([images], signals, encoder))
+                found.append(self.pipe.encode_videos([images], signals, encoder))
             else:
                 found.append(encode(images, signals, encoder, same_prompt=True))
         return found
@@ -81,12 +81,12 @@ class ModelRunner:
     def answer(
         self, compressor: Compressor | None, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        return self.generate(compressor, self.adapter.assemble(images, prompts))
+        return self.generate(compressor, self.pipe.assemble(images, prompts))
 
     def answer_without_images(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        return self.generate(None, self.adapter.assemble(images, prompts, without_images=True))
+        return self.generate(None, self.pipe.assemble(images, prompts, without_images=True))
 
     def generate(
         self,
@@ -95,8 +95,8 @@ class ModelRunner:
         prefix: Prefix | None = None,
     ) -> list[dict[str, Any]]:
         """The record of every row of ``inputs``; ``compressor`` and ``prefix`` as `tp.compress`."""
-        with tp.compress(self.adapter.model, compressor, prefix=prefix) as trace:
-            output = self.adapter.model.generate(
+        with tp.compress(self.pipe.model, compressor, prefix=prefix) as trace:
+            output = self.pipe.model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
@@ -104,7 +104,7 @@ class ModelRunner:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        texts = self.adapter.decode(output.sequences, inputs)
+        texts = self.pipe.decode(output.sequences, inputs)
         first = output.logits[0].float().log_softmax(-1)
         keeps = packed_rows(trace.selections, len(texts))
         return [

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-Tower = EncoderCompressor | None
+_Encoder = EncoderCompressor | None
 
 
 _GEOMETRY = [item.name for item in fields(TokenLayout) if item.type == "Tensor"]
@@ -39,30 +39,30 @@ _GEOMETRY = [item.name for item in fields(TokenLayout) if item.type == "Tensor"]
 class Encodings:
     """Images and videos as each vision encoder encoded them, as long as questions need them."""
 
-    def __init__(self, runner: Runner, signals: Mapping[Tower, frozenset[Signal]]) -> None:
+    def __init__(self, runner: Runner, signals: Mapping[_Encoder, frozenset[Signal]]) -> None:
         """Encode with ``runner``; ``signals`` are by encoder (None: the plain one)."""
         self.runner, self.signals = runner, signals
-        self._found: dict[tuple[Tower, str], tuple[Sequence[Any], Tensor]] = {}
+        self._found: dict[tuple[_Encoder, str], tuple[Sequence[Any], Tensor]] = {}
 
-    def __contains__(self, which: tuple[Tower, Question]) -> bool:
+    def __contains__(self, which: tuple[_Encoder, Question]) -> bool:
         tower, item = which
         return (tower, item.image_id) in self._found
 
-    def lacking(self, tower: Tower, questions: Sequence[Question]) -> list[Question]:
+    def lacking(self, tower: _Encoder, questions: Sequence[Question]) -> list[Question]:
         """One question for every image that ``tower`` has not encoded yet."""
         return list({q.image_id: q for q in questions if (tower, q) not in self}.values())
 
-    def encode(self, tower: Tower, questions: Sequence[Question]) -> None:
+    def encode(self, tower: _Encoder, questions: Sequence[Question]) -> None:
         """Encode the images of ``questions``, also those that are there already."""
         made = self.runner.encode(questions, self.signals[tower], tower)
         for item, images in zip(questions, made, strict=True):
             self._found[tower, item.image_id] = images, _digest(images)
 
-    def shown(self, tower: Tower, questions: Sequence[Question]) -> list[Sequence[Any]]:
+    def shown(self, tower: _Encoder, questions: Sequence[Question]) -> list[Sequence[Any]]:
         """For every question its encoded images."""
         return [self._found[tower, item.image_id][0] for item in questions]
 
-    def changed(self, tower: Tower, questions: Sequence[Question]) -> list[Question]:
+    def changed(self, tower: _Encoder, questions: Sequence[Question]) -> list[Question]:
         """One question for every image whose encoding has changed."""
         questions = list({item.image_id: item for item in questions}.values())
         entries = [self._found[tower, item.image_id] for item in questions]

@@ -81,8 +81,8 @@ def together(
     prompts: Sequence[str],
 ) -> Iterator[Job]:
     """Everything that cells have in common once; see the module."""
-    adapter = runner.adapter
-    inputs = adapter.assemble(images, prompts)
+    pipe = runner.pipe
+    inputs = pipe.assemble(images, prompts)
     methods = [cell.compressor for cell in cells]
     everything = range(len(prompts))
 
@@ -99,9 +99,9 @@ def together(
             alike.setdefault(repr(in_front(method)), []).append(index)
 
     for group in alike.values():
-        prefix = Prefix(adapter, [methods[index] for index in group])
+        prefix = Prefix(pipe.adapter, [methods[index] for index in group])
         for index in group:
-            taken = adapter.take(inputs, images, everything)
+            taken = pipe.take(inputs, images, everything)
             run = functools.partial(_generate, runner, methods[index], taken, prefix)
             yield Job([(index, question) for question in everything], run)
         prefix.clear()
@@ -110,10 +110,10 @@ def together(
         lengths = _lengths(methods, group, images, inputs["attention_mask"].sum(1).tolist())
         width = inputs["attention_mask"].shape[1]
         most = len(prompts) * width
-        if adapter.device.type == "cpu":
+        if pipe.device.type == "cpu":
             most = min(most, max(TOKENS, width))
         for rows in _of_equal_length(lengths, most, width):
-            taken = adapter.take(inputs, images, [question for _, question in rows])
+            taken = pipe.take(inputs, images, [question for _, question in rows])
             mixed = [method for cell, _ in rows if (method := methods[cell])]
             run = functools.partial(runner.generate, mixed, taken)
             yield Job(rows, run)

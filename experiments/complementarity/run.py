@@ -1,4 +1,4 @@
-"""What the thumbnail and the crops each contribute: answers from one, from the other, from both.
+"""Contributions of thumbnail and crops: answers from one, from the other, from both.
 
 After figure 2 of the GlobalCom² paper (arXiv 2501.05179).  The accuracy with one kind of view alone
 is given relative to that with both, kind of question by kind of question.

@@ -1,4 +1,4 @@
-"""What a crop is worth: the thumbnail's score of every crop, and what dropping one costs.
+"""Crop importance: the thumbnail's score of every crop, and the accuracy lost by dropping one.
 
 After figure 3 of the GlobalCom² paper (arXiv 2501.05179), which scores a crop by the attention that
 the thumbnail pays to its region.  Here the highest- and the lowest-scored crop of every image are
@@ -130,7 +130,7 @@ def _label(which: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DropCrop(Compressor):
-    """Drop one crop: that of the highest or of the lowest score, or any.
+    """Drop one crop: the one with the highest or the lowest score, or a random one.
 
     A crop's score is the mean of the thumbnail's scores over its region.  GlobalCom² takes their
     sum (`ThumbnailCommand`, arXiv 2501.05179), which ranks alike where all regions are of one size
@@ -139,9 +139,9 @@ class DropCrop(Compressor):
     Args:
         which: The crop to drop.
         signal: The thumbnail's scores.
-        seed: Of the random crop; together with the image it draws one.
-        separators: Those of the canvas rows of which something is kept.
-        retention: Of no meaning here.
+        seed: Draws the random crop, together with the image.
+        separators: By default those of the canvas rows of which a token is kept.
+        retention: Has no effect.
     """
 
     which: Literal["highest", "lowest", "random"]
@@ -153,7 +153,7 @@ class DropCrop(Compressor):
     name = "drop-crop"
 
     def limit(self, tokens: VisualTokens) -> int:
-        return len(tokens)  # R has no say
+        return len(tokens)  # independent of R
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -165,7 +165,7 @@ class DropCrop(Compressor):
         return sums / region_sizes(tokens.layout).clamp(min=1).to(sums)
 
     def crop(self, tokens: VisualTokens) -> int | None:
-        """Which crop is dropped, counted from 0; None where there are fewer than two."""
+        """Index of the dropped crop, from 0; None if there are fewer than two."""
         count = tokens.layout.grid[0] * tokens.layout.grid[1]
         if count < 2:
             return None
@@ -205,7 +205,7 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
         asked.setdefault(item.image_id, []).append(item)
     rows, objects = [], []
     for image_id, items in asked.items():
-        (tokens,) = setting.adapter.encode([items[0].images[0].open()], droppers[0].needs)
+        (tokens,) = setting.pipe.encode([items[0].images[0].open()], droppers[0].needs)
         scores = droppers[0].scores(tokens)
         ranks = (scores.argsort(descending=True, stable=True).argsort() + 1).tolist()
         sizes = region_sizes(tokens.layout).tolist()
@@ -245,7 +245,7 @@ def drops(
     *,
     seed: int,
 ) -> pd.DataFrame:
-    """What dropping a crop costs, one row per group of questions and dropped crop.
+    """The accuracy lost by dropping a crop, one row per group of questions and dropped crop.
 
     Args:
         answers: As in ``answers.parquet``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.conversion import MEASURES, WORDS, Measure, solve, translate
@@ -69,7 +70,7 @@ def convert(request: ConvertRequest) -> Converted:
         )
     prompt = prompt_for(request)
     found = parse(spec) if own else parse(spec, retention=0.5)
-    prompt.adapter.check(found)
+    check_compatible(prompt.adapter.facts, found)
     notes = []
     for name in MEASURES:
         if name in request.targets:

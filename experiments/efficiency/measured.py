@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.bench import Bench
@@ -88,7 +89,7 @@ def measure(
         }
         try:
             if method is not None:
-                adapter.check(method)
+                check_compatible(adapter.facts, method)
         except UserError as error:
             rows.append(row | {"status": str(error)})
             continue

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.common import plots
@@ -93,10 +95,10 @@ def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outc
     folder = request.out or Path("runs") / f"efficiency_{Path(request.model).name}"
     _check(request, folder)
     prompt = prompt_for(request)
-    specs, skipped = expanded(request.methods, prompt.adapter.check)
+    specs, skipped = expanded(request.methods, partial(check_compatible, prompt.adapter.facts))
     methods = chosen(specs, request.retention)
     for method in methods:
-        prompt.adapter.check(method)
+        check_compatible(prompt.adapter.facts, method)
     progress(0, 0, "forecast")
     found = costs(prompt, methods)
     found["pays_from"] = [

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.encoder import encoder_part
 from tokenprune.engine.rankings import Note, noting
@@ -26,6 +26,7 @@ from tokenprune.experiments.common.patch_boxes import ViewSize
 from tokenprune.experiments.common.questions import Picture, Question
 from tokenprune.layout import TokenLayout
 from tokenprune.pictures import picture
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
@@ -133,9 +134,9 @@ class Seen:
         return pd.DataFrame(rows)
 
 
-def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
+def check(pipe: Pipeline, compressor: Compressor, asks: bool) -> None:
     """Raise `UserError` if the method does not run on the model, or needs a question."""
-    adapter.check(compressor)
+    check_compatible(pipe.adapter.facts, compressor)
     stages = list(compressor.parts())
     inside = [part for part in stages if part.stage is Stage.LLM]
     if inside and not asks:
@@ -148,7 +149,7 @@ def check(adapter: Adapter, compressor: Compressor, asks: bool) -> None:
 
 
 def look(
-    adapter: Adapter,
+    pipe: Pipeline,
     images: Sequence[Image.Image],
     question: str | None = None,
     methods: Sequence[str] = ("globalcom2", "fastv"),
@@ -164,7 +165,7 @@ def look(
     """Run ``methods`` on one prompt and record what they keep.
 
     Args:
-        adapter, images, question, methods, retention: As of `masks`.
+        pipe, images, question, methods, retention: As of `masks`.
         video: Whether the images are the frames of one video.
         cuts: Whether methods that cut several times are shown after every cut, not only at last.
         truth: The true answer, if known.
@@ -180,21 +181,21 @@ def look(
         raise UserError("there is nothing to draw; give at least one image.")
     ratios = [retention] if isinstance(retention, int | float) else retention
     columns = cells(methods, ratios)
-    asks = question is not None and adapter.has_language_model
+    asks = question is not None and pipe.adapter.has_language_model
     for cell in columns:
         if cell.compressor is not None:
-            check(adapter, cell.compressor, asks)
+            check(pipe, cell.compressor, asks)
     pictures = [picture(image) for image in images]
     if question is not None and asks:
         named = tuple(Picture(str(index), one) for index, one in enumerate(pictures))
-        check_lengths(adapter, [Question("0", named, question, "", video=video)], max_new_tokens)
+        check_lengths(pipe, [Question("0", named, question, "", video=video)], max_new_tokens)
     progress(0, len(columns), "vision encoder")
     signals = frozenset[Signal]().union(
         *(cell.compressor.needs for cell in columns if cell.compressor)
     )
-    encoded, saliency = _encode_all(adapter, pictures, signals, video)
+    encoded, saliency = _encode_all(pipe, pictures, signals, video)
     asked = str(question) if asks else None
-    prompt = _Prompt(adapter, pictures, encoded, video, asked, max_new_tokens)
+    prompt = _Prompt(pipe, pictures, encoded, video, asked, max_new_tokens)
     found: list[Mask] = []
     for index, cell in enumerate(columns):
         progress(index, len(columns), str(cell))
@@ -202,21 +203,21 @@ def look(
             found += prompt.masks(cell, cuts)
     groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
     media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))
-    view = ViewSize.of(adapter)
-    return Seen(name or adapter.name, view, media, tuple(found), question, truth, saliency)
+    view = ViewSize.of(pipe.adapter)
+    return Seen(name or pipe.adapter.name, view, media, tuple(found), question, truth, saliency)
 
 
 def _encode_all(
-    adapter: Adapter, pictures: Sequence[Image.Image], signals: frozenset[Signal], video: bool
+    pipe: Pipeline, pictures: Sequence[Image.Image], signals: frozenset[Signal], video: bool
 ) -> tuple[list[VisualTokens], str]:
     """The images with ``signals`` and, if the encoder has it, its saliency, named in words."""
     words = "attention received"
-    if adapter.has_cls:
+    if pipe.adapter.facts.vision.has_cls:
         words = "logits of the CLS token's attention"
     try:
-        return _encode(adapter, pictures, signals | {SALIENCY}, video), words
+        return _encode(pipe, pictures, signals | {SALIENCY}, video), words
     except UserError:  # an encoder whose attention is not known
-        return _encode(adapter, pictures, signals, video), ""
+        return _encode(pipe, pictures, signals, video), ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +231,7 @@ class _Prompt:
         max_new_tokens: Longest answer.
     """
 
-    adapter: Adapter
+    pipe: Pipeline
     pictures: Sequence[Image.Image]
     encoded: Sequence[VisualTokens]
     video: bool
@@ -257,7 +258,7 @@ class _Prompt:
         """The answer, if something is asked, and what was selected."""
         shown = self.encoded
         if compressor is not None and encoder_part(compressor) is not None:
-            shown = _encode(self.adapter, self.pictures, compressor.needs, self.video, compressor)
+            shown = _encode(self.pipe, self.pictures, compressor.needs, self.video, compressor)
         if self.question is None:
             return None, [
                 SelectionRecord(
@@ -266,25 +267,25 @@ class _Prompt:
                 for number, tokens in enumerate(shown)
                 if compressor is not None
             ]
-        inputs = self.adapter.assemble([shown], [self.question])
-        with tp.compress(self.adapter.model, compressor) as trace:
-            ids = self.adapter.model.generate(
+        inputs = self.pipe.assemble([shown], [self.question])
+        with tp.compress(self.pipe.model, compressor) as trace:
+            ids = self.pipe.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
             )
-        (answer,) = self.adapter.decode(ids, inputs)
+        (answer,) = self.pipe.decode(ids, inputs)
         return answer, trace.selections
 
 
 def _encode(
-    adapter: Adapter,
+    pipe: Pipeline,
     pictures: Sequence[Image.Image],
     signals: frozenset[Signal],
     video: bool,
     compressor: Compressor | None = None,
 ) -> list[VisualTokens]:
     if video:
-        return adapter.encode_videos([list(pictures)], signals, compressor)
-    return adapter.encode(pictures, signals, compressor, same_prompt=len(pictures) > 1)
+        return pipe.encode_videos([list(pictures)], signals, compressor)
+    return pipe.encode(pictures, signals, compressor, same_prompt=len(pictures) > 1)
 
 
 def _on_cpu(note: Note) -> tuple[TokenLayout, Tensor]:

@@ -20,7 +20,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokenprune.adapter import Adapter
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.files import check_writable, replace_file
@@ -35,6 +34,7 @@ from tokenprune.experiments.common.setting import load_model
 from tokenprune.experiments.masks.figures import draw, heat
 from tokenprune.experiments.masks.look import Seen, check, look
 from tokenprune.pictures import frames, picture
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
 
 
 def masks(
-    adapter: Adapter,
+    pipe: Pipeline,
     images: Sequence[Image.Image],
     question: str | None = None,
     methods: Sequence[str] = ("globalcom2", "fastv"),
@@ -55,7 +55,7 @@ def masks(
     """What each method keeps of ``images``, side by side, with the model's answers.
 
     Args:
-        adapter: As `tokenprune.load` returns it.
+        pipe: As `tokenprune.load` returns it.
         images: Of one prompt, in order; or the frames of a video with ``video=True``.
         question: What to ask.  Without one, or without a language model, methods that act in
             front of it are shown and nothing is answered.
@@ -66,7 +66,7 @@ def masks(
     Raises:
         UserError: As `look`.
     """
-    return draw(look(adapter, images, question, methods, retention, **options))
+    return draw(look(pipe, images, question, methods, retention, **options))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -125,15 +125,15 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
     )
     check_writable(folder)
     extra = {} if request.pretrained is None else {"pretrained": request.pretrained}
-    adapter = load_model(replace(request, model=model), progress, **extra)
-    asks = shown.question is not None and adapter.has_language_model
+    pipe = load_model(replace(request, model=model), progress, **extra)
+    asks = shown.question is not None and pipe.adapter.has_language_model
     methods, skipped = expanded(
         request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),
-        lambda compressor: check(adapter, compressor, asks),
+        lambda compressor: check(pipe, compressor, asks),
     )
     untrained = model.startswith("timm/") and request.pretrained is None
     seen = look(
-        adapter,
+        pipe,
         shown.images,
         shown.question if asks else None,
         methods,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
+from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.engine.rankings import noting
 from tokenprune.errors import RetentionWarning, UserError, unknown
@@ -39,6 +39,7 @@ from tokenprune.experiments.positional_bias.rearrange import (
 )
 from tokenprune.experiments.positional_bias.rows import Parts, Rows, Skip, joined
 from tokenprune.layout import Kind, TokenLayout
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
@@ -150,7 +151,7 @@ class _Choice:
 
 
 def positional_bias(
-    adapter: Adapter,
+    pipe: Pipeline,
     methods: Sequence[str | Compressor],
     images: Sequence[Shown],
     *,
@@ -165,11 +166,11 @@ def positional_bias(
 ) -> Analysis:
     """Run methods on images whose content is rearranged, and test what the choice follows.
 
-    Methods in front of the language model choose as `Adapter.select` lets them; all others run
+    Methods in front of the language model choose as `Pipeline.select` lets them; all others run
     inside the model, in the prefill of a prompt.
 
     Args:
-        adapter: As `tokenprune.load` returns it.
+        pipe: As `tokenprune.load` returns it.
         methods: Compressors, or specs: those without a retention of their own run at each of
             ``retention``.
         images: Images, or videos as lists of frames, or both.
@@ -191,18 +192,18 @@ def positional_bias(
     """
     compressors = compressors_of(methods, retention)
     for compressor in compressors:
-        check_method(adapter, compressor)
-    _check(adapter, images, conditions, levels, prompts, batch_size)
+        check_method(pipe, compressor)
+    _check(pipe, images, conditions, levels, prompts, batch_size)
     asked = list(prompts or [PROMPT] * len(images))
     signals = frozenset[Signal]().union(*(compressor.needs for compressor in compressors))
     outside = frozenset(signal for signal in signals if not signal.in_llm)
     known = Parts(parts)
 
     def cases(index: int) -> Iterator[_Case]:
-        return _cases(adapter, index, images[index], outside, conditions, levels, known.skipped)
+        return _cases(pipe, index, images[index], outside, conditions, levels, known.skipped)
 
     def choices(compressor: Compressor, some: Sequence[_Case]) -> list[_Choice]:
-        return _choices(adapter, compressor, some, [asked[case.image] for case in some])
+        return _choices(pipe, compressor, some, [asked[case.image] for case in some])
 
     return _analysed(compressors, len(images), cases, choices, known, batch_size, seed, progress)
 
@@ -220,7 +221,7 @@ def selector_bias(
 
     Args:
         methods: As for `positional_bias`, all of them in front of the language model.
-        encoded: As `Adapter.encode` returns them, with the signals that the methods need.
+        encoded: As `Pipeline.encode` returns them, with the signals that the methods need.
         retention, conditions, seed, progress: As for `positional_bias`.
 
     Raises:
@@ -317,8 +318,8 @@ def compressors_of(
     return list(found.values())
 
 
-def check_method(adapter: Adapter, compressor: Compressor) -> None:
-    adapter.check(compressor)
+def check_method(pipe: Pipeline, compressor: Compressor) -> None:
+    check_compatible(pipe.adapter.facts, compressor)
     for part in compressor.parts():
         if part.stage is Stage.ENCODER:
             raise UserError(
@@ -329,7 +330,7 @@ def check_method(adapter: Adapter, compressor: Compressor) -> None:
 
 
 def _check(
-    adapter: Adapter,
+    pipe: Pipeline,
     images: Sequence[Shown],
     conditions: Sequence[str],
     levels: Sequence[str],
@@ -350,10 +351,10 @@ def _check(
         raise UserError(f"the batch size must be at least 1, got {batch_size}.")
     for shown in images:
         if not isinstance(shown, Image.Image):
-            if "video" not in adapter.encoders:
+            if "video" not in pipe.adapter.encoders:
                 raise UserError(
-                    f"{adapter.name} takes images only; load a model that takes videos, or hand "
-                    "over single frames as images."
+                    f"{pipe.adapter.name} takes images only; load a model that takes videos, "
+                    "or hand over single frames as images."
                 )
             if not len(shown):
                 raise UserError("a video needs at least one frame, got an empty list.")
@@ -370,7 +371,7 @@ def _check_names(conditions: Sequence[str], levels: Sequence[str]) -> None:
 
 
 def _cases(
-    adapter: Adapter,
+    pipe: Pipeline,
     index: int,
     shown: Shown,
     signals: frozenset[Signal],
@@ -379,15 +380,15 @@ def _cases(
     skipped: set[Skip],
 ) -> Iterator[_Case]:
     """An image as it is and in every condition that is possible, encoded."""
-    normal = _told_apart(index, _encoded(adapter, shown, signals))
+    normal = _told_apart(index, _encoded(pipe, shown, signals))
     yield _as_it_is(index, normal)
     if "selector" in levels:
         yield from _moved(index, normal, conditions, skipped)
     pixelwise = [one for one in _fitting(normal.layout, conditions) if one != EXCHANGED]
     for condition in pixelwise if "pipeline" in levels else ():
         try:
-            pixels = move_pixels(shown, condition, normal.layout, _side(adapter))
-            moved = _encoded(adapter, pixels, signals)
+            pixels = move_pixels(shown, condition, normal.layout, _side(pipe))
+            moved = _encoded(pipe, pixels, signals)
             if not _alike(moved.layout, normal.layout):
                 raise NotPossible("another grid once rearranged")
         except NotPossible as reason:
@@ -439,15 +440,15 @@ def _fitting(layout: TokenLayout, conditions: Sequence[Condition]) -> list[Condi
     return [condition for condition in conditions if condition not in others]
 
 
-def _encoded(adapter: Adapter, shown: Shown, signals: frozenset[Signal]) -> VisualTokens:
+def _encoded(pipe: Pipeline, shown: Shown, signals: frozenset[Signal]) -> VisualTokens:
     if isinstance(shown, Image.Image):
-        return adapter.encode([shown], signals)[0]
-    return adapter.encode_videos([list(shown)], signals)[0]
+        return pipe.encode([shown], signals)[0]
+    return pipe.encode_videos([list(shown)], signals)[0]
 
 
-def _side(adapter: Adapter) -> int:
+def _side(pipe: Pipeline) -> int:
     """Of a view, in pixels."""
-    return int(adapter.base.config.vision_config.image_size)
+    return int(pipe.adapter.base.config.vision_config.image_size)
 
 
 def _alike(one: TokenLayout, other: TokenLayout) -> bool:
@@ -468,7 +469,7 @@ def _in_front(compressor: Compressor) -> bool:
 
 
 def _chosen(compressor: Compressor, cases: Sequence[_Case]) -> list[_Choice]:
-    """What a method in front of the language model keeps of each case, as `Adapter.choose`."""
+    """What a method in front of the language model keeps of each case, as `Pipeline.select`."""
     heedful, notes = noting(compressor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetentionWarning)  # the shares show it
@@ -476,16 +477,16 @@ def _chosen(compressor: Compressor, cases: Sequence[_Case]) -> list[_Choice]:
 
 
 def _choices(
-    adapter: Adapter, compressor: Compressor, cases: Sequence[_Case], prompts: Sequence[str]
+    pipe: Pipeline, compressor: Compressor, cases: Sequence[_Case], prompts: Sequence[str]
 ) -> list[_Choice]:
     """What any method keeps of each case."""
     if _in_front(compressor):
         return _chosen(compressor, cases)
     heedful, notes = noting(compressor)
-    inputs = adapter.assemble([[case.tokens] for case in cases], prompts)
-    with warnings.catch_warnings(), tp.compress(adapter.model, heedful) as trace:
+    inputs = pipe.assemble([[case.tokens] for case in cases], prompts)
+    with warnings.catch_warnings(), tp.compress(pipe.model, heedful) as trace:
         warnings.simplefilter("ignore", RetentionWarning)
-        adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
+        pipe.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
     cuts: list[list[Tensor]] = [[] for _ in cases]
     for chosen in trace.selections:
         cuts[chosen.row].append(chosen.keep)

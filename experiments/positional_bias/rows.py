@@ -1,4 +1,4 @@
-"""The table of tokens of `positional_bias`, and how a run keeps what it has finished of it."""
+"""The table of tokens of `positional_bias`, and how a run stores its finished part."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,10 +46,10 @@ class Rows:
 
 
 class Parts:
-    """Finished batches, one file each, read again when a run goes on.
+    """Finished batches, one file each, which a resumed run reads.
 
-    A file is written in one step, so that it is there with all its images or not at all; an image
-    that is there is never asked for again, whatever the size of batches.
+    A file is written in one step, so it exists with all its images or not at all.  An image that is
+    finished is not computed again, whatever the batch size.
 
     Attributes:
         skipped: Images that could not be rearranged, of the batches that are there and of those

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common import plots
@@ -52,6 +51,7 @@ from tokenprune.experiments.positional_bias.analysis import (
 from tokenprune.experiments.positional_bias.rearrange import CONDITIONS, DEFAULT, Condition, Shown
 from tokenprune.experiments.positional_bias.rows import Parts
 from tokenprune.models import testbed
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 
 __all__ = [
@@ -117,19 +117,19 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
     check_writable(request.out or Path("runs"))
     progress(0, 0, "checking the images")
     questions, left_out = _questions(request)
-    adapter = load_model(request, progress)
-    methods, unfit = expanded(request.methods, lambda one: check_method(adapter, one))
+    pipe = load_model(request, progress)
+    methods, unfit = expanded(request.methods, lambda one: check_method(pipe, one))
     compressors = compressors_of(methods, request.retention)
     for compressor in compressors:
-        check_method(adapter, compressor)
-    if adapter.has_language_model:
-        check_placeholders(questions, adapter)
-    check_lengths(adapter, questions, new=1)
-    folder = _opened(request, compressors, questions, adapter)
+        check_method(pipe, compressor)
+    if pipe.adapter.has_language_model:
+        check_placeholders(questions, pipe)
+    check_lengths(pipe, questions, new=1)
+    folder = _opened(request, compressors, questions, pipe)
     status = "failed"
     failures: list[dict[str, Any]] = []
     try:
-        found = _analysed(request, compressors, questions, adapter, folder.path, progress)
+        found = _analysed(request, compressors, questions, pipe, folder.path, progress)
         progress(0, 0, "tables and plots")
         _write(folder.path, found, questions, Path(request.model).name)
         failures = [{"cell": _cell(*which), **asdict(why)} for which, why in found.failures.items()]
@@ -162,14 +162,12 @@ def _opened(
     request: PositionalBiasRequest,
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
-    adapter: Adapter,
+    pipe: Pipeline,
 ) -> RunFolder:
     """The folder of the run, which holds nothing else."""
     surroundings = environment()
-    files = answer_files(adapter.path, compressors, [type(adapter), __name__])
-    experiment = _experiment(
-        request, compressors, questions, adapter, surroundings["versions"], files
-    )
+    files = answer_files(pipe.path, compressors, [type(pipe.adapter), __name__])
+    experiment = _experiment(request, compressors, questions, pipe, surroundings["versions"], files)
     path = request.out or Path("runs") / _folder_name(experiment)
     details = asked_for(request, path) | {"files": files} | surroundings
     return RunFolder.open(path, experiment, details)
@@ -179,12 +177,12 @@ def _analysed(
     request: PositionalBiasRequest,
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
-    adapter: Adapter,
+    pipe: Pipeline,
     folder: Path,
     progress: ProgressCallback,
 ) -> Analysis:
     return positional_bias(
-        adapter,
+        pipe,
         compressors,
         [_shown(item) for item in questions],
         conditions=request.conditions,
@@ -262,7 +260,7 @@ def _experiment(
     request: PositionalBiasRequest,
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
-    adapter: Adapter,
+    pipe: Pipeline,
     versions: Mapping[str, str | None],
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
@@ -277,8 +275,8 @@ def _experiment(
         "conditions": list(request.conditions),
         "data": fingerprint(questions),
         "seed": request.seed,
-        "device": adapter.device.type,
-        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
         **digests(files),
         **{package: versions[package] for package in DECISIVE},
     }

@@ -1,4 +1,4 @@
-"""What tells who ran something, and where, is taken out of texts that are shared."""
+"""Removes names of users and machines and absolute paths from texts that are shared."""
 
 import getpass
 import re

@@ -505,7 +505,7 @@ def evaluate(
     import tokenprune as tp
     from tokenprune.tokens import VisualTokens
 
-    adapter = tp.load(str(folder), device=device, dtype="float32")
+    pipe = tp.load(str(folder), device=device, dtype="float32")
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for modality, kinds in MODALITIES.items():
         named = conditions(modality)
@@ -515,18 +515,18 @@ def evaluate(
             group = asked[start : start + len(kinds)]
             images = list(group[0].images)
             if modality == "video":
-                whole = adapter.encode_videos([images])
+                whole = pipe.encode_videos([images])
             else:
-                whole = adapter.encode(images, same_prompt=len(images) > 1)
+                whole = pipe.encode(images, same_prompt=len(images) > 1)
             rng = np.random.default_rng([seed, start])
             for condition, choose in named.items():
                 cut: list[VisualTokens] = [t.take(choose(t.layout, rng)) for t in whole]
                 cut = [tokens for tokens in cut if len(tokens)] or []
                 prompts = [question.question for question in group]
-                inputs = adapter.assemble([cut] * len(group), prompts)
-                with tp.compress(adapter.model, None):
-                    ids = adapter.model.generate(**inputs)
-                for question, answer in zip(group, adapter.decode(ids, inputs), strict=True):
+                inputs = pipe.assemble([cut] * len(group), prompts)
+                with tp.compress(pipe.model, None):
+                    ids = pipe.model.generate(**inputs)
+                for question, answer in zip(group, pipe.decode(ids, inputs), strict=True):
                     right[condition][question.kind].append(answer == question.answer)
         figures[modality] = {
             condition: {kind: float(np.mean(hits)) for kind, hits in by_kind.items()}

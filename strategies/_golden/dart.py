@@ -1,12 +1,42 @@
 """How vectors of DART go through our API."""
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from tokenprune.layout import TokenLayout
 from tokenprune.signals import Signal
-from tokenprune.strategies.dart import DART
+from tokenprune.strategies.dart import DART, largest, norms_of, picks
 from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Official(DART):
+    """Shares and order of the ports.
+
+    Every pivot picks ``int(P * R / pivots)`` tokens on top of the image pivots, in the order in
+    which CPython iterates over a set of their positions.
+
+    Args:
+        start: Where the official code takes the image to begin.
+    """
+
+    start: int = 35
+
+    def limit(self, tokens: VisualTokens) -> int:
+        return super().limit(tokens) + self.image_pivots
+
+    def order(self, image: Tensor, text: Tensor, patches: int) -> list[int]:
+        behind = self.start + patches
+        places = [*(self.start + image).tolist(), *(behind + text).tolist()]
+        return [places.index(place) for place in set(places)]
+
+    def shares(self, image: Tensor, text: int, patches: int) -> tuple[Tensor, list[int]]:
+        pivots = len(image) + text
+        return image, [int(patches * self.retention / pivots)] * pivots
 
 
 @replay("dart")
@@ -14,11 +44,10 @@ def dart(case: Case) -> Verdict:
     """Pivots, what each of them picks, and the kept set, with the shares and order of the ports."""
     verdict, given, params = Verdict(), case.tensors, case.params
     start, length = params["image_start"], params["image_length"]
-    strategy = DART(
+    strategy = Official(
         retention=params.get("keep_ratio", 1 - params.get("reduction_ratio", 0.5)),
         image_pivots=params["pivot_image_token"],
         text_pivots=params["pivot_text_token"],
-        official=True,
         start=start,
     )
     keys = given["key_states"][0].transpose(0, 1).flatten(1)
@@ -30,13 +59,16 @@ def dart(case: Case) -> Verdict:
         {strategy.keys: keys[image], Signal("llm_states"): states[image]},
         text={strategy.keys: keys[text], Signal("llm_states"): states[text]},
     )
-    pivots, behind = strategy.pivots(tokens, keys[image].abs().sum(-1))
+    pivots = largest(norms_of(keys[image]), strategy.image_pivots)
+    behind = largest(norms_of(keys[text]), strategy.text_pivots)
     verdict.same("image_pivots", start + pivots, given["image_pivots"])
     verdict.same("text_pivots", start + length + behind, given["text_pivots"])
     places = torch.cat([start + pivots, start + length + behind])
-    order = strategy.order(tokens, pivots, behind)
+    order = strategy.order(pivots, behind, length)
     verdict.same("pivot_order", places[order], given["pivot_order"])
-    picked, _ = strategy.picks(tokens, pivots, behind)
+    unit = F.normalize(states, dim=-1)
+    kept, shares = strategy.shares(pivots, len(behind), length)
+    picked = picks(unit[image], unit[places[order]], shares, kept)
     verdict.same("picked", start + torch.stack(picked), given["picked"])
     verdict.same("kept", start + strategy.select(tokens).keep, given["kept"])
     return verdict

@@ -1,5 +1,8 @@
 """How vectors of HiRED go through our API."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -7,9 +10,22 @@ from tokenprune.attention import Projections, cls_heads
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.signals import Signal
 from tokenprune.strategies._golden._shared import mask_like, packed, places
-from tokenprune.strategies.hired import HiRED
+from tokenprune.strategies.hired import HiRED, MarkedPatches
 from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class Strips(MarkedPatches):
+    """The official region map: runs of the flattened thumbnail, which are horizontal strips.
+
+    The thumbnail's patches must divide into as many equal runs as there are crops.
+    """
+
+    least: ClassVar[int] = 0
+
+    def per_crop(self, marks: Tensor, grid: tuple[int, int]) -> Tensor:
+        return marks.view(grid[0] * grid[1], -1).sum(1)
 
 
 @replay("hired")
@@ -23,8 +39,9 @@ def hired(case: Case) -> Verdict:
         verdict.close("hook_cls_attention", heads, given["hook_cls_attention"], 1e-5)
         return verdict
     bottom = given["bottom_cls_attention"]
+    alpha, early = params.get("alpha", 0.5), Signal("cls_attention", 0)
     strategy = HiRED(
-        retention=params["token_budget_rate"], alpha=params.get("alpha", 0.5), official=True
+        retention=params["token_budget_rate"], alpha=alpha, allocator=Strips(alpha, early)
     )
     start, emitted = 0, []
     for image, views in enumerate(params.get("views", [len(bottom)])):
@@ -36,7 +53,6 @@ def hired(case: Case) -> Verdict:
             cells = views - 1
             grid = (2, 2) if cells == 4 else (cells, 1) if height > width else (1, cells)
             layout = TokenLayout.anyres(grid, (24, 24), (0, grid[0] * 24, 0, grid[1] * 24))
-            early = Signal("cls_attention", strategy.early)
             signals[early] = packed(layout, given["top_cls_attention"][mine].mean(1))
         signals[strategy.saliency] = packed(layout, bottom[mine].mean(1))
         tokens = VisualTokens(layout, torch.zeros(len(layout), 1), signals)

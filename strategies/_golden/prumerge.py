@@ -1,5 +1,7 @@
 """How vectors of PruMerge go through our API."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,10 +9,28 @@ from torch import Tensor
 from tokenprune.allocators import Proportional
 from tokenprune.attention import Projections, cls_row
 from tokenprune.layout import TokenLayout
+from tokenprune.ops.merging import nearest_others
 from tokenprune.signals import Signal
-from tokenprune.strategies.prumerge import PruMerge, nearest_others
+from tokenprune.strategies.prumerge import PruMerge
+from tokenprune.strategies.prumerge_plus import PruMergePlus
 from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(PruMergePlus):
+    """PruMerge+ with the samples of a case.
+
+    Args:
+        start: The first sample.
+        step: Their distance in raster order; 0 makes it so that they fit.
+    """
+
+    start: int = 0
+    step: int = 0
+
+    def samples(self, patches: int, step: int) -> slice:
+        return slice(self.start, patches - 1, self.step or step)
 
 
 @replay("prumerge")
@@ -34,7 +54,7 @@ def prumerge(case: Case) -> Verdict:
     for image, score in enumerate(scores):
         wanted, output = given["center_idx"][image], given["output"][image]
         number = len(wanted.unique())
-        strategy = PruMerge(
+        strategy = Sampled(
             retention=(number + 1) / params["patches"],
             allocator=Proportional("half-even"),
             spatial=max(0, number - best) / number,
@@ -50,7 +70,8 @@ def prumerge(case: Case) -> Verdict:
             layout, given["hidden_states"][image, 1:], signals, projector=lambda x: x
         )
         if params["adaptive"] and len(scores) == 1:  # officially one count for a whole batch
-            free = PruMerge(retention=0.999, adaptive=True, spatial=strategy.spatial)
+            kind = PruMergePlus if strategy.spatial else PruMerge
+            free = kind(retention=0.999, adaptive=True)
             kept = free.select(tokens).keep  # and the extra token
             verdict.same("adaptive centres", wanted, wanted[torch.isin(wanted, kept)])
             verdict.same("adaptive count", torch.tensor(len(kept) - 1), torch.tensor(centres))

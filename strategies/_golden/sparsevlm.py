@@ -1,5 +1,6 @@
 """How vectors of SparseVLM go through our API."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -7,10 +8,39 @@ from torch import Tensor
 
 from tokenprune.attention import rotary_product
 from tokenprune.layout import TokenLayout
-from tokenprune.ops.clustering import density_peaks
-from tokenprune.strategies.sparsevlm import HEADS, ROTARY, ROWS, SparseVLM
+from tokenprune.ops.clustering import density_peaks, recycling
+from tokenprune.strategies.sparsevlm import HEADS, ROTARY, ROWS, SparseVLM, keenest
 from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens
+
+LISTS = {
+    "1.0": {"192": (300, 200, 110), "128": (303, 110, 36), "96": (238, 48, 26), "64": (66, 30, 17)},
+    "2.0": {"192": (300, 200, 118), "128": (238, 108, 60), "96": (246, 54, 28), "64": (66, 34, 20)},
+}
+"""Official numbers of kept tokens at the three cuts, of 576, by their nominal average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled(SparseVLM):
+    """SparseVLM that keeps as many tokens as the official code, as far as R allows.
+
+    Args:
+        schedule: One of the official `LISTS`, or the ``rank`` of the raters' attention: ``int(rank
+            * scale + bias)`` tokens.
+        scale, bias: Of ``rank``.
+    """
+
+    schedule: Literal["rank", "192", "128", "96", "64"] = "rank"
+    scale: float = 13.5
+    bias: float = 0.0
+
+    def most_kept(self, tokens: VisualTokens, rows: Tensor) -> int:
+        if self.schedule == "rank":
+            rank = int(torch.linalg.matrix_rank(rows[:, self.raters(tokens)]))
+            kept = int(rank * self.scale + self.bias)
+        else:
+            kept = LISTS[self.version][self.schedule][(self.cut or len(self.depths)) - 1]
+        return min(kept, len(rows) - 1)
 
 
 @replay("sparsevlm")
@@ -24,7 +54,7 @@ def sparsevlm(case: Case) -> Verdict:
     named = {"scale": params["scale"], "bias": params["bias"]} if "scale" in params else {}
     # A list's counts belong to these layers; a case may cut behind some of them only.
     layers = cuts if named else sorted({2, 6, 15, *cuts})
-    strategy = SparseVLM(
+    strategy = Scheduled(
         retention=1.0,  # bounds nothing here
         version=version,
         heads=params.get("heads_kept", 1),
@@ -47,7 +77,8 @@ def sparsevlm(case: Case) -> Verdict:
         chosen = strategy.at((layer + 1) / 32).select(tokens)
         kept = given[f"layer{layer}_kept"]
         if version == "2.0":  # nothing is merged, and positions stay
-            best = strategy.best_heads(strategy.corrected(tokens))
+            corrected = (heads / signals[ROTARY][..., None]).masked_fill(~raters[:, None], 0)
+            best = keenest(corrected, strategy.heads)
             verdict.same(f"heads of layer {layer}", best, given[f"layer{layer}_heads"])
             verdict.same(f"kept in layer {layer}", chosen.keep, kept)
             states, places = states[chosen.keep], places[chosen.keep]
@@ -56,7 +87,8 @@ def sparsevlm(case: Case) -> Verdict:
             verdict.same("position_ids", positions, given[f"layer{layer}_position_ids"])
             continue
         recycled = given[f"layer{layer}_recycled"]
-        mine = strategy.recycle_of(score.argsort(descending=True, stable=True), len(kept))
+        _, number, _ = recycling(len(states), len(kept), len(states), 0.3)
+        mine = score.argsort(descending=True, stable=True)[len(kept) :][:number]
         verdict.same(f"recycled in layer {layer}", mine, recycled)
         clusters = len(given[f"layer{layer}_merged"])
         found, cluster = density_peaks(states[recycled], clusters)

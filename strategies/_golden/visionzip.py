@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.ops.merging import assigned
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.signals import Signal
 from tokenprune.strategies._golden._shared import packed, padded, places
-from tokenprune.strategies.visionzip import VisionZip, assigned
+from tokenprune.strategies.visionzip import VisionZip
 from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens
 

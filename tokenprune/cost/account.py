@@ -22,6 +22,7 @@ from tokenprune.cost.arithmetic import (
     signal_flops,
 )
 from tokenprune.cost.ledger import Ledger, settle
+from tokenprune.cost.measuring import Work
 from tokenprune.layout import TokenLayout
 from tokenprune.signals import Kept, Signal
 from tokenprune.tokens import Encoding, VisualTokens
@@ -127,15 +128,17 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class _Selected:
-    """The memory of one selection.
+    """What was there for one selection, and its own work.
 
     Attributes:
-        bytes: What the strategy was given, and its own working memory.
+        work: What the strategy did, measured when the ledger is made.
+        bytes: What the strategy was given.
         tapped: Layers whose attention input was held.
         visual: Visual tokens of the prompt in front of the selection.
         merged: Number of merged vectors.
     """
 
+    work: Work
     bytes: int
     tapped: tuple[int, ...]
     visual: int
@@ -208,6 +211,7 @@ class Account:
         known: VisualTokens,
         given: VisualTokens,
         selection: Selection,
+        full: TokenLayout,
         tapped: Iterable[int] = (),
     ) -> None:
         """Enter the selection of one image.
@@ -217,15 +221,16 @@ class Account:
             known: What is known of the image outside the language model.
             given: What the strategy was given; inside the language model more than ``known``.
             selection: What it selected.
+            full: Layout of the whole image or video.
             tapped: Layers whose attention input is held.
         """
         held = self._held
         if given is not known:
             held += held_bytes(given, inside=True) - held_bytes(known, inside=False)
-        self._flops += part.flops(given)
         self._selected.append(
             _Selected(
-                bytes=held + int(part.memory(given)),
+                work=Work.of(part, given, full),
+                bytes=held,
                 tapped=tuple(sorted(tapped)),
                 visual=self._there,
                 merged=0 if selection.features is None else len(selection.keep),
@@ -257,8 +262,9 @@ class Account:
             held += self._vectors(tokens, size)
         copied = 0
         for one in self._selected:
-            states = sum(tokens[layer] for layer in one.tapped)
-            held.append(one.bytes + states * decoder.hidden * size)
+            states, cost = sum(tokens[layer] for layer in one.tapped), one.work.cost()
+            flops += cost.flops
+            held.append(one.bytes + int(cost.bytes) + states * decoder.hidden * size)
             slots = text + one.visual
             copied = max(copied, copied_bytes(slots, one.merged, decoder, size))
         full = encoder_flops([self._sizes.adapter.vision_tokens] * vision.layers, vision)

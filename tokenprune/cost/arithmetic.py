@@ -29,10 +29,8 @@ __all__ = [
 
 def signal_widths(adapter: Adapter) -> dict[str, int]:
     """Size of the last axis of each signal where the model determines it, by name."""
-    sizes = {
-        "vision_width": adapter.vision_width,
-        "vision_head_width": adapter.vision_width // adapter.vision_heads,
-    }
+    vision = adapter.facts.vision
+    sizes = {"vision_width": vision.hidden, "vision_head_width": vision.hidden // vision.heads}
     if adapter.has_language_model:
         sizes |= DecoderShape.of(adapter.language_model.config).widths
     return {
@@ -147,13 +145,13 @@ def signal_flops(
         views: Number of views.
         attended: Tokens of a view in each layer, where a method acted inside the encoder.
     """
-    total = 0.0
+    total, vision = 0.0, adapter.facts.vision
     for signal in signals:
         if signal.in_llm or signal.needs_head:
             continue
-        keys = adapter.vision_tokens if attended is None else attended[signal.layer]
-        queries = keys if signal.resolve(adapter.has_cls).info.queries == "all" else 1
-        total += 2 * views * queries * keys * adapter.vision_width
+        keys = vision.tokens if attended is None else attended[signal.layer]
+        queries = keys if signal.resolve(vision.has_cls).info.queries == "all" else 1
+        total += 2 * views * queries * keys * vision.hidden
     return total
 
 
@@ -174,21 +172,22 @@ def signal_bytes(
         signals, adapter, views, attended: As in `signal_flops`.
         size: Bytes of a number in the model.
     """
+    vision = adapter.facts.vision
     seen = [signal for signal in signals if signal.in_vision_layer]
 
     def keys_of(layer: int) -> int:
-        return adapter.vision_tokens if attended is None else attended[layer]
+        return vision.tokens if attended is None else attended[layer]
 
-    wide = 2 * views * adapter.vision_width
+    wide = 2 * views * vision.hidden
     kept = sum(wide * keys_of(layer) * size for layer in {signal.layer for signal in seen})
     most = 0
     for signal in seen:
-        keys, info = keys_of(signal.layer), signal.resolve(adapter.has_cls).info
+        keys, info = keys_of(signal.layer), signal.resolve(vision.has_cls).info
         queries = {"none": 0, "one": 1, "all": min(CHUNK, keys)}[info.queries]
         copies = wide * keys * 4 if size < 4 else 0
         if not queries:
             copies //= 2  # of the keys alone
-        heads = 1 if info.joint_heads else adapter.vision_heads
+        heads = 1 if info.joint_heads else vision.heads
         most = max(most, copies + 2 * 4 * views * heads * queries * keys)
     return kept + most
 

@@ -62,7 +62,7 @@ class Ledger:
             analytically.  It is the maximum over the moments of the prefill: the vision encoder's
             signals are computed (`signal_bytes`) or its tokens merged (`merging_bytes`); attention
             rows are computed (`DecoderShape.row_bytes`); a method selects, with what it is given
-            (`held_bytes`) and its working memory (`Compressor.memory`); the kept tokens are packed,
+            (`held_bytes`) and its working memory (`cost.measuring`); the kept tokens are packed,
             with copies of them and, if tokens were merged, of the whole prompt (`copied_bytes`).
         kv_before: Entries of earlier turns in each layer's KV cache; empty for a first turn.  The
             FLOPs of attending to them are not counted.

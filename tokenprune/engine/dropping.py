@@ -123,7 +123,7 @@ def shorten(
             selection = made.get(key) or select(part, span, span.tokens)
             if key is not None:
                 made[key] = selection
-            state.accounts[span.row].select(part, span.tokens, span.tokens, selection)
+            state.accounts[span.row].select(part, span.tokens, span.tokens, selection, span.layout)
             if asks:
                 memory.remember(state, span, None, selection)
         embeds = _with_merged(embeds, whole, state, span, selection)
@@ -181,7 +181,9 @@ def cut(
         if selection is None:
             selection = select(part, span, tokens)
             tapped = state.taps & state.tapped.keys()
-            state.accounts[span.row].select(part, span.tokens, tokens, selection, tapped)
+            state.accounts[span.row].select(
+                part, span.tokens, tokens, selection, span.layout, tapped
+            )
             memory.remember(state, span, index, selection)
         hidden = _with_merged(hidden, whole, state, span, selection)
         if selection.sizes is not None:

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from tokenprune.adapter import adapter_of
+from tokenprune.adapter import ModelLike, adapter_of
+from tokenprune.compatibility import check_compatible, check_length
 from tokenprune.compressor import Compressor
 from tokenprune.deprecated import renamed_arguments
 from tokenprune.engine.arguments import Kwargs, argument, asked
@@ -59,7 +60,7 @@ from tokenprune.signals import Signal
 from tokenprune.spec import parse
 
 if TYPE_CHECKING:
-    from tokenprune.adapter import Adapter
+    pass
 
 __all__ = [
     "Session",
@@ -77,7 +78,7 @@ _entering = threading.Lock()
 @renamed_arguments(given="extra_signals")
 @contextmanager
 def compress(
-    model: nn.Module | Adapter,
+    model: ModelLike,
     compressor: Compressor | str | Sequence[Compressor] | None,
     *,
     extra_signals: Iterable[Signal] = (),
@@ -102,12 +103,12 @@ def compress(
 
     Args:
         model: A model that has an adapter, e.g. ``LlavaNextForConditionalGeneration``, its
-            adapter, or a wrapper that `adapter_of` unwraps.
+            adapter, its pipeline, or a wrapper that `adapter_of` unwraps.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only measure the cost.  A list has one compressor for each row
             of the batch, all of them in front of the language model.
         extra_signals: Signals that the model cannot provide.  The caller puts them into the
-            `VisualTokens` handed to `Adapter.assemble`.
+            `VisualTokens` handed to `Pipeline.assemble`.
         prefix: Decoder layers that contexts with the same prompts run once for all of them.
         **fields: With a spec, options of the method, e.g. ``retention=0.25``.
 
@@ -119,7 +120,8 @@ def compress(
             Inside: a forward bypassed the hooks, or ran in a thread outside the context.
     """
     adapter = adapter_of(model)
-    adapter.require_language_model()
+    facts = adapter.facts
+    _ = facts.decoder  # raises if there is no language model
     if isinstance(compressor, str):
         compressor = parse(compressor, **fields)
     elif fields:
@@ -128,7 +130,7 @@ def compress(
     rows: list[Compressor | None]
     rows = [*compressor] if isinstance(compressor, Sequence) else [compressor]
     for one in {id(one): one for one in rows if one is not None}.values():
-        adapter.check(one, extra_signals)
+        check_compatible(facts, one, extra_signals)
     if len(rows) > 1:
         check_rows(rows)
     trace = Trace(adapter.fit)
@@ -247,7 +249,7 @@ class Session(threading.local):
                 calls.append(list(outputs[modality].pooler_output))
         self.given = replace(self.given, ids=ids, placeholders=self._placeholders(ids, embeds))
         if ids is not None and not any(self.plan.before):  # else `enter` checks what is left
-            self.adapter.check_length(ids.shape[1])
+            check_length(self.adapter.facts, ids.shape[1])
         plain = [name for name, output in outputs.items() if type(output.pooler_output) is list]
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
@@ -374,7 +376,7 @@ class Session(threading.local):
         if any(plan.before):
             numbered = any(part.keeps_positions for parts in plan.before for part in parts)
             left = state.width if numbered else max(state.prompts.left)
-            self.adapter.check_length(left, what="what is left of the prompt")
+            check_length(self.adapter.facts, left, what="what is left of the prompt")
         for span in state.spans:
             span.entered = span.index
             span.tokens = replace(

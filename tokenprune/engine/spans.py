@@ -58,7 +58,7 @@ def find_spans(
             if record is None:
                 raise UserError(
                     f"the {modality} features were not encoded inside this context, so their "
-                    "layout is unknown; pass pixel_values, or features from adapter.assemble "
+                    "layout is unknown; pass pixel_values, or features from pipe.assemble "
                     "(prefill_chunk_size is not supported under compression)."
                 )
             _check_encoding(record, encoder)
@@ -101,7 +101,7 @@ def _check_encoding(record: VisualTokens, encoder: EncoderCompressor | None) -> 
         raise UserError(
             f"these features were encoded by {found or 'the plain vision tower'}, but this "
             f"context runs {wanted or 'the plain vision tower'}; encode them with "
-            "adapter.encode(images, signals, compressor), or pass pixel_values."
+            "pipe.encode(images, signals, compressor), or pass pixel_values."
         )
 
 
@@ -119,7 +119,7 @@ def refuse_missing_images(placeholders: Mapping[str, Tensor]) -> None:
 def warn_of_embeds() -> None:
     """Warn that nothing is compressed in ``inputs_embeds`` that contain visual features."""
     warnings.warn(
-        "inputs_embeds that already contain visual features cannot be told from text, so "
-        "nothing is compressed; pass input_ids with pixel_values instead.",
+        "inputs_embeds that already contain visual features cannot be distinguished from text, "
+        "so nothing is compressed; pass input_ids with pixel_values instead.",
         stacklevel=2,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenprune.attention import (
@@ -23,11 +24,12 @@ from tokenprune.attention import (
     key_vectors,
 )
 from tokenprune.encoder import EncoderCompressor
-from tokenprune.engine.guard import Ours, bypassed, shadowed
+from tokenprune.engine.guard import Ours, bypassed, eagerly, shadowed
 from tokenprune.engine.tower import Tower, running
 from tokenprune.offload import resident
 from tokenprune.precision import without_autocast
 from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPUTED",
     "Ragged",
+    "describe",
+    "encode",
     "encoded",
+    "fingerprint",
     "observing",
     "watched",
 ]
@@ -144,7 +149,7 @@ def watched(
             features = Ragged(output.pooler_output)
             with without_autocast(features[0].device):
                 rows = maps()
-            records = adapter.describe(call, features, rows, modality, tower)
+            records = describe(adapter, call, features, rows, modality, tower)
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
         if isinstance(output.pooler_output, Tensor):
@@ -208,3 +213,88 @@ def _tapped(
 def _behind_cls(row: Tensor) -> Tensor:
     """(views, tokens) a row (views, tokens - 1) with 0 at the CLS token."""
     return F.pad(row, (1, 0))
+
+
+def encode(
+    adapter: Adapter,
+    modality: str,
+    call: Mapping[str, Any],
+    signals: frozenset[Signal] = frozenset(),
+    encoder: EncoderCompressor | None = None,
+) -> list[VisualTokens]:
+    """Run the model's encoder once, outside of a `compress` context.
+
+    Args:
+        adapter: The model.
+        modality: Which of the adapter's encoders.
+        call: Its arguments, as the processor returns them; moved to the model's device and dtype.
+        signals: Signals to compute on the way.
+        encoder: A method that acts inside the vision encoder.
+
+    Returns:
+        A record for every image or video.
+    """
+    moved = BatchFeature(dict(call)).to(adapter.device, adapter.model.dtype)
+    run = watched(adapter, modality, signals, encoder=encoder)
+    with eagerly(adapter.base), torch.inference_mode(False), torch.no_grad():
+        output = run(**moved)
+    return [feature.visual for feature in output.pooler_output]
+
+
+def describe(
+    adapter: Adapter,
+    call: Mapping[str, Any],
+    features: Sequence[Tensor],
+    maps: Mapping[Signal, Tensor],
+    modality: str,
+    tower: Tower | None = None,
+) -> list[VisualTokens]:
+    """The records of every image or video of one encoder call.
+
+    Args:
+        adapter: The model.
+        call: The arguments of the call.
+        features: For every image or video (N, D).
+        maps: Signal to (all views, patches), or (all views, patches, C) for a vector.
+        modality: Which of the adapter's encoders.
+        tower: The run of the vision encoder, where a method acted inside it.
+    """
+    layouts = adapter.layouts(call, modality)
+    clusters = tower.clusters(layouts, adapter.view_shape) if tower is not None else None
+    views = [layout.views for layout in layouts]
+    packed = {}
+    for signal, values in maps.items():
+        wide = values if signal.is_vector else values[..., None]
+        rows = adapter.pack(list(wide.split(views)), call, modality)
+        packed[signal] = rows if signal.is_vector else [row.squeeze(-1) for row in rows]
+    projector = adapter.projector if any(s.name == "unprojected" for s in maps) else None
+    return [
+        VisualTokens(
+            layout=layout,
+            # A second tensor on the same memory: the record must not hold its own carrier.
+            features=feature.detach(),
+            signals={signal: values[index] for signal, values in packed.items()},
+            fingerprint=fingerprint(call, index, sum(views[:index])),
+            projector=projector,
+            clusters=clusters[index] if clusters is not None else None,
+            encoding=tower.encoding if tower is not None else None,
+        )
+        for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
+    ]
+
+
+def fingerprint(call: Mapping[str, Any], index: int, first_view: int) -> Tensor:
+    """Some pixels of an image's first view or of a video's frames, the same in every batch.
+
+    Args:
+        call: The arguments of an encoder call.
+        index: Which image or video of the call.
+        first_view: Number of views of the images before it.
+    """
+    if "pixel_values_videos" in call:
+        view = call["pixel_values_videos"][index]
+    else:
+        pixels = call["pixel_values"]
+        view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
+    sample: Tensor = view[..., ::7, ::7]
+    return sample

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenprune.ops.merging import group_means, tally
+
 __all__ = [
     "ROUNDS",
     "central_members",
+    "clusters_apart",
     "density_peaks",
     "dispersed",
     "kernel_density",
     "least_cutoff",
+    "recycling",
 ]
 
 
@@ -169,3 +173,48 @@ def density_peaks(
     cluster = distance[:, centres].argmin(1)
     cluster[centres] = place[:count]
     return centres, cluster
+
+
+def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int, int]:
+    """How many of ``count`` tokens are kept, recycled, and how many clusters the recycled make.
+
+    Of ``d`` dropped tokens ``m = int(share * d) + 1``, all of them at most, make ``m // 10 + 1``
+    clusters (SparseVLM, arXiv 2410.04417).  Fewer are kept, and at last fewer clusters made, until
+    no more than ``most`` are left of both.
+
+    Args:
+        count: Number of tokens.
+        kept: How many are kept at most, apart from the clusters.
+        most: How many are left at most, kept tokens and clusters together.
+        share: Share of the dropped tokens that is recycled; 0 makes no clusters.
+    """
+
+    def clusters(dropped: int) -> tuple[int, int]:
+        recycled = min(int(share * dropped) + 1, dropped) if share else 0
+        return recycled, recycled // 10 + 1 if recycled else 0
+
+    kept = max(1, min(kept, most))
+    while kept > 1 and kept + clusters(count - kept)[1] > most:
+        kept -= 1
+    recycled, made = clusters(count - kept)
+    return kept, recycled, min(made, most - kept)
+
+
+def clusters_apart(
+    vectors: Tensor, count: int, neighbours: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The centres of `density_peaks`, and what surrounds them.
+
+    Args:
+        vectors: (P, D).
+        count, neighbours: As in `density_peaks`.
+
+    Returns:
+        (count,) indices of the centres, and (count, D) float32 mean of the other members of each
+        cluster, the centre itself where there are none.
+    """
+    centres, cluster = density_peaks(vectors, count, neighbours)
+    others = cluster.index_fill(0, centres, count)
+    means = group_means(vectors, others, count + 1)[:-1]
+    alone = tally(others, count + 1)[:-1] == 0
+    return centres, torch.where(alone[:, None], vectors[centres], means)

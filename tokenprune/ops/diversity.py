@@ -14,6 +14,7 @@ __all__ = [
     "dpp_greedy_map",
     "max_min_diversity",
     "segments",
+    "static_segments",
 ]
 
 
@@ -147,3 +148,20 @@ def segments(gain: Tensor) -> list[tuple[int, int]]:
         runs.append((start[end], end))
         end = start[end] - 1
     return runs[::-1]
+
+
+def static_segments(still: Tensor) -> list[tuple[int, int]]:
+    """The cut of a video into `segments` that shares the most tokens.
+
+    A run of frames shares, of every place that stands still in all of it, one token for each frame
+    but the first (HoliTom, arXiv 2505.21334).
+
+    Args:
+        still: (F - 1, P) bool, whether a place of each frame but the first equals the one before.
+    """
+    frames = len(still) + 1
+    saved = torch.zeros(frames, frames, dtype=torch.int64, device="cpu")
+    for first in range(frames - 1):
+        static = still[first:].cumprod(0).sum(1)
+        saved[first, first + 1 :] = static * (1 + torch.arange(len(static), device="cpu"))
+    return segments(saved)

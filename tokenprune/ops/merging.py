@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenprune.layout import listed, moved
+
 __all__ = [
     "Matching",
+    "assigned",
     "bipartite_matching",
     "group_means",
     "group_sums",
     "merge_weighted",
+    "nearest_others",
     "spread",
     "tally",
 ]
@@ -145,3 +149,40 @@ def spread(vectors: Tensor, group: Tensor) -> Tensor:
     index = group.to(vectors.device).reshape(*group.shape, *[1] * (vectors.ndim - 2))
     rows = vectors.gather(1, index.clamp(min=0).expand(*group.shape, *vectors.shape[2:]))
     return rows.masked_fill(index < 0, 0)
+
+
+def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Tensor:
+    """Of each of the ``centres`` (C, D) the places of the ``count`` most similar ``keys`` (M, D).
+
+    Args:
+        centres, keys: Of unit length.
+        own: (C,) place of each centre among the keys, which is left out.
+        count: How many, of M - 1 at most.
+
+    Returns:
+        (C, count), the most similar first.
+    """
+    near = centres @ keys.T
+    near[torch.arange(len(centres), device=near.device), own] = -torch.inf
+    found = near.argsort(dim=-1, descending=True, stable=True)
+    return found[:, : min(count, len(keys) - 1)]
+
+
+def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the indices ``rest`` (M,) become targets, which are merged, and into which target.
+
+    Args:
+        rest: Into ``keys``, in raster order.
+        count: Of targets, at most M.
+        keys: (N, D) of unit length.
+
+    Returns:
+        (count,) targets and (M - count,) others, both from ``rest``, and (M - count,) places among
+        the targets.
+    """
+    step = max(1, len(rest) // count)
+    other = torch.ones(len(rest), dtype=torch.bool, device="cpu")  # the host knows all of this
+    other[: count * step : step] = False
+    targets = rest[: count * step : step]
+    others = rest[moved(listed(other), rest.device)]
+    return targets, others, (keys[others] @ keys[targets].T).argmax(-1)

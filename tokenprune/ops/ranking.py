@@ -13,12 +13,13 @@ from tokenprune.ops.merging import group_sums
 __all__ = [
     "ROUNDING",
     "best_per_view",
-    "float_copy",
     "lengths",
     "normalise",
+    "outliers",
     "rank_in_group",
     "top",
     "top_per_view",
+    "with_others",
 ]
 
 
@@ -95,11 +96,6 @@ def lengths(vectors: Tensor) -> Tensor:
     return norms
 
 
-def float_copy(values: Tensor) -> int:
-    """Bytes that ``values.float()`` takes: none where they are float32 already."""
-    return 0 if values.dtype == torch.float32 else 4 * values.numel()
-
-
 def normalise(
     scores: Tensor, view: Tensor, views: int, how: Literal["l2", "minmax", "none"] = "l2"
 ) -> Tensor:
@@ -120,3 +116,31 @@ def normalise(
     low = scores.new_full((views,), torch.inf).scatter_reduce(0, view, scores, "amin")
     high = scores.new_full((views,), -torch.inf).scatter_reduce(0, view, scores, "amax")
     return (scores - low[view]) / (high - low).clamp(min=1e-12)[view]
+
+
+def outliers(scores: Tensor) -> int:
+    """How many of ``scores`` (P,) lie above ``Q3 + 1.5 (Q3 - Q1)``, quartiles interpolated."""
+    low, high = (scores.float().quantile(share) for share in (0.25, 0.75))
+    return int((scores > high + 1.5 * (high - low)).sum())
+
+
+def with_others(
+    chosen: Tensor, size: int, preferred: slice, count: int, *, preferred_only: bool = False
+) -> Tensor:
+    """The ``chosen`` indices (K,) into ``size`` entries, and up to ``count`` others behind them.
+
+    Others at ``preferred`` places come first, each kind in ascending order.
+
+    Args:
+        chosen: Indices in [0, size).
+        size: Number of entries.
+        preferred: Places in [0, size).
+        count: How many others.
+        preferred_only: Take others at preferred places alone, and fewer if there are no more.
+    """
+    rank = torch.ones(size, device=chosen.device)
+    rank[preferred] = 2
+    rank[chosen] = 0
+    if preferred_only:
+        count = min(count, int((rank == 2).sum()))
+    return torch.cat([chosen, rank.argsort(descending=True, stable=True)[:count]])

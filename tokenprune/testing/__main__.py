@@ -62,3 +62,7 @@ def golden(
 def main() -> None:
     """Entry point of ``python -m tokenprune.testing``."""
     app()
+
+
+if __name__ == "__main__":
+    main()

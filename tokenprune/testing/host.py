@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.adapter import adapter_of
+from tokenprune.compatibility import check_compatible, other_options
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
@@ -98,7 +99,7 @@ class Host:
     @property
     def placeholders(self) -> list[int]:
         """Ids that stand for visual tokens."""
-        return [*self.adapter.placeholders.values()]
+        return [*self.adapter.facts.placeholders.values()]
 
     def layouts(self, row: int) -> list[TokenLayout]:
         """Layouts of the images, then of the videos of a prompt."""
@@ -114,7 +115,7 @@ class Host:
         ids = [1]
         for layout in self.layouts(row):
             ids += [draw.randrange(5, 60), draw.randrange(5, 60)]
-            ids += [int(self.adapter.placeholders[layout.modality])] * len(layout)
+            ids += [int(self.adapter.facts.placeholders[layout.modality])] * len(layout)
         return ids + [draw.randrange(5, 60) for _ in range(ROWS[row].text)]
 
     def media(self, row: int) -> dict[str, Inputs]:
@@ -204,7 +205,7 @@ def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
 def refusal(host: Host, compressor: Compressor) -> str:
     """Why the model cannot run the method; empty if it can."""
     try:
-        host.adapter.check(compressor)
+        check_compatible(host.adapter.facts, compressor)
     except UserError as error:
         return str(error)
     return ""
@@ -218,6 +219,6 @@ def example(name: str, retention: float = RETENTION) -> Compressor:
     """
     method, tried = create(name, retention=retention), hosts(DECODERS[:1])
     if all(refusal(host, method) for host in tried):
-        for spec in (spec for host in tried for spec in host.adapter.other_options(method)):
+        for spec in (spec for host in tried for spec in other_options(host.adapter.facts, method)):
             return parse(spec, retention=retention)
     return method

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.budget import budget
-from tokenprune.compressor import Compressor, Stage
+from tokenprune.compressor import Compressor, Stage, cut_layer
 from tokenprune.encoder import EncoderCompressor, encoder_part
+from tokenprune.engine.vision import fingerprint
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.signals import Signal
 from tokenprune.testing.host import ROWS, Host
@@ -310,10 +311,11 @@ class _Prompt:
     def run(self, inside: Sequence[Compressor]) -> Reference:
         """The decoder layers one by one, with the cuts of the parts ``inside``."""
         positions, made = [], []
+        depth = len(self.adapter.decoder_layers)
         for index, layer in enumerate(self.adapter.decoder_layers):
             for part in inside:
-                for where in {self.adapter.cut_layer(each): each for each in part.cuts}.values():
-                    if self.adapter.cut_layer(where) == index:
+                for where in {cut_layer(each, depth): each for each in part.cuts}.values():
+                    if cut_layer(where, depth) == index:
                         self.cut(part.at(where), layer)
             positions.append(self.positions)
             self.ran.append(self._layer(layer))
@@ -374,7 +376,7 @@ def images_by_hand(
             if part is not None:
                 first = layouts[modality][0].view_sizes[0]
                 made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
-                images.append(replace(made, fingerprint=adapter.fingerprint(call, index, 0)))
+                images.append(replace(made, fingerprint=fingerprint(call, index, 0)))
                 continue
             maps = {
                 signal: _packed_by_hand(
@@ -388,7 +390,7 @@ def images_by_hand(
                     layout=layout,
                     features=output.pooler_output[index],
                     signals=maps,
-                    fingerprint=adapter.fingerprint(call, index, 0),
+                    fingerprint=fingerprint(call, index, 0),
                     projector=adapter.base.multi_modal_projector,
                 )
             )
@@ -469,12 +471,12 @@ def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
     """(V, patches) or (V, patches, C) of a vision signal, from the whole attention matrix."""
-    signal = signal.resolve(adapter.has_cls)
+    signal = signal.resolve(adapter.facts.vision.has_cls)
     index = signal.layer % len(adapter.vision_layers)
     layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
     tower = adapter.base.vision_tower(views, output_hidden_states=True)
     states = layer.layer_norm1(tower.hidden_states[index])
-    first = int(adapter.has_cls)
+    first = int(adapter.facts.vision.has_cls)
     if signal.name == "unprojected":
         chosen: Tensor = tower.hidden_states[adapter.base.config.vision_feature_layer]
         return chosen[:, first:]

@@ -48,7 +48,7 @@ def tower_by_hand(adapter: Any, part: EncoderCompressor, view: Tensor, target: i
         view: Pixels as the processor makes them.
         target: Number of vectors behind the prefix that should be left.
     """
-    prefix, shape = int(adapter.has_cls), adapter.view_shape
+    prefix, shape = int(adapter.facts.vision.has_cls), adapter.view_shape
     grid = part.grid(shape, target)
     states = _embedded(adapter, view, grid)
     groups = [[*range(prefix)]]
@@ -97,7 +97,7 @@ def tower_by_hand(adapter: Any, part: EncoderCompressor, view: Tensor, target: i
 def _embedded(adapter: Any, view: Tensor, grid: tuple[int, int]) -> Tensor:
     """(n, D) the input of the first layer."""
     tower = getattr(adapter.vision_tower, "vision_model", adapter.vision_tower)
-    embed, prefix, shape = tower.embeddings, int(adapter.has_cls), adapter.view_shape
+    embed, prefix, shape = tower.embeddings, int(adapter.facts.vision.has_cls), adapter.view_shape
     weight = embed.patch_embedding.weight
     side = weight.shape[-1]
     positions = embed.position_embedding.weight
@@ -141,7 +141,7 @@ def _bias(part: EncoderCompressor, sizes: list[float]) -> Tensor:
 
 def features_by_hand(adapter: Any, runs: list[HandRun]) -> Tensor:
     """(V, patches, D) the hidden states that the projector receives, for every patch of a view."""
-    feature, prefix = adapter.base.config.vision_feature_layer, int(adapter.has_cls)
+    feature, prefix = adapter.base.config.vision_feature_layer, int(adapter.facts.vision.has_cls)
     views = [_over_patches(run.states[feature], run.groups[feature]) for run in runs]
     return torch.stack(views)[:, prefix:]
 
@@ -156,10 +156,10 @@ def signal_by_hand(
     adapter: Any, part: EncoderCompressor, signal: Signal, runs: list[HandRun]
 ) -> Tensor:
     """(V, patches) or (V, patches, C) a signal of the encoder, from whole attention matrices."""
-    signal = signal.resolve(adapter.has_cls)
+    signal = signal.resolve(adapter.facts.vision.has_cls)
     if signal.name == "unprojected":
         return features_by_hand(adapter, runs)
-    index, prefix = signal.layer % len(adapter.vision_layers), int(adapter.has_cls)
+    index, prefix = signal.layer % len(adapter.vision_layers), int(adapter.facts.vision.has_cls)
     found = []
     for run in runs:
         query, key, _ = _heads(adapter.vision_layers[index], run.states[index])
@@ -179,7 +179,7 @@ def signal_by_hand(
 
 def clusters_by_hand(adapter: Any, layout: TokenLayout, runs: list[HandRun]) -> Tensor:
     """(N,) the cluster of each entry; -1 at separators."""
-    (height, width), prefix = adapter.view_shape, int(adapter.has_cls)
+    (height, width), prefix = adapter.view_shape, int(adapter.facts.vision.has_cls)
     rows, cols = layout.view_shape
     found = []
     for view, row, col in zip(

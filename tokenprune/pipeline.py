@@ -1,0 +1,408 @@
+"""A model with its processor: what `tokenprune.load` returns and users call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.adapter import Adapter, adapter_of
+from tokenprune.compatibility import check_compatible, check_encoder, check_length, check_signal
+from tokenprune.compressor import Compressor, Stage
+from tokenprune.encoder import encoder_part
+from tokenprune.engine import vision
+from tokenprune.engine.trace import SelectionRecord
+from tokenprune.errors import UserError
+from tokenprune.facts import no_language_model
+from tokenprune.pictures import frames, picture
+from tokenprune.prompts import (
+    channels_first,
+    chat_prompt,
+    clips_by_prompt,
+    images_by_prompt,
+    listed,
+    questions,
+)
+from tokenprune.signals import Signal
+from tokenprune.spec import parse
+from tokenprune.tokens import VisualTokens
+
+__all__ = ["Pipeline", "encoder_outputs"]
+
+_RENAMED = {"choose": "select"}
+
+
+class Pipeline:
+    """Model, processor and adapter, ready to answer.
+
+    Call it with images and a question, or use its steps: `prepare` for ``model.generate``;
+    `encode`, then `assemble`, to run the vision encoder once for several prompts or methods.
+    Everything works inside `tokenprune.compress` as outside of it.
+
+    Args:
+        model: A model, also inside wrappers, or its adapter.
+        processor: Its ``transformers`` processor.
+        path: Folder or file that it was loaded from, or None.
+
+    Attributes:
+        model, processor, path: As given.
+        adapter: The description of the model's family.
+
+    Raises:
+        UserError: No adapter knows the model.
+    """
+
+    def __init__(
+        self, model: nn.Module | Adapter, processor: Any, path: Path | None = None
+    ) -> None:
+        self.adapter = adapter_of(model)
+        self.model: Any = self.adapter.model if isinstance(model, Adapter) else model
+        self.processor = processor
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Pipeline({type(self.model).__name__}, {self.adapter.name}, {self.device})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "adapter":  # while it is being made or copied
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        new = _RENAMED.get(name)
+        found = getattr(self, new) if new else getattr(self.adapter, name)
+        warnings.warn(
+            f"tokenprune.load returns a Pipeline now; use pipe.{new or f'adapter.{name}'} in place "
+            f"of .{name}, which will go in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model takes its inputs."""
+        return self.adapter.device
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        *,
+        longer: bool = False,
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> Any:
+        """Answer one question, or a list of questions in one batch.
+
+        Args:
+            images: With one question an image or a list of images; with a list of questions one
+                entry of this kind for each of them.  An image is anything that `pictures.picture`
+                takes: a PIL image, a path, an open file, an array (H, W, 3), a tensor (3, H, W).
+            text: A question or a list of questions, each as in `prompt`.
+            videos: As ``images``, of anything that `pictures.frames` takes.
+            longer: As in `prepare`.
+            max_new_tokens: Most tokens of an answer.
+            **options: Other arguments of ``model.generate``.
+
+        Returns:
+            The answer, or for a list of questions the list of answers.
+
+        Raises:
+            UserError: As `prepare`.
+        """
+        if text is None:
+            raise UserError("there is no question; give text='...', or a list of questions.")
+        if isinstance(text, str):
+            images = None if images is None else [images]
+            videos = None if videos is None else [videos]
+        prompts = [text] if isinstance(text, str) else text
+        inputs = self.prepare(images, prompts, videos, longer=longer)
+        ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+        answers = self.decode(ids, inputs)
+        return answers[0] if isinstance(text, str) else answers
+
+    def prompt(self, question: str, images: int, videos: int = 0) -> str:
+        """``question`` in the model's chat template, with placeholders for images and videos.
+
+        The placeholders stand where the question marks them (``<image>\\nWhat is this?``),
+        otherwise in front.  A text that has the template's turn markers is returned as it is; so
+        is, if the model has no chat template, a text with marks.
+
+        Args:
+            question: A question or a finished prompt.
+            images: Number of images.
+            videos: Number of videos.
+
+        Raises:
+            UserError: The question marks another number of images or videos.
+        """
+        counts = dict(zip(self.adapter.encoders, (images, videos), strict=False))
+        return chat_prompt(question, self.processor, counts, self.placeholder_texts)
+
+    @property
+    def placeholder_texts(self) -> dict[str, str]:
+        """Modality to the text of its placeholder."""
+        self._require_language_model()
+        names = self.adapter.encoders
+        return {name: str(getattr(self.processor, f"{name}_token")) for name in names}
+
+    def prepare(
+        self,
+        images: Sequence[Any] | None,
+        prompts: Sequence[str],
+        videos: Sequence[Any] | None = None,
+        *,
+        longer: bool = False,
+    ) -> Any:
+        """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
+
+        Args:
+            images: For every prompt an image or a list of images (empty for text only), each
+                anything that `pictures.picture` takes.
+            prompts: Questions or finished prompts, as in `prompt`.
+            videos: For every prompt a video or a list of videos (empty for none), each anything
+                that `pictures.frames` takes.  All videos of one call need the same number of
+                frames, because the model stacks them.
+            longer: Accept prompts that exceed the decoder's positions, for a method that shortens
+                them before the decoder reads them.
+
+        Raises:
+            UserError: The numbers of prompts, image lists and video lists differ, a question
+                marks another number of images, the model takes no videos, an image or video
+                cannot be read, or the decoder knows fewer positions than a prompt has tokens.
+        """
+        self._require_language_model()
+        prompts = questions(prompts)
+        pictures = images_by_prompt(images, len(prompts))
+        clips_of = clips_by_prompt(videos, len(prompts))
+        clips = [clip for some in clips_of for clip in some]
+        self._check_videos(clips)
+        if len({len(clip) for clip in clips}) > 1:
+            raise UserError(
+                f"the videos have {sorted({len(clip) for clip in clips})} frames, but the model "
+                "stacks the videos of a batch; give all of them equally many frames, or encode "
+                "them with encode_videos and hand them to assemble."
+            )
+        texts = [
+            self.prompt(question, len(some), len(many))
+            for question, some, many in zip(prompts, pictures, clips_of, strict=True)
+        ]
+        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
+        batch = self.processor(
+            images=self.adapter.grouped(pictures) if any(pictures) else None,
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+            **media,
+        )
+        if not longer:
+            check_length(self.adapter.facts, batch["input_ids"].shape[1])
+        return batch.to(self.device, self.model.dtype)
+
+    def decode(self, ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
+        """The generated text of every row.
+
+        Args:
+            ids: (B, S) output of ``model.generate``, prompts included.
+            inputs: Its inputs.
+        """
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    # -- encoding once ---------------------------------------------------------------------------
+
+    def encode(
+        self,
+        images: Sequence[Any],
+        signals: Iterable[Signal] = (),
+        compressor: Compressor | None = None,
+        *,
+        same_prompt: bool = False,
+    ) -> list[VisualTokens]:
+        """Run the vision encoder once over ``images``.
+
+        Args:
+            images: Any number of images, each anything that `pictures.picture` takes.
+            signals: Signals to compute on the way.
+            compressor: A method that acts inside the vision encoder, or a chain that begins with
+                one.  Its other parts do not run.
+            same_prompt: Whether all images belong to one prompt; LLaVA-OneVision then cuts no
+                crops.
+
+        Returns:
+            For every image its packed features, layout and ``signals``, ready for `assemble`.
+
+        Raises:
+            UserError: An image cannot be read, or the model lacks what the method or a signal
+                needs.
+        """
+        pictures = [picture(image) for image in listed(images, "image")]
+        if not pictures:
+            return []
+        prompts = [pictures] if same_prompt else [[image] for image in pictures]
+        batch = self.processor.image_processor(self.adapter.grouped(prompts), return_tensors="pt")
+        call = {name: batch[name] for name in self.adapter.image_arguments}
+        return self._encode("image", call, signals, compressor)
+
+    def encode_videos(
+        self,
+        videos: Sequence[Any],
+        signals: Iterable[Signal] = (),
+        compressor: Compressor | None = None,
+    ) -> list[VisualTokens]:
+        """Run the vision encoder over each of ``videos``, which may differ in length.
+
+        Args:
+            videos: Any number of videos, each anything that `pictures.frames` takes.
+            signals, compressor: As in `encode`.
+
+        Returns:
+            As `encode`, for every video.
+
+        Raises:
+            UserError: As `encode`, or the model takes no videos.
+        """
+        videos = listed(videos, "video")
+        self._check_videos(videos)
+        found = []
+        for video in videos:
+            clip = channels_first(frames(video))
+            batch = self.processor.video_processor([clip], return_tensors="pt")
+            call = {"pixel_values_videos": batch["pixel_values_videos"]}
+            found += self._encode("video", call, signals, compressor)
+        return found
+
+    def _encode(
+        self,
+        modality: str,
+        call: Mapping[str, Any],
+        signals: Iterable[Signal],
+        compressor: Compressor | None,
+    ) -> list[VisualTokens]:
+        facts, signals, part = self.adapter.facts, frozenset(signals), encoder_part(compressor)
+        if part is not None:
+            check_encoder(facts, part)
+        for signal in signals:
+            if not signal.in_llm:
+                check_signal(facts, signal, signal.name)
+        return vision.encode(self.adapter, modality, call, signals, part)
+
+    def select(
+        self, compressor: Compressor | str, images: Sequence[Any], **fields: Any
+    ) -> list[SelectionRecord]:
+        """What a method that acts before the language model keeps of each image.
+
+        The language model does not run.
+
+        Args:
+            compressor: A `Compressor` or a spec such as ``"globalcom2"``.
+            images: Any number of images, each a prompt of its own, as in `encode`.
+            **fields: With a spec, the method's options and ``retention``.
+
+        Raises:
+            UserError: The method acts in the language model or needs a prompt, or the vision
+                encoder lacks what it needs.
+        """
+        if isinstance(compressor, str):
+            compressor = parse(compressor, **fields)
+        elif fields:
+            raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+        check_compatible(self.adapter.facts, compressor)
+        if compressor.stage is Stage.LLM or list(compressor.parts()) != [compressor]:
+            raise UserError(
+                f"{compressor.label} does not act in front of the language model alone; run it "
+                "with tokenprune.compress."
+            )
+        if any(signal.in_llm for signal in compressor.needs):
+            raise UserError(
+                f"{compressor.label} looks at the prompt, which an image alone does not have; run "
+                "it with tokenprune.compress."
+            )
+        encoded = self.encode(images, compressor.needs, compressor)
+        return [
+            SelectionRecord(
+                index, 0, compressor.stage, None, tokens.layout, compressor(tokens).keep
+            )
+            for index, tokens in enumerate(encoded)
+        ]
+
+    def assemble(
+        self,
+        encoded: Sequence[Sequence[VisualTokens]],
+        prompts: Sequence[str],
+        *,
+        without_images: bool = False,
+    ) -> dict[str, Any]:
+        """Inputs for ``model.generate`` from images and videos that are encoded already.
+
+        Call it again for every `generate`: beam search changes the encoder outputs in place.
+
+        Args:
+            encoded: For every prompt its encoded images and videos.
+            prompts: As in `prepare`.
+            without_images: Leave out the visual tokens; the prompts otherwise stay the same.
+        """
+        texts = []
+        for some, question in zip(encoded, questions(prompts), strict=True):
+            lengths: dict[str, list[int]] = {name: [] for name in self.placeholder_texts}
+            for tokens in some:
+                lengths[tokens.layout.modality].append(0 if without_images else len(tokens))
+            text = self.prompt(question, *map(len, lengths.values()))
+            for modality, token in self.placeholder_texts.items():
+                pieces = text.split(token)
+                spelled = [token * length for length in lengths[modality]] + [""]
+                text = "".join(a + b for a, b in zip(pieces, spelled, strict=True))
+            texts.append(text)
+        batch = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
+        return dict(batch.to(self.device)) | ({} if without_images else encoder_outputs(encoded))
+
+    def take(
+        self,
+        inputs: Mapping[str, Any],
+        encoded: Sequence[Sequence[VisualTokens]],
+        rows: Sequence[int],
+    ) -> dict[str, Any]:
+        """Inputs for some of the prompts that `assemble` has prepared.
+
+        Args:
+            inputs: Output of `assemble`.
+            encoded: Its first argument.
+            rows: Which prompts, in any order; a prompt may occur more than once.
+        """
+        index = torch.tensor(rows, device=self.device)
+        text = {name: value[index] for name, value in inputs.items() if isinstance(value, Tensor)}
+        return text | encoder_outputs([encoded[row] for row in rows])
+
+    # -- checks ----------------------------------------------------------------------------------
+
+    def _require_language_model(self) -> None:
+        if not self.adapter.has_language_model:
+            raise no_language_model(self.adapter.name)
+
+    def _check_videos(self, videos: Sequence[Any]) -> None:
+        if videos and "video" not in self.adapter.encoders:
+            raise UserError(
+                f"{self.adapter.name} takes images only, got {len(videos)} videos; hand over "
+                "single frames as images, or load a LLaVA-OneVision model."
+            )
+
+
+def encoder_outputs(encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Any]:
+    """The argument ``mm_encoder_outputs`` of ``model.generate``; empty without images.
+
+    Args:
+        encoded: For every prompt its encoded images and videos.
+    """
+    features: dict[str, list[Tensor]] = {}
+    for tokens in (tokens for some in encoded for tokens in some):
+        feature = tokens.features.detach()  # a new tensor for every use, as beams and reruns need
+        feature.visual = tokens  # type: ignore[attr-defined]
+        features.setdefault(tokens.layout.modality, []).append(feature)
+    outputs = {name: vision.encoded(some) for name, some in features.items()}
+    return {"mm_encoder_outputs": outputs} if outputs else {}
