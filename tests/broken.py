@@ -332,6 +332,10 @@ def _shares_one_state(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(session, "Session", type("Session", (), body))
 
 
+def _forgets_the_image_in_front(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ComparesNeighbours, "before", [0.0])
+
+
 def _copies_attributes(original: Any, state: dict[str, Any]) -> dict[str, Any]:
     """The hooks go, but what was put on the module itself stays."""
     plain = {name: held for name, held in state.items() if not isinstance(held, guard.Ours)}
@@ -429,7 +433,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         _wrapped(Session, "leave", _shifts_spread),
     ),
     "check_batch_equals_single": (
-        *_broken(ComparesNeighbours),
+        Fault(ComparesNeighbours(retention=0.4), _forgets_the_image_in_front),
         *_host(_replaced(PrunedLayer, "mask", _sees_padding)),
         *_host(_wrapped(decoder, "decoder_row", _last_slot_asks), strategy="fastv"),
     ),

@@ -393,17 +393,16 @@ class HidesItsChoice(HidesItsDraws):
 
 
 class ComparesNeighbours(Sound):
-    """Keeps the tokens whose norm is least like the mean of the image before."""
+    """Draws with a seed that depends on the image in front."""
 
-    before: ClassVar[list[Tensor]] = [torch.tensor(0.0)]
+    before: ClassVar[list[float]] = [0.0]
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
-        norms = tokens.features[patches].float().norm(dim=-1)
-        far = (norms - self.before[0]).abs()
-        self.before[0] = norms.mean()
+        draw = torch.Generator().manual_seed(int(1e4 * self.before[0]))
+        self.before[0] = float(tokens.features[patches].float().norm(dim=-1).mean())
         count = max(1, int(len(patches) * self.retention))
-        return patches[far.argsort(descending=True)[:count]].sort().values
+        return patches[torch.randperm(len(patches), generator=draw)[:count]].sort().values
 
 
 _calls = itertools.count()

@@ -30,7 +30,9 @@ def _python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("folder", "registry"), [("strategies", strategies), ("models", adapters)], ids=str
+    ("folder", "registry"),
+    [("strategies", strategies), ("models", adapters)],
+    ids=["strategies", "models"],
 )
 def test_the_index_names_what_the_files_register(folder: str, registry: object) -> None:
     """Run ``python -m tokenprune.catalogue`` after a change to a card."""

@@ -279,7 +279,7 @@ def test_check_reads_everything_and_computes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tp.models.loading, "load", None)  # would fail
+    monkeypatch.setattr("tokenprune.models.loading.load", None)  # would fail
     data = str(_data(tmp_path, question="<image>\nRed?"))
     fine = invoke("compare", "--data", data, "--check")
     assert fine.exit_code == console.OK, fine.output
@@ -481,7 +481,7 @@ def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.Mon
     for name, words in commands.items():
         folder = {"benchmark": "benchmarks", "convert": "efficiency"}.get(name, name)
         module = f"tokenprune.experiments.{folder.replace('-', '_')}.command"
-        monkeypatch.setattr(sys.modules[module], "quiet", interrupted)
+        monkeypatch.setattr(f"{module}.quiet", interrupted)
         assert invoke(name, *words).exit_code == console.INTERRUPTED, name
     monkeypatch.setattr("tokenprune.cli.new_table", interrupted)
     assert invoke("list").exit_code == console.INTERRUPTED

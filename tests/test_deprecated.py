@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from PIL import Image
 
 import tokenprune as tp
 from tokenprune.compressor import Chain, Compressor, Selection
@@ -172,6 +173,18 @@ def test_layout_takes_together() -> None:
     with pytest.warns(DeprecationWarning, match="together= is now same_prompt="):
         old = adapter.layout((40, 40), together=True)
     assert torch.equal(old.view, adapter.layout((40, 40), same_prompt=True).view)
+
+
+def test_encode_and_assemble_take_together_and_blind() -> None:
+    pipe: Any = tp.load("testbed-next")
+    image = Image.new("RGB", (60, 40))
+    with pytest.warns(DeprecationWarning, match="together= is now same_prompt="):
+        encoded = pipe.encode([image, image], together=True)
+    with pytest.warns(DeprecationWarning, match="blind= is now without_images="):
+        old = pipe.assemble([encoded], ["What is it?"], blind=True)
+    new = pipe.assemble([encoded], ["What is it?"], without_images=True)
+    assert old.keys() == new.keys()
+    assert torch.equal(old["input_ids"], new["input_ids"])
 
 
 def test_a_function_with_the_old_argument_takes_the_new_one() -> None:

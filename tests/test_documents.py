@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import tokenprune as tp
+from tokenprune import facts, pipeline
 from tokenprune.cli import app
 from tokenprune.models import testbed
 from tokenprune.registry import strategies
@@ -171,6 +174,28 @@ def test_python_runs(desk: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> 
     for code in blocks(page):
         here = code.replace("llava-hf/llava-v1.6-vicuna-7b-hf", str(testbed.path("testbed-next")))
         exec(compile(here, page, "exec", dont_inherit=True), module.__dict__)
+
+
+def names_of_the_glossary() -> list[str]:
+    """What its third column calls a name of the package: ``tp.load``, ``Trace.ledger`` ..."""
+    rows = re.findall(r"^\| \*\*.+? \| .+? \| (.*?) \| .*? \|$", PAGES["docs/glossary.md"], re.M)
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    return [name for name in names if re.match(r"(tp|trace|tokenprune)\.|[A-Z]", name)]
+
+
+def test_names_in_the_glossary_exist() -> None:
+    assert len(names_of_the_glossary()) > 50
+    for name in names_of_the_glossary():
+        owner, _, attribute = name.partition("(")[0].rpartition(".")
+        space = {**vars(facts), **vars(pipeline), **{one: getattr(tp, one) for one in tp.__all__}}
+        if owner == "tokenprune":
+            assert find_spec(name), name
+        elif owner in ("", "tp"):
+            assert attribute in space, name
+        else:
+            found = space[owner.replace("trace", "Trace")]
+            documented = "".join(kind.__doc__ or "" for kind in found.__mro__)
+            assert hasattr(found, attribute) or re.search(rf"\b{attribute}\b", documented), name
 
 
 def test_blocks_and_commands_are_found() -> None:

@@ -414,16 +414,16 @@ def test_crops_of_an_image_change_places() -> None:
 def test_choice_by_position_is_found() -> None:
     found = selector_bias(["last", "first"], encoded(24))
     for method, sign in (("last", 1), ("first", -1)):
-        normal = row(found.tables["statistics"], "normal", "normal", method=method)
+        normal = row(found.statistics, "normal", "normal", method=method)
         assert sign * normal["slope_low"] > 1
         for condition in ("reversed-crops", "flip-tb", "all"):
-            assert row(found.tables["statistics"], condition, method=method)["p"] < 1e-6
-        reversed_ = row(found.tables["statistics"], "reversed-crops", method="last")
+            assert row(found.statistics, condition, method=method)["p"] < 1e-6
+        reversed_ = row(found.statistics, "reversed-crops", method="last")
         assert reversed_["equivariance"] == reversed_["equivariance_high"] == 0
         assert reversed_["paired_slope_low"] > 0.5
-    last = row(found.tables["statistics"], "normal", "normal", method="last")
+    last = row(found.statistics, "normal", "normal", method="last")
     assert last["last"] > 0.9 or last["last"] > last["first"]
-    assert row(found.tables["statistics"], "reversed-crops", method="last")["last"] == last["last"]
+    assert row(found.statistics, "reversed-crops", method="last")["last"] == last["last"]
 
 
 @pytest.mark.parametrize("retention", [0.1, 0.25, 0.6])
@@ -432,7 +432,7 @@ def test_choice_by_content_is_not_blamed(retention: float) -> None:
     images = encoded(16, FULL, PADDED, LAYOUTS["1x3"], TokenLayout.video(4, (4, 4)))
     methods = ["feature-norm", "feature-norm:allocator=topk"]
     found = selector_bias(methods, images, retention=[retention])
-    compared = found.tables["statistics"][found.tables["statistics"]["condition"] != "normal"]
+    compared = found.statistics[found.statistics["condition"] != "normal"]
     assert set(compared["condition"]) == {*DEFAULT, "all"}
     assert (compared["p"] == 1).all()
     assert (compared["equivariance"] == 1).all()
@@ -481,13 +481,13 @@ def test_exchanged_crops_have_no_pipeline(testbed: Pipeline, pictures: list[Imag
         positional_bias(testbed, ["last"], pictures[:1], levels=["pipeline"], **asked)
     found = positional_bias(testbed, ["globalcom2:tau=1"], pictures[:2], **asked)
     assert not found.skipped
-    assert set(found.tables["statistics"]["level"]) == {"normal", "selector"}
+    assert set(found.statistics["level"]) == {"normal", "selector"}
 
 
 def test_more_planted_bias_is_less_equivariance() -> None:
     methods = [Planted(retention=0.25, late=late) for late in (0.0, 1.0, 4.0, 1e4)]
     found = selector_bias(methods, encoded(24), conditions=["reversed-crops"])
-    rows = found.tables["statistics"][found.tables["statistics"]["condition"] == "reversed-crops"]
+    rows = found.statistics[found.statistics["condition"] == "reversed-crops"]
     values = rows["equivariance"].tolist()
     assert values[0] == 1
     assert values[3] == 0
@@ -512,7 +512,7 @@ def test_random_is_uniform_over_seeds(condition: Any) -> None:
     methods = [f"random:seed={seed},allocator=topk" for seed in range(40)]
     small = TokenLayout.anyres((2, 1), (3, 3), (0, 6, 0, 3))
     found = selector_bias(methods, encoded(20, small), conditions=[condition])
-    rows = found.tables["statistics"][found.tables["statistics"]["condition"] == condition]
+    rows = found.statistics[found.statistics["condition"] == condition]
     assert len(rows) == 40
     assert kstest(rows["p"], "uniform").pvalue > 0.01
     assert rows["equivariance"].mean() == pytest.approx(0.5, abs=0.03)
@@ -523,7 +523,7 @@ def test_random_within_equal_budgets(retention: float) -> None:
     """Crops keep what they kept, so that nothing can be held against it, not even rounding."""
     methods = [f"random:seed={seed}" for seed in range(3)]
     found = selector_bias(methods, encoded(20, FULL, PADDED), retention=[retention])
-    rows = found.tables["statistics"]
+    rows = found.statistics
     assert (rows["p"][rows["condition"] == "reversed-crops"] == 1).all()
     assert (rows["p"].dropna() > 0.001).all()
 
@@ -606,8 +606,8 @@ def test_random_draws_anew_for_images_without_fingerprint() -> None:
     """One draw for all images would look like a preference for its places."""
     plain = [VisualTokens(one.layout, one.features) for one in encoded(24)]
     found = selector_bias(["random:allocator=topk"], plain)
-    assert (found.tables["statistics"]["p"].dropna() > 1e-3).all()
-    kept = found.tables["tokens"].groupby(["condition", "token"], observed=True)["kept"].mean()
+    assert (found.statistics["p"].dropna() > 1e-3).all()
+    kept = found.tokens.groupby(["condition", "token"], observed=True)["kept"].mean()
     assert kept.between(0, 1, inclusive="neither").all()
 
 
@@ -620,10 +620,10 @@ def test_profiles_by_hand() -> None:
     assert slots.tolist() == pytest.approx([0, 0, 8 / 16, 12 / 16])
     views = normal[normal["axis"] == "view"].set_index("place")["kept"]
     assert views[0] == 0
-    sequence = profiles(found.tables["tokens"], bins=4)
+    sequence = profiles(found.tokens, bins=4)
     sequence = sequence[(sequence["axis"] == "position") & (sequence["condition"] == "normal")]
     assert sequence["place"].tolist() == [0.125, 0.375, 0.625, 0.875]
-    tokens = found.tables["tokens"][found.tables["tokens"]["condition"] == "normal"]
+    tokens = found.tokens[found.tokens["condition"] == "normal"]
     for place, kept in zip(sequence["place"], sequence["kept"], strict=True):
         inside = tokens["kept"][(tokens["position"] - place).abs() < 0.125]
         assert kept == pytest.approx(inside.mean())
@@ -632,16 +632,16 @@ def test_profiles_by_hand() -> None:
 
 def test_statistics_can_be_made_again_from_the_table(tmp_path: Path) -> None:
     found = selector_bias(["random"], encoded(6), seed=3)
-    found.tables["tokens"].to_parquet(tmp_path / "tokens.parquet")
+    found.tokens.to_parquet(tmp_path / "tokens.parquet")
     again = statistics(pd.read_parquet(tmp_path / "tokens.parquet"), seed=3)
-    pd.testing.assert_frame_equal(again, found.tables["statistics"])
+    pd.testing.assert_frame_equal(again, found.statistics)
 
 
 def test_a_method_that_fails_costs_only_itself() -> None:
     found = selector_bias([Broken(retention=0.1), "uniform"], encoded(4))
     assert list(found.failures) == [("Broken", 0.1)]
     assert found.failures["Broken", 0.1].error == "ValueError: no such token"
-    assert set(found.tables["statistics"]["method"]) == {"uniform"}
+    assert set(found.statistics["method"]) == {"uniform"}
     assert selector_bias([Broken(retention=0.1)], encoded(4)).statistics.empty
 
 

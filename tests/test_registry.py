@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +242,8 @@ def test_what_the_model_lacks_is_said_before_it_runs(spec: str, sentence: str) -
 
 
 def test_a_tower_without_cls_is_said_with_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LlavaNext.tiny()
-    monkeypatch.setattr(LlavaNext, "has_cls", False)
+    model, facts = LlavaNext.tiny(), LlavaNext.vision_facts
+    monkeypatch.setattr(LlavaNext, "vision_facts", lambda self: replace(facts(self), has_cls=False))
     with (
         pytest.raises(UserError, match=r"needs the attention of a CLS token.*fastv.*uniform"),
         compress(model, "globalcom2:score=cls_attention", retention=0.5),

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Chain, Compressor, ScoringCompressor, Selection, Stage
+from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.engine import decoder, vision
 from tokenprune.engine.prefix import Prefix
 from tokenprune.engine.session import compress
 from tokenprune.errors import UnknownNameError, UserError
+from tokenprune.experiments.common.timing import peak_memory
 from tokenprune.forecast import forecast
 from tokenprune.layout import TokenLayout
 from tokenprune.ops.ranking import lengths
@@ -207,7 +209,7 @@ class ByValues(ScoringCompressor):
     layer: Annotated[int, Field(ge=1)] = CUT
 
     stage = Stage.LLM
-    card = Card(paper="Attention times value norm (test)")
+    card = Card(paper="Attention Score is Not All You Need", arxiv="2406.12335")
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -346,6 +348,41 @@ def test_values_cost_memory_and_no_flops() -> None:
     more = 4 * width * (2 * entries + text)
     assert ledgers[1].selector_flops == ledgers[0].selector_flops
     assert ledgers[1].selector_bytes - ledgers[0].selector_bytes == more
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, info in SIGNALS.items() if info.source == "decoder layer"]
+)
+def test_flops_of_decoder_signals_by_hand(name: str) -> None:
+    """Queries, their products with all keys, and keys where no KV cache has them yet."""
+    host, seen = HOSTS["LLaVA-NeXT"], list[VisualTokens]()
+    with compress(host.model, _spy(Signal(name, CUT - 1), seen, Stage.LLM)) as trace:
+        host.model(**host.inputs((0,)), use_cache=True)
+    config, keys = host.adapter.language_model.config, len(host.prompt(0))
+    width = config.hidden_size  # of all query heads as well
+    one = 2 * width * width + 2 * keys * width
+    projected = 2 * keys * width * width * config.num_key_value_heads // 4
+    text, patches = 3, len(host.layouts(0)[0].patches)
+    wanted = {
+        "llm_attention": one,
+        "llm_ahead": one + projected,
+        "llm_keys_ahead": projected,
+        "llm_global": one + projected,
+        "llm_text": text * one,
+        "llm_text_heads": text * one,
+        "llm_cross": text * one,
+        "llm_self": patches * one,
+    }
+    assert config.num_attention_heads == 4
+    assert trace.ledger.selector_flops == wanted.get(name, 0)
+
+
+def test_bytes_at_work_for_values() -> None:
+    """One copy of the KV cache's values, as PyTorch allocates it."""
+    shape = DecoderShape(layers=1, hidden=64, intermediate=8, heads=8, kv_heads=4, head_dim=8)
+    values = torch.zeros(1, 4, 1000, 8, dtype=torch.bfloat16)
+    real = peak_memory(lambda: values.transpose(1, 2).flatten(2))
+    assert shape.vector_bytes(1000, 2, "llm_values") == real
 
 
 FAULTS: dict[str, Callable[..., Tensor]] = {

@@ -272,6 +272,7 @@ class Adapter(ABC):
         """The images of all prompts, nested as the processor expects them."""
         return [image for some in images for image in some]
 
+    @renamed_arguments(together="same_prompt")
     def dummy_images(
         self, sizes: Sequence[tuple[int, int]], seed: int = 0, *, same_prompt: bool = False
     ) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class Allocator(ABC):
 
     @abstractmethod
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        """(V,) int64 number of tokens to keep in each of V views, on the CPU or the device.
+        """(V,) int64 tokens to keep in each of V views, on the CPU or on the features' device.
 
         Args:
             tokens: The packed sequence.
@@ -147,7 +147,7 @@ class ThumbnailCommand(Allocator):
         return rounded_up(layout, retention) + surplus(crops, retention)
 
     def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
-        """(regions,) sums of the scores (P,) by ``region`` (P,) in [0, regions)."""
+        """(regions,) sum of the scores (P,) in each region; ``region`` (P,) is in [0, regions)."""
         return group_sums(scores, region, regions)
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:

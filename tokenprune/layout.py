@@ -1,4 +1,4 @@
-"""Where the visual tokens of an image lie."""
+"""Where each entry of a packed sequence belongs: view, row, column and place on the canvas."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Geometry of each of the N entries of a packed sequence, known from the image size alone.
+    """Geometry of the N entries of a packed sequence, which follows from the image size alone.
 
     Attributes:
         kind: (N,) `Kind` of the entry.
-        view: (N,) view it belongs to, 0 is the first (the thumbnail where there is one); -1 for a
-            separator.
-        row, col: (N,) place in its view; -1 for a separator.
-        canvas_row, canvas_col: (N,) place on the unpadded (and, where the model does so,
-            resampled) crop canvas; -1 where there is none.  A separator carries the canvas row it
-            ends.
+        view: (N,) index of its view; 0 is the thumbnail, if there is one; -1 for a separator.
+        row, col: (N,) location in its view; -1 for a separator.
+        canvas_row, canvas_col: (N,) location on the canvas; -1 where there is none.  A separator
+            has the canvas row that it ends.
         grid: (rows, columns) of the crop grid, (0, 0) without crops.
         view_shape: (rows, columns) of patches in a view.
-        canvas_shape: (rows, columns) of the unpadded crop canvas, (0, 0) without crops.
+        canvas_shape: (rows, columns) of the canvas, the crops without padding and resampled if the
+            model does so; (0, 0) without crops.
     """
 
     kind: Tensor
@@ -66,15 +65,16 @@ class TokenLayout:
         newlines: bool = True,
         canvas: tuple[int, int] | None = None,
     ) -> TokenLayout:
-        """Thumbnail patches, then the unpadded canvas row by row, a separator after each row.
+        """Thumbnail patches, then the canvas row by row, with a separator after each row.
 
         Args:
             grid: (rows, columns) of crops.
             view_shape: (rows, columns) of patches in every view.
-            box: (top, bottom, left, right) of the unpadded canvas in patches, ends exclusive.
+            box: (top, bottom, left, right) of the canvas in the crop grid, in patches, ends
+                exclusive.
             newlines: Whether a separator ends each canvas row.
-            canvas: (rows, columns) that the unpadded canvas is resampled to, if it is.  A token
-                then belongs to the patch in which its centre lies, ``floor((i + 0.5) * in / out)``.
+            canvas: (rows, columns) that the canvas is resampled to, if it is.  A token then belongs
+                to the patch that contains its centre, ``floor((i + 0.5) * in / out)``.
         """
         height, width = view_shape
         top, bottom, left, right = box
@@ -85,7 +85,7 @@ class TokenLayout:
         index = torch.arange(rows * stride, device="cpu")
         canvas_row, canvas_col = index // max(stride, 1), index % max(stride, 1)
         separator = canvas_col == cols
-        # The patch that a token's centre lies in; its own where the canvas is not resampled.
+        # The patch that contains a token's centre; its own where the canvas is not resampled.
         y = ((2 * canvas_row + 1) * full[0]).div(2 * max(rows, 1), rounding_mode="floor") + top
         x = ((2 * canvas_col + 1) * full[1]).div(2 * max(cols, 1), rounding_mode="floor") + left
         none = torch.full_like(thumb, -1)
@@ -114,7 +114,7 @@ class TokenLayout:
 
     @classmethod
     def single(cls, view_shape: tuple[int, int], *, newline: bool = True) -> TokenLayout:
-        """One view without crops, row by row, and one separator at the very end."""
+        """One view without crops, row by row, and one separator at the end."""
         height, width = view_shape
         index = torch.arange(height * width + int(newline), device="cpu")
         separator = index == height * width
@@ -133,7 +133,7 @@ class TokenLayout:
 
     @classmethod
     def video(cls, frames: int, view_shape: tuple[int, int]) -> TokenLayout:
-        """Frames of ``view_shape`` tokens one after the other, one separator at the very end."""
+        """Frames of ``view_shape`` tokens one after the other, and one separator at the end."""
         height, width = view_shape
         index = torch.arange(frames * height * width + 1, device="cpu")
         separator = index == len(index) - 1
@@ -155,7 +155,7 @@ class TokenLayout:
 
     @cached_property
     def host(self) -> TokenLayout:
-        """The same layout on the CPU, where listing and counting wait for no device."""
+        """The same layout on the CPU, where listing and counting need no synchronisation."""
         return self if self.kind.device.type == "cpu" else self._on(torch.device("cpu"))
 
     @cached_property
@@ -186,12 +186,12 @@ class TokenLayout:
 
     @property
     def views(self) -> int:
-        """How many views the image was cut into, also those without a token left."""
+        """Number of views of the image, including those that no token is left of."""
         return 1 + self.grid[0] * self.grid[1] if self.grid != (0, 0) else self.frames
 
     @cached_property
     def frames(self) -> int:
-        """How many views there are when there is no crop grid."""
+        """Number of views of an image without a crop grid, or of a video."""
         return int(self.host.view.max()) + 1 if len(self) else 0
 
     @cached_property
@@ -203,7 +203,7 @@ class TokenLayout:
     def take(self, index: Tensor) -> TokenLayout:
         """The layout of the entries at ``index`` (M,); grid, shapes and frames stay.
 
-        With indices on the CPU nothing waits for the device.
+        Indices on the CPU need no synchronisation.
         """
         at = moved(index, self.kind.device)
         taken = self._each(lambda values: values[at])
@@ -226,15 +226,15 @@ class TokenLayout:
         return copy
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenLayout:
-        """The layout with everything that there is of every entry changed."""
+        """The layout with ``change`` applied to every (N,) tensor."""
         names = [item.name for item in fields(self) if item.type == "Tensor"]
         made: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         return replace(self, **made)
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``; what comes from the CPU does not wait for what runs there."""
-    # Back from a device the host must wait for the numbers, and not all backends can do without.
+    """``values`` on ``device``, from the CPU to a CUDA device without synchronisation."""
+    # The other way the CPU needs the numbers, and other backends do not support it.
     to_cuda = values.device.type == "cpu" and device.type == "cuda"
     return values.to(device, non_blocking=to_cuda)
 
@@ -242,8 +242,8 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
 def listed(mask: Tensor) -> Tensor:
     """(M,) sorted indices at which ``mask`` (N,) is set, on the CPU.
 
-    One wait for the device of the mask, which has to be done with it; to index by the mask itself
-    would wait as well, and the host would not know what it got.
+    This takes one synchronisation.  To index by the mask takes one as well, and then the CPU does
+    not know the indices.
     """
     return mask.cpu().nonzero().squeeze(1)
 
@@ -253,15 +253,15 @@ def unpadded_box(
     canvas: tuple[int, int],
     rule: Literal["hf", "llava"] = "hf",
 ) -> tuple[int, int, int, int]:
-    """Part of the padded canvas that the image covers.
+    """The part of the crop grid that the image covers, without the canvas padding.
 
     Args:
         image_size: (height, width) of the original image in pixels.
         canvas: (rows, columns) of patches of all crops together.
         rule: How the covered extent becomes an integer.  ``hf`` truncates after rounding to seven
-            digits (``unpad_image`` of ``transformers``' LLaVA-NeXT, which the processor counts
-            with too); ``llava`` truncates only (``llava_arch.py`` of LLaVA).  They differ by two
-            rows or columns where the product is an integer up to float error.
+            digits (``unpad_image`` of LLaVA-NeXT in ``transformers``, and its processor);
+            ``llava`` truncates only (``llava_arch.py`` of LLaVA).  They differ by two rows or
+            columns where the product is an integer up to float error.
 
     Returns:
         (top, bottom, left, right) in patches, ends exclusive.

@@ -10,13 +10,19 @@ from pkgutil import iter_modules
 import tokenprune as tp
 
 GROUPS = {
-    "Running a model": ("models.loading", "engine.session", "engine.trace", "catalogue"),
+    "Running a model": (
+        "models.loading",
+        "pipeline",
+        "engine.session",
+        "engine.trace",
+        "catalogue",
+    ),
     "Costs": ("cost.ledger", "cost.arithmetic", "forecast"),
     "Writing a method": (
         *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),
-        *("ops", "spec", "registry"),
+        *("ops", "spec", "grammar", "registry", "catalogue"),
     ),
-    "Writing an adapter": ("adapter",),
+    "Writing an adapter": ("adapter", "facts", "compatibility"),
     "Testing": ("testing.runner", "testing.host", "synthetic"),
     "Errors": ("errors",),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.adapter import Adapter
 from tokenprune.compressor import Compressor
-from tokenprune.cost.arithmetic import DecoderShape
+from tokenprune.cost.arithmetic import DecoderShape, signal_widths
 from tokenprune.cost.ledger import Ledger
 from tokenprune.engine.cache import CACHE
 from tokenprune.engine.session import compress
@@ -222,13 +222,7 @@ class Bench:
     ) -> Callable[[], dict[str, Any]]:
         """A function that makes new ids and synthetic features with their signals."""
         adapter, dtype = self.adapter, self.adapter.model.dtype
-        tower = adapter.facts.vision.hidden
-        widths = {
-            "features": self.shape.hidden,
-            "keys": tower // adapter.facts.vision.heads,
-            "joint_keys": tower,
-            "unprojected": tower,
-        }
+        widths = {"features": self.shape.hidden, **signal_widths(adapter)}
         wanted = frozenset(signal for signal in needs if not signal.in_llm)
         records = []
         for index, layout in enumerate(layouts):

@@ -74,7 +74,7 @@ def prepare(
 def load_model(
     request: ModelRequest, progress: ProgressCallback = silent, **options: Any
 ) -> Pipeline:
-    """The pipe of the model of ``request``.
+    """The pipeline of the model of ``request``.
 
     Args:
         request: Which model, and where.

@@ -29,10 +29,8 @@ __all__ = [
 
 def signal_widths(adapter: Adapter) -> dict[str, int]:
     """Size of the last axis of each signal where the model determines it, by name."""
-    sizes = {
-        "vision_width": adapter.facts.vision.hidden,
-        "vision_head_width": adapter.facts.vision.hidden // adapter.facts.vision.heads,
-    }
+    vision = adapter.facts.vision
+    sizes = {"vision_width": vision.hidden, "vision_head_width": vision.hidden // vision.heads}
     if adapter.has_language_model:
         sizes |= DecoderShape.of(adapter.language_model.config).widths
     return {

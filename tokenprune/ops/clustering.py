@@ -20,15 +20,15 @@ __all__ = [
 
 
 ROUNDS = 16
-"""Of `dispersed`, before the host asks whether all points are decided; few need as many."""
+"""Rounds of `dispersed` before the CPU asks whether all points are decided; few need more."""
 
 
 def central_members(cluster: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every cluster the member nearest to the mean place of its members, the earlier of equals.
+    """The member of every cluster that is nearest to their mean location; ties go to the earlier.
 
     Args:
         cluster: (M,) int64 identifier of each member's cluster.
-        row, col: (M,) int64 its place.
+        row, col: (M,) int64 location of each member.
 
     Returns:
         (C,) index of each cluster's member, by identifier, and (C,) numbers of members.
@@ -49,12 +49,12 @@ def kernel_density(distance: Tensor, width: float = 2.0) -> Tensor:
 
 
 def dispersed(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
-    """The points that, densest first, are farther than ``cutoff`` from all chosen before.
+    """The points that, densest first, are farther than ``cutoff`` from all selected before.
 
-    Every other point lies within ``cutoff`` of a chosen one.  Found in rounds over all points, of
-    which there are few: whoever is denser than all undecided points nearby is chosen, and decides
-    them.  That gives what a walk from point to point gives (the centres of DBDPC, arXiv 2504.08966,
-    algorithm 2; the earlier of equally dense points counts as denser).
+    These are the centres of DBDPC (PACT, arXiv 2504.08966, algorithm 2).  Every other point is
+    within ``cutoff`` of a selected one.  A few rounds over all points find what a loop over points
+    would: a point that is denser than all undecided points nearby is selected, and decides them.
+    Of equally dense points the earlier counts as denser.
 
     Args:
         distance: (P, P) symmetric.
@@ -77,13 +77,13 @@ def least_cutoff(
 ) -> tuple[Tensor, Tensor]:
     """The smallest cutoff, at least ``least``, at which at most ``count`` points are `dispersed`.
 
-    Found by halving [``least``, largest distance] 16 times.  The host waits for the device once,
-    at the end, to learn whether `ROUNDS` were enough.
+    It is found by halving [``least``, largest distance] 16 times, with one synchronisation at the
+    end, to learn whether `ROUNDS` were enough.
 
     Args:
         distance, density: As in `dispersed`.
         count: At least 1.
-        least: Where to begin.
+        least: Lower end of the interval.
 
     Returns:
         The cutoff, () on the device, and on the CPU what `dispersed` gives for it.
@@ -109,7 +109,7 @@ def least_cutoff(
 
 
 def _denser(density: Tensor) -> Tensor:
-    """(P, P) bool, whether ``j`` is denser than ``i``; of equally dense points the earlier one."""
+    """(P, P) bool, whether ``j`` is denser than ``i``, or equally dense and earlier."""
     place = torch.arange(len(density), device=density.device)
     order = density.argsort(descending=True, stable=True)
     rank = torch.empty_like(place).scatter_(0, order, place)
@@ -117,20 +117,20 @@ def _denser(density: Tensor) -> Tensor:
 
 
 def _any(mask: Tensor) -> Tensor:
-    """(P,) ``mask.any(1)`` of (P, Q), which on a CPU takes many times as long."""
+    """(P,) ``mask.any(1)`` of (P, Q), many times faster on a CPU."""
     return mask.view(torch.uint8).amax(1).bool()
 
 
 def _rounds(
     distance: Tensor, denser: Tensor, cutoff: Tensor | float, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """(P,) bool each: what `dispersed` has chosen after some rounds, and what is undecided."""
+    """(P,) bool each: the points selected after some rounds of `dispersed`, and the undecided."""
     near = (distance <= cutoff).fill_diagonal_(False)
     before = near & denser
     chosen = torch.zeros_like(near[0])
     free = ~chosen
     for _ in range(rounds):
-        if free.device.type == "cpu" and not free.any():  # on a GPU this would be a wait
+        if free.device.type == "cpu" and not free.any():  # elsewhere this would synchronise
             break
         new = free & ~_any(before & free)
         chosen |= new
@@ -146,14 +146,14 @@ def density_peaks(
     With ``d`` the Euclidean distance over the root of the dimension, the density of a point is
     ``exp(-mean d²)`` over its ``count`` nearest, itself included; its score is the density times
     the distance to the nearest denser point (the largest distance of all where there is none).  The
-    ``count`` best are centres, every other point joins the nearest (density peaks with k nearest
-    neighbours, as in SparseVLM's ``cluster_and_merge``, where noise breaks ties; here the earlier
-    of equally dense points counts as denser).
+    ``count`` best are centres, and every other point joins the nearest centre.  These are density
+    peaks with k nearest neighbours, as in ``cluster_and_merge`` of SparseVLM (arXiv 2410.04417),
+    where noise breaks ties; here the earlier of equally dense points counts as denser.
 
     Args:
         vectors: (P, D); compared in float32.
         count: Number of clusters, in [1, P].
-        neighbours: How many nearest points make the density instead, at most ``count``.
+        neighbours: Number of nearest points that determine the density, at most ``count``.
 
     Returns:
         (count,) indices of the centres, best first, and (P,) cluster of every point.

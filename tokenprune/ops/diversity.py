@@ -1,4 +1,4 @@
-"""Selections of dissimilar tokens."""
+"""Selections of tokens that differ from each other."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = [
 
 
 def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
-    """A subset that covers all rows well, chosen greedily (facility location).
+    """A subset that covers all rows well, selected greedily (facility location).
 
-    Again and again the row ``j`` with the largest ``worth_j * sum_i max(0, alike_ij - c_i)``, where
-    ``c_i``, at first 0, is the largest ``alike`` of row ``i`` to a chosen one.  Ties go to the
-    earlier row (SCOPE, arXiv 2510.24214).
+    Each step selects the row ``j`` with the largest ``worth_j * sum_i max(0, alike_ij - c_i)``,
+    where ``c_i`` is the largest ``alike`` of row ``i`` to a selected one, 0 at first.  Ties go to
+    the earlier row (SCOPE, arXiv 2510.24214).
 
     Args:
         alike: (P, P) similarities.
         worth: (P,) not negative.
-        count: How many of the P rows, at most P.
+        count: Number of rows, at most P.
 
     Returns:
         (count,) sorted indices.
@@ -38,7 +38,7 @@ def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
     free = torch.zeros_like(covered)
     for step in range(count):
         gain = (alike - covered[:, None]).clamp(min=0).sum(0) * worth + free
-        # As a vector of one: a number as an index would make the host wait for it.
+        # A vector of one: a number as an index would take a synchronisation.
         index = gain.argmax(0, keepdim=True)
         chosen[step : step + 1] = index
         covered = torch.maximum(covered, alike.index_select(1, index).squeeze(1))
@@ -47,18 +47,18 @@ def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
 
 
 def max_min_diversity(features: Tensor, count: int) -> Tensor:
-    """A subset whose smallest pairwise cosine distance is large, chosen greedily.
+    """A subset whose smallest pairwise cosine distance is large, selected greedily.
 
-    First the row whose nearest other row is farthest, then again and again the row that is farthest
-    from all chosen ones.  Ties go to the earlier row (DivPrune, arXiv 2503.02175, algorithm 1): of
-    equal rows, and of two that are nearest to each other.
+    The first step selects the row whose nearest other row is farthest, each further step the row
+    that is farthest from all selected ones.  Ties go to the earlier row (DivPrune, arXiv
+    2503.02175, algorithm 1).
 
     Args:
         features: (P, D); compared in float32.
-        count: How many of the P rows, at most P.
+        count: Number of rows, at most P.
 
     Returns:
-        (count,) indices in the order of the choice.
+        (count,) indices in the order of selection.
     """
     chosen = torch.empty(count, dtype=torch.long, device=features.device)
     if count < 1:
@@ -68,7 +68,7 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
     closest = torch.minimum(others.amin(0), others.amin(1))  # rounding is not symmetric
     del others
     for step in range(count):
-        # As a vector of one: a number as an index would make the host wait for it.
+        # A vector of one: a number as an index would take a synchronisation.
         index = closest.argmax(0, keepdim=True)
         chosen[step : step + 1] = index
         row = distance.index_select(0, index).squeeze(0)
@@ -84,22 +84,22 @@ def cosine_distances(features: Tensor) -> Tensor:
 
 
 def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
-    """The most probable subset of a determinantal point process, chosen greedily.
+    """The most probable subset of a determinantal point process, selected greedily.
 
-    Again and again the row that multiplies ``det(kernel[S, S])`` by most.  That factor, the row's
-    gain, is at first ``kernel_jj`` and is kept up to date by one more row of a Cholesky
-    decomposition for every choice, in O(P * count) (Chen et al., arXiv 1709.05135, algorithm 1, as
-    in the official code of CDPruner).  Ties go to the row whose entries sum to least.
+    Each step selects the row that increases ``det(kernel[S, S])`` by the largest factor.  This
+    gain is ``kernel_jj`` at first; every selection adds a row to a Cholesky decomposition that
+    updates it, O(P * count) each (Chen et al., arXiv 1709.05135, algorithm 1, as in the official
+    code of CDPruner).  Ties go to the row with the smallest sum of entries.
 
-    Gains below 1e-5 of ``kernel_jj`` are rounding: the subset spans such a row already.  They
-    count as nothing, and where only such rows are left the largest ``kernel_jj`` go first.
+    A gain below 1e-5 of ``kernel_jj`` is rounding, because the subset already spans the row.  It
+    counts as 0, and where only such rows are left, those with the largest ``kernel_jj`` go first.
 
     Args:
         kernel: (P, P) symmetric, positive semidefinite; computed in float32.
-        count: How many of the P rows, at most P; may exceed the rank.
+        count: Number of rows, at most P; may exceed the rank.
 
     Returns:
-        (count,) indices in the order chosen.
+        (count,) indices in the order of selection.
     """
     order = kernel.float().sum(1).argsort(stable=True)
     kernel = kernel.float()[order][:, order]
@@ -113,7 +113,7 @@ def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
     taken = torch.zeros_like(gain)
     for step in range(count):
         spent = gain <= 1e-5 * worth
-        # One entry, not a number: nothing waits for the device.
+        # One entry, not a number, which would take a synchronisation.
         index = (torch.where(spent, last, gain) + taken).argmax(0, keepdim=True)
         chosen[step : step + 1] = index
         row = kernel.index_select(0, index)[0]
@@ -126,13 +126,15 @@ def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
 
 
 def segments(gain: Tensor) -> list[tuple[int, int]]:
-    """The cut of a sequence of F into runs whose gains sum to the most (dynamic programming).
+    """Cut a sequence of F entries into runs with the largest sum of gains (dynamic programming).
 
     Args:
-        gain: (F, F), of the run from ``s`` to ``e`` inclusive at ``[s, e]``; 0 of a single entry.
+        gain: (F, F) the gain of the run from ``s`` to ``e`` inclusive at ``[s, e]``; 0 for a single
+            entry.
 
     Returns:
-        First and last entry of every run, in order.  Of equally good ones the shortest last run.
+        First and last entry of every run, in order.  Of equal sums, the one with the shortest last
+        run.
     """
     table = gain.tolist()
     best, start = [0.0], []

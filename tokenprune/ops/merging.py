@@ -32,7 +32,8 @@ def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:
 def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """(groups, ...) sum of the values (P, ...) of every group (P,), added up in their order.
 
-    The same in every run: on a GPU `index_add_` adds up as it comes, and `index_put_` sorts first.
+    The result is the same in every run.  On a GPU the order of `index_add_` varies; `index_put_`
+    sorts first.
     """
     sums = values.new_zeros(groups, *values.shape[1:])
     if values.device.type == "cpu":
@@ -41,18 +42,20 @@ def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
 
 
 def tally(group: Tensor, groups: int) -> Tensor:
-    """(groups,) how many entries of ``group`` (P,) name each.  `bincount`, but waits for nobody."""
+    """(groups,) number of entries of ``group`` (P,) in each: `bincount` without synchronisation."""
     return group.new_zeros(groups).index_add_(0, group, torch.ones_like(group))
 
 
 class Matching(NamedTuple):
-    """Which of ``n`` entries merge, for each of ``V`` sequences, and where everything goes.
+    """The entries that merge in each of V sequences of n, and the index of each in the output.
 
     Attributes:
-        unmerged: (V, a - r) entries of even index that stay alone, halved, in output order.
-        source: (V, r) entries of even index that merge away, halved, the most alike first.
-        target: (V, r) the entry of odd index that receives each, halved.
-        group: (V, n) place of every entry in the output of n - r.
+        unmerged: (V, a - r) half the index of the entries of even index that do not merge, in
+            output order.
+        source: (V, r) half the index of the entries of even index that merge, the most alike first.
+        target: (V, r) for each of them, (index - 1) / 2 of the entry of odd index that it merges
+            into.
+        group: (V, n) index of every entry in the output of n - r.
     """
 
     unmerged: Tensor
@@ -62,18 +65,18 @@ class Matching(NamedTuple):
 
     @property
     def left(self) -> int:
-        """Entries of the output."""
+        """Number of entries of the output."""
         return self.group.shape[1] - self.source.shape[1]
 
 
 def bipartite_matching(
     vectors: Tensor, count: int, *, class_token: bool = False, distill_token: bool = False
 ) -> Matching:
-    """Pair the entries of even index with their likes of odd index, and merge the best pairs.
+    """Match the entries of even index with those of odd index, and merge the best pairs.
 
-    Every entry of even index finds the one of odd index with the largest cosine; the ``count``
-    with the largest cosines merge into what they found, several into one if it so happens.  A class
-    token (entry 0) never merges, a distillation token (entry 1) never receives.
+    Every entry of even index is matched with the entry of odd index that has the largest cosine.
+    The ``count`` pairs with the largest cosines merge; several may merge into one entry.  A class
+    token (entry 0) never merges, and nothing merges into a distillation token (entry 1).
 
     The output has the unmerged entries of even index, the most alike first (in their own order
     where there is a class token), then all of odd index; the first of both lead where there is a
@@ -81,9 +84,9 @@ def bipartite_matching(
 
     Args:
         vectors: (V, n, d); compared in float32.
-        count: How many merge; at most half of the entries that are not protected do.
-        class_token: Whether entry 0 is one.
-        distill_token: Whether entry 1 is one.
+        count: Number of pairs to merge; at most half of the other entries.
+        class_token: Whether entry 0 is a class token.
+        distill_token: Whether entry 1 is a distillation token.
     """
     views, entries, _ = vectors.shape
     count = max(0, min(count, (entries - class_token - distill_token) // 2))
@@ -125,14 +128,14 @@ def merge_weighted(
 
     Args:
         vectors: (V, n, C); averaged in float32.
-        size: (V, n) how much each entry counts.
-        group: (V, n) where it goes, in [0, count); -1 drops it.
-        count: How many groups; none of them empty.
+        size: (V, n) weight of each entry.
+        group: (V, n) group of each entry, in [0, count); -1 drops it.
+        count: Number of groups, none of them empty.
 
     Returns:
         (V, count, C) in the dtype of ``vectors``, and (V, count) sizes.
     """
-    slot = torch.where(group < 0, count, group)  # what is dropped meets in one more slot
+    slot = torch.where(group < 0, count, group)  # dropped entries share one more group
     total = size.new_zeros(len(size), count + 1).scatter_add(1, slot, size)
     weighted = vectors.float() * size[..., None]
     sums = weighted.new_zeros(len(size), count + 1, vectors.shape[-1])
@@ -142,7 +145,7 @@ def merge_weighted(
 
 
 def spread(vectors: Tensor, group: Tensor) -> Tensor:
-    """(V, n, ...) every entry's group's row of ``vectors`` (V, m, ...), zeros where it is -1."""
+    """(V, n, ...) for every entry, the row of its group in ``vectors`` (V, m, ...); 0 for -1."""
     index = group.to(vectors.device).reshape(*group.shape, *[1] * (vectors.ndim - 2))
     rows = vectors.gather(1, index.clamp(min=0).expand(*group.shape, *vectors.shape[2:]))
     return rows.masked_fill(index < 0, 0)

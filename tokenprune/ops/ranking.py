@@ -1,4 +1,4 @@
-"""Shared maths of the strategies: small, vectorised, without a view of any model."""
+"""Rankings and scores of tokens."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = [
 
 
 ROUNDING = 2.0**-19
-"""Cosine distances up to this are 0: of equal vectors no more is left in float32.
+"""Cosine distances up to this are set to 0, as equal vectors differ by rounding in float32.
 
-What is equal must tie, and ties go by place; left as they are, roundings would rank.
+Equal vectors must tie, because ties are broken by index.
 """
 
 
 def rank_in_group(group: Tensor) -> Tensor:
-    """(P,) how many earlier entries have the same group."""
+    """(P,) number of earlier entries of the same group."""
     order = group.argsort(stable=True)
     grouped = group[order]
     index = torch.arange(len(group), device=group.device)
@@ -44,8 +44,8 @@ def rank_in_group(group: Tensor) -> Tensor:
 def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
     """The ``counts[v]`` highest-scored patch tokens of every view ``v``.
 
-    Ranks in float32 and breaks ties by position, so that the result does not depend on the
-    backend; bfloat16 scores tie often.
+    Scores are compared in float32 and ties are broken by index, so that the result does not depend
+    on the backend; bfloat16 scores tie often.
 
     Args:
         layout: Geometry of the N entries.
@@ -53,8 +53,8 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
         counts: (V,) int64.
 
     Returns:
-        (M,) sorted indices into the N entries; on the CPU where the counts are on another device,
-        which has to be waited for to learn how many they are.
+        (M,) sorted indices into the N entries, on the device of the scores.  Where the counts are
+        on a device, the indices are on the CPU, after one synchronisation.
     """
     ranked, kept = _ranked_per_view(layout, scores, counts)
     if counts.device.type != "cpu":
@@ -64,12 +64,12 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
-    """(N,) bool which entries `top_per_view` lists, on the device of the scores, without a wait."""
+    """(N,) bool, the entries that `top_per_view` lists, without synchronisation."""
     return _as_mask(*_ranked_per_view(layout, scores, counts), len(layout))
 
 
 def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,) indices of the patch tokens, best first, and which are among the best of their view."""
+    """(P,) indices of the patch tokens, best first, and (P,) which are the best of their view."""
     layout = layout.to(scores.device)
     order = scores[layout.patches].float().argsort(descending=True, stable=True)
     ranked = layout.patches[order]
@@ -91,7 +91,7 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def lengths(vectors: Tensor) -> Tensor:
-    """(P,) Euclidean norms of ``vectors`` (P, D), summed up in float32 without a copy of them."""
+    """(P,) Euclidean norms of ``vectors`` (P, D), computed in float32 without a copy."""
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
     return norms
 

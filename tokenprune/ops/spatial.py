@@ -1,4 +1,4 @@
-"""Operations on the places of patches in views and on the canvas."""
+"""Operations on the locations of patches in views and on the canvas."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = [
 
 
 def patches_by_view(layout: TokenLayout) -> list[Tensor]:
-    """Of every view the indices of its patch tokens, row by row; empty where none is left."""
+    """For every view, the indices of its patch tokens, row by row; empty where none is left."""
     patches = layout.patches
     ordered = patches[layout.view[patches].argsort(stable=True)]
     return list(ordered.split(list(layout.view_sizes)))
 
 
 def patch_table(layout: TokenLayout) -> Tensor:
-    """(V, P) index of the patch token at each place of every view, -1 where none is left."""
+    """(V, P) index of the patch token at each location of every view, -1 where none is left."""
     rows, cols = layout.view_shape
     table = layout.kind.new_full((layout.views, rows * cols), -1)
     patches = layout.patches
@@ -41,7 +41,7 @@ def patch_table(layout: TokenLayout) -> Tensor:
 
 
 def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
-    """Of every plane that is not empty the indices of its patch tokens, in sequence order.
+    """For every plane that is not empty, the indices of its patch tokens, in sequence order.
 
     The thumbnail is a plane, the crops together are one (their canvas), and so is every frame.
     """
@@ -56,7 +56,7 @@ def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
 def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
     """``counts[v]`` evenly spaced patch tokens of every view, in the middle of equal intervals.
 
-    Of ``n`` tokens of which ``T`` are kept, those at ``floor((i + 0.5) * n / T)``, ``i < T``.
+    If ``T`` of ``n`` tokens are kept, these are at ``floor((i + 0.5) * n / T)``, ``i < T``.
 
     Returns:
         (M,) sorted indices into the N entries, on the CPU.
@@ -74,8 +74,8 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
 def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
     """``counts[v]`` patch tokens of every view, spread evenly over its rows *and* columns.
 
-    A view's tokens are taken in the order of a dispersed-dot dither (Bayer 1973): every further
-    token lies far from all earlier ones.  The rank of ``(row, col)`` is the reversed interleaving
+    A view's tokens are taken in the order of a dispersed-dot dither (Bayer 1973): every token is
+    far from all earlier ones.  The rank of ``(row, col)`` is the reversed interleaving
     of the bits of ``row xor col`` and ``row``.
 
     Returns:
@@ -107,8 +107,7 @@ def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
 def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
     """The thumbnail's scores as a map.
 
-    Where an earlier stage took patches out, the nearest one that is left stands in, the earlier of
-    equally near ones.
+    Where an earlier stage dropped a patch, the nearest kept one stands in; ties go to the earlier.
 
     Args:
         layout: Geometry of the N entries.
@@ -132,7 +131,7 @@ def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
 
 
 def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Which crop covers each token of a thumbnail, crops in row-major order.
+    """The crop that covers each token of a thumbnail, crops in row-major order.
 
     Cells are ``side // n`` wide; the last row and column of cells take what is left over
     (official GlobalCom² code, ``generate_scale_for_crop_features``).
@@ -152,7 +151,7 @@ def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
 
 
 def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
-    """The thumbnail's scores where each crop token lies (bilinear, ``align_corners=False``).
+    """The thumbnail's scores at the location of each crop token, bilinearly interpolated.
 
     The thumbnail is the whole image stretched to one view, so it maps onto the unpadded canvas.
 
@@ -171,11 +170,11 @@ def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
 
 
 def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
-    """How far each token of a video is from the summary of all frames at its place.
+    """Distance of each token of a video from the summary of all frames at its location.
 
-    The temporal summary is the mean of the unit-length features of all frames at one place; the
-    distance is one minus the cosine to it.  What stands still is near the summary, what appears or
-    moves is far from it.  Two frames are equally far from their summary, everywhere.
+    The temporal summary is the mean of the unit-length features of all frames at one location; the
+    distance is one minus the cosine to it.  Static content is near the summary, and content that
+    appears or moves is far from it.  Two frames are equally far from their summary.
 
     Args:
         layout: Geometry of the N entries.

@@ -1,4 +1,4 @@
-"""The attention of a Llama decoder layer with given weights, for vectors of official code."""
+"""The attention of a Llama decoder layer with given weights, for golden vectors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ __all__ = [
 def llama_attention(
     query: Tensor, key: Tensor, norm: Tensor, heads: int, *, base: float, eps: float, length: int
 ) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
-    """What `tokenprune.attention.decoder_row` takes of a layer.
+    """The arguments of `tokenprune.attention.decoder_row` that belong to a layer.
 
     Args:
         query, key: (D, D) weights of the projections, which have no bias.
         norm: (D,) weights of the norm in front of the layer.
-        heads: Of queries and of keys.
-        base, eps: Of the rotary embedding and of the norm.
-        length: Positions that the rotary embedding is wanted for.
+        heads: Number of query heads and of key heads.
+        base: Of the rotary embedding.
+        eps: Of the norm.
+        length: Number of position ids that the rotary embedding covers.
 
     Returns:
         The attention module, the norm, and cos and sin (1, length, D / heads).

@@ -1,8 +1,7 @@
-"""The vision tower run by hand, one view at a time: the reference that `tokenprune.testing` uses.
+"""A slow reference of a vision encoder under a method that acts inside it, one view at a time.
 
-Embeddings, attention matrices and merging are written out from the weights; nothing here is hooked
-and nothing is batched.  Only what a method decides (`EncoderCompressor.grid` and ``reduce``) is its
-own.
+Embeddings, attention matrices and merging are computed from the weights, without hooks or batches.
+Only the decisions of the method (`EncoderCompressor.grid` and ``reduce``) are its own code.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class HandRun(NamedTuple):
 
     Attributes:
         states: The input of layer 0 and what every layer returns, (n, D) each.
-        sizes: How many patches each of their entries stands for.
-        groups: Of each of them the place of every entry of a full view, -1 where dropped.
+        sizes: For each of them, the number of patches that every entry stands for.
+        groups: For each of them, the index of every entry of a full view, -1 where dropped.
     """
 
     states: list[Tensor]
@@ -47,7 +46,7 @@ def tower_by_hand(adapter: Any, part: EncoderCompressor, view: Tensor, target: i
         adapter: The model.
         part: The method.
         view: Pixels as the processor makes them.
-        target: Vectors that should be left behind the prefix.
+        target: Number of vectors behind the prefix that should be left.
     """
     prefix, shape = int(adapter.facts.vision.has_cls), adapter.view_shape
     grid = part.grid(shape, target)
@@ -96,7 +95,7 @@ def tower_by_hand(adapter: Any, part: EncoderCompressor, view: Tensor, target: i
 
 
 def _embedded(adapter: Any, view: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(n, D) what enters the first layer."""
+    """(n, D) the input of the first layer."""
     tower = getattr(adapter.vision_tower, "vision_model", adapter.vision_tower)
     embed, prefix, shape = tower.embeddings, int(adapter.facts.vision.has_cls), adapter.view_shape
     weight = embed.patch_embedding.weight
@@ -135,20 +134,20 @@ def _heads(layer: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bias(part: EncoderCompressor, sizes: list[float]) -> Tensor:
-    """(n,) what is added to the logits of every key."""
+    """(n,) what the method adds to the logits of every key."""
     found = part.bias(torch.tensor(sizes)[None])
     return torch.zeros(len(sizes)) if found is None else found[0]
 
 
 def features_by_hand(adapter: Any, runs: list[HandRun]) -> Tensor:
-    """(V, patches, D) the used hidden states of views, spread over the patches of a full view."""
+    """(V, patches, D) the hidden states that the projector receives, for every patch of a view."""
     feature, prefix = adapter.base.config.vision_feature_layer, int(adapter.facts.vision.has_cls)
     views = [_over_patches(run.states[feature], run.groups[feature]) for run in runs]
     return torch.stack(views)[:, prefix:]
 
 
 def _over_patches(values: Tensor, group: list[int]) -> Tensor:
-    """The row of every entry of a full view, zeros where it was dropped."""
+    """The row of every entry of a full view, zeros where it is dropped."""
     nothing = torch.zeros_like(values[0])
     return torch.stack([nothing if place < 0 else values[place] for place in group])
 
@@ -156,7 +155,7 @@ def _over_patches(values: Tensor, group: list[int]) -> Tensor:
 def signal_by_hand(
     adapter: Any, part: EncoderCompressor, signal: Signal, runs: list[HandRun]
 ) -> Tensor:
-    """(V, patches) or (V, patches, C) a signal of the tower, from whole attention matrices."""
+    """(V, patches) or (V, patches, C) a signal of the encoder, from whole attention matrices."""
     signal = signal.resolve(adapter.facts.vision.has_cls)
     if signal.name == "unprojected":
         return features_by_hand(adapter, runs)
@@ -179,7 +178,7 @@ def signal_by_hand(
 
 
 def clusters_by_hand(adapter: Any, layout: TokenLayout, runs: list[HandRun]) -> Tensor:
-    """(N,) which entries share a vector; -1 at separators."""
+    """(N,) the cluster of each entry; -1 at separators."""
     (height, width), prefix = adapter.view_shape, int(adapter.facts.vision.has_cls)
     rows, cols = layout.view_shape
     found = []
