@@ -29,7 +29,7 @@ from tokenprune.synthetic import sample_tokens
 __all__ = [
     "Bench",
     "Curve",
-    "Run",
+    "Measurement",
 ]
 
 
@@ -61,7 +61,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Run:
+class Measurement:
     """Time and memory of one method.
 
     Attributes:
@@ -173,7 +173,9 @@ class Bench:
         return Curve.through(lengths, seconds)
 
     @torch.no_grad()
-    def run(self, method: Compressor | None, layouts: Sequence[TokenLayout] | None = None) -> Run:
+    def run(
+        self, method: Compressor | None, layouts: Sequence[TokenLayout] | None = None
+    ) -> Measurement:
         """Prefill, selection and decoding of the prompt, or of another with ``layouts``."""
         needs = method.needs if method is not None else frozenset()
         inputs = self._inputs(needs, layouts or self.prompt.layouts)
@@ -197,7 +199,7 @@ class Bench:
             ledger = trace.ledgers[0]
             decode = self._decode(inputs())
         rest = [total - part for total, part in zip(whole.runs, chose, strict=True)]
-        return Run(median_of(rest), median_of(chose), decode, peak, ledger)
+        return Measurement(median_of(rest), median_of(chose), decode, peak, ledger)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         return self.adapter.model(**inputs, use_cache=True, logits_to_keep=1)
@@ -263,7 +265,7 @@ class Bench:
         """Seconds of all decoder layers, from the fit."""
         return sum(map(self.layer, ledger.tokens_per_layer))
 
-    def selector_curve(self, method: Compressor, at: Run | None = None) -> Curve:
+    def selector_curve(self, method: Compressor, at: Measurement | None = None) -> Curve:
         """Seconds of the selection over the number of visual tokens, with the encoder's signals."""
         whole = at or self.run(method)
         counts, seconds = [self.prompt.visual], [whole.selector.median]

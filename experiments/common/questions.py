@@ -144,7 +144,7 @@ def held_out(count: int, seed: int, modality: Modality = "image") -> list[Questi
 
     pictures: dict[str, Picture] = {}
 
-    def shown(item: scenes.Question) -> tuple[Picture, ...]:
+    def shown(item: scenes.SceneQuestion) -> tuple[Picture, ...]:
         names = [item.image_id]
         if modality != "image":
             names = [f"{item.image_id}-{index}" for index in range(len(item.images))]
