@@ -120,7 +120,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(folder: Path) -> None:
         (line(image="cut.png"), ["line 2", "cannot decode", "cut.png"]),
         (line(image="pictures"), ["line 2", "cannot decode", "pictures"]),
         (line(kind="overall"), ["line 2", "'overall' stands for all questions"]),
-        (line(id="first"), ["line 2", "'first' was given on line 1 already"]),
+        (line(id="first"), ["line 2", "'first' is already used on line 1"]),
         (line(question="a\ud800b"), ["line 2", "'question' has half a character", "a\\ud800b"]),
         (line(answer="\udfff"), ["line 2", "'answer' has half a character"]),
         (line(kind="\ud800"), ["line 2", "'kind' has half a character"]),

@@ -35,7 +35,7 @@ class Wrong(Exception):
 
 
 class Hang(BaseException):
-    """A case took longer than `LONGEST`; no `Exception`, so that a run cannot record it as failed."""
+    """A case took longer than `LONGEST`; no `Exception`, so that a run cannot record it."""
 
 
 @dataclass(frozen=True)

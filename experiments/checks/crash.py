@@ -8,8 +8,8 @@ The script runs a comparison on a few questions in separate processes.  They
 * find the disk full from each event on, or find that one event fails;
 * share one run folder with a second process.
 
-After each, the journal must hold every recorded answer exactly once.  A run that was not killed must
-be complete or end with a one-sentence error.  The same command must then give the tables of an
+After each, the journal must hold every recorded answer exactly once.  A run that was not killed
+must be complete or end with a one-sentence error.  The same command must then give the tables of an
 undisturbed run and leave no temporary file.  Prints counts; the exit status is 1 if a check fails.
 """
 

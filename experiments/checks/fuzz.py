@@ -58,7 +58,7 @@ def fuzz(
             area = AREAS[name](Path(folder))
             for number in range(count) if only is None else [only]:
                 case = area.draw(random.Random(f"{seed} {name} {number}"))
-                # If even the alarm does not get through, print the stack to standard error and exit.
+                # If the alarm of `judge` has no effect, print the stack and exit.
                 faulthandler.dump_traceback_later(10 * LONGEST, exit=True, file=2)
                 started = time.monotonic()
                 verdict = judge(case)

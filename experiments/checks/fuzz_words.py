@@ -358,9 +358,7 @@ class Options(Area):
             if field not in _ZERO and (name, field) not in _ZERO:
                 wrong += ["0"] if kind is int or option == "--retention" else []
         if option == "--retention":
-            wrong = [
-                one for one in wrong if one or "-r" not in self.base[name]
-            ]  # empty values are ignored
+            wrong = [one for one in wrong if one or "-r" not in self.base[name]]  # empty adds none
             wrong += ["0", "1.0000001", "50%", "1/2", "0.5,nan", "0.5,,2"]
         base = self.base[name]
         if name == "convert" and kind is float:  # the target takes the place of a retention

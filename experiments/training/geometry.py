@@ -80,8 +80,8 @@ def to_views(batch: list[Scene], geo: Geometry, device: torch.device) -> Tensor:
     return (views.float() / 255 - 0.5) / 0.25
 
 
-# Classes of a patch: no shape or a shape (the smaller shapes of the thumbnail are other classes), the
-# colour of the shape or of the background, no digit or a digit, the row, and the column.
+# Classes of a patch: no shape or a shape (with other classes for the smaller shapes of thumbnails),
+# the colour of the shape or of the background, no digit or a digit, the row, and the column.
 SKILLS = {
     "shape": 1 + 2 * len(scenes.SHAPES),
     "colour": len(scenes.COLOURS) + len(scenes.TINTS),
