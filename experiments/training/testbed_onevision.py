@@ -377,8 +377,8 @@ def draw(modality: Modality, count: int, rng: np.random.Generator, device: torch
         asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
         facts = [[quiz.look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
         geo = geometry(size)
-        quiz = to_quiz(asked, index, facts, tokenizer).to(device)
-        return Batch(modality, to_views(batch, geo, device), geo, quiz)
+        questions = to_quiz(asked, index, facts, tokenizer).to(device)
+        return Batch(modality, to_views(batch, geo, device), geo, questions)
     if modality == "video":
         length = int(rng.integers(4, 9))
         clips = [scenes.render_clip(rng, frames=length) for _ in range(count)]
