@@ -63,8 +63,8 @@ _Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Your own questions, JSON lines with image (or images, or the frames of a "
-        "video), question, answer and optionally kind and id; paths are relative to the file.",
+        help="File of questions in JSON lines: image (or images, or video, a list of frames), "
+        "question, answer, and optionally kind and id. Paths are relative to the file.",
     ),
 ]
 
@@ -73,21 +73,21 @@ _Check = Annotated[
     bool,
     typer.Option(
         "--check",
-        help="Only check that every question can be asked: images, frames, places of images "
-        "in the text. Needs no weights.",
+        help="Only check that every question can be asked: its images, frames and placeholders. "
+        "Needs no weights.",
     ),
 ]
 
 
-_Seeds = Annotated[int, typer.Option(help="Run methods that draw at random with this many seeds.")]
+_Seeds = Annotated[int, typer.Option(help="Number of seeds for random methods.")]
 
 
 _Timeout = Annotated[
     float | None,
     typer.Option(
         metavar="SECONDS",
-        help="Stop a computation that takes longer, such as a method that hangs on a batch of "
-        "questions, and report it as failed. [default: no limit]",
+        help="Time limit of each step, such as a method on a batch of questions. A step that "
+        "exceeds it is stopped and reported as failed. [default: no limit]",
     ),
 ]
 
@@ -126,9 +126,10 @@ def compare(
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, beside the
-    model that sees no image or the thumbnail alone; writes every answer, a summary and plots to a
-    folder. Ctrl-C keeps all answers; the same command resumes the run.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
+    method and for the references: the model without the image and with the thumbnail alone. Writes
+    every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
+    resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
