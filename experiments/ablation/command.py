@@ -1,4 +1,4 @@
-"""``tokenprune ablation``: options swept, on the command line."""
+"""``tokenprune ablation``: sweep options of methods."""
 
 from __future__ import annotations
 

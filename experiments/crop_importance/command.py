@@ -1,4 +1,4 @@
-"""``tokenprune crop-importance``: what the thumbnail says of the crops, and what each is worth."""
+"""``tokenprune crop-importance``: the accuracy lost by dropping a crop."""
 
 from __future__ import annotations
 

@@ -138,11 +138,11 @@ def _table(costs: pd.DataFrame, title: str) -> Table:
     }
     table = new_table(
         title=title,
-        caption="Tokens: visual ones with separators that enter a decoder layer, mean over layers. "
+        caption="Tokens: layer average of visual tokens, with separators. "
         f"{flops}: prefill of the decoder, selection included. KV: cache after the prefill. "
         "Select: the selection alone, its FLOPs and its peak memory. Peak: weights, KV "
         "cache and the larger of activations and selector, without the encoder's activations. "
-        "Pays: visual tokens from which on the whole takes fewer FLOPs than the plain prefill.",
+        "Pays: number of visual tokens from which on fewer FLOPs are needed than uncompressed.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
@@ -281,7 +281,7 @@ def _terms(found: Converted) -> Table:
     table.add_row("retention", f"{found.method.retention:g}")
     table.add_row("patch tokens at the end", f"{mark}{terms['kept_patches']:.0f}")
     table.add_row("separators at the end", f"{terms['kept_separators']:.0f}")
-    table.add_row("tokens a layer, mean over layers", f"{mark}{terms['tokens']:.2f}")
+    table.add_row("tokens per layer, mean over layers", f"{mark}{terms['tokens']:.2f}")
     table.add_row("  with text", f"{mark}{terms['tokens_with_text']:.2f}")
     table.add_row("FLOPs of the prefill", f"{mark}{percent(terms['flops'], 2)}")
     table.add_row("  of which for the selection", f"{mark}{percent(terms['selector_flops'], None)}")

@@ -1,4 +1,4 @@
-"""``tokenprune report``: a page to look through a run."""
+"""``tokenprune report``, ``pairs`` and ``table``: the results of runs."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def pairs_table(found: pd.DataFrame) -> Table:
     """The pairs as a table of at most 80 columns; ``found`` is as `summary.pairs` returns it."""
     number = found["n"].max()
     made = new_table(
-        title=f"Every two methods on the same questions ({escape(found['kind'].iloc[0])})",
+        title=f"All pairs of methods on the same questions ({escape(found['kind'].iloc[0])})",
         caption=f"First minus second, in points of accuracy, on {number} questions, with its 95 % "
         "interval (whole images resampled). p: McNemar's exact test; Holm: adjusted for the "
         f"{len(found)} pairs of this table; - with several seeds.",
