@@ -41,7 +41,7 @@ _Sweeps = Annotated[
 def ablation(
     sweeps: _Sweeps = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Also sweep the options of GlobalCom², as in the paper.")
+        bool, typer.Option("--paper", help="Also sweep the options of GlobalCom², one by one.")
     ] = False,
     plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,

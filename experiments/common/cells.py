@@ -79,7 +79,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Method and the options that differ from its defaults."""
+        """The method, with the options that differ from its defaults."""
         if self.name or self.compressor is None:
             return self.name or UNCOMPRESSED
         shown = without_seed(self.compressor) if self.pooled else self.compressor
@@ -155,7 +155,7 @@ def without_seed(compressor: Compressor) -> Compressor:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell could not be finished: the error in one line, and the whole traceback."""
+    """Why a cell failed: the error in one line, and the whole traceback."""
 
     error: str
     traceback: str

@@ -48,7 +48,7 @@ MEASURES: dict[Measure, Callable[[Ledger], float]] = {
 
 
 WORDS: dict[Measure, str] = {
-    "tokens": "visual tokens a layer on average",
+    "tokens": "visual tokens per layer on average",
     "flops": "of the prefill's FLOPs",
     "equivalent": "equivalent retention in front of the language model",
 }
@@ -66,8 +66,8 @@ class Solution:
 
     Attributes:
         method: At the retention ratio that was found.
-        cost: What it costs.
-        target: The cost that was wanted.
+        cost: Its cost.
+        target: The target cost.
         token: The cost of one more token.
     """
 
@@ -108,21 +108,21 @@ def solve(
     """Find the retention ratio at which ``method`` costs ``target``.
 
     Args:
-        prompt: The cost is that of this prompt.
-        method: Its own retention does not matter.
-        target: The cost wanted.
+        prompt: The prompt that costs refer to.
+        method: Its own retention ratio has no effect.
+        target: The target cost.
         cost: A measure, or another cost that mostly rises with the retention ratio.
         what: Name of the cost, for messages; known for measures.
         slack: Largest distance of the nearest step from the target; default: the cost of two
             tokens in all layers.
 
     Raises:
-        UserError: The method cannot be brought so low, is a chain whose parts say themselves what
-            they keep, or the target is above what the uncompressed model costs.
+        UserError: The target is below the least cost of the method or above the cost of the
+            uncompressed model, or the method is a chain with retention ratios of its parts.
     """
     if isinstance(method, Chain):
         raise UserError(
-            f"{method.label} says itself what it keeps; only the retention of single methods can "
+            f"{method.label} has its own retention; only the retention of single methods can "
             "be solved for."
         )
     if not math.isfinite(target):
@@ -190,7 +190,7 @@ def _solve(
             if (at(one) <= target) != (at(other) <= target) and min(map(miss, known)) > token:
                 _close_in(at, target, one, other)
     nearest = min(known, key=lambda step: (miss(step), step))
-    for digits in range(1, _DIGITS):  # the shortest spelling of it
+    for digits in range(1, _DIGITS):  # the shortest decimal
         step = round(nearest, digits - _DIGITS)
         if step > 0 and at(step) == at(nearest):
             nearest = step
@@ -213,7 +213,7 @@ def _at(method: Compressor, step: int) -> Compressor:
 
 
 def _why(prompt: Prompt, method: Compressor) -> str:
-    """Which layers run at full length, if any do."""
+    """A clause about layers that run at full length, if any do."""
     full = min(
         (cut_layer(cut, prompt.adapter.facts.decoder.layers) for cut in method.cuts), default=0
     )

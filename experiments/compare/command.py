@@ -1,4 +1,4 @@
-"""``tokenprune compare``: methods side by side, on the command line."""
+"""``tokenprune compare``: compare methods side by side."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ __all__ = [
 _KINDS_PER_TABLE = 5
 
 
-_FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
+_FAR = 0.02  # relative difference of a mean cost from the matched one that is not reported
 
 
 _Methods = Annotated[
     list[str] | None,
     options.methods(
-        "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
-        "of yours: my_module:Mine, whose module is executed. One before and one inside the "
-        "language model: 'globalcom2@0.5 + fastv@0.5'.",
+        "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; your own "
+        "class: my_module:Mine, whose module is executed; a chain of methods: "
+        "'globalcom2@0.5 + fastv@0.5'.",
         default="uniform random fastv globalcom2",
     ),
 ]
@@ -161,7 +161,7 @@ def compare(
 
 
 def _check(request: CompareRequest) -> int:
-    """Say what could be asked; the exit status."""
+    """Print what can be asked, and return the exit status."""
     from tokenprune.experiments.common.setting import check
 
     quiet()
@@ -209,7 +209,7 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
 
 
 def _show_match(folder: Path, console: Console) -> None:
-    """How well costs were matched."""
+    """How closely costs are matched."""
     from tokenprune.experiments.common.answers import read_answers
     from tokenprune.experiments.compare.matching import realised
 
@@ -234,7 +234,7 @@ def _spreads(summary: pd.DataFrame) -> Iterator[str]:
 def _closing_words(outcome: Outcome, seconds: float) -> str:
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     if not (outcome.new or outcome.failures or outcome.missing):
-        first = "Every answer was there already; nothing was computed again."
+        first = "All answers already exist; nothing was computed."
     else:
         first = f"{outcome.new} answers in {took}."
     words = f"{first}\n{options.written(outcome)}"
@@ -242,7 +242,7 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
         words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
     if outcome.missing:
         words += "\nWhy answers are missing is in manifest.json, tracebacks in answers.jsonl; the "
-        words += "same command asks for them again."
+        words += "same command tries them again."
     return words
 
 
@@ -260,8 +260,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
         title="All questions",
         caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ better or worse than uniform "
         "at the same retention (exact McNemar test on the same questions, p < 0.05). Same: answers "
-        "in % that equal the uncompressed model's. Tokens: visual ones with separators, mean over "
-        "decoder layers. FLOPs: prefill of the decoder, selection included." + _matching(rows),
+        "in % that equal those of the uncompressed model. Tokens: layer average of visual tokens, "
+        "with separators. FLOPs: prefill of the decoder, selection included." + _matching(rows),
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
@@ -293,13 +293,13 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
 
 def _loyalty_table(rows: pd.DataFrame) -> Table:
-    """How near every method stays to the uncompressed model, and where it loses; overall rows."""
+    """Divergence from the uncompressed model, and accuracy on easy and hard questions."""
     counts = rows[["easy_n", "hard_n"]].max().fillna(0).astype(int)
     table = new_table(
         title="Loyalty and difficulty",
         caption="KL: divergence of the answer token from the uncompressed model's, in nats, and "
         f"its 95 % interval. Easy: accuracy in % on the {counts['easy_n']} questions answered "
-        "rightly without the image or from the thumbnail alone; hard: on the other "
+        "correctly without the image or from the thumbnail alone; hard: on the other "
         f"{counts['hard_n']}.",
     )
     table.add_column("keep", justify="right")
@@ -316,7 +316,7 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
         if row["status"] == "ok":
             decimals = 3 if row["kl_high"] < 10 else 1
             figures = [_accuracy(row, decimals=0), _between(row, "kl", decimals, scale=1)]
-            # The references' own answers are what sorts the questions.
+            # The answers of the references define which questions are easy.
             parts = () if math.isnan(row["retention"]) else ("easy", "hard")
             figures += [_between(row, f"{part}_accuracy", 0) for part in parts]
         if keep != last:
@@ -359,21 +359,21 @@ def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
 def _matching(rows: pd.DataFrame) -> str:
     kinds = rows["match"].dropna().unique() if "match" in rows else []
     return "".join(
-        f" Matched: every method keeps what gives it the {kind} of uniform at that retention; "
-        "how much that is stands behind its name."
+        f" Matched: every method has the {kind} of uniform at that retention; the number after "
+        "its name is its own retention."
         for kind in kinds
     )
 
 
 def matched_table(found: pd.DataFrame) -> Table:
-    """How far costs were matched; ``found`` is as `matching.realised` returns it."""
+    """How closely costs are matched; ``found`` is as `matching.realised` returns it."""
     kind, measured = found["match"].iloc[0], found["ratio"].notna().any()
     table = new_table(
         title=f"Matched: {kind}",
         caption="Wanted, got: on the prompt of median length, for which retentions were solved."
         + (
-            " Of uniform's: what the method really cost on the questions asked, over what uniform "
-            "did; mean, least and most."
+            " Of uniform's: the real cost of the method on the questions, divided by that of "
+            "uniform; mean, least and most."
             if measured
             else ""
         ),
@@ -420,13 +420,13 @@ def _cost(cost: float, kind: str) -> str:
 
 
 def _as_asked(rows: pd.DataFrame) -> pd.DataFrame:
-    """By the retention asked for (``keep``), most first; ``name`` tells one that was solved for."""
+    """By requested retention (``keep``), most first; ``name`` adds a solved retention."""
     rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
     return rows.sort_values("keep", ascending=False, kind="stable")
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    """Labels; with the retention where it is not the one asked for but was solved for."""
+    """Labels, each with its retention ratio if that was solved for."""
     if "asked_retention" not in rows:
         return list(rows["label"])
     return [
@@ -441,7 +441,7 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
     """Accuracy in percent and its interval."""
     if row["status"] != "ok":
         return "FAILED"
-    if math.isnan(row["accuracy"]):  # all of its answers are missing
+    if math.isnan(row["accuracy"]):  # all its answers are missing
         return "-"
     value, low, high = (
         f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
@@ -450,11 +450,11 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
 
 
 def _verdict(row: pd.Series) -> str:
-    """An arrow where the method and `uniform` at the same retention are not equally right."""
+    """An arrow if the method is significantly better or worse than `uniform`."""
     import pandas as pd
 
     sure = row["vs_uniform_p"] < 0.05
-    if pd.isna(row["vs_uniform_p"]):  # with several seeds; then the interval tells
+    if pd.isna(row["vs_uniform_p"]):  # with several seeds there is no p-value; the interval decides
         sure = row["vs_uniform_low"] * row["vs_uniform_high"] > 0
     if not sure:
         return ""

@@ -48,23 +48,23 @@ def run(
     that acts inside the vision encoder; ``plan`` says what else is computed together.
 
     A job that fails is run again cell by cell, and then question by question, so a question that a
-    cell cannot answer is entered as missing and costs no other answer.  A cell that answers nothing
-    (`Failing`) is entered as failed and not run again until the next run.  Answers of a cell that
-    changed shared encodings do not count, and these are encoded again.
+    cell cannot answer is entered as missing and affects no other answer.  A cell that answers
+    nothing (`Failing`) is entered as failed and not run again until the next run.  Answers of a
+    cell that changed shared encodings do not count, and the encodings are computed again.
 
     Args:
-        runner: Answers.
-        cells: What to compare.
-        questions: What to ask.
-        journal: Where answers go; it must be open.
-        batch_size: Questions answered at once.
-        plan: What is computed together.
+        runner: Answers the questions.
+        cells: The cells to compare.
+        questions: The questions.
+        journal: The journal, which must be open.
+        batch_size: Questions per batch.
+        plan: Makes the jobs, which compute several cells together.
         timeout: Seconds that encoding or answering one batch may take (`time_limit`).
         progress: Called before every step.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
-        todo.setdefault(cell.key, cell)  # at R = 1 all are the uncompressed model
+        todo.setdefault(cell.key, cell)  # at R = 1 all methods are the uncompressed model
     questions = _without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
     batches = _batches(questions, batch_size)
@@ -211,11 +211,15 @@ class _Desk:
         found = tried(answer, self.timeout)
         changed = self._mend(self.batch)
         if isinstance(found, Failure) or changed:
-            why = found.error if isinstance(found, Failure) else "it changed what others are shown"
+            why = (
+                found.error
+                if isinstance(found, Failure)
+                else "it changed the input of other methods"
+            )
             if len(cells) > 1 and ("", why) not in self.warned:
                 self.warned.add(("", why))
                 warnings.warn(
-                    f"what cells have in common cannot be computed once ({why}); trying them one "
+                    f"the shared work of cells cannot be computed once ({why}); running them one "
                     "by one, which takes longer.",
                     RuntimeWarning,
                     stacklevel=2,
@@ -249,8 +253,8 @@ class _Desk:
             if changed and not isinstance(found, Failure):
                 found = Failure.of(
                     ContractError(
-                        f"{cell} wrote to what other methods are shown as well, in a way that "
-                        "PyTorch does not see (numpy, .data); work on a copy."
+                        f"{cell} wrote to the input of other methods, in a way that PyTorch does "
+                        "not detect (numpy, .data); work on a copy."
                     )
                 )
             if not isinstance(found, Failure):

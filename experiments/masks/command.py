@@ -1,4 +1,4 @@
-"""``tokenprune masks``: what each method keeps of a picture, on the command line."""
+"""``tokenprune masks``: draw what each method keeps of an image."""
 
 from __future__ import annotations
 
@@ -171,6 +171,6 @@ def table(outcome: Outcome) -> Table:
 
 
 def _shares(shares: Sequence[float]) -> str:
-    # A crop that is padding all over has no tokens.
+    # A crop of padding alone has no tokens.
     shown = ["-" if math.isnan(share) else f"{100 * share:.0f}" for share in shares[:10]]
     return f"{' '.join(shown)}{' …' if len(shares) > 10 else ''} %"
