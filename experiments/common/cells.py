@@ -169,14 +169,14 @@ class Failure:
         except Exception:
             message = ["(its message cannot be printed)"]
         try:
-            trace = "".join(map(_from_roots, traceback.format_exception(error)))
+            trace = "".join(map(_relative_line, traceback.format_exception(error)))
         except Exception:
             trace = f"{''.join(traceback.format_tb(error.__traceback__))}{name}\n"
         said = f"{name}: {message[0]}" if message else name
         return cls(f"{said} ({about})" if about else said, trace)
 
 
-def _from_roots(line: str) -> str:
+def _relative_line(line: str) -> str:
     """A line of a traceback with its file relative to the import path."""
     roots = {str(Path.cwd()), *filter(None, sys.path)}
     for root in sorted(roots, key=len, reverse=True):

@@ -83,7 +83,7 @@ class Solution:
 
 
 def translate(prompt: Prompt, method: Compressor) -> dict[str, float]:
-    """Every measure of ``method`` on ``prompt``, and the counts behind them."""
+    """Every measure of ``method`` on ``prompt``, and the underlying counts."""
     ledger = prompt.forecast(method).ledger
     found = {
         "retention": method.retention,
@@ -181,14 +181,14 @@ def _solve(
     def miss(step: int) -> float:
         return abs(at(step) - target)
 
-    _close_in(at, target, low, high)
+    _bisect(at, target, low, high)
     if min(map(miss, known)) > token:
         # Grids round to whole rows, so keeping more may cost less: search everywhere.
         count = min(prompt.patches, _PLACES)
         places = [max(1, round(high * place / count)) for place in range(count + 1)]
         for one, other in pairwise(places):
             if (at(one) <= target) != (at(other) <= target) and min(map(miss, known)) > token:
-                _close_in(at, target, one, other)
+                _bisect(at, target, one, other)
     nearest = min(known, key=lambda step: (miss(step), step))
     for digits in range(1, _DIGITS):  # the shortest decimal
         step = round(nearest, digits - _DIGITS)
@@ -198,7 +198,7 @@ def _solve(
     return Solution(_at(method, nearest), at(nearest), target, token)
 
 
-def _close_in(at: Callable[[int], float], target: float, one: int, other: int) -> None:
+def _bisect(at: Callable[[int], float], target: float, one: int, other: int) -> None:
     """Bisect between two steps, one of which costs more than the target."""
     while abs(other - one) > 1:
         middle = (one + other) // 2

@@ -87,7 +87,7 @@ class Journal:
             self._file = self.path.open("ab", buffering=0)
             if not there:
                 sync_folder(self.path.parent)
-            self._mend(self._file)
+            self._repair_end(self._file)
             self._size = self.path.stat().st_size
         return self
 
@@ -143,10 +143,10 @@ class Journal:
                     self._size += written
             except BaseException:
                 with suppress(OSError):  # otherwise the next run does it
-                    self._mend(self._file)
+                    self._repair_end(self._file)
                 raise
 
-    def _mend(self, file: BinaryIO) -> None:
+    def _repair_end(self, file: BinaryIO) -> None:
         """Cut off an incomplete last line; end one that lacks only its line break."""
         size = os.fstat(file.fileno()).st_size
         if not size:

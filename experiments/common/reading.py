@@ -146,7 +146,7 @@ def _checked(folder: Path, shape: type[BaseModel], needed: set[str]) -> dict[str
         )
     raise UserError(
         f"{str(folder)!r} is not the folder of a comparison (it has no readable manifest.json "
-        "of one); give what tokenprune compare printed behind 'Written to'."
+        "of one); give the folder that tokenprune compare printed after 'Written to'."
     )
 
 

@@ -259,12 +259,12 @@ def _differences(
         elif old != new:
             if isinstance(old, str) and isinstance(new, str) and len(old) == len(new) == 64:
                 named = [one.get(name) if isinstance(one, dict) else None for one in files]
-                yield f"other {name}{_which(*named)}"
+                yield f"other {name}{_differing_files(*named)}"
             else:
                 yield f"{name}: {_say(old)} there, {_say(new)} here"
 
 
-def _which(there: Any = None, here: Any = None) -> str:
+def _differing_files(there: Any = None, here: Any = None) -> str:
     """Name the files whose digests differ, the first few of them."""
     if not isinstance(there, dict) or not isinstance(here, dict):
         return ""

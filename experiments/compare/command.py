@@ -250,9 +250,9 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
     """The comparison as tables of at most 80 columns: overall, then by kind of question."""
     from tokenprune.experiments.common.summary import OVERALL
 
-    # At R = 1 all methods are the uncompressed model, which has a row of its own.
+    # At R = 1 all methods are the uncompressed model, which has a separate row.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
-    rows = _as_asked(rows)
+    rows = _by_requested(rows)
     overall = rows[rows["kind"] == OVERALL]
     unit, scale = flops_unit(overall["uncompressed_flops"].max())
 
@@ -286,13 +286,13 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
             )
     yield table
 
-    yield _loyalty_table(summary[summary["kind"] == OVERALL])
+    yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
     for start in range(0, len(kinds), _KINDS_PER_TABLE):
         yield _kinds_table(rows, kinds[start : start + _KINDS_PER_TABLE])
 
 
-def _loyalty_table(rows: pd.DataFrame) -> Table:
+def _divergence_table(rows: pd.DataFrame) -> Table:
     """Divergence from the uncompressed model, and accuracy on easy and hard questions."""
     counts = rows[["easy_n", "hard_n"]].max().fillna(0).astype(int)
     table = new_table(
@@ -307,7 +307,7 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
     for name in ("accuracy", "KL", "easy", "hard"):
         table.add_column(name, justify="right", no_wrap=True)
     beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
-    ordered = _as_asked(rows[~beside & (rows["retention"] < 1)])
+    ordered = _by_requested(rows[~beside & (rows["retention"] < 1)])
     references = rows[beside].assign(name=rows["label"])
     last = ""
     for position, row in enumerate([*_rows(references), *_rows(ordered)]):
@@ -419,7 +419,7 @@ def _cost(cost: float, kind: str) -> str:
     return f"{cost:.1f}" if kind == "tokens" else f"{cost:.3g} ms"
 
 
-def _as_asked(rows: pd.DataFrame) -> pd.DataFrame:
+def _by_requested(rows: pd.DataFrame) -> pd.DataFrame:
     """By requested retention (``keep``), most first; ``name`` adds a solved retention."""
     rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
     return rows.sort_values("keep", ascending=False, kind="stable")

@@ -89,7 +89,7 @@ def _found(
 ) -> _Found | None:
     """What the run in ``path`` holds, or None if an answer is missing or an input changed."""
     folder = _model_folder(request.model)
-    if folder is None or not _is_asked(request, path, manifest):
+    if folder is None or not _matches_request(request, path, manifest):
         return None
     noted, experiment = manifest["finished"], manifest["experiment"]
     progress(0, 0, "checking the answers")
@@ -120,7 +120,7 @@ def _model_folder(model: str) -> Path | None:
     return Path(model) if Path(model).is_dir() else None
 
 
-def _is_asked(request: CompareRequest, path: Path, manifest: Mapping[str, Any]) -> bool:
+def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether the run in ``path`` is complete and had the same options."""
     if manifest.get("status") != "complete" or not manifest.get("finished"):
         return False

@@ -185,9 +185,9 @@ class _Desk:
             cells = list({cell.key: cell for cell, _ in rows}.values())
             answered, changed = False, False
             if job.run is not None and not self.failing.suspects(item for _, item in rows):
-                answered, changed = self._at_once(job.run, rows, cells)
+                answered, changed = self._run_job(job.run, rows, cells)
             for cell in cells if not answered else ():
-                changed |= self._by_itself(cell)
+                changed |= self._answer_alone(cell)
             if changed:
                 return False
         return True
@@ -195,7 +195,7 @@ class _Desk:
     def _tell(self, doing: str) -> None:
         self.progress(len(self.entering.journal.answers), self.total, doing)
 
-    def _at_once(
+    def _run_job(
         self,
         run: Callable[[], Sequence[dict[str, Any]]],
         rows: Sequence[tuple[Cell, Question]],
@@ -209,7 +209,7 @@ class _Desk:
                 return run()
 
         found = tried(answer, self.timeout)
-        changed = self._mend(self.batch)
+        changed = self._encode_changed(self.batch)
         if isinstance(found, Failure) or changed:
             why = (
                 found.error
@@ -232,7 +232,7 @@ class _Desk:
             self._enter(key, records)
         return True, False
 
-    def _by_itself(self, cell: Cell) -> bool:
+    def _answer_alone(self, cell: Cell) -> bool:
         """Let one cell answer, question by question if necessary; whether it changed encodings."""
         key, ever = cell.key, False
         groups = self.failing.grouped(key, self.batch)
@@ -248,7 +248,7 @@ class _Desk:
                     return _answer(self.runner, cell, shown, group)
 
             found = tried(answer, self.timeout)
-            changed = self._mend(group)
+            changed = self._encode_changed(group)
             ever |= changed
             if changed and not isinstance(found, Failure):
                 found = Failure.of(
@@ -270,7 +270,7 @@ class _Desk:
         self.entering.enter(key, records)
         self.failing.answered(key)
 
-    def _mend(self, group: Sequence[Question]) -> bool:
+    def _encode_changed(self, group: Sequence[Question]) -> bool:
         """Encode again the images whose encodings changed; whether there are any."""
         changed = self.encodings.changed(self.tower, group)
         if changed:
@@ -366,10 +366,10 @@ class _Entering:
     def enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
         """The records of cell ``key``, question id to record."""
         if self.loyal:  # the uncompressed model answered in an earlier run
-            self._refer(self.loyalty.lacking(key, records))
+            self._recompute_reference(self.loyalty.lacking(key, records))
         self.journal.add(key, self.loyalty.entries(key, records))
 
-    def _refer(self, names: set[str]) -> None:
+    def _recompute_reference(self, names: set[str]) -> None:
         """Run the uncompressed model on the batch again, for its distributions on ``names``."""
         for group in (self.batch, *([item] for item in self.batch)):
             if names.isdisjoint(item.id for item in group):

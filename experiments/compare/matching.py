@@ -119,8 +119,8 @@ def matched_cells(
     """
     ratios = sorted(set(retention), reverse=True)
     uniform = tp.create("uniform", retention=0.5)
-    methods = [one for spec in specs if (one := _unsettled(spec)).label != uniform.label]
-    may_fail = {_unsettled(spec).label for spec in optional}
+    methods = [one for spec in specs if (one := _without_retention(spec)).label != uniform.label]
+    may_fail = {_without_retention(spec).label for spec in optional}
     costs = _Costs(pipe, *_median(pipe, questions), kind)
     total = 1 + len(methods)
     progress(0, total, f"matching {uniform.label}")
@@ -255,7 +255,7 @@ def _real_cost(pipe: Pipeline, item: Question, measure: Measure, method: Compres
     return MEASURES[measure](found)
 
 
-def _unsettled(spec: str) -> Compressor:
+def _without_retention(spec: str) -> Compressor:
     """The method of ``spec``, whose retention ratio is to be found."""
     if has_retention(spec):
         raise UserError(

@@ -86,7 +86,7 @@ def together(
     methods = [cell.compressor for cell in cells]
     everything = range(len(prompts))
 
-    alike: dict[str, list[int]] = {}
+    same_input: dict[str, list[int]] = {}
     joined: dict[bool, list[int]] = {}
     for index, method in enumerate(methods):
         parts = list(method.parts()) if method is not None else []
@@ -96,9 +96,9 @@ def together(
         elif stages == {Stage.PRE_LLM} and method is not None and method.retention < 1:
             joined.setdefault(parts[0].keeps_positions, []).append(index)
         else:
-            alike.setdefault(repr(in_front(method)), []).append(index)
+            same_input.setdefault(repr(in_front(method)), []).append(index)
 
-    for group in alike.values():
+    for group in same_input.values():
         prefix = Prefix(pipe.adapter, [methods[index] for index in group])
         for index in group:
             taken = pipe.take(inputs, images, everything)

@@ -143,7 +143,7 @@ def sheet(medium: Medium, view: ViewSize) -> Sheet:
     return Sheet(tuple(tiles), left + wide, total)
 
 
-def _beside(sheets: Iterable[Sheet]) -> tuple[list[float], float, float]:
+def _in_a_row(sheets: Iterable[Sheet]) -> tuple[list[float], float, float]:
     """The offsets of several sheets in a row, and the width and height of the row."""
     sheets = list(sheets)
     gap = (2 if all(one.height == 1 for one in sheets) else 6) * _GAP
@@ -339,7 +339,7 @@ def _answer(one: Mask, truth: str | None) -> tuple[str, ...]:
 
 def _figure(seen: MaskedPrompt, panels: Sequence[_Panel], note: str) -> Figure:
     sheets = [sheet(medium, seen.view) for medium in seen.media]
-    starts, wide, tall = _beside(sheets)
+    starts, wide, tall = _in_a_row(sheets)
     columns, places = _arranged(panels, wide, tall)
     rows = max(row for row, _ in places) + 1
     width = _WIDTH / columns  # of a panel, in inches
@@ -388,11 +388,11 @@ def _arranged(
     if count <= 4 and aspect < 2 and _WIDTH / count >= _SMALLEST * wide:
         columns = count
     else:
-        columns = min(range(1, count + 1), key=lambda c: _misfit(c, count, wide, tall))
+        columns = min(range(1, count + 1), key=lambda c: _shape_error(c, count, wide, tall))
     return columns, [divmod(index, columns) for index in range(count)]
 
 
-def _misfit(columns: int, count: int, wide: float, tall: float) -> float:
+def _shape_error(columns: int, count: int, wide: float, tall: float) -> float:
     """How far a figure with this many columns is from the ratio 2:1 without gaps."""
     rows, width = -(-count // columns), _WIDTH / columns
     height = rows * (width * tall / wide + 0.7)

@@ -195,7 +195,7 @@ def look(
     )
     encoded, saliency = _encode_all(pipe, pictures, signals, video)
     asked = str(question) if asks else None
-    prompt = _Prompt(pipe, pictures, encoded, video, asked, max_new_tokens)
+    prompt = _EncodedPrompt(pipe, pictures, encoded, video, asked, max_new_tokens)
     found: list[Mask] = []
     for index, cell in enumerate(columns):
         progress(index, len(columns), str(cell))
@@ -225,7 +225,7 @@ def _encode_all(
 
 
 @dataclass(frozen=True, eq=False)
-class _Prompt:
+class _EncodedPrompt:
     """One prompt, encoded.
 
     Attributes:
