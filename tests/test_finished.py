@@ -18,7 +18,7 @@ from tokenprune.cli import app
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.models import testbed
 
-DONE = "All answers already exist; nothing was computed."
+DONE = "All answers already exist; nothing was computed again."
 LOADS = "a model is loaded"
 
 

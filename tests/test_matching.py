@@ -148,7 +148,7 @@ def test_methods_that_say_what_they_keep_are_refused(
 def test_options_that_sound_like_it_are_none(pipe: Pipeline, questions: Sequence[Question]) -> None:
     spec = "sparsevlm:position_ids=compact"
     found, _ = matched_cells(pipe, questions, [spec], [0.7], "tokens")
-    assert found[-1].method == spec
+    assert found[-1].label == spec
 
 
 def test_times_can_be_matched(

@@ -234,7 +234,7 @@ def _spreads(summary: pd.DataFrame) -> Iterator[str]:
 def _closing_words(outcome: Outcome, seconds: float) -> str:
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     if not (outcome.new or outcome.failures or outcome.missing):
-        first = "All answers already exist; nothing was computed."
+        first = "All answers already exist; nothing was computed again."
     else:
         first = f"{outcome.new} answers in {took}."
     words = f"{first}\n{options.written(outcome)}"
