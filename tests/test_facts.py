@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, Qwen2VLConfig
 
 import tokenprune as tp
+from tokenprune.adapter import position_table
 from tokenprune.errors import UserError
 from tokenprune.facts import DecoderFacts
 from tokenprune.testing.host import Host, hosts
@@ -26,7 +27,7 @@ def test_facts_are_those_of_the_weights(host: Host) -> None:
     assert decoder[0].mlp.gate_proj.weight.shape == (text.intermediate, text.hidden)
     assert tower[0].mlp.fc1.weight.shape == (vision.intermediate, vision.hidden)
     assert tower[0].self_attn.num_heads == vision.heads
-    table = adapter.vision_positions.weight
+    table = position_table(adapter).weight
     assert table.shape == (vision.tokens, vision.hidden)
     assert vision.has_cls == hasattr(adapter.vision_tower.embeddings, "class_embedding")
     assert (text.position_scheme, vision.merge_size) == ("rotary", 1)

@@ -22,6 +22,7 @@ from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.compare import sharing
 from tokenprune.experiments.compare.loop import run
 from tokenprune.experiments.compare.runner import ModelRunner
+from tokenprune.pipeline import encoder_outputs
 from tokenprune.testing.host import Host, hosts
 
 INSIDE = ("fastv:layer=1", "fastv", "dart:layer=2", "pyramiddrop", "sparsevlm")
@@ -52,7 +53,7 @@ def outcome(host: Host, images: list[Any], rows: tuple[int, ...], *how: Any, **o
     inputs = host.inputs(rows)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with compress(host.model, *how, **options) as trace:
-        ids, logits = host.generate_with_logits(text | host.adapter._outputs(images))
+        ids, logits = host.generate_with_logits(text | encoder_outputs(images))
     return ids, logits, trace.ledgers, trace.selections
 
 
@@ -193,7 +194,7 @@ def test_without_a_kv_cache_nothing_is_shared(host: Host) -> None:
         made = []
         for how in ({}, {"prefix": prefix}):
             with compress(host.model, one, **how):
-                outputs = host.adapter._outputs(images)
+                outputs = encoder_outputs(images)
                 made.append(host.generate(text | outputs, use_cache=False))
         assert torch.equal(*made)
     assert not prefix._ran

@@ -22,6 +22,7 @@ from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare.run import run as compare
 from tokenprune.layout import Kind
 from tokenprune.models.timm_vision import TimmVision
+from tokenprune.pipeline import Pipeline
 from tokenprune.signals import Signal
 from tokenprune.synthetic import sample_tokens
 
@@ -42,18 +43,18 @@ FAMILIES = {
 }
 
 
-def _load(family: str) -> TimmVision:
+def _load(family: str) -> Pipeline:
     name, options, *_ = FAMILIES[family]
     torch.manual_seed(0)
     pipe = tp.load(f"timm/{name}", **options)
-    assert isinstance(pipe, TimmVision)
+    assert isinstance(pipe.adapter, TimmVision)
     for parameter in pipe.model.parameters():  # random weights hardly attend otherwise
         torch.nn.init.normal_(parameter, std=0.2)
     return pipe
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> tuple[str, TimmVision]:
+def family(request: pytest.FixtureRequest) -> tuple[str, Pipeline]:
     return request.param, _load(request.param)
 
 
@@ -62,7 +63,7 @@ def _image(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _matrices(pipe: TimmVision, pixels: Tensor, layer: int) -> Tensor:
+def _matrices(pipe: Pipeline, pixels: Tensor, layer: int) -> Tensor:
     """(views, heads, N, N) attention of a block, from timm's own unfused code path."""
     attention: Any = pipe.adapter.vision_attention(layer)
     fused, attention.fused_attn = attention.fused_attn, False
@@ -78,7 +79,7 @@ def _matrices(pipe: TimmVision, pixels: Tensor, layer: int) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [-1, 0])
-def test_signals_are_what_the_whole_matrix_says(family: tuple[str, TimmVision], layer: int) -> None:
+def test_signals_are_what_the_whole_matrix_says(family: tuple[str, Pipeline], layer: int) -> None:
     name, pipe = family
     _, _, has_cls, prefix, _ = FAMILIES[name]
     assert (pipe.adapter.facts.vision.has_cls, pipe.adapter.facts.vision.prefix_tokens) == (
@@ -101,7 +102,7 @@ def test_signals_are_what_the_whole_matrix_says(family: tuple[str, TimmVision], 
 
 
 @torch.no_grad()
-def test_saliency_is_cls_logits_or_received(family: tuple[str, TimmVision]) -> None:
+def test_saliency_is_cls_logits_or_received(family: tuple[str, Pipeline]) -> None:
     name, pipe = family
     stands_for = Signal("cls_logits" if FAMILIES[name][2] else "received")
     tokens, *_ = pipe.encode([_image(40, 70)], {Signal("saliency"), stands_for})
@@ -138,7 +139,7 @@ def test_the_unfused_path_gives_the_same_signals() -> None:
 
 
 @torch.no_grad()
-def test_features_are_the_final_patch_tokens(family: tuple[str, TimmVision]) -> None:
+def test_features_are_the_final_patch_tokens(family: tuple[str, Pipeline]) -> None:
     name, pipe = family
     image = _image(64, 64)
     (tokens,) = pipe.encode([image])
@@ -160,7 +161,7 @@ def test_every_token_sees_its_place_in_the_image(size: tuple[int, int]) -> None:
         _check_geometry(pipe, size)
 
 
-def _check_geometry(pipe: TimmVision, size: tuple[int, int]) -> None:
+def _check_geometry(pipe: Pipeline, size: tuple[int, int]) -> None:
     height, width = size
     patches = pipe.adapter.view_shape
     y, x = np.mgrid[:height, :width]
@@ -191,7 +192,7 @@ _OBLONG = tp.load("timm/vit_tiny_patch16_224", **{**TINY, "patch_size": (8, 4)})
 
 
 @torch.no_grad()
-def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
+def test_a_batch_equals_images_alone(family: tuple[str, Pipeline]) -> None:
     _, pipe = family
     images = [_image(40, 70), _image(64, 64, 1), _image(90, 30, 2)]
     signals = {Signal("saliency")}
@@ -203,7 +204,7 @@ def test_a_batch_equals_images_alone(family: tuple[str, TimmVision]) -> None:
 
 
 @pytest.mark.parametrize("name", tp.list_methods())
-def test_every_strategy_chooses_or_says_why_not(family: tuple[str, TimmVision], name: str) -> None:
+def test_every_strategy_chooses_or_says_why_not(family: tuple[str, Pipeline], name: str) -> None:
     _, pipe = family
     image = _image(64, 64)
     if name not in compatible_methods(pipe.adapter.facts):
@@ -234,7 +235,7 @@ def test_what_needs_a_language_model_is_refused_with_a_sentence(tmp_path: Path) 
         lambda: pipe.assemble([[]], ["w"]),
         lambda: tp.compress(pipe.model, "uniform", retention=0.5).__enter__(),
         lambda: pipe.prompt("w", 1),
-        lambda: pipe.adapter.facts.placeholders,
+        lambda: pipe.adapter.facts.decoder,
         lambda: pipe.adapter.decoder_layers,
         lambda: compare(CompareRequest(model="timm/test_vit", methods=["uniform"], out=tmp_path)),
     ):
@@ -327,7 +328,7 @@ def test_other_grids() -> None:
 
 
 def test_strategies_do_without_separators() -> None:
-    layout = _GEOMETRY.layout((64, 64))
+    layout = _GEOMETRY.adapter.layout((64, 64))
     for name in tp.list_methods():
         method = tp.create(name, retention=0.4)
         chosen = method(sample_tokens(method.needs, layout))

@@ -37,6 +37,7 @@ __all__ = [
     "ModelLike",
     "adapter_of",
     "image_sizes",
+    "position_table",
     "tiny_decoder",
 ]
 
@@ -69,9 +70,6 @@ class Adapter(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-
-    def __repr__(self) -> str:
-        return f"<{self.name} adapter of a {type(self.model).__name__}>"
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -156,13 +154,6 @@ class Adapter(ABC):
         tower = self.vision_tower
         layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
         return layers
-
-    @property
-    def vision_positions(self) -> nn.Module:
-        """Embedding table of the positions in the vision encoder."""
-        tower = self.vision_tower
-        table: nn.Module = getattr(tower, "vision_model", tower).embeddings.position_embedding
-        return table
 
     def vision_attention(self, layer: int) -> nn.Module:
         """Attention module of encoder layer ``layer``; a negative index counts from the end."""
@@ -319,6 +310,13 @@ class HasAdapter(Protocol):
 
 ModelLike: TypeAlias = nn.Module | Adapter | HasAdapter
 """A model, also inside wrappers, its adapter, or its pipeline."""
+
+
+def position_table(adapter: Adapter) -> nn.Module:
+    """Embedding table of the positions in the vision encoder, as CLIP and SigLIP have it."""
+    tower = adapter.vision_tower
+    table: nn.Module = getattr(tower, "vision_model", tower).embeddings.position_embedding
+    return table
 
 
 def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenprune.adapter import position_table
 from tokenprune.attention import key_vectors
 from tokenprune.budget import budget
 from tokenprune.encoder import EncoderCompressor, EncoderTokens
@@ -124,7 +125,7 @@ def running(
         for index, layer in enumerate(adapter.vision_layers):
             stack.enter_context(replaced_forward(layer, session.layer(index, layer)))
         if session.shape != adapter.view_shape:  # the position table is interpolated
-            stack.enter_context(resident(adapter.vision_positions))
+            stack.enter_context(resident(position_table(adapter)))
         yield session.tower
 
 
