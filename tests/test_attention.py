@@ -108,7 +108,7 @@ def test_attention_received_is_the_column_mean(
     torch.testing.assert_close(attention_received(tapped), full.mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_tapped_outside_and_nothing_stays() -> None:
+def test_attention_is_read_only_inside_the_context() -> None:
     attention = _layers(_tower("clip"))[0].self_attn
     with pytest.raises(KeyError), projections(attention) as tapped:
         raise KeyError
@@ -232,7 +232,7 @@ def test_rotary_product_depends_on_the_distance_alone() -> None:
 
 @pytest.mark.parametrize("cached", [False, True], ids=["recomputed", "cached keys"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_decoder_mass_is_the_mean_of_the_keenest_heads(
+def test_decoder_mass_is_the_mean_of_the_heads_with_most_attention(
     monkeypatch: pytest.MonkeyPatch, kind: str, cached: bool
 ) -> None:
     monkeypatch.setattr(tokenprune.attention, "CHUNK", 2)
@@ -311,7 +311,7 @@ def test_the_row_ahead_is_the_official_one_of_pyramiddrop() -> None:
     torch.testing.assert_close(row, given["attention_row"].mean(1), atol=1e-6, rtol=1e-5)
 
 
-def test_what_another_thread_calls_is_not_kept() -> None:
+def test_calls_of_another_thread_are_not_recorded() -> None:
     module, mine = nn.Linear(2, 2), torch.ones(1, 2)
     with first_arguments(module) as seen:
         other = threading.Thread(target=module, args=(torch.zeros(3, 2),))

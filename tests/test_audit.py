@@ -59,7 +59,7 @@ def test_audit_finds_the_fault(
         "masks -m",
     ],
 )
-def test_a_class_of_your_own_runs_everywhere(
+def test_an_own_class_works_in_every_command(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_module: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -60,7 +60,7 @@ def test_every_method_runs(host: Host, spec: str, dtype: torch.dtype) -> None:
 
 
 @each_method
-def test_a_choice_does_not_depend_on_autocast(spec: str) -> None:
+def test_a_selection_does_not_depend_on_autocast(spec: str) -> None:
     """The products behind a ranking would tie or change places in half precision."""
     layout = TokenLayout.anyres((2, 2), (8, 8), (0, 16, 0, 16))
     for part in _method(spec).parts():
@@ -72,7 +72,7 @@ def test_a_choice_does_not_depend_on_autocast(spec: str) -> None:
             assert torch.equal(got.keep, wanted.keep)
 
 
-def test_merging_in_the_tower_is_chosen_outside_autocast(
+def test_merging_in_the_encoder_is_selected_outside_autocast(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, reduce = [], ToMe.reduce
@@ -108,7 +108,7 @@ def test_signals_of_the_tower_are_products_in_float32(host: Host) -> None:
     torch.testing.assert_close(got, wanted[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_what_the_model_does_stays_under_autocast() -> None:
+def test_the_model_itself_runs_under_autocast() -> None:
     """Merged vectors go through the projector as the others did."""
     line = torch.nn.Linear(4, 4)
     seen: list[Tensor] = []

@@ -33,7 +33,7 @@ from tokenprune.layout import TokenLayout
 
 
 @pytest.mark.slow
-def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
+def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
     from tokenprune.cli import app
 
     out = tmp_path / "figures.csv"
@@ -93,7 +93,7 @@ def frame(**values: float) -> pd.DataFrame:
     )
 
 
-def test_what_became_worse_comes_first() -> None:
+def test_regressions_come_first() -> None:
     before = frame(fast=2.0, slow=1.0, zero=0.0, why=1.0)
     moved = changes(frame(fast=1.5, slow=0.5, zero=1.0, why=9.0), before)
     assert list(moved["figure"]) == ["zero", "fast", "slow"]
@@ -122,7 +122,7 @@ def test_goals() -> None:
     assert Figure(case="c", figure="f", value=0.9).met is None
 
 
-def test_waits_are_counted_on_the_second_device() -> None:
+def test_synchronisations_are_counted_on_the_second_device() -> None:
     here = torch.tensor([3, 1, 2])
     with SecondDevice() as device:
         there = here.to(OTHER, non_blocking=True)
@@ -155,7 +155,7 @@ def test_views_take_no_memory() -> None:
     assert seen.largest == 9
 
 
-def test_attention_kernels_are_told_apart() -> None:
+def test_attention_kernels_are_distinguished() -> None:
     one = torch.randn(1, 2, 5, 8)
     with watching() as seen:
         torch.nn.functional.scaled_dot_product_attention(one, one, one)

@@ -70,7 +70,7 @@ def test_budget_is_exact_for_every_decimal(tokens: int, thousandths: int) -> Non
 
 
 @given(st.integers(1, 60_000), st.data())
-def test_a_quotient_keeps_what_was_divided(tokens: int, data: st.DataObject) -> None:
+def test_the_budget_of_a_quotient_is_its_numerator(tokens: int, data: st.DataObject) -> None:
     """The field's "192" is 192 / 576, a float that is a little less than a third."""
     kept = data.draw(st.integers(1, tokens))
     for rounding in ("floor", "half-even", "half-up", "ceil"):
@@ -245,7 +245,7 @@ def test_retention_outside_its_range(retention: float) -> None:
         create("uniform", retention=retention)
 
 
-def test_retention_that_is_no_number() -> None:
+def test_a_retention_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(UserError, match="retention='half' is not valid"):
         create("uniform", retention="half")
 
@@ -255,7 +255,7 @@ def test_unknown_allocator_names_the_nearest() -> None:
         allocator("proportionl")
 
 
-def test_a_view_that_keeps_nothing_is_said() -> None:
+def test_an_empty_view_gives_a_warning() -> None:
     tokens = _tokens(LAYOUTS["2x2"])
     with pytest.warns(RetentionWarning, match=r"of 80 patch tokens keeps 2, and nothing of views"):
         create("uniform", retention=0.03)(tokens)

@@ -33,5 +33,5 @@ def test_check_can_pass(check: Check, host: Host) -> None:
     _apply(check, Fault(SOUND), host)
 
 
-def test_no_fault_is_left_over() -> None:
+def test_every_fault_is_used() -> None:
     assert set(FAULTS) == {check.__name__ for check in CHECKS}

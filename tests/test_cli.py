@@ -145,7 +145,7 @@ def test_bad_input_is_a_sentence(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke("compare", "--device", "cuda", "--questions", "5")
     assert result.exit_code == console.BAD_INPUT
@@ -155,7 +155,7 @@ def test_cuda_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "words", ["compare --methods --out x", "efficiency -m fastv -r --out x", "compare -m -r 0.5"]
 )
-def test_an_option_is_no_value(words: str) -> None:
+def test_an_option_name_is_not_taken_as_a_value(words: str) -> None:
     result = invoke(*words.split())
     assert result.exit_code == console.BAD_INPUT
     assert "needs at least one value" in result.stderr
@@ -246,7 +246,7 @@ def test_pairs_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["../../x", "/abs", "a/b", "..", "$x$", "a b", "=1+1", "é" * 99])
-def test_kinds_of_questions_name_no_files(tmp_path: Path, kind: str) -> None:
+def test_kinds_of_questions_do_not_become_paths(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "deep" / "run"
     folder.mkdir(parents=True)
     rows = [
@@ -293,7 +293,7 @@ def test_check_reads_everything_and_computes_nothing(
         assert (bad.exit_code, said in bad.stderr) == (console.BAD_INPUT, True), bad.output
 
 
-def test_a_sentence_cannot_command_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_of_messages_are_escaped(tmp_path: Path) -> None:
     bad = invoke("compare", "--data", str(tmp_path / "a\x1b[2J.jsonl"), "--check")
     assert bad.exit_code == console.BAD_INPUT
     assert "\x1b" not in bad.stderr

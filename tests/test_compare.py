@@ -117,7 +117,7 @@ def test_divergence_is_that_of_the_answer_tokens_distribution(
     assert summary["kl_low"] <= summary["kl"] <= summary["kl_high"]
 
 
-def test_divergence_of_what_cannot_be() -> None:
+def test_divergence_of_impossible_tokens_is_infinite() -> None:
     full, short = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.25, 0.75]).log()
     assert loop.divergence(full, short) == pytest.approx(math.log(4))
     assert loop.divergence(full, full) == 0
@@ -159,7 +159,7 @@ def test_several_seeds_are_one_method(tmp_path: Path) -> None:
         compare(CompareRequest(seeds=0, out=tmp_path))
 
 
-def test_the_same_again_computes_nothing(finished: Outcome, folder: Path) -> None:
+def test_the_same_command_again_computes_nothing(finished: Outcome, folder: Path) -> None:
     before = {name: (folder / name).read_bytes() for name in ("answers.jsonl", "answers.parquet")}
     again = compare(replace(SMALL, out=folder, batch_size=3))
     assert (again.status, again.new) == ("complete", 0)

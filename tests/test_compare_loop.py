@@ -140,7 +140,7 @@ def test_every_image_is_encoded_once_and_every_question_asked_once(
         assert answer == f"uncompressed {code} {item.question}", "the right image for each question"
 
 
-def test_methods_inside_the_tower_have_passes_of_their_own(tmp_path: Path) -> None:
+def test_methods_inside_the_encoder_encode_separately(tmp_path: Path) -> None:
     """Cells with the same method in the tower share one; signals are those of its cells."""
     chain = "tome@0.5 + globalcom2@0.5"
     columns = cells(["uniform", "tome", chain, "downsample"], [1.0, 0.5, 0.1])
@@ -182,7 +182,7 @@ def test_interrupted_and_resumed_is_the_same(tmp_path: Path, stop_after: int) ->
     assert not again.asked
 
 
-def test_after_a_torn_line_only_its_batch_is_asked_again(tmp_path: Path) -> None:
+def test_after_a_partial_line_only_its_batch_is_asked_again(tmp_path: Path) -> None:
     asked, path = questions(), tmp_path / "j"
     whole = go(Stand(), path, asked).answers
     path.write_bytes(path.read_bytes()[:-20])
@@ -242,7 +242,7 @@ def test_a_full_disk_is_no_failure_of_a_cell(
     assert set(go(Stand(), path, questions()).answers) > set(journal.answers)
 
 
-def test_one_warning_a_cell(tmp_path: Path) -> None:
+def test_one_warning_per_cell(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         go(Stand(warns="views"), tmp_path / "j", questions())

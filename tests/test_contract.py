@@ -101,7 +101,7 @@ def test_variant(variant: str, check: Check) -> None:
 
 @pytest.mark.parametrize("retention", [0.03, 0.95])
 @pytest.mark.parametrize("name", tp.list_methods())
-def test_hardly_anything_and_nearly_everything(name: str, retention: float) -> None:
+def test_extreme_retention_ratios(name: str, retention: float) -> None:
     """At 3 % two images of a prompt keep a token or two; at 95 % single ones go."""
     for check in MODEL_CHECKS:
         if check.__name__ in {"check_equals_reference", "check_batch_equals_single"}:

@@ -87,7 +87,7 @@ def test_hooks_are_never_left_half_installed(host: Host) -> None:
     assert stopped == 60
 
 
-def test_what_is_done_in_time_is_left_alone_and_so_is_what_comes_behind() -> None:
+def test_the_limit_affects_no_code_that_ends_in_time_and_none_after_it() -> None:
     rung = []
     signal.signal(signal.SIGALRM, lambda *_: rung.append("own"))
     try:
@@ -103,7 +103,7 @@ def test_what_is_done_in_time_is_left_alone_and_so_is_what_comes_behind() -> Non
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def test_a_context_is_left_in_peace_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_may_close_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
     @contextmanager
@@ -127,14 +127,14 @@ def test_a_context_is_left_in_peace_but_not_for_ever(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
-def test_no_limit_that_is_none(tmp_path: Path, seconds: float) -> None:
+def test_invalid_limits_are_refused(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(UserError, match="number of seconds above 0"):
         check_time_limit(seconds)
     with pytest.raises(UserError, match="number of seconds above 0"):
         compare(CompareRequest(timeout_per_batch=seconds, out=tmp_path))
 
 
-def test_where_there_are_no_signals_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_platforms_without_signals_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
 
     def ask() -> None:

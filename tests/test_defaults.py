@@ -82,7 +82,7 @@ def _entries(layout: TokenLayout) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("value", DEFAULTS)
-def test_what_is_made_up_is_the_same(value: Any) -> None:
+def test_synthetic_tokens_do_not_depend_on_the_defaults(value: Any) -> None:
     pipe = tp.load("testbed-next")
     tome, layout = tp.create("tome", retention=0.5), pipe.adapter.layout((112, 112))
     dropper = DropCrop(which="random", signal=Signal("cls_logits"), seed=3)

@@ -98,7 +98,7 @@ def test_ties_go_to_the_earlier_token() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 10**6))
-def test_merging_and_the_way_back_are_what_loops_do(entries: int, left: int, seed: int) -> None:
+def test_merging_and_unmerging_equal_loops(entries: int, left: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     left = min(left, entries)
     group = torch.randint(-1, left, (2, entries), generator=draw)
@@ -421,7 +421,7 @@ def test_an_exception_inside_the_tower_restores_it(host: Host) -> None:
     assert fingerprint(host.model) == before
 
 
-def test_a_forward_of_the_users_own_is_put_back(host: Host) -> None:
+def test_a_forward_that_the_user_replaced_is_restored(host: Host) -> None:
     layer = host.adapter.vision_layers[0]
     mine = layer.forward
     layer.forward = mine
@@ -444,7 +444,7 @@ def testbed() -> Any:
 
 
 @pytest.mark.parametrize("spec", ["tome@0.3", "downsample@0.3", "tome@0.5 + fastervlm@0.5"])
-def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None:
+def test_encoding_in_advance_equals_encoding_in_the_forward(testbed: Any, spec: str) -> None:
     images, method = [_image(112, 112), _image(80, 112, 1)], parse(spec)
     questions = ["which digit is on red square ?", "how many objects ?"]
     with compress(testbed.model, method) as trace, torch.no_grad():
@@ -490,7 +490,7 @@ def _tiny(family: str) -> Host:
     return Host.tiny(family)
 
 
-def test_features_encoded_otherwise_are_refused(testbed: Any) -> None:
+def test_features_of_another_encoding_are_refused(testbed: Any) -> None:
     image, question = _image(112, 112), ["how many objects ?"]
     tome, other = create("tome", retention=0.5), create("tome", retention=0.25)
     plain = testbed.encode([image])
@@ -513,7 +513,7 @@ def test_features_encoded_otherwise_are_refused(testbed: Any) -> None:
         testbed.model(**testbed.assemble([plain], question))
 
 
-def test_what_cannot_run_is_a_sentence(host: Host) -> None:
+def test_impossible_combinations_are_refused(host: Host) -> None:
     timm = tp.load(
         "timm/vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2
     )
@@ -553,7 +553,7 @@ def test_siglip_towers_without_a_cls_token(siglip: Host) -> None:
         check_equals_reference(create(name, retention=0.4), siglip)
 
 
-def test_separators_of_rows_without_a_token_may_go(host: Host) -> None:
+def test_separators_of_empty_rows_may_be_dropped(host: Host) -> None:
     method = create("downsample", retention=0.25, separators="rows")
     with compress(host.model, method) as trace:
         host.logits(host.inputs([0]))

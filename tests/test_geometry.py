@@ -259,7 +259,7 @@ def test_real_sizes_of_the_published_checkpoints() -> None:
 
 @settings(max_examples=30)
 @given(size=SIZES, data=st.data())
-def test_a_place_finds_its_token(size: tuple[int, int], data: st.DataObject) -> None:
+def test_a_location_finds_its_token(size: tuple[int, int], data: st.DataObject) -> None:
     """What is painted pixel by pixel is what the rectangles say."""
     pipe = FAMILIES[data.draw(st.sampled_from(list(FAMILIES)))]
     layout, view = pipe.adapter.layout(size), ViewSize.of(pipe.adapter)

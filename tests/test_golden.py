@@ -61,7 +61,7 @@ def test_every_number_that_is_expected_is_compared(root: Path, method: str) -> N
                 assert verdict.mismatch, f"{case.id}: {name}[{at}] may be anything"
 
 
-def test_what_a_replay_does_not_look_at_is_in_the_verdict() -> None:
+def test_unused_expectations_are_in_the_verdict() -> None:
     replay_folder(HERE / "fastv")
     (case, *_) = golden.read(HERE / "fastv", "fastv")
     tensors = {**case.tensors, "order": torch.arange(3)}
@@ -271,7 +271,7 @@ def test_divprune_replays_a_window_that_is_officially_wrong(draw: torch.Generato
     assert str(golden._replays["divprune"](Case("", "", params, tensors))) == "exact"
 
 
-def test_a_replay_lies_in_a_file_of_its_own_and_every_verified_card_has_one() -> None:
+def test_every_verified_card_has_a_replay_in_its_own_file() -> None:
     replay_folder(HERE / "fastv")
     for method, function in golden._replays.items():
         assert function.__module__ == f"tokenprune.strategies._golden.{method}"
@@ -323,7 +323,7 @@ def test_ratios_are_compared_in_double_precision() -> None:
     assert "ratios: entry 0" in verdict.mismatch
 
 
-def test_methods_without_a_strategy_are_skipped_and_said_so(tmp_path: Path) -> None:
+def test_vectors_without_a_method_are_skipped_with_a_note(tmp_path: Path) -> None:
     shutil.copytree(HERE / "fastv", tmp_path / "nosuchmethod")
     code, output = run(tmp_path)
     assert code == 2

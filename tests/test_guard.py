@@ -238,7 +238,7 @@ def test_forward_may_be_called_by_name(host: Host, expected: Expected, method: s
             expected.check(method, host.model.lm_head(hidden), trace)
 
 
-def test_a_forward_of_ones_own_is_kept(host: Host, expected: Expected) -> None:
+def test_a_forward_that_the_user_replaced_is_kept(host: Host, expected: Expected) -> None:
     calls = []
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -295,7 +295,7 @@ def _captured(path: str) -> Callable[[nn.Module], None]:
         ("fastv", _captured("model.language_model")),
     ],
 )
-def test_what_got_past_the_hooks_is_refused(
+def test_a_forward_that_bypassed_the_hooks_is_refused(
     host: Host, method: str | None, change: Callable[[nn.Module], None]
 ) -> None:
     options = {"retention": 0.4} if method else {}
@@ -306,7 +306,7 @@ def test_what_got_past_the_hooks_is_refused(
         assert not trace.selections
 
 
-def test_an_encoder_that_was_exchanged_is_refused(host: Host) -> None:
+def test_a_replaced_encoder_is_refused(host: Host) -> None:
     base = host.model.model
     with tp.compress(host.model, "uniform", retention=0.4):
         base.get_image_features = types.MethodType(type(base).get_image_features, base)
@@ -385,7 +385,7 @@ def test_the_trace_of_a_thread_that_ran_nothing_is_the_latest(host: Host) -> Non
         assert trace.ledger.requested == 0.4
 
 
-def test_a_thread_that_is_not_of_the_context_is_refused(host: Host, expected: Expected) -> None:
+def test_a_thread_outside_the_context_is_refused(host: Host, expected: Expected) -> None:
     """Nobody knows whether it wants plain or compressed answers."""
     caught: list[BaseException] = []
 
@@ -524,7 +524,7 @@ def wrappers(host: Host) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", ["adapter", "torch.compile", "DataParallel", "PEFT", "several"])
-def test_wrappers_are_seen_through(
+def test_wrappers_are_unwrapped(
     host: Host, wrappers: dict[str, Any], expected: Expected, what: str
 ) -> None:
     wrapped = wrappers[what]
@@ -540,7 +540,7 @@ def test_wrappers_are_seen_through(
             assert got == kept(trace)
 
 
-def test_other_wrappers_are_refused_with_a_way_out(host: Host) -> None:
+def test_other_wrappers_are_refused_with_a_remedy(host: Host) -> None:
     spread = nn.DataParallel(host.model)
     spread.device_ids = [0, 1]
     cases = {

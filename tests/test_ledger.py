@@ -162,7 +162,7 @@ def test_an_llm_account_by_hand(host: Host) -> None:
     assert trace.ledger.selector_flops == row + 2 * 76 * 32 * 16  # keys projected once more
 
 
-def test_text_that_asks_is_charged(host: Host) -> None:
+def test_attention_rows_of_the_text_are_charged(host: Host) -> None:
     """SparseVLM: three words ask in layers 0 and 1, with all tokens and with 25 patches of 64.
 
     Besides, 64 patches are compared with three words at both cuts, and dropped ones with each
@@ -204,7 +204,7 @@ def test_a_signal_of_the_tower_is_charged(host: Host) -> None:
 
 
 @pytest.mark.parametrize("spec", [None, "uniform@0.4", "fastv@0.4", "uniform@0.6 + fastv@0.5"])
-def test_a_second_turn_tells_what_the_first_one_left(host: Host, spec: str | None) -> None:
+def test_a_second_turn_reports_the_cache_of_the_first(host: Host, spec: str | None) -> None:
     """The same image again behind the first turn: what the cache holds, layer by layer."""
     method = None if spec is None else parse(spec)
     inputs = host.inputs((0,))
@@ -224,7 +224,7 @@ def test_a_second_turn_tells_what_the_first_one_left(host: Host, spec: str | Non
     assert ledger.kv_bytes == size
 
 
-def test_what_enters_is_told_apart_from_what_is_left_at_the_end(host: Host) -> None:
+def test_entering_and_remaining_tokens_are_separate(host: Host) -> None:
     """Row 0: 64 patches, 6 separators, 6 words; 32 patches enter, 16 reach layers 2 and 3."""
     chain = Chain.of(create("uniform", retention=0.5), create("fastv", retention=0.5))
     ledger = _ledgers(host, chain)[0]

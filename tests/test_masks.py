@@ -54,7 +54,7 @@ def onevision() -> Any:
     return tp.load("testbed-onevision")
 
 
-def test_what_is_seen_is_what_a_plain_run_does(following: Any) -> None:
+def test_masks_equal_the_selection_of_a_plain_run(following: Any) -> None:
     image = picture(112, 80)
     seen = look(following, [image], ASKED, ["globalcom2", "fastv"], [0.5, 0.25])
     assert [(one.label, one.retention) for one in seen.masks] == [
@@ -93,7 +93,7 @@ def test_the_table_counts_by_view(following: Any) -> None:
     assert rows["answer"].isna().all()
 
 
-def test_every_patch_is_painted_where_it_lies(following: Any) -> None:
+def test_every_patch_is_painted_at_its_location(following: Any) -> None:
     """A wide image of one colour: thumbnail, then two crops of 7x7 patches, by hand."""
     colour = (0.8, 0.2, 0.4)
     image = Image.new("RGB", (112, 56), tuple(round(255 * part) for part in colour))
@@ -231,7 +231,7 @@ def test_without_a_language_model(tmp_path: Path) -> None:
         heat(seen)
 
 
-def test_what_cannot_be_drawn(following: Any) -> None:
+def test_what_cannot_be_drawn_is_refused(following: Any) -> None:
     with pytest.raises(UserError, match="fastv acts inside the language model; ask a question"):
         look(following, [picture(60, 60)], None, ["fastv"], 0.5)
     with pytest.raises(UserError, match="at least one image"):

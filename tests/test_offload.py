@@ -122,7 +122,7 @@ def test_inputs_go_where_an_offloaded_model_computes(tmp_path: Path) -> None:
     assert execution_device(nn.Linear(2, 2, device="meta")).type == "meta"  # nothing brings it in
 
 
-def test_resident_weights_are_there_and_go_away_again() -> None:
+def test_resident_weights_are_present_only_inside() -> None:
     line = nn.Linear(3, 2)
     states, weight = torch.ones(1, 3), line.weight.detach().clone()
     expected = line(states)

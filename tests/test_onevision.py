@@ -387,7 +387,7 @@ def test_an_image_behind_a_video(pipe: Pipeline) -> None:
     assert trace.ledger.patches_per_view == (first.layout.view_sizes, second.layout.view_sizes)
 
 
-def test_bad_videos_are_sentences(pipe: Pipeline) -> None:
+def test_bad_videos_are_refused(pipe: Pipeline) -> None:
     with pytest.raises(UserError, match=r"videos have \[3, 5\] frames"):
         pipe.prepare(None, ["w4", "w5"], [VIDEO, LONGER])
     with pytest.raises(UserError, match="from 0 to 300 has no known range"):
@@ -450,7 +450,7 @@ def test_globalcom2_by_the_pooling_head_keeps_the_contract() -> None:
             run(check, method, [_with_head()])
 
 
-def test_what_a_tower_lacks_is_a_sentence() -> None:
+def test_signals_that_an_encoder_lacks_are_refused() -> None:
     plain = Host.tiny("LLaVA-OneVision").adapter
     with pytest.raises(UserError, match="needs the attention of a pooling head"):
         check_compatible(plain.facts, create("globalcom2", retention=0.5, score="head_attention"))
@@ -458,7 +458,7 @@ def test_what_a_tower_lacks_is_a_sentence() -> None:
         check_compatible(plain.facts, create("globalcom2", retention=0.5, score="cls_logits"))
 
 
-def test_saliency_is_what_the_tower_has() -> None:
+def test_saliency_depends_on_the_encoder() -> None:
     for name, stands_for in (("LLaVA-NeXT", "cls_logits"), ("LLaVA-OneVision", "received")):
         host = Host.tiny(name)
         kept = []

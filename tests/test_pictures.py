@@ -79,7 +79,7 @@ def test_16_bits_lose_their_lower_byte(form: str) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_both_orders_of_bytes() -> None:
+def test_both_byte_orders() -> None:
     big = Image.frombytes("I;16B", (8, 6), (RAMP.astype(">u2") * 257).tobytes())
     assert np.array_equal(pixels(big), gray(RAMP))
     assert np.array_equal(pixels(stored(big, "TIFF")), gray(RAMP))
@@ -98,14 +98,14 @@ def test_both_orders_of_bytes() -> None:
     ],
     ids=["share", "byte", "integers", "16-bit integers", "any", "one value"],
 )
-def test_guessed_ranges_are_said(values: np.ndarray[Any, Any], expected: Any) -> None:
+def test_guessed_ranges_give_a_warning(values: np.ndarray[Any, Any], expected: Any) -> None:
     image = Image.fromarray(values)
     assert image.mode in "IF"
     with pytest.warns(PictureWarning, match="have no range of their own"):
         assert np.array_equal(pixels(image), gray(expected))
 
 
-def test_what_is_no_number_has_no_brightness() -> None:
+def test_nan_and_infinite_pixels_are_refused() -> None:
     values = RAMP.astype(np.float32)
     values[2, 3] = np.nan
     for bad in (values, np.where(np.isnan(values), np.inf, values)):
@@ -190,7 +190,7 @@ def test_paths_files_urls_and_arrays_are_one_picture(tmp_path: Path) -> None:
         assert np.array_equal(pixels(flat), gray(RAMP))
 
 
-def test_where_both_orders_fit_tensors_have_the_channels_first() -> None:
+def test_ambiguous_tensors_have_the_channels_first() -> None:
     both = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert np.array_equal(pixels(both), both)
     assert np.array_equal(pixels(torch.from_numpy(both)), both.transpose(1, 2, 0))
@@ -220,13 +220,13 @@ def test_where_both_orders_fit_tensors_have_the_channels_first() -> None:
         (torch.empty(3, 4, 5, device="meta"), "meta device"),
     ],
 )
-def test_what_is_no_picture_gets_a_sentence(source: Any, words: str) -> None:
+def test_inputs_that_are_not_images_are_refused(source: Any, words: str) -> None:
     with pytest.raises(UserError) as caught:
         picture(source)
     assert words in str(caught.value)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     done = threading.Event()
 
@@ -330,7 +330,7 @@ def test_a_dark_frame_has_the_range_of_its_video() -> None:
         assert frames(clip)[1].max() == 0, "half a level of 255, not half of all"
 
 
-def test_videos_that_are_none() -> None:
+def test_invalid_videos_are_refused() -> None:
     with pytest.raises(UserError, match="at least one frame"):
         frames([])
     with pytest.raises(UserError, match=r"of one size, got \[\(3, 2\), \(8, 6\)\]"):

@@ -83,7 +83,7 @@ def test_layers_on_two_devices(host: Host, spec: str, split: int) -> None:
         assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
 
 
-def test_the_simulation_notices_a_mix() -> None:
+def test_the_simulation_refuses_mixed_devices() -> None:
     """What the test above relies on."""
     with SecondDevice():
         here = torch.ones(3)
@@ -101,7 +101,7 @@ def test_the_simulation_notices_a_mix() -> None:
 
 
 @pytest.mark.parametrize("spec", ["globalcom2", "fastv", "fastv:position_ids=compact"])
-def test_weights_that_are_only_there_during_a_forward(host: Host, spec: str) -> None:
+def test_weights_that_exist_only_during_a_forward(host: Host, spec: str) -> None:
     """Offloaded weights: nothing may be read from a module that is not being called."""
     method = chosen_method(spec, host)
     wanted = list(_results(host, method))

@@ -46,7 +46,7 @@ class Broken(Compressor):
         return Selection(tokens.layout.patches[:3])
 
 
-def test_choice_by_position_is_found() -> None:
+def test_selection_by_position_is_detected() -> None:
     found = selector_bias(["last", "first"], encoded(24))
     for method, sign in (("last", 1), ("first", -1)):
         normal = row(found.statistics, "normal", "normal", method=method)
@@ -62,7 +62,7 @@ def test_choice_by_position_is_found() -> None:
 
 
 @pytest.mark.parametrize("retention", [0.1, 0.25, 0.6])
-def test_choice_by_content_is_not_blamed(retention: float) -> None:
+def test_selection_by_content_shows_no_bias(retention: float) -> None:
     """Exactly 1 and exactly p = 1, also where padding and rounding favour earlier views."""
     images = encoded(16, FULL, PADDED, LAYOUTS["1x3"], TokenLayout.video(4, (4, 4)))
     methods = ["feature-norm", "feature-norm:allocator=topk"]
@@ -197,7 +197,7 @@ def test_only_budgets_that_stay_are_rounded(now: list[int]) -> None:
     assert changes[1].sum() == by_content.sum()
 
 
-def test_everything_kept_tells_nothing() -> None:
+def test_full_retention_has_no_evidence() -> None:
     found = selector_bias(["last"], encoded(4), retention=[1.0]).statistics
     both = row(found, "reversed-crops")
     assert np.isnan(both["equivariance"])
@@ -206,7 +206,7 @@ def test_everything_kept_tells_nothing() -> None:
     assert row(found, "normal", "normal")["slope"] == pytest.approx(0, abs=1e-12)
 
 
-def test_scores_are_noted() -> None:
+def test_scores_are_recorded() -> None:
     images = encoded(2)
     method = Planted(retention=0.25, late=3.0)
     tokens = selector_bias([method, "uniform"], images).tokens
@@ -219,7 +219,7 @@ def test_scores_are_noted() -> None:
     assert tokens["score"][tokens["method"] == "uniform"].isna().all()
 
 
-def test_images_without_fingerprint_are_told_apart() -> None:
+def test_images_without_fingerprint_are_distinguished() -> None:
     plain = [VisualTokens(one.layout, one.features) for one in encoded(3)]
     tokens = selector_bias(["feature-norm"], plain, conditions=["flip-lr"]).tokens
     normal = tokens[tokens["condition"] == "normal"]
@@ -228,7 +228,7 @@ def test_images_without_fingerprint_are_told_apart() -> None:
         np.testing.assert_allclose(rows["score"], norms.numpy(), rtol=1e-6)
 
 
-def test_random_draws_anew_for_images_without_fingerprint() -> None:
+def test_random_draws_again_for_images_without_fingerprint() -> None:
     """One draw for all images would look like a preference for its places."""
     plain = [VisualTokens(one.layout, one.features) for one in encoded(24)]
     found = selector_bias(["random:allocator=topk"], plain)

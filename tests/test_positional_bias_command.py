@@ -72,7 +72,7 @@ def _stopped(request: PositionalBiasRequest, calls: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [4, 3])
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     """Nothing is lost, doubled or computed again, with batches of another size either."""
@@ -115,7 +115,7 @@ def test_an_interrupted_run_goes_on(
     assert not counted, "all of it was there"
 
 
-def test_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "figures", lambda *_: [])
     request = PositionalBiasRequest(methods=("last", "first"), images=3, out=tmp_path / "run")
     real = type(tp.create("last", retention=0.5)).select

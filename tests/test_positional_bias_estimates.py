@@ -124,7 +124,7 @@ def test_one_image_has_no_p_value() -> None:
     assert "[-" not in text, "nor an interval"
 
 
-def test_what_is_printed_beside_a_slope_is_its_own_p_value() -> None:
+def test_the_printed_p_value_belongs_to_its_slope() -> None:
     methods = [Planted(retention=0.25, late=late) for late in (0.0, 0.2, 4.0)]
     found = selector_bias(methods, encoded(24)).statistics
     lines = printed(found).splitlines()
@@ -135,7 +135,7 @@ def test_what_is_printed_beside_a_slope_is_its_own_p_value() -> None:
         assert (own["p"] < 0.05) == (own["paired_slope_low"] > 0)
 
 
-def test_paired_bias_passes_over_what_did_not_move() -> None:
+def test_paired_bias_ignores_tokens_that_did_not_move() -> None:
     found = paired_bias([0, 1], [1, 0], [0.5, 0.5], [0.5, 0.5], ["a", "b"])
     assert np.isnan(found.slope.value)
     assert len(found.scores) == 0
@@ -168,7 +168,7 @@ def test_equivariance_of_chance_is_a_half(share: float) -> None:
     assert np.nanmean(found) == pytest.approx(0.5, abs=0.02)
 
 
-def test_equivariance_leaves_out_what_has_no_counterpart() -> None:
+def test_equivariance_ignores_tokens_without_counterpart() -> None:
     before, after = [1, 0, 1, 0], [0, 1, 0, 1]
     assert equivariance(before, after, [1, 0, 3, 2]) == 1
     assert equivariance(before, after, [1, 0, -1, -1]) == 1

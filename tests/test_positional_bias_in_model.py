@@ -52,7 +52,7 @@ def test_exchanged_crops_have_no_pipeline(testbed: Pipeline, pictures: list[Imag
     assert set(found.statistics["level"]) == {"normal", "selector"}
 
 
-def test_crops_show_the_tower_the_same_pixels(
+def test_exchanged_crops_have_the_same_pixels(
     testbed: Pipeline, pictures: list[Image.Image]
 ) -> None:
     """Reversed pixels, encoded anew, are the reversed features; only the thumbnail differs."""
@@ -92,7 +92,7 @@ def kept(result: Analysis, method: str, image: int, condition: str) -> list[int]
 
 @pytest.mark.parametrize("condition", ["normal", "reversed-crops", "flip-lr"])
 @pytest.mark.parametrize("spec", ["globalcom2", "fastv", "pyramiddrop", "uniform@0.5 + fastv@0.5"])
-def test_choices_are_those_of_the_engine(
+def test_selections_equal_those_of_the_engine(
     testbed: Pipeline, pictures: list[Image.Image], result: Analysis, spec: str, condition: Any
 ) -> None:
     """Also where several images run in one batch, against one prompt at a time."""
@@ -149,7 +149,7 @@ def test_first_cut_keeps_more_than_the_last(result: Analysis) -> None:
     assert table["kept_first"].sum() > table["kept"].sum()
 
 
-def test_the_model_is_left_alone(testbed: Pipeline, pictures: list[Image.Image]) -> None:
+def test_the_model_is_unchanged(testbed: Pipeline, pictures: list[Image.Image]) -> None:
     hooks = sum(len(module._forward_pre_hooks) for module in testbed.model.modules())
     method = tp.parse("fastv", retention=0.25)
     positional_bias(testbed, [method], pictures[:1], conditions=["flip-lr"], levels=["selector"])

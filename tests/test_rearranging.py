@@ -90,7 +90,7 @@ def test_reversed_frames() -> None:
         ("2x2", "reversed-frames", "fewer than two frames"),
     ],
 )
-def test_what_cannot_be_reversed(name: str, condition: Any, why: str) -> None:
+def test_impossible_conditions_are_refused(name: str, condition: Any, why: str) -> None:
     with pytest.raises(NotPossible, match=why):
         origins(LAYOUTS[name], condition)
 

@@ -236,12 +236,14 @@ def test_a_model_without_an_adapter_is_a_sentence() -> None:
         ("globalcom2:layer=3", "asks for layer 3 of the vision tower, which has 3"),
     ],
 )
-def test_what_the_model_lacks_is_said_before_it_runs(spec: str, sentence: str) -> None:
+def test_what_the_model_lacks_is_refused_before_it_runs(spec: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence), compress(LlavaNext.tiny(), spec, retention=0.5):
         pass
 
 
-def test_a_tower_without_cls_is_said_with_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_without_cls_is_refused_with_an_alternative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, facts = LlavaNext.tiny(), LlavaNext.vision_facts
     monkeypatch.setattr(LlavaNext, "vision_facts", lambda self: replace(facts(self), has_cls=False))
     with (

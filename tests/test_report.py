@@ -95,7 +95,7 @@ def test_the_page_of_a_finished_run(run: Path) -> None:
     assert not list(run.glob(".report*")), "no temporary file is left"
 
 
-def test_the_script_is_given_what_the_journal_says(run: Path) -> None:
+def test_the_script_receives_the_journal(run: Path) -> None:
     report(ReportRequest(folder=run))
     data, lines = data_of(run / "report.html"), lines_of(run)
     keys = {
@@ -164,7 +164,7 @@ def test_the_lattices_are_the_patches(size: tuple[int, int], several: bool) -> N
 
 
 @given(st.text())
-def test_nothing_ends_the_script(text: str) -> None:
+def test_no_text_ends_the_script_element(text: str) -> None:
     safe = _script_safe({"a": text})
     assert not set(safe) & set("<>&\u2028\u2029")
     assert json.loads(safe)["a"] == text.encode("utf-8", "backslashreplace").decode()
@@ -173,7 +173,7 @@ def test_nothing_ends_the_script(text: str) -> None:
 # --- runs that are not as they should be ----------------------------------------------------------
 
 
-def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
+def test_a_report_on_own_data_and_missing_images(own: Path, tmp_path: Path) -> None:
     whole = report(ReportRequest(folder=own / "run", out=tmp_path / "whole.html"))
     assert whole.notes == ()
     data = data_of(page_of(whole))
@@ -207,7 +207,7 @@ def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
     assert any("have changed since the run" in note for note in changed.notes)
 
 
-def test_a_run_that_did_not_record_what_was_kept(run: Path) -> None:
+def test_a_run_without_records_of_kept_tokens(run: Path) -> None:
     lines = lines_of(run)
     for line in lines:
         line.pop("kept", None)
@@ -265,7 +265,7 @@ def test_a_failed_run(run: Path) -> None:
     assert failed == [False, False, False, True, False]
 
 
-def test_nothing_was_answered(run: Path) -> None:
+def test_a_run_without_answers(run: Path) -> None:
     rewrite(run, [])
     for name in ("answers.parquet", "summary.csv"):
         (run / name).unlink()
@@ -276,7 +276,7 @@ def test_nothing_was_answered(run: Path) -> None:
     assert "There is no answer yet" in Page(page_of(written).read_text()).text
 
 
-def test_a_method_that_is_not_registered_here(run: Path) -> None:
+def test_a_method_that_is_not_registered(run: Path) -> None:
     experiment = json.loads((run / "manifest.json").read_text())["experiment"]
     change(run, experiment=experiment | {"methods": ["uniform", "someones-own"]})
     written = report(ReportRequest(folder=run))
@@ -285,7 +285,7 @@ def test_a_method_that_is_not_registered_here(run: Path) -> None:
     assert data_of(page_of(written))["questions"][0]["kept"][1]
 
 
-def test_a_model_that_is_not_here(run: Path) -> None:
+def test_a_missing_model(run: Path) -> None:
     experiment = json.loads((run / "manifest.json").read_text())["experiment"]
     change(run, experiment=experiment | {"model": "someone/model-7b"})
     written = report(ReportRequest(folder=run))
@@ -293,7 +293,7 @@ def test_a_model_that_is_not_here(run: Path) -> None:
     assert data_of(page_of(written))["pictures"], "images are there nevertheless"
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     other = '{"experiment": {"methods": ["fastv"]}}'  # of another analysis
     for content in (None, "{}", "no", other):
         if content is not None:
@@ -305,7 +305,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         report(ReportRequest(folder=tmp_path, questions=-1))
 
 
-def test_the_command_says_where_the_page_is(run: Path) -> None:
+def test_the_command_prints_the_path_of_the_page(run: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run), "--questions", "2"])
     assert result.exit_code == 0, result.output
     assert f"Written to {run / 'report.html'}" in result.stdout
@@ -332,7 +332,7 @@ def test_seeds_and_matched_costs_are_as_they_were_run(tmp_path: Path) -> None:
     assert [cell["label"] for cell in cells] == ["uncompressed", "random"]
 
 
-def test_a_report_to_be_shared_names_nobody(
+def test_an_anonymous_report_names_no_user_or_machine(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(own, tmp_path / "home" / "jane-doe" / "study")) / "run"
@@ -471,7 +471,7 @@ def test_a_damaged_folder_is_a_sentence_or_a_table(run: Path, seed: int) -> None
         assert result.exit_code == 0 or result.stderr.startswith("error: ")
 
 
-def test_a_damaged_figure_is_told_of(run: Path) -> None:
+def test_a_damaged_figure_is_reported(run: Path) -> None:
     (run / "plots" / "accuracy.png").write_bytes(b"no picture")
     written = report(ReportRequest(folder=run))
     assert any("accuracy.png cannot be shown" in note for note in written.notes)

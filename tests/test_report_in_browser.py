@@ -71,7 +71,7 @@ def listed(page: Page) -> list[str | None]:
 
 
 @in_browser
-def test_it_opens_and_counts_what_was_kept(run: Path, opened: Callable[..., Page]) -> None:
+def test_the_page_opens_and_counts_the_kept_tokens(run: Path, opened: Callable[..., Page]) -> None:
     report(ReportRequest(folder=run))
     item = data_of(run / "report.html")["questions"][4]
     page = opened(run / "report.html", f"#q={item['id']}")

@@ -158,7 +158,9 @@ def _sizes(host: Host, tokens: VisualTokens, row: int, image: int) -> dict[str, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", SIGNALS)
-def test_the_engine_delivers_what_the_table_says(name: str, host: str, dtype: torch.dtype) -> None:
+def test_the_engine_delivers_the_signals_of_the_table(
+    name: str, host: str, dtype: torch.dtype
+) -> None:
     """Shape and dtype, in a batch of prompts with several images and with none."""
     info, model = SIGNALS[name], HOSTS[host].like(dtype=dtype)
     signal = Signal(name, CUT - 1 if info.source == "decoder layer" else -1)
@@ -322,7 +324,7 @@ def _encoded(host: Host) -> dict[str, Any]:
 @pytest.mark.parametrize("row", [0, 2])
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 @pytest.mark.parametrize("method", [BY_VALUES, *CHAINS.values()], ids=["alone", *CHAINS])
-def test_the_forecast_of_values_is_what_the_ledger_says(
+def test_forecast_values_equal_those_of_the_ledger(
     method: Compressor, host: Host, row: int
 ) -> None:
     with compress(host.model, method) as trace, torch.no_grad():

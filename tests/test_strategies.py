@@ -150,7 +150,7 @@ def test_pooling_a_plane_with_gaps_loses_no_cell(
         assert any(fits)
 
 
-def test_pooling_by_hand_behind_a_merge_of_the_middle() -> None:
+def test_pooling_by_hand_after_a_merge_of_the_middle() -> None:
     """Of a 4 x 4 frame in four cells the upper left token of each is gone, but no cell is."""
     gone = {0, 2, 8, 10}
     left = torch.tensor([i for i in range(16) if i not in gone])
@@ -284,7 +284,7 @@ def test_cover_equals_loops(size: int, seed: int) -> None:
     assert cover(alike, worth, size).tolist() == list(range(size))
 
 
-def test_scope_prefers_what_is_salient_among_equals() -> None:
+def test_scope_prefers_salient_tokens_among_equals() -> None:
     layout = TokenLayout.single((1, 4))
     x, y = torch.eye(2)
     vectors = torch.stack([x, x, y, y, torch.full((2,), torch.nan)])
@@ -383,7 +383,7 @@ def test_pyramiddrop_follows_its_schedule() -> None:
     assert len(method.at(0.5).select(inside).keep) == 16
 
 
-def test_dart_lets_pivots_pick_what_is_least_like_them() -> None:
+def test_dart_pivots_select_the_least_similar_tokens() -> None:
     """Image pivot 0; text pivot along y; two tokens more, one for each."""
     layout = TokenLayout.single((1, 5), newline=False)
     x, y = torch.eye(2)
@@ -422,7 +422,7 @@ def test_sparsevlm_asks_the_words_that_are_about_the_image() -> None:
     torch.testing.assert_close(chosen.features, torch.tensor([[0.5, 0.5], [3, 3]]))
 
 
-def test_sparsevlm_lets_all_words_rate_where_none_stands_out() -> None:
+def test_sparsevlm_takes_all_text_as_raters_if_none_is_above_the_mean() -> None:
     rows, states = torch.tensor([[0.1], [0.8], [0.1]]), torch.ones(3, 2)
     method = create("sparsevlm", retention=0.5)
     one = _rated(rows, states, states, torch.ones(1, 2))

@@ -98,7 +98,7 @@ def test_tokens_of_two_frames_that_tie_go_by_place() -> None:
 
 
 @pytest.mark.parametrize("frames", [2, 3, 5, 6, 7, 11])
-def test_a_still_video_is_ranked_by_what_is_left(frames: int) -> None:
+def test_a_static_video_is_ranked_by_the_remaining_frames(frames: int) -> None:
     """All frames are their summary: no frame is richer, and only the local scores rank."""
     tokens = clip(frames, 8, still=True)
     expected = []
@@ -142,7 +142,7 @@ class Lopsided(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_of_two_nearest_to_each_other_the_earlier_is_picked(count: int) -> None:
+def test_of_two_nearest_tokens_the_earlier_is_selected(count: int) -> None:
     for seed in range(40):
         vectors = torch.randn(33, 50, generator=torch.Generator().manual_seed(seed))
         expected = farthest_first(vectors, count)
@@ -152,7 +152,7 @@ def test_of_two_nearest_to_each_other_the_earlier_is_picked(count: int) -> None:
         assert found.sort().values.tolist() == expected
 
 
-def test_of_equal_rows_the_earlier_is_picked() -> None:
+def test_of_equal_rows_the_earlier_is_selected() -> None:
     for seed in range(10):
         vectors = torch.randn(9, 50, generator=torch.Generator().manual_seed(seed)).repeat(3, 1)
         found = max_min_diversity(vectors, 12).sort().values

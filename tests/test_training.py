@@ -87,7 +87,7 @@ def test_the_warm_start_sees_and_speaks_as_the_first_testbed() -> None:
     assert torch.equal(model.lm_head.weight[:words], source.lm_head.weight)
 
 
-def test_quizzes_ask_what_is_true() -> None:
+def test_quizzes_have_true_answers() -> None:
     rng = np.random.default_rng(0)
     tokenizer = onevision.build_processor().tokenizer
     for modality, kinds in scenes.MODALITIES.items():

@@ -93,7 +93,7 @@ def test_a_class_brought_for_a_known_config_is_refused(theirs: Path) -> None:
     assert not (theirs.parent / "executed").exists()
 
 
-def test_who_trusts_it_gets_it(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trusted_code_is_executed(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Theirs(LlavaNext):
         hosts = ("TheirModel",)
 
@@ -111,7 +111,7 @@ def test_who_trusts_it_gets_it(theirs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (theirs.parent / "executed").exists()
 
 
-def test_every_call_that_could_execute_code_says_whether() -> None:
+def test_every_call_that_could_execute_code_sets_trust_remote_code() -> None:
     """Explicitly, because what is left out may ask on stdin."""
     files = [
         file

@@ -65,7 +65,7 @@ WRITES: dict[str, Act] = {
 
 
 @pytest.mark.parametrize("what", WRITES)
-def test_who_writes_is_told(what: str) -> None:
+def test_writing_to_the_input_is_refused(what: str) -> None:
     tokens = sample_tokens(frozenset({KEYS}), LAYOUT)
     with pytest.raises(ContractError, match=r"^Acting wrote to .*which other methods"):
         Acting(retention=0.5, act=WRITES[what])(tokens)
@@ -80,7 +80,7 @@ def test_inside_inference_mode_numbers_are_compared() -> None:
             Acting(retention=0.5, act=lambda t: t.features.mul_(2))(tokens)
 
 
-def test_who_reads_is_left_alone() -> None:
+def test_reading_the_input_is_allowed() -> None:
     """Also where it is the first to ask a layout for something, and where a layout was copied."""
 
     def reads(tokens: VisualTokens) -> None:
@@ -153,7 +153,7 @@ class Declared(First):
         return len(tokens)
 
 
-def test_who_says_so_may_exceed() -> None:
+def test_a_stated_limit_may_exceed_the_budget() -> None:
     tokens = sample_tokens(frozenset(), LAYOUT)
     assert len(Declared(retention=0.1, count=30)(tokens).keep) >= 30
 
@@ -205,7 +205,7 @@ class TowerWriter(EncoderCompressor):
 
 
 @pytest.mark.parametrize("what", ["states", "keys", "size"])
-def test_inside_the_vision_tower_too(what: str) -> None:
+def test_writing_inside_the_vision_encoder_is_refused(what: str) -> None:
     host = Host.tiny("LLaVA-NeXT")
     with (
         pytest.raises(ContractError, match=f"TowerWriter wrote to {what}"),
@@ -214,7 +214,7 @@ def test_inside_the_vision_tower_too(what: str) -> None:
         host.logits(host.inputs([0]))
 
 
-def test_the_sentence_says_of_which_image() -> None:
+def test_the_message_names_the_image() -> None:
     host = Host.tiny("LLaVA-NeXT")
 
     def only_the_second(tokens: VisualTokens) -> None:

@@ -108,7 +108,7 @@ def test_dycoke_widens_windows_below_a_quarter() -> None:
     assert set(sizes) == {9, 10}
 
 
-def test_dycoke_of_an_image_keeps_what_is_least_like_its_view() -> None:
+def test_dycoke_of_an_image_keeps_the_tokens_least_similar_to_their_view() -> None:
     layout = TokenLayout.anyres((1, 2), (2, 2), (0, 2, 0, 4))
     tokens = VisualTokens(layout, torch.randn(14, 5, generator=torch.Generator().manual_seed(1)))
     keep = create("dycoke", retention=0.5).select(tokens).keep.tolist()
@@ -129,7 +129,7 @@ def _with_gaps(tokens: VisualTokens, seed: int) -> VisualTokens:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 9), st.sampled_from([0.3, 0.5, 0.8]), st.integers(0, 9))
-def test_dycoke_compares_with_what_is_nearest(frames: int, retention: float, seed: int) -> None:
+def test_dycoke_compares_with_the_nearest_token(frames: int, retention: float, seed: int) -> None:
     """Frames of unequal size: frame ``o`` of a window of four with frame ``o & (o - 1)``."""
     tokens = _with_gaps(_video(frames, (3, 4), seed), seed)
     layout = tokens.layout
@@ -182,7 +182,7 @@ def test_segments_are_the_best_of_all(length: int, seed: int) -> None:
     assert sum(int(gain[s, e]) for s, e in runs) == max(totals)
 
 
-def test_segments_stay_single_where_nothing_is_gained() -> None:
+def test_segments_without_savings_stay_single() -> None:
     assert segments(torch.zeros(4, 4)) == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert segments(torch.tensor([[0.0, 5, 6], [0, 0, 7], [0, 0, 0]])) == [(0, 0), (1, 2)]
 

@@ -61,7 +61,7 @@ def test_views_kept() -> None:
 
 
 @pytest.mark.parametrize("layout", [TokenLayout.single((4, 4)), TokenLayout.video(3, (2, 2))])
-def test_what_has_no_crops_stays_whole(layout: TokenLayout) -> None:
+def test_images_without_crops_stay_whole(layout: TokenLayout) -> None:
     for compressor in (KeepViews(views="thumbnail"), DropCrop(which="lowest", signal=CLS)):
         assert compressor(tokens(layout)).keep.tolist() == list(range(len(layout)))
 
@@ -105,7 +105,7 @@ def test_a_random_crop_depends_on_seed_and_image_alone() -> None:
 
 
 @given(st.data())
-def test_crop_of_is_the_view_of_the_token_there(data: st.DataObject) -> None:
+def test_crop_of_is_the_view_of_the_token_at_a_location(data: st.DataObject) -> None:
     grid = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     top, left = data.draw(st.tuples(st.integers(0, 1), st.integers(0, 1)))
     layout = TokenLayout.anyres(grid, (4, 4), (top, 4 * grid[0] - top, left, 4 * grid[1] - left))

@@ -34,7 +34,7 @@ def _steps(spec: str, retention: float = 0.4) -> list[Compressor]:
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("modality", ["image", "video"])
-def test_one_wait_a_selection(spec: str, modality: str) -> None:
+def test_one_synchronisation_per_selection(spec: str, modality: str) -> None:
     layout = TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8))
     if modality == "video":
         layout = TokenLayout.video(4, (4, 4))
@@ -46,7 +46,7 @@ def test_one_wait_a_selection(spec: str, modality: str) -> None:
 
 @pytest.mark.parametrize("name", [host.name for host in hosts(["qwen2"])])
 @pytest.mark.parametrize("spec", SPECS)
-def test_one_wait_for_every_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
+def test_one_synchronisation_per_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
     """And three a forward, however many images: sizes, numbers of images, and what the prompts are;
     one more for every signal of the tower, for which Hugging Face's packing sends lengths."""
     host = Host.tiny(name, "qwen2")
