@@ -25,7 +25,7 @@ VIDEO = LAYOUTS["video"]
 
 
 def encoded(count: int = 24, *layouts: TokenLayout) -> list[VisualTokens]:
-    """Made-up images of the layouts in turn, by default of 2x2 crops."""
+    """Synthetic images that cycle through the layouts; default: 2x2 crops."""
     some = layouts or (FULL,)
     return [sample_tokens(frozenset(), some[i % len(some)], seed=i) for i in range(count)]
 
@@ -41,7 +41,7 @@ def row(table: pd.DataFrame, condition: str, level: str = "selector", **fields: 
 
 @dataclass(frozen=True, kw_only=True)
 class Planted(ScoringCompressor):
-    """Scores content, plus ``late`` times the place in the sequence, plus ``right`` times x."""
+    """Scores content, plus ``late`` times the index in the sequence, plus ``right`` times x."""
 
     allocator: Allocator = field(default_factory=TopK)
     content: float = 1.0

@@ -22,7 +22,7 @@ VOID = {"meta", "link", "img", "input", "br"}
 
 
 class Page(HTMLParser):
-    """The elements of a page, every one closed; raises where it is not well formed."""
+    """The elements of a page.  Raises if the page is not well-formed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def page_of(outcome: Outcome) -> Path:
 
 
 def data_of(path: Path) -> dict[str, Any]:
-    """What the page's script is given."""
+    """The data that the script of the page receives."""
     text = path.read_text(encoding="utf-8")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found

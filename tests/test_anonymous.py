@@ -1,4 +1,4 @@
-"""What is shared tells neither who ran it nor where."""
+"""Anonymous output names neither the user nor the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokenprune.experiments.report.anonymous import anonymous
         ("file:///data/jane/x.png", "x.png"),
         ("/home/jane/", "user"),
         ("from jane's laptop", "from user's laptop"),
-        # What is no absolute path stays.
+        # Other texts than absolute paths stay.
         (
             "uniform and/or fastv, 3 / 4, runs/one/a.png",
             "uniform and/or fastv, 3 / 4, runs/one/a.png",

@@ -1,4 +1,4 @@
-"""The few attention rows we compute, against the whole matrices of eager attention."""
+"""The attention rows that are computed, against the matrices of eager attention."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _layers(tower: Any) -> Any:
 
 @torch.no_grad()
 def _run(kind: str, layer: int, attention: str) -> tuple[Any, Tensor]:
-    """What is tapped under ``attention``, and (V, heads, N, N) of that layer under eager."""
+    """Projections read with kernel ``attention``, and (V, heads, N, N) of eager attention."""
     tower: Any = _tower(kind)
     pixels = torch.randn(2, 3, 15, 15, generator=torch.Generator().manual_seed(1))
     full = tower(pixels, output_attentions=True).attentions[layer]
@@ -146,7 +146,7 @@ LENGTHS = torch.tensor([12, 8])
 
 @torch.no_grad()
 def _tapped(model: Any, layer: int, mask: Tensor) -> tuple[dict[str, Any], Any]:
-    """What attention ``layer`` was called with, and the model's eager output."""
+    """The arguments of attention ``layer``, and its attention under eager."""
     calls: list[dict[str, Any]] = []
     handle = model.layers[layer].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
@@ -279,7 +279,7 @@ def test_decoder_row_of_an_earlier_token() -> None:
 
 
 def test_the_row_ahead_is_the_official_one_of_pyramiddrop() -> None:
-    """RMSNorm, projections and rotation of the layer behind the cut, for a padded batch."""
+    """RMSNorm, projections and rotation of the layer after the cut, for a padded batch."""
     folder = Path(__file__).parent / "data" / "golden" / "pyramiddrop"
     (case,) = (c for c in replay_cases(folder, "pyramiddrop") if c.params["batch"] == 2)
     given, params = case.tensors, case.params

@@ -70,7 +70,7 @@ def test_an_own_class_works_in_every_command(
 
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A file with a registered class `Mine` and one without a name, beside where we work."""
+    """A module in the working directory, with a registered class `Mine` and an unnamed one."""
     name = f"own{tmp_path.name[-2:].strip('_')}"
     source = (
         "from dataclasses import dataclass\n"

@@ -1,4 +1,4 @@
-"""Under ``torch.autocast`` every method runs, and chooses as precisely as without."""
+"""Under ``torch.autocast`` every method runs and selects the same tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_method_runs(host: Host, spec: str, dtype: torch.dtype) -> None:
 
 @each_method
 def test_a_selection_does_not_depend_on_autocast(spec: str) -> None:
-    """The products behind a ranking would tie or change places in half precision."""
+    """In half precision, the products of a ranking would tie or change their order."""
     layout = TokenLayout.anyres((2, 2), (8, 8), (0, 16, 0, 16))
     for part in _method(spec).parts():
         tokens = sample_tokens(part.needs, layout, seed=3)
@@ -109,7 +109,7 @@ def test_signals_of_the_tower_are_products_in_float32(host: Host) -> None:
 
 
 def test_the_model_itself_runs_under_autocast() -> None:
-    """Merged vectors go through the projector as the others did."""
+    """Merged vectors pass the projector like all others."""
     line = torch.nn.Linear(4, 4)
     seen: list[Tensor] = []
     line.register_forward_hook(lambda module, args, output: seen.append(output))

@@ -1,4 +1,4 @@
-"""The benchmarks run, count what they say they count, and show what has become worse."""
+"""The benchmarks run, count correctly, and show regressions."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", tp.list_methods())
 def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
-    """Each takes rows of attention, keys or a norm, none of which is there anyway."""
+    """Each needs attention rows, keys or a norm, which the plain forward does not compute."""
     layout = TokenLayout.single((4, 4))
     bench = selection._Bench(selection.TINY, layout, "cpu", torch.float32, True)
     method = tp.create(name, retention=0.5)
@@ -63,7 +63,7 @@ def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
 
 
 def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
-    """36 patches a view: half of 180, in each of three rows, and what one row by itself says."""
+    """36 patches per view: half of 180 in each of three rows, and one row alone."""
     layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
     adapter = llava(TOY, "cpu", torch.float32)
     width = adapter.base.config.vision_config.hidden_size

@@ -1,4 +1,4 @@
-"""Integers from ratios: exact fractions, rounding, and how views share a budget."""
+"""Budgets: exact fractions, rounding, and the division between views."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _tokens(layout: TokenLayout, thumbnail: Tensor | None = None, seed: int = 0)
         (10, 0.35, "half-up", 4),
         (10, 0.3, "ceil", 3),  # math.ceil(10 * 0.3) is 3, but of 0.1 * 30 it is 4
         (30, 0.1, "ceil", 3),
-        (7, 0.01, "floor", 1),  # never nothing
+        (7, 0.01, "floor", 1),  # at least one
         (7, 1.0, "ceil", 7),
         (0, 0.5, "floor", 0),
     ],
@@ -89,7 +89,7 @@ def test_the_budget_of_a_quotient_is_its_numerator(tokens: int, data: st.DataObj
         ((0, 4, 0, 6), 0.5, [8, 8, 4]),
         # 0.05 * 40 = 2: quotas 0.8, 0.8, 0.4.
         ((0, 4, 0, 6), 0.05, [1, 1, 0]),
-        # 0.1 * 48 = 4: three quotas of 4/3, the earlier view gets what is left.
+        # 0.1 * 48 = 4: three quotas of 4/3, the earlier view gets the rest.
         ((0, 4, 0, 8), 0.1, [2, 1, 1]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Methods and model families as data: right, complete and quick."""
+"""The index of methods and model families: correct, complete and quick to read."""
 
 from __future__ import annotations
 

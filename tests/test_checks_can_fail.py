@@ -1,4 +1,4 @@
-"""Every check must be seen to fail, and to pass where nothing is wrong."""
+"""Every check fails on a seeded fault and passes without one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _apply(check: Check, fault: Fault, host: Host) -> None:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_check_can_fail(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    for fault in FAULTS[check.__name__]:  # KeyError: nobody has shown that this check can fail
+    for fault in FAULTS[check.__name__]:  # KeyError: no fault is known on which this check fails
         with pytest.MonkeyPatch.context() as patch:
             fault.patch(patch)
             with pytest.raises(AssertionError) as caught:

@@ -1,4 +1,4 @@
-"""The command line: how options are read, what is printed, and with which status it ends."""
+"""The command line: reading of options, output and exit status."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ def invoke(*words: str) -> Result:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[CompareRequest]:
-    """What the command would have run."""
+    """The requests that the command would run."""
     requests: list[CompareRequest] = []
     monkeypatch.setattr(command, "_compare", lambda request, **_: requests.append(request) or 0)
     return requests

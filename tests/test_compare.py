@@ -117,7 +117,7 @@ def test_divergence_is_that_of_the_answer_tokens_distribution(
     assert summary["kl_low"] <= summary["kl"] <= summary["kl_high"]
 
 
-def test_divergence_of_impossible_tokens_is_infinite() -> None:
+def test_divergence_with_impossible_tokens_is_finite() -> None:
     full, short = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.25, 0.75]).log()
     assert loop.divergence(full, short) == pytest.approx(math.log(4))
     assert loop.divergence(full, full) == 0
@@ -215,7 +215,7 @@ def test_interrupted_then_resumed(
 def test_only_what_is_in_the_journal_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk loses the last line behind our back."""
+    """The file system loses the last line."""
     original = loop.run
 
     def losing(*arguments: Any, **options: Any) -> None:
@@ -306,7 +306,7 @@ def test_own_questions(tmp_path: Path) -> None:
 
 
 def test_questions_that_cannot_be_asked_fail_alone(tmp_path: Path) -> None:
-    """A torn image, one that is not there, marks that do not fit, and frames of two sizes."""
+    """A truncated image, a missing one, wrong placeholders, and frames of two sizes."""
     lines = []
     for number, item in enumerate(held_out(6, seed=5)):
         item.images[0].open().save(tmp_path / f"{number}.png")

@@ -1,4 +1,4 @@
-"""The loop of a comparison, on a runner that makes up its answers."""
+"""The loop of a comparison, on a runner with synthetic answers."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def questions(count: int = 12, per_image: int = 3) -> list[Question]:
     pictures = [
         Picture(f"p{i}", Image.new("RGB", (1, 1), (i, 0, 0))) for i in range(count // per_image + 1)
     ]
-    # The questions about one image lie far apart.
+    # Questions about one image are not adjacent.
     images = -(-count // per_image)
     return [
         Question(f"q{i}", (pictures[i % images],), f"question {i}?", "yes", "kind")
@@ -39,7 +39,7 @@ def questions(count: int = 12, per_image: int = 3) -> list[Question]:
 
 @dataclass
 class Stand:
-    """Answers from the image's content; raises, warns or is interrupted where told."""
+    """Answers from the content of images.  Raises, warns or stops as its fields say."""
 
     encoded: Counter[int] = field(default_factory=Counter)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -141,7 +141,7 @@ def test_every_image_is_encoded_once_and_every_question_asked_once(
 
 
 def test_methods_inside_the_encoder_encode_separately(tmp_path: Path) -> None:
-    """Cells with the same method in the tower share one; signals are those of its cells."""
+    """Cells with the same encoder method share one encoding, with the signals of its cells."""
     chain = "tome@0.5 + globalcom2@0.5"
     columns = cells(["uniform", "tome", chain, "downsample"], [1.0, 0.5, 0.1])
     stand, asked = Stand(), questions()

@@ -20,7 +20,7 @@ LAYOUT = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
 
 
 class Runs:
-    """What a `Probe` was shown, run by run."""
+    """The input of a `Probe` in every run."""
 
     def __init__(self) -> None:
         self.seen: list[VisualTokens] = []

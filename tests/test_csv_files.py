@@ -1,4 +1,4 @@
-"""CSV files that a spreadsheet may open, and that come back as they were."""
+"""CSV files are safe in a spreadsheet and are read back unchanged."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reading questions: what is accepted, and the sentence for everything that is not."""
+"""Reading questions: accepted and refused files."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What takes too long is stopped where it is, and leaves nothing behind."""
+"""A method that takes too long is stopped, and its hooks are removed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
 
 @dataclass(frozen=True, kw_only=True)
 class Endless(Compressor):
-    """Never comes to a choice, and does not care what is raised."""
+    """Never returns, and catches every exception."""
 
     def select(self, tokens: VisualTokens) -> Selection:
         while True:
@@ -80,7 +80,9 @@ def test_hooks_are_never_left_half_installed(host: Host) -> None:
             with time_limit(0.0002 * (step + 1)):
                 while True:
                     with tp.compress(host.model, "fastv", retention=0.5):
-                        time.sleep(0.001)  # or the alarm would wait for a moment outside of both
+                        time.sleep(
+                            0.001
+                        )  # otherwise the alarm would be delayed until both are left
         except TimeLimit:
             stopped += 1
         assert hooks(host) == before, step

@@ -55,7 +55,7 @@ def _layouts() -> dict[str, TokenLayout]:
 
 
 def _chosen(spec: str) -> list[Selection]:
-    """What every cut of a method keeps of made-up images and of a video."""
+    """The tokens that every cut of a method keeps, of synthetic images and a video."""
     method = parse(spec, retention=0.4)
     steps: list[Compressor] = [method.at(cut) for cut in method.cuts[:2]] or [method]
     return [

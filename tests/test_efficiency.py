@@ -1,4 +1,4 @@
-"""Costs without weights, and one paper's numbers in the terms of another's."""
+"""Costs without weights, and conversions between the budgets of papers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_published_column(vicuna: Prompt) -> None:
 
 
 def test_text_is_not_free(vicuna: Prompt) -> None:
-    """With 60 words the published figure is no longer met, which is how we know it had none."""
+    """With 60 text tokens the published figure is not met, so it includes none."""
     with_text = Prompt(vicuna.adapter, vicuna.layouts, text=60)
     assert round(costs(with_text, [])["flops"][0] / 1e12, 1) == 42.6
 

@@ -1,4 +1,4 @@
-"""The encoder stage: matching, merging, the tower under ToMe and downsample, and what it costs."""
+"""The encoder stage: matching, merging, ToMe and downsample in the vision encoder, and costs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 
 def _matched(vectors: list[Tensor], count: int, cls: bool, dist: bool) -> list[int]:
-    """Place of every entry in the output, found pair by pair."""
+    """Output index of every entry, found pair by pair."""
     entries = len(vectors)
     count = min(count, (entries - cls - dist) // 2)
     if count < 1:
@@ -278,7 +278,7 @@ def test_grids_of_downsample() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_downsample_is_the_view_resized(host: Host, attention: str) -> None:
-    """What stays is what the plain tower makes of views that were resized beforehand."""
+    """The kept features equal those of the plain vision encoder on resized views."""
     other = host.like(attention=attention)
     adapter, call = other.adapter, other.media(0)["image"]
     part = create("downsample", retention=0.25)
@@ -466,7 +466,7 @@ def test_encoding_in_advance_equals_encoding_in_the_forward(testbed: Any, spec: 
 @pytest.mark.parametrize("first", ["tome@0.6", "downsample@0.6"])
 @pytest.mark.parametrize("family", ["LLaVA-NeXT", "LLaVA-OneVision"])
 def test_every_method_follows_one_in_the_tower(family: str, first: str, name: str) -> None:
-    """Views and frames then have gaps and unequally many tokens; R is of those that are left."""
+    """Views and frames then have gaps and different numbers of tokens.  R counts those left."""
     host = _tiny(family)
     method = create(name, retention=0.6)
     try:
@@ -502,7 +502,7 @@ def test_features_of_another_encoding_are_refused(testbed: Any) -> None:
             pytest.raises(UserError, match="these features were encoded by"),
         ):
             testbed.model(**inputs)
-    with compress(testbed.model, tome):  # encoding does what it is told inside a context, too
+    with compress(testbed.model, tome):  # encoding takes its method inside a context, too
         (inside,) = testbed.encode([image], (), other)
     (outside,) = testbed.encode([image], (), other)
     assert inside.encoding == outside.encoding

@@ -1,4 +1,4 @@
-"""Cases of the engine that no single strategy is to blame for: pitfalls seen in real use."""
+"""The engine in cases that do not depend on the method: pitfalls seen in real use."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _step(host: Host, inputs: dict[str, Any], cache: DynamicCache | None = None)
 
 @each_method
 def test_odd_images(method: Compressor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No crop rows left, one pixel high, exactly a view, three images, an image and no question."""
+    """Extreme image shapes, several images, and an image without a question."""
     rows = (
         Row(((1, 300),), 2),
         Row(((300, 1), (12, 12), (24, 5)), 4),
@@ -193,7 +193,7 @@ def test_rows_of_a_cache_can_be_selected_and_repeated(method: Compressor, host: 
 
 @each_method
 def test_a_cache_can_be_cropped_and_reset(method: Compressor, host: Host) -> None:
-    """Taking back the last tokens, as assisted decoding does."""
+    """Cropping the last tokens, as assisted decoding does."""
     length = len(host.prompt(0))
     with compress(host.model, method):
         cache = _prefill(host, 0).past_key_values
@@ -420,7 +420,7 @@ def test_a_strategy_that_fails_names_itself(host: Host) -> None:
 
 @pytest.mark.parametrize("spec", ["uniform", "globalcom2:score=received,tau=0.1", "fastv"])
 def test_an_encoder_without_cls(spec: str, siglip: Host) -> None:
-    """SigLIP: no CLS token, so rank by attention received; the rest does not care."""
+    """SigLIP has no CLS token, so received attention ranks; nothing else changes."""
     method = parse(spec, retention=0.4)
     model_checks.check_equals_reference(method, siglip)
     model_checks.check_batch_equals_single(method, siglip)

@@ -1,4 +1,4 @@
-"""What fails in a comparison: a question, a method, or a method that writes to what it is shown."""
+"""Failures in a comparison: of questions, of methods, and of methods that write to their input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def questions(count: int = 12) -> list[Question]:
 
 @dataclass
 class Stand:
-    """Answers; raises what it is told to for some cells and questions ("*" stands for any)."""
+    """Answers, and raises the given errors for some cells and questions ("*" means any)."""
 
     raises: dict[tuple[str, str], BaseException | Callable[[], None]] = field(default_factory=dict)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -123,7 +123,7 @@ def test_successive_bad_questions_do_not_end_a_cell(tmp_path: Path) -> None:
     assert not journal.failures
     assert len(journal.missing) == 4 * 5
     assert len(journal.answers) == 4 * 7
-    # Once known, they are asked by themselves: one batch of those that are left, for every cell.
+    # Bad questions are then asked alone: one batch of the others, for every cell.
     assert Counter(stand.calls)["globalcom2", 3] == 1
 
 
@@ -231,7 +231,7 @@ def test_tables_say_what_is_missing_and_pairs_use_what_both_have(tmp_path: Path)
 
 @dataclass(frozen=True, kw_only=True)
 class Writer(Compressor):
-    """Uniform, after it has normalised what it is shown."""
+    """Uniform, after it has normalised its input in place."""
 
     how: str
     name = "writer"
@@ -254,7 +254,7 @@ class Writer(Compressor):
 
 @dataclass(frozen=True, kw_only=True)
 class LateWriter(Writer):
-    """The same inside the language model, where it is shown the tower's signals."""
+    """The same inside the language model, with signals of the vision encoder."""
 
     stage = Stage.LLM
     name = "late-writer"

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, and what killed processes leave is removed."""
+"""Files are complete or absent, and temporary files of killed processes are removed."""
 
 from __future__ import annotations
 

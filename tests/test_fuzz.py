@@ -1,4 +1,4 @@
-"""The fuzz script: it sees every kind of fault, and its cases can be repeated."""
+"""The fuzz script: it detects every kind of fault, and its cases can be repeated."""
 
 from __future__ import annotations
 

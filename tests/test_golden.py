@@ -1,4 +1,4 @@
-"""Vectors made with the methods' official code, replayed through the public strategy API."""
+"""Golden vectors of official code, replayed through the public API."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def test_official_vectors_are_reproduced(root: Path, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("root", [HERE, SHARED], ids=["own", "shared"])
 def test_every_number_that_is_expected_is_compared(root: Path, method: str) -> None:
-    """Whichever entry of whichever expected tensor is changed, the vector no longer matches."""
+    """If any entry of any expected tensor is changed, the vector no longer matches."""
     if not root.is_dir():
         pytest.skip(f"the full set of vectors is not there ({root}); a few are in {HERE}")
     replay_folder(HERE / "fastv")  # find the replays
@@ -163,7 +163,7 @@ def test_pyramiddrop_replays_any_list(
 
 
 def test_sparsevlm_looks_a_list_up_by_layer(draw: torch.Generator) -> None:
-    """Cuts behind layers 2 and 15 only take the first and the third count, 66 and 17."""
+    """Cuts after layers 2 and 15 take the first and the third count, 66 and 17."""
     text, visual = 6, 67
     embeds = torch.randn(1, visual + text, 8, generator=draw)
     related = (embeds[0, :visual] @ embeds[0, visual:].T).softmax(1).mean(0)

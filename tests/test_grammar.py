@@ -1,4 +1,4 @@
-"""The grammar of specs: what is written is read again, whoever writes it."""
+"""The grammar of specs: every written spec is read back unchanged."""
 
 from __future__ import annotations
 

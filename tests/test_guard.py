@@ -1,4 +1,4 @@
-"""Compiled code, threads, copies, and forwards that get past the hooks of a context."""
+"""Compiled code, threads, copies, and forwards that bypass the hooks of a context."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_compiled_inside_the_context(host: Host, expected: Expected, what: str) 
 
 @pytest.mark.parametrize("what", ["a layer", "a layer's forward", "an attention", "tower"])
 def test_captured_without_hooks_before_the_context(expected: Expected, what: str) -> None:
-    """The graph was captured when there were no hooks, and nothing tells dynamo of them."""
+    """The graph was captured without hooks, and dynamo does not check for them."""
     host = Host.tiny("LLaVA-NeXT")
     COMPILED[what](host.model)
     with torch._dynamo.config.patch(recompile_limit=1000):  # type: ignore[attr-defined]
@@ -267,7 +267,7 @@ def _unhooked(path: str) -> Callable[[nn.Module], None]:
 
 
 def _captured(path: str) -> Callable[[nn.Module], None]:
-    """A CUDA graph would replay all there is inside without calling it."""
+    """A CUDA graph replays kernels without calling the modules."""
 
     def change(model: nn.Module) -> None:
         module = model.get_submodule(path)
@@ -336,7 +336,7 @@ def _member(call: Callable[..., Any], *args: Any) -> threading.Thread:
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("method", [*METHODS, None])
 def test_generations_in_threads_do_not_mix(host: Host, method: str | None, use_cache: bool) -> None:
-    """Every step waits for the other thread, so that the two generations take turns."""
+    """The two generations alternate step by step."""
     found: dict[int, Any] = {}
     turns = threading.Barrier(2, timeout=30)
 
@@ -386,7 +386,7 @@ def test_the_trace_of_a_thread_that_ran_nothing_is_the_latest(host: Host) -> Non
 
 
 def test_a_thread_outside_the_context_is_refused(host: Host, expected: Expected) -> None:
-    """Nobody knows whether it wants plain or compressed answers."""
+    """It is unknown whether the thread expects plain or compressed answers."""
     caught: list[BaseException] = []
 
     def run(call: Callable[[], Any]) -> None:
@@ -423,7 +423,7 @@ def test_a_thread_outside_the_context_is_refused(host: Host, expected: Expected)
 def test_encoding_in_another_thread_does_not_disturb_a_context(
     host: Host, expected: Expected
 ) -> None:
-    """`Adapter.encode` is not of the context; it waits for the tower, and leaves no trace."""
+    """`Adapter.encode` is independent of the context and does not change its trace."""
     call = host.adapter.dummy_images([(20, 30)])
     (want,) = run_encoder(host.adapter, "image", call, frozenset(), None)
     found = []

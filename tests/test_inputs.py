@@ -1,4 +1,4 @@
-"""Prompts with marks, finished prompts, and images as users hand them over."""
+"""Prompts with placeholders, finished prompts, and images in every accepted form."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_videos_of_every_kind_give_the_same_inputs(onevision: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("height", [1, 3, 4])
 def test_a_low_video_is_not_taken_for_channels(onevision: Any, height: int) -> None:
-    """Every row of a frame is alike, and so is every row of what the tower sees."""
+    """All rows of a frame are equal, and so are all rows of its pixel values."""
     frame = np.repeat(PIXELS[:1], height, axis=0)
     side = onevision.adapter.base.config.vision_config.image_size
     seen = onevision.prepare(None, [ASKED], videos=[[frame]])["pixel_values_videos"][0, 0]

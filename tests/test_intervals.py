@@ -45,7 +45,7 @@ def test_mcnemar_by_hand() -> None:
 def test_bootstrap_resamples_whole_images() -> None:
     generator = np.random.default_rng(0)
     per_image = generator.normal(size=60)
-    difference = np.repeat(per_image, 5)  # five questions that stand and fall together
+    difference = np.repeat(per_image, 5)  # five questions with equal results
     images = np.repeat(np.arange(60), 5)
     low, high = paired_bootstrap(difference, images, seed=1, resamples=20_000)
     half = 1.96 * per_image.std() / math.sqrt(60)  # of the normal approximation

@@ -1,4 +1,4 @@
-"""What a journal remembers of a selection."""
+"""The record of a selection in a journal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_there_and_back(keep: set[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "AAA", "%%%%", "AAAAAAAA", "ä"])
-def test_records_of_another_image_are_refused(text: str) -> None:
+def test_invalid_records_are_ignored(text: str) -> None:
     assert unpack(text, 13) is None
 
 

@@ -1,4 +1,4 @@
-"""The account: published figures, and a small decoder counted by hand."""
+"""The ledger: published figures, and a small decoder counted by hand."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_vision_tower_counted_matmul_by_matmul() -> None:
 
 
 def test_the_plain_tower_runs_all_views_through_all_layers(host: Host) -> None:
-    """Every view has 16 patches and a CLS token; the tower is 16 wide, its MLP 24."""
+    """Every view has 16 patches and a CLS token; the vision encoder is 16 wide, its MLP 24."""
     vision = host.adapter.base.config.vision_config
     layer = 17 * (8 * 16**2 + 4 * 17 * 16 + 4 * 16 * 24)
     with compress(host.model, create("uniform", retention=0.5)) as trace:
@@ -180,7 +180,7 @@ def test_attention_rows_of_the_text_are_charged(host: Host) -> None:
 
 
 def test_fitprune_and_pact_are_charged(host: Host) -> None:
-    """Row 0: 64 patches, 6 separators, 3 words behind the image, 3 tokens in front."""
+    """Row 0: 64 patches, 6 separators, 3 words after the image, 3 tokens before it."""
     method = create("fitprune", retention=0.25, steps=1, separators="none")
     ledger = _ledgers(host, method, (0,))[0]
     assert ledger.visual_per_layer == (70, 70, 16, 16)
@@ -205,7 +205,7 @@ def test_a_signal_of_the_tower_is_charged(host: Host) -> None:
 
 @pytest.mark.parametrize("spec", [None, "uniform@0.4", "fastv@0.4", "uniform@0.6 + fastv@0.5"])
 def test_a_second_turn_reports_the_cache_of_the_first(host: Host, spec: str | None) -> None:
-    """The same image again behind the first turn: what the cache holds, layer by layer."""
+    """The same image again after the first turn: the content of the cache, layer by layer."""
     method = None if spec is None else parse(spec)
     inputs = host.inputs((0,))
     ids = inputs["input_ids"]
@@ -243,7 +243,7 @@ def test_packing_by_hand(host: Host) -> None:
     """Of 76 tokens of width 32 in float32, 37 are left, 31 of them of the image."""
     ledger = _ledgers(host, create("uniform", retention=0.4), (0,))[0]
     assert ledger.selector_bytes == (37 + 31) * 32 * 4
-    # Merged vectors lie beside a copy of the whole prompt that they are put in.
+    # Merged vectors exist besides a copy of the whole prompt.
     shape = DecoderShape.of(host.adapter.language_model.config)
     assert copied_bytes(76, 25, shape, 4) == (76 + 25) * 32 * 4
     assert copied_bytes(76, 0, shape, 4) == 0

@@ -1,4 +1,4 @@
-"""Numbers, prompts and paths that cannot be meant end with a sentence, before anything is run."""
+"""Invalid numbers, prompts and paths are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def invoke(*words: str) -> Result:
 
 # --- options --------------------------------------------------------------------------------------
 
-# What makes a command complete; what it names need not be there.
+# Arguments that complete a command; the files need not exist.
 COMPLETE = {
     "audit": ["uniform"],
     "report": ["run"],
@@ -275,7 +275,7 @@ def pipe() -> Any:
 
 @pytest.fixture
 def untouched(pipe: Any) -> Iterator[None]:
-    """Neither the vision tower nor the language model runs."""
+    """Neither the vision encoder nor the language model runs."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the model was run")

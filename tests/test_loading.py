@@ -1,4 +1,4 @@
-"""Checkpoints that are broken or incomplete are refused with their faults' names, and no others."""
+"""Broken or incomplete checkpoints are refused by name of the fault, and no others are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("sound") / "plain", *KINDS[0])
 
 
-# What the sentence must say of a tensor that is spoilt in each way of the check.
+# What the message must name for each fault of a tensor.
 SAID = {
     "removed": "missing",
     "added": "not of this model",
@@ -190,7 +190,7 @@ def test_one_bad_tensor_of_a_timm_model(name: str, tmp_path: Path) -> None:
         save_file(spoilt(state, fault, tensor), file)
         with pytest.raises(UserError) as caught:
             tp.load(f"timm/{name}", pretrained=file, **VITS[name])
-        # What timm's own translation trips over is told in its words.
+        # Failures of timm's conversion are reported in timm's words.
         assert SAID[fault] in str(caught.value) or "cannot load weights" in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what is kept: the right tokens, at the right places, for every model."""
+"""Pictures of kept tokens: the right tokens at the right locations, for every model."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_without_a_language_model(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "figure.png", dpi=20)
     with pytest.raises(UserError, match="acts inside the language model"):
         masks(pipe, [picture(60, 90)], None, ["fastv"])
-    biased = tp.load("timm/beit_base_patch16_224", **options)  # attention that cannot be told
+    biased = tp.load("timm/beit_base_patch16_224", **options)  # attention that cannot be read
     seen = look(biased, [picture(60, 90)], None, ["uniform"], 0.5)
     assert not seen.saliency
     draw(seen)
@@ -274,7 +274,7 @@ def test_an_example_without_arguments(tmp_path: Path) -> None:
 
 
 def test_ones_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: None)  # to be quick
+    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: None)  # for speed
     for index in range(20):
         picture(40, 30, index).save(tmp_path / f"frame-{index:02}.png")
     still = [picture(40, 30, index) for index in range(5)]

@@ -1,4 +1,4 @@
-"""Methods at equal cost, and what their parts take."""
+"""Methods at equal cost, and the times of their parts."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
 
 
 def _matched_answers() -> pd.DataFrame:
-    """Two questions; coarse goes in steps, vague costs what the image says, fine fits."""
+    """Two questions: coarse keeps in steps, vague depends on the image, fine fits."""
     rows = [
         ("uniform", 0.5, 100.0, 100.0, [90.0, 110.0]),
         ("fine", 0.3, 100.0, 100.9, [90.9, 110.0]),
@@ -337,7 +337,7 @@ def test_a_curve_is_found_again() -> None:
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_the_selector_is_timed_separately(bench: Bench, inside: bool) -> None:
-    """A nap of 50 ms in the selection is the selector's, not the prefill's."""
+    """A sleep of 50 ms in the selection counts for the selector, not for the prefill."""
     slow = bench.run(Sleepy(retention=0.5, inside=inside))
     assert slow.selector.median >= 0.05
     quick = bench.run(Sleepy(retention=0.5, inside=inside, nap=0.0))

@@ -1,4 +1,4 @@
-"""Stopwatch and scales, against work of known size."""
+"""Time and memory measurements, against work of known size."""
 
 from __future__ import annotations
 

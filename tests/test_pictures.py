@@ -1,4 +1,4 @@
-"""Pictures as a viewer shows them; every expected pixel is worked out by hand."""
+"""Images are read as a viewer shows them; expected pixels are computed by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gray(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.stack([values] * 3, -1)
 
 
-# What EXIF calls 1 to 8: how the stored rows and columns lie when it is shown.
+# EXIF orientations 1 to 8: from stored to displayed rows and columns.
 _TURNED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -268,7 +268,7 @@ def test_a_raised_limit_is_not_stopped_by_pillow(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF", "WEBP", "JPEG2000", "ICO", "TGA", "DDS"])
 def test_damaged_files_of_any_format_are_sentences(form: str) -> None:
-    """Every byte of the first 200 set to 255 or cut off there: a picture or a sentence."""
+    """Each of the first 200 bytes set to 255, or the file cut there: an image or a refusal."""
     buffer = io.BytesIO()
     Image.fromarray(np.tile(COLOURS, (3, 3, 1))).save(buffer, form)
     whole = buffer.getvalue()

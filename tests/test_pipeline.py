@@ -1,4 +1,4 @@
-"""The pipeline against the steps that it stands for, taken with transformers alone."""
+"""The pipeline against the same steps with transformers alone."""
 
 from __future__ import annotations
 

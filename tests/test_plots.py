@@ -1,4 +1,4 @@
-"""Figures: the points are where the table says, and names can be read."""
+"""Figures: points equal the table, and names are legible."""
 
 from itertools import pairwise
 from pathlib import Path

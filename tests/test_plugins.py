@@ -1,4 +1,4 @@
-"""``module:Class`` and ``--plugin``: what is executed, and that nothing else is."""
+"""``module:Class`` and ``--plugin`` execute the named module and nothing else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Made = type("Made", (Norm,), {{}})
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory; what is imported from it is forgotten."""
+    """A working directory whose imported modules are removed after the test."""
     monkeypatch.chdir(tmp_path)
     strategies.names()  # ours are imported once per process
     known, registered = set(sys.modules), dict(strategies._classes)
@@ -129,7 +129,7 @@ def test_a_plugin_registers_its_methods(here: Path) -> None:
     assert done.exit_code == 0, done.output
     shown = CliRunner().invoke(app, ["list", "own-e-norm", "--plugin", "own_e"])
     assert shown.exit_code == 0, shown.output
-    assert own_class("own_e:Made") is not None  # what has been executed is looked at itself
+    assert own_class("own_e:Made") is not None  # an imported module is inspected directly
 
 
 @pytest.mark.parametrize("name", ["own_f.py", "./own_f", "own_g", "", "own_f.more"])

@@ -77,7 +77,7 @@ def test_selection_by_content_shows_no_bias(retention: float) -> None:
 
 @pytest.mark.parametrize("retention", [0.1, 0.25, 0.6])
 def test_globalcom2_follows_content(retention: float) -> None:
-    """A crop keeps what the thumbnail grants it, whenever it comes in the sequence."""
+    """A crop keeps its budget from the thumbnail, at any place in the sequence."""
     needs = tp.create("globalcom2", retention=0.5).needs
     some = [FULL, PADDED, LAYOUTS["1x3"], *(TokenLayout.video(n, (4, 4)) for n in (2, 3, 5))]
     images = [sample_tokens(needs, some[i % len(some)], seed=i) for i in range(24)]
@@ -128,7 +128,7 @@ def test_bias_to_a_side_is_seen_by_the_flip_across() -> None:
     across, down = row(found, "flip-lr"), row(found, "flip-tb")
     assert across["p"] < 1e-6
     assert across["paired_slope_low"] > 0.1
-    assert down["p"] == 1  # the same columns, the same choice
+    assert down["p"] == 1  # the same columns, the same selection
     assert down["equivariance"] == 1
 
 
@@ -146,7 +146,7 @@ def test_random_is_uniform_over_seeds(condition: Any) -> None:
 
 @pytest.mark.parametrize("retention", [0.3, 0.5])
 def test_random_within_equal_budgets(retention: float) -> None:
-    """Crops keep what they kept, so that nothing can be held against it, not even rounding."""
+    """Crops keep the same numbers, so there is no evidence of bias, not even from rounding."""
     methods = [f"random:seed={seed}" for seed in range(3)]
     found = selector_bias(methods, encoded(20, FULL, PADDED), retention=[retention])
     rows = found.statistics
@@ -164,7 +164,7 @@ def test_rounding_errors_are_no_evidence() -> None:
 
 
 def test_real_differences_between_slots_are_not_rounding() -> None:
-    """Fixed budgets that differ by more than a token are a preference for places."""
+    """Fixed budgets that differ by more than a token are a positional bias."""
 
     @dataclass(frozen=True)
     class Favours(Allocator):
@@ -182,7 +182,7 @@ def test_real_differences_between_slots_are_not_rounding() -> None:
 
 @pytest.mark.parametrize("now", [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 1, 0]])
 def test_only_budgets_that_stay_are_rounded(now: list[int]) -> None:
-    """A view of three keeps 3 and one keeps 2; content alone would have them change places."""
+    """Two views keep 3 and one keeps 2; by content alone the numbers would move."""
     by_position = np.array([1, 1, 1, 1, 1, 0], bool)
     by_content = np.array([1, 1, 0, 1, 1, 1], bool)
     stays = _without_rounding(
@@ -229,7 +229,7 @@ def test_images_without_fingerprint_are_distinguished() -> None:
 
 
 def test_random_draws_again_for_images_without_fingerprint() -> None:
-    """One draw for all images would look like a preference for its places."""
+    """A single draw for all images would look like a positional bias."""
     plain = [VisualTokens(one.layout, one.features) for one in encoded(24)]
     found = selector_bias(["random:allocator=topk"], plain)
     assert (found.statistics["p"].dropna() > 1e-3).all()

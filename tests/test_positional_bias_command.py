@@ -57,7 +57,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def _stopped(request: PositionalBiasRequest, calls: int) -> None:
-    """Begin a run and press Ctrl-C when it reports for the ``calls``-th time that it works."""
+    """Begin a run and interrupt it at its ``calls``-th progress report."""
     seen: list[str] = []
 
     def report(done: int, total: int, doing: str) -> None:
@@ -75,7 +75,7 @@ def _stopped(request: PositionalBiasRequest, calls: int) -> None:
 def test_an_interrupted_run_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    """Nothing is lost, doubled or computed again, with batches of another size either."""
+    """No result is lost, repeated or computed again, with any batch size."""
     monkeypatch.setattr(figures, "figures", lambda *_: [])
     asked: dict[str, Any] = {
         "methods": ("globalcom2", "fastv"), "retention": (0.5, 0.25), "images": 10,
@@ -133,7 +133,7 @@ def test_failures_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_runs_of_other_methods_do_not_mix(tmp_path: Path) -> None:
-    """The same names and retentions, put together otherwise."""
+    """The same names and retention ratios in other combinations."""
     out = tmp_path / "run"
     run(PositionalBiasRequest(methods=("last@0.5", "first@0.25"), images=2, out=out))
     with pytest.raises(UserError, match="holds another experiment"):

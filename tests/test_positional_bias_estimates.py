@@ -37,7 +37,7 @@ def test_slope_of_the_last_quarter_is_nine_eighths() -> None:
     position = (np.tile(np.arange(4000), 2) + 0.5) / 4000
     found = slope(position > 0.75, position, np.repeat([0, 1], 4000))
     assert found.value == pytest.approx(9 / 8, abs=1e-4)
-    assert found.low == pytest.approx(found.value)  # both images are alike
+    assert found.low == pytest.approx(found.value)  # both images are equal
 
 
 def test_slope_interval_covers_the_truth() -> None:
@@ -97,11 +97,11 @@ def test_paired_bias_by_hand() -> None:
     assert found.slope.value == pytest.approx(0.5)
     assert found.scores.tolist() == [1.0, 0.0]
     assert found.images.tolist() == ["a", "b"]
-    assert found.p == 1  # one score other than 0 cannot tell
+    assert found.p == 1  # a single score other than 0 is no evidence
 
 
 def test_the_slope_and_its_p_value_are_of_one_sum() -> None:
-    """Images of unlike sizes: whichever way the slope points, its p-value tests that."""
+    """Images of different sizes: the p-value tests the direction of the slope."""
     draw = np.random.default_rng(4)
     image = np.repeat(np.arange(9), draw.integers(1, 40, 9))
     x, moved = draw.random((2, len(image)))

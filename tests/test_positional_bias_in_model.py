@@ -55,7 +55,7 @@ def test_exchanged_crops_have_no_pipeline(testbed: Pipeline, pictures: list[Imag
 def test_exchanged_crops_have_the_same_pixels(
     testbed: Pipeline, pictures: list[Image.Image]
 ) -> None:
-    """Reversed pixels, encoded anew, are the reversed features; only the thumbnail differs."""
+    """Encoding exchanged pixels gives exchanged features; only the thumbnail differs."""
     (tokens,) = testbed.encode(pictures[:1])
     turned = move_pixels(pictures[0], "reversed-crops", tokens.layout, 56)
     assert isinstance(turned, Image.Image)

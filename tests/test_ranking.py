@@ -1,4 +1,4 @@
-"""What a method ranks by, noted."""
+"""The recorded ranking of a method."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_signals_move_with_their_features(condition: Any) -> None:
 
 @pytest.mark.parametrize("layout", [FULL, PADDED, LAYOUTS["1x3"], VIDEO])
 def test_reversed_order_moves_whole_tokens(layout: TokenLayout) -> None:
-    """All that is known of a token goes with it; crops or frames come last first, row by row."""
+    """All values move with their token; crops or frames come in reverse order, row by row."""
     signal = next(iter(tp.create("globalcom2", retention=0.5).needs))
     tokens = sample_tokens(frozenset({signal}), layout)
     video = layout.modality == "video"

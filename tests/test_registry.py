@@ -100,7 +100,7 @@ def _distribution(folder: Path, group: str, entry: str) -> None:
 
 
 def test_a_package_that_cannot_be_loaded_is_a_warning(package: Path) -> None:
-    """What works is in `test_sample_package.py`."""
+    """`test_sample_package.py` tests entry points that work."""
     group = f"tokenprune.{package.name}"
     _distribution(package.parent, group, f"theirs = {package.name}_gone:Theirs")
     (package / "ours.py").touch()
@@ -111,7 +111,7 @@ def test_a_package_that_cannot_be_loaded_is_a_warning(package: Path) -> None:
 
 
 def test_an_entry_point_may_use_the_decorator_too(package: Path) -> None:
-    """The strategy registers itself while its module is loaded, then once more as entry point."""
+    """The method is registered while its module loads, then again as an entry point."""
     group = f"tokenprune.{package.name}"
     module = f"{package.name}_self"
     (package / "shared.py").write_text("registry = None\n")

@@ -1,4 +1,4 @@
-"""The page about a run: whole, closed to what answers contain, and working in a browser."""
+"""The page about a run: complete, and safe for any content of answers."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_a_record_of_another_image_is_not_drawn(run: Path) -> None:
 
 
 def test_an_interrupted_run(run: Path) -> None:
-    """Killed in the middle of a line, before any table or figure was made."""
+    """Killed while writing a line, before any table or figure was written."""
     lines = lines_of(run)
     rewrite(run, lines[:55])
     with (run / "answers.jsonl").open("a") as file:
@@ -387,7 +387,7 @@ WRONG: list[Any] = [None, True, -1, 10**30, 1.5, "", "words", [], {}, [None], {"
 
 
 def places(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The ways to a value in JSON and to all that it holds."""
+    """The paths to a JSON value and to all values inside it."""
     yield way
     if isinstance(value, dict | list):
         for key, one in value.items() if isinstance(value, dict) else enumerate(value):
@@ -395,7 +395,7 @@ def places(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 
 def damaged_json(text: str, luck: random.Random) -> str:
-    """An object with one value replaced by one of another kind, or removed, or cut short."""
+    """The text of an object with one value replaced or removed, or cut short."""
     value = json.loads(text)
     key = luck.choice(sorted(value))
     *way, last = luck.choice(list(places(value[key], (key,))))
@@ -413,7 +413,7 @@ def damaged_json(text: str, luck: random.Random) -> str:
 
 
 def damage(folder: Path, luck: random.Random) -> str:
-    """Change one thing in a run's folder; say what."""
+    """Damage one file of a run folder; returns a description."""
     name = luck.choice(
         [*["manifest.json"] * 4, *["answers.jsonl"] * 3, *["answers.parquet"] * 2, "summary.csv"]
     )

@@ -44,7 +44,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[[Path, str], Page]:
-    """The page as it is once its script ran; no error may be on the console."""
+    """The page after its script ran.  Errors on the console fail the test."""
 
     def open_(path: Path, fragment: str = "") -> Page:
         command = [
@@ -82,7 +82,7 @@ def test_the_page_opens_and_counts_the_kept_tokens(run: Path, opened: Callable[.
     cards = [card["data-cell"] for card in page.all("div") if "data-cell" in card]
     assert cards == ["uncompressed@1", "uniform@0.5", "uniform@0.1", "fastv@0.5", "fastv@0.1"]
     assert len(page.all("canvas")) == 5
-    for line in lines_of(run):  # bits and places read by the script against the engine's ledger
+    for line in lines_of(run):  # the kept bits that the script reads against the engine's ledger
         shown = "views=" not in line["cell"]  # the thumbnail alone is a reference without a card
         if line["question"] == item["id"] and "kept" in line and shown:
             assert f"{line['kept_patches']} of {line['patch_tokens']} tokens" in page.text

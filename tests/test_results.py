@@ -1,4 +1,4 @@
-"""The run folder: nothing is lost, nothing is doubled, nothing foreign is touched."""
+"""The run folder: no answer is lost or repeated, and other files are not changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strategies say they need to choose, against what PyTorch really allocates."""
+"""The memory that methods report, against the memory that PyTorch allocates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tokenprune.tokens import VisualTokens
 IMAGE = TokenLayout.anyres((2, 2), (12, 12), (0, 24, 0, 24))
 VIDEO = TokenLayout.video(6, (9, 9))
 WIDTH = 96
-OPTIONS = (  # that other code stands behind
+OPTIONS = (  # other code limits their memory
     "cdpruner:relevance=text",
     "cdpruner:relevance=none",
     "sparsevlm:version=2.0",
@@ -82,16 +82,16 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [IMAGE, VIDEO], ids=["image", "video"])
 @pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
-def test_stated_memory_equals_allocated_memory(
+def test_measured_memory_is_close_to_allocated_memory(
     name: str, layout: TokenLayout, dtype: torch.dtype
 ) -> None:
-    """What the profiler sees of this selection is within 20 % of what synthetic tokens take."""
+    """The profiler's peak of a selection is within 20 % of that of synthetic tokens."""
     method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         tokens = _tokens(part, layout, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RetentionWarning)
-            part.select(tokens)  # what is loaded or cached on first use
+            part.select(tokens)  # loads and caches on first use
             real = peak_memory(lambda part=part, tokens=tokens: part.select(tokens))
         found = Work.of(part, tokens, layout).cost().bytes
         some = 16 * len(tokens)  # index vectors inside operators, which are not seen
@@ -200,7 +200,7 @@ def test_the_ledger_has_the_memory_of_selecting_and_packing(name: str, dtype: to
         taken.append(seen.peak)
 
     with tp.compress(adapter.model, method, extra_signals=given) as trace, torch.no_grad():
-        adapter.model(**inputs, use_cache=True, logits_to_keep=1)  # what is loaded on first use
+        adapter.model(**inputs, use_cache=True, logits_to_keep=1)  # loads on first use
         trace.around = around
         adapter.model(**inputs, use_cache=True, logits_to_keep=1)
     told, real = trace.ledger.selector_bytes, max(taken)
@@ -210,7 +210,7 @@ def test_the_ledger_has_the_memory_of_selecting_and_packing(name: str, dtype: to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bytes_of_merging_in_the_encoder(dtype: torch.dtype) -> None:
-    """The first layer under ToMe, with queries and keys that the attention left: within 30 %."""
+    """The first layer with ToMe, including queries and keys of the attention: within 30 %."""
     adapter = tower.clip(12, "cpu", dtype, **{**tower.SMALL, "hidden_size": 256})
     steps = tower.Steps(adapter, tp.create("tome", retention=0.25), IMAGE, 8)
     run, size = steps().encoding, steps.key.element_size()

@@ -1,4 +1,4 @@
-"""What cells have in common, computed once: the same answers and accounts as one by one."""
+"""Cells that run together have the same answers and ledgers as one by one."""
 
 import dataclasses
 from collections import Counter
@@ -105,7 +105,7 @@ def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, 
             handle.remove()
     for one, other in zip(shared, alone, strict=True):
         same(one, other, exactly=True)
-    # What cuts in front of layer 1 leaves nothing more in common.
+    # After a cut in front of layer 1 nothing is shared.
     assert calls[0] == 1
     cuts = [min(decoder.cuts_of(host.adapter, one), default=9) for one in wanted]
     assert calls[1] == 1 + cuts.count(1)
@@ -243,7 +243,7 @@ CHAINS = ("globalcom2@0.5 + fastv@0.5", "globalcom2@0.5 + dart@0.5")
 
 
 class NeverAlone(ModelRunner):
-    """Does not fall back to one cell after the other."""
+    """Fails if the cells run one after the other."""
 
     def answer(self, *arguments: Any) -> Any:
         raise AssertionError("something could not be computed together")

@@ -1,4 +1,4 @@
-"""The table of signals against what the engine delivers, and a method that ranks by values."""
+"""The table of signals against the engine, and a method that ranks by values."""
 
 from __future__ import annotations
 
@@ -114,12 +114,12 @@ def test_synthetic_tokens_have_the_shape_of_the_table(name: str) -> None:
 
 
 def _spy(signal: Signal, seen: list[VisualTokens], stage: Stage) -> Compressor:
-    """A method that keeps the first half and notes what it receives."""
+    """A method that keeps the first half and records its input."""
     acts_at = stage
 
     @dataclass(frozen=True, kw_only=True)
     class Spy(Compressor):
-        """Notes what it receives."""
+        """Records its input."""
 
         stage = acts_at
         card = Card(paper="Spy (test)")

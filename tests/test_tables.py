@@ -19,7 +19,7 @@ def _run(
 ) -> Path:
     """A finished run with ``rows`` of label, retention, accuracy and share of the FLOPs.
 
-    Every cell has answered the same thousand questions; one without an accuracy has failed.
+    Every cell has answered the same thousand questions; a cell without accuracy has failed.
     """
     folder.mkdir()
     manifest = {"experiment": {"model": model, "modality": [modality]}}

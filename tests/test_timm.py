@@ -1,4 +1,4 @@
-"""timm's vision transformers as hosts: geometry, features, saliency, selections, refusals."""
+"""timm's vision transformers: geometry, features, saliency, selections, refusals."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_features_are_the_final_patch_tokens(family: tuple[str, Pipeline]) -> No
 @settings(max_examples=40)
 @given(st.tuples(st.integers(8, 200), st.integers(8, 200)))
 def test_every_token_sees_its_place_in_the_image(size: tuple[int, int]) -> None:
-    """Pixels that tell their place, averaged per patch instead of encoded."""
+    """Pixels with their own coordinates, averaged per patch instead of encoded."""
     for pipe in (_GEOMETRY, _OBLONG):
         _check_geometry(pipe, size)
 

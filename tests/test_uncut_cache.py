@@ -1,4 +1,4 @@
-"""Where nothing was left out of a prompt, its KV cache is one that the plain model goes on with."""
+"""The plain model can continue with the KV cache of a prompt that was not compressed."""
 
 from __future__ import annotations
 

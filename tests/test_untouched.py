@@ -1,4 +1,4 @@
-"""A strategy that writes to what it is shown, chooses too much, or ranks by NaN, is refused."""
+"""A method that writes to its input, keeps too much, or ranks by NaN is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Act = Callable[[VisualTokens], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Acting(Compressor):
-    """Does something to what it is shown and keeps the first token."""
+    """Changes its input in a given way and keeps the first token."""
 
     act: Act
 
@@ -147,7 +147,7 @@ def test_a_selection_over_budget_is_refused(layout: TokenLayout) -> None:
 
 
 class Declared(First):
-    """Says that it may keep everything."""
+    """States the limit of all tokens."""
 
     def limit(self, tokens: VisualTokens) -> int:
         return len(tokens)
@@ -168,7 +168,7 @@ def test_crops_of_unlike_size_may_share_unevenly_but_not_without_end() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored(ScoringCompressor):
-    """Scores one token as it is told, all others 1."""
+    """Gives one token a given score, all others 1."""
 
     value: str  # a field that is a number may not be NaN
     at: int = 5  # type: ignore[assignment]
@@ -195,7 +195,7 @@ def test_scores_at_separators_have_no_meaning() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerWriter(EncoderCompressor):
-    """Writes to one of the tensors of the vision tower."""
+    """Writes to one of the tensors of the vision encoder."""
 
     what: str
 

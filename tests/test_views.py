@@ -167,7 +167,7 @@ def test_places_of_own_questions(tmp_path: Path) -> None:
 
 
 def answers(label: str, right: list[bool], **changes: Any) -> pd.DataFrame:
-    """Questions of two kinds, each about an image of its own."""
+    """Questions of two kinds, each about a different image."""
     frame = {
         "label": label,
         "parameters": "",
@@ -308,7 +308,7 @@ def test_losses_by_hand() -> None:
             "dropped lowest": [False, True] * 10,
         }
     )
-    # The object of the last six questions lies in crop 0, of which rank 1 is.
+    # The object of the last six questions is in crop 0, which has rank 1.
     objects = pd.DataFrame({"question_id": [f"q{i}" for i in range(4, 10)]}).assign(
         image_id=[f"i{i}" for i in range(4, 10)], crop=0, rank=[1] * 5 + [2], crops=2
     )

@@ -1,4 +1,4 @@
-"""How often the host waits for the device, on a second device that is simulated."""
+"""The number of synchronisations with the device, on a simulated second device."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tokenprune.testing.host import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
-# Of one selection: 1 but for what has to know numbers that only the device has.
-MORE = {"holitom": 2, "pact": 2}  # where segments lie; how many rounds it took
+# Per selection 1, except for methods that need numbers that only the device has.
+MORE = {"holitom": 2, "pact": 2}  # segments of frames; number of rounds
 SPECS = [*tp.list_methods(), "fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"]
 
 
@@ -70,7 +70,7 @@ def test_one_synchronisation_per_image_and_stage_of_a_prefill(name: str, spec: s
     assert trace.selections
     calls = len(host.adapter.encoders)
     signals = sum(not one.in_llm for one in method.needs) * calls
-    padded = len(method.cuts)  # with padding a mask is made anew behind a cut, and looked at
+    padded = len(method.cuts)  # with padding, the mask is made again after a cut, and read
     stages = len(trace.selections) * MORE.get(spec, 1)
     waits = device.waits.total() - plain
     assert waits <= stages + signals + 1 + 3 * calls + padded, dict(device.waits)
