@@ -432,7 +432,7 @@ def test_sparsevlm_takes_all_text_as_raters_if_none_is_above_the_mean() -> None:
     one = _rated(rows, states, states, torch.ones(1, 2))
     assert method.select(one).keep.tolist() == [1]
     none = _rated(rows[:, :0], states, states, torch.ones(0, 2))
-    with pytest.raises(UserError, match="needs text behind the image"):
+    with pytest.raises(UserError, match="needs text after the image"):
         method.select(none)
 
 
@@ -539,7 +539,7 @@ def test_cdpruner_takes_a_constant_relevance_as_one() -> None:
 
 def test_cdpruner_by_text_needs_text() -> None:
     tokens = replace(_with_text(), text={Signal("llm_prompt"): torch.zeros(0, 5)})
-    with pytest.raises(UserError, match="needs text behind the image"):
+    with pytest.raises(UserError, match="needs text after the image"):
         create("cdpruner", retention=0.5, relevance="text").select(tokens)
 
 

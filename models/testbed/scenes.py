@@ -41,10 +41,13 @@ __all__ = [
     "Item",
     "Modality",
     "Pair",
-    "Question",
     "Scene",
+<<<<<<< HEAD
     "Size",
     "Split",
+=======
+    "SceneQuestion",
+>>>>>>> main
     "Track",
     "ask",
     "ask_clip",
@@ -142,7 +145,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question with a one-word answer about an image, two images or the frames of a video.
 
     Questions with the same `image_id` are about the same images.  `place` is the centre of the
@@ -457,8 +460,13 @@ def _absent_name(names: Sequence[str], rng: np.random.Generator) -> str:
 
 def questions(
     count: int, *, seed: int, split: Split = "test", modality: Modality = "image"
+<<<<<<< HEAD
 ) -> list[Question]:
     """`count` questions that cycle through the kinds of the modality, one scene per cycle.
+=======
+) -> list[SceneQuestion]:
+    """`count` questions, every kind of the modality in turn; one of each kind shares a scene.
+>>>>>>> main
 
     The first n questions are the same for every `count` >= n.  Answers are balanced: without the
     image, accuracy is about that of chance.
@@ -466,7 +474,7 @@ def questions(
     if modality not in MODALITIES:
         raise ValueError(f"no modality is called {modality!r}; known: {', '.join(MODALITIES)}.")
     kinds = MODALITIES[modality]
-    result: list[Question] = []
+    result: list[SceneQuestion] = []
     for index in range(-(-count // len(kinds))):
         mark = () if modality == "image" else (get_args(Modality).index(modality),)
         rng = np.random.default_rng([seed, index, split == "test", *mark])
@@ -478,7 +486,7 @@ def questions(
             identity = f"{image_id}-{kind}"
             place = _place(shown[0], question) if modality == "image" else None
             result.append(
-                Question(identity, images, question, answer, kind, image_id, modality, place)
+                SceneQuestion(identity, images, question, answer, kind, image_id, modality, place)
             )
     return result[:count]
 
