@@ -492,7 +492,7 @@ def test_a_methods_card_names_its_source_options_and_deviations() -> None:
     result = CliRunner().invoke(app, ["list", "globalcom2"])
     said = " ".join(result.output.split())
     assert result.exit_code == 0
-    for part in ("arXiv 2501.05179", "96b2d00", "tau=10.0", "before LLM", "slip into wrong rows"):
+    for part in ("arXiv 2501.05179", "96b2d00", "tau=10.0", "before LLM", "move into wrong rows"):
         assert part in said
     unknown = CliRunner().invoke(app, ["list", "globalcom"])
     assert unknown.exit_code == 2

@@ -42,12 +42,9 @@ __all__ = [
     "Modality",
     "Pair",
     "Scene",
-<<<<<<< HEAD
+    "SceneQuestion",
     "Size",
     "Split",
-=======
-    "SceneQuestion",
->>>>>>> main
     "Track",
     "ask",
     "ask_clip",
@@ -460,13 +457,8 @@ def _absent_name(names: Sequence[str], rng: np.random.Generator) -> str:
 
 def questions(
     count: int, *, seed: int, split: Split = "test", modality: Modality = "image"
-<<<<<<< HEAD
-) -> list[Question]:
-    """`count` questions that cycle through the kinds of the modality, one scene per cycle.
-=======
 ) -> list[SceneQuestion]:
-    """`count` questions, every kind of the modality in turn; one of each kind shares a scene.
->>>>>>> main
+    """`count` questions that cycle through the kinds of the modality, one scene per cycle.
 
     The first n questions are the same for every `count` >= n.  Answers are balanced: without the
     image, accuracy is about that of chance.
