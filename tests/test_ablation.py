@@ -1,4 +1,4 @@
-"""Sweeps: how they are read, what is compared with what, and a run on the testbed."""
+"""Sweeps: parsing, comparisons, and a run on the testbed."""
 
 import math
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_differences_are_to_the_first_value_that_ran() -> None:
         pd.concat(
             [
                 answers("globalcom2:tau=1.0", [], "failed"),
-                answers("globalcom2", first),  # tau=10 is what it is anyway
+                answers("globalcom2", first),  # tau=10 is the default
                 answers("globalcom2:tau=100.0", other),
                 answers("globalcom2:tau=5.0", first[:5] + [False] * 5, "failed"),
             ]

@@ -1,4 +1,4 @@
-"""What users call: load, prepare, encode, assemble, decode, on the embedded testbed."""
+"""The public steps load, prepare, encode, assemble and decode, on the testbed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_encoding_once_gives_what_pixels_give(
         kept = [chosen.keep.tolist() for chosen in trace.selections]
     encoded = [pipe.encode(images, method.needs, method) for images in IMAGES]
     with compress(pipe.model, method) as trace:
-        for _ in range(2):  # beams expand what they are given; the second call must not notice
+        for _ in range(2):  # beams expand their inputs in place; the second call must not see that
             ids = _generate(pipe, pipe.assemble(encoded, QUESTIONS), **options)
             assert torch.equal(ids, pixels)
             assert [chosen.keep.tolist() for chosen in trace.selections] == kept

@@ -1,4 +1,4 @@
-"""What is shared tells neither who ran it nor where."""
+"""Anonymous output names neither the user nor the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokenprune.experiments.report.anonymous import anonymous
         ("file:///data/jane/x.png", "x.png"),
         ("/home/jane/", "user"),
         ("from jane's laptop", "from user's laptop"),
-        # What is no absolute path stays.
+        # Other texts than absolute paths stay.
         (
             "uniform and/or fastv, 3 / 4, runs/one/a.png",
             "uniform and/or fastv, 3 / 4, runs/one/a.png",
@@ -34,12 +34,12 @@ from tokenprune.experiments.report.anonymous import anonymous
         ("janet ran it", "janet ran it"),
     ],
 )
-def test_paths_and_names_go(text: str, expected: str) -> None:
+def test_paths_and_names_are_replaced(text: str, expected: str) -> None:
     told = anonymous({"text": text, "elsewhere": ["/home/jane/x"]})
     assert told == {"text": expected, "elsewhere": ["x"]}
 
 
-def test_this_machine_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_names_of_this_machine_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(getpass, "getuser", lambda: "mrs.x")
     monkeypatch.setattr(socket, "gethostname", lambda: "alpha.lab.example")
     monkeypatch.setattr(Path, "home", lambda: Path("/srv/people/xavier"))

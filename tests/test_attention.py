@@ -1,4 +1,4 @@
-"""The few attention rows we compute, against the whole matrices of eager attention."""
+"""The attention rows that are computed, against the matrices of eager attention."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _layers(tower: Any) -> Any:
 
 @torch.no_grad()
 def _run(kind: str, layer: int, attention: str) -> tuple[Any, Tensor]:
-    """What is tapped under ``attention``, and (V, heads, N, N) of that layer under eager."""
+    """Projections read with kernel ``attention``, and (V, heads, N, N) of eager attention."""
     tower: Any = _tower(kind)
     pixels = torch.randn(2, 3, 15, 15, generator=torch.Generator().manual_seed(1))
     full = tower(pixels, output_attentions=True).attentions[layer]
@@ -108,7 +108,7 @@ def test_attention_received_is_the_column_mean(
     torch.testing.assert_close(attention_received(tapped), full.mean((1, 2)), rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_is_tapped_outside_and_nothing_stays() -> None:
+def test_attention_is_read_only_inside_the_context() -> None:
     attention = _layers(_tower("clip"))[0].self_attn
     with pytest.raises(KeyError), projections(attention) as tapped:
         raise KeyError
@@ -146,7 +146,7 @@ LENGTHS = torch.tensor([12, 8])
 
 @torch.no_grad()
 def _tapped(model: Any, layer: int, mask: Tensor) -> tuple[dict[str, Any], Any]:
-    """What attention ``layer`` was called with, and the model's eager output."""
+    """The arguments of attention ``layer``, and its attention under eager."""
     calls: list[dict[str, Any]] = []
     handle = model.layers[layer].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
@@ -232,7 +232,7 @@ def test_rotary_product_depends_on_the_distance_alone() -> None:
 
 @pytest.mark.parametrize("cached", [False, True], ids=["recomputed", "cached keys"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_decoder_mass_is_the_mean_of_the_keenest_heads(
+def test_decoder_mass_is_the_mean_of_the_heads_with_most_attention(
     monkeypatch: pytest.MonkeyPatch, kind: str, cached: bool
 ) -> None:
     monkeypatch.setattr(tokenprune.attention, "CHUNK", 2)
@@ -279,7 +279,7 @@ def test_decoder_row_of_an_earlier_token() -> None:
 
 
 def test_the_row_ahead_is_the_official_one_of_pyramiddrop() -> None:
-    """RMSNorm, projections and rotation of the layer behind the cut, for a padded batch."""
+    """RMSNorm, projections and rotation of the layer after the cut, for a padded batch."""
     folder = Path(__file__).parent / "data" / "golden" / "pyramiddrop"
     (case,) = (c for c in replay_cases(folder, "pyramiddrop") if c.params["batch"] == 2)
     given, params = case.tensors, case.params
@@ -311,7 +311,7 @@ def test_the_row_ahead_is_the_official_one_of_pyramiddrop() -> None:
     torch.testing.assert_close(row, given["attention_row"].mean(1), atol=1e-6, rtol=1e-5)
 
 
-def test_what_another_thread_calls_is_not_kept() -> None:
+def test_calls_of_another_thread_are_not_recorded() -> None:
     module, mine = nn.Linear(2, 2), torch.ones(1, 2)
     with first_arguments(module) as seen:
         other = threading.Thread(target=module, args=(torch.zeros(3, 2),))

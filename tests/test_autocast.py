@@ -1,4 +1,4 @@
-"""Under ``torch.autocast`` every method runs, and chooses as precisely as without."""
+"""Under ``torch.autocast`` every method runs and selects the same tokens."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_every_method_runs(host: Host, spec: str, dtype: torch.dtype) -> None:
 
 
 @each_method
-def test_a_choice_does_not_depend_on_autocast(spec: str) -> None:
-    """The products behind a ranking would tie or change places in half precision."""
+def test_a_selection_does_not_depend_on_autocast(spec: str) -> None:
+    """In half precision, the products of a ranking would tie or change their order."""
     layout = TokenLayout.anyres((2, 2), (8, 8), (0, 16, 0, 16))
     for part in _method(spec).parts():
         tokens = sample_tokens(part.needs, layout, seed=3)
@@ -72,7 +72,7 @@ def test_a_choice_does_not_depend_on_autocast(spec: str) -> None:
             assert torch.equal(got.keep, wanted.keep)
 
 
-def test_merging_in_the_tower_is_chosen_outside_autocast(
+def test_merging_in_the_encoder_is_selected_outside_autocast(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, reduce = [], ToMe.reduce
@@ -108,8 +108,8 @@ def test_signals_of_the_tower_are_products_in_float32(host: Host) -> None:
     torch.testing.assert_close(got, wanted[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_what_the_model_does_stays_under_autocast() -> None:
-    """Merged vectors go through the projector as the others did."""
+def test_the_model_itself_runs_under_autocast() -> None:
+    """Merged vectors pass the projector like all others."""
     line = torch.nn.Linear(4, 4)
     seen: list[Tensor] = []
     line.register_forward_hook(lambda module, args, output: seen.append(output))

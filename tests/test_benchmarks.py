@@ -1,4 +1,4 @@
-"""The benchmarks run, count what they say they count, and show what has become worse."""
+"""The benchmarks run, count correctly, and show regressions."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from tokenprune.layout import TokenLayout
 
 
 @pytest.mark.slow
-def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
+def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
     from tokenprune.cli import app
 
     out = tmp_path / "figures.csv"
@@ -51,7 +51,7 @@ def test_all_of_it_in_the_quick_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", tp.list_methods())
 def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
-    """Each takes rows of attention, keys or a norm, none of which is there anyway."""
+    """Each needs attention rows, keys or a norm, which the plain forward does not compute."""
     layout = TokenLayout.single((4, 4))
     bench = selection._Bench(selection.TINY, layout, "cpu", torch.float32, True)
     method = tp.create(name, retention=0.5)
@@ -63,7 +63,7 @@ def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
 
 
 def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
-    """36 patches a view: half of 180, in each of three rows, and what one row by itself says."""
+    """36 patches per view: half of 180 in each of three rows, and one row alone."""
     layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
     adapter = llava(TOY, "cpu", torch.float32)
     width = adapter.base.config.vision_config.hidden_size
@@ -93,7 +93,7 @@ def frame(**values: float) -> pd.DataFrame:
     )
 
 
-def test_what_became_worse_comes_first() -> None:
+def test_regressions_come_first() -> None:
     before = frame(fast=2.0, slow=1.0, zero=0.0, why=1.0)
     moved = changes(frame(fast=1.5, slow=0.5, zero=1.0, why=9.0), before)
     assert list(moved["figure"]) == ["zero", "fast", "slow"]
@@ -122,7 +122,7 @@ def test_goals() -> None:
     assert Figure(case="c", figure="f", value=0.9).met is None
 
 
-def test_waits_are_counted_on_the_second_device() -> None:
+def test_synchronisations_are_counted_on_the_second_device() -> None:
     here = torch.tensor([3, 1, 2])
     with SecondDevice() as device:
         there = here.to(OTHER, non_blocking=True)
@@ -155,7 +155,7 @@ def test_views_take_no_memory() -> None:
     assert seen.largest == 9
 
 
-def test_attention_kernels_are_told_apart() -> None:
+def test_attention_kernels_are_distinguished() -> None:
     one = torch.randn(1, 2, 5, 8)
     with watching() as seen:
         torch.nn.functional.scaled_dot_product_attention(one, one, one)

@@ -1,4 +1,4 @@
-"""Integers from ratios: exact fractions, rounding, and how views share a budget."""
+"""Budgets: exact fractions, rounding, and the division between views."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _tokens(layout: TokenLayout, thumbnail: Tensor | None = None, seed: int = 0)
         (10, 0.35, "half-up", 4),
         (10, 0.3, "ceil", 3),  # math.ceil(10 * 0.3) is 3, but of 0.1 * 30 it is 4
         (30, 0.1, "ceil", 3),
-        (7, 0.01, "floor", 1),  # never nothing
+        (7, 0.01, "floor", 1),  # at least one
         (7, 1.0, "ceil", 7),
         (0, 0.5, "floor", 0),
     ],
@@ -70,7 +70,7 @@ def test_budget_is_exact_for_every_decimal(tokens: int, thousandths: int) -> Non
 
 
 @given(st.integers(1, 60_000), st.data())
-def test_a_quotient_keeps_what_was_divided(tokens: int, data: st.DataObject) -> None:
+def test_the_budget_of_a_quotient_is_its_numerator(tokens: int, data: st.DataObject) -> None:
     """The field's "192" is 192 / 576, a float that is a little less than a third."""
     kept = data.draw(st.integers(1, tokens))
     for rounding in ("floor", "half-even", "half-up", "ceil"):
@@ -89,7 +89,7 @@ def test_a_quotient_keeps_what_was_divided(tokens: int, data: st.DataObject) -> 
         ((0, 4, 0, 6), 0.5, [8, 8, 4]),
         # 0.05 * 40 = 2: quotas 0.8, 0.8, 0.4.
         ((0, 4, 0, 6), 0.05, [1, 1, 0]),
-        # 0.1 * 48 = 4: three quotas of 4/3, the earlier view gets what is left.
+        # 0.1 * 48 = 4: three quotas of 4/3, the earlier view gets the rest.
         ((0, 4, 0, 8), 0.1, [2, 1, 1]),
     ],
 )
@@ -245,7 +245,7 @@ def test_retention_outside_its_range(retention: float) -> None:
         create("uniform", retention=retention)
 
 
-def test_retention_that_is_no_number() -> None:
+def test_a_retention_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(UserError, match="retention='half' is not valid"):
         create("uniform", retention="half")
 
@@ -255,7 +255,7 @@ def test_unknown_allocator_names_the_nearest() -> None:
         allocator("proportionl")
 
 
-def test_a_view_that_keeps_nothing_is_said() -> None:
+def test_an_empty_view_gives_a_warning() -> None:
     tokens = _tokens(LAYOUTS["2x2"])
     with pytest.warns(RetentionWarning, match=r"of 80 patch tokens keeps 2, and nothing of views"):
         create("uniform", retention=0.03)(tokens)

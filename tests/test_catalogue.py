@@ -1,4 +1,4 @@
-"""Methods and model families as data: right, complete and quick."""
+"""The index of methods and model families: correct, complete and quick to read."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_file_that_is_not_in_the_index_is_imported() -> None:
     assert out.split() == ["True", "True"]
 
 
-def test_methods_are_found_by_what_they_are() -> None:
+def test_methods_are_listed_by_property() -> None:
     every = {name: strategies.get(name) for name in tp.list_methods()}
     assert tp.list_methods("*prune*") == sorted(name for name in every if "prune" in name)
     assert tp.list_methods("nothing*") == []
@@ -125,7 +125,7 @@ def test_models_are_found_by_name() -> None:
     assert "timm" in tp.list_models()
 
 
-def test_a_stage_that_is_none_is_refused() -> None:
+def test_an_unknown_stage_is_refused() -> None:
     with pytest.raises(UserError, match="stage must be one of encoder, pre_llm, llm"):
         tp.list_methods(stage="decoder")  # type: ignore[arg-type]
 

@@ -1,6 +1,6 @@
-"""Every registered strategy, in every registered adapter, against the whole contract.
+"""Every registered method, in every registered model family, against the whole contract.
 
-Strategies and adapters are discovered: nothing has to be added here for a new file.
+Methods and model families are discovered, so a new file needs no change here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _chain(*specs: str) -> Compressor:
     return Chain.of(*(parse(spec, retention=0.6) for spec in specs))
 
 
-# Beyond the defaults of every strategy: options of the core, and compositions.
+# Besides the defaults of every method: options of the core, and chains.
 VARIANTS = {
     spec: parse(spec, retention=RETENTION)
     for spec in (
@@ -56,7 +56,7 @@ VARIANTS = {
     "cdpruner by text + fastv": _chain("cdpruner:relevance=text", "fastv"),
     "tome + globalcom2": _chain("tome", "globalcom2"),
     "uniform + sparsevlm": _chain("uniform:separators=none", "sparsevlm:recycle=1"),
-    # Rows that are read behind tokens that count several times.
+    # Attention rows that are read after proportional attention.
     "fastv + pact + fastv": _chain("fastv:layer=1", "pact:depth=0.5", "fastv:layer=3"),
     "pact + fitprune": _chain("pact", "fitprune:steps=1,separators=none"),
     "pact + pyramiddrop": Chain.of(
@@ -85,7 +85,7 @@ def test_strategy_in_models(name: str, check: Check) -> None:
     run(check, example(name), hosts(["llama"]))
 
 
-# Decoders differ for the engine, not for a strategy: one of each stage, and one with signals.
+# Decoders differ for the engine, not for a method: one method per stage, one with signals.
 @pytest.mark.parametrize("check", MODEL_CHECKS, ids=_name)
 @pytest.mark.parametrize("decoder", [other for other in DECODERS if other != "llama"])
 @pytest.mark.parametrize("name", ["uniform", "globalcom2", "fastv"])
@@ -101,7 +101,7 @@ def test_variant(variant: str, check: Check) -> None:
 
 @pytest.mark.parametrize("retention", [0.03, 0.95])
 @pytest.mark.parametrize("name", tp.list_methods())
-def test_hardly_anything_and_nearly_everything(name: str, retention: float) -> None:
+def test_extreme_retention_ratios(name: str, retention: float) -> None:
     """At 3 % two images of a prompt keep a token or two; at 95 % single ones go."""
     for check in MODEL_CHECKS:
         if check.__name__ in {"check_equals_reference", "check_batch_equals_single"}:
@@ -150,7 +150,7 @@ def test_chain_refuses_two_cuts_in_one_place() -> None:
 
 
 def test_a_class_of_a_notebook_is_checked_like_any_other() -> None:
-    """Defined in ``__main__``, under a name of its own, by a cell that runs twice."""
+    """Defined in ``__main__`` with a unique name, by a cell that runs twice."""
     cell = (
         "from dataclasses import dataclass\n"
         "from tokenprune.compressor import ScoringCompressor\n"

@@ -20,7 +20,7 @@ LAYOUT = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
 
 
 class Runs:
-    """What a `Probe` was shown, run by run."""
+    """The input of a `Probe` in every run."""
 
     def __init__(self) -> None:
         self.seen: list[VisualTokens] = []
@@ -72,7 +72,7 @@ def test_equal_shapes_are_measured_once_and_others_again() -> None:
     assert [one.features.shape[1] for one in runs.seen] == [16, 24]
 
 
-def test_nothing_runs_before_the_cost_is_read_nor_where_all_is_kept() -> None:
+def test_costs_are_measured_only_when_read_and_when_tokens_are_dropped() -> None:
     runs = Runs()
     work = _work(runs, 8, retention=0.3)
     assert not runs.seen
@@ -107,7 +107,7 @@ class Stated(Probe):
         return None if self.retention < 0.5 else 11.0
 
 
-def test_what_a_strategy_states_is_not_measured() -> None:
+def test_stated_costs_are_not_measured() -> None:
     runs = Runs()
     tokens = sample_tokens(frozenset(), LAYOUT)
     cost = Work.of(Stated(retention=0.5, runs=runs), tokens, LAYOUT).cost()
@@ -153,7 +153,7 @@ def test_views_and_writes_in_place_take_no_memory() -> None:
     assert cost.bytes == 2 * 100 * 10 * 4
 
 
-def test_what_an_earlier_selection_left_is_measured_at_its_size() -> None:
+def test_a_second_selection_is_measured_at_its_own_size() -> None:
     runs = Runs()
     tokens = sample_tokens(frozenset(), LAYOUT, widths={"features": 16})
     left = tokens.take(torch.arange(0, len(tokens), 3))

@@ -1,4 +1,4 @@
-"""CSV files that a spreadsheet may open, and that come back as they were."""
+"""CSV files are safe in a spreadsheet and are read back unchanged."""
 
 import csv
 from pathlib import Path
@@ -20,7 +20,7 @@ def written(table: pd.DataFrame, path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("dtype", ["object", "str", "category"])
-def test_formulas_are_texts_in_the_file_and_come_back(tmp_path: Path, dtype: Any) -> None:
+def test_formulas_are_written_as_text_and_read_back(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "a.csv"
     names = [*FORMULAS, *filter(None, ODD)]
     table = pd.DataFrame({"kind": pd.Series(names, dtype=dtype), "=n": -1.5})

@@ -1,4 +1,4 @@
-"""Reading questions: what is accepted, and the sentence for everything that is not."""
+"""Reading questions: accepted and refused files."""
 
 import json
 import os
@@ -260,7 +260,7 @@ def test_the_fingerprint_is_of_content(folder: Path) -> None:
     assert fingerprint(read_jsonl(write(moved, line(answer="blue")))) != before
 
 
-def test_the_fingerprint_does_not_wait_for_a_pipe(folder: Path) -> None:
+def test_the_fingerprint_does_not_block_on_a_pipe(folder: Path) -> None:
     """A page about a run reads the images of a data file that may have changed since."""
     os.mkfifo(folder / "pipe.png")
     found = read_jsonl(write(folder, line(image="pipe.png")), check_images=False)

@@ -1,4 +1,4 @@
-"""What takes too long is stopped where it is, and leaves nothing behind."""
+"""A method that takes too long is stopped, and its hooks are removed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
 
 @dataclass(frozen=True, kw_only=True)
 class Endless(Compressor):
-    """Never comes to a choice, and does not care what is raised."""
+    """Never returns, and catches every exception."""
 
     def select(self, tokens: VisualTokens) -> Selection:
         while True:
@@ -80,14 +80,16 @@ def test_hooks_are_never_left_half_installed(host: Host) -> None:
             with time_limit(0.0002 * (step + 1)):
                 while True:
                     with tp.compress(host.model, "fastv", retention=0.5):
-                        time.sleep(0.001)  # or the alarm would wait for a moment outside of both
+                        time.sleep(
+                            0.001
+                        )  # otherwise the alarm would be delayed until both are left
         except TimeLimit:
             stopped += 1
         assert hooks(host) == before, step
     assert stopped == 60
 
 
-def test_what_is_done_in_time_is_left_alone_and_so_is_what_comes_behind() -> None:
+def test_the_limit_affects_no_code_that_ends_in_time_and_none_after_it() -> None:
     rung = []
     signal.signal(signal.SIGALRM, lambda *_: rung.append("own"))
     try:
@@ -103,7 +105,7 @@ def test_what_is_done_in_time_is_left_alone_and_so_is_what_comes_behind() -> Non
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def test_a_context_is_left_in_peace_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_may_close_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
     @contextmanager
@@ -127,14 +129,14 @@ def test_a_context_is_left_in_peace_but_not_for_ever(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
-def test_no_limit_that_is_none(tmp_path: Path, seconds: float) -> None:
+def test_invalid_limits_are_refused(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(UserError, match="number of seconds above 0"):
         check_time_limit(seconds)
     with pytest.raises(UserError, match="number of seconds above 0"):
         compare(CompareRequest(timeout_per_batch=seconds, out=tmp_path))
 
 
-def test_where_there_are_no_signals_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_platforms_without_signals_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
 
     def ask() -> None:

@@ -55,7 +55,7 @@ def _layouts() -> dict[str, TokenLayout]:
 
 
 def _chosen(spec: str) -> list[Selection]:
-    """What every cut of a method keeps of made-up images and of a video."""
+    """The tokens that every cut of a method keeps, of synthetic images and a video."""
     method = parse(spec, retention=0.4)
     steps: list[Compressor] = [method.at(cut) for cut in method.cuts[:2]] or [method]
     return [
@@ -82,7 +82,7 @@ def _entries(layout: TokenLayout) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("value", DEFAULTS)
-def test_what_is_made_up_is_the_same(value: Any) -> None:
+def test_synthetic_tokens_do_not_depend_on_the_defaults(value: Any) -> None:
     pipe = tp.load("testbed-next")
     tome, layout = tp.create("tome", retention=0.5), pipe.adapter.layout((112, 112))
     dropper = DropCrop(which="random", signal=Signal("cls_logits"), seed=3)

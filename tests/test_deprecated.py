@@ -48,7 +48,7 @@ def _name(module: str, name: str) -> Any:
         (("tokens", "Kind"), ("layout", "Kind")),
     ],
 )
-def test_an_old_place_leads_to_the_new_one(old: tuple[str, str], new: tuple[str, str]) -> None:
+def test_an_old_module_gives_the_new_one(old: tuple[str, str], new: tuple[str, str]) -> None:
     wanted = rf"tokenprune\.{old[0]}\.{old[1]} is now tokenprune\.{new[0]}\.{new[1]}"
     with pytest.warns(DeprecationWarning, match=wanted) as caught:
         found = _name(*old)
@@ -57,7 +57,7 @@ def test_an_old_place_leads_to_the_new_one(old: tuple[str, str], new: tuple[str,
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_every_old_name_still_leads_somewhere() -> None:
+def test_every_old_name_still_works() -> None:
     for old, places in MODULES.items():
         importlib.import_module(f"tokenprune.{old}")
         for place in places:
@@ -71,7 +71,7 @@ def test_every_old_name_still_leads_somewhere() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_name_that_never_was_is_an_error() -> None:
+def test_an_unknown_name_is_an_error() -> None:
     for module in ("primitives", "tokens", "engine", "compressor"):
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
             _name(module, "nothing")

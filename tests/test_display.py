@@ -104,8 +104,8 @@ def _black(picture: Image.Image, box: tuple[int, int, int, int]) -> bool:
     return max(pixel) < 10
 
 
-def test_what_was_kept_is_drawn() -> None:
-    """A black image of 2 x 2 crops: kept patches stay black, the others are pale."""
+def test_kept_patches_are_drawn() -> None:
+    """A black image of 2 x 2 crops: kept patches are black, dropped ones are pale."""
     layout = TokenLayout.anyres((2, 2), (2, 2), (0, 4, 0, 4))
     rng = np.random.default_rng(0)
     keep = torch.tensor(np.sort(rng.choice(layout.patches.numpy(), 9, replace=False)))

@@ -50,7 +50,7 @@ def test_the_worked_example_is_the_code() -> None:
     assert [x for x in shown if x not in source and not x.startswith(("def", "hosts"))] == []
 
 
-def test_the_lines_that_adapters_take_are_true() -> None:
+def test_the_stated_numbers_of_lines_are_correct() -> None:
     page = (DOCS / "adding-a-model.md").read_text(encoding="utf-8")
     for name, lines in re.findall(r"\[`(\w+\.py)`\][^|]*\| (\d+) \|", page):
         text = (DOCS.parent / "models" / name).read_text(encoding="utf-8")

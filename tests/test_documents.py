@@ -1,6 +1,6 @@
 """Every command and every Python block of the documentation runs.
 
-They run in a folder that has the files which the pages speak of.  Checkpoints of the Hub are
+They run in a folder with the files that the pages mention.  Checkpoints of the Hub are
 replaced by a testbed, GPUs by the CPU, and what takes long is asked for less of.
 """
 

@@ -1,4 +1,4 @@
-"""Costs without weights, and one paper's numbers in the terms of another's."""
+"""Costs without weights, and conversions between the budgets of papers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_published_column(vicuna: Prompt) -> None:
 
 
 def test_text_is_not_free(vicuna: Prompt) -> None:
-    """With 60 words the published figure is no longer met, which is how we know it had none."""
+    """With 60 text tokens the published figure is not met, so it includes none."""
     with_text = Prompt(vicuna.adapter, vicuna.layouts, text=60)
     assert round(costs(with_text, [])["flops"][0] / 1e12, 1) == 42.6
 
@@ -139,7 +139,7 @@ def test_height_and_width_are_not_swapped() -> None:
     assert prompt_of("llava-v1.6-vicuna-7b", read_size("1920x1080")).visual == 576 + 48 * 29
 
 
-def test_any_config_will_do(tmp_path: Path) -> None:
+def test_any_config_is_accepted(tmp_path: Path) -> None:
     config = prompt_of("llava-v1.6-vicuna-7b").adapter.base.config
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -150,7 +150,7 @@ def test_any_config_will_do(tmp_path: Path) -> None:
     assert found["kv_entries"][0] == 10 * 2928
 
 
-def test_methods_that_say_what_they_keep_are_there_once() -> None:
+def test_methods_with_a_fixed_retention_appear_once() -> None:
     specs = ["uniform", "fastv@0.3", "fastv:layer=3,retention=0.2", "first@0.5 + fastv@0.5"]
     kept = [(one.name, one.retention) for one in chosen(specs, [0.5, 0.25])]
     assert kept == [
@@ -161,7 +161,7 @@ def test_methods_that_say_what_they_keep_are_there_once() -> None:
 # --- break-even -----------------------------------------------------------------------------------
 
 
-def test_the_shortest_length_from_which_on_it_pays() -> None:
+def test_break_even_is_the_shortest_length_that_pays_off() -> None:
     assert pays_from([1, 4, 9, 16], [False, True, False, True]) == 16
     assert pays_from([1, 4, 9, 16], [True] * 4) == 1
     assert pays_from([1, 4, 9, 16], [True, True, True, False]) is None
@@ -179,7 +179,7 @@ def test_break_even_of_a_known_price(square: Prompt) -> None:
     assert found == 16  # 9 * 9 - 4 * 9 = 45 does not, 16 * 16 - 8 * 16 = 128 does
 
 
-def test_dear_selectors_pay_later(square: Prompt) -> None:
+def test_expensive_selectors_pay_off_later(square: Prompt) -> None:
     """Cosines of all pairs at R = 0.9, where little is saved, against evenly spaced tokens."""
     cheap = analytic_break_even(square, tp.create("uniform", retention=0.9))
     dear = analytic_break_even(square, tp.create("divprune", retention=0.9))
@@ -264,7 +264,7 @@ def test_there_and_back_within_one_token(spec: str, measure: str, retention: flo
         ("testbed-onevision", (130, 60), "vidcom2", 0.49),
     ],
 )
-def test_there_and_back_where_more_may_cost_less(
+def test_there_and_back_if_more_tokens_may_cost_less(
     model: str, size: tuple[int, int], spec: str, retention: float
 ) -> None:
     prompt = prompt_of(model, size, text=20)
@@ -386,7 +386,7 @@ def test_the_fields_square_view_and_its_question(run: Callable[..., tuple[int, s
     assert "stand in" not in said, "it asks nothing"
 
 
-def test_steps_that_are_too_large_are_said(run: Callable[..., tuple[int, str]]) -> None:
+def test_large_steps_give_a_warning(run: Callable[..., tuple[int, str]]) -> None:
     """24x24 is pooled to nearly square grids: 23x23 = 529 is one, nothing is near 540."""
     status, said = run("convert", "spatial-pool", "--tokens", "540", "--patches", "24x24")
     assert status == 0, said
@@ -395,7 +395,7 @@ def test_steps_that_are_too_large_are_said(run: Callable[..., tuple[int, str]]) 
     assert "No retention" not in said
 
 
-def test_towers_that_do_less_are_told(run: Callable[..., tuple[int, str]]) -> None:
+def test_encoders_that_compute_less_are_reported(run: Callable[..., tuple[int, str]]) -> None:
     """12x12 of 24x24 patches and the CLS token: 145 of 577, by the ledger's formula."""
     _, said = run("convert", "downsample@0.25")
     wide, deep = 1024, 4096

@@ -1,4 +1,4 @@
-"""The encoder stage: matching, merging, the tower under ToMe and downsample, and what it costs."""
+"""The encoder stage: matching, merging, ToMe and downsample in the vision encoder, and costs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 
 def _matched(vectors: list[Tensor], count: int, cls: bool, dist: bool) -> list[int]:
-    """Place of every entry in the output, found pair by pair."""
+    """Output index of every entry, found pair by pair."""
     entries = len(vectors)
     count = min(count, (entries - cls - dist) // 2)
     if count < 1:
@@ -98,7 +98,7 @@ def test_ties_go_to_the_earlier_token() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 10**6))
-def test_merging_and_the_way_back_are_what_loops_do(entries: int, left: int, seed: int) -> None:
+def test_merging_and_unmerging_equal_loops(entries: int, left: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     left = min(left, entries)
     group = torch.randint(-1, left, (2, entries), generator=draw)
@@ -278,7 +278,7 @@ def test_grids_of_downsample() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_downsample_is_the_view_resized(host: Host, attention: str) -> None:
-    """What stays is what the plain tower makes of views that were resized beforehand."""
+    """The kept features equal those of the plain vision encoder on resized views."""
     other = host.like(attention=attention)
     adapter, call = other.adapter, other.media(0)["image"]
     part = create("downsample", retention=0.25)
@@ -421,7 +421,7 @@ def test_an_exception_inside_the_tower_restores_it(host: Host) -> None:
     assert fingerprint(host.model) == before
 
 
-def test_a_forward_of_the_users_own_is_put_back(host: Host) -> None:
+def test_a_forward_that_the_user_replaced_is_restored(host: Host) -> None:
     layer = host.adapter.vision_layers[0]
     mine = layer.forward
     layer.forward = mine
@@ -444,7 +444,7 @@ def testbed() -> Any:
 
 
 @pytest.mark.parametrize("spec", ["tome@0.3", "downsample@0.3", "tome@0.5 + fastervlm@0.5"])
-def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None:
+def test_encoding_in_advance_equals_encoding_in_the_forward(testbed: Any, spec: str) -> None:
     images, method = [_image(112, 112), _image(80, 112, 1)], parse(spec)
     questions = ["which digit is on red square ?", "how many objects ?"]
     with compress(testbed.model, method) as trace, torch.no_grad():
@@ -466,7 +466,7 @@ def test_encoded_once_is_the_same_as_on_the_way(testbed: Any, spec: str) -> None
 @pytest.mark.parametrize("first", ["tome@0.6", "downsample@0.6"])
 @pytest.mark.parametrize("family", ["LLaVA-NeXT", "LLaVA-OneVision"])
 def test_every_method_follows_one_in_the_tower(family: str, first: str, name: str) -> None:
-    """Views and frames then have gaps and unequally many tokens; R is of those that are left."""
+    """Views and frames then have gaps and different numbers of tokens.  R counts those left."""
     host = _tiny(family)
     method = create(name, retention=0.6)
     try:
@@ -490,7 +490,7 @@ def _tiny(family: str) -> Host:
     return Host.tiny(family)
 
 
-def test_features_encoded_otherwise_are_refused(testbed: Any) -> None:
+def test_features_of_another_encoding_are_refused(testbed: Any) -> None:
     image, question = _image(112, 112), ["how many objects ?"]
     tome, other = create("tome", retention=0.5), create("tome", retention=0.25)
     plain = testbed.encode([image])
@@ -502,7 +502,7 @@ def test_features_encoded_otherwise_are_refused(testbed: Any) -> None:
             pytest.raises(UserError, match="these features were encoded by"),
         ):
             testbed.model(**inputs)
-    with compress(testbed.model, tome):  # encoding does what it is told inside a context, too
+    with compress(testbed.model, tome):  # encoding takes its method inside a context, too
         (inside,) = testbed.encode([image], (), other)
     (outside,) = testbed.encode([image], (), other)
     assert inside.encoding == outside.encoding
@@ -513,7 +513,7 @@ def test_features_encoded_otherwise_are_refused(testbed: Any) -> None:
         testbed.model(**testbed.assemble([plain], question))
 
 
-def test_what_cannot_run_is_a_sentence(host: Host) -> None:
+def test_impossible_combinations_are_refused(host: Host) -> None:
     timm = tp.load(
         "timm/vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2
     )
@@ -553,7 +553,7 @@ def test_siglip_towers_without_a_cls_token(siglip: Host) -> None:
         check_equals_reference(create(name, retention=0.4), siglip)
 
 
-def test_separators_of_rows_without_a_token_may_go(host: Host) -> None:
+def test_separators_of_empty_rows_may_be_dropped(host: Host) -> None:
     method = create("downsample", retention=0.25, separators="rows")
     with compress(host.model, method) as trace:
         host.logits(host.inputs([0]))

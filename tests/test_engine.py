@@ -1,4 +1,4 @@
-"""Cases of the engine that no single strategy is to blame for: pitfalls seen in real use."""
+"""The engine in cases that do not depend on the method: pitfalls seen in real use."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _step(host: Host, inputs: dict[str, Any], cache: DynamicCache | None = None)
 
 @each_method
 def test_odd_images(method: Compressor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No crop rows left, one pixel high, exactly a view, three images, an image and no question."""
+    """Extreme image shapes, several images, and an image without a question."""
     rows = (
         Row(((1, 300),), 2),
         Row(((300, 1), (12, 12), (24, 5)), 4),
@@ -134,7 +134,7 @@ def test_an_image_after_a_padded_turn_of_text(method: Compressor, host: Host) ->
 
 
 @each_method
-def test_new_ids_alone_with_a_compressed_cache(method: Compressor, host: Host) -> None:
+def test_only_new_ids_with_a_compressed_cache(method: Compressor, host: Host) -> None:
     """Forwards by hand: only the new ids, with the mask of everything."""
     inputs = host.inputs()
     new = torch.tensor([[21, 22], [23, 24], [25, 26]])
@@ -193,7 +193,7 @@ def test_rows_of_a_cache_can_be_selected_and_repeated(method: Compressor, host: 
 
 @each_method
 def test_a_cache_can_be_cropped_and_reset(method: Compressor, host: Host) -> None:
-    """Taking back the last tokens, as assisted decoding does."""
+    """Cropping the last tokens, as assisted decoding does."""
     length = len(host.prompt(0))
     with compress(host.model, method):
         cache = _prefill(host, 0).past_key_values
@@ -224,7 +224,7 @@ def test_without_an_attention_mask(method: Compressor, host: Host) -> None:
 
 
 @each_method
-def test_with_position_ids_of_the_users_own(method: Compressor, host: Host) -> None:
+def test_with_position_ids_of_the_caller(method: Compressor, host: Host) -> None:
     """As `generate` makes them: counted from the first real token."""
     inputs = host.inputs()
     mask = inputs["attention_mask"]
@@ -247,7 +247,7 @@ def test_tuple_outputs_and_hidden_states(method: Compressor, host: Host) -> None
         assert len(out.hidden_states) == 5
 
 
-def test_the_base_model_can_be_compressed_by_itself(host: Host) -> None:
+def test_the_base_model_can_be_compressed_alone(host: Host) -> None:
     inputs = host.inputs()
     with compress(host.model, "uniform", retention=0.4), torch.no_grad():
         want = host.model.model(**inputs).last_hidden_state
@@ -419,8 +419,8 @@ def test_a_strategy_that_fails_names_itself(host: Host) -> None:
 
 
 @pytest.mark.parametrize("spec", ["uniform", "globalcom2:score=received,tau=0.1", "fastv"])
-def test_a_tower_without_cls(spec: str, siglip: Host) -> None:
-    """SigLIP: no CLS token, so rank by attention received; the rest does not care."""
+def test_an_encoder_without_cls(spec: str, siglip: Host) -> None:
+    """SigLIP has no CLS token, so received attention ranks; nothing else changes."""
     method = parse(spec, retention=0.4)
     model_checks.check_equals_reference(method, siglip)
     model_checks.check_batch_equals_single(method, siglip)

@@ -1,4 +1,4 @@
-"""Every experiment reads the same: a request, a run, an outcome."""
+"""Every experiment has the same form: a request, a run, an outcome."""
 
 from __future__ import annotations
 

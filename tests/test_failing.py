@@ -1,4 +1,4 @@
-"""What fails in a comparison: a question, a method, or a method that writes to what it is shown."""
+"""Failures in a comparison: of questions, of methods, and of methods that write to their input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def questions(count: int = 12) -> list[Question]:
 
 @dataclass
 class Stand:
-    """Answers; raises what it is told to for some cells and questions ("*" stands for any)."""
+    """Answers, and raises the given errors for some cells and questions ("*" means any)."""
 
     raises: dict[tuple[str, str], BaseException | Callable[[], None]] = field(default_factory=dict)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ def go(
     return journal
 
 
-def test_one_torn_image_costs_its_question_in_every_cell_and_nothing_else(tmp_path: Path) -> None:
+def test_a_truncated_image_fails_only_its_question_in_every_cell(tmp_path: Path) -> None:
     asked = questions()
     stand = Stand(torn=frozenset({5}))
     journal = go(stand, tmp_path / "j", asked)
@@ -116,18 +116,18 @@ def test_one_cell_fails_on_one_question(tmp_path: Path, batch_size: int) -> None
     assert len(journal.answers) == 4 * 12 - 1
 
 
-def test_bad_questions_side_by_side_are_no_reason_to_give_up_a_cell(tmp_path: Path) -> None:
+def test_successive_bad_questions_do_not_end_a_cell(tmp_path: Path) -> None:
     bad = {("*", f"question {i}?"): RuntimeError("too long") for i in range(5)}
     stand = Stand(dict(bad))
     journal = go(stand, tmp_path / "j", questions())
     assert not journal.failures
     assert len(journal.missing) == 4 * 5
     assert len(journal.answers) == 4 * 7
-    # Once known, they are asked by themselves: one batch of those that are left, for every cell.
+    # Bad questions are then asked alone: one batch of the others, for every cell.
     assert Counter(stand.calls)["globalcom2", 3] == 1
 
 
-def test_a_cell_that_answers_nothing_is_given_up(tmp_path: Path) -> None:
+def test_a_cell_without_answers_ends(tmp_path: Path) -> None:
     stand = Stand({("uniform", "*"): RuntimeError("always")})
     journal = go(stand, tmp_path / "j", questions(40), batch_size=10)
     assert journal.failures == {UNIFORM: journal.failures[UNIFORM]}
@@ -139,7 +139,7 @@ def test_a_cell_that_answers_nothing_is_given_up(tmp_path: Path) -> None:
     assert (tmp_path / "j").read_text().count("Traceback") == 1
 
 
-def test_where_nothing_works_it_ends(tmp_path: Path) -> None:
+def test_a_run_in_which_every_cell_fails_ends(tmp_path: Path) -> None:
     stand = Stand({("*", "*"): RuntimeError("out of memory")})
     journal = go(stand, tmp_path / "j", questions(100), batch_size=50)
     assert set(journal.failures) == {cell.key for cell in CELLS}
@@ -174,7 +174,7 @@ class Own(BaseException):
         (ValueError("one\ntwo"), "ValueError: one"),
     ],
 )
-def test_whatever_is_raised_is_an_ordinary_failure(
+def test_any_exception_is_an_ordinary_failure(
     tmp_path: Path, error: BaseException, said: str
 ) -> None:
     journal = go(Stand({("fastv", "*"): error}), tmp_path / "j", questions())
@@ -231,7 +231,7 @@ def test_tables_say_what_is_missing_and_pairs_use_what_both_have(tmp_path: Path)
 
 @dataclass(frozen=True, kw_only=True)
 class Writer(Compressor):
-    """Uniform, after it has normalised what it is shown."""
+    """Uniform, after it has normalised its input in place."""
 
     how: str
     name = "writer"
@@ -254,7 +254,7 @@ class Writer(Compressor):
 
 @dataclass(frozen=True, kw_only=True)
 class LateWriter(Writer):
-    """The same inside the language model, where it is shown the tower's signals."""
+    """The same inside the language model, with signals of the vision encoder."""
 
     stage = Stage.LLM
     name = "late-writer"
@@ -307,7 +307,7 @@ def ask(pipe: Pipeline, columns: Sequence[Cell], journal: Journal) -> None:
     ],
     ids=lambda writer: f"{writer.name} {writer.how}",
 )
-def test_who_writes_fails_and_the_others_answer_as_without_it(
+def test_a_method_that_writes_fails_and_others_are_unaffected(
     pipe: Pipeline, alone: dict[Any, Any], tmp_path: Path, writer: Compressor
 ) -> None:
     bad = Cell(writer)

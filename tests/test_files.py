@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, and what killed processes leave is removed."""
+"""Files are complete or absent, and temporary files of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_content_and_folder_are_on_the_disk_in_this_order(
     assert done == ["file of 5", "rename", "folder"]
 
 
-def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     below = tmp_path / "plots"
     below.mkdir()
@@ -95,7 +95,7 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     assert all(path.exists() for path in own)
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="cannot write to the output folder"):

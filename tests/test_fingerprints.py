@@ -56,7 +56,7 @@ def names_of(module: str) -> dict[str, str]:
     return code_files([importlib.import_module(module).Mine(retention=0.5)])
 
 
-def test_everything_a_package_chooses_by_is_followed(place: Path) -> None:
+def test_imports_and_data_files_of_a_package_are_covered(place: Path) -> None:
     package = place / "their_package"
     files = {
         "__init__.py": "",
@@ -93,7 +93,7 @@ def test_everything_a_package_chooses_by_is_followed(place: Path) -> None:
         first = second
 
 
-def test_what_lies_beside_a_single_module_is_followed(place: Path) -> None:
+def test_data_files_of_a_single_module_are_covered(place: Path) -> None:
     (place / "their_module.py").write_text(
         METHOD.format(imports="import their_helper, json, numpy", base="ScoringCompressor")
         + "\nTABLE = 'their table.npy'\n"
@@ -121,7 +121,7 @@ def test_options_are_part_of_a_method() -> None:
     assert "tokenprune/strategies/uniform.py" not in chain
 
 
-def test_every_file_in_which_answering_runs_is_in_it() -> None:
+def test_every_file_that_runs_while_answering_is_covered() -> None:
     """Seen by watching: the files whose functions run while two questions are answered."""
     pipe = tp.load("testbed-next")
     runner = ModelRunner(pipe, 2)
@@ -161,7 +161,7 @@ def test_every_file_in_which_answering_runs_is_in_it() -> None:
     assert "tokenprune/experiments/common/plots.py" not in found
 
 
-def test_every_file_of_a_model_is_in_it_but_words(tmp_path: Path) -> None:
+def test_every_file_of_a_model_but_texts_is_covered(tmp_path: Path) -> None:
     write(
         tmp_path,
         model_DOT_safetensors="w",

@@ -1,4 +1,4 @@
-"""The forecast says what the engine does, without running a model."""
+"""The forecast equals the ledger of the engine, without running a model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_forecast_is_what_the_engine_does(
     except UserError as refused:
         pytest.skip(str(refused))
     real, layouts = _engine(host, method, row), host.layouts(row)
-    # Two words lie in front of every image.
+    # Two words precede every image.
     asking = [PROMPTS[row].text + 2 * later for later in reversed(range(len(layouts)))]
     found = forecast(
         host.adapter, method, layouts, real.text_tokens, asking=asking, size=4, draws=12

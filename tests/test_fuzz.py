@@ -1,4 +1,4 @@
-"""The fuzz script: it sees every kind of fault, and its cases can be repeated."""
+"""The fuzz script: it detects every kind of fault, and its cases can be repeated."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_kind_of_fault_is_seen(
     assert bool(fault) == bool(verdict.fault)
 
 
-def test_what_hangs_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_hang_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "LONGEST", 0.1)
     naps = iter([1.0, 0.0])
     assert judge(FuzzCase("x", "accepted", lambda: time.sleep(next(naps)))) == FuzzVerdict(
@@ -137,5 +137,5 @@ def test_equal_seeds_give_equal_cases(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["specs", "selections"])
-def test_a_few_of_its_cases(name: str) -> None:
+def test_some_cases_pass(name: str) -> None:
     assert fuzz.fuzz(name, 150, seed=11) == []

@@ -1,4 +1,4 @@
-"""Where tokens lie in the image, against coordinates pushed through the real processors."""
+"""Locations of tokens, against coordinates that pass through the real processors."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_an_image_that_is_cropped_to_a_square(size: tuple[int, int]) -> None:
 
 
 def test_real_sizes_of_the_published_checkpoints() -> None:
-    """384 pixels of 14-pixel patches: 27 of them, and six pixels that none sees."""
+    """384 pixels hold 27 patches of 14 pixels; six pixels are in no patch."""
     pipe = _family("onevision", 384, 14, [(1, 1), (1, 2), (2, 2)])
     assert ViewSize.of(pipe.adapter) == ViewSize(384, (378, 378), "pad")
     _check(pipe, (500, 700))
@@ -259,7 +259,7 @@ def test_real_sizes_of_the_published_checkpoints() -> None:
 
 @settings(max_examples=30)
 @given(size=SIZES, data=st.data())
-def test_a_place_finds_its_token(size: tuple[int, int], data: st.DataObject) -> None:
+def test_a_location_finds_its_token(size: tuple[int, int], data: st.DataObject) -> None:
     """What is painted pixel by pixel is what the rectangles say."""
     pipe = FAMILIES[data.draw(st.sampled_from(list(FAMILIES)))]
     layout, view = pipe.adapter.layout(size), ViewSize.of(pipe.adapter)

@@ -1,4 +1,4 @@
-"""Vectors made with the methods' official code, replayed through the public strategy API."""
+"""Golden vectors of official code, replayed through the public API."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def test_official_vectors_are_reproduced(root: Path, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("root", [HERE, SHARED], ids=["own", "shared"])
 def test_every_number_that_is_expected_is_compared(root: Path, method: str) -> None:
-    """Whichever entry of whichever expected tensor is changed, the vector no longer matches."""
+    """If any entry of any expected tensor is changed, the vector no longer matches."""
     if not root.is_dir():
         pytest.skip(f"the full set of vectors is not there ({root}); a few are in {HERE}")
     replay_folder(HERE / "fastv")  # find the replays
@@ -61,7 +61,7 @@ def test_every_number_that_is_expected_is_compared(root: Path, method: str) -> N
                 assert verdict.mismatch, f"{case.id}: {name}[{at}] may be anything"
 
 
-def test_what_a_replay_does_not_look_at_is_in_the_verdict() -> None:
+def test_unused_expectations_are_in_the_verdict() -> None:
     replay_folder(HERE / "fastv")
     (case, *_) = golden.read(HERE / "fastv", "fastv")
     tensors = {**case.tensors, "order": torch.arange(3)}
@@ -163,7 +163,7 @@ def test_pyramiddrop_replays_any_list(
 
 
 def test_sparsevlm_looks_a_list_up_by_layer(draw: torch.Generator) -> None:
-    """Cuts behind layers 2 and 15 only take the first and the third count, 66 and 17."""
+    """Cuts after layers 2 and 15 take the first and the third count, 66 and 17."""
     text, visual = 6, 67
     embeds = torch.randn(1, visual + text, 8, generator=draw)
     related = (embeds[0, :visual] @ embeds[0, visual:].T).softmax(1).mean(0)
@@ -271,7 +271,7 @@ def test_divprune_replays_a_window_that_is_officially_wrong(draw: torch.Generato
     assert str(golden._replays["divprune"](Case("", "", params, tensors))) == "exact"
 
 
-def test_a_replay_lies_in_a_file_of_its_own_and_every_verified_card_has_one() -> None:
+def test_every_verified_card_has_a_replay_in_its_own_file() -> None:
     replay_folder(HERE / "fastv")
     for method, function in golden._replays.items():
         assert function.__module__ == f"tokenprune.strategies._golden.{method}"
@@ -323,7 +323,7 @@ def test_ratios_are_compared_in_double_precision() -> None:
     assert "ratios: entry 0" in verdict.mismatch
 
 
-def test_methods_without_a_strategy_are_skipped_and_said_so(tmp_path: Path) -> None:
+def test_vectors_without_a_method_are_skipped_with_a_note(tmp_path: Path) -> None:
     shutil.copytree(HERE / "fastv", tmp_path / "nosuchmethod")
     code, output = run(tmp_path)
     assert code == 2

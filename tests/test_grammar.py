@@ -1,4 +1,4 @@
-"""The grammar of specs: what is written is read again, whoever writes it."""
+"""The grammar of specs: every written spec is read back unchanged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_chain_is_read_as_it_is_written(parts: list[Part]) -> None:
 
 
 @given(st.lists(st.one_of(single.map(str), chains.map(grammar.chained)), max_size=5))
-def test_a_list_of_specs_is_split_where_it_was_joined(specs: list[str]) -> None:
+def test_a_joined_list_of_specs_is_split_into_its_parts(specs: list[str]) -> None:
     assert list(grammar.split([",".join(specs)])) == specs
     assert list(grammar.split([", ".join(specs)])) == specs
     assert list(grammar.split(specs)) == specs
@@ -164,7 +164,7 @@ def test_a_chain_is_rebuilt_from_its_label(data: st.DataObject) -> None:
         ("uniform + fastv@0.5", r"write for instance uniform@0\.5 \+ fastv@0\.5\."),
     ],
 )
-def test_what_is_not_a_spec_is_refused(text: str, said: str) -> None:
+def test_invalid_specs_are_refused(text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         grammar.read(text)
 

@@ -1,4 +1,4 @@
-"""Compiled code, threads, copies, and forwards that get past the hooks of a context."""
+"""Compiled code, threads, copies, and forwards that bypass the hooks of a context."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_compiled_inside_the_context(host: Host, expected: Expected, what: str) 
 
 @pytest.mark.parametrize("what", ["a layer", "a layer's forward", "an attention", "tower"])
 def test_captured_without_hooks_before_the_context(expected: Expected, what: str) -> None:
-    """The graph was captured when there were no hooks, and nothing tells dynamo of them."""
+    """The graph was captured without hooks, and dynamo does not check for them."""
     host = Host.tiny("LLaVA-NeXT")
     COMPILED[what](host.model)
     with torch._dynamo.config.patch(recompile_limit=1000):  # type: ignore[attr-defined]
@@ -238,7 +238,7 @@ def test_forward_may_be_called_by_name(host: Host, expected: Expected, method: s
             expected.check(method, host.model.lm_head(hidden), trace)
 
 
-def test_a_forward_of_ones_own_is_kept(host: Host, expected: Expected) -> None:
+def test_a_forward_that_the_user_replaced_is_kept(host: Host, expected: Expected) -> None:
     calls = []
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -267,7 +267,7 @@ def _unhooked(path: str) -> Callable[[nn.Module], None]:
 
 
 def _captured(path: str) -> Callable[[nn.Module], None]:
-    """A CUDA graph would replay all there is inside without calling it."""
+    """A CUDA graph replays kernels without calling the modules."""
 
     def change(model: nn.Module) -> None:
         module = model.get_submodule(path)
@@ -295,7 +295,7 @@ def _captured(path: str) -> Callable[[nn.Module], None]:
         ("fastv", _captured("model.language_model")),
     ],
 )
-def test_what_got_past_the_hooks_is_refused(
+def test_a_forward_that_bypassed_the_hooks_is_refused(
     host: Host, method: str | None, change: Callable[[nn.Module], None]
 ) -> None:
     options = {"retention": 0.4} if method else {}
@@ -306,7 +306,7 @@ def test_what_got_past_the_hooks_is_refused(
         assert not trace.selections
 
 
-def test_an_encoder_that_was_exchanged_is_refused(host: Host) -> None:
+def test_a_replaced_encoder_is_refused(host: Host) -> None:
     base = host.model.model
     with tp.compress(host.model, "uniform", retention=0.4):
         base.get_image_features = types.MethodType(type(base).get_image_features, base)
@@ -336,7 +336,7 @@ def _member(call: Callable[..., Any], *args: Any) -> threading.Thread:
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("method", [*METHODS, None])
 def test_generations_in_threads_do_not_mix(host: Host, method: str | None, use_cache: bool) -> None:
-    """Every step waits for the other thread, so that the two generations take turns."""
+    """The two generations alternate step by step."""
     found: dict[int, Any] = {}
     turns = threading.Barrier(2, timeout=30)
 
@@ -385,8 +385,8 @@ def test_the_trace_of_a_thread_that_ran_nothing_is_the_latest(host: Host) -> Non
         assert trace.ledger.requested == 0.4
 
 
-def test_a_thread_that_is_not_of_the_context_is_refused(host: Host, expected: Expected) -> None:
-    """Nobody knows whether it wants plain or compressed answers."""
+def test_a_thread_outside_the_context_is_refused(host: Host, expected: Expected) -> None:
+    """It is unknown whether the thread expects plain or compressed answers."""
     caught: list[BaseException] = []
 
     def run(call: Callable[[], Any]) -> None:
@@ -423,7 +423,7 @@ def test_a_thread_that_is_not_of_the_context_is_refused(host: Host, expected: Ex
 def test_encoding_in_another_thread_does_not_disturb_a_context(
     host: Host, expected: Expected
 ) -> None:
-    """`Adapter.encode` is not of the context; it waits for the tower, and leaves no trace."""
+    """`Adapter.encode` is independent of the context and does not change its trace."""
     call = host.adapter.dummy_images([(20, 30)])
     (want,) = run_encoder(host.adapter, "image", call, frozenset(), None)
     found = []
@@ -524,7 +524,7 @@ def wrappers(host: Host) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", ["adapter", "torch.compile", "DataParallel", "PEFT", "several"])
-def test_wrappers_are_seen_through(
+def test_wrappers_are_unwrapped(
     host: Host, wrappers: dict[str, Any], expected: Expected, what: str
 ) -> None:
     wrapped = wrappers[what]
@@ -540,7 +540,7 @@ def test_wrappers_are_seen_through(
             assert got == kept(trace)
 
 
-def test_other_wrappers_are_refused_with_a_way_out(host: Host) -> None:
+def test_other_wrappers_are_refused_with_a_remedy(host: Host) -> None:
     spread = nn.DataParallel(host.model)
     spread.device_ids = [0, 1]
     cases = {

@@ -1,4 +1,4 @@
-"""Prompts with marks, finished prompts, and images as users hand them over."""
+"""Prompts with placeholders, finished prompts, and images in every accepted form."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def asked(processor: Any, question: str, counts: dict[str, int] = ONE) -> str:
 @pytest.mark.parametrize(
     "question", ["{}", "<image>\n{}", "<image> {}", "<image>{}", "<image>\r\n{}", "\n<image>\n{}"]
 )
-def test_a_mark_in_front_gives_the_prompt_of_the_question_alone(
+def test_a_leading_placeholder_gives_the_prompt_without_it(
     pipe: Any, template: str, expected: str, question: str
 ) -> None:
     assert asked(talking(pipe, template), question.format(ASKED)) == expected
@@ -116,14 +116,14 @@ def test_the_text_itself_stays_as_it_is(pipe: Any, question: str) -> None:
         ("<image>", ONE, "<image>"),
     ],
 )  # fmt: skip
-def test_marks_stand_where_the_text_has_them(
+def test_placeholders_keep_their_place_in_the_text(
     onevision: Any, question: str, counts: dict[str, int], content: str
 ) -> None:
     said = asked(onevision.processor, question, counts)
     assert said == f"<s><user>{content}<assistant>"
 
 
-def test_templates_that_show_images_first_decide_that(pipe: Any) -> None:
+def test_templates_may_put_images_first(pipe: Any) -> None:
     said = asked(talking(pipe, VICUNA), "What is this?\n<image>")
     assert said == "USER: <image>\nWhat is this? ASSISTANT:"
 
@@ -176,7 +176,7 @@ def test_a_template_without_turn_markers(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_words_that_are_taken_for_marks_are_refused(pipe: Any, count: int) -> None:
+def test_words_that_the_tokenizer_takes_as_placeholders_are_refused(pipe: Any, count: int) -> None:
     for question in ("What does the tag <image> mean?", "<image>\nWhat?"):
         with pytest.raises(UserError, match=f"has 1 '<image>' placeholders but {count} images"):
             pipe.prompt(question, count)
@@ -228,7 +228,7 @@ def test_images_of_every_kind_give_the_same_inputs(pipe: Any, tmp_path: Path) ->
         assert torch.equal(pipe.prepare(images, [ASKED])["pixel_values"], expected)
 
 
-def test_turned_and_transparent_pictures_in_every_host(pipe: Any, tmp_path: Path) -> None:
+def test_rotated_and_transparent_images_in_every_model(pipe: Any, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     sideways, clear = tmp_path / "sideways.png", Image.fromarray(PIXELS)
@@ -265,7 +265,7 @@ def test_videos_of_every_kind_give_the_same_inputs(onevision: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("height", [1, 3, 4])
 def test_a_low_video_is_not_taken_for_channels(onevision: Any, height: int) -> None:
-    """Every row of a frame is alike, and so is every row of what the tower sees."""
+    """All rows of a frame are equal, and so are all rows of its pixel values."""
     frame = np.repeat(PIXELS[:1], height, axis=0)
     side = onevision.adapter.base.config.vision_config.image_size
     seen = onevision.prepare(None, [ASKED], videos=[[frame]])["pixel_values_videos"][0, 0]
@@ -277,7 +277,7 @@ def test_a_low_video_is_not_taken_for_channels(onevision: Any, height: int) -> N
     assert torch.allclose(encoded, whole, atol=0.05)
 
 
-def test_what_is_no_list_gets_a_sentence(pipe: Any, onevision: Any) -> None:
+def test_inputs_that_are_not_lists_are_refused(pipe: Any, onevision: Any) -> None:
     image = Image.fromarray(PIXELS)
     for bare in (image, "photo.jpg", Path("photo.jpg"), PIXELS, torch.tensor(PIXELS)):
         for call in (

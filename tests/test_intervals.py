@@ -45,7 +45,7 @@ def test_mcnemar_by_hand() -> None:
 def test_bootstrap_resamples_whole_images() -> None:
     generator = np.random.default_rng(0)
     per_image = generator.normal(size=60)
-    difference = np.repeat(per_image, 5)  # five questions that stand and fall together
+    difference = np.repeat(per_image, 5)  # five questions with equal results
     images = np.repeat(np.arange(60), 5)
     low, high = paired_bootstrap(difference, images, seed=1, resamples=20_000)
     half = 1.96 * per_image.std() / math.sqrt(60)  # of the normal approximation
@@ -110,7 +110,7 @@ def test_summary() -> None:
     assert table.loc[("other", "odd"), "vs_uniform"] == pytest.approx(0.4)
 
 
-def test_a_failed_cell_has_no_figures_and_is_nobodys_reference() -> None:
+def test_a_failed_cell_has_no_figures_and_is_no_reference() -> None:
     table = summarise(
         pd.concat(
             [
@@ -132,7 +132,7 @@ def test_a_failed_cell_has_no_figures_and_is_nobodys_reference() -> None:
     assert table.loc[("other", OVERALL), "vs_uncompressed"] == 0
 
 
-def test_an_unfinished_cell_is_compared_on_what_both_answered() -> None:
+def test_an_unfinished_cell_is_compared_on_common_questions() -> None:
     part = answers("uniform", 0.5, [True, False, True, True])
     table = summarise(
         pd.concat([answers("uncompressed", 1.0, [True] * 3 + [False] * 7), part]), seed=0
@@ -185,7 +185,7 @@ def test_every_pair_by_hand() -> None:
     assert single["difference"] == pytest.approx(0.2)
 
 
-def test_pairs_meet_at_the_retention_whose_cost_they_have_and_not_where_all_are_alike() -> None:
+def test_pairs_are_compared_at_equal_cost_and_not_at_full_retention() -> None:
     table = pd.concat(
         [
             answers("a", 1.0, [True] * 4),
@@ -249,7 +249,7 @@ def test_easy_and_hard_questions_and_divergence() -> None:
     assert row["kl_low"] < 0.45 < row["kl_high"]
 
 
-def test_a_comparison_with_the_worse_is_the_better_turned_round() -> None:
+def test_swapping_a_pair_negates_its_difference() -> None:
     a, b = answers("a", 0.5, [True] * 7 + [False] * 3), answers("b", 0.5, [False] * 5 + [True] * 5)
     one, other = compared(a, b, seed=0), compared(b, a, seed=0)
     assert one["difference"] == pytest.approx(-other["difference"])

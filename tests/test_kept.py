@@ -1,4 +1,4 @@
-"""What a journal remembers of a selection."""
+"""The record of a selection in a journal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chosen(row: int, image: int, layer: int | None, *keep: int) -> SelectionReco
     )
 
 
-def test_bits_by_hand() -> None:
+def test_kept_bits_by_hand() -> None:
     """13 entries, the first highest: 1010 0000 0000 1 and three bits of nothing."""
     text = pack(chosen(0, 0, None, 0, 2, 12))
     assert base64.b64decode(text) == bytes([0b10100000, 0b00001000])
@@ -45,7 +45,7 @@ def test_there_and_back(keep: set[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "AAA", "%%%%", "AAAAAAAA", "ä"])
-def test_what_is_no_selection_of_this_image(text: str) -> None:
+def test_invalid_records_are_ignored(text: str) -> None:
     assert unpack(text, 13) is None
 
 
@@ -61,7 +61,7 @@ def test_the_last_cut_counts() -> None:
     assert rows[0] == [pack(chosen(0, 0, None, 4)), pack(chosen(0, 0, None, 1))]
 
 
-def test_a_comparison_remembers_what_was_kept(tmp_path: Path) -> None:
+def test_a_comparison_records_the_kept_tokens(tmp_path: Path) -> None:
     methods = ("globalcom2", "pyramiddrop")
     request: dict[str, Any] = {"methods": methods, "retention": (1.0, 0.25), "questions": 3}
     compare(CompareRequest(out=tmp_path, **request))

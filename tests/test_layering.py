@@ -234,7 +234,7 @@ def test_a_breach_is_found(module: str, line: str) -> None:
     assert breaches({**known, module: line})
 
 
-def test_a_circle_is_found() -> None:
+def test_a_cycle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
 
 

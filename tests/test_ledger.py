@@ -1,4 +1,4 @@
-"""The account: published figures, and a small decoder counted by hand."""
+"""The ledger: published figures, and a small decoder counted by hand."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_vision_tower_counted_matmul_by_matmul() -> None:
 
 
 def test_the_plain_tower_runs_all_views_through_all_layers(host: Host) -> None:
-    """Every view has 16 patches and a CLS token; the tower is 16 wide, its MLP 24."""
+    """Every view has 16 patches and a CLS token; the vision encoder is 16 wide, its MLP 24."""
     vision = host.adapter.base.config.vision_config
     layer = 17 * (8 * 16**2 + 4 * 17 * 16 + 4 * 16 * 24)
     with compress(host.model, create("uniform", retention=0.5)) as trace:
@@ -162,7 +162,7 @@ def test_an_llm_account_by_hand(host: Host) -> None:
     assert trace.ledger.selector_flops == row + 2 * 76 * 32 * 16  # keys projected once more
 
 
-def test_text_that_asks_is_charged(host: Host) -> None:
+def test_attention_rows_of_the_text_are_charged(host: Host) -> None:
     """SparseVLM: three words ask in layers 0 and 1, with all tokens and with 25 patches of 64.
 
     Besides, 64 patches are compared with three words at both cuts, and dropped ones with each
@@ -180,7 +180,7 @@ def test_text_that_asks_is_charged(host: Host) -> None:
 
 
 def test_fitprune_and_pact_are_charged(host: Host) -> None:
-    """Row 0: 64 patches, 6 separators, 3 words behind the image, 3 tokens in front."""
+    """Row 0: 64 patches, 6 separators, 3 words after the image, 3 tokens before it."""
     method = create("fitprune", retention=0.25, steps=1, separators="none")
     ledger = _ledgers(host, method, (0,))[0]
     assert ledger.visual_per_layer == (70, 70, 16, 16)
@@ -204,8 +204,8 @@ def test_a_signal_of_the_tower_is_charged(host: Host) -> None:
 
 
 @pytest.mark.parametrize("spec", [None, "uniform@0.4", "fastv@0.4", "uniform@0.6 + fastv@0.5"])
-def test_a_second_turn_tells_what_the_first_one_left(host: Host, spec: str | None) -> None:
-    """The same image again behind the first turn: what the cache holds, layer by layer."""
+def test_a_second_turn_reports_the_cache_of_the_first(host: Host, spec: str | None) -> None:
+    """The same image again after the first turn: the content of the cache, layer by layer."""
     method = None if spec is None else parse(spec)
     inputs = host.inputs((0,))
     ids = inputs["input_ids"]
@@ -224,7 +224,7 @@ def test_a_second_turn_tells_what_the_first_one_left(host: Host, spec: str | Non
     assert ledger.kv_bytes == size
 
 
-def test_what_enters_is_told_apart_from_what_is_left_at_the_end(host: Host) -> None:
+def test_entering_and_remaining_tokens_are_separate(host: Host) -> None:
     """Row 0: 64 patches, 6 separators, 6 words; 32 patches enter, 16 reach layers 2 and 3."""
     chain = Chain.of(create("uniform", retention=0.5), create("fastv", retention=0.5))
     ledger = _ledgers(host, chain)[0]
@@ -243,7 +243,7 @@ def test_packing_by_hand(host: Host) -> None:
     """Of 76 tokens of width 32 in float32, 37 are left, 31 of them of the image."""
     ledger = _ledgers(host, create("uniform", retention=0.4), (0,))[0]
     assert ledger.selector_bytes == (37 + 31) * 32 * 4
-    # Merged vectors lie beside a copy of the whole prompt that they are put in.
+    # Merged vectors exist besides a copy of the whole prompt.
     shape = DecoderShape.of(host.adapter.language_model.config)
     assert copied_bytes(76, 25, shape, 4) == (76 + 25) * 32 * 4
     assert copied_bytes(76, 0, shape, 4) == 0

@@ -1,4 +1,4 @@
-"""Numbers, prompts and paths that cannot be meant end with a sentence, before anything is run."""
+"""Invalid numbers, prompts and paths are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def invoke(*words: str) -> Result:
 
 # --- options --------------------------------------------------------------------------------------
 
-# What makes a command complete; what it names need not be there.
+# Arguments that complete a command; the files need not exist.
 COMPLETE = {
     "audit": ["uniform"],
     "report": ["run"],
@@ -74,7 +74,7 @@ def test_there_are_numeric_options() -> None:
 
 
 @pytest.mark.parametrize(("name", "option"), sorted(numeric()))
-def test_no_number_is_refused_at_once(
+def test_nan_and_infinity_are_refused_at_once(
     name: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -110,7 +110,7 @@ def test_no_number_is_refused_at_once(
         ("convert uniform@0.5 --config testbed-next --image-size 1x1000000", "six digits"),
     ],
 )
-def test_other_numbers_that_make_no_sense(
+def test_other_invalid_numbers(
     words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -119,7 +119,7 @@ def test_other_numbers_that_make_no_sense(
     assert said in " ".join(result.stderr.split())
 
 
-def test_the_ends_of_the_limits() -> None:
+def test_the_bounds_of_the_limits() -> None:
     for name, (low, high) in LIMITS.items():
         check_number(name, low)
         check_number(name, high)
@@ -163,7 +163,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
-def test_every_number_of_every_method_has_an_end(name: str, field: str) -> None:
+def test_every_number_of_every_method_has_bounds(name: str, field: str) -> None:
     kept = {} if field == "retention" else {"retention": 0.5}
     for text in NO_NUMBERS:
         with pytest.raises(UserError):
@@ -201,7 +201,7 @@ def test_there_are_numbers_in_methods() -> None:
         ("fastv:layer=" + "(" * 100_000, "is too long"),
     ],
 )
-def test_specs_that_make_no_sense(spec: str, said: str) -> None:
+def test_invalid_specs(spec: str, said: str) -> None:
     own_class(spec)  # as every command does; imports nothing
     started = time.monotonic()
     with pytest.raises(UserError, match=said.replace("(", r"\(")) as caught:
@@ -211,7 +211,7 @@ def test_specs_that_make_no_sense(spec: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["..x:Y", ".x:Y", "x.:Y", "x..y:Y", ":Y", ".:Y", "x:1"])
-def test_what_no_module_is_called(path: str) -> None:
+def test_names_that_no_module_can_have(path: str) -> None:
     assert own_class(path) is None
 
 
@@ -225,7 +225,7 @@ def test_the_label_of_a_chain_keeps_every_digit() -> None:
 # --- messages -------------------------------------------------------------------------------------
 
 
-def test_messages_can_be_shown_whatever_was_given() -> None:
+def test_messages_with_any_input_can_be_printed() -> None:
     assert str(UserError("a\x1b[31mb\0c\udcffd\re")) == r"a\x1b[31mb\x00c\udcffd\re"
     assert str(UserError("é 数 ² „x“\n- y\tz")) == "é 数 ² „x“\n- y\tz"
     long = str(UserError("begin " + "x" * 100_000 + " end."))
@@ -275,7 +275,7 @@ def pipe() -> Any:
 
 @pytest.fixture
 def untouched(pipe: Any) -> Iterator[None]:
-    """Neither the vision tower nor the language model runs."""
+    """Neither the vision encoder nor the language model runs."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the model was run")
@@ -324,7 +324,7 @@ def test_generate_does_not_reach_the_decoder_beyond_the_positions(pipe: Any) -> 
         handle.remove()
 
 
-def test_what_is_cut_in_front_of_the_model_need_not_have_fitted(host: Host) -> None:
+def test_a_prompt_that_fits_after_compression_is_accepted(host: Host) -> None:
     inputs = host.inputs([0])
     whole = inputs["input_ids"].shape[1]
     config = host.adapter.language_model.config

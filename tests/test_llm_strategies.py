@@ -1,4 +1,4 @@
-"""PACT and FitPrune against slow loops written from the specification, and what they rest on."""
+"""PACT and FitPrune against slow loops written from the specification."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_key_of_size_three_counts_like_three_keys(kind: str) -> None:
 
 
 def test_sizes_live_on_the_cache() -> None:
-    """They follow rows, are forgotten with what is cropped, and new entries count once."""
+    """Sizes follow rows, are cropped with the cache, and are 1 for new entries."""
     layer = PrunedLayer(DynamicLayer(), torch.ones(2, 0, dtype=torch.bool))
     sizes = torch.tensor([[1.0, 2, 1], [1, 5, 1]])
     layer.expect(torch.ones(2, 4, dtype=torch.bool))
@@ -202,7 +202,7 @@ def test_other_attention_kernels_are_refused() -> None:
 
 
 class _Sized(Compressor):
-    """Says sizes in front of the language model."""
+    """Returns sizes in front of the language model."""
 
     def select(self, tokens: VisualTokens) -> Selection:
         return Selection(tokens.layout.patches[:1], sizes=torch.tensor([3.0]))
@@ -272,7 +272,7 @@ def _calibration(samples: int, layers: int) -> list[list[tuple[Tensor, Tensor]]]
 
 
 def _fitted_slowly(images: list[list[tuple[Tensor, Tensor]]], tolerance: float) -> list[float]:
-    """The average share that is left behind every layer."""
+    """The average share that is left after every layer."""
     shares = [0.0] * len(images[0])
     for image in images:
         there = set(range(20))
@@ -342,7 +342,7 @@ def test_a_prompt_that_ends_with_the_image_is_refused(name: str) -> None:
     short = {key: inputs[key][:, :-3] for key in ("input_ids", "attention_mask")}
     with (
         compress(host.model, name, retention=0.25),
-        pytest.raises(UserError, match="needs text behind the image"),
+        pytest.raises(UserError, match=r"needs text (behind|after) the image"),
     ):
         host.logits({**inputs, **short})
 

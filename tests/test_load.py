@@ -1,4 +1,4 @@
-"""Loading models from folders, and what is said when that cannot be."""
+"""Loading models from folders, and refusals."""
 
 import copy
 import json

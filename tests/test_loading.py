@@ -1,4 +1,4 @@
-"""Checkpoints that are broken or incomplete are refused with their faults' names, and no others."""
+"""Broken or incomplete checkpoints are refused by name of the fault, and no others are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("sound") / "plain", *KINDS[0])
 
 
-# What the sentence must say of a tensor that is spoilt in each way of the check.
+# What the message must name for each fault of a tensor.
 SAID = {
     "removed": "missing",
     "added": "not of this model",
@@ -73,7 +73,7 @@ def test_one_bad_tensor_is_refused_by_name(fault: str, checkpoint: Path, tmp_pat
         assert name.rpartition("layers")[2].rpartition("model.")[2] in str(caught.value)
 
 
-def test_what_is_whole_loads(checkpoint: Path) -> None:
+def test_complete_checkpoints_load(checkpoint: Path) -> None:
     pipe = tp.load(checkpoint)
     inputs = pipe.prepare([questions(1, seed=5)[0].image], ["What is it?"])
     with tp.compress(pipe.model, "uniform", retention=0.5) as trace:
@@ -99,7 +99,7 @@ def test_tied_weights_and_buffers_are_no_faults(bed: str, tmp_path: Path) -> Non
     assert tp.load(broken(plain, tmp_path / "buffers", state)).model is not None
 
 
-def test_ten_names_and_the_count(sound: Path, tmp_path: Path) -> None:
+def test_a_message_has_ten_names_and_the_count(sound: Path, tmp_path: Path) -> None:
     state = {k: v for k, v in tensors(sound).items() if "layers.1" not in k or "vision" in k}
     with pytest.raises(UserError, match=r"9 tensors missing") as caught:
         tp.load(broken(sound, tmp_path / "nine", state))
@@ -129,7 +129,7 @@ def test_shards(tmp_path: Path) -> None:
             tp.load(folder)
 
 
-def test_offloaded_weights_are_looked_at_too(sound: Path, tmp_path: Path) -> None:
+def test_offloaded_weights_are_checked(sound: Path, tmp_path: Path) -> None:
     state = tensors(sound)
     name = "language_model.model.layers.2.mlp.up_proj.weight"
     bad = broken(sound, tmp_path / "bad", spoilt(state, "nan", name))
@@ -141,7 +141,7 @@ def test_offloaded_weights_are_looked_at_too(sound: Path, tmp_path: Path) -> Non
         tp.load(bad, **options)
 
 
-def test_what_a_dtype_cannot_hold(sound: Path, tmp_path: Path) -> None:
+def test_values_beyond_the_range_of_a_dtype_are_refused(sound: Path, tmp_path: Path) -> None:
     state = tensors(sound)
     state["image_newline"][0] = 1e6
     large = broken(sound, tmp_path / "large", state)
@@ -190,7 +190,7 @@ def test_one_bad_tensor_of_a_timm_model(name: str, tmp_path: Path) -> None:
         save_file(spoilt(state, fault, tensor), file)
         with pytest.raises(UserError) as caught:
             tp.load(f"timm/{name}", pretrained=file, **VITS[name])
-        # What timm's own translation trips over is told in its words.
+        # Failures of timm's conversion are reported in timm's words.
         assert SAID[fault] in str(caught.value) or "cannot load weights" in str(caught.value)
 
 
@@ -216,7 +216,7 @@ def folder(tmp_path: Path) -> Path:
         "tokenizer_config.json",
     ],
 )
-def test_files_that_are_gone_or_no_such_files(file: str, folder: Path) -> None:
+def test_missing_or_invalid_files_are_refused(file: str, folder: Path) -> None:
     whole = (folder / file).read_bytes()
     contents = [b"", POINTER, whole[: len(whole) // 2], b"\xff\xfe\0", b"[1]", b"7"]
     for content in contents:
@@ -274,7 +274,7 @@ def test_files_that_do_not_belong_together(folder: Path) -> None:
             tp.load(folder)
 
 
-def test_names_that_are_no_models() -> None:
+def test_invalid_names_are_refused() -> None:
     for name in ("", "a/b/c", "./none", "a\0b/c", "/dev/null", "x" * 5000 + "/y"):
         with pytest.raises(UserError):
             tp.load(name)
@@ -309,7 +309,7 @@ def test_every_command_refuses_it_with_status_2(
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "hpu", "meta", "cuda:99", "cpu:7"])
-def test_devices_that_are_not_there(device: str) -> None:
+def test_missing_devices_are_refused(device: str) -> None:
     for words in ("compare", "efficiency --measure", "benchmark --quick"):
         result = CliRunner().invoke(app, [*words.split(), "--device", device])
         assert result.exit_code == 2

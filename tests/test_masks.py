@@ -1,4 +1,4 @@
-"""Pictures of what is kept: the right tokens, at the right places, for every model."""
+"""Pictures of kept tokens: the right tokens at the right locations, for every model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def onevision() -> Any:
     return tp.load("testbed-onevision")
 
 
-def test_what_is_seen_is_what_a_plain_run_does(following: Any) -> None:
+def test_masks_equal_the_selection_of_a_plain_run(following: Any) -> None:
     image = picture(112, 80)
     seen = look(following, [image], ASKED, ["globalcom2", "fastv"], [0.5, 0.25])
     assert [(one.label, one.retention) for one in seen.masks] == [
@@ -93,7 +93,7 @@ def test_the_table_counts_by_view(following: Any) -> None:
     assert rows["answer"].isna().all()
 
 
-def test_every_patch_is_painted_where_it_lies(following: Any) -> None:
+def test_every_patch_is_painted_at_its_location(following: Any) -> None:
     """A wide image of one colour: thumbnail, then two crops of 7x7 patches, by hand."""
     colour = (0.8, 0.2, 0.4)
     image = Image.new("RGB", (112, 56), tuple(round(255 * part) for part in colour))
@@ -223,7 +223,7 @@ def test_without_a_language_model(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "figure.png", dpi=20)
     with pytest.raises(UserError, match="acts inside the language model"):
         masks(pipe, [picture(60, 90)], None, ["fastv"])
-    biased = tp.load("timm/beit_base_patch16_224", **options)  # attention that cannot be told
+    biased = tp.load("timm/beit_base_patch16_224", **options)  # attention that cannot be read
     seen = look(biased, [picture(60, 90)], None, ["uniform"], 0.5)
     assert not seen.saliency
     draw(seen)
@@ -231,7 +231,7 @@ def test_without_a_language_model(tmp_path: Path) -> None:
         heat(seen)
 
 
-def test_what_cannot_be_drawn(following: Any) -> None:
+def test_what_cannot_be_drawn_is_refused(following: Any) -> None:
     with pytest.raises(UserError, match="fastv acts inside the language model; ask a question"):
         look(following, [picture(60, 60)], None, ["fastv"], 0.5)
     with pytest.raises(UserError, match="at least one image"):
@@ -274,7 +274,7 @@ def test_an_example_without_arguments(tmp_path: Path) -> None:
 
 
 def test_ones_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: None)  # to be quick
+    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: None)  # for speed
     for index in range(20):
         picture(40, 30, index).save(tmp_path / f"frame-{index:02}.png")
     still = [picture(40, 30, index) for index in range(5)]

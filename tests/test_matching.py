@@ -1,4 +1,4 @@
-"""Methods at equal cost, and what their parts take."""
+"""Methods at equal cost, and the times of their parts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_cells_cost_what_uniform_costs(
     assert {cell.retention for cell in found if cell.asked == 1} == {1.0}
 
 
-def test_what_content_decides_is_run() -> None:
+def test_content_dependent_costs_are_measured() -> None:
     """ToMe merges like patches of frames, more than random ones: the forecast would be too high."""
     onevision = tp.load("testbed-onevision")
     videos = held_out(1, 0, "video")
@@ -123,7 +123,7 @@ def test_only_the_retention_is_solved_for(pipe: Pipeline, questions: Sequence[Qu
     assert [cell.method for cell in found[1:]] == ["uniform", "fastv"]  # the reference is there
 
 
-def test_what_cannot_be_reached_is_refused_or_left_out(
+def test_unreachable_costs_are_refused_or_left_out(
     pipe: Pipeline, questions: Sequence[Question]
 ) -> None:
     with pytest.raises(UserError, match=r"fastv cannot go down .* 2 of 6 layers run at full"):
@@ -138,14 +138,16 @@ def test_what_cannot_be_reached_is_refused_or_left_out(
 
 
 @pytest.mark.parametrize("spec", ["fastv@0.3", "first@0.5 + fastv@0.5", "uniform:retention=0.3"])
-def test_methods_that_say_what_they_keep_are_refused(
+def test_methods_with_a_fixed_retention_are_refused(
     pipe: Pipeline, questions: Sequence[Question], spec: str
 ) -> None:
     with pytest.raises(UserError, match="has its own retention"):
         matched_cells(pipe, questions, [spec], [0.5], "tokens")
 
 
-def test_options_that_sound_like_it_are_none(pipe: Pipeline, questions: Sequence[Question]) -> None:
+def test_options_named_like_retention_are_not_matched(
+    pipe: Pipeline, questions: Sequence[Question]
+) -> None:
     spec = "sparsevlm:position_ids=compact"
     found, _ = matched_cells(pipe, questions, [spec], [0.7], "tokens")
     assert found[-1].method == spec
@@ -203,7 +205,7 @@ def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
 
 
 def _matched_answers() -> pd.DataFrame:
-    """Two questions; coarse goes in steps, vague costs what the image says, fine fits."""
+    """Two questions: coarse keeps in steps, vague depends on the image, fine fits."""
     rows = [
         ("uniform", 0.5, 100.0, 100.0, [90.0, 110.0]),
         ("fine", 0.3, 100.0, 100.9, [90.9, 110.0]),
@@ -221,7 +223,7 @@ def _matched_answers() -> pd.DataFrame:
     )  # fmt: skip
 
 
-def test_what_matched_methods_really_cost() -> None:
+def test_measured_costs_of_matched_methods() -> None:
     """(45 / 90 + 110 / 110) / 2 = 0.75 of uniform's; a token off is near, more is not."""
     found = realised(_matched_answers()).set_index("label")
     assert list(found["coarse"]) == [False, False, True, False]
@@ -276,7 +278,7 @@ def test_a_cell_asks_for_what_it_keeps_unless_matched() -> None:
 # --- speed ----------------------------------------------------------------------------------------
 
 
-def test_a_question_that_cannot_be_looked_at_is_passed_over(
+def test_a_question_that_cannot_be_encoded_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tokenprune.experiments.compare import matching
@@ -334,8 +336,8 @@ def test_a_curve_is_found_again() -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_the_selector_is_told_apart(bench: Bench, inside: bool) -> None:
-    """A nap of 50 ms in the selection is the selector's, not the prefill's."""
+def test_the_selector_is_timed_separately(bench: Bench, inside: bool) -> None:
+    """A sleep of 50 ms in the selection counts for the selector, not for the prefill."""
     slow = bench.run(Sleepy(retention=0.5, inside=inside))
     assert slow.selector.median >= 0.05
     quick = bench.run(Sleepy(retention=0.5, inside=inside, nap=0.0))
@@ -356,7 +358,7 @@ def test_a_run_is_that_of_the_forecast(bench: Bench) -> None:
         assert len(run.decode.runs) == DECODED
 
 
-def test_signals_are_the_towers(bench: Bench) -> None:
+def test_signals_are_those_of_the_encoder(bench: Bench) -> None:
     assert bench.vision(tp.create("fastv", retention=0.5).needs) is bench.vision()
     wanted = tp.create("globalcom2", retention=0.5).needs
     assert bench.vision(wanted) is not bench.vision()
@@ -380,7 +382,7 @@ def test_missing_layers_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pd.isna(plain["pays_from"])
 
 
-def test_methods_that_need_more_layers_are_said_to() -> None:
+def test_methods_that_need_more_layers_are_refused() -> None:
     prompt = prompt_of("testbed-next", (56, 56))
     method = tp.create("fastv", layer=3, retention=0.5)
     found = measure("testbed-next", prompt, [method], layers=2, repeats=1, device="cpu")
@@ -396,7 +398,7 @@ def test_methods_that_need_more_layers_are_said_to() -> None:
         ({"layers": 9}, "layers must lie in 1 .. 6"),
     ],
 )
-def test_nonsense_is_refused(options: dict[str, int], words: str) -> None:
+def test_invalid_arguments_are_refused(options: dict[str, int], words: str) -> None:
     prompt: Prompt = prompt_of("testbed-next")
     with pytest.raises(UserError, match=words):
         measure("testbed-next", prompt, [], device="cpu", **options)  # type: ignore[arg-type]

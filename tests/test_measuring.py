@@ -1,4 +1,4 @@
-"""Stopwatch and scales, against work of known size."""
+"""Time and memory measurements, against work of known size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_intermediates_of_an_operation_count() -> None:
     assert peak_memory(lambda: (rows @ rows.T).softmax(-1)) == 2 * 4 * 500 * 500
 
 
-def test_nothing_is_nothing() -> None:
+def test_no_operation_needs_no_memory() -> None:
     assert peak_memory(lambda: None) == 0
 
 
@@ -44,7 +44,7 @@ def test_peak_memory_refuses_other_devices() -> None:
         peak_memory(lambda: None, "meta")
 
 
-def test_the_stopwatch_runs_as_often_as_told_and_in_order() -> None:
+def test_the_stopwatch_runs_the_given_number_of_times_in_order() -> None:
     calls: list[int] = []
     found = timed(lambda: calls.append(len(calls)), warmup=3, repeats=5)
     assert len(calls) == 8
@@ -56,7 +56,7 @@ def test_the_stopwatch_does_not_time_the_warm_up() -> None:
     assert timed(lambda: time.sleep(next(naps)), warmup=1, repeats=3).median < 0.1
 
 
-def test_a_known_nap() -> None:
+def test_a_known_sleep() -> None:
     assert timed(lambda: time.sleep(0.02), warmup=0, repeats=3).median >= 0.02
 
 
@@ -67,6 +67,6 @@ def test_median_and_interquartile_range() -> None:
 
 
 @pytest.mark.parametrize(("warmup", "repeats"), [(0, 0), (-1, 3)])
-def test_the_stopwatch_refuses_nonsense(warmup: int, repeats: int) -> None:
+def test_the_stopwatch_refuses_invalid_arguments(warmup: int, repeats: int) -> None:
     with pytest.raises(UserError, match="repeats >= 1"):
         timed(lambda: None, warmup=warmup, repeats=repeats)

@@ -1,4 +1,4 @@
-"""Strategies that merge dropped tokens into kept ones, before and inside the language model."""
+"""Methods that merge dropped tokens into kept ones, before and inside the language model."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -51,7 +51,7 @@ class MergePairsInside(MergePairs):
 
 @dataclass(frozen=True, kw_only=True)
 class Average(MergePairs):
-    """Keeps every token and replaces it by the mean: nothing goes, features change."""
+    """Keeps every token and replaces it by the mean: no token is dropped, features change."""
 
     def limit(self, tokens: VisualTokens) -> int:
         return len(tokens.layout.patches)

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps on disk or in memory, and brings in for a forward alone."""
+"""Models whose weights accelerate keeps on disk or in memory and loads for each forward."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ Both = tuple[Host, Host]
 def both(
     request: pytest.FixtureRequest, host_name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Both:
-    """The same model twice, the second one offloaded."""
+    """Two copies of a model, the second one offloaded."""
     plain, offloaded = (Host.tiny(host_name, "qwen2") for _ in range(2))
     offload: Callable[[Host, Path], None] = request.param
     offload(offloaded, tmp_path_factory.mktemp("weights"))
@@ -93,7 +93,7 @@ def test_every_method_on_offloaded_weights_is_as_without(both: Both, spec: str) 
 
 @pytest.mark.parametrize("spec", ["tome", "downsample", "tome@0.6 + fastv@0.6"])
 def test_layers_of_the_vision_tower_on_two_devices(host_name: str, spec: str) -> None:
-    """What moves the inputs of a layer still runs around a method inside the tower."""
+    """Hooks that move the inputs of a layer also run around a method in the vision encoder."""
     plain, split = (Host.tiny(host_name, "qwen2") for _ in range(2))
     wanted = _results(plain, spec)
     tower = split.adapter.vision_tower
@@ -119,10 +119,10 @@ def test_inputs_go_where_an_offloaded_model_computes(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], values) for name, values in wanted.items())
     wanted, got = (adapter.encode(image, ()) for adapter in (plain, away))
     assert torch.equal(got[0].features, wanted[0].features)
-    assert execution_device(nn.Linear(2, 2, device="meta")).type == "meta"  # nothing brings it in
+    assert execution_device(nn.Linear(2, 2, device="meta")).type == "meta"  # nothing loads it
 
 
-def test_resident_weights_are_there_and_go_away_again() -> None:
+def test_resident_weights_are_present_only_inside() -> None:
     line = nn.Linear(3, 2)
     states, weight = torch.ones(1, 3), line.weight.detach().clone()
     expected = line(states)

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: geometry against the model's own packing, its processor, and what users call."""
+"""LLaVA-OneVision: geometry against the model's own packing, its processor, and the API."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _check_layout(
     assert torch.equal(layout.is_separator, separator)
     assert torch.equal(layout.kind == Kind.THUMBNAIL, codes[:, 0] == 0)
     assert torch.equal(layout.kind == Kind.CROP, codes[:, 0] > 0)
-    # A token lies in the patch that its place on the canvas is nearest to.
+    # A token belongs to the patch nearest to its location on the canvas.
     side = adapter.view_shape[0]
     crop = layout.kind == Kind.CROP
     cell = (layout.view - 1).clamp(min=0)
@@ -328,7 +328,7 @@ def test_encoding_once_gives_what_pixels_give(
         for images, videos in zip(IMAGES, VIDEOS, strict=True)
     ]
     with compress(pipe.model, method) as trace:
-        for _ in range(2):  # beams expand what they are given; the second call must not notice
+        for _ in range(2):  # beams expand their inputs in place; the second call must not see that
             ids = _generate(pipe, pipe.assemble(encoded, QUESTIONS), **options)
             assert torch.equal(ids, pixels)
             assert [chosen.keep.tolist() for chosen in trace.selections] == kept
@@ -357,7 +357,7 @@ def test_the_short_sequence_of_a_video_built_by_hand(pipe: Pipeline) -> None:
                 got = _generate(pipe, inputs, return_dict_in_generate=True, output_logits=True)
             (chosen,) = trace.selections
             assert len(chosen.layout) == len(video) == 3 * 4 + 1
-            assert int(chosen.keep[-1]) == len(video) - 1  # the newline stays
+            assert int(chosen.keep[-1]) == len(video) - 1  # the separator stays
             ids = inputs["input_ids"][0]
             embeds = model.get_input_embeddings()(ids)
             visual = (ids == 62).nonzero().squeeze(1)
@@ -377,7 +377,7 @@ def test_the_short_sequence_of_a_video_built_by_hand(pipe: Pipeline) -> None:
 
 
 def test_an_image_behind_a_video(pipe: Pipeline) -> None:
-    """Selections and accounts follow the order of the prompt, not that of the modalities."""
+    """Selections and ledgers follow the order of the prompt, not that of the modalities."""
     inputs = pipe.prepare([IMAGES[0]], ["<video> w5 <image> w6"], [VIDEO])
     with compress(pipe.model, "uniform", retention=0.5) as trace, torch.no_grad():
         pipe.model(**inputs)
@@ -387,7 +387,7 @@ def test_an_image_behind_a_video(pipe: Pipeline) -> None:
     assert trace.ledger.patches_per_view == (first.layout.view_sizes, second.layout.view_sizes)
 
 
-def test_bad_videos_are_sentences(pipe: Pipeline) -> None:
+def test_bad_videos_are_refused(pipe: Pipeline) -> None:
     with pytest.raises(UserError, match=r"videos have \[3, 5\] frames"):
         pipe.prepare(None, ["w4", "w5"], [VIDEO, LONGER])
     with pytest.raises(UserError, match="from 0 to 300 has no known range"):
@@ -450,7 +450,7 @@ def test_globalcom2_by_the_pooling_head_keeps_the_contract() -> None:
             run(check, method, [_with_head()])
 
 
-def test_what_a_tower_lacks_is_a_sentence() -> None:
+def test_signals_that_an_encoder_lacks_are_refused() -> None:
     plain = Host.tiny("LLaVA-OneVision").adapter
     with pytest.raises(UserError, match="needs the attention of a pooling head"):
         check_compatible(plain.facts, create("globalcom2", retention=0.5, score="head_attention"))
@@ -458,7 +458,7 @@ def test_what_a_tower_lacks_is_a_sentence() -> None:
         check_compatible(plain.facts, create("globalcom2", retention=0.5, score="cls_logits"))
 
 
-def test_saliency_is_what_the_tower_has() -> None:
+def test_saliency_depends_on_the_encoder() -> None:
     for name, stands_for in (("LLaVA-NeXT", "cls_logits"), ("LLaVA-OneVision", "received")):
         host = Host.tiny(name)
         kept = []
@@ -502,7 +502,7 @@ def test_the_frame_that_differs_keeps_more() -> None:
     features = torch.cat([*frames, torch.zeros(1, 3)])
     signal = torch.arange(65.0).masked_fill(layout.is_separator, torch.nan)
     tokens = VisualTokens(layout, features, {Signal("received"): signal})
-    # Places 0-7: the mean of x, x, x, z has the direction (3, 0, 1).
+    # Locations 0-7: the mean of x, x, x, z has the direction (3, 0, 1).
     near, far = 8 * (1 - 3 / math.sqrt(10)), 8 * (1 - 1 / math.sqrt(10))
     weight = torch.tensor([near, near, near, far], dtype=torch.float64).softmax(0)
     expected = (16 * 0.5 * (1 + weight - 0.25)).long()

@@ -1,4 +1,4 @@
-"""Four folders, one package: what is on disk, what is installed, and what must not be imported."""
+"""The package and its four folders: installed files, links and imports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_package_on_disk_is_listed() -> None:
 
 @checkout
 def test_every_data_file_is_listed() -> None:
-    """Weights, templates and the like: whatever lies in a package and is no Python file."""
+    """Weights, templates and all other files of a package that are not Python files."""
     setup: dict = _project()["tool"]["setuptools"]  # type: ignore[index,type-arg]
     places = {package: ROOT / _folder(package) for package in setup["packages"]}
     for package, folder in places.items():
@@ -74,7 +74,7 @@ def test_every_data_file_is_listed() -> None:
 @checkout
 @pytest.mark.parametrize("name", LINKS)
 def test_the_links_are_committed_as_links(name: str) -> None:
-    """For editors alone: git writes them as text files where links are not to be had."""
+    """The links are for editors; without symbolic links, git writes them as text files."""
     link = ROOT / "tokenprune" / name
     points_to = os.readlink(link) if link.is_symlink() else link.read_text(encoding="utf-8")
     assert points_to == f"../{name}"
@@ -110,7 +110,7 @@ def test_no_file_shadows_the_standard_library() -> None:
 
 
 def test_import_is_light() -> None:
-    """``import tokenprune`` and ``--help`` must not wait for torch."""
+    """``import tokenprune`` and ``--help`` must not import torch."""
     code = (
         "import sys, tokenprune; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
@@ -139,7 +139,7 @@ def test_a_strategy_pickles_under_its_public_name() -> None:
 
 @checkout
 def test_strategies_do_not_know_transformers() -> None:
-    """The core never imports a strategy or a model; strategies never import transformers."""
+    """The core never imports a method or a model; methods never import transformers."""
     for path in (ROOT / "strategies").rglob("*.py"):
         text = path.read_text()
         assert "import transformers" not in text, path

@@ -1,4 +1,4 @@
-"""Pictures as a viewer shows them; every expected pixel is worked out by hand."""
+"""Images are read as a viewer shows them; expected pixels are computed by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gray(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.stack([values] * 3, -1)
 
 
-# What EXIF calls 1 to 8: how the stored rows and columns lie when it is shown.
+# EXIF orientations 1 to 8: from stored to displayed rows and columns.
 _TURNED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -79,7 +79,7 @@ def test_16_bits_lose_their_lower_byte(form: str) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_both_orders_of_bytes() -> None:
+def test_both_byte_orders() -> None:
     big = Image.frombytes("I;16B", (8, 6), (RAMP.astype(">u2") * 257).tobytes())
     assert np.array_equal(pixels(big), gray(RAMP))
     assert np.array_equal(pixels(stored(big, "TIFF")), gray(RAMP))
@@ -98,14 +98,14 @@ def test_both_orders_of_bytes() -> None:
     ],
     ids=["share", "byte", "integers", "16-bit integers", "any", "one value"],
 )
-def test_guessed_ranges_are_said(values: np.ndarray[Any, Any], expected: Any) -> None:
+def test_guessed_ranges_give_a_warning(values: np.ndarray[Any, Any], expected: Any) -> None:
     image = Image.fromarray(values)
     assert image.mode in "IF"
     with pytest.warns(PictureWarning, match="have no range of their own"):
         assert np.array_equal(pixels(image), gray(expected))
 
 
-def test_what_is_no_number_has_no_brightness() -> None:
+def test_nan_and_infinite_pixels_are_refused() -> None:
     values = RAMP.astype(np.float32)
     values[2, 3] = np.nan
     for bad in (values, np.where(np.isnan(values), np.inf, values)):
@@ -190,7 +190,7 @@ def test_paths_files_urls_and_arrays_are_one_picture(tmp_path: Path) -> None:
         assert np.array_equal(pixels(flat), gray(RAMP))
 
 
-def test_where_both_orders_fit_tensors_have_the_channels_first() -> None:
+def test_ambiguous_tensors_have_the_channels_first() -> None:
     both = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert np.array_equal(pixels(both), both)
     assert np.array_equal(pixels(torch.from_numpy(both)), both.transpose(1, 2, 0))
@@ -220,13 +220,13 @@ def test_where_both_orders_fit_tensors_have_the_channels_first() -> None:
         (torch.empty(3, 4, 5, device="meta"), "meta device"),
     ],
 )
-def test_what_is_no_picture_gets_a_sentence(source: Any, words: str) -> None:
+def test_inputs_that_are_not_images_are_refused(source: Any, words: str) -> None:
     with pytest.raises(UserError) as caught:
         picture(source)
     assert words in str(caught.value)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     done = threading.Event()
 
@@ -268,7 +268,7 @@ def test_a_raised_limit_is_not_stopped_by_pillow(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF", "WEBP", "JPEG2000", "ICO", "TGA", "DDS"])
 def test_damaged_files_of_any_format_are_sentences(form: str) -> None:
-    """Every byte of the first 200 set to 255 or cut off there: a picture or a sentence."""
+    """Each of the first 200 bytes set to 255, or the file cut there: an image or a refusal."""
     buffer = io.BytesIO()
     Image.fromarray(np.tile(COLOURS, (3, 3, 1))).save(buffer, form)
     whole = buffer.getvalue()
@@ -330,7 +330,7 @@ def test_a_dark_frame_has_the_range_of_its_video() -> None:
         assert frames(clip)[1].max() == 0, "half a level of 255, not half of all"
 
 
-def test_videos_that_are_none() -> None:
+def test_invalid_videos_are_refused() -> None:
     with pytest.raises(UserError, match="at least one frame"):
         frames([])
     with pytest.raises(UserError, match=r"of one size, got \[\(3, 2\), \(8, 6\)\]"):

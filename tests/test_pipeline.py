@@ -1,4 +1,4 @@
-"""The pipeline against the steps that it stands for, taken with transformers alone."""
+"""The pipeline against the same steps with transformers alone."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_pipeline_stands_for_its_model(pipe: Pipeline) -> None:
     assert copy.copy(pipe).model is pipe.model
 
 
-def test_what_cannot_be_asked_is_a_sentence(pipe: Pipeline) -> None:
+def test_invalid_questions_are_refused(pipe: Pipeline) -> None:
     with pytest.raises(UserError, match="there is no question"):
         pipe(images=ITEMS[0].image)
     with pytest.raises(UserError, match="images must be a list of images"):

@@ -1,4 +1,4 @@
-"""Models whose layers lie on different devices, as with ``device_map="auto"`` on several GPUs."""
+"""Models with layers on different devices, as with ``device_map="auto"`` on several GPUs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _results(host: Host, method: Compressor) -> Iterator[Any]:
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("spec", METHODS)
 def test_layers_on_two_devices(host: Host, spec: str, split: int) -> None:
-    """Vision tower and the last layers on one device, the rest on another: the same result."""
+    """Vision encoder and last layers on one device, the rest on another: the same result."""
     method = chosen_method(spec, host)
     wanted = list(_results(host, method))
     place(host.adapter.base.vision_tower, OTHER)
@@ -83,8 +83,8 @@ def test_layers_on_two_devices(host: Host, spec: str, split: int) -> None:
         assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
 
 
-def test_the_simulation_notices_a_mix() -> None:
-    """What the test above relies on."""
+def test_the_simulation_refuses_mixed_devices() -> None:
+    """The previous test relies on this."""
     with SecondDevice():
         here = torch.ones(3)
         there = torch.ones(3, device=OTHER)
@@ -101,7 +101,7 @@ def test_the_simulation_notices_a_mix() -> None:
 
 
 @pytest.mark.parametrize("spec", ["globalcom2", "fastv", "fastv:position_ids=compact"])
-def test_weights_that_are_only_there_during_a_forward(host: Host, spec: str) -> None:
+def test_weights_that_exist_only_during_a_forward(host: Host, spec: str) -> None:
     """Offloaded weights: nothing may be read from a module that is not being called."""
     method = chosen_method(spec, host)
     wanted = list(_results(host, method))

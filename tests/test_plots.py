@@ -1,4 +1,4 @@
-"""Figures: the points are where the table says, and names can be read."""
+"""Figures: points equal the table, and names are legible."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_by_cost() -> None:
 
 
 @pytest.mark.parametrize("kind", [r"$\frac{1$", "$x_1$ or $y_2$", "a_b^c$"])
-def test_dollar_signs_are_no_formulas(kind: str, tmp_path: Path) -> None:
+def test_dollar_signs_do_not_start_a_formula(kind: str, tmp_path: Path) -> None:
     """As mathtext the first does not parse, and the second would lose its signs."""
     table = summary().replace({"kind": {"count": kind}})
     title = f"Accuracy of {kind}"
@@ -103,7 +103,7 @@ def test_what_failed_is_left_out(failed: str) -> None:
     assert not any(failed in text for text in texts(accuracy_by_cost(summary(failed), "Title")))
 
 
-def test_one_panel_a_kind() -> None:
+def test_one_panel_per_kind() -> None:
     figure = accuracy_by_kind(summary(), "Title", "subtitle")
     assert [axes.get_title("left") for axes in figure.axes][:2] == ["count", "digit"]
     legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
@@ -140,7 +140,7 @@ def test_labels_keep_their_order_and_distance(values: list[float], gap: float) -
 CROWD = ("uniform", "fastv", "dart", "broken")
 
 
-def test_a_crowd_is_ranked_and_every_point_is_there() -> None:
+def test_many_methods_are_ranked_and_all_are_drawn() -> None:
     table = summary("broken", CROWD)
     figure = figures.by_retention(table, "title", "subtitle")
     (axes,) = figure.axes
@@ -155,14 +155,14 @@ def test_a_crowd_is_ranked_and_every_point_is_there() -> None:
     ]
 
 
-def test_a_crowd_by_cost_names_the_best_at_each_cost() -> None:
+def test_many_methods_by_cost_name_the_best_at_each_cost() -> None:
     figure = figures.by_cost(summary("broken", CROWD), "title")
     assert texts(figure) == ["uniform 50 %", "uniform 10 %"]
     (first, *_) = figure.axes[0].lines
     assert list(first.get_xdata()) == pytest.approx([0.6] * 3)
 
 
-def test_a_crowd_by_kind_is_a_map_per_retention(tmp_path: Path) -> None:
+def test_many_methods_by_kind_give_a_map_per_retention(tmp_path: Path) -> None:
     figure = figures.by_kind(summary("broken", CROWD), "title", "40 questions")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["50 % kept", "10 % kept"]
     numbers = [text.get_text() for text in figure.axes[0].texts]

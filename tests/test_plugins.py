@@ -1,4 +1,4 @@
-"""``module:Class`` and ``--plugin``: what is executed, and that nothing else is."""
+"""``module:Class`` and ``--plugin`` execute the named module and nothing else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Made = type("Made", (Norm,), {{}})
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory; what is imported from it is forgotten."""
+    """A working directory whose imported modules are removed after the test."""
     monkeypatch.chdir(tmp_path)
     strategies.names()  # ours are imported once per process
     known, registered = set(sys.modules), dict(strategies._classes)
@@ -64,14 +64,14 @@ def test_a_class_that_the_source_defines_is_loaded(name: str, here: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["Helper", "pattern", "Made", "tp", "Nothing", "Path"])
-def test_nothing_runs_for_what_is_no_compressor_by_its_source(name: str, here: Path) -> None:
+def test_a_module_without_a_compressor_in_its_source_is_not_executed(name: str, here: Path) -> None:
     (here / "uniforn.py").write_text(MARK + METHOD.format(name="own-b"))
     with pytest.raises(UserError, match=r"not a class derived.*uniforn\.py.*--plugin uniforn"):
         own_class(f"uniforn:{name}")
     assert not (here / "executed").exists()
 
 
-def test_packages_around_it_do_not_run_either(here: Path) -> None:
+def test_its_parent_packages_are_not_executed(here: Path) -> None:
     package = here / "own_package"
     (package / "inner").mkdir(parents=True)
     for folder in (package, package / "inner"):
@@ -98,7 +98,7 @@ def test_packages_around_it_do_not_run_either(here: Path) -> None:
     assert (here / "executed").exists()
 
 
-def test_what_is_no_module_and_class_is_a_spec() -> None:
+def test_other_texts_are_specs() -> None:
     for spec in ("fastv", "fastv:layer=3", "fastv:layer", "a b:c", "..x:Y", ":Y", "x:", "a..b:C"):
         assert own_class(spec) is None
 
@@ -129,11 +129,11 @@ def test_a_plugin_registers_its_methods(here: Path) -> None:
     assert done.exit_code == 0, done.output
     shown = CliRunner().invoke(app, ["list", "own-e-norm", "--plugin", "own_e"])
     assert shown.exit_code == 0, shown.output
-    assert own_class("own_e:Made") is not None  # what has been executed is looked at itself
+    assert own_class("own_e:Made") is not None  # an imported module is inspected directly
 
 
 @pytest.mark.parametrize("name", ["own_f.py", "./own_f", "own_g", "", "own_f.more"])
-def test_plugins_that_are_no_modules(name: str, here: Path) -> None:
+def test_plugins_that_are_not_modules_are_refused(name: str, here: Path) -> None:
     (here / "own_f.py").write_text(MARK)
     with pytest.raises(UserError, match="there is no module"):
         import_plugins([name])

@@ -1,4 +1,4 @@
-"""Shared maths against loops that are too slow to be wrong."""
+"""Shared functions against slow loops."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_dpp_greedy_map_maximises_the_determinant(size: int, seed: int, share: f
 
 @pytest.mark.parametrize(("size", "rank"), [(30, 4), (30, 1), (7, 7), (50, 12)])
 def test_dpp_greedy_map_goes_on_beyond_the_rank(size: int, rank: int) -> None:
-    """The first picks span everything; of what adds nothing, the largest diagonal goes first."""
+    """The first tokens span all; of the others, the largest diagonal comes first."""
     rows = _features(size, rank, 0)
     kernel = rows @ rows.T
     chosen = dpp_greedy_map(kernel, size)
@@ -256,15 +256,15 @@ def test_dpp_greedy_map_goes_on_beyond_the_rank(size: int, rank: int) -> None:
     assert torch.equal(rest, rest.sort(descending=True).values)
 
 
-def test_dpp_greedy_map_of_nothing_and_of_twins() -> None:
+def test_dpp_greedy_map_of_no_and_of_equal_tokens() -> None:
     assert dpp_greedy_map(torch.eye(3), 0).tolist() == []
     assert sorted(dpp_greedy_map(torch.zeros(4, 4), 3).tolist()) == [0, 1, 2]
     twins = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
     assert sorted(dpp_greedy_map(twins @ twins.T, 2).tolist()) == [0, 2]
 
 
-def test_dpp_greedy_map_breaks_ties_by_what_a_row_shares_not_by_its_place() -> None:
-    """All of length one: the loneliest goes first, wherever it lies."""
+def test_dpp_greedy_map_breaks_ties_by_similarity_and_not_by_index() -> None:
+    """With unit lengths, the token least similar to the others comes first, at any index."""
     rows = torch.nn.functional.normalize(_features(9, 20, 1) + 1, dim=-1)
     kernel = (rows @ rows.T).fill_diagonal_(1)
     lonely = int(kernel.sum(1).argmin())

@@ -1,4 +1,4 @@
-"""The page of promises names nothing that is not there."""
+"""Everything that the page of promises names exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="documents are not pa
 
 
 def promises() -> list[tuple[str, list[str]]]:
-    """Every promise, and what it says holds it."""
+    """Every promise, with the names of the tests that hold it."""
     rows = re.findall(r"^\| (.+) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return [(what, re.findall(r"`([^`]+)`", by)) for what, by in rows if what != "promise"]
 

@@ -1,4 +1,4 @@
-"""What a method ranks by, noted."""
+"""The recorded ranking of a method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenprune.testing.strategy_checks import LAYOUTS
 
 
 @pytest.mark.parametrize("name", tp.list_methods())
-def test_noting_changes_nothing_and_the_ranking_is_what_decides(name: str) -> None:
+def test_recording_has_no_effect_and_the_ranking_decides(name: str) -> None:
     method = example(name, retention=0.4)
     tokens = sample_tokens(method.needs, LAYOUTS["2x2"])
     heedful, notes = noting(method)

@@ -1,4 +1,4 @@
-"""What the README shows is generated, runs, or leads somewhere."""
+"""Tables of the README are generated, its code runs, and its links exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_it_is_short(readme: str) -> None:
 
 
 def test_its_tables_are_those_of_the_stored_results_and_the_cards(readme: str) -> None:
-    """Made anew in a process of its own, where no test has registered a method."""
+    """Generated in a new process, in which no test has registered a method."""
     code = "import sys; sys.path.insert(0, 'docs/_generate'); import readme; print(end=readme.filled(open('README.md', encoding='utf-8').read()))"  # noqa: E501
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -100,7 +100,7 @@ def _distribution(folder: Path, group: str, entry: str) -> None:
 
 
 def test_a_package_that_cannot_be_loaded_is_a_warning(package: Path) -> None:
-    """What works is in `test_sample_package.py`."""
+    """`test_sample_package.py` tests entry points that work."""
     group = f"tokenprune.{package.name}"
     _distribution(package.parent, group, f"theirs = {package.name}_gone:Theirs")
     (package / "ours.py").touch()
@@ -111,7 +111,7 @@ def test_a_package_that_cannot_be_loaded_is_a_warning(package: Path) -> None:
 
 
 def test_an_entry_point_may_use_the_decorator_too(package: Path) -> None:
-    """The strategy registers itself while its module is loaded, then once more as entry point."""
+    """The method is registered while its module loads, then again as an entry point."""
     group = f"tokenprune.{package.name}"
     module = f"{package.name}_self"
     (package / "shared.py").write_text("registry = None\n")
@@ -236,12 +236,14 @@ def test_a_model_without_an_adapter_is_a_sentence() -> None:
         ("globalcom2:layer=3", "asks for layer 3 of the vision tower, which has 3"),
     ],
 )
-def test_what_the_model_lacks_is_said_before_it_runs(spec: str, sentence: str) -> None:
+def test_what_the_model_lacks_is_refused_before_it_runs(spec: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence), compress(LlavaNext.tiny(), spec, retention=0.5):
         pass
 
 
-def test_a_tower_without_cls_is_said_with_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_without_cls_is_refused_with_an_alternative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, facts = LlavaNext.tiny(), LlavaNext.vision_facts
     monkeypatch.setattr(LlavaNext, "vision_facts", lambda self: replace(facts(self), has_cls=False))
     with (

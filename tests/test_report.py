@@ -1,4 +1,4 @@
-"""The page about a run: whole, closed to what answers contain, and working in a browser."""
+"""The page about a run: complete, and safe for any content of answers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import contextlib
 import io
 import json
 import random
-import re
 import shutil
 import socket
-import subprocess
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from report_pages import (
+    Page,
+    change,
+    data_of,
+    finished_run,
+    lines_of,
+    own_run,
+    page_of,
+    rewrite,
+)
 from typer.testing import CliRunner
 
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.patch_boxes import ViewSize, patch_boxes
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare.run import run as compare
@@ -36,118 +42,21 @@ from tokenprune.experiments.report.run import ReportRequest, _bound, _script_saf
 from tokenprune.experiments.report.run import run as report
 from tokenprune.layout import Kind
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
-in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-HOSTILE = "</script><img src=x onerror=noteError('broken')><b>&amp;"
-VOID = {"meta", "link", "img", "input", "br"}
-
-
-class Page(HTMLParser):
-    """The elements of a page, every one closed; raises where it is not well formed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.silent: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> in {self.open}"
-
-    def handle_data(self, text: str) -> None:
-        silent = self.open and self.open[-1] in ("script", "style")
-        (self.silent if silent else self.texts).append(text)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.elements if name == tag]
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-
-def page_of(outcome: Outcome) -> Path:
-    return outcome.folder / outcome.files[0]
-
-
-def data_of(path: Path) -> dict[str, Any]:
-    """What the page's script is given."""
-    text = path.read_text(encoding="utf-8")
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found
-    parsed: dict[str, Any] = json.loads(found[1])
-    return parsed
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "answers.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def rewrite(folder: Path, lines: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "answers.jsonl").write_text(text, encoding="utf-8")
-
-
-def change(folder: Path, **fields: Any) -> None:
-    file = folder / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "testbed"
-    compare(
-        CompareRequest(methods=("uniform", "fastv"), retention=(0.5, 0.1), questions=20, out=folder)
-    )
-    for file in (folder / "plots").glob("*.png"):  # to be quick
-        with Image.open(file) as image:
-            image.resize((60, 40)).save(file)
-    return folder
+    return finished_run(tmp_path_factory.mktemp("run") / "testbed")
 
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run, to do with as one likes."""
+    """A copy of a finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on one's own data: images of several shapes, several images, a video."""
-    root = tmp_path_factory.mktemp("own")
-    for index, size in enumerate([(90, 60), (30, 90), (60, 60)]):
-        pixels = np.random.default_rng(index).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{index}.png")
-    rows: list[dict[str, Any]] = [
-        {"image": "0.png", "question": f"{HOSTILE} one?", "answer": HOSTILE, "kind": HOSTILE},
-        {"image": "1.png", "question": "two?", "answer": "2", "id": "second"},
-        {"images": ["0.png", "1.png"], "question": "three?", "answer": "3"},
-        {"video": ["2.png", "2.png", "2.png"], "question": "four?", "answer": "4"},
-    ]
-    (root / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    request = CompareRequest(
-        model="testbed-onevision",
-        methods=("globalcom2",),
-        retention=(0.3,),
-        data=root / "my.jsonl",
-        out=root / "run",
-    )
-    compare(request)
-    lines = lines_of(root / "run")
-    for line in lines:
-        line["answer"] = HOSTILE if line["question"] == "line-1" else line["answer"]
-    rewrite(root / "run", lines)
-    return root
+    return own_run(tmp_path_factory.mktemp("own"))
 
 
 # --- what the page holds --------------------------------------------------------------------------
@@ -186,7 +95,7 @@ def test_the_page_of_a_finished_run(run: Path) -> None:
     assert not list(run.glob(".report*")), "no temporary file is left"
 
 
-def test_the_script_is_given_what_the_journal_says(run: Path) -> None:
+def test_the_script_receives_the_journal(run: Path) -> None:
     report(ReportRequest(folder=run))
     data, lines = data_of(run / "report.html"), lines_of(run)
     keys = {
@@ -255,7 +164,7 @@ def test_the_lattices_are_the_patches(size: tuple[int, int], several: bool) -> N
 
 
 @given(st.text())
-def test_nothing_ends_the_script(text: str) -> None:
+def test_no_text_ends_the_script_element(text: str) -> None:
     safe = _script_safe({"a": text})
     assert not set(safe) & set("<>&\u2028\u2029")
     assert json.loads(safe)["a"] == text.encode("utf-8", "backslashreplace").decode()
@@ -264,7 +173,7 @@ def test_nothing_ends_the_script(text: str) -> None:
 # --- runs that are not as they should be ----------------------------------------------------------
 
 
-def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
+def test_a_report_on_own_data_and_missing_images(own: Path, tmp_path: Path) -> None:
     whole = report(ReportRequest(folder=own / "run", out=tmp_path / "whole.html"))
     assert whole.notes == ()
     data = data_of(page_of(whole))
@@ -298,7 +207,7 @@ def test_ones_own_data_and_what_is_missing(own: Path, tmp_path: Path) -> None:
     assert any("have changed since the run" in note for note in changed.notes)
 
 
-def test_a_run_that_did_not_record_what_was_kept(run: Path) -> None:
+def test_a_run_without_records_of_kept_tokens(run: Path) -> None:
     lines = lines_of(run)
     for line in lines:
         line.pop("kept", None)
@@ -320,7 +229,7 @@ def test_a_record_of_another_image_is_not_drawn(run: Path) -> None:
 
 
 def test_an_interrupted_run(run: Path) -> None:
-    """Killed in the middle of a line, before any table or figure was made."""
+    """Killed while writing a line, before any table or figure was written."""
     lines = lines_of(run)
     rewrite(run, lines[:55])
     with (run / "answers.jsonl").open("a") as file:
@@ -356,7 +265,7 @@ def test_a_failed_run(run: Path) -> None:
     assert failed == [False, False, False, True, False]
 
 
-def test_nothing_was_answered(run: Path) -> None:
+def test_a_run_without_answers(run: Path) -> None:
     rewrite(run, [])
     for name in ("answers.parquet", "summary.csv"):
         (run / name).unlink()
@@ -367,7 +276,7 @@ def test_nothing_was_answered(run: Path) -> None:
     assert "No answers yet" in Page(page_of(written).read_text()).text
 
 
-def test_a_method_that_is_not_registered_here(run: Path) -> None:
+def test_a_method_that_is_not_registered(run: Path) -> None:
     experiment = json.loads((run / "manifest.json").read_text())["experiment"]
     change(run, experiment=experiment | {"methods": ["uniform", "someones-own"]})
     written = report(ReportRequest(folder=run))
@@ -376,7 +285,7 @@ def test_a_method_that_is_not_registered_here(run: Path) -> None:
     assert data_of(page_of(written))["questions"][0]["kept"][1]
 
 
-def test_a_model_that_is_not_here(run: Path) -> None:
+def test_a_missing_model(run: Path) -> None:
     experiment = json.loads((run / "manifest.json").read_text())["experiment"]
     change(run, experiment=experiment | {"model": "someone/model-7b"})
     written = report(ReportRequest(folder=run))
@@ -384,7 +293,7 @@ def test_a_model_that_is_not_here(run: Path) -> None:
     assert data_of(page_of(written))["pictures"], "images are there nevertheless"
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     other = '{"experiment": {"methods": ["fastv"]}}'  # of another analysis
     for content in (None, "{}", "no", other):
         if content is not None:
@@ -396,7 +305,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         report(ReportRequest(folder=tmp_path, questions=-1))
 
 
-def test_the_command_says_where_the_page_is(run: Path) -> None:
+def test_the_command_prints_the_path_of_the_page(run: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run), "--questions", "2"])
     assert result.exit_code == 0, result.output
     assert f"Written to {run / 'report.html'}" in result.stdout
@@ -423,7 +332,7 @@ def test_seeds_and_matched_costs_are_as_they_were_run(tmp_path: Path) -> None:
     assert [cell["label"] for cell in cells] == ["uncompressed", "random"]
 
 
-def test_a_report_to_be_shared_names_nobody(
+def test_an_anonymous_report_names_no_user_or_machine(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(own, tmp_path / "home" / "jane-doe" / "study")) / "run"
@@ -478,7 +387,7 @@ WRONG: list[Any] = [None, True, -1, 10**30, 1.5, "", "words", [], {}, [None], {"
 
 
 def places(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The ways to a value in JSON and to all that it holds."""
+    """The paths to a JSON value and to all values inside it."""
     yield way
     if isinstance(value, dict | list):
         for key, one in value.items() if isinstance(value, dict) else enumerate(value):
@@ -486,7 +395,7 @@ def places(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 
 def damaged_json(text: str, luck: random.Random) -> str:
-    """An object with one value replaced by one of another kind, or removed, or cut short."""
+    """The text of an object with one value replaced or removed, or cut short."""
     value = json.loads(text)
     key = luck.choice(sorted(value))
     *way, last = luck.choice(list(places(value[key], (key,))))
@@ -504,7 +413,7 @@ def damaged_json(text: str, luck: random.Random) -> str:
 
 
 def damage(folder: Path, luck: random.Random) -> str:
-    """Change one thing in a run's folder; say what."""
+    """Damage one file of a run folder; returns a description."""
     name = luck.choice(
         [*["manifest.json"] * 4, *["answers.jsonl"] * 3, *["answers.parquet"] * 2, "summary.csv"]
     )
@@ -562,7 +471,7 @@ def test_a_damaged_folder_is_a_sentence_or_a_table(run: Path, seed: int) -> None
         assert result.exit_code == 0 or result.stderr.startswith("error: ")
 
 
-def test_a_damaged_figure_is_told_of(run: Path) -> None:
+def test_a_damaged_figure_is_reported(run: Path) -> None:
     (run / "plots" / "accuracy.png").write_bytes(b"no picture")
     written = report(ReportRequest(folder=run))
     assert any("accuracy.png cannot be shown" in note for note in written.notes)
@@ -574,118 +483,3 @@ def test_accuracy_without_the_image_is_among_the_results(run: Path) -> None:
     right = pd.read_parquet(run / "answers.parquet").groupby("label")["correct"].mean()
     for label in ("image-free", "thumbnail-only"):
         assert f"{label} 20 {100 * right[label]:.1f}" in text
-
-
-# --- in a browser ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def opened(tmp_path: Path) -> Callable[[Path, str], Page]:
-    """The page as it is once its script ran; no error may be on the console."""
-
-    def open_(path: Path, fragment: str = "") -> Page:
-        command = [
-            *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-            *("--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
-            *("--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1300,900"),
-            f"{path.as_uri()}{fragment}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert "CONSOLE" not in done.stderr, done.stderr
-        page = Page(done.stdout)
-        (errors,) = (item for item in page.all("pre") if item.get("id") == "errors")
-        assert "hidden" in errors
-        (root,) = page.all("html")
-        assert root.get("data-ready") == "yes"
-        return page
-
-    return open_
-
-
-def listed(page: Page) -> list[str | None]:
-    return [item["data-id"] for item in page.all("li") if "data-id" in item]
-
-
-@in_browser
-def test_it_opens_and_counts_what_was_kept(run: Path, opened: Callable[..., Page]) -> None:
-    report(ReportRequest(folder=run))
-    item = data_of(run / "report.html")["questions"][4]
-    page = opened(run / "report.html", f"#q={item['id']}")
-    assert len(listed(page)) == 20
-    assert "20 of 20 questions" in page.text
-    (chosen,) = (e for e in page.all("li") if e.get("aria-selected") == "true")
-    assert chosen["data-id"] == item["id"]
-    cards = [card["data-cell"] for card in page.all("div") if "data-cell" in card]
-    assert cards == ["uncompressed@1", "uniform@0.5", "uniform@0.1", "fastv@0.5", "fastv@0.1"]
-    assert len(page.all("canvas")) == 5
-    for line in lines_of(run):  # bits and places read by the script against the engine's ledger
-        shown = "views=" not in line["cell"]  # the thumbnail alone is a reference without a card
-        if line["question"] == item["id"] and "kept" in line and shown:
-            assert f"{line['kept_patches']} of {line['patch_tokens']} tokens" in page.text
-
-
-@in_browser
-@pytest.mark.parametrize("show", ["kind=digit&show=wrong&method=uniform", "keep=0.1&show=differ"])
-def test_filters_of_the_address(run: Path, show: str, opened: Callable[..., Page]) -> None:
-    report(ReportRequest(folder=run))
-    data = data_of(run / "report.html")
-    journal = {(line["cell"], line["question"]): line["answer"] for line in lines_of(run)}
-    expected = []
-    for item in data["questions"]:
-        full = journal["uncompressed", item["id"]]
-        if "uniform" in show:
-            keys = [repr(tp.create("uniform", retention=r)) for r in (0.5, 0.1)]
-            passes = item["kind"] == "digit" and any(
-                journal[key, item["id"]] != item["truth"] for key in keys
-            )
-        else:
-            keys = [repr(tp.create(name, retention=0.1)) for name in ("uniform", "fastv")]
-            passes = any(journal[key, item["id"]] != full for key in keys)
-        if passes:
-            expected.append(item["id"])
-    assert 0 < len(expected) < 20
-    page = opened(run / "report.html", f"#{show}")
-    assert listed(page) == expected
-    assert f"{len(expected)} of 20 questions" in page.text
-    cards = {str(card["data-cell"]) for card in page.all("div") if "data-cell" in card}
-    wanted = {"uniform@0.5", "uniform@0.1"} if "uniform" in show else {"uniform@0.1", "fastv@0.1"}
-    assert cards == wanted | {"uncompressed@1"}
-
-
-@in_browser
-def test_keys_search_and_disagreement(run: Path, opened: Callable[..., Page]) -> None:
-    path = page_of(report(ReportRequest(folder=run)))
-    data = data_of(path)
-    differ = [item["id"] for item in data["questions"] if len(set(item["ways"][1:])) > 1]
-    press = """<script>
-    for (const key of ["ArrowRight", "j", "ArrowLeft", "k", "k", "ArrowRight"])
-      document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-    document.body.dataset.hash = location.hash;
-    </script></body>"""
-    path.write_text(path.read_text(encoding="utf-8").replace("</body>", press), encoding="utf-8")
-    page = opened(path, "#show=disagree")
-    assert listed(page) == differ
-    (chosen,) = (e for e in page.all("li") if e.get("aria-selected") == "true")
-    assert chosen["data-id"] == differ[1]
-    (body,) = page.all("body")
-    assert body["data-hash"] == f"#show=disagree&q={differ[1]}"
-    word = data["questions"][3]["question"].split()[-1].upper()
-    found = [q["id"] for q in data["questions"] if word.lower() in q["question"].lower()]
-    assert listed(opened(path, f"#text={word}&kind=nonsense"))[: len(found)] == found
-
-
-@in_browser
-def test_hostile_texts_and_missing_images(own: Path, tmp_path: Path, opened: Any) -> None:
-    moved = Path(shutil.copytree(own, tmp_path / "moved"))
-    (moved / "1.png").unlink()
-    path = page_of(report(ReportRequest(folder=moved / "run", data=moved / "my.jsonl")))
-    page = opened(path, "#q=line-1")
-    assert not [item for item in page.all("img") if item.get("src") == "x"]
-    assert "onerror=noteError" in page.text, "shown as it was written"
-    assert len(page.all("canvas")) == 2
-    page = opened(path, "#q=second")
-    assert page.text.count("image missing") == 1
-    assert "kept tokens are not recorded" in page.text
-    several = opened(path, "#q=line-4")
-    assert len(several.all("canvas")) == 2, "a video is one strip"

@@ -1,4 +1,4 @@
-"""The run folder: nothing is lost, nothing is doubled, nothing foreign is touched."""
+"""The run folder: no answer is lost or repeated, and other files are not changed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def record(answer: str, **changes: float) -> dict[str, Any]:
 # --- the journal ----------------------------------------------------------------------------------
 
 
-def test_a_torn_last_line_is_missing_and_can_be_written_again(tmp_path: Path) -> None:
+def test_a_partial_last_line_is_missing_and_can_be_written_again(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     with Journal(path) as journal:
         journal.add("cell", {"q1": {"answer": "a"}, "q2": {"answer": "b"}})
@@ -66,7 +66,7 @@ def test_a_torn_last_line_is_missing_and_can_be_written_again(tmp_path: Path) ->
         assert len(good) == 2
 
 
-def test_a_half_written_line_is_cut_off_before_anything_is_appended(tmp_path: Path) -> None:
+def test_a_partial_line_is_removed_before_anything_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     first, second = b'{"cell": "c", "question": "q1", "answer": "a"}\n', b'{"cell": "c", "question"'
     path.write_bytes(first + second)
@@ -106,7 +106,7 @@ class Full:
 
 
 @pytest.mark.parametrize("room", [0, 1, 60, 100, 10_000])
-def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path: Path, room: int) -> None:
+def test_a_full_disk_leaves_complete_lines_and_is_reported(tmp_path: Path, room: int) -> None:
     path = tmp_path / "answers.jsonl"
     records = {f"q{index}": {"answer": "a" * index} for index in range(20)}
     full = pytest.raises(WriteError, match=r"answers\.jsonl.*No space left on device")
@@ -211,7 +211,7 @@ def test_any_text_survives(tmp_path: Path) -> None:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def test_the_manifest_is_there_from_the_first_moment(tmp_path: Path) -> None:
+def test_the_manifest_exists_from_the_start(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path / "a" / "run", EXPERIMENT, {"python": "3"})
     manifest = json.loads((folder.path / "manifest.json").read_text())
     assert manifest["status"] == "running"
@@ -227,7 +227,7 @@ def test_the_manifest_is_there_from_the_first_moment(tmp_path: Path) -> None:
     assert manifest["seconds"] >= 0
 
 
-def test_another_experiment_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_another_experiment_is_refused_and_unchanged(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, EXPERIMENT, {}).close("complete")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     other = EXPERIMENT | {"methods": ["uniform"], "data": "b" * 64}
@@ -273,7 +273,7 @@ def test_a_refusal_names_the_files_that_differ(tmp_path: Path) -> None:
         RunFolder.open(tmp_path, experiment | {"code": "d" * 64}, {"files": many})
 
 
-def test_a_torn_manifest_does_not_block_the_journal(tmp_path: Path) -> None:
+def test_a_damaged_manifest_does_not_block_the_journal(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path, EXPERIMENT, {})
     with Journal(folder.journal) as journal:
         journal.add("cell", {"q1": {"answer": "a"}})
@@ -312,7 +312,7 @@ def test_the_seconds_of_a_killed_run_count(tmp_path: Path) -> None:
     assert [session["status"] for session in manifest["sessions"]] == ["killed", "complete"]
 
 
-def test_left_over_temporary_files_are_removed_by_the_next_start(tmp_path: Path) -> None:
+def test_the_next_start_removes_temporary_files(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, EXPERIMENT, {}).close("interrupted")
     (tmp_path / "plots").mkdir()
     for path in (tmp_path / ".tokenprune-1.json", tmp_path / "plots" / ".tokenprune-2.png"):
@@ -387,7 +387,7 @@ def test_answers_frame(tmp_path: Path) -> None:
     )
 
 
-def test_easy_is_what_little_of_the_image_suffices_for(tmp_path: Path) -> None:
+def test_easy_questions_need_little_of_the_image(tmp_path: Path) -> None:
     picture = Picture("p", Image.new("RGB", (2, 2)))
     questions = [Question(f"q{i}", (picture,), "Is it red?", "yes") for i in range(4)]
     cells = [Cell(), *references({"image"})]

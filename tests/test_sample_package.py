@@ -1,4 +1,4 @@
-"""`sample_package/`, a strategy in a package of someone else's, installed as a user would."""
+"""`sample_package/`, a method in a separate package, installed as a user does."""
 
 from __future__ import annotations
 

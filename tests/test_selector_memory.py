@@ -1,4 +1,4 @@
-"""What strategies say they need to choose, against what PyTorch really allocates."""
+"""The memory that methods report, against the memory that PyTorch allocates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tokenprune.tokens import VisualTokens
 IMAGE = TokenLayout.anyres((2, 2), (12, 12), (0, 24, 0, 24))
 VIDEO = TokenLayout.video(6, (9, 9))
 WIDTH = 96
-OPTIONS = (  # that other code stands behind
+OPTIONS = (  # other code limits their memory
     "cdpruner:relevance=text",
     "cdpruner:relevance=none",
     "sparsevlm:version=2.0",
@@ -82,14 +82,16 @@ def _tokens(part: Compressor, layout: TokenLayout, dtype: torch.dtype) -> Visual
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [IMAGE, VIDEO], ids=["image", "video"])
 @pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
-def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: torch.dtype) -> None:
-    """What the profiler sees of this selection is within 20 % of what synthetic tokens take."""
+def test_measured_memory_is_close_to_allocated_memory(
+    name: str, layout: TokenLayout, dtype: torch.dtype
+) -> None:
+    """The profiler's peak of a selection is within 20 % of that of synthetic tokens."""
     method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
         tokens = _tokens(part, layout, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RetentionWarning)
-            part.select(tokens)  # what is loaded or cached on first use
+            part.select(tokens)  # loads and caches on first use
             real = peak_memory(lambda part=part, tokens=tokens: part.select(tokens))
         found = Work.of(part, tokens, layout).cost().bytes
         some = 16 * len(tokens)  # index vectors inside operators, which are not seen
@@ -99,7 +101,7 @@ def test_memory_is_what_selecting_takes(name: str, layout: TokenLayout, dtype: t
 
 
 @pytest.mark.parametrize("name", [*tp.list_methods(), *OPTIONS])
-def test_cost_goes_by_shapes_alone(name: str) -> None:
+def test_cost_depends_only_on_shapes(name: str) -> None:
     """The forecast gives tensors without values."""
     method = tp.parse(name, retention=0.4)
     for part in [method.at(cut) for cut in method.cuts] or [method]:
@@ -177,7 +179,7 @@ WHOLE = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_told_memory_is_what_choosing_and_packing_take(name: str, dtype: torch.dtype) -> None:
+def test_the_ledger_has_the_memory_of_selecting_and_packing(name: str, dtype: torch.dtype) -> None:
     """Everything from the first attention row to the packed prompt, in a real forward.
 
     At least three quarters of what is allocated are told, and what is told beyond a third more was
@@ -198,7 +200,7 @@ def test_the_told_memory_is_what_choosing_and_packing_take(name: str, dtype: tor
         taken.append(seen.peak)
 
     with tp.compress(adapter.model, method, extra_signals=given) as trace, torch.no_grad():
-        adapter.model(**inputs, use_cache=True, logits_to_keep=1)  # what is loaded on first use
+        adapter.model(**inputs, use_cache=True, logits_to_keep=1)  # loads on first use
         trace.around = around
         adapter.model(**inputs, use_cache=True, logits_to_keep=1)
     told, real = trace.ledger.selector_bytes, max(taken)
@@ -207,8 +209,8 @@ def test_the_told_memory_is_what_choosing_and_packing_take(name: str, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_bytes_of_merging_in_the_tower(dtype: torch.dtype) -> None:
-    """The first layer under ToMe, with queries and keys that the attention left: within 30 %."""
+def test_bytes_of_merging_in_the_encoder(dtype: torch.dtype) -> None:
+    """The first layer with ToMe, including queries and keys of the attention: within 30 %."""
     adapter = tower.clip(12, "cpu", dtype, **{**tower.SMALL, "hidden_size": 256})
     steps = tower.Steps(adapter, tp.create("tome", retention=0.25), IMAGE, 8)
     run, size = steps().encoding, steps.key.element_size()
@@ -219,7 +221,7 @@ def test_bytes_of_merging_in_the_tower(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["cls_logits", "cls_attention", "received", "keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_bytes_of_tower_rows(kind: str, dtype: torch.dtype) -> None:
+def test_bytes_of_encoder_rows(kind: str, dtype: torch.dtype) -> None:
     """Queries and keys that are kept, and the work on them, of four views."""
     adapter = Host.tiny("LLaVA-NeXT").adapter
     keys, width = 17, adapter.facts.vision.hidden
@@ -236,7 +238,7 @@ def test_bytes_of_tower_rows(kind: str, dtype: torch.dtype) -> None:
     assert 0.5 * told <= real <= 2 * told, f"{real:,} taken, {told:,} told"
 
 
-def test_what_is_shown_is_counted_tensor_by_tensor() -> None:
+def test_input_tensors_are_counted_one_by_one() -> None:
     signals = frozenset({Signal("llm_attention", 1)})
     tokens = _tokens(tp.create("fastv", retention=0.4), IMAGE, torch.float32)
     tokens = replace(tokens, text={}, inputs=None)

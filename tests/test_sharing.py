@@ -1,4 +1,4 @@
-"""What cells have in common, computed once: the same answers and accounts as one by one."""
+"""Cells that run together have the same answers and ledgers as one by one."""
 
 import dataclasses
 from collections import Counter
@@ -105,7 +105,7 @@ def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, 
             handle.remove()
     for one, other in zip(shared, alone, strict=True):
         same(one, other, exactly=True)
-    # What cuts in front of layer 1 leaves nothing more in common.
+    # After a cut in front of layer 1 nothing is shared.
     assert calls[0] == 1
     cuts = [min(decoder.cuts_of(host.adapter, one), default=9) for one in wanted]
     assert calls[1] == 1 + cuts.count(1)
@@ -123,7 +123,7 @@ def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, 
         "fitprune:steps=1",
     ],
 )
-def test_what_a_first_cut_looks_at_is_computed_once(
+def test_signals_of_a_first_cut_are_computed_once(
     host: Host, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows, keys and states do not depend on how much is kept."""
@@ -153,7 +153,7 @@ def test_what_a_first_cut_looks_at_is_computed_once(
 
 
 @pytest.mark.parametrize("host", hosts(), ids=lambda host: f"{host.name}-{host.decoder}")
-def test_signals_of_other_methods_are_nobodys_account(host: Host) -> None:
+def test_signals_of_other_methods_are_not_charged(host: Host) -> None:
     mine, other = (tp.parse(name, retention=0.5) for name in ("uniform", "globalcom2"))
     alone, shared = (encoded(host, (0,), wanted) for wanted in ([mine], [mine, other]))
     assert shared[0][0].signals
@@ -161,7 +161,7 @@ def test_signals_of_other_methods_are_nobodys_account(host: Host) -> None:
     same(outcome(host, shared, (0,), mine), outcome(host, alone, (0,), mine), exactly=True)
 
 
-def test_chains_share_what_lies_behind_the_same_first_part(host: Host) -> None:
+def test_chains_with_the_same_first_part_share_its_result(host: Host) -> None:
     chains = [tp.parse(f"uniform@0.6 + {name}@0.5") for name in ("fastv", "fastv:layer=3")]
     images = encoded(host, (0, 2), chains)
     alone = [outcome(host, images, (0, 2), one) for one in chains]
@@ -243,7 +243,7 @@ CHAINS = ("globalcom2@0.5 + fastv@0.5", "globalcom2@0.5 + dart@0.5")
 
 
 class NeverAlone(ModelRunner):
-    """Does not fall back to one cell after the other."""
+    """Fails if the cells run one after the other."""
 
     def answer(self, *arguments: Any) -> Any:
         raise AssertionError("something could not be computed together")

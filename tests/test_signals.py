@@ -1,4 +1,4 @@
-"""The table of signals against what the engine delivers, and a method that ranks by values."""
+"""The table of signals against the engine, and a method that ranks by values."""
 
 from __future__ import annotations
 
@@ -114,12 +114,12 @@ def test_synthetic_tokens_have_the_shape_of_the_table(name: str) -> None:
 
 
 def _spy(signal: Signal, seen: list[VisualTokens], stage: Stage) -> Compressor:
-    """A method that keeps the first half and notes what it receives."""
+    """A method that keeps the first half and records its input."""
     acts_at = stage
 
     @dataclass(frozen=True, kw_only=True)
     class Spy(Compressor):
-        """Notes what it receives."""
+        """Records its input."""
 
         stage = acts_at
         card = Card(paper="Spy (test)")
@@ -158,7 +158,9 @@ def _sizes(host: Host, tokens: VisualTokens, row: int, image: int) -> dict[str, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", SIGNALS)
-def test_the_engine_delivers_what_the_table_says(name: str, host: str, dtype: torch.dtype) -> None:
+def test_the_engine_delivers_the_signals_of_the_table(
+    name: str, host: str, dtype: torch.dtype
+) -> None:
     """Shape and dtype, in a batch of prompts with several images and with none."""
     info, model = SIGNALS[name], HOSTS[host].like(dtype=dtype)
     signal = Signal(name, CUT - 1 if info.source == "decoder layer" else -1)
@@ -322,7 +324,7 @@ def _encoded(host: Host) -> dict[str, Any]:
 @pytest.mark.parametrize("row", [0, 2])
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 @pytest.mark.parametrize("method", [BY_VALUES, *CHAINS.values()], ids=["alone", *CHAINS])
-def test_the_forecast_of_values_is_what_the_ledger_says(
+def test_forecast_values_equal_those_of_the_ledger(
     method: Compressor, host: Host, row: int
 ) -> None:
     with compress(host.model, method) as trace, torch.no_grad():

@@ -1,4 +1,4 @@
-"""Strategies against hand computations and slow references; the contract is tested elsewhere."""
+"""Methods against hand computations and slow references."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def test_pooling_a_video_equals_loops(shape: tuple[int, int], retention: float) 
     budget = max(1, math.floor(retention * shape[0] * shape[1] + 1e-9))
     assert 1 <= per_frame <= budget
     found = False
-    for rows in range(1, shape[0] + 1):  # the grid is not told; some grid must explain the result
+    for rows in range(
+        1, shape[0] + 1
+    ):  # the grid is not returned; some grid must explain the result
         if per_frame % rows:
             continue
         cells = [_pooled_slowly(frame, rows, per_frame // rows) for frame in frames]
@@ -150,7 +152,7 @@ def test_pooling_a_plane_with_gaps_loses_no_cell(
         assert any(fits)
 
 
-def test_pooling_by_hand_behind_a_merge_of_the_middle() -> None:
+def test_pooling_by_hand_after_a_merge_of_the_middle() -> None:
     """Of a 4 x 4 frame in four cells the upper left token of each is gone, but no cell is."""
     gone = {0, 2, 8, 10}
     left = torch.tensor([i for i in range(16) if i not in gone])
@@ -158,7 +160,7 @@ def test_pooling_by_hand_behind_a_merge_of_the_middle() -> None:
     chosen = create("spatial-pool", retention=0.34).select(tokens)
     assert chosen.features is not None
     cells = [[1, 4, 5], [3, 6, 7], [9, 12, 13], [11, 14, 15]]
-    assert left[chosen.keep].tolist() == [5, 7, 13, 15]  # next to the mean place of three
+    assert left[chosen.keep].tolist() == [5, 7, 13, 15]  # nearest to the mean location of three
     whole = _tokens(TokenLayout.video(1, (4, 4))).features
     wanted = torch.stack([whole[cell].mean(0) for cell in cells])
     torch.testing.assert_close(chosen.features, wanted)
@@ -180,7 +182,9 @@ def test_pooling_knows_no_border_between_crops() -> None:
 
 def _diverse_slowly(features: Tensor, count: int) -> list[int]:
     unit = torch.nn.functional.normalize(features, dim=-1)
-    cosines = unit @ unit.T  # of two nearest to each other the earlier is picked, whatever rounding
+    cosines = (
+        unit @ unit.T
+    )  # of the two nearest tokens the earlier is selected, in spite of rounding
     distance = (1 - torch.maximum(cosines, cosines.T)).tolist()
     everyone = range(len(features))
     nearest = [min(distance[j][i] for j in everyone if j != i) for i in everyone]
@@ -276,7 +280,7 @@ def test_cover_equals_loops(size: int, seed: int) -> None:
             if j not in chosen
         }
         best = max(gains, key=lambda j: gains[j])
-        if gains[best] < 1e-5:  # nothing left to gain: float noise decides
+        if gains[best] < 1e-5:  # no gain is left: rounding decides
             break
         chosen.append(best)
         covered = [max(c, float(alike[i, best])) for i, c in enumerate(covered)]
@@ -284,7 +288,7 @@ def test_cover_equals_loops(size: int, seed: int) -> None:
     assert cover(alike, worth, size).tolist() == list(range(size))
 
 
-def test_scope_prefers_what_is_salient_among_equals() -> None:
+def test_scope_prefers_salient_tokens_among_equals() -> None:
     layout = TokenLayout.single((1, 4))
     x, y = torch.eye(2)
     vectors = torch.stack([x, x, y, y, torch.full((2,), torch.nan)])
@@ -383,7 +387,7 @@ def test_pyramiddrop_follows_its_schedule() -> None:
     assert len(method.at(0.5).select(inside).keep) == 16
 
 
-def test_dart_lets_pivots_pick_what_is_least_like_them() -> None:
+def test_dart_pivots_select_the_least_similar_tokens() -> None:
     """Image pivot 0; text pivot along y; two tokens more, one for each."""
     layout = TokenLayout.single((1, 5), newline=False)
     x, y = torch.eye(2)
@@ -407,14 +411,14 @@ def _rated(rows: Tensor, states: Tensor, visual: Tensor, text: Tensor) -> Visual
 
 
 def test_sparsevlm_asks_the_words_that_are_about_the_image() -> None:
-    """Word 1 is along what the image shows and rates; word 0 is not, and likes token 5."""
+    """Word 1 is related to the image and is a rater; word 0 is not, and attends to token 5."""
     states = torch.arange(6.0)[:, None].expand(-1, 2)
     visual, text = torch.tensor([[1.0, 0]]).expand(6, 2), torch.eye(2).flip(0)
     rows = torch.tensor([[0, 0.3], [0, 0.1], [0, 0.05], [0, 0.4], [0, 0.1], [0.9, 0.05]])
     tokens = _rated(rows, states, visual, text)
     method = create("sparsevlm", retention=0.34, depths=(0.5,), recycle=0)
     assert method.select(tokens).keep.tolist() == [0, 3]
-    # With recycling one place is for a merged token: the best two of five dropped ones.
+    # With recycling, one kept token is a merged one: the best two of five dropped tokens.
     merging = create("sparsevlm", retention=0.34, depths=(0.5,))
     chosen = merging.select(tokens)
     assert chosen.keep.tolist() == [0, 3]
@@ -422,13 +426,13 @@ def test_sparsevlm_asks_the_words_that_are_about_the_image() -> None:
     torch.testing.assert_close(chosen.features, torch.tensor([[0.5, 0.5], [3, 3]]))
 
 
-def test_sparsevlm_lets_all_words_rate_where_none_stands_out() -> None:
+def test_sparsevlm_takes_all_text_as_raters_if_none_is_above_the_mean() -> None:
     rows, states = torch.tensor([[0.1], [0.8], [0.1]]), torch.ones(3, 2)
     method = create("sparsevlm", retention=0.5)
     one = _rated(rows, states, states, torch.ones(1, 2))
     assert method.select(one).keep.tolist() == [1]
     none = _rated(rows[:, :0], states, states, torch.ones(0, 2))
-    with pytest.raises(UserError, match="needs text behind the image"):
+    with pytest.raises(UserError, match="needs text after the image"):
         method.select(none)
 
 
@@ -451,7 +455,7 @@ def test_sparsevlm_never_exceeds_its_budget(schedule: str, retention: float) -> 
 
 
 def test_sparsevlm_2_corrects_for_places_and_asks_the_heads_that_look() -> None:
-    """Head 1 looks at token 3 most; corrected for its place, at token 0.  Head 0 hardly looks."""
+    """Head 1 attends most to token 3; corrected for rotation, to 0.  Head 0 attends little."""
     states = torch.arange(4.0)[:, None].expand(-1, 2)
     visual, text = torch.ones(4, 2), torch.ones(1, 2)
     heads = torch.tensor([[[0.0, 0.3]], [[0.2, 0.1]], [[0.0, 0.1]], [[0.0, 0.4]]])
@@ -535,7 +539,7 @@ def test_cdpruner_takes_a_constant_relevance_as_one() -> None:
 
 def test_cdpruner_by_text_needs_text() -> None:
     tokens = replace(_with_text(), text={Signal("llm_prompt"): torch.zeros(0, 5)})
-    with pytest.raises(UserError, match="needs text behind the image"):
+    with pytest.raises(UserError, match="needs text after the image"):
         create("cdpruner", retention=0.5, relevance="text").select(tokens)
 
 
@@ -545,7 +549,7 @@ def test_cdpruner_keeps_twins_apart_and_more_than_the_rank() -> None:
 
 
 def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
-    """What no model here has comes with the images; without it, the refusal names substitutes."""
+    """The caller provides the CLIP signals; without them, the refusal names substitutes."""
     pipe = tp.load("testbed-next")
     image = Image.fromarray(torch.arange(64 * 96 * 3).view(64, 96, 3).to(torch.uint8).numpy())
     (tokens,) = pipe.encode([image])

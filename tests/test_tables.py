@@ -19,7 +19,7 @@ def _run(
 ) -> Path:
     """A finished run with ``rows`` of label, retention, accuracy and share of the FLOPs.
 
-    Every cell has answered the same thousand questions; one without an accuracy has failed.
+    Every cell has answered the same thousand questions; a cell without accuracy has failed.
     """
     folder.mkdir()
     manifest = {"experiment": {"model": model, "modality": [modality]}}
@@ -100,7 +100,7 @@ def test_an_older_summary_is_never_read(tmp_path: Path) -> None:
     assert result.output.splitlines()[-1] == "| uncompressed | 90.0 (100) |"
 
 
-def test_a_table_older_than_the_journal_is_told_of(tmp_path: Path) -> None:
+def test_a_table_older_than_the_journal_is_reported(tmp_path: Path) -> None:
     folder = _run(tmp_path / "a", "m", "image", [("uncompressed", 1.0, 0.9, 1.0)])
     answers = pd.read_parquet(folder / "answers.parquet")
     answers.attrs["journal"] = 0
@@ -124,7 +124,7 @@ def test_a_journal_that_lost_answers_takes_none_from_the_table(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("what", ["nothing there", "not a manifest", "nothing finished"])
-def test_what_is_no_run_is_a_sentence(tmp_path: Path, what: str) -> None:
+def test_folders_without_a_run_are_refused(tmp_path: Path, what: str) -> None:
     folder = _run(tmp_path / "a", "m", "image", [("x", 0.5, float("nan"), 1.0)])
     if what != "nothing finished":
         (folder / "manifest.json").write_text("{}")

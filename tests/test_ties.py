@@ -1,4 +1,4 @@
-"""What is equal by construction ties, and ties go by place: rounding must not rank."""
+"""Tokens that are equal by construction tie, and ties go to the earlier token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECEIVED = Signal("received")
 
 
 def clip(frames: int, side: int, *, still: bool = False, seed: int = 0) -> VisualTokens:
-    """A made-up video of positive scores; ``still`` repeats its first frame."""
+    """A synthetic video with positive scores; ``still`` repeats its first frame."""
     draw = torch.Generator().manual_seed(seed)
     layout, size = TokenLayout.video(frames, (side, side)), side * side
     features = torch.randn(frames * size + 1, 48, generator=draw)
@@ -44,7 +44,7 @@ def patches_kept(tokens: VisualTokens, spec: str, retention: float) -> list[int]
 
 
 def best(scores: list[float], count: int) -> list[int]:
-    """Places of the highest scores, earlier ones first on ties."""
+    """Indices of the highest scores; on ties the earlier one."""
     return sorted(sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:count])
 
 
@@ -90,7 +90,7 @@ def test_tokens_of_two_frames_that_tie_go_by_place() -> None:
         first, second = tokens.features[:50].double().split(25)
         cosine = [
             float(unit(a) @ unit(b)) for a, b in zip(first, second, strict=True)
-        ]  # the less alike, the farther from their mean
+        ]  # the less similar, the farther from their mean
         places = best([-one for one in cosine], 7)
         last = min(places, key=lambda place: -cosine[place])  # of it only the first frame's
         expected = sorted([*places, *(25 + place for place in places if place != last)])
@@ -98,7 +98,7 @@ def test_tokens_of_two_frames_that_tie_go_by_place() -> None:
 
 
 @pytest.mark.parametrize("frames", [2, 3, 5, 6, 7, 11])
-def test_a_still_video_is_ranked_by_what_is_left(frames: int) -> None:
+def test_a_static_video_is_ranked_by_the_remaining_frames(frames: int) -> None:
     """All frames are their summary: no frame is richer, and only the local scores rank."""
     tokens = clip(frames, 8, still=True)
     expected = []
@@ -142,7 +142,7 @@ class Lopsided(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_of_two_nearest_to_each_other_the_earlier_is_picked(count: int) -> None:
+def test_of_two_nearest_tokens_the_earlier_is_selected(count: int) -> None:
     for seed in range(40):
         vectors = torch.randn(33, 50, generator=torch.Generator().manual_seed(seed))
         expected = farthest_first(vectors, count)
@@ -152,7 +152,7 @@ def test_of_two_nearest_to_each_other_the_earlier_is_picked(count: int) -> None:
         assert found.sort().values.tolist() == expected
 
 
-def test_of_equal_rows_the_earlier_is_picked() -> None:
+def test_of_equal_rows_the_earlier_is_selected() -> None:
     for seed in range(10):
         vectors = torch.randn(9, 50, generator=torch.Generator().manual_seed(seed)).repeat(3, 1)
         found = max_min_diversity(vectors, 12).sort().values
@@ -160,7 +160,7 @@ def test_of_equal_rows_the_earlier_is_picked() -> None:
 
 
 def test_of_equally_near_neighbours_the_earlier_are_absorbed() -> None:
-    """PruMerge: all keys are alike, so that a centre takes the first others."""
+    """PruMerge: all keys are equal, so that a centre absorbs the first others."""
     method = tp.create("prumerge", retention=0.1, neighbours=3)
     scores = torch.rand(64, generator=torch.Generator().manual_seed(0))
     vectors = torch.eye(64)

@@ -1,4 +1,4 @@
-"""timm's vision transformers as hosts: geometry, features, saliency, selections, refusals."""
+"""timm's vision transformers: geometry, features, saliency, selections, refusals."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _matrices(pipe: Pipeline, pixels: Tensor, layer: int) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [-1, 0])
-def test_signals_are_what_the_whole_matrix_says(family: tuple[str, Pipeline], layer: int) -> None:
+def test_signals_equal_those_of_the_full_matrix(family: tuple[str, Pipeline], layer: int) -> None:
     name, pipe = family
     _, _, has_cls, prefix, _ = FAMILIES[name]
     assert (pipe.adapter.facts.vision.has_cls, pipe.adapter.facts.vision.prefix_tokens) == (
@@ -156,7 +156,7 @@ def test_features_are_the_final_patch_tokens(family: tuple[str, Pipeline]) -> No
 @settings(max_examples=40)
 @given(st.tuples(st.integers(8, 200), st.integers(8, 200)))
 def test_every_token_sees_its_place_in_the_image(size: tuple[int, int]) -> None:
-    """Pixels that tell their place, averaged per patch instead of encoded."""
+    """Pixels with their own coordinates, averaged per patch instead of encoded."""
     for pipe in (_GEOMETRY, _OBLONG):
         _check_geometry(pipe, size)
 
@@ -192,7 +192,7 @@ _OBLONG = tp.load("timm/vit_tiny_patch16_224", **{**TINY, "patch_size": (8, 4)})
 
 
 @torch.no_grad()
-def test_a_batch_equals_images_alone(family: tuple[str, Pipeline]) -> None:
+def test_a_batch_equals_single_images(family: tuple[str, Pipeline]) -> None:
     _, pipe = family
     images = [_image(40, 70), _image(64, 64, 1), _image(90, 30, 2)]
     signals = {Signal("saliency")}
@@ -204,7 +204,7 @@ def test_a_batch_equals_images_alone(family: tuple[str, Pipeline]) -> None:
 
 
 @pytest.mark.parametrize("name", tp.list_methods())
-def test_every_strategy_chooses_or_says_why_not(family: tuple[str, Pipeline], name: str) -> None:
+def test_every_method_selects_or_is_refused(family: tuple[str, Pipeline], name: str) -> None:
     _, pipe = family
     image = _image(64, 64)
     if name not in compatible_methods(pipe.adapter.facts):
@@ -228,7 +228,7 @@ def test_globalcom2_gives_the_salient_crop_more() -> None:
     assert int(grid.argmax()) == counts.index(max(counts))
 
 
-def test_what_needs_a_language_model_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_methods_that_need_a_language_model_are_refused(tmp_path: Path) -> None:
     pipe = _load("plain")
     for action in (
         lambda: pipe.prepare([_image(32, 32)], ["w"]),
@@ -340,7 +340,7 @@ def test_strategies_do_without_separators() -> None:
     "name",
     ["beit_base_patch16_224", "vit_relpos_small_patch16_224", "vit_dwee_patch16_reg1_gap_256"],
 )
-def test_attention_that_is_no_plain_softmax_is_refused_before_it_runs(
+def test_attention_other_than_softmax_is_refused_before_it_runs(
     name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Relative positions add a bias, differential attention subtracts a second map."""
@@ -357,7 +357,7 @@ def test_attention_that_is_no_plain_softmax_is_refused_before_it_runs(
     assert "globalcom2" not in compatible_methods(pipe.adapter.facts)
 
 
-def test_signals_that_are_not_there_are_sentences_before_it_runs(
+def test_missing_signals_are_refused_before_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipe = _load("registers")

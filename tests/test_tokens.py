@@ -57,7 +57,7 @@ def _check_layout(adapter: LlavaNext, size: tuple[int, int]) -> None:
     assert torch.equal(layout.is_separator, newline)
     assert torch.equal(layout.kind == Kind.THUMBNAIL, codes[:, 0] == 0)
     assert torch.equal(layout.kind == Kind.CROP, codes[:, 0] > 0)
-    # The canvas, read off the sequence: its rows are what lies between two newlines.
+    # The canvas, read from the sequence: a row is the patches between two separators.
     thumbnail = int((codes[:, 0] == 0).sum())
     ends = [thumbnail - 1, *newline.nonzero().squeeze(1).tolist()]
     assert layout.canvas_shape[0] == len(ends) - 1

@@ -1,4 +1,4 @@
-"""What the testbeds are trained on is what processor and model make of the same pictures."""
+"""Training batches of the testbeds equal the result of processor and model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_warm_start_sees_and_speaks_as_the_first_testbed() -> None:
     assert torch.equal(model.lm_head.weight[:words], source.lm_head.weight)
 
 
-def test_quizzes_ask_what_is_true() -> None:
+def test_quizzes_have_true_answers() -> None:
     rng = np.random.default_rng(0)
     tokenizer = onevision.build_processor().tokenizer
     for modality, kinds in scenes.MODALITIES.items():
@@ -117,7 +117,7 @@ def test_clips_keep_their_rules(seed: int) -> None:
             shown = {t.item.name for t in tracks if t.start <= index < t.stop}
             assert {item.name for item in frame.items} == shown
             assert set(np.unique(frame.owner)) <= {-1, *range(len(frame.items))}
-            for item in frame.items:  # nobody hides another one
+            for item in frame.items:  # no object hides another
                 assert all(
                     max(abs(item.x - other.x), abs(item.y - other.y)) > 11
                     for other in frame.items

@@ -1,4 +1,4 @@
-"""Code that comes with a checkpoint: never executed unless asked for, and nothing asks for it."""
+"""Code that comes with a checkpoint is executed only on request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TheirModel(LlavaNextForConditionalGeneration):
 
 @pytest.fixture
 def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint with a config and a model class of its own; nobody may ask on stdin."""
+    """A checkpoint with its own config and model class.  A prompt on stdin fails the test."""
     folder = tmp_path / "theirs"
     shutil.copytree(testbed.path("testbed-next"), folder)
     (folder / "code.py").write_text(CODE.format(mark=tmp_path / "executed"))
@@ -93,7 +93,7 @@ def test_a_class_brought_for_a_known_config_is_refused(theirs: Path) -> None:
     assert not (theirs.parent / "executed").exists()
 
 
-def test_who_trusts_it_gets_it(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trusted_code_is_executed(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Theirs(LlavaNext):
         hosts = ("TheirModel",)
 
@@ -111,8 +111,8 @@ def test_who_trusts_it_gets_it(theirs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (theirs.parent / "executed").exists()
 
 
-def test_every_call_that_could_execute_code_says_whether() -> None:
-    """Explicitly, because what is left out may ask on stdin."""
+def test_every_call_that_could_execute_code_sets_trust_remote_code() -> None:
+    """Explicitly, because transformers may prompt on stdin by default."""
     files = [
         file
         for folder in ("tokenprune", "models", "strategies", "experiments")

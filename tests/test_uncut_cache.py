@@ -1,4 +1,4 @@
-"""Where nothing was left out of a prompt, its KV cache is one that the plain model goes on with."""
+"""The plain model can continue with the KV cache of a prompt that was not compressed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_cache_of_a_whole_prompt_is_plain(method: Compressor, host: Host) -> N
         assert mine.get_seq_length() == theirs.get_seq_length()
 
 
-def test_a_second_image_behind_a_whole_one(host: Host) -> None:
+def test_a_second_image_after_an_uncompressed_one(host: Host) -> None:
     """A whole first turn outside or inside a context, then a turn that is cut: the same."""
     found = []
     for inside in (False, True):

@@ -1,4 +1,4 @@
-"""A strategy that writes to what it is shown, chooses too much, or ranks by NaN, is refused."""
+"""A method that writes to its input, keeps too much, or ranks by NaN is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Act = Callable[[VisualTokens], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Acting(Compressor):
-    """Does something to what it is shown and keeps the first token."""
+    """Changes its input in a given way and keeps the first token."""
 
     act: Act
 
@@ -65,7 +65,7 @@ WRITES: dict[str, Act] = {
 
 
 @pytest.mark.parametrize("what", WRITES)
-def test_who_writes_is_told(what: str) -> None:
+def test_writing_to_the_input_is_refused(what: str) -> None:
     tokens = sample_tokens(frozenset({KEYS}), LAYOUT)
     with pytest.raises(ContractError, match=r"^Acting wrote to .*which other methods"):
         Acting(retention=0.5, act=WRITES[what])(tokens)
@@ -80,7 +80,7 @@ def test_inside_inference_mode_numbers_are_compared() -> None:
             Acting(retention=0.5, act=lambda t: t.features.mul_(2))(tokens)
 
 
-def test_who_reads_is_left_alone() -> None:
+def test_reading_the_input_is_allowed() -> None:
     """Also where it is the first to ask a layout for something, and where a layout was copied."""
 
     def reads(tokens: VisualTokens) -> None:
@@ -147,13 +147,13 @@ def test_a_selection_over_budget_is_refused(layout: TokenLayout) -> None:
 
 
 class Declared(First):
-    """Says that it may keep everything."""
+    """States the limit of all tokens."""
 
     def limit(self, tokens: VisualTokens) -> int:
         return len(tokens)
 
 
-def test_who_says_so_may_exceed() -> None:
+def test_a_stated_limit_may_exceed_the_budget() -> None:
     tokens = sample_tokens(frozenset(), LAYOUT)
     assert len(Declared(retention=0.1, count=30)(tokens).keep) >= 30
 
@@ -168,7 +168,7 @@ def test_crops_of_unlike_size_may_share_unevenly_but_not_without_end() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored(ScoringCompressor):
-    """Scores one token as it is told, all others 1."""
+    """Gives one token a given score, all others 1."""
 
     value: str  # a field that is a number may not be NaN
     at: int = 5  # type: ignore[assignment]
@@ -195,7 +195,7 @@ def test_scores_at_separators_have_no_meaning() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerWriter(EncoderCompressor):
-    """Writes to one of the tensors of the vision tower."""
+    """Writes to one of the tensors of the vision encoder."""
 
     what: str
 
@@ -205,7 +205,7 @@ class TowerWriter(EncoderCompressor):
 
 
 @pytest.mark.parametrize("what", ["states", "keys", "size"])
-def test_inside_the_vision_tower_too(what: str) -> None:
+def test_writing_inside_the_vision_encoder_is_refused(what: str) -> None:
     host = Host.tiny("LLaVA-NeXT")
     with (
         pytest.raises(ContractError, match=f"TowerWriter wrote to {what}"),
@@ -214,7 +214,7 @@ def test_inside_the_vision_tower_too(what: str) -> None:
         host.logits(host.inputs([0]))
 
 
-def test_the_sentence_says_of_which_image() -> None:
+def test_the_message_names_the_image() -> None:
     host = Host.tiny("LLaVA-NeXT")
 
     def only_the_second(tokens: VisualTokens) -> None:

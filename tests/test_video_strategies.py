@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 
 def _video(frames: int, shape: tuple[int, int] = (2, 3), seed: int = 0) -> VisualTokens:
-    """A video that stands still here and there."""
+    """A video with some static locations."""
     draw = torch.Generator().manual_seed(seed)
     layout = TokenLayout.video(frames, shape)
     size = shape[0] * shape[1]
@@ -48,10 +48,10 @@ def _per_frame(keep: Tensor, frames: int, size: int) -> list[list[int]]:
 
 
 def test_dycoke_by_hand() -> None:
-    """Four frames of four places; 1 - k = 1/2, so that frames 1, 2 and 3 keep two places each."""
+    """Four frames of four tokens; 1 - k = 1/2, so that frames 1, 2 and 3 keep two each."""
     layout = TokenLayout.video(4, (2, 2))
     features = torch.zeros(17, 2)
-    features[:16, 0] = 1.0  # nothing moves, but for
+    features[:16, 0] = 1.0  # static, except for
     for frame, places in ((1, (0, 3)), (2, (1, 2)), (3, (1, 3))):
         for place in places:
             features[4 * frame + place] = torch.tensor([0.0, 1.0])
@@ -108,7 +108,7 @@ def test_dycoke_widens_windows_below_a_quarter() -> None:
     assert set(sizes) == {9, 10}
 
 
-def test_dycoke_of_an_image_keeps_what_is_least_like_its_view() -> None:
+def test_dycoke_of_an_image_keeps_the_tokens_least_similar_to_their_view() -> None:
     layout = TokenLayout.anyres((1, 2), (2, 2), (0, 2, 0, 4))
     tokens = VisualTokens(layout, torch.randn(14, 5, generator=torch.Generator().manual_seed(1)))
     keep = create("dycoke", retention=0.5).select(tokens).keep.tolist()
@@ -120,7 +120,7 @@ def test_dycoke_of_an_image_keeps_what_is_least_like_its_view() -> None:
 
 
 def _with_gaps(tokens: VisualTokens, seed: int) -> VisualTokens:
-    """About two thirds of the tokens of every frame, as a method in the tower leaves them."""
+    """About two thirds of the tokens of every frame, as after an encoder method."""
     draw = torch.Generator().manual_seed(seed)
     left = torch.rand(len(tokens), generator=draw) < 0.7
     left[-1] = True
@@ -129,7 +129,7 @@ def _with_gaps(tokens: VisualTokens, seed: int) -> VisualTokens:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 9), st.sampled_from([0.3, 0.5, 0.8]), st.integers(0, 9))
-def test_dycoke_compares_with_what_is_nearest(frames: int, retention: float, seed: int) -> None:
+def test_dycoke_compares_with_the_nearest_token(frames: int, retention: float, seed: int) -> None:
     """Frames of unequal size: frame ``o`` of a window of four with frame ``o & (o - 1)``."""
     tokens = _with_gaps(_video(frames, (3, 4), seed), seed)
     layout = tokens.layout
@@ -182,7 +182,7 @@ def test_segments_are_the_best_of_all(length: int, seed: int) -> None:
     assert sum(int(gain[s, e]) for s, e in runs) == max(totals)
 
 
-def test_segments_stay_single_where_nothing_is_gained() -> None:
+def test_segments_without_savings_stay_single() -> None:
     assert segments(torch.zeros(4, 4)) == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert segments(torch.tensor([[0.0, 5, 6], [0, 0, 7], [0, 0, 0]])) == [(0, 0), (1, 2)]
 
@@ -215,10 +215,10 @@ def _peaks_slowly(vectors: Tensor, count: int, near: int) -> tuple[list[int], li
 def _holitom_slowly(
     tokens: VisualTokens, frames: int, size: int, retention: float
 ) -> dict[int, Tensor]:
-    """Index to feature of everything that is left, with tau = 0.8 and beta = 0.6."""
+    """From index to feature of the kept tokens, with tau = 0.8 and beta = 0.6."""
     features, scores = tokens.features, tokens.signals[Signal("received")].tolist()
     layout, columns = tokens.layout, tokens.layout.view_shape[1]
-    at: list[dict[int, int]] = [{} for _ in range(frames)]  # place to index
+    at: list[dict[int, int]] = [{} for _ in range(frames)]  # location to index
     for index in layout.patches.tolist():
         place = int(layout.row[index]) * columns + int(layout.col[index])
         at[int(layout.view[index])][place] = index
@@ -238,7 +238,7 @@ def _holitom_slowly(
         return [i for i in range(size) if all(like[f][i] > 0.8 for f in range(first, last))]
 
     best = max(_all_cuts(frames), key=lambda cut: sum(len(static(s, e)) * (e - s) for s, e in cut))
-    groups = []  # (frames, places)
+    groups = []  # (frames, locations)
     for first, last in best:
         still = static(first, last)
         groups.append(([*range(first, last + 1)], still, True))
@@ -288,7 +288,7 @@ def test_holitom_equals_loops(frames: int, retention: float, seed: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 6), st.sampled_from([0.25, 0.6, 0.9]), st.integers(0, 9))
 def test_holitom_of_frames_with_gaps_equals_loops(frames: int, retention: float, seed: int) -> None:
-    """A place can only stand still where neighbouring frames both have it."""
+    """A location is static only if both successive frames have a token there."""
     tokens = _video(frames, (3, 4), seed)
     scores = torch.randn(len(tokens), generator=torch.Generator().manual_seed(seed))
     tokens = _with_gaps(replace(tokens, signals={Signal("received"): scores}), seed)
@@ -301,10 +301,10 @@ def test_holitom_of_frames_with_gaps_equals_loops(frames: int, retention: float,
 
 
 def test_holitom_of_a_video_that_stands_still_is_one_frame() -> None:
-    """All places are static: what is left is the mean of the frames, however large R is."""
+    """All locations are static: the mean of the frames is left, for any R."""
     layout = TokenLayout.video(4, (2, 2))
     frame = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    lengths = torch.tensor([1.0, 2.0, 3.0, 6.0])  # the cosine does not see lengths
+    lengths = torch.tensor([1.0, 2.0, 3.0, 6.0])  # the cosine ignores lengths
     features = torch.cat([frame * length for length in lengths] + [torch.zeros(1, 3)])
     tokens = VisualTokens(layout, features, {Signal("received"): torch.rand(17)})
     chosen = create("holitom", retention=0.5).select(tokens)

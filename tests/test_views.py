@@ -61,7 +61,7 @@ def test_views_kept() -> None:
 
 
 @pytest.mark.parametrize("layout", [TokenLayout.single((4, 4)), TokenLayout.video(3, (2, 2))])
-def test_what_has_no_crops_stays_whole(layout: TokenLayout) -> None:
+def test_images_without_crops_stay_whole(layout: TokenLayout) -> None:
     for compressor in (KeepViews(views="thumbnail"), DropCrop(which="lowest", signal=CLS)):
         assert compressor(tokens(layout)).keep.tolist() == list(range(len(layout)))
 
@@ -105,7 +105,7 @@ def test_a_random_crop_depends_on_seed_and_image_alone() -> None:
 
 
 @given(st.data())
-def test_crop_of_is_the_view_of_the_token_there(data: st.DataObject) -> None:
+def test_crop_of_is_the_view_of_the_token_at_a_location(data: st.DataObject) -> None:
     grid = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     top, left = data.draw(st.tuples(st.integers(0, 1), st.integers(0, 1)))
     layout = TokenLayout.anyres(grid, (4, 4), (top, 4 * grid[0] - top, left, 4 * grid[1] - left))
@@ -167,7 +167,7 @@ def test_places_of_own_questions(tmp_path: Path) -> None:
 
 
 def answers(label: str, right: list[bool], **changes: Any) -> pd.DataFrame:
-    """Questions of two kinds, each about an image of its own."""
+    """Questions of two kinds, each about a different image."""
     frame = {
         "label": label,
         "parameters": "",
@@ -308,7 +308,7 @@ def test_losses_by_hand() -> None:
             "dropped lowest": [False, True] * 10,
         }
     )
-    # The object of the last six questions lies in crop 0, of which rank 1 is.
+    # The object of the last six questions is in crop 0, which has rank 1.
     objects = pd.DataFrame({"question_id": [f"q{i}" for i in range(4, 10)]}).assign(
         image_id=[f"i{i}" for i in range(4, 10)], crop=0, rank=[1] * 5 + [2], crops=2
     )

@@ -1,4 +1,4 @@
-"""How often the host waits for the device, on a second device that is simulated."""
+"""The number of synchronisations with the device, on a simulated second device."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tokenprune.testing.host import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
-# Of one selection: 1 but for what has to know numbers that only the device has.
-MORE = {"holitom": 2, "pact": 2}  # where segments lie; how many rounds it took
+# Per selection 1, except for methods that need numbers that only the device has.
+MORE = {"holitom": 2, "pact": 2}  # segments of frames; number of rounds
 SPECS = [*tp.list_methods(), "fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"]
 
 
@@ -34,7 +34,7 @@ def _steps(spec: str, retention: float = 0.4) -> list[Compressor]:
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("modality", ["image", "video"])
-def test_one_wait_a_selection(spec: str, modality: str) -> None:
+def test_one_synchronisation_per_selection(spec: str, modality: str) -> None:
     layout = TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8))
     if modality == "video":
         layout = TokenLayout.video(4, (4, 4))
@@ -46,7 +46,7 @@ def test_one_wait_a_selection(spec: str, modality: str) -> None:
 
 @pytest.mark.parametrize("name", [host.name for host in hosts(["qwen2"])])
 @pytest.mark.parametrize("spec", SPECS)
-def test_one_wait_for_every_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
+def test_one_synchronisation_per_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
     """And three a forward, however many images: sizes, numbers of images, and what the prompts are;
     one more for every signal of the tower, for which Hugging Face's packing sends lengths."""
     host = Host.tiny(name, "qwen2")
@@ -70,7 +70,7 @@ def test_one_wait_for_every_image_and_stage_of_a_prefill(name: str, spec: str) -
     assert trace.selections
     calls = len(host.adapter.encoders)
     signals = sum(not one.in_llm for one in method.needs) * calls
-    padded = len(method.cuts)  # with padding a mask is made anew behind a cut, and looked at
+    padded = len(method.cuts)  # with padding, the mask is made again after a cut, and read
     stages = len(trace.selections) * MORE.get(spec, 1)
     waits = device.waits.total() - plain
     assert waits <= stages + signals + 1 + 3 * calls + padded, dict(device.waits)
