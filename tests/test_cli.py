@@ -513,7 +513,7 @@ def test_a_methods_card_names_its_source_options_and_deviations() -> None:
         ("KeepsTheWorst", "keeps the best scores", "drops a score of"),
         ("SometimesTooMany", "budget", "at most"),
         ("PeeksAtPlaces", "follows content", "upside down"),
-        ("PeeksAtTheCanvas", "follows content", "with the picture of 2x2 crops upside down"),
+        ("PeeksAtTheCanvas", "follows content", "with the image of 2x2 crops upside down"),
         ("HidesItsDraws", "deterministic", "a second time"),
         ("GlobalTorch", "rng untouched", "global generator"),
         ("Counting", "batch equals single", "of the batch"),

@@ -570,7 +570,7 @@ def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
         tp.compress(pipe.model, method),
     ):
         pass
-    with pytest.raises(UserError, match="looks at the prompt"):
+    with pytest.raises(UserError, match="needs the prompt"):
         pipe.select("cdpruner:relevance=text", [image], retention=0.3)
 
 
