@@ -179,7 +179,7 @@ def _check_count(method: Compressor, name: str, tokens: VisualTokens) -> None:
     if not least <= kept <= most:
         raise AssertionError(
             f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
-            f"R = {method.retention}, expected {max(least, 1):.1f} to {most:.1f}"
+            f"R = {method.retention}, expected at least {max(least, 1):.1f} and at most {most:.1f}"
         )
 
 
