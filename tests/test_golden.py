@@ -327,7 +327,7 @@ def test_methods_without_a_strategy_are_skipped_and_said_so(tmp_path: Path) -> N
     shutil.copytree(HERE / "fastv", tmp_path / "nosuchmethod")
     code, output = run(tmp_path)
     assert code == 2
-    assert "no strategy here replays 'nosuchmethod'" in output
+    assert "no method here replays 'nosuchmethod'" in output
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_unknown_names_suggest_the_nearest() -> None:
         create("fastv", retention=0.5, layr=3)
     with pytest.raises(UnknownNameError, match="Did you mean 'LLaVA-NeXT'"):
         adapters.get("LLaVA-Next")
-    with pytest.raises(LookupError, match="no strategy is called 'zzz'"):
+    with pytest.raises(LookupError, match="no method is called 'zzz'"):
         strategies.get("zzz")
 
 
@@ -254,7 +254,7 @@ def test_a_tower_without_cls_is_said_with_what_works(monkeypatch: pytest.MonkeyP
 def test_fields_need_a_name() -> None:
     ready = create("uniform", retention=0.5)
     with (
-        pytest.raises(UserError, match=r"\['retention'\] need a strategy's name"),
+        pytest.raises(UserError, match=r"\['retention'\] need a method's name"),
         compress(LlavaNext.tiny(), ready, retention=0.2),
     ):
         pass

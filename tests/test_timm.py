@@ -208,7 +208,7 @@ def test_every_strategy_chooses_or_says_why_not(family: tuple[str, Pipeline], na
     _, pipe = family
     image = _image(64, 64)
     if name not in compatible_methods(pipe.adapter.facts):
-        with pytest.raises(UserError, match=r"Strategies that work here: \w+"):
+        with pytest.raises(UserError, match=r"Methods that work here: \w+"):
             pipe.select(name, [image], retention=0.25)
         return
     first, second = pipe.select(name, [image, _image(40, 70)], retention=0.25)
@@ -370,7 +370,7 @@ def test_signals_that_are_not_there_are_sentences_before_it_runs(
         with pytest.raises(UserError, match=said):
             pipe.encode([_image(32, 32)], iter([signal]))
     ready = tp.create("uniform", retention=0.5)
-    with pytest.raises(UserError, match=r"\['retention'\] need a strategy's name"):
+    with pytest.raises(UserError, match=r"\['retention'\] need a method's name"):
         pipe.select(ready, [_image(32, 32)], retention=0.2)
 
 

@@ -114,7 +114,7 @@ def check_signal(
         if not (works and signal.needs_text_tower):  # which most methods do without
             works += compatible_methods(facts)
         raise UserError(
-            f"{who} needs {lacks} not have. Strategies that work here: {', '.join(works)}."
+            f"{who} needs {lacks} not have. Methods that work here: {', '.join(works)}."
         )
     depth = facts.decoder.layers if signal.in_llm else facts.vision.layers
     if not -depth <= signal.layer < depth:
@@ -169,7 +169,7 @@ def compatible_methods(facts: ModelFacts) -> list[str]:
 
 
 def _alternatives(facts: ModelFacts) -> str:
-    return f"Strategies that work here: {', '.join(compatible_methods(facts))}."
+    return f"Methods that work here: {', '.join(compatible_methods(facts))}."
 
 
 def check_length(facts: ModelFacts, tokens: int, new: int = 0, what: str = "the prompt") -> None:

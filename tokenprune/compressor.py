@@ -333,7 +333,7 @@ class Chain(Compressor):
         order = [list(Stage).index(part.stage) for part in parts]
         if not parts or order != sorted(order) or max(order.count(0), order.count(1)) > 1:
             raise UserError(
-                f"a chain takes at most one encoder and at most one pre_llm strategy followed by "
+                f"a chain takes at most one encoder and at most one pre_llm method followed by "
                 f"llm ones; got "
                 f"{[f'{part.name} ({part.stage})' for part in parts]}."
             )

@@ -327,7 +327,7 @@ class Pipeline:
         if isinstance(compressor, str):
             compressor = parse(compressor, **fields)
         elif fields:
-            raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+            raise UserError(f"fields {sorted(fields)} need a method's name, got {compressor!r}.")
         check_compatible(self.adapter.facts, compressor)
         if compressor.stage is Stage.LLM or list(compressor.parts()) != [compressor]:
             raise UserError(

@@ -63,7 +63,7 @@ class Registry(Generic[T]):
     """Names to classes.
 
     Args:
-        what: The noun for error messages, such as ``strategy``.
+        what: The noun for error messages, such as ``method``.
         package: Its modules are imported on first use.
         group: Entry-point group of other packages.
     """
@@ -171,7 +171,7 @@ def _origin(cls: type) -> str:
         return f"{cls.__qualname__} ({cls.__module__})"
 
 
-strategies: Registry[Any] = Registry("strategy", "tokenprune.strategies", "tokenprune.strategies")
+strategies: Registry[Any] = Registry("method", "tokenprune.strategies", "tokenprune.strategies")
 adapters: Registry[Any] = Registry("model adapter", "tokenprune.models", "tokenprune.models")
 
 

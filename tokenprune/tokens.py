@@ -104,7 +104,7 @@ class VisualTokens:
         signal = self.found_as(signal)
         if signal not in self.signals:
             raise UserError(
-                f"{signal} was not provided. Name it in the strategy's `needs`; provided here: "
+                f"{signal} was not provided. Name it in the method's `needs`; provided here: "
                 f"{', '.join(map(str, self.signals)) or 'none'}."
             )
         return self.signals[signal].to(self.features.device)
@@ -122,8 +122,8 @@ class VisualTokens:
         """
         if signal not in self.text:
             raise UserError(
-                f"{signal} of the text was not provided. Name it in the strategy's `needs` and run "
-                "the strategy in tokenprune.compress; an image alone has no prompt."
+                f"{signal} of the text was not provided. Name it in the method's `needs` and run "
+                "the method in tokenprune.compress; an image alone has no prompt."
             )
         return self.text[signal].to(self.features.device)
 
@@ -136,8 +136,8 @@ class VisualTokens:
         found = [value for one, value in self.signals.items() if one.info.source == "projector"]
         if self.projector is None or not found:
             raise UserError(
-                "the projector is available only to strategies that need 'unprojected'; name it "
-                "in the strategy's `needs`."
+                "the projector is available only to methods that need 'unprojected'; name it "
+                "in the method's `needs`."
             )
         with torch.no_grad():
             made = self.projector(vectors.to(found[0]))

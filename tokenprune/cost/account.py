@@ -131,8 +131,8 @@ class _Selected:
     """What was there for one selection, and its own work.
 
     Attributes:
-        work: What the strategy did, measured when the ledger is made.
-        bytes: What the strategy was given.
+        work: The work of the method, measured when the ledger is made.
+        bytes: Bytes of the tokens that the method was given.
         tapped: Layers whose attention input was held.
         visual: Visual tokens of the prompt in front of the selection.
         merged: Number of merged vectors.
@@ -219,7 +219,7 @@ class Account:
         Args:
             part: What selected.
             known: What is known of the image outside the language model.
-            given: What the strategy was given; inside the language model more than ``known``.
+            given: The tokens that the method received; inside the language model more than ``known``.
             selection: What it selected.
             full: Layout of the whole image or video.
             tapped: Layers whose attention input is held.

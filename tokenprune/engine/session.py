@@ -140,7 +140,7 @@ def _compressors(
     if isinstance(compressor, str):
         return [parse(compressor, **fields)]
     if fields:
-        raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+        raise UserError(f"fields {sorted(fields)} need a method's name, got {compressor!r}.")
     return [*compressor] if isinstance(compressor, Sequence) else [compressor]
 
 
@@ -151,7 +151,7 @@ def _alone(base: nn.Module) -> Iterator[None]:
         if base in active:
             raise UserError(
                 "this model already runs inside a compress context; leave it first, or combine the "
-                "strategies with Chain.of(...)."
+                "methods with Chain.of(...)."
             )
         active.add(base)
     try:

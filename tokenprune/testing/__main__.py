@@ -55,7 +55,7 @@ def golden(
     exact = len(verdicts) - bad - skipped - reordered
     console.print(
         f"{exact} exact, {reordered} same set, {bad} MISMATCH, {skipped} skipped "
-        "(no strategy replays them)"
+        "(no method replays them)"
     )
     if bad:
         raise typer.Exit(1)

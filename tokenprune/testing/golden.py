@@ -207,7 +207,7 @@ def verdict_of(case: Case) -> Verdict:
     """Replay one case.  The verdict lists the expected tensors that the replay did not read."""
     known = _replays.get(case.method)
     if known is None:
-        return Verdict(skipped=f"no strategy here replays {case.method!r}")
+        return Verdict(skipped=f"no method here replays {case.method!r}")
     watched = _Watched(case.tensors)
     verdict = known(replace(case, tensors=watched))
     if not (verdict.skipped or verdict.mismatch):
