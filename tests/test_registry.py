@@ -233,7 +233,7 @@ def test_a_model_without_an_adapter_is_a_sentence() -> None:
     ("spec", "sentence"),
     [
         ("fastv:layer=4", "cuts in front of decoder layer 4; this model has layers 0 to 3"),
-        ("globalcom2:layer=3", "asks for layer 3 of the vision tower, which has 3"),
+        ("globalcom2:layer=3", "asks for layer 3 of the vision encoder, which has 3"),
     ],
 )
 def test_what_the_model_lacks_is_said_before_it_runs(spec: str, sentence: str) -> None:
@@ -278,5 +278,5 @@ def test_specs_with_their_own_retention_and_chains() -> None:
             parse(spec)
     with pytest.raises(UserError, match=r"has the retention 0\.3 in its spec and 0\.5"):
         parse("uniform@0.3", retention=0.5)
-    with pytest.raises(UserError, match="has a retention and options of its own"):
+    with pytest.raises(UserError, match="has its own retention and options"):
         parse("uniform@0.3 + fastv@0.5", retention=0.5)

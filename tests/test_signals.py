@@ -166,7 +166,7 @@ def test_the_engine_delivers_what_the_table_says(name: str, host: str, dtype: to
     stage = Stage.LLM if info.in_llm else Stage.PRE_LLM
     method = _spy(signal, seen, stage)
     if info.source == "text encoder":
-        with pytest.raises(UserError, match="text tower"):
+        with pytest.raises(UserError, match="text encoder"):
             check_compatible(model.adapter.facts, method)
         return
     try:

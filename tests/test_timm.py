@@ -363,7 +363,7 @@ def test_signals_that_are_not_there_are_sentences_before_it_runs(
     pipe = _load("registers")
     monkeypatch.setattr(pipe.model.vit, "forward_features", None)
     for signal, said in [
-        (Signal("received", 3), "asks for layer 3 of the vision tower, which has 3"),
+        (Signal("received", 3), "asks for layer 3 of the vision encoder, which has 3"),
         (Signal("cls_attention"), "needs the attention of a CLS token"),
         (Signal("head_attention"), "needs the attention of a pooling head"),
     ]:
