@@ -51,7 +51,7 @@ def model(*modalities: str) -> Any:
         counts = {"image": images, "video": videos}
         return chat_prompt(question, SimpleNamespace(), counts, texts)
 
-    return SimpleNamespace(encoders=texts, prompt=prompt)
+    return SimpleNamespace(adapter=SimpleNamespace(encoders=texts), prompt=prompt)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(folder: Path) -> None:
         (line(image="cut.png"), ["line 2", "cannot decode", "cut.png"]),
         (line(image="pictures"), ["line 2", "cannot decode", "pictures"]),
         (line(kind="overall"), ["line 2", "'overall' stands for all questions"]),
-        (line(id="first"), ["line 2", "'first' was given on line 1 already"]),
+        (line(id="first"), ["line 2", "'first' is already used on line 1"]),
         (line(question="a\ud800b"), ["line 2", "'question' has half a character", "a\\ud800b"]),
         (line(answer="\udfff"), ["line 2", "'answer' has half a character"]),
         (line(kind="\ud800"), ["line 2", "'kind' has half a character"]),

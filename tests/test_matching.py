@@ -19,7 +19,7 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.cost.arithmetic import DecoderShape, prefill_flops
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.bench import DECODED, Bench, Curve, Run
+from tokenprune.experiments.common.bench import DECODED, Bench, Curve, Measurement
 from tokenprune.experiments.common.cells import Cell, Matched
 from tokenprune.experiments.common.prompt import Prompt, prompt_of
 from tokenprune.experiments.common.questions import Question, held_out
@@ -159,10 +159,10 @@ def test_times_can_be_matched(
     monkeypatch.setattr(Bench, "outside", 0.0)
     monkeypatch.setattr(Bench, "signals", lambda self, method: 0.0)
 
-    def run(self: Bench, method: Compressor) -> Run:
+    def run(self: Bench, method: Compressor) -> Measurement:
         chose = Timing(0.06 if method.name == "fastv" else 0.0, 0.0)
         ledger = self.prompt.forecast(method).ledger
-        return Run(Timing(0.0, 0.0), chose, Timing(0.0, 0.0), 0, ledger)
+        return Measurement(Timing(0.0, 0.0), chose, Timing(0.0, 0.0), 0, ledger)
 
     monkeypatch.setattr(Bench, "run", run)
     found, _ = matched_cells(pipe, questions, ["fastv"], [0.7], "prefill-ms")

@@ -889,13 +889,13 @@ def test_an_interrupted_run_goes_on(
     assert there.groupby(["method", "retention"])["image"].nunique().sum() == 4 * 4 + 2 * 4
 
     counted: list[int] = []
-    real = analysis._choices
+    real = analysis._selections
 
     def counting(adapter: Any, compressor: Any, cases: Any, prompts: Any) -> Any:
         counted.extend(case.image for case in cases if case.condition == "normal")
         return real(adapter, compressor, cases, prompts)
 
-    monkeypatch.setattr(analysis, "_choices", counting)
+    monkeypatch.setattr(analysis, "_selections", counting)
     again = run(PositionalBiasRequest(**asked, batch_size=batch_size, out=out))
     assert sorted(counted) == sorted([*range(4, 8)] * 2 + [*range(8, 10)] * 4)
     if batch_size == 4:

@@ -249,7 +249,7 @@ class NeverAlone(ModelRunner):
         raise AssertionError("something could not be computed together")
 
 
-def answers(model: str, modality: Any, plan: sharing.Plan, path: Path, count: int) -> Any:
+def answers(model: str, modality: Any, plan: sharing.JobPlan, path: Path, count: int) -> Any:
     kind = NeverAlone if plan is sharing.together else ModelRunner
     runner = kind(tp.load(model), 8)
     asked = cells([*MANY, *CHAINS], [1.0, 0.5, 0.1] if count > 10 else [1.0, 0.3])

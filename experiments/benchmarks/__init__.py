@@ -1,5 +1,5 @@
-"""What tokenprune itself costs, as ratios of things measured in one run.
+"""What tokenprune itself costs, as ratios of figures that are measured in one run.
 
-Seconds belong to a machine; a ratio of two times that were taken one after the other says something
-about the code.  Each module measures one thing and returns `Figure` rows; `record` runs them.
+Seconds depend on the machine.  The ratio of two times, measured one after the other, depends far
+more on the code.  Each module measures one aspect and yields `Figure` rows; `run` collects them.
 """

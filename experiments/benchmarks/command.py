@@ -31,23 +31,23 @@ __all__ = [
 _Only = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME...", help="Some of sharing, selection, prefill, growth. [default: all]"
+        metavar="NAME...", help="Which of sharing, selection, prefill, growth. [default: all]"
     ),
 ]
 
 
-_Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, to check that everything runs.")]
+_Quick = Annotated[
+    bool, typer.Option("--quick", help="Use toy sizes, to check that everything runs.")
+]
 
 
 _Against = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="An earlier file; print what has changed since."),
+    typer.Option(metavar="FILE", help="Compare with the figures of an earlier file."),
 ]
 
 
-_Out = Annotated[
-    Path, typer.Option(metavar="FILE", help="Where to write the figures, .csv or .parquet.")
-]
+_Out = Annotated[Path, typer.Option(metavar="FILE", help="File for the figures, .csv or .parquet.")]
 
 
 @app.command(cls=ManyValues)
@@ -60,10 +60,10 @@ def benchmark(
 ) -> None:
     """Measure what selecting tokens and comparing methods cost, as ratios.
 
-    Writes one row per figure, with machine, versions and date. Close everything else before you run
+    Writes one row per figure, with machine, versions and date. Close other programs before you run
     it.
 
-    Exit status: 0 done, 1 something has become worse than in the file of --against, 2 bad input.
+    Exit status: 0 done, 1 a figure is worse than in the file of --against, 2 bad input.
     """
     with as_exit_status():
         from tokenprune.experiments.benchmarks.run import BENCHMARKS, BenchmarkRequest, run
@@ -103,7 +103,7 @@ def _show(console: Console, name: str, group: pd.DataFrame) -> None:
 
 def _show_changes(console: Console, moved: pd.DataFrame, against: Path | None) -> None:
     if not len(moved):
-        console.print(f"Nothing moved by more than 10 % since {against}.", soft_wrap=True)
+        console.print(f"No figure changed by more than 10 % since {against}.", soft_wrap=True)
         return
     shown = new_table(title=f"Since {against}")
     for column in ("benchmark", "case", "figure", "earlier", "now", ""):

@@ -1,7 +1,8 @@
-"""How time and memory of a selection grow with the number of visual tokens, as in long videos.
+"""How the time and memory of a selection grow with the number of visual tokens, as in long videos.
 
-The exponent is the slope of a straight line through the logarithms of the largest three sizes.
-Sizes stop where the next one would take too long or too much memory, which is said.
+The exponent is the slope of the least-squares line through the logarithms of the three largest
+sizes.  A method stops at the last size that is expected to fit `LONGEST` and `LARGEST`; the note
+of its figures names that size.
 """
 
 import functools
@@ -24,11 +25,11 @@ FRAME = (14, 14)
 FRAMES = (5, 15, 51, 128, 256)  # about 1,000 to 50,000 tokens
 WIDTH = 64
 RETENTION = 0.1
-LONGEST, LARGEST = 4.0, 3 * 2**30  # seconds and bytes that the next size may be expected to take
+LONGEST, LARGEST = 4.0, 3 * 2**30  # limits for the next size, extrapolated: seconds and bytes
 
 
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
-    """Exponents of every registered method."""
+    """The growth exponents of every registered method."""
     for name in tp.list_methods():
         compressor = tp.create(name, retention=RETENTION)
         tell(name)
@@ -48,7 +49,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
 def _grown(
     compressor: Compressor, frames: tuple[int, ...], device: str
 ) -> tuple[list[int], list[float], list[int]]:
-    """Tokens, seconds and bytes of every size that fits."""
+    """Tokens, seconds and bytes at every size that fits."""
     part = compressor.at(compressor.cuts[0]) if compressor.cuts else compressor
     sizes: list[int] = []
     seconds: list[float] = []
@@ -56,7 +57,7 @@ def _grown(
     for count in frames:
         layout = TokenLayout.video(count, FRAME)
         if sizes:
-            factor = (len(layout) / sizes[-1]) ** 2  # nothing here grows faster
+            factor = (len(layout) / sizes[-1]) ** 2  # no method grows faster than quadratically
             if seconds[-1] * factor > LONGEST or held[-1] * factor > LARGEST:
                 break
         work = _work(part, layout, device)
@@ -67,7 +68,7 @@ def _grown(
 
 
 def _work(part: Compressor, layout: TokenLayout, device: str) -> Callable[[], object]:
-    """What a selection takes; inside the vision tower with all that is added there."""
+    """The work of one selection; for an encoder method with its steps inside the encoder."""
     if isinstance(part, EncoderCompressor):
         adapter = tower.clip(FRAME[0], device, torch.float32, **tower.SMALL)
         steps = tower.Steps(adapter, part, layout, WIDTH)

@@ -1,8 +1,8 @@
-"""Prefill time and memory with fewer visual tokens, against what the FLOPs promise.
+"""Prefill time and memory with fewer visual tokens, against the bound that the FLOPs set.
 
-LLaVA-NeXT with random weights and one square image of 2880 patch tokens, pruned by ``uniform``: on
-a GPU the 7B shape in bfloat16 and eight prompts at once, on the CPU one prompt in a decoder of 8
-layers of width 512, and in two layers of the 7B shape.
+The model is LLaVA-NeXT with random weights, the image is square and has 2880 patch tokens, and
+``uniform`` prunes it.  A GPU runs the 7B shape in bfloat16 with eight prompts at once.  The CPU
+runs one prompt in a decoder of 8 layers of width 512, and in two layers of the 7B shape.
 """
 
 import functools
@@ -33,7 +33,7 @@ TOY = DecoderShape(layers=2, hidden=32, intermediate=48, heads=4, kv_heads=4, he
 
 
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
-    """Speed-up and memory at every retention, beside the bound."""
+    """Speed-up and memory at every retention ratio, with the bound."""
     if quick:
         yield from _measure(TOY, device, torch.float32, 1, tell)
     elif device.startswith("cuda"):
@@ -82,7 +82,7 @@ def _measure(
         bound = full / prefill_flops([count] * shape.layers, shape)
         yield Figure(
             case=case, figure=f"speed-up at R = {ratio:g}", value=seconds / less, better="high",
-            note=f"FLOPs promise {bound:.2f}; {1000 * less:.4g} of {1000 * seconds:.4g} ms",
+            note=f"bound by FLOPs {bound:.2f}; {1000 * less:.4g} of {1000 * seconds:.4g} ms",
         )  # fmt: skip
         yield Figure(
             case=case, figure=f"of the promise at R = {ratio:g}", value=seconds / less / bound,
@@ -95,5 +95,5 @@ def _measure(
         yield Figure(
             case=case, figure=f"peak memory at R = {ratio:g}",
             value=(held + weights) / (memory + weights), better="low",
-            goal=0.6 if cuda and ratio == min(RETENTION) else None, note="weights and all",
+            goal=0.6 if cuda and ratio == min(RETENTION) else None, note="weights included",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The figures of benchmarks: a tidy file of them, and how two such files differ."""
+"""The figures of benchmarks: writing, reading and comparing files of them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from tokenprune.experiments.common.files import replace_file
 __all__ = ["Figure", "changes", "save", "table"]
 
 KEY = ["benchmark", "case", "figure"]
-NOTICEABLE = 0.1  # share by which a figure may move from run to run
+NOTICEABLE = 0.1  # relative change up to which two runs count as equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,12 @@ class Figure:
 
     Attributes:
         case: What was measured, e.g. a method.
-        figure: What about it.
-        value: The figure.
-        unit: ``ratio``, ``count``, ``exponent``, or a unit of what a ratio was made of.
-        better: Which way is better; None where it only explains another figure.
+        figure: Its name, e.g. ``time / prefill``.
+        value: Its value.
+        unit: ``ratio``, ``count``, ``exponent``, or a physical unit such as ``s``.
+        better: Which direction is better; None for a figure that only explains another one.
         goal: The value not to exceed (``low``) or to reach (``high``), if there is one.
-        note: What a reader must know.
+        note: How the value came about.
     """
 
     case: str
@@ -47,7 +47,7 @@ class Figure:
 
 
 def save(frame: pd.DataFrame, path: Path) -> None:
-    """Write the figures as CSV, or as parquet where the name says so."""
+    """Write the figures as CSV, or as parquet if the file name ends in ``.parquet``."""
     with replace_file(path) as temporary:
         if path.suffix == ".parquet":
             frame.to_parquet(temporary, index=False)
@@ -59,7 +59,7 @@ def table(path: Path) -> pd.DataFrame:
     """Read what `save` wrote.
 
     Raises:
-        UserError: There is no such file, or it holds something else.
+        UserError: The file is missing, unreadable, or not a file of figures.
     """
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path)
@@ -74,11 +74,11 @@ def table(path: Path) -> pd.DataFrame:
 
 
 def changes(frame: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
-    """What moved noticeably since ``earlier``, worst first.
+    """The figures that changed by more than `NOTICEABLE` since ``earlier``, worst first.
 
     Returns:
         The key columns, ``value``, ``earlier``, ``change`` (value / earlier - 1) and ``worse``.
-        Figures that only explain others, and those that one of both lacks, are left out.
+        Figures without ``better``, and those that one of the files lacks, are left out.
     """
     both = frame.merge(earlier[[*KEY, "value"]], on=KEY, suffixes=("", "_earlier"))
     both = both.rename(columns={"value_earlier": "earlier"})[both["better"].notna()]

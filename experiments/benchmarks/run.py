@@ -1,4 +1,4 @@
-"""Runs the benchmarks of what tokenprune itself costs."""
+"""Run the benchmarks."""
 
 import dataclasses
 import importlib
@@ -34,7 +34,7 @@ class BenchmarkRequest(Request):
     Attributes:
         out: A CSV or parquet file for the figures; None for one in ``runs/``.
         only: Which of `BENCHMARKS`.
-        quick: Toy sizes, to check that everything runs; the figures mean nothing.
+        quick: Toy sizes, to check that everything runs; the figures are meaningless.
         device: ``cpu`` or ``cuda``.
         against: An earlier file of figures to compare with.
     """
@@ -50,8 +50,8 @@ def run(request: BenchmarkRequest, progress: ProgressCallback = silent) -> Outco
 
     Returns:
         With the table ``figures``: one row per figure, with the machine, versions and date; and
-        ``changes``, as `record.changes` returns it, if there is an earlier file.  ``failed`` if a
-        figure has become worse.
+        ``changes``, as `record.changes` returns it, if there is an earlier file.  The status is
+        ``failed`` if a figure is worse than in the earlier file.
 
     Raises:
         UserError: An unknown benchmark, a device that does not exist, or a file that cannot be read

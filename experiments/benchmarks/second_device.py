@@ -1,10 +1,9 @@
-"""A second device without the hardware: tensors on the CPU that behave as if they were elsewhere.
+"""A simulated second device: tensors in CPU memory that behave as if they were on a GPU.
 
-A tensor "on" the second device carries a mark.  `SecondDevice` watches every call of PyTorch:
-results carry the mark of what they were made from, ``.device`` and ``.to`` tell and change it, a
-call that mixes devices raises, as CUDA does, and calls for which the host would have to wait until
-the device is done are counted.  Values are computed on the CPU, so that results can be compared to
-the last bit.
+A tensor "on" the second device carries a mark.  `SecondDevice` intercepts every call of PyTorch:
+results inherit the mark of their inputs, ``.device`` reads it and ``.to`` changes it.  A call that
+mixes devices raises, as on CUDA.  Calls that would synchronise the host with the device are
+counted.  Values are computed on the CPU, so results can be compared bit by bit.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ __all__ = ["CPU", "OTHER", "SecondDevice", "put", "where"]
 
 CPU, OTHER = torch.device("cpu"), torch.device("cuda:1")
 
-# Calls whose result, or its size, the host has to know.
-_TOLD = {
+# Calls whose result, or the size of it, the host needs: each synchronises.
+_SYNCHRONISING = {
     Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__int__, Tensor.__float__, Tensor.__bool__,
     Tensor.__index__, Tensor.nonzero, torch.nonzero, Tensor.unique, torch.unique,
     torch.unique_consecutive, Tensor.bincount, torch.bincount, torch.histc, Tensor.masked_select,
@@ -33,12 +32,12 @@ _REPEAT = (torch.repeat_interleave, Tensor.repeat_interleave)
 
 
 def where(tensor: Tensor) -> torch.device:
-    """The device a tensor pretends to be on."""
+    """The simulated device of a tensor."""
     return OTHER if getattr(tensor, "_elsewhere", False) else CPU
 
 
 def put(value: Any, device: torch.device) -> Any:
-    """Let ``value`` pretend to be on ``device``; what is no tensor stays as it is."""
+    """Mark a tensor as being on ``device``; other values are returned unchanged."""
     if isinstance(value, Tensor):
         value._elsewhere = device == OTHER  # type: ignore[attr-defined]
     return value
@@ -49,10 +48,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class SecondDevice(TorchFunctionMode):
-    """While open, marks follow the tensors and devices may not be mixed.
+    """While active, marks follow the tensors and devices must not be mixed.
 
     Attributes:
-        waits: Name of what would make the host wait, to how often it did.
+        waits: Cause of a synchronisation to how often it occurred.
     """
 
     free = (Tensor.copy_, Tensor.size, Tensor.dim, Tensor.__len__, Tensor.__repr__)
@@ -77,10 +76,10 @@ class SecondDevice(TorchFunctionMode):
         elif func is Tensor.cpu:
             wanted = CPU
         elif func in (Tensor.__getitem__, Tensor.__setitem__) and where(args[0]) == OTHER:
-            inside = [args[0], *args[2:]]  # the indices alone may lie on the CPU
+            inside = [args[0], *args[2:]]  # only the indices may be on the CPU
         if func not in self.free:
             self._check(func, inside)
-        if why := _waits(func, args, kwargs, wanted):
+        if why := _synchronisation(func, args, kwargs, wanted):
             self.waits[why] += 1
         real = [CPU if isinstance(x, torch.device) else x for x in args]
         named = {k: CPU if isinstance(x, torch.device) else x for k, x in kwargs.items()}
@@ -89,7 +88,7 @@ class SecondDevice(TorchFunctionMode):
         if home is None:
             home = where(inside[0]) if inside else CPU
         if any(out is x for x in inside):
-            # `x.to(y)` gives x itself back where nothing changes; a move must make a new tensor.
+            # `x.to(y)` returns x itself where nothing changes; a move must make a new tensor.
             if func not in (Tensor.to, Tensor.cpu) or where(out) == home:
                 return out
             out = out.view_as(out)
@@ -103,8 +102,8 @@ class SecondDevice(TorchFunctionMode):
             raise RuntimeError(f"{func} got tensors on two devices")
 
 
-def _waits(func: Any, args: Any, kwargs: Any, wanted: torch.device | None) -> str:
-    """Why the host would wait for the second device; empty where it would not."""
+def _synchronisation(func: Any, args: Any, kwargs: Any, wanted: torch.device | None) -> str:
+    """Why the call synchronises with the second device; empty if it does not."""
     first = args[0] if args else None
     elsewhere = isinstance(first, Tensor) and where(first) == OTHER
     name = getattr(func, "__name__", "")
@@ -115,7 +114,7 @@ def _waits(func: Any, args: Any, kwargs: Any, wanted: torch.device | None) -> st
             return "to the device"
     elif func in (torch.tensor, torch.as_tensor) and wanted == OTHER:
         return "to the device"
-    elif elsewhere and func in (Tensor.new_tensor, *_TOLD):
+    elif elsewhere and func in (Tensor.new_tensor, *_SYNCHRONISING):
         return name
     elif func is torch.where and len(args) == 1:
         return "nonzero" if elsewhere else ""
@@ -128,11 +127,11 @@ def _waits(func: Any, args: Any, kwargs: Any, wanted: torch.device | None) -> st
 
 
 def _index(args: Any) -> str:
-    """Why an access by index waits: a mask, a number on the device, or places on the host."""
+    """Why indexing synchronises: a mask, a scalar on the device, or indices on the host."""
     parts = [part for part in _flat(args[1]) if isinstance(part, Tensor)]
     number = len(args) > 2 and not (isinstance(args[2], Tensor) and args[2].ndim)
     if number and len(parts) == 1 and parts[0].dtype == torch.bool:
-        return ""  # a number where a mask says, is filled in without counting
+        return ""  # filling a mask with a scalar does not need its count
     for part in parts:
         if part.dtype == torch.bool:
             return "mask as index"

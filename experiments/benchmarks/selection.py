@@ -1,14 +1,14 @@
-"""What choosing costs beside the prefill of LLaVA-NeXT-7B, method by method.
+"""The selector cost of every method as a share of the prefill of LLaVA-NeXT-7B.
 
-One square image: 5 views, 2880 patch tokens, features of width 4096.  Measured are the strategy
-itself at R = 0.25 and the signals that it asks for, on random numbers of the real shapes.  The
-prefill is one real decoder layer times 32, and its memory the layer's working memory, the KV cache
-of 32 layers and, as they have to be there, their weights; the share of what is beside the weights
-is shown apart.  Memory is that of the strategy and of each signal by itself; what the engine copies
-for a strategy inside the language model, and packing, are in `Ledger.selector_bytes`.
+The image is square: 5 views, 2880 patch tokens, features of width 4096.  The method at R = 0.25
+and each signal that it needs are measured on random tensors of the real shapes.  The time of the
+prefill is that of one real decoder layer times 32.  Its memory is the working memory of a layer,
+the KV cache of 32 layers, and their weights; a second figure leaves the weights out.  The memory of
+a method is the largest of the selection and of each signal alone.  `Ledger.selector_bytes` also
+counts packing and what the engine copies for a method inside the language model.
 
-Methods inside the vision tower are measured in a CLIP ViT-L/14 of random weights: what they add to
-it as a share of the same prefill, and the whole tower beside the plain one.
+Methods inside the vision encoder are measured in a CLIP ViT-L/14 with random weights: what they add
+to it, as a share of the same prefill, and the whole vision encoder with and without the method.
 """
 
 import functools
@@ -68,7 +68,7 @@ TINY = DecoderShape(layers=32, hidden=64, intermediate=96, heads=32, kv_heads=32
 
 
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
-    """Shares of the prefill, host waits and the largest tensor of every registered method."""
+    """Shares of the prefill, synchronisations and the largest tensor of every method."""
     layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12)) if quick else FIVE_VIEWS
     shape = TINY if quick else LLAVA_NEXT_7B
     bench = _Bench(shape, layout, device, torch.float32 if quick else dtype_of(device), quick)
@@ -96,7 +96,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
 
 
 class _Bench:
-    """One decoder layer of a shape, and what a selection meets in front of it."""
+    """One decoder layer of a shape, and random inputs of a selection in front of it."""
 
     def __init__(
         self, shape: DecoderShape, layout: TokenLayout, device: str, dtype: torch.dtype, quick: bool
@@ -122,7 +122,7 @@ class _Bench:
         return hidden, self.rotary(hidden, at)
 
     def prefill(self) -> tuple[float, float, float]:
-        """Seconds of all layers, bytes of one at work and the KV cache of all, and of weights."""
+        """Seconds of all layers; bytes of one layer at work plus the KV cache; bytes of weights."""
         hidden, rotary = self._hidden(len(self.layout))
         work = functools.partial(self.layer, hidden, position_embeddings=rotary)
         taken = timed(work, warmup=1, repeats=max(1, self.repeats - 1), device=self.device).median
@@ -178,11 +178,11 @@ class _Bench:
         )  # fmt: skip
         yield Figure(
             case=name, figure="largest tensor / N x N", value=largest, better="low",
-            goal=self.shape.heads - 1, note="less than one N x N for every head",
+            goal=self.shape.heads - 1, note="fewer elements than one N x N matrix per head",
         )  # fmt: skip
 
     def _signal(self, signal: Signal, count: int) -> Callable[[], Any] | None:
-        """What the engine computes for ``signal``; None where it is there anyway."""
+        """What the engine computes for ``signal``; None if the model computes it anyway."""
         name = signal.resolve(has_cls=True).name
         vision = self.vision.joint() if name in ("cls_joint", "joint_keys") else self.vision
         if name.startswith("cls"):
@@ -235,7 +235,7 @@ class _Bench:
         return None
 
     def _global_row(self, hidden: Tensor) -> Tensor:
-        """As the engine asks with the mean of all states, without rotation."""
+        """Attention of the mean of all states, without rotation, as the engine computes it."""
         states = self.layer.input_layernorm(hidden)
         both = torch.cat([states, states.float().mean(1, keepdim=True).to(states)], 1)
         still = both.new_ones(*both.shape[:2], self.shape.head_dim)
@@ -247,7 +247,7 @@ class _Bench:
 
 
 def _kernels(device: str) -> Iterator[Figure]:
-    """Whether every attention of the testbed ran in a fused kernel, in its usual implementation."""
+    """Whether every attention of the testbed runs in a fused kernel of the usual kind."""
     from tokenprune.experiments.common.questions import held_out
 
     pipe = tp.load("testbed-next", device=device)
@@ -264,7 +264,7 @@ def _kernels(device: str) -> Iterator[Figure]:
             continue
         try:
             check_compatible(pipe.adapter.facts, compressor)
-        except UserError:  # it needs what no model here has
+        except UserError:  # it needs a signal that the testbed lacks
             continue
         ran += 1
         with tp.compress(pipe.model, compressor), watching() as seen:

@@ -1,4 +1,4 @@
-"""Models and visual tokens of the shapes that are measured."""
+"""Models and visual tokens of the measured shapes."""
 
 import functools
 from dataclasses import replace
@@ -29,7 +29,7 @@ TEXT = 64  # tokens of a prompt that are not visual
 
 
 def dtype_of(device: str) -> torch.dtype:
-    """bfloat16 on a GPU; on the CPU whatever multiplies matrices faster there."""
+    """bfloat16 on a GPU; on the CPU the one of float32 and bfloat16 with the faster matmul."""
     if device.startswith("cuda"):
         return torch.bfloat16
     taken = {}
@@ -40,7 +40,7 @@ def dtype_of(device: str) -> torch.dtype:
 
 
 def decoder_config(shape: DecoderShape) -> LlamaConfig:
-    """A Llama of ``shape``, with a small vocabulary: logits are no part of what is measured."""
+    """A Llama of ``shape`` with a small vocabulary, as logits are not measured."""
     return LlamaConfig(
         vocab_size=64,
         hidden_size=shape.hidden,
@@ -54,16 +54,16 @@ def decoder_config(shape: DecoderShape) -> LlamaConfig:
 
 
 def llava(shape: DecoderShape, device: str, dtype: torch.dtype) -> Adapter:
-    """A LLaVA-NeXT with random weights: a decoder of ``shape`` behind a tiny vision tower."""
+    """A LLaVA-NeXT with random weights: a tiny vision encoder and a decoder of ``shape``."""
     config = LlavaNextConfig(**LlavaNext.tiny().config.to_dict())
     config.text_config = decoder_config(shape)
     return random_model(config, device, dtype)
 
 
 def random_model(config: LlavaNextConfig, device: str, dtype: torch.dtype) -> Adapter:
-    """A LLaVA-NeXT with random weights."""
+    """A LLaVA-NeXT of ``config`` with random weights."""
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a float32 copy of a large one may not fit
+    torch.set_default_dtype(dtype)  # a float32 copy of a large model may not fit
     try:
         with torch.device(device):
             model = LlavaNextForConditionalGeneration(config).eval()
@@ -73,7 +73,7 @@ def random_model(config: LlavaNextConfig, device: str, dtype: torch.dtype) -> Ad
 
 
 def larger_testbed(shape: DecoderShape) -> Pipeline:
-    """The testbed's processor and vision tower, random, with a decoder of ``shape``."""
+    """The testbed's processor and vision encoder with a decoder of ``shape``, all random."""
     from transformers import AutoProcessor
 
     folder = testbed.path("testbed-next")
@@ -97,7 +97,7 @@ def tokens_at(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> VisualTokens:
-    """Random visual tokens whose features and vectors are as wide as in the model."""
+    """Random visual tokens with features and signals as wide as in the model."""
     draw = torch.Generator().manual_seed(0)
     small = sample_tokens(needs, layout, dtype=dtype)
 

@@ -1,7 +1,7 @@
-"""A whole comparison against its cells one by one, and against what sharing can save at best.
+"""The time of a comparison with shared work, against its cells run separately and the lower bound.
 
-"Separately" is each cell in a comparison of its own, with its own run of the vision encoder; only
-the cell differs.  Answers and ledgers of both ways must be equal.
+"Separately" means that each cell is a comparison with its own run of the vision encoder.  Answers
+and ledgers of both must be equal.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ Answers = dict[tuple[str, str], dict[str, Any]]
 
 
 def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[Figure]:
-    """Time ratios, what FLOPs say of them, and both beside each other; see the module."""
+    """Time ratios, their lower bounds by FLOPs, and the quotients of both."""
     count, size = (4, 4) if quick else (50, 50)
     pipe = tp.load("testbed-next", device=device)
     several = held_out(5 * count, 0, "image")
@@ -73,7 +73,7 @@ def _grid(
     goal: float | None = None,
     goal_of_bound: float | None = None,
 ) -> Iterator[Figure]:
-    """All methods at all ``ratios``: the measured ratio, and the ratio of FLOPs."""
+    """All methods at all ``ratios``: the ratio of times, and the ratio of FLOPs."""
     together, alone, columns, answers = _both(pipe, ratios, asked, size, new)
     flops = {
         cell.key: sum(answers[cell.key, item.id]["flops"] for item in asked) for cell in columns
@@ -95,7 +95,7 @@ def _grid(
 def _both(
     pipe: Pipeline, ratios: Sequence[float], asked: Sequence[Question], size: int, new: int
 ) -> tuple[float, float, list[Cell], Answers]:
-    """Seconds of the whole comparison and of all cells by themselves."""
+    """Seconds of the comparison and of all cells separately, the cells and the answers."""
     columns = cells(METHODS, ratios)
     _run(pipe, columns[-1:], asked[:1], size, new)  # warm up
     together, answers = _run(pipe, columns, asked, size, new)
@@ -103,11 +103,11 @@ def _both(
     for cell in columns[1:]:  # the uncompressed model comes on top of the grid
         seconds, same = _run(pipe, [cell], asked, size, new, shared=False)
         alone += seconds
-        # At R = 1 the account of a method by itself has what it spent on choosing everything.
+        # At R = 1 the ledger of a separate cell includes the cost of selecting all tokens.
         if cell.retention < 1 and any(
             answers[key] != made | {"kl": answers[key]["kl"]} for key, made in same.items()
         ):
-            raise RuntimeError(f"{cell} answers differently together and by itself")
+            raise RuntimeError(f"{cell} answers differently when it runs separately")
     return together, alone, columns[1:], answers
 
 
@@ -146,7 +146,7 @@ def _run(
 
 
 def _tower_flops(pipe: Pipeline, asked: Sequence[Question]) -> float:
-    """FLOPs of the vision encoder, once for every image that is asked about."""
+    """FLOPs of the vision encoder, once for every image."""
     images = {item.image_id: item.images[0] for item in asked}.values()
     sizes = [image.open().size for image in images]
     vision = pipe.adapter.base.config.vision_config
@@ -160,26 +160,25 @@ def _tower_flops(pipe: Pipeline, asked: Sequence[Question]) -> float:
 def _bound(
     pipe: Pipeline, columns: Sequence[Cell], flops: dict[str, float], full: float, tower: float
 ) -> float:
-    """FLOPs of everything once over FLOPs of all cells by themselves."""
+    """FLOPs with all shared work done once, over the FLOPs of all cells separately."""
     layers = len(pipe.adapter.decoder_layers)
     together = tower + full
     for cell in columns:
-        if cell.key == UNCOMPRESSED:  # at R = 1 the uncompressed model has answered already
+        if cell.key == UNCOMPRESSED:  # its answers at R = 1 are shared
             continue
         first = min(cuts_of(pipe.adapter, cell.compressor), default=0)
-        together += flops[cell.key] - full * first / layers  # that much ran before
+        together += flops[cell.key] - full * first / layers  # layers before the cut are shared
     return together / sum(tower + flops[cell.key] for cell in columns)
 
 
 def _bound_7b(pipe: Pipeline, columns: Sequence[Cell]) -> float:
-    """The same for one square image in LLaVA-NeXT-7B, cuts and budgets as the methods say."""
+    """`_bound` for one square image in LLaVA-NeXT-7B, with the cuts and budgets of the methods."""
     shape, patches, rest = LLAVA_NEXT_7B, 2880, 48 + 64
     full = prefill_flops([patches + rest] * shape.layers, shape)
     flops = {}
     for cell in columns:
-        cuts = sorted(cuts_of(pipe.adapter, cell.compressor)) or [
-            0
-        ]  # this decoder has 32 layers too
+        # The decoder of `pipe` has 32 layers, too, so its cuts hold for the 7B model.
+        cuts = sorted(cuts_of(pipe.adapter, cell.compressor)) or [0]
         tokens = []
         for layer in range(shape.layers):
             passed = sum(cut <= layer for cut in cuts)

@@ -1,8 +1,8 @@
-"""What a method inside the vision tower takes there: apart from the tower's layers, and with them.
+"""The cost of a method inside the vision encoder, without and with the encoder's own layers.
 
-`Steps` runs all that such a method adds to a tower, on random states of the real shape and without
-attention and MLP: resizing the views, keys, matching and merging in every layer, and the way back
-to full views.
+`Steps` runs only what the method adds to the encoder, on random states of the real shape: resizing
+the views, keys, matching and merging in every layer, and the expansion back to full views.  It
+leaves out attention and MLP.
 """
 
 import functools
@@ -40,12 +40,12 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 
 
 def clip(side: int, device: str, dtype: torch.dtype, **sizes: int) -> Adapter:
-    """A LLaVA-NeXT of random weights with CLIP ViT-L/14 as its tower, and next to no decoder.
+    """A LLaVA-NeXT with random weights: CLIP ViT-L/14 and a decoder of negligible size.
 
     Args:
         side: Rows and columns of patches in a view; 24 are 336 pixels.
         device, dtype: Of the weights.
-        **sizes: Of the tower, where they are others.
+        **sizes: Fields of `CLIPVisionConfig` that differ from ViT-L/14.
     """
     usual: dict[str, Any] = {
         "hidden_size": VISION_WIDTH,
@@ -72,12 +72,12 @@ def clip(side: int, device: str, dtype: torch.dtype, **sizes: int) -> Adapter:
 
 
 class Steps:
-    """All that a method adds to the tower, on the views of one image or video."""
+    """What a method adds to the vision encoder, on the views of one image or video."""
 
     def __init__(
         self, adapter: Adapter, compressor: EncoderCompressor, layout: TokenLayout, width: int
     ) -> None:
-        """Draw what is needed; ``width`` is that of the language model."""
+        """Draw the inputs; ``width`` is that of the language model."""
         self.adapter, self.compressor, self.layout = adapter, compressor, layout
         (rows, columns), (tall, wide) = adapter.view_shape, adapter.facts.vision.patch_size
         weight = next(adapter.vision_tower.parameters())
@@ -92,7 +92,7 @@ class Steps:
         )
 
     def __call__(self) -> Tower:
-        """Run them once."""
+        """Run the steps of all layers once."""
         session, states = self._begin()
         seen = [states]
         for index in range(len(self.adapter.vision_layers)):
@@ -102,12 +102,12 @@ class Steps:
         return session.tower
 
     def first(self) -> None:
-        """The views and one layer, nothing of which is kept: for the memory at work."""
+        """Run the first layer and keep no result, to measure the working memory."""
         session, states = self._begin()
         self._layer(session, 0, states)
 
     def shown(self, tower: Tower) -> VisualTokens:
-        """What the method sees in front of the language model behind such a run."""
+        """The visual tokens that the method gets in front of the language model after a run."""
         (clusters,) = tower.clusters([self.layout], self.adapter.view_shape)
         return replace(self.tokens, clusters=clusters, encoding=tower.encoding)
 
@@ -137,36 +137,36 @@ def figures(
     repeats: int,
     tell: Callable[[str], None],
 ) -> Iterator[Figure]:
-    """Shares of a prefill, and the whole tower under each method beside the plain one.
+    """Shares of a prefill, and the cost of the whole vision encoder with and without a method.
 
     Args:
-        compressors: Methods that act inside the tower.
+        compressors: Methods that act inside the vision encoder.
         layout: Of the image.
         width: Of the language model.
-        adapter: With the tower.
-        prefill: Its seconds, its bytes beside the weights, and those of the weights.
-        repeats: How often each thing is timed.
+        adapter: Of the model with the vision encoder.
+        prefill: Its seconds, its bytes without the weights, and the bytes of the weights.
+        repeats: Timed runs of each figure.
         tell: Called with what is being measured.
     """
     (seconds, held, weights), device = prefill, str(adapter.device)
     measured = functools.partial(timed, repeats=repeats, device=device)
-    tell("vision tower")
+    tell("vision encoder")
     whole: Any = None
     for compressor in compressors:
         steps = Steps(adapter, compressor, layout, width)
-        if whole is None:  # the same pixels do for all
+        if whole is None:  # the same pixels serve all methods
             whole = functools.partial(_run, adapter, steps.pixels, None)
             plain, peak = measured(whole, warmup=1).median, peak_memory(whole, device)
         name = compressor.name
         tell(name)
         work, select = steps, functools.partial(compressor, steps.shown(steps()))
-        inside, behind = (measured(one, warmup=0).median for one in (work, select))
+        inside, after = (measured(one, warmup=0).median for one in (work, select))
         memory = max(peak_memory(one, device) for one in (steps.first, select))
         under = functools.partial(_run, adapter, steps.pixels, compressor)
         taken, most = measured(under, warmup=1).median, peak_memory(under, device)
         yield Figure(
-            case=name, figure="time / prefill", value=(inside + behind) / seconds, better="low",
-            note=f"in the tower {1000 * inside:.3g} ms, behind it {1000 * behind:.3g} ms",
+            case=name, figure="time / prefill", value=(inside + after) / seconds, better="low",
+            note=f"in the encoder {1000 * inside:.3g} ms, after it {1000 * after:.3g} ms",
         )  # fmt: skip
         yield Figure(
             case=name, figure="memory / prefill", value=memory / (held + weights), better="low",
@@ -187,7 +187,7 @@ def figures(
 
 @torch.no_grad()
 def _run(adapter: Adapter, pixels: Tensor, compressor: EncoderCompressor | None) -> None:
-    """The whole tower, as the model calls it."""
+    """Run the whole vision encoder, as the model calls it."""
     rows, columns = pixels.shape[-2:]
     call = {"pixel_values": pixels[None], "image_sizes": torch.tensor([[2 * rows, 2 * columns]])}
     with running(adapter, compressor, call, "image"):

@@ -1,4 +1,4 @@
-"""What a selection does behind its caller's back: waits for the device, and large tensors."""
+"""Count the synchronisations of a selection and the size of its largest tensor."""
 
 import warnings
 from collections import Counter
@@ -18,12 +18,12 @@ from tokenprune.tokens import VisualTokens
 
 @dataclass
 class Watched:
-    """What was seen.
+    """The operations recorded by `watching`.
 
     Attributes:
-        largest: Elements of the largest tensor that was made.
+        largest: Elements of the largest new tensor.
         attention: Calls of scaled_dot_product_attention.
-        fused: Those among them that ran in one fused kernel.
+        fused: How many of these calls ran in one fused kernel.
     """
 
     largest: int = 0
@@ -32,10 +32,10 @@ class Watched:
 
 
 def host_waits(part: Compressor, tokens: VisualTokens) -> Counter[str]:
-    """What makes the host wait while ``part`` selects, to how often it does.
+    """Causes of synchronisations while ``part`` selects, each with its count.
 
-    Tokens on a GPU are selected there, and CUDA tells; those on the CPU are taken for tensors on a
-    second device that is simulated.
+    For tokens on a GPU, CUDA reports them, without a cause.  Tokens on the CPU are moved to a
+    simulated device (`SecondDevice`).
     """
     if tokens.features.device.type == "cuda":
         torch.cuda.synchronize()
@@ -46,8 +46,8 @@ def host_waits(part: Compressor, tokens: VisualTokens) -> Counter[str]:
                 part(tokens)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        told = sum("synchronizing" in str(one.message) for one in caught)
-        return Counter({"synchronisation": told} if told else {})
+        count = sum("synchronizing" in str(one.message) for one in caught)
+        return Counter({"synchronisation": count} if count else {})
     device = SecondDevice()
     with device:
         there = _elsewhere(tokens)
@@ -57,7 +57,7 @@ def host_waits(part: Compressor, tokens: VisualTokens) -> Counter[str]:
 
 
 def _elsewhere(tokens: VisualTokens) -> VisualTokens:
-    """The same tokens on the second device, their geometry known to the host."""
+    """The same tokens on the second device; the host knows their geometry."""
     for weight in getattr(tokens.projector, "parameters", tuple)():
         put(weight, OTHER)
     return replace(
@@ -89,7 +89,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _place(one: Tensor) -> int:
-    """Where its memory is; a view's is that of what it shows."""
+    """The address of its storage, which a view shares with its base."""
     return one.untyped_storage().data_ptr()
 
 
@@ -105,7 +105,7 @@ class _Methods(TorchFunctionMode):
 
 
 class watching:
-    """While open, what is run is noted in the `Watched` it yields."""
+    """While open, it records operations in the `Watched` that it yields."""
 
     def __enter__(self) -> Watched:
         self.seen = Watched()

@@ -1,1 +1,1 @@
-"""Scripts that check what the tool promises."""
+"""Scripts that check the robustness of the tool: fuzzing and crashes."""

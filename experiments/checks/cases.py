@@ -1,7 +1,7 @@
-"""What a case of the fuzz script is, and how it is judged.
+"""Cases of the fuzz script, and their verdicts.
 
-A case knows by construction whether its input must be accepted or refused.  A refusal is a
-`UserError`, or a status of 2 from a command, with a sentence.
+By construction, each case states whether its input must be accepted or refused.  A refusal is a
+`UserError`, or exit status 2 of a command, with one sentence.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tokenprune.errors import UserError
 
 __all__ = ["LONGEST", "Area", "Case", "Hang", "Verdict", "Wrong", "command", "judge", "small_run"]
 
-LONGEST = 10.0  # seconds that any case may take
-_WORDY = 2000  # characters that a sentence may have
+LONGEST = 10.0  # seconds, limit of a case
+_WORDY = 2000  # characters, limit of a message
 
 Expected = Literal["accepted", "refused", "either"]
 
 
 class Wrong(Exception):
-    """The input was taken, and what came out is not right."""
+    """The input was accepted, but the result is wrong."""
 
 
 class Hang(BaseException):
-    """A case took longer than `LONGEST`; not an `Exception`, lest a run notes it and goes on."""
+    """A case took longer than `LONGEST`; no `Exception`, so that a run cannot record it."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Case:
     """One input.
 
     Attributes:
-        what: The input, for a reader to repeat by hand.
-        expected: What must become of it.
-        run: Puts it in.  Raises `UserError` if it is refused, `Wrong` if what comes out is not
-            right, and anything else if it is faulty.
+        what: The input, in a form that can be repeated by hand.
+        expected: The outcome that is required.
+        run: Runs the code on the input.  Raises `UserError` if the input is refused, `Wrong` if the
+            result is wrong; any other exception is a fault.
     """
 
     what: str
@@ -59,24 +59,24 @@ class Area(ABC):
 
     Attributes:
         name: As ``--area`` takes it.
-        share: How many of a hundred cases are of this kind.
+        share: Percentage of all cases.
     """
 
     name: str
     share: int
 
     def __init__(self, folder: Path) -> None:
-        """Prepare files in ``folder``, which is empty and the area's own."""
+        """Prepare files in ``folder``, which is empty and used by this area only."""
         self.folder = folder
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Case:
-        """One case; equal generators give equal cases."""
+        """Draw a case; equal generators give equal cases."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended: ``accepted``, ``refused`` or ``failed``, and what is wrong, if anything."""
+    """How a case ended, and what is wrong; ``fault`` is empty if nothing is."""
 
     outcome: Literal["accepted", "refused", "failed"]
     fault: str = ""
@@ -86,9 +86,9 @@ _HANGS = Verdict("failed", f"took longer than {LONGEST:g} s")
 
 
 def judge(case: Case) -> Verdict:
-    """Run ``case`` and hold it against what must become of it.
+    """Run ``case`` and compare its outcome with the required one.
 
-    What takes too long is tried again: a busy machine may stand still for a while.
+    A case that takes too long is run once more, as a busy machine may be slow for a while.
     """
     verdict = _judge(case)
     return _judge(case) if verdict == _HANGS else verdict
@@ -101,7 +101,7 @@ def _judge(case: Case) -> Verdict:
             warnings.simplefilter("ignore")
             case.run()
     except UserError as error:
-        verdict = Verdict("refused", _unlike_a_sentence(str(error)))
+        verdict = Verdict("refused", _unfit(str(error)))
     except Wrong as error:
         return Verdict("failed", f"wrong: {error}")
     except Hang:
@@ -113,7 +113,7 @@ def _judge(case: Case) -> Verdict:
         return Verdict("failed", f"{type(error).__name__} at {where}: {said}")
     else:
         verdict = Verdict("accepted")
-    if time.monotonic() - started > LONGEST:  # in code that no signal interrupts
+    if time.monotonic() - started > LONGEST:  # in code that the signal does not interrupt
         return _HANGS
     if case.expected not in ("either", verdict.outcome):
         said = f" ({verdict.fault})" if verdict.fault else ""
@@ -123,7 +123,7 @@ def _judge(case: Case) -> Verdict:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise `Hang` in the block when the time is up."""
+    """Raise `Hang` in the block after ``seconds``."""
 
     def stop(*_: object) -> None:
         raise Hang
@@ -137,8 +137,8 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _unlike_a_sentence(said: str) -> str:
-    """Why what a refusal says is no sentence to put on a terminal; empty if it is one."""
+def _unfit(said: str) -> str:
+    """Why the message of a refusal is unfit for a terminal; empty if it is fit."""
     if not said.strip():
         return "refused without a word"
     if len(said) > _WORDY:
@@ -149,11 +149,11 @@ def _unlike_a_sentence(said: str) -> str:
 
 
 def command(*words: str) -> str:
-    """What ``tokenprune words...`` prints, run in this process.
+    """Run ``tokenprune words...`` in this process and return its standard output.
 
     Raises:
-        UserError: It ends with the status of bad input.
-        Wrong: It ends with a status that commands do not have.
+        UserError: The exit status is that of bad input.
+        Wrong: The exit status is none that commands document.
     """
     from typer.testing import CliRunner
 
@@ -170,7 +170,7 @@ def command(*words: str) -> str:
 
 
 def small_run(folder: Path) -> Path:
-    """The folder of a comparison on a few questions."""
+    """Run a comparison on a few questions into ``folder`` and return it."""
     command(
         *("compare", "-m", "uniform", "fastv", "-r", "0.25", "--questions", "5"),
         *("--out", str(folder)),

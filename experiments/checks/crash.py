@@ -1,17 +1,16 @@
-"""Kill runs, fill their disk, start them twice: no answer may be lost, doubled or another.
+"""Kill runs, fill their disk, start them twice: no answer may be lost, duplicated or changed.
 
 ``python -m tokenprune.experiments.checks.crash [--quick] [--seed N]``
 
-A comparison on a few questions is run in processes of its own, which
+The script runs a comparison on a few questions in separate processes.  They
 
-* are killed (``kill -9``) at every event of writing (`faults.Fault`), and at random moments;
-* find the disk full from every event on, or one event failing;
-* are two at once in one folder.
+* are killed (``kill -9``) at every write event (`faults.Fault`), and at random moments;
+* find the disk full from each event on, or find that one event fails;
+* share one run folder with a second process.
 
-After each the journal must hold, readable and once, every answer that had been entered; what ended
-by itself must have said so in a sentence, or be complete; and the same command must then give the
-tables of an undisturbed run, with no temporary file left.  Prints counts; exit status 1 if anything
-went wrong.
+After each, the journal must hold every recorded answer exactly once.  A run that was not killed
+must be complete or end with a one-sentence error.  The same command must then give the tables of an
+undisturbed run and leave no temporary file.  Prints counts; the exit status is 1 if a check fails.
 """
 
 import argparse
@@ -43,21 +42,21 @@ from tokenprune.experiments.compare import run
 
 __all__ = ["main"]
 
-_QUICK = 3  # cases of each sort in a reduced run
-_MOMENTS = 40  # kills at random moments, and pairs of writers, in a full one
-_LIMIT = 120.0  # seconds that a run may take
+_QUICK = 3  # cases of each kind with --quick
+_MOMENTS = 40  # kills at random moments, and pairs of writers, without --quick
+_LIMIT = 120.0  # seconds, limit of a run
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run in a process of its own ended.
+    """How a run in a separate process ended.
 
     Attributes:
-        status: Its outcome's, ``refused`` with a sentence, ``traceback``, or ``killed``.
-        said: The sentence, or the traceback.
-        events: How many events of writing there were.
-        entered: (cell, question) of the answers that were entered into the journal.
-        seconds: How long it took.
+        status: The status of its outcome, or ``refused``, ``traceback`` or ``killed``.
+        said: The message of the error, or the traceback.
+        events: Number of write events.
+        entered: (cell, question) of the answers that were added to the journal.
+        seconds: Duration.
     """
 
     status: str
@@ -68,7 +67,7 @@ class Ended:
 
 
 class Started:
-    """A run in a process of its own."""
+    """A run in a separate process."""
 
     def __init__(self, request: CompareRequest, setting: setting.Setting, fault: Fault) -> None:
         self.begun = time.monotonic()
@@ -81,23 +80,25 @@ class Started:
         self._pipe = reader
 
     def kill(self) -> None:
-        """Now; the process may have ended."""
+        """Kill the process, which may have ended already."""
         os.kill(self.process, signal.SIGKILL)
 
     def ended(self) -> Ended:
-        """Wait for the end."""
+        """Wait until the process ends."""
         with os.fdopen(self._pipe, "rb") as pipe:
             lines = [line for line in pipe.read().splitlines(keepends=True) if line.endswith(b"\n")]
         os.waitpid(self.process, 0)
-        told = [json.loads(line) for line in lines]
-        entered = frozenset((cell, name) for one in told for cell, name in one.get("entered", ()))
-        last = next((one for one in told if "status" in one), {"status": "killed"})
+        records = [json.loads(line) for line in lines]
+        entered = frozenset(
+            (cell, name) for one in records for cell, name in one.get("entered", ())
+        )
+        last = next((one for one in records if "status" in one), {"status": "killed"})
         seconds = time.monotonic() - self.begun
         return Ended(**{"entered": entered, "seconds": seconds, **last})
 
 
 def _work(request: CompareRequest, setting: setting.Setting, fault: Fault, writer: int) -> None:
-    """Run in the new process, tell the pipe what was entered and how it ended, and exit."""
+    """Run in the new process, write added answers and the outcome to the pipe, and exit."""
 
     def tell(**what: Any) -> None:
         os.write(writer, (json.dumps(what) + "\n").encode())
@@ -127,12 +128,12 @@ def _columns(request: CompareRequest) -> list[Any]:
 
 
 class Checks:
-    """Runs cases and remembers what went wrong.
+    """Runs cases and collects problems.
 
     Args:
         folder: For the runs.
-        seed: Of the moments and choices.
-        quick: Fewer cases.
+        seed: Of the random moments and events.
+        quick: Whether to run fewer cases.
     """
 
     def __init__(self, folder: Path, seed: int, quick: bool) -> None:
@@ -154,7 +155,7 @@ class Checks:
         return Started(request, self.setting, Fault(out, kind, at))
 
     def at_events(self, kind: Kind) -> None:
-        """A fault at every event, or at some in a reduced run."""
+        """A fault at every event, or at some of them with ``quick``."""
         events = range(self.whole.events)
         if self.quick:
             events = sorted(self.random.sample(events, min(_QUICK, len(events))))  # type: ignore[assignment]
@@ -165,7 +166,7 @@ class Checks:
         self._say(f"{kind} at {len(events)} of {self.whole.events} events")
 
     def at_moments(self) -> None:
-        """Killed at random moments, up to three times before the run may end."""
+        """Kill a run at one to three random moments."""
         number = _QUICK if self.quick else _MOMENTS
         for case in range(number):
             out = self.folder / f"moment-{case}"
@@ -179,7 +180,7 @@ class Checks:
         self._say(f"kill at random moments, {number} cases")
 
     def two_writers(self) -> None:
-        """Two processes with one folder: one works, the other waits or is refused."""
+        """Start two processes in one folder: one works, the other blocks or is refused."""
         number = _QUICK // 2 if self.quick else _MOMENTS
         for case in range(number):
             out = self.folder / f"two-{case}"
@@ -195,7 +196,7 @@ class Checks:
         print(f"{what}: {len(self.problems)} problems so far", flush=True)
 
     def _look(self, case: str, out: Path, ended: list[Ended]) -> None:
-        """Whether nothing is lost, and whether the same command brings the run to its end."""
+        """Check that nothing is lost and that the same command completes the run."""
         entered = frozenset[tuple[str, str]]().union(*(one.entered for one in ended))
         found = [*self._lost(out, entered)]
         for one in ended:
@@ -204,7 +205,7 @@ class Checks:
             if one.status == "complete" and set(Journal(out / "answers.jsonl").answers) != set(
                 self.answers
             ):
-                found.append("called complete with answers missing")
+                found.append("complete, but answers are missing")
         again = self._start(out).ended()
         if again.status != "complete":
             found.append(f"the same command ended as {again.status}: {again.said}")
@@ -216,44 +217,44 @@ class Checks:
         shutil.rmtree(out, ignore_errors=True)
 
     def _lost(self, out: Path, entered: frozenset[tuple[str, str]]) -> Iterator[str]:
-        """What of the ``entered`` answers the journal does not hold once and as it was."""
+        """Problems of the journal: answers that are lost, changed or duplicated."""
         journal = Journal(out / "answers.jsonl")
         if lost := entered - journal.answers.keys():
             yield f"{len(lost)} answers are lost"
         if any(journal.answers[key] != self.answers[key] for key in journal.answers):
-            yield "an answer is another"
+            yield "an answer has changed"
         if not (out / "answers.jsonl").exists():
             return
         lines = (out / "answers.jsonl").read_bytes().split(b"\n")
         try:
             whole = [json.loads(line) for line in lines[:-1]]
         except ValueError:
-            yield "a line amid others is broken"
+            yield "a line before the last one is broken"
             return
         if len({(one["cell"], one["question"]) for one in whole}) != len(whole):
-            yield "an answer is doubled"
+            yield "an answer is duplicated"
 
     def _unlike(self, out: Path) -> Iterator[str]:
-        """What of a run that was completed differs from the undisturbed one."""
+        """Differences between a completed run and the undisturbed one."""
         try:
             pd.testing.assert_frame_equal(read_answers(out), self.table)
         except (AssertionError, UserError) as error:
             yield f"answers.parquet differs: {error}"
         if left := [path.name for path in out.rglob(".tokenprune-*")]:
-            yield f"temporary files are left: {left}"
+            yield f"temporary files remain: {left}"
         manifest = json.loads((out / "manifest.json").read_text())
         if manifest["status"] != "complete":
             yield f"the manifest says {manifest['status']}"
 
 
 def main() -> int:
-    """Run all checks; the exit status."""
+    """Run all checks and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases, under a minute")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and choices")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random moments and events")
     asked = parser.parse_args()
     quiet()
-    torch.set_num_threads(1)  # a process that has started more cannot be copied safely
+    torch.set_num_threads(1)  # a process with more threads cannot fork safely
     with tempfile.TemporaryDirectory() as folder:
         checks = Checks(Path(folder), asked.seed, asked.quick)
         print(f"an undisturbed run: {len(checks.answers)} answers, {checks.whole.events} events")

@@ -1,4 +1,4 @@
-"""Faults at the events of writing: a process that dies there, or a disk that takes no more."""
+"""Faults at write events: the process is killed, or the disk is full."""
 
 import builtins
 import errno
@@ -17,13 +17,13 @@ Kind = Literal["none", "kill", "full", "once"]
 
 
 class Fault:
-    """Counts the events below a folder and strikes at one of them.
+    """Counts the write events below a folder and injects a fault at one of them.
 
-    Events are the creation of a file, a write (of which half still arrives), a sync and a rename.
-    It replaces functions of this process for good: for processes of their own alone.
+    Events are the creation of a file, a write (half of which still succeeds), a sync and a rename.
+    `install` replaces functions of the process permanently: use it in a separate process only.
 
     Attributes:
-        events: How many there were.
+        events: Number of events so far.
     """
 
     def __init__(self, folder: Path, kind: Kind, at: int = 0) -> None:
@@ -31,7 +31,7 @@ class Fault:
         self.events = 0
 
     def install(self) -> None:
-        """From now on every event of this process counts."""
+        """Count the events of this process from now on."""
         opened, made, synced, renamed = io.open, os.open, os.fsync, os.replace
 
         def open_file(file: Any, mode: str = "r", size: int = -1, *rest: Any, **more: Any) -> Any:
@@ -66,7 +66,7 @@ class Fault:
         return str(os.path.abspath(file)).startswith(self.folder)
 
     def _strike(self, before: Callable[[], object]) -> None:
-        """Count an event; at the fault, do what still happens ``before`` it, and fail."""
+        """Count an event; if it is the faulty one, call ``before`` and fail."""
         number, self.events = self.events, self.events + 1
         if number == self.at or (self.kind == "full" and number > self.at):
             if self.kind == "kill":
@@ -79,7 +79,7 @@ class Fault:
 
 
 class _Raw(io.FileIO):
-    """A file that tells of its writes.
+    """A file that reports its writes.
 
     Args:
         file: Its path.

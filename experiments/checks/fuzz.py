@@ -1,10 +1,10 @@
-"""Fuzzing: odd and broken inputs of every kind, of each of which it is known what must become.
+"""Fuzzing with unusual and broken inputs of every kind, each with its required outcome.
 
     python -m tokenprune.experiments.checks.fuzz --seed 0 --cases 5000
 
-Prints counts for every area and every case that ends in a traceback, takes longer than ten
-seconds, is accepted where it must be refused or the other way round, or gives a wrong result.
-Equal seeds give equal cases; ``--area A --only N`` runs a single one again.
+Prints counts for every area, and every case that ends in a traceback, takes longer than ten
+seconds, is wrongly accepted or refused, or gives a wrong result.  Equal seeds give equal cases;
+``--area A --only N`` repeats a single one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AREAS: dict[str, type[Area]] = {
     area.name: area
     for area in (Specs, Selections, Options, DataFiles, Images, Checkpoints, RunFolders)
 }
-_LONG = 300  # characters of an input that are printed
+_LONG = 300  # characters, limit of a printed input
 
 
 def fuzz(
@@ -43,7 +43,7 @@ def fuzz(
 ) -> list[str]:
     """Run ``count`` cases of area ``name``, or the one numbered ``only``.
 
-    Prints the counts, and every failing case with what repeats it.
+    Prints the counts, and every failing case with the options that repeat it.
 
     Returns:
         The faults.
@@ -58,7 +58,7 @@ def fuzz(
             area = AREAS[name](Path(folder))
             for number in range(count) if only is None else [only]:
                 case = area.draw(random.Random(f"{seed} {name} {number}"))
-                # Should even the alarm not get through, show the stack on standard error and end.
+                # If the alarm of `judge` has no effect, print the stack and exit.
                 faulthandler.dump_traceback_later(10 * LONGEST, exit=True, file=2)
                 started = time.monotonic()
                 verdict = judge(case)
@@ -82,17 +82,17 @@ def fuzz(
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The script; the exit status is 1 if a case fails."""
-    parser = argparse.ArgumentParser(description="Fuzz what users hand to tokenprune.")
-    parser.add_argument("--seed", type=int, default=0, help="draws the cases")
-    parser.add_argument("--cases", type=int, default=5000, help="how many in all")
+    """Run the script; the exit status is 1 if a case fails."""
+    parser = argparse.ArgumentParser(description="Fuzz the inputs of tokenprune.")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases")
+    parser.add_argument("--cases", type=int, default=5000, help="number of cases in all areas")
     parser.add_argument("--area", choices=sorted(AREAS), nargs="+", help="default: all")
-    parser.add_argument("--only", type=int, help="the number of a single case of one area")
-    parser.add_argument("--slowest", action="store_true", help="name the slowest cases")
+    parser.add_argument("--only", type=int, help="run only the case with this number, of one area")
+    parser.add_argument("--slowest", action="store_true", help="print the slowest cases")
     asked = parser.parse_args(words)
     if asked.only is not None and len(asked.area or ()) != 1:
         parser.error("--only needs the --area of the case")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no network access
     torch.set_num_threads(1)
     quiet()
     names = asked.area or list(AREAS)
@@ -104,7 +104,7 @@ def main(words: Sequence[str] | None = None) -> int:
         failed += len(fuzz(name, count, asked.seed, asked.only, slowest=asked.slowest))
     signal.signal(signal.SIGTERM, before)
     print(
-        f"seed {asked.seed}: {failed} failed" if failed else f"seed {asked.seed}: all as it must be"
+        f"seed {asked.seed}: {failed} failed" if failed else f"seed {asked.seed}: all as required"
     )
     return 1 if failed else 0
 

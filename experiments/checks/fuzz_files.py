@@ -1,4 +1,4 @@
-"""Data files, and images."""
+"""Fuzz areas: data files and images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NO_PLACE = ("x", [0.5], [0.5, 2], [-1, 0], [0, 0, 0], {"x": 0}, ["0", "0"], 5, [
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """``content`` with bytes changed, left out or put in somewhere."""
+    """``content`` with bytes changed, removed or inserted at random places."""
     for _ in range(rng.choice([1, 1, 2, 5, 30])):
         place = rng.randrange(len(content) + 1)
         new = rng.choice(
@@ -48,7 +48,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 class DataFiles(Area):
-    """Right lines are read as they are written; a wrong one is refused."""
+    """Valid lines are read unchanged; an invalid one is refused."""
 
     name = "data"
     share = 10
@@ -190,7 +190,7 @@ _ORIENTATION = 0x0112
 
 
 class Images(Area):
-    """Right images give the pixels that they were made of; broken ones are refused."""
+    """Valid images give the pixels that were saved; broken ones are refused."""
 
     name = "images"
     share = 10
@@ -220,7 +220,7 @@ class Images(Area):
             if found.mode != "RGB":
                 raise Wrong(f"the mode is {found.mode}")
             if wanted is not None and not np.array_equal(np.asarray(found), wanted):
-                raise Wrong("other pixels than the image was made of")
+                raise Wrong("the pixels differ from the saved ones")
 
         return Case(said, expected, run)
 
@@ -238,7 +238,7 @@ class Images(Area):
         turn = rng.randint(1, 8)
         exif = Image.Exif()
         exif[_ORIENTATION] = turn
-        # How the stored image is brought upright, by the table of the EXIF standard.
+        # The transformations that make the stored image upright, from the EXIF standard.
         ways: list[Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = [
             lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud,
             lambda a: a.transpose(1, 0, 2), lambda a: np.rot90(a, -1),
@@ -279,19 +279,19 @@ class Images(Area):
         mode = {"MSP": "1", "XBM": "1", "PCX": "L", "GIF": "P"}.get(kind, "RGB")
         try:
             content = _saved(_image(mode, rng)[0], kind)
-        except (KeyError, OSError, ValueError):  # this Pillow does not write it
+        except (KeyError, OSError, ValueError):  # this version of Pillow does not write it
             content = _saved(_image("RGB", rng)[0], "PNG")
         return self._case(damaged(content, rng), f"damaged {kind}", "either")
 
 
 def _image(mode: str, rng: random.Random, least: int = 1) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """A random image, and (H, W, 3) its pixels."""
+    """A random image, and its pixels (H, W, 3)."""
     height, width = rng.randint(least, 40), rng.randint(least, 40)
     draw = np.random.default_rng(rng.randrange(2**32))
     pixels: NDArray[np.uint8] = draw.integers(256, size=(height, width, 3), dtype=np.uint8)
     if mode == "RGB":
         return Image.fromarray(pixels), pixels
-    if mode == "RGBA":  # opaque: what alpha stands on does not matter
+    if mode == "RGBA":  # opaque, so that the background does not matter
         return Image.fromarray(np.dstack([pixels, np.full_like(pixels[..., :1], 255)])), pixels
     grey = pixels[..., 0]
     if mode == "1":
@@ -313,7 +313,7 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def _bomb(side: int) -> bytes:
-    """A PNG whose header promises ``side`` x ``side`` pixels, and no more of it."""
+    """A PNG whose header claims ``side`` x ``side`` pixels, almost without data."""
     import struct
     import zlib
 

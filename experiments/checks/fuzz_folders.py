@@ -1,4 +1,4 @@
-"""Checkpoints, and folders of runs."""
+"""Fuzz areas: checkpoints and run folders."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WRONG: tuple[Any, ...] = (
 
 
 class Checkpoints(Area):
-    """Whole checkpoints load; of broken ones nothing is loaded, and no code in them runs."""
+    """Intact checkpoints load, broken ones are refused, and code in them never runs."""
 
     name = "checkpoints"
     share = 2
@@ -146,7 +146,7 @@ class Checkpoints(Area):
         def change(folder: Path) -> None:
             (folder / "config.json").write_bytes(spelled)
 
-        # A number of heads or a width that another one is made of may still fit.
+        # Another number of heads or another architecture name may still fit the weights.
         fits = "heads" in said or "architectures" in said
         return f"config.json: {said}", "either" if fits else "refused", change
 
@@ -189,18 +189,18 @@ class _Evil:
         return exec, (self.line,)
 
 
-# --- folders of runs ------------------------------------------------------------------------------
+# --- run folders ----------------------------------------------------------------------------------
 
 
 class RunFolders(Area):
-    """Damaged folders of runs give the right tables or none."""
+    """Damaged run folders give the right tables or none."""
 
     name = "folders"
     share = 2
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        # What a run printed is compared with what its damaged copy prints in the same place.
+        # Outputs name the folder, so the damaged copy takes the place of the intact one.
         self.place = folder / "run"
         small_run(self.place)
         shutil.copytree(self.place, folder / "whole")
@@ -220,17 +220,17 @@ class RunFolders(Area):
             if asked == "compare":
                 small_run(self.place)
                 if command("table", str(self.place)) != self.right["table"]:
-                    raise Wrong("taken up again it gives another table")
+                    raise Wrong("the resumed run gives another table")
                 return
             more = ["--questions", "2"] if asked == "report" else []
             found = command(asked, str(self.place), *more)
             if same and asked in self.right and found != self.right[asked]:
-                raise Wrong(f"the table is another one: {found[:300]!r}")
+                raise Wrong(f"the output differs: {found[:300]!r}")
 
         return Case(f"{asked} where {name} is {said}", "either", run)
 
     def _change(self, name: str, rng: random.Random) -> tuple[str, Callable[[Path], Any], bool]:
-        """How a file changes, in words and in fact, and whether what is accepted must be right."""
+        """A description of the change, the change, and whether an accepted result must be right."""
         if name == "plots":
             return "missing", shutil.rmtree, True
         content = (self.folder / "whole" / name).read_bytes()
@@ -267,7 +267,7 @@ class RunFolders(Area):
 
 
 def _wrong_type(tree: Any, rng: random.Random) -> str:
-    """Put another value somewhere into ``tree``, in place; where and what."""
+    """Replace a random value in ``tree``, in place; returns a description."""
     places = list(_places(tree))
     holder, key, said = rng.choice(places)
     holder[key] = rng.choice(WRONG)

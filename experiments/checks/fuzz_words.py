@@ -1,4 +1,4 @@
-"""Specs of methods, and the options of all commands."""
+"""Fuzz areas: specs, selections, and the options of all commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tokenprune.synthetic import sample_tokens
 
 __all__ = ["Options", "Selections", "Specs"]
 
-DIGITS = "9" * 4301  # more than Python reads as a number
+DIGITS = "9" * 4301  # more than Python converts to an integer
 HUGE = str(10**20)
 NO_NUMBERS = ("nan", "inf", "-inf", "Infinity", "1e400", "-1e400")
 ODD_TEXT = ("", "x", "maybe", "\x1b[31mred", "\udcff", "a\nb", "é" * 300, "../..", "None", "-")
@@ -37,7 +37,7 @@ ODD_TEXT = ("", "x", "maybe", "\x1b[31mred", "\udcff", "a\nb", "é" * 300, "../.
 
 
 def limits(hint: Any) -> dict[str, Any]:
-    """What ``Annotated[..., Field(...)]`` says of a number: ``ge``, ``gt``, ``le`` and ``lt``."""
+    """The limits in ``Annotated[..., Field(...)]``: ``ge``, ``gt``, ``le`` and ``lt``."""
     found: dict[str, Any] = {}
     for item in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
         for one in item.metadata if isinstance(item, FieldInfo) else [item]:
@@ -48,7 +48,7 @@ def limits(hint: Any) -> dict[str, Any]:
 
 
 def plain(hint: Any) -> Any:
-    """The type without its limits; of an optional one, the type."""
+    """The type without its limits and without None."""
     if get_origin(hint) is Annotated:
         return plain(get_args(hint)[0])
     choices = [one for one in get_args(hint) if one is not type(None)]
@@ -58,12 +58,12 @@ def plain(hint: Any) -> Any:
 
 
 def bounded(hint: Any) -> dict[str, Any]:
-    """`limits` of a hint, or of what is optional in it."""
+    """`limits` of a hint, or of the type that it makes optional."""
     return limits(hint) or next(filter(None, map(limits, get_args(hint))), {})
 
 
 def good(hint: Any, rng: random.Random) -> str:
-    """A value that the annotation allows, as it is written in a spec."""
+    """A value that the annotation allows, as written in a spec."""
     kind, ends = plain(hint), bounded(hint)
     if kind is bool:
         return rng.choice(["True", "False", "true", "false"])
@@ -81,7 +81,7 @@ def good(hint: Any, rng: random.Random) -> str:
         if value <= low and "gt" in ends:
             value = (low + high) / 2
         return rng.choice([repr(value), f"{value:.17g}"])
-    raise TypeError(f"no idea what a good {hint} is")
+    raise TypeError(f"no rule for a good value of {hint}")
 
 
 def bad(hint: Any, rng: random.Random) -> str:
@@ -100,7 +100,7 @@ def bad(hint: Any, rng: random.Random) -> str:
 
 
 class Specs(Area):
-    """Valid specs are accepted and are rebuilt by their labels; broken ones are refused."""
+    """Valid specs are accepted and equal what their labels parse to; broken ones are refused."""
 
     name = "specs"
     share = 46
@@ -200,7 +200,7 @@ def _spec(name: str, rng: random.Random) -> str:
     given: dict[str, str] = {}
     for field in rng.sample(sorted(hints), rng.randint(0, len(hints))):
         if field in ("cut", "depths", "shares"):
-            continue  # they depend on each other, see below
+            continue  # they depend on each other: see `_schedule`
         given[field] = good(hints[field], rng)
     given |= _schedule(name, hints, rng)
     options = ",".join(f"{field}={value}" for field, value in given.items())
@@ -208,7 +208,7 @@ def _spec(name: str, rng: random.Random) -> str:
 
 
 def _schedule(name: str, hints: dict[str, Any], rng: random.Random) -> dict[str, str]:
-    """Where a method that cuts several times does so: depths rise, shares fall to less than 1."""
+    """Options of a method with several cuts: depths rise, shares fall and are less than 1."""
     values = sorted({round(rng.uniform(0.01, 0.99), 4) for _ in range(rng.randint(1, 3))})
     for field, ordered in (("depths", values), ("shares", values[::-1])):
         if field in hints and rng.random() < 0.5:
@@ -222,20 +222,20 @@ def _retention(rng: random.Random) -> float:
 
 
 def _rebuilt(spec: str, retention: float | None) -> None:
-    """Raise `Wrong` unless the label of what ``spec`` makes makes the same again."""
+    """Raise `Wrong` unless the label of the parsed ``spec`` parses to an equal compressor."""
     given = {} if retention is None else {"retention": retention}
     made = parse(spec, **given)
     again = parse(made.label, **given)
     if again != made:
-        raise Wrong(f"the label {made.label!r} makes {again} in place of {made}")
+        raise Wrong(f"the label {made.label!r} parses to {again}, not to {made}")
     if list(split([f"{made.label},uniform"])) != [made.label, "uniform"]:
-        raise Wrong(f"the label {made.label!r} is torn apart among others")
+        raise Wrong(f"the label {made.label!r} is split inside a list")
     if retention is not None and made.retention != retention:
-        raise Wrong(f"it keeps {made.retention!r}")
+        raise Wrong(f"its retention is {made.retention!r}")
 
 
 def _asked(spec: str, *, empty: bool = False) -> None:
-    """What the commands make of a spec."""
+    """Read a spec as the commands do."""
     specs = method_specs([spec])
     if not specs and not empty:
         raise UserError("there is no method in it.")
@@ -246,7 +246,7 @@ def _asked(spec: str, *, empty: bool = False) -> None:
 
 
 class Selections(Area):
-    """Methods with any options that are allowed choose of any image, or say why they do not."""
+    """Methods with any valid options select tokens of any image, or refuse."""
 
     name = "selections"
     share = 10
@@ -256,7 +256,7 @@ class Selections(Area):
         layout, said = _layout(rng)
         text = rng.choice([0, 1, 5, 40])
         method = parse(spec, retention=retention)
-        if isinstance(method, EncoderCompressor):  # runs in a tower
+        if isinstance(method, EncoderCompressor):  # it needs a vision encoder
             method = parse("uniform", retention=retention)
         cut = rng.choice([*method.cuts, None])
         part = method if cut is None else method.at(cut)
@@ -267,12 +267,12 @@ class Selections(Area):
             if chosen.features is not None and not chosen.features.isfinite().all():
                 raise Wrong("merged features are not finite")
 
-        what = f"{spec} at {retention!r}, cut {cut}, on {said} in front of {text} words"
+        what = f"{spec} at {retention!r}, cut {cut}, on {said} with {text} text tokens"
         return Case(what, "either", run)
 
 
 def _layout(rng: random.Random) -> tuple[TokenLayout, str]:
-    """An image or a video of any shape, and what it is in words."""
+    """The layout of a random image or video, and a description of it."""
     side = rng.choice([(1, 1), (1, 5), (3, 3), (4, 4), (7, 7)])
     kind = rng.choice(["crops", "crops", "view", "video"])
     if kind == "view":
@@ -298,7 +298,7 @@ _SIZES = ("image_size", "patches")
 
 
 class Options(Area):
-    """Every option of every command with values that must be refused, and some that must not."""
+    """Options of all commands with invalid values, and a few valid ones."""
 
     name = "options"
     share = 20
@@ -358,7 +358,7 @@ class Options(Area):
             if field not in _ZERO and (name, field) not in _ZERO:
                 wrong += ["0"] if kind is int or option == "--retention" else []
         if option == "--retention":
-            wrong = [one for one in wrong if one or "-r" not in self.base[name]]  # added to others
+            wrong = [one for one in wrong if one or "-r" not in self.base[name]]  # empty adds none
             wrong += ["0", "1.0000001", "50%", "1/2", "0.5,nan", "0.5,,2"]
         base = self.base[name]
         if name == "convert" and kind is float:  # the target takes the place of a retention
@@ -421,7 +421,7 @@ class Options(Area):
 
 
 def _fits(name: str) -> bool:
-    """Whether the method runs on the embedded LLaVA-NeXT with its default options."""
+    """Whether the method with default options runs on testbed-next."""
     from tokenprune.compatibility import check_compatible
     from tokenprune.models.loading import adapter_without_weights
 

@@ -29,7 +29,7 @@ from tokenprune.synthetic import sample_tokens
 __all__ = [
     "Bench",
     "Curve",
-    "Run",
+    "Measurement",
 ]
 
 
@@ -49,7 +49,7 @@ class Curve:
 
     @classmethod
     def through(cls, tokens: Sequence[int], seconds: Sequence[float]) -> "Curve":
-        """The least-squares fit, every point weighted by its own size."""
+        """The least-squares fit of the relative errors."""
         n, y = np.asarray(tokens, dtype=float), np.maximum(np.asarray(seconds, dtype=float), 1e-9)
         scale = n.max()
         terms = np.stack([np.ones_like(n), n / scale, (n / scale) ** 2], axis=1)
@@ -61,15 +61,16 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Run:
+class Measurement:
     """Time and memory of one method.
 
     Attributes:
-        prefill: Of the language model, without `selector`.
-        selector: Selection, with attention rows and packing; without signals of the vision encoder.
-        decode: One more token.
-        peak: Bytes of the prefill, KV cache included, weights not.
-        ledger: Its cost.
+        prefill: Time of the language model, without `selector`.
+        selector: Time of the selection, with attention rows and packing, without the signals of the
+            vision encoder.
+        decode: Time of a decode step.
+        peak: Peak bytes of the prefill, with the KV cache, without weights.
+        ledger: The ledger of the prefill.
     """
 
     prefill: Timing
@@ -81,12 +82,12 @@ class Run:
 
 @dataclass(eq=False)
 class Bench:
-    """A model to time methods on.
+    """Times methods on a model.
 
     Attributes:
         adapter: Of a model with weights, which may be random.
-        prompt: What is timed; it may have another adapter, of the full depth.
-        batch_size: Prompts at once.
+        prompt: The prompt; its adapter may be another one, of the full depth.
+        batch_size: Prompts that run at once.
         repeats: Timed runs of each part, after one warm-up.
     """
 
@@ -98,7 +99,7 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the model."""
         return self.adapter.device
 
     @property
@@ -108,7 +109,7 @@ class Bench:
 
     @cached_property
     def shape(self) -> DecoderShape:
-        """Of the decoder of this model."""
+        """The shape of the decoder of this model."""
         return DecoderShape.of(self.adapter.language_model.config)
 
     def _timed(self, work: Callable[[], Any]) -> Timing:
@@ -123,7 +124,7 @@ class Bench:
 
     @torch.no_grad()
     def vision(self, signals: frozenset[Signal] = frozenset()) -> Timing:
-        """The vision encoder on the prompt's image, with the ``signals`` that it produces."""
+        """Time of the vision encoder on the prompt's image, with those ``signals`` it produces."""
         wanted = frozenset(signal for signal in signals if not signal.in_llm)
         if wanted not in self._seen:
             side = self.adapter.base.config.vision_config.image_size
@@ -147,7 +148,7 @@ class Bench:
 
     @cached_property
     def outside(self) -> float:
-        """Seconds of what follows the decoder layers, for one position of each prompt."""
+        """Seconds of the final norm and the output head, for one position of each prompt."""
         states = torch.randn(
             self.batch_size,
             1,
@@ -161,7 +162,7 @@ class Bench:
 
     @cached_property
     def layer(self) -> Curve:
-        """Seconds that one decoder layer takes over the number of tokens it processes."""
+        """Seconds of one decoder layer as a function of the tokens that it processes."""
         longest = self.prompt.visual + max(1, self.prompt.text)
         lengths = sorted({max(1, longest * share // 8) for share in (1, 2, 4, 6, 8)})
         language, seconds = self.adapter.language_model, []
@@ -173,13 +174,15 @@ class Bench:
         return Curve.through(lengths, seconds)
 
     @torch.no_grad()
-    def run(self, method: Compressor | None, layouts: Sequence[TokenLayout] | None = None) -> Run:
-        """Prefill, selection and decoding of the prompt, or of another with ``layouts``."""
+    def run(
+        self, method: Compressor | None, layouts: Sequence[TokenLayout] | None = None
+    ) -> Measurement:
+        """Time and memory of ``method`` on the prompt, or on one with other ``layouts``."""
         needs = method.needs if method is not None else frozenset()
         inputs = self._inputs(needs, layouts or self.prompt.layouts)
         watch = _Watch(self.device)
-        choosing: list[float] = []
-        gc.collect()  # so that garbage of earlier runs is not freed while memory is counted
+        selecting: list[float] = []
+        gc.collect()  # so that no garbage of earlier runs is freed while memory is measured
         with compress(self.adapter.model, method):
             fresh = inputs()
             peak = peak_memory(lambda: self._forward(fresh), self.device)
@@ -189,21 +192,21 @@ class Bench:
             def prefill() -> Any:
                 watch.seconds = 0.0
                 out = self._forward(inputs())
-                choosing.append(watch.seconds)
+                selecting.append(watch.seconds)
                 return out
 
             whole = self._timed(prefill)
-            chose = choosing[-len(whole.runs) :]
+            selected = selecting[-len(whole.runs) :]
             ledger = trace.ledgers[0]
             decode = self._decode(inputs())
-        rest = [total - part for total, part in zip(whole.runs, chose, strict=True)]
-        return Run(median_of(rest), median_of(chose), decode, peak, ledger)
+        rest = [total - part for total, part in zip(whole.runs, selected, strict=True)]
+        return Measurement(median_of(rest), median_of(selected), decode, peak, ledger)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         return self.adapter.model(**inputs, use_cache=True, logits_to_keep=1)
 
     def _decode(self, inputs: dict[str, Any]) -> Timing:
-        """Decode steps after the prompt, one token each."""
+        """Time of a decode step after the prompt."""
         out, mask = self._forward(inputs), inputs["attention_mask"]
         cache, seconds = getattr(out, CACHE), []
         token = torch.full((self.batch_size, 1), 5, device=self.device)
@@ -220,7 +223,7 @@ class Bench:
     def _inputs(
         self, needs: frozenset[Signal], layouts: Sequence[TokenLayout]
     ) -> Callable[[], dict[str, Any]]:
-        """A function that makes new ids and synthetic features with their signals."""
+        """A function that makes new inputs: ids, and synthetic features with their signals."""
         adapter, dtype = self.adapter, self.adapter.model.dtype
         widths = {"features": self.shape.hidden, **signal_widths(adapter)}
         wanted = frozenset(signal for signal in needs if not signal.in_llm)
@@ -240,7 +243,7 @@ class Bench:
         prompt: list[int] = []
         for layout in layouts:
             prompt += [adapter.facts.placeholders[layout.modality]] * len(layout)
-        words = max(1, self.prompt.text)  # a prompt has text
+        words = max(1, self.prompt.text)  # every prompt has text
         ids = torch.tensor([[*prompt, *([5] * words)]] * self.batch_size, device=self.device)
 
         def make() -> dict[str, Any]:
@@ -257,14 +260,14 @@ class Bench:
 
         return make
 
-    # -- conclusions --------------------------------------------------------------------
+    # -- estimates ---------------------------------------------------------------------------------
 
     def layers_take(self, ledger: Ledger) -> float:
-        """Seconds of all decoder layers, from the fit."""
+        """Seconds of all decoder layers, from the fitted curve."""
         return sum(map(self.layer, ledger.tokens_per_layer))
 
-    def selector_curve(self, method: Compressor, at: Run | None = None) -> Curve:
-        """Seconds of the selection over the number of visual tokens, with the encoder's signals."""
+    def selector_curve(self, method: Compressor, at: Measurement | None = None) -> Curve:
+        """Seconds of selection and encoder signals as a function of the visual tokens."""
         whole = at or self.run(method)
         counts, seconds = [self.prompt.visual], [whole.selector.median]
         for share in (0.25, 0.5):
@@ -276,21 +279,21 @@ class Bench:
         return replace(found, b=found.b + self.signals(method) / self.prompt.visual)
 
     def price(self, method: Compressor) -> Callable[[Compressor], float]:
-        """Milliseconds that ``method`` takes for selection and prefill at any retention ratio.
+        """A function that estimates selection and prefill at any retention ratio, in milliseconds.
 
         The selection is timed once, at the retention ratio of ``method``.
         """
-        choosing = self.run(method).selector.median + self.signals(method)
+        selecting = self.run(method).selector.median + self.signals(method)
 
         def take(one: Compressor) -> float:
             ledger = self.prompt.forecast(one, draws=1).ledger
-            return 1000 * (choosing + self.outside + self.layers_take(ledger))
+            return 1000 * (selecting + self.outside + self.layers_take(ledger))
 
         return take
 
 
 class _Watch:
-    """Adds up the seconds of the blocks it runs around."""
+    """Adds up the seconds of the blocks inside `running`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0

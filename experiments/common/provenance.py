@@ -1,4 +1,4 @@
-"""What a result depends on: files by their SHA-256, versions, and the state of the source."""
+"""What a result depends on: hashes of files, versions, and the state of the source."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ __all__ = [
 
 
 Files = dict[str, str]
-"""Name of a file to its SHA-256."""
+"""Maps the name of a file to its SHA-256."""
 
 
 DECISIVE = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
-"""Packages whose version can change an answer."""
+"""Packages whose versions can change an answer."""
 
 
-# Modules of ours that answers do not pass through, though modules that they do pass through import
-# them: what writes, shows and counts.  What they make of a spec is in the experiment itself.
-_ASIDE = {
+# Modules of tokenprune that cannot change an answer, although modules that can import them: they
+# print, write files, draw and count.  The compressors that they make are part of the experiment.
+_NOT_DECISIVE = {
     *("tokenprune.cli", "tokenprune.console", "tokenprune.testing", "tokenprune.testing.golden"),
     "tokenprune.engine.rankings",
     *(
@@ -79,7 +79,7 @@ _NO_DATA = {".py", ".pyc", ".pyi", ".md", ".rst"}
 
 _RUN = ("manifest.json", "answers.jsonl")
 
-_ENGINE = "tokenprune.engine.session"  # loaded on first use, so that no import leads to it
+_ENGINE = "tokenprune.engine.session"  # loaded on first use, so no import statement leads to it
 
 
 def answer_files(
@@ -87,21 +87,21 @@ def answer_files(
     compressors: Iterable[Compressor],
     others: Iterable[type | str] = ("tokenprune.experiments.compare.run",),
 ) -> dict[str, Files]:
-    """Every file that can change an answer, by what it is part of.
+    """Every file that can change an answer, in groups.
 
     Args:
-        model: Folder of the model, if there is one.
+        model: Folder of the model; None if there is none.
         compressors: Of the experiment.
-        others: Whose code takes part as well: classes, such as the adapter's, and modules.
+        others: Further code: classes, such as the adapter's, and names of modules.
 
     Returns:
-        The files of ``weights``, ``processor`` and ``code``.
+        The groups ``weights``, ``processor`` and ``code``.
     """
     return {**model_files(model), "code": code_files(compressors, {*others, _ENGINE})}
 
 
 def digests(files: Mapping[str, Files]) -> dict[str, str | None]:
-    """One SHA-256 for each group of `answer_files`, of names and contents; None without a file."""
+    """The SHA-256 of names and contents of each group; None for a group without files."""
     return {
         group: hashlib.sha256(json.dumps(sorted(named.items())).encode()).hexdigest()
         if named
@@ -119,7 +119,7 @@ def _digest(path: Path) -> str:
 
 
 def model_files(folder: Path | None) -> dict[str, Files]:
-    """What `from_pretrained` may read below ``folder``: ``weights`` with config, ``processor``."""
+    """The files that `from_pretrained` may read: ``weights`` with config, and ``processor``."""
     found: dict[str, Files] = {"weights": {}, "processor": {}}
     for path, name in _below(folder) if folder is not None else ():
         whole = path.name in _CONFIGS or path.name.endswith(".index.json")
@@ -131,7 +131,7 @@ def model_files(folder: Path | None) -> dict[str, Files]:
 
 
 def _below(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The files below ``folder`` and their names there; not those that are hidden."""
+    """The files below ``folder``, with their relative names; hidden ones are left out."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and not any(part.startswith(".") for part in parts):
@@ -142,26 +142,26 @@ def _below(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def code_files(compressors: Iterable[Compressor], others: Iterable[type | str] = ()) -> Files:
-    """Source and data that the choice of tokens and the answers depend on.
+    """Source and data files that selections and answers depend on.
 
-    Of every class of a method, of its bases and of its options: its module, and the modules of the
-    same package, or beside it, that this one imports, and those that they import.  Of a package
-    that is not ours also all files that are no source, and beside a single module those that are
-    named in it.
+    For every class of a method, of its bases and of its option values: the module, and all modules
+    of the same package, or next to a single module, that it imports directly or indirectly.  For
+    other packages than tokenprune also all data files of the package; for a single module, the
+    files next to it that its source names.
 
     Args:
-        compressors: The methods.
-        others: More classes, and names of modules.
+        compressors: The compressors.
+        others: Further classes, and names of modules.
     """
     found: dict[str, Path] = {}
-    seen = set(_ASIDE)
+    seen = set(_NOT_DECISIVE)
     for name in code_roots(compressors, others):
         _follow(name, found, seen)
     return {name: _digest(path) for name, path in sorted(found.items())}
 
 
 def code_roots(compressors: Iterable[Compressor], others: Iterable[type | str] = ()) -> list[str]:
-    """The modules that `code_files` starts from, sorted; they stand for its arguments."""
+    """The sorted names of the modules that `code_files` starts from."""
     classes = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
     names = {other for other in others if isinstance(other, str)}
     classes |= {base for other in others if isinstance(other, type) for base in other.__mro__}
@@ -171,7 +171,7 @@ def code_roots(compressors: Iterable[Compressor], others: Iterable[type | str] =
 
 
 def _kinds(value: Any) -> Iterator[type]:
-    """The classes of an option's value and of what it is made of, with their bases."""
+    """The classes of an option's value and of its fields, with their bases."""
     yield from type(value).__mro__
     if dataclasses.is_dataclass(value):
         for item in dataclasses.fields(value):
@@ -179,23 +179,23 @@ def _kinds(value: Any) -> Iterator[type]:
 
 
 def _follow(name: str, found: dict[str, Path], seen: set[str]) -> None:
-    """Add to ``found`` the module and, again and again, what is imported from its neighbours.
+    """Add a module, and all that it imports from its package or neighbours, to ``found``.
 
     Args:
         name: Of the module.
         found: Name of a file to its path.
-        seen: Modules that are done with.
+        seen: Names of modules that are finished.
     """
     top = name.partition(".")[0]
     home = _home(top)
-    if home is None:  # defined at a prompt
+    if home is None:  # defined interactively
         return
     alone = home in {Path(sysconfig.get_path(which)) for which in ("purelib", "platlib")}
-    left = [name]
-    while left:
-        name = left.pop()
+    pending = [name]
+    while pending:
+        name = pending.pop()
         other = name.partition(".")[0] != top
-        if name in seen or (alone and other):  # another distribution: its version stands for it
+        if name in seen or (alone and other):  # another distribution, recorded by its version
             continue
         path = _file(name, home, loaded=not other)
         if path is None:
@@ -204,14 +204,14 @@ def _follow(name: str, found: dict[str, Path], seen: set[str]) -> None:
         inside = name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
         found[inside] = path
         tree = ast.parse(path.read_bytes())
-        left += _imported(tree, name, path)
-        left += [name.rpartition(".")[0]]
+        pending += _imported(tree, name, path)
+        pending += [name.rpartition(".")[0]]
         if top != "tokenprune":
             found |= _data(tree, inside, path)
 
 
 def _home(top: str) -> Path | None:
-    """The folder in which a package, or a single module, lies; None if it has no file."""
+    """The parent folder of a package or single module; None if it has no file."""
     module = sys.modules.get(top)
     file = getattr(module, "__file__", None)
     paths = list(getattr(module, "__path__", ())) or ([file] if file else [])
@@ -219,7 +219,7 @@ def _home(top: str) -> Path | None:
 
 
 def _file(name: str, home: Path, *, loaded: bool) -> Path | None:
-    """The source of a module below ``home``, or wherever it was ``loaded`` from."""
+    """The source of a module below ``home``, or the file that it was ``loaded`` from."""
     stem = home.joinpath(*name.split("."))
     where = getattr(sys.modules.get(name), "__file__", None) if loaded else None
     for path in (stem.with_suffix(".py"), stem / "__init__.py", Path(where or "")):
@@ -229,15 +229,15 @@ def _file(name: str, home: Path, *, loaded: bool) -> Path | None:
 
 
 def _imported(tree: ast.AST, name: str, path: Path) -> Iterator[str]:
-    """The full names of what a module imports, modules or not; not for type checking alone."""
+    """The full names that a module imports, except those for type checking only."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    left: list[ast.AST] = [tree]
-    while left:
-        node = left.pop()
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
         if isinstance(node, ast.If) and _for_types(node.test):
-            left += node.orelse
+            pending += node.orelse
             continue
-        left += ast.iter_child_nodes(node)
+        pending += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -259,7 +259,7 @@ def _data(tree: ast.AST, inside: str, path: Path) -> dict[str, Path]:
 
     Args:
         tree: The module.
-        inside: Name of its file, from the folder that holds its package.
+        inside: Path of its file, relative to the parent folder of its package.
         path: Its file.
     """
     top, *below = inside.split("/")
@@ -275,7 +275,7 @@ def _data(tree: ast.AST, inside: str, path: Path) -> dict[str, Path]:
 
 
 def _is_data(file: Path, folder: Path) -> bool:
-    """Not source, nor of tests or of a run's folder, which grows while the run goes on."""
+    """Whether a file is neither source, nor of tests, nor of a run folder, which grows."""
     above = [parent for parent in file.parents if parent.is_relative_to(folder)]
     return (
         file.suffix not in _NO_DATA
@@ -284,11 +284,11 @@ def _is_data(file: Path, folder: Path) -> bool:
     )
 
 
-# --- the surroundings -----------------------------------------------------------------------------
+# --- versions and platform ------------------------------------------------------------------------
 
 
 def environment() -> dict[str, Any]:
-    """Versions of everything that could matter, the platform and the state of the source."""
+    """Versions of packages and of Python, the platform, and the state of the source."""
     packages = ("tokenprune", *DECISIVE, "accelerate", "numpy", "pandas", "scipy")
     extra = ("safetensors", "scikit-learn", "timm")
     return {
@@ -314,7 +314,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # not merely below some repository
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # the folder may lie in a repository that does not track it
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,4 +1,4 @@
-"""Questions with known answers: your own from a JSON-lines file, or the testbed's held-out ones."""
+"""Questions with true answers, from a JSON-lines file or from the testbed's held-out set."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ MODALITIES: tuple[Modality, ...] = get_args(Modality)
 _FIELDS = 'each line is an object such as {"image": "cat.png", "question": "…", "answer": "…"}'
 
 
-_LAYOUT = "\t\n\r"  # control characters that lay out a text
+_LAYOUT = "\t\n\r"  # control characters that are allowed in texts
 
 
 _QUOTES = "‘’“”«»"
@@ -54,10 +54,11 @@ _SURROUNDING = "".join(set(string.punctuation) - set("+-%$#&@")) + _QUOTES + str
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image by name; a file is opened only when it is needed.
+    """An image with a name; a file is opened only when needed.
 
     Attributes:
-        id: Equal for equal sources; what is encoded once and what statistics are clustered by.
+        id: Equal for equal sources.  Images are encoded once per id, and statistics are clustered
+            by it.
         source: A file, or the image itself.
     """
 
@@ -65,8 +66,10 @@ class Picture:
     source: Path | Image.Image
 
     def open(self) -> Image.Image:
-        """The image as `pictures.picture` shows it.  Raises `UserError` if it cannot."""
-        from tokenprune.pictures import picture  # with PyTorch, which texts alone do not need
+        """The image, as `pictures.picture` opens it, which may raise `UserError`."""
+        from tokenprune.pictures import (
+            picture,
+        )  # imports PyTorch, which questions without images do not need
 
         return picture(self.source)
 
@@ -74,7 +77,7 @@ class Picture:
         """SHA-256 of the file, or of the pixels of an image in memory.
 
         Raises:
-            OSError: The file cannot be read, or is a pipe or a device, which may never end.
+            OSError: The file cannot be read, or is no regular file.
         """
         if isinstance(self.source, Path):
             if not self.source.is_file():
@@ -90,12 +93,14 @@ class Question:
 
     Attributes:
         id: Unique in a data set.
-        images: In the order the model sees them; of a video, its frames.
-        kind: What accuracies are broken down by.
+        images: In the order in which the model receives them; for a video, its frames.
+        question: The text.
+        answer: The true answer.
+        kind: The category by which accuracies are broken down.
         video: Whether the images are the frames of a video.
-        place: Where in its single image the answer is to be seen, (x, y) as shares of width and
+        place: The spot in a single image that shows the answer, (x, y) as shares of width and
             height; None if unknown.
-        fault: Why it cannot be asked; empty if it can.
+        fault: Why the question cannot be asked; empty if it can.
     """
 
     id: str
@@ -116,18 +121,18 @@ class Question:
 
     @property
     def image_id(self) -> str:
-        """Names what is shown; questions that share it are not independent of each other."""
+        """The id of all its images; questions with the same id are not independent."""
         names = " ".join(_quoted(picture.id) for picture in self.images)
         return f"video {names}" if self.video else names
 
 
 def _quoted(name: str) -> str:
-    """``name``, in quotes where it could be taken for several or for quoted itself."""
+    """``name``, quoted if it could be read as several names or as a quoted one."""
     return json.dumps(name, ensure_ascii=False) if " " in name or name.startswith('"') else name
 
 
 def normalise(answer: str) -> str:
-    """What two answers are compared by: no case, no surrounding punctuation, single spaces.
+    """The form in which answers are compared: no case, no outer punctuation, single spaces.
 
     >>> normalise(" Yes.") == normalise("yes")
     True
@@ -139,12 +144,12 @@ def normalise(answer: str) -> str:
 
 
 def held_out(count: int, seed: int, modality: Modality = "image") -> list[Question]:
-    """The first ``count`` held-out questions of the testbeds; several in a row share an image."""
+    """The first ``count`` held-out questions; consecutive ones may share an image."""
     from tokenprune.models.testbed import scenes
 
     pictures: dict[str, Picture] = {}
 
-    def shown(item: scenes.Question) -> tuple[Picture, ...]:
+    def shown(item: scenes.SceneQuestion) -> tuple[Picture, ...]:
         names = [item.image_id]
         if modality != "image":
             names = [f"{item.image_id}-{index}" for index in range(len(item.images))]
@@ -179,17 +184,17 @@ def read_jsonl(
 
     Every line has ``image`` (a path), ``images`` (a list of paths) or ``video`` (the paths of its
     frames), ``question`` and ``answer``, and may have ``kind``, ``id`` and ``place`` ([x, y] of the
-    spot in the image that matters, as shares of width and height).  Paths are relative to the file.
-    Other fields and blank lines are passed over.  Every image is decoded once to see that it can
-    be, and that the frames of a video are of one size.
+    spot in the image that shows the answer, as shares of width and height).  Paths are relative to
+    the file.  Other fields and blank lines are ignored.  Every image is decoded once, to check that
+    it is intact and that the frames of a video have one size.
 
     Args:
         path: The file.
-        count: How many.
-        modality: Only questions of this one, or of all.
-        check_images: Whether to decode the images; otherwise some may be missing.
-        keep_faulty: Note an image that is missing or broken in `Question.fault`, so that the other
-            questions can be asked, and do not raise.
+        count: The number of questions; None for all.
+        modality: Only questions of this modality; None for all.
+        check_images: Whether to decode the images; otherwise they may be missing.
+        keep_faulty: Whether to record a missing or broken image in `Question.fault` instead of
+            raising, so that the other questions can be asked.
 
     Raises:
         UserError: The file cannot be read or is empty, a line is malformed (its number is given),
@@ -207,7 +212,7 @@ def read_jsonl(
         try:
             item = _question(line, number, pictures)
             if item.id in seen:
-                raise UserError(f"the id {item.id!r} was given on line {seen[item.id]} already.")
+                raise UserError(f"the id {item.id!r} is already used on line {seen[item.id]}.")
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         seen[item.id] = number
@@ -238,13 +243,13 @@ def _read(path: Path) -> bytes:
 
 
 class _Pictures:
-    """The pictures of a data file, each once, however its path is spelt.
+    """The pictures of a data file; equivalent paths give the same picture.
 
     Attributes:
-        folder: What paths are relative to.
-        decode: Whether to decode every picture, to see that it can be.
-        keep_faulty: Whether to note what is wrong in `faults`, and not to raise.
-        faults: Name to why a picture cannot be shown.
+        folder: The folder that paths are relative to.
+        decode: Whether to decode every picture, to check it.
+        keep_faulty: Whether to record errors in `faults` instead of raising.
+        faults: Name of a picture to why it cannot be opened.
     """
 
     def __init__(self, folder: Path, decode: bool, keep_faulty: bool) -> None:
@@ -254,7 +259,7 @@ class _Pictures:
         self._sizes: dict[str, tuple[int, int]] = {}
 
     def get(self, path: str) -> Picture:
-        # "./a.png" and "a.png" are one picture, but behind a symbolic link ".." leads elsewhere.
+        # "./a.png" and "a.png" are one picture, but ".." after a symbolic link leads elsewhere.
         name = Path(os.path.normpath(path)).as_posix()
         if os.path.realpath(self.folder / name) != os.path.realpath(self.folder / path):
             name = path
@@ -271,10 +276,10 @@ class _Pictures:
         return self._known[name]
 
     def fault(self, shown: Sequence[Picture], *, video: bool) -> str:
-        """Why these pictures cannot be shown together; empty if they can.
+        """Why a question cannot use these pictures; empty if it can.
 
         Raises:
-            UserError: The frames of a video are not of one size, and nothing faulty is kept.
+            UserError: The frames of a video differ in size, and ``keep_faulty`` is false.
         """
         found = next((self.faults[one.id] for one in shown if one.id in self.faults), "")
         sizes = {self._sizes[one.id] for one in shown if one.id in self._sizes}
@@ -287,7 +292,7 @@ class _Pictures:
 
 
 def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
-    """Read one line."""
+    """Parse one line."""
     try:
         fields = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
@@ -360,7 +365,7 @@ def _place(value: Any) -> tuple[float, float] | None:
 
 
 def _text(fields: dict[str, Any], name: str, default: str | None = None, allowed: str = "") -> str:
-    """The text of a field, in which the control characters ``allowed`` may be."""
+    """The text of a field, which may contain the control characters ``allowed``."""
     value = fields.get(name, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and not (isinstance(value, float) and not math.isfinite(value)):
@@ -374,7 +379,7 @@ def _text(fields: dict[str, Any], name: str, default: str | None = None, allowed
 
 
 def _check_text(what: str, value: str, allowed: str = "") -> None:
-    """Raise `UserError` for what no file can hold, or what a terminal would obey."""
+    """Raise `UserError` for lone surrogates and for control characters."""
     if not is_whole(value):
         raise UserError(
             f"{what} has half a character (a lone surrogate) in {_short(value)}; write the "
@@ -387,8 +392,8 @@ def _check_text(what: str, value: str, allowed: str = "") -> None:
 def check_placeholders(questions: Iterable[Question], pipe: "Pipeline") -> None:
     """Raise `UserError` unless the model can be asked every question.
 
-    A question may mark the places of all its images, or of its video, or of none: they then come
-    before the text (`Pipeline.prompt`).
+    A question may have placeholders for all its images, or for its video.  Without any, the images
+    come before the text (`Pipeline.prompt`).
 
     Args:
         questions: All of them.
@@ -400,14 +405,14 @@ def check_placeholders(questions: Iterable[Question], pipe: "Pipeline") -> None:
 
 
 def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Question]:
-    """The questions, with a `Question.fault` where marks and images do not fit.
+    """The questions, with a `Question.fault` where placeholders and images do not match.
 
     Args:
         questions: All of them.
         pipe: The model and its processor; the model needs no weights.
 
     Raises:
-        UserError: The model does not take what a question is about.
+        UserError: The model does not take videos, but a question is about one.
     """
     found = []
     for item in questions:
@@ -425,7 +430,7 @@ def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Questio
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """SHA-256 of everything the answers depend on: texts, and the images' content."""
+    """SHA-256 of texts and of the content of images."""
     shown = {p.id: p for item in questions if not item.fault for p in item.images}
     digests = {name: picture.digest() for name, picture in shown.items()}
     total = hashlib.sha256()

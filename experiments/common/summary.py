@@ -63,7 +63,9 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     if len(kinds) == 2:
         kinds = [OVERALL]
     parts = {
-        (*which, kind): _Part(_only(cell, kind)) for which, cell in cells.items() for kind in kinds
+        (*which, kind): _CellAnswers(_only(cell, kind))
+        for which, cell in cells.items()
+        for kind in kinds
     }
     rows = []
     for (label, retention), cell in cells.items():
@@ -118,7 +120,7 @@ def pairs(
     part = part.assign(asked=asked).set_index("question_id")
     rows = []
     for retention, group in part[part["asked"] != 1].groupby("asked", sort=False):
-        cells = {name: _Part(cell) for name, cell in group.groupby("label", sort=False)}
+        cells = {name: _CellAnswers(cell) for name, cell in group.groupby("label", sort=False)}
         names = [name for name in (labels or cells) if name in cells]
         for first, second in combinations(names, 2):
             found = _compared(cells[first], cells[second], seed)
@@ -148,12 +150,12 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
         ``only_second`` got right, and the p-value of McNemar's exact test; the last three only if
         each answered once and not with several seeds.  Empty if either failed or nothing is shared.
     """
-    one, other = (_Part(answers.set_index("question_id")) for answers in (first, second))
+    one, other = (_CellAnswers(answers.set_index("question_id")) for answers in (first, second))
     return _compared(one, other, seed)
 
 
-class _Part:
-    """Answers of one cell, all or those of one kind, and what is asked of them more than once.
+class _CellAnswers:
+    """Answers of one cell, all or those of one kind, with values that several figures need.
 
     Attributes:
         answers: Rows of ``answers.parquet``, indexed by question.
@@ -168,27 +170,27 @@ class _Part:
 
     @cached_property
     def known(self) -> pd.Series:
-        """Whether each answer that there is was right, indexed by question."""
+        """Whether each answer is correct, without failed questions, indexed by question."""
         return self.answers["correct"].dropna().astype(float)
 
     @cached_property
     def repeated(self) -> bool:
-        """Whether a question was answered several times, with several seeds."""
+        """Whether questions have several answers, from several seeds."""
         return not self.known.index.is_unique
 
     @cached_property
     def right(self) -> pd.Series:
-        """How often each question was answered rightly."""
+        """The share of correct answers to each question."""
         return self.known.groupby(level=0, sort=False).mean() if self.repeated else self.known
 
     @cached_property
     def images(self) -> pd.Series:
-        """What each question belongs to."""
+        """The image of each question, indexed by question."""
         images = self.answers["image_id"]
         return images[~images.index.duplicated()]
 
 
-def _compared(first: _Part, second: _Part, seed: int) -> dict[Hashable, Any]:
+def _compared(first: _CellAnswers, second: _CellAnswers, seed: int) -> dict[Hashable, Any]:
     if first.failed or second.failed:
         return {}
     shared = first.right.index
@@ -243,7 +245,7 @@ def _only(cell: pd.DataFrame, kind: str) -> pd.DataFrame:
     return cell if kind == OVERALL else cell[cell["kind"] == kind]
 
 
-def _figures(part: _Part, seed: int) -> dict[Hashable, Any]:
+def _figures(part: _CellAnswers, seed: int) -> dict[Hashable, Any]:
     cell = part.answers
     easy = cell["easy"].astype("boolean")
     images = cell["image_id"]

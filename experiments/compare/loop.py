@@ -19,7 +19,7 @@ from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner
 from tokenprune.experiments.compare.shared_encodings import Encodings
-from tokenprune.experiments.compare.sharing import Job, Plan, separate
+from tokenprune.experiments.compare.sharing import Job, JobPlan, separate
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 
@@ -38,7 +38,7 @@ def run(
     journal: Journal,
     *,
     batch_size: int,
-    plan: Plan = separate,
+    plan: JobPlan = separate,
     timeout: float | None = None,
     progress: ProgressCallback = silent,
 ) -> None:
@@ -160,14 +160,14 @@ class _Desk:
     def runner(self) -> Runner:
         return self.entering.runner
 
-    def serve_all(self, plan: Plan, cells: Sequence[Cell]) -> None:
+    def serve_all(self, plan: JobPlan, cells: Sequence[Cell]) -> None:
         """Let the cells answer, by ``plan`` if they see the plain encoder's images."""
         several = [cell for cell in cells if self.tower is None and not cell.without_images]
         alone = [cell for cell in cells if cell not in several]
         while not self.serve(plan, several, alone):
             pass
 
-    def serve(self, plan: Plan, several: Sequence[Cell], alone: Sequence[Cell]) -> bool:
+    def serve(self, plan: JobPlan, several: Sequence[Cell], alone: Sequence[Cell]) -> bool:
         """Let the cells answer, ``several`` by ``plan``, and those ``alone`` one after the other.
 
         Returns:
@@ -334,7 +334,7 @@ def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def _jobs(plan: Plan, *arguments: Any) -> Iterator[Job]:
+def _jobs(plan: JobPlan, *arguments: Any) -> Iterator[Job]:
     """The jobs of ``plan``; if it fails, one job per cell."""
     try:
         yield from plan(*arguments)

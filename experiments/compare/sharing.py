@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Job",
-    "Plan",
+    "JobPlan",
     "separate",
     "together",
 ]
@@ -62,7 +62,7 @@ class Job:
     run: Callable[[], Sequence[dict[str, Any]]] | None = None
 
 
-Plan = Callable[[Any, Sequence["Cell"], Sequence[Sequence[Any]], Sequence[str]], Iterator[Job]]
+JobPlan = Callable[[Any, Sequence["Cell"], Sequence[Sequence[Any]], Sequence[str]], Iterator[Job]]
 """Makes the jobs of a runner, from the runner, the cells, the encoded images and the prompts."""
 
 

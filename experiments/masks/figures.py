@@ -31,7 +31,7 @@ from tokenprune.experiments.common.patch_boxes import (
 )
 from tokenprune.experiments.common.plots import FAINT, INK, style
 from tokenprune.experiments.common.questions import normalise
-from tokenprune.experiments.masks.look import SALIENCY, Mask, Medium, Seen
+from tokenprune.experiments.masks.look import SALIENCY, Mask, MaskedPrompt, Medium
 from tokenprune.layout import TokenLayout
 from tokenprune.units import percent
 
@@ -230,7 +230,7 @@ class _Panel:
     row: int = 0
 
 
-def draw(seen: Seen) -> Figure:
+def draw(seen: MaskedPrompt) -> Figure:
     """What every method keeps: dropped patches are pale, the share kept stands in each view.
 
     The first panel is the whole, with the number of patch tokens of each view.
@@ -262,7 +262,7 @@ def draw(seen: Seen) -> Figure:
     return _figure(seen, panels, note)
 
 
-def heat(seen: Seen) -> Figure:
+def heat(seen: MaskedPrompt) -> Figure:
     """The encoder's saliency and the scores of methods that score, as percentiles of all tokens.
 
     Raises:
@@ -291,7 +291,10 @@ def heat(seen: Seen) -> Figure:
 
 
 def _heat_panel(
-    seen: Seen, title: str, lines: tuple[str, ...], maps: Sequence[tuple[TokenLayout, Tensor]]
+    seen: MaskedPrompt,
+    title: str,
+    lines: tuple[str, ...],
+    maps: Sequence[tuple[TokenLayout, Tensor]],
 ) -> _Panel:
     shades = []
     values = [_aligned(m.layout, *scored) for m, scored in zip(seen.media, maps, strict=True)]
@@ -334,7 +337,7 @@ def _answer(one: Mask, truth: str | None) -> tuple[str, ...]:
     return (f"“{one.answer}”{verdict}",)
 
 
-def _figure(seen: Seen, panels: Sequence[_Panel], note: str) -> Figure:
+def _figure(seen: MaskedPrompt, panels: Sequence[_Panel], note: str) -> Figure:
     sheets = [sheet(medium, seen.view) for medium in seen.media]
     starts, wide, tall = _beside(sheets)
     columns, places = _arranged(panels, wide, tall)
@@ -437,7 +440,7 @@ def _draw_panel(
         )  # fmt: skip
 
 
-def _heading(seen: Seen, note: str, inches: float) -> list[str]:
+def _heading(seen: MaskedPrompt, note: str, inches: float) -> list[str]:
     width = max(30, int(inches * 12.5))
     asked = f"“{seen.question}”" if seen.question else ""
     truth = f"  True answer: {seen.truth}" if seen.truth is not None else ""

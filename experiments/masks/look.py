@@ -34,8 +34,8 @@ from tokenprune.tokens import VisualTokens
 __all__ = [
     "SALIENCY",
     "Mask",
+    "MaskedPrompt",
     "Medium",
-    "Seen",
     "check",
     "look",
 ]
@@ -89,7 +89,7 @@ class Mask:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class MaskedPrompt:
     """A prompt's images or video, and what every method keeps of them.
 
     Attributes:
@@ -161,7 +161,7 @@ def look(
     name: str = "",
     max_new_tokens: int = 8,
     progress: ProgressCallback = silent,
-) -> Seen:
+) -> MaskedPrompt:
     """Run ``methods`` on one prompt and record what they keep.
 
     Args:
@@ -204,7 +204,9 @@ def look(
     groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
     media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))
     view = ViewSize.of(pipe.adapter)
-    return Seen(name or pipe.adapter.name, view, media, tuple(found), question, truth, saliency)
+    return MaskedPrompt(
+        name or pipe.adapter.name, view, media, tuple(found), question, truth, saliency
+    )
 
 
 def _encode_all(

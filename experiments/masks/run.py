@@ -32,7 +32,7 @@ from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.common.request import ModelRequest
 from tokenprune.experiments.common.setting import load_model
 from tokenprune.experiments.masks.figures import draw, heat
-from tokenprune.experiments.masks.look import Seen, check, look
+from tokenprune.experiments.masks.look import MaskedPrompt, check, look
 from tokenprune.pictures import frames, picture
 from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
@@ -107,8 +107,8 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
     ``manifest.json``.
 
     Returns:
-        With the table ``kept``, as `Seen.table` returns it; ``about`` has the ``question`` and the
-        ``truth``, if they are known.
+        With the table ``kept``, as `MaskedPrompt.table` returns it; ``about`` has the ``question``
+        and the ``truth``, if they are known.
 
     Raises:
         UserError: Bad input, before the model runs.
@@ -159,7 +159,7 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
 
 
 def _written(
-    request: MasksRequest, folder: Path, seen: Seen, table: pd.DataFrame
+    request: MasksRequest, folder: Path, seen: MaskedPrompt, table: pd.DataFrame
 ) -> tuple[str, ...]:
     """Write figures, table and manifest; their names."""
     save(draw(seen), folder / "masks")

@@ -1,4 +1,4 @@
-"""Selections under rearranged images."""
+"""Run methods on rearranged images."""
 
 import warnings
 from collections import Counter
@@ -59,20 +59,19 @@ PROMPT = "What is in the image?"
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found: three tables, and what is missing from them.
+    """The results: three tables, and what is missing from them.
 
     Attributes:
         tokens: One row per method, retention, image, condition, level and patch token: ``token``
-            (index in the packed sequence), ``position`` (its middle, relative, in (0, 1)),
-            ``kind``, ``view``, ``slot`` (of crops and of frames in the order of the sequence, from
-            0; -1 for a thumbnail) of ``slots``, ``row`` and ``col`` in the view, ``y`` and ``x``
-            (relative place in the image), ``content`` (which token showed the same originally, -1
-            where none did),
-            ``kept`` (at the end), ``kept_first`` (at the first cut) and ``score`` (that the first
-            cut ranked by; missing for methods that do not score).
-        statistics: As `statistics.statistics` returns it.
-        profiles: As `statistics.profiles` returns it.
-        skipped: (condition, level, why) to the number of images that could not be rearranged so.
+            (index in the packed sequence), ``position`` (the relative position of its centre, in
+            (0, 1)), ``kind``, ``view``, ``slot`` (index of the crop or frame in the order of the
+            sequence; -1 for a thumbnail) of ``slots``, ``row`` and ``col`` in the view, ``y`` and
+            ``x`` (relative location in the image), ``content`` (the token with the same content in
+            the original image, -1 if there is none), ``kept`` (at the end), ``kept_first`` (at the
+            first cut) and ``score`` (of the first cut's ranking; NaN for methods without scores).
+        statistics: As `estimates.statistics` returns it.
+        profiles: As `estimates.profiles` returns it.
+        skipped: (condition, level, why) to the number of images that could not be rearranged.
         failures: (method, retention) to why it is missing from the tables.
     """
 
@@ -92,7 +91,7 @@ class _Case:
 
     Attributes:
         content: (N,) as `rearrange.paired` returns it.
-        slot: (N,) of the places in the sequence, whatever is put there.
+        slot: (N,) crop or frame of each index of the sequence in the original image.
     """
 
     image: int
@@ -104,12 +103,12 @@ class _Case:
 
     @cached_property
     def layout(self) -> TokenLayout:
-        """On the CPU."""
+        """The layout, on the CPU."""
         return self.tokens.layout.to("cpu")
 
     @cached_property
     def geometry(self) -> dict[str, np.ndarray[Any, Any]]:
-        """(P,) columns of the table of tokens that do not depend on the method."""
+        """Columns (P,) of the table of tokens that do not depend on the method."""
         layout, index = self.layout, torch.arange(len(self.tokens))
         canvas = layout.kind == Kind.CROP
         (height, width), (rows, cols) = layout.view_shape, layout.canvas_shape
@@ -142,8 +141,8 @@ class _Case:
 
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
-    """What a method made of a case: (N,) each; scores missing where there are none."""
+class _Selected:
+    """What a method keeps of a case, each (N,); scores are NaN where there are none."""
 
     kept: Tensor
     kept_first: Tensor
@@ -164,27 +163,27 @@ def positional_bias(
     parts: Path | None = None,
     progress: ProgressCallback = silent,
 ) -> Analysis:
-    """Run methods on images whose content is rearranged, and test what the choice follows.
+    """Run methods on images whose content is rearranged, and test what the selection follows.
 
-    Methods in front of the language model choose as `Pipeline.select` lets them; all others run
-    inside the model, in the prefill of a prompt.
+    Methods that act in front of the language model run alone, as in `Pipeline.select`; all others
+    run inside the model, in the prefill of a prompt.
 
     Args:
         pipe: As `tokenprune.load` returns it.
-        methods: Compressors, or specs: those without a retention of their own run at each of
+        methods: Compressors, or specs; specs without a retention ratio run at each of
             ``retention``.
         images: Images, or videos as lists of frames, or both.
-        retention: Shares of patch tokens to keep.
-        conditions: Which ones of `rearrange.CONDITIONS`, besides the normal one; each is applied
-            where it is possible.
-        levels: Whether to move features and signals behind the encoder (``selector``), pixels in
-            front of it (``pipeline``), or both.
-        prompts: For every image the question that methods in the language model see; None for
-            "What is in the image?".
+        retention: Retention ratios.
+        conditions: Which of `rearrange.CONDITIONS`, besides the normal one; each is applied where
+            it is possible.
+        levels: Whether to move features and signals after the vision encoder (``selector``), pixels
+            in front of it (``pipeline``), or both.
+        prompts: A question for every image, for methods in the language model; None for "What is
+            in the image?".
         batch_size: Prompts that run at once.
         seed: Of the bootstrap.
-        parts: Folder in which every finished batch is kept at once; what it holds of these methods
-            and images is not computed again.
+        parts: Folder to which every finished batch is written at once; methods and images in it are
+            not computed again.
         progress: Called before every step.
 
     Raises:
@@ -202,10 +201,10 @@ def positional_bias(
     def cases(index: int) -> Iterator[_Case]:
         return _cases(pipe, index, images[index], outside, conditions, levels, known.skipped)
 
-    def choices(compressor: Compressor, some: Sequence[_Case]) -> list[_Choice]:
-        return _choices(pipe, compressor, some, [asked[case.image] for case in some])
+    def select(compressor: Compressor, some: Sequence[_Case]) -> list[_Selected]:
+        return _selections(pipe, compressor, some, [asked[case.image] for case in some])
 
-    return _analysed(compressors, len(images), cases, choices, known, batch_size, seed, progress)
+    return _analysed(compressors, len(images), cases, select, known, batch_size, seed, progress)
 
 
 def selector_bias(
@@ -217,7 +216,7 @@ def selector_bias(
     seed: int = 0,
     progress: ProgressCallback = silent,
 ) -> Analysis:
-    """The same for encoded images, real or made up, without a model.
+    """`positional_bias` for encoded images, real or synthetic, without a model.
 
     Args:
         methods: As for `positional_bias`, all of them in front of the language model.
@@ -240,24 +239,24 @@ def selector_bias(
     known = Parts(None)
 
     def cases(index: int) -> Iterator[_Case]:
-        tokens = _told_apart(index, encoded[index])
-        yield _as_it_is(index, tokens)
+        tokens = _fingerprinted(index, encoded[index])
+        yield _normal(index, tokens)
         yield from _moved(index, tokens, conditions, known.skipped)
 
-    return _analysed(compressors, len(encoded), cases, _chosen, known, 16, seed, progress)
+    return _analysed(compressors, len(encoded), cases, _selected, known, 16, seed, progress)
 
 
-def _asked(
+def _rows_of(
     compressor: Compressor,
     cases: Sequence[_Case],
-    choices: Callable[[Compressor, Sequence[_Case]], Sequence[_Choice]],
+    select: Callable[[Compressor, Sequence[_Case]], Sequence[_Selected]],
     batch_size: int,
 ) -> list[Rows]:
-    """What a method chooses of all cases, some at once."""
+    """The rows of a method on all cases, in batches."""
     rows: list[Rows] = []
     for first in range(0, len(cases), batch_size):
         some = cases[first : first + batch_size]
-        rows += map(_rows, [compressor] * len(some), some, choices(compressor, some))
+        rows += map(_rows, [compressor] * len(some), some, select(compressor, some))
     return rows
 
 
@@ -265,7 +264,7 @@ def _analysed(
     compressors: Sequence[Compressor],
     images: int,
     cases: Callable[[int], Iterator[_Case]],
-    choices: Callable[[Compressor, Sequence[_Case]], list[_Choice]],
+    select: Callable[[Compressor, Sequence[_Case]], list[_Selected]],
     known: Parts,
     batch_size: int,
     seed: int,
@@ -285,10 +284,10 @@ def _analysed(
             progress(done, total, f"{key[0]} at {key[1]:g}")
             done += len(here)
             mine = [case for case in batch if case.image in lacking.get(key, ())]
-            found = tried(partial(_asked, compressor, mine, choices, batch_size))
+            found = tried(partial(_rows_of, compressor, mine, select, batch_size))
             if isinstance(found, Failure):
                 failures[key] = found
-                # Perhaps it wrote to what the others are shown as well.
+                # The failed method may have modified tensors that other methods use.
                 batch = [case for index in needed for case in cases(index)]
             else:
                 known.add(found)
@@ -379,9 +378,9 @@ def _cases(
     levels: Sequence[Level],
     skipped: set[Skip],
 ) -> Iterator[_Case]:
-    """An image as it is and in every condition that is possible, encoded."""
-    normal = _told_apart(index, _encoded(pipe, shown, signals))
-    yield _as_it_is(index, normal)
+    """An encoded image in the normal condition and in all conditions that are possible."""
+    normal = _fingerprinted(index, _encoded(pipe, shown, signals))
+    yield _normal(index, normal)
     if "selector" in levels:
         yield from _moved(index, normal, conditions, skipped)
     pixelwise = [one for one in _fitting(normal.layout, conditions) if one != EXCHANGED]
@@ -389,8 +388,8 @@ def _cases(
         try:
             pixels = move_pixels(shown, condition, normal.layout, _side(pipe))
             moved = _encoded(pipe, pixels, signals)
-            if not _alike(moved.layout, normal.layout):
-                raise NotPossible("another grid once rearranged")
+            if not _same_geometry(moved.layout, normal.layout):
+                raise NotPossible("another crop grid after rearranging")
         except NotPossible as reason:
             skipped.add((index, condition, "pipeline", str(reason)))
         else:
@@ -398,22 +397,22 @@ def _cases(
             yield _Case(index, condition, "pipeline", moved, content, _slots(normal.layout))
 
 
-def _told_apart(index: int, tokens: VisualTokens) -> VisualTokens:
-    """With a fingerprint, by which scores are distinguished and methods draw anew."""
+def _fingerprinted(index: int, tokens: VisualTokens) -> VisualTokens:
+    """With a fingerprint, which identifies its scores and seeds random methods."""
     if tokens.fingerprint is not None:
         return tokens
     return replace(tokens, fingerprint=torch.tensor([index], dtype=torch.float32))
 
 
-def _as_it_is(index: int, tokens: VisualTokens) -> _Case:
+def _normal(index: int, tokens: VisualTokens) -> _Case:
     layout = tokens.layout
-    itself = torch.arange(len(layout), device=layout.is_separator.device)
-    content = itself.masked_fill(layout.is_separator, -1)
+    own = torch.arange(len(layout), device=layout.is_separator.device)
+    content = own.masked_fill(layout.is_separator, -1)
     return _Case(index, NORMAL, NORMAL, tokens, content, _slots(layout))
 
 
 def _slots(layout: TokenLayout) -> Tensor:
-    """(N,) which crop or frame lies at each place, from 0; negative for what is neither."""
+    """(N,) the crop or frame at each index, from 0; negative for all else."""
     return layout.view - int(layout.modality != "video")
 
 
@@ -423,7 +422,7 @@ def _moved(
     conditions: Sequence[Condition],
     skipped: set[Skip],
 ) -> Iterator[_Case]:
-    """An encoded image in every condition that is possible, at the selector level."""
+    """An encoded image in all conditions that are possible, at the selector level."""
     for condition in _fitting(tokens.layout, conditions):
         try:
             content = paired(tokens.layout, condition)
@@ -435,7 +434,7 @@ def _moved(
 
 
 def _fitting(layout: TokenLayout, conditions: Sequence[Condition]) -> list[Condition]:
-    """Those that are a question of an image, or of a video."""
+    """The conditions that apply to an image, or to a video."""
     others = CROPS if layout.modality == "video" else ("reversed-frames",)
     return [condition for condition in conditions if condition not in others]
 
@@ -447,11 +446,11 @@ def _encoded(pipe: Pipeline, shown: Shown, signals: frozenset[Signal]) -> Visual
 
 
 def _side(pipe: Pipeline) -> int:
-    """Of a view, in pixels."""
+    """The side of a view, in pixels."""
     return int(pipe.adapter.base.config.vision_config.image_size)
 
 
-def _alike(one: TokenLayout, other: TokenLayout) -> bool:
+def _same_geometry(one: TokenLayout, other: TokenLayout) -> bool:
     return (
         len(one) == len(other)
         and one.grid == other.grid
@@ -460,42 +459,42 @@ def _alike(one: TokenLayout, other: TokenLayout) -> bool:
     )
 
 
-# --- choosing -------------------------------------------------------------------------------------
+# --- selecting ------------------------------------------------------------------------------------
 
 
 def _in_front(compressor: Compressor) -> bool:
-    """Whether it acts in front of the language model alone, so that nothing behind need run."""
+    """Whether it acts only in front of the language model, which then need not run."""
     return compressor.stage is Stage.PRE_LLM and list(compressor.parts()) == [compressor]
 
 
-def _chosen(compressor: Compressor, cases: Sequence[_Case]) -> list[_Choice]:
-    """What a method in front of the language model keeps of each case, as `Pipeline.select`."""
-    heedful, notes = noting(compressor)
+def _selected(compressor: Compressor, cases: Sequence[_Case]) -> list[_Selected]:
+    """What a method in front of the language model keeps of each case."""
+    noted, notes = noting(compressor)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RetentionWarning)  # the shares show it
-        return [_choice(case, [heedful(case.tokens).keep], notes) for case in cases]
+        warnings.simplefilter("ignore", RetentionWarning)  # the tables show realised shares
+        return [_outcome(case, [noted(case.tokens).keep], notes) for case in cases]
 
 
-def _choices(
+def _selections(
     pipe: Pipeline, compressor: Compressor, cases: Sequence[_Case], prompts: Sequence[str]
-) -> list[_Choice]:
+) -> list[_Selected]:
     """What any method keeps of each case."""
     if _in_front(compressor):
-        return _chosen(compressor, cases)
-    heedful, notes = noting(compressor)
+        return _selected(compressor, cases)
+    noted, notes = noting(compressor)
     inputs = pipe.assemble([[case.tokens] for case in cases], prompts)
-    with warnings.catch_warnings(), tp.compress(pipe.model, heedful) as trace:
+    with warnings.catch_warnings(), tp.compress(pipe.model, noted) as trace:
         warnings.simplefilter("ignore", RetentionWarning)
         pipe.model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
     cuts: list[list[Tensor]] = [[] for _ in cases]
     for chosen in trace.selections:
         cuts[chosen.row].append(chosen.keep)
-    return [_choice(case, keeps, notes) for case, keeps in zip(cases, cuts, strict=True)]
+    return [_outcome(case, keeps, notes) for case, keeps in zip(cases, cuts, strict=True)]
 
 
-def _choice(
+def _outcome(
     case: _Case, keeps: Sequence[Tensor], notes: Sequence[tuple[VisualTokens, Tensor]]
-) -> _Choice:
+) -> _Selected:
     size = len(case.tokens)
     first, last = (torch.zeros(size, dtype=torch.bool) for _ in range(2))
     first[keeps[0].cpu()] = True
@@ -505,10 +504,10 @@ def _choice(
         if seen.fingerprint is case.tokens.fingerprint and len(values) == size:
             score = values.detach().float().cpu()
             break
-    return _Choice(last, first, score)
+    return _Selected(last, first, score)
 
 
-def _rows(compressor: Compressor, case: _Case, choice: _Choice) -> Rows:
+def _rows(compressor: Compressor, case: _Case, outcome: _Selected) -> Rows:
     layout = case.layout
     patches = layout.patches.numpy()
     slots = layout.frames if layout.modality == "video" else layout.grid[0] * layout.grid[1]
@@ -523,8 +522,8 @@ def _rows(compressor: Compressor, case: _Case, choice: _Choice) -> Rows:
         "grid": f"{layout.grid[0]}x{layout.grid[1]}",
     }
     made = {
-        "kept": choice.kept.numpy()[patches],
-        "kept_first": choice.kept_first.numpy()[patches],
-        "score": choice.score.numpy()[patches],
+        "kept": outcome.kept.numpy()[patches],
+        "kept_first": outcome.kept_first.numpy()[patches],
+        "score": outcome.score.numpy()[patches],
     }
     return Rows(shared, {**case.geometry, **made})

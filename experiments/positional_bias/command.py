@@ -1,4 +1,4 @@
-"""``tokenprune positional-bias``: content or location, on the command line."""
+"""``tokenprune positional-bias``: test whether methods follow content or location."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _Paths = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="[IMAGE]...",
-        help="Your own images, in front of the options. [default: the testbed's]",
+        help="Image files, before the options. [default: images of the testbed]",
     ),
 ]
 
 
 _Images = Annotated[
     int | None,
-    typer.Option(help="How many images. [default: 60 of the testbed, or all of your own]"),
+    typer.Option(help="Number of images. [default: 60 of the testbed, or all given ones]"),
 ]
 
 
@@ -57,7 +57,7 @@ _Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Your own questions, JSON lines as for compare; each image or video is used once.",
+        help="File of questions in JSON lines, as for compare; each image or video is used once.",
     ),
 ]
 
@@ -73,8 +73,8 @@ _Conditions = Annotated[
     typer.Option(
         "--conditions",
         metavar="C...",
-        help="Of reversed-crops, reversed-frames, flip-lr, flip-tb, exchanged-crops (under an "
-        "unchanged thumbnail). [default: all but the last]",
+        help="Which of reversed-crops, reversed-frames, flip-lr, flip-tb, exchanged-crops (under "
+        "an unchanged thumbnail). [default: all but the last]",
     ),
 ]
 
@@ -112,10 +112,10 @@ def positional_bias(
 ) -> None:
     """Test whether methods select tokens by content or by location.
 
-    Shows every method the same content at other places: crops (or frames) in reversed order,
-    flipped images. Prints how the share of kept tokens changes as the same content moves along the
-    sequence, and what the selection follows; writes tables and plots to a folder. Ctrl-C keeps what
-    was computed; the same command resumes the run.
+    Shows every method the same content at other locations: crops or frames in reversed order, and
+    flipped images. Prints how the keep probability changes as the same content moves along the
+    sequence, and what the selection follows. Writes tables and plots to a folder. Ctrl-C keeps the
+    finished results; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -153,7 +153,7 @@ def _run(request: PositionalBiasRequest) -> int:
     with progress() as bar:
         outcome = run(request, bar)
     if outcome.status == "interrupted":
-        return options.interrupted(outcome, "selections (of an image by a method)")
+        return options.interrupted(outcome, "selections (an image by a method)")
     console = Console()
     for table in tables(outcome.tables["statistics"]):
         console.print(table, "")
@@ -165,13 +165,13 @@ def _run(request: PositionalBiasRequest) -> int:
 
 
 def tables(statistics: pd.DataFrame) -> Iterator[Table]:
-    """The findings as tables of at most 80 columns: in short, then condition by condition."""
+    """The results as tables of at most 80 columns: an overview, then by condition."""
     from tokenprune.experiments.positional_bias.estimates import ALL, NORMAL
 
     for modality, part in statistics.groupby("modality", sort=False, observed=True):
         yield _overview(part, str(modality))
         conditions = [name for name in part["condition"].unique() if name not in (NORMAL, ALL)]
-        for first in range(0, len(conditions), 3):  # more would not fit
+        for first in range(0, len(conditions), 3):  # more columns would not fit
             yield _by_condition(part, conditions[first : first + 3])
 
 
@@ -239,7 +239,7 @@ def _cells(statistics: pd.DataFrame) -> Iterator[tuple[float, str, pd.DataFrame]
 
 
 def _row(rows: pd.DataFrame, condition: str, level: str) -> pd.Series:
-    """The row of a condition, or missing values."""
+    """The row of a condition and level, or missing values."""
     import pandas as pd
 
     found = rows[(rows["condition"] == condition) & (rows["level"] == level)]

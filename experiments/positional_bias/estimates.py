@@ -1,8 +1,8 @@
-"""Does a choice of tokens follow their content or their place?  Statistics on plain arrays.
+"""Does a selection follow the content or the location of tokens?  Statistics on plain arrays.
 
-Everything rests on pairs: the same content is shown at two places (crops in reversed order, a
-flipped image, frames in reversed order), and the choice is made for both.  Images, not tokens, are
-the independent units: intervals resample whole images, tests flip the signs of whole images.
+All statistics use pairs: the same content is shown at two locations (crops or frames in reversed
+order, a flipped image), and tokens are selected for both.  Images, not tokens, are the independent
+units: intervals resample whole images, tests flip the signs of whole images.
 """
 
 from collections.abc import Hashable, Iterator
@@ -33,21 +33,21 @@ __all__ = [
 
 
 NORMAL = "normal"
-"""The condition in which everything is where it belongs; its level has the same name."""
+"""The condition without any change; its level has the same name."""
 
 
 ALL = "all"
-"""The row of `statistics` that takes all conditions together in which crops fit their thumbnail."""
+"""The row of `statistics` for all conditions together, except `EXCHANGED`."""
 
 
 Array = NDArray[Any]
 
 
-_GRID = 2**15  # steps that the sum of the scores is cut into in `sign_flip`
+_GRID = 2**15  # steps into which `sign_flip` divides the sum of the scores
 
 
 class Estimate(NamedTuple):
-    """A value with the ends of its 95 % interval; the interval of one image is missing."""
+    """A value with the ends of its 95 % interval, which are NaN for a single image."""
 
     value: float
     low: float
@@ -55,16 +55,16 @@ class Estimate(NamedTuple):
 
 
 class PairedBias(NamedTuple):
-    """What moving the same content to another place does to its being kept.
+    """How moving the same content to another location changes whether it is kept.
 
     Attributes:
-        slope: Change of the keep probability as content moves from position 0 to position 1,
-            linear; 0 where content alone decides.
-        p: Two-sided p-value of a slope of 0, "which content is kept does not depend on its place";
-            missing with fewer than two images.
-        scores: (images,) whose sum the slope is in proportion to and whose signs the test flips;
-            positive: larger positions are kept more.
-        images: (images,) what each score belongs to.
+        slope: Linear change of the keep probability as content moves from position 0 to 1; 0 where
+            content alone decides.
+        p: Two-sided p-value of the null hypothesis that the location of content has no influence on
+            whether it is kept; NaN with fewer than two images.
+        scores: (images,) scores, whose signs the test flips and whose sum is proportional to the
+            slope; positive if larger positions are kept more often.
+        images: (images,) the image of each score.
     """
 
     slope: Estimate
@@ -74,12 +74,12 @@ class PairedBias(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How one image's choice under rearranged content compares with the original choice.
+    """How the selection of a rearranged image compares with that of the original image.
 
     Attributes:
         equivariance: See `equivariance`.
-        content: Share of the kept places whose content was kept originally as well.
-        position: Share of the kept places that were kept originally as well.
+        content: Share of the kept locations whose content was kept in the original image.
+        position: Share of the kept locations that were kept in the original image.
     """
 
     equivariance: float
@@ -102,15 +102,15 @@ def slope(
 
     Kept (0 or 1) is regressed on position with an intercept for every image, and the interval is
     the percentile bootstrap that resamples whole images.  Keeping exactly the last quarter gives
-    9/8, keeping evenly spaced or random tokens about 0.  This describes where what is kept lies;
-    whether *place* is the reason is for `paired_bias` to say.
+    9/8, keeping evenly spaced or random tokens about 0.  The slope describes where kept tokens are;
+    `paired_bias` estimates whether their location is the cause.
 
     Args:
-        kept: (n,) bool, of the tokens of all images.
-        position: (n,) in [0, 1], place in the packed sequence.
-        image: (n,) what each token belongs to.
+        kept: (n,) bool, for the tokens of all images.
+        position: (n,) in [0, 1], relative index in the packed sequence.
+        image: (n,) the image of each token.
         seed: Of the bootstrap.
-        resamples: Of the bootstrap.
+        resamples: Number of bootstrap samples.
     """
     codes, names = pd.factorize(np.asarray(image))
     x, y = np.asarray(position, dtype=float), np.asarray(kept, dtype=float)
@@ -121,18 +121,18 @@ def slope(
 
 
 def sign_flip(scores: ArrayLike) -> float:
-    """Two-sided p-value of "each score might as well have had the other sign", exact.
+    """Exact two-sided p-value of the null hypothesis that both signs of a score are equally likely.
 
-    All 2^n assignments of signs are counted, not sampled, by adding up the distribution of the
-    sum score by score (Pagano and Tritchler, JASA 78, 1983), on scores rounded to 1/32768 of the
-    sum of their sizes: the test is exact for the rounded scores.  The smallest p that n scores
-    other than 0 can give is therefore 2^(1-n): 21 images for p < 1e-6.
+    All 2^n assignments of signs are counted, not sampled, by convolving the distribution of the
+    sum score by score (Pagano and Tritchler, JASA 78, 1983).  Scores are rounded to 1/32768 of the
+    sum of their absolute values; the test is exact for the rounded scores.  The smallest p-value of
+    n nonzero scores is 2^(1-n): p < 1e-6 needs 21 images.
 
     Args:
-        scores: (n,) one for each independent unit, here images; missing ones are left out.
+        scores: (n,) one for each independent unit, here an image; NaN is left out.
 
     Returns:
-        Missing where there are fewer than two scores, 1 where all are 0.
+        The p-value; NaN with fewer than two scores, 1 where all are 0.
     """
     values = np.asarray(scores, dtype=float)
     values = values[np.isfinite(values)]
@@ -143,7 +143,7 @@ def sign_flip(scores: ArrayLike) -> float:
         return 1.0
     steps = np.rint(np.abs(values) / total * _GRID).astype(int)
     whole, observed = int(steps.sum()), abs(int((np.sign(values) * steps).sum()))
-    # With P the sum of the scores given a plus, the sum of all is 2 P - whole.
+    # With P the sum of the scores with a positive sign, the sum of all is 2 P - whole.
     mass = np.zeros(whole + 1)
     mass[0] = 1.0
     for step in steps[steps > 0]:
@@ -165,23 +165,23 @@ def paired_bias(
 ) -> PairedBias:
     """Does moving content change whether it is kept?
 
-    With k, k' whether a content unit is kept before and after it moved from x to x', an image's
-    score is ``sum (k' - k)(x' - x)`` over its units, and the slope is the sum of all scores over
-    ``sum (x' - x)^2`` of all images.  If the choice does not depend on places, k and k' could be
-    exchanged and the score might as well have had the other sign; `sign_flip` over images tests
-    that.  A choice that follows content exactly has k' = k throughout, a slope of 0 and p = 1.
+    Let k and k' say whether a content unit is kept before and after it moves from x to x'.  The
+    score of an image is ``sum (k' - k)(x' - x)`` over its units, and the slope is the sum of all
+    scores over ``sum (x' - x)^2`` of all images.  If the selection does not depend on location, k
+    and k' are exchangeable and both signs of a score are equally likely; `sign_flip` over images
+    tests that.  A selection that follows content exactly has k' = k, a slope of 0 and p = 1.
 
-    What it cannot see: preferences that the rearrangement maps onto themselves, e.g. one for the
-    middle, which lies in the middle of a reversed sequence as well.
+    The slope does not detect preferences that the rearrangement maps onto themselves, such as one
+    for the middle of the sequence, which stays in the middle.
 
     Args:
-        kept_before: (n,) bool (or weights), of the content units of all images.
-        kept_after: (n,) the same at their other places.
+        kept_before: (n,) bool (or weights), for the content units of all images.
+        kept_after: (n,) the same at their new locations.
         position_before: (n,) in [0, 1].
         position_after: (n,) in [0, 1].
-        image: (n,) what each unit belongs to.
+        image: (n,) the image of each unit.
         seed: Of the bootstrap of the slope.
-        resamples: Of the bootstrap of the slope.
+        resamples: Number of bootstrap samples.
     """
     codes, names = pd.factorize(np.asarray(image))
     moved = np.asarray(position_after, dtype=float) - np.asarray(position_before, dtype=float)
@@ -190,22 +190,22 @@ def paired_bias(
         np.bincount(codes, values, len(names))
         for values in (moved * changed, moved * moved, np.abs(moved * changed))
     )
-    # What cancels out exactly must not leave rounding errors behind: their signs count as others'.
+    # Scores that cancel exactly are set to 0, as the signs of rounding errors would count.
     products[np.abs(products) < 1e-9 * sizes] = 0.0
-    apart = squares > 0  # images in which nothing moved say nothing
+    apart = squares > 0  # images in which nothing moved are uninformative
     scores = products[apart]
     estimate = _ratio(scores, squares[apart], seed, resamples)
     return PairedBias(estimate, sign_flip(scores), scores, np.asarray(names)[apart])
 
 
 def agreement(before: ArrayLike, after: ArrayLike, content: ArrayLike) -> Agreement:
-    """Compare one image's choice before and after its content was rearranged.
+    """Compare the selection of one image before and after its content is rearranged.
 
     Args:
-        before: (N,) bool, which places were kept originally.
-        after: (N,) bool, which places were kept with rearranged content.
-        content: (N,) int, at which place the content now at each place was originally; -1 where
-            that cannot be said, and these places are left out.
+        before: (N,) bool, the locations that are kept in the original image.
+        after: (N,) bool, the locations that are kept in the rearranged image.
+        content: (N,) int, the original location of the content of each location; locations with -1
+            have no counterpart and are left out.
     """
     first, second = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     origin = np.asarray(content)
@@ -214,19 +214,19 @@ def agreement(before: ArrayLike, after: ArrayLike, content: ArrayLike) -> Agreem
 
 
 def equivariance(before: ArrayLike, after: ArrayLike, content: ArrayLike) -> float:
-    """1 if one image's choice follows content, 0 if it follows position, 1/2 if neither.
+    """1 if the selection of an image follows content, 0 if it follows location, 1/2 if neither.
 
-    Let K be the places kept originally, K' those kept now, and T(K) the places to which the
-    content of K moved: T(K) is what a choice by content alone would be, K what a choice by
-    position alone would be.  Only places in one of the two but not in both can tell them apart.
-    With c = \\|T(K) - K\\| and p = \\|K - T(K)\\|,
+    Let K be the locations that are kept in the original image, K' those that are kept in the
+    rearranged image, and T(K) the locations to which the content of K moves.  A selection by
+    content alone keeps T(K), one by location alone keeps K.  Only locations that are in exactly one
+    of the two sets distinguish them.  With c = \\|T(K) - K\\| and p = \\|K - T(K)\\|,
 
         E = 1/2 + (\\|K' & (T(K) - K)\\| - \\|K' & (K - T(K))\\|) / (c + p),
 
     which is 1/2 + (A - P) / (2 (1 - o)) with A, P and o the shares of \\|K\\| that K' has in common
     with T(K), K' with K, and T(K) with K.  K' = T(K) gives exactly 1, K' = K exactly 0, and a
-    choice at random 1/2 in expectation at every retention, so nothing is left to be corrected for
-    chance.  Missing where T(K) = K, e.g. where everything is kept.
+    random selection 1/2 in expectation at every retention ratio, so no correction for chance is
+    needed.  E is NaN where T(K) = K, e.g. where everything is kept.
 
     Args:
         before, after, content: As in `agreement`.
@@ -235,12 +235,12 @@ def equivariance(before: ArrayLike, after: ArrayLike, content: ArrayLike) -> flo
 
 
 def _agreement(by_content: Array, by_position: Array, now: Array) -> Agreement:
-    """The same from what content alone and position alone would have kept, place by place."""
-    telling = by_content != by_position
+    """`agreement` from what content alone and location alone would keep at each location."""
+    decisive = by_content != by_position
     kept = int(now.sum())
-    signed = int((now & telling & by_content).sum()) - int((now & telling & by_position).sum())
+    signed = int((now & decisive & by_content).sum()) - int((now & decisive & by_position).sum())
     return Agreement(
-        0.5 + signed / int(telling.sum()) if telling.any() else np.nan,
+        0.5 + signed / int(decisive.sum()) if decisive.any() else np.nan,
         int((now & by_content).sum()) / kept if kept else np.nan,
         int((now & by_position).sum()) / kept if kept else np.nan,
     )
@@ -261,14 +261,14 @@ def _ratio(products: Array, squares: Array, seed: int, resamples: int) -> Estima
 
 
 def _mean(values: Array, seed: int) -> Estimate:
-    """Mean over images, missing ones left out, and its bootstrap interval."""
-    there = values[~np.isnan(values)]
-    if not len(there):
+    """Mean over images, without NaN, and its bootstrap interval."""
+    known = values[~np.isnan(values)]
+    if not len(known):
         return Estimate(np.nan, np.nan, np.nan)
     interval = (np.nan, np.nan)
-    if len(there) > 1:
-        interval = paired_bootstrap(there, np.arange(len(there)), seed=seed, resamples=2000)
-    return Estimate(float(there.mean()), *interval)
+    if len(known) > 1:
+        interval = paired_bootstrap(known, np.arange(len(known)), seed=seed, resamples=2000)
+    return Estimate(float(known.mean()), *interval)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def _mean(values: Array, seed: int) -> Estimate:
 _CELL = ["method", "retention", "modality"]
 
 
-_AXES = {"flip-lr": "x", "flip-tb": "y"}  # what a condition moves content along; else the sequence
+_AXES = {"flip-lr": "x", "flip-tb": "y"}  # the axis of a condition, if not the sequence
 
 
 def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
@@ -287,22 +287,22 @@ def statistics(tokens: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         seed: Of the bootstrap.
 
     Returns:
-        ``slope`` (of what is kept in that condition along the sequence), ``first`` and ``last``
+        ``slope`` (of kept tokens along the sequence in that condition), ``first`` and ``last``
         (share kept of the first and the last crop slot or frame), and for every condition but the
-        normal one ``paired_slope`` and ``p`` (`paired_bias` along the sequence; of flips from the
-        left edge of the image to the right one, or top to bottom), ``equivariance`` with
+        normal one ``paired_slope`` and ``p`` (`paired_bias` along the sequence; for flips from the
+        left edge of the image to the right one, or from top to bottom), ``equivariance`` with
         ``defined``, the number of images that have one, ``content_agreement`` and
         ``position_agreement``.
-        Values stand beside their 95 % intervals (``_low``, ``_high``).
+        Columns with ``_low`` and ``_high`` are the ends of 95 % intervals.
 
-        ``p`` tests ``paired_slope`` and nothing else; it is missing where that is, and with a
-        single image.  What rounding does to equal budgets of views is taken out of the comparison
-        where content moves from view to view (`_without_rounding`).
+        ``p`` tests ``paired_slope`` only; it is NaN where the slope is, and with a single image.
+        Where content moves between views, the comparison excludes the effect of rounding equal
+        budgets of views (`_without_rounding`).
 
-        The row `ALL` of each level has the mean of every image's equivariance over the conditions,
-        and the smallest of their p-values times their number (Bonferroni: biases along different
-        axes may not cancel each other); its slopes are missing.  `EXCHANGED` is left out of it: a
-        choice by content that asks the thumbnail cannot follow content there.
+        The row `ALL` of each level has the mean over images of the mean equivariance over the
+        conditions, and the smallest p-value times the number of conditions (Bonferroni, so that
+        biases along different axes cannot cancel); its slopes are NaN.  It excludes `EXCHANGED`,
+        where a selection by content that uses the thumbnail cannot follow content.
     """
     rows: list[dict[Hashable, Any]] = []
     for cell, group in tokens.groupby(_CELL, sort=False, observed=True):
@@ -345,7 +345,7 @@ def _named(name: str, estimate: Estimate) -> dict[Hashable, Any]:
 
 
 def _described(part: pd.DataFrame, seed: int) -> dict[Hashable, Any]:
-    """Where what is kept in one condition lies."""
+    """Where the kept tokens of one condition are."""
     figures: dict[Hashable, Any] = {"images": part["image"].nunique()}
     figures |= _named("slope", slope(part["kept"], part["position"], part["image"], seed=seed))
     slots = part[part["slot"] >= 0]
@@ -360,7 +360,7 @@ def _described(part: pd.DataFrame, seed: int) -> dict[Hashable, Any]:
 def _compared(
     normal: pd.DataFrame, part: pd.DataFrame, seed: int
 ) -> tuple[dict[Hashable, Any], pd.DataFrame]:
-    """One condition against the normal one: figures, and every image's score and equivariance."""
+    """Figures of a condition against the normal one, and the agreement of every image."""
     axis = _AXES.get(str(part["condition"].iloc[0]), "position")
     places = normal.set_index(["image", "token"])[["kept", "view", axis]]
     known = part[part["content"] >= 0]
@@ -385,26 +385,26 @@ def _compared(
 def _without_rounding(
     by_content: Array, by_position: Array, now: Array, views: Array, images: Array
 ) -> tuple[Array, Array, Array]:
-    """Take out what the rounding of equal budgets does to an image's views.
+    """Remove the effect of rounding equal budgets from an image's views.
 
-    Where all views have the same budget but it does not divide evenly, allocators give the tokens
-    left over to earlier views.  That is a preference for places, but of a single token and none of
-    the ranking's doing; counted as it stands, it would make the plainest choice by content, or one
-    at random, look significantly biased.  It is taken for rounding where every view of an image
-    keeps as many tokens as it did with its original content, at least one, and none keeps more than
-    one token more or less than the view its content comes from did.  The shares and slopes of each
-    condition are left as they are.
+    Where all views have the same budget but it does not divide evenly, allocators give the
+    remaining tokens to earlier views.  That is a preference for locations, but of a single token
+    and not caused by the ranking; without a correction, even a selection by content alone, or a
+    random one, would look significantly biased.  A difference counts as rounding where every view
+    of an image keeps as many tokens as it did with its original content, at least one, and none
+    keeps more than one token more or less than the view its content comes from did.  The shares and
+    slopes of each condition are not corrected.
 
     Args:
-        by_content, by_position, now: (n,) bool, what content alone and position alone would keep
-            at each place, and what is kept.
-        views: (n,) int from 0, numbers of the views (of all images) that the places lie in.
-        images: (n,) what image the places lie in.
+        by_content, by_position, now: (n,) bool, what content alone and location alone would keep
+            at each location, and what is kept.
+        views: (n,) int from 0, the view of each location, numbered over all images.
+        images: (n,) the image of each location.
 
     Returns:
-        (n,) bool what is kept, with the odd token of a view that is otherwise the choice by content
-        moved along; and (n,) what is kept before and after, weighted so that both sum to the same
-        in every view that was rounded, for `paired_bias`.
+        (n,) bool, what is kept, where a view that differs from the selection by content only in the
+        extra token takes that selection; and (n,) what is kept before and after, for `paired_bias`,
+        weighted so that both have the same sum in every rounded view.
     """
     counts = (np.bincount(views, one) for one in (now, by_position, by_content, now & by_content))
     have, had, due, shared = counts
@@ -422,7 +422,7 @@ def _without_rounding(
 
 
 def _closing(images: pd.DataFrame, p: float, seed: int) -> dict[Hashable, Any]:
-    """What is said of a condition, or of all together, from a table with a row per image."""
+    """Figures of one or all conditions, from a table with rows of images."""
     values = images["equivariance"].to_numpy(float)
     return {
         "p": p,
@@ -438,16 +438,15 @@ def profiles(tokens: pd.DataFrame, *, bins: int = 20, cells: int = 7) -> pd.Data
 
     Args:
         tokens: As for `statistics`.
-        bins: Of the relative position in the sequence.
-        cells: Of the relative row and column in the image.
+        bins: Number of bins of the relative position in the sequence.
+        cells: Number of bins of the relative row and column in the image.
 
     Returns:
         One row per method, retention, modality, condition, level, ``axis`` (``position``, ``row``,
-        ``column``: bins named by their middle; ``view``: 0 is the thumbnail; ``slot``: of crops or
+        ``column``: bins named by their centre; ``view``: 0 is the thumbnail; ``slot``: crops or
         frames, from 0) and ``place`` on it: ``kept``, the mean over images of the share kept, with
-        its 95 % t interval, ``score`` and ``score_rank``, the means over images of scores and of
-        their ranks within the image (0 lowest, 1 highest; of tokens that have a score), and
-        ``images``.
+        its 95 % t interval; ``score`` and ``score_rank``, the means over images of scores and of
+        their ranks within the image (0 lowest, 1 highest; for tokens with a score); and ``images``.
     """
     groups = [*_CELL, "condition", "level"]
     ranks = tokens.groupby([*groups, "image"], sort=False, observed=True)["score"].rank(pct=True)
@@ -467,7 +466,7 @@ def profiles(tokens: pd.DataFrame, *, bins: int = 20, cells: int = 7) -> pd.Data
         ].mean()
         grouped = per_image.groupby([*groups, "place"], sort=False, observed=True)
         count = grouped["kept"].count()
-        # A t interval needs two images; pandas has no standard error of one.
+        # A t interval needs two images; pandas gives NaN as the standard error of one.
         half = student.ppf(0.975, (count - 1).clip(lower=1)) * grouped["kept"].sem()
         means = grouped.mean()
         frame = means.assign(
@@ -482,5 +481,5 @@ def profiles(tokens: pd.DataFrame, *, bins: int = 20, cells: int = 7) -> pd.Data
 
 
 def _binned(values: pd.Series, bins: int) -> pd.Series:
-    """The middle of the bin that each value of [0, 1] lies in."""
+    """The centre of the bin of each value in [0, 1]."""
     return (np.floor(values.astype(float) * bins).clip(0, bins - 1) + 0.5) / bins

@@ -1,4 +1,4 @@
-"""Figures of the analysis of positional bias."""
+"""Figures of the positional-bias analysis."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -51,7 +51,7 @@ def figures(
     Args:
         tokens: As `positional_bias` returns them.
         statistics: As `positional_bias` returns them.
-        model: What to call the model.
+        model: Name of the model.
     """
     for (retention, modality), part in tokens.groupby(
         ["retention", "modality"], sort=False, observed=True
@@ -74,9 +74,9 @@ def by_slot(tokens: pd.DataFrame, where: str) -> Figure:
     """Keep share of every crop slot or frame, normal and reversed order, a panel per method.
 
     Args:
-        tokens: Of one retention and of images with equally many slots, in the normal condition and
-            in a reversed one.
-        where: Model and retention, for the subtitle.
+        tokens: Of one retention ratio and of images with equally many slots, in the normal and in a
+            reversed condition.
+        where: Model and retention ratio, for the subtitle.
     """
     slots = tokens[tokens["slot"] >= 0]
     shares = (
@@ -102,7 +102,7 @@ def by_slot(tokens: pd.DataFrame, where: str) -> Figure:
         titles(
             figure,
             f"Which {what}s keep their tokens",
-            f"{where}. Bars of a pair alike: the place decides; mirrored: the content. "
+            f"{where}. Equal bars of a pair: location decides; mirrored: content decides. "
             f"{_counted(tokens, what)}; 95 % intervals.",
         )
     return figure
@@ -115,7 +115,7 @@ def by_place(tokens: pd.DataFrame, where: str) -> Figure:
         tokens: As for `by_slot`.
         where: As for `by_slot`.
     """
-    # About ten tokens a bin, or the curves show which bin is the larger one.
+    # About ten tokens per bin, so that the curves do not show differences in bin size.
     table = profiles(tokens, bins=int(np.clip(tokens["token"].max() / 10, 5, 20)))
     table = table[table["axis"] == "position"]
     methods = list(pd.unique(tokens["method"]))
@@ -132,7 +132,7 @@ def by_place(tokens: pd.DataFrame, where: str) -> Figure:
                     rows["place"], rows["kept_low"], rows["kept_high"],
                     color=colour, alpha=0.2, lw=0,
                 )  # fmt: skip
-                # The one below is wider, so that both are seen where they coincide.
+                # The lower curve is wider, so that both are visible where they coincide.
                 width = 4.5 if condition == NORMAL else 1.6
                 axes.plot(rows["place"], rows["kept"], color=colour, lw=width)
             if not np.isnan(thumbnail):
@@ -141,7 +141,7 @@ def by_place(tokens: pd.DataFrame, where: str) -> Figure:
             axes.set_ylim(0, 1.02)
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
             _finish(axes, method)
-        figure.supxlabel("place in the packed sequence, %", fontsize=13, color=INK)
+        figure.supxlabel("position in the packed sequence, %", fontsize=13, color=INK)
         figure.supylabel("share kept", fontsize=13, color=INK)
         handles = [Patch(color=colour, label=name) for name, colour in _HUES.items()]
         if not np.isnan(thumbnail):
@@ -156,7 +156,7 @@ def by_place(tokens: pd.DataFrame, where: str) -> Figure:
 
 
 def on_the_image(tokens: pd.DataFrame, where: str) -> Figure:
-    """Keep probability by row and column: a map of the crop canvas, or of all frames together.
+    """Keep probability by row and column: a map of the crop canvas, or of all frames.
 
     Args:
         tokens: As for `by_slot`; the normal condition is shown.
@@ -186,7 +186,7 @@ def on_the_image(tokens: pd.DataFrame, where: str) -> Figure:
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0, labelsize=11.5, labelcolor=INK)
-        lines = "all frames together" if what == "frame" else "lines part the crops"
+        lines = "all frames together" if what == "frame" else "lines separate the crops"
         titles(
             figure,
             "Where in the image tokens are kept",
@@ -197,10 +197,10 @@ def on_the_image(tokens: pd.DataFrame, where: str) -> Figure:
 
 
 def equivariance(statistics: pd.DataFrame, where: str) -> Figure:
-    """What the choice follows: a panel per condition, a line per method, both levels.
+    """What the selection follows: a panel per condition, a line per method, both levels.
 
     Args:
-        statistics: Rows of one retention and modality.
+        statistics: Rows of one retention ratio and modality.
         where: As for `by_slot`.
     """
     there = statistics[statistics["condition"] != NORMAL]
@@ -233,7 +233,7 @@ def equivariance(statistics: pd.DataFrame, where: str) -> Figure:
             axes.set_xlim(-0.12, 1.12)
             axes.set_ylim(len(methods) - 0.5, -0.5)
             axes.set_yticks(range(len(methods)), methods)
-            axes.set_xticks([0, 0.5, 1], ["0\nplace", "½\nneither", "1\ncontent"])
+            axes.set_xticks([0, 0.5, 1], ["0\nlocation", "½\nneither", "1\ncontent"])
             axes.grid(axis="y", color="#e5e5e5", lw=0.7)
             axes.tick_params(length=0, labelsize=11.5, labelcolor=INK)
             axes.set_title(_NAMES[condition], fontsize=13, fontweight="bold")
@@ -241,9 +241,9 @@ def equivariance(statistics: pd.DataFrame, where: str) -> Figure:
             _legend(figure, grid[0].get_legend_handles_labels()[0])
         titles(
             figure,
-            "Does the choice follow content or place?",
-            f"{where}. Equivariance, mean over images with 95 % interval; none where a method "
-            "cannot tell.",
+            "Does the selection follow content or location?",
+            f"{where}. Equivariance, mean over images with 95 % interval; none where it is "
+            "undefined.",
         )
     return figure
 
@@ -279,7 +279,7 @@ def _multiples(methods: list[str], height: float) -> tuple[Figure, list[Axes]]:
     for axes in grid[len(methods) :]:
         axes.set_axis_off()
     for axes in grid[max(0, len(methods) - columns) : len(methods)]:
-        axes.tick_params(labelbottom=True)  # also where there is no panel below
+        axes.tick_params(labelbottom=True)  # labels also above empty panels
     return figure, list(grid)
 
 
@@ -291,7 +291,7 @@ def _finish(axes: Axes, method: str) -> None:
 
 
 def _legend(figure: Figure, handles: list[Any]) -> None:
-    """In the corner that titles, on the left, leave free."""
+    """Place the legend in the upper right corner, next to the left-aligned titles."""
     figure.legend(
         handles=handles, loc="upper right", bbox_to_anchor=(0.995, 0.995), ncols=len(handles),
         frameon=False, fontsize=12, borderaxespad=0, handlelength=1.4, columnspacing=1.4,

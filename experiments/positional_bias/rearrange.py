@@ -1,17 +1,17 @@
-"""The same content at other places: crops or frames in reversed order, flipped images.
+"""The same content at other locations: crops or frames in reversed order, flipped images.
 
-``selector`` level   the features and signals of an encoded image are moved, the encoder is taken
-                     out: what is shown at each place is exactly what was shown at another.
-``pipeline`` level   the pixels are moved and encoded again.
+``selector`` level   Moves the features and signals of an encoded image, so that the vision encoder
+                     has no influence: each location shows exactly what another one showed before.
+``pipeline`` level   Moves the pixels, and encodes them again.
 
-``reversed-crops``   the order of the crops in the sequence is reversed, and with it their position
-                     ids (arXiv 2501.05179, figure 4).  Every token keeps its view, its place on the
-                     canvas, and what the thumbnail says of it.
-``reversed-frames``  the same with the frames of a video.
-``flip-lr``          thumbnail, canvas of crops and frames are mirrored, each in itself.
-``flip-tb``          the same top to bottom.
-``exchanged-crops``  crops are exchanged under an unchanged thumbnail, which then speaks of other
-                     crops than it shows.  Only at the selector level, and only where asked for.
+``reversed-crops``   Reverses the order of the crops in the sequence, and with it their position ids
+                     (arXiv 2501.05179, figure 4).  Every token keeps its view and its location on
+                     the canvas, so the thumbnail still matches the crops.
+``reversed-frames``  The same for the frames of a video.
+``flip-lr``          Mirrors thumbnail, canvas and frames, each separately, left to right.
+``flip-tb``          The same, top to bottom.
+``exchanged-crops``  Exchanges crops under an unchanged thumbnail, which then does not match them.
+                     Only at the selector level, and only on request.
 """
 
 from collections.abc import Sequence
@@ -56,15 +56,15 @@ EXCHANGED: Condition = "exchanged-crops"
 
 
 DEFAULT = tuple(condition for condition in CONDITIONS if condition != EXCHANGED)
-"""The conditions that leave crops and thumbnail as they belong together."""
+"""The conditions in which the crops match their thumbnail."""
 
 
 REVERSED: tuple[Condition, ...] = ("reversed-crops", "reversed-frames")
-"""Those of the order in the sequence, in which every token takes its view and place along."""
+"""The conditions that change the order of tokens, each with its view and location."""
 
 
 CROPS: tuple[Condition, ...] = ("reversed-crops", "exchanged-crops")
-"""Those of crops, which leave the thumbnail where it is."""
+"""The conditions that move crops and leave the thumbnail in place."""
 
 
 Level = Literal["selector", "pipeline"]
@@ -78,22 +78,22 @@ Shown = Image.Image | Sequence[Image.Image]
 
 
 class NotPossible(Exception):
-    """An image cannot be rearranged this way, and why."""
+    """The condition does not apply to an image; the message says why."""
 
 
 def origins(layout: TokenLayout, condition: Condition) -> Tensor:
-    """(N,) the entry that comes to each place of the sequence, or whose content does.
+    """For each index of the sequence, the entry (N,) that moves there, or whose content does.
 
-    Crops ``j`` and ``n-1-j`` change places patch by patch, the ``i``-th of one for the ``i``-th of
-    the other; so do frames.  In ``reversed-crops`` a separator goes with the row that it ends; in
-    all other conditions separators stay.
+    Crops ``j`` and ``n-1-j`` are exchanged patch by patch, the ``i``-th patch of one with the
+    ``i``-th of the other; so are frames.  In ``reversed-crops`` a separator moves with the row that
+    it ends; in all other conditions separators stay.
 
-    Padding takes equally much of crops j and n-1-j, so that reversing the order of padded crops is
-    possible as well: the kept part of a crop moves as a block, wherever in the crop it begins.
+    Padding removes equally many patches of crops j and n-1-j, so padded crops can be reversed, too:
+    the rest of a crop moves as a block, wherever it begins in the crop.
 
     Raises:
-        NotPossible: There is nothing to reverse, or two crops to be exchanged have unlike shapes
-            (as on some resampled canvases).
+        NotPossible: There is nothing to reverse, or two crops to be exchanged differ in shape (as
+            on some resampled canvases).
     """
     if condition in CROPS and layout.grid[0] * layout.grid[1] < 2:
         raise NotPossible("fewer than two crops")
@@ -123,9 +123,9 @@ def origins(layout: TokenLayout, condition: Condition) -> Tensor:
 
 
 def paired(layout: TokenLayout, condition: Condition) -> Tensor:
-    """(N,) `origins` of the tokens that are moved by the condition, -1 of all others.
+    """`origins` (N,) of the tokens that the condition moves, -1 for all others.
 
-    Separators are not chosen, and where crops move, the thumbnail has no counterpart.
+    Separators are not selected, and where crops move, the thumbnail has no counterpart.
     """
     aside = layout.is_separator
     if condition in CROPS:
@@ -134,13 +134,13 @@ def paired(layout: TokenLayout, condition: Condition) -> Tensor:
 
 
 def move_tokens(tokens: VisualTokens, condition: Condition) -> VisualTokens:
-    """An encoded image, rearranged.
+    """Rearrange an encoded image.
 
-    In the conditions of order (`REVERSED`) whole tokens move, with their layout; in all others
-    features and signals move and the layout stays.
+    In the conditions `REVERSED`, whole tokens move, with their layout; in all others, features and
+    signals move and the layout stays.
     """
     source = origins(tokens.layout, condition)
-    # Another picture: strategies that draw must draw anew.
+    # A new fingerprint, so that random methods draw again.
     mark = torch.tensor(
         [1 + CONDITIONS.index(condition)], dtype=torch.float32, device=tokens.features.device
     )
@@ -150,32 +150,32 @@ def move_tokens(tokens: VisualTokens, condition: Condition) -> VisualTokens:
 
 
 def move_pixels(shown: Shown, condition: Condition, layout: TokenLayout, side: int) -> Shown:
-    """An image or video with rearranged pixels, to be encoded anew.
+    """Rearrange the pixels of an image or video, which then has to be encoded.
 
-    For ``reversed-crops`` the image is brought to the size of the crop canvas, as the processor
-    would, and cut into crops that are put together in reversed order: every crop then shows the
-    tower the very pixels that another one showed it before, and the thumbnail follows.  Unlike at
-    the selector level crops change their places in the image as well.
+    For ``reversed-crops`` the image is resized to the crop canvas, as by the processor, and cut
+    into crops, which are joined in reversed order.  The vision encoder then gets the same crops in
+    another order, and a thumbnail that matches them.  In contrast to the selector level, the crops
+    also change their locations in the image.
 
     Args:
         shown: The image, or the frames of a video.
         condition: How to rearrange.
-        layout: Of the image as it is.
-        side: Of a view, in pixels.
+        layout: Of the original image.
+        side: Side of a view, in pixels.
 
     Raises:
-        NotPossible: As `origins`, or the canvas is padded: crops would no longer meet the grid, or
-            the condition keeps the thumbnail, which is made of the same pixels.
+        NotPossible: As for `origins`; or the canvas is padded, so that crops would not match the
+            grid; or the condition keeps the thumbnail, which consists of the same pixels.
     """
     if condition == EXCHANGED:
         raise NotPossible("a thumbnail that shows what its crops do not")
-    origins(layout, condition)  # raises where it is not possible
+    origins(layout, condition)  # raises NotPossible
     if not isinstance(shown, Image.Image):
         frames = [picture(frame) for frame in shown]
         if condition == "reversed-frames":
             return frames[::-1]
         return [_flip(frame, condition) for frame in frames]
-    shown = picture(shown)  # upright, before anything is flipped
+    shown = picture(shown)  # made upright before it is flipped
     if condition != "reversed-crops":
         return _flip(shown, condition)
     (rows, cols), (width, height) = layout.grid, shown.size
@@ -193,7 +193,7 @@ def _flip(image: Image.Image, condition: Condition) -> Image.Image:
 
 
 def _places(layout: TokenLayout) -> Tensor:
-    """(N,) a number for each place: view, row and column, or row and column on the canvas."""
+    """(N,) a number for each location: view, row and column, or canvas row and column."""
     canvas = layout.kind == Kind.CROP
     rows = max(layout.view_shape[0], layout.canvas_shape[0])
     cols = max(layout.view_shape[1], layout.canvas_shape[1])
@@ -204,7 +204,7 @@ def _places(layout: TokenLayout) -> Tensor:
 
 
 def _reversed_crops(layout: TokenLayout, separators: bool) -> Tensor:
-    """(N,) `origins` of reversed crops: the i-th token of a crop for the i-th of its partner."""
+    """`origins` (N,) of reversed crops: the i-th token of a crop for the i-th of its partner."""
     crops = (layout.kind == Kind.CROP).nonzero().squeeze(1)
     if not len(crops):
         raise NotPossible("no crop left of the padding")
@@ -219,7 +219,7 @@ def _reversed_crops(layout: TokenLayout, separators: bool) -> Tensor:
     if not (torch.equal(shapes[1:], shapes[1:].flip(0)) and torch.equal(sizes, shapes.prod(1))):
         raise NotPossible("crops of unlike shapes")
     found = torch.arange(len(layout), device=crops.device)
-    # Stable sorts by view keep the order within each: as the shapes agree, i-th meets i-th.
+    # Stable sorts by view keep the order in each; as the shapes agree, i-th tokens match.
     here, partner = view.argsort(stable=True), (last - view).argsort(stable=True)
     found[crops[here]] = crops[partner]
     ends = layout.separators[layout.canvas_row[layout.separators] >= 0]

@@ -1,4 +1,4 @@
-"""The table of tokens of `positional_bias`, and how a run stores its finished part."""
+"""The table of tokens of `positional_bias`, and the files of its finished batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ __all__ = [
 
 
 Skip = tuple[int, str, str, str]
-"""Which image could not be shown in which condition, at which level, and why."""
+"""Index of an image, condition and level in which it was skipped, and why."""
 
 
 _ORDER = [
@@ -34,11 +34,11 @@ _ORDER = [
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of one method's choice of one image in one condition.
+    """The rows of one method's selection of one image in one condition.
 
     Attributes:
-        shared: What is the same in all of them.
-        columns: Name to (P,) values of what is not.
+        shared: Values that all rows share, by column.
+        columns: (P,) values of the other columns.
     """
 
     shared: Mapping[str, Any]
@@ -48,16 +48,14 @@ class Rows:
 class Parts:
     """Finished batches, one file each, which a resumed run reads.
 
-    A file is written in one step, so it exists with all its images or not at all.  An image that is
-    finished is not computed again, whatever the batch size.
+    Files are written atomically.  A finished image is not computed again, whatever the batch size.
 
     Attributes:
-        skipped: Images that could not be rearranged, of the batches that are there and of those
-            under way.
+        skipped: Images that could not be rearranged, of finished and of current batches.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """Read ``folder``, if it is there; None keeps everything in memory alone."""
+        """Read ``folder``, if it exists; None keeps all batches in memory only."""
         self.folder = folder
         self.skipped: set[Skip] = set()
         self._found: dict[tuple[str, float], list[Rows]] = {}
@@ -70,19 +68,19 @@ class Parts:
             self._enter(_split(table))
 
     def __len__(self) -> int:
-        """How many images of methods are finished."""
+        """Number of finished images, summed over methods."""
         return sum(map(len, self._images.values()))
 
     def images(self, method: str, retention: float) -> set[int]:
-        """Those that the method is finished with."""
+        """The finished images of a method."""
         return self._images.get((method, retention), set())
 
     def rows(self, method: str, retention: float) -> list[Rows]:
-        """All that is known of the method, in the order in which it came."""
+        """All finished rows of a method, in the order of their computation."""
         return self._found.get((method, retention), [])
 
     def add(self, rows: Sequence[Rows]) -> None:
-        """Keep a method's finished batch."""
+        """Store a finished batch of a method."""
         if not rows:
             return
         if self.folder is not None:
@@ -103,7 +101,7 @@ class Parts:
 
 
 def _split(table: pd.DataFrame) -> list[Rows]:
-    """The parts that `Parts.add` put together."""
+    """The rows of a file that `Parts.add` wrote."""
     names = ["method", "retention", "modality", "image", "condition", "level", "slots", "grid"]
     found = []
     for shared, part in table.groupby(names, sort=False):
@@ -113,7 +111,7 @@ def _split(table: pd.DataFrame) -> list[Rows]:
 
 
 def joined(parts: Sequence[Rows]) -> pd.DataFrame:
-    """The table of tokens; columns that are the same for many rows are categories."""
+    """The table of tokens; repetitive text columns are categorical."""
     if not parts:
         return pd.DataFrame(columns=_ORDER)
     sizes = [len(part.columns["token"]) for part in parts]

@@ -1,8 +1,8 @@
 """Does a method keep tokens because of their content, or because of their location?
 
 Figure 4 of GlobalCom² (arXiv 2501.05179): methods that rank by the language model's attention keep
-late crops, whatever their content and order.  Here any method sees the same content at other
-locations (`rearrange`), and statistics say which of both the selection follows (`estimates`).
+late crops, whatever their content and order.  This experiment shows methods the same content at
+other locations (`rearrange`) and estimates which of the two the selection follows (`estimates`).
 """
 
 import hashlib
@@ -80,11 +80,11 @@ class PositionalBiasRequest(ModelRequest):
     Attributes:
         methods: Specs, as in `CompareRequest`.
         retention: Retention ratios, each in (0, 1].
-        paths: Own images, each asked "What is in the image?".
-        data: JSON lines with own questions (`questions.read_jsonl`); an image is used once, with
-            its first question.  None, without paths: the testbed's images.
-        images: How many; None for 60 of the testbed's or for all of one's own.
-        modality: ``image`` or ``video``; None for ``image`` of the testbed's or all of ``data``.
+        paths: Image files, each with the question "What is in the image?".
+        data: File of questions (`questions.read_jsonl`); an image is used once, with its first
+            question.  Without paths and data, the images are those of the testbed.
+        images: Number of images; None for 60 of the testbed, or all given ones.
+        modality: ``image`` or ``video``; None for ``image`` of the testbed, or all of ``data``.
         conditions: As in `positional_bias`.
         batch_size: Prompts that run at once; None for 50 on a testbed, otherwise 4.
     """
@@ -195,7 +195,7 @@ def _analysed(
 
 
 def _notes(found: Analysis, left_out: int) -> Iterator[str]:
-    """A sentence for images that could not be used in a condition, or at all."""
+    """Sentences about images that were skipped in a condition, or in all."""
     skipped = dict(found.skipped)
     if left_out:
         skipped["all", "all", "several images in one prompt"] = left_out
@@ -220,13 +220,13 @@ def _check_request(request: PositionalBiasRequest) -> None:
 
 
 def _questions(request: PositionalBiasRequest) -> tuple[list[Question], int]:
-    """One question about every image or video, and how many prompts of several were left out."""
+    """One question for every image or video, and the number of multi-image prompts left out."""
     if request.paths:
         found = [
             Question(str(path), (Picture(str(path), path),), PROMPT, "") for path in request.paths
         ]
         for item in found:
-            item.images[0].open()  # raises before anything is computed
+            item.images[0].open()  # raises UserError before anything is computed
     elif request.data is not None:
         found = read_jsonl(request.data, None, request.modality)
     else:
@@ -235,7 +235,7 @@ def _questions(request: PositionalBiasRequest) -> tuple[list[Question], int]:
         count, modality = request.images or TESTBED_IMAGES, request.modality or "image"
         kinds = len(scenes.MODALITIES[modality])
         found = held_out(count * kinds, request.seed, modality)
-        # Every kind of question in turn, each about another image.
+        # The kinds of questions in turn, each about another image.
         found = [found[index * kinds + index % kinds] for index in range(count)]
     by_image = {item.image_id: item for item in reversed(found)}  # its first question
     names = list(dict.fromkeys(item.image_id for item in found))
@@ -264,7 +264,7 @@ def _experiment(
     versions: Mapping[str, str | None],
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
-    """All that the figures depend on."""
+    """Everything that the figures depend on."""
     return {
         "experiment": "positional-bias",
         "model": request.model,

@@ -14,16 +14,16 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 from tokenprune.experiments.training.geometry import Geometry, geometry
 from tokenprune.experiments.training.model import PER_VIEW
 from tokenprune.models.testbed import scenes
-from tokenprune.models.testbed.scenes import KINDS, Question
+from tokenprune.models.testbed.scenes import KINDS, SceneQuestion
 
 # --- figures --------------------------------------------------------------------------------------
 
 Chooser = Callable[[Geometry, Tensor, np.random.Generator], Tensor]
-"""From geometry, [CLS] attention to the packed tokens (N,) and chance to the indices that stay."""
+"""Maps geometry, CLS attention to the packed tokens (N,) and a generator to kept indices (K,)."""
 
 
 def share(geo: Geometry, scores: Tensor, retention: float) -> Tensor:
-    """Indices of the best share of the patches, view by view, and all newlines."""
+    """Indices of the patches with the highest scores in each view, and of all separators."""
     keep = geo.order < 0
     for view in range(geo.views):
         mine = (geo.order // PER_VIEW == view) & (geo.order >= 0)
@@ -33,7 +33,7 @@ def share(geo: Geometry, scores: Tensor, retention: float) -> Tensor:
 
 
 def at_random(geo: Geometry, rng: np.random.Generator, retention: float) -> Tensor:
-    """Indices of a random share of the patches, and all newlines."""
+    """Indices of random patches, and of all separators."""
     patches = (geo.order >= 0).nonzero().squeeze(1)
     chosen = torch.from_numpy(rng.permutation(len(patches))[: round(retention * len(patches))])
     return torch.cat([patches[chosen], (geo.order < 0).nonzero().squeeze(1)]).sort().values
@@ -52,7 +52,7 @@ CONDITIONS: dict[str, Chooser] = {
 
 
 def cls_attention(model: LlavaNextForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Attention of [CLS] to the patches in the last vision layer, mean of heads: (v, 49)."""
+    """CLS attention to the patches in the last vision layer, averaged over heads: (v, 49)."""
     tower = model.model.vision_tower
     layer = tower.encoder.layers[-1]
     x = layer.layer_norm1(tower(pixels, output_hidden_states=True).hidden_states[-2])
@@ -73,10 +73,11 @@ def chat(processor: LlavaNextProcessor, question: str) -> str:
 
 @torch.inference_mode()
 def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, dict[str, float]]:
-    """Accuracy by condition and kind on `count` fresh held-out questions a kind.
+    """Accuracy by condition and kind, on `count` held-out questions of each kind.
 
-    All through the saved processor and model.  The full model answers by `generate` and must say
-    the word and stop; shortened inputs, with compact positions, by the likeliest next token.
+    Uses the saved processor and model.  With all tokens, the model answers with `generate` and must
+    stop after the word.  With fewer tokens and compact position ids, its answer is the most likely
+    next token.
     """
     model = LlavaNextForConditionalGeneration.from_pretrained(
         folder, trust_remote_code=False
@@ -88,7 +89,7 @@ def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, dict
         condition: {kind: [] for kind in KINDS} for condition in CONDITIONS
     }
     for start in range(0, len(asked), len(KINDS)):
-        group: list[Question] = asked[start : start + len(KINDS)]
+        group: list[SceneQuestion] = asked[start : start + len(KINDS)]
         image = group[0].image
         inputs = processor(
             images=[image] * len(group),
@@ -119,8 +120,11 @@ def next_ids(
     features: Tensor,
     keep: Tensor,
 ) -> Tensor:
-    """Likeliest next tokens (b, 1) after prompts (b, S) on one image, of whose packed features
-    (N, d) only those at `keep` (K,) are there, with compact positions."""
+    """Most likely next tokens (b, 1) after prompts (b, S) on one image.
+
+    The prompts keep only the entries `keep` (K,) of the packed `features` (N, d), with compact
+    position ids.
+    """
     visual = input_ids == model.config.image_token_id  # (b, S), N of them in each row
     stay = ~visual
     rank = visual.cumsum(1) - 1
@@ -137,7 +141,7 @@ def next_ids(
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share seen in `count` trials (Wilson)."""
+    """95 % confidence interval of a share of `count` trials (Wilson)."""
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)

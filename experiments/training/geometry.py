@@ -25,8 +25,8 @@ from tokenprune.models.testbed.scenes import VIEW, Scene, Size
 class Geometry:
     """How an image of one size is cut into views and packed into a sequence.
 
-    `order` (N,) tells for each packed token which patch it is, counted through the thumbnail and
-    then the crops, or -1 for a newline; `row` (N,) counts the rows of thumbnail and crop canvas.
+    `order` (N,) is the index of each packed token's patch, counted through the thumbnail and then
+    the crops, or -1 for a separator; `row` (N,) counts the rows of thumbnail and crop canvas.
     """
 
     grid: tuple[int, int]  # crops along height and width
@@ -41,7 +41,7 @@ class Geometry:
 
 @cache
 def geometry(size: Size) -> Geometry:
-    """The geometry of a canvas (height, width) that fits a pinpoint up to symmetric padding."""
+    """The geometry of an image (height, width) that fits a pinpoint after symmetric padding."""
     fitting = [p for p in scenes.GRID_PINPOINTS if p[0] >= size[0] and p[1] >= size[1]]
     height, width = min(fitting, key=math.prod)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
@@ -50,7 +50,7 @@ def geometry(size: Size) -> Geometry:
     canvas = rearrange(crops, "(R C r c) -> (R r) (C c)", R=rows, C=columns, r=SIDE, c=SIDE)
     canvas = canvas[top // PATCH :, left // PATCH :]
     canvas = canvas[: size[0] // PATCH, : size[1] // PATCH]
-    canvas = F.pad(canvas, (0, 1), value=-1)  # the newline after each row
+    canvas = F.pad(canvas, (0, 1), value=-1)  # the separator after each row
     row = torch.cat(
         [
             torch.arange(SIDE).repeat_interleave(SIDE),
@@ -80,8 +80,8 @@ def to_views(batch: list[Scene], geo: Geometry, device: torch.device) -> Tensor:
     return (views.float() / 255 - 0.5) / 0.25
 
 
-# What a patch shows: nothing or a shape (each counted anew in the thumbnail, where it is smaller),
-# the colour of the shape or of the background, nothing or a digit, and where the patch lies.
+# Classes of a patch: no shape or a shape (with other classes for the smaller shapes of thumbnails),
+# the colour of the shape or of the background, no digit or a digit, the row, and the column.
 SKILLS = {
     "shape": 1 + 2 * len(scenes.SHAPES),
     "colour": len(scenes.COLOURS) + len(scenes.TINTS),
@@ -99,8 +99,14 @@ TAGS = PAIRS + len(scenes.TINTS) + 10
 
 @dataclass(frozen=True)
 class Labels:
-    """The truth about views: `patches` (b, v, 49, skills) class indices, `sure` likewise bool
-    (false where a patch is only touched), `tags` (b, v, TAGS) bool and `known` likewise."""
+    """True labels of views.
+
+    Attributes:
+        patches: (b, v, 49, skills) class indices.
+        sure: (b, v, 49, skills) bool; false where an item covers too little of a patch.
+        tags: (b, v, TAGS) 0 or 1, whether the view shows what the tag names.
+        known: (b, v, TAGS) bool, whether the tag is known.
+    """
 
     patches: Tensor
     sure: Tensor
@@ -109,11 +115,23 @@ class Labels:
 
 
 def overlap(centre: float, half: float, cells: int) -> NDArray[np.float64]:
-    """Share of each of `cells` patches in a row that [centre - half, centre + half] covers."""
+    """Shares (cells,) of patches in a row that [centre - half, centre + half] covers."""
     edges = np.arange(cells) * PATCH
     low, high = np.maximum(edges, centre - half), np.minimum(edges + PATCH, centre + half)
     covered: NDArray[np.float64] = np.clip(high - low, 0, None) / PATCH
     return covered
+
+
+def item_classes(batch: list[Scene], most: int) -> Tensor:
+    """(b, most + 1, 3) shape, colour and digit of every item; the last row means "no item"."""
+    table = torch.zeros(len(batch), most + 1, 3, dtype=torch.long)
+    for i, scene in enumerate(batch):
+        table[i, most, 1] = len(scenes.COLOURS) + list(scenes.TINTS).index(scene.tint)
+        for j, item in enumerate(scene.items):
+            table[i, j, 0] = 1 + scenes.SHAPES.index(item.shape)
+            table[i, j, 1] = list(scenes.COLOURS).index(item.colour)
+            table[i, j, 2] = 1 + item.digit
+    return table
 
 
 def to_labels(batch: list[Scene], geo: Geometry, device: torch.device) -> Labels:
@@ -126,21 +144,15 @@ def to_labels(batch: list[Scene], geo: Geometry, device: torch.device) -> Labels
     def cut(canvas: Tensor) -> Tensor:
         return rearrange(canvas, "... (R r) (C c) -> ... (R C) (r c)", R=rows, C=columns, r=SIDE)
 
-    # How much of each patch each item covers, (b, items, v, 49), and its digit likewise.
+    # The share of each patch that each item, and its digit, covers: (b, items, v, 49).
     owner = torch.from_numpy(np.stack([scene.owner for scene in batch]))
     masks = (owner[:, None] == torch.arange(most)[:, None, None]).float()
     padded = F.pad(masks, (left, columns * VIEW - width - left, top, rows * VIEW - height - top))
     thumbnail = F.adaptive_avg_pool2d(masks, SIDE).flatten(2)[:, :, None]
     cover = torch.cat([thumbnail, cut(F.avg_pool2d(padded, PATCH))], dim=2)
     ink = torch.zeros(b, most, rows * SIDE, columns * SIDE)
-    # Class indices of items, with one row more for "no item".
-    table = torch.zeros(b, most + 1, 3, dtype=torch.long)
     for i, scene in enumerate(batch):
-        table[i, most, 1] = len(scenes.COLOURS) + list(scenes.TINTS).index(scene.tint)
         for j, item in enumerate(scene.items):
-            table[i, j, 0] = 1 + scenes.SHAPES.index(item.shape)
-            table[i, j, 1] = list(scenes.COLOURS).index(item.colour)
-            table[i, j, 2] = 1 + item.digit
             ink[i, j] = torch.from_numpy(
                 overlap(item.y + top, 5, rows * SIDE)[:, None]
                 * overlap(item.x + left, 5, columns * SIDE)
@@ -152,6 +164,8 @@ def to_labels(batch: list[Scene], geo: Geometry, device: torch.device) -> Labels
     written, writer = inked.max(dim=1)
     writer = writer.where(written >= 0.25, torch.tensor(most))
 
+    table = item_classes(batch, most)
+
     def look_up(index: Tensor, column: int) -> Tensor:
         return table[:, :, column].gather(1, index.flatten(1)).view_as(index)
 
@@ -162,7 +176,7 @@ def to_labels(batch: list[Scene], geo: Geometry, device: torch.device) -> Labels
 
     clear = (covered < 0.06) | (covered >= 0.25)
     legible = (written < 0.1) | (written >= 0.25)
-    legible[:, 0] = False  # half its size, a digit in the thumbnail is not for reading
+    legible[:, 0] = False  # half as large, digits of the thumbnail are not legible
     sure = torch.stack([clear, clear, legible, clear | True, clear | True], dim=-1)
 
     tags = torch.zeros(b, v, TAGS)
@@ -182,7 +196,7 @@ def to_labels(batch: list[Scene], geo: Geometry, device: torch.device) -> Labels
 def scene_batches(
     count: int, seed: int, *, items: tuple[int, int] = (1, 4), alike: float = 0.0
 ) -> Iterator[tuple[list[Scene], np.random.Generator]]:
-    """Endless batches of `count` scenes of one size, with the generator to draw further from.
+    """Endless batches of `count` scenes of one size, each with the generator that draws them.
 
     A share of `alike` scenes has few colours and shapes (see `scenes.render`).
     """

@@ -56,9 +56,9 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(*modalities: scenes.Modality) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the lower-case words that questions of the modalities have.
+    """A word-level tokenizer of the lower-case words in the questions of the modalities.
 
-    Words of images have the same ids in all of them.
+    Words of image questions have the same ids for every choice of modalities.
     """
     special = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>")
     known = [*special, *scenes.vocabulary(modalities)]
@@ -85,7 +85,7 @@ def build_tokenizer(*modalities: scenes.Modality) -> PreTrainedTokenizerFast:
 
 @cache
 def build_processor() -> LlavaNextProcessor:
-    """A real LLaVA-NeXT processor with a word-level tokenizer of lower-case words."""
+    """The LLaVA-NeXT processor with a word-level tokenizer of lower-case words."""
     image_processor = LlavaNextImageProcessor(
         size={"shortest_edge": VIEW},
         crop_size={"height": VIEW, "width": VIEW},
@@ -104,7 +104,7 @@ def build_processor() -> LlavaNextProcessor:
 
 
 def build_model(seed: int) -> LlavaNextForConditionalGeneration:
-    """The model with random weights; its position embeddings start as sine and cosine codes."""
+    """The model with random weights; position embeddings start as sine and cosine codes."""
     torch.manual_seed(seed)
     tokenizer = build_processor().tokenizer
     tokens = {
@@ -147,7 +147,7 @@ def build_model(seed: int) -> LlavaNextForConditionalGeneration:
     with torch.no_grad():
         nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.1)
         nn.init.normal_(model.model.image_newline, std=0.1)
-        # The tower forgets where a patch lies unless its position code is there from the start.
+        # Without a position code from the start, the encoder does not learn where a patch is.
         scale = 0.4 * embeddings.patch_embedding.weight.std() * math.sqrt(3 * PATCH * PATCH)
         embeddings.position_embedding.weight[1:] += scale * math.sqrt(2) * position_codes()
     return model
@@ -164,7 +164,7 @@ def position_codes() -> Tensor:
 
 
 def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Write model (weights in half precision) and processor; each file appears at once, whole."""
+    """Write model (weights in half precision) and processor; every file is replaced atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         half = {key: value.detach().cpu().half() for key, value in model.state_dict().items()}

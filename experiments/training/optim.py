@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are orthogonalised (Jordan, 2024), scaled to AdamW's size.
 
-    `torch.optim.Muon` does the same in bfloat16 and one matrix at a time, which a CPU without
-    bfloat16 arithmetic emulates thirty times slower; here equal shapes go together, in float32.
+    `torch.optim.Muon` computes the same in bfloat16, one matrix at a time.  A CPU without bfloat16
+    arithmetic emulates that thirty times slower.  This class batches equal shapes, in float32.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.01) -> None:
@@ -86,7 +86,7 @@ class Optimisers:
 
 
 class Meter:
-    """Running means of figures by name, printed now and then."""
+    """Means of figures by name, printed and reset every `every` steps."""
 
     def __init__(self, stage: str, every: int = 50) -> None:
         self.stage, self.every, self.start = stage, every, time.monotonic()

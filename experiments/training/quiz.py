@@ -20,16 +20,18 @@ from tokenprune.models.testbed.scenes import KINDS, Scene
 class Dropout:
     """How visual tokens are dropped in training.
 
-    `shares`: how often each scheme is drawn: nothing dropped, random patches, thumbnail only,
-    crops only, some views, some rows.  `retentions`: the ranges, one drawn first, from which the
-    retention ratio of random patches comes.
+    Attributes:
+        shares: Probability of each scheme: nothing dropped, random patches, thumbnail only, crops
+            only, some views, some rows.
+        retentions: Ranges of the retention ratio of random patches; one of them is drawn, then a
+            ratio in it.
     """
 
     shares: tuple[float, float, float, float, float, float]
     retentions: tuple[tuple[float, float], ...]
 
 
-# Learning to look up needs answers that can be seen; learning to do without tokens comes later.
+# The model first learns to look up answers that are visible, later to answer with fewer tokens.
 GENTLE = Dropout((0.35, 0.15, 0.30, 0.10, 0.05, 0.05), ((0.5, 0.9),))
 
 
@@ -37,10 +39,10 @@ HARSH = Dropout((0.30, 0.35, 0.10, 0.08, 0.08, 0.09), ((0.05, 0.3), (0.05, 0.9))
 
 
 def drop_tokens(geo: Geometry, count: int, rng: np.random.Generator, dropout: Dropout) -> Tensor:
-    """Indices (count, K) of the visual tokens that stay, drawn without regard to content.
+    """Indices (count, K) of the kept visual tokens, drawn without regard to content.
 
-    One scheme for the batch, random patches anew for every scene.  Newlines stay, as in the
-    official code of most methods, or go (20 %).
+    The batch shares one scheme; random patches are drawn for every scene.  Separators are kept, as
+    in the official code of most methods, or dropped (20 %).
     """
     order, row = geo.order.numpy(), geo.row.numpy()
     patch = order >= 0
@@ -72,7 +74,8 @@ def drop_tokens(geo: Geometry, count: int, rng: np.random.Generator, dropout: Dr
 def brief(geo: Geometry, patches: Tensor, rng: np.random.Generator) -> Tensor:
     """Indices (b, K) of the tokens that show an item or a digit, and of some others.
 
-    With true labels (b, v, 49, skills) only: looking up is learnt from short sequences first.
+    `patches` are the true labels (b, v, 49, skills).  Looking up is learnt from short sequences
+    first.
     """
     shown = (patches[..., 0] > 0) | (patches[..., 2] > 0)
     packed = F.pad(shown.flatten(1), (0, 1))[:, geo.order].numpy()
@@ -83,11 +86,17 @@ def brief(geo: Geometry, patches: Tensor, rng: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Quiz:
-    """Questions on a batch of scenes: `ids` (b, Q, L) tokens of question, cue, answer, eos and
-    padding; `target` (b, Q, L) the next token where it is to be learnt, else -100; `answer`
-    (b, Q) where the answer is predicted; `kind` (b, Q) index into `KINDS`; `noun` (b, Q) where the
-    shape is named, -1 if none is; `facts` (b, Q, 4) what is true of the object so named: present,
-    right, bottom and its digit, -100 where that is meaningless."""
+    """Questions about a batch of scenes.
+
+    Attributes:
+        ids: (b, Q, L) tokens of question, cue, answer, eos and padding.
+        target: (b, Q, L) the next token where it is learnt, else -100.
+        answer: (b, Q) index at which the answer is predicted.
+        kind: (b, Q) index into `KINDS`.
+        noun: (b, Q) index of the word that names a shape, -1 without one.
+        facts: (b, Q, 4) facts about the named object: present, right, bottom and its digit; -100
+            where a fact is undefined.
+    """
 
     ids: Tensor
     target: Tensor
@@ -100,7 +109,7 @@ class Quiz:
         return Quiz(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-# How many questions of each kind are packed behind one scene.
+# Number of questions of each kind that are packed after one scene.
 PORTIONS = {"existence": 4, "colour": 1, "count": 1, "position": 4, "digit": 3}
 
 
@@ -110,7 +119,7 @@ def make_quiz(
     device: torch.device,
     portions: dict[str, int] = PORTIONS,
 ) -> Quiz:
-    """Random questions about scenes, the same number of each kind for every scene."""
+    """Random questions about scenes, with the same number of each kind for every scene."""
     kinds = [kind for kind, number in portions.items() for _ in range(number)]
     asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
     facts = [[look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
@@ -129,8 +138,8 @@ def to_quiz(
     Args:
         asked: (b, Q) question and answer.
         kinds: (Q,) index of each question's kind.
-        facts: (b, Q) as `Quiz.facts`.
-        tokenizer: Of the model that is asked.
+        facts: (b, Q) of `Quiz.facts`.
+        tokenizer: Of the model.
     """
     texts = [f"{question}<assistant>{answer}</s>" for some in asked for question, answer in some]
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
@@ -160,7 +169,7 @@ def look(scene: Scene, question: str) -> tuple[int, int, int, int]:
 
 
 def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> Tensor:
-    """(1, 1, S, S) bool: everything sees the prefix causally, and a question only itself."""
+    """(1, 1, S, S) bool: causal; a question attends to the prefix and to itself only."""
     block = torch.cat(
         [torch.full((prefix,), -1), torch.arange(blocks).repeat_interleave(length)]
     ).to(device)
@@ -180,10 +189,10 @@ def answer_logits(
     """Logits (b, Q, L, vocabulary) of questions that share their scene's visual tokens.
 
     Args:
-        visual: packed visual sequence (b, N, d).
-        keep: indices (b, K) of the visual tokens the decoder sees.
-        compact: kept tokens are numbered anew, without gaps; else they keep their positions.
-        early: gets the states (b, Q, L, d) of the questions after the fourth layer.
+        visual: (b, N, d) packed sequence.
+        keep: (b, K) indices of the kept visual tokens.
+        compact: Whether kept tokens are renumbered without gaps or keep their position ids.
+        early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
     """
     b, questions, length = quiz.ids.shape
     d, device = visual.shape[-1], visual.device
@@ -224,12 +233,12 @@ def answer_logits(
 
 
 def build_fact_head() -> nn.Module:
-    """From a state (..., d) to the logits of all facts."""
+    """A head that maps a state (..., d) to the logits of all facts."""
     return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(FACTS)))
 
 
 def fact_loss(states: Tensor, head: nn.Module, quiz: Quiz, meter: Meter) -> Tensor:
-    """Cross-entropy of what `head` tells about an object at the word that names its shape."""
+    """Cross-entropy of the facts that `head` predicts at the word that names an object's shape."""
     asked = quiz.noun >= 0
     at = repeat(quiz.noun.clamp(min=0), "b q -> b q 1 d", d=states.shape[-1])
     guesses = head(states.gather(2, at)[:, :, 0][asked]).split(FACTS, dim=-1)
@@ -245,9 +254,9 @@ def fact_loss(states: Tensor, head: nn.Module, quiz: Quiz, meter: Meter) -> Tens
 def quiz_loss(
     logits: Tensor, quiz: Quiz, meter: Meter, *, intact: bool, weights: dict[str, float]
 ) -> Tensor:
-    """Cross-entropy of answers; accuracies of intact inputs go to the meter.
+    """Weighted cross-entropy of answers; the meter gets the accuracies of intact inputs.
 
-    `weights` names the kinds in the order of `Quiz.kind` and says how much each counts.
+    `weights` maps the kinds, in the order of `Quiz.kind`, to their weights.
     """
     losses = F.cross_entropy(logits.flatten(0, 2), quiz.target.flatten(), reduction="none")
     losses = losses.view_as(quiz.target).sum(-1)
@@ -262,5 +271,5 @@ def quiz_loss(
 
 
 def image_weights(count: float) -> dict[str, float]:
-    """Counting weighs `count`, the colour, which is easy, one half, everything else one."""
+    """Weights of kinds: `count` for counting, 0.5 for colour, which is easy, 1 for all others."""
     return {kind: {"colour": 0.5, "count": count}.get(kind, 1.0) for kind in KINDS}

@@ -2,17 +2,17 @@
 
     python -m tokenprune.experiments.training.testbed_next --out runs/testbed-next
 
-End-to-end training from random weights stalls, so skills are taught one by one:
+End-to-end training from random weights stalls, so each stage trains one skill:
 
-1. vision     the vision tower labels every patch (shape, colour, digit, place) and tags the view;
+1. vision     the vision encoder labels every patch (shape, colour, digit, place) and tags the view;
 2. language   the decoder answers from *ideal* patch embeddings made of the true labels;
-3. projector  the projector learns to turn vision features into those ideal embeddings;
+3. projector  the projector learns to map vision features to those ideal embeddings;
 4. joint      projector and decoder answer from pixels.
 
-From the middle of stage 2 on, most batches lose visual tokens (`drop_tokens`): random subsets,
-single views, whole rows, whole crops, with compact and with original positions.  No saliency is
-involved, so that no pruning method is favoured.  Finished stages are kept in `OUT/stages` and not
-repeated; stages 1 and 2 are independent and may run side by side (`--stages`).
+From the middle of stage 2 on, most batches drop visual tokens (`drop_tokens`): random subsets,
+single views, whole rows, whole crops, with compact and with original position ids.  Saliency plays
+no part in it, so that no method is favoured.  `OUT/stages` keeps finished stages, which are not
+repeated; stages 1 and 2 are independent and may run in parallel (`--stages`).
 """
 
 import json
@@ -55,11 +55,11 @@ from tokenprune.experiments.training.quiz import (
 )
 from tokenprune.models.testbed import scenes
 
-# --- stage 1: the vision tower --------------------------------------------------------------------
+# --- stage 1: the vision encoder ------------------------------------------------------------------
 
 
 def encode(model: LlavaNextForConditionalGeneration, views: Tensor) -> tuple[Tensor, Tensor]:
-    """Patch features as the projector gets them, (b, v, 49, d), and pooled [CLS], (b, v, d)."""
+    """Patch features for the projector, (b, v, 49, d), and pooled CLS tokens, (b, v, d)."""
     b = len(views)
     out = model.model.vision_tower(views.flatten(0, 1), output_hidden_states=True)
     patches = out.hidden_states[model.config.vision_feature_layer][:, 1:]
@@ -74,7 +74,7 @@ def skill_loss(guesses: Tensor, labels: Labels, meter: Meter) -> Tensor:
         sure, truth = labels.sure[..., index], labels.patches[..., index]
         guess, truth = guess[sure], truth[sure]
         losses = F.cross_entropy(guess, truth, reduction="none")
-        # Few patches show an object or a digit: each side counts half.
+        # Few patches show an object or a digit, so patches with and without are averaged apart.
         shown = truth > 0 if skill in ("shape", "digit") else torch.ones_like(truth) > 0
         weight = 2.0 if skill in ("shape", "digit") else 0.5
         loss = loss + weight * losses[shown].mean()
@@ -84,7 +84,7 @@ def skill_loss(guesses: Tensor, labels: Labels, meter: Meter) -> Tensor:
     return loss
 
 
-def train_vision(run: "Run") -> None:
+def train_vision(run: "TrainingRun") -> None:
     model, steps = run.model, run.steps["vision"]
     skill_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(SKILLS.values())))
     tag_head = nn.Linear(WIDTH, TAGS)
@@ -114,8 +114,8 @@ def train_vision(run: "Run") -> None:
 class Ideal(nn.Module):
     """Ideal patch embeddings: the sum of one learnt vector per true label.
 
-    What has a name starts at the embedding of its word, so that one circuit, "find the patches
-    that resemble these words", serves all colours and shapes at once.
+    Labels with a name start at the embedding of their word, so that one circuit, "find the patches
+    that resemble these words", serves all colours and shapes.
     """
 
     def __init__(self, words: Tensor) -> None:
@@ -138,20 +138,20 @@ class Ideal(nn.Module):
 
 
 def pack(patches: Tensor, newline: Tensor, geo: Geometry) -> Tensor:
-    """Patch embeddings (b, v, 49, d) in Hugging Face's order, with newlines: (b, N, d)."""
+    """Packed sequence (b, N, d) of patch embeddings (b, v, 49, d), in Hugging Face's order."""
     b, _, _, d = patches.shape
     source = torch.cat([patches.flatten(1, 2), newline.expand(b, 1, d)], dim=1)
-    return source[:, geo.order.to(patches.device)]  # -1 is the newline
+    return source[:, geo.order.to(patches.device)]  # -1 is the separator
 
 
 # --- stages 2 to 4 --------------------------------------------------------------------------------
 
 
-def train_language(run: "Run") -> None:
+def train_language(run: "TrainingRun") -> None:
     model, steps = run.model, run.steps["language"]
     newline = nn.ParameterList([model.model.image_newline])
-    # Two look-ups in a row (words to object, object to answer) are slow to appear unless the
-    # first is rewarded by itself: half-way up, the noun must tell all about its object.
+    # Two look-ups in a row (words to object, object to answer) emerge slowly unless the first has
+    # its own loss: the noun's state in a middle layer must predict all facts about its object.
     fact_head = build_fact_head().to(run.device)
     modules = [model.model.language_model, model.lm_head, run.ideal, newline, fact_head]
     optimisers = Optimisers(modules, 2e-3, steps)
@@ -180,7 +180,7 @@ def train_language(run: "Run") -> None:
         meter.tick(step, steps)
 
 
-def train_projector(run: "Run") -> None:
+def train_projector(run: "TrainingRun") -> None:
     model, steps = run.model, run.steps["projector"]
     projector = model.model.multi_modal_projector
     optimisers = Optimisers([projector], 3e-3, steps)
@@ -201,7 +201,7 @@ def train_projector(run: "Run") -> None:
         meter.tick(step, steps)
 
 
-def train_joint(run: "Run") -> None:
+def train_joint(run: "TrainingRun") -> None:
     model, steps, inner = run.model, run.steps["joint"], run.model.model
     fact_head = build_fact_head().to(run.device)
     newline = nn.ParameterList([inner.image_newline])
@@ -227,7 +227,7 @@ def train_joint(run: "Run") -> None:
         meter.tick(step, steps)
 
 
-STAGES: dict[str, Callable[["Run"], None]] = {
+STAGES: dict[str, Callable[["TrainingRun"], None]] = {
     "vision": train_vision,
     "language": train_language,
     "projector": train_projector,
@@ -238,8 +238,8 @@ STAGES: dict[str, Callable[["Run"], None]] = {
 STEPS = {"vision": 1800, "language": 2000, "projector": 300, "joint": 1400}
 
 
-class Run:
-    """A training run: the model, what it learns from, and its folder."""
+class TrainingRun:
+    """A training run: the model, its ideal embeddings and its folder."""
 
     stages: ClassVar[dict[str, Callable[[Any], None]]] = STAGES
 
@@ -259,7 +259,7 @@ class Run:
         return self._meter
 
     def parts(self, stage: str) -> dict[str, nn.Module]:
-        """What a stage changes, by name."""
+        """The modules that a stage trains, by name."""
         inner = self.model.model
         newline = nn.ParameterList([inner.image_newline])
         language = {
@@ -308,9 +308,11 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the default.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of weights and training scenes.")] = 0,
-    stages: Annotated[str, typer.Option(help="Stages to run, in order.")] = ",".join(STEPS),
-    scale: Annotated[float, typer.Option(help="Multiplies the steps of every stage.")] = 1.0,
-    questions: Annotated[int, typer.Option(help="Questions a kind for the figures.")] = 400,
+    stages: Annotated[
+        str, typer.Option(help="Stages to run, in order, separated by commas.")
+    ] = ",".join(STEPS),
+    scale: Annotated[float, typer.Option(help="Factor on the steps of every stage.")] = 1.0,
+    questions: Annotated[int, typer.Option(help="Questions of each kind for the figures.")] = 400,
     evaluate_only: Annotated[
         bool, typer.Option("--evaluate", help="Only print figures of the model in OUT.")
     ] = False,
@@ -323,7 +325,8 @@ def main(
         figures = evaluate(out, questions, test_seed, device)
         print(table(figures, questions))
         return
-    run = Run(out, device, seed, {name: max(1, round(n * scale)) for name, n in STEPS.items()})
+    steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
+    run = TrainingRun(out, device, seed, steps)
     wanted = stages.split(",")
     for stage in wanted:
         run.do(stage)

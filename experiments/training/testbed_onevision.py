@@ -2,16 +2,16 @@
 
     python -m tokenprune.experiments.training.testbed_onevision --out runs/testbed-onevision
 
-The first testbed can already see and look up, so that this one starts from its weights and learns
-what is new: a vision tower without [CLS] and without normalised embeddings (SigLIP's), biases in
-the attention of the decoder (Qwen2's), several images, and videos.
+The first testbed already recognises and looks up objects.  This one starts from its weights and
+learns what is new: a vision encoder without CLS token and without normalised embeddings (SigLIP),
+biases in the attention of the decoder (Qwen2), several images, and videos.
 
-1. vision   the tower labels patches and pooled frames again, and the projector gives the decoder
-            the embeddings that the first testbed's would;
+1. vision   the vision encoder labels patches and pooled frames, and the projector learns to
+            reproduce the embeddings of the first testbed;
 2. joint    projector and decoder answer questions about images, pairs of images and videos.
 
-In stage 2 most batches lose visual tokens, without regard to content (`drop_tokens`): random
-patches, whole views or frames, whole rows, with compact and with original positions.
+In stage 2 most batches drop visual tokens, without regard to content (`drop_tokens`): random
+patches, whole views or frames, whole rows, with compact and with original position ids.
 """
 
 import json
@@ -77,7 +77,9 @@ POOLED = math.ceil(SIDE / 2)  # tokens along a frame
 PER_FRAME = POOLED * POOLED
 
 
-LAYERS = 4  # of the vision tower; the first testbed's projector never saw its fifth
+LAYERS = (
+    4  # of the vision encoder; the projector of the first testbed reads the fourth of five layers
+)
 
 
 NONE = (-100, -100, -100, -100)
@@ -88,7 +90,7 @@ NONE = (-100, -100, -100, -100)
 
 @cache
 def build_processor() -> LlavaOnevisionProcessor:
-    """A real LLaVA-OneVision processor with a word-level tokenizer of lower-case words."""
+    """The LLaVA-OneVision processor with a word-level tokenizer of lower-case words."""
     size = {"height": VIEW, "width": VIEW}
     colours: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     return LlavaOnevisionProcessor(
@@ -106,7 +108,7 @@ def build_processor() -> LlavaOnevisionProcessor:
 
 
 def build_model(seed: int) -> LlavaOnevisionForConditionalGeneration:
-    """The model with the weights of `testbed-next` wherever it has them."""
+    """The model, with the weights of `testbed-next` where shapes agree."""
     torch.manual_seed(seed)
     tokenizer = build_processor().tokenizer
     tokens = {
@@ -152,7 +154,7 @@ def build_model(seed: int) -> LlavaOnevisionForConditionalGeneration:
 
 @cache
 def teacher() -> LlavaNextForConditionalGeneration:
-    """`testbed-next`."""
+    """The model `testbed-next`."""
     folder = testbed.path("testbed-next")
     model: LlavaNextForConditionalGeneration
     model = LlavaNextForConditionalGeneration.from_pretrained(
@@ -166,7 +168,7 @@ def teacher() -> LlavaNextForConditionalGeneration:
 def warm_start(
     model: LlavaOnevisionForConditionalGeneration, source: LlavaNextForConditionalGeneration
 ) -> None:
-    """Copy what has the same shape; biases and words that are new start at zero and at random."""
+    """Copy weights of equal shape; new biases start at zero, new words at random."""
     old, new = source.state_dict(), model.state_dict()
     copied = {
         name: value
@@ -180,7 +182,7 @@ def warm_start(
         copied[name] = rows
     tower = "model.vision_tower.embeddings"
     patches = f"{tower}.patch_embedding.weight"
-    # SigLIP does not normalise its embeddings: give them the size that CLIP's have afterwards.
+    # SigLIP does not normalise its embeddings: scale them like the normalised ones of CLIP.
     scale = old["model.vision_tower.pre_layrnorm.weight"].mean() / (
         old[patches].std() * math.sqrt(3 * PATCH * PATCH)
     )
@@ -199,18 +201,18 @@ def warm_start(
 # --- clips and pairs as tensors -------------------------------------------------------------------
 
 
-# A frame, or an image of a pair: one view that is as large as a crop.  (The thumbnail, view 0 of
-# every geometry, is the same picture here and not used.)
+# A frame, or an image of a pair: one view of the size of a crop.  Its thumbnail, view 0 of every
+# geometry, shows the same and is not used.
 ONE_VIEW = Geometry((1, 1), (0, 0), torch.arange(2 * PER_VIEW), torch.arange(2 * PER_VIEW) // SIDE)
 
 
 def sequence(views: int, side: int, *, newlines: bool) -> Geometry:
-    """Views of `side` x `side` tokens one after the other, as `drop_tokens` wants them.
+    """The geometry of views of `side` x `side` tokens in a row, for `drop_tokens`.
 
     Args:
         views: Frames of a video, or images of a pair.
         side: Tokens along a view.
-        newlines: One after every view (images), or one at the very end (video).
+        newlines: Whether a separator follows every view (images) or only the last one (video).
     """
     index = torch.arange(side * side)
     order, row, end = [], [], torch.tensor([-1])
@@ -224,7 +226,7 @@ def sequence(views: int, side: int, *, newlines: bool) -> Geometry:
 
 
 def encode(model: LlavaOnevisionForConditionalGeneration, views: Tensor) -> Tensor:
-    """Patch features as the projector gets them, (b, v, 49, d)."""
+    """Patch features for the projector, (b, v, 49, d)."""
     out = model.model.vision_tower(views.flatten(0, 1), output_hidden_states=True)
     patches: Tensor = out.hidden_states[model.config.vision_feature_layer]
     patches = patches.unflatten(0, (len(views), -1))
@@ -238,7 +240,7 @@ def one_view(batch: list[Scene], device: torch.device) -> Tensor:
 
 
 def pool(frames: Tensor) -> Tensor:
-    """Tokens (..., 49, d) of frames pooled as LLaVA-OneVision does: (..., 16, d)."""
+    """Pool the tokens (..., 49, d) of frames as LLaVA-OneVision does: (..., 16, d)."""
     grid = rearrange(frames.flatten(0, -3), "n (r c) d -> n d r c", r=SIDE)
     small = F.interpolate(grid, size=(POOLED, POOLED), mode="bilinear")
     pooled: Tensor = rearrange(small, "n d r c -> n (r c) d").unflatten(0, frames.shape[:-2])
@@ -246,8 +248,12 @@ def pool(frames: Tensor) -> Tensor:
 
 
 def pooled_truth(batch: list[Scene]) -> tuple[Tensor, Tensor]:
-    """What pooled tokens of one-view scenes show: (b, 16, 3) shape, colour and digit of the object,
-    -1 for none; and (b, 16) bool, whether that is beyond doubt."""
+    """True labels of the pooled tokens of one-view scenes.
+
+    Returns:
+        (b, 16, 3) shape, colour and digit of the object, -1 for none; and (b, 16) bool, whether
+        the label is certain.
+    """
     most = max(1, *(len(scene.items) for scene in batch))
     owner = torch.from_numpy(np.stack([scene.owner for scene in batch]))
     masks = (owner[:, None] == torch.arange(most)[:, None, None]).float()
@@ -263,12 +269,12 @@ def pooled_truth(batch: list[Scene]) -> tuple[Tensor, Tensor]:
     return truth, (share < 0.05) | (share >= 0.3)
 
 
-# --- stage 1: the vision tower --------------------------------------------------------------------
+# --- stage 1: the vision encoder ------------------------------------------------------------------
 
 POOLED_CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 11)
 
 
-def train_vision(run: "Run") -> None:
+def train_vision(run: "OnevisionRun") -> None:
     model, steps = run.model, run.steps["vision"]
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     skill_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(SKILLS.values())))
@@ -308,7 +314,7 @@ def train_vision(run: "Run") -> None:
 
 
 def pooled_loss(guesses: Tensor, batch: list[Scene], meter: Meter) -> Tensor:
-    """Cross-entropy of what pooled tokens (b, 16, classes) tell about the object they lie on."""
+    """Cross-entropy of the logits (b, 16, classes) of pooled tokens for the object they show."""
     truth, sure = (x.to(guesses.device) for x in pooled_truth(batch))
     loss = guesses.new_zeros(())
     for index, part in enumerate(guesses.split(POOLED_CLASSES, dim=-1)):
@@ -323,7 +329,7 @@ def pooled_loss(guesses: Tensor, batch: list[Scene], meter: Meter) -> Tensor:
 
 # --- stage 2: answering ---------------------------------------------------------------------------
 
-# How many questions of each kind are packed behind one image, clip or pair.
+# Number of questions of each kind that are packed after one image, clip or pair.
 PORTIONS: dict[Modality, dict[str, int]] = {
     "image": quiz.PORTIONS,
     "video": {"existence": 2, "digit": 3, "first": 2, "last": 2, "motion": 4},
@@ -341,7 +347,7 @@ WEIGHTS: dict[Modality, dict[str, float]] = {
 SHARES: dict[Modality, float] = {"image": 0.35, "video": 0.45, "multi-image": 0.2}
 
 
-# Nothing, random patches, first view only, all others, some views, some rows.
+# Nothing dropped, random patches, first view only, all other views, some views, some rows.
 DROPOUT: dict[Modality, Dropout] = {
     "image": quiz.HARSH,
     "video": Dropout((0.35, 0.40, 0.0, 0.0, 0.15, 0.10), ((0.05, 0.3), (0.05, 0.9))),
@@ -351,7 +357,7 @@ DROPOUT: dict[Modality, Dropout] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Something to look at: pixels of all views (b, v, 3, 56, 56), and questions about it."""
+    """Images, clips or pairs: pixels of all views (b, v, 3, 56, 56), and questions."""
 
     modality: Modality
     views: Tensor
@@ -360,7 +366,7 @@ class Batch:
 
 
 def draw(modality: Modality, count: int, rng: np.random.Generator, device: torch.device) -> Batch:
-    """`count` random images of one size, clips of one length, or pairs, with questions."""
+    """Draw `count` images of one size, clips of one length, or pairs, with questions."""
     kinds = [kind for kind, number in PORTIONS[modality].items() for _ in range(number)]
     index = [list(WEIGHTS[modality]).index(kind) for kind in kinds]
     tokenizer = build_processor().tokenizer
@@ -371,8 +377,8 @@ def draw(modality: Modality, count: int, rng: np.random.Generator, device: torch
         asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
         facts = [[quiz.look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
         geo = geometry(size)
-        quiz = to_quiz(asked, index, facts, tokenizer).to(device)
-        return Batch(modality, to_views(batch, geo, device), geo, quiz)
+        questions = to_quiz(asked, index, facts, tokenizer).to(device)
+        return Batch(modality, to_views(batch, geo, device), geo, questions)
     if modality == "video":
         length = int(rng.integers(4, 9))
         clips = [scenes.render_clip(rng, frames=length) for _ in range(count)]
@@ -395,7 +401,7 @@ def draw(modality: Modality, count: int, rng: np.random.Generator, device: torch
 
 
 def known(items: list[scenes.Item], question: str, answer: str) -> tuple[int, int, int, int]:
-    """`Quiz.facts` of a question about objects of a clip or pair; only the mover has a side."""
+    """`Quiz.facts` of a question about a clip or pair; only a moving object has a side."""
     for item in items:
         if item.name in question:
             right = int(answer == "right") if "move" in question else -100
@@ -404,7 +410,7 @@ def known(items: list[scenes.Item], question: str, answer: str) -> tuple[int, in
 
 
 def visual(model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> Tensor:
-    """The packed visual sequence (b, N, d), as the model itself packs it."""
+    """The packed sequence (b, N, d), packed as the model does."""
     inner = model.model
     with torch.no_grad():
         patches = encode(model, batch.views)
@@ -414,7 +420,7 @@ def visual(model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> Tenso
     return torch.cat([pool(projected).flatten(1, 2), newline.expand(len(projected), 1, -1)], dim=1)
 
 
-def train_joint(run: "Run") -> None:
+def train_joint(run: "OnevisionRun") -> None:
     model, steps, inner = run.model, run.steps["joint"], run.model.model
     fact_head = build_fact_head().to(run.device)
     newline = nn.ParameterList([inner.image_newline])
@@ -439,14 +445,14 @@ def train_joint(run: "Run") -> None:
         meter.tick(step, steps)
 
 
-STAGES: dict[str, Callable[["Run"], None]] = {"vision": train_vision, "joint": train_joint}
+STAGES: dict[str, Callable[["OnevisionRun"], None]] = {"vision": train_vision, "joint": train_joint}
 
 
 STEPS = {"vision": 700, "joint": 2800}
 
 
-class Run(first.Run):
-    """A training run: the model and its folder."""
+class OnevisionRun(first.TrainingRun):
+    """A training run of the second testbed."""
 
     stages: ClassVar[dict[str, Callable[[Any], None]]] = STAGES
 
@@ -467,7 +473,7 @@ class Run(first.Run):
 
 
 def conditions(modality: Modality) -> dict[str, Callable[[Any, np.random.Generator], Tensor]]:
-    """What is left of a question's visual tokens; from layout and chance to sorted indices."""
+    """Rules by name; each maps a layout and a generator to the sorted indices of kept tokens."""
     named: dict[str, Callable[[Any, np.random.Generator], Tensor]] = {
         "full": lambda layout, rng: torch.arange(len(layout)),
         "image-free": lambda layout, rng: torch.arange(0),
@@ -487,7 +493,7 @@ def conditions(modality: Modality) -> dict[str, Callable[[Any, np.random.Generat
 
 
 def at_random(layout: Any, rng: np.random.Generator, retention: float) -> Tensor:
-    """Indices of a random share of the patch tokens, and all newlines."""
+    """Indices of random patch tokens, and of all separators."""
     patches = layout.patches
     chosen = torch.from_numpy(rng.permutation(len(patches))[: round(retention * len(patches))])
     return torch.cat([patches[chosen], layout.is_separator.nonzero().squeeze(1)]).sort().values
@@ -497,10 +503,10 @@ def at_random(layout: Any, rng: np.random.Generator, retention: float) -> Tensor
 def evaluate(
     folder: Path, count: int, seed: int, device: str
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy by modality, condition and kind on `count` fresh held-out questions a kind.
+    """Accuracy by modality, condition and kind, on `count` held-out questions of each kind.
 
-    All through the saved processor and model: `generate` on prompts whose visual tokens were
-    encoded once; shortened sequences by the model's own encoder outputs, cut.
+    Uses the saved processor and model.  Visual tokens are encoded once; each condition drops some
+    of them and answers with `generate`.
     """
     import tokenprune as tp
     from tokenprune.tokens import VisualTokens
@@ -557,8 +563,8 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the default.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of training scenes and new weights.")] = 0,
-    scale: Annotated[float, typer.Option(help="Multiplies the steps of every stage.")] = 1.0,
-    questions: Annotated[int, typer.Option(help="Questions a kind for the figures.")] = 300,
+    scale: Annotated[float, typer.Option(help="Factor on the steps of every stage.")] = 1.0,
+    questions: Annotated[int, typer.Option(help="Questions of each kind for the figures.")] = 300,
     evaluate_only: Annotated[
         bool, typer.Option("--evaluate", help="Only print figures of the model in OUT.")
     ] = False,
@@ -571,7 +577,8 @@ def main(
         evaluate(out, questions, test_seed, device)
         return
     started = time.monotonic()
-    run = Run(out, device, seed, {name: max(1, round(n * scale)) for name, n in STEPS.items()})
+    steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
+    run = OnevisionRun(out, device, seed, steps)
     for stage in STAGES:
         run.do(stage)
     folder = out / "model"

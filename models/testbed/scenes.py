@@ -32,8 +32,8 @@ __all__ = [
     "Item",
     "Modality",
     "Pair",
-    "Question",
     "Scene",
+    "SceneQuestion",
     "Track",
     "ask",
     "ask_clip",
@@ -163,7 +163,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question with a one-word answer about an image, two images or the frames of a video.
 
     Questions may share what they are about, which `image_id` names.  `place` is where the object
@@ -565,7 +565,7 @@ def _absent_name(names: Sequence[str], rng: np.random.Generator) -> str:
 
 def questions(
     count: int, *, seed: int, split: Split = "test", modality: Modality = "image"
-) -> list[Question]:
+) -> list[SceneQuestion]:
     """`count` questions, every kind of the modality in turn; one of each kind shares a scene.
 
     The first n questions are the same for every `count` >= n.  Answers are balanced: an answer
@@ -574,7 +574,7 @@ def questions(
     if modality not in MODALITIES:
         raise ValueError(f"no modality is called {modality!r}; known: {', '.join(MODALITIES)}.")
     kinds = MODALITIES[modality]
-    result: list[Question] = []
+    result: list[SceneQuestion] = []
     for index in range(-(-count // len(kinds))):
         mark = () if modality == "image" else (get_args(Modality).index(modality),)
         rng = np.random.default_rng([seed, index, split == "test", *mark])
@@ -586,7 +586,7 @@ def questions(
             identity = f"{image_id}-{kind}"
             place = _place(shown[0], question) if modality == "image" else None
             result.append(
-                Question(identity, images, question, answer, kind, image_id, modality, place)
+                SceneQuestion(identity, images, question, answer, kind, image_id, modality, place)
             )
     return result[:count]
 
