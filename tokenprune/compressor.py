@@ -547,7 +547,7 @@ def _validated(cls: type, name: str, value: Any) -> Any:
         # NaN fails the comparison too.  `check_retention` has a better message for the retention.
         if name == "retention" or all(abs(number) <= LARGEST for number in _numbers(made)):
             return made
-        said = f"a number must lie between -{LARGEST} and {LARGEST}"
+        said = f"a number must be between -{LARGEST} and {LARGEST}"
     called = getattr(cls, "name", "") or cls.__name__
     raise UserError(f"{called}: {name}={shown(value)} is not valid: {said}.") from None
 

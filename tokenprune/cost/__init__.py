@@ -1,1 +1,1 @@
-"""The cost of compression: arithmetic, the ledger of a prefill, and the account behind it."""
+"""The cost of compression: arithmetic, the ledger of a prefill, and the account that fills it."""

@@ -380,7 +380,7 @@ class Session(threading.local):
         if any(plan.before):
             numbered = any(part.keeps_positions for parts in plan.before for part in parts)
             left = state.width if numbered else max(state.prompts.left)
-            check_length(self.adapter.facts, left, what="what is left of the prompt")
+            check_length(self.adapter.facts, left, what="the compressed prompt")
         for span in state.spans:
             span.entered = span.index
             span.tokens = replace(
