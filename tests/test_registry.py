@@ -269,7 +269,7 @@ def test_specs_with_their_own_retention_and_chains() -> None:
     assert parse(chain.label) == chain
     for spec, said in [
         ("globalcom2 + fastv@0.5", "write for instance globalcom2@0.5"),
-        ("fastv@0.5 + globalcom2@0.5", "at most one pre_llm strategy followed by llm"),
+        ("fastv@0.5 + globalcom2@0.5", "at most one pre_llm method followed by llm"),
         ("uniform@1.5", "retention must be larger than 0"),
         ("uniform@", "retention"),
         ("unifrom@0.5 + fastv@0.5", "Did you mean 'uniform'"),
