@@ -65,8 +65,8 @@ __all__ = [
 ]
 
 
+# Models that run inside a context.
 active: WeakSet[nn.Module] = WeakSet()
-"""Models that run inside a context."""
 
 _entering = threading.Lock()
 
