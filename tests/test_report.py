@@ -331,7 +331,7 @@ def test_an_interrupted_run(run: Path) -> None:
     change(run, status="running")
     written = report(ReportRequest(folder=run))
     page = Page(page_of(written).read_text(encoding="utf-8"))
-    assert "This run was not finished" in page.text
+    assert "This run is not finished" in page.text
     assert "55 answers" in page.text
     assert len(page.all("img")) == 1
     said = sum(
@@ -364,7 +364,7 @@ def test_nothing_was_answered(run: Path) -> None:
     change(run, status="interrupted")
     written = report(ReportRequest(folder=run))
     assert (written.answered, written.wanted) == (0, 0)
-    assert "There is no answer yet" in Page(page_of(written).read_text()).text
+    assert "No answers yet" in Page(page_of(written).read_text()).text
 
 
 def test_a_method_that_is_not_registered_here(run: Path) -> None:
@@ -686,6 +686,6 @@ def test_hostile_texts_and_missing_images(own: Path, tmp_path: Path, opened: Any
     assert len(page.all("canvas")) == 2
     page = opened(path, "#q=second")
     assert page.text.count("image missing") == 1
-    assert "what was kept is not recorded" in page.text
+    assert "kept tokens are not recorded" in page.text
     several = opened(path, "#q=line-4")
     assert len(several.all("canvas")) == 2, "a video is one strip"
