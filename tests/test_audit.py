@@ -29,7 +29,7 @@ def invoke(*words: str) -> Result:
         ("KeepsTheWorst", "keeps the best scores", "drops a score of"),
         ("SometimesTooMany", "budget", "at most"),
         ("PeeksAtPlaces", "follows content", "upside down"),
-        ("PeeksAtTheCanvas", "follows content", "with the picture of 2x2 crops upside down"),
+        ("PeeksAtTheCanvas", "follows content", "with the image of 2x2 crops upside down"),
         ("HidesItsDraws", "deterministic", "a second time"),
         ("GlobalTorch", "rng untouched", "global generator"),
         ("Counting", "batch equals single", "of the batch"),

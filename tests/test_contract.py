@@ -123,7 +123,7 @@ def test_only_what_needs_a_text_tower_runs_with_other_options_than_its_defaults(
     assert changed == {"cdpruner"}
     assert example("cdpruner").label == "cdpruner:relevance=text"
     for host in hosts(["llama"]):
-        with pytest.raises(UserError, match=r"a CLIP text tower.*cdpruner:relevance=text, cdpru"):
+        with pytest.raises(UserError, match=r"a CLIP text encoder.*cdpruner:relevance=text, cdpru"):
             check_compatible(host.adapter.facts, create("cdpruner", retention=0.4))
 
 

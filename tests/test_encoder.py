@@ -517,7 +517,7 @@ def test_impossible_combinations_are_refused(host: Host) -> None:
     timm = tp.load(
         "timm/vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2
     )
-    with pytest.raises(UserError, match="offered for the CLIP and SigLIP towers"):
+    with pytest.raises(UserError, match="offered for the CLIP and SigLIP encoders"):
         check_compatible(timm.adapter.facts, create("tome", retention=0.5))
     with pytest.raises(UserError, match="offered for the CLIP"):
         timm.encode([_image(32, 32)], (), create("downsample", retention=0.5))

@@ -327,7 +327,7 @@ def test_vectors_without_a_method_are_skipped_with_a_note(tmp_path: Path) -> Non
     shutil.copytree(HERE / "fastv", tmp_path / "nosuchmethod")
     code, output = run(tmp_path)
     assert code == 2
-    assert "no strategy here replays 'nosuchmethod'" in output
+    assert "no method here replays 'nosuchmethod'" in output
 
 
 @pytest.mark.parametrize(

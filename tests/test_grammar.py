@@ -157,7 +157,7 @@ def test_a_chain_is_rebuilt_from_its_label(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("fastv:layer=3@", "no retention behind '@'"),
+        ("fastv:layer=3@", "no retention after '@'"),
         ("fastv:layer", "cannot read 'layer'"),
         ("fastv:layer=1,layer=2", "'layer' is given twice"),
         ("uniform:retention=0.5@0.5", "'retention' is given twice"),

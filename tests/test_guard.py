@@ -545,7 +545,7 @@ def test_other_wrappers_are_refused_with_a_remedy(host: Host) -> None:
     spread.device_ids = [0, 1]
     cases = {
         "one process for each device": spread,
-        "has a LlavaNextForConditionalGeneration at .0; give compress that one": nn.Sequential(
+        "has a LlavaNextForConditionalGeneration at .0; pass that one to compress": nn.Sequential(
             host.model
         ),
         "no model class with an adapter is called 'Linear'": nn.Linear(1, 1),

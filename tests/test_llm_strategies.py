@@ -342,7 +342,7 @@ def test_a_prompt_that_ends_with_the_image_is_refused(name: str) -> None:
     short = {key: inputs[key][:, :-3] for key in ("input_ids", "attention_mask")}
     with (
         compress(host.model, name, retention=0.25),
-        pytest.raises(UserError, match=r"needs text (behind|after) the image"),
+        pytest.raises(UserError, match="needs text after the image"),
     ):
         host.logits({**inputs, **short})
 

@@ -92,7 +92,7 @@ def test_globalcom2_runs_on_a_tower_without_cls_by_attention_received(siglip: Ho
 def test_layers_that_are_not_there_are_sentences(siglip: Host) -> None:
     for spec, said in [
         ("fastv:layer=4", "layers 0 to 3"),
-        ("globalcom2:score=received,layer=-4", "vision tower, which has 3"),
+        ("globalcom2:score=received,layer=-4", "vision encoder, which has 3"),
     ]:
         with (
             pytest.raises(UserError, match=said),

@@ -101,7 +101,7 @@ def test_both_byte_orders() -> None:
 def test_guessed_ranges_give_a_warning(values: np.ndarray[Any, Any], expected: Any) -> None:
     image = Image.fromarray(values)
     assert image.mode in "IF"
-    with pytest.warns(PictureWarning, match="have no range of their own"):
+    with pytest.warns(PictureWarning, match="have no defined range"):
         assert np.array_equal(pixels(image), gray(expected))
 
 

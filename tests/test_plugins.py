@@ -124,7 +124,7 @@ def test_a_plugin_registers_its_methods(here: Path) -> None:
     words = ["convert", "own-e-norm@0.5"]
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 2
-    assert "no strategy is called 'own-e-norm'" in refused.output
+    assert "no method is called 'own-e-norm'" in refused.output
     done = CliRunner().invoke(app, [*words, "--plugin", "own_e"])
     assert done.exit_code == 0, done.output
     shown = CliRunner().invoke(app, ["list", "own-e-norm", "--plugin", "own_e"])

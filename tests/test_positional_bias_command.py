@@ -146,7 +146,7 @@ def test_all_are_those_that_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = invoke("--methods", "all", "--images", "1", "--out", str(tmp_path / "run"))
     assert found.exit_code == 0, found.output
     assert "SKIPPED tome: tome acts inside the vision encoder" in found.output
-    assert "SKIPPED cdpruner: cdpruner needs a CLIP text tower" in found.output
+    assert "SKIPPED cdpruner: cdpruner needs a CLIP text encoder" in found.output
     assert set(pd.read_csv(tmp_path / "run" / "statistics.csv")["method"]) == {"last"}
 
 

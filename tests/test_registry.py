@@ -63,7 +63,7 @@ def test_unknown_names_suggest_the_nearest() -> None:
         create("fastv", retention=0.5, layr=3)
     with pytest.raises(UnknownNameError, match="Did you mean 'LLaVA-NeXT'"):
         adapters.get("LLaVA-Next")
-    with pytest.raises(LookupError, match="no strategy is called 'zzz'"):
+    with pytest.raises(LookupError, match="no method is called 'zzz'"):
         strategies.get("zzz")
 
 
@@ -233,7 +233,7 @@ def test_a_model_without_an_adapter_is_a_sentence() -> None:
     ("spec", "sentence"),
     [
         ("fastv:layer=4", "cuts in front of decoder layer 4; this model has layers 0 to 3"),
-        ("globalcom2:layer=3", "asks for layer 3 of the vision tower, which has 3"),
+        ("globalcom2:layer=3", "asks for layer 3 of the vision encoder, which has 3"),
     ],
 )
 def test_what_the_model_lacks_is_refused_before_it_runs(spec: str, sentence: str) -> None:
@@ -256,7 +256,7 @@ def test_an_encoder_without_cls_is_refused_with_an_alternative(
 def test_fields_need_a_name() -> None:
     ready = create("uniform", retention=0.5)
     with (
-        pytest.raises(UserError, match=r"\['retention'\] need a strategy's name"),
+        pytest.raises(UserError, match=r"\['retention'\] need a method's name"),
         compress(LlavaNext.tiny(), ready, retention=0.2),
     ):
         pass
@@ -271,7 +271,7 @@ def test_specs_with_their_own_retention_and_chains() -> None:
     assert parse(chain.label) == chain
     for spec, said in [
         ("globalcom2 + fastv@0.5", "write for instance globalcom2@0.5"),
-        ("fastv@0.5 + globalcom2@0.5", "at most one pre_llm strategy followed by llm"),
+        ("fastv@0.5 + globalcom2@0.5", "at most one pre_llm method followed by llm"),
         ("uniform@1.5", "retention must be larger than 0"),
         ("uniform@", "retention"),
         ("unifrom@0.5 + fastv@0.5", "Did you mean 'uniform'"),
@@ -280,5 +280,5 @@ def test_specs_with_their_own_retention_and_chains() -> None:
             parse(spec)
     with pytest.raises(UserError, match=r"has the retention 0\.3 in its spec and 0\.5"):
         parse("uniform@0.3", retention=0.5)
-    with pytest.raises(UserError, match="has a retention and options of its own"):
+    with pytest.raises(UserError, match="has its own retention and options"):
         parse("uniform@0.3 + fastv@0.5", retention=0.5)

@@ -168,7 +168,7 @@ def test_the_engine_delivers_the_signals_of_the_table(
     stage = Stage.LLM if info.in_llm else Stage.PRE_LLM
     method = _spy(signal, seen, stage)
     if info.source == "text encoder":
-        with pytest.raises(UserError, match="text tower"):
+        with pytest.raises(UserError, match="text encoder"):
             check_compatible(model.adapter.facts, method)
         return
     try:

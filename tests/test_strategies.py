@@ -570,11 +570,11 @@ def test_cdpruner_by_clip_runs_where_the_caller_brings_the_signals() -> None:
     ):
         pipe.model.generate(**pipe.assemble([[tokens]], ["How many?"]), max_new_tokens=2)
     with (
-        pytest.raises(UserError, match=r"CLIP text tower.*LLaVA-NeXT.*cdpruner:relevance=text"),
+        pytest.raises(UserError, match=r"CLIP text encoder.*LLaVA-NeXT.*cdpruner:relevance=text"),
         tp.compress(pipe.model, method),
     ):
         pass
-    with pytest.raises(UserError, match="looks at the prompt"):
+    with pytest.raises(UserError, match="needs the prompt"):
         pipe.select("cdpruner:relevance=text", [image], retention=0.3)
 
 

@@ -208,7 +208,7 @@ def test_every_method_selects_or_is_refused(family: tuple[str, Pipeline], name: 
     _, pipe = family
     image = _image(64, 64)
     if name not in compatible_methods(pipe.adapter.facts):
-        with pytest.raises(UserError, match=r"Strategies that work here: \w+"):
+        with pytest.raises(UserError, match=r"Methods that work here: \w+"):
             pipe.select(name, [image], retention=0.25)
         return
     first, second = pipe.select(name, [image, _image(40, 70)], retention=0.25)
@@ -363,14 +363,14 @@ def test_missing_signals_are_refused_before_it_runs(
     pipe = _load("registers")
     monkeypatch.setattr(pipe.model.vit, "forward_features", None)
     for signal, said in [
-        (Signal("received", 3), "asks for layer 3 of the vision tower, which has 3"),
+        (Signal("received", 3), "asks for layer 3 of the vision encoder, which has 3"),
         (Signal("cls_attention"), "needs the attention of a CLS token"),
         (Signal("head_attention"), "needs the attention of a pooling head"),
     ]:
         with pytest.raises(UserError, match=said):
             pipe.encode([_image(32, 32)], iter([signal]))
     ready = tp.create("uniform", retention=0.5)
-    with pytest.raises(UserError, match=r"\['retention'\] need a strategy's name"):
+    with pytest.raises(UserError, match=r"\['retention'\] need a method's name"):
         pipe.select(ready, [_image(32, 32)], retention=0.2)
 
 

@@ -232,7 +232,7 @@ def test_visual_tokens_must_be_aligned() -> None:
 
 def test_a_signal_that_was_not_declared_is_a_sentence() -> None:
     tokens = VisualTokens(TokenLayout.single((2, 2)), torch.zeros(5, 3))
-    with pytest.raises(UserError, match="Name it in the strategy's `needs`"):
+    with pytest.raises(UserError, match="Name it in the method's `needs`"):
         tokens[Signal("received")]
 
 
