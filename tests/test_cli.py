@@ -429,7 +429,7 @@ def test_few_questions_do_not_break_labels() -> None:
         for index, label in enumerate(labels)
     )
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(command._loyalty_table(rows))
+    console.print(command._divergence_table(rows))
     text = console.export_text()
     assert all(label in text for label in labels)
 

@@ -237,7 +237,7 @@ def rows_of(compressor: Any) -> list[Any]:
     return compressor if isinstance(compressor, list) else [compressor]
 
 
-@pytest.mark.filterwarnings("ignore:what cells have in common")
+@pytest.mark.filterwarnings("ignore:the shared work of cells")
 @pytest.mark.parametrize("method", ["fastv:layer=3", "uniform"])
 def test_a_failing_method_is_not_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

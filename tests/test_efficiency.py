@@ -390,7 +390,7 @@ def test_large_steps_give_a_warning(run: Callable[..., tuple[int, str]]) -> None
     """24x24 is pooled to nearly square grids: 23x23 = 529 is one, nothing is near 540."""
     status, said = run("convert", "spatial-pool", "--tokens", "540", "--patches", "24x24")
     assert status == 0, said
-    assert "No retention gives 540 visual tokens a layer on average" in said
+    assert "No retention gives 540 visual tokens per layer on average" in said
     _, said = run("convert", "spatial-pool", "--tokens", "529", "--patches", "24x24")
     assert "No retention" not in said
 

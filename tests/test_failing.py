@@ -290,7 +290,7 @@ def alone(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[Any,
 
 def ask(pipe: Pipeline, columns: Sequence[Cell], journal: Journal) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "what cells have in common")
+        warnings.filterwarnings("ignore", "the shared work of cells")
         runner = ModelRunner(pipe, max_new_tokens=3)
         run(runner, columns, held_out(5, 0), journal, batch_size=5, plan=together)
 

@@ -18,7 +18,7 @@ from tokenprune.cli import app
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.models import testbed
 
-DONE = "Every answer was there already; nothing was computed again."
+DONE = "All answers already exist; nothing was computed."
 LOADS = "a model is loaded"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.checks import cases, fuzz
-from tokenprune.experiments.checks.cases import Area, Case, Verdict, Wrong, judge
+from tokenprune.experiments.checks.cases import Area, FuzzCase, FuzzVerdict, Wrong, judge
 
 
 def refuse() -> None:
@@ -78,7 +78,7 @@ def test_every_kind_of_fault_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cases, "LONGEST", 0.1)
-    verdict = judge(Case("x", expected, run))
+    verdict = judge(FuzzCase("x", expected, run))
     assert verdict.outcome == outcome
     assert fault in verdict.fault
     assert bool(fault) == bool(verdict.fault)
@@ -87,7 +87,9 @@ def test_every_kind_of_fault_is_seen(
 def test_a_single_hang_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "LONGEST", 0.1)
     naps = iter([1.0, 0.0])
-    assert judge(Case("x", "accepted", lambda: time.sleep(next(naps)))) == Verdict("accepted")
+    assert judge(FuzzCase("x", "accepted", lambda: time.sleep(next(naps)))) == FuzzVerdict(
+        "accepted"
+    )
 
 
 def test_commands_are_judged_by_their_status() -> None:
@@ -102,9 +104,11 @@ class Unlucky(Area):
     name = "unlucky"
     share = 1
 
-    def draw(self, rng: random.Random) -> Case:
+    def draw(self, rng: random.Random) -> FuzzCase:
         number = rng.randrange(10)
-        return Case(f"number {number}", "either", (lambda: 1 / 0) if number == 7 else lambda: None)
+        return FuzzCase(
+            f"number {number}", "either", (lambda: 1 / 0) if number == 7 else lambda: None
+        )
 
 
 def test_counts_failures_and_repeats(

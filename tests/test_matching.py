@@ -141,7 +141,7 @@ def test_unreachable_costs_are_refused_or_left_out(
 def test_methods_with_a_fixed_retention_are_refused(
     pipe: Pipeline, questions: Sequence[Question], spec: str
 ) -> None:
-    with pytest.raises(UserError, match="says itself what it keeps"):
+    with pytest.raises(UserError, match="has its own retention"):
         matched_cells(pipe, questions, [spec], [0.5], "tokens")
 
 
@@ -291,7 +291,7 @@ def test_a_question_that_cannot_be_encoded_is_skipped(
     monkeypatch.setattr(matching, "_prompt", half)
     found = matching._median(None, ["bad", "a", "ccc", "bad too", "bb"])  # type: ignore[arg-type, list-item]
     assert found[0] == "bb"
-    with pytest.raises(UserError, match=r"no question can be looked at.*truncated"):
+    with pytest.raises(UserError, match=r"no question can be read.*truncated"):
         matching._median(None, ["bad"])  # type: ignore[arg-type, list-item]
 
 

@@ -240,7 +240,7 @@ def test_an_interrupted_run(run: Path) -> None:
     change(run, status="running")
     written = report(ReportRequest(folder=run))
     page = Page(page_of(written).read_text(encoding="utf-8"))
-    assert "This run was not finished" in page.text
+    assert "This run is not finished" in page.text
     assert "55 answers" in page.text
     assert len(page.all("img")) == 1
     said = sum(
@@ -273,7 +273,7 @@ def test_a_run_without_answers(run: Path) -> None:
     change(run, status="interrupted")
     written = report(ReportRequest(folder=run))
     assert (written.answered, written.wanted) == (0, 0)
-    assert "There is no answer yet" in Page(page_of(written).read_text()).text
+    assert "No answers yet" in Page(page_of(written).read_text()).text
 
 
 def test_a_method_that_is_not_registered(run: Path) -> None:

@@ -153,7 +153,7 @@ def test_pooling_a_plane_with_gaps_loses_no_cell(
 
 
 def test_pooling_by_hand_after_a_merge_of_the_middle() -> None:
-    """Of a 4 x 4 frame in four cells the upper left token of each is missing, but no cell is empty."""
+    """Of a 4 x 4 frame in four cells the upper left token of each is missing; no cell is empty."""
     gone = {0, 2, 8, 10}
     left = torch.tensor([i for i in range(16) if i not in gone])
     tokens = _tokens(TokenLayout.video(1, (4, 4))).take(left)

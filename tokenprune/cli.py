@@ -59,7 +59,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -158,7 +161,8 @@ def audit(
         ),
     ],
     retention: Annotated[
-        float, typer.Option("--retention", "-r", help="Share of patch tokens to keep.")
+        float,
+        typer.Option("--retention", "-r", help="Retention ratio: share of patch tokens to keep."),
     ] = 0.4,
     plugin: Plugin = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""``tokenprune ablation``: options swept, on the command line."""
+"""``tokenprune ablation``: sweep options of methods."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Sweeps = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SWEEP]...",
-        help="In front of the options: method:option=value,value;option=value,value. Options "
+        help="Before the options: method:option=value,value;option=value,value. Options "
         "are separated by ';', values by ','; 'default' is the default of an option.",
     ),
 ]
@@ -41,7 +41,7 @@ _Sweeps = Annotated[
 def ablation(
     sweeps: _Sweeps = None,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Also the parts of GlobalCom², option by option.")
+        bool, typer.Option("--paper", help="Also sweep the options of GlobalCom², one by one.")
     ] = False,
     plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("0.25")] = None,
@@ -58,10 +58,11 @@ def ablation(
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
-    """Sweep options of methods, e.g. 'globalcom2:alpha=0,0.5,1;tau=1,10'.
+    """Sweep options of methods.
 
-    Prints every setting with its difference to the first one on the same questions, and draws
-    curves, or heat maps where two options are swept.
+    The sweep 'globalcom2:alpha=0,0.5,1;tau=1,10' runs six settings. Prints every setting with its
+    difference from the first one on the same questions, and draws curves, or heat maps where two
+    options are swept.
 
     Exit status: 0 done, 1 a setting failed, 2 bad input, 130 interrupted.
     """

@@ -27,7 +27,7 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
     Args:
         table: As `ablation.run.differences` returns it.
         summary: As `summary.summarise` returns it; gives intervals and the uncompressed model.
-        model: What to call the model.
+        model: Name of the model.
     """
     overall = summary[summary["kind"] == OVERALL]
     ends = overall[["label", "retention", "accuracy_low", "accuracy_high"]]
@@ -63,9 +63,9 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
             figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
         titles(
             figure,
-            f"What the options are worth on {model}",
+            f"Effect of the options on {model}",
             f"accuracy on {int(table['n'].max())} questions; bars: 95 % confidence intervals; "
-            "dashed: uncompressed; shaded: what the others are compared with",
+            "dashed: uncompressed; shaded: the setting that others are compared with",
         )
     return figure
 
@@ -78,7 +78,7 @@ def _numbers(values: Iterable[str]) -> bool:
 
 
 def _ordered(values: Iterable[str]) -> list[str]:
-    """Distinct values, numbers ascending, names as they come."""
+    """Distinct values, numbers in ascending order, names in order of appearance."""
     distinct = list(dict.fromkeys(values))
     return sorted(distinct, key=float) if _numbers(distinct) else distinct
 

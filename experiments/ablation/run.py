@@ -1,4 +1,4 @@
-"""Any option of any method swept, every value compared with the first on the same questions."""
+"""Sweep options of methods; every value is compared with the first on the same questions."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ MOST = 1000  # settings of a sweep
 
 
 DEFAULT = "default"
-"""The value that stands for what an option is when it is not given."""
+"""The value that stands for the default of an option."""
 
 
 PAPER = (
@@ -55,10 +55,10 @@ PAPER = (
     "fastv:allocator=default,proportional,globalcom2",
     "divprune:allocator=default,proportional,globalcom2",
 )
-"""What GlobalCom² is made of: how much the thumbnail says about tokens (alpha: 0 is the crop alone,
-1 the thumbnail alone) and about crops (allocator: nothing, no borders, the largest score or the sum
-of scores), at which temperature, from which score, with which separators; and its allocation under
-other rankings.  The first value is the method's own."""
+"""The parts of GlobalCom²: the weight of the thumbnail in the score of tokens (alpha: 0 is the crop
+alone, 1 the thumbnail alone), the allocator of crops (equal, without borders, by the largest score
+or by the sum of scores), the temperature, the score, the separators, and its allocation with other
+rankings.  The first value is the default of the method."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A method, and one or two options with the values they take.
+    """A method, and one or two options with several values.
 
     Attributes:
-        text: As it was written.
+        text: The sweep as written.
         method: Its name.
         options: Option to its values; a single value is fixed.
     """
@@ -90,7 +90,7 @@ class Sweep:
 
     @property
     def title(self) -> str:
-        """The method and the options that stay the same."""
+        """The method and its fixed options."""
         fixed = {name: values[0] for name, values in self.options.items() if len(values) == 1}
         return str(Part(self.method, fixed))
 
@@ -111,8 +111,8 @@ class AblationRequest(QuestionRequest):
     """Which options to sweep.
 
     Attributes:
-        sweeps: As `parse_sweep` reads them, or those of `PAPER`, of which settings that do not run
-            on the model are left out.
+        sweeps: Texts for `parse_sweep`, or `PAPER`, whose settings are left out if they do not
+            run on the model.
         retention: Retention ratios, each in (0, 1].
     """
 
@@ -124,7 +124,7 @@ def parse_sweep(text: str) -> Sweep:
     """Read ``method:option=value,value;option=value,value``.
 
     Options may also be separated by commas, as in a spec: a comma in front of ``name=`` begins an
-    option, any other one a value.  ``default`` stands for what an option is when it is not given.
+    option, any other comma a value.  ``default`` stands for the default of an option.
 
     >>> parse_sweep("globalcom2:alpha=0,0.5;tau=1,10,score=received").options
     {'alpha': ('0', '0.5'), 'tau': ('1', '10'), 'score': ('received',)}
@@ -195,7 +195,7 @@ def run(request: AblationRequest, progress: ProgressCallback = silent) -> Outcom
 
 
 def _lacking(adapter: Adapter, sweeps: Iterable[Sweep]) -> Iterable[tuple[str, str]]:
-    """Specs of the paper's sweeps that the model lacks something for, and what."""
+    """Specs of the paper's sweeps that do not run on the model, and why."""
     for sweep in sweeps:
         for point in sweep.points if sweep.text in PAPER else ():
             try:
@@ -212,7 +212,7 @@ def differences(
     Args:
         answers: As in ``answers.parquet``.
         sweeps: What was swept.
-        retention: At which ratios.
+        retention: Retention ratios.
         seed: Of the bootstrap.
 
     Returns:

@@ -22,7 +22,17 @@ from typing import Literal
 from tokenprune.console import BAD_INPUT, FAILED, OK
 from tokenprune.errors import UserError
 
-__all__ = ["LONGEST", "Area", "Case", "Hang", "Verdict", "Wrong", "command", "judge", "small_run"]
+__all__ = [
+    "LONGEST",
+    "Area",
+    "FuzzCase",
+    "FuzzVerdict",
+    "Hang",
+    "Wrong",
+    "command",
+    "judge",
+    "small_run",
+]
 
 LONGEST = 10.0  # seconds, limit of a case
 _WORDY = 2000  # characters, limit of a message
@@ -39,7 +49,7 @@ class Hang(BaseException):
 
 
 @dataclass(frozen=True)
-class Case:
+class FuzzCase:
     """One input.
 
     Attributes:
@@ -70,22 +80,22 @@ class Area(ABC):
         self.folder = folder
 
     @abstractmethod
-    def draw(self, rng: random.Random) -> Case:
+    def draw(self, rng: random.Random) -> FuzzCase:
         """Draw a case; equal generators give equal cases."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FuzzVerdict:
     """How a case ended, and what is wrong; ``fault`` is empty if nothing is."""
 
     outcome: Literal["accepted", "refused", "failed"]
     fault: str = ""
 
 
-_HANGS = Verdict("failed", f"took longer than {LONGEST:g} s")
+_HANGS = FuzzVerdict("failed", f"took longer than {LONGEST:g} s")
 
 
-def judge(case: Case) -> Verdict:
+def judge(case: FuzzCase) -> FuzzVerdict:
     """Run ``case`` and compare its outcome with the required one.
 
     A case that takes too long is run once more, as a busy machine may be slow for a while.
@@ -94,31 +104,31 @@ def judge(case: Case) -> Verdict:
     return _judge(case) if verdict == _HANGS else verdict
 
 
-def _judge(case: Case) -> Verdict:
+def _judge(case: FuzzCase) -> FuzzVerdict:
     started = time.monotonic()
     try:
         with _at_most(LONGEST), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             case.run()
     except UserError as error:
-        verdict = Verdict("refused", _unfit(str(error)))
+        verdict = FuzzVerdict("refused", _unfit(str(error)))
     except Wrong as error:
-        return Verdict("failed", f"wrong: {error}")
+        return FuzzVerdict("failed", f"wrong: {error}")
     except Hang:
         return _HANGS
     except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         said = str(error).partition("\n")[0][:200]
         where = f"{Path(last.filename).name}:{last.lineno}"
-        return Verdict("failed", f"{type(error).__name__} at {where}: {said}")
+        return FuzzVerdict("failed", f"{type(error).__name__} at {where}: {said}")
     else:
-        verdict = Verdict("accepted")
+        verdict = FuzzVerdict("accepted")
     if time.monotonic() - started > LONGEST:  # in code that the signal does not interrupt
         return _HANGS
     if case.expected not in ("either", verdict.outcome):
         said = f" ({verdict.fault})" if verdict.fault else ""
-        return Verdict("failed", f"{verdict.outcome}, must be {case.expected}{said}")
-    return Verdict("failed", verdict.fault) if verdict.fault else verdict
+        return FuzzVerdict("failed", f"{verdict.outcome}, must be {case.expected}{said}")
+    return FuzzVerdict("failed", verdict.fault) if verdict.fault else verdict
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import torch
 
 from tokenprune.console import quiet
 from tokenprune.experiments.checks.cases import LONGEST, Area, judge
-from tokenprune.experiments.checks.fuzz_files import DataFiles, Images
+from tokenprune.experiments.checks.fuzz_files import DataFiles, ImageFiles
 from tokenprune.experiments.checks.fuzz_folders import Checkpoints, RunFolders
 from tokenprune.experiments.checks.fuzz_words import Options, Selections, Specs
 
@@ -33,7 +33,7 @@ __all__ = ["AREAS", "fuzz", "main"]
 
 AREAS: dict[str, type[Area]] = {
     area.name: area
-    for area in (Specs, Selections, Options, DataFiles, Images, Checkpoints, RunFolders)
+    for area in (Specs, Selections, Options, DataFiles, ImageFiles, Checkpoints, RunFolders)
 }
 _LONG = 300  # characters, limit of a printed input
 

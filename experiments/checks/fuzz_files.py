@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenprune.experiments.checks.cases import Area, Case, Wrong
+from tokenprune.experiments.checks.cases import Area, FuzzCase, Wrong
 from tokenprune.experiments.common.questions import Picture, Question, read_jsonl
 from tokenprune.experiments.common.summary import OVERALL
 
-__all__ = ["DataFiles", "Images", "damaged"]
+__all__ = ["DataFiles", "ImageFiles", "damaged"]
 
 WORDS = (
     "What?",
@@ -65,9 +65,9 @@ class DataFiles(Area):
         os.mkfifo(folder / "pipe.png")
         self.path = folder / "data.jsonl"
 
-    def draw(self, rng: random.Random) -> Case:
+    def draw(self, rng: random.Random) -> FuzzCase:
         lines = [self._line(rng, number) for number in range(1, rng.randint(2, 5))]
-        make: Callable[[list[dict[str, Any]], random.Random], Case] = rng.choices(
+        make: Callable[[list[dict[str, Any]], random.Random], FuzzCase] = rng.choices(
             [self._right, self._wrong_field, self._wrong_text, self._damaged],
             weights=[30, 40, 15, 15],
         )[0]
@@ -95,14 +95,14 @@ class DataFiles(Area):
 
     def _case(
         self, content: bytes, expected: Any, check: Callable[[list[Question]], None], **asked: Any
-    ) -> Case:
+    ) -> FuzzCase:
         def run() -> None:
             self.path.write_bytes(content)
             check(read_jsonl(self.path, **asked))
 
-        return Case(f"{content!r} {asked or ''}", expected, run)
+        return FuzzCase(f"{content!r} {asked or ''}", expected, run)
 
-    def _right(self, lines: list[dict[str, Any]], rng: random.Random) -> Case:
+    def _right(self, lines: list[dict[str, Any]], rng: random.Random) -> FuzzCase:
         spelled = [json.dumps(line, ensure_ascii=rng.random() < 0.5) for line in lines]
         mark, end = rng.choice(["", "\ufeff"]), rng.choice(["\n", "\r\n", "\n\n"])
         content = (mark + end.join(spelled) + rng.choice(["", end])).encode()
@@ -121,7 +121,7 @@ class DataFiles(Area):
 
         return self._case(content, "accepted", check)
 
-    def _wrong_field(self, lines: list[dict[str, Any]], rng: random.Random) -> Case:
+    def _wrong_field(self, lines: list[dict[str, Any]], rng: random.Random) -> FuzzCase:
         line = rng.choice(lines)
         shown = next(name for name in ("image", "images", "video") if name in line)
         field = rng.choice(
@@ -152,7 +152,7 @@ class DataFiles(Area):
         content = "\n".join(map(json.dumps, lines)).encode()
         return self._case(content, "refused", lambda _: None)
 
-    def _wrong_text(self, lines: list[dict[str, Any]], rng: random.Random) -> Case:
+    def _wrong_text(self, lines: list[dict[str, Any]], rng: random.Random) -> FuzzCase:
         right = json.dumps(lines[0])
         head = '{"image": "a.png", "question": "q", "answer": '
         deep = 100_000
@@ -177,7 +177,7 @@ class DataFiles(Area):
             return self._case(right.encode(), "refused", lambda _: None, **asked)
         return self._case(content, "refused", lambda _: None)
 
-    def _damaged(self, lines: list[dict[str, Any]], rng: random.Random) -> Case:
+    def _damaged(self, lines: list[dict[str, Any]], rng: random.Random) -> FuzzCase:
         content = damaged("\n".join(map(json.dumps, lines)).encode(), rng)
         return self._case(content, "either", lambda _: None)
 
@@ -189,7 +189,7 @@ _RARE = ("GIF", "PCX", "ICO", "DDS", "SGI", "JPEG2000", "AVIF", "ICNS", "IM", "M
 _ORIENTATION = 0x0112
 
 
-class Images(Area):
+class ImageFiles(Area):
     """Valid images give the pixels that were saved; broken ones are refused."""
 
     name = "images"
@@ -202,8 +202,8 @@ class Images(Area):
         (folder / "text.png").write_text("no image")
         (folder / "loop.png").symlink_to("loop.png")
 
-    def draw(self, rng: random.Random) -> Case:
-        make: Callable[[random.Random], Case] = rng.choices(
+    def draw(self, rng: random.Random) -> FuzzCase:
+        make: Callable[[random.Random], FuzzCase] = rng.choices(
             [self._right, self._upright, self._torn, self._no_image, self._damaged],
             weights=[30, 15, 15, 15, 25],
         )[0]
@@ -211,7 +211,7 @@ class Images(Area):
 
     def _case(
         self, content: bytes, said: str, expected: Any, wanted: NDArray[np.uint8] | None = None
-    ) -> Case:
+    ) -> FuzzCase:
         path = self.folder / "image"
 
         def run() -> None:
@@ -222,9 +222,9 @@ class Images(Area):
             if wanted is not None and not np.array_equal(np.asarray(found), wanted):
                 raise Wrong("the pixels differ from the saved ones")
 
-        return Case(said, expected, run)
+        return FuzzCase(said, expected, run)
 
-    def _right(self, rng: random.Random) -> Case:
+    def _right(self, rng: random.Random) -> FuzzCase:
         kind = rng.choice(_EXACT)
         mode = rng.choice(["RGB", "L"] if kind in ("PPM", "WEBP") else ["RGB", "L", "P", "RGBA"])
         mode = rng.choice(["RGB", "L", "1"]) if kind == "BMP" else mode
@@ -233,7 +233,7 @@ class Images(Area):
         return self._case(_saved(image, kind, **options), f"{kind} {mode} {image.size}",
                           "accepted", wanted)  # fmt: skip
 
-    def _upright(self, rng: random.Random) -> Case:
+    def _upright(self, rng: random.Random) -> FuzzCase:
         image, wanted = _image("RGB", rng)
         turn = rng.randint(1, 8)
         exif = Image.Exif()
@@ -248,13 +248,13 @@ class Images(Area):
         said = f"PNG {image.size} with orientation {turn}"
         return self._case(content, said, "accepted", ways[turn - 1](wanted))
 
-    def _torn(self, rng: random.Random) -> Case:
+    def _torn(self, rng: random.Random) -> FuzzCase:
         kind = rng.choice(["PNG", "JPEG", "BMP", "WEBP", "PPM"])
         content = _saved(_image("RGB", rng, least=24)[0], kind)
         end = int(len(content) * rng.uniform(0, 0.7))
         return self._case(content[:end], f"{kind}, {end} of {len(content)} bytes", "refused")
 
-    def _no_image(self, rng: random.Random) -> Case:
+    def _no_image(self, rng: random.Random) -> FuzzCase:
         nothing = [
             b"",
             b"\0" * 5000,
@@ -272,9 +272,9 @@ class Images(Area):
         names = ["no.png", "pipe.png", "folder.png", "text.png", "loop.png", "", ".", "a\0b.png"]
         names += ["/dev/null", "/dev/zero", "/dev/random", "/proc/self/mem", "x" * 5000, "\udcff"]
         path = self.folder / rng.choice(names)
-        return Case(f"the file {path}", "refused", lambda: Picture("image", path).open())
+        return FuzzCase(f"the file {path}", "refused", lambda: Picture("image", path).open())
 
-    def _damaged(self, rng: random.Random) -> Case:
+    def _damaged(self, rng: random.Random) -> FuzzCase:
         kind = rng.choice([*_EXACT, "JPEG", *_RARE])
         mode = {"MSP": "1", "XBM": "1", "PCX": "L", "GIF": "P"}.get(kind, "RGB")
         try:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.experiments.checks.cases import Area, Case, Wrong, command, small_run
+from tokenprune.experiments.checks.cases import Area, FuzzCase, Wrong, command, small_run
 from tokenprune.experiments.checks.fuzz_files import damaged
 from tokenprune.models import testbed
 
@@ -52,7 +52,7 @@ class Checkpoints(Area):
             name: load_file(testbed.path(name) / "model.safetensors") for name in testbed.names()
         }
 
-    def draw(self, rng: random.Random) -> Case:
+    def draw(self, rng: random.Random) -> FuzzCase:
         source = rng.choice(testbed.names())
         make: Callable[[str, random.Random], tuple[str, Any, Callable[[Path], None]]] = rng.choices(
             [self._tensors, self._file, self._config, self._code, self._whole],
@@ -73,7 +73,7 @@ class Checkpoints(Area):
                     ran.unlink()
                     raise Wrong("code of the checkpoint was run")
 
-        return Case(f"{source}: {said}", expected, run)
+        return FuzzCase(f"{source}: {said}", expected, run)
 
     def _tensors(self, source: str, rng: random.Random) -> tuple[str, Any, Callable[[Path], None]]:
         weights = dict(self.weights[source])
@@ -206,7 +206,7 @@ class RunFolders(Area):
         shutil.copytree(self.place, folder / "whole")
         self.right = {name: command(name, str(self.place)) for name in ("table", "pairs")}
 
-    def draw(self, rng: random.Random) -> Case:
+    def draw(self, rng: random.Random) -> FuzzCase:
         name = rng.choice(
             ["manifest.json", "answers.jsonl", "answers.parquet", "summary.csv", "plots"]
         )
@@ -227,7 +227,7 @@ class RunFolders(Area):
             if same and asked in self.right and found != self.right[asked]:
                 raise Wrong(f"the output differs: {found[:300]!r}")
 
-        return Case(f"{asked} where {name} is {said}", "either", run)
+        return FuzzCase(f"{asked} where {name} is {said}", "either", run)
 
     def _change(self, name: str, rng: random.Random) -> tuple[str, Callable[[Path], Any], bool]:
         """A description of the change, the change, and whether an accepted result must be right."""

@@ -18,7 +18,7 @@ from tokenprune.compressor import Compressor, Stage
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.ablation.run import parse_sweep
-from tokenprune.experiments.checks.cases import Area, Case, Wrong, command, small_run
+from tokenprune.experiments.checks.cases import Area, FuzzCase, Wrong, command, small_run
 from tokenprune.experiments.common.grid import chosen
 from tokenprune.layout import TokenLayout
 from tokenprune.registry import strategies
@@ -105,28 +105,28 @@ class Specs(Area):
     name = "specs"
     share = 46
 
-    def draw(self, rng: random.Random) -> Case:
-        make: Callable[[random.Random], Case] = rng.choices(
+    def draw(self, rng: random.Random) -> FuzzCase:
+        make: Callable[[random.Random], FuzzCase] = rng.choices(
             [self._valid, self._chain, self._invalid, self._malformed, self._mutated, self._sweep],
             weights=[35, 10, 25, 10, 15, 5],
         )[0]
         return make(rng)
 
-    def _valid(self, rng: random.Random) -> Case:
+    def _valid(self, rng: random.Random) -> FuzzCase:
         spec = _spec(rng.choice(strategies.names()), rng)
         retention = _retention(rng)
-        return Case(f"{spec} at {retention!r}", "accepted", lambda: _rebuilt(spec, retention))
+        return FuzzCase(f"{spec} at {retention!r}", "accepted", lambda: _rebuilt(spec, retention))
 
-    def _chain(self, rng: random.Random) -> Case:
+    def _chain(self, rng: random.Random) -> FuzzCase:
         parts = []
         for stage in Stage:
             names = [one for one in strategies.names() if strategies.get(one).stage is stage]
             if stage is Stage.LLM or rng.random() < 0.7:
                 parts.append(f"{_spec(rng.choice(names), rng)}@{_retention(rng)!r}")
         spec = " + ".join([*parts, parts[-1]] if len(parts) == 1 else parts)
-        return Case(spec, "accepted", lambda: _rebuilt(spec, None))
+        return FuzzCase(spec, "accepted", lambda: _rebuilt(spec, None))
 
-    def _invalid(self, rng: random.Random) -> Case:
+    def _invalid(self, rng: random.Random) -> FuzzCase:
         name = rng.choice(strategies.names())
         hints = _hints(strategies.get(name))
         field = rng.choice(sorted(hints))
@@ -139,9 +139,9 @@ class Specs(Area):
         else:
             value = bad(hint, rng)
         spec = f"{name}:{field}={value}"
-        return Case(spec, "refused", lambda: parse(spec, retention=0.5))
+        return FuzzCase(spec, "refused", lambda: parse(spec, retention=0.5))
 
-    def _malformed(self, rng: random.Random) -> Case:
+    def _malformed(self, rng: random.Random) -> FuzzCase:
         name = rng.choice(strategies.names())
         many = rng.choice([30, 3000, 100_000])
         spec = rng.choice(
@@ -162,9 +162,9 @@ class Specs(Area):
                 "\0", f"{name}\0", f"\x1b[31m{name}", "\udcff", f"{name}:\udcff=1",
             ]
         )  # fmt: skip
-        return Case(spec, "refused", lambda: _asked(spec))
+        return FuzzCase(spec, "refused", lambda: _asked(spec))
 
-    def _mutated(self, rng: random.Random) -> Case:
+    def _mutated(self, rng: random.Random) -> FuzzCase:
         spec = _spec(rng.choice(strategies.names()), rng)
         if rng.random() < 0.3:
             spec = f"{spec}@{_retention(rng)!r} + {_spec(rng.choice(strategies.names()), rng)}@0.5"
@@ -172,9 +172,9 @@ class Specs(Area):
             place = rng.randrange(len(spec) + 1)
             sign = rng.choice([*":=,@+/. \t\n", "\0", "é", "９", "\udc80", chr(rng.randrange(128))])
             spec = spec[:place] + rng.choice(["", sign, 5 * sign]) + spec[place + 1 :]
-        return Case(spec, "either", lambda: _asked(spec, empty=True))
+        return FuzzCase(spec, "either", lambda: _asked(spec, empty=True))
 
-    def _sweep(self, rng: random.Random) -> Case:
+    def _sweep(self, rng: random.Random) -> FuzzCase:
         wide = ",".join(map(str, range(20_000)))
         text = rng.choice(
             [
@@ -185,7 +185,7 @@ class Specs(Area):
                 f"fastv:layer={','.join(map(str, range(1, 20_000)))};start={wide}",
             ]
         )  # fmt: skip
-        return Case(f"sweep {text}", "refused", lambda: parse_sweep(text))
+        return FuzzCase(f"sweep {text}", "refused", lambda: parse_sweep(text))
 
 
 def _hints(cls: type[Compressor]) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class Selections(Area):
     name = "selections"
     share = 10
 
-    def draw(self, rng: random.Random) -> Case:
+    def draw(self, rng: random.Random) -> FuzzCase:
         spec, retention = _spec(rng.choice(strategies.names()), rng), _retention(rng)
         layout, said = _layout(rng)
         text = rng.choice([0, 1, 5, 40])
@@ -268,7 +268,7 @@ class Selections(Area):
                 raise Wrong("merged features are not finite")
 
         what = f"{spec} at {retention!r}, cut {cut}, on {said} with {text} text tokens"
-        return Case(what, "either", run)
+        return FuzzCase(what, "either", run)
 
 
 def _layout(rng: random.Random) -> tuple[TokenLayout, str]:
@@ -338,14 +338,14 @@ class Options(Area):
                 elif option.name in _SIZES:
                     self.sizes.append((name, spelled))
 
-    def draw(self, rng: random.Random) -> Case:
+    def draw(self, rng: random.Random) -> FuzzCase:
         make: Callable[[random.Random], tuple[tuple[str, ...], bool]] = rng.choices(
             [self._number, self._choice, self._size, self._path, self._valid],
             weights=[60, 15, 10, 10, 5],
         )[0]
         words, accepted = make(rng)
         shown = "tokenprune " + " ".join(map(repr, words))
-        return Case(shown, "accepted" if accepted else "refused", lambda: command(*words))
+        return FuzzCase(shown, "accepted" if accepted else "refused", lambda: command(*words))
 
     def _number(self, rng: random.Random) -> tuple[tuple[str, ...], bool]:
         name, option, kind = rng.choice(self.numbers)

@@ -46,7 +46,7 @@ _TYPES: dict[str, Any] = {
 }
 
 
-_NEEDED = {*_TEXTS, "retention", "correct", "agrees"}  # older runs lack the others
+_NEEDED = {*_TEXTS, "retention", "correct", "agrees"}  # older runs lack the other columns
 
 
 def answers_frame(
@@ -121,12 +121,12 @@ def _same(one: str | None, other: str | None) -> bool | None:
 
 
 def _easy(item: Question, little: Mapping[str, str], journal: Journal) -> bool | None:
-    """Whether ``item`` is answered correctly by a model that sees little or nothing of the image.
+    """Whether a reference answers ``item`` correctly, without the image or with the thumbnail.
 
     Args:
         item: The question.
         little: Name to cell key of these references.
-        journal: With their answers.
+        journal: The journal with their answers.
     """
     said = {name: journal.answers.get((key, item.id)) for name, key in little.items()}
     if not said or None in said.values():
@@ -146,7 +146,7 @@ def read_answers(folder: Path) -> pd.DataFrame:
         UserError: The folder holds none, or it is damaged.
     """
     path = folder / "answers.parquet"
-    if not os.path.isfile(path):  # unlike Path.is_file it takes names that no file can have
+    if not os.path.isfile(path):  # accepts impossible file names, unlike Path.is_file
         raise UserError(
             f"{folder} holds no answers.parquet; give the folder of a run, as tokenprune compare "
             "prints it at its end."
@@ -158,9 +158,9 @@ def read_answers(folder: Path) -> pd.DataFrame:
             raise TypeError(f"the column {wrong[0]!r} is not text")
         types = {name: kind for name, kind in _TYPES.items() if name in table or name in _NEEDED}
         return table.astype(types)
-    except Exception as error:  # whatever damage does to a Parquet file
+    except Exception as error:  # a damaged Parquet file can raise anything
         raise UserError(
-            f"{path} is damaged ({error}); the command that made the folder makes it again."
+            f"{path} is damaged ({error}); run the command that made the folder to restore it."
         ) from error
 
 

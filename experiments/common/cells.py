@@ -79,7 +79,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Method and the options that differ from its defaults."""
+        """The method, with the options that differ from its defaults."""
         if self.name or self.compressor is None:
             return self.name or UNCOMPRESSED
         shown = without_seed(self.compressor) if self.pooled else self.compressor
@@ -155,7 +155,7 @@ def without_seed(compressor: Compressor) -> Compressor:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a cell could not be finished: the error in one line, and the whole traceback."""
+    """Why a cell failed: the error in one line, and the whole traceback."""
 
     error: str
     traceback: str
@@ -169,14 +169,14 @@ class Failure:
         except Exception:
             message = ["(its message cannot be printed)"]
         try:
-            trace = "".join(map(_from_roots, traceback.format_exception(error)))
+            trace = "".join(map(_relative_line, traceback.format_exception(error)))
         except Exception:
             trace = f"{''.join(traceback.format_tb(error.__traceback__))}{name}\n"
         said = f"{name}: {message[0]}" if message else name
         return cls(f"{said} ({about})" if about else said, trace)
 
 
-def _from_roots(line: str) -> str:
+def _relative_line(line: str) -> str:
     """A line of a traceback with its file relative to the import path."""
     roots = {str(Path.cwd()), *filter(None, sys.path)}
     for root in sorted(roots, key=len, reverse=True):

@@ -48,7 +48,7 @@ MEASURES: dict[Measure, Callable[[Ledger], float]] = {
 
 
 WORDS: dict[Measure, str] = {
-    "tokens": "visual tokens a layer on average",
+    "tokens": "visual tokens per layer on average",
     "flops": "of the prefill's FLOPs",
     "equivalent": "equivalent retention in front of the language model",
 }
@@ -66,8 +66,8 @@ class Solution:
 
     Attributes:
         method: At the retention ratio that was found.
-        cost: What it costs.
-        target: The cost that was wanted.
+        cost: Its cost.
+        target: The target cost.
         token: The cost of one more token.
     """
 
@@ -83,7 +83,7 @@ class Solution:
 
 
 def translate(prompt: Prompt, method: Compressor) -> dict[str, float]:
-    """Every measure of ``method`` on ``prompt``, and the counts behind them."""
+    """Every measure of ``method`` on ``prompt``, and the underlying counts."""
     ledger = prompt.forecast(method).ledger
     found = {
         "retention": method.retention,
@@ -108,21 +108,21 @@ def solve(
     """Find the retention ratio at which ``method`` costs ``target``.
 
     Args:
-        prompt: The cost is that of this prompt.
-        method: Its own retention does not matter.
-        target: The cost wanted.
+        prompt: The prompt that costs refer to.
+        method: Its own retention ratio has no effect.
+        target: The target cost.
         cost: A measure, or another cost that mostly rises with the retention ratio.
         what: Name of the cost, for messages; known for measures.
         slack: Largest distance of the nearest step from the target; default: the cost of two
             tokens in all layers.
 
     Raises:
-        UserError: The method cannot be brought so low, is a chain whose parts say themselves what
-            they keep, or the target is above what the uncompressed model costs.
+        UserError: The target is below the least cost of the method or above the cost of the
+            uncompressed model, or the method is a chain with retention ratios of its parts.
     """
     if isinstance(method, Chain):
         raise UserError(
-            f"{method.label} says itself what it keeps; only the retention of single methods can "
+            f"{method.label} has its own retention; only the retention of single methods can "
             "be solved for."
         )
     if not math.isfinite(target):
@@ -181,16 +181,16 @@ def _solve(
     def miss(step: int) -> float:
         return abs(at(step) - target)
 
-    _close_in(at, target, low, high)
+    _bisect(at, target, low, high)
     if min(map(miss, known)) > token:
         # Grids round to whole rows, so keeping more may cost less: search everywhere.
         count = min(prompt.patches, _PLACES)
         places = [max(1, round(high * place / count)) for place in range(count + 1)]
         for one, other in pairwise(places):
             if (at(one) <= target) != (at(other) <= target) and min(map(miss, known)) > token:
-                _close_in(at, target, one, other)
+                _bisect(at, target, one, other)
     nearest = min(known, key=lambda step: (miss(step), step))
-    for digits in range(1, _DIGITS):  # the shortest spelling of it
+    for digits in range(1, _DIGITS):  # the shortest decimal
         step = round(nearest, digits - _DIGITS)
         if step > 0 and at(step) == at(nearest):
             nearest = step
@@ -198,7 +198,7 @@ def _solve(
     return Solution(_at(method, nearest), at(nearest), target, token)
 
 
-def _close_in(at: Callable[[int], float], target: float, one: int, other: int) -> None:
+def _bisect(at: Callable[[int], float], target: float, one: int, other: int) -> None:
     """Bisect between two steps, one of which costs more than the target."""
     while abs(other - one) > 1:
         middle = (one + other) // 2
@@ -213,7 +213,7 @@ def _at(method: Compressor, step: int) -> Compressor:
 
 
 def _why(prompt: Prompt, method: Compressor) -> str:
-    """Which layers run at full length, if any do."""
+    """A clause about layers that run at full length, if any do."""
     full = min(
         (cut_layer(cut, prompt.adapter.facts.decoder.layers) for cut in method.cuts), default=0
     )

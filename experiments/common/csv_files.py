@@ -1,7 +1,7 @@
-"""Tables as CSV files: harmless in a spreadsheet, and read back as they were.
+"""Tables as CSV files that are harmless in a spreadsheet and can be read back unchanged.
 
 A spreadsheet executes cells that begin with ``=``, ``+``, ``-`` or ``@``, and texts may come from
-anyone's data; such texts get an apostrophe in front.  A text such as ``NA`` stays a text.
+untrusted data; such texts get a leading apostrophe.  A text such as ``NA`` stays a text.
 """
 
 import re
@@ -35,14 +35,14 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """Write ``<name>.csv`` of every table to ``folder``, each in one step."""
+    """Write ``<name>.csv`` of every table to ``folder``, each atomically."""
     for name, table in tables.items():
         with replace_file(folder / f"{name}.csv") as temporary:
             write_csv(table, temporary)
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """What `write_csv` wrote.  Only empty cells are missing values."""
+    """Read what `write_csv` wrote.  Only empty cells are missing values."""
     found = pd.read_csv(path, keep_default_na=False, na_values=[""])
     found = found.rename(columns=_plain)
     for place, kind in enumerate(found.dtypes):

@@ -44,7 +44,7 @@ _PATIENCE = 10.0  # seconds for which it does not interrupt; installing hooks ta
 
 
 class TimeLimit(BaseException):
-    """It took too long.  Not an `Exception`, so that ``except Exception`` does not catch it."""
+    """The time limit is exceeded.  No `Exception`, so ``except Exception`` does not catch it."""
 
 
 def check_time_limit(seconds: float | None) -> None:
@@ -78,7 +78,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
     done = False
-    user: FrameType | None = sys._getframe(2)  # behind contextlib's own frame
+    user: FrameType | None = sys._getframe(2)  # after the frame of contextlib
 
     def ring(number: int, frame: FrameType | None) -> None:
         if done:

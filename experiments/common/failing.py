@@ -1,4 +1,4 @@
-"""Failures in a comparison, which cost as few other answers as possible.
+"""Failures in a comparison, which affect as few other answers as possible.
 
 A question that a cell cannot answer is missing in that cell alone.  A cell that answers nothing is
 given up, so that a method that always fails is not run on five hundred questions.
@@ -37,7 +37,7 @@ _TRIES, _PATIENCE = 3, 20
 def tried(compute: Callable[[], T], timeout: float | None = None) -> T | Failure:
     """The result of ``compute``, or why it failed; it may take ``timeout`` seconds.
 
-    Everything that a method raises is a failure, also `SystemExit`; only the user interrupts.
+    Everything that a method raises is a failure, including `SystemExit`, except an interrupt.
     """
     try:
         with time_limit(timeout):
@@ -46,7 +46,7 @@ def tried(compute: Callable[[], T], timeout: float | None = None) -> T | Failure
         raise
     except BaseException as error:
         failure = Failure.of(error)
-    # Here the traceback no longer refers to the tensors of a batch that may have been too large.
+    # The traceback no longer refers to the tensors of a batch, which may have been too large.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return failure
@@ -78,7 +78,7 @@ class Failing:
         self._strikes: Counter[str] = Counter()
 
     def is_due(self, key: str, item: Question) -> bool:
-        """Whether cell ``key`` is still to answer ``item``."""
+        """Whether cell ``key`` has not failed on ``item`` yet."""
         row = key, item.id
         return key not in self.out and row not in self.journal.answers and row not in self._here
 
@@ -95,7 +95,7 @@ class Failing:
         return [group for group in (good, *([item] for item in bad)) if group]
 
     def add(self, key: str, item: Question, failure: Failure, *, innocent: bool = False) -> None:
-        """Cell ``key`` failed on ``item`` by itself.
+        """Record that cell ``key`` failed on ``item`` alone.
 
         Args:
             key: The cell.

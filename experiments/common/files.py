@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Atomic writes: a file is complete or unchanged, whatever happens meanwhile."""
 
 import errno
 import os
@@ -30,10 +30,10 @@ class WriteError(UserError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one sentence that writing ``path`` failed.
+    """Report in one sentence that writing ``path`` failed.
 
     Raises:
-        WriteError: In the place of an `OSError` of the block.
+        WriteError: Instead of an `OSError` of the block.
     """
     try:
         yield
@@ -73,13 +73,13 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` at the end of the block, if nothing went wrong.
+    """A temporary path that replaces ``path`` at the end of the block, unless it raises.
 
-    Readers see the old file or the new one, never half of it, even after a power cut.  What killed
-    processes have left in the folder is removed.
+    Readers see the old file or the new one, never a part, even after a power cut.  Temporary
+    files of killed processes in the folder are removed.
 
     Raises:
-        WriteError: The file cannot be written; the old one is as it was.
+        WriteError: The file cannot be written; the old one is unchanged.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,25 +99,25 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let what was created or renamed in ``folder`` survive a power cut, where systems can."""
+    """Make new and renamed files in ``folder`` survive a power cut, if the system supports it."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without support
             raise
     finally:
         os.close(handle)
 
 
 def sweep(folder: Path, *, below: bool = False) -> None:
-    """Remove the temporary files in ``folder`` that no process is writing any more.
+    """Remove the temporary files in ``folder`` that no process is writing.
 
     Args:
-        folder: Where.
-        below: Also in all folders below it.
+        folder: The folder.
+        below: Whether to include all folders below it.
     """
     pattern = f"{_TEMPORARY}*"
     for path in list(folder.rglob(pattern) if below else folder.glob(pattern)):
@@ -129,10 +129,10 @@ def sweep(folder: Path, *, below: bool = False) -> None:
 
 
 def try_lock(handle: int) -> bool:
-    """Hold an open file or folder for this process until it is closed.
+    """Lock an open file or folder for this process until it is closed.
 
     Returns:
-        False if another process holds it; True also where there are no such locks.
+        False if another process holds the lock; True also on systems without locks.
     """
     try:
         import fcntl

@@ -23,7 +23,7 @@ def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) ->
     """The uncompressed model, then every method at every retention, most tokens first.
 
     Methods with their own retention ratio (``uniform@0.3``, ``globalcom2@0.5 + fastv@0.5``) are one
-    cell.  Methods that draw at random and have no seed become one cell per seed.
+    cell.  Random methods without a seed become one cell per seed.
 
     Raises:
         UserError: An unknown method or option, or a retention outside (0, 1].
@@ -34,7 +34,7 @@ def cells(methods: Iterable[str], retention: Iterable[float], seeds: int = 1) ->
 
 
 def _seeded(compressor: Compressor, seeds: int) -> list[Cell]:
-    """The method with the seeds 0, 1, ... if it draws at random and has no seed of its own."""
+    """The method with the seeds 0, 1, ... if it is random and has no seed."""
     given = {item.name: getattr(compressor, item.name) for item in fields(compressor)}
     if seeds == 1 or "seed" not in given or compressor != without_seed(compressor):
         return [Cell(compressor)]
@@ -66,7 +66,7 @@ def chosen(specs: Iterable[str], retention: Iterable[float]) -> list[Compressor]
 def expanded(
     specs: Iterable[str], check: Callable[[Compressor], None]
 ) -> tuple[list[str], dict[str, str]]:
-    """``all`` replaced by the methods that pass ``check``, and why the others do not.
+    """The specs with ``all`` replaced by the methods that pass ``check``, and why others fail.
 
     ``check`` raises `UserError` for a method that does not run, as
     `compatibility.check_compatible` does.

@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 
-_BLOCK = 2_000_000  # places of clusters drawn at once: bounds the memory
-_MOST = 32_000_000  # places that are kept for the next method, at two bytes each, seldom four
+_BLOCK = 2_000_000  # indices of clusters that are drawn at once, to bound the memory
+_MOST = 32_000_000  # indices that are cached for the next method, at two bytes each, seldom four
 _PART = 64_000
 
 
@@ -53,7 +53,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 
 @lru_cache(maxsize=4096)
 def _even(heads: int, tosses: int) -> float:
-    """Exact two-sided p-value of a fair coin."""
+    """Exact two-sided p-value of a sign test."""
     return float(binomtest(heads, tosses).pvalue)
 
 
@@ -72,8 +72,8 @@ def paired_bootstrap(
 
     Args:
         difference: (n,) per question, e.g. right with the one method minus right with the other.
-        clusters: (n,) what each question belongs to, e.g. its image.
-        seed: Of the generator used; the same seed gives the same interval.
+        clusters: (n,) the cluster of each question, e.g. its image.
+        seed: Seed of the generator; the same seed gives the same interval.
     """
     ones = np.ones(np.shape(difference))
     return bootstrap_ratio(
@@ -95,8 +95,8 @@ def bootstrap_ratio(
     Resamples whose denominator is 0 do not count.
 
     Args:
-        numerator, denominator: (n,) per question, e.g. right with a part of the image, and right
-            with all of it.
+        numerator, denominator: (n,) per question, e.g. whether the answer from a part of the image
+            is correct, and whether that from the whole image is.
         clusters: As in `paired_bootstrap`.
         seed: As in `paired_bootstrap`.
     """
@@ -127,7 +127,7 @@ def _sums(values: NDArray[Any], resamples: int, seed: int) -> NDArray[np.float64
 
 
 def _resampled(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[Any]]:
-    """(block, clusters) places of the clusters in each resample, block by block."""
+    """(block, clusters) indices of the clusters in each resample, block by block."""
     if resamples * clusters <= _BLOCK:
         yield _drawn(clusters, resamples, seed)
     elif resamples * clusters <= _MOST:
@@ -151,7 +151,7 @@ def _drawn(clusters: int, resamples: int, seed: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=1)
 def _packed(clusters: int, resamples: int, seed: int) -> list[NDArray[Any]]:
-    """The blocks in as few bytes as their numbers need, in parts that fit into a cache."""
+    """The blocks in the smallest sufficient integer type, in parts that fit into a cache."""
     kind, rows = np.min_scalar_type(clusters), max(1, _PART // clusters)
     return [
         part
@@ -164,8 +164,8 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """(m,) p-values adjusted for m tests, so that all claims below a level hold together.
 
     The i-th smallest is multiplied by ``m - i``, i from 0, and is at least the one before it
-    (S. Holm, A simple sequentially rejective multiple test procedure, 1979).  Missing values stay
-    missing and are no tests.
+    (S. Holm, A simple sequentially rejective multiple test procedure, 1979).  NaN stays NaN and
+    does not count as a test.
     """
     values = np.asarray(p_values, dtype=float)
     adjusted = np.full(len(values), np.nan)
@@ -177,14 +177,14 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def proportion(right: pd.Series, images: pd.Series, *, seed: int) -> Interval:
-    """95 % interval of how often ``right`` is true.
+    """95 % interval of the share of ``right`` that is true.
 
-    Wilson's, of one answer a question.  Where questions are answered several times (with several
-    seeds) the answers are not independent, and whole images are resampled instead.
+    Wilson's interval if each question has one answer.  Several answers per question, from several
+    seeds, are not independent; then whole images are resampled.
 
     Args:
         right: Booleans, indexed by question.
-        images: What each of them belongs to.
+        images: The image of each question.
         seed: Of the bootstrap.
     """
     if right.index.is_unique or right.nunique() == 1:  # or there is nothing to resample

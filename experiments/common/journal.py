@@ -35,13 +35,12 @@ class Journal:
     Attributes:
         answers: (cell key, question id) to the answer's record.
         failures: Cell key to the failure, of cells whose last entry is one.
-        unreadable: The number of lines that are not entries.
-        missing: (cell key, question id) to why the cell could not answer that question, which it
-            failed on alone.
+        unreadable: Number of lines that are not entries.
+        missing: (cell key, question id) to why the cell failed on that question alone.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read ``path``, if it is there.  Raises `UserError` if it cannot be read."""
+        """Read ``path``, if it exists.  Raises `UserError` if it cannot be read."""
         self.path = path
         self.answers: dict[tuple[str, str], dict[str, Any]] = {}
         self.failures: dict[str, Failure] = {}
@@ -88,7 +87,7 @@ class Journal:
             self._file = self.path.open("ab", buffering=0)
             if not there:
                 sync_folder(self.path.parent)
-            self._mend(self._file)
+            self._repair_end(self._file)
             self._size = self.path.stat().st_size
         return self
 
@@ -111,7 +110,7 @@ class Journal:
         return False
 
     def add(self, cell: str, records: Mapping[str, dict[str, Any]]) -> None:
-        """Append the answers of ``cell``, question id to record, unless they are there already."""
+        """Append the answers of ``cell``, question id to record, except existing ones."""
         new = {q: r for q, r in records.items() if (cell, q) not in self.answers}
         self._append({"cell": cell, "question": q, **r} for q, r in new.items())
         self.answers.update({(cell, q): r for q, r in new.items()})
@@ -136,7 +135,7 @@ class Journal:
         view = memoryview(text.encode("utf-8", "backslashreplace"))
         with writing(self.path):
             try:
-                while view:  # a full disk or a pipe may take a part only
+                while view:  # a full disk or a pipe may accept only a part
                     written = self._file.write(view)
                     if not written:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -144,10 +143,10 @@ class Journal:
                     self._size += written
             except BaseException:
                 with suppress(OSError):  # otherwise the next run does it
-                    self._mend(self._file)
+                    self._repair_end(self._file)
                 raise
 
-    def _mend(self, file: BinaryIO) -> None:
+    def _repair_end(self, file: BinaryIO) -> None:
         """Cut off an incomplete last line; end one that lacks only its line break."""
         size = os.fstat(file.fileno()).st_size
         if not size:
@@ -198,7 +197,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63  # what a column can hold
+    return type(value) is int and -(2**63) <= value < 2**63  # the range of a column
 
 
 def _is_number(value: Any) -> bool:

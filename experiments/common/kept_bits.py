@@ -20,17 +20,17 @@ __all__ = [
 
 
 def final(selections: Iterable[SelectionRecord]) -> dict[tuple[int, int], SelectionRecord]:
-    """(row, image) to the last selection made of it, in the order of images.
+    """(row, image) to its last selection, in the order of images.
 
-    After several cuts, or a chain, that is what all of them kept: indices are into the full packed
-    sequence.
+    After several cuts, or a chain, it holds what all of them kept.  Indices refer to the full
+    packed sequence.
     """
     last = {(chosen.row, chosen.image): chosen for chosen in selections}
     return dict(sorted(last.items()))
 
 
 def packed_rows(selections: Iterable[SelectionRecord], rows: int) -> list[list[str]]:
-    """For each of ``rows`` prompts its images' final selections, packed; empty where none was."""
+    """For each of ``rows`` prompts, the packed final selections of its images; may be empty."""
     found: list[list[str]] = [[] for _ in range(rows)]
     for (row, _), chosen in final(selections).items():
         found[row].append(pack(chosen))
@@ -45,7 +45,7 @@ def pack(chosen: SelectionRecord) -> str:
 
 
 def unpack(text: str, entries: int) -> NDArray[np.bool_] | None:
-    """(entries,) which are kept; None if the text is not of a sequence that long."""
+    """(entries,) bool, kept entries; None if the text belongs to another length."""
     try:
         data = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
     except (binascii.Error, ValueError, TypeError):

@@ -27,11 +27,11 @@ LIMITS: dict[str, tuple[int, int]] = {
     "max_new_tokens": (1, 1_000_000),
     "questions": (1, 1_000_000),
     "repeats": (1, 100_000),
-    "seed": (0, 2**32 - 1),  # what every random generator takes
+    "seed": (0, 2**32 - 1),  # the range of every random generator
     "seeds": (1, 1_000),
     "text_tokens": (0, 1_000_000),
 }
-"""The least and the largest value of every whole number in a request."""
+"""The smallest and the largest value of every whole number in a request."""
 
 
 _ORIENTATION = 0x0112  # EXIF; from 5 on the sides are swapped
@@ -42,8 +42,8 @@ def check_number(name: str, value: int | None, *, least: int | None = None) -> N
 
     Args:
         name: As in `LIMITS`; the option is spelled like it.
-        value: What was asked for.
-        least: Replaces the least value there.
+        value: The value.
+        least: Replaces the smallest value there.
     """
     if value is None:
         return
@@ -103,7 +103,7 @@ def _sizes(pipe: Pipeline, item: Question) -> tuple[tuple[int, int], ...] | None
         return None
     try:
         return tuple(map(_size, item.images[:1] if item.video else item.images))
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises at torn headers
+    except (OSError, ValueError, SyntaxError):  # Pillow raises these for broken headers
         return None
 
 

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-_NAMED = 10  # questions whose answers are missing that are named
+_NAMED = 10  # how many unanswered questions are named
 
 
 def methods(about: str, default: str) -> Any:
@@ -57,7 +57,7 @@ def methods(about: str, default: str) -> Any:
 
 def retention(default: str) -> Any:
     """The option ``--retention``."""
-    text = f"Shares of patch tokens to keep, in (0, 1]. [default: {default}]"
+    text = f"Retention ratios: shares of patch tokens to keep, in (0, 1]. [default: {default}]"
     return typer.Option("--retention", "-r", metavar="R...", help=text)
 
 
@@ -66,27 +66,27 @@ Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id 
 
 Questions = Annotated[
     int | None,
-    typer.Option(help="How many questions. [default: 500 of the testbed, or all of --data]"),
+    typer.Option(help="Number of questions. [default: 500 of the testbed, or all of --data]"),
 ]
 
 
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Your own questions, JSON lines as for compare."),
+    typer.Option(metavar="FILE", help="File of questions in JSON lines, as for compare."),
 ]
 
 
 BatchSize = Annotated[
     int | None,
-    typer.Option(help="Questions answered at once. [default: 50 on a testbed, otherwise 4]"),
+    typer.Option(help="Questions per batch. [default: 50 on a testbed, otherwise 4]"),
 ]
 
 
-Seed = Annotated[int, typer.Option(help="Draws the testbed's questions and the bootstrap samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of the testbed's questions and of the bootstrap.")]
 
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if there is one]")
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if available]")
 ]
 
 
@@ -97,19 +97,19 @@ Out = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Folder of the run. The same command resumes an unfinished run in it. "
-        "[default: one in runs/, named after the request]",
+        help="Run folder. The same command resumes an unfinished run in it. "
+        "[default: a folder in runs/, named after the options]",
     ),
 ]
 
 
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")]
 
 
 MaxImagePixels = Annotated[
     int | None,
     typer.Option(
-        min=1, metavar="N", help="Refuse images of more pixels, undecoded. [default: 64000000]"
+        min=1, metavar="N", help="Refuse larger images without decoding them. [default: 64000000]"
     ),
 ]
 
@@ -118,7 +118,7 @@ Modality = Annotated[
     str | None,
     typer.Option(
         metavar="image|video|multi-image",
-        help="What the questions are about. [default: image, or all of --data]",
+        help="Modality of the questions. [default: image, or all of --data]",
     ),
 ]
 
@@ -128,8 +128,8 @@ Config = Annotated[
     typer.Option(
         "--config",
         "--model",
-        help="A model by its config alone: a known name (llava-v1.6-vicuna-7b, "
-        "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json or a Hub id.",
+        help="Configuration of a model: a known name (llava-v1.6-vicuna-7b, "
+        "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json, or a Hub id.",
     ),
 ]
 
@@ -138,8 +138,8 @@ ImageSize = Annotated[
     str | None,
     typer.Option(
         metavar="HEIGHTxWIDTH",
-        help="Pixels of the image, height first as in transformers, or spelled out: 1008wx672h. "
-        "[default: thumbnail and 2x2 whole crops without separators, as the field's tables count: "
+        help="Image size in pixels, height first as in transformers, or with letters: 1008wx672h. "
+        "[default: thumbnail and 2x2 full crops without separators, as in published tables: "
         "2880 tokens on LLaVA-NeXT]",
     ),
 ]
@@ -149,15 +149,15 @@ Patches = Annotated[
     str | None,
     typer.Option(
         metavar="ROWSxCOLUMNS",
-        help="In place of an image: one view of so many patches without separators, such as the "
-        "24x24 that the field's tables for LLaVA-1.5 count.",
+        help="Instead of an image size: one view of this many patches without separators, such as "
+        "24x24 in published tables for LLaVA-1.5.",
     ),
 ]
 
 
 TextTokens = Annotated[
     int,
-    typer.Option(help="Tokens of the prompt that are not visual; the field's tables count none."),
+    typer.Option(help="Number of text tokens of the prompt; published tables count none."),
 ]
 
 
@@ -165,7 +165,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Execute Python code that comes with the model. Without it such a model is refused.",
+        help="Execute Python code of the model's repository. Without it, such models are refused.",
     ),
 ]
 
@@ -182,13 +182,13 @@ def image_limit(pixels: int | None) -> AbstractContextManager[None]:
 
 
 def stoppable() -> float:
-    """Treat SIGTERM, which schedulers send, as Ctrl-C; the current time, for `closing`."""
+    """Treat SIGTERM, which schedulers send, as Ctrl-C; returns the current time, for `closing`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return time.monotonic()
 
 
 def interrupted(outcome: Outcome, what: str = "answers") -> int:
-    """Say how many of ``what`` are kept; the exit status."""
+    """Print how many of ``what`` are kept, and return the exit status."""
     typer.echo(
         f"Interrupted: {outcome.answered} of {outcome.wanted} {what} are kept in "
         f"{outcome.folder}; the same command resumes the run."

@@ -1,4 +1,4 @@
-"""How an experiment ended and what it found."""
+"""The outcome of an experiment."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = [
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """How an experiment ended and what it found.  Notebooks show its main table.
+    """The status and the results of an experiment.  Notebooks show its main table.
 
     Attributes:
-        folder: Where everything was written.
+        folder: The run folder.
         status: ``complete``, ``failed`` (an answer is missing) or ``interrupted``.
         tables: Name to table, the main table first.
         files: Names of the files in ``folder`` that a reader opens.
@@ -33,8 +33,8 @@ class Outcome:
         failures: Cell to the reason why it failed, in the order of the cells.
         missing: Question id to the cells that failed on it alone, and why.
         skipped: Methods or settings that were left out, and why.
-        notes: Sentences that a reader of the tables must know.
-        about: What was looked at, in words, by name.
+        notes: Sentences that qualify the tables.
+        about: Name to a description, e.g. of the question or the prompt.
     """
 
     folder: Path

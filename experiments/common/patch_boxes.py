@@ -1,9 +1,9 @@
-"""Where visual tokens lie in the image, in the image's own pixels.
+"""The locations of visual tokens in the image, in its original pixels.
 
-The processor makes of an image a thumbnail, which is the whole image stretched to a square, and a
-canvas of crops: the image resized with its proportions kept, centred on black.  The layout of a
-packed sequence says which patch of which view a token is; here that is traced back through the
-processor to the pixels the patch saw.
+The processor turns an image into a thumbnail, which is the whole image stretched to a square, and
+a canvas of crops: the image resized without distortion and centred on black.  The layout of a
+packed sequence gives the view and the patch of a token; this module maps the patch back through the
+processor to the pixels that it covers.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class ViewSize:
-    """What the vision tower makes of a view.
+    """The geometry of a view in the vision encoder.
 
     Attributes:
-        side: Of the square view, in pixels.
-        seen: (height, width) of the view in pixels that its patches cover.  Where the side is not
-            a multiple of the patch, the last pixels are seen by none: 27 patches of 14 pixels
-            leave 6 of 384.
+        side: Side of the square view, in pixels.
+        seen: (height, width) of the part that patches cover, in pixels.  If the side is not a
+            multiple of the patch, no patch covers the last pixels: 27 patches of 14 pixels leave 6
+            of 384.
         fit: How an image without crops becomes a square view (`Adapter.fit`).
     """
 
@@ -54,7 +54,7 @@ class ViewSize:
 
     @classmethod
     def of(cls, adapter: Adapter) -> ViewSize:
-        """The views of a model."""
+        """The view geometry of a model."""
         side = int(adapter.base.config.vision_config.image_size)
         (rows, cols), (height, width) = adapter.view_shape, adapter.facts.vision.patch_size
         return cls(side, (min(side, rows * height), min(side, cols * width)), adapter.fit)
@@ -62,12 +62,12 @@ class ViewSize:
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """Tokens that lie in rows and columns over the image: a thumbnail, a frame, or all crops.
+    """Tokens in rows and columns over the image: a thumbnail, a frame, or all crops.
 
     Attributes:
         view: The view, or None for the canvas of crops.
-        top, bottom: (rows,) where each row of tokens begins and ends, in pixels of the image.
-        left, right: (columns,) the same of columns.
+        top, bottom: (rows,) edges of each row of tokens, in pixels of the image.
+        left, right: (columns,) edges of each column.
         index: (rows, columns) the token's index in the packed sequence.
     """
 
@@ -79,7 +79,7 @@ class Lattice:
     index: NDArray[np.int64]
 
     def at(self, y: Floats, x: Floats) -> NDArray[np.int64]:
-        """(len(y), len(x)) index of the token that saw each place of the image, -1 for none."""
+        """(len(y), len(x)) index of the token that covers each pixel of the image, -1 for none."""
         rows, inside_rows = _which(y, self.top, self.bottom)
         cols, inside_cols = _which(x, self.left, self.right)
         if not self.index.size:
@@ -89,19 +89,19 @@ class Lattice:
 
 
 def patch_boxes(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize) -> Floats:
-    """The rectangle of the image that each token saw.
+    """The rectangle of the image that each token covers.
 
-    A token of a resampled canvas or of a pooled frame is a blend of neighbouring patches; its
-    rectangle is its even share of them, so that rectangles tile what all patches saw.
+    A token of a resampled canvas or of a pooled frame blends neighbouring patches; its rectangle is
+    its even share of them, so that the rectangles tile the area of all patches.
 
     Args:
-        layout: Of the full packed sequence.
+        layout: Layout of the full packed sequence.
         image_size: (height, width) of the original image in pixels.
-        view: Of the model (`ViewSize.of`).
+        view: View geometry of the model (`ViewSize.of`).
 
     Returns:
-        (N, 4) left, top, right, bottom in pixels of the image, cut off at its edges: empty for a
-        patch that saw padding alone, NaN for separators.
+        (N, 4) left, top, right, bottom in pixels of the image, clipped to it: empty for a patch of
+        padding alone, NaN for separators.
 
     Raises:
         UserError: The layout is not one of an image of this size.
@@ -121,9 +121,9 @@ def patch_boxes(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize
 
 
 def lattices(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize) -> list[Lattice]:
-    """The views without crops one by one, then the canvas of crops if there is one.
+    """The views that are not crops, one by one, then the canvas of crops if there is one.
 
-    Arguments and errors as of `patch_boxes`; nothing is cut off at the image's edges.
+    Arguments and errors as for `patch_boxes`; nothing is clipped to the image.
     """
     kind = layout.kind.cpu().numpy()
     found = []
@@ -137,7 +137,7 @@ def lattices(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize) -
     if layout.grid == (0, 0):
         return found
 
-    # In patches where they are square, as unpadding counts; otherwise in shares of a view.
+    # In patches if they are square, as unpadding counts them; otherwise in shares of a view.
     extent = (height, width) if rows == cols else (height * rows, width * cols)
     first, last, start, end = unpadded_box(extent, (layout.grid[0] * rows, layout.grid[1] * cols))
     shape = layout.canvas_shape
@@ -155,10 +155,10 @@ def lattices(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize) -
 
 
 def frame_box(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize) -> Box:
-    """(left, top, right, bottom) of what a view without crops shows, in pixels of the image.
+    """(left, top, right, bottom) of the area that a view other than a crop shows, in pixels.
 
-    The whole image; of one view alone that is padded to a square, more than the image, and of one
-    that is cropped to a square, less.
+    It is the whole image; for a single view it is larger if the image is padded to a square, and
+    smaller if it is cropped to a square.
     """
     height, width = image_size
     alone = layout.grid == (0, 0) and layout.modality == "image"
@@ -172,8 +172,8 @@ def frame_box(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize) 
 def crop_boxes(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize) -> Floats:
     """(crops, 4) left, top, right, bottom of each crop's share of the image, crop 0 is view 1.
 
-    In pixels of the image, cut off at its edges: padding is left out, and a crop that is padding
-    alone is empty.
+    In pixels of the image, clipped to it: padding is left out, and a crop of padding alone is
+    empty.
     """
     rows, cols = layout.grid
     vertical, horizontal = _placements(image_size, layout.grid, view.side)
@@ -188,21 +188,21 @@ def crop_boxes(layout: TokenLayout, image_size: tuple[int, int], view: ViewSize)
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where one axis of the image lies on the canvas: ``length`` pixels become ``resized``."""
+    """One axis of the image on the canvas: ``length`` pixels become ``resized``."""
 
     length: int
     resized: int
     offset: int
 
     def back(self, canvas: Any) -> Any:
-        """Pixels of the canvas as pixels of the image."""
+        """Convert pixels of the canvas to pixels of the image."""
         return (canvas - self.offset) * (self.length / self.resized)
 
 
 def _placements(
     image_size: tuple[int, int], grid: tuple[int, int], side: int
 ) -> tuple[_Placement, _Placement]:
-    """How the processor resizes the image and centres it on the canvas, vertically and across.
+    """How the processor resizes the image and centres it on the canvas, along both axes.
 
     As ``get_patch_output_size`` and ``_get_padding_size`` of ``transformers``' LLaVA-NeXT and
     LLaVA-OneVision processors.
@@ -220,13 +220,13 @@ def _placements(
 
 
 def _edges(count: int, patches: tuple[int, int], per_view: int, seen: int, side: int) -> Floats:
-    """(2, count) where each of ``count`` tokens that share ``patches`` begins and ends.
+    """(2, count) edges of ``count`` tokens that share ``patches`` evenly.
 
     Args:
         count: Tokens along the axis.
-        patches: First and (exclusive) last patch of the canvas they stand for.
-        per_view: Patches of a view.
-        seen: Pixels of a view that they cover.
+        patches: First and (exclusive) last patch of the canvas that they cover.
+        per_view: Number of patches of a view.
+        seen: Pixels of a view that its patches cover.
         side: Pixels of a view.
     """
     first, last = patches
@@ -244,7 +244,7 @@ def _edges(count: int, patches: tuple[int, int], per_view: int, seen: int, side:
 
 
 def _which(place: Floats, start: Floats, end: Floats) -> tuple[NDArray[np.int64], Any]:
-    """For every place the interval it would lie in, and whether it does."""
+    """For every position, the index of its interval and whether it is inside."""
     if not len(start):
         return np.zeros(len(place), dtype=np.int64), np.zeros(len(place), dtype=bool)
     found = (np.searchsorted(start, place, side="right") - 1).clip(0)

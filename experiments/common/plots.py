@@ -1,4 +1,4 @@
-"""Figures of a comparison, made from its summary table."""
+"""Parts that the figures of several experiments share."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def bars(
     reference: float | None = None,
     colours: Mapping[str, Any] | None = None,
 ) -> Figure:
-    """Groups of bars with intervals on a slide of its own; see `grouped_bars`."""
+    """A figure of grouped bars with intervals; see `grouped_bars`."""
     with style():
         figure, axes = slide(title, subtitle)
         grouped_bars(axes, table, places, hues, colours)
@@ -76,14 +76,14 @@ def grouped_bars(
     hues: Sequence[str],
     colours: Mapping[str, Any] | None = None,
 ) -> None:
-    """One group of bars for every place, one bar for every hue, with intervals, in percent.
+    """Draw a group of bars for every place and a bar for every hue, with intervals, in percent.
 
     Args:
-        axes: Where to draw.
+        axes: The axes to draw on.
         table: ``place``, ``shown`` (the hue), ``value``, ``low`` and ``high``.
-        places: Places in their order, and what to write below.
-        hues: In their order.
-        colours: Of hues; those of the palette for others.
+        places: Places in order, with their labels.
+        hues: Hues in order.
+        colours: Colours of hues; other hues get those of the palette.
     """
     width = 0.8 / len(hues)
     palette = sns.color_palette("colorblind", len(hues))
@@ -103,7 +103,7 @@ def grouped_bars(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as ``path``.png and ``path``.pdf, each in one step."""
+    """Write ``figure`` as ``path``.png and ``path``.pdf, each atomically."""
     for suffix in (".png", ".pdf"):
         with replace_file(path.with_suffix(suffix)) as temporary:
             figure.savefig(temporary, dpi=200)
@@ -121,9 +121,9 @@ def style() -> Iterator[None]:
         "axes.spines.right": False,
         "axes.spines.top": False,
         "grid.linewidth": 0.7,
-        "pdf.fonttype": 42,  # text stays text in PDF editors
+        "pdf.fonttype": 42,  # text stays editable in PDF files
         "text.color": INK,
-        "text.parse_math": False,  # kinds and names of files may hold dollar signs
+        "text.parse_math": False,  # kinds and file names may contain dollar signs
     }
     with (
         sns.axes_style("whitegrid"),
@@ -146,7 +146,7 @@ def titles(figure: Figure, title: str, subtitle: str) -> None:
     figure.suptitle(
         f"{title}\n", x=0.01, ha="left", fontsize=17, fontweight="bold", linespacing=1.5
     )
-    # Below the title, in the line that its line break makes room for.
+    # Below the title, in the line that its line break reserves.
     figure.text(0.01, 1 - 0.62 / figure.get_figheight(), subtitle, fontsize=12, color=FAINT)
 
 
@@ -170,7 +170,7 @@ def looks(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Values moved as little as needed for neighbours to be ``gap`` apart; the order stays."""
+    """Values moved minimally so that neighbours are ``gap`` apart, in the same order."""
     order = np.argsort(values, kind="stable")
     # With i * gap taken off, "gap apart" means "not decreasing": an isotonic regression.
     from sklearn.isotonic import isotonic_regression

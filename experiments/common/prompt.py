@@ -1,4 +1,4 @@
-"""The shape of a prompt whose cost is estimated."""
+"""The prompt whose cost is forecast."""
 
 import math
 import re
@@ -28,27 +28,27 @@ __all__ = [
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-DRAWS = 5  # of synthetic content, of which the median counts
+DRAWS = 5  # of synthetic content; the median counts
 
 
 _SIZE = re.compile(r"([hw]?)([0-9]{1,6})([hw]?)\s*[x×,]\s*([hw]?)([0-9]{1,6})([hw]?)")
 
 
-QUESTION = 32  # tokens of the question that methods see if no text is counted
+QUESTION = 32  # question tokens that methods receive if no text is counted
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt on a model: everything that its cost depends on.
+    """A prompt on a model: everything that determines its cost.
 
     Attributes:
         adapter: Of the model, with or without weights.
-        layouts: Of its images and videos.
-        text: Its tokens that are not visual.
+        layouts: Layouts of its images and videos.
+        text: Number of its text tokens.
         asking: How many of them come after the images, or stand in for a question that is not
             counted; None for all.
-        size: Bytes of a number.
-        image_size: (height, width) of its image where one was given.
+        size: Bytes per number.
+        image_size: (height, width) of its image, if given.
     """
 
     adapter: Adapter
@@ -61,27 +61,27 @@ class Prompt:
 
     @cached_property
     def shape(self) -> DecoderShape:
-        """Of the decoder."""
+        """The shape of the decoder."""
         return DecoderShape.of(self.adapter.language_model.config)
 
     @property
     def visual(self) -> int:
-        """Visual tokens, separators included."""
+        """Number of visual tokens, separators included."""
         return sum(map(len, self.layouts))
 
     @property
     def patches(self) -> int:
-        """Patch tokens."""
+        """Number of patch tokens."""
         return sum(len(layout.patches) for layout in self.layouts)
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of the whole model with vision encoder and projector, ``size`` bytes per number."""
+        """Bytes of the weights of the whole model, ``size`` per number."""
         counts: list[int] = [weight.numel() for weight in self.adapter.model.parameters()]
         return self.size * sum(counts)
 
     def forecast(self, method: Compressor | None, draws: int = DRAWS) -> Forecast:
-        """What ``method`` costs on it; computed once."""
+        """The forecast of ``method`` on this prompt; computed once."""
         if (method, draws) not in self._found:
             self._found[method, draws] = forecast(
                 self.adapter,
@@ -108,16 +108,16 @@ def prompt_of(
     text: int = 0,
     dtype: str = "bfloat16",
 ) -> Prompt:
-    """One image in front of ``text`` tokens, on a model known by its config alone.
+    """One image in front of ``text`` tokens, on a model of which only the config is needed.
 
     Args:
         model: As for `tokenprune.models.loading.adapter_without_weights`.
-        image_size: (height, width) in pixels; the adapter's layout says how many tokens that is.
-            None is a thumbnail and 2x2 whole crops **without separators**, as efficiency tables in
-            papers count: 2880 tokens on LLaVA-NeXT.
-        patches: (rows, columns) of a single view without separators, in place of an image.
-        text: Tokens of the prompt that are not visual; those tables count none.  Methods that look
-            at the question then see `QUESTION` tokens, which are not counted.
+        image_size: (height, width) in pixels, for the adapter's layout.  None is a thumbnail and
+            2x2 full crops **without separators**, as in efficiency tables of papers: 2880 tokens on
+            LLaVA-NeXT.
+        patches: (rows, columns) of a single view without separators, instead of an image size.
+        text: Number of text tokens; those tables count none.  Methods that use the question then
+            receive `QUESTION` tokens, which are not counted.
         dtype: Of weights and KV cache.
 
     Raises:

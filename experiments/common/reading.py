@@ -1,6 +1,6 @@
 """Reads the folder of a run; everything in it is validated.
 
-Tables are made from the journal, or from ``answers.parquet`` if that is as new; never from
+Tables are made from the journal, or from ``answers.parquet`` if it is up to date; never from
 ``summary.csv``, which may be older than both.
 """
 
@@ -37,7 +37,9 @@ __all__ = [
 ]
 
 
-_MANY = 10_000  # testbed questions that are drawn only if the journal has answered so many
+_MANY = (
+    10_000  # testbed questions beyond this number are drawn only if the journal has their answers
+)
 
 
 class _Part(BaseModel):
@@ -113,7 +115,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of a comparison, or its backup.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: It is missing or damaged.
     """
     return _checked(folder, _Manifest, {"questions", "data"})
 
@@ -127,7 +129,7 @@ def experiment_of(folder: Path) -> dict[str, Any]:
 def _checked(folder: Path, shape: type[BaseModel], needed: set[str]) -> dict[str, Any]:
     wrong = ""
     for found in manifests(folder):
-        # Folders of other analyses have a manifest as well, but no questions that were answered.
+        # Folders of other analyses also have a manifest, but no answers.
         if needed <= found["experiment"].keys():
             try:
                 shape.model_validate(found)
@@ -144,7 +146,7 @@ def _checked(folder: Path, shape: type[BaseModel], needed: set[str]) -> dict[str
         )
     raise UserError(
         f"{str(folder)!r} is not the folder of a comparison (it has no readable manifest.json "
-        "of one); give what tokenprune compare printed behind 'Written to'."
+        "of one); give the folder that tokenprune compare printed after 'Written to'."
     )
 
 
@@ -155,14 +157,14 @@ def questions_of(
     notes: list[str],
     moved: Path | None = None,
 ) -> list[Question] | None:
-    """The questions of the run, or None where they cannot be had any more.
+    """The questions of the run, or None if they are no longer available.
 
     Args:
-        folder: Of the run.
+        folder: The run folder.
         manifest: Its manifest (`manifest_of`).
         journal: Its journal.
-        notes: Is told what is missing.
-        moved: Where the data file is now; then an unreadable one raises `UserError`.
+        notes: Receives a sentence for everything that is missing.
+        moved: New path of the data file; if given, an unreadable file raises `UserError`.
     """
     asked = manifest.get("request") or {}
     experiment = manifest["experiment"]
@@ -195,7 +197,7 @@ def questions_of(
 
 
 def _place(folder: Path, file: str) -> Path:
-    """Where a manifest's path leads: from the folder, or, of older runs, from here."""
+    """The target of a manifest's path, relative to the folder or, in older runs, to the cwd."""
     near = folder / file
     return near if near.exists() else Path(file)
 
@@ -203,13 +205,13 @@ def _place(folder: Path, file: str) -> Path:
 def journaled(
     manifest: Mapping[str, Any], questions: list[Question] | None, journal: Journal
 ) -> pd.DataFrame:
-    """As `answers_frame`, from the journal.
+    """The table of `answers_frame`, from the journal.
 
     Raises:
-        UserError: The questions are not there, or a method is not known here.
+        UserError: The questions are missing, or a method is unknown here.
     """
     if questions is None:
-        raise UserError("the questions are not there.")
+        raise UserError("the questions are missing.")
     experiment = manifest["experiment"]
     columns = [*_columns(experiment, (manifest.get("request") or {}).get("seeds", 1))]
     columns[1:1] = references(set(experiment["modality"]))
@@ -227,7 +229,7 @@ def _columns(experiment: Mapping[str, Any], seeds: int) -> Iterator[Cell]:
         return
     for cell in cells(experiment["methods"], experiment["retention"]):
         pooled = False
-        if cell.compressor is not None and seeds > 1:  # each was run with the seeds 0, 1, ...
+        if cell.compressor is not None and seeds > 1:  # each ran with the seeds 0, 1, ...
             pooled = getattr(cell.compressor, "seed", seeds) in range(seeds)
             pooled &= without_seed(cell.compressor).label in experiment["methods"]
         yield replace(cell, pooled=pooled)
@@ -237,8 +239,8 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
     """The answers of a run: ``answers.parquet``, or the journal if it has grown since.
 
     Args:
-        folder: Of the run.
-        notes: Gets a sentence if answers are missing from the result.
+        folder: The run folder.
+        notes: Receives a sentence if answers are missing from the result.
 
     Raises:
         UserError: No answers can be read.
@@ -249,7 +251,7 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
         table, wrong = None, error
     file = folder / "answers.jsonl"
     size = file.stat().st_size if file.is_file() else None
-    # A journal that is shorter than when the table was made has lost answers that the table has.
+    # If the journal is shorter than when the table was made, it has lost answers of the table.
     if table is not None and (size is None or table.attrs.get("journal", size) >= size):
         return table
     try:

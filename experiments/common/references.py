@@ -32,8 +32,8 @@ class KeepViews(Compressor):
     """Keep the thumbnail or the crops of every image that has both; other images stay whole.
 
     Args:
-        views: What to keep.
-        separators: Those of the canvas rows that are kept.
+        views: The views to keep.
+        separators: Those of kept canvas rows.
         retention: Has no effect.
     """
 
@@ -56,7 +56,7 @@ class KeepViews(Compressor):
 
 
 def region_sizes(layout: TokenLayout) -> Tensor:
-    """(n,) int64, on the CPU: how many of the thumbnail's patches each crop's region has."""
+    """(n,) int64 on the CPU, the number of thumbnail patches in each crop's region."""
     rows, cols = layout.grid
     return torch.bincount(regions(layout.view_shape, layout.grid).flatten(), minlength=rows * cols)
 
@@ -65,7 +65,7 @@ def references(modalities: set[str]) -> list[Cell]:
     """The references of every comparison: the model without images, or with the thumbnail alone.
 
     Args:
-        modalities: Of the questions; only single images are cut into a thumbnail and crops.
+        modalities: Modalities of the questions; only single images have a thumbnail and crops.
     """
     image_free = Cell(name=IMAGE_FREE, without_images=True)
     low = Cell(KeepViews(views="thumbnail"), name=THUMBNAIL_ONLY)

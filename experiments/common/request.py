@@ -1,4 +1,4 @@
-"""What experiments are asked.  This module imports neither PyTorch nor transformers."""
+"""Requests of experiments.  This module imports neither PyTorch nor transformers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ MatchedCost = Literal["tokens", "flops", "prefill-ms"]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What every experiment is asked.
+    """The request of any experiment.
 
     Attributes:
-        out: Where results are written; None for a path in ``runs/`` named after the request.
+        out: Path of the results; None for a path in ``runs/`` named after the request.
     """
 
     out: Path | None = None
@@ -48,14 +48,14 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRequest(Request):
-    """What every experiment that runs a model is asked.
+    """The request of an experiment that runs a model.
 
     Attributes:
         model: A testbed's name, a Hub id or a local folder.
         device: None for CUDA if there is a GPU, otherwise the CPU.
         dtype: As in `tokenprune.load`.
         trust_remote_code: As in `tokenprune.load`.
-        seed: Draws the testbed's questions and the bootstrap samples.
+        seed: Seed of the testbed's questions and of the bootstrap.
     """
 
     model: str = "testbed-next"
@@ -67,17 +67,17 @@ class ModelRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionRequest(ModelRequest):
-    """What every experiment that asks a model questions is asked.
+    """The request of an experiment that asks a model questions.
 
     Attributes:
-        questions: How many; None for 500 of the testbed's or for all of ``data``.
-        modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed's or
-            for all of ``data``.
-        data: JSON lines with your own questions (`questions.read_jsonl`); None for the testbed's.
-        batch_size: Questions answered at once; None for 50 on a testbed, otherwise 4.
-        max_new_tokens: Longest answer.
-        timeout_per_batch: Seconds that one computation of the model may take; a longer one fails
-            (`tokenprune.experiments.common.deadline`).  None is no limit.
+        questions: Number of questions; None for 500 of the testbed, or all of ``data``.
+        modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed, or all
+            of ``data``.
+        data: File of questions in JSON lines (`questions.read_jsonl`); None for the testbed.
+        batch_size: Questions per batch; None for 50 on a testbed, otherwise 4.
+        max_new_tokens: Maximum length of an answer.
+        timeout_per_batch: Time limit of one computation of the model, in seconds; a longer one
+            fails (`tokenprune.experiments.common.deadline`).  None is no limit.
     """
 
     questions: int | None = None
@@ -97,7 +97,7 @@ class CompareRequest(QuestionRequest):
             method that runs on the model.  ``uniform@0.3`` and chains such as
             ``globalcom2@0.5 + fastv@0.5`` contain their own retention ratios.
         retention: Retention ratios, each in (0, 1].
-        seeds: The number of seeds of a method that draws at random; they are reported together.
+        seeds: Number of seeds of a random method; they are reported together.
         match: Bring every method to the cost of `uniform` at each retention ratio: ``tokens``,
             ``flops`` or ``prefill-ms`` (`matching.matched_cells`); None keeps the ratios.  Every
             call measures times again, so a run that matches them cannot be resumed.
@@ -118,7 +118,7 @@ def comparison(request: QuestionRequest, **changes: Any) -> CompareRequest:
 def questions_for(
     request: QuestionRequest, *, check_images: bool = True, keep_faulty: bool = False
 ) -> list[Question]:
-    """The questions of ``request``; the rest as `questions.read_jsonl`."""
+    """The questions of ``request``; other arguments as for `questions.read_jsonl`."""
     if request.data is None:
         count = request.questions or TESTBED_QUESTIONS
         return held_out(count, request.seed, request.modality or "image")

@@ -1,7 +1,7 @@
 """The folder of a run: a manifest, an append-only journal, and tables made from the journal.
 
-``manifest.json``    what was run, with which versions, how it ended; written first, has a backup
-``answers.jsonl``    the journal, one line per answer or failure, appended as they come
+``manifest.json``    what ran, with which versions, and how it ended; written first, has a backup
+``answers.jsonl``    the journal, one line per answer or failure, appended at once
 ``answers.parquet``  tidy: one row per model, method, parameters, retention and question
 ``summary.csv``      one row per method, retention and question kind (`summary.summarise`)
 ``plots/``
@@ -48,7 +48,7 @@ UNCOMPRESSED, THUMBNAIL_ONLY, IMAGE_FREE = "uncompressed", "thumbnail-only", "im
 _MANIFESTS = ("manifest.json", "manifest.backup.json")
 
 
-_NAMED = 10  # files named in a refusal
+_NAMED = 10  # number of files that an error names
 
 
 @dataclass
@@ -57,7 +57,7 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        manifest: What ``manifest.json`` holds.
+        manifest: The content of ``manifest.json``.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class RunFolder:
         lock = _lock(path)
         try:
             manifest = _manifest(path)
-            experiment = json.loads(json.dumps(experiment))  # as it will be when it is read back
+            experiment = json.loads(json.dumps(experiment))  # as it is when read back
             differences = list(
                 _differences(
                     manifest.get("experiment", experiment),
@@ -122,16 +122,16 @@ class RunFolder:
         return float(sum(seconds for seconds in took if isinstance(seconds, int | float)))
 
     def write_manifest(self) -> None:
-        """Write ``manifest.json`` and its backup, each in one step."""
+        """Write ``manifest.json`` and its backup, each atomically."""
         text = json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str) + "\n"
         for name in _MANIFESTS:
             with replace_file(self.path / name) as temporary:
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def write_tables(self, answers: pd.DataFrame, summary: pd.DataFrame) -> None:
-        """Write ``answers.parquet`` and ``summary.csv``, each in one step."""
+        """Write ``answers.parquet`` and ``summary.csv``, each atomically."""
         answers = answers.copy(deep=False)
-        if self.journal.exists():  # so that readers see whether the journal has grown since
+        if self.journal.exists():  # so that readers can detect whether the journal has grown
             answers.attrs["journal"] = self.journal.stat().st_size
         with replace_file(self.path / "answers.parquet") as temporary:
             temporary.write_bytes(answers.to_parquet(index=False))
@@ -139,7 +139,7 @@ class RunFolder:
             write_csv(summary, temporary)
 
     def close(self, status: str, failures: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Enter into the manifest how this session ended, and release the folder."""
+        """Record in the manifest how this session ended, and release the folder."""
         seconds = round(time.monotonic() - self._started, 3)
         self.manifest["sessions"][-1] |= {"ended": _now(), "seconds": seconds, "status": status}
         self.manifest |= {"status": status, "seconds": round(self.seconds, 3)}
@@ -183,7 +183,7 @@ def manifests(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a folder to be written to; empty if the folder is empty."""
+    """The manifest of an output folder; empty if the folder is empty."""
     for manifest in manifests(path):
         if isinstance(manifest.get("sessions"), list):
             manifest["sessions"] = [one for one in manifest["sessions"] if isinstance(one, dict)]
@@ -200,7 +200,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _end_killed(manifest: dict[str, Any], path: Path) -> None:
-    """Enter the duration of a session that was killed: until its last stored result."""
+    """Record the duration of a killed session, until its last stored result."""
     last = (manifest.get("sessions") or [{}])[-1]
     if not isinstance(last, dict) or "started" not in last or "seconds" in last:
         return
@@ -259,12 +259,12 @@ def _differences(
         elif old != new:
             if isinstance(old, str) and isinstance(new, str) and len(old) == len(new) == 64:
                 named = [one.get(name) if isinstance(one, dict) else None for one in files]
-                yield f"other {name}{_which(*named)}"
+                yield f"other {name}{_differing_files(*named)}"
             else:
                 yield f"{name}: {_say(old)} there, {_say(new)} here"
 
 
-def _which(there: Any = None, here: Any = None) -> str:
+def _differing_files(there: Any = None, here: Any = None) -> str:
     """Name the files whose digests differ, the first few of them."""
     if not isinstance(there, dict) or not isinstance(here, dict):
         return ""

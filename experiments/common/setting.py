@@ -1,4 +1,4 @@
-"""What every experiment on questions starts from: a loaded model and the questions."""
+"""The start of every experiment on questions: a loaded model and the questions."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Setting:
-    """A loaded model and the questions it is to answer."""
+    """A loaded model, and the questions for it."""
 
     pipe: Pipeline
     questions: list[Question]
@@ -56,10 +56,10 @@ class Setting:
 def prepare(
     request: QuestionRequest, progress: ProgressCallback = silent, *, keep_faulty: bool = False
 ) -> Setting:
-    """Check what is asked, read the questions and load the model.
+    """Check the request, read the questions and load the model.
 
     Args:
-        request: What is asked.
+        request: The request.
         progress: Called before every step.
         keep_faulty: As in `questions.read_jsonl`.
 
@@ -77,9 +77,9 @@ def load_model(
     """The pipeline of the model of ``request``.
 
     Args:
-        request: Which model, and where.
-        progress: Called before it is loaded.
-        **options: More arguments of `tokenprune.load`.
+        request: The request, with model and device.
+        progress: Called before the model is loaded.
+        **options: Further arguments of `tokenprune.load`.
 
     Raises:
         UserError: As `tokenprune.load`.
@@ -114,11 +114,11 @@ def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list
 
 
 def with_faults_noted(setting: Setting, new: int) -> list[Question]:
-    """The questions; a warning names those that cannot be asked, which fail alone.
+    """The questions; a warning names those that cannot be asked and will be missing.
 
     Args:
         setting: The model and its questions.
-        new: Longest answer, in tokens.
+        new: Maximum length of an answer, in tokens.
 
     Raises:
         UserError: None of them can be asked.
@@ -133,7 +133,7 @@ def with_faults_noted(setting: Setting, new: int) -> list[Question]:
         raise UserError(f"none of the questions can be asked; the first is {first}")
     warnings.warn(
         f"{len(faulty)} of {len(questions)} questions cannot be asked and will be missing, the "
-        f"first is {first} `--check` looks at the questions alone.",
+        f"first is {first} `--check` checks only the questions.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -156,7 +156,7 @@ def checked_questions(
 
 
 def _check_cells(request: CompareRequest) -> None:
-    """Raise `UserError` if methods, retention ratios or what they are matched to make no sense."""
+    """Raise `UserError` if methods, retention ratios or the matched cost are invalid."""
     check_number("seeds", request.seeds)
     for name in ("methods", "retention"):
         if not getattr(request, name):
@@ -175,10 +175,10 @@ def with_crops(setting: Setting, least: int = 1) -> tuple[Setting, int]:
     """The setting with only those questions whose image is cut into ``least`` crops or more.
 
     Returns:
-        The setting, and how many questions were left out.
+        The setting, and the number of questions left out.
 
     Raises:
-        UserError: No question is left.
+        UserError: No such question exists.
     """
 
     @cache

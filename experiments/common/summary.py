@@ -25,7 +25,7 @@ __all__ = [
 
 
 OVERALL = "overall"
-"""The `kind` of a summary row that takes all questions together."""
+"""The `kind` of a summary row over all questions."""
 
 
 _MATCH = ("match", "match_target")
@@ -37,24 +37,24 @@ _ENDS = {"difference": "", "low": "_low", "high": "_high", "p": "_p"}
 def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row per method, retention and question kind (and `OVERALL`), from ``answers.parquet``.
 
-    Accuracy and agreement stand beside their 95 % intervals (`proportion`), the mean divergence
-    ``kl`` of the answer token beside that of a bootstrap.  ``vs_uncompressed`` and ``vs_uniform``
-    are differences of accuracy to the uncompressed model and to `uniform` at the same retention, or
-    at the same cost where costs were matched (`compared`).  Costs are means per question.
+    Accuracy and agreement have 95 % intervals (`proportion`), the mean divergence ``kl`` of the
+    answer token has that of a bootstrap.  ``vs_uncompressed`` and ``vs_uniform`` are differences of
+    accuracy from the uncompressed model and from `uniform` at the same retention ratio, or at the
+    same cost if costs are matched (`compared`).  Costs are means per question.
 
-    ``easy_accuracy`` is that on questions which the model answers rightly without the image or
-    from the thumbnail alone, ``hard_accuracy`` that on all others.  The two references themselves
+    ``easy_accuracy`` is the accuracy on questions that the model answers correctly without the
+    image or from the thumbnail alone, ``hard_accuracy`` that on all others.  The two references
     have 0 on hard questions by construction.
 
-    A method that ran with several seeds is one row: ``seeds`` says how many, the accuracy is their
-    mean, and ``seed_spread`` the standard deviation of theirs.
+    A method that ran with several seeds is one row: ``seeds`` is their number, the accuracy is
+    their mean accuracy, and ``seed_spread`` its standard deviation.
 
-    References without a retention (``thumbnail-only``, ``image-free``) have NaN there.
+    References without a retention ratio (``thumbnail-only``, ``image-free``) have NaN there.
 
-    A cell that failed has ``status`` "failed" and no figures: neither its missing answers nor the
-    ones it gave before it failed are scored.  Where it failed on some questions alone, ``missing``
-    says on how many (answers, where there are several seeds); figures are of the ``n`` others, and
-    differences of those that both answered.
+    A failed cell has ``status`` "failed" and no figures; the answers that it gave before are not
+    scored.  If it failed on some questions only, ``missing`` is their number (of answers, with
+    several seeds); figures are over the ``n`` others, and differences over the questions that both
+    answered.
     """
     missing = {name: pd.NA for name in ("kl", "easy") if name not in answers}
     answers = answers.assign(**missing).set_index("question_id")
@@ -69,7 +69,7 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     }
     rows = []
     for (label, retention), cell in cells.items():
-        # Where costs were matched, with the uniform cell whose cost was the target.
+        # With matched costs, the uniform cell whose cost is the target.
         asked = cell["asked_retention"].iloc[0] if "asked_retention" in cell else retention
         references = {"vs_uncompressed": ("uncompressed", 1.0), "vs_uniform": ("uniform", asked)}
         failed = bool((cell["status"] == "failed").any())
@@ -101,7 +101,7 @@ def pairs(
     labels: Sequence[str] = (),
     kind: str = OVERALL,
 ) -> pd.DataFrame:
-    """Every two methods at every retention, compared on the questions both answered.
+    """All pairs of methods at every retention, compared on the questions that both answered.
 
     Args:
         answers: As in ``answers.parquet``.
@@ -111,9 +111,9 @@ def pairs(
 
     Returns:
         One row per retention and pair: ``first``, ``second``, and the figures of `compared`.
-        ``p_holm`` is p adjusted for the number of rows (`holm`).  Matched methods meet at the
-        retention whose cost they have.  There are none at R = 1, where all methods are the
-        uncompressed model and would only add to what Holm adjusts for.
+        ``p_holm`` is p adjusted for the number of rows (`holm`).  Matched methods are
+        compared at the retention of uniform whose cost they have.  There are no rows at R = 1,
+        where all methods are the uncompressed model.
     """
     part = _only(answers, kind)
     asked = part.get("asked_retention", part["retention"]).fillna(part["retention"])
@@ -137,7 +137,7 @@ _COMPARED = (
 
 
 def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Hashable, Any]:
-    """How much oftener ``first`` is right than ``second``, on the questions both answered.
+    """The difference of accuracies of two methods, on the questions that both answered.
 
     Args:
         first, second: Rows of ``answers.parquet``, of one method each.
@@ -145,10 +145,10 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
 
     Returns:
         ``n`` questions, both accuracies, their ``difference`` with its 95 % bootstrap interval
-        ``low`` to ``high`` (whole images resampled; where no question differs, how many still might
-        by Wilson's interval of 0 in n), how many questions ``only_first`` and
-        ``only_second`` got right, and the p-value of McNemar's exact test; the last three only if
-        each answered once and not with several seeds.  Empty if either failed or nothing is shared.
+        ``low`` to ``high`` (whole images resampled; if no question differs, Wilson's interval of 0
+        in n), how many questions ``only_first`` and ``only_second`` answered correctly, and the
+        p-value of McNemar's exact test; the last three only without several seeds.  Empty if either
+        failed or no question is shared.
     """
     one, other = (_CellAnswers(answers.set_index("question_id")) for answers in (first, second))
     return _compared(one, other, seed)
@@ -200,7 +200,7 @@ def _compared(first: _CellAnswers, second: _CellAnswers, seed: int) -> dict[Hash
         return {}
     mine, theirs = (part.right.reindex(shared).to_numpy() for part in (first, second))
     low, high = paired_bootstrap(mine - theirs, first.images.reindex(shared), seed=seed)
-    if not (mine != theirs).any():  # no certainty either
+    if not (mine != theirs).any():  # equal answers are no certainty
         high = wilson(0, len(shared)).high
         low = -high
     found: dict[Hashable, Any] = {
@@ -266,7 +266,7 @@ def _figures(part: _CellAnswers, seed: int) -> dict[Hashable, Any]:
         low, high = paired_bootstrap(values, images[known], seed=seed)
         figures |= {"kl": values.mean(), "kl_low": low, "kl_high": high}
     if len(cell):
-        # Answers of an older run lack the younger columns.
+        # Answers of older runs lack newer columns.
         figures |= {name: cell[name].mean() for name in FIGURES if name in cell}
         figures["seeds"] = cell["parameters"].nunique()
     if figures.get("seeds", 1) > 1:

@@ -25,12 +25,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Timing:
-    """How long something took.
+    """The duration of a computation.
 
     Attributes:
         median: Seconds.
         spread: Interquartile range of the repeats, in seconds; 0 for a single one.
-        runs: Seconds of every single run, in order.
+        runs: Seconds of every run, in order.
     """
 
     median: float
@@ -42,7 +42,7 @@ class Timing:
 
 
 def synchronise(device: torch.device | str = "cpu") -> None:
-    """Wait until ``device`` has done all that was asked of it; a CPU always has."""
+    """Block until ``device`` has finished all queued work; a CPU has none."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)
@@ -57,10 +57,10 @@ def timed(
     repeats: int = 7,
     device: torch.device | str = "cpu",
 ) -> Timing:
-    """Run ``work`` ``warmup`` times unseen, then time it ``repeats`` times.
+    """Run ``work`` ``warmup`` times without timing, then time it ``repeats`` times.
 
-    The device is waited for in front of and behind every run, so that work that was only asked for
-    is counted with the run that asked.
+    The device is synchronised before and after every run, so that queued work counts for the run
+    that queued it.
 
     Raises:
         UserError: ``repeats`` below 1 or ``warmup`` below 0.
@@ -80,7 +80,7 @@ def timed(
 
 
 def median_of(seconds: Sequence[float]) -> Timing:
-    """The `Timing` of runs that were timed already, at least one."""
+    """The `Timing` of the given durations, at least one."""
     spread = 0.0
     if len(seconds) > 1:
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -89,12 +89,12 @@ def median_of(seconds: Sequence[float]) -> Timing:
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """Bytes of tensors that ``work`` holds at its peak, beyond those there were before it.
+    """Peak bytes of the tensors that ``work`` allocates, beyond those that existed before.
 
-    On CUDA the allocator's own ``max_memory_allocated``.  On the CPU the running sum over every
-    allocation and release that PyTorch's profiler sees: exact for tensors, whatever the C library
-    keeps of what was freed, which the resident size of the process would count wrongly.  What
-    ``work`` releases of tensors from before it is not set off there.
+    On CUDA, ``max_memory_allocated`` of the allocator.  On the CPU, the running sum over every
+    allocation and release that PyTorch's profiler records.  This is exact for tensors, in contrast
+    to the resident size of the process, which includes freed memory that the C library keeps.  On
+    the CPU, releases of tensors from before ``work`` are not subtracted.
 
     Raises:
         UserError: Another kind of device.
@@ -116,10 +116,10 @@ def peak_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> 
 
 @dataclass
 class Allocations:
-    """What `allocations` counted.
+    """The result of `allocations`.
 
     Attributes:
-        peak: Bytes held at most, known once the context is over.
+        peak: Peak bytes, set when the context ends.
     """
 
     peak: int = 0
@@ -127,13 +127,17 @@ class Allocations:
 
 @contextmanager
 def allocations() -> Iterator[Allocations]:
-    """While open, tensors on the CPU are counted as in `peak_memory`."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks on standard error
+    """While open, it counts tensors on the CPU as in `peak_memory`."""
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # otherwise the profiler writes to standard error
     found = Allocations()
     with profile(use_device=None, profile_memory=True) as seen:
         yield found
     events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
     held = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):  # stable: ties stay in order
+    for event in sorted(
+        events, key=lambda one: one.start_ns()
+    ):  # stable, so that ties keep their order
         held += event.nbytes()
         found.peak = max(found.peak, held)

@@ -1,4 +1,4 @@
-"""``tokenprune compare``: methods side by side, on the command line."""
+"""``tokenprune compare``: compare methods side by side."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ __all__ = [
 _KINDS_PER_TABLE = 5
 
 
-_FAR = 0.02  # share by which a mean cost may differ from the matched one without a sentence
+_FAR = 0.02  # relative difference of a mean cost from the matched one that is not reported
 
 
 _Methods = Annotated[
     list[str] | None,
     options.methods(
-        "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; a class "
-        "of yours: my_module:Mine, whose module is executed. One before and one inside the "
-        "language model: 'globalcom2@0.5 + fastv@0.5'.",
+        "Methods with options, e.g. globalcom2:alpha=0.3,tau=5 fastv:layer=3, or all; your own "
+        "class: my_module:Mine, whose module is executed; a chain of methods: "
+        "'globalcom2@0.5 + fastv@0.5'.",
         default="uniform random fastv globalcom2",
     ),
 ]
@@ -63,8 +63,8 @@ _Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Your own questions, JSON lines with image (or images, or the frames of a "
-        "video), question, answer and optionally kind and id; paths are relative to the file.",
+        help="File of questions in JSON lines: image (or images, or video, a list of frames), "
+        "question, answer, and optionally kind and id. Paths are relative to the file.",
     ),
 ]
 
@@ -73,21 +73,21 @@ _Check = Annotated[
     bool,
     typer.Option(
         "--check",
-        help="Only check that every question can be asked: images, frames, places of images "
-        "in the text. Needs no weights.",
+        help="Only check that every question can be asked: its images, frames and placeholders. "
+        "Needs no weights.",
     ),
 ]
 
 
-_Seeds = Annotated[int, typer.Option(help="Run methods that draw at random with this many seeds.")]
+_Seeds = Annotated[int, typer.Option(help="Number of seeds for random methods.")]
 
 
 _Timeout = Annotated[
     float | None,
     typer.Option(
         metavar="SECONDS",
-        help="Stop a computation that takes longer, such as a method that hangs on a batch of "
-        "questions, and report it as failed. [default: no limit]",
+        help="Time limit of each step, such as a method on a batch of questions. A step that "
+        "exceeds it is stopped and reported as failed. [default: no limit]",
     ),
 ]
 
@@ -126,9 +126,10 @@ def compare(
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, beside the
-    model that sees no image or the thumbnail alone; writes every answer, a summary and plots to a
-    folder. Ctrl-C keeps all answers; the same command resumes the run.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
+    method and for the references: the model without the image and with the thumbnail alone. Writes
+    every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
+    resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -160,7 +161,7 @@ def compare(
 
 
 def _check(request: CompareRequest) -> int:
-    """Say what could be asked; the exit status."""
+    """Print what can be asked, and return the exit status."""
     from tokenprune.experiments.common.setting import check
 
     quiet()
@@ -208,7 +209,7 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
 
 
 def _show_match(folder: Path, console: Console) -> None:
-    """How well costs were matched."""
+    """How closely costs are matched."""
     from tokenprune.experiments.common.answers import read_answers
     from tokenprune.experiments.compare.matching import realised
 
@@ -233,7 +234,7 @@ def _spreads(summary: pd.DataFrame) -> Iterator[str]:
 def _closing_words(outcome: Outcome, seconds: float) -> str:
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     if not (outcome.new or outcome.failures or outcome.missing):
-        first = "Every answer was there already; nothing was computed again."
+        first = "All answers already exist; nothing was computed."
     else:
         first = f"{outcome.new} answers in {took}."
     words = f"{first}\n{options.written(outcome)}"
@@ -241,7 +242,7 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
         words += "\nTracebacks are in manifest.json; the same command tries the failed cells again."
     if outcome.missing:
         words += "\nWhy answers are missing is in manifest.json, tracebacks in answers.jsonl; the "
-        words += "same command asks for them again."
+        words += "same command tries them again."
     return words
 
 
@@ -249,9 +250,9 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
     """The comparison as tables of at most 80 columns: overall, then by kind of question."""
     from tokenprune.experiments.common.summary import OVERALL
 
-    # At R = 1 all methods are the uncompressed model, which has a row of its own.
+    # At R = 1 all methods are the uncompressed model, which has a separate row.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
-    rows = _as_asked(rows)
+    rows = _by_requested(rows)
     overall = rows[rows["kind"] == OVERALL]
     unit, scale = flops_unit(overall["uncompressed_flops"].max())
 
@@ -259,8 +260,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
         title="All questions",
         caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ better or worse than uniform "
         "at the same retention (exact McNemar test on the same questions, p < 0.05). Same: answers "
-        "in % that equal the uncompressed model's. Tokens: visual ones with separators, mean over "
-        "decoder layers. FLOPs: prefill of the decoder, selection included." + _matching(rows),
+        "in % that equal those of the uncompressed model. Tokens: layer average of visual tokens, "
+        "with separators. FLOPs: prefill of the decoder, selection included." + _matching(rows),
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
@@ -285,20 +286,20 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
             )
     yield table
 
-    yield _loyalty_table(summary[summary["kind"] == OVERALL])
+    yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
     for start in range(0, len(kinds), _KINDS_PER_TABLE):
         yield _kinds_table(rows, kinds[start : start + _KINDS_PER_TABLE])
 
 
-def _loyalty_table(rows: pd.DataFrame) -> Table:
-    """How near every method stays to the uncompressed model, and where it loses; overall rows."""
+def _divergence_table(rows: pd.DataFrame) -> Table:
+    """Divergence from the uncompressed model, and accuracy on easy and hard questions."""
     counts = rows[["easy_n", "hard_n"]].max().fillna(0).astype(int)
     table = new_table(
         title="Loyalty and difficulty",
         caption="KL: divergence of the answer token from the uncompressed model's, in nats, and "
         f"its 95 % interval. Easy: accuracy in % on the {counts['easy_n']} questions answered "
-        "rightly without the image or from the thumbnail alone; hard: on the other "
+        "correctly without the image or from the thumbnail alone; hard: on the other "
         f"{counts['hard_n']}.",
     )
     table.add_column("keep", justify="right")
@@ -306,7 +307,7 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
     for name in ("accuracy", "KL", "easy", "hard"):
         table.add_column(name, justify="right", no_wrap=True)
     beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
-    ordered = _as_asked(rows[~beside & (rows["retention"] < 1)])
+    ordered = _by_requested(rows[~beside & (rows["retention"] < 1)])
     references = rows[beside].assign(name=rows["label"])
     last = ""
     for position, row in enumerate([*_rows(references), *_rows(ordered)]):
@@ -315,7 +316,7 @@ def _loyalty_table(rows: pd.DataFrame) -> Table:
         if row["status"] == "ok":
             decimals = 3 if row["kl_high"] < 10 else 1
             figures = [_accuracy(row, decimals=0), _between(row, "kl", decimals, scale=1)]
-            # The references' own answers are what sorts the questions.
+            # The answers of the references define which questions are easy.
             parts = () if math.isnan(row["retention"]) else ("easy", "hard")
             figures += [_between(row, f"{part}_accuracy", 0) for part in parts]
         if keep != last:
@@ -358,21 +359,21 @@ def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
 def _matching(rows: pd.DataFrame) -> str:
     kinds = rows["match"].dropna().unique() if "match" in rows else []
     return "".join(
-        f" Matched: every method keeps what gives it the {kind} of uniform at that retention; "
-        "how much that is stands behind its name."
+        f" Matched: every method has the {kind} of uniform at that retention; the number after "
+        "its name is its own retention."
         for kind in kinds
     )
 
 
 def matched_table(found: pd.DataFrame) -> Table:
-    """How far costs were matched; ``found`` is as `matching.realised` returns it."""
+    """How closely costs are matched; ``found`` is as `matching.realised` returns it."""
     kind, measured = found["match"].iloc[0], found["ratio"].notna().any()
     table = new_table(
         title=f"Matched: {kind}",
         caption="Wanted, got: on the prompt of median length, for which retentions were solved."
         + (
-            " Of uniform's: what the method really cost on the questions asked, over what uniform "
-            "did; mean, least and most."
+            " Of uniform's: the real cost of the method on the questions, divided by that of "
+            "uniform; mean, least and most."
             if measured
             else ""
         ),
@@ -418,14 +419,14 @@ def _cost(cost: float, kind: str) -> str:
     return f"{cost:.1f}" if kind == "tokens" else f"{cost:.3g} ms"
 
 
-def _as_asked(rows: pd.DataFrame) -> pd.DataFrame:
-    """By the retention asked for (``keep``), most first; ``name`` tells one that was solved for."""
+def _by_requested(rows: pd.DataFrame) -> pd.DataFrame:
+    """By requested retention (``keep``), most first; ``name`` adds a solved retention."""
     rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
     return rows.sort_values("keep", ascending=False, kind="stable")
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    """Labels; with the retention where it is not the one asked for but was solved for."""
+    """Labels, each with its retention ratio if that was solved for."""
     if "asked_retention" not in rows:
         return list(rows["label"])
     return [
@@ -440,7 +441,7 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
     """Accuracy in percent and its interval."""
     if row["status"] != "ok":
         return "FAILED"
-    if math.isnan(row["accuracy"]):  # all of its answers are missing
+    if math.isnan(row["accuracy"]):  # all its answers are missing
         return "-"
     value, low, high = (
         f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
@@ -449,11 +450,11 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
 
 
 def _verdict(row: pd.Series) -> str:
-    """An arrow where the method and `uniform` at the same retention are not equally right."""
+    """An arrow if the method is significantly better or worse than `uniform`."""
     import pandas as pd
 
     sure = row["vs_uniform_p"] < 0.05
-    if pd.isna(row["vs_uniform_p"]):  # with several seeds; then the interval tells
+    if pd.isna(row["vs_uniform_p"]):  # with several seeds there is no p-value; the interval decides
         sure = row["vs_uniform_low"] * row["vs_uniform_high"] > 0
     if not sure:
         return ""

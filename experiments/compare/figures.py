@@ -59,7 +59,7 @@ def accuracy(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
 
 
 def accuracy_by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
-    """Accuracy against what the prefill costs, which at one retention differs between methods."""
+    """Accuracy against the cost of the prefill, which differs between methods at one retention."""
     table = _compressed(summary)
     table = table.assign(place=table["flops"] / table["uncompressed_flops"])
     with style():
@@ -73,11 +73,11 @@ def accuracy_by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> F
 
 
 def accuracy_by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
-    """The same, one panel for each kind of question."""
+    """Accuracy against retention, one panel for each kind of question."""
     table = _by_retention(summary)
     kinds = [kind for kind in pd.unique(summary["kind"]) if kind != OVERALL]
     columns = min(_COLUMNS, len(kinds))
-    cells = len(kinds) + (len(kinds) % columns == 0)  # a place for the legend
+    cells = len(kinds) + (len(kinds) % columns == 0)  # room for the legend
     rows = -(-cells // columns)
     with style():
         figure = Figure(figsize=(1.2 + 3.9 * columns, 1.2 + 3.1 * rows), layout="constrained")
@@ -134,7 +134,7 @@ def by_retention(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figur
 
 
 def by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
-    """Accuracy against the prefill's FLOPs; the best at about every cost are named."""
+    """Accuracy against the prefill's FLOPs, with labels at the best points for each cost."""
     table = _points(summary)
     table = table.assign(cost=table["flops"] / table["uncompressed_flops"])
     best = table.sort_values(["cost", "accuracy"], ascending=[True, False])
@@ -150,7 +150,7 @@ def by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
                       mew=0.6, label=share)  # fmt: skip
         named: list[float] = []
         for _, row in best.iloc[::-1].iterrows():
-            if all(abs(row["cost"] - cost) > 0.03 for cost in named):  # there is room for one
+            if all(abs(row["cost"] - cost) > 0.03 for cost in named):  # room for one label
                 named.append(row["cost"])
                 axes.annotate(
                     f"{row['label']} {100 * row['retention']:.3g} %",
@@ -206,7 +206,7 @@ def draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
     per_kind = summary["n"][summary["kind"] != OVERALL].dropna()
     count = int(summary["n"].max())
     matched = summary["match"].dropna()
-    # Matched methods share a place on the axis, that of the retention whose cost they have.
+    # Matched methods share the position of the retention ratio of uniform whose cost they have.
     summary = summary.assign(retention=summary["asked_retention"])
     note = "bars and band: 95 % confidence intervals"
     if len(matched):
@@ -228,7 +228,7 @@ def draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
 
 
 def _points(summary: pd.DataFrame) -> pd.DataFrame:
-    """The finished cells of methods, all questions together, most tokens first."""
+    """The finished cells of methods, over all questions, most tokens first."""
     fine = (summary["status"] == "ok") & summary["accuracy"].notna() & (summary["retention"] < 1)
     table = summary[fine & (summary["kind"] == OVERALL)]
     return table.sort_values("retention", ascending=False, kind="stable")
@@ -260,7 +260,7 @@ def _compressed(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_retention(summary: pd.DataFrame) -> pd.DataFrame:
-    """The points with their place on a retention axis."""
+    """The points with their position on a retention axis."""
     table = _compressed(summary)
     methods, positions = method_labels(table), _positions(table)
     # Side by side, so that no interval hides another.
@@ -272,7 +272,7 @@ def _by_retention(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _positions(table: pd.DataFrame) -> dict[float, int]:
-    """Retention to place on the axis, evenly spaced, most tokens first."""
+    """Retention to position on the axis, evenly spaced, most tokens first."""
     return {value: place for place, value in enumerate(sorted({1.0, *table["retention"]})[::-1])}
 
 
@@ -305,7 +305,7 @@ def _panel(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame, kind: str, st
 
 
 def _reference(summary: pd.DataFrame, kind: str) -> pd.Series:
-    """The summary row of the uncompressed model; missing values if it was not finished."""
+    """The summary row of the uncompressed model; NaN if it is not finished."""
     chosen = summary[(summary["method"] == "uncompressed") & (summary["kind"] == kind)]
     return chosen.iloc[0] if len(chosen) else pd.Series(np.nan, index=summary.columns)
 

@@ -1,6 +1,6 @@
 """A comparison that has all its answers: its tables and plots, without the model.
 
-Nothing heavy is imported for it, neither PyTorch nor transformers.
+Neither PyTorch nor transformers is imported.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ __all__ = [
 
 
 FILES = ("answers.parquet", "summary.csv", "plots/")
-"""What a reader of a comparison opens."""
+"""The files of a comparison that a reader opens."""
 
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""What NVIDIA's, AMD's and WSL's drivers are reached by."""
+"""The device files of the drivers of NVIDIA, AMD and WSL."""
 
 
 def finished(request: CompareRequest, progress: ProgressCallback = silent) -> Outcome | None:
-    """The outcome of a comparison that has all its answers; None where there may be more to do.
+    """The outcome of a comparison that has all its answers; None if there may be more to do.
 
-    The same was asked before, and its weights, processor, code, data and versions are unchanged.
-    Input is not refused here: whatever is not as it was is left to `compare.run.run`.
+    The outcome is returned if an equal request has run before and weights, processor, code, data
+    and versions are unchanged.  Nothing is refused here: any change is left to `compare.run.run`.
 
     Args:
         request: What to compare.
-        progress: Told how far it is.
+        progress: Called before every step.
 
     Raises:
         UserError: The folder cannot be written, or another process is working in it.
@@ -67,7 +67,7 @@ def finished(request: CompareRequest, progress: ProgressCallback = silent) -> Ou
         try:
             found = _found(request, path, manifest, progress)
         except (KeyError, TypeError, AttributeError, OSError, UserError):
-            continue  # a manifest of another shape, a file that is gone
+            continue  # a malformed manifest or a missing file
         if found is not None:
             progress(0, 0, "tables and plots")
             return _written(request, path, manifest, found)
@@ -76,7 +76,7 @@ def finished(request: CompareRequest, progress: ProgressCallback = silent) -> Ou
 
 @dataclass(frozen=True)
 class _Found:
-    """What tables are made of, and what the manifest is to say."""
+    """The inputs of the tables, and the new entries of the manifest."""
 
     columns: Sequence[CellRecord]
     questions: Sequence[Question]
@@ -89,10 +89,10 @@ def _found(
 ) -> _Found | None:
     """What the run in ``path`` holds, or None if an answer is missing or an input changed."""
     folder = _model_folder(request.model)
-    if folder is None or not _is_asked(request, path, manifest):
+    if folder is None or not _matches_request(request, path, manifest):
         return None
     noted, experiment = manifest["finished"], manifest["experiment"]
-    progress(0, 0, "checking what was answered")
+    progress(0, 0, "checking the answers")
     questions = questions_for(request, check_images=False)
     files, surroundings = answer_files(folder, (), noted["code"]), environment()
     now = {
@@ -114,14 +114,14 @@ def _found(
 
 
 def _model_folder(model: str) -> Path | None:
-    """The files of a model; None if they are on the Hub, where there may be others by now."""
+    """The files of a local model; None for a model on the Hub, which may have changed."""
     if model in testbed.names():
         return testbed.path(model)
     return Path(model) if Path(model).is_dir() else None
 
 
-def _is_asked(request: CompareRequest, path: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the run in ``path`` is complete and was asked for by the same options."""
+def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the run in ``path`` is complete and had the same options."""
     if manifest.get("status") != "complete" or not manifest.get("finished"):
         return False
     experiment, registered = manifest["experiment"], manifest["finished"]["registered"]
@@ -131,8 +131,8 @@ def _is_asked(request: CompareRequest, path: Path, manifest: Mapping[str, Any]) 
     if now | {"out": None} != then | {"out": None}:
         return False
     if registered is not None and registered != strategies.names():
-        return False  # `all` means other methods by now
-    # Without PyTorch it is known which device it would choose only where there is no GPU at all.
+        return False  # the meaning of `all` has changed
+    # Without PyTorch, the default device is known only on a machine without a GPU.
     alone = sys.platform == "linux" and not any(Path(gpu).exists() for gpu in _GPUS)
     return request.device is not None or (alone and experiment["device"] == "cpu")
 
@@ -145,7 +145,9 @@ def _written(
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
-    if not any((path / "plots").glob("*.png")):  # else of this journal, as the run was complete
+    if not any(
+        (path / "plots").glob("*.png")
+    ):  # other plots show this journal, as the run was complete
         from tokenprune.experiments.compare.figures import draw
 
         draw(folder, request.model, summary)

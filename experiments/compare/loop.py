@@ -48,23 +48,23 @@ def run(
     that acts inside the vision encoder; ``plan`` says what else is computed together.
 
     A job that fails is run again cell by cell, and then question by question, so a question that a
-    cell cannot answer is entered as missing and costs no other answer.  A cell that answers nothing
-    (`Failing`) is entered as failed and not run again until the next run.  Answers of a cell that
-    changed shared encodings do not count, and these are encoded again.
+    cell cannot answer is entered as missing and affects no other answer.  A cell that answers
+    nothing (`Failing`) is entered as failed and not run again until the next run.  Answers of a
+    cell that changed shared encodings do not count, and the encodings are computed again.
 
     Args:
-        runner: Answers.
-        cells: What to compare.
-        questions: What to ask.
-        journal: Where answers go; it must be open.
-        batch_size: Questions answered at once.
-        plan: What is computed together.
+        runner: Answers the questions.
+        cells: The cells to compare.
+        questions: The questions.
+        journal: The journal, which must be open.
+        batch_size: Questions per batch.
+        plan: Makes the jobs, which compute several cells together.
         timeout: Seconds that encoding or answering one batch may take (`time_limit`).
         progress: Called before every step.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
-        todo.setdefault(cell.key, cell)  # at R = 1 all are the uncompressed model
+        todo.setdefault(cell.key, cell)  # at R = 1 all methods are the uncompressed model
     questions = _without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
     batches = _batches(questions, batch_size)
@@ -185,9 +185,9 @@ class _Desk:
             cells = list({cell.key: cell for cell, _ in rows}.values())
             answered, changed = False, False
             if job.run is not None and not self.failing.suspects(item for _, item in rows):
-                answered, changed = self._at_once(job.run, rows, cells)
+                answered, changed = self._run_job(job.run, rows, cells)
             for cell in cells if not answered else ():
-                changed |= self._by_itself(cell)
+                changed |= self._answer_alone(cell)
             if changed:
                 return False
         return True
@@ -195,7 +195,7 @@ class _Desk:
     def _tell(self, doing: str) -> None:
         self.progress(len(self.entering.journal.answers), self.total, doing)
 
-    def _at_once(
+    def _run_job(
         self,
         run: Callable[[], Sequence[dict[str, Any]]],
         rows: Sequence[tuple[Cell, Question]],
@@ -209,13 +209,17 @@ class _Desk:
                 return run()
 
         found = tried(answer, self.timeout)
-        changed = self._mend(self.batch)
+        changed = self._encode_changed(self.batch)
         if isinstance(found, Failure) or changed:
-            why = found.error if isinstance(found, Failure) else "it changed what others are shown"
+            why = (
+                found.error
+                if isinstance(found, Failure)
+                else "it changed the input of other methods"
+            )
             if len(cells) > 1 and ("", why) not in self.warned:
                 self.warned.add(("", why))
                 warnings.warn(
-                    f"what cells have in common cannot be computed once ({why}); trying them one "
+                    f"the shared work of cells cannot be computed once ({why}); running them one "
                     "by one, which takes longer.",
                     RuntimeWarning,
                     stacklevel=2,
@@ -228,7 +232,7 @@ class _Desk:
             self._enter(key, records)
         return True, False
 
-    def _by_itself(self, cell: Cell) -> bool:
+    def _answer_alone(self, cell: Cell) -> bool:
         """Let one cell answer, question by question if necessary; whether it changed encodings."""
         key, ever = cell.key, False
         groups = self.failing.grouped(key, self.batch)
@@ -244,13 +248,13 @@ class _Desk:
                     return _answer(self.runner, cell, shown, group)
 
             found = tried(answer, self.timeout)
-            changed = self._mend(group)
+            changed = self._encode_changed(group)
             ever |= changed
             if changed and not isinstance(found, Failure):
                 found = Failure.of(
                     ContractError(
-                        f"{cell} wrote to what other methods are shown as well, in a way that "
-                        "PyTorch does not see (numpy, .data); work on a copy."
+                        f"{cell} wrote to the input of other methods, in a way that PyTorch does "
+                        "not detect (numpy, .data); work on a copy."
                     )
                 )
             if not isinstance(found, Failure):
@@ -266,7 +270,7 @@ class _Desk:
         self.entering.enter(key, records)
         self.failing.answered(key)
 
-    def _mend(self, group: Sequence[Question]) -> bool:
+    def _encode_changed(self, group: Sequence[Question]) -> bool:
         """Encode again the images whose encodings changed; whether there are any."""
         changed = self.encodings.changed(self.tower, group)
         if changed:
@@ -362,10 +366,10 @@ class _Entering:
     def enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
         """The records of cell ``key``, question id to record."""
         if self.loyal:  # the uncompressed model answered in an earlier run
-            self._refer(self.loyalty.lacking(key, records))
+            self._recompute_reference(self.loyalty.lacking(key, records))
         self.journal.add(key, self.loyalty.entries(key, records))
 
-    def _refer(self, names: set[str]) -> None:
+    def _recompute_reference(self, names: set[str]) -> None:
         """Run the uncompressed model on the batch again, for its distributions on ``names``."""
         for group in (self.batch, *([item] for item in self.batch)):
             if names.isdisjoint(item.id for item in group):

@@ -31,19 +31,19 @@ __all__ = [
 ]
 
 
-_LOOKED_AT = 200  # questions at most, to find one of median length
+_LOOKED_AT = 200  # maximum number of questions that are searched for the median length
 
 
 _COSTS: dict[str, str] = {"tokens": "layer_average", "flops": "flops"}  # columns of answers
 
 
-_NEAR = 0.01  # share of a cost that is as good as met
+_NEAR = 0.01  # relative difference at which a cost counts as met
 
 
 def representative(pipe: Pipeline, questions: Sequence[Question]) -> Prompt:
-    """The question with the median number of visual tokens, as the model sees its prompt.
+    """The prompt of the question with the median number of visual tokens.
 
-    Of very many questions, evenly spaced ones are considered.
+    With very many questions, only evenly spaced ones are considered.
     """
     return _median(pipe, questions)[1]
 
@@ -51,11 +51,11 @@ def representative(pipe: Pipeline, questions: Sequence[Question]) -> Prompt:
 def _median(pipe: Pipeline, questions: Sequence[Question]) -> tuple[Question, Prompt]:
     step = -(-len(questions) // _LOOKED_AT)
     seen = [(item, tried(partial(_prompt, pipe, item))) for item in questions[::step]]
-    # A question that cannot be asked fails later, when it is asked.
+    # A question that cannot be asked is reported later.
     prompts = [(item, found) for item, found in seen if not isinstance(found, Failure)]
     if not prompts:
         why = next(found.error for _, found in seen if isinstance(found, Failure))
-        raise UserError(f"no question can be looked at to match costs: {why}")
+        raise UserError(f"no question can be read to match costs: {why}")
     ordered = sorted(prompts, key=lambda pair: pair[1].visual)
     return ordered[len(ordered) // 2]
 
@@ -106,7 +106,7 @@ def matched_cells(
         questions: Where the `representative` prompt comes from.
         specs: Methods; those with their own retention ratio are refused.
         retention: Of `uniform`, which is added if it is not among the methods.
-        kind: ``tokens`` (visual ones a layer on average), ``flops`` (of the prefill, selection
+        kind: ``tokens`` (layer average of visual tokens), ``flops`` (of the prefill, selection
             included) or ``prefill-ms`` (measured here: selection and prefill of one prompt).
         optional: Specs that are left out if they cannot cost so little.
         progress: Called before every step.
@@ -119,8 +119,8 @@ def matched_cells(
     """
     ratios = sorted(set(retention), reverse=True)
     uniform = tp.create("uniform", retention=0.5)
-    methods = [one for spec in specs if (one := _unsettled(spec)).label != uniform.label]
-    may_fail = {_unsettled(spec).label for spec in optional}
+    methods = [one for spec in specs if (one := _without_retention(spec)).label != uniform.label]
+    may_fail = {_without_retention(spec).label for spec in optional}
     costs = _Costs(pipe, *_median(pipe, questions), kind)
     total = 1 + len(methods)
     progress(0, total, f"matching {uniform.label}")
@@ -131,14 +131,14 @@ def matched_cells(
         progress(index, total, f"matching {method.label}")
         solve_for = costs.solver(method)
         for ratio, target in targets.items():
-            if ratio == 1:  # every method is the uncompressed model then
+            if ratio == 1:  # every method then is the uncompressed model
                 cells.append(_matched(replace(method, retention=1.0), kind, 1.0, target))
                 continue
             try:
                 found = solve_for(target)
             except UserError as error:
                 if method.label not in may_fail:
-                    words = "Leave the method out, or ask for a larger retention."
+                    words = "Leave the method out, or choose a larger retention."
                     sentence = f"uniform at {ratio:g} sets the cost, but {error} {words}"
                     raise UserError(sentence) from None
                 left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
@@ -178,7 +178,7 @@ class _Costs:
         if self._bench is not None:
             price = self._bench.price(method)
             return lambda target: solve(
-                self.prompt, method, target, price, what="ms of choice and prefill"
+                self.prompt, method, target, price, what="ms of selection and prefill"
             )
         return partial(self._solved, method)
 
@@ -255,11 +255,11 @@ def _real_cost(pipe: Pipeline, item: Question, measure: Measure, method: Compres
     return MEASURES[measure](found)
 
 
-def _unsettled(spec: str) -> Compressor:
+def _without_retention(spec: str) -> Compressor:
     """The method of ``spec``, whose retention ratio is to be found."""
     if has_retention(spec):
         raise UserError(
-            f"{spec!r} says itself what it keeps; with --match the retention is solved for, so "
-            "give single methods without one."
+            f"{spec!r} has its own retention; with --match the retention is solved for, so give "
+            "single methods without one."
         )
     return tp.parse(spec, retention=0.5)

@@ -90,7 +90,7 @@ def run(
     try:
         outcome = _fill(folder, request, _Work(setting, columns), progress)
     except BaseException as error:
-        with suppress(WriteError):  # the first error says it
+        with suppress(WriteError):  # reported by the first error
             folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     failures = [{"cell": str(cell), **asdict(why)} for cell, why in outcome.failures.items()]
@@ -180,12 +180,12 @@ def answer(
     Args:
         pipe: Of the model.
         columns: The cells.
-        questions: What to ask.
-        journal: Where answers go; it must be open.
-        max_new_tokens: Longest answer.
-        batch_size: Questions answered at once.
-        shared: Whether what cells have in common is computed once.
-        timeout: Seconds that one computation may take.
+        questions: The questions.
+        journal: The journal, which must be open.
+        max_new_tokens: Maximum length of an answer.
+        batch_size: Questions per batch.
+        shared: Whether the shared work of cells is computed once.
+        timeout: Time limit of one computation, in seconds.
         progress: Called before every step.
     """
     loop.run(
@@ -208,7 +208,7 @@ def accuracy_so_far(summary: pd.DataFrame, model: str) -> Figure:
 def _fill(
     folder: RunFolder, request: CompareRequest, work: _Work, progress: ProgressCallback
 ) -> Outcome:
-    """Answer what is not answered yet, and write tables and plots of all answers."""
+    """Compute missing answers, and write tables and plots of all answers."""
     columns, questions = work.columns, work.questions
     embedded = request.model in testbed.names()
     interrupted = False
@@ -228,13 +228,17 @@ def _fill(
         except KeyboardInterrupt:
             interrupted = True
     if interrupted or not journal.whole:
-        journal = Journal(folder.journal)  # what is in the file, wherever the interrupt fell
+        journal = Journal(
+            folder.journal
+        )  # read from the file, as the interrupt may come at any point
     wanted = len({cell.key for cell in columns}) * len(questions)
     progress(len(journal.answers), wanted, "tables and plots")
     answers = answers_frame(request.model, columns, questions, journal)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
-    if not interrupted and "name" not in folder.manifest["experiment"]:  # others draw their own
+    if (
+        not interrupted and "name" not in folder.manifest["experiment"]
+    ):  # other experiments draw their own
         figures.draw(folder, request.model, summary)
     failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
     if not interrupted:
@@ -261,14 +265,14 @@ def _fill(
 def _lacking(
     columns: Sequence[Cell], questions: Sequence[Question], journal: Journal
 ) -> Iterator[tuple[Cell, Failure]]:
-    """Cells of which answers are missing, though nothing was reported; no run is complete then."""
+    """Cells with missing answers but without a reported failure; they make the run incomplete."""
     for cell in columns:
         key = cell.key
         rows = {(key, item.id) for item in questions}
         missing = len(rows - journal.answers.keys() - journal.missing.keys())
         if missing:
             words = f"{missing} of {len(questions)} answers are not in the journal"
-            yield cell, Failure(f"{words}; the same command asks for them again.", "")
+            yield cell, Failure(f"{words}; the same command tries them again.", "")
 
 
 def _experiment(
@@ -277,7 +281,7 @@ def _experiment(
     versions: Mapping[str, str | None],
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
-    """All that the answers depend on; two runs may share a folder only if this is equal."""
+    """Everything that the answers depend on; runs share a folder only if it is equal."""
     columns, questions, pipe = work.columns, work.questions, work.pipe
     methods = [cell.compressor for cell in columns if cell.compressor and not cell.name]
     return {
@@ -300,7 +304,7 @@ def _experiment(
 
 
 def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
-    """What every retention was solved for."""
+    """The target cost of every solved retention ratio."""
     return [
         {"method": cell.label, "retention": cell.retention, **asdict(cell.matched)}
         for cell in columns
@@ -309,7 +313,7 @@ def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _details(request: CompareRequest, pipe: Pipeline, folder: Path) -> dict[str, Any]:
-    """What else a reader of the manifest will want to know."""
+    """Further entries of the manifest."""
     device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {**asked_for(request, folder), "device_name": name}

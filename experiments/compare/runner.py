@@ -47,7 +47,7 @@ class Runner(Protocol):
     def answer_without_images(
         self, images: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> Sequence[dict[str, Any]]:
-        """The same for the prompts without visual tokens."""
+        """Answer the prompts without visual tokens."""
 
 
 @dataclass(frozen=True)

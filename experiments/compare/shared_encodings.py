@@ -49,11 +49,11 @@ class Encodings:
         return (tower, item.image_id) in self._found
 
     def lacking(self, tower: _Encoder, questions: Sequence[Question]) -> list[Question]:
-        """One question for every image that ``tower`` has not encoded yet."""
+        """One question for every image that vision encoder ``tower`` has not encoded yet."""
         return list({q.image_id: q for q in questions if (tower, q) not in self}.values())
 
     def encode(self, tower: _Encoder, questions: Sequence[Question]) -> None:
-        """Encode the images of ``questions``, also those that are there already."""
+        """Encode the images of ``questions``, including those that are encoded already."""
         made = self.runner.encode(questions, self.signals[tower], tower)
         for item, images in zip(questions, made, strict=True):
             self._found[tower, item.image_id] = images, _digest(images)
@@ -74,12 +74,12 @@ class Encodings:
         return [item for item, one, other in pairs if not torch.equal(one, other)]
 
     def keep(self, images: set[str]) -> None:
-        """Forget all but these images."""
+        """Drop the encodings of all other images."""
         self._found = {which: one for which, one in self._found.items() if which[1] in images}
 
 
 def _digest(images: Sequence[Any]) -> Tensor:
-    """Sums of the bits of everything that methods see of some images; of stand-ins none."""
+    """Sums of the bits of all inputs of methods for some images; empty for stand-ins."""
     parts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
     for tokens in images:
         if isinstance(tokens, VisualTokens):

@@ -1,4 +1,4 @@
-"""Computes what the cells of a comparison have in common once per batch of questions.
+"""Computes the shared work of the cells of a comparison once per batch of questions.
 
 The vision encoder and its signals run before, once per image (`compare.loop`).  Of the rest:
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-# The embeddings of all rows exist at full length for a moment; a batch of this many uncompressed
+# The embeddings of all rows briefly exist at full length; a batch of this many uncompressed
 # ones is less than the KV cache of one such batch in any decoder of a usual depth.
 ROWS = 8
 
@@ -55,7 +55,7 @@ class Job:
 
     Attributes:
         rows: Index of the cell and of the question of each.
-        run: Makes their records, in that order; None where one cell is to be run by itself.
+        run: Makes their records, in that order; None for one cell that runs alone.
     """
 
     rows: Sequence[tuple[int, int]]
@@ -80,13 +80,13 @@ def together(
     images: Sequence[Sequence[VisualTokens]],
     prompts: Sequence[str],
 ) -> Iterator[Job]:
-    """Everything that cells have in common once; see the module."""
+    """Compute the shared work of cells once; see the module."""
     pipe = runner.pipe
     inputs = pipe.assemble(images, prompts)
     methods = [cell.compressor for cell in cells]
     everything = range(len(prompts))
 
-    alike: dict[str, list[int]] = {}
+    same_input: dict[str, list[int]] = {}
     joined: dict[bool, list[int]] = {}
     for index, method in enumerate(methods):
         parts = list(method.parts()) if method is not None else []
@@ -96,9 +96,9 @@ def together(
         elif stages == {Stage.PRE_LLM} and method is not None and method.retention < 1:
             joined.setdefault(parts[0].keeps_positions, []).append(index)
         else:
-            alike.setdefault(repr(in_front(method)), []).append(index)
+            same_input.setdefault(repr(in_front(method)), []).append(index)
 
-    for group in alike.values():
+    for group in same_input.values():
         prefix = Prefix(pipe.adapter, [methods[index] for index in group])
         for index in group:
             taken = pipe.take(inputs, images, everything)
@@ -125,7 +125,7 @@ def _generate(
     try:
         return runner.generate(compressor, inputs, prefix)
     except BaseException:
-        prefix.clear()  # it may have taken the memory that was missing
+        prefix.clear()  # it may have caused the lack of memory
         raise
 
 

@@ -1,1 +1,1 @@
-"""Whether two methods answer different questions correctly."""
+"""What thumbnail and crops each contribute to the answers."""

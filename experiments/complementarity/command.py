@@ -36,10 +36,10 @@ def complementarity(
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
-    """Answer from the thumbnail, from the crops and from both.
+    """Answer questions from the thumbnail, from the crops, and from both.
 
-    Prints accuracy relative to the whole image for every kind of question. Images only: videos and
-    prompts of several images have no crops, also in LLaVA-OneVision.
+    Prints the accuracy relative to the whole image for every kind of question. Single images only:
+    videos and prompts of several images have no crops.
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """

@@ -20,7 +20,7 @@ SHOWN = {
     THUMBNAIL_ONLY: "thumbnail only",
     IMAGE_FREE: "no image",
 }
-"""Label of a cell to the views that the model sees in it."""
+"""Maps the label of a cell to the views that the model sees."""
 
 
 def figure(table: pd.DataFrame, model: str) -> Figure:
@@ -28,7 +28,7 @@ def figure(table: pd.DataFrame, model: str) -> Figure:
 
     Args:
         table: As `complementarity.run.relative` returns it.
-        model: What to call the model.
+        model: Name of the model.
     """
     shown = [name for name in SHOWN.values() if name != SHOWN[UNCOMPRESSED]]
     table = table[table["shown"].isin(shown)]

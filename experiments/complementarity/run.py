@@ -1,7 +1,7 @@
-"""Contributions of thumbnail and crops: answers from one, from the other, from both.
+"""Contributions of thumbnail and crops: answers from one, from the other, and from both.
 
 After figure 2 of the GlobalCom² paper (arXiv 2501.05179).  The accuracy with one kind of view alone
-is given relative to that with both, kind of question by kind of question.
+is given relative to that with both, for each kind of question.
 """
 
 from dataclasses import dataclass, replace
@@ -101,7 +101,9 @@ def relative(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
             both = both.dropna(subset=["correct", "correct_whole"])
             right, reference = (both[name].astype(float) for name in ("correct", "correct_whole"))
             low, high = bootstrap_ratio(right, reference, both["image_id"], seed=seed)
-            if low == high and label != UNCOMPRESSED:  # nothing varies; that is no certainty
+            if (
+                low == high and label != UNCOMPRESSED
+            ):  # without variation, the bootstrap gives no interval
                 low, high = (end / reference.mean() for end in wilson(int(right.sum()), len(right)))
             rows.append(
                 {

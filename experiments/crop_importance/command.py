@@ -1,4 +1,4 @@
-"""``tokenprune crop-importance``: what the thumbnail says of the crops, and what each is worth."""
+"""``tokenprune crop-importance``: the accuracy lost by dropping a crop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Score = Annotated[
     str,
     typer.Option(
         metavar="SIGNAL",
-        help="What the thumbnail is scored by: saliency, cls_logits, cls_attention, received "
+        help="Signal that scores the thumbnail: saliency, cls_logits, cls_attention, received "
         "or head_attention.",
     ),
 ]
@@ -37,8 +37,10 @@ _Score = Annotated[
 def crop_importance(
     model: options.Model = "testbed-next",
     score: _Score = "saliency",
-    layer: Annotated[int, typer.Option(help="Encoder layer of the score.")] = -1,
-    seeds: Annotated[int, typer.Option(help="How many random crops to drop in turn.")] = 1,
+    layer: Annotated[
+        int, typer.Option(help="Layer of the vision encoder that gives the signal.")
+    ] = -1,
+    seeds: Annotated[int, typer.Option(help="Number of random draws of the dropped crop.")] = 1,
     questions: options.Questions = None,
     data: options.Data = None,
     max_image_pixels: options.MaxImagePixels = None,
@@ -50,10 +52,10 @@ def crop_importance(
     out: options.Out = None,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
-    """Drop the highest-, the lowest- or a random crop by the thumbnail's mean score there.
+    """Drop the highest-scored, the lowest-scored or a random crop, by the thumbnail's mean score.
 
-    Prints what each costs, kind of question by kind of question, and separately where the object
-    asked about lies in the dropped crop (known on the testbed, or from "place" in --data).
+    Prints the loss of accuracy for each, by kind of question, and separately for questions whose
+    object is in the dropped crop (known on the testbed, or from "place" in --data).
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """

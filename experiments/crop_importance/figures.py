@@ -28,13 +28,13 @@ _HUES = {"highest": "#c44e52", "random": "#8c8c8c", "lowest": "#4c72b0"}
 def figure(
     table: pd.DataFrame, crops: pd.DataFrame, objects: pd.DataFrame, model: str, score: str
 ) -> Figure:
-    """Scores by rank, where the objects lie, and what dropping a crop costs.
+    """Scores by rank, locations of the objects, and the loss of accuracy without a crop.
 
     Args:
         table: As `drops` returns it.
         crops, objects: As `scored` returns them.
-        model: What to call the model.
-        score: What the thumbnail was scored by.
+        model: Name of the model.
+        score: Signal that scores the thumbnail.
     """
     held = holding(objects)
     widths = [1.1, 0.9, 2.2] if len(held) else [1.1, 2.4]
@@ -64,7 +64,7 @@ def _scores(axes: Axes, crops: pd.DataFrame) -> None:
     usual = crops[count == count.mode().iloc[0]]
     ranks = sorted(usual["rank"].unique())
     line = {"color": INK, "linewidth": 1.2}
-    # Not seaborn's, which hands Matplotlib an argument that it is about to drop.
+    # Seaborn's version passes an argument that Matplotlib has deprecated.
     axes.boxplot(
         [usual["centred"][usual["rank"] == rank] for rank in ranks],
         positions=range(len(ranks)), widths=0.6, showfliers=False, patch_artist=True,
@@ -120,10 +120,10 @@ def uneven(crops: pd.DataFrame) -> int:
 
 
 def holding(objects: pd.DataFrame) -> pd.DataFrame:
-    """How often the object that is asked about lies in the crop of each rank.
+    """How often the object of a question is in the crop of each rank.
 
     Args:
-        objects: As `scored` returns it; only images of the commonest number of crops count.
+        objects: As `scored` returns it; only images with the most common number of crops count.
 
     Returns:
         ``rank``, ``n`` (questions about an object), ``share`` with its 95 % Wilson interval ``low``

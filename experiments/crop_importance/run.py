@@ -3,7 +3,7 @@
 After figure 3 of the GlobalCom² paper (arXiv 2501.05179), which scores a crop by the attention that
 the thumbnail pays to its region.  Here the highest- and the lowest-scored crop of every image are
 dropped and compared with a random one, on the same questions.  Crops are ranked by the mean over
-their regions, since a thumbnail of 7 x 7 patches has no two halves of one size.
+their regions, since a thumbnail of 7 x 7 patches has no two equal halves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,9 +61,9 @@ class CropImportanceRequest(QuestionRequest):
     """Which questions to answer without one of the crops.  They are about single images.
 
     Attributes:
-        score: Signal of the vision encoder that the thumbnail is scored by, one of `SCORES`.
+        score: Signal of the vision encoder that scores the thumbnail, one of `SCORES`.
         layer: Encoder layer of the signal.
-        seeds: The number of random crops that are dropped in turn.
+        seeds: Number of random draws of the dropped crop.
     """
 
     score: str = "saliency"
@@ -133,14 +133,14 @@ class DropCrop(Compressor):
     """Drop one crop: the one with the highest or the lowest score, or a random one.
 
     A crop's score is the mean of the thumbnail's scores over its region.  GlobalCom² takes their
-    sum (`ThumbnailCommand`, arXiv 2501.05179), which ranks alike where all regions are of one size
-    and otherwise prefers large ones.  Images of fewer than two crops stay whole.
+    sum (`ThumbnailCommand`, arXiv 2501.05179), which gives the same ranking where all regions have
+    one size and otherwise prefers large ones.  Images with fewer than two crops stay whole.
 
     Args:
         which: The crop to drop.
-        signal: The thumbnail's scores.
-        seed: Draws the random crop, together with the image.
-        separators: By default those of the canvas rows of which a token is kept.
+        signal: The scores of the thumbnail.
+        seed: Seed of the random crop, combined with the image.
+        separators: By default, those of canvas rows with a kept token.
         retention: Has no effect.
     """
 
@@ -189,7 +189,7 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
     """The crops and the objects in them; every image is encoded once.
 
     Args:
-        setting: The model, and the questions whose images are looked at.
+        setting: The model, and the questions with the images.
         droppers: All with the same signal.
 
     Returns:
@@ -326,7 +326,7 @@ def _drop(
 
 
 def _groups(part: pd.DataFrame, inside: "pd.Series[bool]") -> Iterator[tuple[str, pd.DataFrame]]:
-    """Group to the rows of ``part`` in it; ``inside`` tells whose object is in the dropped crop."""
+    """The rows of ``part`` by group; ``inside`` marks objects in the dropped crop."""
     yield OVERALL, part
     kinds = pd.unique(part["kind"])
     if len(kinds) > 1:
@@ -337,10 +337,10 @@ def _groups(part: pd.DataFrame, inside: "pd.Series[bool]") -> Iterator[tuple[str
 
 
 def crop_of(layout: TokenLayout, place: tuple[float, float]) -> int | None:
-    """The crop that a place of the image lies in, counted from 0; None where there are no crops.
+    """The index of the crop that contains a place of the image; None without crops.
 
     Args:
-        layout: Of the image's packed sequence.
+        layout: Layout of the packed sequence.
         place: (x, y) as shares of the image's width and height, in [0, 1).
     """
     rows, cols = layout.canvas_shape

@@ -38,14 +38,16 @@ __all__ = [
 _RETENTION = ("1", "0.75", "0.5", "0.25", "0.1")
 
 
-_Dtype = Annotated[str, typer.Option(help="Of weights and KV cache: bfloat16, float16 or float32.")]
+_Dtype = Annotated[
+    str, typer.Option(help="Data type of weights and KV cache: bfloat16, float16 or float32.")
+]
 
 
 _Measure = Annotated[
     bool,
     typer.Option(
         "--measure",
-        help="Measure time and memory of the real shapes on this device, with random weights.",
+        help="Also measure time and memory on this device, with random weights of real shapes.",
     ),
 ]
 
@@ -53,12 +55,12 @@ _Measure = Annotated[
 _Layers = Annotated[
     int | None,
     typer.Option(
-        help="With --measure: build this many decoder layers only and extrapolate to all."
+        help="With --measure: build only this many decoder layers and extrapolate to all."
     ),
 ]
 
 
-_BatchSize = Annotated[int, typer.Option(help="With --measure: prompts at once.")]
+_BatchSize = Annotated[int, typer.Option(help="With --measure: prompts per batch.")]
 
 
 _Repeats = Annotated[int, typer.Option(help="With --measure: timed runs of each part.")]
@@ -66,7 +68,9 @@ _Repeats = Annotated[int, typer.Option(help="With --measure: timed runs of each 
 
 _Out = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Where tables and plots go. [default: one in runs/]"),
+    typer.Option(
+        metavar="FOLDER", help="Folder for tables and plots. [default: a folder in runs/]"
+    ),
 ]
 
 
@@ -87,10 +91,10 @@ def efficiency(
     device: options.Device = None,
     out: _Out = None,
 ) -> None:
-    """Print what methods cost: tokens, FLOPs, KV cache, memory, and from when on they pay.
+    """Print what methods cost: tokens, FLOPs, KV cache, memory, and when they pay off.
 
-    Needs no weights: the methods' own code runs on synthetic tokens of the model's shapes. "≈"
-    marks counts that depend on the image.
+    Needs no weights: the methods run on synthetic tokens of the model's shapes. "≈" marks counts
+    that depend on the image.
 
     Exit status: 0 done, 2 bad input, 130 interrupted.
     """
@@ -134,11 +138,11 @@ def _table(costs: pd.DataFrame, title: str) -> Table:
     }
     table = new_table(
         title=title,
-        caption="Tokens: visual ones with separators that enter a decoder layer, mean over layers. "
+        caption="Tokens: layer average of visual tokens, with separators. "
         f"{flops}: prefill of the decoder, selection included. KV: cache after the prefill. "
         "Select: the selection alone, its FLOPs and its peak memory. Peak: weights, KV "
         "cache and the larger of activations and selector, without the encoder's activations. "
-        "Pays: visual tokens from which on the whole takes fewer FLOPs than the plain prefill.",
+        "Pays: number of visual tokens from which on fewer FLOPs are needed than uncompressed.",
     )
     table.add_column("keep", justify="right")
     table.add_column("method", overflow="fold")
@@ -199,29 +203,29 @@ def _measured(measured: pd.DataFrame, words: str) -> Table:
 _Method = Annotated[
     str,
     typer.Argument(
-        help="A method with its retention, fastv:layer=2,retention=0.25 or fastv@0.25; or "
-        "without one, if a target is given."
+        help="A method with a retention ratio (fastv:layer=2,retention=0.25 or fastv@0.25), or "
+        "without one if a target is given."
     ),
 ]
 
 
 _Tokens = Annotated[
     float | None,
-    typer.Option(help="Find the retention with this many visual tokens per layer on average."),
+    typer.Option(help="Find the retention ratio with this layer average of visual tokens."),
 ]
 
 
 _Flops = Annotated[
     float | None,
-    typer.Option(help="Find the retention that takes this share of the prefill's FLOPs."),
+    typer.Option(help="Find the retention ratio with this share of the prefill's FLOPs."),
 ]
 
 
 _Equivalent = Annotated[
     float | None,
     typer.Option(
-        help="Find the retention whose layer average is that of a method in front of the "
-        "language model that keeps this share."
+        help="Find the retention ratio whose layer average is that of a method in front of the "
+        "language model with this retention ratio."
     ),
 ]
 
@@ -238,11 +242,11 @@ def convert(
     flops: _Flops = None,
     equivalent: _Equivalent = None,
 ) -> None:
-    """Translate between retention, tokens a layer, FLOPs and the equivalent pre-LLM retention.
+    """Convert between retention ratio, layer average, FLOPs and equivalent pre-LLM retention.
 
-    Tokens are visual ones with separators that enter a decoder layer, averaged over all layers;
-    merged tokens count, text does not. FLOPs are in % of the uncompressed model's: of the decoder
-    with the selection, or of the vision encoder where a method acts there.
+    The layer average is the number of visual tokens, with separators, that a decoder layer
+    processes on average; a merged token counts as one. FLOPs are in % of those of the uncompressed
+    model: of the decoder, with the selection, or of the vision encoder where a method acts there.
 
     Exit status: 0 done, 2 bad input or a target that cannot be met.
     """
@@ -277,7 +281,7 @@ def _terms(found: Converted) -> Table:
     table.add_row("retention", f"{found.method.retention:g}")
     table.add_row("patch tokens at the end", f"{mark}{terms['kept_patches']:.0f}")
     table.add_row("separators at the end", f"{terms['kept_separators']:.0f}")
-    table.add_row("tokens a layer, mean over layers", f"{mark}{terms['tokens']:.2f}")
+    table.add_row("tokens per layer, mean over layers", f"{mark}{terms['tokens']:.2f}")
     table.add_row("  with text", f"{mark}{terms['tokens_with_text']:.2f}")
     table.add_row("FLOPs of the prefill", f"{mark}{percent(terms['flops'], 2)}")
     table.add_row("  of which for the selection", f"{mark}{percent(terms['selector_flops'], None)}")

@@ -26,7 +26,7 @@ class ConvertRequest(PromptRequest):
 
     Attributes:
         method: A spec with its retention ratio, or without one if there is a target.
-        targets: Measure to the cost that a retention ratio is wanted for; at most one.
+        targets: Measure to the target cost for which to find a retention ratio; at most one.
     """
 
     method: str
@@ -38,8 +38,8 @@ class Converted:
     """A method in all terms.
 
     Attributes:
-        method: At the retention ratio that was given or found.
-        prompt: On which it costs that.
+        method: The method, at the given or found retention ratio.
+        prompt: The prompt that the costs refer to.
         terms: As `translate` returns them.
         mark: "≈" if counts depend on the content, otherwise empty.
         notes: Sentences that a reader must know.

@@ -1,4 +1,4 @@
-"""Costs of methods on a model whose configuration alone is needed.
+"""Costs of methods on a model, of which only the configuration is needed.
 
 Tokens, FLOPs and bytes are forecasts (`tokenprune.forecast`): the methods' own code on synthetic
 tokens, and the arithmetic and the conventions of the ledger.
@@ -27,7 +27,7 @@ __all__ = [
 def activation_bytes(shape: DecoderShape, tokens: int, size: int) -> int:
     """Bytes that a decoder layer holds at its peak while it processes ``tokens`` tokens.
 
-    In the MLP: hidden states in front of the layer and behind attention, normalised ones, and the
+    In the MLP: hidden states before the layer and after attention, normalised ones, and the
     three intermediate products of a gated MLP.  Attention without an N×N matrix needs less.
     """
     return tokens * size * (3 * shape.hidden + 3 * shape.intermediate)
@@ -40,8 +40,8 @@ def costs(prompt: Prompt, methods: Sequence[Compressor]) -> pd.DataFrame:
     ``flops_share`` (of the uncompressed prefill's FLOPs, selection included), ``equivalent`` (the
     retention ratio of a ``pre_llm`` method with equal layer average, see `equivalent`),
     ``weight_bytes``, ``activation_bytes`` and ``memory_bytes``: weights, KV cache, and the larger
-    of activations and selector, at one prompt; neither the tower's activations nor what libraries
-    and the device's allocator take.
+    of activations and selector, for one prompt; without the activations of the vision encoder and
+    without memory of libraries and of the device's allocator.
     """
     rows = []
     for method in (None, *methods):
@@ -90,7 +90,7 @@ def layers(prompt: Prompt, methods: Sequence[Compressor]) -> pd.DataFrame:
 
 
 def pays_from(lengths: Sequence[int], pays: Sequence[bool]) -> int | None:
-    """The shortest of ``lengths`` (ascending) from which on a method pays; None if none."""
+    """The smallest of ``lengths`` (ascending) from which on a method pays; None if none."""
     found = None
     for length, good in zip(reversed(lengths), reversed(pays), strict=True):
         if not good:
@@ -105,18 +105,18 @@ def break_even(
     compressed: Callable[[Ledger], float],
     uncompressed: Callable[[Ledger], float],
 ) -> int | None:
-    """From how many visual tokens on ``method`` is cheaper than doing nothing.
+    """The number of visual tokens from which on ``method`` is cheaper than no compression.
 
     Tried on single views of 1x1, 2x2, ... patches up to as many tokens as the prompt has.
 
     Args:
         prompt: Gives model and text.
-        method: At its retention.
-        compressed: What an account costs, selection included.
-        uncompressed: What the same prompt costs without a method.
+        method: With its retention ratio.
+        compressed: Maps a ledger to its cost, selection included.
+        uncompressed: The cost of the same prompt without a method.
 
     Returns:
-        Visual tokens, or None where it never pays.
+        Visual tokens, or None if it never pays.
     """
     longest = max(2, round(prompt.visual**0.5))
     step = max(1, longest // 24)

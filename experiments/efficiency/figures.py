@@ -14,11 +14,11 @@ __all__ = [
 ]
 
 
-_PANELS = 3  # retentions at most beside each other
+_PANELS = 3  # maximum number of panels
 
 
 def cost_by_retention(costs: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
-    """FLOPs and KV cache, as shares of the uncompressed model's, against retention.
+    """FLOPs and KV cache, relative to the uncompressed model, against retention.
 
     Args:
         costs: As `efficiency.costs.costs` returns it.
@@ -53,7 +53,7 @@ def cost_by_retention(costs: pd.DataFrame, title: str, subtitle: str = "") -> Fi
         left.set_ylabel("of the uncompressed model", fontsize=13)
         figure.supxlabel("patch tokens kept (retention)", fontsize=13, color=plots.INK)
         _legend(figure, left)
-        plots.titles(figure, title, f"{subtitle}; dashed: as much as is kept")
+        plots.titles(figure, title, f"{subtitle}; dashed: cost equal to the share kept")
     return figure
 
 
@@ -82,7 +82,7 @@ def tokens_by_layer(layers: pd.DataFrame, title: str, subtitle: str = "") -> Fig
                 if rows.empty:
                     continue
                 counts = rows.sort_values("layer")["visual_tokens"].to_list()
-                # Methods in front of the language model lie on one another: later ones are thinner.
+                # Curves of methods in front of the language model coincide: later ones are thinner.
                 width = 2 + 5 * (1 - (place + 1) / len(looks))
                 axes.step(
                     edges, [*counts, counts[-1]], where="post", color=look["color"], lw=width,

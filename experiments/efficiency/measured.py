@@ -37,8 +37,8 @@ class Measured:
     """What was measured.
 
     Attributes:
-        table: One row for the uncompressed model and one for every method, seconds and bytes.
-        words: How it was measured, for the reader of the table.
+        table: One row for the uncompressed model and one for every method, in seconds and bytes.
+        words: How it was measured, as sentences.
     """
 
     table: pd.DataFrame
@@ -99,12 +99,12 @@ def measure(
 
 def _row(bench: Bench, method: Compressor | None) -> dict[str, Any]:
     prompt, run = bench.prompt, bench.run(method)
-    told = prompt.forecast(method, draws=1).ledger
+    forecast = prompt.forecast(method, draws=1).ledger
     deeper = prompt.shape.layers / bench.depth
     missing = prompt.shape.layers - bench.depth
-    more = bench.layers_take(told) - bench.layers_take(run.ledger) if missing else 0.0
+    more = bench.layers_take(forecast) - bench.layers_take(run.ledger) if missing else 0.0
     weights = prompt.weight_bytes
-    kv = bench.batch_size * (told.kv_bytes - run.ledger.kv_bytes) if missing else 0
+    kv = bench.batch_size * (forecast.kv_bytes - run.ledger.kv_bytes) if missing else 0
     outside = min(bench.outside, run.decode.median)
     vision = bench.vision(method.needs if method is not None else frozenset())
     found = {
@@ -139,10 +139,10 @@ def _words(bench: Bench, model: str) -> str:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     words = (
         f"{name}{threads}, {kind}, random weights, batch {bench.batch_size}; median ± half the "
-        f"interquartile range of {bench.repeats} runs behind one that warms up. Vision: encoder "
+        f"interquartile range of {bench.repeats} runs after one warm-up. Vision: encoder "
         "with the signals of the method. Prefill: language model without selection. Decode: one "
-        "token. Pays: visual tokens from which on selection and prefill are faster than the plain "
-        "prefill, from fits over prompt lengths."
+        "token. Pays: visual tokens from which on selection and prefill are faster than the "
+        "uncompressed prefill, from fits over prompt lengths."
     )
     depth, there = bench.prompt.shape.layers, bench.depth
     if there < depth:

@@ -59,7 +59,7 @@ class PromptRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class EfficiencyRequest(PromptRequest):
-    """The costs of which methods to find, on which prompt.
+    """Which methods to cost, on which prompt.
 
     Attributes:
         methods: Specs, as in `CompareRequest`.
@@ -81,10 +81,10 @@ class EfficiencyRequest(PromptRequest):
 
 
 def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outcome:
-    """Forecast the costs of methods, and measure them if asked to.
+    """Forecast the costs of methods, and measure them on request.
 
     The folder gets ``costs.csv``, ``layers.csv``, if measured ``measured.csv``,
-    ``efficiency.json`` (what was asked) and ``plots/``.
+    ``efficiency.json`` (the request) and ``plots/``.
 
     Returns:
         With these tables; ``about`` describes the ``prompt`` and how times were ``measured``.
@@ -133,7 +133,7 @@ def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outc
 
 
 def _check(request: EfficiencyRequest, folder: Path) -> None:
-    """Raise `UserError` for what can be seen to be wrong without a model."""
+    """Raise `UserError` for errors that can be found without a model."""
     if request.device is not None:
         device_of(request.device)
     for name in ("layers", "batch_size", "repeats"):
@@ -156,11 +156,11 @@ def prompt_for(request: PromptRequest) -> Prompt:
 
 
 def stand_in(prompt: Prompt, methods: Sequence[Compressor]) -> Iterator[str]:
-    """A sentence, if a method looks at a question and there is none."""
+    """A sentence if a method uses the question but no text is counted."""
     if not prompt.text and any(asks(prompt, method) for method in methods):
         yield (
-            f"No text is counted; where a method looks at the question, {prompt.asking} tokens "
-            "stand in for it (--text-tokens gives and counts others)."
+            f"No text is counted; for methods that use the question, {prompt.asking} tokens "
+            "stand in for it (--text-tokens sets the number and counts them)."
         )
 
 
@@ -184,7 +184,7 @@ def _parts(prompt: Prompt) -> str:
 
 
 def _details(request: EfficiencyRequest, prompt: Prompt) -> dict[str, Any]:
-    """What was asked, with the size that was read."""
+    """The request, with the parsed image size."""
     asked = asdict(request)
     size = prompt.image_size
     asked["image_size"] = None if size is None else {"height": size[0], "width": size[1]}

@@ -1,1 +1,1 @@
-"""Pictures of what methods keep."""
+"""Figures of what methods keep."""

@@ -1,4 +1,4 @@
-"""``tokenprune masks``: what each method keeps of a picture, on the command line."""
+"""``tokenprune masks``: draw what each method keeps of an image."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ _Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="IMAGE... QUESTION",
-        help="Image files and, last, what to ask about them. With --video the frames, or a "
-        "folder of them, or an animated GIF. [default: an example of the testbed]",
+        help="Image files and, last, a question about them. With --video, the frames, a folder "
+        "of frames, or an animated GIF. [default: an example of the testbed]",
     ),
 ]
 
@@ -51,7 +51,7 @@ _Words = Annotated[
 _Model = Annotated[
     str | None,
     typer.Option(
-        help="As of compare, or timm/NAME. [default: testbed-next, or testbed-onevision for "
+        help="As for compare, or timm/NAME. [default: testbed-next, or testbed-onevision for "
         "several images and videos]"
     ),
 ]
@@ -63,28 +63,32 @@ _Methods = Annotated[
 ]
 
 
-_Video = Annotated[bool, typer.Option("--video", help="The images are a video's frames.")]
+_Video = Annotated[bool, typer.Option("--video", help="Treat the images as the frames of a video.")]
 
 
 _Frames = Annotated[
-    int, typer.Option(help="Of a longer video, take so many frames, evenly spaced.")
+    int, typer.Option(help="Maximum number of frames; a longer video is sampled evenly.")
 ]
 
 
 _Cuts = Annotated[
-    bool, typer.Option("--cuts", help="Show what is kept after every cut, not only at last.")
+    bool,
+    typer.Option("--cuts", help="Show what is kept after every cut, not only after the last one."),
 ]
 
 
 _Pretrained = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Weights of a timm model; without, they are random."),
+    typer.Option(metavar="FILE", help="Weights of a timm model. [default: random]"),
 ]
 
 
 _Out = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="[default: one in runs/, named after the picture]"),
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder for the figures. [default: a folder in runs/, named after the image]",
+    ),
 ]
 
 
@@ -100,17 +104,17 @@ def masks(
     max_image_pixels: options.MaxImagePixels = None,
     cuts: _Cuts = False,
     pretrained: _Pretrained = None,
-    seed: Annotated[int, typer.Option(help="Draws the example.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the example.")] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
     out: _Out = None,
 ) -> None:
-    """Draw what each method keeps of an image, and what the model then answers.
+    """Draw what each method keeps of an image, with the model's answers.
 
-    Writes masks (dropped patches pale, the share kept in the corner of every crop) and heat (the
-    vision encoder's saliency, and the scores of methods that score) as PNG and PDF, and kept.csv.
+    Writes masks (dropped patches are pale, the corner of every view shows the share kept) and heat
+    maps (the vision encoder's saliency, and the scores of methods) as PNG and PDF, and kept.csv.
 
     Exit status: 0 done, 2 bad input.
     """
@@ -167,6 +171,6 @@ def table(outcome: Outcome) -> Table:
 
 
 def _shares(shares: Sequence[float]) -> str:
-    # A crop that is padding all over has no tokens.
+    # A crop of padding alone has no tokens.
     shown = ["-" if math.isnan(share) else f"{100 * share:.0f}" for share in shares[:10]]
     return f"{' '.join(shown)}{' …' if len(shares) > 10 else ''} %"

@@ -1,4 +1,4 @@
-"""Draws what was kept on the image."""
+"""Draws kept tokens over the image."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ _FRAMES = 10  # of a strip
 _SMALLEST = 0.5  # side of a crop in a figure, in inches
 
 
-_PALE = np.array([0.86, 0.88, 0.91])  # what dropped patches fade to
+_PALE = np.array([0.86, 0.88, 0.91])  # colour of dropped patches
 
 
-_RIM = np.array([0.05, 0.4, 0.95])  # around what is kept
+_RIM = np.array([0.05, 0.4, 0.95])  # colour of the line around kept patches
 
 
 _PADDING = (150, 150, 150)
@@ -71,7 +71,7 @@ _HEAT = "inferno"
 Pixels = NDArray[np.float64]
 
 
-# --- where it is drawn ----------------------------------------------------------------------------
+# --- layout of a sheet ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +79,9 @@ class Tile:
     """A view on a sheet.
 
     Attributes:
-        view: Which.
-        picture: What it is cut from.
-        box: (left, top, right, bottom) of what it shows, in pixels of the picture.
+        view: The index of the view.
+        picture: The picture that it is cut from.
+        box: (left, top, right, bottom) of the part that it shows, in pixels of the picture.
         place: (x, y, width, height) on the sheet, in sides of a crop.
         lattice: The tokens.
     """
@@ -143,8 +143,8 @@ def sheet(medium: Medium, view: ViewSize) -> Sheet:
     return Sheet(tuple(tiles), left + wide, total)
 
 
-def _beside(sheets: Iterable[Sheet]) -> tuple[list[float], float, float]:
-    """Where several sheets begin when they stand in a row, and how wide and high that is."""
+def _in_a_row(sheets: Iterable[Sheet]) -> tuple[list[float], float, float]:
+    """The offsets of several sheets in a row, and the width and height of the row."""
     sheets = list(sheets)
     gap = (2 if all(one.height == 1 for one in sheets) else 6) * _GAP
     starts = np.cumsum([0.0, *(one.width + gap for one in sheets)]).tolist()
@@ -155,10 +155,10 @@ def _paint(one: Sheet, density: float, shade: Any) -> Pixels:
     """(height, width, 3) the sheet at ``density`` pixels a unit, white between the views.
 
     Args:
-        one: What to paint.
+        one: The sheet.
         density: Pixels in a crop's side.
-        shade: Called with a tile's pixels (h, w, 3) in [0, 1] and the token (h, w) of each; returns
-            them as they are to be seen.
+        shade: Called with the pixels (h, w, 3) of a tile in [0, 1] and their tokens (h, w); returns
+            the shaded pixels.
     """
     canvas = np.ones((round(one.height * density), round(one.width * density), 3))
     for tile in one.tiles:
@@ -177,7 +177,7 @@ def _paint(one: Sheet, density: float, shade: Any) -> Pixels:
 
 
 def _cut(picture: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """What lies in ``box``, resized to ``size`` (width, height); grey outside the picture."""
+    """The part in ``box``, resized to ``size`` (width, height); grey outside the picture."""
     left, top, right, bottom = box
     if left < 0 or top < 0 or right > picture.width or bottom > picture.height:
         square = Image.new("RGB", (round(right - left), round(bottom - top)), _PADDING)
@@ -187,11 +187,11 @@ def _cut(picture: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
 
 
 def _show_kept(pixels: Pixels, token: NDArray[np.int64], keep: NDArray[np.bool_]) -> Pixels:
-    """Dropped patches pale and grey, with a line around what is kept."""
+    """Make dropped patches pale and grey, and draw a line around kept ones."""
     stays = keep[token] & (token >= 0)
     grey = pixels.mean(-1, keepdims=True)
     shown = np.where(stays[..., None], pixels, 0.22 * grey + 0.78 * _PALE)
-    if keep.all() or keep[token[token >= 0]].all():  # at most what no token saw is pale
+    if keep.all() or keep[token[token >= 0]].all():  # only pixels without a token are pale
         return shown
     side = math.sqrt(token.size / len(np.unique(token)))  # of a patch, in pixels
     if side >= 8:
@@ -201,13 +201,13 @@ def _show_kept(pixels: Pixels, token: NDArray[np.int64], keep: NDArray[np.bool_]
 
 
 def _eroded(inside: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """What lies at least ``width`` pixels inside; the edge of the view does not count as one."""
+    """The pixels at least ``width`` pixels inside; the edge of the view does not count."""
     found = binary_erosion(inside, np.ones((3, 3)), iterations=width, border_value=1)
     return np.asarray(found, dtype=bool)
 
 
 def _show_heat(pixels: Pixels, token: NDArray[np.int64], value: Pixels) -> Pixels:
-    """The picture in grey under colours; plain where there is no value."""
+    """The picture in grey under colours; unchanged where there is no value."""
     grey = np.repeat(pixels.mean(-1, keepdims=True), 3, -1)
     heat = np.where(token >= 0, value[token], np.nan)
     colours = colormaps[_HEAT](np.nan_to_num(heat))[..., :3]
@@ -221,7 +221,7 @@ def _show_heat(pixels: Pixels, token: NDArray[np.int64], value: Pixels) -> Pixel
 
 @dataclass(frozen=True, eq=False)
 class _Panel:
-    """One picture of a figure: how to shade each medium, and what to write."""
+    """One panel of a figure: the shading of each medium, and the texts."""
 
     title: str
     lines: tuple[str, ...]
@@ -231,9 +231,9 @@ class _Panel:
 
 
 def draw(seen: MaskedPrompt) -> Figure:
-    """What every method keeps: dropped patches are pale, the share kept stands in each view.
+    """What every method keeps: dropped patches are pale, each view shows the share kept.
 
-    The first panel is the whole, with the number of patch tokens of each view.
+    The first panel shows all tokens, with the number of patch tokens of each view.
     """
     ratios = list(dict.fromkeys(one.retention for one in seen.masks[1:]))
     panels = []
@@ -258,12 +258,12 @@ def draw(seen: MaskedPrompt) -> Figure:
         lines = (*_answer(one, seen.truth), f"{tokens}{where}")
         row = 0 if whole else ratios.index(one.retention)
         panels.append(_Panel(f"{one.label}{share}", lines, tuple(shades), tuple(corners), row))
-    note = "In the corner: how many patch tokens a view has, and what share of them is kept."
+    note = "In the corner: the number of patch tokens of a view, and the share that is kept."
     return _figure(seen, panels, note)
 
 
 def heat(seen: MaskedPrompt) -> Figure:
-    """The encoder's saliency and the scores of methods that score, as percentiles of all tokens.
+    """The vision encoder's saliency and the scores of methods, as percentiles of all tokens.
 
     Raises:
         UserError: The vision encoder has no saliency and no method scores.
@@ -275,7 +275,7 @@ def heat(seen: MaskedPrompt) -> Figure:
     shown = set()
     for one in seen.masks:
         if one.scores and one.label not in shown:
-            shown.add(one.label)  # the scores do not depend on how many are kept
+            shown.add(one.label)  # scores do not depend on the retention ratio
             lines = (f"score, {one.where}",)
             panels.append(_heat_panel(seen, one.label, lines, list(one.scores)))
     if not panels:
@@ -305,7 +305,7 @@ def _heat_panel(
 
 
 def _aligned(full: TokenLayout, layout: TokenLayout, values: Tensor) -> Pixels:
-    """(N,) the values at their places in the full sequence, NaN elsewhere and at separators."""
+    """(N,) the values at their indices in the full sequence, NaN elsewhere and at separators."""
 
     def places(one: TokenLayout) -> NDArray[np.int64]:
         parts = (one.kind, one.view, one.row, one.col, one.canvas_row, one.canvas_col)
@@ -339,11 +339,11 @@ def _answer(one: Mask, truth: str | None) -> tuple[str, ...]:
 
 def _figure(seen: MaskedPrompt, panels: Sequence[_Panel], note: str) -> Figure:
     sheets = [sheet(medium, seen.view) for medium in seen.media]
-    starts, wide, tall = _beside(sheets)
+    starts, wide, tall = _in_a_row(sheets)
     columns, places = _arranged(panels, wide, tall)
     rows = max(row for row, _ in places) + 1
     width = _WIDTH / columns  # of a panel, in inches
-    if rows * width * tall / wide > _WIDTH * 1.4:  # as tall as a page
+    if rows * width * tall / wide > _WIDTH * 1.4:  # the height of a page
         width = _WIDTH * 1.4 / rows * wide / tall
     lines = max(len(panel.lines) for panel in panels)
     text = 0.36 + 0.2 * lines
@@ -376,7 +376,10 @@ def _arranged(
     aspect = wide / tall
     rows = max(panel.row for panel in panels) + 1
     if rows > 1 and aspect < 3:
-        places, filled = [], [1 if row else 0 for row in range(rows)]  # below the whole: nothing
+        places, filled = (
+            [],
+            [1 if row else 0 for row in range(rows)],
+        )  # nothing below the first panel
         for panel in panels:
             places.append((panel.row, filled[panel.row]))
             filled[panel.row] += 1
@@ -385,12 +388,12 @@ def _arranged(
     if count <= 4 and aspect < 2 and _WIDTH / count >= _SMALLEST * wide:
         columns = count
     else:
-        columns = min(range(1, count + 1), key=lambda c: _misfit(c, count, wide, tall))
+        columns = min(range(1, count + 1), key=lambda c: _shape_error(c, count, wide, tall))
     return columns, [divmod(index, columns) for index in range(count)]
 
 
-def _misfit(columns: int, count: int, wide: float, tall: float) -> float:
-    """How far a figure of so many columns is from twice as wide as high, with few holes."""
+def _shape_error(columns: int, count: int, wide: float, tall: float) -> float:
+    """How far a figure with this many columns is from the ratio 2:1 without gaps."""
     rows, width = -(-count // columns), _WIDTH / columns
     height = rows * (width * tall / wide + 0.7)
     cramped = columns > 1 and width < _SMALLEST * wide
@@ -407,7 +410,7 @@ def _draw_panel(
     density: float,
     inches: float,
 ) -> None:
-    """``inches`` are those of a crop's side."""
+    """``inches`` is the side of a crop."""
     wide, tall = extent
     for one, start, shade, corners in zip(sheets, starts, panel.shades, panel.corners, strict=True):
         top = (tall - one.height) / 2

@@ -72,12 +72,12 @@ class Mask:
 
     Attributes:
         label: The method, ``uncompressed`` for all tokens.
-        retention: R asked for.
+        retention: The requested retention ratio.
         keeps: For every medium (M,) indices into its packed sequence.
-        answer: The model's; None where there is no language model or no question.
-        where: Where the method acts, in words.
-        scores: For every medium, the layout of the tokens it scored last and (M,) their scores;
-            empty unless it ranks (`Compressor.ranking`).
+        answer: The answer of the model; None without language model or question.
+        where: The stage of the method, in words.
+        scores: For every medium, the layout of the tokens of the last ranking and their scores
+            (M,); empty for methods without ranking (`Compressor.ranking`).
     """
 
     label: str
@@ -93,12 +93,12 @@ class MaskedPrompt:
     """A prompt's images or video, and what every method keeps of them.
 
     Attributes:
-        model: Its name.
-        view: Its views.
+        model: The name of the model.
+        view: The geometry of its views.
         media: The images, or the video.
         masks: What every method keeps, all tokens first.
-        question, truth: What was asked, and the true answer if known.
-        saliency: What the encoder's saliency is, in words; empty if it has none.
+        question, truth: The question, and the true answer if known.
+        saliency: The kind of saliency of the vision encoder, in words; empty if it has none.
     """
 
     model: str
@@ -167,10 +167,10 @@ def look(
     Args:
         pipe, images, question, methods, retention: As of `masks`.
         video: Whether the images are the frames of one video.
-        cuts: Whether methods that cut several times are shown after every cut, not only at last.
+        cuts: Whether methods with several cuts are shown after every cut, not only the last.
         truth: The true answer, if known.
-        name: Of the model, for the title.
-        max_new_tokens: Longest answer.
+        name: Name of the model, for the title.
+        max_new_tokens: Maximum length of an answer.
         progress: Called before every step.
 
     Raises:
@@ -195,11 +195,13 @@ def look(
     )
     encoded, saliency = _encode_all(pipe, pictures, signals, video)
     asked = str(question) if asks else None
-    prompt = _Prompt(pipe, pictures, encoded, video, asked, max_new_tokens)
+    prompt = _EncodedPrompt(pipe, pictures, encoded, video, asked, max_new_tokens)
     found: list[Mask] = []
     for index, cell in enumerate(columns):
         progress(index, len(columns), str(cell))
-        if cell.compressor is None or cell.compressor.retention < 1:  # else as the first
+        if (
+            cell.compressor is None or cell.compressor.retention < 1
+        ):  # otherwise the same as the first
             found += prompt.masks(cell, cuts)
     groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
     media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))
@@ -218,19 +220,19 @@ def _encode_all(
         words = "logits of the CLS token's attention"
     try:
         return _encode(pipe, pictures, signals | {SALIENCY}, video), words
-    except UserError:  # an encoder whose attention is not known
+    except UserError:  # an encoder of unknown attention
         return _encode(pipe, pictures, signals, video), ""
 
 
 @dataclass(frozen=True, eq=False)
-class _Prompt:
+class _EncodedPrompt:
     """One prompt, encoded.
 
     Attributes:
         pictures: Its images, or the frames of its video.
         encoded: Their packed sequences.
-        question: None where nothing is asked.
-        max_new_tokens: Longest answer.
+        question: The question, or None.
+        max_new_tokens: Maximum length of an answer.
     """
 
     pipe: Pipeline
@@ -241,7 +243,7 @@ class _Prompt:
     max_new_tokens: int
 
     def masks(self, cell: Cell, cuts: bool) -> Iterator[Mask]:
-        """What the method of ``cell`` keeps, at last or after every one of its ``cuts``."""
+        """What the method of ``cell`` keeps, at the end or after every one of its ``cuts``."""
         compressor, heard = (None, []) if cell.compressor is None else noting(cell.compressor)
         answer, selections = self._run(compressor)
         made = _steps(selections) if cuts else [final(selections)]
@@ -257,7 +259,7 @@ class _Prompt:
             yield Mask(cell.label, cell.retention, keeps, answer, where, scores)
 
     def _run(self, compressor: Compressor | None) -> tuple[str | None, Sequence[SelectionRecord]]:
-        """The answer, if something is asked, and what was selected."""
+        """The answer, if there is a question, and the selections."""
         shown = self.encoded
         if compressor is not None and encoder_part(compressor) is not None:
             shown = _encode(self.pipe, self.pictures, compressor.needs, self.video, compressor)
@@ -296,7 +298,7 @@ def _on_cpu(note: Note) -> tuple[TokenLayout, Tensor]:
 
 
 def _steps(selections: Sequence[SelectionRecord]) -> list[dict[tuple[int, int], SelectionRecord]]:
-    """What was left after every cut; all tokens if there was none."""
+    """The kept tokens after every cut; all tokens without a cut."""
     layers = list(dict.fromkeys(chosen.layer for chosen in selections))
     return [final(c for c in selections if c.layer == layer) for layer in layers] or [{}]
 

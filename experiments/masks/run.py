@@ -1,7 +1,7 @@
 """What each method keeps of an image, several images or a video, drawn over the pixels.
 
-`look` runs the methods and records what they keep, answer and score; `draw` and `heat` make figures
-of that.  `masks` goes from a question to the figure in one call.
+`look` runs the methods and records kept tokens, answers and scores; `draw` and `heat` draw them.
+`masks` goes from a question to the figure in one call.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def masks(
     Args:
         pipe: As `tokenprune.load` returns it.
         images: Of one prompt, in order; or the frames of a video with ``video=True``.
-        question: What to ask.  Without one, or without a language model, methods that act in
-            front of it are shown and nothing is answered.
+        question: The question.  Without one, or without a language model, only methods that act
+            in front of it are shown, without answers.
         methods: Specs, as for a comparison.
-        retention: One or several shares of patch tokens to keep.
+        retention: One or several retention ratios.
         **options: As of `look`.
 
     Raises:
@@ -74,19 +74,19 @@ def masks(
 
 @dataclass(frozen=True, kw_only=True)
 class MasksRequest(ModelRequest):
-    """What to draw, as asked on the command line.
+    """What to draw.
 
     Attributes:
-        model: As of `tokenprune.load`; empty for a testbed that takes such images.
+        model: As for `tokenprune.load`; empty for a testbed that takes such images.
         words: Image files, and last the question; none for an example of the testbed.
         methods: Specs; None for GlobalCom² and FastV, or those of them that need no question if
             there is none.
         retention: Retention ratios, each in (0, 1].
         video: Whether the images are the frames of one video.
-        frames: How many of a longer video are taken.
+        frames: Maximum number of frames.
         cuts: As of `look`.
         pretrained: Checkpoint of a timm model.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Maximum length of an answer.
     """
 
     model: str = ""
@@ -116,7 +116,7 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
     for name in ("frames", "max_new_tokens", "seed"):
         check_number(name, getattr(request, name))
     named = [spec for spec in request.methods or () if spec != ALL]
-    cells(named, request.retention)  # a misspelt method is found early
+    cells(named, request.retention)  # to find a misspelt method early
     shown = _example(request) if not request.words else _given(request)
     single = len(shown.images) == 1 and not request.video
     model = request.model or ("testbed-next" if single else "testbed-onevision")
@@ -161,7 +161,7 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
 def _written(
     request: MasksRequest, folder: Path, seen: MaskedPrompt, table: pd.DataFrame
 ) -> tuple[str, ...]:
-    """Write figures, table and manifest; their names."""
+    """Write figures, table and manifest, and return their names."""
     save(draw(seen), folder / "masks")
     files = ["masks.png", "masks.pdf"]
     if seen.saliency or any(one.scores for one in seen.masks):
@@ -185,7 +185,7 @@ class _Shown:
 
 
 def _example(request: MasksRequest) -> _Shown:
-    """A question of the testbed that only the details answer."""
+    """A question of the testbed that needs the crops."""
     asked = held_out(50, request.seed, "video" if request.video else "image")
     item = next((item for item in asked if item.kind == "digit"), asked[0])
     images = [picture.open() for picture in item.images]

@@ -141,7 +141,7 @@ class _Case:
 
 
 @dataclass(frozen=True, eq=False)
-class _Selected:
+class _CaseSelection:
     """What a method keeps of a case, each (N,); scores are NaN where there are none."""
 
     kept: Tensor
@@ -201,7 +201,7 @@ def positional_bias(
     def cases(index: int) -> Iterator[_Case]:
         return _cases(pipe, index, images[index], outside, conditions, levels, known.skipped)
 
-    def select(compressor: Compressor, some: Sequence[_Case]) -> list[_Selected]:
+    def select(compressor: Compressor, some: Sequence[_Case]) -> list[_CaseSelection]:
         return _selections(pipe, compressor, some, [asked[case.image] for case in some])
 
     return _analysed(compressors, len(images), cases, select, known, batch_size, seed, progress)
@@ -249,7 +249,7 @@ def selector_bias(
 def _rows_of(
     compressor: Compressor,
     cases: Sequence[_Case],
-    select: Callable[[Compressor, Sequence[_Case]], Sequence[_Selected]],
+    select: Callable[[Compressor, Sequence[_Case]], Sequence[_CaseSelection]],
     batch_size: int,
 ) -> list[Rows]:
     """The rows of a method on all cases, in batches."""
@@ -264,7 +264,7 @@ def _analysed(
     compressors: Sequence[Compressor],
     images: int,
     cases: Callable[[int], Iterator[_Case]],
-    select: Callable[[Compressor, Sequence[_Case]], list[_Selected]],
+    select: Callable[[Compressor, Sequence[_Case]], list[_CaseSelection]],
     known: Parts,
     batch_size: int,
     seed: int,
@@ -467,7 +467,7 @@ def _in_front(compressor: Compressor) -> bool:
     return compressor.stage is Stage.PRE_LLM and list(compressor.parts()) == [compressor]
 
 
-def _selected(compressor: Compressor, cases: Sequence[_Case]) -> list[_Selected]:
+def _selected(compressor: Compressor, cases: Sequence[_Case]) -> list[_CaseSelection]:
     """What a method in front of the language model keeps of each case."""
     noted, notes = noting(compressor)
     with warnings.catch_warnings():
@@ -477,7 +477,7 @@ def _selected(compressor: Compressor, cases: Sequence[_Case]) -> list[_Selected]
 
 def _selections(
     pipe: Pipeline, compressor: Compressor, cases: Sequence[_Case], prompts: Sequence[str]
-) -> list[_Selected]:
+) -> list[_CaseSelection]:
     """What any method keeps of each case."""
     if _in_front(compressor):
         return _selected(compressor, cases)
@@ -494,7 +494,7 @@ def _selections(
 
 def _outcome(
     case: _Case, keeps: Sequence[Tensor], notes: Sequence[tuple[VisualTokens, Tensor]]
-) -> _Selected:
+) -> _CaseSelection:
     size = len(case.tokens)
     first, last = (torch.zeros(size, dtype=torch.bool) for _ in range(2))
     first[keeps[0].cpu()] = True
@@ -504,10 +504,10 @@ def _outcome(
         if seen.fingerprint is case.tokens.fingerprint and len(values) == size:
             score = values.detach().float().cpu()
             break
-    return _Selected(last, first, score)
+    return _CaseSelection(last, first, score)
 
 
-def _rows(compressor: Compressor, case: _Case, outcome: _Selected) -> Rows:
+def _rows(compressor: Compressor, case: _Case, outcome: _CaseSelection) -> Rows:
     layout = case.layout
     patches = layout.patches.numpy()
     slots = layout.frames if layout.modality == "video" else layout.grid[0] * layout.grid[1]

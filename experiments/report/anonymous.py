@@ -36,11 +36,11 @@ _NOBODY = {"root", "user", "home", "localhost", ""}
 def anonymous(value: Any) -> Any:
     """``value`` without absolute paths and the names of users and of this machine.
 
-    Of a path its last part stays.  Names are those of the user and the machine that it is called
-    on, and those of home folders in ``value``.
+    The last part of a path stays.  Names are those of the current user and machine, and those of
+    home folders in ``value``.
 
     Args:
-        value: What JSON can hold; keys stay as they are.
+        value: A JSON value; keys are not changed.
     """
     names = {getpass.getuser(): "user", Path.home().name: "user"}
     host = socket.gethostname()

@@ -38,7 +38,7 @@ def table_columns(answers: pd.DataFrame) -> list[Column]:
 
 
 def _key(label: str, retention: float) -> str | None:
-    """What the journal files a method's answers under; None where the method is not known here."""
+    """The cell key of a method's answers in the journal; None if the method is unknown here."""
     if label == UNCOMPRESSED:
         return UNCOMPRESSED
     try:

@@ -1,4 +1,4 @@
-"""``tokenprune report``: a page to look through a run."""
+"""``tokenprune report``, ``pairs`` and ``table``: the results of runs."""
 
 from __future__ import annotations
 
@@ -37,26 +37,27 @@ __all__ = [
 
 
 _Folder = Annotated[
-    Path, typer.Argument(metavar="RUN_FOLDER", help="What tokenprune compare wrote.")
+    Path, typer.Argument(metavar="RUN_FOLDER", help="Run folder of tokenprune compare.")
 ]
 
 
 _First = Annotated[
     bool,
     typer.Option(
-        "--first", help="Show the first ones, not those that methods answer most differently."
+        "--first", help="Show the first questions, not those with the most different answers."
     ),
 ]
 
 
 _Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="The run's data file, if it was moved since."),
+    typer.Option(metavar="FILE", help="The data file of the run, if it has moved."),
 ]
 
 
 _Out = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="[default: report.html in the folder]")
+    Path | None,
+    typer.Option(metavar="FILE", help="File of the page. [default: report.html in the run folder]"),
 ]
 
 
@@ -71,16 +72,18 @@ _Anonymous = Annotated[
 @app.command()
 def report(
     folder: _Folder,
-    questions: Annotated[int, typer.Option(help="How many to show with images and masks.")] = 100,
+    questions: Annotated[
+        int, typer.Option(help="Number of questions shown with images and masks.")
+    ] = 100,
     first: _First = False,
     data: _Data = None,
     max_image_pixels: options.MaxImagePixels = None,
     out: _Out = None,
     anonymous: _Anonymous = False,
 ) -> None:
-    """Write a page about a run: results, figures, and every question with what methods kept.
+    """Write an HTML page about a run: results, figures, and questions with what methods kept.
 
-    The page is one file that needs no network. The run may be finished, failed or interrupted.
+    The page is a single file that needs no network. The run may be finished, failed or interrupted.
 
     Exit status: 0 done, 2 bad input.
     """
@@ -109,21 +112,23 @@ def report(
 
 @app.command(cls=ManyValues)
 def pairs(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", "-m", metavar="LABEL...", help="Only these. [default: all]"),
+        typer.Option(
+            "--methods", "-m", metavar="LABEL...", help="Only these methods. [default: all]"
+        ),
     ] = None,
     kind: Annotated[
         str, typer.Option(help="Only questions of this kind. [default: all questions]")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of the bootstrap samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Compare every two methods of a run on the questions that both answered.
+    """Compare all pairs of methods of a run on the questions that both answered.
 
     Prints the difference of their accuracies with its 95 % bootstrap interval and the p-value of
-    McNemar's exact test, as it is and adjusted for the number of pairs (Holm), and writes
-    pairs.csv to the folder.
+    McNemar's exact test, raw and adjusted for the number of pairs (Holm), and writes pairs.csv to
+    the folder.
 
     Exit status: 0 done, 2 bad input.
     """
@@ -146,7 +151,7 @@ def pairs_table(found: pd.DataFrame) -> Table:
     """The pairs as a table of at most 80 columns; ``found`` is as `summary.pairs` returns it."""
     number = found["n"].max()
     made = new_table(
-        title=f"Every two methods on the same questions ({escape(found['kind'].iloc[0])})",
+        title=f"All pairs of methods on the same questions ({escape(found['kind'].iloc[0])})",
         caption=f"First minus second, in points of accuracy, on {number} questions, with its 95 % "
         "interval (whole images resampled). p: McNemar's exact test; Holm: adjusted for the "
         f"{len(found)} pairs of this table; - with several seeds.",
@@ -173,12 +178,13 @@ def pairs_table(found: pd.DataFrame) -> Table:
 @app.command()
 def table(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders that compare has written.")
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders of tokenprune compare.")
     ],
 ) -> None:
     """Print several comparisons side by side as one Markdown table.
 
-    One row per method: accuracies in % and, in brackets, the decoder's FLOPs in % of the full ones.
+    One row per method: accuracy in % and, in brackets, the decoder's FLOPs in % of those of the
+    uncompressed model.
 
     Exit status: 0 done, 2 bad input.
     """

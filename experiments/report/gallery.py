@@ -93,11 +93,11 @@ def _flag(value: Any) -> str:
 
 
 class Gallery:
-    """Every picture once, and how the tokens of images and videos lie over them.
+    """Every picture once, with the locations of the tokens of images and videos.
 
     Attributes:
-        room: Bytes that a picture should not exceed.
-        pictures: Data URIs, or None of a picture that is missing.
+        room: Maximum size of a picture, in bytes.
+        pictures: Data URIs; None for a missing picture.
         media: Images and videos: their size, their pictures and the lattices of their tokens.
     """
 
@@ -120,7 +120,7 @@ class Gallery:
         return [self._medium(group, side, item.video, together) for group in groups]
 
     def fitting(self, media: Sequence[int], kept: Any) -> list[str] | None:
-        """A journal's ``kept`` if it is of these images."""
+        """The ``kept`` entry of a journal if it matches these images."""
         if not isinstance(kept, list) or len(kept) != len(media) or not media:
             return None
         lengths = [self._entries[index] for index in media]
@@ -143,7 +143,7 @@ class Gallery:
                 layout = _layout(self.adapter, (height, width), len(group), video, together)
                 medium["views"] = _views(layout, (height, width), ViewSize.of(self.adapter))
                 entries = len(layout)
-            except Exception as error:  # of any adapter: the page must not fail
+            except Exception as error:  # from any adapter: the page must not fail
                 note = f"No masks for some images: {type(error).__name__}: {error}"
                 if note not in self.notes:
                     self.notes.append(note)
@@ -168,27 +168,27 @@ class Gallery:
 
 
 def _data_uri(image: Image.Image, side: int, room: int) -> str:
-    """``image`` as WebP, its longest side at most ``side`` pixels; coarser to fit into ``room``."""
+    """``image`` as WebP, at most ``side`` pixels long; in lower quality if ``room`` requires."""
     for share, quality in _STEPS:
         small = image.copy()
         small.thumbnail((share * side, share * side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        # Cameras and programs write names into what comes along with the pixels.
+        # Metadata of cameras and programs may contain names.
         small.save(buffer, "WEBP", quality=quality, exif=b"", xmp=b"")
         if buffer.tell() <= room:
             break
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-# --- where tokens lie -----------------------------------------------------------------------------
+# --- locations of tokens --------------------------------------------------------------------------
 
 
 def planner(manifest: Mapping[str, Any], notes: list[str]) -> Adapter | None:
-    """The model's adapter around its configuration alone, which is all that layouts need."""
+    """The model's adapter, made of its configuration alone, which is enough for layouts."""
     experiment = manifest["experiment"]
     name, revision = str(experiment["model"]), experiment.get("revision")
     try:
-        # The run may come from anyone: nothing that it names is executed or downloaded.
+        # The run may be untrusted: nothing that it names is executed or downloaded.
         config = read_config(
             name, trust_remote_code=False, local_files_only=True, revision=revision
         )
@@ -208,12 +208,12 @@ def _layout(
 
 
 def _views(layout: TokenLayout, size: tuple[int, int], view: ViewSize) -> list[dict[str, Any]]:
-    """The lattices of tokens, in shares of what each shows.
+    """The lattices of tokens, in relative coordinates.
 
     Each has its ``box`` (left, top, right, bottom in shares of the image, beyond it where there is
     padding), whether it is drawn as a ``square``, the ends of its rows and columns in shares of the
-    box, the index ``at`` which its tokens begin in the packed sequence and the ``step`` from row to
-    row, and where crops meet.
+    box, the index ``at`` which its tokens begin in the packed sequence, the ``step`` from row to
+    row, and the ``seams`` between crops.
     """
     height, width = size
     found = []
@@ -251,7 +251,7 @@ def _share(value: float, low: float, high: float) -> float:
 
 
 def _places(lattice: Lattice) -> dict[str, int]:
-    """Where in the packed sequence the lattice's rows are."""
+    """The first index and the step of the lattice's rows in the packed sequence."""
     index = lattice.index
     if not index.size:
         return {"at": 0, "step": 0}

@@ -1,4 +1,4 @@
-"""Every two methods of a run, compared on the questions that both answered."""
+"""All pairs of methods of a run, compared on the questions that both answered."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PairsRequest:
     """Which methods of a run to compare.
 
     Attributes:
-        folder: Of the run.
+        folder: The run folder.
         methods: Labels; all methods if empty.
         kind: Only questions of this kind; all questions if empty.
         seed: Of the bootstrap.
@@ -43,7 +43,7 @@ class PairsRequest:
 
 
 def pairs(request: PairsRequest) -> Outcome:
-    """Compare every two methods, and write ``pairs.csv`` to the folder.
+    """Compare all pairs of methods, and write ``pairs.csv`` to the folder.
 
     Returns:
         With the table ``pairs``, as `summary.pairs` returns it.
@@ -65,7 +65,7 @@ def pairs(request: PairsRequest) -> Outcome:
 
 
 def _file_part(kind: str) -> str:
-    """``kind`` if it is a plain word, otherwise a digest: data must not name files."""
+    """``kind`` if it is a plain word, otherwise a digest, so that data cannot name files."""
     if re.fullmatch(r"[\w-]{1,40}", kind, re.ASCII):
         return kind
     return hashlib.sha256(kind.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: what was run, its results, and every question to look at.
+"""One self-contained HTML page about a run: its setup, results and questions.
 
 Everything is read from the run folder and from the files of its questions; no model is loaded.
 Where something is missing (the data file, an image, a method's package) the page says so and shows
@@ -73,12 +73,12 @@ class ReportRequest(Request):
 
     Attributes:
         out: The page; None for ``report.html`` in the folder.
-        folder: Of the run.
-        questions: How many to show with images and masks.
-        first: Whether to show the first ones, not those that methods answer most differently.
-        data: Where the data file is now, if it was moved.
-        anonymous: Leave out who ran it and where (`anonymous`); questions, answers and pictures
-            stay as they are.
+        folder: The run folder.
+        questions: Number of questions shown with images and masks.
+        first: Whether to show the first questions, not those with the most different answers.
+        data: Path of the data file, if it has moved.
+        anonymous: Whether to leave out names and paths (`anonymous`); questions, answers and
+            pictures do not change.
     """
 
     folder: Path
@@ -146,13 +146,13 @@ def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
 
 @dataclass(frozen=True)
 class _Run:
-    """What was read of a run.
+    """The contents of a run folder.
 
     Attributes:
         answers: As in ``answers.parquet``, without references.
         summary: As in ``summary.csv``.
-        columns: Of the page.
-        notes: Sentences about what cannot be shown, added as it is found.
+        columns: The columns of the page.
+        notes: Sentences about what cannot be shown; more are added while the page is made.
     """
 
     manifest: Mapping[str, Any]
@@ -165,7 +165,7 @@ class _Run:
 
 
 def _read(request: ReportRequest, path: Path, progress: ProgressCallback) -> _Run:
-    """Read the run; ``path`` is where the page goes, checked before anything takes long."""
+    """Read the run, after a check that the page can be written to ``path``."""
     manifest = manifest_of(request.folder)
     check_file(path)
     notes: list[str] = []
@@ -185,7 +185,7 @@ def _read(request: ReportRequest, path: Path, progress: ProgressCallback) -> _Ru
 
 
 def _browser(found: _Run, request: ReportRequest, progress: ProgressCallback) -> dict[str, Any]:
-    """What the page shows of single questions: answers, pictures and masks."""
+    """The data of single questions: answers, pictures and masks."""
     columns, notes = found.columns, found.notes
     chosen = _chosen(found.answers, columns, request)
     known = {item.id: item for item in found.questions or ()}
@@ -217,7 +217,7 @@ def _template() -> jinja2.Template:
 
 
 def _script_safe(value: Any) -> str:
-    """JSON that cannot end the script element it stands in, whatever the texts contain."""
+    """JSON that cannot end the script element around it, whatever the texts contain."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -234,7 +234,7 @@ def _answers(
     journal: Journal,
     notes: list[str],
 ) -> pd.DataFrame:
-    """As `answers_frame`: from the journal, or as it was written where that is not possible."""
+    """The table of answers, from the journal or, if that fails, from ``answers.parquet``."""
     try:
         return journaled(manifest, questions, journal)
     except UserError as error:
@@ -249,8 +249,8 @@ def _answers(
 def _chosen(answers: pd.DataFrame, columns: Sequence[Column], request: ReportRequest) -> list[str]:
     """Ids of the questions to show.
 
-    The most informative ones are those with most methods that answer unlike the uncompressed
-    model, or, without one, with most different answers.
+    The most informative questions are those on which most methods differ from the uncompressed
+    model or, without it, those with the most different answers.
     """
     names = list(pd.unique(answers["question_id"]))
     if not request.first:
@@ -263,7 +263,7 @@ def _chosen(answers: pd.DataFrame, columns: Sequence[Column], request: ReportReq
 
 
 def _bound(entries: Sequence[dict[str, Any]], notes: list[str]) -> None:
-    """Leave out what was kept of the last questions where that of all would be too much."""
+    """Leave out the masks of the last questions if all masks would exceed the limit."""
     sizes = [sum(map(len, itertools.chain(*filter(None, entry["kept"])))) for entry in entries]
     fitting = sum(total <= _KEPT for total in itertools.accumulate(sizes))
     for entry in entries[fitting:]:
@@ -282,7 +282,7 @@ def _figures(
             with Image.open(file) as image:
                 image.thumbnail((_PLOT_WIDTH, 4 * _PLOT_WIDTH), Image.Resampling.LANCZOS)
                 uri = _plot_uri(image)
-        except Exception as error:  # whatever damage does to a picture
+        except Exception as error:  # a damaged picture can raise anything
             notes.append(f"The figure {file.name} cannot be shown ({error}).")
         else:
             yield {"name": file.stem.replace("-", " "), "uri": uri}

@@ -23,14 +23,14 @@ def side_by_side(folders: Sequence[Path], notes: list[str]) -> pd.DataFrame:
 
     Args:
         folders: Folders of runs.
-        notes: Is told where a run's table is older than its answers.
+        notes: Receives a sentence for each run whose table is older than its answers.
 
     Returns:
         Texts, indexed by method, highest retention first: accuracies in %, FLOPs in % of the
         uncompressed prefill; «–» where a run does not have the method.
 
     Raises:
-        UserError: A folder is not that of a run, or its run has not finished anything.
+        UserError: A folder is not a run folder, or no cell of its run is finished.
     """
     columns = {}
     for folder in folders:
@@ -74,15 +74,15 @@ def _spell(row: "pd.Series[float]", steps: Sequence[float], digits: int) -> str:
 
 
 def _read(folder: Path, notes: list[str]) -> tuple[str, pd.DataFrame]:
-    """Model and modality of a run, and the rows of its summary that take all questions together."""
+    """Model and modality of a run, and the rows of its summary for all questions together."""
     experiment = experiment_of(folder)
     answers = answers_of(folder, notes).assign(kind=OVERALL)
     summary = summarise(answers, seed=0)  # its intervals are not shown
     done = summary[summary["status"] == "ok"]
-    # With --match: whose cost it has, not what was solved for.
+    # With --match: the ratio of uniform, whose cost it has, not the solved one.
     done = done.assign(retention=done["asked_retention"].fillna(done["retention"]))
     done = done.dropna(subset="retention")  # answers without the image or from one kind of view
     if done.empty:
-        raise UserError(f"nothing has been finished in {str(folder)!r}; run the command again.")
+        raise UserError(f"no cell is finished in {str(folder)!r}; run the command again.")
     kinds = ", ".join(experiment["modality"])
     return f"{Path(experiment['model']).name}, {kinds}", done

@@ -45,7 +45,7 @@ def command(manifest: Mapping[str, Any]) -> str:
 
 
 def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader must know to trust or repeat the run."""
+    """The facts that are needed to repeat the run."""
     experiment = manifest["experiment"]
     asked = manifest.get("request") or {}
     git = manifest.get("git") or {}
@@ -77,7 +77,7 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def failures_of(manifest: Mapping[str, Any], journal: Journal) -> list[dict[str, str]]:
-    """Those of the manifest, or, of a run that was killed, of the journal."""
+    """The failures in the manifest or, for a killed run, in the journal."""
     found = manifest.get("failures")
     if found is None:
         found = [
@@ -92,7 +92,7 @@ def kinds(summary: pd.DataFrame) -> list[str]:
 
 
 def results(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row for each method and retention, most tokens first; last what sees less of the image."""
+    """A row for each method and retention, most tokens first; references come last."""
     rows = []
     ordered = summary.sort_values("retention", ascending=False, kind="stable")
     cells = ordered.groupby(["retention", "label"], sort=False, dropna=False)
@@ -128,7 +128,7 @@ _MISSING: Any = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), flo
 
 
 def costs(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """The ledger of each cell, a question on average."""
+    """The ledger of each cell, averaged over questions."""
     rows = []
     overall = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
     for _, row in overall.sort_values("retention", ascending=False, kind="stable").iterrows():
@@ -197,7 +197,7 @@ def _bibtex(name: str, title: str, arxiv: str) -> str:
 
 
 def own_citation(manifest: Mapping[str, Any]) -> str:
-    """An entry for the software as it was when the run was made."""
+    """An entry for the version of the software that made the run."""
     version = (manifest.get("versions") or {}).get("tokenprune") or tp.__version__
     git = manifest.get("git") or {}
     note = f"version {version}"
