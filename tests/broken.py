@@ -1,6 +1,6 @@
 """Seeded faults, in methods and in models: at least one for every check.
 
-A check that nothing fails is empty.  A `Fault` is a strategy plus what is broken around it.
+A check that nothing fails is empty.  A `Fault` is a method and the code around it that is broken.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ from tokenprune.tokens import VisualTokens
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
-# -- hosts ---------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------
 
 
 def _replaced(target: Any, name: str, value: Any) -> Patch:

@@ -197,7 +197,7 @@ def test_the_bound_by_hand() -> None:
 def test_the_bound_counts_full_length_once() -> None:
     """At R = 1 both methods are the uncompressed model, which runs anyway; FastV cuts at layer 2.
 
-    Together: a tower of 10, the uncompressed 320, 150, and 200 less 2 of 32 layers of 320.
+    Together: a vision encoder of 10, the uncompressed 320, 150, and 200 less 2 of 32 layers of 320.
     """
     small = DecoderShape(layers=32, hidden=16, intermediate=16, heads=2, kv_heads=2, head_dim=8)
     columns = cells(["uniform", "fastv"], [1.0, 0.5])[1:]
@@ -209,7 +209,7 @@ def test_the_bound_counts_full_length_once() -> None:
 
 @pytest.mark.parametrize("name", ["tome", "downsample"])
 def test_the_steps_inside_a_tower_are_those_of_the_real_run(name: str) -> None:
-    """As many entries in every layer as where the whole tower runs, and a selection behind it."""
+    """Entries in every layer equal those of the whole vision encoder with a selection after it."""
     layout = TokenLayout.anyres((2, 2), (6, 6), (0, 12, 0, 12))
     adapter, method = (
         tower.clip(6, "cpu", torch.float32, **tower.SMALL),

@@ -21,7 +21,7 @@ from tokenprune.testing.host import DECODERS, RETENTION, example, hosts
 from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run
 from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 
-# Views of 16 tokens at 40 % may keep nothing of a view; that is not what is tested here.
+# Views of 16 tokens at 40 % may keep no token of a view, which gives a warning.
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 

@@ -30,7 +30,7 @@ class Runs:
 class Probe(Compressor):
     """Three products of all pairs, of which at most two exist at a time, and global random draws.
 
-    It records what it is shown, and warns.
+    It records its input, and warns.
     """
 
     runs: Runs

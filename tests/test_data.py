@@ -184,7 +184,7 @@ def test_a_path_through_a_symbolic_link_is_what_the_system_opens(folder: Path) -
 
 
 def test_names_with_spaces_do_not_run_together(folder: Path) -> None:
-    """What is encoded once is found by its name: two images must not have that of a third."""
+    """Encoded images are found by name, so names of images must be unique."""
     red = (folder / "pictures" / "red.png").read_bytes()
     for name in ("a", "b", "a b", "video a", '"a b"'):
         (folder / name).write_bytes(red)

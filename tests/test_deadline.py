@@ -51,7 +51,7 @@ def hooks(host: Host) -> int:
 @pytest.fixture(scope="module")
 def host() -> Host:
     found = Host.tiny("LLaVA-NeXT")
-    found.logits(found.inputs([0]))  # transformers installs hooks of its own when it first runs
+    found.logits(found.inputs([0]))  # transformers installs hooks when it first runs
     return found
 
 

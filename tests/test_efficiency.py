@@ -259,7 +259,7 @@ def test_there_and_back_within_one_token(spec: str, measure: str, retention: flo
     ("model", "size", "spec", "retention"),
     [
         ("testbed-next", (100, 150), "downsample", 0.72),  # keeps more than at 0.857
-        ("testbed-next", (100, 150), "hired", 0.796),  # views share by what is in them
+        ("testbed-next", (100, 150), "hired", 0.796),  # views divide the budget by content
         ("testbed-next", (100, 150), "spatial-pool", 0.2),
         ("testbed-onevision", (130, 60), "vidcom2", 0.49),
     ],

@@ -213,7 +213,7 @@ def test_one_token_of_each_cluster_stays(name: str, retention: float) -> None:
     assert method.select(tokens).keep.tolist() == _chosen_by_hand(tokens, retention)
 
 
-# -- the tower -----------------------------------------------------------------------------------
+# -- the vision encoder --------------------------------------------------------------------------
 
 
 @contextmanager
@@ -332,7 +332,7 @@ def test_padding_vanishes_and_content_stays(host: Host) -> None:
 
 
 def test_r_is_of_what_the_model_makes_of_a_video() -> None:
-    """A frame of 4x4 patches becomes 2x2 tokens; half of them are two vectors of the tower."""
+    """A frame of 4x4 patches becomes 2x2 tokens; half of them are two encoder vectors."""
     onevision = next(host for host in hosts(["llama"]) if "video" in host.adapter.encoders)
     method = create("tome", retention=0.5)
     with observing(onevision.adapter, frozenset(), None, method):  # type: ignore[arg-type]
@@ -509,7 +509,7 @@ def test_features_of_another_encoding_are_refused(testbed: Any) -> None:
     assert torch.equal(inside.features, outside.features)
     with pytest.raises(UserError, match="were encoded without it"):
         tome(plain[0])
-    with compress(testbed.model, create("tome", retention=1.0)):  # is the plain tower
+    with compress(testbed.model, create("tome", retention=1.0)):  # is the plain vision encoder
         testbed.model(**testbed.assemble([plain], question))
 
 

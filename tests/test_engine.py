@@ -415,7 +415,7 @@ def test_a_strategy_that_fails_names_itself(host: Host) -> None:
         host.logits(host.inputs())
 
 
-# -- another vision tower ------------------------------------------------------------------------
+# -- another vision encoder ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", ["uniform", "globalcom2:score=received,tau=0.1", "fastv"])

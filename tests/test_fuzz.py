@@ -48,7 +48,7 @@ def linger() -> None:
 
 
 def swallow() -> None:
-    with contextlib.suppress(Exception):  # as a run does, which notes it and goes on
+    with contextlib.suppress(Exception):  # like a run, which records the failure and continues
         time.sleep(5)
 
 

@@ -100,7 +100,7 @@ def _codes(pipe: Pipeline, pixels: Tensor) -> Tensor:
 
     Args:
         pipe: Whose patches.
-        pixels: (views, 3, side, side) what the tower receives of a `_ramp`.
+        pixels: (views, 3, side, side) input of the vision encoder for a `_ramp`.
     """
     size = pipe.adapter.facts.vision.patch_size
     mean, high = F.avg_pool2d(pixels, size), F.max_pool2d(pixels[:, :2], size)
@@ -149,7 +149,7 @@ def _check(pipe: Pipeline, size: tuple[int, int], same_prompt: bool = False) -> 
     centre = torch.stack([boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]], 1) / 2
     extent = torch.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], 1)
     assert (extent >= 0).all()
-    # How many pixels of the image one of the view stands for, by token.
+    # Pixels of the image per pixel of the view, by token.
     whole = torch.tensor([width, height]) / view.side
     if same_prompt:
         whole = torch.full((2,), max(size) / view.side)
@@ -172,12 +172,12 @@ def _check(pipe: Pipeline, size: tuple[int, int], same_prompt: bool = False) -> 
     first, last = boxes[:, :2] + scale / 2, boxes[:, 2:] - scale / 2  # middles of the end pixels
     assert ((first - codes[:, 3:5]).abs()[exact] < 0.1 * pixel[exact]).all()
     assert ((last - codes[:, 5:7]).abs()[exact] < 0.1 * pixel[exact]).all()
-    # At the edges, what is cut off is what the processor padded, to a pixel or so.
+    # At the edges, the canvas padding is cut off, to about a pixel.
     edge = ~inner & ~resampled & (inside > 0.3)
     assert (off[edge] < 1.5 * pixel[edge]).all()
     slack = 1.5 * (pixel / patch).sum(1)
     assert ((share - inside).abs() < slack)[~resampled].all()
-    # A blend of neighbouring patches is nearest to what it is drawn over.
+    # A blend of neighbouring patches is nearest to the patch that it is drawn over.
     blend = inner & resampled
     assert (off[blend] < 0.5 * patch[blend] + pixel[blend]).all()
 
@@ -260,7 +260,7 @@ def test_real_sizes_of_the_published_checkpoints() -> None:
 @settings(max_examples=30)
 @given(size=SIZES, data=st.data())
 def test_a_location_finds_its_token(size: tuple[int, int], data: st.DataObject) -> None:
-    """What is painted pixel by pixel is what the rectangles say."""
+    """The rectangles equal a drawing pixel by pixel."""
     pipe = FAMILIES[data.draw(st.sampled_from(list(FAMILIES)))]
     layout, view = pipe.adapter.layout(size), ViewSize.of(pipe.adapter)
     boxes = patch_boxes(layout, size, view)

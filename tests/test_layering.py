@@ -1,6 +1,6 @@
 """The layering rules: which module may import which.  Imports are read, not run.
 
-Imports behind ``TYPE_CHECKING`` and inside functions count like any other.
+Imports under ``TYPE_CHECKING`` and inside functions count too.
 """
 
 from __future__ import annotations
@@ -138,12 +138,12 @@ def _reason(module: str, target: str) -> str:
         return _strategy(module, other, target)
     if mine is not None:
         if other in ("strategies", "models", "experiments"):
-            return "" if area == "cli" else "the core knows no strategy, model or experiment"
+            return "" if area == "cli" else "the core imports no method, model or experiment"
         theirs = layer_of(target)
-        return "" if theirs is None or theirs <= mine else "it lies in a higher layer"
+        return "" if theirs is None or theirs <= mine else "it is in a higher layer"
     if area == "models":
         if other == "experiments":
-            return "models know no experiment"
+            return "models import no experiment"
         highest = layer_of("tokenprune.adapter")
         theirs = layer_of(target)
         if theirs is None or highest is None or theirs <= highest:
@@ -169,7 +169,7 @@ def _experiment(inside: str, wanted: str) -> str:
     if mine[1] == "common":
         return "common imports no experiment"
     if mine[1] == "checks":
-        return ""  # scripts that try everything
+        return ""  # scripts that use every experiment
     return "" if theirs[2:] == ["run"] else "experiments meet through their run only"
 
 

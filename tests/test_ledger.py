@@ -240,7 +240,7 @@ def test_entering_and_remaining_tokens_are_separate(host: Host) -> None:
 
 
 def test_packing_by_hand(host: Host) -> None:
-    """Of 76 tokens of width 32 in float32, 37 are left, 31 of them of the image."""
+    """Of 76 tokens of width 32 in float32, 37 are kept, 31 of them of the image."""
     ledger = _ledgers(host, create("uniform", retention=0.4), (0,))[0]
     assert ledger.selector_bytes == (37 + 31) * 32 * 4
     # Merged vectors exist besides a copy of the whole prompt.

@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_written(
 
 
 def plain(hint: Any) -> Any:
-    """What is left of an annotation without limits, options and None."""
+    """The annotation without limits, options and None."""
     while get_origin(hint) is not None and get_origin(hint) not in (tuple, Literal):
         hint = next(one for one in get_args(hint) if one is not type(None))
     return plain(get_args(hint)[0]) if get_origin(hint) is tuple else hint

@@ -257,7 +257,7 @@ def test_a_raised_limit_is_not_stopped_by_pillow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow raises from twice that on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow raises above twice that number
     with pytest.raises(UserError, match="cannot decode"):
         picture(tmp_path / "a.png")
     with pixel_limit(48):
@@ -345,4 +345,4 @@ def test_invalid_videos_are_refused() -> None:
     )
     gif = Image.open(buffer)
     with pytest.raises(UserError, match="is animated"):
-        frames([gif, gif])  # what a loop over its frames makes: one image, twice
+        frames([gif, gif])  # as a loop over its frames returns it: one image, twice

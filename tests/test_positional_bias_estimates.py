@@ -67,7 +67,7 @@ def test_sign_flip_equals_enumeration(scores: list[int]) -> None:
         abs(sum(sign * abs(score) for sign, score in zip(signs, scores, strict=True)))
         for signs in itertools.product([1, -1], repeat=len(scores))
     ]
-    # Ties may come apart by the rounding: the p-value lies between those of > and of >=.
+    # Rounding may break ties: the p-value is between those of > and of >=.
     shares = [np.mean([s > observed + d for s in sums]) for d in (0.01, -0.01)]
     assert shares[0] - 1e-9 <= sign_flip(scores) <= shares[1] + 1e-9
 

@@ -149,6 +149,6 @@ def test_hostile_texts_and_missing_images(own: Path, tmp_path: Path, opened: Any
     assert len(page.all("canvas")) == 2
     page = opened(path, "#q=second")
     assert page.text.count("image missing") == 1
-    assert "what was kept is not recorded" in page.text
+    assert "kept tokens are not recorded" in page.text
     several = opened(path, "#q=line-4")
     assert len(several.all("canvas")) == 2, "a video is one strip"

@@ -180,10 +180,11 @@ WHOLE = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_ledger_has_the_memory_of_selecting_and_packing(name: str, dtype: torch.dtype) -> None:
-    """Everything from the first attention row to the packed prompt, in a real forward.
+    """From the first attention row to the packed prompt, in a real forward.
 
-    At least three quarters of what is allocated are told, and what is told beyond a third more was
-    there before: signals of the tower, and the input of a layer that rows are made of.
+    The ledger reports at least three quarters of the allocated bytes.  It exceeds them by at most a
+    third, apart from tensors that existed before: signals of the vision encoder, and the layer
+    input from which attention rows are computed.
     """
     method = tp.create(name, retention=0.25)
     given = frozenset(signal for signal in method.needs if not signal.in_llm)

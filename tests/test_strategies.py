@@ -153,7 +153,7 @@ def test_pooling_a_plane_with_gaps_loses_no_cell(
 
 
 def test_pooling_by_hand_after_a_merge_of_the_middle() -> None:
-    """Of a 4 x 4 frame in four cells the upper left token of each is gone, but no cell is."""
+    """Of a 4 x 4 frame in four cells the upper left token of each is missing; no cell is empty."""
     gone = {0, 2, 8, 10}
     left = torch.tensor([i for i in range(16) if i not in gone])
     tokens = _tokens(TokenLayout.video(1, (4, 4))).take(left)
@@ -223,7 +223,7 @@ def test_divprune_takes_the_budget_of_an_allocator() -> None:
 
 @pytest.mark.parametrize("official", [False, True])
 def test_hired_counts_marks_where_the_crops_are(official: bool) -> None:
-    """Thumbnail of 4 x 4, grid of 2 x 2; all marks lie in the left half."""
+    """Thumbnail of 4 x 4, grid of 2 x 2; all marks are in the left half."""
     layout = TokenLayout.anyres((2, 2), (4, 4), (0, 8, 0, 8))
     early = Signal("cls_attention", 0)
     marks = torch.zeros(4, 4)

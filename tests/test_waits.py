@@ -47,8 +47,10 @@ def test_one_synchronisation_per_selection(spec: str, modality: str) -> None:
 @pytest.mark.parametrize("name", [host.name for host in hosts(["qwen2"])])
 @pytest.mark.parametrize("spec", SPECS)
 def test_one_synchronisation_per_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
-    """And three a forward, however many images: sizes, numbers of images, and what the prompts are;
-    one more for every signal of the tower, for which Hugging Face's packing sends lengths."""
+    """Besides, three per forward: sizes, numbers of images, and the content of the prompts.
+
+    Every signal of the vision encoder adds one, because Hugging Face's packing sends lengths.
+    """
     host = Host.tiny(name, "qwen2")
     method = parse(spec, retention=0.4)
     try:
