@@ -148,7 +148,7 @@ def test_methods_with_a_fixed_retention_are_refused(
 def test_options_named_like_retention_are_not_matched(
     pipe: Pipeline, questions: Sequence[Question]
 ) -> None:
-    spec = "sparsevlm:position_ids=compact"
+    spec = "sparsevlm:position_ids=original"
     found, _ = matched_cells(pipe, questions, [spec], [0.7], "tokens")
     assert found[-1].method == spec
 

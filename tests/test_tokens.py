@@ -154,7 +154,9 @@ def test_processor_counts_as_many_placeholders(size: tuple[int, int]) -> None:
     from PIL import Image
 
     image = Image.new("RGB", (size[1], size[0]))
-    ids = adapter.processor(images=image, text=adapter.image_token, return_tensors="pt").input_ids
+    ids = adapter.processor(
+        images=image, text=adapter.processor.image_token, return_tensors="pt"
+    ).input_ids
     found = int((ids == adapter.facts.placeholders["image"]).sum())
     assert found == len(adapter.layout(size))
 
