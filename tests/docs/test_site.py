@@ -13,10 +13,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from places import ROOT
 
 from tokenprune.registry import strategies
 
-ROOT = Path(__file__).resolve().parents[1]
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 """Elements that make a browser load something, and where they say what."""
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from places import TESTS
 
 import tokenprune
 
 pytest.importorskip("setuptools", reason="installing without a download needs setuptools here")
-HERE = Path(__file__).parent / "sample_package"
+HERE = TESTS / "sample_package"
 
 
 @pytest.fixture(scope="module")

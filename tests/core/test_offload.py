@@ -10,9 +10,8 @@ import accelerate
 import pytest
 import torch
 from PIL import Image
-from test_placement import METHODS, chosen_method
 from torch import Tensor, nn
-from two_devices import place
+from two_devices import METHODS, chosen_method, place
 
 import tokenprune as tp
 from tokenprune.engine.session import compress

@@ -9,43 +9,15 @@ import accelerate
 import pytest
 import torch
 from torch import Tensor
-from two_devices import place
+from two_devices import METHODS, chosen_method, place
 
 import tokenprune as tp
-from tokenprune.compatibility import check_compatible
-from tokenprune.compressor import Chain, Compressor
+from tokenprune.compressor import Compressor
 from tokenprune.engine.session import compress
-from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import CPU, OTHER, SecondDevice, where
-from tokenprune.spec import create, parse
 from tokenprune.testing.host import Host, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
-
-METHODS = [
-    *tp.list_methods(),
-    "cdpruner:relevance=text",
-    "uniform:position_ids=original",
-    "fastv:layer=1,position_ids=compact",
-    "fastv:layer=3",
-    "fastv:layer=2,allocator=globalcom2",
-    "globalcom2 + fastv",
-    "pact + fastv",
-]
-
-
-def chosen_method(spec: str, host: Host) -> Compressor:
-    """The method of a spec, or skip what the model does not offer."""
-    if "@" in spec:
-        return parse(spec)
-    if " + " in spec:
-        return Chain.of(*(parse(part, retention=0.6) for part in spec.split(" + ")))
-    method = parse(spec, retention=0.4) if ":" in spec else create(spec, retention=0.4)
-    try:
-        check_compatible(host.adapter.facts, method)
-    except UserError as error:
-        pytest.skip(str(error))
-    return method
 
 
 @pytest.fixture(params=[host.name for host in hosts(["qwen2"])])

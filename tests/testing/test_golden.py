@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT, TESTS
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -17,8 +18,8 @@ from tokenprune.testing import golden
 from tokenprune.testing.__main__ import app
 from tokenprune.testing.golden import Case, Verdict, replay_folder
 
-HERE = Path(__file__).parent / "data" / "golden"
-SHARED = Path(__file__).parents[2] / "shared" / "golden"
+HERE = TESTS / "data" / "golden"
+SHARED = ROOT.parent / "shared" / "golden"
 METHODS = sorted(folder.name for folder in HERE.iterdir() if folder.is_dir())
 
 

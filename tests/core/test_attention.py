@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import TESTS
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -280,7 +280,7 @@ def test_decoder_row_of_an_earlier_token() -> None:
 
 def test_the_row_ahead_is_the_official_one_of_pyramiddrop() -> None:
     """RMSNorm, projections and rotation of the layer after the cut, for a padded batch."""
-    folder = Path(__file__).parent / "data" / "golden" / "pyramiddrop"
+    folder = TESTS / "data" / "golden" / "pyramiddrop"
     (case,) = (c for c in replay_cases(folder, "pyramiddrop") if c.params["batch"] == 2)
     given, params = case.tensors, case.params
     width, heads = params["dim"], params["heads"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import torch
+from places import ROOT
 from pydantic import Field
 from torch import Tensor
 
@@ -44,7 +44,6 @@ from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
-ROOT = Path(__file__).parent.parent
 HOSTS = {host.name: host for host in hosts(["llama"])}
 CUT = 2
 

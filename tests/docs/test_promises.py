@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from tokenprune.testing import runner, strategy_checks
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "promises.md"
 
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="documents are not part of the package")

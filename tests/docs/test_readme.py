@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from places import ROOT
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokenprune as tp
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
 

@@ -12,10 +12,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import tokenprune as tp
 
-ROOT = Path(__file__).resolve().parent.parent
 LINKS = ("strategies", "models", "experiments")
 
 checkout = pytest.mark.skipif(

@@ -8,11 +8,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from places import ROOT
 
 checkout = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").exists(), reason="needs the checkout, not the wheel"

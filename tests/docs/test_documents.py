@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 from PIL import Image
+from places import ROOT
 from typer.testing import CliRunner
 
 import tokenprune as tp
@@ -28,14 +29,13 @@ from tokenprune.registry import strategies
 from tokenprune.testing import runner
 from tokenprune.testing.__main__ import app as testing_app
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
     if path.is_file()
 }
-ELSEWHERE = {"docs/adding-a-model.md", "README.md"}  # tests/test_docs.py, tests/test_readme.py
+ELSEWHERE = {"docs/adding-a-model.md", "README.md"}  # test_docs.py, test_readme.py
 
 LESS = {
     "ablation": ("--questions 3",),

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import ROOT
 
 from tokenprune.registry import strategies
 
-FOLDER = Path(__file__).parents[1] / "experiments" / "notebooks"
+FOLDER = ROOT / "experiments" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 pytestmark = pytest.mark.skipif(not NOTEBOOKS, reason="notebooks are not part of the package")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from tokenprune.registry import adapters
 from tokenprune.spec import create
 from tokenprune.testing.host import RETENTION, Host
 from tokenprune.testing.runner import MODEL_CHECKS, run
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 pytestmark = [
     pytest.mark.skipif(not DOCS.is_dir(), reason="the documents are not part of the package"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from tokenprune.signals import Signal
 
 
 def _index(folder: str) -> dict[str, list[dict[str, object]]]:
-    path = Path(tp.__file__).parent / folder / catalogue.INDEX
+    (where,) = importlib.import_module(f"tokenprune.{folder}").__path__
+    path = Path(where) / catalogue.INDEX
     found: dict[str, list[dict[str, object]]] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
