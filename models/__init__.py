@@ -1,4 +1,4 @@
-"""Adapters: one file per model family, and the embedded trained testbeds."""
+"""Adapters, one file per model family, loading of checkpoints, and the testbeds."""
 
 if __name__ != "tokenprune.models":
     raise ImportError(

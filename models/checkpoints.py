@@ -1,8 +1,8 @@
-"""Reading models from folders and the Hub, so that what is broken or incomplete is never run.
+"""Reading checkpoints from folders and the Hub.  Broken or incomplete ones are refused.
 
-Whatever a library raises over the files of a checkpoint becomes one `UserError`; weights are
-compared with the model they are for, and nothing that a checkpoint brings is executed unless the
-caller trusts it.
+An error that a library raises over the files of a checkpoint becomes one `UserError`.  Weights are
+compared with the model that they are for.  Code that comes with a checkpoint is executed only if
+the caller trusts it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _POINTER = b"version https://git-lfs"
 
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Options of ``from_pretrained`` that say where files are; for config, weights and processor."""
+"""Options of ``from_pretrained`` that locate files; they apply to config, weights and processor."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        name: What the user calls it.
-        where: What ``from_pretrained`` takes.
-        folder: Its folder, unless it is on the Hub.
+        name: The name that the user gave.
+        where: The argument of ``from_pretrained``.
+        folder: Its folder, or None if it is on the Hub.
         embedded: Whether it is a testbed.
-        trusted: Whether code that it brings may be executed.
+        trusted: Whether code that comes with it may be executed.
     """
 
     name: str
@@ -70,10 +70,10 @@ def source_of(name: str, *, trusted: bool = False) -> Source:
 
     Args:
         name: As for `tokenprune.load`.
-        trusted: Whether code that it brings may be executed.
+        trusted: Whether code that comes with it may be executed.
 
     Raises:
-        UserError: It can be none of these.
+        UserError: ``name`` is none of these.
     """
     from tokenprune.models import testbed
 
@@ -97,20 +97,20 @@ def source_of(name: str, *, trusted: bool = False) -> Source:
 
 @contextmanager
 def reading(name: str, what: str = "") -> Iterator[None]:
-    """Make one `UserError` of whatever is raised over the files of the checkpoint ``name``.
+    """Turn any exception over the files of the checkpoint ``name`` into one `UserError`.
 
     Args:
-        name: What the user calls it.
-        what: The part that is read, to stand in front of the reason.
+        name: The name that the user gave.
+        what: The part that is read; the message names it before the reason.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of parsers and model classes, which promise nothing
+    except Exception as error:  # parsers and model classes raise anything
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"cannot load {name!r}: it brings code of its own, which is not executed unless "
+                f"cannot load {name!r}: it comes with code, which is not executed unless "
                 "you trust it; read the code, then give --trust-remote-code "
                 "(trust_remote_code=True)."
             ) from error
@@ -132,7 +132,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, **options: Any) -
         **options: Where to look: ``revision``, ``token``, ``local_files_only``, ...
 
     Raises:
-        UserError: There is none, it cannot be read, or it needs code that is not trusted.
+        UserError: There is no config, it cannot be read, or it needs code that is not trusted.
     """
     return config_of(source_of(name, trusted=trust_remote_code), options)
 
@@ -162,9 +162,9 @@ def _places(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_files(name: str, folder: Path) -> None:
-    """Raise `UserError` if ``folder`` has no config.json, or a pointer or broken JSON in it.
+    """Raise `UserError` if ``folder`` has no config.json, or has a Git LFS pointer or broken JSON.
 
-    Transformers does without some of them when it cannot read them.
+    Transformers ignores some of these files if it cannot read them.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"cannot load {name!r}: there is no config.json in it.")
@@ -187,8 +187,8 @@ def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
     """The processor that belongs to a model.
 
     Args:
-        source: Of the model.
-        options: For ``from_pretrained``; those that say where files are count here.
+        source: Where the model comes from.
+        options: For ``from_pretrained``; only those that locate files are used.
 
     Raises:
         UserError: A part of it is missing or broken, or needs code that is not trusted.
@@ -207,7 +207,7 @@ def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
         if not any((folder / file).is_file() for file in files):
             raise UserError(
                 f"cannot load {source.name!r}: there is no {' or '.join(files)} in it, so it is "
-                "not known how prompts and images are prepared."
+                "not known how to prepare prompts and images."
             )
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
@@ -219,7 +219,7 @@ def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
 
 
 def _folder(source: Source, options: Mapping[str, Any]) -> Path:
-    """Where the files of a model lie on this machine."""
+    """The folder with the files of a model on this machine."""
     from transformers.utils.hub import cached_file
 
     if source.folder is not None:
@@ -233,17 +233,17 @@ def _folder(source: Source, options: Mapping[str, Any]) -> Path:
 def read_model(
     kind: str, config: Any, source: Source, dtype: str | torch.dtype, options: Mapping[str, Any]
 ) -> Any:
-    """The model with its weights, all of which are as it needs them.
+    """The model with its weights, after checking all of them.
 
     Args:
-        kind: Name of its class.
-        config: Its config.
+        kind: Name of the model class.
+        config: Config of the model.
         source: Where it comes from.
         dtype: As for `tokenprune.load`.
         options: For ``from_pretrained``.
 
     Raises:
-        UserError: Tensors are missing, superfluous, of another shape, integers, NaN or infinite;
+        UserError: Tensors are missing, unexpected, of another shape, integers, NaN or infinite;
             files are missing or broken; or the class comes with the checkpoint, which is not
             trusted.
     """
@@ -269,7 +269,7 @@ def read_model(
 
 
 def _model_class(kind: str, config: Any, source: Source, options: Mapping[str, Any]) -> Any:
-    """The class called ``kind``, of transformers or, if that is trusted, of the checkpoint."""
+    """The class ``kind`` from transformers or, if it is trusted, from the checkpoint."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -294,7 +294,7 @@ def _model_class(kind: str, config: Any, source: Source, options: Mapping[str, A
         return get_class_from_dynamic_module(place, source.where, **_places(options))
 
 
-# --- where and how numbers are kept ---------------------------------------------------------------
+# --- dtype and device -----------------------------------------------------------------------------
 
 
 def dtype_of(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -308,10 +308,10 @@ def dtype_of(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """The device called ``device``, which is there.
+    """The device called ``device``, after checking that this machine has it.
 
     Raises:
-        UserError: There is no device of that name, or not on this machine.
+        UserError: There is no device of that name, or this machine does not have it.
     """
     try:
         wanted = torch.device(device)

@@ -47,7 +47,7 @@ class LlavaNext(Adapter):
 
     @classmethod
     def tiny(cls, decoder: str = "llama", seed: int = 0) -> LlavaNextForConditionalGeneration:
-        """A model of a few thousand random weights, for tests and for trying a strategy out."""
+        """A model of a few thousand random weights, for tests and for trying out a method."""
         torch.manual_seed(seed)
         vision = CLIPVisionConfig(
             hidden_size=16,

@@ -24,12 +24,13 @@ from tokenprune.registry import register_adapter
 
 @register_adapter("LLaVA-OneVision")
 class LlavaOnevision(Adapter):
-    """What the language model receives depends on what the prompt holds.
+    """The packed sequence depends on the modality of the prompt.
 
-    * One image: thumbnail, then the unpadded canvas of crops with a separator after each row; a
-      canvas of more than ``1.1² * 9`` views' worth of patches is resampled to about 9 views.
-    * Several images: no crops; each is padded to a square and is one view and one separator.
-    * A video: every frame is one view, pooled to half its side; one separator at the very end.
+    * One image: thumbnail, then the unpadded canvas of crops with a separator after each row.  A
+      canvas with more patches than ``1.1² * 9`` views is resampled to about 9 views.
+    * Several images: no crops.  Each image is padded to a square and becomes one view and one
+      separator.
+    * A video: every frame is one view, pooled to half its side.  One separator ends the video.
     """
 
     hosts: ClassVar[tuple[str, ...]] = (
@@ -53,9 +54,9 @@ class LlavaOnevision(Adapter):
         """Layout of an image of ``image_size`` = (height, width) pixels.
 
         Args:
-            image_size: Before any resizing.
+            image_size: Size before any resizing.
             same_prompt: Whether there are other images in the prompt.
-            aspect: ``anyres_max_9`` or another number of views; default: the model's own.
+            aspect: ``anyres_max_9``, or another number of views; None takes that of the model.
         """
         config, shape = self.base.config, self.view_shape
         if same_prompt:
@@ -103,11 +104,11 @@ class LlavaOnevision(Adapter):
         return list(packed)
 
     def grouped(self, images: list[list[Any]]) -> Any:
-        return images  # the processor cuts no crops where a prompt has several
+        return images  # the processor cuts no crops if a prompt has several images
 
     @classmethod
     def tiny(cls, decoder: str = "qwen2", seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
-        """A model of a few thousand random weights, for tests and for trying a strategy out."""
+        """A model of a few thousand random weights, for tests and for trying out a method."""
         torch.manual_seed(seed)
         vision = SiglipVisionConfig(  # type: ignore[call-arg]
             hidden_size=16,
@@ -125,7 +126,7 @@ class LlavaOnevision(Adapter):
             image_token_index=63,
             video_token_index=62,
             image_grid_pinpoints=[[12, 24], [24, 12], [24, 24], [12, 36], [36, 12]],
-            vision_aspect_ratio="anyres_max_2",  # so that a canvas of 2x2 crops is resampled
+            vision_aspect_ratio="anyres_max_2",  # a canvas of 2x2 crops is resampled
         )
         model = LlavaOnevisionForConditionalGeneration(config)
         model.eval()

@@ -41,19 +41,19 @@ def load(
     Args:
         name: An embedded testbed (``testbed-next``), a Hub id such as
             ``llava-hf/llava-v1.6-vicuna-7b-hf``, a local folder, or ``timm/`` and the name of a
-            vision transformer of timm, which comes without a language model (`load_timm`).
-        device: Where to put it; None leaves it to ``device_map`` or the CPU.
+            vision transformer of timm, which has no language model (`load_timm`).
+        device: Device of the weights; None means ``device_map`` if it is given, else the CPU.
         dtype: ``float32``, ``bfloat16``, ... or ``auto`` for that of the checkpoint.  The testbeds
-            are stored in half precision and run in float32 unless told otherwise.
+            are stored in half precision; for them ``auto`` is float32.
         trust_remote_code: Whether Python code that comes with the checkpoint may be executed.
         **options: For ``from_pretrained``: ``device_map``, ``quantization_config``,
-            ``attn_implementation``, ``revision``, ...; of timm models for `load_timm`:
+            ``attn_implementation``, ``revision``, ...; or, for timm models, for `load_timm`:
             ``pretrained``, ``grid``, ``img_size``, ...
 
     Raises:
-        UserError: Unknown name, a model class without an adapter, bad dtype, a device that is not
-            there, a checkpoint that is incomplete or broken, weights that do not fit the model or
-            are not finite, or code that is not trusted.
+        UserError: The name, dtype or device is unknown, the model class has no adapter, the
+            checkpoint is incomplete or broken, its weights do not fit the model or are not finite,
+            or its code is not trusted.
     """
     name = str(name)
     dtype = checkpoints.dtype_of(dtype)
@@ -64,10 +64,10 @@ def load(
         return Pipeline(*load_timm(name.removeprefix("timm/"), device, dtype, **options))
     if "pretrained" in options:
         raise UserError(
-            f"pretrained= is for timm models (timm/<name>); {name!r} brings its own weights."
+            f"pretrained= is for timm models (timm/<name>); {name!r} has its own weights."
         )
     if device is not None and options.get("device_map") is not None:
-        raise UserError("give either device= or device_map=, which places the layers by itself.")
+        raise UserError("give either device= or device_map=, not both.")
     source = checkpoints.source_of(name, trusted=trust_remote_code)
     if source.embedded and dtype == "auto":
         dtype = torch.float32
@@ -78,14 +78,14 @@ def load(
     if device is not None:
         with checkpoints.reading(name, f"on {device}: "):
             model = model.to(device)
-    processor.tokenizer.padding_side = "left"  # what batched generation needs
+    processor.tokenizer.padding_side = "left"  # as batched generation needs it
     pipe = Pipeline(family(model), processor, source.folder)
     _rehearse(pipe, name)
     return pipe
 
 
 def without_weights(name: str) -> Pipeline:
-    """The pipeline of a model that has a config and a processor, but no modules to run.
+    """The pipeline of a model with config and processor, but without modules to run.
 
     Args:
         name: As in `load`.
@@ -101,7 +101,7 @@ def without_weights(name: str) -> Pipeline:
 
 
 def _rehearse(pipe: Pipeline, name: str) -> None:
-    """Prepare a small image, and raise `UserError` if processor and model do not agree on it."""
+    """Prepare a small image, and raise `UserError` if processor and model disagree about it."""
     adapter, facts = pipe.adapter, pipe.adapter.facts
     rows, columns = facts.vision.view_shape
     view = rows * facts.vision.patch_size[0], columns * facts.vision.patch_size[1]
@@ -114,15 +114,15 @@ def _rehearse(pipe: Pipeline, name: str) -> None:
         made = len(adapter.layout(size))
         words = adapter.model.get_input_embeddings().num_embeddings
     reasons = {
-        f"its processor writes {written} placeholders where the model makes {made} tokens": (
+        f"its processor writes {written} placeholders, but the model makes {made} tokens": (
             written != made
         ),
-        f"its processor makes views of {tuple(pixels.shape[-2:])} pixels for a tower of {view}": (
+        f"its processor makes views of {tuple(pixels.shape[-2:])} pixels; the model takes {view}": (
             pixels.ndim > 3 and tuple(pixels.shape[-2:]) != view
         ),
         "its processor makes NaN or infinite pixels": not bool(pixels.isfinite().all()),
         f"its tokenizer has ids beyond the {words} words of the model": int(ids.max()) >= words,
-        "a vision_feature_layer of its config is not in the vision tower": not _has_layers(adapter),
+        "its vision encoder lacks a vision_feature_layer of its config": not _has_layers(adapter),
         "a token id in its generation_config.json is not a number": not _has_ids(adapter.model),
     }
     for reason, found in reasons.items():
@@ -131,16 +131,16 @@ def _rehearse(pipe: Pipeline, name: str) -> None:
 
 
 def _has_layers(adapter: Adapter) -> bool:
-    """Whether the hidden states that are used are those of layers of the tower."""
+    """Whether the vision encoder has the layers whose hidden states the model uses."""
     chosen = getattr(adapter.base.config, "vision_feature_layer", -1)
     depth = len(adapter.vision_layers)
     layers = [chosen] if isinstance(chosen, int) else chosen
-    # transformers cannot name the embeddings by 0, only by the negative index.
+    # transformers addresses the embeddings only by the negative index, not by 0.
     return all(-depth - 1 <= layer <= depth and layer != 0 for layer in layers)
 
 
 def _has_ids(model: Any) -> bool:
-    """Whether the special tokens that generation knows are ids or lists of them."""
+    """Whether the special tokens of the generation config are ids or lists of ids."""
     settings = getattr(model, "generation_config", None)
     given = [getattr(settings, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
     listed = [some if isinstance(some, list) else [some] for some in given]
@@ -167,10 +167,10 @@ def published_config(name: str) -> Any:
     Args:
         name: One of `KNOWN` (also spelled as the Hub id of its conversion,
             ``llava-hf/llava-v1.6-vicuna-7b-hf``), an embedded testbed, a local folder with a
-            ``config.json``, or a Hub id, of which the config alone is fetched.
+            ``config.json``, or a Hub id, of which only the config is downloaded.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is no config of that name.
     """
     from transformers import AutoConfig
 
@@ -187,14 +187,14 @@ def published_config(name: str) -> Any:
 
 
 def adapter_without_weights(name: str, *, layers: int | None = None) -> Adapter:
-    """The adapter of a model on the ``meta`` device: every shape, and no weight.
+    """The adapter of a model on the ``meta`` device, which has all shapes and no weights.
 
     Args:
-        name: As for `config_of`.
-        layers: Decoder layers, if not all of them.
+        name: As for `published_config`.
+        layers: Number of decoder layers; None means all.
 
     Raises:
-        UserError: There is no such config, no adapter for it, or no language model behind it.
+        UserError: There is no such config, no adapter for it, or it has no language model.
     """
     return adapter_at_random(name, layers=layers, device="meta")
 
@@ -206,21 +206,21 @@ def adapter_at_random(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Adapter:
-    """The adapter of a model with random weights, whose speed is that of the trained one.
+    """The adapter of a model with random weights, which is as fast as the trained model.
 
     Args:
-        name: As for `config_of`.
-        layers: Decoder layers, if not all of them.
-        device: Where the weights are made.
-        dtype: Of the weights.
+        name: As for `published_config`.
+        layers: Number of decoder layers; None means all.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
-        UserError: As `adapter_without_weights`, or ``layers`` below 1 or above what there is.
+        UserError: As `adapter_without_weights`, or ``layers`` is below 1 or above the model's.
     """
     from transformers import AutoModelForImageTextToText
 
     if name.startswith("timm/"):
-        raise UserError(f"{name} has no language model whose cost could be told.")
+        raise UserError(f"{name} has no language model, so there is no cost to compute.")
     config = copy.deepcopy(published_config(name))
     _, family = host_of(config)
     text = config.get_text_config()

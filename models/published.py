@@ -1,14 +1,14 @@
-"""Models by their config alone: published sizes, and adapters of models without weights.
+"""Configs of published models.
 
-Everything that costs (tokens, FLOPs, bytes) follows from the config; a model built from it on the
-``meta`` device knows all its shapes and holds nothing.
+Tokens, FLOPs and bytes follow from the config alone.  A model built from it on the ``meta`` device
+has all shapes and no weights.
 
 Sources of the sizes: ``config.json`` of the language models (lmsys/vicuna-7b-v1.5 and -13b-v1.5,
 mistralai/Mistral-7B-Instruct-v0.2, NousResearch/Nous-Hermes-2-Yi-34B, meta-llama/Meta-Llama-3-8B,
-Qwen/Qwen2-0.5B, -7B and -72B) and of the towers (openai/clip-vit-large-patch14-336,
+Qwen/Qwen2-0.5B, -7B and -72B) and of the vision encoders (openai/clip-vit-large-patch14-336,
 google/siglip-so400m-patch14-384 without its last layer), and the grid pinpoints of LLaVA-NeXT and
 LLaVA-OneVision (arXiv 2408.03326).  Vocabulary sizes are those of the language models plus the
-conversion's padding where it is known; nothing but the size of the weights depends on them.
+conversion's padding if it is known; only the size of the weights depends on them.
 """
 
 from __future__ import annotations

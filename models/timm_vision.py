@@ -1,8 +1,8 @@
-"""Vision transformers of timm without a language model: views, features, saliency, selections.
+"""Vision transformers of timm, without a language model.
 
 ``tp.load("timm/<name>")`` wraps CLIP, SigLIP, DINOv2, EVA and other plain ViTs, with or without a
-CLS token, registers or a pooling head, so that heat maps, crop budgets and selections can be
-studied without a 7B model.  Images are cut as LLaVA-NeXT cuts them.
+CLS token, registers or a pooling head.  Saliency, crop budgets and selections can be studied
+without a 7B model.  Images are cut into views as in LLaVA-NeXT.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TimmModel(nn.Module):
 
     Args:
         vit: The ViT.
-        name: What timm calls it.
+        name: Its name in timm.
         grid: (rows, columns) of crops that an image may be cut into.
     """
 
@@ -75,7 +75,7 @@ class TimmModel(nn.Module):
         grid = get_anyres_image_grid_shape(
             image_size, config.image_grid_pinpoints, config.vision_config.image_size
         )
-        # In patches, which need not be square: of a square view, `shape` is what they share out.
+        # Patches need not be square, so the image is measured in the patches of a square view.
         extent = image_size[0] * shape[0], image_size[1] * shape[1]
         box = unpadded_box(extent, (grid[0] * shape[0], grid[1] * shape[1]))
         return TokenLayout.anyres(grid, shape, box, newlines=False)
@@ -83,13 +83,13 @@ class TimmModel(nn.Module):
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor
     ) -> BaseModelOutputWithPooling:
-        """Packed features of every image: what the ViT's ``forward_features`` makes of patches.
+        """Packed features (N, D) of every image, from the ViT's ``forward_features``.
 
-        It ends in the ViT's final norm, except where timm puts that behind an average over the
+        They include the ViT's final norm, except if timm applies it after an average over the
         patches (``fc_norm``).
 
         Args:
-            pixel_values: (images, views, 3, height, width), filled up with zeros.
+            pixel_values: (images, views, 3, height, width), padded with views of zeros.
             image_sizes: (images, 2) height and width in pixels.
 
         Raises:
@@ -104,10 +104,10 @@ class TimmModel(nn.Module):
             raise UserError(
                 f"{self.config.vision_config.model_type!r} makes features of shape "
                 f"{tuple(tokens.shape[1:])} of a view of {patches_of_a_view} patches; only ViTs "
-                "that return one token per patch can be hosts."
+                "that return one token per patch are supported."
             )
         if getattr(self.vit, "attn_pool", None) is not None:
-            self.vit.forward_head(tokens, pre_logits=True)  # for whoever looks at the pooling head
+            self.vit.forward_head(tokens, pre_logits=True)  # its hooks read the pooling head
         patches = self.multi_modal_projector(tokens[:, self.vit.num_prefix_tokens :])
         output = BaseModelOutputWithPooling()
         output.pooler_output = packed(list(patches.split(views)), layouts)  # type: ignore[assignment]
@@ -115,7 +115,7 @@ class TimmModel(nn.Module):
 
 
 def packed(values: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
-    """For every image the values (views, patches, ...) of its tokens, (N, ...)."""
+    """For every image the values (N, ...) of its tokens, from values (views, patches, ...)."""
     found = []
     for some, layout in zip(values, layouts, strict=True):
         place = layout.row * layout.view_shape[1] + layout.col
@@ -125,7 +125,7 @@ def packed(values: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Ten
 
 @register_adapter("timm")
 class TimmVision(Adapter):
-    """A vision transformer of timm; it has no language model."""
+    """A vision transformer of timm, without a language model."""
 
     hosts: ClassVar[tuple[str, ...]] = ("TimmModel",)
     has_language_model: ClassVar[bool] = False
@@ -199,7 +199,7 @@ class TimmVision(Adapter):
 
 
 def _mlp_width(block: nn.Module) -> int:
-    """Width of the MLP of a block: rows of its first linear layer, 0 where there is none."""
+    """Width of the MLP of a block: rows of its first linear layer, or 0 without one."""
     mlp = getattr(block, "mlp", nn.Identity())
     linears = (one for one in mlp.modules() if isinstance(one, nn.Linear))
     first = next(linears, None)
@@ -207,10 +207,10 @@ def _mlp_width(block: nn.Module) -> int:
 
 
 def _is_plain(attention: nn.Module) -> bool:
-    """Whether ``attention`` is the softmax of query times key, which `Projections` can tell.
+    """Whether ``attention`` is the softmax of query times key, as `Projections` computes it.
 
-    BEiT and the ViTs with relative positions add a bias to it, differential attention subtracts a
-    second map from it, ConViT mixes it with positions.
+    BEiT and ViTs with relative positions add a bias, differential attention subtracts a second map,
+    and ConViT mixes the map with positions.
     """
     known = {"Attention", "AttentionRope", "EvaAttention"} & {
         c.__name__ for c in type(attention).__mro__
@@ -219,7 +219,7 @@ def _is_plain(attention: nn.Module) -> bool:
 
 
 class _Operands(TorchFunctionMode):
-    """Notes the first query and key that are multiplied, after any norm and rotation."""
+    """Record the first query and key that are multiplied, after any norm and rotation."""
 
     def __init__(self, tapped: Projections) -> None:
         super().__init__()
@@ -231,15 +231,15 @@ class _Operands(TorchFunctionMode):
             if func is F.scaled_dot_product_attention:
                 if kwargs.get("attn_mask") is not None or (len(args) > 3 and args[3] is not None):
                     raise UserError(
-                        "this vision transformer masks its attention, which saliency does not "
-                        "know of; use a strategy that needs no saliency, or another model."
+                        "this vision transformer masks its attention, which saliency cannot "
+                        "take into account; use a method without saliency, or another model."
                     )
-                self._note(args[0], args[1], kwargs.get("scale"))
+                self._record(args[0], args[1], kwargs.get("scale"))
             elif func in (Tensor.matmul, Tensor.__matmul__) and args[1].ndim == 4:
-                self._note(args[0], args[1].transpose(-1, -2), 1.0)  # the query is scaled already
+                self._record(args[0], args[1].transpose(-1, -2), 1.0)  # timm has scaled the query
         return func(*args, **kwargs)
 
-    def _note(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+    def _record(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         self.tapped.heads = query.shape[1]
         self.tapped.scale = query.shape[-1] ** -0.5 if scale is None else scale
         self.tapped.query, self.tapped.key = (
@@ -249,10 +249,10 @@ class _Operands(TorchFunctionMode):
 
 @contextmanager
 def _operands(attention: nn.Module) -> Iterator[Projections]:
-    """While open, the query and key that ``attention`` multiplies are kept.
+    """Record the query and key that ``attention`` multiplies while the context is open.
 
-    Reading them where they meet serves every variant: fused or separate projections, their norms,
-    rotary embeddings, grouped keys.
+    Reading the operands of the product covers every variant: fused or separate projections, norms,
+    rotary embeddings and grouped keys.
     """
     tapped = Projections(heads=0, scale=1.0)
     modes: list[_Operands] = []
@@ -288,21 +288,21 @@ def load_timm(
     """Build the parts of a pipeline; users call ``tp.load("timm/<name>", ...)``.
 
     Args:
-        name: What timm calls the model, tag included.
+        name: Name of the model in timm, with its tag.
         device: As in `tokenprune.load`.
         dtype: As in `tokenprune.load`; ``auto`` is float32.
         pretrained: True downloads timm's weights, a path loads a checkpoint (``.safetensors`` or
-            ``.pth``), False leaves them random.  Of a checkpoint the classifier is left out, unless
-            ``num_classes`` asks for one.
+            ``.pth``), False leaves them random.  The classifier of a checkpoint is ignored unless
+            ``num_classes`` is given.
         grid: (rows, columns) of crops that an image may be cut into.
         **options: For `timm.create_model`, such as ``img_size``.
 
     Returns:
-        The adapter, a processor of images alone, and the file of the weights or None.
+        The adapter, a processor for images only, and the file of the weights or None.
 
     Raises:
-        UserError: Unknown name, not a plain ViT, weights that cannot be had or do not fit, a bad
-            ``grid``, or views that are not square or not in colour.
+        UserError: The name is unknown, the model is not a plain ViT, weights cannot be downloaded
+            or do not fit, ``grid`` is malformed, or views are not square or not in colour.
     """
     if not timm.is_model(name):
         names = [*timm.list_models(), *timm.list_pretrained()]
@@ -325,14 +325,19 @@ def load_timm(
     _check_is_vit(vit, name)
     if file is not None:
         _load_file(vit, name, file, not {"img_size", "patch_size"}.isdisjoint(options))
-    settings = resolve_model_data_config(vit)  # type: ignore[no-untyped-call]
-    side = vit.patch_embed.img_size[0]
     with reading(f"timm/{name}"):
         model = TimmModel(vit.eval(), name, grid).to(device)
         model = model.to(torch.float32 if dtype == "auto" else dtype)
     if pretrained:
         refuse_faults(str(file or name), {"NaN or infinite": infinite(vit)})
-    image_processor = LlavaNextImageProcessor(
+    return TimmVision(model), SimpleNamespace(image_processor=_image_processor(model)), file
+
+
+def _image_processor(model: TimmModel) -> LlavaNextImageProcessor:
+    """A processor that cuts images into views as the model expects them."""
+    settings = resolve_model_data_config(model.vit)  # type: ignore[no-untyped-call]
+    side = model.vit.patch_embed.img_size[0]
+    return LlavaNextImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         image_grid_pinpoints=model.config.image_grid_pinpoints,
@@ -340,17 +345,16 @@ def load_timm(
         image_std=list(settings["std"]),
         resample={"bilinear": 2, "bicubic": 3}.get(settings["interpolation"], 3),
     )
-    return TimmVision(model), SimpleNamespace(image_processor=image_processor), file
 
 
 def _load_file(vit: Any, name: str, file: Path, resized: bool) -> None:
-    """Load a checkpoint of timm's or of the model's authors.  Raises `UserError`.
+    """Load a checkpoint of timm or of the model's authors.  Raises `UserError`.
 
     Args:
-        vit: What it is for.
-        name: What timm calls that.
+        vit: The model that it is for.
+        name: Name of the model in timm.
         file: The checkpoint.
-        resized: Whether another size of images or patches was asked for than the model's usual one.
+        resized: Whether the sizes of images or patches differ from the model's usual ones.
     """
     translate = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     classifier = vit.pretrained_cfg.get("classifier") or ()
@@ -368,7 +372,7 @@ def _load_file(vit: Any, name: str, file: Path, resized: bool) -> None:
                 for key, value in state.items()
                 if key in own and value.shape != own[key] and not key.startswith(dropped)
             ]
-        if any(faults.values()):  # said before anything else about them goes wrong
+        if any(faults.values()):  # loading fails on them with a less helpful message
             return {}
         state = translate(state, model) if translate else state
         return {key: value for key, value in state.items() if not key.startswith(dropped)}
@@ -377,7 +381,9 @@ def _load_file(vit: Any, name: str, file: Path, resized: bool) -> None:
         found = load_checkpoint(vit, str(file), strict=False, filter_fn=fitting, weights_only=True)
     except Exception as error:
         raise _weights_error(name, str(file), str(error) or type(error).__name__) from error
-    if found is not None and not any(faults.values()):  # timm reads .npz of the first ViTs itself
+    if found is not None and not any(
+        faults.values()
+    ):  # None for .npz files, which timm loads and checks
         faults = {"missing": found.missing_keys, "not of this model": found.unexpected_keys}
     refuse_faults(str(file), faults)
 
@@ -408,7 +414,7 @@ def _check_is_vit(vit: Any, name: str) -> None:
     chain = list(blocks) if isinstance(blocks, nn.Sequential | nn.ModuleList) else []
     plain = len(chain) > 0 and all(hasattr(block, "attn") for block in chain)
     plain &= hasattr(embed, "grid_size") and hasattr(vit, "num_prefix_tokens")
-    plain &= not hasattr(vit, "blocks_token_only")  # CaiT's CLS token comes after the others
+    plain &= not hasattr(vit, "blocks_token_only")  # the CLS token of CaiT joins after these blocks
     if not plain or size is None:
         raise UserError(
             f"{name!r} is not a plain vision transformer (one sequence of blocks with attention "

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-_SHOWN = 10  # names of tensors in a sentence
+_SHOWN = 10  # the most names of tensors in a message
 
 
 FILES = (
@@ -44,11 +44,11 @@ FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )
-"""What is read of a folder beside the weights; a JSON object each."""
+"""The files of a folder that are read besides the weights.  Each holds a JSON object."""
 
 
 def json_object(name: str, file: Path) -> dict[str, Any]:
-    """What is in ``file``.  Raises `UserError` if that is no JSON object."""
+    """The content of ``file``.  Raises `UserError` if it is not a JSON object."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -67,8 +67,8 @@ def refuse_faults(name: str, faults: Mapping[str, Iterable[str]]) -> None:
     """Raise one `UserError` that names the tensors of a checkpoint that cannot be used.
 
     Args:
-        name: What the user calls the checkpoint.
-        faults: What is wrong, to the names of the tensors.
+        name: The name that the user gave for the checkpoint.
+        faults: From the fault to the names of the tensors that have it.
     """
     said = []
     for fault, names in faults.items():
@@ -85,9 +85,9 @@ def refuse_faults(name: str, faults: Mapping[str, Iterable[str]]) -> None:
 
 
 def bad_values(model: nn.Module, files: Iterable[Path]) -> dict[str, list[str]]:
-    """Faults in the values of weights that ``model`` was given from ``files``.
+    """Faults in the values of the weights that ``model`` loaded from ``files``.
 
-    Where weights are quantised, the numbers that they were made from are looked at in the files.
+    If the weights are quantised, the original numbers are checked in the files.
     """
     from transformers.modeling_utils import load_state_dict
 
@@ -106,7 +106,7 @@ def bad_values(model: nn.Module, files: Iterable[Path]) -> dict[str, list[str]]:
 def infinite(model: nn.Module) -> list[str]:
     """Names of weights (parameters and stored buffers) with NaN or infinite values.
 
-    Those that are offloaded are read back, one module at a time.
+    Offloaded weights are read back one module at a time.
     """
     stored = model.state_dict().keys()
     found: list[str] = []
@@ -119,7 +119,7 @@ def infinite(model: nn.Module) -> list[str]:
 
 
 def _infinite(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors with NaN or infinite values, which `aminmax` passes on."""
+    """Names of tensors with NaN or infinite values; `aminmax` propagates both."""
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     extremes = {
         name: torch.stack(value.detach().aminmax()).isfinite().all()
@@ -130,11 +130,11 @@ def _infinite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def integers(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """Names of stored tensors of integers, which would be cast, other than buffers of the model.
+    """Names of stored integer tensors that are not buffers of the model and would be cast.
 
     Args:
-        state: What is stored, by any names.
-        model: What it is for.
+        state: The stored tensors, under any names.
+        model: The model that they are for.
     """
     own = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     return [
@@ -145,7 +145,7 @@ def integers(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files that ``from_pretrained`` takes of ``folder``, in its order of preference."""
+    """The files that ``from_pretrained`` reads from ``folder``, in its order of preference."""
     inserted = f".{variant}" if variant else ""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         file = folder / f"{stem}{inserted}.{suffix}"
@@ -159,7 +159,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def check_shards(name: str, folder: Path) -> None:
-    """Raise `UserError` if an index of shards is not one, or names a file that is not there."""
+    """Raise `UserError` if an index of shards is malformed or names a missing file."""
     for index in (folder / file for file in FILES if file.endswith(".index.json")):
         if not index.is_file():
             continue

@@ -1,4 +1,4 @@
-"""Compression methods: one file each.  Copy uniform.py to add one."""
+"""Compression methods, one file each.  To add one, copy uniform.py."""
 
 if __name__ != "tokenprune.strategies":
     raise ImportError(

@@ -1,4 +1,4 @@
-"""The calibration of FitPrune: which share of the tokens a model can spare behind every layer.
+"""The calibration of FitPrune: the share of the tokens that a model can drop after every layer.
 
 Paper:  https://arxiv.org/abs/2409.10197 (AAAI 2025)
 Code:   https://github.com/ywh187/FitPrune, llava/eval/statistical_analysis.py (d28e418)
@@ -15,77 +15,84 @@ from tokenprune.strategies.fitprune import CROSS, SELF, FitPrune
 from tokenprune.tokens import VisualTokens
 
 
-class _Notes:
-    """What one pass over the calibration prompts saw, selection by selection.
+class _Statistics:
+    """What one run over the calibration prompts records, selection by selection.
 
     Attributes:
-        whole: (2,) sums of both scores in the first pass, in which nothing was dropped.
-        shares: For every cut, of every image, the share that was left behind it.
+        sums: For every selection the (2,) sums of both scores in the first run, which drops
+        nothing.
+        shares: For every cut the share that each image keeps there.
+        selections: Number of selections so far, the index into ``sums``.
     """
 
-    def __init__(self, whole: list[Tensor] | None = None) -> None:
-        self.whole = [] if whole is None else whole
+    def __init__(self, sums: list[Tensor] | None = None) -> None:
+        self.sums = [] if sums is None else sums
         self.shares: dict[int, list[float]] = {}
-        self.turn = 0
+        self.selections = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fitting(FitPrune):
-    """Drops what both attentions can spare: of either, the share ``tolerance`` of the first pass's
-    sum.  At ``tolerance < 0`` it drops nothing and notes the sums."""
+    """Drop the tokens that lie in the tail of both rankings.
+
+    The tail of a ranking holds its lowest scores, as many as sum to at most the share ``tolerance``
+    of the first run.  At ``tolerance < 0`` nothing is dropped and the sums are recorded.
+    """
 
     tolerance: float = -1.0
-    notes: _Notes = field(default_factory=_Notes)
+    statistics: _Statistics = field(default_factory=_Statistics)
 
     def limit(self, tokens: VisualTokens) -> int:
-        return len(tokens.layout.patches)  # R is what the fit is after
+        return len(tokens.layout.patches)  # the fit searches for R
 
     def select(self, tokens: VisualTokens) -> Selection:
-        notes, patches = self.notes, tokens.layout.patches
+        statistics, patches = self.statistics, tokens.layout.patches
         scores = torch.stack([tokens[signal][patches].float() for signal in (SELF, CROSS)])
         if self.tolerance < 0:
-            notes.whole.append(scores.sum(1))
+            statistics.sums.append(scores.sum(1))
             return Selection(patches)
-        spare = scores.sum(1) - (1 - self.tolerance) * notes.whole[notes.turn].to(scores.device)
+        total = statistics.sums[statistics.selections].to(scores.device)
+        spare = scores.sum(1) - (1 - self.tolerance) * total
         ascending, order = scores.sort(dim=1, stable=True)
-        cheap = (ascending.cumsum(1) <= spare[:, None]).gather(1, order.argsort(1))
-        stays = ~cheap.all(0)
+        in_tail = (ascending.cumsum(1) <= spare[:, None]).gather(1, order.argsort(1))
+        stays = ~in_tail.all(0)
         stays[scores.prod(0).argmax()] = True
-        notes.turn += 1
-        left = patches[stays]
-        notes.shares.setdefault(self.cut, []).append(len(left) / (tokens.entered or len(patches)))
-        return Selection(left)
+        statistics.selections += 1
+        kept = patches[stays]
+        share = len(kept) / (tokens.entered or len(patches))
+        statistics.shares.setdefault(self.cut, []).append(share)
+        return Selection(kept)
 
 
 def fit(run: Callable[[Compressor], object], layers: int, retention: float) -> tuple[float, ...]:
     """A schedule for `FitPrune.shares`, by the paper's procedure.
 
-    Behind every layer both rankings give up their tail as long as their sum stays above ``1 -
-    tolerance`` times that of a pass in which nothing is dropped; what is in both tails goes.  The
-    tolerance is found by halving, in steps of 1/128, such that ``retention`` of the tokens are left
-    at the end, on average (officially: such that FLOPs are reduced by a given share), and the
-    schedule is the average over images.
+    After every layer, each of the two rankings marks its lowest scores as long as the sum of the
+    others stays above ``1 - tolerance`` times the sum of a run that drops nothing.  Tokens that
+    both rankings mark are dropped.  Bisection in steps of 1/128 finds the tolerance at which an
+    average of ``retention`` of the tokens is left at the end (officially: at which the FLOPs fall
+    by a given share).  The schedule is the average over images.
 
     Args:
-        run: Runs the prefill of the same calibration prompts under the compressor it is given, for
+        run: Runs the prefill of the same calibration prompts under the given compressor, for
             instance ``lambda method: [answer(method, prompt) for prompt in prompts]``.
-        layers: Depth of the decoder.
+        layers: Number of decoder layers.
         retention: R, in (0, 1).
 
     Returns:
         ``layers - 1`` shares.
     """
-    first = _Notes()
-    run(_Fitting(retention=retention, steps=layers - 1, notes=first))
+    first = _Statistics()
+    run(_Fitting(retention=retention, steps=layers - 1, statistics=first))
     low, high, found = 0, 128, (retention,) * (layers - 1)
     while high - low > 1:
         middle = (low + high) // 2
-        notes = _Notes(first.whole)
+        statistics = _Statistics(first.sums)
         method = _Fitting(
-            retention=retention, steps=layers - 1, tolerance=middle / 128, notes=notes
+            retention=retention, steps=layers - 1, tolerance=middle / 128, statistics=statistics
         )
         run(method)
-        shares = tuple(sum(some) / len(some) for _, some in sorted(notes.shares.items()))
+        shares = tuple(sum(some) / len(some) for _, some in sorted(statistics.shares.items()))
         if shares[-1] <= retention:
             high, found = middle, shares
         else:

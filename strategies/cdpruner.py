@@ -1,4 +1,4 @@
-"""CDPruner: a diverse subset of what matters to the question, by a determinantal point process.
+"""CDPruner: a diverse subset of relevant tokens, by a determinantal point process.
 
 Paper:  https://arxiv.org/abs/2506.10967 (NeurIPS 2025)
 Code:   https://github.com/Theia-4869/CDPruner, llava/model/llava_arch.py (9541616)
@@ -28,21 +28,24 @@ SALIENCY = Signal("saliency")
 @register("cdpruner")
 @dataclass(frozen=True, kw_only=True)
 class CDPruner(Compressor):
-    """Of every view a subset ``S`` of large ``det L_S``, with ``L_ij = q_i * cos(x_i, x_j) * q_j``.
+    """Keep of every view a subset ``S`` with a large ``det L_S``, found greedily.
 
-    ``x`` is what the language model would get, and ``q`` the relevance to the question, brought to
-    (0, 1] over all views together: ``(r - min r + 1e-6) / (max r - min r)``.
+    ``L_ij = q_i * cos(x_i, x_j) * q_j``, where ``x`` are the features.  ``q`` is the relevance
+    ``r`` scaled over all views together: ``(r - min r + 1e-6) / (max r - min r)``.
 
     Args:
-        relevance: ``r``.  Official is ``clip``: minus the cosine of patch and question in CLIP's
-            joint space, mean over the question's segments.  It needs a CLIP text tower, which no
-            model here has; bring its signals (``given`` of `tokenprune.compress`) or choose a
-            substitute: ``text`` is the cosine of ``x`` and the mean input embedding of the
-            prompt's text behind the image, ``saliency`` that of the vision tower, and ``none``
-            takes ``q = 1``, the plain determinantal point process.  To bring them with a
-            ``CLIPModel`` that shares the vision tower: ``clip_patches`` is its
-            ``visual_projection`` of the ``post_layernorm`` of ``unprojected``, ``clip_text`` its
-            text features, one row for every 77 tokens of the question.
+        relevance: What ``r`` is.
+
+            - ``clip`` (official): minus the cosine of patch and question in CLIP's joint space,
+              mean over the question's segments.  It needs a CLIP text encoder, which no model here
+              has. The caller can provide its signals (``extra_signals`` of `tokenprune.compress`).
+              With a ``CLIPModel`` that shares the vision encoder, ``clip_patches`` is its
+              ``visual_projection`` of the ``post_layernorm`` of ``unprojected``, and ``clip_text``
+              is its text features, one row for every 77 tokens of the question.
+            - ``text``: the cosine of ``x`` and the mean input embedding of the text after the
+              image.
+            - ``saliency``: the saliency of the vision encoder.
+            - ``none``: ``q = 1``, the plain determinantal point process.
         allocator: How many tokens each view keeps.
     """
 
@@ -55,13 +58,13 @@ class CDPruner(Compressor):
         code="https://github.com/Theia-4869/CDPruner (9541616)",
         verified="cdpruner",
         deviations=(
-            "relevance=text, saliency and none are substitutes of ours for hosts without a CLIP "
-            "text tower; only relevance=clip is the paper's method and verified.",
-            "A constant relevance gives q = 1; officially a division by zero.",
-            "More tokens than the rank of the features are no error; officially NaN.",
-            "Every prompt is compared with its own question; officially all questions of a batch "
+            "relevance=text, saliency and none are our substitutes for models without a CLIP text "
+            "encoder; only relevance=clip is the paper's method, and only it is verified.",
+            "A constant relevance gives q = 1; officially it is a division by zero.",
+            "A budget above the rank of the features is allowed; officially the result is NaN.",
+            "Every prompt is compared with its own question; officially the questions of a batch "
             "are averaged.",
-            "Of equal gains the token least like the others goes first, wherever it lies; "
+            "Of tokens with equal gain, the one least similar to the others comes first; "
             "officially the earlier one.",
             "The canvas is unpadded and its rows keep their separators; officially neither.",
         ),
@@ -80,7 +83,7 @@ class CDPruner(Compressor):
         elif self.relevance == "text":
             words = tokens.of_text(PROMPT).float()
             if not len(words):
-                raise UserError("cdpruner:relevance=text needs text behind the image.")
+                raise UserError("cdpruner:relevance=text needs text after the image.")
             related = _cosines(tokens.features[patches], words.mean(0, keepdim=True)).squeeze(1)
         elif self.relevance == "saliency":
             related = tokens[SALIENCY][patches].float()
@@ -91,9 +94,10 @@ class CDPruner(Compressor):
         return torch.where(high > low, scaled, 1.0)
 
     def kernel(self, features: Tensor, quality: Tensor) -> Tensor:
-        """(P, P) ``L`` of features (P, D) of a view and their ``q`` (P,)."""
-        alike = _cosines(features, features).fill_diagonal_(1)  # exactly, so that ties are ties
-        return quality[:, None] * alike * quality
+        """(P, P) ``L`` of a view, from its features (P, D) and their ``q`` (P,)."""
+        # A cosine of exactly 1 with itself, so that equal tokens have equal gains.
+        cosines = _cosines(features, features).fill_diagonal_(1)
+        return quality[:, None] * cosines * quality
 
     def select(self, tokens: VisualTokens) -> Selection:
         quality = tokens.features.new_zeros(len(tokens), dtype=torch.float32)

@@ -1,8 +1,9 @@
-"""DART: keep what is least like a few pivots; duplicates go.
+"""DART: keep the tokens that are least similar to a few pivots, and so drop duplicates.
 
 Paper:  https://arxiv.org/abs/2502.11494 (EMNLP 2025)
 Code:   ports in LightCompress, llmc/compression/token_reduction/dart.py (9701d03), and
-        VLMUniPruneBench, methods/DART_IntraLLM.py (f93768f); the authors' own was not at hand
+        VLMUniPruneBench, methods/DART_IntraLLM.py (f93768f); the authors' own code was not
+        available
 """
 
 from dataclasses import dataclass
@@ -23,16 +24,16 @@ from tokenprune.tokens import VisualTokens
 @register("dart")
 @dataclass(frozen=True, kw_only=True)
 class DART(Compressor):
-    """Each pivot in turn picks the tokens that are least like it, by cosine in front of layer K.
+    """Each pivot in turn selects the tokens least similar to it, by cosine in front of layer K.
 
-    Pivots are the image tokens and the text tokens behind the image whose keys in layer K - 1 have
-    the largest L1 norm.  Image pivots stay; of the rest of ``floor(R * P)`` every pivot picks an
-    equal share among the tokens that nobody has picked.
+    Pivots are the patch tokens and the text tokens after the image whose keys in layer K - 1 have
+    the largest L1 norm.  Image pivots are kept.  The rest of the budget ``floor(R * P)`` is divided
+    equally: each pivot selects its share among the tokens that are not selected yet.
 
     Args:
         layer: K, counted from 0.  Official: 2.
-        image_pivots: Official: 4.
-        text_pivots: Official: 4.
+        image_pivots: Number of pivots among the patch tokens.  Official: 4.
+        text_pivots: Number of pivots among the text tokens.  Official: 4.
     """
 
     layer: Annotated[int, Field(ge=1)] = 2
@@ -47,9 +48,10 @@ class DART(Compressor):
         verified="dart",
         deviations=(
             "The budget is kept; officially the image pivots come on top of it.",
-            "Pivots pick in the order of their norms, image before text; officially in the order "
-            "of a Python set of positions, which changes the choice.",
-            "Every row of a batch and every image is treated by itself; officially batches of one.",
+            "Pivots select in the order of their norms, image before text; officially in the order "
+            "of a Python set of positions, which changes the selection.",
+            "Every row of a batch and every image is treated separately; officially a batch has "
+            "one row.",
         ),
     )
 
@@ -59,7 +61,7 @@ class DART(Compressor):
 
     @property
     def keys(self) -> Signal:
-        """Whose norms make the pivots."""
+        """The keys whose norms determine the pivots."""
         return Signal("llm_keys", self.layer - 1)
 
     @property
@@ -68,22 +70,25 @@ class DART(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches, states = tokens.layout.patches, Signal("llm_states")
-        norms, words = norms_of(tokens[self.keys][patches]), norms_of(tokens.of_text(self.keys))
-        image, text = largest(norms, self.image_pivots), largest(words, self.text_pivots)
+        norms, text_norms = (
+            norms_of(tokens[self.keys][patches]),
+            norms_of(tokens.of_text(self.keys)),
+        )
+        image, text = largest(norms, self.image_pivots), largest(text_norms, self.text_pivots)
         unit = F.normalize(tokens[states][patches].float(), dim=-1)
-        behind = F.normalize(tokens.of_text(states)[text].float(), dim=-1)
+        text_unit = F.normalize(tokens.of_text(states)[text].float(), dim=-1)
         kept, shares = self.shares(image, len(text), len(patches))
-        pivots = torch.cat([unit[image], behind])[self.order(image, text, len(patches))]
+        pivots = torch.cat([unit[image], text_unit])[self.order(image, text, len(patches))]
         picked = picks(unit, pivots, shares, kept)
         chosen = torch.cat([kept, *picked]).sort().values
         return Selection(patches[chosen], scores=torch.stack([norms, unit.sum(-1)]))
 
     def order(self, image: Tensor, text: Tensor, patches: int) -> list[int]:
-        """The order in which the pivots pick: places among ``image`` and then ``text``."""
+        """The order in which the pivots select, as indices into ``image`` followed by ``text``."""
         return list(range(len(image) + len(text)))
 
     def shares(self, image: Tensor, text: int, patches: int) -> tuple[Tensor, list[int]]:
-        """The image pivots that stay, and how many tokens each pivot picks."""
+        """The image pivots that are kept, and how many tokens each pivot selects."""
         count, pivots = budget(patches, self.retention), len(image) + text
         kept = image[:count]
         rest = count - len(kept)
@@ -91,13 +96,13 @@ class DART(Compressor):
 
 
 def picks(unit: Tensor, pivots: Tensor, shares: list[int], kept: Tensor) -> list[Tensor]:
-    """What each pivot in turn picks, the least similar first.
+    """Indices of the tokens that each pivot in turn selects, the least similar first.
 
     Args:
-        unit: (P, D) candidates of unit length.
-        pivots: (Q, D) of unit length.
-        shares: How many each of them picks, as long as any are left.
-        kept: (K,) places of candidates that nobody picks.
+        unit: (P, D) tokens of unit length.
+        pivots: (Q, D) pivots of unit length.
+        shares: (Q,) how many tokens each pivot selects, as long as any are left.
+        kept: (K,) indices of tokens that are kept already.
     """
     free = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     free[kept] = False
@@ -116,5 +121,5 @@ def norms_of(keys: Tensor) -> Tensor:
 
 
 def largest(norms: Tensor, count: int) -> Tensor:
-    """Places of the ``count`` largest ``norms`` (P,), the largest first."""
+    """(count,) indices of the largest ``norms`` (P,), the largest first."""
     return norms.argsort(descending=True, stable=True)[:count]

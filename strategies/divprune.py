@@ -1,4 +1,4 @@
-"""DivPrune: the subset of tokens whose smallest distance to each other is large.
+"""DivPrune: a subset of tokens whose smallest pairwise distance is large.
 
 Paper:  https://arxiv.org/abs/2503.02175 (CVPR 2025)
 Code:   https://github.com/vbdi/divprune, LLaVA/llava/model/llava_arch.py (799e2d9)
@@ -22,11 +22,11 @@ from tokenprune.tokens import VisualTokens
 @register("divprune")
 @dataclass(frozen=True, kw_only=True)
 class DivPrune(Compressor):
-    """Pick tokens one by one, each the farthest (cosine) from those picked before.
+    """Select tokens one by one, each the farthest (by cosine) from those selected before.
 
     Args:
-        allocator: None picks ``round(R * P)`` over the whole image or video, as in the official
-            code; with an allocator every view is picked from by itself.
+        allocator: None selects ``round(R * P)`` tokens over the whole image or video, as in the
+            official code.  With an allocator, tokens are selected within each view.
     """
 
     allocator: Allocator | None = None
@@ -38,8 +38,8 @@ class DivPrune(Compressor):
         verified="divprune",
         deviations=(
             "Separators are not candidates; officially they are tokens like any other.",
-            "A picked token is never picked again; officially it can be where all others coincide "
-            "with one that was picked.",
+            "A token is selected at most once; officially it can be selected again if all others "
+            "coincide with a selected one.",
             "The visual span comes from the placeholders; officially it starts at position 35.",
         ),
     )

@@ -1,6 +1,6 @@
-"""Downsample: the image itself made smaller, so that the vision tower makes fewer tokens of it.
+"""Downsample: a smaller image, of which the vision encoder makes fewer tokens.
 
-The plainest way to fewer tokens, and a baseline that published methods do not always beat.
+A baseline that published methods do not always beat.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from tokenprune.registry import Card, register
 class Downsample(EncoderCompressor):
     """Resize the pixels of every view to ``a`` x ``b`` patches, at most ``floor(R * n)`` of them.
 
-    Of the grids that stretch the view by no more than a factor of two, the one with the most
-    patches, and of those the one that stretches it least.  Pixels are resized bilinearly with
-    antialiasing, behind the processor's normalisation; position embeddings are interpolated as the
-    tower does it (bicubic).  A patch of the full view takes the vector of the coarse one that its
-    centre lies in, so that the model packs the view as ever, and one token of each coarse patch
-    stays.
+    Among the grids that stretch the view by at most a factor of two, the one with the most patches
+    is used; among equals, the one that stretches the view least.  Pixels are resized bilinearly
+    with antialiasing, after the processor's normalisation.  Position embeddings are interpolated as
+    the vision encoder does it (bicubic).  Each patch of the full view takes the vector of the
+    coarse patch in which its centre lies, so that the model packs the view as usual.  One token of
+    each coarse patch is kept.
     """
 
     card = Card(paper="Image resized to fewer patches (baseline)")

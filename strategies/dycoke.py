@@ -1,4 +1,4 @@
-"""DyCoke: of every few frames one stays whole, the others keep what is new in them.
+"""DyCoke: keep one frame of every window whole, and of the others what is new.
 
 Paper:  https://arxiv.org/abs/2411.15024 (CVPR 2025), token temporal merging (TTM)
 Code:   https://github.com/KD-TAO/DyCoke, llava/model/llava_arch.py (dd74634)
@@ -25,47 +25,48 @@ from tokenprune.tokens import VisualTokens
 @register("dycoke")
 @dataclass(frozen=True, kw_only=True)
 class DyCoke(Compressor):
-    """Frames drop the tokens most like those at the same places of an earlier frame, by cosine.
+    """Drop the tokens that are most similar, by cosine, to the same location of an earlier frame.
 
-    Of a window of four frames the first stays whole, the second is compared with it, the third
-    with the first, the fourth with the third; in any window frame ``o`` with frame ``o & (o - 1)``.
-    The drop ratio ``k`` follows from R: with ``W`` whole frames of ``F``,
-    ``R * F = W + (F - W)(1 - k)``, which four frames a window cannot bring below about 1/4.  Where
-    ``1 - k`` would be less than ``least``, the window doubles.  Where even one window for all is
-    too much, compared frames keep the share ``min(least, R)`` and the first frame what is left, by
-    the rule for what has no earlier frame: the tokens least like the mean of their view.
+    In a window of four frames the first is kept whole.  The second is compared with the first, the
+    third with the first and the fourth with the third; in general, frame ``o`` of a window is
+    compared with frame ``o & (o - 1)``.  The drop ratio ``k`` follows from R: with ``W`` whole
+    frames of ``F``, ``R * F = W + (F - W)(1 - k)``.  Windows of four frames cannot reach R below
+    about 1/4, so the window doubles as long as ``1 - k`` is less than ``least``.  If one window
+    over all frames still exceeds the budget, compared frames keep the share ``min(least, R)``, and
+    the first frame keeps the rest of the budget: the tokens least similar to the mean of their
+    view.
 
-    That rule also holds for images, of which every view keeps the share R.
+    Images are compressed by the same rule as such a first frame: every view keeps the share R.
 
-    Behind a method in the vision tower frames have tokens at different places, and not equally
-    many: each is compared with the one nearest to its place in the earlier frame.
+    After a method in the vision encoder, frames have tokens at different locations and in different
+    numbers.  Each token is then compared with the one nearest to its location in the earlier frame.
 
     Args:
-        window: Frames of which one stays whole.  Official: 4.
-        least: Smallest share of a compared frame before windows widen.  Ours.
+        window: Number of frames of which one is kept whole.  Official: 4.
+        least: Smallest share that a compared frame keeps before windows widen.  Ours.
     """
 
     window: Annotated[int, Field(ge=2)] = 4
     least: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
-    location_aware = True  # the first frame of a window
+    location_aware = True  # the first frame of a window is kept
     card = Card(
         paper="DyCoke (token temporal merging)",
         arxiv="2411.15024",
         code="https://github.com/KD-TAO/DyCoke (dd74634)",
         deviations=(
             "The drop ratio follows from R, and windows widen below the least R of four frames.",
-            "All frames are treated alike; officially the last of an odd number is lost, the third "
-            "of the last window stays whole, and videos of four frames or fewer fail.",
-            "Kept tokens stay in their places; officially they come in the order of similarity.",
-            "Images, which the official code leaves alone, are compressed view by view.",
-            "Nothing happens in the language model, where officially the KV cache is thinned out "
-            "anew at decode steps.",
+            "All frames follow one rule; officially the last of an odd number is lost, the third "
+            "of the last window is kept whole, and videos of four frames or fewer fail.",
+            "Kept tokens stay in sequence order; officially they come in the order of similarity.",
+            "Images are compressed view by view; officially they are not compressed.",
+            "The language model runs unchanged; officially the KV cache is also pruned at every "
+            "decode step.",
         ),
     )
 
     def earlier(self, frames: int) -> list[int]:
-        """For every frame the one that it is compared with, -1 where it stays whole."""
+        """For every frame the one that it is compared with; -1 for a frame that is kept whole."""
         window = self.window
         while True:
             offsets = [frame % window for frame in range(frames)]
@@ -76,7 +77,7 @@ class DyCoke(Compressor):
             window *= 2
 
     def counts(self, earlier: list[int], sizes: Sequence[int]) -> list[int]:
-        """How many of its tokens, ``sizes``, every frame keeps."""
+        """How many tokens every frame keeps, from `earlier` and the ``sizes`` of the frames."""
         compared = [size if frame >= 0 else 0 for size, frame in zip(sizes, earlier, strict=True)]
         whole = [size - other for size, other in zip(sizes, compared, strict=True)]
         total = budget(sum(sizes), self.retention)
@@ -100,20 +101,20 @@ class DyCoke(Compressor):
             others = _nearest(layout, patches, views[before]) if compared else patches
             here, other = (moved(index, features.device) for index in (patches, others))
             like = features[other] if compared else features[other].mean(0)
-            alike = F.cosine_similarity(features[here], like, dim=-1)
-            scores[here] = -alike.clamp(max=1 - ROUNDING)
+            cosine = F.cosine_similarity(features[here], like, dim=-1)
+            scores[here] = -cosine.clamp(max=1 - ROUNDING)
         return Selection(best(self, tokens, scores, torch.tensor(counts, device="cpu")))
 
 
 def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:
-    """Of each of the patches (M,) of a frame the one of an ``earlier`` frame nearest to its place.
+    """(M,) for each of the patches (M,) of a frame the nearest patch of the ``earlier`` frame.
 
-    The first of equally near ones; all on the CPU.
+    Of equally near patches, the first.  Everything stays on the CPU.
     """
     (row, col), (row_of, col_of) = (
         (layout.row[index], layout.col[index]) for index in (patches, earlier)
     )
-    if torch.equal(row, row_of) and torch.equal(col, col_of):  # nothing is missing
+    if torch.equal(row, row_of) and torch.equal(col, col_of):  # both frames are complete
         return earlier
     distance = (row[:, None] - row_of).square() + (col[:, None] - col_of).square()
     order = torch.arange(len(earlier), device="cpu")

@@ -1,4 +1,4 @@
-"""FasterVLM: in every view, the tokens that the CLS token attends to.
+"""FasterVLM: keep the tokens of every view that the CLS token attends to most.
 
 Paper:  https://arxiv.org/abs/2412.01818v1
 Code:   https://github.com/Theia-4869/FasterVLM, llava/model/llava_arch.py (f5d5f12)
@@ -18,10 +18,11 @@ from tokenprune.tokens import VisualTokens
 @register("fastervlm")
 @dataclass(frozen=True, kw_only=True)
 class FasterVLM(ScoringCompressor):
-    """Rank by the softmaxed attention of the CLS token, mean over heads; every view keeps R of it.
+    """Rank by the softmaxed attention of the CLS token, mean over heads.  Every view keeps R.
 
     Args:
-        layer: Encoder layer.  Official: the last but one, whose output the projector gets.
+        layer: Encoder layer of the attention.  Official: the last but one, whose output the
+            projector receives.
         allocator: How many tokens each view keeps.
     """
 
@@ -35,13 +36,14 @@ class FasterVLM(ScoringCompressor):
         verified="fastervlm",
         deviations=(
             "The canvas is unpadded and its rows keep their separators; officially neither.",
-            "The canvas is LLaVA-NeXT's own; officially the pinpoint with the best fill is taken.",
+            "The crop grid is the one that LLaVA-NeXT selects; officially the pinpoint with the "
+            "best fill is used.",
         ),
     )
 
     @property
     def saliency(self) -> Signal:
-        """The score every view is ranked by."""
+        """The signal that ranks the tokens of every view."""
         return Signal("cls_attention", self.layer)
 
     @property

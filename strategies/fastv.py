@@ -1,4 +1,4 @@
-"""FastV: from layer K on, drop the visual tokens that the last prompt token ignores."""
+"""FastV: from layer K on, drop the visual tokens that the last prompt token attends to least."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -18,10 +18,11 @@ from tokenprune.tokens import VisualTokens
 class FastV(ScoringCompressor):
     """Rank by the attention that the last prompt token pays in layer K - 1, mean over heads.
 
-    The K layers 0 .. K-1 run at full length.  The kept set is fixed at prefill, survivors keep
-    their position ids, and the layers before K cache the full prompt.
+    The layers 0 .. K - 1 run at full length and cache the full prompt.  Tokens are selected once,
+    at prefill.  Kept tokens keep their position ids.
 
     Args:
+        allocator: Default: the budget ``round(R * P)`` over all views together.
         layer: K, counted from 0: tokens are dropped in front of decoder layer K.  Paper: 2.
     """
 
@@ -37,9 +38,9 @@ class FastV(ScoringCompressor):
         deviations=(
             "The visual span comes from the placeholders; the official scripts hard-code it.",
             "Every row of a batch is ranked by its own attention; officially row 0 ranks for all.",
-            "Separators are not ranked; the separator policy decides about them.",
-            "The paper speaks of attention received from all tokens; like the official code, this "
-            "takes the last prompt token's row only.",
+            "Separators are not ranked; the option separators decides about them.",
+            "Only the last prompt token's attention ranks, as in the official code; the paper "
+            "describes the attention from all tokens.",
         ),
     )
 
@@ -49,7 +50,7 @@ class FastV(ScoringCompressor):
 
     @property
     def row(self) -> Signal:
-        """The attention row that ranks."""
+        """The attention row that ranks the tokens."""
         return Signal("llm_attention", self.layer - 1)
 
     @property

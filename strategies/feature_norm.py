@@ -1,4 +1,4 @@
-"""Feature norm: the longest projected tokens.  The baseline that looks at nothing but features."""
+"""Feature norm: keep the tokens with the largest features.  A baseline without signals."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from tokenprune.tokens import VisualTokens
 @register("feature-norm")
 @dataclass(frozen=True, kw_only=True)
 class FeatureNorm(ScoringCompressor):
-    """Keep the tokens of every view with the largest Euclidean norm behind the projector.
+    """Keep the tokens of every view with the largest Euclidean norm after the projector.
 
     Args:
         allocator: How many tokens each view keeps.

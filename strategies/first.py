@@ -1,4 +1,4 @@
-"""First: the head of the packed sequence.  A baseline for positional bias."""
+"""First: keep the start of the packed sequence.  A baseline for positional bias."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from tokenprune.tokens import VisualTokens
 @register("first")
 @dataclass(frozen=True, kw_only=True)
 class First(ScoringCompressor):
-    """Keep the first ``floor(R * P)`` patch tokens: of an image, the thumbnail and the top.
+    """Keep the first ``floor(R * P)`` patch tokens: the thumbnail, then the top of the image.
 
     Args:
         allocator: ``topk`` counts over the whole sequence, ``proportional`` within every view.

@@ -1,4 +1,4 @@
-"""FitPrune: after every layer drop what neither the image nor the text attends to.
+"""FitPrune: after every layer, drop the tokens that neither image nor text attends to.
 
 Paper:  https://arxiv.org/abs/2409.10197 (AAAI 2025)
 Code:   https://github.com/ywh187/FitPrune, llava/model/language_model/modeling_llama.py and
@@ -27,18 +27,20 @@ Share = Annotated[float, Field(gt=0, le=1)]
 @register("fitprune")
 @dataclass(frozen=True, kw_only=True)
 class FitPrune(Compressor):
-    """Behind layer ``i`` of ``n + 1`` keep the largest products of self- and cross-attention.
+    """After layer ``i`` of ``n + 1``, keep the largest products of self- and cross-attention.
 
-    With ``A`` the largest attention of any head in the layer that just ran, the score of ``j`` is
-    ``mean_i A_ij`` over the image's tokens ``i`` times ``mean_t A_tj`` over the text behind it.
-    Of the ``P`` tokens that entered, ``floor(R^e P)`` are left behind the ``i``-th cut, where
-    ``e = i / n`` drops the same share everywhere, and a fitted schedule that leaves the shares
-    ``s_1 .. s_n`` gives ``e = log s_i / log s_n``: its shape is kept and R is what is left at the
-    end.  The ledger tells the average over layers.
+    With ``A`` the largest attention of any head in that layer, the score of token ``j`` is
+    ``mean_i A_ij`` over the image's tokens ``i`` times ``mean_t A_tj`` over the text ``t`` after
+    the image.  Of the ``P`` tokens that entered, ``floor(R^e * P)`` are left after cut ``i``.
+    Without ``shares``, ``e = i / n``: every cut drops the same share.  With the shares ``s_1 ..
+    s_n`` of a fitted schedule, ``e = log s_i / log s_n``: the schedule keeps its shape and ends at
+    R.  The ledger gives the layer average.
 
     Args:
-        steps: ``n``, cuts at ``i / (n + 1)`` of the depth.  Official: every layer of 32.
-        shares: A fitted schedule instead, one share for every cut (`_fitprune_schedule.fit`).
+        steps: ``n``, the number of cuts, at ``i / (n + 1)`` of the depth.  Official: every layer of
+            32.
+        shares: A fitted schedule, one share per cut, in place of ``steps``
+            (`_fitprune_schedule.fit`).
         cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
     """
 
@@ -52,11 +54,11 @@ class FitPrune(Compressor):
         arxiv="2409.10197",
         code="https://github.com/ywh187/FitPrune (d28e418)",
         deviations=(
-            "How many go in which layer is geometric unless shares are given; officially tables "
-            "for LLaVA-1.5, one for every reduction of FLOPs.",
-            "Tokens leave behind the layer whose attention ranks them; officially behind its "
-            "attention, which saves its MLP and changes nothing else.",
-            "Every image and row is ranked by itself. Separators are not ranked and do not rank.",
+            "Without shares, every cut drops the same share; officially tables for LLaVA-1.5 give "
+            "the counts, one table for every reduction of FLOPs.",
+            "Tokens are dropped after the layer whose attention ranks them; officially between "
+            "its attention and its MLP, which saves the MLP and changes nothing else.",
+            "Every image and row is ranked separately. Separators are not ranked and do not rank.",
         ),
     )
 
@@ -66,7 +68,8 @@ class FitPrune(Compressor):
         rising = any(late > early for early, late in pairwise(self.shares))
         if self.shares and (rising or self.shares[-1] == 1):
             raise UserError(
-                f"fitprune: shares must fall from layer to layer to less than 1, got {self.shares}."
+                "fitprune: shares must fall from layer to layer and end below 1, "
+                f"got {self.shares}."
             )
 
     @property
@@ -82,8 +85,8 @@ class FitPrune(Compressor):
         return frozenset({SELF, CROSS})
 
     @property
-    def _way(self) -> float:
-        """How much of the way to R is gone behind this cut."""
+    def _exponent(self) -> float:
+        """``e``: after this cut ``R^e`` of the tokens are left."""
         if not self.cut:
             return 1.0
         if self.shares:
@@ -91,10 +94,10 @@ class FitPrune(Compressor):
         return self.cut / self.steps
 
     def limit(self, tokens: VisualTokens) -> int:
-        return left_at(tokens, self.retention, self._way)
+        return left_at(tokens, self.retention, self._exponent)
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
-        seen, asked = (tokens[signal][patches].float() for signal in (SELF, CROSS))
-        scores = seen * asked
+        by_image, by_text = (tokens[signal][patches].float() for signal in (SELF, CROSS))
+        scores = by_image * by_text
         return Selection(patches[top(scores, self.limit(tokens))], scores=scores)

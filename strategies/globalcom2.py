@@ -1,4 +1,4 @@
-"""GlobalCom²: the thumbnail commands how many tokens each crop keeps, and which.
+"""GlobalCom²: the thumbnail decides how many tokens each crop keeps, and which.
 
 Paper:  https://arxiv.org/abs/2501.05179 (AAAI 2026)
 Code:   https://github.com/xuyang-liu16/GlobalCom2, llava/model/llava_arch.py (96b2d00)
@@ -23,29 +23,34 @@ from tokenprune.tokens import VisualTokens
 @register("globalcom2")
 @dataclass(frozen=True, kw_only=True)
 class GlobalCom2(Compressor):
-    """Keep the thumbnail's top ``R * N`` and of crop ``j`` the top ``r_j * N_j`` tokens.
+    """Keep the top ``R * N`` tokens of the thumbnail and the top ``r_j * N_j`` of crop ``j``.
 
-    The crops' ratios ``r_j`` come from the allocator (`ThumbnailCommand`).  A crop token's
-    holistic score is ``alpha * s^G + (1 - alpha) * s^L``: the thumbnail's score at its place in
-    the image, and the score in its own crop, each normalised over the crop.
+    The ratios ``r_j`` come from the allocator (`ThumbnailCommand`).  The score of a crop token is
+    ``alpha * s^G + (1 - alpha) * s^L``: the thumbnail's score at the same location of the image and
+    the token's score in its own crop, each normalised over the crop.
 
-    A video has no thumbnail: the temporal summary of its frames commands in its place.  Frames far
-    from the summary keep more (`ThumbnailCommand`), and ``s^G`` is a token's distance from it
+    A video has no thumbnail; the temporal summary of its frames takes this role.  Frames far from
+    the summary keep more (`ThumbnailCommand`), and ``s^G`` is a token's distance from it
     (`summary_distance`).  The images of a prompt with several have no crops: each keeps its top
     ``R * N``.
 
     Args:
-        alpha: Weight of the thumbnail's view of a crop token.  Paper: 0.5.
-        tau: Temperature of the allocation.  The paper's 10 suits sums of raw logits; with 49-token
-            views or softmaxed scores it is nearly uniform.
-        score: ``cls_logits`` (raw, as in the official code), ``cls_attention`` (softmaxed),
-            ``received`` (mean attention received), ``head_attention`` (of the pooling head, where
-            the tower has one), or ``saliency``: raw logits where the tower has a CLS token, as in
-            the official code, otherwise attention received, which every tower has (the published
-            LLaVA-OneVision checkpoints come without the pooling head).
-        layer: Encoder layer of the score.  Official: the last one, whose input is what the
-            projector gets.
-        normalisation: ``l2`` (official code), ``minmax`` or ``none`` (the paper's bare formula).
+        alpha: Weight of the thumbnail's score.  Paper: 0.5.
+        tau: Temperature of the allocation.  The paper's 10 suits sums of raw logits.  With views of
+            49 tokens or softmaxed scores, the allocation is then nearly uniform.
+        score: The signal that ranks.
+
+            - ``saliency``: ``cls_logits`` if the vision encoder has a CLS token, otherwise
+              ``received``.
+            - ``cls_logits``: raw logits of the CLS token, as in the official code.
+            - ``cls_attention``: the same, softmaxed.
+            - ``received``: received attention.
+            - ``head_attention``: attention of the pooling head, which the published LLaVA-OneVision
+              checkpoints lack.
+        layer: Encoder layer of the score.  Official: the last one, whose input the projector
+            receives.
+        normalisation: ``l2`` (official code), ``minmax`` or ``none`` (the paper's formula as it
+        is).
         allocator: Default: `ThumbnailCommand` with this `tau`, `score` and `layer`.
     """
 
@@ -64,22 +69,22 @@ class GlobalCom2(Compressor):
         code="https://github.com/xuyang-liu16/GlobalCom2 (96b2d00)",
         verified="globalcom2",
         deviations=(
-            "Tokens stay at their true place in sequence order; officially the thumbnail is "
-            "emitted in score order and tokens of padded crops slip into wrong rows.",
-            "Every image of a batch is scored by itself; officially image 0's scores serve all.",
-            "The canvas is unpadded as Hugging Face does (its processor counts so), and rows of "
-            "padding have no separator.",
+            "Tokens stay in sequence order; officially the thumbnail is emitted in score order and "
+            "tokens of padded crops move into wrong rows.",
+            "Every image of a batch is scored separately; officially image 0's scores rank all.",
+            "The canvas is unpadded as in Hugging Face, whose processor counts the tokens, and "
+            "rows of padding have no separator.",
             "An image with a single view is cut to R as well; officially it is not compressed.",
-            "Videos (frames, with their temporal summary as commander) and prompts of several "
-            "images (each cut to R by itself) are ours; the paper is about single images.",
-            "R = 1 keeps everything; the formula of r_j would still thin out poor crops.",
+            "Videos (the temporal summary in place of the thumbnail) and prompts of several images "
+            "(each cut to R separately) are ours; the paper is about single images.",
+            "R = 1 keeps everything; the formula of r_j would still drop tokens of some crops.",
             "Scores are ranked in float32, whatever the model's dtype.",
         ),
     )
 
     @property
     def saliency(self) -> Signal:
-        """The score every view is ranked by."""
+        """The signal that ranks the tokens of every view."""
         return Signal(self.score, self.layer)
 
     @property
@@ -92,7 +97,7 @@ class GlobalCom2(Compressor):
         return self.allocation.needs | {self.saliency}
 
     def ranking(self, tokens: VisualTokens) -> Tensor:
-        """(N,) the thumbnail's own scores, and the holistic scores of crops or frames."""
+        """(N,) scores: ``s^L`` of the thumbnail, the weighted sum for crops or frames."""
         layout, local = tokens.layout, tokens[self.saliency].float()
         if layout.modality == "video":
             commanded, guide = layout.places[Kind.FRAME], summary_distance(layout, tokens.features)

@@ -1,4 +1,4 @@
-"""G-Prune: tokens to which many similar ones pass their information on.
+"""G-Prune: keep the tokens that collect the most information from similar ones.
 
 Paper:  https://arxiv.org/abs/2501.02268 (AAAI 2025)
 Code:   https://github.com/jytmelon/G-Prune, llava/model/llava_arch.py
@@ -22,16 +22,17 @@ from tokenprune.tokens import VisualTokens
 @register("gprune")
 @dataclass(frozen=True, kw_only=True)
 class GPrune(Compressor):
-    """Let the norms of a plane's tokens flow over the graph of similar tokens, keep the richest.
+    """Propagate the norms of a plane's tokens over a graph of similar tokens; keep the largest.
 
-    Edges are cosines of at least ``threshold``, each row a softmax of ``cosine / temperature``; the
-    score is ``(norms @ A^steps) / degree``.  Thumbnail, canvas of crops and every frame are planes
-    by themselves, each of which keeps ``floor(R * n)``.
+    Two tokens share an edge if their cosine is at least ``threshold``.  The weights ``A`` are a
+    softmax of ``cosine / temperature`` over the edges of a token, and the score is
+    ``(norms @ A^steps) / degree``.  The thumbnail, the canvas of crops and every frame are separate
+    planes.  Each keeps ``floor(R * n)`` of its ``n`` tokens.
 
     Args:
-        threshold: Least cosine of an edge.  Official: 0.5.
-        temperature: Official: 0.03.
-        steps: How often information is passed on.  Official: 5.
+        threshold: Smallest cosine of an edge.  Official: 0.5.
+        temperature: Temperature of the softmax.  Official: 0.03.
+        steps: Number of propagation steps.  Official: 5.
     """
 
     threshold: float = 0.5
@@ -42,7 +43,9 @@ class GPrune(Compressor):
         paper="G-Prune",
         arxiv="2501.02268",
         code="https://github.com/jytmelon/G-Prune",
-        deviations=("The prompt's prefix is not taken to be 46 tokens long.",),
+        deviations=(
+            "The visual span comes from the placeholders; officially it starts at position 46.",
+        ),
     )
 
     def select(self, tokens: VisualTokens) -> Selection:
@@ -57,10 +60,10 @@ class GPrune(Compressor):
         """(P,) float32 score of the tokens (P, D) of one plane."""
         features = features.float()
         unit = F.normalize(features, dim=-1)
-        alike = unit @ unit.T
-        edge = alike >= self.threshold
-        flow = (alike / self.temperature).masked_fill(~edge, -torch.inf).softmax(-1)
-        flow = flow.nan_to_num()  # a token of zeros has no edge, not even to itself
+        cosine = unit @ unit.T
+        edge = cosine >= self.threshold
+        flow = (cosine / self.temperature).masked_fill(~edge, -torch.inf).softmax(-1)
+        flow = flow.nan_to_num()  # a token of zeros has no edge
         information = features.norm(dim=-1)
         for _ in range(self.steps):
             information = information @ flow

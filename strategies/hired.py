@@ -1,4 +1,4 @@
-"""HiRED: the thumbnail's first layer shares out the budget, each view's CLS attention spends it.
+"""HiRED: the thumbnail's first layer divides the budget, CLS attention ranks within each view.
 
 Paper:  https://arxiv.org/abs/2408.10945 (AAAI 2025)
 Code:   https://github.com/hasanar1f/HiRED, models/llava_next/modeling_llava_next.py (502d6dd)
@@ -23,22 +23,23 @@ from tokenprune.tokens import VisualTokens
 
 @dataclass(frozen=True)
 class MarkedPatches(Allocator):
-    """Crops share by how many of the thumbnail's most attended patches lie in them.
+    """Divide the budget by how many of the thumbnail's most attended patches lie in each crop.
 
-    Of ``B = floor(R * P)`` tokens the thumbnail gets ``min(floor(B * alpha), N)``; the rest is
-    shared in proportion to the number of marks, the top ``floor(N * (1 - alpha))`` patches of the
-    thumbnail by ``signal``; fractions are lost (official ``HiRED_sub_img_budgets``).
+    Of the budget ``B = floor(R * P)`` the thumbnail gets ``min(floor(B * alpha), N)``.  The top
+    ``floor(N * (1 - alpha))`` of its ``N`` patches by ``signal`` are marked, and the crops get the
+    rest of the budget in proportion to the marks in their region, rounded down (official
+    ``HiRED_sub_img_budgets``).
 
     Args:
         alpha: The thumbnail's share, and one minus the share of its patches that is marked.
-        signal: What marks.
+        signal: The signal that marks.
     """
 
     alpha: float
     signal: Signal
 
     least: ClassVar[int] = 1
-    """Tokens of the thumbnail where ``alpha`` is 0."""
+    """Number of tokens of the thumbnail if ``alpha`` is 0."""
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -51,10 +52,10 @@ class MarkedPatches(Allocator):
         total = budget(sum(sizes), retention)
         thumbnail = min(budget(total, self.alpha) if self.alpha else self.least, sizes[0])
         rest = min(total - thumbnail, sum(sizes[1:]))
-        seen = thumbnail_map(layout, tokens[self.signal]).flatten().float()
-        marked = int(len(seen) * (1 - self.alpha))
-        marks = torch.zeros_like(seen)
-        marks[seen.argsort(descending=True, stable=True)[:marked]] = 1
+        attention = thumbnail_map(layout, tokens[self.signal]).flatten().float()
+        marked = int(len(attention) * (1 - self.alpha))
+        marks = torch.zeros_like(attention)
+        marks[attention.argsort(descending=True, stable=True)[:marked]] = 1
         per_crop = self.per_crop(marks.view(layout.view_shape), layout.grid)
         share = per_crop / per_crop.sum().clamp(min=1)
         most = moved(torch.tensor(sizes[1:], device="cpu"), share.device)
@@ -62,20 +63,20 @@ class MarkedPatches(Allocator):
         return torch.cat([crops.new_full((1,), thumbnail), crops])
 
     def per_crop(self, marks: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(crops,) number of the marks (H, W) of the thumbnail in the region of each crop."""
+        """(crops,) number of the thumbnail's marks (H, W) in the region of each crop."""
         return region_sums(marks, grid)
 
 
 @register("hired")
 @dataclass(frozen=True, kw_only=True)
 class HiRED(ScoringCompressor):
-    """Rank every view by CLS attention of layer ``layer``; budgets come from an early layer.
+    """Rank the tokens of every view by CLS attention; an early layer divides the budget.
 
     Args:
         alpha: See `MarkedPatches`.  Official: 0.5.
         layer: Encoder layer that ranks.  Official: the last but one, whose output the projector
-            gets.
-        early: Encoder layer that shares out the budget.  Official: the first.
+            receives.
+        early: Encoder layer that divides the budget.  Official: the first.
         allocator: Default: `MarkedPatches`.
     """
 
@@ -90,10 +91,11 @@ class HiRED(ScoringCompressor):
         code="https://github.com/hasanar1f/HiRED (502d6dd)",
         verified="hired",
         deviations=(
-            "Marks are counted in the region each crop covers; officially in horizontal strips.",
-            "The budget is R of the unpadded tokens; officially R of all, and what was spent on "
+            "Marks are counted in the region that a crop covers; officially in horizontal strips.",
+            "The budget is R of the unpadded tokens; officially R of all, and the part spent on "
             "padding is lost.",
-            "Crops lie where they belong; officially rows and columns of the grid are swapped.",
+            "Crops are at their location in the crop grid; officially its rows and columns are "
+            "swapped.",
             "Canvas rows keep their separators; officially there are none.",
             "A single view is cut to R as well; officially LLaVA-NeXT's is not compressed.",
         ),
@@ -101,7 +103,7 @@ class HiRED(ScoringCompressor):
 
     @property
     def saliency(self) -> Signal:
-        """The score every view is ranked by."""
+        """The signal that ranks the tokens of every view."""
         return Signal("cls_attention", self.layer)
 
     @property

@@ -1,4 +1,4 @@
-"""HoliTom: what stands still over frames is merged once, the rest is pruned by attention.
+"""HoliTom: merge what is static over frames, prune the rest by attention.
 
 Paper:  https://arxiv.org/abs/2505.21334 (NeurIPS 2025)
 Code:   https://github.com/cokeshao/HoliTom, holitom/llava_arch.py (e9b2972)
@@ -27,24 +27,29 @@ from tokenprune.tokens import VisualTokens
 @register("holitom")
 @dataclass(frozen=True, kw_only=True)
 class HoliTom(Compressor):
-    """Segments of frames share the tokens of the places that do not change in them.
+    """Merge static locations over segments of frames, then cut static and dynamic tokens to R.
 
-    A place is static in frames ``s .. e`` if the cosine of its tokens in any two neighbouring ones
-    is larger than ``tau``; that saves ``e - s`` tokens.  The video is cut into the segments that
-    save the most.  Static tokens become one, their mean over the segment; of these, and of the
-    other tokens of every frame, an equal share is left, such that ``floor(R * P)`` are left in all
-    (fewer where the segments save more than that by themselves).  Static ones are clustered
-    (`density_peaks` over ``neighbours``) in the first frame of the segment; a cluster becomes
-    ``beta`` times its centre plus ``1 - beta`` times the mean of its other members.  Of the other
-    tokens those stay that receive the most attention.
+    A location is static in the frames ``s .. e`` if the cosine of its tokens in any two successive
+    frames is larger than ``tau``.  Merging them saves ``e - s`` tokens.  The video is cut into the
+    segments that save the most.
 
-    Views of an image share nothing: they are pruned by attention.  Behind a method in the vision
-    tower frames lack tokens: a place can only be static where all frames of the segment have one.
+    1. The static tokens of a location become one: their mean over the segment.
+    2. The merged tokens of each segment and the dynamic tokens of each frame keep the same share,
+       such that ``floor(R * P)`` are left in all, or fewer if step 1 leaves fewer.
+    3. Merged tokens are clustered (`density_peaks` over ``neighbours``).  A cluster becomes
+       ``beta`` times its centre plus ``1 - beta`` times the mean of its other members, in the first
+       frame of the segment.
+    4. Of the dynamic tokens, those with the largest received attention are kept.
+
+    Views of an image are not merged; they are pruned by attention.  After a method in the vision
+    encoder, frames lack tokens.  A location is then static only if all frames of the segment have a
+    token there.
 
     Args:
-        tau: Official: 0.8 for LLaVA-OneVision, 0.65 for LLaVA-Video.
-        beta: Official: 0.6.
-        neighbours: Official: 7.
+        tau: Cosine above which a location is static.  Official: 0.8 for LLaVA-OneVision, 0.65 for
+            LLaVA-Video.
+        beta: Weight of the centre of a cluster.  Official: 0.6.
+        neighbours: Number of neighbours that determine a density.  Official: 7.
         layer: Encoder layer whose attention ranks.  Official: the last one.
     """
 
@@ -53,7 +58,7 @@ class HoliTom(Compressor):
     neighbours: Annotated[int, Field(ge=1)] = 7
     layer: int = -1
 
-    location_aware = True  # frames are neighbours
+    location_aware = True  # compares the same location of successive frames
     card = Card(
         paper="HoliTom (before the language model)",
         arxiv="2505.21334",
@@ -61,18 +66,17 @@ class HoliTom(Compressor):
         deviations=(
             "The budget is kept exactly, by largest remainders; officially counts are rounded up "
             "frame by frame.",
-            "Tokens stay in their places; officially those of a segment's static places come "
-            "first.",
-            "Equally dense tokens rank by place; officially random noise decides.",
-            "No dynamic tokens are clustered, as in the official settings (D = 0). What happens "
-            "inside the language model is holitom-inner.",
-            "Images, which the official code leaves alone, are pruned by attention.",
+            "Tokens stay in sequence order; officially the static tokens of a segment come first.",
+            "Equally dense tokens rank by location; officially random noise decides.",
+            "Dynamic tokens are not clustered, as in the official settings (D = 0). The step "
+            "inside the language model is a method of its own name, holitom-inner.",
+            "Images are pruned by attention; officially they are not compressed.",
         ),
     )
 
     @property
     def saliency(self) -> Signal:
-        """What ranks dynamic tokens."""
+        """The signal that ranks dynamic tokens."""
         return Signal("received", self.layer)
 
     @property
@@ -80,9 +84,10 @@ class HoliTom(Compressor):
         return frozenset({self.saliency})
 
     def groups(self, tokens: VisualTokens) -> list[tuple[Tensor, bool]]:
-        """Patch indices (F, L) of the F frames that share L places, and whether those are static.
+        """Patch indices (F, L) of the F frames that share L locations, and whether they are static.
 
-        On the CPU, where segments are found and counted: one wait for the device.
+        Everything is on the CPU, where segments are found and counted.  This costs one
+        synchronisation with the device.
         """
         layout = tokens.layout.host
         if layout.modality != "video" or layout.views == 1:

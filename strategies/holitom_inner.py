@@ -1,4 +1,4 @@
-"""HoliTom inside the language model: what FastV would drop joins what it resembles.
+"""HoliTom inside the language model: merge the tokens that FastV drops into similar kept ones.
 
 Paper:  https://arxiv.org/abs/2505.21334 (NeurIPS 2025), inner-LLM merging
 Code:   https://github.com/cokeshao/HoliTom, holitom/modeling_qwen2.py (e9b2972)
@@ -20,14 +20,14 @@ from tokenprune.tokens import VisualTokens
 @register("holitom-inner")
 @dataclass(frozen=True, kw_only=True)
 class HoliTomInner(FastV):
-    """Choose like FastV; every other token is averaged into the kept one most like it, by cosine.
+    """Select as FastV does, then merge every other token into the most similar kept one, by cosine.
 
-    A kept token becomes the mean of itself and all that joined it.  The whole method is a chain,
-    ``holitom@0.2 + holitom-inner:layer=18@0.5`` in a decoder of 28 layers.
+    A kept token becomes the mean of itself and the tokens merged into it.  The whole method is a
+    chain: ``holitom@0.2 + holitom-inner:layer=18@0.5`` in a language model of 28 decoder layers.
 
     Args:
         layer: K, counted from 0: tokens are merged in front of decoder layer K.  Official: 18 of
-            28; the default is FastV's, which also a shallow decoder has.
+            28.  The default is that of FastV, which exists in shallow language models too.
     """
 
     card = Card(
@@ -35,10 +35,10 @@ class HoliTomInner(FastV):
         arxiv="2505.21334",
         code="https://github.com/cokeshao/HoliTom (e9b2972)",
         deviations=(
-            "A true mean; officially tokens join one after the other by halves, so that the later "
-            "ones weigh more.",
-            "Every image and row is treated by itself; officially batches of one. Separators are "
-            "neither ranked nor merged.",
+            "Tokens are averaged with equal weights; officially each one is averaged with the "
+            "result so far, so that later ones weigh more.",
+            "Every image and row is treated separately; officially a batch has one row. Separators "
+            "are neither ranked nor merged.",
         ),
     )
 
@@ -46,8 +46,7 @@ class HoliTomInner(FastV):
         chosen, patches = super().select(tokens), tokens.layout.patches
         keep = moved(chosen.keep, patches.device)
         unit = F.normalize(tokens.features.float(), dim=-1)
-        joins = (unit[patches] @ unit[keep].T).argmax(1)
-        place = torch.searchsorted(patches, keep)
-        joins[place] = torch.arange(len(keep), device=keep.device)
-        merged = group_means(tokens.features[patches], joins, len(keep))
+        cluster = (unit[patches] @ unit[keep].T).argmax(1)
+        cluster[torch.searchsorted(patches, keep)] = torch.arange(len(keep), device=keep.device)
+        merged = group_means(tokens.features[patches], cluster, len(keep))
         return replace(chosen, features=merged.to(tokens.features))

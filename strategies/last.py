@@ -1,4 +1,4 @@
-"""Last: the tail of the packed sequence.  A baseline for positional bias."""
+"""Last: keep the end of the packed sequence.  A baseline for positional bias."""
 
 from dataclasses import dataclass, field
 
@@ -14,9 +14,9 @@ from tokenprune.tokens import VisualTokens
 @register("last")
 @dataclass(frozen=True, kw_only=True)
 class Last(ScoringCompressor):
-    """Keep the last ``floor(R * P)`` patch tokens: of an image, the bottom of the crops.
+    """Keep the last ``floor(R * P)`` patch tokens: the bottom of the image.
 
-    What a method that ranks by causal attention degenerates to where attention prefers recency.
+    A method that ranks by causal attention degenerates to this if attention prefers recent tokens.
 
     Args:
         allocator: ``topk`` counts over the whole sequence, ``proportional`` within every view.

@@ -1,4 +1,4 @@
-"""PACT: prune what the prompt ignores, then merge near duplicates and count them in attention.
+"""PACT: prune by a global query, merge near duplicates, and weigh them in attention.
 
 Paper:  https://arxiv.org/abs/2504.08966 (CVPR 2025)
 Code:   https://github.com/orailix/PACT, transformers/models/qwen2/modeling_qwen2.py and
@@ -29,26 +29,29 @@ GLOBAL, KEYS = Signal("llm_global"), Signal("llm_keys_ahead")
 @register("pact")
 @dataclass(frozen=True, kw_only=True)
 class PACT(Compressor):
-    """Two steps in front of a layer, both from that layer's own queries and keys.
+    """Prune, then merge, in front of a decoder layer, with that layer's queries and keys.
 
-    EUTI ranks by the attention that a global query, the mean of all queries up to the image's last
-    token, pays without rotation, times the norm of the hidden state; the share ``important`` stays.
-    DBDPC takes of these, densest first, every token whose key is farther than a cutoff from all
-    taken before as a centre (cosine distance; density ``sum_j exp(-(d_ij / 2)^2)``).  A token
-    joins its nearest centre, one that EUTI dropped only within ``recover`` times the cutoff.  What
-    is left are the means of the clusters, in the places of their centres, and attention counts each
-    as often as it has members (`Selection.sizes`).
+    1. EUTI ranks by the unrotated attention of a global query, the mean of all queries up to the
+       image's last token, times the norm of the hidden state.  The share ``important`` is kept.
+    2. DBDPC visits these tokens, densest first.  A token whose key is farther than a cutoff from
+       all centres so far becomes a centre (cosine distance ``d``; density ``sum_j exp(-(d_ij /
+       2)^2)``).
+    3. Every token joins its nearest centre.  A token that EUTI dropped joins only within
+       ``recover`` times the cutoff.
+    4. The mean of a cluster takes the place of its centre.  Proportional attention counts its
+       members (`Selection.sizes`).
 
-    At most ``floor(R * P)`` clusters are left: the cutoff is the smallest that does it, but not
-    less than ``cutoff``, with which fewer may be left.
+    The cutoff is the smallest one, not below ``cutoff``, that leaves at most ``floor(R * P)``
+    clusters.  With ``cutoff`` above 0, fewer may be left.
 
     Args:
-        depth: Where, as a share of the decoder's depth.  Official: in front of layer 4 of 28.
-        important: Official: 0.55, with ``cutoff=0.21``.  0 stands for 0.55, or from R = 0.3 on for
-            ``sqrt(R)``, which leaves both steps the same factor.
-        cutoff: Smallest cutoff.  Official: 0.21 and no other bound.
-        recover: Official: 1.5.
-        proportional: Whether attention counts the members.
+        depth: Place of the cut, as a share of the decoder layers.  Official: in front of layer 4 of
+            28.
+        important: Share of the tokens that EUTI keeps.  Official: 0.55, with ``cutoff=0.21``.  0
+            stands for ``max(0.55, sqrt(R))``; with ``sqrt(R)`` both steps drop the same share.
+        cutoff: Smallest cutoff.  Official: 0.21, whatever the number of clusters.
+        recover: How much farther a token that EUTI dropped may be, as a factor.  Official: 1.5.
+        proportional: Whether attention counts the members of a cluster.
     """
 
     depth: Annotated[float, Field(gt=0, lt=1)] = 4 / 28
@@ -65,9 +68,10 @@ class PACT(Compressor):
         deviations=(
             "R bounds the number of clusters, and the cutoff follows; officially the cutoff is "
             "given and the number follows (important=0.55,cutoff=0.21 with a large R).",
-            "The earlier of equally dense tokens counts as denser; officially the sort decides.",
-            "Every image and row is treated by itself; officially batches of one, all images of a "
-            "prompt together. Separators are neither pruned nor merged.",
+            "Of equally dense tokens the earlier one comes first; officially the order of the sort "
+            "decides.",
+            "Every image and row is treated separately; officially a batch has one row, and all "
+            "images of a prompt are treated together. Separators are neither pruned nor merged.",
         ),
     )
 
@@ -79,10 +83,10 @@ class PACT(Compressor):
     def needs(self) -> frozenset[Signal]:
         return frozenset({GLOBAL, KEYS})
 
-    def _stay(self, patches: int) -> int:
+    def _important(self, patches: int) -> int:
         """How many of the patch tokens EUTI keeps."""
-        same = math.ceil(round(patches * math.sqrt(self.retention), 6))
-        return budget(patches, self.important) if self.important else max(int(0.55 * patches), same)
+        root = math.ceil(round(patches * math.sqrt(self.retention), 6))
+        return budget(patches, self.important) if self.important else max(int(0.55 * patches), root)
 
     @property
     def fills_budget(self) -> bool:
@@ -92,18 +96,18 @@ class PACT(Compressor):
         patches = tokens.layout.patches
         vectors = tokens.features[patches].float()
         scores = tokens[GLOBAL][patches].float() * vectors.norm(dim=-1)
-        stay = top(scores, self._stay(len(patches)))
+        kept = top(scores, self._important(len(patches)))
         unit = F.normalize(tokens[KEYS][patches].float(), dim=-1)
-        far = (1 - unit[stay] @ unit[stay].T).clamp(min=0)
+        far = (1 - unit[kept] @ unit[kept].T).clamp(min=0)
         far = torch.maximum(far, far.T).fill_diagonal_(0)  # rounding is not symmetric
         count = budget(len(patches), self.retention)
         cutoff, is_centre = least_cutoff(far, kernel_density(far), count, self.cutoff)
-        centres = stay[moved(listed(is_centre), stay.device)]
+        centres = kept[moved(listed(is_centre), kept.device)]
         nearest, cluster = (1 - unit @ unit[centres].T).min(1)
         joins = nearest <= self.recover * cutoff
-        joins[stay] = True
+        joins[kept] = True
         cluster[centres] = torch.arange(len(centres), device=centres.device)
-        cluster[~joins] = len(centres)  # what belongs to nobody meets in one more
+        cluster[~joins] = len(centres)  # tokens that join no centre form one more cluster
         merged = group_means(vectors, cluster, len(centres) + 1)[:-1]
         sizes = tally(cluster, len(centres) + 1)[:-1].to(vectors)
         features = merged.to(tokens.features)

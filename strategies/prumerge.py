@@ -1,4 +1,4 @@
-"""PruMerge: attended patches absorb their nearest neighbours, one token the rest.
+"""PruMerge: attended patches absorb their nearest neighbours, one extra token the rest.
 
 Paper:  https://arxiv.org/abs/2403.15388 (ICCV 2025)
 Code:   https://github.com/42Shawn/LLaVA-PruMerge, multimodal_encoder/clip_encoder.py (097c041)
@@ -25,15 +25,16 @@ from tokenprune.tokens import VisualTokens
 @register("prumerge")
 @dataclass(frozen=True, kw_only=True)
 class PruMerge(Compressor):
-    """Of the ``T`` tokens of a view, ``T - 1`` are centres and one stands for all that is dropped.
+    """Of the ``T`` tokens of a view, ``T - 1`` are centres and one stands for all dropped tokens.
 
-    With ``a`` the CLS attention of all heads as one and ``x`` what the projector receives, centre
-    ``i`` becomes ``x_i + sum_j a_j x_j`` over its ``neighbours`` nearest others by the cosine of
-    the keys, centres included; the extra token is ``sum_j a_j x_j`` over all that are no centres.
-    The weights are not normalised, as in the official code.
+    Let ``a`` be the CLS attention over all heads concatenated, and ``x`` the input of the
+    projector. Centre ``i`` becomes ``x_i + sum_j a_j x_j`` over its ``neighbours`` nearest tokens
+    by the cosine of the keys, other centres included.  The extra token is ``sum_j a_j x_j`` over
+    all tokens that are not centres.  As in the official code, the weights are not normalised.
 
     Args:
-        adaptive: As many centres as the attention has `outliers`, but never more than R allows.
+        adaptive: Whether the number of `outliers` of the attention is the number of centres, up to
+            the budget.
         neighbours: How many tokens a centre absorbs.  Official: 32.
         layer: Encoder layer of attention and keys.  Official: the last one.
         allocator: How many tokens each view keeps.
@@ -44,7 +45,7 @@ class PruMerge(Compressor):
     layer: int = -1
     allocator: Allocator = field(default_factory=Proportional)
 
-    location_aware = True  # the place of the extra token
+    location_aware = True  # the location of the extra token
     card = Card(
         paper="LLaVA-PruMerge",
         arxiv="2403.15388",
@@ -53,20 +54,20 @@ class PruMerge(Compressor):
         deviations=(
             "The budget is R unless adaptive=True; officially the outliers of a whole batch decide "
             "(about 5 % of the tokens).",
-            "Tokens stay in their places, the extra token at the most attended dropped one; "
+            "Tokens stay in sequence order, the extra token at the most attended dropped one; "
             "officially they come in score order, the extra token last.",
-            "Every view is merged by itself; the official code takes one view.",
+            "Every view is merged separately; the official code has one view.",
         ),
     )
 
     @property
     def saliency(self) -> Signal:
-        """What makes a centre, and the weights."""
+        """The signal that ranks the centres and weighs the sums."""
         return Signal("cls_joint", self.layer)
 
     @property
     def metric(self) -> Signal:
-        """What is near."""
+        """The keys that determine which tokens are near."""
         return Signal("joint_keys", self.layer)
 
     @property
@@ -94,14 +95,21 @@ class PruMerge(Compressor):
     def _merged(
         self, scores: Tensor, vectors: Tensor, unit: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Of one view's P patches ``count`` indices, centres first, and their new vectors."""
-        rest = len(scores) > count  # else all are centres and nothing is left for an extra token
+        """Indices (K,) into the P patches of a view, centres first, and their new vectors (K, C).
+
+        Args:
+            scores: (P,) attention.
+            vectors: (P, C) input of the projector.
+            unit: (P, D) keys of unit length.
+            count: The largest ``K``.
+        """
+        rest = len(scores) > count  # otherwise all patches are centres, without an extra token
         centres = self.centres(scores, count - int(rest and count > 1))
         found = nearest_others(unit[centres], unit, centres, self.neighbours)
         weighted = scores[:, None] * vectors
         made = vectors[centres] + weighted[found].sum(1)
         if len(centres) == count:
-            return centres, made  # no place for an extra token
+            return centres, made  # the budget has no room for an extra token
         dropped = torch.ones_like(scores, dtype=torch.bool)
         dropped[centres] = False
         place = scores.masked_fill(~dropped, -torch.inf).argmax()
@@ -109,6 +117,6 @@ class PruMerge(Compressor):
         return torch.cat([centres, place[None]]), torch.cat([made, extra[None]])
 
     def centres(self, scores: Tensor, count: int) -> Tensor:
-        """Places of at most ``count`` of a view's patches, of these scores (P,)."""
+        """(K,) indices of at most ``count`` centres among a view's patches, by scores (P,)."""
         most = max(1, min(outliers(scores), count)) if self.adaptive else count
         return scores.argsort(descending=True, stable=True)[:most]

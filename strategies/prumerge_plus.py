@@ -1,4 +1,4 @@
-"""PruMerge+: PruMerge whose centres are mostly evenly spaced patches.
+"""PruMerge+: PruMerge with mostly evenly spaced centres.
 
 Paper:  https://arxiv.org/abs/2403.15388 (ICCV 2025)
 Code:   https://github.com/42Shawn/LLaVA-PruMerge, multimodal_encoder/clip_encoder.py (097c041)
@@ -22,8 +22,9 @@ class PruMergePlus(PruMerge):
 
     Args:
         spatial: Share of the centres that are samples.  Official: about three quarters.
-        adaptive: As many attended centres as the attention has `outliers`, and every ``s``-th patch
-            besides, ``s = int(int(P / outliers) / 3)``, but never more than R allows.
+        adaptive: Whether the number of `outliers` of the attention is the number of attended
+            centres.  Samples are then every ``s``-th patch, ``s = int(int(P / outliers) / 3)``.
+            Both together stay within the budget.
     """
 
     spatial: Annotated[float, Field(ge=0, le=1)] = 0.75
@@ -33,8 +34,8 @@ class PruMergePlus(PruMerge):
         PruMerge.card,
         deviations=(
             *PruMerge.card.deviations,
-            "No patch is a centre twice; officially samples of the training path repeat attended "
-            "patches, which merge twice, and as many dropped patches are lost.",
+            "A patch is a centre at most once; officially, samples of the training path repeat "
+            "attended patches, which merge twice, and as many dropped patches are lost.",
         ),
     )
 
@@ -49,5 +50,5 @@ class PruMergePlus(PruMerge):
         return with_others(best, patches, spaced, samples, preferred_only=self.adaptive)
 
     def samples(self, patches: int, step: int) -> slice:
-        """Places of the samples among the patches of a view; officially never the last one."""
+        """The samples among the patches of a view; as officially, never the last patch."""
         return slice(0, patches - 1, step)

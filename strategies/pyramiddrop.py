@@ -1,4 +1,4 @@
-"""PyramidDrop: drop visual tokens stage by stage, more the deeper the layer.
+"""PyramidDrop: drop visual tokens at several depths of the language model.
 
 Paper:  https://arxiv.org/abs/2410.17247 (CVPR 2025)
 Code:   https://github.com/Cooperx521/PyramidDrop, llava/model/modeling_llama_pdrop.py (6444f30)
@@ -20,7 +20,7 @@ from tokenprune.tokens import VisualTokens
 @register("pyramiddrop")
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(StagedCompressor):
-    """At each of ``n`` cuts keep what the last prompt token attends to in the layer behind it.
+    """At each of ``n`` cuts, keep what the last prompt token attends to in the next layer.
 
     At cut ``i`` of ``n``, ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered are left.
     ``R = 0.125`` with three cuts is the official schedule 0.5, 0.25, 0.125.
@@ -28,8 +28,8 @@ class PyramidDrop(StagedCompressor):
     Args:
         depths: Cuts as shares of the decoder's depth.  Official: in front of layers 8, 16 and 24 of
             32.
-        position_ids: Officially what is left is numbered anew.
-        cut: Which of the cuts this one is, counted from 1; 0 stands for all.
+        position_ids: Official: ``compact``.
+        cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
     """
 
     depths: Depths = (0.25, 0.5, 0.75)
@@ -41,12 +41,12 @@ class PyramidDrop(StagedCompressor):
         code="https://github.com/Cooperx521/PyramidDrop (6444f30)",
         verified="pyramiddrop",
         deviations=(
-            "Every cut drops the same share of what is left; officially any list of ratios.",
-            "Every image of a prompt is ranked; officially the first only.",
-            "Separators are not ranked; the separator policy decides about them.",
-            "Key and value heads may be fewer than query heads; officially they may not.",
-            "Padding on either side and any attention kernel; officially on the right with "
-            "flash-attention.",
+            "Every cut drops the same share of the tokens; officially any list of ratios.",
+            "Every image of a prompt is ranked; officially only the first.",
+            "Separators are not ranked; the option separators decides about them.",
+            "Grouped-query attention is supported; officially it is not.",
+            "Prompt padding on either side and any attention kernel are supported; officially "
+            "padding on the right with flash-attention.",
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Random: a seeded random subset of every view, in sequence order.
+"""Random: keep a seeded random subset of every view.
 
 The file ends in an underscore because ``random.py`` would shadow the standard library.
 """
@@ -18,11 +18,11 @@ from tokenprune.tokens import VisualTokens
 class Random(ScoringCompressor):
     """Keep random patch tokens.
 
-    Every sample has its own generator, made of `seed` and the sample's own content, so the choice
+    The generator is seeded with `seed` and the content of the image or video.  The selection
     depends neither on the global generator nor on the rest of the batch.
 
     Args:
-        seed: Another seed gives another subset.
+        seed: Seed of the generator.
     """
 
     seed: int = 0
@@ -31,7 +31,7 @@ class Random(ScoringCompressor):
     card = Card(paper="Random tokens (baseline)")
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        # Drawn and left on the CPU: the same subset on every device.
+        # On the CPU, so that every device gets the same subset.
         generator = torch.Generator("cpu").manual_seed(hash((self.seed, tokens.seed)) % 2**63)
-        # In float32 whatever the default: another dtype draws other numbers.
+        # float32 explicitly: the numbers depend on the dtype, and users change its default.
         return torch.rand(len(tokens), generator=generator, dtype=torch.float32, device="cpu")

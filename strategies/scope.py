@@ -1,4 +1,4 @@
-"""SCOPE: a subset that covers all tokens well, preferring salient ones.
+"""SCOPE: a subset that covers all tokens and prefers salient ones.
 
 Paper:  https://arxiv.org/abs/2510.24214 (NeurIPS 2025)
 Code:   https://github.com/kinredon/SCOPE, scope/clip_encoder.py
@@ -23,16 +23,17 @@ from tokenprune.tokens import VisualTokens
 @register("scope")
 @dataclass(frozen=True, kw_only=True)
 class Scope(Compressor):
-    """Pick tokens one by one, each the one with the largest gain in coverage times saliency.
+    """Select tokens one by one, each with the largest gain in coverage times saliency.
 
-    With ``c_i`` how well token ``i`` is covered (the largest cosine to a picked one, at first 0),
-    token ``j`` gains ``sum_i max(0, cos(i, j) - c_i) * a_j^alpha``, before the projector.
+    The coverage ``c_i`` of token ``i`` is its largest cosine to a selected token, at first 0.  The
+    gain of token ``j`` with saliency ``a_j`` is ``sum_i max(0, cos(i, j) - c_i) * a_j^alpha``.  The
+    cosines are of vectors before the projector.
 
     Args:
-        alpha: Weight of the saliency.  Official: 1.
-        score: ``cls_attention``, or ``received`` for towers without CLS token.
+        alpha: Exponent of the saliency.  Official: 1.
+        score: ``cls_attention``, or ``received`` for vision encoders without CLS token.
         layer: Encoder layer of the attention.  Official: the last but one, whose output the
-            projector gets.
+            projector receives.
         allocator: How many tokens each view keeps.
     """
 
@@ -47,13 +48,13 @@ class Scope(Compressor):
         code="https://github.com/kinredon/SCOPE",
         deviations=(
             "Attention is the mean over heads, not the sum; the ranking is the same.",
-            "A picked token is never picked again, also where nothing is left to gain.",
+            "A token is selected at most once, even if no other token has a gain.",
         ),
     )
 
     @property
     def saliency(self) -> Signal:
-        """What makes a token worth more."""
+        """The signal that weighs the gain of a token."""
         return Signal(self.score, self.layer)
 
     @property
@@ -66,6 +67,6 @@ class Scope(Compressor):
         counts = self.allocator.counts(tokens, scores, self.retention).tolist()
         kept = []
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
-            alike = unit[patches] @ unit[patches].T
-            kept.append(patches[cover(alike, scores[patches] ** self.alpha, count)])
+            cosines = unit[patches] @ unit[patches].T
+            kept.append(patches[cover(cosines, scores[patches] ** self.alpha, count)])
         return Selection(torch.cat(kept).sort().values, scores=scores[tokens.layout.patches])

@@ -1,4 +1,4 @@
-"""SparseVLM: words that look at the image rate its tokens; some of what is dropped is recycled.
+"""SparseVLM: the text tokens most related to the image rank its tokens; some dropped ones merge.
 
 Paper:  https://arxiv.org/abs/2410.04417 (ICML 2025)
 Code:   https://github.com/Gumpest/SparseVLMs, llava/model/language_model/ (91fb6d9, 26a5f48)
@@ -29,22 +29,23 @@ HEADS, ROTARY = Signal("llm_text_heads"), Signal("llm_text_rotary")
 class SparseVLM(StagedCompressor):
     """Rank by the attention of the raters, the text tokens most related to the image.
 
-    Raters have more than the mean of ``mean_v softmax_t(x_v . x_t)``, with ``x`` what enters the
-    language model.  Some dropped tokens are clustered (`recycling`, `density_peaks`); the mean of a
-    cluster takes the place of its centre.  At cut ``i`` of ``n``, ``floor(R^(i/n) * P)`` of the
-    ``P`` tokens that entered are left, merged ones included.
+    With ``x`` the inputs of the language model, a text token ``t`` after the image is related to it
+    by ``mean_v softmax_t(x_v . x_t)``.  Raters are the text tokens above the mean of this value.
+    Some dropped tokens are clustered (`recycling`, `density_peaks`), and the mean of a cluster
+    takes the place of its centre.  At cut ``i`` of ``n``, ``floor(R^(i/n) * P)`` of the ``P``
+    tokens that entered are left, merged ones included.
 
-    Version 2.0 (SparseVLM+) divides attention by what rotary positions alone make of it
-    (`rotary_product`), asks only the heads in which the raters look most at the image, and merges
+    Version 2.0 (SparseVLM+) divides the attention by the part that rotary position ids alone cause
+    (`rotary_product`), uses only the heads in which the raters attend most to the image, and merges
     nothing.
 
     Args:
         version: 1.0 or 2.0.
-        heads: How many heads rate in version 2.0.  Official: 14, whatever the model.
-        depths: Cuts as shares of the decoder's depth.  Official: behind layers 2, 6 and 15 of 32.
-        recycle: Share of the dropped tokens that is merged.  Official: 0.3, none in version 2.0.
-        position_ids: ``auto`` renumbers what is left in version 1.0 only.
-        cut: Which of the cuts this one is, counted from 1; 0 is the last.
+        heads: Number of heads that version 2.0 uses.  Official: 14, whatever the model.
+        depths: Cuts as shares of the decoder's depth.  Official: after layers 2, 6 and 15 of 32.
+        recycle: Share of the dropped tokens that is merged.  Official: 0.3; none in version 2.0.
+        position_ids: ``auto`` is ``compact`` in version 1.0 and ``original`` in version 2.0.
+        cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
     """
 
     version: Literal["1.0", "2.0"] = "1.0"
@@ -58,11 +59,11 @@ class SparseVLM(StagedCompressor):
         code="https://github.com/Gumpest/SparseVLMs (91fb6d9, 26a5f48)",
         verified="sparsevlm",
         deviations=(
-            "R decides how many are left; officially lists, or the rank of the attention.",
-            "A merged token lies where its centre lay; officially behind all kept ones.",
+            "R decides how many tokens are left; officially lists, or the rank of the attention.",
+            "A merged token takes the place of its centre; officially it follows all kept tokens.",
             "Equally dense tokens rank by attention; officially random noise decides.",
-            "Every image and row is rated by itself; officially batches of one image.",
-            "Where no text stands out as rater, all of it rates; officially the result is NaN.",
+            "Every image and row is ranked separately; officially a batch has one image.",
+            "If no text token is above the mean, all are raters; officially the result is NaN.",
             "Version 2.0 divides by a term that may be near zero, as the official formula does.",
         ),
     )
@@ -76,17 +77,17 @@ class SparseVLM(StagedCompressor):
         return self.version == "2.0" if self.position_ids == "auto" else super().keeps_positions
 
     def raters(self, tokens: VisualTokens) -> Tensor:
-        """(T,) bool, which of the text tokens behind the image rate."""
+        """(T,) bool, which of the text tokens after the image are raters."""
         if tokens.inputs is None or not len(tokens.inputs[1]):
-            raise UserError("sparsevlm needs text behind the image, whose tokens rate it.")
+            raise UserError("sparsevlm needs text after the image, whose attention ranks.")
         visual, text = (part.float() for part in tokens.inputs)
         related = (visual @ text.T).softmax(1).mean(0)
         raters = related > related.mean()
         return raters | ~raters.any()
 
     def rows(self, tokens: VisualTokens) -> Tensor:
-        """(P, T) attention that the patch tokens get of the raters, 0 of other text, float32."""
-        # A mask instead of an index: nothing waits for the device to learn how many rate.
+        """(P, T) float32 attention from raters to patch tokens; 0 from other text tokens."""
+        # A mask and not indices: their number would need a synchronisation with the device.
         patches, others = tokens.layout.patches, ~self.raters(tokens).to(tokens.features.device)
         if self.version == "1.0":
             return tokens[ROWS][patches].float().masked_fill(others, 0)
@@ -95,7 +96,7 @@ class SparseVLM(StagedCompressor):
         return rows[..., keenest(rows, self.heads)].mean(-1)
 
     def most_kept(self, tokens: VisualTokens, rows: Tensor) -> int:
-        """How many tokens are kept unmerged at most, given their `rows`."""
+        """The largest number of tokens that stay unmerged, given their `rows`."""
         return self.limit(tokens)
 
     def select(self, tokens: VisualTokens) -> Selection:
@@ -116,5 +117,5 @@ class SparseVLM(StagedCompressor):
 
 
 def keenest(rows: Tensor, count: int) -> Tensor:
-    """The ``count`` heads of the rows (P, T, H) that look most at the image, in falling order."""
+    """(count,) indices of the heads of rows (P, T, H) with the most attention, largest first."""
     return rows.sum((0, 1)).argsort(descending=True, stable=True)[:count]

@@ -1,7 +1,7 @@
-"""Spatial pooling: every view and canvas averaged on a coarser grid.  No signal, all tokens count.
+"""Spatial pooling: average the tokens on a coarser grid.  A baseline without signals.
 
-There is no single official definition.  LLaVA-OneVision pools its video frames this way; here the
-unpadded canvas is pooled as one plane, behind the projector, and the grid follows from R.
+There is no single official definition.  LLaVA-OneVision pools its video frames this way.  Here the
+unpadded canvas is pooled as one plane, after the projector, and the grid follows from R.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,14 @@ from tokenprune.tokens import VisualTokens
 class SpatialPool(Compressor):
     """Replace each cell of a coarse grid by the mean of its tokens.
 
-    A plane (thumbnail, canvas of crops, frame) of ``h`` x ``w`` tokens becomes ``a`` x ``b`` cells
-    with ``a * b <= floor(R * h * w)`` and nearly square; the token at ``(r, c)`` belongs to cell
-    ``(floor(r * a / h), floor(c * b / w))``.  The mean stands at the cell's middle token.
+    A plane (thumbnail, canvas of crops or frame) of ``h`` x ``w`` tokens becomes ``a`` x ``b``
+    cells that are nearly square, with ``a * b <= floor(R * h * w)``.  The token at ``(r, c)``
+    belongs to cell ``(floor(r * a / h), floor(c * b / w))``.  The mean takes the location of the
+    cell's middle token.
 
-    Behind a method in the vision tower, which leaves gaps, the plane has the finest grid of which
-    no more than ``floor(R * n)`` cells hold any of its ``n`` tokens, and a mean stands at the token
-    nearest to the middle of those in its cell.
+    A method in the vision encoder leaves gaps in the plane of ``n`` tokens.  The grid is then the
+    finest one of which at most ``floor(R * n)`` cells hold a token, and the mean takes the location
+    of the token nearest to the middle of the tokens in its cell.
     """
 
     location_aware = True
@@ -54,24 +55,24 @@ class SpatialPool(Compressor):
 
 
 def _places(layout: TokenLayout, patches: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(M,) rows and columns of the patches of a plane, and its shape."""
+    """(M,) rows and (M,) columns of the patches of a plane, and the shape of the plane."""
     if bool((layout.kind[patches] == Kind.CROP).all()):
         return layout.canvas_row[patches], layout.canvas_col[patches], layout.canvas_shape
     return layout.row[patches], layout.col[patches], layout.view_shape
 
 
 def _cells(row: Tensor, col: Tensor, shape: tuple[int, int], most: int) -> Tensor:
-    """(M,) cell of each of the tokens of a plane, numbered from 0 in reading order.
+    """(M,) cell of each token of a plane, numbered from 0 in reading order.
 
     Args:
-        row, col: (M,) their places.
+        row, col: (M,) locations of the tokens.
         shape: (rows, columns) of the plane.
         most: How many cells may hold a token; at least 1.
     """
     height, width = shape
     complete = len(row) == height * width
     best, filled = torch.zeros_like(row), 0
-    # Of a plane with gaps some cells are empty, so that a finer grid may fit.
+    # With gaps, some cells are empty, so that a finer grid may fit.
     counts = range(most, most + 1 if complete else height * width + 1)
     for grid in dict.fromkeys(coarse_grid(shape, count) for count in counts):
         key = row * grid[0] // height * grid[1] + col * grid[1] // width

@@ -1,6 +1,7 @@
-"""ToMe: merge similar tokens between attention and MLP of every layer of the vision tower.
+"""ToMe: merge similar tokens between attention and MLP of every layer of the vision encoder.
 
-Written from the paper and from vectors made with the official code (CC-BY-NC, not looked at).
+Written from the paper and from recorded outputs of the official code.  The code itself (CC-BY-NC)
+was not read.
 """
 
 import itertools
@@ -17,20 +18,21 @@ from tokenprune.tokens import VisualTokens
 @register("tome")
 @dataclass(frozen=True, kw_only=True)
 class ToMe(EncoderCompressor):
-    """Halve again and again: tokens of even index merge into the most similar of odd index.
+    """In every layer, merge tokens of even index into the most similar tokens of odd index.
 
     In each layer up to the one whose output is used, the ``r`` pairs with the largest cosine of
     their keys (mean over heads) merge into their mean, weighted by size.  A view of ``n`` patches
-    is to end with ``floor(R * n)`` vectors: ``r`` is the same in all layers up to rounding, except
-    where a layer cannot merge as many, at most half of its patches; the layers before it then merge
-    more.  Below what halving in every layer reaches, every layer halves, and the largest clusters
-    stay.
+    ends with ``floor(R * n)`` tokens.  All layers have the same ``r`` up to rounding.  A layer can
+    merge at most half of its patches; if it cannot merge ``r``, the layers before it merge more.
+    If halving in every layer leaves more than ``floor(R * n)``, every layer halves, and the largest
+    clusters are kept.
 
-    Patches in the padding of a canvas are merged like others, as the tower cannot tell them.
+    Patches in the canvas padding are merged like others, because the vision encoder cannot
+    distinguish them.
 
     Args:
-        proportional: Whether a merged token weighs as much in the attention as the patches that it
-            stands for, as the authors do for models that were not trained with merging.
+        proportional: Whether proportional attention counts the patches of a merged token, as the
+            authors do for models that were not trained with merging.
     """
 
     proportional: bool = True
@@ -40,13 +42,13 @@ class ToMe(EncoderCompressor):
         arxiv="2210.09461",
         code="https://github.com/facebookresearch/ToMe (af95e4b)",
         deviations=(
-            "R is given, and r follows from it; the authors fix r, 8 to 16 in each layer.",
-            "The layers behind the one whose output is used run on what is left and merge nothing.",
-            "For the language model one token per cluster stays, the one nearest its centre; the "
-            "authors classify images and need none.",
+            "R is given and r follows from it; officially r is given, 8 to 16 in each layer.",
+            "The layers after the one whose output is used merge nothing.",
+            "The language model gets one token per cluster, at the token nearest to the centre of "
+            "the cluster; the authors classify images and need no location.",
             "Ties go to the earlier token, and keys are compared in float32.",
-            "A distillation token's way back follows the merge; the official unmerge forgets that "
-            "the token was moved to the front.  The towers here have none.",
+            "Unmerging restores a distillation token; officially it ignores that the token was "
+            "moved to the front. The vision encoders here have none.",
         ),
         verified="tome",
     )
@@ -62,7 +64,7 @@ class ToMe(EncoderCompressor):
         return super().bias(size) if self.proportional else None
 
     def flops(self, tokens: VisualTokens) -> float | None:
-        """Products of all even with all odd keys, in each layer of the tower that merges."""
+        """FLOPs of the products of all even with all odd keys, in each layer that merges."""
         run = tokens.encoding
         if run is None:
             return None
@@ -74,7 +76,7 @@ class ToMe(EncoderCompressor):
         return 2.0 * pairs * run.key_width * tokens.layout.views
 
     def memory(self, tokens: VisualTokens) -> float | None:
-        """In the tower: keys of unit length, and cosines of even with odd entries."""
+        """Bytes of the keys of unit length and of the cosines of even with odd entries."""
         run = tokens.encoding
         if run is None:
             return None
@@ -86,7 +88,8 @@ class ToMe(EncoderCompressor):
 def schedule(patches: int, target: int, layers: int) -> list[int]:
     """How many patches each of ``layers`` merges so that ``target`` of ``patches`` are left.
 
-    As equal as can be, none more than half of what it gets; if even that is not enough, half.
+    The numbers are as equal as possible.  No layer merges more than half of its patches; if that
+    cannot reach ``target``, every layer merges half.
     """
     halved = [patches]
     for _ in range(layers):
@@ -94,7 +97,7 @@ def schedule(patches: int, target: int, layers: int) -> list[int]:
     if halved[-1] >= target:
         return [before - after for before, after in itertools.pairwise(halved)]
     steps: list[int] = []
-    left = target  # from the last layer to the first, which takes what later ones cannot
+    left = target  # from the last layer to the first: earlier layers merge what later ones cannot
     for earlier in range(layers, 0, -1):
         steps.append(min((patches - left) // earlier, left))
         left += steps[-1]

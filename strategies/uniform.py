@@ -1,4 +1,4 @@
-"""Uniform: evenly spaced tokens of every view.  The baseline without any signal.
+"""Uniform: keep evenly spaced tokens of every view.  A baseline without signals.
 
 There is no single official definition; the default is the exact-count, centred form
 ``floor((i + 0.5) * n / T)``, ``i < T``.
@@ -19,12 +19,12 @@ from tokenprune.tokens import VisualTokens
 @register("uniform")
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Compressor):
-    """Keep ``floor(R * P)`` evenly spaced patch tokens, shared out over the views.
+    """Keep ``floor(R * P)`` evenly spaced patch tokens, in proportion to the size of the views.
 
     Args:
-        pattern: ``stride`` counts along the rows of a view, as published baselines do; where the
-            stride divides the width, whole columns stay and the others go.  ``dispersed`` spreads
-            over rows and columns.
+        pattern: ``stride`` counts along the rows of a view, as published baselines do.  If the
+            stride divides the width, whole columns are kept and the others dropped.  ``dispersed``
+            spreads the tokens over rows and columns.
     """
 
     pattern: Literal["stride", "dispersed"] = "stride"

@@ -1,4 +1,4 @@
-"""VidCom²: frames that differ from the video keep more, and in them the tokens that differ most.
+"""VidCom²: frames that differ from the video keep more, and of each frame what differs most.
 
 Paper:  https://arxiv.org/abs/2505.14454 (EMNLP 2025)
 Code:   https://github.com/xuyang-liu16/VidCom2, token_compressor/vidcom2/vidcom2.py (944a17d)
@@ -20,24 +20,25 @@ from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)
-PART = 256  # channels or tokens
+PART = 256  # channels or tokens that are converted to float32 at a time
 
 
 @register("vidcom2")
 @dataclass(frozen=True, kw_only=True)
 class VidCom2(Compressor):
-    """Keep the tokens that resemble neither the video's centre nor their frame's.
+    """Keep the tokens that are similar neither to the mean of the video nor to that of their frame.
 
-    On the half of the channels that vary least, with tokens of unit length there, the resemblance
-    to a centre is ``G(x, c) = sum_a exp(-|x - c|^2 / (2 a))`` over ``SCALES``.  With ``e_f`` minus
-    the mean resemblance of frame ``f`` to the video's centre, ``p = softmax(e / temperature)`` and
-    ``r_f = min(R * (1 + p_f - mean p), 1)``, frame ``f`` keeps ``max(1, round(r_f * N_f))``.
+    Tokens ``x`` are restricted to the channels of lowest variance and normalised.  The similarity
+    to a mean ``c`` is ``G(x, c) = sum_a exp(-|x - c|^2 / (2 a))`` over ``SCALES``.  Let ``e_f`` be
+    minus the mean similarity of the tokens of frame ``f`` to the video.  With ``p = softmax(e /
+    temperature)`` and ``r_f = min(R * (1 + p_f - mean p), 1)``, frame ``f`` of ``N_f`` tokens keeps
+    ``max(1, round(r_f * N_f))``.
 
     Views of an image are treated like frames.
 
     Args:
-        temperature: Of the softmax over frames.  Official: 0.01.
-        channels: Share of the channels that is looked at.  Official: 0.5.
+        temperature: Temperature of the softmax over frames.  Official: 0.01.
+        channels: Share of the channels that is used.  Official: 0.5.
     """
 
     temperature: Annotated[float, Field(ge=1e-6)] = 0.01
@@ -49,23 +50,22 @@ class VidCom2(Compressor):
         code="https://github.com/xuyang-liu16/VidCom2 (944a17d)",
         verified="vidcom2",
         deviations=(
-            "Images, which the official code leaves alone, are compressed with their views in the "
-            "place of frames.",
-            "A batch may hold several videos; officially batches are not compressed.",
+            "The views of an image are treated like frames; officially images are not compressed.",
+            "A batch may have several videos; officially batches are not compressed.",
         ),
     )
 
     def calm(self, tokens: VisualTokens) -> Tensor:
-        """Sorted indices of the channels of the lowest variance over all patch tokens."""
+        """Sorted indices of the channels with the lowest variance over all patch tokens."""
         patches, features = tokens.layout.patches, tokens.features
-        # A part of the channels, or of the tokens, at a time: float32 copies of all take memory.
+        # A part of the channels at a time, because a float32 copy of all would take memory.
         parts = features.split(PART, dim=1)
         varies = torch.cat([part[patches].float().var(0, unbiased=False) for part in parts])
         count = max(1, int(features.shape[1] * self.channels))
         return varies.argsort(stable=True)[:count].sort().values
 
     def resemblance(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-        """(P,) float32 each: resemblance of the patch tokens to the video, and to their frame."""
+        """(P,) float32 each: ``G`` of the patch tokens to the video and to their frame."""
         layout, patches, features = tokens.layout, tokens.layout.patches, tokens.features
         calm = self.calm(tokens)
         unit = F.normalize(features[patches[:, None], calm].float(), dim=-1)
@@ -75,7 +75,7 @@ class VidCom2(Compressor):
         return to_video, _kernel(unit, frames, view)
 
     def ratios(self, tokens: VisualTokens, to_video: Tensor) -> Tensor:
-        """(V,) retention ratio of every frame; 0 of one without tokens."""
+        """(V,) retention ratio of every frame; 0 for a frame without tokens."""
         layout = tokens.layout
         view = layout.view[layout.patches]
         sizes = tally(view, layout.views)
@@ -101,7 +101,7 @@ class VidCom2(Compressor):
 
 
 def _kernel(unit: Tensor, centres: Tensor, which: Tensor) -> Tensor:
-    """(P,) ``G`` of tokens (P, C) and the centre of each, ``which`` (P,) of the centres (V, C)."""
+    """(P,) ``G`` of tokens (P, C) and ``centres[which]``, of centres (V, C) and indices (P,)."""
     parts = zip(unit.split(PART), which.split(PART), strict=True)
     squared = torch.cat([(rows - centres[own]).square().sum(-1) for rows, own in parts])
     scales = moved(torch.tensor(SCALES, dtype=unit.dtype, device="cpu"), unit.device)

@@ -1,4 +1,4 @@
-"""VisionZip: keep the dominant tokens of every view, merge the rest into a few contextual ones.
+"""VisionZip: keep the dominant tokens of every view, merge the others into contextual tokens.
 
 Paper:  https://arxiv.org/abs/2412.04467 (CVPR 2025)
 Code:   https://github.com/dvlab-research/VisionZip, visionzip/clip_encoder.py (3151f6d)
@@ -24,18 +24,21 @@ from tokenprune.tokens import VisualTokens
 @register("visionzip")
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(Compressor):
-    """Of the ``T`` tokens of a view, ``T - C`` are its most attended patches, ``C`` are merged.
+    """Of the ``T`` tokens of a view, ``T - C`` are its most attended patches and ``C`` are merged.
 
     Of the ``M`` other patches in raster order, those at ``0, s, 2s, ...`` with
-    ``s = max(1, M // C)`` become targets.  Every other one goes to the target whose key is nearest
-    by cosine; a target becomes itself plus the mean of what came to it, before the projector.
+    ``s = max(1, M // C)`` are targets.  Each of the others merges into the target with the nearest
+    key, by cosine.  A target becomes itself plus the mean of the patches merged into it, before the
+    projector.
 
     Args:
         contextual: Share ``C / T``.  Official: 10 of 64, 30 of 192.
-        score: ``cls_attention``, or ``received`` for towers without CLS token, as third parties do.
-        layer: Encoder layer of attention and keys.  Official: the last but one, whose output the
-            projector gets.
-        merge: ``add`` as in the official code, or ``mean``: of the target and what came to it.
+        score: ``cls_attention``, or ``received`` for vision encoders without CLS token, as third
+            parties do.
+        layer: Encoder layer of attention and keys.  Official: the last but one, whose output
+            the projector receives.
+        merge: ``add`` as in the official code, or ``mean`` of the target and the patches merged
+            into it.
         allocator: How many tokens each view keeps.
     """
 
@@ -52,21 +55,21 @@ class VisionZip(Compressor):
         code="https://github.com/dvlab-research/VisionZip (3151f6d)",
         verified="visionzip",
         deviations=(
-            "Contextual tokens stand where their targets were; officially they follow all others.",
-            "The CLS token itself, which officially is sent along, is not: no host packs it.",
+            "Contextual tokens take the place of their targets; officially they follow all others.",
+            "The CLS token is not sent along, as no model here packs it; officially it is.",
             "The canvas is unpadded and its rows keep their separators; officially neither.",
-            "Where a model pools or resamples behind the projector, merging happens behind it too.",
+            "If a model pools or resamples after the projector, merging happens after that.",
         ),
     )
 
     @property
     def saliency(self) -> Signal:
-        """What makes a token dominant."""
+        """The signal that ranks the tokens; the largest are dominant."""
         return Signal(self.score, self.layer)
 
     @property
     def metric(self) -> Signal:
-        """What the others are merged by."""
+        """The keys by which the others are merged."""
         return Signal("keys", self.layer)
 
     @property
@@ -97,10 +100,9 @@ class VisionZip(Compressor):
     def _merged(
         self, rest: Tensor, count: int, vectors: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``count`` targets among the indices ``rest`` (M,), and their new vectors."""
+        """(count,) targets among the indices ``rest`` (M,), and their new vectors (count, C)."""
         targets, others, nearest = assigned(rest, count, keys)
-        came = vectors[others].float()
-        sums = group_sums(came, nearest, count)
+        sums = group_sums(vectors[others].float(), nearest, count)
         number = tally(nearest, count)[:, None]
         own = vectors[targets].float()
         if self.merge == "mean":

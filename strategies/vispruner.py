@@ -1,4 +1,4 @@
-"""VisPruner: half of the budget for the most attended tokens, half for the least alike others.
+"""VisPruner: half of the budget for attended tokens, half for the most diverse of the others.
 
 Paper:  https://arxiv.org/abs/2412.01818 (ICCV 2025)
 Code:   https://github.com/Theia-4869/VisPruner, llava/model/llava_arch.py (aefa01a)
@@ -19,7 +19,7 @@ from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
-PER_ROUND = 8  # tokens dropped at once
+PER_ROUND = 8  # tokens dropped in one round, as in the official code
 
 
 @register("vispruner")
@@ -27,16 +27,16 @@ PER_ROUND = 8  # tokens dropped at once
 class VisPruner(Compressor):
     """Of the ``T`` tokens of a view, ``int(T * important)`` are the most attended ones.
 
-    The others, most attended first, are thinned round by round: dealt out alternately into two
-    hands, the up to eight of the first hand that resemble one of the second most (cosine, before
-    the projector) are dropped; what is left of the first hand, most alike first, and the second
-    make up the next round.
+    The others, most attended first, are thinned in rounds until ``T`` tokens are left.  A round
+    splits them alternately into two halves.  Up to eight tokens of the first half are dropped:
+    those with the largest cosine to a token of the second half, before the projector.  The next
+    round has the rest of the first half, most similar first, followed by the second half.
 
     Args:
-        important: Share of the budget that goes by attention.  Official: 0.5.
-        score: ``cls_attention``, or ``received`` for towers without CLS token.
+        important: Share of the budget that is given by attention.  Official: 0.5.
+        score: ``cls_attention``, or ``received`` for vision encoders without CLS token.
         layer: Encoder layer of the attention.  Official: the last but one, whose output the
-            projector gets.
+            projector receives.
         allocator: How many tokens each view keeps.
     """
 
@@ -51,14 +51,14 @@ class VisPruner(Compressor):
         code="https://github.com/Theia-4869/VisPruner (aefa01a)",
         verified="vispruner",
         deviations=(
-            "An odd number of remaining tokens is dealt out as well; officially it is an error.",
+            "An odd number of remaining tokens is split as well; officially it is an error.",
             "The canvas is unpadded and its rows keep their separators; officially neither.",
         ),
     )
 
     @property
     def saliency(self) -> Signal:
-        """What makes a token important."""
+        """The signal that ranks the tokens; the largest are important."""
         return Signal(self.score, self.layer)
 
     @property
@@ -78,15 +78,21 @@ class VisPruner(Compressor):
 
 
 def thinned(order: Tensor, count: int, unit: Tensor) -> Tensor:
-    """``count`` of the indices ``order`` (M,) into ``unit`` (N, C)."""
+    """(count,) indices that stay of ``order`` (M,), after thinning by cosine.
+
+    Args:
+        order: (M,) indices into ``unit``, most attended first.
+        count: How many stay.
+        unit: (N, C) vectors of unit length.
+    """
     if not count:
         return order[:0]
-    alike = unit[order] @ unit[order].T
+    cosines = unit[order] @ unit[order].T
     rest = torch.arange(len(order), device=order.device)
     while len(rest) > count:
         first, second = rest[::2], rest[1::2]
-        gone = min(PER_ROUND, len(rest) - count, len(second))
-        nearest = alike[first[:, None], second].amax(1)
-        left = first[nearest.argsort(descending=True, stable=True)[gone:]]
+        dropped = min(PER_ROUND, len(rest) - count, len(second))
+        nearest = cosines[first[:, None], second].amax(1)
+        left = first[nearest.argsort(descending=True, stable=True)[dropped:]]
         rest = torch.cat([left, second])
     return order[rest]

@@ -1,6 +1,6 @@
-"""Deliberately broken strategies and broken hosts, at least one for every check.
+"""Seeded faults, in methods and in models: at least one for every check.
 
-A check that nothing fails is empty.  A `Fault` is a strategy plus what is broken around it.
+A check that nothing fails is empty.  A `Fault` is a method and the code around it that is broken.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ from tokenprune.tokens import VisualTokens
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
-# -- hosts ---------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------
 
 
 def _replaced(target: Any, name: str, value: Any) -> Patch:
@@ -170,7 +170,7 @@ def _no_bias(
 
 
 def _drops_whole_mask(original: Any, *, attention_mask: Tensor, **kwargs: Any) -> Any:
-    """Positions with gaps then pass for several packed sequences where there is no KV cache."""
+    """Without a KV cache, position ids with gaps are then taken as several packed sequences."""
     whole = attention_mask is None or bool(attention_mask.all())
     return original(attention_mask=None if whole else attention_mask, **kwargs)
 
@@ -337,7 +337,7 @@ def _forgets_the_image_in_front(patch: pytest.MonkeyPatch) -> None:
 
 
 def _copies_attributes(original: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """The hooks go, but what was put on the module itself stays."""
+    """Hooks are removed, but attributes set on the module stay."""
     plain = {name: held for name, held in state.items() if not isinstance(held, guard.Ours)}
     return {**state, **original(plain)}
 
@@ -347,7 +347,7 @@ def _copies_attributes(original: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Fault:
-    """A strategy, and what is broken around it."""
+    """A method, and the fault around it."""
 
     compressor: Compressor = field(default_factory=lambda: Sound(retention=0.4))
     patch: Patch = lambda patch: None

@@ -21,7 +21,7 @@ from tokenprune.tokens import VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Sound(Compressor):
-    """The first ``R * P`` patch tokens: nothing wrong with it."""
+    """The first ``R * P`` patch tokens, a correct method."""
 
     location_aware = True
     card = Card(paper="The first tokens (baseline)")
@@ -35,7 +35,7 @@ class Sound(Compressor):
 
 
 class Inverted(Sound):
-    """Keeps what gets the least attention."""
+    """Keeps the tokens with the least attention."""
 
     location_aware = False
 
@@ -50,7 +50,7 @@ class Inverted(Sound):
 
 
 class InvertedInCrops(Inverted):
-    """Upside down in crops alone."""
+    """Ranks in reverse, only in crops."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches, layout = tokens.layout.patches, tokens.layout
@@ -61,7 +61,7 @@ class InvertedInCrops(Inverted):
 
 
 class InvertedInVideos(Inverted):
-    """Upside down in videos alone."""
+    """Ranks in reverse, only in videos."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         if tokens.layout.modality == "video":
@@ -72,7 +72,7 @@ class InvertedInVideos(Inverted):
 
 
 class InvertedWords(Inverted):
-    """Keeps what the text looks at least."""
+    """Keeps the tokens that the text attends to least."""
 
     stage = Stage.LLM
     cuts = (2,)  # type: ignore[assignment]
@@ -89,7 +89,7 @@ class InvertedWords(Inverted):
 
 @dataclass(frozen=True, kw_only=True)
 class KeepsTheWorst(ScoringCompressor):
-    """Scores, and keeps the lowest."""
+    """Keeps the tokens with the lowest scores."""
 
     card = Card(paper="Feature norm (baseline)")
 
@@ -102,7 +102,7 @@ class KeepsTheWorst(ScoringCompressor):
 
 
 class ForgetsTheAllocator(KeepsTheWorst):
-    """Keeps the highest of the whole image, whatever each view is due."""
+    """Keeps the highest scores of the whole image and ignores the budgets of the views."""
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
@@ -129,7 +129,7 @@ class RulesOut(DividesByNothing):
 
 
 class PeeksAtTheCanvas(Sound):
-    """Prefers the right of the canvas, which a picture of one view does not have."""
+    """Prefers the right of the canvas, which an image of one view does not have."""
 
     location_aware = False
 
@@ -141,7 +141,7 @@ class PeeksAtTheCanvas(Sound):
 
 
 class RanksByItself(PeeksAtTheCanvas):
-    """Ranks without telling by what, so that NaN ranks first and nobody notices."""
+    """Ranks by scores that it does not pass on, so that NaN ranks first unnoticed."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
@@ -159,7 +159,7 @@ class PeeksAtViews(PeeksAtTheCanvas):
 
 
 class RemembersByLength(PeeksAtTheCanvas):
-    """Chooses for the first image of a length, and the same of all others."""
+    """Selects for the first image of a length, and reuses the indices for all others."""
 
     known: ClassVar[dict[tuple[int, float], Tensor]] = {}
 
@@ -170,7 +170,7 @@ class RemembersByLength(PeeksAtTheCanvas):
 
 
 class SumsSeparators(PeeksAtTheCanvas):
-    """Takes the mean of keys over separators, where there are none: all scores are NaN."""
+    """Averages keys over separators of a layout without separators: all scores are NaN."""
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -184,7 +184,7 @@ class SumsSeparators(PeeksAtTheCanvas):
 
 
 class PeeksAtPlaces(Sound):
-    """Says that it goes by content, but prefers what comes late."""
+    """Claims not to use the location, but prefers late tokens."""
 
     location_aware = False
 
@@ -196,7 +196,7 @@ class PeeksAtPlaces(Sound):
 
 
 class OneTooMany(Sound):
-    """Keeps a token more than it may."""
+    """Keeps one token above the budget."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
@@ -204,7 +204,7 @@ class OneTooMany(Sound):
 
 
 class SometimesTooMany(Sound):
-    """Keeps two tokens more than it may, around a third."""
+    """Keeps two tokens above the budget, at R near 1/3."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
@@ -213,7 +213,7 @@ class SometimesTooMany(Sound):
 
 
 class Stingy(Sound):
-    """Keeps a quarter of what it may."""
+    """Keeps a quarter of the budget."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
@@ -263,21 +263,21 @@ def local() -> type[Sound]:
 
 
 class Mute(Sound):
-    """Its repr says nothing."""
+    """Its repr is empty."""
 
     def __repr__(self) -> str:
         return "Mute()"
 
 
 class Unsorted(Sound):
-    """In score order."""
+    """Returns indices in score order."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         return super().picked(tokens).flip(0)
 
 
 class SometimesRepeated(Sound):
-    """The same token twice, at some retentions."""
+    """Returns an index twice, at some retention ratios."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         kept = super().picked(tokens)
@@ -285,28 +285,28 @@ class SometimesRepeated(Sound):
 
 
 class Repeated(Sound):
-    """The same token twice."""
+    """Returns an index twice."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         return super().picked(tokens)[:1].repeat(2)
 
 
 class OffByOne(Sound):
-    """Counts from one."""
+    """Returns indices that start at 1."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         return tokens.layout.patches[-1:] + 1
 
 
 class OutOfRange(Sound):
-    """One behind the end."""
+    """Returns an index past the end."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         return torch.tensor([len(tokens)])
 
 
 class Empty(Sound):
-    """Nothing at all where the budget rounds to zero."""
+    """Keeps no token if the budget rounds to zero."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         return tokens.layout.patches[: int(len(tokens.layout.patches) * self.retention)]
@@ -327,7 +327,7 @@ class Misshapen(Sound):
 
 
 class Greedy(Sound):
-    """A tenth more than it may."""
+    """Keeps 10 % more than the budget."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         patches = tokens.layout.patches
@@ -335,7 +335,7 @@ class Greedy(Sound):
 
 
 class Scribbler(Sound):
-    """Writes to what it is shown."""
+    """Writes to its input."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         tokens.features.mul_(1.5)
@@ -343,7 +343,7 @@ class Scribbler(Sound):
 
 
 class ScribblesBehindTheCounter(Sound):
-    """Writes through numpy, which no version counter sees."""
+    """Writes through numpy, which no version counter records."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         tokens.features.float().numpy()[:] *= 1.5
@@ -351,7 +351,7 @@ class ScribblesBehindTheCounter(Sound):
 
 
 class MovesRows(Sound):
-    """Writes to the geometry."""
+    """Writes to the layout."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         tokens.layout.canvas_row.add_(1)
@@ -359,7 +359,7 @@ class MovesRows(Sound):
 
 
 class ScribblesOnText(Sound):
-    """Writes to what entered the language model."""
+    """Writes to the inputs of the language model."""
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -372,7 +372,7 @@ class ScribblesOnText(Sound):
 
 
 class HidesItsDraws(Sound):
-    """Draws from numpy's global generator and puts it back as it was."""
+    """Draws from numpy's global generator and restores its state."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         state = np.random.get_state()  # noqa: NPY002 (the fault)
@@ -393,7 +393,7 @@ class HidesItsChoice(HidesItsDraws):
 
 
 class ComparesNeighbours(Sound):
-    """Draws with a seed that depends on the image in front."""
+    """Draws with a seed that depends on the previous image."""
 
     before: ClassVar[list[float]] = [0.0]
 
@@ -409,7 +409,7 @@ _calls = itertools.count()
 
 
 class Counting(Sound):
-    """Chooses by how often it was asked."""
+    """Selects by the number of previous calls."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         kept = super().picked(tokens)
@@ -442,7 +442,7 @@ class GlobalPython(Sound):
 
 
 class Stubborn(Sound):
-    """Keeps original positions, whatever the option says."""
+    """Keeps original position ids and ignores the option."""
 
     @property
     def keeps_positions(self) -> bool:
@@ -462,7 +462,7 @@ class OnlyFloat32(Sound):
 
 
 class ModeSensitive(Sound):
-    """Chooses otherwise under inference_mode."""
+    """Selects other tokens under inference_mode."""
 
     def picked(self, tokens: VisualTokens) -> Tensor:
         kept = super().picked(tokens)

@@ -88,7 +88,7 @@ FILES = ("lost", "empty", "cut", "pointer", "bytes")
 
 
 class FaultError(Exception):
-    """A checkpoint ended in something else than a sentence or an answer."""
+    """A checkpoint ended neither in a `UserError` nor in an answer."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _is_read(file: Path) -> bool:
 
 
 def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where the values of a JSON document are."""
+    """Paths of the values of a JSON document."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         yield (*path, key)
         if isinstance(value, dict | list):
@@ -168,7 +168,7 @@ def apply(case: Case, folder: Path) -> None:
 
 
 def spoilt(state: dict[str, Tensor], kind: str, name: str) -> dict[str, Tensor]:
-    """Weights with one tensor as `TENSORS` says."""
+    """Weights with one tensor replaced by a fault of `TENSORS`."""
     rest = {key: value for key, value in state.items() if key != name}
     value = state[name].clone()
     if kind == "removed":

@@ -1,4 +1,4 @@
-"""Quiet, deterministic, offline: every model here is tiny and random."""
+"""Settings and fixtures of all tests: quiet, deterministic and offline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))  # `broken` is imported by its plain name
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # helper modules such as `broken` are imported by name
 
 import pytest
 import torch
@@ -32,19 +34,19 @@ transformers.logging.set_verbosity_error()
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Threads cost more than they bring at this size, and results must not depend on them."""
+    """Threads slow models of this size down, and results must not depend on them."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def host() -> Host:
-    """A fresh tiny LLaVA-NeXT, for tests that may leave it in pieces."""
+    """A new tiny LLaVA-NeXT, which a test may damage."""
     return Host.tiny("LLaVA-NeXT")
 
 
 @pytest.fixture
 def siglip() -> Host:
-    """A tiny LLaVA-NeXT with a SigLIP tower, which has no CLS token."""
+    """A tiny LLaVA-NeXT with a SigLIP vision encoder, which has no CLS token."""
     torch.manual_seed(0)
     config = LlavaNext.tiny().config
     config.vision_config = SiglipVisionConfig(

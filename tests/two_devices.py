@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+import tokenprune as tp
+from tokenprune.compatibility import check_compatible
+from tokenprune.compressor import Chain, Compressor
+from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import put
+from tokenprune.spec import create, parse
+from tokenprune.testing.host import Host
 
 
 class _Align(ModelHook):
@@ -33,3 +40,29 @@ def place(module: nn.Module, device: torch.device) -> None:
     for weight in [*module.parameters(), *module.buffers()]:
         put(weight, device)
     add_hook_to_module(module, _Align(device))
+
+
+METHODS = [
+    *tp.list_methods(),
+    "cdpruner:relevance=text",
+    "uniform:position_ids=original",
+    "fastv:layer=1,position_ids=compact",
+    "fastv:layer=3",
+    "fastv:layer=2,allocator=globalcom2",
+    "globalcom2 + fastv",
+    "pact + fastv",
+]
+
+
+def chosen_method(spec: str, host: Host) -> Compressor:
+    """The method of a spec, or skip what the model does not offer."""
+    if "@" in spec:
+        return parse(spec)
+    if " + " in spec:
+        return Chain.of(*(parse(part, retention=0.6) for part in spec.split(" + ")))
+    method = parse(spec, retention=0.4) if ":" in spec else create(spec, retention=0.4)
+    try:
+        check_compatible(host.adapter.facts, method)
+    except UserError as error:
+        pytest.skip(str(error))
+    return method

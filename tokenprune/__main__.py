@@ -1,4 +1,4 @@
-"""``python -m tokenprune`` is the console script ``tokenprune``."""
+"""Makes ``python -m tokenprune`` run the console script ``tokenprune``."""
 
 from tokenprune.cli import main
 

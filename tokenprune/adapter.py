@@ -1,4 +1,4 @@
-"""What a model family states about itself, so that any compressor runs in its models."""
+"""Adapters: the description of a model family that lets every compressor run in its models."""
 
 from __future__ import annotations
 
@@ -45,9 +45,8 @@ __all__ = [
 class Adapter(ABC):
     """One family of Hugging Face models.
 
-    A subclass describes its family: where the modules are, how images become visual tokens
-    (`layout`, `layouts`), and how the model packs them (`pack`).  It neither runs nor changes the
-    model.
+    A subclass states where the modules of the family are, how images become visual tokens
+    (`layout`, `layouts`), and how the model packs them (`pack`).  It does not change the model.
 
     Attributes:
         hosts: Names of the ``transformers`` classes of the family.
@@ -75,7 +74,7 @@ class Adapter(ABC):
 
     @property
     def facts(self) -> ModelFacts:
-        """Facts about the model as it is now.  Read them once and keep the record."""
+        """Facts about the model in its current state.  Read the record once and keep it."""
         config = self.base.config
         decoder: DecoderFacts | None = None
         placeholders: dict[str, int] = {}
@@ -145,7 +144,7 @@ class Adapter(ABC):
 
     @property
     def vision_tower(self) -> Any:
-        """The vision encoder, which maps views to hidden states."""
+        """The vision encoder: it maps views to hidden states."""
         return getattr(self.base, self.paths.vision)
 
     @property
@@ -218,11 +217,11 @@ class Adapter(ABC):
         return getattr(self.base, self.paths.projector)
 
     def tap(self, layer: int) -> AbstractContextManager[Projections]:
-        """While open, records queries and keys of encoder layer ``layer``."""
+        """Record queries and keys of encoder layer ``layer`` while the context is open."""
         return projections(self.vision_attention(layer))
 
     def tap_head(self) -> AbstractContextManager[list[Tensor]]:
-        """While open, records the attention (views, patches) of the pooling head."""
+        """Record the attention (views, patches) of the pooling head while the context is open."""
         return head_rows(self.pooling_head)
 
     # -- visual tokens ---------------------------------------------------------------------------
@@ -239,7 +238,7 @@ class Adapter(ABC):
 
         Args:
             image_size: Size before any resizing.
-            same_prompt: Whether the prompt has other images.
+            same_prompt: Whether the prompt has other images as well.
         """
 
     def video_layout(self, frames: int) -> TokenLayout:
@@ -260,12 +259,12 @@ class Adapter(ABC):
         """Pack maps of values per view exactly as the model packs features.
 
         Args:
-            maps: For every image or video (views, patches, C).
+            maps: For every image or video, values (views, patches, C).
             call: As in `layouts`.
             modality: As in `layouts`.
 
         Returns:
-            For every image or video (N, C), NaN at separators.
+            For every image or video, values (N, C), NaN at separators.
         """
 
     def grouped(self, images: list[list[Image]]) -> Any:
@@ -309,7 +308,7 @@ class HasAdapter(Protocol):
 
 
 ModelLike: TypeAlias = nn.Module | Adapter | HasAdapter
-"""A model, also inside wrappers, its adapter, or its pipeline."""
+"""A model, with or without wrappers, its adapter, or its pipeline."""
 
 
 def position_table(adapter: Adapter) -> nn.Module:
@@ -345,7 +344,7 @@ def tiny_decoder(kind: str) -> Any:
 
 
 def _pixels(draw: torch.Generator, *shape: int) -> Tensor:
-    """Random pixels on the CPU in float32, whatever PyTorch's default device and dtype are."""
+    """Random pixels on the CPU in float32, independent of PyTorch's default device and dtype."""
     return torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
@@ -353,12 +352,13 @@ def adapter_of(model: ModelLike) -> Adapter:
     """The adapter of ``model``, found by the name of its class or of a parent class.
 
     Args:
-        model: A model, also wrapped by ``torch.compile``, PEFT, Accelerate, `torch.nn.DataParallel`
-            on one device or ``DistributedDataParallel``; its adapter; or its pipeline.
+        model: A model, possibly wrapped by ``torch.compile``, PEFT, Accelerate,
+            `torch.nn.DataParallel` on one device or ``DistributedDataParallel``; its adapter; or
+            its pipeline.
 
     Raises:
-        UnknownNameError: No adapter knows the class.
-        UserError: ``model`` is not a model, or compression cannot reach the model in its wrapper.
+        UnknownNameError: No adapter is registered for the class.
+        UserError: ``model`` is not a model, or its wrapper is not supported.
     """
     held = model if isinstance(model, Adapter) else getattr(model, "adapter", None)
     if isinstance(held, Adapter):

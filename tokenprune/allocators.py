@@ -34,7 +34,7 @@ SALIENCY = Signal("saliency")
 
 
 class Allocator(ABC):
-    """The number of patch tokens that each view keeps.  It does not rank them."""
+    """The rule that gives each view a number of patch tokens to keep.  It does not rank them."""
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -70,7 +70,7 @@ class Proportional(Allocator):
 
 @dataclass(frozen=True)
 class TopK(Allocator):
-    """The ``R * P`` highest scores of the whole sequence, in whichever view."""
+    """The ``R * P`` highest scores of the whole sequence, in any view."""
 
     rounding: Rounding = "floor"
 
@@ -92,14 +92,14 @@ class ThumbnailCommand(Allocator):
 
     Source: arXiv 2501.05179, section on adaptive compression; official
     ``llava/model/llava_arch.py``, ``generate_scale_for_crop_features`` (commit 96b2d00).  Its 1e-8
-    in the softmax and its float64 arithmetic are kept, because ``r_j * N_j`` can lie within 1e-6 of
+    in the softmax and its float64 arithmetic are kept, because ``r_j * N_j`` can be within 1e-6 of
     an integer.
 
-    A video has no thumbnail; the temporal summary of its frames replaces it, which is not in the
+    A video has no thumbnail.  The temporal summary of its frames replaces it; this is not in the
     paper.  ``S_f`` is the sum of the distances of frame ``f``'s tokens from the summary
-    (`summary_distance`), and frames take the place of crops in the formula.  ``r_f * N_f`` is
-    truncated with a tolerance of 1e-6, so that tied frames (two frames always tie) keep equally
-    many on every device.  One view without crops keeps ``trunc(R * N)``.
+    (`summary_distance`), and frames replace crops in the formula.  ``r_f * N_f`` is truncated with
+    a tolerance of 1e-6, so that tied frames (two frames always tie) keep the same number of tokens
+    on every device.  One view without crops keeps ``trunc(R * N)``.
 
     Args:
         tau: Temperature, larger than 0.  The paper's 10 suits sums of raw logits.
@@ -142,7 +142,7 @@ class ThumbnailCommand(Allocator):
         return self.summary(thumbnail.flatten(), region, layout.grid[0] * layout.grid[1])
 
     def limit(self, layout: TokenLayout, retention: float) -> int:
-        """The ``r_j`` are R on average, but large crops may have the larger ratios (`surplus`)."""
+        """More than R allows: the ``r_j`` average to R, but large crops may have larger ratios."""
         crops = layout.view_sizes[1:] if layout.grid != (0, 0) else layout.view_sizes
         return rounded_up(layout, retention) + surplus(crops, retention)
 
@@ -156,7 +156,7 @@ class ThumbnailCommand(Allocator):
             ratios = self.ratios(tokens, retention)
             there = moved(torch.tensor(sizes, device="cpu"), ratios.device)
             frames = (ratios * there + 1e-6).long()
-            # At a tiny retention every frame's share may be below one; the richest keeps one.
+            # At a low retention every share may be below one token; the richest frame keeps one.
             richest = torch.arange(len(sizes), device=ratios.device) == ratios.argmax()
             return torch.where(richest, frames.clamp(min=1), frames)
         if tokens.layout.grid == (0, 0):
@@ -196,7 +196,7 @@ def allocator(name: str) -> Allocator:
     """The allocator called ``name``, with its defaults.
 
     Raises:
-        UnknownNameError: There is none.
+        UnknownNameError: There is no such allocator.
     """
     if name not in ALLOCATORS:
         raise unknown("allocator", name, ALLOCATORS)

@@ -1,8 +1,8 @@
-"""Attention rows, keys and values that signals are made of, at O(N·d), under any attention kernel.
+"""Computes attention rows, keys and values for signals, at O(N·d), under any attention kernel.
 
-Queries and keys of the vision encoder come from forward hooks on projections that run anyway; those
-of a decoder layer come from its KV cache, or are projected again.  One row costs a thousandth of
-the layer.  No module is switched to eager attention.
+Forward hooks read queries and keys of the vision encoder from its projections.  Those of a decoder
+layer are read from its KV cache or projected again.  One row costs a thousandth of the layer.  No
+module is switched to eager attention.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Projections:
         scale: Factor of the products of queries and keys.
         query: (views, tokens, heads * head_dim).
         key: (views, tokens, heads * head_dim).
-        bias: (views, tokens) what a method adds to the logits of each key, or None.
+        bias: (views, tokens) bias that a method adds to the logits of each key, or None.
     """
 
     heads: int
@@ -66,25 +66,25 @@ class Projections:
     def by_head(self, values: Tensor | None) -> Tensor:
         """Queries or keys as (views, heads, tokens, head_dim) in float32."""
         if values is None:
-            raise RuntimeError("the vision tower was not run while its projections were tapped")
+            raise RuntimeError("the vision encoder was not run while its projections were tapped")
         return rearrange(values, "v n (h d) -> v h n d", h=self.heads).float()
 
     def softmax(self, logits: Tensor) -> Tensor:
-        """Attention of logits (views, ..., tokens)."""
+        """Softmax of logits (views, ..., tokens), after adding `bias`."""
         if self.bias is not None:
             shape = len(logits), *[1] * (logits.ndim - 2), -1
             logits = logits + self.bias.reshape(shape).to(logits)
         return logits.softmax(-1)
 
     def joint(self) -> Projections:
-        """The same with all heads joined into one, whose products the root of its width scales."""
+        """The same with all heads joined into one, scaled by the root of the full width."""
         width = self.heads if self.key is None else self.key.shape[-1]
         return replace(self, heads=1, scale=width**-0.5)
 
 
 @contextmanager
 def projections(attention: nn.Module) -> Iterator[Projections]:
-    """While open, keep what ``attention.q_proj`` and ``attention.k_proj`` return.
+    """While open, keep the outputs of ``attention.q_proj`` and ``attention.k_proj``.
 
     Args:
         attention: An attention module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``,
@@ -110,7 +110,7 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
 def first_arguments(module: nn.Module) -> Iterator[list[Tensor]]:
     """While open, keep the first argument of each call of ``module`` by this thread."""
     seen: list[Tensor] = []
-    owner = threading.get_ident()  # a method in another thread may call the projector meanwhile
+    owner = threading.get_ident()  # a method in another thread may call the module too
 
     def note(_: nn.Module, args: Any) -> None:
         if threading.get_ident() == owner:
@@ -127,9 +127,9 @@ def key_vectors(tapped: Projections) -> Tensor:
     """Keys of every token, mean over heads, unscaled.
 
     Returns:
-        (views, tokens, head_dim) float32; the whole width for `Projections.joint`.
+        (views, tokens, head_dim) float32; the full width for `Projections.joint`.
     """
-    return tapped.by_head(tapped.key).mean(1)  # `split` would copy the queries to float32 as well
+    return tapped.by_head(tapped.key).mean(1)  # `split` would also copy the queries to float32
 
 
 @contextmanager
@@ -137,8 +137,8 @@ def head_rows(head: nn.Module) -> Iterator[list[Tensor]]:
     """While open, keep the attention of a pooling head over the patches, mean over heads.
 
     Args:
-        head: The `torch.nn.MultiheadAttention` of a pooling head (``head.attention`` of SigLIP's
-            vision tower in ``transformers``), which computes its one row of weights anyway.
+        head: The `torch.nn.MultiheadAttention` of a pooling head (``head.attention`` of SigLIP in
+            ``transformers``), which returns its row of attention weights.
 
     Yields:
         A list of (views, patches) tensors in float32, one for each call.
@@ -173,7 +173,7 @@ def cls_heads(tapped: Projections, *, softmax: bool) -> Tensor:
         tapped, softmax: As in `cls_row`.
     """
     one = tapped if tapped.query is None else replace(tapped, query=tapped.query[:, :1])
-    query, key = one.split()  # copies to float32 the one query only
+    query, key = one.split()  # copies only one query to float32
     row = torch.einsum("vhd,vhnd->vhn", query[:, :, 0], key) * tapped.scale
     return tapped.softmax(row) if softmax else row
 
@@ -181,7 +181,7 @@ def cls_heads(tapped: Projections, *, softmax: bool) -> Tensor:
 def attention_received(tapped: Projections) -> Tensor:
     """Attention that every token receives, mean over heads and over all queries.
 
-    It is computed for `CHUNK` queries at a time; nothing of size N×N is kept.
+    `CHUNK` queries are computed at a time; nothing of size N×N is kept.
 
     Returns:
         (views, tokens) float32.
@@ -216,11 +216,11 @@ def decoder_keys(attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Ten
 
     Args:
         attention: As in `decoder_row`.
-        hidden: (B, M, D) its input, already normalised.
+        hidden: (B, M, D) its input, after the norm.
         rotary: cos and sin, (B or 1, M, head_dim).
 
     Returns:
-        In the dtype of the model.
+        Keys in the dtype of the model.
     """
     cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
     return _rotated(attention, "k", hidden, (cos, sin))
@@ -231,24 +231,24 @@ def decoder_values(attention: nn.Module, hidden: Tensor) -> Tensor:
 
     Args:
         attention: As in `decoder_row`.
-        hidden: (B, M, D) its input, already normalised.
+        hidden: (B, M, D) its input, after the norm.
 
     Returns:
-        In the dtype of the model.
+        Values in the dtype of the model.
     """
     return _projected(attention, "v", hidden)
 
 
 def moved_keys(attention: nn.Module, keys: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Keys (B, kv_heads, M, head_dim) rotated further, to other position ids.
+    """Keys (B, kv_heads, M, head_dim) rotated to other position ids.
 
     Args:
         attention: As in `decoder_row`.
-        keys: As a KV cache holds them.
+        keys: Rotated keys of a KV cache.
         rotary: cos and sin of the difference of position ids, (B, 1 or M, head_dim).
     """
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    rotated: Tensor = rotate(keys, keys[:, :0], *rotary)[0]  # it takes queries and keys
+    rotated: Tensor = rotate(keys, keys[:, :0], *rotary)[0]  # the function takes queries and keys
     return rotated
 
 
@@ -265,14 +265,15 @@ def decoder_row(
 
     Args:
         attention: A Llama-like attention module of ``transformers``: ``q_proj``, ``k_proj``,
-            ``v_proj``, with grouped-query attention or not, with ``q_norm`` and ``k_norm`` or not.
-        hidden: (B, M, D) its input, already normalised.
+            ``v_proj``, optionally with grouped-query attention, ``q_norm`` and ``k_norm``.
+        hidden: (B, M, D) its input, after the norm.
         rotary: cos and sin, (B or 1, M, head_dim).
         query_slots: (B,) index of the query among the M entries.
-        visible: (B, K) keys that the query attends to, as bool, or how often each counts; K >= M
-            with cached keys in front.
-        keys: (B, kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
-        past: (B, kv_heads, K - M, head_dim) cached keys in front of those that are computed.
+        visible: (B, K) bool, the keys that the query attends to, or how often each key counts;
+            K >= M if cached keys are in front.
+        keys: (B, kv_heads, K, head_dim) rotated keys of the KV cache; computed from ``hidden`` if
+            None.
+        past: (B, kv_heads, K - M, head_dim) cached keys in front of the computed ones.
 
     Returns:
         (B, K) float32 softmaxed rows.
@@ -305,16 +306,17 @@ def decoder_rows(
 ) -> Tensor:
     """Attention that several queries of ONE prompt pay to every key, mean over heads.
 
-    They are computed for `CHUNK` queries at a time, O(T·N·d) in all.
+    `CHUNK` queries are computed at a time, O(T·N·d) in total.
 
     Args:
         attention: As in `decoder_row`.
-        hidden: (M, D) its input, already normalised.
+        hidden: (M, D) its input, after the norm.
         rotary: cos and sin, (M, head_dim).
         query_slots: (T,) indices of the queries among the M entries.
-        visible: (T, K) keys that each query attends to, as bool, or how often each counts; K >= M
-            with cached keys in front.
-        keys: (kv_heads, K, head_dim) rotated keys as cached; computed from ``hidden`` if None.
+        visible: (T, K) bool, the keys that each query attends to, or how often each key counts;
+            K >= M if cached keys are in front.
+        keys: (kv_heads, K, head_dim) rotated keys of the KV cache; computed from ``hidden`` if
+            None.
         by_head: Whether to return every head instead of the mean.
 
     Returns:
@@ -331,9 +333,7 @@ def decoder_rows(
 
 
 def rotary_product(rotary: tuple[Tensor, Tensor], query_slots: Tensor) -> Tensor:
-    """Product of a query and a key that are all ones, after their rotation.
-
-    ``1ᵀ R(i - j) 1 / sqrt(d)``: the product of the rotated vectors over the root of their width.
+    """Product of a query and a key of ones after rotation: ``1ᵀ R(i - j) 1 / sqrt(d)``.
 
     Args:
         rotary: cos and sin, (M, head_dim).
@@ -357,13 +357,13 @@ def decoder_mass(
     visible: Callable[[Tensor], Tensor],
     keys: Tensor | None = None,
 ) -> Tensor:
-    """Largest attention of any head that every key receives, mean over queries of ONE prompt.
+    """Maximum over heads of the attention that every key receives, mean over queries of ONE prompt.
 
-    It is computed for `CHUNK` queries at a time; nothing of size T×K is kept.
+    `CHUNK` queries are computed at a time; nothing of size T×K is kept.
 
     Args:
         attention, hidden, rotary, query_slots, keys: As in `decoder_rows`.
-        visible: Maps ``t`` of the slots to (t, K), as in `decoder_rows`.
+        visible: Maps (t,) slots to (t, K), as in `decoder_rows`.
 
     Returns:
         (K,) float32; 0 without queries.
@@ -402,12 +402,13 @@ def proportional_mask(
     Args:
         mask: The model's own mask (B or 1, 1, q, K): bool or None (causal) for ``sdpa``, additive
             for ``eager``.
-        sizes: (B, K) at least 1.
-        queries: q.
-        dtype: Of the hidden states.
+        sizes: (B, K), at least 1.
+        queries: Number q of queries.
+        dtype: Dtype of the hidden states.
 
     Returns:
-        (B, 1, q, K) additive: ``log(sizes)`` where a query attends, elsewhere the least number.
+        (B, 1, q, K) additive mask: ``log(sizes)`` where a query attends, elsewhere the minimum of
+        the dtype.
     """
     bias = sizes.log().to(dtype)[:, None, None]
     if mask is None:

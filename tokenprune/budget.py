@@ -1,4 +1,4 @@
-"""From a retention ratio to whole numbers of tokens."""
+"""Converts a retention ratio to whole numbers of tokens."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = [
 Rounding = Literal["floor", "half-even", "half-up", "ceil"]
 
 
-# A retention this close to a quotient of whole numbers is that quotient: floats are closer.
+# A product this close to a whole number, relative to the number of tokens, is that number.
 _QUOTIENT = Fraction(1, 10**12)
 
 
 @lru_cache(maxsize=4096)  # a comparison calls it thousands of times with few arguments
 def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
-    """The number of kept tokens of ``tokens``: at least one unless there are none.
+    """The number of tokens to keep of ``tokens``: at least one, unless there are none.
 
-    The product is exact.  A decimal is taken as written: ``0.29`` of 100 is 29, where
-    ``int(100 * 0.29)`` gives 28.  A quotient is taken as divided: ``192 / 576`` of 576 is 192,
+    The product is exact.  A decimal has its written value: ``0.29`` of 100 is 29, whereas
+    ``int(100 * 0.29)`` is 28.  A quotient has its exact value: ``192 / 576`` of 576 is 192,
     although the float is slightly less than a third.
     """
     exact = tokens * Fraction(str(retention))
@@ -53,7 +53,7 @@ def budget(tokens: int, retention: float, rounding: Rounding = "floor") -> int:
 
 
 def rounded_up(layout: TokenLayout, retention: float) -> int:
-    """``R * P`` patch tokens, at least one, if every view that has any may round up once."""
+    """``R * P`` patch tokens, at least one, if every non-empty view may round up once."""
     sizes = [size for size in layout.view_sizes if size]
     if len(sizes) < 2:
         return budget(sum(sizes), retention, "ceil")
@@ -77,7 +77,7 @@ def coarse_grid(shape: tuple[int, int], count: int) -> tuple[int, int]:
         count: In [1, rows * columns].
     """
     height, width = shape
-    # Enough rows that the columns fit into the width, but never more than ``count`` cells.
+    # Enough rows for the columns to fit into the width, and at most ``count`` cells.
     rows = max(1, round(math.sqrt(count * height / width)), count // width)
     rows = min(rows, height, count)
     return rows, min(width, count // rows)
@@ -86,7 +86,7 @@ def coarse_grid(shape: tuple[int, int], count: int) -> tuple[int, int]:
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     """``total`` divided in proportion to ``sizes``, by the largest-remainder method.
 
-    Of equal remainders the earlier entry comes first.
+    Of equal remainders, the earlier entry is served first.
     """
     quotas = [Fraction(total * size, max(sum(sizes), 1)) for size in sizes]
     counts = [math.floor(quota) for quota in quotas]
@@ -97,9 +97,10 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def left_at(tokens: VisualTokens, retention: float, share: float = 1.0) -> int:
-    """The number of patch tokens that stay at one of several cuts inside the language model.
+    """The number of patch tokens to keep at one of several cuts inside the language model.
 
-    ``floor(R ** share * P)`` of the ``P`` that entered the language model, at most those left.
+    It is ``floor(R ** share * P)``, where ``P`` tokens entered the language model, but at most the
+    number of remaining tokens.
 
     Args:
         tokens: The sequence at the cut.
@@ -112,7 +113,7 @@ def left_at(tokens: VisualTokens, retention: float, share: float = 1.0) -> int:
 
 
 def check_retention(retention: float) -> None:
-    """Raise `UserError` unless ``retention`` lies in (0, 1]."""
+    """Raise `UserError` unless ``retention`` is in (0, 1]."""
     if not 0 < retention <= 1:
         hint = f"; for {retention:g} % write {retention / 100:g}" if 1 < retention <= 100 else ""
         raise UserError(

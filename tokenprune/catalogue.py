@@ -1,8 +1,8 @@
 """Methods and model families as data, without importing PyTorch.
 
-`tokenprune list` must not wait for imports.  The folders ``strategies`` and ``models`` therefore
-hold an index of their files, `INDEX`, and only what is not in it is imported: new files, plug-ins
-and entry points.  After a change to a card, ``python -m tokenprune.catalogue`` rewrites it; a test
+Imports are slow, and `tokenprune list` should be fast.  The folders ``strategies`` and ``models``
+therefore contain an index of their files, `INDEX`.  Only new files, plug-ins and entry points are
+imported.  After a change to a card, ``python -m tokenprune.catalogue`` rewrites the index; a test
 compares it with the registry.
 """
 
@@ -32,7 +32,7 @@ class Method:
     Attributes:
         name: Its name.
         stage: Where it acts: ``encoder``, ``pre_llm`` or ``llm``.
-        needs: Names of the signals that it looks at with its default options, sorted.
+        needs: Names of the signals that it needs with its default options, sorted.
         paper, arxiv, code: As in its `Card`.
         verified: Whether it reproduces golden vectors of the official code.
     """
@@ -85,10 +85,10 @@ def list_methods(
 
     Args:
         pattern: Shell pattern of the name, such as ``*prune*``.
-        stage: Only methods that act there.
-        verified: Only methods that reproduce golden vectors of the official code, or only others.
-        needs: Only methods that look at a signal of this name (a shell pattern, such as ``llm_*``);
-            empty for methods that look at features and layout alone.
+        stage: Only methods of this stage.
+        verified: True for verified methods only, False for the others only.
+        needs: Only methods that need a signal of this name (a shell pattern, such as ``llm_*``);
+            empty for methods that need only features and layout.
 
     Raises:
         UserError: No such stage.
@@ -104,7 +104,7 @@ def list_methods(
         if fnmatchcase(method.name, pattern)
         and stage in (None, method.stage)
         and verified in (None, method.verified)
-        and (needs is None or _looks_at(method, needs))
+        and (needs is None or _needs(method, needs))
     ]
 
 
@@ -117,7 +117,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return [family.name for family in families() if fnmatchcase(family.name, pattern)]
 
 
-def _looks_at(method: Method, pattern: str) -> bool:
+def _needs(method: Method, pattern: str) -> bool:
     if not pattern:
         return not method.needs
     return any(fnmatchcase(name, pattern) for name in method.needs)
@@ -144,7 +144,7 @@ def _family(name: str, cls: Any) -> Family:
 def _entries(
     registry: Registry[Any], describe: Callable[[str, Any], Entry], kind: type[Entry]
 ) -> list[Entry]:
-    """The entries of the index, and of every class that is not in it."""
+    """The entries of the index, and entries for every class outside the index."""
     indexed = {} if registry.discovered else _read(_folder(registry) / INDEX)
     found = {}
     for entries in indexed.values():
@@ -178,7 +178,7 @@ def _read(index: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def fresh(registry: Registry[Any], describe: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """What the index of a folder should hold: every file, also one that registers nothing."""
+    """The index that a folder should have: every file, including files that register nothing."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in registry.modules()}
     for name in registry.names():
         cls = registry.get(name)
@@ -189,7 +189,7 @@ def fresh(registry: Registry[Any], describe: Callable[[str, Any], Any]) -> dict[
 
 
 def write() -> Iterable[Path]:
-    """Write both indices anew.  Returns their paths."""
+    """Rewrite both indices.  Returns their paths."""
     described: list[tuple[Registry[Any], Callable[[str, Any], Any]]]
     described = [(strategies, _method), (adapters, _family)]
     for registry, describe in described:
@@ -200,7 +200,7 @@ def write() -> Iterable[Path]:
 
 
 if __name__ == "__main__":
-    from tokenprune.catalogue import write as _write  # one registry, whatever this module is called
+    from tokenprune.catalogue import write as _write  # the registry of the package, not of __main__
 
     for _path in _write():
         print(_path)

@@ -1,4 +1,4 @@
-"""The command line: ``list`` and ``audit`` here, each experiment in its ``command.py``.
+"""The command line: the commands ``list`` and ``audit``; experiments add theirs in ``command.py``.
 
 Slow imports are inside the command that needs them.
 """
@@ -71,7 +71,7 @@ def _options(
 @app.command("list")
 def list_(
     method: Annotated[
-        str | None, typer.Argument(help="Show the card and the options of this method instead.")
+        str | None, typer.Argument(help="Show only the card and the options of this method.")
     ] = None,
     plugin: Plugin = None,
 ) -> None:
@@ -94,7 +94,7 @@ _PLACES = {"encoder": "in encoder", "pre_llm": "before LLM", "llm": "inside LLM"
 
 
 def _methods() -> Table:
-    table = new_table("method", "acts", "looks at", "paper", "verified", title="Methods")
+    table = new_table("method", "acts", "signals", "paper", "verified", title="Methods")
     for method in methods():
         table.add_row(
             method.name,
@@ -121,7 +121,7 @@ def _models() -> Table:
 
 
 def _show_card(cls: type[Compressor]) -> None:
-    """Print where a method comes from, how it differs, and its options with their defaults."""
+    """Print a method's docstring, its card, and its options with their defaults."""
     card = cls.card
     typer.echo(f"{inspect.getdoc(cls)}\n")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -146,7 +146,7 @@ def _show_card(cls: type[Compressor]) -> None:
 
 
 def _architecture(folder: Path) -> str:
-    """Name of the model class, without loading anything."""
+    """Name of the model class, read from the configuration."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return str(config["architectures"][0])
 
@@ -168,8 +168,8 @@ def audit(
 ) -> None:
     """Check a method against the contract, in tiny models of every family.
 
-    Prints one line per check, with a counter-example if it fails: an inverted ranking, tokens out
-    of order or repeated, an exceeded budget, dependence on other rows of the batch, on padding, on
+    Prints one line per check, with a counter-example if it fails: an inverted ranking, unsorted or
+    repeated tokens, an exceeded budget, dependence on other rows of the batch, on padding, on
     position ids or on global random numbers, and more.
 
     Exit status: 0 all passed, 1 a check failed, 2 bad input.
@@ -184,7 +184,7 @@ def audit(
 
 
 def _auditee(method: str, retention: float) -> Compressor:
-    """The method to check.  Raises `UserError` if there is none of that name."""
+    """The method to check.  Raises `UserError` if there is no such method."""
     from tokenprune.spec import parse
 
     own = own_class(method)
@@ -208,7 +208,7 @@ def _audit(compressor: Compressor) -> int:
 
     console = Console()
     label = compressor.label if compressor.name else type(compressor).__name__
-    table = new_table("check", "", "what it means, or a counter-example", title=f"Audit of {label}")
+    table = new_table("check", "", "meaning, or a counter-example", title=f"Audit of {label}")
     failed = 0
     with progress() as report:
         for index, check in enumerate(CHECKS):
@@ -220,7 +220,7 @@ def _audit(compressor: Compressor) -> int:
                     run(check, compressor, hosts(["llama"]))
             except Exception as error:
                 failed += 1
-                said = str(error) or "it does not hold"
+                said = str(error) or "the check failed"
                 kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                 table.add_row(name, "FAIL", escape(f"{kind}{said}"), style="red")
             else:

@@ -1,4 +1,4 @@
-"""Whether a method can run in a model, decided from the facts about the model."""
+"""Checks whether a method can run in a model, from the facts about the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_compatible(
     Args:
         facts: Facts about the model.
         compressor: The method.
-        extra_signals: Signals that the caller provides with the images.
+        extra_signals: Signals that the caller provides with the encoded images.
     """
     cut_by: dict[int, Compressor] = {}
     for part in compressor.parts():
@@ -75,16 +75,16 @@ def check_encoder(facts: ModelFacts, part: EncoderCompressor) -> None:
 
 
 def _encoder_refuses(vision: VisionFacts, part: EncoderCompressor) -> str:
-    """Why the vision encoder cannot run under ``part``; empty if it can."""
+    """The reason why the vision encoder cannot run under ``part``; empty if it can."""
     if not vision.reducible:
         return (
-            "acts inside the vision tower, which is offered for the CLIP and SigLIP towers of "
+            "acts inside the vision encoder, which is offered for the CLIP and SigLIP encoders of "
             f"transformers, not for {vision.model_type!r}"
         )
     shape = vision.view_shape
     grid = part.grid(shape, budget(math.prod(shape), part.retention))
     if grid != shape and not vision.resizable:
-        return "resizes the views, but this vision tower cannot interpolate its positions"
+        return "resizes the views, but this vision encoder cannot interpolate its positions"
     if vision.attention not in ("sdpa", "eager") and part.bias(torch.ones(1, 2)) is not None:
         return (
             f"adds to the attention logits, which {vision.attention} attention does not take; load "
@@ -101,31 +101,31 @@ def check_signal(
     Args:
         facts: Facts about the model.
         signal: The signal.
-        who: What needs it, for the message.
-        part: The compressor that needs it; the message then lists its options that do without.
+        who: Name of the method or signal, for the message.
+        part: The compressor that needs the signal; the message then lists its options that do not.
     """
     missing = _missing(facts, signal)
     if missing:
-        lacks = f"the attention of {missing}, which the {facts.vision.model_type} tower of this "
+        lacks = f"the attention of {missing}, which the {facts.vision.model_type} encoder of this "
         lacks += "model does"
         if signal.in_llm or signal.needs_text_tower:
             lacks = f"{missing}, which {facts.family} models do"
         works = [] if part is None else other_options(facts, part)
-        if not (works and signal.needs_text_tower):  # which most methods do without
+        if not (works and signal.needs_text_tower):  # most methods need no text encoder
             works += compatible_methods(facts)
         raise UserError(
-            f"{who} needs {lacks} not have. Strategies that work here: {', '.join(works)}."
+            f"{who} needs {lacks} not have. Methods that work here: {', '.join(works)}."
         )
     depth = facts.decoder.layers if signal.in_llm else facts.vision.layers
     if not -depth <= signal.layer < depth:
         raise UserError(
             f"{who} asks for layer {signal.layer} of the "
-            f"{'decoder' if signal.in_llm else 'vision tower'}, which has {depth}."
+            f"{'decoder' if signal.in_llm else 'vision encoder'}, which has {depth}."
         )
 
 
 def _missing(facts: ModelFacts, signal: Signal) -> str:
-    """The part that ``signal`` needs and the model does not have; empty if it has it."""
+    """The part of a model that ``signal`` needs and this one lacks; empty if it lacks none."""
     vision = facts.vision
     from_attention = signal.in_vision_layer
     if from_attention and not vision.readable:
@@ -137,7 +137,7 @@ def _missing(facts: ModelFacts, signal: Signal) -> str:
     if signal.needs_head and not vision.has_head:
         return "a pooling head"
     if signal.needs_text_tower:
-        return "a CLIP text tower, to compare the patches with the question"
+        return "a CLIP text encoder, to compare the patches with the question"
     return ""
 
 
@@ -169,11 +169,11 @@ def compatible_methods(facts: ModelFacts) -> list[str]:
 
 
 def _alternatives(facts: ModelFacts) -> str:
-    return f"Strategies that work here: {', '.join(compatible_methods(facts))}."
+    return f"Methods that work here: {', '.join(compatible_methods(facts))}."
 
 
 def check_length(facts: ModelFacts, tokens: int, new: int = 0, what: str = "the prompt") -> None:
-    """Raise `UserError` if the decoder knows fewer positions than a prompt and its answer take.
+    """Raise `UserError` if a prompt and its answer take more positions than the decoder knows.
 
     Args:
         facts: Facts about the model.

@@ -79,8 +79,8 @@ class Selection:
             the logarithm is added to the logits of its key, also in decode steps.  None without
             proportional attention.  Inside the language model only.  A later selection with sizes
             counts each entry that it receives as one.
-        scores: The scores, of any shape, if the method ranks by itself.  The core refuses the
-            selection unless all are finite.  None if `keep_best` or `best` ranks.
+        scores: The scores, of any shape, if the method sorts them itself.  The core refuses the
+            selection unless all are finite.  None if `keep_best` or `best` sorts them.
     """
 
     keep: Tensor
@@ -110,7 +110,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
     at a time as `VisualTokens`: no batch, no padding mask, no hook, no model class.
 
     Attributes:
-        retention: Retention ratio R in (0, 1]: kept patch tokens / all patch tokens.
+        retention: Retention ratio R in (0, 1]: kept patch tokens divided by all patch tokens.
         separators: Which separators stay: ``all`` (as in the official LLaVA-NeXT methods),
             ``rows`` (those of canvas rows that keep a token) or ``none``.  Separators do not count
             in R; the ledger lists them separately.
@@ -234,15 +234,15 @@ class Compressor(ABC, metaclass=RenamesOptions):
         yield self
 
     def flops(self, tokens: VisualTokens) -> float | None:
-        """FLOPs of the strategy beyond those of its signals; None: `select` is measured.
+        """FLOPs of the method beyond those of its signals; None if `select` is to be measured.
 
-        Override it where the strategy works outside `select`, as in the vision tower.  The figure
+        Override it if the method works outside `select`, as in the vision encoder.  The figure
         may depend on shapes and dtypes alone, never on values.
         """
         return None
 
     def memory(self, tokens: VisualTokens) -> float | None:
-        """Bytes that the strategy holds at its peak besides ``tokens``; see `flops`."""
+        """Peak bytes that the method holds besides ``tokens``; None as in `flops`."""
         return None
 
     def __call__(self, tokens: VisualTokens) -> Selection:
@@ -254,7 +254,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
                 wrote to a tensor of ``tokens`` (`tokenprune.untouched`).
         """
         layout = tokens.layout.host
-        # Full retention keeps everything, whatever a method's formula says.
+        # Full retention keeps everything, also where a method's formula would round down.
         if self.retention == 1 or not len(layout.patches):
             chosen = Selection(layout.patches)
         else:
@@ -280,7 +280,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringCompressor(Compressor):
-    """The common case: the method scores every token, an allocator divides the budget.
+    """The common case: the method scores every token, and an allocator divides the budget.
 
     Attributes:
         allocator: An `Allocator`, or its name: ``proportional``, ``topk``, ``globalcom2``, ``max``.
@@ -313,7 +313,7 @@ class ScoringCompressor(Compressor):
 class Chain(Compressor):
     """Several compressors, one after the other, at the same or at later stages.
 
-    Each receives what the one before it kept.  `retention` is the product of theirs.
+    Each one receives what the previous one kept.  `retention` is the product of their ratios.
 
     Attributes:
         members: The compressors, in the order in which they act.
@@ -333,7 +333,7 @@ class Chain(Compressor):
         order = [list(Stage).index(part.stage) for part in parts]
         if not parts or order != sorted(order) or max(order.count(0), order.count(1)) > 1:
             raise UserError(
-                f"a chain takes at most one encoder and at most one pre_llm strategy followed by "
+                f"a chain takes at most one encoder and at most one pre_llm method followed by "
                 f"llm ones; got "
                 f"{[f'{part.name} ({part.stage})' for part in parts]}."
             )
@@ -362,7 +362,7 @@ class Chain(Compressor):
 
         @property
         def parts(self) -> CallableTuple:
-            """A method now; the name was that of the field `members`."""
+            """A method; formerly the name of the field `members`."""
             return CallableTuple.of(self.members, self._parts, "Chain.parts", "Chain.members")
 
     def select(self, tokens: VisualTokens) -> Selection:
@@ -384,10 +384,10 @@ def check_cuts(strategy: Compressor, cut: int) -> None:
 
 
 def cut_layer(cut: int | float, depth: int) -> int:
-    """Index of the decoder layer, of ``depth``, that ``cut`` (`Compressor.cuts`) is in front of.
+    """Index of the decoder layer, of ``depth``, in front of which ``cut`` (`Compressor.cuts`) is.
 
-    A share leaves at least one layer before it and one behind it.  In a shallow decoder two cuts
-    may fall on one layer; the later one counts.
+    A fraction leaves at least one layer before the cut and one after it.  In a shallow decoder two
+    cuts may fall on one layer; the later one counts.
     """
     return cut if isinstance(cut, int) else max(1, min(round(cut * depth), depth - 1))
 
@@ -395,7 +395,7 @@ def cut_layer(cut: int | float, depth: int) -> int:
 def placed(
     compressor: Compressor | None, depth: int
 ) -> tuple[list[Compressor], dict[int, Compressor]]:
-    """The compressors in front of a decoder of ``depth`` layers, and those inside by layer."""
+    """The compressors in front of a decoder of ``depth`` layers, and those inside it by layer."""
     stages = list(compressor.parts()) if compressor is not None else []
     before = [part for part in stages if part.stage is not Stage.LLM]
     inside = {cut_layer(cut, depth): part.at(cut) for part in stages for cut in part.cuts}
@@ -405,7 +405,7 @@ def placed(
 def keep_best(
     strategy: Compressor, tokens: VisualTokens, scores: Tensor, allocator: Allocator
 ) -> Selection:
-    """Select the highest ``scores`` (N,) of each view, as many as ``allocator`` grants.
+    """Select the highest ``scores`` (N,) of each view, as many as ``allocator`` allows.
 
     Raises:
         ContractError: A patch token's score is NaN or infinite.
@@ -417,7 +417,7 @@ def keep_best(
 
 
 def best(strategy: Compressor, tokens: VisualTokens, scores: Tensor, counts: Tensor) -> Tensor:
-    """The ``counts[v]`` patch tokens of the highest ``scores`` (N,) of every view ``v``.
+    """The ``counts[v]`` patch tokens with the highest ``scores`` (N,) of every view ``v``.
 
     Returns:
         (M,) sorted indices on the CPU.  One synchronisation if the scores are on a device.
@@ -477,14 +477,14 @@ def _not_finite(strategy: Compressor, scores: Tensor) -> ContractError:
 
 
 def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> Selection:
-    """``chosen`` with its indices on the CPU.  Raises `ContractError` as `Compressor.__call__`."""
+    """``chosen``, indices on the CPU.  Raises `ContractError` as `Compressor.__call__` does."""
     keep, who = chosen.keep, _name(strategy)
     if keep.ndim != 1 or keep.dtype != torch.int64 or not len(keep):
         raise ContractError(
             f"{who} must return a non-empty 1-D int64 tensor of indices, got {keep.dtype} of "
             f"shape {tuple(keep.shape)}."
         )
-    # The only synchronisation: indices are checked on the CPU.
+    # Checking the indices on the CPU takes the only synchronisation.
     if chosen.scores is None:
         keep = keep.cpu()
     else:
@@ -501,7 +501,7 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
     if len(keep) > limit:
         raise ContractError(
             f"{who} keeps {len(keep)} of {len(tokens.layout.patches)} patch tokens, at most "
-            f"{limit} are due at a retention of {strategy.retention:g}; a method that exceeds "
+            f"{limit} are allowed at a retention of {strategy.retention:g}; a method that exceeds "
             "it by design overrides `limit`."
         )
     shape = (len(keep), tokens.features.shape[1])
@@ -544,10 +544,10 @@ def _validated(cls: type, name: str, value: Any) -> Any:
             return _validated(cls, name, tuple(value.split("/")))
         said = "; ".join(item["msg"] for item in error.errors())
     else:
-        # NaN fails every comparison.  `check_retention` has a better message for the retention.
+        # NaN fails the comparison too.  `check_retention` has a better message for the retention.
         if name == "retention" or all(abs(number) <= LARGEST for number in _numbers(made)):
             return made
-        said = f"a number must lie between -{LARGEST} and {LARGEST}"
+        said = f"a number must be between -{LARGEST} and {LARGEST}"
     called = getattr(cls, "name", "") or cls.__name__
     raise UserError(f"{called}: {name}={shown(value)} is not valid: {said}.") from None
 

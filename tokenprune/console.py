@@ -1,4 +1,4 @@
-"""What all commands share: the app, list options, progress, tables and exit status."""
+"""Parts shared by all commands: the app, list options, progress, tables and exit status."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Commands(TyperGroup):
-    """The commands.  Those of the experiments are imported when one of them is asked for.
+    """The commands.  Those of the experiments are imported when one of them is requested.
 
     Attributes:
         load: Imports the modules that add the other commands to `app`.
@@ -91,7 +91,7 @@ class ManyValues(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         lists = {name for option in self.params if option.multiple for name in option.opts}
         for name, value in pairwise(args):
-            # Typer would take the next option for the value.  Only a number may start with '-'.
+            # Typer would read the next option as the value.  Only a number may start with '-'.
             if name in lists and re.match(r"-[^\d.]", value):
                 ctx.fail(f"{name} needs at least one value, got the option {value}.")
         return super().parse_args(ctx, spread(args, lists))
@@ -119,7 +119,7 @@ Plugin = Annotated[
     typer.Option(
         "--plugin",
         metavar="MODULE...",
-        help="Import a module first, for the methods that it registers. Its code is executed.",
+        help="Import a module that registers methods. Its code is executed.",
     ),
 ]
 """The option ``--plugin``."""
@@ -127,7 +127,7 @@ Plugin = Annotated[
 
 @contextmanager
 def as_exit_status() -> Iterator[None]:
-    """Turn bad input and Ctrl-C into a sentence and an exit status, without a traceback."""
+    """Turn bad input and Ctrl-C into a message and an exit status, without a traceback."""
     try:
         yield
     except UserError as error:
@@ -195,7 +195,7 @@ def new_table(*columns: str, **options: Any) -> Table:
 
 
 def method_label(label: str) -> str:
-    """A method's label for a cell of a table; a long one has its options in lines of their own."""
+    """A method's label for a cell of a table.  A long one has one option per line."""
     if len(label) > 14:
         label = "\n ".join(lines(label))
     return escape(label)

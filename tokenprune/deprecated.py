@@ -1,12 +1,12 @@
-"""Old names.  Each works for one release and warns with the new one.
+"""Old names.  Each works for one release, with a warning that gives the new name.
 
-The tables below are all there is to change when a release drops them:
+To drop old names, remove them from these tables:
 
-- `MODULES`: modules that are gone, and where their names are now;
-- `MOVED`: names that left a module that still exists;
+- `MODULES`: removed modules, and the modules that have their names now;
+- `MOVED`: names that moved out of a module that still exists;
 - `ATTRIBUTES`, `OPTIONS`: renamed attributes and options of a compressor.
 
-Renamed arguments stand above their function (`renamed_arguments`).
+Renamed arguments are declared at their function, with `renamed_arguments`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "primitives": ("ops.ranking", "ops.spatial", "ops.diversity", "ops.clustering", "ops.merging"),
     "terminal": ("console", "spec", "units", "progress"),
 }
-"""Modules of the package that are gone; their names are in the first of these that has them."""
+"""Removed modules of the package; a name is in the first of the listed modules that has it."""
 
 MOVED: dict[str, dict[str, str]] = {
     "budget": {
@@ -80,7 +80,7 @@ MOVED: dict[str, dict[str, str]] = {
         "unpadded_box": "layout.unpadded_box",
     },
 }
-"""Names that left a module: their new places."""
+"""Module to its moved names, with their new modules."""
 
 ATTRIBUTES = {"positional": "location_aware", "positions": "position_ids", "stages": "parts"}
 OPTIONS = {"positions": "position_ids"}
@@ -154,32 +154,32 @@ def moved_names(module: str) -> Callable[[str], Any]:
 def _renamed(given: Mapping[str, Any], names: Mapping[str, str], what: str) -> dict[str, Any]:
     found = dict(given)
     for old, new in names.items():
-        if old in found:  # in `dataclasses.replace` beside the new one
+        if old in found:  # `dataclasses.replace` also passes the new one
             warn(f"{what}{old}=", f"{new}=", stacklevel=4)
             found[new] = found.pop(old)
     return found
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: a function takes arguments by their old names too, ``old="new"``.
+    """Decorator: a function also takes arguments by their old names, given as ``old="new"``.
 
-    A function that is written with the old name (a method of someone's adapter, say) takes the new
-    one.
+    A function that is written with the old name, such as a method of a third-party adapter, also
+    takes the new one.
     """
 
-    import inspect  # here, because it is slow to import
+    import inspect  # slow to import
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         own = inspect.signature(function).parameters
-        behind = {new: old for old, new in names.items() if old in own}
-        for new, old in behind.items():
+        to_old = {new: old for old, new in names.items() if old in own}
+        for new, old in to_old.items():
             warn(f"the argument {old} of {function.__qualname__}", new)
-        ahead = {old: new for old, new in names.items() if old not in own}
+        to_new = {old: new for old, new in names.items() if old not in own}
 
         @functools.wraps(function)
         def call(*args: P.args, **given: P.kwargs) -> R:
-            fields = _renamed(given, ahead, f"{function.__name__}: ")
-            fields = {behind.get(name, name): value for name, value in fields.items()}
+            fields = _renamed(given, to_new, f"{function.__name__}: ")
+            fields = {to_old.get(name, name): value for name, value in fields.items()}
             return function(*args, **fields)
 
         return call
@@ -196,7 +196,7 @@ def renamed_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RenamedAttribute:
-    """An attribute by its old name, of a class and of its instances."""
+    """An old name of an attribute, for a class and its instances."""
 
     def __init__(self, new: str) -> None:
         self.new = new
@@ -210,7 +210,7 @@ class RenamedAttribute:
 
 
 def rename_attributes(cls: type) -> None:
-    """Give what the body of ``cls`` defines by a name of `ATTRIBUTES` its new name."""
+    """Rename the attributes that the body of ``cls`` defines under an old name of `ATTRIBUTES`."""
     for old, new in ATTRIBUTES.items():
         if old in vars(cls):
             warn(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}", stacklevel=4)
@@ -222,17 +222,17 @@ def rename_attributes(cls: type) -> None:
 
 
 class RenamesOptions(ABCMeta):
-    """Metaclass: a class takes options by their old names."""
+    """Metaclass: a class also takes options by their old names."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         return super().__call__(*args, **_renamed(options, OPTIONS, f"{cls.__name__}: "))
 
 
 class CallableTuple(tuple[Any, ...]):
-    """A tuple that became a method: use as a tuple warns.
+    """A former tuple that is now a method.  Using it as a tuple warns.
 
     Attributes:
-        method: What a call returns.
+        method: The method that a call runs.
         old, new: Names for the warning.
     """
 

@@ -13,7 +13,7 @@ def html_table(title: str, rows: Mapping[str, object]) -> str:
 
     Args:
         title: Plain text.
-        rows: Values by what they are.  Line breaks stay, web addresses become links.
+        rows: Values by name.  Line breaks are kept, web addresses become links.
     """
     body = "".join(
         f"<tr><th style='text-align:left;vertical-align:top'>{escape(name)}</th>"

@@ -1,4 +1,4 @@
-"""A picture of the patches that a selection keeps."""
+"""Draws the patches that a selection keeps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Fit = Literal["stretch", "pad", "crop"]
 _HEIGHT = 336  # pixels of a panel
 _GAP = 12  # pixels between panels
 _ACROSS = 8  # panels in a row
-_PALE = 0.8  # how much white covers a dropped patch
+_PALE = 0.8  # opacity of the white over a dropped patch
 
 
 def draw_kept(
@@ -29,11 +29,11 @@ def draw_kept(
     """Draw the kept patches in colour and the dropped ones pale, one panel per plane.
 
     The planes are the thumbnail and the canvas of crops, or the frames of a video.  A plane is
-    divided evenly into its patches, so that an edge may be off by the part of a patch that the
-    processor pads or cuts.
+    divided evenly into its patches.  An edge may be off by the part of a patch that the processor
+    pads or cuts.
 
     Args:
-        layout: Of the full packed sequence of N entries.
+        layout: Layout of the full packed sequence of N entries.
         keep: (M,) indices of the kept entries.
         pictures: The image, or all frames of the video.
         fit: As in `Fit`.

@@ -37,9 +37,9 @@ class Reduction(NamedTuple):
 
     Attributes:
         group: (V, n) int64 index in [0, left) of the entry that each entry merges into; every index
-            occurs.  -1 drops an entry: if the model mixes patches, it counts as zeros.  The entries
-            in front of the patches must keep their index.
-        left: Number of entries that are left, the same in all views.
+            occurs.  -1 drops an entry: it counts as zeros if the model interpolates or pools
+            patches.  The entries in front of the patches must keep their index.
+        left: Number of remaining entries, the same in all views.
     """
 
     group: Tensor
@@ -53,9 +53,9 @@ class EncoderTokens:
     Attributes:
         layer: Index of the layer.
         layers: Number of layers up to the one whose output is used.
-        prefix: Entries in front of the patches (a CLS token, or nothing).
-        patches: Patches of each view in front of the first layer.
-        target: Entries behind the prefix that each view should end with.
+        prefix: Number of entries in front of the patches: 1 with a CLS token, otherwise 0.
+        patches: Number of patches of each view in front of the first layer.
+        target: Number of entries after the prefix that each view should end with.
         states: (V, n, D) hidden states.
         keys: (V, n, d) keys of the layer, mean over heads, float32.
         size: (V, n) float32 number of patches that each entry stands for.
@@ -78,13 +78,14 @@ class EncoderCompressor(Compressor, ABC):
     R is the share of patch tokens that enter the language model, as for every method.  A view
     should end with ``floor(R * n)`` vectors, where ``n`` is the number of tokens of a full view.
 
-    `select` keeps one token of each cluster, the patches that share a vector: the token nearest to
-    their mean location, the earlier of equally near ones.  A cluster that lies entirely in the
-    canvas padding is dropped with it.  If more clusters are left than the budget allows (merged
-    padding, a resampled canvas, a target out of reach), the largest of each view stay.
+    A cluster is the patches that share a vector.  `select` keeps one token of each cluster: the one
+    nearest to the mean location of the cluster, and the earlier one of a tie.  A cluster entirely
+    inside the canvas padding is dropped with the padding.  If more clusters remain than the budget
+    allows (merged padding, a resampled canvas, a target that is not reached), each view keeps its
+    largest clusters.
 
     If the model resamples the canvas or pools video frames, a token belongs to the cluster of the
-    patch that contains its centre, and has the mixed features.
+    patch that contains its centre, and has the interpolated or pooled features.
     """
 
     stage: ClassVar[Stage] = Stage.ENCODER
@@ -92,19 +93,19 @@ class EncoderCompressor(Compressor, ABC):
 
     @property
     def fills_budget(self) -> bool:
-        return False  # patches that share a vector become one token
+        return False  # the patches of a cluster become one token
 
     def grid(self, view_shape: tuple[int, int], target: int) -> tuple[int, int]:
-        """(rows, columns) of patches to resize a view to; ``view_shape`` keeps its size."""
+        """(rows, columns) of patches that a view is resized to; ``view_shape`` for no resizing."""
         return view_shape
 
     def reduce(self, tokens: EncoderTokens) -> Reduction | None:
-        """The merges and drops in this layer; None for none."""
+        """The merges and drops in this layer, or None."""
         return None
 
     @property
     def by_content(self) -> bool:
-        """Whether the content of the image decides how many tokens are left."""
+        """Whether the number of kept tokens depends on the content of the image."""
         return self.reduces and self.retention < 1
 
     @property
@@ -122,8 +123,8 @@ class EncoderCompressor(Compressor, ABC):
     def select(self, tokens: VisualTokens) -> Selection:
         if tokens.clusters is None:
             raise UserError(
-                f"{self.name or type(self).__name__} acts inside the vision tower, but these "
-                "features were encoded without it; run it with tokenprune.compress, or give it to "
+                f"{self.name or type(self).__name__} acts inside the vision encoder, but these "
+                "features were encoded without it; run it with tokenprune.compress, or pass it to "
                 "pipe.encode."
             )
         layout, cluster = tokens.layout.host, tokens.clusters.cpu()

@@ -23,8 +23,8 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 class UserError(ValueError):
     """Bad input, refused before anything is computed.
 
-    A message may quote any input: control characters and lone surrogates are escaped, and the
-    middle of a very long text is left out.
+    A message may quote any input.  Control characters and lone surrogates are escaped, and the
+    middle of a message of more than 1500 characters is omitted.
     """
 
     def __init__(self, message: str) -> None:
@@ -55,7 +55,7 @@ class RetentionWarning(UserWarning):
     """The requested retention leaves a view without any token.
 
     Attributes:
-        about: `repr` of the strategy.
+        about: `repr` of the method.
     """
 
     def __init__(self, message: str, about: str = "") -> None:
@@ -78,7 +78,7 @@ def unknown(what: str, name: str, known: Iterable[str], listing: str = "") -> Un
         what: The noun.
         name: The unknown name.
         known: All names.
-        listing: Replaces the list of all names if that is too long to read.
+        listing: Replaces the list of all names if it would be too long.
     """
     known = sorted(known)
     near = difflib.get_close_matches(name[:100], known, 3, 0.5)  # slow on long names

@@ -1,6 +1,6 @@
 """Facts about a model: numbers and names that do not change while it runs.
 
-`Adapter.facts` reads them.  Whoever needs more than one of them reads the record once and keeps it.
+`Adapter.facts` reads them.  Code that needs several facts reads the record once and keeps it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class ModelFacts:
     Attributes:
         family: Name of the model family.
         vision: The vision encoder.
-        language_model: The language model's decoder, or None where there is no language model.
+        language_model: The language model's decoder, or None if there is no language model.
         placeholders: Modality to the token id that stands for one visual token in a prompt.
         paths: Where the modules are.
     """

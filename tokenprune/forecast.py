@@ -1,9 +1,9 @@
 """The cost of a method at given shapes, computed without weights, images or a forward.
 
-The method's own code runs on random tokens with the layout of the images, at the same points of the
+The method's code runs on random tokens with the layout of the images, at the same points of the
 prefill as in the engine.  Rounding, separators and several cuts therefore have their real effect,
-and the same `tokenprune.cost.account` sums up.  Where the number of kept tokens depends on the
-content of an image, several draws differ, and the forecast is an estimate.
+and `tokenprune.cost.account` computes the ledger, as in the engine.  If the number of kept tokens
+depends on the content of an image, draws differ, and the forecast is an estimate.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Forecast:
     """The ledgers of several random draws.
 
     Attributes:
-        draws: One `Ledger` for each.
-        by_content: Whether counts depend on the image even if all draws agree, as for patches that
-            merge in the vision encoder: clusters inside the canvas padding disappear with it.
+        draws: One `Ledger` for each draw.
+        by_content: Whether counts depend on the image even if all draws agree.  They do if patches
+            merge in the vision encoder, because clusters inside the canvas padding are dropped.
     """
 
     draws: tuple[Ledger, ...]
@@ -58,7 +58,7 @@ class Forecast:
     def exact(self) -> bool:
         """Whether all draws process the same number of tokens in every layer.
 
-        Rounding that depends on the content in rare cases may not show in a few draws.
+        A few draws may miss rounding that depends on the content in rare cases.
         """
         return not self.by_content and len({one.visual_per_layer for one in self.draws}) == 1
 
@@ -85,11 +85,11 @@ def forecast(
         compressor: The method, or None.
         layouts: Layouts of the prompt's images and videos (`Adapter.layout`).
         text: Number of text tokens.
-        asking: Number of text tokens behind the images, for methods that use text as queries; one
-            number for each image or video if text is between them.  The default is all of them.
-            If there are none, one token that is not counted takes their place.
+        asking: Number of text tokens after the images, for methods that use text as queries; one
+            number for each image or video if text is between them.  By default, all text tokens
+            follow the images.  If there are none, one uncounted token replaces them.
         size: Bytes of a number: 2 for half precision.
-        draws: Number of random contents that the method runs on.
+        draws: Number of random draws that the method runs on.
 
     Raises:
         UserError: The model lacks what the method needs.
@@ -97,8 +97,8 @@ def forecast(
     adapter = adapter_of(model)
     if compressor is not None:
         check_compatible(adapter.facts, compressor)
-    behind = text if asking is None else asking
-    each = [behind] * len(layouts) if isinstance(behind, int) else behind
+    after = text if asking is None else asking
+    each = [after] * len(layouts) if isinstance(after, int) else after
     each = [max(1, number) for number in each]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetentionWarning)
@@ -106,12 +106,12 @@ def forecast(
             _Draw(adapter, compressor, layouts, text, each, size, seed).ledger()
             for seed in range(draws)
         ]
-    tower = encoder_part(compressor)
-    return Forecast(tuple(made), tower is not None and bool(layouts) and tower.by_content)
+    part = encoder_part(compressor)
+    return Forecast(tuple(made), part is not None and bool(layouts) and part.by_content)
 
 
 class _Draw:
-    """One random prompt on its way through the model."""
+    """The state of one random prompt while it passes through the model."""
 
     def __init__(
         self,
@@ -130,10 +130,10 @@ class _Draw:
         self.before, self.inside = placed(compressor, self.sizes.decoder.layers)
         self.account = Account(self.sizes, compressor, self.inside, needs)
         self.attended: list[Attended] = []
-        towers = frozenset(signal for signal in needs if not signal.in_llm)
+        encoded = frozenset(signal for signal in needs if not signal.in_llm)
         self.images = [
             sample_tokens(
-                towers | (needs & {_PROMPT}), layout, seed=1000 * seed + index, text=words
+                encoded | (needs & {_PROMPT}), layout, seed=1000 * seed + index, text=words
             )
             for index, (layout, words) in enumerate(zip(layouts, asking, strict=True))
         ]
@@ -149,7 +149,7 @@ class _Draw:
         return replace(tokens, clusters=clusters, encoding=run.encoding)
 
     def ledger(self) -> Ledger:
-        """Run the method and sum up."""
+        """Run the method and compute the ledger."""
         for part in self.before:
             self._select(part, self.images)
         entered = [tokens.layout for tokens in self.images]
@@ -178,7 +178,7 @@ class _Draw:
     def _select(
         self, part: Compressor, given: Sequence[VisualTokens], tapped: Iterable[int] = ()
     ) -> None:
-        """Let ``part`` select from every image, and enter the cost."""
+        """Run the selections of ``part`` for every image, and enter their cost."""
         sized = [self._sized(tokens) for tokens in self.images]
         self.account.begin(sized)
         left = []
@@ -201,7 +201,7 @@ class _Draw:
         return [one for one in found if one is not None]
 
     def _between_layers(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:
-        """What ``part`` is given between two layers of one image with ``words`` behind it."""
+        """One image, followed by ``words`` text tokens, as ``part`` receives it between layers."""
         wanted = frozenset(signal for signal in part.needs if signal.in_llm)
         drawn = sample_tokens(wanted, tokens.layout, seed=self.seed + 7, text=words)
         return replace(
@@ -212,7 +212,7 @@ class _Draw:
         )
 
     def _sized(self, tokens: VisualTokens) -> VisualTokens:
-        """``tokens`` with the real widths and dtypes on the ``meta`` device, to compute costs."""
+        """``tokens`` with the real widths and dtypes, on the ``meta`` device, to compute costs."""
         half = {2: torch.bfloat16, 4: torch.float32}.get(self.size, torch.float32)
         widths = signal_widths(self.adapter)
 

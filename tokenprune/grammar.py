@@ -1,12 +1,12 @@
 """The text of a spec: ``name:option=value,option=value@retention``, chained by `` + ``.
 
-This module knows the text alone.  `tokenprune.spec` builds compressors from it.
+This module reads and writes the text.  `tokenprune.spec` builds compressors from it.
 
 ====================================  ==============================================
 ``fastv``                             a method with its defaults
-``fastv:layer=3``                     with an option; ``,`` separates several
-``pyramiddrop:depths=0.3/0.6``        an option that takes several values
-``fastv@0.25``                        with a retention ratio of its own
+``fastv:layer=3``                     with an option; ``,`` separates several options
+``pyramiddrop:depths=0.3/0.6``        an option with several values
+``fastv@0.25``                        with a retention ratio
 ``globalcom2@0.5 + fastv@0.5``        a chain, in the order in which its parts act
 ====================================  ==============================================
 """
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LONGEST = 10_000
-"""Characters of the longest spec that is read."""
+"""Maximum number of characters of a spec."""
 
 _CHAIN = re.compile(r"\s\+\s")
 _RETENTION = "retention"
@@ -46,9 +46,9 @@ class Part:
     """One method of a spec, as text.
 
     Attributes:
-        name: Of the method.
-        options: Values by name, in the order written.
-        retention: What stands behind ``@``; empty without one.
+        name: Name of the method.
+        options: Values by name, in the order of the text.
+        retention: The text after ``@``; empty without one.
     """
 
     name: str
@@ -79,7 +79,7 @@ def read(spec: str) -> tuple[Part, ...]:
     for piece in pieces if len(pieces) > 1 else ():
         if not has_retention(piece):
             raise UserError(
-                f"{piece!r} in {spec!r} needs a retention of its own; write for instance "
+                f"{piece!r} in {spec!r} needs its own retention; write for instance "
                 f"{chained(one if has_retention(one) else f'{one}@0.5' for one in pieces)}."
             )
     return tuple(map(_part, pieces))
@@ -99,7 +99,7 @@ def _part(text: str) -> Part:
             raise UserError(f"{key!r} is given twice in {text!r}; write it once.")
         found[key] = value
     if at and not retention.strip():
-        raise UserError(f"{text!r} has no retention behind '@'; write for instance {head}@0.5.")
+        raise UserError(f"{text!r} has no retention after '@'; write for instance {head}@0.5.")
     return Part(name.strip(), found, retention.strip())
 
 
@@ -123,7 +123,7 @@ def names(spec: str) -> list[str]:
 
 
 def has_retention(spec: str) -> bool:
-    """Whether ``spec`` has a retention of its own: ``@0.5``, ``retention=0.5``, or a chain.
+    """Whether ``spec`` contains a retention: ``@0.5``, ``retention=0.5``, or a chain.
 
     >>> [has_retention(spec) for spec in ("fastv", "fastv@0.5", "uniform:pattern=retention")]
     [False, True, False]
@@ -138,7 +138,7 @@ def has_retention(spec: str) -> bool:
 
 
 def split(values: Sequence[str]) -> Iterator[str]:
-    """Specs that may be separated by commas.  A comma in front of ``name=`` belongs to a spec.
+    """The specs in ``values``, which commas may separate.  A comma before ``name=`` does not.
 
     >>> list(split(["globalcom2:alpha=0.3,tau=5,fastv", "uniform"]))
     ['globalcom2:alpha=0.3,tau=5', 'fastv', 'uniform']
@@ -163,7 +163,7 @@ def options(text: str, separators: str = ",") -> Iterator[tuple[str, str]]:
 
 
 def lines(spec: str) -> list[str]:
-    """``spec`` over several lines: every part of a chain and every option in a line of its own.
+    """``spec`` over several lines: one for every part of a chain and for every option.
 
     >>> lines("globalcom2:alpha=0,tau=5@0.5 + fastv@0.5")
     ['globalcom2:', 'alpha=0,', 'tau=5@0.5 +', 'fastv@0.5']
@@ -180,13 +180,13 @@ def lines(spec: str) -> list[str]:
 
 
 def value_text(value: Any) -> str:
-    """``value`` of an option, as a spec gives it: several values are joined by ``/``."""
+    """``value`` of an option as text in a spec; ``/`` joins several values."""
     if isinstance(value, tuple):
         return "/".join(map(value_text, value))
     return str(value)
 
 
 def shortest(number: float) -> str:
-    """The shortest text that is read as ``number`` again."""
+    """The shortest text that converts back to ``number``."""
     short = f"{number:g}"
     return short if float(short) == number else repr(number)

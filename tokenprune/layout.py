@@ -1,4 +1,4 @@
-"""Where each entry of a packed sequence belongs: view, row, column and place on the canvas."""
+"""The location of each entry of a packed sequence: view, row and column, and on the canvas."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ class TokenLayout:
             box: (top, bottom, left, right) of the canvas in the crop grid, in patches, ends
                 exclusive.
             newlines: Whether a separator ends each canvas row.
-            canvas: (rows, columns) that the canvas is resampled to, if it is.  A token then belongs
-                to the patch that contains its centre, ``floor((i + 0.5) * in / out)``.
+            canvas: (rows, columns) that the canvas is resampled to, or None.  A token of a
+                resampled canvas belongs to the patch that contains its centre,
+                ``floor((i + 0.5) * in / out)``.
         """
         height, width = view_shape
         top, bottom, left, right = box
@@ -85,7 +86,7 @@ class TokenLayout:
         index = torch.arange(rows * stride, device="cpu")
         canvas_row, canvas_col = index // max(stride, 1), index % max(stride, 1)
         separator = canvas_col == cols
-        # The patch that contains a token's centre; its own where the canvas is not resampled.
+        # The patch that contains a token's centre.  Without resampling it is the token's own patch.
         y = ((2 * canvas_row + 1) * full[0]).div(2 * max(rows, 1), rounding_mode="floor") + top
         x = ((2 * canvas_col + 1) * full[1]).div(2 * max(cols, 1), rounding_mode="floor") + left
         none = torch.full_like(thumb, -1)
@@ -186,7 +187,7 @@ class TokenLayout:
 
     @property
     def views(self) -> int:
-        """Number of views of the image, including those that no token is left of."""
+        """Number of views of the image, including views without a kept token."""
         return 1 + self.grid[0] * self.grid[1] if self.grid != (0, 0) else self.frames
 
     @cached_property
@@ -201,7 +202,7 @@ class TokenLayout:
         return tuple(torch.bincount(view, minlength=self.views).tolist())
 
     def take(self, index: Tensor) -> TokenLayout:
-        """The layout of the entries at ``index`` (M,); grid, shapes and frames stay.
+        """The layout of the entries at ``index`` (M,); grid, shapes and frames do not change.
 
         Indices on the CPU need no synchronisation.
         """
@@ -234,7 +235,7 @@ class TokenLayout:
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``, from the CPU to a CUDA device without synchronisation."""
-    # The other way the CPU needs the numbers, and other backends do not support it.
+    # Towards the CPU the values must arrive before they are read; other backends do not support it.
     to_cuda = values.device.type == "cpu" and device.type == "cuda"
     return values.to(device, non_blocking=to_cuda)
 
@@ -242,8 +243,8 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
 def listed(mask: Tensor) -> Tensor:
     """(M,) sorted indices at which ``mask`` (N,) is set, on the CPU.
 
-    This takes one synchronisation.  To index by the mask takes one as well, and then the CPU does
-    not know the indices.
+    It takes one synchronisation.  Indexing by the mask takes one too, but does not give the CPU the
+    indices.
     """
     return mask.cpu().nonzero().squeeze(1)
 
@@ -260,8 +261,8 @@ def unpadded_box(
         canvas: (rows, columns) of patches of all crops together.
         rule: How the covered extent becomes an integer.  ``hf`` truncates after rounding to seven
             digits (``unpad_image`` of LLaVA-NeXT in ``transformers``, and its processor);
-            ``llava`` truncates only (``llava_arch.py`` of LLaVA).  They differ by two rows or
-            columns where the product is an integer up to float error.
+            ``llava`` truncates only (``llava_arch.py`` of LLaVA).  The results differ by two rows
+            or columns if the product is an integer up to float error.
 
     Returns:
         (top, bottom, left, right) in patches, ends exclusive.

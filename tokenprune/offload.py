@@ -1,7 +1,7 @@
-"""Weights that accelerate keeps elsewhere and brings in for the ``forward`` of their module alone.
+"""Access to weights that accelerate offloads.
 
-Outside that ``forward`` they are on the ``meta`` device and cannot be read.  Whoever computes with
-a module of the model in another place asks here.
+Accelerate loads them only for the ``forward`` of their module.  Outside it they are on the ``meta``
+device and cannot be read.  Code that uses a module outside its ``forward`` calls these functions.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ __all__ = ["applied", "execution_device", "replaced_forward", "resident"]
 
 @contextmanager
 def resident(*modules: nn.Module) -> Iterator[None]:
-    """While open, the weights of these modules are there.
+    """While open, the weights of these modules are loaded.
 
-    Those of their submodules only where one hook manages all of them (``preload_module_classes``);
-    otherwise a submodule brings in its own when it is called.
+    The weights of submodules are loaded only if one hook manages all of them
+    (``preload_module_classes``).  Otherwise a submodule loads its weights when it is called.
     """
     with ExitStack() as stack:
         for module in modules:
             together = any(getattr(hook, "place_submodules", False) for hook in _hooks(module))
-            # A module that is running has its weights already, and its own hook takes them away.
+            # The weights of a running module are loaded already, and its hook unloads them.
             if any(weight.is_meta for weight in module.parameters(recurse=together)):
                 for hook in _hooks(module):
                     hook.pre_forward(module)
@@ -35,17 +35,17 @@ def resident(*modules: nn.Module) -> Iterator[None]:
 
 
 def applied(module: nn.Module, states: Tensor) -> Tensor:
-    """What ``module`` makes of ``states``, on the device that it computes on."""
+    """The output of ``module`` for ``states``, on the device of the module."""
     device = next(module.parameters()).device
-    # Where the weights are offloaded, the module's hook moves what it is given.
+    # If the weights are offloaded, the module's hook moves its input.
     result: Tensor = module(states if device.type == "meta" else states.to(device))
     return result
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where the first weights of ``model`` are computed with, wherever they are kept.
+    """The device that computes with the first weights of ``model``, also if they are offloaded.
 
-    ``meta`` for a model that has no weights at all.
+    It is ``meta`` for a model without weights.
     """
     device = next(model.parameters()).device
     if device.type != "meta":
@@ -58,7 +58,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While open, ``module`` runs ``forward``, of this module alone.
+    """While open, this module instance runs ``forward``.
 
     The hook that places its inputs and weights still runs around it.
     """
@@ -74,6 +74,6 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """What accelerate runs around the forward of ``module``, in order."""
+    """The hooks that accelerate runs around the forward of ``module``, in order."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))

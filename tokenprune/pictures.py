@@ -1,9 +1,8 @@
-"""Pictures as a viewer shows them: the one way from what users hand over to RGB pixels.
+"""Reads images and videos as RGB pixels, as an image viewer shows them.
 
-`picture` reads one image, `frames` a video.  Both turn photos upright as their EXIF data say, put
-what is transparent on white and bring every range of values to 8 bits.  Colour profiles are not
-applied.  Files are looked at before they are decoded: only regular files of at most
-`pixel_limit` pixels are.
+`picture` reads one image, `frames` a video.  Both apply the EXIF orientation, put transparent
+images on white and scale all values to 8 bits.  Colour profiles are not applied.  Only regular
+files of at most `pixel_limit` pixels are decoded.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from tokenprune.errors import PictureWarning, UserError
 __all__ = ["MAX_PIXELS", "frames", "is_one_picture", "picture", "pixel_limit"]
 
 MAX_PIXELS = 64_000_000
-"""Pixels of the largest image that is decoded, unless `pixel_limit` says otherwise."""
+"""Number of pixels of the largest image that is decoded; `pixel_limit` changes it."""
 
 _limit: ContextVar[int] = ContextVar("pixel_limit", default=MAX_PIXELS)
 
@@ -49,10 +48,10 @@ _VIDEO = (
 
 @contextmanager
 def pixel_limit(pixels: int) -> Iterator[None]:
-    """While open, images of up to ``pixels`` pixels are decoded, and no larger ones."""
+    """While open, only images of up to ``pixels`` pixels are decoded."""
     before = Image.MAX_IMAGE_PIXELS
     token = _limit.set(pixels)
-    if before is not None:  # Pillow has a limit of its own
+    if before is not None:  # Pillow has its own limit
         Image.MAX_IMAGE_PIXELS = max(before, pixels)
     try:
         yield
@@ -62,21 +61,21 @@ def pixel_limit(pixels: int) -> Iterator[None]:
 
 
 def picture(source: Any) -> Image.Image:
-    """One image in RGB, as a viewer shows it; of an animation the first frame.
+    """One image in RGB, as an image viewer shows it; the first frame of an animation.
 
     Args:
         source: A PIL image, a path, a ``file://`` URL, an open binary file, or a NumPy array or
             torch tensor of shape (height, width), (height, width, C) or (C, height, width), with
-            C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).  Where both orders fit, the
-            channels are last in arrays and first in tensors.  Floats from 0 to 1, as torchvision
-            makes them, go from black to white; so do all values of ``uint8`` and ``uint16``.
+            C = 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).  If both orders fit, the channels
+            are last in arrays and first in tensors.  Floats between 0 and 1, as torchvision makes
+            them, range from black to white; so does the full range of ``uint8`` and ``uint16``.
 
     Raises:
-        UserError: It is nothing of this kind, has no pixels or too many, cannot be decoded, or
+        UserError: ``source`` is none of these, has no pixels or too many, cannot be decoded, or
             its values have no known range.
 
     Warns:
-        PictureWarning: The range of values of a gray picture was guessed.
+        PictureWarning: The range of values of a gray image is guessed.
     """
     if isinstance(source, np.ndarray | Tensor):
         return _on_white(_of_array(*_array(source)))
@@ -119,7 +118,7 @@ def frames(source: Any) -> NDArray[np.uint8]:
 
 
 def is_one_picture(source: Any) -> bool:
-    """Whether ``source`` can only be meant as one picture, not as a list of them."""
+    """Whether ``source`` is one image and not a list of images."""
     if isinstance(source, np.ndarray | Tensor):
         return source.ndim < 4
     return not isinstance(source, Sequence) or isinstance(source, str | bytes)
@@ -155,18 +154,18 @@ def _opened(source: Any, what: str, takes: str) -> Image.Image:
 
 
 def _open(file: Any) -> Image.Image:
-    with warnings.catch_warnings():  # our limit is lower, or was raised on purpose
+    with warnings.catch_warnings():  # `pixel_limit` replaces Pillow's limit
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(file)
 
 
 def _regular_file(source: str | os.PathLike[Any]) -> str:
-    """The path of a file that can be read to its end.  Raises `UserError` for anything else."""
+    """The path of a regular file.  Raises `UserError` or `OSError` for anything else."""
     path = os.fsdecode(source)
     if path.startswith("file://"):
         path = unquote(urlsplit(path).path)
     elif re.match(r"[a-z][a-z0-9+.-]+://", path, re.IGNORECASE):
-        raise UserError(f"{path!r} is not here; download it and give the path of the file.")
+        raise UserError(f"{path!r} is a remote address; download it and give the path of the file.")
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -179,12 +178,12 @@ def _regular_file(source: str | os.PathLike[Any]) -> str:
 
 @contextmanager
 def _decoding(name: str, what: str, takes: str) -> Iterator[None]:
-    """Make sentences of what may go wrong in a decoder."""
+    """Turn every exception of a decoder into a `UserError`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # decoders of damaged files raise almost anything
+    except Exception as error:  # decoders raise almost any exception for damaged files
         said = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             said = f"it is no image that Pillow knows; {what} is {takes}"
@@ -192,7 +191,7 @@ def _decoding(name: str, what: str, takes: str) -> Iterator[None]:
 
 
 def _name(source: Any) -> str:
-    """What to call ``source`` in a sentence."""
+    """The name of ``source`` in a message."""
     if isinstance(source, str | os.PathLike):
         return f"the image {os.fsdecode(source)!r}"
     file = getattr(source, "filename", None) or getattr(source, "name", None)
@@ -200,7 +199,7 @@ def _name(source: Any) -> str:
 
 
 def _is_folder(source: Any) -> bool:
-    # os.path: a name that is too long or holds a null byte is no folder, too.
+    # Unlike pathlib, os.path returns False for a name that is too long or has a null byte.
     return isinstance(source, str | os.PathLike) and os.path.isdir(source)
 
 
@@ -213,7 +212,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _still_frame(source: Any) -> Image.Image:
-    """`picture`, but not the first frame of what moves itself."""
+    """`picture` for a frame of a video: an animation is refused."""
     if isinstance(source, np.ndarray | Tensor):
         return picture(source)
     with _decoding(_name(source), "a frame", _STILL):
@@ -226,7 +225,7 @@ def _still_frame(source: Any) -> Image.Image:
         return _shown(image)
 
 
-# --- as a viewer shows it -------------------------------------------------------------------------
+# --- conversion to RGB ----------------------------------------------------------------------------
 
 
 def _shown(image: Image.Image) -> Image.Image:
@@ -239,7 +238,7 @@ def _shown(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow converts it to nothing else
+    if image.mode == "La":  # the only mode that Pillow converts it to
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -248,9 +247,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _white_value(image: Image.Image) -> int | None:
-    """The value of white in a gray image of more than 8 bits, if its mode or file says so."""
+    """The value of white in a gray image of more than 8 bits, if its mode or format defines it."""
     if image.mode.startswith("I;16"):
-        # Pillow unpacks the 12 bits of some scanners and cameras as they are.
+        # Pillow does not scale the 12-bit values of some scanners and cameras.
         bits = getattr(image, "tag_v2", {}).get(258) if image.format == "TIFF" else None
         return 4095 if bits == (12,) else 65535
     if image.mode == "I" and image.format in ("PNG", "PPM"):
@@ -259,7 +258,7 @@ def _white_value(image: Image.Image) -> int | None:
 
 
 def _of_gray(image: Image.Image, white: int | None) -> Image.Image:
-    """An image of more than 8 bits in 8, with alpha where a value stands for transparent."""
+    """An image of more than 8 bits in 8 bits, with alpha if one value stands for transparent."""
     values = np.asarray(image)
     gray = Image.fromarray(_scaled(values, (0, white)) if white else _guessed(values, image.mode))
     clear = image.info.get("transparency")
@@ -272,7 +271,7 @@ def _of_gray(image: Image.Image, white: int | None) -> Image.Image:
 
 
 def _array(source: NDArray[Any] | Tensor) -> tuple[NDArray[Any], bool]:
-    """The values on the host, and whether their channels come first where both may be."""
+    """The values on the CPU, and whether channels come first if both orders fit."""
     if not isinstance(source, Tensor):
         return source, False
     if source.is_meta:
@@ -282,7 +281,7 @@ def _array(source: NDArray[Any] | Tensor) -> tuple[NDArray[Any], bool]:
 
 
 def _of_array(array: NDArray[Any], first: bool) -> Image.Image:
-    """The image of one array; ``first`` as of `_array`."""
+    """The image of one array; ``first`` as returned by `_array`."""
     values = _with_channels_last(array[None], first)[0] if array.ndim == 3 else array
     if array.ndim not in (2, 3):
         raise UserError(f"an array of shape {array.shape} is no image; give {_STILL}.")
@@ -292,7 +291,7 @@ def _of_array(array: NDArray[Any], first: bool) -> Image.Image:
 
 
 def _of_video_array(array: NDArray[Any], first: bool) -> NDArray[np.uint8]:
-    """The frames of one array; their range is that of the whole video."""
+    """The frames of one array.  All of them have the range of values of the whole video."""
     if array.ndim != 4:
         raise UserError(f"an array of shape {array.shape} is no video; a video is {_VIDEO}.")
     values = _with_channels_last(array, first)
@@ -307,7 +306,7 @@ def _is_flat(pixels: NDArray[Any]) -> bool:
 
 
 def _with_channels_last(array: NDArray[Any], first: bool) -> NDArray[Any]:
-    """(n, height, width, channels) of an array with the channels in place 1 or 3."""
+    """(n, height, width, channels) from an array with the channels on axis 1 or 3."""
     places = [place for place in (3, 1) if 1 <= array.shape[place] <= 4]
     if not places:
         raise UserError(
@@ -343,21 +342,21 @@ def _eight_bits(values: NDArray[Any], given: NDArray[Any], gray: bool) -> NDArra
 
 def _extent(values: NDArray[Any]) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():  # NaN is the least and the greatest of what holds it
-        raise UserError("an image holds NaN or infinity; replace them by values that are shown.")
+    if not np.isfinite([low, high]).all():  # the minimum and maximum propagate NaN
+        raise UserError("an image holds NaN or infinity; replace them by finite values.")
     return low, high
 
 
 def _guessed(values: NDArray[Any], kind: str) -> NDArray[np.uint8]:
-    """``values`` in 8 bits, from the range that they most likely have, with a warning."""
+    """``values`` in 8 bits, scaled from their most likely range, with a warning."""
     low, high = _extent(values)
     usual = (1, 255) if values.dtype.kind == "f" else (255, 65535)
     white = next((one for one in usual if low >= 0 and high <= one), None)
     span = (low, high) if white is None else (0, white)
-    why = "their least and greatest" if white is None else f"0 and {white}"
+    why = "their minimum and maximum" if white is None else f"0 and {white}"
     warnings.warn(
-        f"gray values of type {kind} have no range of their own; {why} are taken for black and "
-        "white. Give 8- or 16-bit images to be sure.",
+        f"gray values of type {kind} have no defined range; {why} are used as black and white. "
+        "Give 8- or 16-bit images to be sure.",
         PictureWarning,
         stacklevel=2,
     )
@@ -365,9 +364,9 @@ def _guessed(values: NDArray[Any], kind: str) -> NDArray[np.uint8]:
 
 
 def _scaled(values: NDArray[Any], span: tuple[float, float]) -> NDArray[np.uint8]:
-    """``values`` from black to white at the ends of ``span``, rounded to 0 ... 255."""
+    """``values`` scaled from ``span`` to 0 (black) to 255 (white), and rounded."""
     low, high = span
-    found = values.astype(np.float64)  # one array for all steps: it may be large
+    found = values.astype(np.float64)  # one array for all steps, because it may be large
     found -= low
     found *= 255 / ((high - low) or 1.0)
     np.rint(found.clip(0, 255, out=found), out=found)

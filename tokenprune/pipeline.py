@@ -46,7 +46,7 @@ _RENAMED = {
     "vision_tokens": "adapter.facts.vision.tokens",
     "vision_width": "adapter.facts.vision.hidden",
 }
-"""Former attributes of what `tokenprune.load` returned, and where they are now."""
+"""Former attributes of the object that `tokenprune.load` returned, and their replacements."""
 
 
 class Pipeline:
@@ -54,19 +54,19 @@ class Pipeline:
 
     Call it with images and a question, or use its steps: `prepare` for ``model.generate``;
     `encode`, then `assemble`, to run the vision encoder once for several prompts or methods.
-    Everything works inside `tokenprune.compress` as outside of it.
+    All of them work inside and outside `tokenprune.compress`.
 
     Args:
-        model: A model, also inside wrappers, or its adapter.
+        model: A model, with or without wrappers, or its adapter.
         processor: Its ``transformers`` processor.
-        path: Folder or file that it was loaded from, or None.
+        path: Folder or file that the model was loaded from, or None.
 
     Attributes:
         model, processor, path: As given.
         adapter: The description of the model's family.
 
     Raises:
-        UserError: No adapter knows the model.
+        UserError: No adapter is registered for the model.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Pipeline:
         return f"Pipeline({type(self.model).__name__}, {self.adapter.name}, {self.device})"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "adapter":  # while it is being made or copied
+        if name.startswith("_") or name == "adapter":  # not set yet while it is made or copied
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name not in _RENAMED and not hasattr(self.adapter, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -114,17 +114,17 @@ class Pipeline:
         """Answer one question, or a list of questions in one batch.
 
         Args:
-            images: With one question an image or a list of images; with a list of questions one
-                entry of this kind for each of them.  An image is anything that `pictures.picture`
-                takes: a PIL image, a path, an open file, an array (H, W, 3), a tensor (3, H, W).
+            images: For one question, an image or a list of images; for a list of questions, one
+                such entry per question.  An image is anything that `pictures.picture` takes: a PIL
+                image, a path, an open file, an array (H, W, 3), a tensor (3, H, W).
             text: A question or a list of questions, each as in `prompt`.
-            videos: As ``images``, of anything that `pictures.frames` takes.
+            videos: As ``images``; a video is anything that `pictures.frames` takes.
             longer: As in `prepare`.
-            max_new_tokens: Most tokens of an answer.
+            max_new_tokens: Maximum number of tokens of an answer.
             **options: Other arguments of ``model.generate``.
 
         Returns:
-            The answer, or for a list of questions the list of answers.
+            The answer, or the list of answers for a list of questions.
 
         Raises:
             UserError: As `prepare`.
@@ -144,8 +144,8 @@ class Pipeline:
         """``question`` in the model's chat template, with placeholders for images and videos.
 
         The placeholders stand where the question marks them (``<image>\\nWhat is this?``),
-        otherwise in front.  A text that has the template's turn markers is returned as it is; so
-        is, if the model has no chat template, a text with marks.
+        otherwise in front.  A text that has the template's turn markers is returned unchanged.  If
+        the model has no chat template, so is a text with marks.
 
         Args:
             question: A question or a finished prompt.
@@ -176,12 +176,12 @@ class Pipeline:
         """Inputs for ``model(**inputs)`` and ``model.generate(**inputs)``.
 
         Args:
-            images: For every prompt an image or a list of images (empty for text only), each
-                anything that `pictures.picture` takes.
+            images: For every prompt an image or a list of images (empty for text only).  An image
+                is anything that `pictures.picture` takes.
             prompts: Questions or finished prompts, as in `prompt`.
-            videos: For every prompt a video or a list of videos (empty for none), each anything
-                that `pictures.frames` takes.  All videos of one call need the same number of
-                frames, because the model stacks them.
+            videos: For every prompt a video or a list of videos (empty for none).  A video is
+                anything that `pictures.frames` takes.  All videos of one call need the same number
+                of frames, because the model stacks them.
             longer: Accept prompts that exceed the decoder's positions, for a method that shortens
                 them before the decoder reads them.
 
@@ -199,8 +199,8 @@ class Pipeline:
         if len({len(clip) for clip in clips}) > 1:
             raise UserError(
                 f"the videos have {sorted({len(clip) for clip in clips})} frames, but the model "
-                "stacks the videos of a batch; give all of them equally many frames, or encode "
-                "them with encode_videos and hand them to assemble."
+                "stacks the videos of a batch; give all of them the same number of frames, or "
+                "encode them with encode_videos and pass them to assemble."
             )
         texts = [
             self.prompt(question, len(some), len(many))
@@ -243,15 +243,15 @@ class Pipeline:
         """Run the vision encoder once over ``images``.
 
         Args:
-            images: Any number of images, each anything that `pictures.picture` takes.
-            signals: Signals to compute on the way.
+            images: Any number of images.  An image is anything that `pictures.picture` takes.
+            signals: Signals to compute while the vision encoder runs.
             compressor: A method that acts inside the vision encoder, or a chain that begins with
-                one.  Its other parts do not run.
+                one.  The other parts of the chain do not run.
             same_prompt: Whether all images belong to one prompt; LLaVA-OneVision then cuts no
                 crops.
 
         Returns:
-            For every image its packed features, layout and ``signals``, ready for `assemble`.
+            The packed features, layout and ``signals`` of every image, ready for `assemble`.
 
         Raises:
             UserError: An image cannot be read, or the model lacks what the method or a signal
@@ -274,7 +274,7 @@ class Pipeline:
         """Run the vision encoder over each of ``videos``, which may differ in length.
 
         Args:
-            videos: Any number of videos, each anything that `pictures.frames` takes.
+            videos: Any number of videos.  A video is anything that `pictures.frames` takes.
             signals, compressor: As in `encode`.
 
         Returns:
@@ -311,13 +311,13 @@ class Pipeline:
     def select(
         self, compressor: Compressor | str, images: Sequence[Any], **fields: Any
     ) -> list[SelectionRecord]:
-        """What a method that acts before the language model keeps of each image.
+        """Run a method that acts before the language model, and return what it keeps of each image.
 
         The language model does not run.
 
         Args:
             compressor: A `Compressor` or a spec such as ``"globalcom2"``.
-            images: Any number of images, each a prompt of its own, as in `encode`.
+            images: Any number of images, each in a separate prompt, as in `encode`.
             **fields: With a spec, the method's options and ``retention``.
 
         Raises:
@@ -327,7 +327,7 @@ class Pipeline:
         if isinstance(compressor, str):
             compressor = parse(compressor, **fields)
         elif fields:
-            raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+            raise UserError(f"fields {sorted(fields)} need a method's name, got {compressor!r}.")
         check_compatible(self.adapter.facts, compressor)
         if compressor.stage is Stage.LLM or list(compressor.parts()) != [compressor]:
             raise UserError(
@@ -336,8 +336,8 @@ class Pipeline:
             )
         if any(signal.in_llm for signal in compressor.needs):
             raise UserError(
-                f"{compressor.label} looks at the prompt, which an image alone does not have; run "
-                "it with tokenprune.compress."
+                f"{compressor.label} needs the prompt, which an image alone does not have; run it "
+                "with tokenprune.compress."
             )
         encoded = self.encode(images, compressor.needs, compressor)
         return [
@@ -355,14 +355,14 @@ class Pipeline:
         *,
         without_images: bool = False,
     ) -> dict[str, Any]:
-        """Inputs for ``model.generate`` from images and videos that are encoded already.
+        """Inputs for ``model.generate`` from encoded images and videos.
 
-        Call it again for every `generate`: beam search changes the encoder outputs in place.
+        Call it again before every `generate`: beam search changes the encoder outputs in place.
 
         Args:
             encoded: For every prompt its encoded images and videos.
             prompts: As in `prepare`.
-            without_images: Leave out the visual tokens; the prompts otherwise stay the same.
+            without_images: Leave out the visual tokens and keep the rest of the prompts.
         """
         texts = []
         for some, question in zip(encoded, questions(prompts), strict=True):
@@ -389,7 +389,7 @@ class Pipeline:
         Args:
             inputs: Output of `assemble`.
             encoded: Its first argument.
-            rows: Which prompts, in any order; a prompt may occur more than once.
+            rows: Indices of the prompts, in any order; a prompt may occur more than once.
         """
         index = torch.tensor(rows, device=self.device)
         text = {name: value[index] for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -404,8 +404,8 @@ class Pipeline:
     def _check_videos(self, videos: Sequence[Any]) -> None:
         if videos and "video" not in self.adapter.encoders:
             raise UserError(
-                f"{self.adapter.name} takes images only, got {len(videos)} videos; hand over "
-                "single frames as images, or load a LLaVA-OneVision model."
+                f"{self.adapter.name} takes images only, got {len(videos)} videos; pass single "
+                "frames as images, or load a LLaVA-OneVision model."
             )
 
 
@@ -417,7 +417,7 @@ def encoder_outputs(encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Any]
     """
     features: dict[str, list[Tensor]] = {}
     for tokens in (tokens for some in encoded for tokens in some):
-        feature = tokens.features.detach()  # a new tensor for every use, as beams and reruns need
+        feature = tokens.features.detach()  # beams and reruns need a new tensor for every use
         feature.visual = tokens  # type: ignore[attr-defined]
         features.setdefault(tokens.layout.modality, []).append(feature)
     outputs = {name: vision.encoded(some) for name, some in features.items()}

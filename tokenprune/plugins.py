@@ -1,8 +1,8 @@
-"""The user's own code on the command line: ``module:Class`` and ``--plugin MODULE``.
+"""The user's code on the command line: ``module:Class`` and ``--plugin MODULE``.
 
-Importing a module executes it.  ``--plugin`` asks for that.  ``module:Class`` may also be a method
-with a misspelt option.  Its source is therefore read first, and executed only if it defines a class
-of that name that derives from `Compressor`.
+Importing a module executes it.  ``--plugin`` requests the import.  ``module:Class`` may also be a
+method with a misspelt option.  The source of the module is therefore read first, and executed only
+if it defines a class of that name that derives from `Compressor`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def own_class(path: str) -> type[Compressor] | None:
     Its module is executed only if its source defines such a class.
 
     Raises:
-        UserError: There is no such module, or no compressor of that name in it.
+        UserError: There is no such module, or it has no compressor of that name.
     """
     module, _, name = path.partition(":")
     if not (name.isidentifier() and _is_dotted(module)):
@@ -56,7 +56,7 @@ def own_class(path: str) -> type[Compressor] | None:
     from tokenprune.compressor import Compressor
     from tokenprune.registry import strategies
 
-    if module in strategies.names():  # a method whose options cannot be read
+    if module in strategies.names():  # a spec with malformed options
         return None
     with _working_directory():
         if module not in sys.modules:
@@ -74,7 +74,7 @@ def _is_dotted(module: str) -> bool:
 
 @contextmanager
 def _working_directory() -> Iterator[None]:
-    """A context in which files of the working directory can be imported."""
+    """While open, files of the working directory can be imported."""
     sys.path.insert(0, "")
     try:
         yield

@@ -30,7 +30,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def like_now(
     module: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """``module``, a part of the model, wrapped in the autocast that is on now for ``device``."""
+    """``module`` of the model, wrapped in the current autocast of ``device``."""
     dtype = torch.get_autocast_dtype(device.type)
 
     def call(states: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""What users hand over, brought into the order of the prompts: images, videos and questions.
+"""Brings the images, videos and questions of users into the order of the prompts.
 
-A question may mark the places of its images and videos, in the way of LLaVA's own data:
-``<image>\\nWhat is this?``.  Marks become content parts of the chat template, which so gives the
-prompt that the question alone gives.  Only a text that carries the template's turn markers already
-is a finished prompt.
+A question may mark the places of its images and videos, as LLaVA's training data do:
+``<image>\\nWhat is this?``.  Marks become content parts of the chat template, so that the prompt is
+the same as for the question without marks.  Only a text with the template's turn markers is a
+finished prompt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Message = dict[str, Any]
 
 
 def images_by_prompt(images: Any, prompts: int) -> list[list[Image.Image]]:
-    """For every prompt its images, each as `picture` makes it.  Raises `UserError`."""
+    """The images of every prompt, each read by `picture`.  Raises `UserError`."""
     return [
         [picture(one) for one in ([some] if is_one_picture(some) else some)]
         for some in _by_prompt(images, prompts, "image")
@@ -48,7 +48,7 @@ def images_by_prompt(images: Any, prompts: int) -> list[list[Image.Image]]:
 
 
 def clips_by_prompt(videos: Any, prompts: int) -> list[list[np.ndarray[Any, Any]]]:
-    """For every prompt its videos, each as `frames` makes it.  Raises `UserError`."""
+    """The videos of every prompt, each read by `frames`.  Raises `UserError`."""
     return [
         [frames(one) for one in ([some] if _is_one_video(some) else some)]
         for some in _by_prompt(videos, prompts, "video")
@@ -56,9 +56,9 @@ def clips_by_prompt(videos: Any, prompts: int) -> list[list[np.ndarray[Any, Any]
 
 
 def channels_first(clip: np.ndarray[Any, Any]) -> Tensor:
-    """(frames, 3, height, width) of a video; processors guess where the channels of an array are.
+    """(frames, 3, height, width) tensor of a video (frames, height, width, 3).
 
-    Of frames of 1, 3 or 4 rows they would guess wrong.
+    Processors guess the channel axis of an array, and guess wrong for frames of 1, 3 or 4 rows.
     """
     return torch.from_numpy(np.ascontiguousarray(clip.transpose(0, 3, 1, 2)))
 
@@ -74,7 +74,7 @@ def listed(media: Any, what: str) -> list[Any]:
 
 
 def questions(prompts: Any) -> list[str]:
-    """The prompts.  Raises `UserError` for a single one, or for what is no text."""
+    """The prompts as a list.  Raises `UserError` for a single prompt or one that is not a text."""
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise UserError(
             f"prompts must be a list of texts, got one object of type {type(prompts).__name__}; "
@@ -109,16 +109,18 @@ def _is_one_video(some: Any) -> bool:
 def chat_prompt(
     question: str, processor: Any, counts: Mapping[str, int], tokens: Mapping[str, str]
 ) -> str:
-    """``question`` as the model is asked it, with one placeholder for each image and video.
+    """The prompt of ``question``, with one placeholder for each image and video.
 
     Args:
-        question: With or without marks, or a finished prompt.
-        processor: Of the model; without a chat template a question with marks is the prompt.
-        counts: Modality to how many images or videos the question is about.
-        tokens: Modality to the text of its placeholder, which is its mark as well.
+        question: A question with or without marks, or a finished prompt.
+        processor: Processor of the model.  If it has no chat template, a question with marks is the
+            prompt.
+        counts: Modality to the number of images or videos of the question.
+        tokens: Modality to the text of its placeholder, which is also its mark.
 
     Raises:
-        UserError: The marks of the question are not as many as its images and videos.
+        UserError: The number of marks differs from the number of images or videos, or the chat
+            template does not show them.
     """
     finished = _is_finished(processor, question)
     marked = any(token in question for token in tokens.values())
@@ -146,7 +148,7 @@ def chat_prompt(
 def _check_counts(
     question: str, counts: Mapping[str, int], tokens: Mapping[str, str], finished: bool
 ) -> None:
-    way_out = "" if finished else ", or none to have them put in front"
+    way_out = "" if finished else ", or none to have them added in front"
     for name, token in tokens.items():
         found = question.count(token)
         if found != counts[name]:
@@ -163,8 +165,8 @@ def _listed_counts(counts: Mapping[str, int]) -> str:
 def _parts(question: str, tokens: Mapping[str, str]) -> list[Message]:
     """The content of a question with marks, in the order of the text.
 
-    A line break beside a mark belongs to the mark, and so does the space behind marks that begin
-    the text.
+    A line break next to a mark belongs to the mark.  So does the space after marks that begin the
+    text.
     """
     names = {token: name for name, token in tokens.items()}
     pieces = re.split(f"({'|'.join(map(re.escape, names))})", question)
@@ -178,7 +180,7 @@ def _parts(question: str, tokens: Mapping[str, str]) -> list[Message]:
             piece = re.sub(r"^(\r?\n|[ \t])" if begins else r"^\r?\n", "", piece)
         if index < len(pieces) - 1:
             piece = re.sub(r"\r?\n$", "", piece)
-            if not piece.strip():  # nothing but space between two marks
+            if not piece.strip():  # only white space between two marks
                 continue
         if piece:
             content.append({"type": "text", "text": piece})
@@ -192,7 +194,7 @@ def _render(processor: Any, messages: list[Message], **options: Any) -> str:
 
 
 def _is_finished(processor: Any, text: str) -> bool:
-    """Whether ``text`` has the turn markers of the processor's chat template, in their order."""
+    """Whether ``text`` has the turn markers of the processor's chat template, in order."""
     template = getattr(processor, "chat_template", None)
     if not template:
         return False
@@ -205,10 +207,11 @@ def _is_finished(processor: Any, text: str) -> bool:
 
 @lru_cache(maxsize=32)
 def _markers(processor: Any, template: str) -> tuple[str, str]:
-    """What a chat template writes in front of a user's text and behind it, without white space.
+    """The text that a chat template writes before and after a user's text, without white space.
 
-    Read off a conversation of three turns: behind the first text comes the answer's marker, behind
-    the second, after whatever ends an answer, the user's.  Empty where the template has none.
+    It is read from a conversation of three turns.  The marker of the answer follows the first text.
+    The end of an answer and the marker of the user follow the second text.  A marker is empty if
+    the template has none.
     """
     said = [f"Turn{place}Text" for place in ("One", "Two", "Three")]
     roles = ("user", "assistant", "user")
@@ -220,7 +223,7 @@ def _markers(processor: Any, template: str) -> tuple[str, str]:
         talk = _render(processor, turns)
         _, end = _render(processor, turns[:2]).split(said[1])
         _, closing, between, _ = re.split("|".join(said), talk)
-    except Exception:  # a template may refuse any conversation; the question itself will tell
+    except Exception:  # a template may refuse this conversation and accept the question
         return "", ""
     ends = os.path.commonprefix([between, end])  # noqa: RUF071  # of texts, not of paths
     opening = between[len(ends) :]

@@ -1,4 +1,4 @@
-"""Names of methods and model families.  A file in ``strategies`` or ``models`` registers itself.
+"""Registers methods and model families by name.  Files in ``strategies`` and ``models`` use it.
 
 Other packages register through entry points, for example in their ``pyproject.toml``::
 
@@ -33,8 +33,8 @@ class Card:
     Attributes:
         paper: Title.
         arxiv: Identifier such as ``2501.05179``; empty if there is none.
-        code: Official repository and commit.
-        deviations: Differences from the official code, with the reason, one sentence each.
+        code: Repository and commit of the official code.
+        deviations: Differences from the official code, one sentence each, with the reason.
         verified: Folder of the golden vectors from the official code that the method reproduces;
             empty if there are none.
     """
@@ -63,9 +63,9 @@ class Registry(Generic[T]):
     """Names to classes.
 
     Args:
-        what: The noun for error messages, such as ``strategy``.
-        package: Its modules are imported on first use.
-        group: Entry-point group of other packages.
+        what: The noun for error messages, such as ``method``.
+        package: Package whose modules are imported on first use.
+        group: Entry-point group for other packages.
     """
 
     def __init__(self, what: str, package: str, group: str) -> None:
@@ -104,7 +104,7 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def modules(self) -> list[str]:
-        """The modules of the package that may register classes, without its name."""
+        """Names of the modules that may register classes, without the name of the package."""
         package = importlib.import_module(self.package)
         return [
             found.name
@@ -131,7 +131,7 @@ class Registry(Generic[T]):
         }
 
     def _discover(self) -> None:
-        # Before the imports: a module may look a name up while it is being imported.
+        # Set before the imports, because a module may look up a name while it is imported.
         if not self._discovered:
             self._discovered = True
             self._load(())
@@ -145,7 +145,7 @@ class Registry(Generic[T]):
             self._join(entry)
 
     def _join(self, entry: EntryPoint) -> None:
-        """Add an entry point.  One that fails is a warning: it must not disable the others."""
+        """Add an entry point.  If it fails, warn, so that the others remain available."""
         if entry.name in self._classes:
             return
         try:
@@ -153,12 +153,12 @@ class Registry(Generic[T]):
         except Exception as error:
             package = entry.dist.name if entry.dist is not None else "an unknown package"
             warnings.warn(
-                f"the {self.what} {entry.name!r} of {package} cannot be loaded and is left out: "
+                f"the {self.what} {entry.name!r} of {package} cannot be loaded and is skipped: "
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )
             return
-        if entry.name not in self._classes:  # unless it registered itself while it was imported
+        if entry.name not in self._classes:  # its import may have registered it
             self.add(entry.name, cls)
             if not getattr(cls, "name", ""):
                 cls.name = entry.name
@@ -171,7 +171,7 @@ def _origin(cls: type) -> str:
         return f"{cls.__qualname__} ({cls.__module__})"
 
 
-strategies: Registry[Any] = Registry("strategy", "tokenprune.strategies", "tokenprune.strategies")
+strategies: Registry[Any] = Registry("method", "tokenprune.strategies", "tokenprune.strategies")
 adapters: Registry[Any] = Registry("model adapter", "tokenprune.models", "tokenprune.models")
 
 

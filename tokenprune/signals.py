@@ -1,9 +1,9 @@
-"""The table of signals: what a strategy can ask for, where it comes from and what it costs.
+"""The table of signals that a method can ask for, with their sources and costs.
 
 To add a signal, add an entry to `SIGNALS` and a function that computes it: in
 `tokenprune.engine.vision` for the vision encoder, in `tokenprune.engine.decoder` for the decoder
-layers.  The engine, the ledger, the forecast, the synthetic tokens of tests, the check of what a
-model has and the documentation read the entry.
+layers.  The engine, the ledger, the forecast, the synthetic tokens, the compatibility checks and
+the documentation read the entry.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 AXES: Mapping[str, str] = {
     "N": "entries of the packed sequence",
     "P": "patch tokens",
-    "T": "text tokens of the prompt behind the image",
+    "T": "text tokens of the prompt after the image",
     "Q": "tokens of the question in the text encoder",
     "heads": "query heads of a decoder layer",
     "hidden": "width of the language model",
@@ -34,45 +34,45 @@ AXES: Mapping[str, str] = {
     "vision_head_width": "width of a head of the vision encoder",
     "joint_width": "width of the space that images and texts share",
 }
-"""Axis of a signal to what it counts."""
+"""Name of an axis of a signal to the entries that it counts."""
 
 Source = Literal[
     "vision layer", "pooling head", "projector", "text encoder", "decoder layer", "prompt"
 ]
 Sample = Literal["attention", "logits", "rotation", "vectors"]
 Kept = Literal["mean", "heads", "sum"]
-"""What is kept of the attention rows of several queries."""
+"""How the attention rows of several queries are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalInfo:
-    """What is known about a signal, whatever the model.
+    """The properties of a signal that do not depend on the model.
 
     Attributes:
-        source: The part of the model that it is read from.  A *text encoder* shares a space with a
+        source: The part of the model that provides it.  A *text encoder* shares a space with a
             vision encoder.  No model here has one, but the caller may provide its signals.
         shape: Its axes, named in `AXES`.
-        meaning: What it is, in one sentence.
+        meaning: A description in one sentence.
         paper: A method that ranks or merges by it, with its arXiv id.
-        dtype: ``float32`` whatever the model runs in, or ``model`` for the dtype of the model.
-        layer: The layer that it is read from: ``named`` is `Signal.layer`, ``previous`` the decoder
-            layer in front of the cut, ``next`` the one behind the cut, computed ahead of it.
-            ``none`` where it belongs to no layer.
+        dtype: ``float32`` for every model, or ``model`` for the dtype of the model.
+        layer: The layer that provides it: ``named`` is `Signal.layer`, ``previous`` is the decoder
+            layer in front of the cut, ``next`` is the one after the cut, computed ahead of it, and
+            ``none`` is for a signal without a layer.
         scope: Whether it is computed once for all tokens of a ``batch``, or for each ``image``.
-        queries: How many attention rows are computed for it: ``none``, ``one`` (of the CLS token,
-            or of the token that asks), or one for each token of the ``text``, of the ``patches``
-            or of the whole view (``all``).
-        joint_heads: Whether all heads count as one.
-        copies: Number of copies of the vectors of all tokens that are at work while they are
-            computed, and their dtype (as ``dtype``); None where nothing is copied, or where the
-            cost of the attention rows contains it.
+        queries: The attention rows that are computed for it: ``none``, ``one`` (of the CLS token or
+            of the query token), or one for each token of the ``text``, of the ``patches`` or of the
+            whole view (``all``).
+        joint_heads: Whether all heads are joined into one.
+        copies: Number of copies of the vectors of all tokens while they are computed, and their
+            dtype (as ``dtype``).  None if there are no copies, or if the cost of the attention rows
+            includes them.
         needs_cls: Whether the vision encoder must have a CLS token.
         stands_for: Names of the signals that it stands for: with a CLS token, and without.
-        found_in: The attribute of `VisualTokens` that holds it.  Vectors that the decoder layers
-            make of all tokens are in both ``signals`` and ``text``.
-        sample: The random numbers that stand in for it in tests and forecasts: ``attention`` is
-            positive and sums to 1 over the entries, ``logits`` and ``vectors`` are normal, and
-            ``rotation`` is uniform in [1, 2].
+        found_in: The attribute of `VisualTokens` that contains it.  Vectors that the decoder layers
+            compute for all tokens are in both ``signals`` and ``text``.
+        sample: The random numbers that replace it in tests and forecasts: ``attention`` is positive
+            and sums to 1 over the entries, ``logits`` and ``vectors`` are normal, and ``rotation``
+            is uniform in [1, 2].
     """
 
     source: Source
@@ -112,7 +112,7 @@ class SignalInfo:
 
     @property
     def is_of_all_tokens(self) -> bool:
-        """Whether the engine makes vectors of all tokens, of which an image's are a copy."""
+        """Whether it has vectors of all tokens, from which those of an image are copied."""
         return self.is_vector and self.scope == "batch"
 
     @property
@@ -122,7 +122,7 @@ class SignalInfo:
 
     @property
     def kept(self) -> Kept:
-        """What is kept of each attention row: the mean over heads, all heads, or only a sum."""
+        """How each attention row is stored: mean over heads, all heads, or sum over queries."""
         if "heads" in self.shape:
             return "heads"
         return "sum" if self.queries in ("text", "patches") and "T" not in self.shape else "mean"
@@ -130,12 +130,12 @@ class SignalInfo:
 
 @dataclass(frozen=True)
 class Signal:
-    """A tensor that a strategy asks for besides the features.
+    """A tensor that a method asks for besides the features.
 
     Attributes:
-        name: Which one: a key of `SIGNALS`.
+        name: A key of `SIGNALS`.
         layer: Index of the layer of the vision encoder or of the language model; a negative index
-            counts from the end.  It matters only where `SignalInfo.layer` is ``named``.
+            counts from the end.  It is used only if `SignalInfo.layer` is ``named``.
 
     Raises:
         UnknownNameError: `SIGNALS` has no such name.
@@ -150,7 +150,7 @@ class Signal:
 
     @property
     def info(self) -> SignalInfo:
-        """What is known about it."""
+        """Its entry in `SIGNALS`."""
         return SIGNALS[self.name]
 
     @property
@@ -180,7 +180,7 @@ class Signal:
 
     @property
     def is_vector(self) -> bool:
-        """Whether it has a vector for each of the N entries, and not a number."""
+        """Whether it has a vector for each of the N entries, rather than a number."""
         return self.info.is_vector
 
     @property
@@ -239,7 +239,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "saliency": SignalInfo(
         source="vision layer",
         shape=("N",),
-        meaning="`cls_logits` where the vision encoder has a CLS token, otherwise `received`.",
+        meaning="`cls_logits` if the vision encoder has a CLS token, otherwise `received`.",
         paper="GlobalCom² (2501.05179)",
         stands_for=("cls_logits", "received"),
         sample="logits",
@@ -253,7 +253,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "joint_keys": SignalInfo(
         source="vision layer",
         shape=("N", "vision_width"),
-        meaning="Keys of each patch, the heads one after the other.",
+        meaning="Keys of each patch, all heads concatenated.",
         paper="LLaVA-PruMerge (2403.15388)",
         joint_heads=True,
     ),
@@ -269,7 +269,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "unprojected": SignalInfo(
         source="projector",
         shape=("N", "vision_width"),
-        meaning="What the projector receives; `VisualTokens.project` maps merged vectors.",
+        meaning="Input of the projector; `VisualTokens.project` maps merged vectors.",
         paper="VisionZip (2412.04467)",
         dtype="model",
         layer="none",
@@ -293,7 +293,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_prompt": SignalInfo(
         source="prompt",
         shape=("T", "hidden"),
-        meaning="Input embeddings of the text behind the image; also known in front of the "
+        meaning="Input embeddings of the text after the image; also available in front of the "
         "language model.",
         paper="CDPruner (2506.10967)",
         dtype="model",
@@ -303,8 +303,8 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_inputs": SignalInfo(
         source="prompt",
         shape=("P", "hidden"),
-        meaning="What enters the language model: all patch tokens of the image, and the text "
-        "behind it (T, hidden); the same at every cut.",
+        meaning="Input of the language model: all patch tokens of the image, and the text after "
+        "it (T, hidden); the same at every cut.",
         paper="SparseVLM (2410.04417)",
         dtype="model",
         layer="none",
@@ -323,7 +323,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_ahead": SignalInfo(
         source="decoder layer",
         shape=("N",),
-        meaning="`llm_attention` of the layer behind the cut.",
+        meaning="`llm_attention` of the layer after the cut.",
         paper="PyramidDrop (2410.17247)",
         layer="next",
         scope="batch",
@@ -333,8 +333,8 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_keys": SignalInfo(
         source="decoder layer",
         shape=("N", "kv_width"),
-        meaning="Rotated keys of each entry, the heads one after the other, as if the prompt had "
-        "no padding.",
+        meaning="Rotated keys of each entry, all heads concatenated, as in a prompt without "
+        "padding.",
         paper="DART (2502.11494)",
         dtype="model",
         scope="batch",
@@ -343,7 +343,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_values": SignalInfo(
         source="decoder layer",
         shape=("N", "kv_width"),
-        meaning="Values of each entry, the heads one after the other.",
+        meaning="Values of each entry, all heads concatenated.",
         paper="VATP (2406.12335)",
         dtype="model",
         scope="batch",
@@ -352,8 +352,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_keys_ahead": SignalInfo(
         source="decoder layer",
         shape=("N", "kv_width"),
-        meaning="Rotated keys of each entry in the layer behind the cut, the heads one after the "
-        "other.",
+        meaning="Rotated keys of each entry in the layer after the cut, all heads concatenated.",
         paper="PACT (2504.08966)",
         dtype="model",
         layer="next",
@@ -372,7 +371,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_text": SignalInfo(
         source="decoder layer",
         shape=("N", "T"),
-        meaning="Attention that each text token behind the image pays to each entry, softmax over "
+        meaning="Attention that each text token after the image pays to each entry, softmax over "
         "all keys, mean over heads.",
         paper="SparseVLM (2410.04417)",
         layer="previous",
@@ -391,8 +390,8 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_text_rotary": SignalInfo(
         source="decoder layer",
         shape=("N", "T"),
-        meaning="Products of queries and keys that are all ones, rotated to the positions of the "
-        "text tokens and of the entries (`rotary_product`).",
+        meaning="Products of queries and keys of ones, rotated to the position ids of the text "
+        "tokens and of the entries (`rotary_product`).",
         paper="SparseVLM (2410.04417)",
         layer="previous",
         sample="rotation",
@@ -400,8 +399,8 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_self": SignalInfo(
         source="decoder layer",
         shape=("N",),
-        meaning="Largest attention of any head that each entry receives, mean over the image's "
-        "patch tokens.",
+        meaning="Maximum over heads of the attention that each entry receives, mean over the "
+        "image's patch tokens.",
         paper="FitPrune (2409.10197)",
         layer="previous",
         queries="patches",
@@ -410,8 +409,8 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_cross": SignalInfo(
         source="decoder layer",
         shape=("N",),
-        meaning="Largest attention of any head that each entry receives, mean over the text tokens "
-        "behind the image.",
+        meaning="Maximum over heads of the attention that each entry receives, mean over the text "
+        "tokens after the image.",
         paper="FitPrune (2409.10197)",
         layer="previous",
         queries="text",
@@ -421,7 +420,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
         source="decoder layer",
         shape=("N",),
         meaning="Attention that the mean of all states up to the image's last token pays to each "
-        "entry, without rotation, softmax over these states, mean over heads, in the layer behind "
+        "entry, without rotation, softmax over these states, mean over heads, in the layer after "
         "the cut.",
         paper="PACT (2504.08966)",
         layer="next",

@@ -1,4 +1,4 @@
-"""Compressors from specs and back.  `tokenprune.grammar` describes the text."""
+"""Builds compressors from specs, and specs from compressors (`tokenprune.grammar`)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def create(name: str, /, **fields: Any) -> Compressor:
     """Build a registered method.
 
     Args:
-        name: Of the method.
+        name: Name of the method.
         **fields: Its options and its retention; values may be text, as on a command line.
 
     Raises:
-        UnknownNameError: No such method or option (with the nearest names).
-        UserError: A value is of the wrong type or out of range, or the retention is missing.
+        UnknownNameError: There is no such method or option; the message suggests names.
+        UserError: A value has the wrong type or is out of range, or the retention is missing.
     """
     cls: type[Compressor] = strategies.get(name)
     fields = renamed_options(fields)
@@ -54,12 +54,13 @@ def parse(spec: str, /, **fields: Any) -> Compressor:
     """Build the method, or the `Chain` of methods, that ``spec`` names.
 
     Args:
-        spec: Such as ``fastv:layer=3`` or ``globalcom2@0.5 + fastv@0.5`` (`tokenprune.grammar`).
-        **fields: Options and retention of a single method.  An option in ``spec`` wins.
+        spec: A spec such as ``fastv:layer=3`` or ``globalcom2@0.5 + fastv@0.5``
+            (`tokenprune.grammar`).
+        **fields: Options and retention of a single method.  An option in ``spec`` has priority.
 
     Raises:
-        UserError: As `create` and `Chain.of`, the text is not a spec, or ``fields`` give what the
-            spec has: a retention next to ``@``, or anything for a chain.
+        UserError: As `create` and `Chain.of`; or the text is not a spec, ``fields`` repeat a
+            retention given with ``@``, or there are ``fields`` for a chain.
     """
     from tokenprune.compressor import Chain
 
@@ -67,7 +68,7 @@ def parse(spec: str, /, **fields: Any) -> Compressor:
     if len(found) > 1:
         if fields:
             raise UserError(
-                f"every part of {spec!r} has a retention and options of its own; got {fields}."
+                f"every part of {spec!r} has its own retention and options; got {fields}."
             )
         return Chain.of(*map(_built, found))
     part = found[0]
@@ -98,7 +99,7 @@ def method_specs(values: Sequence[str]) -> list[str]:
     """The specs in ``values`` (`split`), each `registered`.
 
     Raises:
-        UserError: As `registered`, or there is none.
+        UserError: As `registered`, or there is no spec.
     """
     specs = list(split(values))
     if not specs:
@@ -107,7 +108,7 @@ def method_specs(values: Sequence[str]) -> list[str]:
 
 
 def registered(spec: str) -> str:
-    """``spec`` with the registered name of every class of the user's, ``module:Class``.
+    """``spec`` with every ``module:Class`` replaced by the registered name of the class.
 
     Raises:
         UserError: As `plugins.own_class`, or the class is not registered.
@@ -128,7 +129,7 @@ def ratios(values: Sequence[str]) -> tuple[float, ...]:
     """The retention ratios in ``values``, which commas may separate.
 
     Raises:
-        UserError: As `ratio`, or there is none.
+        UserError: As `ratio`, or there is no value.
     """
     found = tuple(map(ratio, _ratio_texts(values)))
     if not found:
@@ -142,7 +143,7 @@ def _ratio_texts(values: Sequence[str]) -> Iterator[str]:
 
 
 def ratio(text: str) -> float:
-    """``text`` as a number.  Its range is checked where it is used.
+    """``text`` as a number.  The compressor checks its range.
 
     Raises:
         UserError: It is not a number.

@@ -24,11 +24,11 @@ class StagedCompressor(Compressor):
     """A method that selects at several cuts of the language model.
 
     At cut ``i`` of ``n`` it keeps at most ``floor(R^(i/n) * P)`` of the ``P`` tokens that entered.
-    Every cut drops the same share, and R is left at the end.
+    Every cut drops the same share, and the last one reaches R.
 
     Attributes:
-        depths: Cuts as shares of the decoder's depth, ascending.
-        cut: Which of the cuts this one is, counted from 1; 0 stands for the last.
+        depths: Cuts as fractions of the decoder's depth, ascending.
+        cut: Number of the cut at which this compressor selects, from 1; 0 stands for the last.
     """
 
     depths: Depths

@@ -30,14 +30,15 @@ def sample_tokens(
     """Random features, and random numbers for exactly the given signals (`SignalInfo.sample`).
 
     Args:
-        signals: What the strategy `Compressor.needs`.
+        signals: The signals to make (`Compressor.needs`).
         layout: Geometry of the N entries.
-        seed: Of the random numbers.
-        dtype: Of the features and signals.
-        text: Number of text tokens behind the image.
-        widths: Size of the last axis of ``features`` and of signals, by name, where it matters.
+        seed: Seed of the random numbers.
+        dtype: Dtype of the features and signals.
+        text: Number of text tokens after the image.
+        widths: Size of the last axis of ``features`` and of signals, by name; a small default for
+            all others.
     """
-    layout = copy.deepcopy(layout)  # a strategy that writes to it must not affect other tests
+    layout = copy.deepcopy(layout)  # a method that writes to it must not affect other tests
     wide = widths or {}
     width = wide.get("features", WIDTH)
     draw = _Draw(seed, dtype)
@@ -67,7 +68,7 @@ def sample_tokens(
 def _aligned(
     draw: _Draw, signal: Signal, layout: TokenLayout, text: int, widths: Mapping[str, int]
 ) -> Tensor:
-    """(N, ...) a signal; NaN at separators where it is of the vision encoder."""
+    """(N, ...) a signal; a signal of the vision encoder is NaN at separators."""
     last = widths.get(signal.name, HEADS if "heads" in signal.info.shape else VECTOR)
     sizes = {"N": len(layout), "T": text}
     values = draw.signal(signal.info, [sizes.get(axis, last) for axis in signal.info.shape])
@@ -78,7 +79,7 @@ def _aligned(
 
 
 class _Draw:
-    """Random numbers on the CPU, whatever the defaults of PyTorch are."""
+    """Random numbers on the CPU, independent of PyTorch's default device and dtype."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.generator, self.dtype = torch.Generator("cpu").manual_seed(seed), dtype

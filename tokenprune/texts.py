@@ -1,4 +1,4 @@
-"""Text from outside: whether a file can hold it, and how a terminal may show it."""
+"""Checks and escapes text from users and files, so that it can be stored and displayed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 
 __all__ = ["first_line", "is_plain", "is_whole", "printable"]
 
-_LONGEST = 300  # characters of another library's error
+_LONGEST = 300  # maximum number of characters of `first_line`
 
 
 def is_whole(text: str) -> bool:

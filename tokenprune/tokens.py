@@ -1,4 +1,4 @@
-"""What a strategy receives: one image's packed sequence, its layout and its signals."""
+"""What a method receives: one image's packed sequence, its layout and its signals."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """The packed sequence of one image or video: N entries, and what is known of each.
+    """The packed sequence of one image or video, with features and signals of its N entries.
 
     Attributes:
         layout: Geometry of the N entries.
-        features: (N, D) what the language model receives.
-        signals: The signals that the strategy names in `Compressor.needs`.  Each is (N,), or
+        features: (N, D) features as the language model receives them.
+        signals: The signals that the method names in `Compressor.needs`.  Each is (N,), or
             (N, ...) where `Signal.is_vector`.  Those of the vision encoder are NaN at separators.
         fingerprint: Some pixels of the image, from which `seed` derives.
         projector: Maps ``unprojected`` vectors to features.  None without that signal.
         entered: Inside the language model, the number of the image's patch tokens that entered it.
-        text: Signals (T, ...) of the text tokens behind the image, up to the last prompt token
+        text: Signals (T, ...) of the text tokens after the image, up to the last prompt token
             (`tokenprune.signals.SignalInfo.found_in`).
-        inputs: Inside the language model, for strategies that need ``llm_inputs``: what entered
-            it, (P, D) of all patch tokens of the image and (T, D) of the text tokens behind it.
+        inputs: Inside the language model, for methods that need ``llm_inputs``: what entered
+            it, (P, D) of all patch tokens of the image and (T, D) of the text tokens after it.
             The same at every cut.
-        clusters: Where a method acted inside the vision encoder, (N,) the cluster of each entry, on
-            the CPU; -1 at separators and at dropped entries.
-        encoding: How the vision encoder ran then.
+        clusters: If a method acted inside the vision encoder, (N,) the cluster of each entry, on
+            the CPU; -1 at separators and at dropped entries.  Otherwise None.
+        encoding: How the vision encoder ran in that case.
 
     Raises:
         UserError: A signal has more or fewer entries than the layout.
@@ -99,18 +99,18 @@ class VisualTokens:
         """(N, ...) the signal, on the device of the features.
 
         Raises:
-            UserError: The strategy does not name it in its `needs`.
+            UserError: The method does not name it in its `needs`.
         """
         signal = self.found_as(signal)
         if signal not in self.signals:
             raise UserError(
-                f"{signal} was not provided. Name it in the strategy's `needs`; provided here: "
+                f"{signal} was not provided. Name it in the method's `needs`; provided here: "
                 f"{', '.join(map(str, self.signals)) or 'none'}."
             )
         return self.signals[signal].to(self.features.device)
 
     def found_as(self, signal: Signal) -> Signal:
-        """The name under which ``signal`` is here: its own, or that of what it stands for."""
+        """The key of ``signal`` in `signals`: itself, or the signal that it stands for."""
         names = signal, signal.resolve(has_cls=True), signal.resolve(has_cls=False)
         return next((one for one in names if one in self.signals), signal)
 
@@ -118,12 +118,12 @@ class VisualTokens:
         """(T, ...) the signal of the prompt's text, on the device of the features.
 
         Raises:
-            UserError: The prompt is not known, or the strategy does not name it in its `needs`.
+            UserError: The prompt is not known, or the method does not name it in its `needs`.
         """
         if signal not in self.text:
             raise UserError(
-                f"{signal} of the text was not provided. Name it in the strategy's `needs` and run "
-                "the strategy in tokenprune.compress; an image by itself has no prompt."
+                f"{signal} of the text was not provided. Name it in the method's `needs` and run "
+                "the method in tokenprune.compress; an image alone has no prompt."
             )
         return self.text[signal].to(self.features.device)
 
@@ -131,18 +131,21 @@ class VisualTokens:
         """Features (M, D) that the projector makes of merged ``unprojected`` vectors (M, C).
 
         Raises:
-            UserError: The strategy does not name ``unprojected`` in its `needs`.
+            UserError: The method does not name ``unprojected`` in its `needs`.
         """
         found = [value for one, value in self.signals.items() if one.info.source == "projector"]
         if self.projector is None or not found:
-            raise UserError("the projector is there for strategies that need 'unprojected' only.")
+            raise UserError(
+                "the projector is available only to methods that need 'unprojected'; name it "
+                "in the method's `needs`."
+            )
         with torch.no_grad():
             made = self.projector(vectors.to(found[0]))
         return made.to(self.features)
 
     @property
     def seed(self) -> int:
-        """Seed for strategies that draw at random.
+        """Seed for methods that draw random numbers.
 
         It depends on the pixels alone, so it is the same in every batch and for every beam.
         """
@@ -151,7 +154,7 @@ class VisualTokens:
         return zlib.crc32(self.fingerprint.float().cpu().contiguous().numpy().tobytes())
 
     def take(self, index: Tensor) -> VisualTokens:
-        """The entries at ``index`` (M,), which is best on the CPU (`TokenLayout.take`)."""
+        """The entries at ``index`` (M,).  An index on the CPU avoids a synchronisation."""
         return replace(
             self,
             layout=self.layout.take(index),

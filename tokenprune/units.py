@@ -11,7 +11,7 @@ __all__ = [
 
 
 CHUNK = 128
-"""Queries whose attention exists at the same time where many are looked at."""
+"""Number of queries whose attention is computed at a time, where a signal needs many queries."""
 
 
 def percent(share: float, decimals: int | None) -> str:

@@ -1,13 +1,13 @@
 """A method must not write to the tensors that it receives: other methods share them.
 
-`untouched` compares PyTorch's version counter of every tensor before and after.  Each in-place
-operation increments it, also one on a view.  The comparison reads no values and needs no
-synchronisation.  Tensors made in `torch.inference_mode` have no counter; their values are compared
-(`digest`).
+`untouched` compares PyTorch's version counter of every tensor before and after the method.  Each
+in-place operation increments it, also one on a view.  The comparison reads no values and needs no
+synchronisation.  Tensors made in `torch.inference_mode` have no counter; checksums of their values
+are compared (`digest`).
 
-A write through ``.data``, through numpy or through a pointer does not change the counter.  When
-methods share encodings, the comparison therefore compares the values too.  The weights of the
-model, which a method can reach through `VisualTokens.projector`, are not watched.
+A write through ``.data``, through NumPy or through a pointer does not change the counter.  If
+methods share encodings, ``tokenprune compare`` therefore compares checksums too.  The weights of
+the model, which a method can reach through `VisualTokens.projector`, are not watched.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def _geometry(layout: TokenLayout) -> dict[str, Tensor]:
 def digest(values: Tensor) -> Tensor:
     """(N,) int64 checksums of the rows of ``values`` (N, ...): sums of their words.
 
-    A changed number changes the sum of its row unless other changes cancel it to the last bit.
+    A changed number changes the sum of its row, unless other changes cancel it exactly.
     """
     rows = values.detach().flatten(1) if values.ndim > 1 else values.detach()[..., None]
     rows = rows.contiguous()
     size = rows.element_size()
-    # Longer words are fewer, but they must divide the row.
+    # Longer words are fewer, but their size must divide that of the row.
     word = next((n for n in (8, 4, 2, 1) if n >= size and rows.shape[1] * size % n == 0), size)
     return rows.view(_WORDS[word]).sum(1, dtype=torch.int64)
 
@@ -68,7 +68,7 @@ def untouched(who: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
     Args:
         who: Name of the method, for the message.
-        tensors: By name.
+        tensors: The tensors by name.
     """
     before = {name: _mark(value) for name, value in tensors.items()}
     yield
@@ -79,7 +79,7 @@ def untouched(who: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def watched(who: str, tokens: VisualTokens) -> Iterator[None]:
-    """`untouched` for every tensor of ``tokens``, none of which may be replaced either."""
+    """`untouched` for every tensor of ``tokens``; replacing a tensor is an error too."""
     layout = tokens.layout
     for one in (layout, layout.host):
         _ = one.patches, one.is_separator, one.places  # computed now, so that they are watched

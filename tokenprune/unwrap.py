@@ -1,4 +1,4 @@
-"""Finds the Hugging Face model inside what training and serving libraries wrap around it."""
+"""Finds the Hugging Face model inside the wrappers of training and serving libraries."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["unwrapped"]
 def unwrapped(model: Any, hosts: Container[str]) -> nn.Module:
     """``model`` without the wrappers of ``torch.compile``, PEFT, PyTorch and Accelerate.
 
-    Calling the wrapper still runs the model inside, hooks and all.
+    Calling the wrapper still runs the inner model with its hooks.
 
     Args:
         model: A model, wrapped any number of times.
-        hosts: Names of classes that count as a model.
+        hosts: Names of the model classes that have an adapter.
 
     Raises:
-        UserError: Not a module; a `torch.nn.DataParallel` that copies the model onto several
-            devices; or an unknown wrapper around a model of one of the classes.
+        UserError: ``model`` is not a module, a `torch.nn.DataParallel` on several devices, or an
+            unknown wrapper around a model of one of these classes.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -48,8 +48,8 @@ def unwrapped(model: Any, hosts: Container[str]) -> nn.Module:
             if path and _is_host(inner, hosts):
                 raise UserError(
                     f"{type(model).__name__} is no model class with an adapter, but has a "
-                    f"{type(inner).__name__} at .{path}; give compress that one, and go on using "
-                    "the whole."
+                    f"{type(inner).__name__} at .{path}; pass that one to compress, and call the "
+                    "outer model as before."
                 )
     found: nn.Module = model
     return found

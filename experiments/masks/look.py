@@ -199,9 +199,7 @@ def look(
     found: list[Mask] = []
     for index, cell in enumerate(columns):
         progress(index, len(columns), str(cell))
-        if (
-            cell.compressor is None or cell.compressor.retention < 1
-        ):  # otherwise the same as the first
+        if cell.compressor is None or cell.compressor.retention < 1:  # else as the first
             found += prompt.masks(cell, cuts)
     groups = [tuple(pictures)] if video else [(picture,) for picture in pictures]
     media = tuple(Medium(g, tokens) for g, tokens in zip(groups, encoded, strict=True))

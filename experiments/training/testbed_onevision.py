@@ -555,9 +555,6 @@ def table(figures: dict[str, dict[str, float]], count: int) -> str:
     return "\n".join(lines)
 
 
-# --- command line ---------------------------------------------------------------------------------
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run, or the model with --evaluate.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

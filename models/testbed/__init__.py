@@ -1,4 +1,4 @@
-"""Small trained models that come with the package, and the scenes they were trained on."""
+"""Small trained models that are part of the package, and the scenes that they are trained on."""
 
 if __name__ != "tokenprune.models.testbed":
     raise ImportError(

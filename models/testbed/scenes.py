@@ -1,12 +1,9 @@
 """Scenes of coloured shapes with real handwritten digits on real photographs, and questions.
 
-A scene is a tinted crop of a photograph with one to four objects; each object is a shape in a
-colour that carries one handwritten digit, ten pixels high.  Digits are legible in the crops of an
-any-resolution vision-language model but too small in its thumbnail, so that "which digit is on the
-red square?" needs the crops, while the whole picture is needed to count and to tell sides.
-
-Digits (`sklearn.datasets.load_digits`) are split by sample, photographs
-(`sklearn.datasets.load_sample_images`) by place: left three quarters train, right quarter test.
+A scene is a tinted crop of a photograph with one to four objects.  Each object is a coloured shape
+with one handwritten digit, ten pixels high.  Digits are legible in the crops of a model and too
+small in its thumbnail: "which digit is on the red square?" needs the crops.  Questions about number
+and side need the whole picture.
 """
 
 from collections.abc import Sequence
@@ -17,7 +14,19 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+
+from tokenprune.models.testbed.drawing import (
+    COLOURS,
+    SHAPES,
+    TINTS,
+    VIEW,
+    Item,
+    Size,
+    Split,
+    background,
+    digits,
+    draw,
+)
 
 __all__ = [
     "COLOURS",
@@ -34,6 +43,8 @@ __all__ = [
     "Pair",
     "Scene",
     "SceneQuestion",
+    "Size",
+    "Split",
     "Track",
     "ask",
     "ask_clip",
@@ -45,12 +56,7 @@ __all__ = [
     "vocabulary",
 ]
 
-Split = Literal["train", "test"]
 Modality = Literal["image", "video", "multi-image"]
-Size = tuple[int, int]
-
-VIEW = 56
-"""Side of a view (thumbnail or crop) in pixels."""
 
 GRID_PINPOINTS: tuple[Size, ...] = ((56, 112), (112, 56), (112, 112), (56, 168), (168, 56))
 """Any-resolution grid, (height, width) in pixels."""
@@ -59,29 +65,11 @@ SIZES: dict[Size, float] = {
     (112, 112): 0.60,
     (56, 112): 0.10,
     (112, 56): 0.10,
-    (80, 112): 0.10,  # no pinpoint: exercises padding and unpadding
+    (80, 112): 0.10,  # no pinpoint, so that padding is needed
     (56, 168): 0.05,
     (168, 56): 0.05,
 }
 """Canvas sizes (height, width) in pixels, and how often each occurs."""
-
-SHAPES = ("circle", "square", "triangle", "diamond")
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 35, 35),
-    "green": (40, 185, 60),
-    "blue": (55, 85, 240),
-    "yellow": (245, 225, 45),
-    "purple": (175, 50, 205),
-    "cyan": (60, 215, 225),
-}
-TINTS: dict[str, tuple[int, int, int]] = {
-    "gray": (120, 120, 120),
-    "brown": (115, 70, 35),
-    "pink": (225, 150, 170),
-    "navy": (25, 30, 85),
-    "olive": (105, 110, 40),
-    "orange": (225, 130, 50),
-}
 
 KINDS = ("existence", "colour", "count", "position", "digit")
 MODALITIES: dict[Modality, tuple[str, ...]] = {
@@ -90,32 +78,19 @@ MODALITIES: dict[Modality, tuple[str, ...]] = {
     "multi-image": ("existence", "digit", "which", "both"),
 }
 """Kinds of questions about each modality."""
+
 MAX_ITEMS = 4
-_DIGIT = 10  # side of a digit in pixels
-_REACH = 16  # half side of the window an object is drawn into, in pixels
-
-
-@dataclass(frozen=True)
-class Item:
-    """One object: a shape in a colour with a digit, centred at (x, y) pixels."""
-
-    shape: str
-    colour: str
-    digit: int
-    x: float
-    y: float
-    radius: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, (height, width, 3) uint8, and what is in it.
+    """A picture and its objects.
 
-    `owner` (height, width) int8 tells which item a pixel belongs to, -1 for the background.
+    Attributes:
+        pixels: (height, width, 3).
+        owner: (height, width) index of the item that a pixel belongs to, -1 for the background.
+        items: The objects.
+        tint: Colour of the background, one of `TINTS`.
     """
 
     pixels: NDArray[np.uint8]
@@ -131,9 +106,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Track:
-    """An object of a clip: visible from frame `start` up to `stop`, which it is gone in.
+    """An object of a clip, visible from frame `start` to the frame before `stop`.
 
-    `item` is where it starts; every frame it moves by `dx` pixels to the right.
+    Attributes:
+        item: The object in its first frame.
+        start: First frame.
+        stop: First frame in which it is no longer visible.
+        dx: Pixels that it moves to the right in every frame.
     """
 
     item: Item
@@ -142,13 +121,13 @@ class Track:
     dx: float = 0.0
 
     def at(self, frame: int) -> Item:
-        """The object as it is in a frame in which it is visible."""
+        """The object in ``frame``, in which it is visible."""
         return replace(self.item, x=self.item.x + self.dx * (frame - self.start))
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video: one `Scene` of one view a frame, and its objects in order of appearance."""
+    """A video: one `Scene` of one view per frame, and its objects in order of appearance."""
 
     frames: tuple[Scene, ...]
     tracks: tuple[Track, ...]
@@ -166,9 +145,9 @@ class Pair:
 class SceneQuestion:
     """A question with a one-word answer about an image, two images or the frames of a video.
 
-    Questions may share what they are about, which `image_id` names.  `place` is where the object
-    that an image's question names is centred, (x, y) as shares of width and height; None where it
-    names none that is there.
+    Questions with the same `image_id` are about the same images.  `place` is the centre of the
+    object that the question names, (x, y) as shares of width and height; None for other modalities
+    and if the image does not show such an object.
     """
 
     id: str
@@ -189,7 +168,7 @@ class SceneQuestion:
 def vocabulary(modalities: Sequence[Modality] = ("image",)) -> tuple[str, ...]:
     """Every word of every question and answer, in lower case, punctuation included.
 
-    The words of images come first and in the same order, whatever else is asked for.
+    The words for images come first and in the same order, whatever the modalities.
     """
     words = "is there a ? yes no what colour is the background how many objects are there "
     words += "which digit is on the left or right top or bottom 0 1 2 3 4 5 6 7 8 9"
@@ -206,37 +185,14 @@ def vocabulary(modalities: Sequence[Modality] = ("image",)) -> tuple[str, ...]:
 
 
 @cache
-def _photographs(split: Split) -> tuple[Image.Image, ...]:
-    def part(photograph: NDArray[np.uint8]) -> Image.Image:
-        cut = photograph.shape[1] * 3 // 4
-        half = photograph[:, :cut] if split == "train" else photograph[:, cut:]
-        return Image.fromarray(np.ascontiguousarray(half)).convert("L")
-
-    return tuple(part(photograph) for photograph in load_sample_images().images)
-
-
-@cache
-def _digits(split: Split) -> tuple[tuple[Image.Image, ...], ...]:
-    """Handwritten digits by class, 8 x 8 gray pictures: every fourth sample is for tests."""
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    chosen = order[::4] if split == "test" else np.delete(order, np.s_[::4])
-    pictures = (data.images * 255 / 16).astype(np.uint8)
-    return tuple(
-        tuple(Image.fromarray(pictures[i]) for i in chosen if data.target[i] == digit)
-        for digit in range(10)
-    )
-
-
-@cache
 def _centres(length: int) -> NDArray[np.int64]:
-    """Where centres may lie along a side of `length` pixels, a multiple of four pixels.
+    """Allowed centres of objects along a side of `length` pixels, in steps of four pixels.
 
-    They keep 12 px from the middle, so that the side is never in doubt, and 8 px from the border
-    of two crops, so that no digit is cut in two.
+    They keep 12 px from the middle, so that the side is unambiguous, and 8 px from the border of
+    two crops, so that no digit is cut.
     """
     candidates = np.arange(12, length - 11, 4)
-    offset = -length % VIEW // 2  # a canvas that is no multiple of the view is padded evenly
+    offset = -length % VIEW // 2  # other lengths than multiples of the view are padded evenly
     to_border = np.abs((candidates + offset + VIEW // 2) % VIEW - VIEW // 2)
     keep = np.abs(candidates - length / 2) >= 12
     if length > VIEW:
@@ -246,7 +202,7 @@ def _centres(length: int) -> NDArray[np.int64]:
 
 
 def _places(rng: np.random.Generator, size: Size, count: int) -> list[tuple[int, int]]:
-    """`count` centres (x, y) whose objects do not touch."""
+    """`count` centres (x, y) of objects that do not touch."""
     ys, xs = _centres(size[0]), _centres(size[1])
     while True:
         places: list[tuple[int, int]] = []
@@ -256,42 +212,6 @@ def _places(rng: np.random.Generator, size: Size, count: int) -> list[tuple[int,
                 places.append((x, y))
             if len(places) == count:
                 return places
-
-
-def _coverage(
-    shape: str, radius: float, dx: NDArray[np.float64], dy: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Share of each pixel that a shape covers, from the signed distance to its outline."""
-    if shape == "circle":
-        distance = np.hypot(dx, dy) - radius
-    elif shape == "square":
-        distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * radius
-    elif shape == "diamond":
-        distance = (np.abs(dx) + np.abs(dy)) / np.sqrt(2) - 0.85 * radius
-    else:  # an upright triangle, as far below its centre as two thirds of the radius
-        sides = (np.abs(dx) * np.sqrt(3) - dy) / 2 - 0.72 * radius
-        distance = np.maximum(dy - 0.68 * radius, sides)
-    cover: NDArray[np.float64] = np.clip(0.5 - distance, 0, 1)
-    return cover
-
-
-def _background(
-    rng: np.random.Generator, size: Size, tint: str, split: Split
-) -> NDArray[np.float64]:
-    """A crop of a photograph in shades of `tint`, (height, width, 3) from 0 to 255 and above."""
-    photographs = _photographs(split)
-    photograph = photographs[rng.integers(len(photographs))]
-    limit = min(photograph.width / size[1], photograph.height / size[0])
-    zoom = min(limit, rng.uniform(1.0, 2.0))
-    width, height = int(size[1] * zoom), int(size[0] * zoom)
-    left = int(rng.integers(photograph.width - width + 1))
-    top = int(rng.integers(photograph.height - height + 1))
-    crop = photograph.resize(
-        (size[1], size[0]), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
-    )
-    light = 0.6 + 0.7 * np.asarray(crop, dtype=np.float64)[:, :, None] / 255
-    background: NDArray[np.float64] = light * np.array(TINTS[tint])
-    return background
 
 
 def render(
@@ -307,19 +227,19 @@ def render(
     """Draw a random scene.
 
     Args:
-        rng: where all randomness comes from.
-        split: which digits and which part of the photographs to draw from.
-        size: canvas (height, width) in pixels; drawn from `SIZES` if not given.
-        items: least and largest number of objects, both possible.
-        alike: at most four objects, of two colours and two shapes, so that most can only be told
-            apart by both.
-        named: objects that must be there, such as ``red square``.
-        avoid: objects that must not be there.
+        rng: Source of all randomness.
+        split: Split of the digits and the photographs.
+        size: Canvas (height, width) in pixels; None draws one of `SIZES`.
+        items: Smallest and largest number of objects, both inclusive.
+        alike: Whether objects have only two colours and two shapes, so that most are identified
+            only by both.  There are then at most four objects.
+        named: Objects that must be there, such as ``red square``.
+        avoid: Objects that must not be there.
     """
     if size is None:
         size = tuple(SIZES)[rng.choice(len(SIZES), p=list(SIZES.values()))]
     tint = str(rng.choice(list(TINTS)))
-    canvas = _background(rng, size, tint, split)
+    canvas = background(rng, size, tint, split)
     owner = np.full(size, -1, dtype=np.int8)
     places = _places(rng, size, max(int(rng.integers(items[0], items[1] + 1)), len(named)))
     pool = np.arange(len(SHAPES) * len(COLOURS)).reshape(len(COLOURS), len(SHAPES))
@@ -332,8 +252,8 @@ def render(
     drawn = []
     for index, ((x, y), pair) in enumerate(zip(places, pairs, strict=True)):
         item = _item(rng, pair, x, y)
-        samples = _digits(split)[item.digit]
-        _draw(canvas, owner, item, index, samples[rng.integers(len(samples))])
+        samples = digits(split)[item.digit]
+        draw(canvas, owner, item, index, samples[rng.integers(len(samples))])
         drawn.append(item)
     pixels = np.clip(canvas.round(), 0, 255).astype(np.uint8)
     return Scene(pixels, owner, tuple(drawn), tint)
@@ -363,34 +283,34 @@ def render_clip(
 ) -> Clip:
     """Draw a random clip of `frames` frames, four to eight if not given.
 
-    Two to four objects appear in different frames and stay for one to four; exactly one of them
-    moves, from one side to the other.
+    Two to four objects appear in different frames and stay for one to four frames.  Exactly one of
+    them moves, from one side to the other.
     """
     count = int(rng.integers(4, 9)) if frames is None else frames
     size, tint = (VIEW, VIEW), str(rng.choice(list(TINTS)))
-    background = _background(rng, size, tint, split)
+    still = background(rng, size, tint, split)
     tracks = _tracks(rng, count, int(rng.integers(2, min(4, count - 1) + 1)))
-    samples = [_digits(split)[track.item.digit] for track in tracks]
+    samples = [digits(split)[track.item.digit] for track in tracks]
     inks = [some[rng.integers(len(some))] for some in samples]
     scenes = []
     for frame in range(count):
-        canvas = background + rng.normal(0, 3, (VIEW, VIEW, 1))  # a camera is never quite still
+        canvas = still + rng.normal(0, 3, (VIEW, VIEW, 1))  # camera noise
         owner = np.full(size, -1, dtype=np.int8)
         shown = [i for i, track in enumerate(tracks) if track.start <= frame < track.stop]
         items = tuple(tracks[i].at(frame) for i in shown)
         for index, item in enumerate(items):
-            _draw(canvas, owner, item, index, inks[shown[index]])
+            draw(canvas, owner, item, index, inks[shown[index]])
         pixels = np.clip(canvas.round(), 0, 255).astype(np.uint8)
         scenes.append(Scene(pixels, owner, items, tint))
     return Clip(tuple(scenes), tuple(tracks))
 
 
 def _tracks(rng: np.random.Generator, frames: int, count: int) -> list[Track]:
-    """`count` objects in order of appearance that never touch; one of them moves."""
+    """`count` objects in order of appearance that never touch.  One of them moves."""
     pairs = rng.choice(len(SHAPES) * len(COLOURS), size=count, replace=False)
     near, far = (12, 16), (VIEW - 16, VIEW - 12)
     while True:
-        # The mover needs three frames, so it must not be the last to come in the last two.
+        # The mover needs three frames, so it cannot appear in the last two.
         starts = np.sort(rng.choice(frames, size=count, replace=False))
         movers = np.flatnonzero(starts <= frames - 3)
         if not len(movers):
@@ -421,7 +341,7 @@ def _tracks(rng: np.random.Generator, frames: int, count: int) -> list[Track]:
 def render_pair(rng: np.random.Generator, *, split: Split = "train") -> Pair:
     """Draw two random scenes of one view with one to three objects each.
 
-    Half of the time they share one, and there is always one that only one of them has.
+    Half of the pairs share one object.  At least one object is in only one of the scenes.
     """
     size = (VIEW, VIEW)
     first = render(rng, split=split, size=size, items=(1, 3))
@@ -438,34 +358,6 @@ def render_pair(rng: np.random.Generator, *, split: Split = "train") -> Pair:
     )
     scenes = (first, second) if rng.integers(2) else (second, first)
     return Pair(scenes, shared)
-
-
-def _draw(
-    canvas: NDArray[np.float64],
-    owner: NDArray[np.int8],
-    item: Item,
-    index: int,
-    digit: Image.Image,
-) -> None:
-    """Draw `item` into `canvas` and enter its `index` into `owner`, both in place."""
-    height, width = owner.shape
-    window = np.s_[
-        max(0, int(item.y) - _REACH) : min(height, int(item.y) + _REACH),
-        max(0, int(item.x) - _REACH) : min(width, int(item.x) + _REACH),
-    ]
-    ys = np.arange(window[0].start, window[0].stop) + 0.5 - item.y
-    xs = np.arange(window[1].start, window[1].stop) + 0.5 - item.x
-    cover = _coverage(item.shape, item.radius, xs[None, :], ys[:, None])[:, :, None]
-    colour = np.array(COLOURS[item.colour], dtype=np.float64)
-    canvas[window] = (1 - cover) * canvas[window] + cover * colour
-    owner[window][cover[:, :, 0] >= 0.5] = index
-
-    left, top = round(item.x - _DIGIT / 2), round(item.y - _DIGIT / 2)
-    ink = np.asarray(digit.resize((_DIGIT, _DIGIT), Image.Resampling.BICUBIC), dtype=np.float64)
-    ink = ink[:, :, None] / 255
-    box = np.s_[top : top + _DIGIT, left : left + _DIGIT]
-    pen = 0.0 if colour @ (0.3, 0.6, 0.1) > 110 else 255.0
-    canvas[box] = (1 - ink) * canvas[box] + ink * pen
 
 
 # --- questions ------------------------------------------------------------------------------------
@@ -550,7 +442,7 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
 def _absent_name(names: Sequence[str], rng: np.random.Generator) -> str:
     """The name of an object that is not among `names`.
 
-    Half of the time it is a near miss: its colour and its shape both occur, or, where that is
+    Half of the names are near misses: their colour and their shape both occur, or, if that is
     impossible, one of them does.
     """
     present = set(names)
@@ -566,10 +458,10 @@ def _absent_name(names: Sequence[str], rng: np.random.Generator) -> str:
 def questions(
     count: int, *, seed: int, split: Split = "test", modality: Modality = "image"
 ) -> list[SceneQuestion]:
-    """`count` questions, every kind of the modality in turn; one of each kind shares a scene.
+    """`count` questions that cycle through the kinds of the modality, one scene per cycle.
 
-    The first n questions are the same for every `count` >= n.  Answers are balanced: an answer
-    given without the image is right about as often as by chance.
+    The first n questions are the same for every `count` >= n.  Answers are balanced: without the
+    image, accuracy is about that of chance.
     """
     if modality not in MODALITIES:
         raise ValueError(f"no modality is called {modality!r}; known: {', '.join(MODALITIES)}.")
@@ -592,7 +484,7 @@ def questions(
 
 
 def _place(scene: Scene, question: str) -> tuple[float, float] | None:
-    """Where the object that `question` names is centred, (x, y) as shares of width and height."""
+    """Centre of the object that `question` names, (x, y) as shares of width and height."""
     height, width = scene.size
     found = [(item.x / width, item.y / height) for item in scene.items if item.name in question]
     return found[0] if found else None
@@ -601,7 +493,7 @@ def _place(scene: Scene, question: str) -> tuple[float, float] | None:
 def _quiz(
     rng: np.random.Generator, split: Split, modality: Modality
 ) -> tuple[Sequence[Scene], list[tuple[str, str]]]:
-    """Something random of the modality, as scenes, and one question of each kind about it."""
+    """Random scenes of one image, clip or pair, and one question of each kind about them."""
     kinds = MODALITIES[modality]
     if modality == "video":
         clip = render_clip(rng, split=split)

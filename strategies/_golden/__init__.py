@@ -1,1 +1,1 @@
-"""Replays of official vectors, one file per method; `tokenprune.testing.golden` finds them."""
+"""Replays of golden vectors, one file per method.  `tokenprune.testing.golden` finds them."""

@@ -1,4 +1,4 @@
-"""What several replays share: views with their padding, as official codes have them."""
+"""Functions that several replays use: views with their canvas padding, as in official code."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tokenprune.layout import TokenLayout
 
 
 def padded(maps: Tensor, params: dict[str, Any]) -> TokenLayout:
-    """Views with all their padding and without separators, as some official codes have them."""
+    """Views with all their canvas padding and without separators, as in some official code."""
     side = int(params["patches"] ** 0.5)
     if len(maps) == 1:
         return TokenLayout.single((side, side), newline=False)
@@ -21,7 +21,7 @@ def padded(maps: Tensor, params: dict[str, Any]) -> TokenLayout:
 
 
 def places(layout: TokenLayout) -> Tensor:
-    """(N,) index of every entry in its view."""
+    """(N,) index of every entry within its view."""
     return layout.row * layout.view_shape[1] + layout.col
 
 
@@ -33,14 +33,14 @@ def packed(layout: TokenLayout, maps: Tensor) -> Tensor:
 
 
 def ranked(layout: TokenLayout, scores: Tensor, keep: Tensor) -> Tensor:
-    """(M,) kept tokens view after view, those of each view by falling scores (N,), as places."""
+    """(M,) indices of the kept tokens within their view: view by view, largest scores first."""
     order = keep[scores[keep].argsort(descending=True, stable=True)]
     order = order[layout.view[order].argsort(stable=True)]
     return places(layout)[order]
 
 
 def mask_like(like: Tensor, code: Tensor) -> Tensor:
-    """A mask of the shape of ``like`` that is true at the flat places ``code``."""
+    """A mask of the shape of ``like`` that is true at the flat indices ``code``."""
     mask = torch.zeros(like.numel(), dtype=torch.bool)
     mask[code] = True
     return mask.view_as(like)

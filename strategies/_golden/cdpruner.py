@@ -1,4 +1,4 @@
-"""How vectors of CDPruner go through our API."""
+"""The replay of CDPruner: its golden vectors through tokenprune's API."""
 
 from tokenprune.ops.diversity import dpp_greedy_map
 from tokenprune.strategies._golden._shared import mask_like, packed, padded, places
@@ -9,7 +9,7 @@ from tokenprune.tokens import VisualTokens
 
 @replay("cdpruner")
 def cdpruner(case: Case) -> Verdict:
-    """Relevance, kernel, order of choice and kept set of every view; all views are padded."""
+    """Relevance, kernel, order of selection and kept set of every view, with canvas padding."""
     verdict, given, params = Verdict(), case.tensors, case.params
     layout = padded(given["features"], params)
     views, size = given["features"].shape[:2]

@@ -1,4 +1,4 @@
-"""How vectors of DART go through our API."""
+"""The replay of DART: its golden vectors through tokenprune's API."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ from tokenprune.tokens import VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Official(DART):
-    """Shares and order of the ports.
+    """DART with the shares and the order of the ports.
 
-    Every pivot picks ``int(P * R / pivots)`` tokens on top of the image pivots, in the order in
-    which CPython iterates over a set of their positions.
+    Every pivot selects ``int(P * R / pivots)`` tokens in addition to the image pivots, in the order
+    in which CPython iterates over a set of their positions.
 
     Args:
-        start: Where the official code takes the image to begin.
+        start: The position at which the official code assumes the image.
     """
 
     start: int = 35
@@ -30,8 +30,8 @@ class Official(DART):
         return super().limit(tokens) + self.image_pivots
 
     def order(self, image: Tensor, text: Tensor, patches: int) -> list[int]:
-        behind = self.start + patches
-        places = [*(self.start + image).tolist(), *(behind + text).tolist()]
+        text_start = self.start + patches
+        places = [*(self.start + image).tolist(), *(text_start + text).tolist()]
         return [places.index(place) for place in set(places)]
 
     def shares(self, image: Tensor, text: int, patches: int) -> tuple[Tensor, list[int]]:
@@ -41,7 +41,7 @@ class Official(DART):
 
 @replay("dart")
 def dart(case: Case) -> Verdict:
-    """Pivots, what each of them picks, and the kept set, with the shares and order of the ports."""
+    """Pivots, the tokens that each selects, and the kept set, with the rules of the ports."""
     verdict, given, params = Verdict(), case.tensors, case.params
     start, length = params["image_start"], params["image_length"]
     strategy = Official(
@@ -60,14 +60,14 @@ def dart(case: Case) -> Verdict:
         text={strategy.keys: keys[text], Signal("llm_states"): states[text]},
     )
     pivots = largest(norms_of(keys[image]), strategy.image_pivots)
-    behind = largest(norms_of(keys[text]), strategy.text_pivots)
+    text_pivots = largest(norms_of(keys[text]), strategy.text_pivots)
     verdict.same("image_pivots", start + pivots, given["image_pivots"])
-    verdict.same("text_pivots", start + length + behind, given["text_pivots"])
-    places = torch.cat([start + pivots, start + length + behind])
-    order = strategy.order(pivots, behind, length)
+    verdict.same("text_pivots", start + length + text_pivots, given["text_pivots"])
+    places = torch.cat([start + pivots, start + length + text_pivots])
+    order = strategy.order(pivots, text_pivots, length)
     verdict.same("pivot_order", places[order], given["pivot_order"])
     unit = F.normalize(states, dim=-1)
-    kept, shares = strategy.shares(pivots, len(behind), length)
+    kept, shares = strategy.shares(pivots, len(text_pivots), length)
     picked = picks(unit[image], unit[places[order]], shares, kept)
     verdict.same("picked", start + torch.stack(picked), given["picked"])
     verdict.same("kept", start + strategy.select(tokens).keep, given["kept"])

@@ -1,4 +1,4 @@
-"""How vectors of DivPrune go through our API."""
+"""The replay of DivPrune: its golden vectors through tokenprune's API."""
 
 import torch
 
@@ -11,10 +11,10 @@ from tokenprune.tokens import VisualTokens
 
 @replay("divprune")
 def divprune(case: Case) -> Verdict:
-    """What is picked, in order, and what is left of a whole prompt."""
+    """The selected tokens in order, and the kept positions of a whole prompt."""
     verdict, given, params = Verdict(), case.tensors, case.params
     if params["kind"] == "sequence":
-        # Officially the visual span starts here, whatever comes before it; the card says so.
+        # Officially the visual span starts here, whatever precedes it (see the card).
         start, length = params["assumed_system_tokens"], params["visual_tokens"]
         features = given["sequence_embeds"][start : start + length]
     else:
@@ -30,6 +30,6 @@ def divprune(case: Case) -> Verdict:
         verdict.close("distance_first_row", row, given["distance_first_row"], 1e-5)
     if params["kind"] == "sequence":
         after = torch.arange(start + length, len(given["sequence_embeds"]))
-        survivors = torch.cat([torch.arange(start), start + keep, after])
-        verdict.same("sequence_keep", survivors, given["sequence_keep"])
+        positions = torch.cat([torch.arange(start), start + keep, after])
+        verdict.same("sequence_keep", positions, given["sequence_keep"])
     return verdict

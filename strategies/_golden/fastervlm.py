@@ -1,4 +1,4 @@
-"""How vectors of FasterVLM go through our API."""
+"""The replay of FasterVLM: its golden vectors through tokenprune's API."""
 
 from tokenprune.strategies._golden._shared import mask_like, packed, padded, places, ranked
 from tokenprune.strategies.fastervlm import FasterVLM
@@ -8,7 +8,7 @@ from tokenprune.tokens import VisualTokens
 
 @replay("fastervlm")
 def fastervlm(case: Case) -> Verdict:
-    """Scores, rank and mask of every view (all are padded), and the order of the sequence."""
+    """Scores, order and mask of every view, with canvas padding, and the packed sequence."""
     verdict, given, params = Verdict(), case.tensors, case.params
     layout = padded(given["cls_attention"], params)
     scores = packed(layout, given["cls_attention"].mean(1))
@@ -21,7 +21,7 @@ def fastervlm(case: Case) -> Verdict:
     verdict.same("topk_order", order, given["topk_order"])
     code = layout.view * params["patches"] + places(layout)
     verdict.same("keep_mask", mask_like(given["keep_mask"], code[keep]), given["keep_mask"])
-    if "sequence_code" in given:  # of single views the places in each, of an image's the codes
+    if "sequence_code" in given:  # single views record indices within the view, images record codes
         alone = given["sequence_code"].ndim == 2
         sequence = places(layout)[keep] if alone else code[keep]
         verdict.same("sequence_code", sequence, given["sequence_code"].flatten())

@@ -1,4 +1,4 @@
-"""How vectors of FastV go through our API."""
+"""The replay of FastV: its golden vectors through tokenprune's API."""
 
 import torch
 
@@ -10,7 +10,7 @@ from tokenprune.tokens import VisualTokens
 
 @replay("fastv")
 def fastv(case: Case) -> Verdict:
-    """The kept set, its rank, and the surviving positions of the whole prompt."""
+    """The kept set, its order, and the kept positions of the whole prompt."""
     verdict, given, params = Verdict(), case.tensors, case.params
     if params["K"] < 1:
         return Verdict(skipped="K = 0 is a random mask in the official code, not FastV")
@@ -30,6 +30,6 @@ def fastv(case: Case) -> Verdict:
     verdict.close("mean_visual_score", visual, given["mean_visual_score"], 1e-6)
     verdict.same("kept_visual", keep, given["kept_visual"])
     after = torch.arange(start + length, len(row))
-    survivors = torch.cat([torch.arange(start), start + keep, after])
-    verdict.same("keep_positions", survivors, given["keep_positions"])
+    positions = torch.cat([torch.arange(start), start + keep, after])
+    verdict.same("keep_positions", positions, given["keep_positions"])
     return verdict

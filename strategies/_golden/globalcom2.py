@@ -1,4 +1,4 @@
-"""How vectors of GlobalCom² go through our API."""
+"""The replay of GlobalCom²: its golden vectors through tokenprune's API."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ from tokenprune.tokens import VisualTokens
 
 @replay("globalcom2")
 def globalcom2(case: Case) -> Verdict:
-    """Ratios in float64, counts and sets of every view; order is officially defective."""
+    """Ratios in float64, counts and sets of every view; the official order has defects."""
     verdict, given, params = Verdict(), case.tensors, case.params
     width, height = given["image_size_wh"].tolist()
     grid = params["num_patch_height"], params["num_patch_width"]
@@ -72,7 +72,7 @@ def globalcom2(case: Case) -> Verdict:
 
 
 def _extent(valid: Tensor, side: int, axis: int) -> Tensor:
-    """(crops,) how many columns (axis 1) or rows (axis 2) of the masks have a valid patch."""
+    """(crops,) number of columns (axis 1) or rows (axis 2) of the masks with a valid patch."""
     crops = valid.view(-1, side, side)
     return crops.any(axis).sum(1)
 
@@ -80,10 +80,10 @@ def _extent(valid: Tensor, side: int, axis: int) -> Tensor:
 def _officially_ordered(
     layout: TokenLayout, code: Tensor, place: Tensor, kept: Tensor, scores: Tensor
 ) -> Tensor:
-    """The kept tokens in the order of the official code, defects included (its card names them).
+    """Codes of the kept tokens in the order of the official code, with its defects (see the card).
 
-    The thumbnail comes in score order; a crop token lies at its index in the list of the crop's
-    unpadded patches instead of at its place; and all canvas rows have a newline.
+    The thumbnail comes in score order.  A crop token is at its index in the list of the crop's
+    unpadded patches and not at its location.  All canvas rows have a separator.
     """
     (rows, cols), side = layout.grid, layout.view_shape[1]
     thumbnail = kept[layout.kind[kept] == Kind.THUMBNAIL]
@@ -101,7 +101,7 @@ def _officially_ordered(
 
 
 def _by_view(layout: TokenLayout, index: Tensor) -> Tensor:
-    """``index`` view after view, each in the order of its own rows and columns."""
+    """``index`` view by view, each in the order of its rows and columns."""
     place = layout.row * layout.view_shape[1] + layout.col
     patches = layout.view_shape[0] * layout.view_shape[1]
     return index[(layout.view[index] * patches + place[index]).argsort()]

@@ -1,4 +1,4 @@
-"""How vectors of HiRED go through our API."""
+"""The replay of HiRED: its golden vectors through tokenprune's API."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +17,7 @@ from tokenprune.tokens import VisualTokens
 
 @dataclass(frozen=True)
 class Strips(MarkedPatches):
-    """The official region map: runs of the flattened thumbnail, which are horizontal strips.
+    """The official region map: runs of the flattened thumbnail, that is, horizontal strips.
 
     The thumbnail's patches must divide into as many equal runs as there are crops.
     """
@@ -79,10 +79,10 @@ def hired(case: Case) -> Verdict:
 
 
 def _officially_packed(mask: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Codes of what the official packing emits of a selection (views, 576), its defects included.
+    """Codes of the tokens that the official packing emits of a selection (views, 576).
 
-    It lays rows and columns of the grid out exchanged, and cuts the padding off afterwards, where
-    the image as it is would have it.
+    It swaps rows and columns of the crop grid, and then cuts the canvas padding where the image
+    without the swap would have it.
     """
     rows, cols = grid
     code = torch.arange(mask.numel()).view_as(mask)

@@ -1,4 +1,4 @@
-"""How vectors of PruMerge go through our API."""
+"""The replay of PruMerge: its golden vectors through tokenprune's API."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Sampled(PruMergePlus):
 
     Args:
         start: The first sample.
-        step: Their distance in raster order; 0 makes it so that they fit.
+        step: Distance of the samples in raster order; 0 leaves it to the method.
     """
 
     start: int = 0
@@ -35,10 +35,10 @@ class Sampled(PruMergePlus):
 
 @replay("prumerge")
 def prumerge(case: Case) -> Verdict:
-    """Scores, centres and merged tokens of every image; order and budget are the official ones.
+    """Scores, centres and merged tokens of every image, in the official order and number.
 
-    Where official centres repeat, ours do not; the values are then compared with the repeats put
-    in.
+    Our centres never repeat.  If official centres do, the values are compared with the repeats
+    inserted.
     """
     verdict, given, params = Verdict(), case.tensors, case.params
     centres = params["centers"]
@@ -70,11 +70,7 @@ def prumerge(case: Case) -> Verdict:
             layout, given["hidden_states"][image, 1:], signals, projector=lambda x: x
         )
         if params["adaptive"] and len(scores) == 1:  # officially one count for a whole batch
-            kind = PruMergePlus if strategy.spatial else PruMerge
-            free = kind(retention=0.999, adaptive=True)
-            kept = free.select(tokens).keep  # and the extra token
-            verdict.same("adaptive centres", wanted, wanted[torch.isin(wanted, kept)])
-            verdict.same("adaptive count", torch.tensor(len(kept) - 1), torch.tensor(centres))
+            _check_adaptive(verdict, tokens, strategy, wanted)
         chosen = strategy.select(tokens)
         if chosen.features is None:
             verdict.mismatch = "no merged features"
@@ -83,7 +79,7 @@ def prumerge(case: Case) -> Verdict:
         verdict.same("set of centres", chosen.keep[ours], wanted.unique())
         chain = score.argsort(descending=True, stable=True)[:best]
         samples = torch.arange(start, len(score) - 1, step) if step else chain[:0]
-        if number == centres:  # the samples of the adaptive path are none of the attended
+        if number == centres:  # in the adaptive path no sample is an attended patch
             samples = samples[~torch.isin(samples, chain)]
         verdict.same("center_idx", torch.cat([chain, samples]), wanted)
         official = _officially_merged(tokens, strategy, wanted)
@@ -98,17 +94,27 @@ def prumerge(case: Case) -> Verdict:
     return verdict
 
 
+def _check_adaptive(
+    verdict: Verdict, tokens: VisualTokens, strategy: PruMergePlus, wanted: Tensor
+) -> None:
+    """Compare the adaptive centres with ``wanted`` (K,), the official ones of a case."""
+    kind = PruMergePlus if strategy.spatial else PruMerge
+    kept = kind(retention=0.999, adaptive=True).select(tokens).keep  # with the extra token
+    verdict.same("adaptive centres", wanted, wanted[torch.isin(wanted, kept)])
+    verdict.same("adaptive count", torch.tensor(len(kept) - 1), torch.tensor(len(wanted)))
+
+
 def _officially_merged(
     tokens: VisualTokens, strategy: PruMerge, centres: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the official code makes of centres (K,) that may repeat.
+    """The official result for centres (K,) that may repeat.
 
-    Its list of the other patches is (P - K,) long whatever the repeats, so that it lacks the first
-    of them; and a centre absorbs its own copies.
+    The official list of the other patches always has length P - K, so that with repeats it lacks
+    the first of them.  A centre absorbs its own copies.
 
     Returns:
-        (P - K,) the other patches, (K, neighbours) what each centre absorbs, and the vectors of the
-        centres and of the extra token.
+        (P - K,) the other patches, (K, neighbours) the patches that each centre absorbs, and
+        (K + 1, C) the vectors of the centres and of the extra token.
     """
     scores, vectors = tokens[strategy.saliency], tokens[Signal("unprojected")]
     unit = F.normalize(tokens[strategy.metric], dim=-1)

@@ -1,4 +1,4 @@
-"""How vectors of PyramidDrop go through our API."""
+"""The replay of PyramidDrop: its golden vectors through tokenprune's API."""
 
 import math
 
@@ -16,7 +16,7 @@ from tokenprune.tokens import VisualTokens
 
 @replay("pyramiddrop")
 def pyramiddrop(case: Case) -> Verdict:
-    """The attention row from the weights, the kept set of a stage and what is left."""
+    """The attention row from the weights, the kept set of a cut, and the kept positions."""
     verdict, given, params = Verdict(), case.tensors, case.params
     ratios, start = params["ratio_list"], params["image_start"]
     stage, count = params["stage"], len(ratios)
@@ -24,7 +24,7 @@ def pyramiddrop(case: Case) -> Verdict:
     if all(math.isclose(a, ratios[-1] ** b) for a, b in zip(ratios, shares, strict=True)):
         depths = tuple((i + 1) / (count + 1) for i in range(count))
         strategy = PyramidDrop(retention=ratios[-1], depths=depths).at(depths[stage])
-    else:  # stages that do not drop the same share; each is a cut by itself
+    else:  # stages that drop different shares are replayed as separate cuts
         strategy = PyramidDrop(retention=ratios[stage], depths=(0.5,))
     features = given["features"]
     mask = torch.ones(features.shape[:2], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""How ToMe's official vectors go through our primitives (see `tokenprune.testing.golden`)."""
+"""The replay of ToMe: golden vectors through the functions of `tokenprune.ops.merging`."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tokenprune.testing.golden import Case, Verdict, replay
 
 @replay("tome")
 def tome(case: Case) -> Verdict:
-    """Who merges with whom and in which order, the weighted means, and the way back."""
+    """Which tokens merge and in which order, the weighted means, and unmerging."""
     verdict, given, params = Verdict(), case.tensors, case.params
     found = bipartite_matching(
         given["metric"],
@@ -34,7 +34,7 @@ def tome(case: Case) -> Verdict:
     verdict.close("merged_size", total[..., None], given["merged_size"], tolerance)
     group = found.group
     if params["distill_token"] and found.source.shape[1]:
-        # The official way back forgets that the two tokens were led out.
+        # The official unmerging ignores that the two tokens were moved to the front.
         alone = found.unmerged.shape[1]
         group = torch.where(group == 1, alone, group - ((group > 1) & (group <= alone)).long())
     verdict.close("unmerged", spread(merged, group), given["unmerged"], tolerance)

@@ -1,4 +1,4 @@
-"""How vectors of VidCom² go through our API."""
+"""The replay of VidCom²: its golden vectors through tokenprune's API."""
 
 import torch
 
@@ -10,7 +10,7 @@ from tokenprune.tokens import VisualTokens
 
 @replay("vidcom2")
 def vidcom2(case: Case) -> Verdict:
-    """Channels, resemblances, ratios, budgets and the kept set of a video."""
+    """Channels, similarities, ratios, budgets and the kept set of a video."""
     verdict, given, params = Verdict(), case.tensors, case.params
     frames, size = params["frames"], params["tokens_per_frame"]
     layout = TokenLayout.video(frames, (1, size))
@@ -28,7 +28,7 @@ def vidcom2(case: Case) -> Verdict:
     verdict.same("low_var_channels", strategy.calm(tokens), given["low_var_channels"])
     verdict.same("keep_global", keep, given["keep_global"])
     verdict.same("keep_ids", layout.col[keep], given["keep_ids"])
-    if "sequence_code" in given:  # a newline for every row of a frame, behind it
+    if "sequence_code" in given:  # a separator for every row of a frame, after the frame
         rows = torch.full((int(size**0.5),), -1)
         frame_by_frame = keep.split(counts.tolist())
         sequence = torch.cat([torch.cat([one, rows]) for one in frame_by_frame])

@@ -1,4 +1,4 @@
-"""How vectors of VisionZip go through our API."""
+"""The replay of VisionZip: its golden vectors through tokenprune's API."""
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from tokenprune.tokens import VisualTokens
 
 @replay("visionzip")
 def visionzip(case: Case) -> Verdict:
-    """Dominant and contextual tokens of every view, and what comes of them.
+    """Dominant and contextual tokens of every view, and the resulting features.
 
-    Ours stay in their places; for the comparison they are put into the official order, behind the
-    CLS token that is sent along officially.
+    Our tokens are in sequence order.  For the comparison they are put into the official order,
+    after the CLS token that the official code sends along.
     """
     verdict, given, params = Verdict(), case.tensors, case.params
     layout = padded(given["cls_attention"], params)
@@ -34,7 +34,7 @@ def visionzip(case: Case) -> Verdict:
         verdict.mismatch = "no merged features"
         return verdict
     place, keys = places(layout), F.normalize(metric, dim=-1)
-    official = []  # places of every view's tokens
+    official = []  # indices of every view's dominant tokens
     for index, patches in enumerate(patches_by_view(layout)):
         order = patches[scores[patches].argsort(descending=True, stable=True)]
         cls = torch.zeros(1, dtype=torch.long)
@@ -67,7 +67,7 @@ def visionzip(case: Case) -> Verdict:
 
 
 def _officially_restored(dominant: list[Tensor], grid: tuple[int, int], contextual: int) -> Tensor:
-    """Codes in the official order of an image whose views are the crops of a grid.
+    """Codes in the official order, of an image whose views are the crops of a grid.
 
     The dominant patches row by row over the whole grid, then the CLS tokens, then the contextual
     tokens crop by crop.

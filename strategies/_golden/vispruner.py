@@ -1,4 +1,4 @@
-"""How vectors of VisPruner go through our API."""
+"""The replay of VisPruner: its golden vectors through tokenprune's API."""
 
 import torch.nn.functional as F
 
@@ -12,7 +12,7 @@ from tokenprune.tokens import VisualTokens
 
 @replay("vispruner")
 def vispruner(case: Case) -> Verdict:
-    """Important and diverse tokens in order, and the mask of every view; all views are padded."""
+    """Important and diverse tokens in order, and the mask of every view, with canvas padding."""
     verdict, given, params = Verdict(), case.tensors, case.params
     layout = padded(given["cls_attention"], params)
     strategy = VisPruner(

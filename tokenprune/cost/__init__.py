@@ -1,1 +1,1 @@
-"""What compression costs: arithmetic, the ledger of a prefill, and the account that fills it."""
+"""The cost of compression: arithmetic, the ledger of a prefill, and the account that fills it."""

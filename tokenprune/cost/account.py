@@ -1,7 +1,7 @@
-"""The cost of one prompt's prefill, entered while the prompt runs.
+"""Collects the cost of one prompt's prefill while the prompt runs.
 
-The engine enters what happens in a real forward, the forecast what would happen.  The rules that
-turn the entries into a `Ledger` are here alone.
+The engine enters the events of a real forward, the forecast those of a simulated one.  Only this
+module turns the entries into a `Ledger`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Sizes:
     """The sizes of a model that the cost of a prefill depends on.
 
     Attributes:
-        adapter: Of the model.
-        decoder: Of its language model.
-        vision: Of its vision encoder.
+        adapter: Adapter of the model.
+        decoder: Sizes of its language model.
+        vision: Sizes of its vision encoder.
     """
 
     adapter: Adapter
@@ -64,13 +64,13 @@ class Sizes:
 
 
 class Attended(NamedTuple):
-    """Attention rows, or keys alone, that were computed in a decoder layer for a selection.
+    """Attention rows, or only keys, that are computed in a decoder layer for a selection.
 
     Attributes:
-        layer: Index of the layer whose number of tokens counts.
-        queries: Number of attention rows, 0 for keys alone.
-        recomputed: Whether the keys were computed for it, because no KV cache had them.
-        kept: What is kept of each row.
+        layer: Index of the layer whose number of tokens is the number of keys.
+        queries: Number of attention rows, 0 for only keys.
+        recomputed: Whether the keys are computed for it, because no KV cache has them.
+        kept: How each row is stored.
         row: Row of the batch, or None for every row that has images.
     """
 
@@ -90,16 +90,16 @@ def attended_for(
     patches: int = 0,
     row: int | None = None,
 ) -> Attended | None:
-    """What a signal of the language model needs, if attention rows or keys are computed for it.
+    """The attention rows or keys that are computed for a signal of the language model, or None.
 
-    Vectors that are read from the KV cache count nothing, and neither do the projections that are
-    repeated where there is none.
+    Vectors that are read from the KV cache do not count, nor do the projections that replace them
+    without a KV cache.
 
     Args:
         signal: The signal.
         cut: The decoder layer in front of which it is used.
         cached: Whether the layer's keys are in a KV cache.
-        text: Number of text tokens behind the image.
+        text: Number of text tokens after the image.
         patches: Number of patch tokens of the image.
         row: Row of the batch, for a signal of one image.
     """
@@ -128,13 +128,13 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class _Selected:
-    """What was there for one selection, and its own work.
+    """The inputs of one selection, and the work of its method.
 
     Attributes:
-        work: What the strategy did, measured when the ledger is made.
-        bytes: What the strategy was given.
-        tapped: Layers whose attention input was held.
-        visual: Visual tokens of the prompt in front of the selection.
+        work: The work of the method, measured when the ledger is made.
+        bytes: Bytes that the method receives of all images.
+        tapped: Layers whose attention input is held.
+        visual: Number of visual tokens of the prompt in front of the selection.
         merged: Number of merged vectors.
     """
 
@@ -148,10 +148,11 @@ class _Selected:
 class Account:
     """The cost of one prompt's prefill.
 
-    It holds numbers, never features or a KV cache, so that it may outlive the forward.
+    It holds numbers and layouts, but no features and no KV cache, so that it may outlive the
+    forward.
 
     Attributes:
-        visual: Visual tokens that each decoder layer processes (`count`).
+        visual: Number of visual tokens that each decoder layer processes (`count`).
     """
 
     def __init__(
@@ -164,9 +165,9 @@ class Account:
         """Open the account of a prompt.
 
         Args:
-            sizes: Of the model.
-            compressor: What compresses the prompt, or None.
-            cuts: Index of a decoder layer to what selects in front of it.
+            sizes: Sizes of the model.
+            compressor: The compressor of the prompt, or None.
+            cuts: Index of a decoder layer to the compressor that selects in front of it.
             needs: Signals that the model computes for the compressor.
         """
         self._sizes, self._cuts, self._needs = sizes, cuts, needs
@@ -175,15 +176,15 @@ class Account:
         self._runs: Sequence[tuple[int, Encoding | None]] = ()
         self._flops, self._bytes = 0.0, 0
         self._selected: list[_Selected] = []
-        self._held, self._there = 0, 0  # in front of the selection that is being made
+        self._held, self._there = 0, 0  # bytes and visual tokens in front of the next selections
         self.visual = [0] * sizes.decoder.layers
 
     def encode(self, runs: Sequence[tuple[int, Encoding | None]], size: int) -> None:
         """Enter the run of the vision encoder.
 
         Args:
-            runs: For every image or video its number of views, and how the encoder ran if a method
-                acted inside it, which is the same for all of them.
+            runs: For every image or video, its number of views and the record of the encoder's run
+                if a method acted inside it.  The record is the same for all of them.
             size: Bytes of a number.
         """
         self._runs = runs
@@ -201,7 +202,7 @@ class Account:
         self.visual[layer:] = [visual] * (len(self.visual) - layer)
 
     def begin(self, images: Sequence[VisualTokens]) -> None:
-        """Enter what is there in front of the next selections: ``images``, with their signals."""
+        """Enter ``images``, with their signals, in front of the next selections."""
         self._held = sum(held_bytes(one, inside=False, needs=self._given) for one in images)
         self._there = sum(map(len, images))
 
@@ -217,10 +218,10 @@ class Account:
         """Enter the selection of one image.
 
         Args:
-            part: What selected.
-            known: What is known of the image outside the language model.
-            given: What the strategy was given; inside the language model more than ``known``.
-            selection: What it selected.
+            part: The method.
+            known: The image with the signals from outside the language model.
+            given: The image as the method received it, with all signals.
+            selection: The selection.
             full: Layout of the whole image or video.
             tapped: Layers whose attention input is held.
         """
@@ -246,12 +247,12 @@ class Account:
         size: int,
         kv_before: Sequence[int] = (),
     ) -> Ledger:
-        """Sum up.
+        """Compute the ledger.
 
         Args:
             images: Layouts of the prompt's images and videos.
             attended: Attention rows and keys that were computed in this prompt's decoder layers.
-            text: Tokens of the prompt that are not visual.
+            text: Number of text tokens of the prompt.
             size: Bytes of a number.
             kv_before: As in the ledger.
         """
@@ -288,7 +289,7 @@ class Account:
     def _attention(
         self, attended: Sequence[Attended], tokens: Sequence[int], size: int
     ) -> tuple[float, list[int]]:
-        """FLOPs of all attention rows together, and the bytes of each entry."""
+        """Total FLOPs of the attention rows, and the peak bytes of each entry."""
         decoder, flops, held = self._sizes.decoder, 0.0, []
         for one in attended:
             count = tokens[one.layer]
@@ -297,7 +298,7 @@ class Account:
         return flops, held
 
     def _vectors(self, tokens: Sequence[int], size: int) -> list[int]:
-        """Bytes at work while the vectors of all tokens are made, for each signal of each cut."""
+        """Peak bytes while vectors of all tokens are computed, for each signal of each cut."""
         return [
             self._sizes.decoder.vector_bytes(tokens[layer - 1], size, signal.name)
             for layer, part in self._cuts.items()
@@ -306,7 +307,7 @@ class Account:
         ]
 
     def _encoder_flops(self, run: Encoding | None, full: float) -> float:
-        """FLOPs of the vision encoder on one view; ``full`` where no method acted inside it."""
+        """FLOPs of the vision encoder on one view; ``full`` if no method acted inside it."""
         if run is None:
             return full
         return encoder_flops(run.attended, self._sizes.vision, run.processed)

@@ -1,4 +1,4 @@
-"""FLOPs and bytes of models, signals and packing, computed from shapes."""
+"""Computes FLOPs and bytes of models, signals and packing from shapes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def signal_widths(adapter: Adapter) -> dict[str, int]:
-    """Size of the last axis of each signal where the model determines it, by name."""
+    """Name of a signal to the size of its last axis, if the model determines it."""
     vision = adapter.facts.vision
     sizes = {"vision_width": vision.hidden, "vision_head_width": vision.hidden // vision.heads}
     if adapter.has_language_model:
@@ -73,7 +73,7 @@ class DecoderShape:
         return 2 * self.kv_heads * self.head_dim * size
 
     def row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
-        """FLOPs of attention rows over ``tokens`` keys: queries, products of all heads, keys.
+        """FLOPs of attention rows over ``tokens`` keys: projections, and products of all heads.
 
         Args:
             tokens: Number of keys.
@@ -89,15 +89,15 @@ class DecoderShape:
     ) -> int:
         """Peak bytes while attention rows are computed.
 
-        They hold the normalised input of the layer; recomputed keys, with three copies of them
-        while they are rotated; the float32 logits, masked logits and softmax of all heads, for at
-        most `CHUNK` queries at a time; and what is kept of all queries, in parts and joined.
+        They contain the normalised input of the layer; recomputed keys, with three copies during
+        the rotation; the float32 logits, masked logits and softmax of all heads, for at most
+        `CHUNK` queries at a time; and the stored rows, in parts and concatenated.
 
         Args:
             tokens, recomputed, rows: As in `row_flops`.
             size: Bytes of a number in the model.
-            kept: The mean over heads of every query, all heads of every query, or the sum over
-                queries.
+            kept: The stored form: the mean over heads of every query, all heads of every query, or
+                the sum over queries.
         """
         states = tokens * self.hidden
         keys = tokens * self.kv_heads * self.head_dim * size if recomputed else 0
@@ -105,11 +105,11 @@ class DecoderShape:
         of_each = {"mean": 1, "heads": self.heads, "sum": 0}[kept]
         working = wide * (3 * self.heads * chunk + (rows - chunk) * of_each)
         joined = wide * 2 * rows * of_each
-        looking = states * size + max(4 * keys, keys + max(working, joined))
-        return max(looking, 8 * states) if recomputed else looking  # RMSNorm works in float32
+        peak = states * size + max(4 * keys, keys + max(working, joined))
+        return max(peak, 8 * states) if recomputed else peak  # RMSNorm computes in float32
 
     def vector_bytes(self, tokens: int, size: int, name: str) -> int:
-        """Bytes of the copies at work while the vectors of a signal are made of all tokens."""
+        """Bytes of the copies while the vectors of a signal are computed for all tokens."""
         info = SIGNALS[name]
         copies, dtype = info.copies or (0, "model")
         return copies * tokens * self.widths[info.shape[-1]] * (4 if dtype == "float32" else size)
@@ -136,14 +136,14 @@ def signal_flops(
 ) -> float:
     """FLOPs of the attention rows that signals of the vision encoder need.
 
-    One row for each signal, or one for each token of a view (`SignalInfo.queries`).  The model
-    computes the projections and the row of a pooling head anyway.
+    A signal needs one row, or one for each token of a view (`SignalInfo.queries`).  Projections and
+    the row of a pooling head do not count, because the model computes them without the signal too.
 
     Args:
-        signals: Those of the language model count nothing here.
-        adapter: Of the model.
+        signals: The signals; those of the language model do not count here.
+        adapter: Adapter of the model.
         views: Number of views.
-        attended: Tokens of a view in each layer, where a method acted inside the encoder.
+        attended: Number of tokens of a view in each layer, if a method acted inside the encoder.
     """
     total, vision = 0.0, adapter.facts.vision
     for signal in signals:
@@ -164,9 +164,9 @@ def signal_bytes(
 ) -> int:
     """Bytes that the signals of the vision encoder hold until they are packed.
 
-    Queries and keys of every layer that is read outlive the layer.  The largest of the signals adds
-    float32 copies of them, where ``size`` is smaller, and the logits and the softmax of one row, or
-    of `CHUNK` rows at a time.
+    Queries and keys of every layer that is read are held after the layer.  The largest signal adds
+    float32 copies of them, if ``size`` is smaller, and the logits and the softmax of one row, or of
+    `CHUNK` rows at a time.
 
     Args:
         signals, adapter, views, attended: As in `signal_flops`.
@@ -186,7 +186,7 @@ def signal_bytes(
         queries = {"none": 0, "one": 1, "all": min(CHUNK, keys)}[info.queries]
         copies = wide * keys * 4 if size < 4 else 0
         if not queries:
-            copies //= 2  # of the keys alone
+            copies //= 2  # keys only
         heads = 1 if info.joint_heads else vision.heads
         most = max(most, copies + 2 * 4 * views * heads * queries * keys)
     return kept + most
@@ -195,7 +195,7 @@ def signal_bytes(
 def merging_bytes(encoding: Encoding, width: int, views: int, size: int) -> int:
     """Peak bytes of merging inside the vision encoder, over its layers.
 
-    Queries and keys outlive the attention; states and their weighted sums are in float32.
+    Queries and keys are held after the attention; states and their weighted sums are in float32.
 
     Args:
         encoding: The record of the encoder's run.
@@ -209,12 +209,12 @@ def merging_bytes(encoding: Encoding, width: int, views: int, size: int) -> int:
 
 
 def copied_bytes(slots: int, merged: int, shape: DecoderShape, size: int) -> int:
-    """Bytes of ``merged`` vectors and of the copy of the prompt's ``slots`` that receives them."""
+    """Bytes of the ``merged`` vectors, and of the copy of the prompt's ``slots`` for them."""
     return (slots + merged) * shape.hidden * size if merged else 0
 
 
 def held_bytes(tokens: VisualTokens, *, inside: bool, needs: Iterable[Signal] | None = None) -> int:
-    """Bytes that a method is given of one image beyond what the model holds anyway.
+    """Bytes that a method receives of one image beyond the tensors of the model.
 
     These are the signals and, inside the language model, the copies of hidden states, text vectors
     and `VisualTokens.inputs`.  Vectors that are computed for all tokens count twice, because those
@@ -252,20 +252,20 @@ class VisionShape:
 
 
 def encoder_flops(
-    tokens: Sequence[int], shape: VisionShape, behind: Sequence[int] | None = None
+    tokens: Sequence[int], shape: VisionShape, mlp_tokens: Sequence[int] | None = None
 ) -> float:
     """FLOPs of the layers of a vision encoder on one view.
 
-    Per layer ``2n * 4d² + 4n²d`` for the attention over ``n`` tokens and ``2n' * 2dm`` for the MLP
-    behind it, of width ``m`` and without a gate.  Patch embedding and projector are not counted,
-    nor are embedding and head in `prefill_flops`.
+    Per layer ``2n * 4d² + 4n²d`` for the attention over ``n`` tokens and ``2n' * 2dm`` for the
+    following MLP over ``n'`` tokens, of width ``m`` and without a gate.  Patch embedding and
+    projector are not counted, nor are embedding and head in `prefill_flops`.
 
     Args:
         tokens: Number of tokens in the attention of each layer that runs, CLS token included.
         shape: Sizes of the encoder.
-        behind: Number of tokens in the MLP of each layer, if tokens are merged in front of it.
+        mlp_tokens: Number of tokens in the MLP of each layer, if tokens are merged in front of it.
     """
     linear = 2 * 4 * shape.hidden**2
     mlp = 2 * 2 * shape.hidden * shape.intermediate
-    pairs = zip(tokens, tokens if behind is None else behind, strict=True)
+    pairs = zip(tokens, tokens if mlp_tokens is None else mlp_tokens, strict=True)
     return float(sum(n * linear + 4 * n * n * shape.hidden + left * mlp for n, left in pairs))

@@ -1,6 +1,6 @@
 """The cost of a compressed prefill: tokens, FLOPs, KV bytes and the selector cost.
 
-Conventions, the same everywhere (engine, forecast, translator, tables):
+Conventions of the engine, the forecast, the translator and all tables:
 
 * a *visual token* is an entry of the packed sequence, patch token or separator, but the retention
   ratio counts patch tokens only;
@@ -43,27 +43,29 @@ class Ledger:
 
     Attributes:
         requested: The requested retention ratio.
-        patch_tokens, kept_patches: Patch tokens before compression, and entering the last layer.
+        patch_tokens, kept_patches: Number of patch tokens before compression, and of those that
+            enter the last layer.
         separators, kept_separators: The same for separators.
-        entered_patches, entered_separators: The same in front of the first decoder layer: what
-            the ``pre_llm`` methods kept.
-        patches_per_view, kept_per_view: For every image, the patch tokens of each of its views,
-            before compression and in front of the last layer.
-        text_tokens: Text tokens of the prompt.
-        visual_per_layer: Visual tokens, separators included, that each decoder layer processed.
-        kv_bytes: Size of the KV cache, of `kv_entries` entries, when decoding begins.
+        entered_patches, entered_separators: Number of patch tokens and separators that enter the
+            first decoder layer.
+        patches_per_view, kept_per_view: For every image, the number of patch tokens of each of its
+            views, before compression and in front of the last layer.
+        text_tokens: Number of text tokens of the prompt.
+        visual_per_layer: Number of visual tokens, separators included, that each decoder layer
+            processed.
+        kv_bytes: Bytes of the KV cache, with its `kv_entries` entries, at the first decode step.
         flops: Prefill FLOPs of the decoder, layer by layer, plus `selector_flops`.
         selector_flops: FLOPs of selecting: attention rows and the method's own arithmetic.
         uncompressed_flops: Prefill FLOPs of the decoder on the full prompt.
         vision_flops: FLOPs of the vision encoder's layers on all views, for the tokens that each
             layer processed (`encoder_flops`); not part of `flops`.
         uncompressed_vision_flops: The same on full views.
-        selector_bytes: Peak memory of selecting beyond what the uncompressed model holds, estimated
-            analytically.  It is the maximum over the moments of the prefill: the vision encoder's
-            signals are computed (`signal_bytes`) or its tokens merged (`merging_bytes`); attention
-            rows are computed (`DecoderShape.row_bytes`); a method selects, with what it is given
-            (`held_bytes`) and its working memory (`cost.measuring`); the kept tokens are packed,
-            with copies of them and, if tokens were merged, of the whole prompt (`copied_bytes`).
+        selector_bytes: Peak memory of selecting beyond the memory of the uncompressed model,
+            estimated analytically.  It is the maximum over the steps of the prefill.  The vision
+            encoder computes signals (`signal_bytes`) or merges tokens (`merging_bytes`).  Attention
+            rows are computed (`DecoderShape.row_bytes`).  A method selects, with its inputs
+            (`held_bytes`) and its working memory (`cost.measuring`).  The kept tokens are packed:
+            they are copied, and after a merge the whole prompt is (`copied_bytes`).
         kv_before: Entries of earlier turns in each layer's KV cache; empty for a first turn.  The
             FLOPs of attending to them are not counted.
     """
@@ -95,22 +97,22 @@ class Ledger:
 
     @property
     def layer_average(self) -> float:
-        """Visual tokens that a decoder layer processes on average."""
+        """Number of visual tokens that a decoder layer processes on average."""
         return sum(self.visual_per_layer) / len(self.visual_per_layer)
 
     @property
     def tokens_per_layer(self) -> tuple[int, ...]:
-        """Tokens that each decoder layer processed, text included."""
+        """Number of tokens that each decoder layer processed, text included."""
         return tuple(self.text_tokens + visual for visual in self.visual_per_layer)
 
     @property
     def layer_average_with_text(self) -> float:
-        """Tokens that a decoder layer processes on average, text included."""
+        """Number of tokens that a decoder layer processes on average, text included."""
         return self.text_tokens + self.layer_average
 
     @property
     def kv_per_layer(self) -> tuple[int, ...]:
-        """Entries of each layer's KV cache when decoding begins, with text, without padding."""
+        """Entries of each layer's KV cache at the first decode step, text included, no padding."""
         before = self.kv_before or (0,) * len(self.visual_per_layer)
         return tuple(a + b for a, b in zip(before, self.tokens_per_layer, strict=True))
 
@@ -159,7 +161,7 @@ def _fields(kind: str) -> tuple[str, ...]:
 
 
 WHOLE_FIGURES = (*_fields("int"), "kv_entries")
-"""Names of the figures that count something."""
+"""Names of the figures that are whole numbers."""
 
 
 FIGURES = (
@@ -193,12 +195,12 @@ def settle(
         size: Bytes of a number in the KV cache.
         requested: The requested retention ratio.
         before, entered, after: Layouts of the prompt's images and videos: in full, in front of the
-            first decoder layer, in front of the last one.
+            first decoder layer, and in front of the last one.
         text: Number of text tokens.
         visual_per_layer, selector_flops, vision_flops, uncompressed_vision_flops, kv_before: As in
             the ledger.
-        selector_bytes: As in the ledger, without packing, which is added here.
-        merged_bytes: Bytes of the copies that merged tokens are written to (`copied_bytes`).
+        selector_bytes: As in the ledger, but without packing, which is added here.
+        merged_bytes: Bytes of the copies that receive merged tokens (`copied_bytes`).
     """
     tokens = [text + visual for visual in visual_per_layer]
     full = text + sum(map(len, before))

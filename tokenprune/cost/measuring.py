@@ -1,16 +1,16 @@
-"""The cost of a selection, measured on synthetic tokens of the same shapes.
+"""Measures the cost of a selection on synthetic tokens of the same shapes.
 
 `Compressor.select` runs once on tokens of the same geometry, widths and dtypes, on the CPU, while
-every operator is observed.  The result depends on shapes alone and is cached.  It contains:
+every operator is observed.  The result depends only on shapes and is cached.  It contains:
 
 * FLOPs of matrix products, convolutions and attention (the formulas of `torch.utils.flop_counter`),
-  matrix-vector products and `torch.cdist`.  Element-wise work, reductions and sorting count
-  nothing, as in the account of the decoder.
-* Bytes of the tensors that ``select`` creates, at their peak.  Buffers inside an operator are not
-  seen: on a GPU the workspace of sorting and matrix products comes on top.
+  matrix-vector products and `torch.cdist`.  Element-wise work, reductions and sorting do not count,
+  as for the decoder.
+* Peak bytes of the tensors that ``select`` creates.  Buffers inside an operator are not observed:
+  on a GPU the workspace of sorting and matrix products is added.
 
-The projector belongs to the model: neither its FLOPs nor its intermediate tensors are contained.
-Work inside the vision tower happens outside ``select``; its methods state it themselves.
+The projector belongs to the model: neither its FLOPs nor its intermediate tensors are included.
+Work inside the vision encoder is done outside ``select``; encoder methods state its cost.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from tokenprune.tokens import VisualTokens
 
 __all__ = ["Cost", "Work", "observed"]
 
-_COLUMNS = 64  # random ones of a synthetic vector; wider vectors repeat them
+_COLUMNS = 64  # random columns of a synthetic vector; wider vectors repeat them
 _CPU = torch.device("cpu")
 _INPUTS = Signal("llm_inputs")
 
 
 @dataclass
 class Cost:
-    """What a piece of work costs.
+    """The cost of a computation.
 
     Attributes:
         flops: Floating-point operations; a multiplication and an addition are two.
-        bytes: The most memory that is held at one time.
+        bytes: Peak memory.
     """
 
     flops: float = 0.0
@@ -68,18 +68,18 @@ class _Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """One selection without the values it works on.  Equal works cost the same.
+    """One selection without the values of its tensors.  Equal instances have equal costs.
 
     Attributes:
-        part: The strategy.
+        part: The method.
         full: Layout of the whole image or video, on the CPU.
-        by: Class and representation of the strategy.
-        geometry: What determines the layout: modality, shapes and view sizes of the whole image,
-            and how many patch tokens and separators of it are there.
-        shapes: Of every tensor that the strategy asked for.
+        by: Class and representation of the method.
+        geometry: Modality, shapes and view sizes of the whole image, and the numbers of remaining
+            patch tokens and separators.
+        shapes: Shapes of all tensors that the method asks for.
         entered: As `VisualTokens.entered`.
         is_clustered: Whether there are `VisualTokens.clusters`.
-        stated: FLOPs and bytes that the strategy states itself; None where they are measured.
+        stated: FLOPs and bytes that the method states; None for a figure that is measured.
     """
 
     part: Compressor = field(compare=False, repr=False)
@@ -96,9 +96,9 @@ class Work:
         """The selection by ``part`` among ``tokens``, which may be on the ``meta`` device.
 
         Args:
-            part: The strategy.
-            tokens: What it is shown.
-            full: Layout of the whole image or video, of which ``tokens`` are what is left.
+            part: The method.
+            tokens: The tokens that it receives.
+            full: Layout of the whole image or video, which ``tokens`` are a part of.
         """
         asked = {tokens.found_as(signal) for signal in part.needs}
         seen: list[tuple[str, Signal | None, Tensor]] = [("features", None, tokens.features)]
@@ -123,7 +123,7 @@ class Work:
         )
 
     def cost(self) -> Cost:
-        """What the strategy states, and measurements of what it does not state."""
+        """The figures that the method states; the others are measured."""
         flops, held = self.stated
         if flops is None or held is None:
             found = _measured(self)
@@ -132,10 +132,10 @@ class Work:
         return Cost(flops, held)
 
     def tokens(self) -> VisualTokens:
-        """Synthetic tokens of these shapes, always the same.
+        """Synthetic tokens of these shapes, the same in every call.
 
-        What is left of the whole layout is spread evenly over it.  In a video every second place
-        stands still.
+        The remaining entries are spaced evenly over the whole layout.  In a video, every second
+        location has the same content in all frames.
         """
         *_, patches, separators = self.geometry
         left = (self.full.patches, patches), (self.full.separators, separators)
@@ -187,7 +187,7 @@ def _measured(work: Work) -> Cost:
 
 @contextmanager
 def observed() -> Iterator[Cost]:
-    """While open, the operators of this thread add up in the `Cost` that it yields."""
+    """While open, add the cost of this thread's operators to the `Cost` that it yields."""
     cost = Cost()
     with _Observer(cost):
         yield cost
@@ -253,7 +253,7 @@ def _even(index: Tensor, count: int) -> Tensor:
 
 
 def _resized(values: Tensor, shape: _Shape) -> Tensor:
-    """``values`` in these sizes: every dimension is repeated or cut."""
+    """``values`` in these sizes: every dimension is repeated or truncated."""
     for dim, size in enumerate(shape.sizes):
         if size != values.shape[dim]:
             values = values.index_select(dim, torch.arange(size) % values.shape[dim])
@@ -261,7 +261,7 @@ def _resized(values: Tensor, shape: _Shape) -> Tensor:
 
 
 def _still(features: Tensor, layout: TokenLayout) -> Tensor:
-    """``features`` (N, D), at every second place of a video the same in all frames."""
+    """``features`` (N, D), the same in all frames at every second location of a video."""
     place = layout.row * layout.view_shape[1] + layout.col
     still = (layout.kind == Kind.FRAME) & (place % 2 == 0)
     return torch.where(still[:, None], features[place.clamp(0, len(features) - 1)], features)

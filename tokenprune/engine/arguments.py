@@ -28,7 +28,7 @@ def argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:
     """The argument ``name`` of a forward, passed by position or by name."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    # A replaced forward often takes *args; then the forward of the class has the names.
+    # A replaced forward often takes *args only; then the names come from the class's forward.
     names = _names(module.forward) or _names(type(module).forward)[1:]
     return dict(zip(names, args, strict=False)).get(name)
 

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-# The argument of models and masks for the KV cache, which transformers 5.24 renamed.
+# Name of the KV-cache argument of models and masks, which transformers 5.24 changed.
 CACHE = (
     "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 )
@@ -34,19 +34,19 @@ CACHE = (
 class PrunedLayer(DynamicLayer):
     """A dynamic cache layer with fewer entries than tokens of the prompt.
 
-    To `generate` it reports the uncompressed length, so that ids, masks and positions are counted
-    as if no token had been dropped.  To the mask factory it reports the physical length, with the
-    dropped entries as an offset, as a sliding window does.  The state of each row is part of the
-    cache, so that beam reordering, batch selection and interleaved generations work.
+    `generate` reads the uncompressed length, so that ids, masks and position ids include dropped
+    tokens.  The mask factory reads the number of stored entries, with the dropped ones as an
+    offset, as in a sliding window.  The state of each row is stored in the layer, so that beam
+    reordering, batch selection and interleaved generations work.
 
     Attributes:
-        valid: (B, K) bool, which physical entries are not padding.  It includes entries that
+        valid: (B, K) bool, the stored entries that are not padding.  It includes entries that
             `expect` announced and the attention module has not written yet.
         dropped: Number of columns dropped so far.
         cut: Number of cuts in front of this layer; layers with the same number share a mask.
-        shift: (B, 1) what is subtracted from the position ids of later tokens.
-        extra: (B, 1) what is subtracted in addition from this layer on, or None.
-        sizes: (B, K) how often attention counts each entry of `valid`; None for once.
+        shift: (B, 1) amount subtracted from the position ids of later tokens.
+        extra: (B, 1) additional amount subtracted from this layer on, or None.
+        sizes: (B, K) how often attention counts each entry of `valid`; None if once.
         replaced: The plain layer that `settle_layers` may restore at the end of the forward.
     """
 
@@ -67,7 +67,7 @@ class PrunedLayer(DynamicLayer):
 
     @property
     def held(self) -> int:
-        """Number of entries that are written."""
+        """Number of entries that have been written."""
         return self._physical()
 
     def _physical(self) -> int:
@@ -77,9 +77,9 @@ class PrunedLayer(DynamicLayer):
         """Announce the entries of the next `update`; a second call replaces the first.
 
         Args:
-            valid: (B, q) bool, which of the new entries are not padding.
+            valid: (B, q) bool, the new entries that are not padding.
             dropped: Number of columns dropped from them since the last announcement.
-            sizes: (B, q) how often attention counts each; None for once.
+            sizes: (B, q) how often attention counts each; None if once.
         """
         new, held = valid.to(self.valid.device), self._physical()
         if sizes is not None or self.sizes is not None:
@@ -112,7 +112,7 @@ class PrunedLayer(DynamicLayer):
         return self.dropped + self._physical()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, offset): the number of physical entries, and of dropped ones."""
+        """(key length, offset): the numbers of stored and of dropped entries."""
         return self._physical() + query_length, self.dropped
 
     def reset(self) -> None:
@@ -187,7 +187,7 @@ def settle_layers(cache: Cache, *, cut: bool) -> None:
         if isinstance(layer, PrunedLayer) and (plain := layer.replaced) is not None:
             layer.replaced = None
             if not cut and layer.keys is not None and layer.values is not None:
-                if type(plain) is DynamicLayer:  # takes over the tensors without a copy
+                if type(plain) is DynamicLayer:  # it can reuse the tensors without a copy
                     names = {"keys", "values", "dtype", "device", "is_initialized"}
                     plain.__dict__.update({k: v for k, v in vars(layer).items() if k in names})
                 else:
@@ -207,12 +207,12 @@ def adopt(cache: Cache, valid: Tensor, layers: int) -> list[PrunedLayer]:
 
     Args:
         cache: A dynamic cache.
-        valid: (B, K) bool, which entries so far are not padding; a layer with fewer takes the first
-            ones.
+        valid: (B, K) bool, the current entries that are not padding; a layer with fewer entries
+            uses the first of them.
         layers: Number of decoder layers, for caches that create their layers lazily.
 
     Raises:
-        UserError: The cache is static, quantised or otherwise not a plain dynamic one.
+        UserError: The cache has a layer that is not dynamic, such as a static or quantised one.
     """
     while len(cache.layers) < layers:
         cache.layers.append(DynamicLayer())

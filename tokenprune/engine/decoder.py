@@ -1,8 +1,8 @@
 """Computes the signals of the decoder layers for a selection in front of one of them.
 
-They come from the KV cache and the hidden states of layers that have run, or are computed ahead of
-the layer that runs next, at O(N * d), under any attention kernel.  `tokenprune.engine.vision` does
-the same for the vision encoder.
+They are computed from the KV cache and the hidden states of layers that have run, or ahead of the
+layer that runs next, at O(N * d), under any attention kernel.  `tokenprune.engine.vision` computes
+the signals of the vision encoder.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def _computes(*names: str) -> Callable[[Method], Method]:
 
 
 class _Cut(NamedTuple):
-    """Where a selection is made.
+    """The point of a forward at which a selection is made.
 
     Attributes:
         state: The forward.
         layer: Index of the decoder layer that runs next.
         hidden: (B, M, D) hidden states of the current slots.
-        kwargs: What the layer is called with.
+        kwargs: Arguments of that layer.
     """
 
     state: Pass
@@ -93,15 +93,15 @@ class LayerSignals:
     def everywhere(
         self, state: Pass, part: Compressor, index: int, hidden: Tensor, kwargs: Kwargs, once: Once
     ) -> dict[Signal, Tensor]:
-        """The signals that ``part`` needs and that are computed for all slots together.
+        """The signals of ``part`` that are computed for all slots together.
 
         Args:
             state: The forward.
             part: The compressor that selects in front of layer ``index``.
             index: The decoder layer that runs next.
             hidden: (B, M, D) hidden states of the current slots.
-            kwargs: What the layer is called with.
-            once: Returns what the given function computes, or what it computed before.
+            kwargs: Arguments of that layer.
+            once: Returns the result of the given function, which it may have stored earlier.
 
         Returns:
             Vectors (B, M, C), or attention (G, B, M) for the G `Pass.queries`.
@@ -126,15 +126,15 @@ class LayerSignals:
         rows: Mapping[Signal, Tensor],
         once: Once,
     ) -> VisualTokens:
-        """What ``part`` receives of one image in front of layer ``index``.
+        """The tokens of one image that ``part`` receives in front of layer ``index``.
 
         Args:
             state, part, index, hidden, once: As in `everywhere`.
             span: The image.
-            rows: What `everywhere` returned.
+            rows: The result of `everywhere`.
 
         Raises:
-            UserError: The text behind the image ranks its tokens, but there is none.
+            UserError: ``part`` ranks by the text after the image, but there is none.
         """
         cut = _Cut(state, index, hidden, {})
         slots = state.slots(span.row, span.columns).to(hidden.device)
@@ -149,7 +149,10 @@ class LayerSignals:
                 continue
             by_text = "T" in info.shape
             if (by_text or info.queries == "text") and not len(text):
-                raise UserError(f"{part.label} needs text behind the image, whose attention ranks.")
+                raise UserError(
+                    f"{part.label} needs text after the image, whose attention ranks its tokens; "
+                    "put the question after the image."
+                )
             compute = functools.partial(COMPUTED[signal.name], self, cut, signal, span)
             values = once((signal, span.row, span.image), compute)
             at = slots.to(values.device)
@@ -181,13 +184,13 @@ class LayerSignals:
     @_computes("llm_states")
     @torch.no_grad()
     def _states(self, cut: _Cut, signal: Signal) -> Tensor:
-        """Hidden states behind the final norm."""
+        """Hidden states after the final norm."""
         return applied(self.adapter.language_model.norm, cut.hidden).to(cut.hidden.device)
 
     @_computes("llm_keys")
     @torch.no_grad()
     def _keys(self, cut: _Cut, signal: Signal) -> Tensor:
-        """Keys of a layer that has run, rotated as if no padding were in front of the prompt."""
+        """Keys of a layer that has run, rotated as in a prompt without padding."""
         state, attention = cut.state, self._attention(signal.layer)
         cached = state.layers[signal.layer].keys if state.layers else None
         if cached is not None:
@@ -231,7 +234,7 @@ class LayerSignals:
     @_computes("llm_text", "llm_text_heads")
     @torch.no_grad()
     def _text_rows(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
-        """Attention rows of the text behind an image."""
+        """Attention rows of the text after an image."""
         prompt, keys, visible = self._prompt(cut, span)
         text = cut.state.text_slots(span).to(prompt[1].device)
         by_head = "heads" in signal.info.shape
@@ -242,14 +245,14 @@ class LayerSignals:
     @_computes("llm_text_rotary")
     @torch.no_grad()
     def _text_rotary(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
-        """Products of rotated ones, of the text behind an image."""
+        """Products of rotated vectors of ones, for the text after an image."""
         (_, hidden, rotary), _, _ = self._prompt(cut, span)
         return rotary_product(rotary, cut.state.text_slots(span).to(hidden.device))
 
     @_computes("llm_self", "llm_cross")
     @torch.no_grad()
     def _mass(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
-        """Attention from the patch tokens of an image, or from the text behind it."""
+        """Attention from the patch tokens of an image, or from the text after it."""
         if signal.info.queries == "text":
             asks = cut.state.text_slots(span)
         else:
@@ -265,7 +268,7 @@ class LayerSignals:
     def _global_row(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
         """Attention row of the mean state, in the layer that runs next, without rotation.
 
-        The query of the mean state is the mean of all queries.
+        It equals the row of the mean query, because the projection is linear.
         """
         states = self._states_ahead(cut.layer, cut.hidden[span.row])
         columns = cut.state.columns[span.row].to(states.device)
@@ -275,12 +278,12 @@ class LayerSignals:
         asking = torch.full((1,), len(states), device=states.device)
         visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
         attention: Any = self._attention(cut.layer)
-        still = both.new_ones(*both.shape[:2], attention.head_dim)  # cos of no rotation
+        still = both.new_ones(*both.shape[:2], attention.head_dim)  # cosine of a zero rotation
         with self._at_hand(cut.layer):
             row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
         return row[0, :-1]
 
-    # -- what they are made of -------------------------------------------------------------------
+    # -- helpers ---------------------------------------------------------------------------------
 
     @staticmethod
     def _for_each_query(state: Pass, row: Callable[[int], Tensor]) -> Tensor:
@@ -330,7 +333,7 @@ class LayerSignals:
 
         Returns:
             The attention module, its input (M, D) and its rotary embedding; the cached keys; and a
-            function from T slots to how often each of K keys counts for them (T, K).
+            function that maps T slots to the number of times that each of K keys counts (T, K).
         """
         state, index = cut.state, cut.layer - 1
         states, rotary = state.tapped[index]
@@ -353,7 +356,7 @@ class LayerSignals:
         return (self._attention(index), hidden, (cos, sin)), keys, visible
 
     def _states_ahead(self, index: int, hidden: Tensor) -> Tensor:
-        """(..., D) ``hidden`` as the attention of layer ``index`` will receive it."""
+        """(..., D) ``hidden`` after the norm of layer ``index``: the input of its attention."""
         norm = self.adapter.decoder_layers[index].get_submodule("input_layernorm")
         with self._at_hand(index):
             return applied(norm, hidden)
@@ -374,14 +377,14 @@ class LayerSignals:
         return self.adapter.decoder_layers[index].get_submodule("self_attn")
 
     def _at_hand(self, index: int) -> AbstractContextManager[None]:
-        """While open, parts of decoder layer ``index`` can run outside its own forward."""
+        """While open, modules of decoder layer ``index`` can run outside its forward."""
         return resident(self.adapter.decoder_layers[index], self._attention(index))
 
 
 def _charge(
     state: Pass, signal: Signal, index: int, span: Span | None = None, text: int = 0
 ) -> None:
-    """Enter what a signal in front of layer ``index`` costs, for one image or for all rows."""
+    """Enter the cost of a signal in front of layer ``index``, for one image or for all rows."""
     layer = signal.layer if signal.info.layer == "named" else index - 1
     cached = bool(state.layers) and state.layers[layer].keys is not None
     patches = 0 if span is None else len(span.tokens.layout.patches)
@@ -398,17 +401,17 @@ def _on(rotary: Rotary, device: torch.device) -> Rotary:
 
 
 def _counted(visible: Tensor, sizes: Tensor | None) -> Tensor:
-    """``visible`` keys, merged ones as often as ``sizes`` says."""
+    """``visible`` keys, where merged ones count as often as ``sizes`` says."""
     return visible if sizes is None else visible * sizes.to(visible.device)
 
 
 def cuts_of(adapter: Adapter, compressor: Compressor | None) -> dict[int, Compressor]:
-    """Index of the decoder layer to what selects in front of it."""
+    """Index of a decoder layer to the compressor that selects in front of it."""
     return placed(compressor, len(adapter.decoder_layers))[1]
 
 
 def tapped_layers(signals: Iterable[Signal], cuts: Mapping[int, Compressor]) -> set[int]:
-    """Decoder layers whose attention input is kept for ``signals``, or for those of the cuts."""
+    """Decoder layers whose attention input is kept, for ``signals`` and the needs of the cuts."""
     named = {one.layer for one in signals if one.info.is_tapped and one.info.layer == "named"}
     previous = {
         cut - 1

@@ -1,8 +1,7 @@
-"""Runs selections, drops columns of the prompt and packs what is left.
+"""Runs selections, drops columns of the prompt and packs the kept columns.
 
-`shorten` acts in front of the language model, `cut` in front of a decoder layer, and
-`surroundings` gives the layers behind a cut the mask, the position ids and the rotary embedding
-of what is left.
+`shorten` acts in front of the language model, `cut` in front of a decoder layer.  `surroundings`
+returns the mask, the position ids and the rotary embedding of the layers after a cut.
 """
 
 from __future__ import annotations
@@ -44,16 +43,17 @@ PROMPT = Signal("llm_prompt")
 
 
 class Memory:
-    """Selections of prompts that run again, longer by a token, because there is no KV cache.
+    """Selections of earlier forwards, for generation without a KV cache.
 
-    They are reused: otherwise the newest token would rank.
+    Every decode step then runs the whole prompt again, longer by one token.  The selection of the
+    first forward is reused, so that generated tokens do not rank.
     """
 
     def __init__(self) -> None:
         self._entries: list[tuple[Tensor, int | None, Tensor, Tensor, Selection]] = []
 
     def recall(self, state: Pass, span: Span, layer: int | None) -> Selection | None:
-        """What was selected when this prompt ran before, or None.
+        """The selection of an earlier forward of the same prompt, or None.
 
         Args:
             state: The forward.
@@ -70,7 +70,7 @@ class Memory:
         return None
 
     def remember(self, state: Pass, span: Span, layer: int | None, selection: Selection) -> None:
-        """Keep ``selection`` as long as its image is in the prompts."""
+        """Store ``selection`` while its image is in the prompts."""
         if state.prompt_ids is None:
             return
         here = {id(other.carrier) for other in state.spans}
@@ -92,15 +92,15 @@ def shorten(
     """Drop columns of the prompt in front of the language model.
 
     Args:
-        plan: What acts where.
+        plan: The compressors by stage and layer.
         memory: Selections of earlier forwards.
         state: The forward.
-        step: Which of the compressors that act there one after the other.
+        step: Index among the compressors that act there one after the other.
         embeds: (B, M, D) embeddings of the slots.
-        changed: Arguments of the forward, which change.
+        changed: Arguments of the forward, changed in place.
 
     Returns:
-        (B, M', D) embeddings of what is left.
+        (B, M', D) embeddings of the kept columns.
     """
     keep, whole, gone, keeps_positions = state.real, embeds, False, False
     made: dict[Any, Selection] = {}
@@ -114,11 +114,11 @@ def shorten(
         if not len(span.tokens.layout.patches):  # the attention mask hides them all
             gone |= narrow(state, span, part(span.tokens).keep, keep, part.stage, None)
             continue
-        # Where the prompt is asked, it grows if there is no KV cache.
+        # Without a KV cache the prompt grows, and a selection that depends on it would change.
         asks = PROMPT in part.needs
         selection = memory.recall(state, span, None) if asks else None
         if selection is None:
-            # Prompts about one image share its selection, unless the selection depends on them.
+            # Prompts with the same image share its selection, unless it depends on the prompt.
             key = (id(part), id(span.record)) if span.is_untouched else None
             selection = made.get(key) or select(part, span, span.tokens)
             if key is not None:
@@ -157,17 +157,17 @@ def cut(
     """Drop columns of the prompt in front of decoder layer ``index``.
 
     Args:
-        plan: What acts where.
+        plan: The compressors by stage and layer.
         memory: Selections of earlier forwards.
-        signals: Computes what decoder layers show.
-        once: Computes what contexts that share a prefix have in common.
+        signals: Computes the signals of the decoder layers.
+        once: Runs a computation once for all contexts that share a prefix.
         state: The forward.
-        index: Of the layer.
+        index: Index of the layer.
         hidden: (B, M, D) hidden states of the slots.
-        kwargs: What the layer is called with.
+        kwargs: Arguments of the layer.
 
     Returns:
-        (B, M', D) hidden states of what is left.
+        (B, M', D) hidden states of the kept columns.
     """
     part, whole, keep, gone = plan.inside[index], hidden, state.real, False
     state.begin_selections()
@@ -201,7 +201,7 @@ def cut(
 def _continue_shorter(
     plan: Plan, state: Pass, index: int, keep: Tensor, hidden: Tensor, kwargs: Kwargs
 ) -> Tensor:
-    """Pack behind a cut in front of layer ``index``: (B, M', D) hidden states of what is left."""
+    """Pack after a cut in front of layer ``index``: (B, M', D) states of the kept columns."""
     keeps_positions, width = plan.inside[index].keeps_positions, hidden.shape[1]
     shift = pack(state, keep, keeps_positions)
     state.cuts += 1
@@ -228,17 +228,17 @@ def _continue_shorter(
 
 
 def surroundings(
-    adapter: Adapter, state: Pass, index: int, behind: int, hidden: Tensor, kwargs: Kwargs
+    adapter: Adapter, state: Pass, index: int, cuts: int, hidden: Tensor, kwargs: Kwargs
 ) -> Kwargs:
-    """Mask, rotary embedding and position ids of a layer behind a cut.
+    """Mask, rotary embedding and position ids of a layer after a cut.
 
     Args:
-        adapter: Of the model.
+        adapter: The model.
         state: The forward.
-        index: Of the layer.
-        behind: Number of cuts in front of it.
+        index: Index of the layer.
+        cuts: Number of cuts in front of the layer.
         hidden: (B, M, D) hidden states of the slots.
-        kwargs: What the layer is called with.
+        kwargs: Arguments of the layer.
     """
     language = adapter.language_model
     layer = state.layers[index] if state.layers else None
@@ -249,11 +249,11 @@ def surroundings(
     if moved is not None:
         positions = (positions - moved.to(positions.device)).to(hidden.device)
         rotary = language.rotary_emb(hidden, positions)
-    if behind not in state.masks:
+    if cuts not in state.masks:
         there = state.real if layer is None else layer.mask()
-        # Without padding there is no mask; the host knows, so that nothing waits for the device.
-        # Without a KV cache there must be one: gaps in the positions would pass for the borders
-        # of several packed sequences.
+        # No mask is needed without padding, which the CPU knows without a synchronisation.
+        # Without a KV cache a mask is needed: transformers would take gaps in the position ids for
+        # the borders of packed sequences.
         unmasked = state.is_whole and layer is not None
         mask = create_causal_mask(
             config=language.config,
@@ -266,8 +266,8 @@ def surroundings(
         sizes = state.sizes if layer is None else layer.sizes
         if sizes is not None:
             mask = proportional(language.config, mask, sizes, hidden)
-        state.masks[behind] = mask
-    mask = state.masks[behind]
+        state.masks[cuts] = mask
+    mask = state.masks[cuts]
     return {
         "attention_mask": None if mask is None else mask.to(hidden.device),
         "position_ids": positions,
@@ -279,29 +279,29 @@ def proportional(config: Any, mask: Tensor | None, sizes: Tensor, hidden: Tensor
     """``mask`` for attention that counts merged tokens as often as ``sizes`` (B, K) says.
 
     Args:
-        config: Of the language model.
+        config: Configuration of the language model.
         mask: Mask of the layer, or None.
-        sizes: How many tokens each key stands for.
+        sizes: Number of tokens that each of the K keys stands for.
         hidden: (B, M, D) hidden states of the queries.
 
     Raises:
-        UserError: The model runs an attention kernel that takes no such mask.
+        UserError: The attention kernel of the model does not support such a mask.
     """
     kernel = config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise UserError(
-            f"attention in proportion to the sizes of merged tokens needs sdpa or eager "
-            f"attention, this model runs {kernel}; load it with attn_implementation='sdpa', or "
-            "turn the strategy's option off (pact:proportional=false)."
+            f"proportional attention to merged tokens needs the sdpa or eager kernel, but this "
+            f"model runs {kernel}; load it with attn_implementation='sdpa', or "
+            "turn the method's option off (pact:proportional=false)."
         )
     return proportional_mask(mask, sizes.to(hidden.device), hidden.shape[1], hidden.dtype)
 
 
-# -- both ----------------------------------------------------------------------------------------
+# -- at every stage ------------------------------------------------------------------------------
 
 
 def select(part: Compressor, span: Span, tokens: VisualTokens) -> Selection:
-    """What ``part`` selects of an image, which is named where it breaks the contract."""
+    """The selection of ``part`` from an image.  A `ContractError` names the image."""
     try:
         return part(tokens)
     except ContractError as error:
@@ -312,7 +312,7 @@ def select(part: Compressor, span: Span, tokens: VisualTokens) -> Selection:
 def _with_merged(
     states: Tensor, whole: Tensor, state: Pass, span: Span, selection: Selection
 ) -> Tensor:
-    """``states`` with the merged vectors of an image; a copy if they still are ``whole``."""
+    """``states`` with the merged vectors of an image, copied first if they still are ``whole``."""
     if selection.features is None:
         return states
     if states is whole:
@@ -325,13 +325,13 @@ def _with_merged(
 def narrow(
     state: Pass, span: Span, kept: Tensor, keep: Tensor, stage: Stage, layer: int | None
 ) -> bool:
-    """Take what was not selected out of an image.
+    """Remove from an image the tokens that were not selected.
 
     Args:
         state: The forward, which records the selection.
         span: The image.
-        kept: (M',) indices of what was selected into what is left of the image.
-        keep: (B, M) which slots stay; changed in place.
+        kept: (M',) indices of the selected tokens among the image's remaining tokens.
+        keep: (B, M) bool, the slots that stay; changed in place.
         stage, layer: Where the selection was made.
 
     Returns:
@@ -354,7 +354,7 @@ def pack(state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
 
     Args:
         state: The forward, whose slots change.
-        keep: (B, M) which slots stay.
+        keep: (B, M) bool, the slots that stay.
         keeps_positions: Whether kept tokens keep their position ids.
 
     Returns:
@@ -368,7 +368,7 @@ def pack(state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
         shift = shift + state.hidden[:, -1:] * closes
         state.hidden = state.hidden * ~closes
     width = max(state.prompts.left)
-    # A stable sort puts what goes in front and leaves what stays in order behind it.
+    # A stable sort moves dropped slots to the front and keeps the order of the others after them.
     state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
     if not keeps_positions:
         state.positions = state.positions - steps

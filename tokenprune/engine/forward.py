@@ -30,14 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What the caller passed to one forward of the model.
+    """Arguments of the caller in one forward of the model.
 
     Attributes:
         ids: (B, S) input ids, or None.
-        labels: (B, S) targets of the columns, -100 where there is none, or None.
-        scored: How many of the last columns are scored, as in teacher forcing or when draft tokens
-            are verified: the prompt ends with the first of them.  1 where all is prompt.
-        placeholders: Modality to (B, S), which columns stand for a visual token.
+        labels: (B, S) targets of the columns, -100 for no target, or None.
+        scored: Number of last columns that are scored, in teacher forcing or to verify draft
+            tokens.  The prompt ends with the first of them.  1 if all columns are prompt.
+        placeholders: Modality to (B, S) bool, the columns that stand for a visual token.
     """
 
     ids: Tensor | None = None
@@ -46,7 +46,7 @@ class Given:
     placeholders: Mapping[str, Tensor] = field(default_factory=dict)
 
     def labels_of(self, width: int) -> Tensor | None:
-        """(B, width) `labels`, which may have been passed for the last columns alone."""
+        """(B, width) `labels`, padded if the caller passed those of the last columns only."""
         if self.labels is None or self.labels.shape[-1] >= width:
             return self.labels
         return F.pad(self.labels, (width - self.labels.shape[-1], 0), value=-100)
@@ -54,22 +54,22 @@ class Given:
 
 @dataclass(eq=False)
 class Span:
-    """The visual tokens of one image that are still there.
+    """The remaining visual tokens of one image.
 
     Attributes:
         row: Row of the batch.
         first, last: Columns of the image's first and last token in the prompt.
-        columns: (M,) columns of the tokens that are left, on the CPU.
+        columns: (M,) columns of the remaining tokens, on the CPU.
         index: (M,) their indices in the image's full packed sequence, on the CPU.
-        tokens: What is known of them.
+        tokens: Their layout, features and signals.
         layout: Geometry of the full packed sequence, on the CPU.
-        carrier: The encoder's own feature tensor, the same object for all beams and reruns.
-        record: The encoder's record of the image, the same object wherever the image is used.
-        there: (N,) indices of the tokens that the attention mask does not hide.
-        entered: (M,) indices of those that enter the language model.
+        carrier: The encoder's feature tensor, the same object for all beams and reruns.
+        record: The encoder's record of the image, the same object for all its uses.
+        there: (M,) indices of the tokens that the attention mask does not hide.
+        entered: (M,) indices of the tokens that enter the language model.
         image: Number of images and videos in front of it in the row.
-        asks: Column of the token that asks for this image (`Pass.ask`).
-        group: Which of `Pass.queries` has that column.
+        asks: Column of the query token, whose attention ranks this image (`Pass.ask`).
+        group: Index of the entry of `Pass.queries` with that column.
     """
 
     row: int
@@ -99,7 +99,7 @@ class Span:
 
 @dataclass(eq=False)
 class Prompts:
-    """What the host knows of the prompts of a forward with images, row by row (`Pass.look`).
+    """Facts about the prompts of a forward with images, on the CPU, row by row (`Pass.look`).
 
     Attributes:
         left: Number of slots that are not padding.
@@ -126,38 +126,39 @@ class Pass:
     """One forward of the language model: B rows, S columns of the prompt in M slots.
 
     Attributes:
-        given: What the caller passed.
+        given: Arguments of the caller.
         width: S.
-        columns: (B, M) column in each slot, -1 for padding; rising along a row once packed.
+        columns: (B, M) column in each slot, -1 for padding; ascending along a packed row.
         positions: (B, M) position ids of the slots.
-        order: (B, M) slot in which each slot's content was before the latest packing.
+        order: (B, M) slot from which the latest packing moved each slot's content.
         packed: Whether any column was dropped.
-        sizes: (B, M) how often attention counts each slot, or None for once.
-        hidden: (B, S) how many position ids in front of each column belong to columns that the
-            attention mask hides between two others, until a cut has freed them; None without any.
+        sizes: (B, M) how often attention counts each slot; None if it counts all of them once.
+        hidden: (B, S) number of position ids, in front of each column, that belong to columns
+            hidden by the attention mask between two others.  A cut that renumbers sets it to 0.
+            None without such columns.
 
-        prompts: What the host knows of the prompts.
+        prompts: Facts about the prompts, on the CPU.
         spans: The images.
-        queries: (B,) each, columns of the tokens that ask.  One tensor unless labels make the
-            images of a row belong to several turns.
+        queries: Columns of the query tokens, (B,) each.  One tensor unless labels divide the images
+            of a row into several turns.
 
         past: Number of tokens in the KV cache before this forward.
-        continued: Whether they are those of a compressed prompt.
-        cache: The KV cache, where this forward changes it.
+        continued: Whether the KV cache holds a compressed prompt.
+        cache: The KV cache, if this forward changes it.
         layers: Its layers, or none.
-        held: For every layer, (B,) entries that the KV cache held before; empty without any.
-        inherited: How much further positions move back from each layer on, by earlier prefills.
+        held: For every layer, (B,) entries of the KV cache before this forward; empty without any.
+        inherited: For every layer, the amount that earlier prefills subtract from its position ids.
 
         taps: Decoder layers whose attention input is kept.
         tapped: That input, and the rotary embedding.
         cuts: Number of selections inside the language model that dropped tokens.
-        rotary: cos and sin behind the latest cut.
-        masks: Masks behind cuts, by the number of cuts in front.
-        ran: For every decoder layer that ran, (B, M) the columns it processed, or None before any
-            was dropped.
+        rotary: cos and sin after the latest cut.
+        masks: Masks after cuts, by the number of cuts.
+        ran: For every decoder layer that ran, (B, M) columns that it processed; None before the
+            first column was dropped.
 
-        selections: The selections, in the order made.
-        accounts: For every row its account, where the trace reports this forward.
+        selections: The selections, in order.
+        accounts: For every row its cost account, if the trace reports this forward.
         attended: Attention rows and keys that were computed for selections.
         entered: (B,) tokens that the first decoder layer processes.
     """
@@ -215,7 +216,7 @@ class Pass:
         )
 
     def join(self, cache: Cache, kwargs: Kwargs, depth: int) -> None:
-        """Announce the new entries to ``cache``; continue behind what was compressed before.
+        """Announce the new entries to ``cache``, and continue a compressed prompt if it holds one.
 
         Args:
             cache: The KV cache.
@@ -242,24 +243,24 @@ class Pass:
 
     @property
     def real(self) -> Tensor:
-        """(B, M) which slots are not padding."""
+        """(B, M) bool, the slots that are not padding."""
         return self.columns >= 0
 
     @property
     def is_whole(self) -> bool:
-        """Whether no row has padding, nor the KV cache anything from before."""
+        """Whether no row has padding and the KV cache was empty before."""
         left = self.prompts.left
         return bool(left) and len(set(left)) == 1 and not self.held
 
     def slots(self, row: int, columns: Tensor) -> Tensor:
-        """(M,) slots in which these columns (M,) of a row are now."""
+        """(M,) current slots of ``columns`` (M,) of a row."""
         columns = moved(columns, self.columns.device)
         if not self.packed:
             return columns
         return torch.searchsorted(self.columns[row].contiguous(), columns)
 
     def text_slots(self, span: Span) -> Tensor:
-        """(T,) slots of the prompt's text behind an image, up to the token that asks."""
+        """(T,) slots of the prompt's text after an image, up to its query token."""
         text = self.prompts.text[span.row]
         return self.slots(span.row, text[(text > span.last) & (text <= span.asks)])
 
@@ -267,19 +268,19 @@ class Pass:
         """(B, M, ...) ``states`` in the order of the latest packing."""
         order = self.order.to(states.device)
         first = torch.arange(len(states), device=order.device)[:, None] * states.shape[1]
-        # On the CPU `gather` would make a float32 copy of half-precision numbers.
+        # On the CPU `gather` would copy half-precision numbers to float32.
         taken = states.flatten(0, 1).index_select(0, (first + order).flatten())
         return taken.reshape(*order.shape, -1)
 
     def spread(self, states: Tensor, columns: Tensor) -> Tensor:
         """(B, S, D) packed ``states`` (B, M, D) in the columns of the prompt.
 
-        A dropped column shows what the last kept column before it shows, as its successor would be
-        predicted from there.
+        A dropped column repeats the last kept column before it, from which the model predicts the
+        token after the dropped one.
 
         Args:
             states: States of the slots.
-            columns: (B, M) the column in each slot when ``states`` were made.
+            columns: (B, M) column in each slot at the time of ``states``.
         """
         every = torch.arange(self.width, device=columns.device)
         every = every.expand(len(columns), -1).contiguous()
@@ -291,17 +292,18 @@ class Pass:
 
     @property
     def prompt_ids(self) -> Tensor | None:
-        """(B, S) ids of prompts that `generate` may run again, longer, as there is no KV cache."""
+        """(B, S) ids of prompts that `generate` may run again without a KV cache, else None."""
         is_scored = self.given.labels is not None or self.given.scored > 1
         return None if self.cache is not None or is_scored else self.given.ids
 
     def look(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Bring what is known of the prompts to the host.
+        """Copy the facts about the prompts to the CPU (`prompts`).
 
-        This is the one synchronisation of a forward with images, however many there are.
+        This takes the only synchronisation of a forward, for any number of images.
 
         Returns:
-            (B, S) placeholders by modality, and (B, S) what the attention mask does not hide.
+            (B, S) placeholders by modality, and (B, S) columns that the attention mask does not
+            hide.
         """
         placeholders, labels = self.given.placeholders, self.given.labels_of(self.width)
         device = self.columns.device
@@ -328,7 +330,7 @@ class Pass:
     def hidden_positions(self) -> Tensor:
         """(B, S) `hidden` of this prompt.
 
-        The position ids of a plain forward count what the mask hides, those of `generate` do not.
+        Position ids count hidden columns in a plain forward, and do not in `generate`.
         """
         column = torch.arange(self.width, device=self.columns.device)
         latest = torch.where(self.real, column, -1).cummax(1).values
@@ -338,11 +340,10 @@ class Pass:
         return (skipped * (self.real & (before >= 0))).cumsum(1)
 
     def ask(self) -> None:
-        """Find the token that asks for each image, and list these tokens in `queries`.
+        """Find the query token of each image, whose attention ranks it, and fill `queries`.
 
-        It is the last text token behind the image in front of the first label behind the image,
-        the end of that turn's question.  Where no label is behind the image, or no text between,
-        it is the last prompt token.
+        It is the last text token between the image and the first label after it: the end of the
+        question of that turn.  Without such a label or such text, it is the last prompt token.
         """
         prompts = self.prompts
         asked: list[list[int]] = [[] for _ in prompts.ends]
@@ -364,13 +365,13 @@ class Pass:
         self.queries = list(torch.tensor(columns, device="cpu").T)
 
     def asking(self, device: torch.device, group: int) -> tuple[Tensor, Tensor]:
-        """(B,) slot of the token that asks, and (B, M) which slots it attends to."""
+        """(B,) slot of the query token, and (B, M) bool, the slots that it attends to."""
         columns, query = self.columns.to(device), moved(self.queries[group], device)
         visible = (columns >= 0) & (columns <= query[:, None])
         slot = torch.arange(columns.shape[1], device=device)
         return torch.where(visible, slot, 0).amax(1), visible
 
-    # -- the account -----------------------------------------------------------------------------
+    # -- cost accounts ---------------------------------------------------------------------------
 
     def by_row(self) -> list[list[Span]]:
         """The images of every row."""
@@ -380,25 +381,26 @@ class Pass:
         return rows
 
     def enter_encoding(self, size: int) -> None:
-        """Enter the run of the vision encoder, of ``size`` bytes a number."""
+        """Enter the run of the vision encoder, at ``size`` bytes a number."""
         for account, spans in zip(self.accounts, self.by_row(), strict=True):
             account.encode([(one.layout.views, one.tokens.encoding) for one in spans], size)
 
     def enter_count(self, layer: int) -> None:
-        """Enter how many visual tokens the decoder layers from ``layer`` on process."""
+        """Enter the number of visual tokens that the decoder layers from ``layer`` on process."""
         for account, spans in zip(self.accounts, self.by_row(), strict=True):
             account.count(layer, sum(len(span.columns) for span in spans))
 
     def begin_selections(self) -> None:
-        """Enter what is there in front of the selections of the same stage or cut."""
+        """Enter the tokens in front of the selections of one stage or cut."""
         for account, spans in zip(self.accounts, self.by_row(), strict=True):
             account.begin([span.tokens for span in spans])
 
     def prefill(self, size: int) -> Prefill:
         """The report on this forward, whose KV cache has ``size`` bytes a number.
 
-        Ledgers are computed when they are read, so that the forward never waits for the device,
-        from counts and indices alone: a trace must not keep features or a KV cache alive.
+        Ledgers are computed when they are read, so that the forward needs no synchronisation for
+        them.  The report holds counts and indices only, so that a trace does not keep features or a
+        KV cache alive.
         """
         images = [
             [(one.layout, one.there, one.entered, one.index) for one in spans]

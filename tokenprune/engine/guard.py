@@ -1,10 +1,10 @@
 """Ensures that a model in an open context runs through the context's hooks, or is refused.
 
 PyTorch skips hooks silently if a graph was captured without them, if code calls a module's
-``forward`` instead of the module, or if a module was replaced.  Threads that run the model at the
-same time mix hooks up, and a copy of the model contains them.  Each case has its remedy:
+``forward`` instead of the module, or if a module was replaced.  Hooks also run in every thread that
+uses the model, and a copy of the model contains them.  Each case is handled:
 
-* `eagerly` runs code compiled by ``torch.compile`` as plain PyTorch, whenever it was compiled;
+* `eagerly` runs code compiled by ``torch.compile`` as plain PyTorch;
 * `Guard` redirects direct calls of ``forward`` to the module, and raises if a forward reached the
   inner modules without the hooks;
 * `Guard` refuses threads that do not belong to the context;
@@ -48,7 +48,7 @@ PAGED = (
 )
 
 
-# -- what a context puts on a module -------------------------------------------------------------
+# -- hooks and attributes of a context -----------------------------------------------------------
 
 
 class Ours:
@@ -56,8 +56,8 @@ class Ours:
 
     Attributes:
         call: The function that is called.
-        before: The instance attribute of the module that it replaces, if there was one.
-        original: The value that the attribute had before, from the instance or the class.
+        before: The instance attribute of the module that it replaces, or None.
+        original: The previous value of the attribute, from the instance or the class.
     """
 
     def __init__(self, call: Callable[..., Any], before: Any = None, original: Any = None) -> None:
@@ -69,9 +69,9 @@ class Ours:
 
 @contextmanager
 def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """While open, the attribute ``name`` of this one module is ``call``.
+    """While open, the attribute ``name`` of this module instance is ``call``.
 
-    A reference that outlives the context calls the original.
+    A reference to it that is kept after the context calls the original.
     """
     mine = Ours(call, module.__dict__.get(name), getattr(module, name))
     functools.update_wrapper(mine, mine.original, updated=())  # generate reads signatures
@@ -80,7 +80,7 @@ def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
         yield
     finally:
         mine.call = mine.original
-        if module.__dict__.get(name) is mine:  # nothing else has replaced it
+        if module.__dict__.get(name) is mine:  # other code may have replaced it
             delattr(module, name)
             if mine.before is not None:
                 setattr(module, name, mine.before)
@@ -88,7 +88,7 @@ def shadowed(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def plain_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, ``copy.deepcopy``, ``pickle`` and ``torch.save`` leave out what is `Ours`.
+    """While open, ``copy.deepcopy``, ``pickle`` and ``torch.save`` leave out every `Ours`.
 
     All three call ``__reduce_ex__`` of the module.
     """
@@ -105,7 +105,7 @@ def plain_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _reduced(module: nn.Module, protocol: Any) -> Any:
     found = type(module).__reduce_ex__(module, protocol)
     if not isinstance(found, tuple) or len(found) < 3 or not isinstance(found[2], dict):
-        return found  # its class defines how it is copied
+        return found  # the class defines its own way of copying
     make, args, state, *rest = found
     return make, args, without_ours(state), *rest
 
@@ -130,18 +130,18 @@ def without_ours(state: dict[str, Any]) -> dict[str, Any]:
 _lock = threading.Lock()
 
 
-_eager: list[Any] = []  # the stance of `torch.compiler`, once for each open context
+_eager: list[Any] = []  # the stance of `torch.compiler`, one entry per open context
 
 
 @contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
-    """While any is open, code compiled by `torch.compile` runs as plain PyTorch, everywhere.
+    """While any such context is open, all code compiled by `torch.compile` runs as plain PyTorch.
 
-    A graph that was captured without hooks is replayed without them, because dynamo does not guard
-    on new hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``).
+    A graph captured without hooks would run without them, because dynamo does not guard on new
+    hooks (``torch._dynamo.config.skip_nnmodule_hook_guards``).
 
     Raises:
-        UserError: Code that is being compiled opens it.
+        UserError: A compiled function opens the context.
     """
     if _is_compiled(model):
         warnings.warn(
@@ -180,12 +180,12 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def bypassed(what: str) -> UserError:
-    """The error for a forward of ``what`` that did not run, or not through the hooks."""
+    """The error for a forward of ``what`` that did not run, or did not run through the hooks."""
     return UserError(
         f"a forward got past the hooks on {what}, so that it was not compressed.  It was captured "
         "(a CUDA graph, a traced module), or the module, its forward or its hooks were replaced or "
-        "removed.  Undo that, or open the compress context afterwards, on a model that calls its "
-        "modules."
+        "removed.  Undo that, or make the change before the compress context opens, on a model "
+        "that calls its modules."
     )
 
 
@@ -197,9 +197,9 @@ class _Here(threading.local):
 
     Attributes:
         fired: Number of times that the module's hooks have run.
-        before: The same of the next inner module, when the module's forward began.
+        before: `fired` of the next inner module at the start of the module's forward.
         hooked: Modules whose hooks have run and whose ``forward`` is next.
-        sent: Modules of which a call of ``forward`` was redirected to the module.
+        sent: Modules for which a direct call of ``forward`` was redirected to the module.
     """
 
     def __init__(self) -> None:
@@ -232,7 +232,7 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While open, forwards are watched.  Open it after installing the context's own hooks."""
+        """While open, forwards are watched.  Open it after the context's hooks are installed."""
         with ExitStack() as stack:
             for index, module in enumerate(self.modules):
                 hook = Ours(functools.partial(self.enter, index))
@@ -257,9 +257,9 @@ class Guard:
                 "this model runs inside a compress context that another thread or task has opened. "
                 "To run compressed as well, start the thread with "
                 "target=contextvars.copy_context().run (its first argument is the function to "
-                "run); for plain answers use a copy of the model, or wait until the context is "
-                "closed.  A model that DataParallel spreads over devices runs in threads of its "
-                "own: use one process for each device."
+                "run); for uncompressed answers use a copy of the model, or run it after the "
+                "context is closed.  DataParallel runs the model in one thread per device: use one "
+                "process per device instead."
             )
         if self.owner not in (None, threading.get_ident()):
             raise UserError("a context that shares a Prefix runs in the thread that opened it.")
@@ -275,14 +275,14 @@ class Guard:
         here.before[index] = here.fired[index + 1]
 
     def leave(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        """Behind a module: refuse a forward that reached the inner module without its hooks."""
+        """After a module: refuse a forward that did not run through the inner module's hooks."""
         here, inner = self.here, index + 1
-        here.hooked.discard(index)  # still there if another forward has replaced `forward`
+        here.hooked.discard(index)  # still present if other code has replaced `forward`
         if inner < len(self.modules) and here.before.get(index) == here.fired[inner]:
             raise bypassed(type(self.modules[inner]).__name__)
 
     def forward(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of a module's ``forward``: run direct calls through the hooks."""
+        """Replace a module's ``forward``: run direct calls through the hooks."""
         here, module = self.here, self.modules[index]
         if index in here.hooked:
             here.hooked.discard(index)

@@ -1,4 +1,4 @@
-"""What acts where in one `compress` context."""
+"""The compressors of one `compress` context, by stage and decoder layer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__ = ["Plan", "check_rows"]
 
 
 class Plan:
-    """The compressors of one context, taken apart by where they act.
+    """The parts of the compressors of one context, by stage and decoder layer.
 
     Attributes:
-        adapter: Of the model.
-        compressors: One for all rows of a batch, or one for each.
-        needs: For each compressor the signals that the model computes for it.
-        signals: All of them.
-        encoder: What acts inside the vision encoder, or None.
-        before: For each compressor what selects in front of the language model, in order.
-        inside: Index of a decoder layer to what selects in front of it.
+        adapter: The model.
+        compressors: One for all rows of a batch, or one for each row.
+        needs: For each compressor, the signals that the model computes for it.
+        signals: The signals of all compressors.
+        encoder: The part that acts inside the vision encoder, or None.
+        before: For each compressor, the parts that select in front of the language model, in order.
+        inside: Index of a decoder layer to the part that selects in front of it.
         drops: Whether any token may be dropped.
         taps: Decoder layers whose attention input is kept.
-        sizes: Of the model, for the account.
+        sizes: Sizes of the model, for the cost accounts.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Plan:
         compressors: Sequence[Compressor | None],
         extra_signals: frozenset[Signal] = frozenset(),
     ) -> None:
-        """Take ``compressors`` apart; the caller provides ``extra_signals``."""
+        """Sort the parts of ``compressors``; the caller provides ``extra_signals``."""
         self.adapter, self.compressors = adapter, compressors
         self.needs = [
             one.needs - extra_signals if one else frozenset[Signal]() for one in compressors
@@ -57,11 +57,11 @@ class Plan:
 
     @property
     def selects(self) -> bool:
-        """Whether anything selects, in front of the language model or inside it."""
+        """Whether any part selects in front of the language model or inside it."""
         return any(self.before) or bool(self.inside)
 
     def index(self, row: int, rows: int) -> int:
-        """Which compressor acts in ``row`` of ``rows``; the beams of a prompt are adjacent rows."""
+        """Index of the compressor of ``row`` in ``rows``; the beams of a prompt are adjacent."""
         return row * len(self.compressors) // rows
 
     def accounts(self, rows: int) -> list[Account]:
@@ -80,10 +80,10 @@ def check_rows(compressors: Sequence[Compressor | None]) -> None:
         if part.stage is not Stage.PRE_LLM:
             raise UserError(
                 f"{part.label} does not act in front of the language model, so it cannot share a "
-                "batch with other compressors; run it in a context of its own."
+                "batch with other compressors; run it in a separate context."
             )
     if len({part.keeps_positions for part in parts}) > 1:
         raise UserError(
             "some of these compressors keep the positions of the full prompt and some do not; run "
-            "them in contexts of their own."
+            "them in separate contexts."
         )

@@ -1,9 +1,9 @@
 """Runs the decoder layers in front of every cut once for all compressors of a batch of prompts.
 
 The output of the layers in front of a compressor's first cut does not depend on the compressor.  A
-`Prefix` records it when one `compress` context runs these layers, and repeats it in the others:
-their KV cache gets the same entries, and the next layer the same hidden states, bit for bit.
-Attention rows and keys in front of the same cut are also computed once.  The call of
+`Prefix` records it when the first `compress` context runs these layers, and repeats it in the
+others.  Their KV cache gets the same entries, and the next layer gets the same hidden states, bit
+for bit.  Attention rows and keys in front of the same cut are also computed once.  The call of
 ``model.generate`` does not change.
 """
 
@@ -44,7 +44,7 @@ class _Ran:
 
     Attributes:
         keys, values: (B, kv_heads, S, head_dim) as in the KV cache.
-        output: What the layer returned, if a compressor cuts behind it.
+        output: Output of the layer, if a compressor cuts after it.
         tapped: (B, S, D) input of its attention module, if a compressor needs it.
     """
 
@@ -82,13 +82,13 @@ class Prefix:
             self.cuts |= {min(inside)} if inside else set()
             self.taps |= tapped_layers(needs, inside)
         self._ran: dict[int, _Ran] = {}
-        self._looked: dict[Hashable, Tensor] = {}
+        self._computed: dict[Hashable, Tensor] = {}
         self._prompts: Sequence[Any] = ()
 
     def clear(self) -> None:
         """Forget all recorded outputs."""
         self._ran.clear()
-        self._looked.clear()
+        self._computed.clear()
 
     @contextmanager
     def installed(
@@ -136,8 +136,8 @@ class Repetition:
 
         Args:
             cache: The KV cache.
-            prompts: Input ids and images that determine the prompts; empty if the forward does not
-                run whole prompts with images.
+            prompts: Input ids, mask and images, which determine the prompts; empty if the forward
+                does not run whole prompts with images.
 
         Raises:
             RuntimeError: The prefix belongs to other prompts.
@@ -155,14 +155,14 @@ class Repetition:
         missing = next((at for at in range(self.until) if at not in ran), self.until)
         self.skip = max((cut for cut in self.prefix.cuts if cut <= missing), default=0)
 
-    def once(self, key: Hashable, look: Callable[[], Tensor]) -> Tensor:
-        """The result of ``look``, computed once for all contexts that ask for the same ``key``."""
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """The result of ``compute``, shared by all contexts that use the same ``key``."""
         if not self.open:
-            return look()
-        looked = self.prefix._looked
-        if key not in looked:
-            looked[key] = look()
-        return looked[key]
+            return compute()
+        computed = self.prefix._computed
+        if key not in computed:
+            computed[key] = compute()
+        return computed[key]
 
     def end(self) -> None:
         """End the forward."""
@@ -194,7 +194,7 @@ class Repetition:
                 return before.output if index + 1 == self.skip else hidden
             output = original(*args, **kwargs)
             held = cache.layers[index]
-            # A cache with a sliding window holds a part of it, a quantised cache nothing.
+            # A cache with a sliding window holds only a part of the keys, a quantised one none.
             if index not in ran and held.keys.shape[-2] == hidden.shape[1]:
                 left = output if index + 1 in self.prefix.cuts else None
                 ran[index] = _Ran(held.keys, held.values, left, self._entered)

@@ -1,4 +1,4 @@
-"""Records the scores by which a method ranks tokens, while it runs."""
+"""Records the scores by which a method ranks tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Note = tuple[VisualTokens, Tensor]
 def noting(compressor: Compressor) -> tuple[Compressor, list[Note]]:
     """A copy of ``compressor`` that records its scores (`Compressor.ranking`), and the record.
 
-    The copy has a ``select`` of its own in place of its class's; nothing else differs.
+    The copy differs from the original only in its ``select``.
     """
     notes: list[Note] = []
 

@@ -11,13 +11,13 @@
    prompt (``pre_llm``, `tokenprune.engine.dropping.shorten`).
 4. `Session.tap`, in front of an attention module, keeps its input for attention rows.
 5. `Session.layer`, in front of each decoder layer, drops columns between two layers (``llm``,
-   `tokenprune.engine.dropping.cut`) and hands every layer behind the cut the mask, rotary embedding
-   and position ids of what is left.
-6. `Session.leave`, behind the language model, reports to the trace and spreads the hidden states
+   `tokenprune.engine.dropping.cut`) and passes every layer after the cut the mask, rotary embedding
+   and position ids of the kept columns.
+6. `Session.leave`, after the language model, reports to the trace and spreads the hidden states
    over the original columns, so that logits, labels and loss keep their shape.
-7. `Session.forget`, behind the model, drops what the caller passed.
+7. `Session.forget`, after the model, drops what the caller passed.
 
-What must outlive a forward is on the KV cache (`tokenprune.engine.cache`).
+The state that outlives a forward is stored in the KV cache (`tokenprune.engine.cache`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -59,9 +59,6 @@ from tokenprune.errors import UserError
 from tokenprune.signals import Signal
 from tokenprune.spec import parse
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "Session",
     "compress",
@@ -70,7 +67,6 @@ __all__ = [
 
 # Models that run inside a context.
 active: WeakSet[nn.Module] = WeakSet()
-
 
 _entering = threading.Lock()
 
@@ -90,26 +86,27 @@ def compress(
     Methods that use the prompt see the question, never an answer or a draft.  Of the last ``k``
     columns of a forward with ``logits_to_keep=k``, only the first belongs to the prompt; the others
     are draft tokens of assisted decoding, or a continuation to be scored.  With ``labels``, the
-    token that asks for an image is the last text token before the first label behind that image.
+    query token of an image, whose attention ranks it, is the last text token before the first label
+    after that image.
 
     Tokens that ``attention_mask`` hides are not ranked, kept or counted.  Logits and
-    ``output_hidden_states`` are in the columns of the prompt, where a dropped column shows what the
-    last kept column before it shows.
+    ``output_hidden_states`` keep the columns of the prompt; a dropped column repeats the last kept
+    column before it.
 
-    Threads that share the `contextvars` context of the thread that opened it
-    (`contextvars.copy_context`) may run the model at the same time; others are refused.  Everything
-    that ``torch.compile`` has compiled, this model or another, runs eagerly while the context is
-    open.  Copies of the model that are made inside are plain.
+    Threads that share the `contextvars` context of the opening thread
+    (`contextvars.copy_context`) may run the model at the same time; others are refused.  While the
+    context is open, all code compiled by ``torch.compile`` runs eagerly, also that of other models.
+    Copies of the model made inside the context are not compressed.
 
     Args:
         model: A model that has an adapter, e.g. ``LlavaNextForConditionalGeneration``, its
             adapter, its pipeline, or a wrapper that `adapter_of` unwraps.
         compressor: A `Compressor`, a spec such as ``"globalcom2"`` or ``"fastv:layer=3"``, or None
             to run uncompressed and only measure the cost.  A list has one compressor for each row
-            of the batch, all of them in front of the language model.
-        extra_signals: Signals that the model cannot provide.  The caller puts them into the
-            `VisualTokens` handed to `Pipeline.assemble`.
-        prefix: Decoder layers that contexts with the same prompts run once for all of them.
+            of the batch; all of them act in front of the language model.
+        extra_signals: Signals that the model cannot provide.  The caller adds them to the
+            `VisualTokens` passed to `Pipeline.assemble`.
+        prefix: Decoder layers that contexts with the same prompts run only once.
         **fields: With a spec, options of the method, e.g. ``retention=0.25``.
 
     Yields:
@@ -117,18 +114,14 @@ def compress(
 
     Raises:
         UserError: The model lacks what the compressor needs, or already runs inside a context.
-            Inside: a forward bypassed the hooks, or ran in a thread outside the context.
+            Inside the context: a forward bypassed the hooks, or ran in a thread that does not
+            belong to the context.
     """
     adapter = adapter_of(model)
     facts = adapter.facts
     _ = facts.decoder  # raises if there is no language model
-    if isinstance(compressor, str):
-        compressor = parse(compressor, **fields)
-    elif fields:
-        raise UserError(f"fields {sorted(fields)} need a strategy's name, got {compressor!r}.")
+    rows = _compressors(compressor, fields)
     extra_signals = frozenset(extra_signals)
-    rows: list[Compressor | None]
-    rows = [*compressor] if isinstance(compressor, Sequence) else [compressor]
     for one in {id(one): one for one in rows if one is not None}.values():
         check_compatible(facts, one, extra_signals)
     if len(rows) > 1:
@@ -140,14 +133,25 @@ def compress(
         yield trace
 
 
+def _compressors(
+    compressor: Compressor | str | Sequence[Compressor] | None, fields: dict[str, Any]
+) -> list[Compressor | None]:
+    """The compressor of all rows, or of each row.  Raises `UserError` for ``fields`` of no spec."""
+    if isinstance(compressor, str):
+        return [parse(compressor, **fields)]
+    if fields:
+        raise UserError(f"fields {sorted(fields)} need a method's name, got {compressor!r}.")
+    return [*compressor] if isinstance(compressor, Sequence) else [compressor]
+
+
 @contextmanager
 def _alone(base: nn.Module) -> Iterator[None]:
-    """While open, no other context can be opened on the model.  Raises `UserError` if one is."""
+    """While open, refuse other contexts on the model.  Raises `UserError` if one is open."""
     with _entering:
         if base in active:
             raise UserError(
                 "this model already runs inside a compress context; leave it first, or combine the "
-                "strategies with Chain.of(...)."
+                "methods with Chain.of(...)."
             )
         active.add(base)
     try:
@@ -166,7 +170,7 @@ class Session(threading.local):
         self.signals = LayerSignals(plan.adapter)
         self.repeating: Repetition | None = None
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in self.adapter.encoders}
-        self.given = Given()  # what the caller passed, noted by the hooks of the outer modules
+        self.given = Given()  # arguments of the caller, noted by the hooks of the outer modules
         self.current: Pass | None = None
         self.reported: Pass | None = None  # the pass that the trace will report
         self.memory = Memory()
@@ -179,7 +183,7 @@ class Session(threading.local):
 
         def enter() -> dict[str, list[list[Tensor]]]:
             guard.admit()
-            return self.seen  # of the thread that encodes
+            return self.seen  # each thread has its own
 
         first = min(plan.inside, default=plan.sizes.decoder.layers)
         handles = [
@@ -187,7 +191,7 @@ class Session(threading.local):
             for module, hook in self._hooks()
         ]
         handles.append(adapter.language_model.register_forward_hook(Ours(self.leave)))
-        # The next forward starts afresh even if this one fails before the language model runs.
+        # Forget also if the forward fails, so that the next one does not see its arguments.
         handles += [
             module.register_forward_hook(Ours(self.forget), always_call=True)
             for module in {adapter.model, adapter.base}
@@ -210,7 +214,7 @@ class Session(threading.local):
             self.forget()
 
     def _hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        """Modules and the hooks in front of them."""
+        """Modules and the hooks that run in front of them."""
         adapter, plan = self.adapter, self.plan
         yield adapter.base, self.begin
         yield adapter.language_model, self.enter
@@ -222,7 +226,7 @@ class Session(threading.local):
             attention = adapter.decoder_layers[index].get_submodule("self_attn")
             yield attention, functools.partial(self.tap, index)
 
-    # -- what the caller passed ------------------------------------------------------------------
+    # -- arguments of the caller -----------------------------------------------------------------
 
     def note_targets(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
         """Note where the prompts end, because answers and drafts must not influence selections."""
@@ -234,7 +238,7 @@ class Session(threading.local):
         )
 
     def begin(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
-        """Note the input ids, the placeholders, and features that were encoded before."""
+        """Note the input ids, the placeholders, and features that the caller encoded."""
         ids = argument(module, args, kwargs, "input_ids")
         embeds = argument(module, args, kwargs, "inputs_embeds")
         if ids is None and embeds is None and args:
@@ -248,17 +252,17 @@ class Session(threading.local):
             if outputs.get(modality) is not None:
                 calls.append(list(outputs[modality].pooler_output))
         self.given = replace(self.given, ids=ids, placeholders=self._placeholders(ids, embeds))
-        if ids is not None and not any(self.plan.before):  # else `enter` checks what is left
+        if ids is not None and not any(self.plan.before):  # otherwise `_select` checks the rest
             check_length(self.adapter.facts, ids.shape[1])
         plain = [name for name, output in outputs.items() if type(output.pooler_output) is list]
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
-        # Beam search makes plain lists of what has to be joined as a stack.
+        # Beam search turns features into plain lists, which the model cannot flatten.
         joined = {name: encoded(outputs[name].pooler_output) for name in plain}
         return args, {**kwargs, "mm_encoder_outputs": {**outputs, **joined}}
 
     def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
-        """Modality to (B, S), which columns stand for a visual token."""
+        """Modality to (B, S) bool, the columns that stand for a visual token."""
         found = {}
         for modality, token in self.adapter.facts.placeholders.items():
             if ids is not None:
@@ -270,7 +274,7 @@ class Session(threading.local):
         return found
 
     def forget(self, *_: Any) -> None:
-        """Drop what was passed to this forward."""
+        """Drop the arguments of this forward."""
         self.given = Given()
         for calls in self.seen.values():
             calls.clear()
@@ -278,13 +282,13 @@ class Session(threading.local):
     # -- in front of the language model ----------------------------------------------------------
 
     def enter(self, module: nn.Module, args: Any, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
-        """Find the images, select in front of the language model, and open the account."""
+        """Find the images, select in front of the language model, and open the cost accounts."""
         self.current = self.reported = None
         embeds = argument(module, args, kwargs, "inputs_embeds")
-        if embeds is None:  # the caller runs the language model alone
+        if embeds is None:  # the caller runs the language model directly, on input ids
             return None
         plan, changed = self.plan, dict(kwargs)
-        if "past_key_values" in changed:  # the old name is still understood
+        if "past_key_values" in changed:  # models still accept the old name
             changed[CACHE] = changed.pop("past_key_values")
         refuse_paged(changed.get(CACHE))
         state = Pass.start(self.given, embeds, changed, plan.taps)
@@ -305,12 +309,12 @@ class Session(threading.local):
         return args, changed
 
     def _check_images(self, state: Pass, embeds: Tensor, cache: Cache | None) -> None:
-        """Raise `UserError` for placeholders without images; warn of images that it cannot find."""
+        """Raise `UserError` for placeholders without images; warn of images in embeddings."""
         rows, width = embeds.shape[:2]
         if self.plan.selects and not state.spans:
             if state.given.ids is None and not state.continued and width > 1:
                 warn_of_embeds()
-            # A token that was generated or drafted behind a prompt may be any, also a placeholder.
+            # A generated or drafted token may be a placeholder by chance.
             if width > (state.given.scored if cache is not None and state.past else 1):
                 refuse_missing_images(state.given.placeholders)
         count = len(self.plan.compressors)
@@ -364,7 +368,7 @@ class Session(threading.local):
         self.repeating.begin(changed.get(CACHE), prompts)
 
     def _select(self, state: Pass, embeds: Tensor, changed: Kwargs) -> Tensor:
-        """Select in front of the language model: (B, M, D) embeddings of what is left."""
+        """Select in front of the language model: (B, M, D) embeddings of the kept columns."""
         plan = self.plan
         state.enter_encoding(embeds.element_size())
         for span in state.spans if PROMPT in plan.signals else []:
@@ -376,7 +380,7 @@ class Session(threading.local):
         if any(plan.before):
             numbered = any(part.keeps_positions for parts in plan.before for part in parts)
             left = state.width if numbered else max(state.prompts.left)
-            check_length(self.adapter.facts, left, what="what is left of the prompt")
+            check_length(self.adapter.facts, left, what="the compressed prompt")
         for span in state.spans:
             span.entered = span.index
             span.tokens = replace(
@@ -387,7 +391,7 @@ class Session(threading.local):
         return embeds
 
     def _inputs(self, state: Pass, span: Span, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What enters the language model: an image's patch tokens, and the text behind it."""
+        """What enters the language model: an image's patch tokens, and the text after it."""
         if Signal("llm_inputs") not in self.plan.signals:
             return None
         row = embeds[span.row].detach()
@@ -397,7 +401,7 @@ class Session(threading.local):
     # -- between decoder layers ------------------------------------------------------------------
 
     def tap(self, index: int, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
-        """Keep what the attention module of decoder layer ``index`` receives."""
+        """Keep the input of the attention module of decoder layer ``index``."""
         wanted = ("hidden_states", "position_embeddings")
         self._keep_tapped(index, *(argument(module, args, kwargs, name) for name in wanted))
 
@@ -408,7 +412,7 @@ class Session(threading.local):
     def layer(
         self, index: int, module: nn.Module, args: Any, kwargs: Kwargs
     ) -> tuple[Any, Kwargs] | None:
-        """Select in front of decoder layer ``index``, and pass it what is left."""
+        """Select in front of decoder layer ``index``, and pass it the kept columns."""
         state, plan = self.current, self.plan
         if state is None:
             return None
@@ -418,24 +422,24 @@ class Session(threading.local):
             with self.trace.around():
                 hidden = cut(plan, self.memory, self.signals, once, state, index, hidden, kwargs)
         state.ran.append(state.columns if state.packed else None)
-        behind = state.cuts
+        cuts = state.cuts
         if state.layers:
-            behind = state.layers[index].cut - state.layers[0].cut
-        if not behind:
+            cuts = state.layers[index].cut - state.layers[0].cut
+        if not cuts:
             return None
-        changed = {**kwargs, **surroundings(self.adapter, state, index, behind, hidden, kwargs)}
+        changed = {**kwargs, **surroundings(self.adapter, state, index, cuts, hidden, kwargs)}
         if args:
             return (hidden, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden}
 
     def _once(self, index: int) -> Once:
-        """What runs a computation; in front of the first cut, once for all that share a prefix."""
+        """A function that runs a computation, at the first cut once for all that share a prefix."""
         repeating = self.repeating
         if repeating is None or index != min(self.plan.inside):
-            return lambda what, look: look()
-        return lambda what, look: repeating.once((index, what), look)
+            return lambda what, compute: compute()
+        return lambda what, compute: repeating.once((index, what), compute)
 
-    # -- behind the language model ---------------------------------------------------------------
+    # -- after the language model ----------------------------------------------------------------
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Report to the trace, and spread the hidden states over the columns of the prompt."""
@@ -457,7 +461,7 @@ class Session(threading.local):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden
         if output.get("hidden_states") is not None:
-            # The first is what enters layer 0, each other what a layer returns.
+            # The first is the input of layer 0, each other one the output of a layer.
             columns = [state.ran[0], *state.ran]
             output.hidden_states = tuple(
                 states if states is None or at is None else state.spread(states, at)
@@ -466,5 +470,5 @@ class Session(threading.local):
         return output
 
     def report(self, state: Pass, size: int) -> None:
-        """Give the trace the report on a forward that is over, of ``size`` bytes a number."""
+        """Give the trace the report on a finished forward, at ``size`` bytes a number."""
         self.trace.prefill = state.prefill(size)

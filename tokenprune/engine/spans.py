@@ -1,4 +1,4 @@
-"""Finds the images of a forward among its columns."""
+"""Finds the columns of each image in a forward."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def find_spans(
     """The visual tokens of a forward, image by image, in the order of the placeholders.
 
     Args:
-        state: The forward; what the host has to know of its prompts is looked up.
+        state: The forward; its `Pass.prompts` are filled in.
         seen: Modality to the features that each encoder call returned.
-        encoder: What the context runs inside the vision encoder.
+        encoder: The method that the context runs inside the vision encoder, or None.
 
     Raises:
-        UserError: Placeholders and features do not match, or the features were encoded otherwise.
+        UserError: Placeholders and features do not match, or the features were encoded outside the
+            context or with another encoder method.
     """
     found = {name: [feature for call in calls for feature in call] for name, calls in seen.items()}
     if not state.given.placeholders or not any(found.values()):
@@ -99,14 +100,14 @@ def _check_encoding(record: VisualTokens, encoder: EncoderCompressor | None) -> 
     wanted = repr(encoder) if encoder is not None else ""
     if found != wanted:
         raise UserError(
-            f"these features were encoded by {found or 'the plain vision tower'}, but this "
-            f"context runs {wanted or 'the plain vision tower'}; encode them with "
+            f"these features were encoded by {found or 'the plain vision encoder'}, but this "
+            f"context runs {wanted or 'the plain vision encoder'}; encode them with "
             "pipe.encode(images, signals, compressor), or pass pixel_values."
         )
 
 
 def refuse_missing_images(placeholders: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` for placeholders without features, which would run as if they were text."""
+    """Raise `UserError` for placeholders without features, which the model would read as text."""
     for modality, where in placeholders.items():
         if where.any():
             raise UserError(

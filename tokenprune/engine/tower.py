@@ -41,11 +41,11 @@ class Tower:
 
     Attributes:
         groups: For every hidden state (the input of layer 0, then the output of each layer),
-            (V, T) index of each of the T entries of a full view in it, -1 for dropped entries.
-        biases: For every layer (V, n), added to the attention logits of its keys, or None.
-        attended, processed: For every layer the number of entries in its attention and its MLP.
+            (V, T) index in it of each of the T entries of a full view, -1 for a dropped entry.
+        biases: For every layer, (V, n) bias of the attention logits of its keys, or None.
+        attended, processed: For every layer, the number of entries in its attention and its MLP.
         size: (V, n) number of patches that each entry stands for, None while all are 1.
-        key_width: Width of the keys that were compared.
+        key_width: Width of the keys that the method compares.
         by: `repr` of the method.
     """
 
@@ -58,24 +58,26 @@ class Tower:
     by: str = ""
 
     def spread(self, values: Tensor, layer: int | None) -> Tensor:
-        """(V, T, ...) ``values`` (V, n, ...) of the entries of ``layer``, for all T of a full view.
+        """(V, T, ...) values of all T entries of a full view.
 
-        A ``layer`` of None stands for the entries that are left behind the last layer.
+        Args:
+            values: (V, n, ...) values of the entries of ``layer``.
+            layer: Index of the layer; None for the output of the last one.
         """
         return spread(values, self.groups[-1 if layer is None else layer % len(self.attended)])
 
     def clusters(self, layouts: list[TokenLayout], shape: tuple[int, int]) -> list[Tensor]:
-        """For every image or video, (N,) the cluster of each token, -1 at separators, on the CPU.
+        """For every image or video, (N,) cluster of each token on the CPU, -1 at separators.
 
         Args:
-            layouts: Layouts of the images or videos whose views ran.
+            layouts: Layouts of the encoded images or videos.
             shape: (rows, columns) of the patches of a full view.
         """
         group, (height, width) = self.groups[-1], shape
         cells = group[:, -height * width :].unflatten(1, shape).cpu()
         found, first = [], 0
         for layout in layouts:
-            rows, cols = layout.view_shape  # fewer where the model pools
+            rows, cols = layout.view_shape  # smaller than ``shape`` if the model pools
             row = (2 * layout.row + 1) * height // (2 * rows)
             col = (2 * layout.col + 1) * width // (2 * cols)
             ids = cells[first : first + layout.views][layout.view, row, col]
@@ -99,7 +101,7 @@ def running(
 ) -> Iterator[Tower | None]:
     """While open, the vision encoder runs under ``compressor``.
 
-    Hooks and replaced ``forward`` methods are attributes of the instances and are removed.
+    Hooks and replaced ``forward`` methods are set on the instances, and removed at the end.
 
     Args:
         adapter: The model.
@@ -108,7 +110,7 @@ def running(
         modality: Key of `Adapter.encoders`.
 
     Yields:
-        The record of the run, complete when it is over; None without a method.
+        The record of the run, complete at its end; None without a method.
     """
     if compressor is None:
         yield None
@@ -132,7 +134,7 @@ def running(
 def dry_run(
     adapter: Adapter, compressor: EncoderCompressor, layout: TokenLayout, seed: int = 0
 ) -> Tower:
-    """A run on the views of one image without weights: the method gets random states and keys."""
+    """A run on the views of one image without weights, on random states and keys."""
     session = TowerRun(adapter, compressor, budget(layout.view_sizes[0], compressor.retention), {})
     rows, cols = adapter.view_shape
     tall, wide = adapter.facts.vision.patch_size
@@ -140,7 +142,7 @@ def dry_run(
     session.enter(None, (pixels,), {})
     tower, draw = session.tower, torch.Generator("cpu").manual_seed(seed)
     entries = adapter.facts.vision.prefix_tokens + session.shape[0] * session.shape[1]
-    width = adapter.facts.vision.hidden // adapter.facts.vision.heads  # of keys, which cost by it
+    width = adapter.facts.vision.hidden // adapter.facts.vision.heads  # a method's cost needs it
     states = torch.randn(
         layout.views, entries, width, generator=draw, dtype=torch.float32, device="cpu"
     )
@@ -186,9 +188,9 @@ class TowerRun:
         return args, {**changed, "pixel_values": small}
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Behind the vision encoder: spread its output over the entries of a full view."""
+        """After the vision encoder: spread its output over the entries of a full view."""
         if len(self.tower.attended) < self.depth:
-            raise bypassed("the layers of the vision tower")
+            raise bypassed("the layers of the vision encoder")
         states = [
             None if state is None else spread(state, group)
             for state, group in zip(output.hidden_states or (), self.tower.groups, strict=False)
@@ -219,17 +221,17 @@ class TowerRun:
 
         return forward
 
-    def _reduced(self, index: int, states: Tensor, look: Callable[[], Tensor]) -> Tensor:
-        """(V, m, D) what is left of ``states`` (V, n, D) behind the attention of a layer.
+    def _reduced(self, index: int, states: Tensor, keys_of: Callable[[], Tensor]) -> Tensor:
+        """(V, m, D) the reduced ``states`` (V, n, D) between attention and MLP of a layer.
 
-        ``look`` returns the keys (V, n, d) of the layer, and is called only if they are needed.
+        ``keys_of`` returns the keys (V, n, d) of the layer.  It is called only if they are needed.
         """
         tower, group = self.tower, self.tower.groups[-1]
         size = tower.size
         size = states.new_ones(states.shape[:2], dtype=torch.float32) if size is None else size
         size, reduction = size.to(states.device), None
         if index < self.depth and self.compressor.reduces:
-            keys = look()
+            keys = keys_of()
             tower.key_width = keys.shape[-1]
             tokens = EncoderTokens(
                 layer=index,

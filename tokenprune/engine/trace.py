@@ -36,7 +36,7 @@ class SelectionRecord:
         row: Row of the batch.
         image: Index of the image or video in that row.
         stage: Where the compressor acts.
-        layer: The decoder layer in front of which it selects; None outside the language model.
+        layer: Decoder layer in front of which it selects; None outside the language model.
         layout: Geometry of the full packed sequence of N entries, on the CPU.
         keep: (M,) int64 indices of the kept entries, on the CPU.
     """
@@ -106,9 +106,9 @@ class Prefill(NamedTuple):
     """One prefill.
 
     Attributes:
-        selections: In the order made.
+        selections: The selections, in order.
         has_images: Whether the prompts have images or videos.
-        account: Makes the ledger of every row.
+        account: Computes the ledger of every row.
     """
 
     selections: list[SelectionRecord]
@@ -120,13 +120,13 @@ class Trace:
     """The latest prefill with images inside a `compress` context.
 
     Selections and ledgers always belong to the same forward.  A prefill without images is recorded
-    only until the first one with images, so that the text-only forward of ``guidance_scale``
-    changes nothing.  If several threads run the model, each reads its own latest prefill; a thread
-    without one reads the latest of all.
+    only before the first one with images, so that the text-only forward of ``guidance_scale`` does
+    not replace it.  If several threads run the model, each reads its own latest prefill; a thread
+    without one reads the latest of all threads.
 
     Attributes:
-        around: Makes the context in which every selection runs, including its signals inside the
-            language model and packing.  Put a stopwatch here to time the selector.
+        around: Returns the context in which every selection runs, including its signals inside the
+            language model and packing.  Replace it to time the selections.
         fit: How the processor makes a square view of an image without crops (`Adapter.fit`).
     """
 
@@ -148,7 +148,7 @@ class Trace:
 
     @property
     def selections(self) -> list[SelectionRecord]:
-        """Every selection, in the order made."""
+        """Every selection, in order."""
         return self.prefill.selections
 
     @property
@@ -180,7 +180,7 @@ class Trace:
         return _summary(self.selections)
 
     def show(self, image: Any, *, row: int = 0, index: int = 0) -> Image.Image:
-        """Draw which patches of an image are left after the last selection.
+        """Draw which patches of an image remain after the last selection.
 
         Args:
             image: As for `SelectionRecord.show`.
@@ -188,7 +188,7 @@ class Trace:
             index: Index of the image or video in that row.
 
         Raises:
-            UserError: Nothing was selected there, or as `SelectionRecord.show`.
+            UserError: There is no selection of this image, or as `SelectionRecord.show`.
         """
         found = [one for one in self.selections if (one.row, one.image) == (row, index)]
         if not found:

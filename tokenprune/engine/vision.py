@@ -46,19 +46,19 @@ __all__ = [
 ]
 
 COMPUTED: dict[str, Callable[[Projections], Tensor]] = {
-    "cls_logits": lambda tapped: _behind_cls(cls_row(tapped, softmax=False)),
-    "cls_attention": lambda tapped: _behind_cls(cls_row(tapped, softmax=True)),
-    "cls_joint": lambda tapped: _behind_cls(cls_row(tapped.joint(), softmax=True)),
+    "cls_logits": lambda tapped: _with_cls(cls_row(tapped, softmax=False)),
+    "cls_attention": lambda tapped: _with_cls(cls_row(tapped, softmax=True)),
+    "cls_joint": lambda tapped: _with_cls(cls_row(tapped.joint(), softmax=True)),
     "received": lambda tapped: attention_received(tapped),
     "keys": lambda tapped: key_vectors(tapped),
     "joint_keys": lambda tapped: key_vectors(tapped.joint()),
 }
-"""Name of a signal of the vision layers to what computes (views, tokens, ...) of a layer."""
+"""Name of a signal of the vision layers to the function that computes it: (views, tokens, ...)."""
 
 Seen = Mapping[str, list[list[Tensor]]]
 
 
-# Hooks on a vision encoder last for one call, and one thread at a time may set them.
+# Hooks on a vision encoder last for one call.  Only one thread at a time may set them.
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
@@ -66,10 +66,10 @@ _making = threading.Lock()
 
 
 class Ragged(list[Tensor]):
-    """Features (N_i, D) of several videos, where the model expects a stack (V, N, D).
+    """Features (N_i, D) of several videos, in place of the stack (V, N, D) of the model.
 
-    The model only joins them, with ``flatten(0, 1)``.  In a list each keeps its own record, beams
-    repeat it without a copy, and lengths may differ.
+    The model only calls ``flatten(0, 1)`` on the stack.  In a list, each tensor keeps its record,
+    beams repeat it without a copy, and lengths may differ.
     """
 
     def flatten(self, start: int = 0, end: int = 1) -> Tensor:
@@ -97,10 +97,10 @@ def observing(
     first forward and passes the tensors alone, repeated for beams.
 
     Args:
-        adapter: Of the model.
-        signals: Signals to compute; those of the language model are left out.
-        enter: Called in front of every encoder call; returns, for each modality, the list that the
-            features are appended to.
+        adapter: The model.
+        signals: Signals to compute; those of the language model are skipped.
+        enter: Called before every encoder call; returns, for each modality, the list to which the
+            features are appended.
         encoder: A method that acts inside the vision encoder.
     """
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ def watched(
     """The model's encoder of ``modality``, with features that carry records.
 
     Args:
-        adapter: Of the model.
+        adapter: The model.
         modality: A key of `Adapter.encoders`.
         signals, enter, encoder: As in `observing`.
     """
@@ -136,7 +136,7 @@ def watched(
     def encode(*args: Any, **kwargs: Any) -> Any:
         seen = None if enter is None else enter()[modality]
         call = {
-            name: value.cpu() if _is_integer(value) else value  # sizes and numbers of images
+            name: value.cpu() if _is_integer(value) else value  # image sizes and counts
             for name, value in signature.bind(*args, **kwargs).arguments.items()
         }
         with lock:
@@ -169,10 +169,10 @@ def _is_integer(value: Any) -> bool:
 def _tapped(
     adapter: Adapter, signals: frozenset[Signal], tower: Tower | None
 ) -> Iterator[Callable[[], dict[Signal, Tensor]]]:
-    """While open, keep what the vision encoder computes; call what is yielded for the signals.
+    """While open, keep the tensors of the vision encoder from which ``signals`` are computed.
 
     Yields:
-        A function that returns for every signal (all views, patches), or (all views, patches, C).
+        A function that returns every signal: (all views, patches), or (all views, patches, C).
     """
     layers = {signal.layer for signal in signals if signal.in_vision_layer}
     with ExitStack() as stack:
@@ -186,7 +186,7 @@ def _tapped(
         prefix = adapter.facts.vision.prefix_tokens
 
         def of_patches(values: Tensor, layer: int | None) -> Tensor:
-            """Values of the patches of a full view, of what a layer or the head returned."""
+            """Values for the patches of a full view, from the output of a layer or of the head."""
             return (values if tower is None else tower.spread(values, layer))[:, prefix:]
 
         def computed(signal: Signal) -> Tensor:
@@ -201,7 +201,7 @@ def _tapped(
 
         def maps() -> dict[Signal, Tensor]:
             if any(one.key is None for one in tapped.values()):
-                raise bypassed("the vision tower")
+                raise bypassed("the vision encoder")
             if tower is not None:
                 for layer, projected in tapped.items():
                     projected.bias = tower.biases[layer]
@@ -210,8 +210,8 @@ def _tapped(
         yield maps
 
 
-def _behind_cls(row: Tensor) -> Tensor:
-    """(views, tokens) a row (views, tokens - 1) with 0 at the CLS token."""
+def _with_cls(row: Tensor) -> Tensor:
+    """(views, tokens) from a row (views, tokens - 1): 0 at the CLS token."""
     return F.pad(row, (1, 0))
 
 
@@ -222,13 +222,14 @@ def encode(
     signals: frozenset[Signal] = frozenset(),
     encoder: EncoderCompressor | None = None,
 ) -> list[VisualTokens]:
-    """Run the model's encoder once, outside of a `compress` context.
+    """Run the model's encoder once, outside a `compress` context.
 
     Args:
         adapter: The model.
-        modality: Which of the adapter's encoders.
-        call: Its arguments, as the processor returns them; moved to the model's device and dtype.
-        signals: Signals to compute on the way.
+        modality: A key of `Adapter.encoders`.
+        call: Arguments of the encoder, as the processor returns them.  They are moved to the
+            model's device and dtype.
+        signals: Signals to compute while the vision encoder runs.
         encoder: A method that acts inside the vision encoder.
 
     Returns:
@@ -256,8 +257,8 @@ def describe(
         call: The arguments of the call.
         features: For every image or video (N, D).
         maps: Signal to (all views, patches), or (all views, patches, C) for a vector.
-        modality: Which of the adapter's encoders.
-        tower: The run of the vision encoder, where a method acted inside it.
+        modality: A key of `Adapter.encoders`.
+        tower: The run of the vision encoder, if a method acted inside it.
     """
     layouts = adapter.layouts(call, modality)
     clusters = tower.clusters(layouts, adapter.view_shape) if tower is not None else None
@@ -271,7 +272,8 @@ def describe(
     return [
         VisualTokens(
             layout=layout,
-            # A second tensor on the same memory: the record must not hold its own carrier.
+            # A second tensor on the same memory, so that the record does not refer to the tensor
+            # that carries it.
             features=feature.detach(),
             signals={signal: values[index] for signal, values in packed.items()},
             fingerprint=fingerprint(call, index, sum(views[:index])),
@@ -288,7 +290,7 @@ def fingerprint(call: Mapping[str, Any], index: int, first_view: int) -> Tensor:
 
     Args:
         call: The arguments of an encoder call.
-        index: Which image or video of the call.
+        index: Index of the image or video in the call.
         first_view: Number of views of the images before it.
     """
     if "pixel_values_videos" in call:

@@ -1,1 +1,1 @@
-"""Tensor operations that strategies share."""
+"""Tensor operations that methods share."""

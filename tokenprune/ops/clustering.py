@@ -20,21 +20,22 @@ __all__ = [
 
 
 ROUNDS = 16
-"""Rounds of `dispersed` before the CPU asks whether all points are decided; few need more."""
+"""Rounds of `dispersed` before a synchronisation checks for undecided points; most need fewer."""
 
 
 def central_members(cluster: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
-    """The member of every cluster that is nearest to their mean location; ties go to the earlier.
+    """The member of every cluster nearest to its mean location; ties go to the earlier one.
 
     Args:
         cluster: (M,) int64 identifier of each member's cluster.
         row, col: (M,) int64 location of each member.
 
     Returns:
-        (C,) index of each cluster's member, by identifier, and (C,) numbers of members.
+        (C,) index of each cluster's central member, by identifier, and (C,) numbers of members.
     """
     _, place, members = cluster.unique(return_inverse=True, return_counts=True)
-    distance = torch.zeros_like(place)  # squared and times the number of members squared: exact
+    # Squared distance times the squared number of members: an integer, hence exact.
+    distance = torch.zeros_like(place)
     for axis in (row, col):
         total = torch.zeros_like(members).index_add_(0, place, axis)
         distance += (members[place] * axis - total[place]).square()
@@ -49,12 +50,13 @@ def kernel_density(distance: Tensor, width: float = 2.0) -> Tensor:
 
 
 def dispersed(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
-    """The points that, densest first, are farther than ``cutoff`` from all selected before.
+    """The points that, densest first, are farther than ``cutoff`` from all points selected before.
 
     These are the centres of DBDPC (PACT, arXiv 2504.08966, algorithm 2).  Every other point is
-    within ``cutoff`` of a selected one.  A few rounds over all points find what a loop over points
-    would: a point that is denser than all undecided points nearby is selected, and decides them.
-    Of equally dense points the earlier counts as denser.
+    within ``cutoff`` of a selected one.  A few rounds over all points give the result of a loop
+    over points: in each round, every point that is denser than all undecided points nearby is
+    selected, and those points are rejected.  Of equally dense points, the earlier one counts as
+    denser.
 
     Args:
         distance: (P, P) symmetric.
@@ -77,8 +79,8 @@ def least_cutoff(
 ) -> tuple[Tensor, Tensor]:
     """The smallest cutoff, at least ``least``, at which at most ``count`` points are `dispersed`.
 
-    It is found by halving [``least``, largest distance] 16 times, with one synchronisation at the
-    end, to learn whether `ROUNDS` were enough.
+    The interval [``least``, largest distance] is bisected 16 times.  One synchronisation at the end
+    checks whether `ROUNDS` were enough.
 
     Args:
         distance, density: As in `dispersed`.
@@ -86,7 +88,7 @@ def least_cutoff(
         least: Lower end of the interval.
 
     Returns:
-        The cutoff, () on the device, and on the CPU what `dispersed` gives for it.
+        The cutoff, () on the device, and the result of `dispersed` for it, on the CPU.
     """
     rounds, denser = ROUNDS, _denser(density)
     while True:
@@ -117,14 +119,14 @@ def _denser(density: Tensor) -> Tensor:
 
 
 def _any(mask: Tensor) -> Tensor:
-    """(P,) ``mask.any(1)`` of (P, Q), many times faster on a CPU."""
+    """(P,) ``mask.any(1)`` of ``mask`` (P, Q); this form is much faster on a CPU."""
     return mask.view(torch.uint8).amax(1).bool()
 
 
 def _rounds(
     distance: Tensor, denser: Tensor, cutoff: Tensor | float, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """(P,) bool each: the points selected after some rounds of `dispersed`, and the undecided."""
+    """(P,) bool each: the selected and the undecided points after ``rounds`` of `dispersed`."""
     near = (distance <= cutoff).fill_diagonal_(False)
     before = near & denser
     chosen = torch.zeros_like(near[0])
@@ -141,19 +143,21 @@ def _rounds(
 def density_peaks(
     vectors: Tensor, count: int, neighbours: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cluster around points that are dense and far from denser ones.
+    """Cluster around points that are dense and far from denser ones (density peaks, kNN).
 
-    With ``d`` the Euclidean distance over the root of the dimension, the density of a point is
-    ``exp(-mean d²)`` over its ``count`` nearest, itself included; its score is the density times
-    the distance to the nearest denser point (the largest distance of all where there is none).  The
-    ``count`` best are centres, and every other point joins the nearest centre.  These are density
-    peaks with k nearest neighbours, as in ``cluster_and_merge`` of SparseVLM (arXiv 2410.04417),
-    where noise breaks ties; here the earlier of equally dense points counts as denser.
+    ``d`` is the Euclidean distance divided by the root of the dimension.  The density of a point is
+    ``exp(-mean d²)`` over its nearest points (``neighbours``, or ``count``), including itself.  Its
+    score is the density times the distance to the nearest denser point, or times the largest of all
+    distances for the densest point.  The ``count`` points of the highest scores are centres, and
+    every other point joins the nearest centre.  This is ``cluster_and_merge`` of SparseVLM (arXiv
+    2410.04417), except for ties: there noise breaks them, here the earlier of equally dense points
+    counts as denser.
 
     Args:
         vectors: (P, D); compared in float32.
         count: Number of clusters, in [1, P].
-        neighbours: Number of nearest points that determine the density, at most ``count``.
+        neighbours: Number of nearest points that determine the density, at most ``count``; None
+            for ``count``.
 
     Returns:
         (count,) indices of the centres, best first, and (P,) cluster of every point.
@@ -176,17 +180,17 @@ def density_peaks(
 
 
 def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int, int]:
-    """How many of ``count`` tokens are kept, recycled, and how many clusters the recycled make.
+    """The numbers of kept tokens, of recycled tokens, and of clusters that these form.
 
-    Of ``d`` dropped tokens ``m = int(share * d) + 1``, all of them at most, make ``m // 10 + 1``
-    clusters (SparseVLM, arXiv 2410.04417).  Fewer are kept, and at last fewer clusters made, until
-    no more than ``most`` are left of both.
+    Of ``d`` dropped tokens, ``m = int(share * d) + 1`` (at most ``d``) are recycled into
+    ``m // 10 + 1`` clusters (SparseVLM, arXiv 2410.04417).  If kept tokens and clusters exceed
+    ``most``, fewer tokens are kept; if one kept token still exceeds it, fewer clusters are formed.
 
     Args:
         count: Number of tokens.
-        kept: How many are kept at most, apart from the clusters.
-        most: How many are left at most, kept tokens and clusters together.
-        share: Share of the dropped tokens that is recycled; 0 makes no clusters.
+        kept: Maximum number of kept tokens, without clusters.
+        most: Maximum number of kept tokens and clusters together.
+        share: Share of the dropped tokens that is recycled; 0 for no clusters.
     """
 
     def clusters(dropped: int) -> tuple[int, int]:
@@ -203,7 +207,7 @@ def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int,
 def clusters_apart(
     vectors: Tensor, count: int, neighbours: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The centres of `density_peaks`, and what surrounds them.
+    """The centres of `density_peaks`, and the mean of the other members of their clusters.
 
     Args:
         vectors: (P, D).
@@ -211,7 +215,7 @@ def clusters_apart(
 
     Returns:
         (count,) indices of the centres, and (count, D) float32 mean of the other members of each
-        cluster, the centre itself where there are none.
+        cluster; the centre itself if there are none.
     """
     centres, cluster = density_peaks(vectors, count, neighbours)
     others = cluster.index_fill(0, centres, count)

@@ -18,30 +18,30 @@ __all__ = [
 ]
 
 
-def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
-    """A subset that covers all rows well, selected greedily (facility location).
+def cover(similarity: Tensor, worth: Tensor, count: int) -> Tensor:
+    """A subset that is similar to all rows, selected greedily (facility location).
 
-    Each step selects the row ``j`` with the largest ``worth_j * sum_i max(0, alike_ij - c_i)``,
-    where ``c_i`` is the largest ``alike`` of row ``i`` to a selected one, 0 at first.  Ties go to
-    the earlier row (SCOPE, arXiv 2510.24214).
+    Each step selects the row ``j`` with the largest ``worth_j * sum_i max(0, s_ij - c_i)``, where
+    ``s`` is ``similarity`` and ``c_i`` the largest ``s_ik`` of a selected row ``k``, initially 0.
+    Ties go to the earlier row (SCOPE, arXiv 2510.24214).
 
     Args:
-        alike: (P, P) similarities.
-        worth: (P,) not negative.
+        similarity: (P, P).
+        worth: (P,) weights, not negative.
         count: Number of rows, at most P.
 
     Returns:
         (count,) sorted indices.
     """
-    chosen = torch.empty(count, dtype=torch.long, device=alike.device)
-    covered = alike.new_zeros(len(alike))
+    chosen = torch.empty(count, dtype=torch.long, device=similarity.device)
+    covered = similarity.new_zeros(len(similarity))
     free = torch.zeros_like(covered)
     for step in range(count):
-        gain = (alike - covered[:, None]).clamp(min=0).sum(0) * worth + free
-        # A vector of one: a number as an index would take a synchronisation.
+        gain = (similarity - covered[:, None]).clamp(min=0).sum(0) * worth + free
+        # A tensor of one entry: a Python number would take a synchronisation.
         index = gain.argmax(0, keepdim=True)
         chosen[step : step + 1] = index
-        covered = torch.maximum(covered, alike.index_select(1, index).squeeze(1))
+        covered = torch.maximum(covered, similarity.index_select(1, index).squeeze(1))
         free.index_fill_(0, index, -torch.inf)
     return chosen.sort().values
 
@@ -49,9 +49,9 @@ def cover(alike: Tensor, worth: Tensor, count: int) -> Tensor:
 def max_min_diversity(features: Tensor, count: int) -> Tensor:
     """A subset whose smallest pairwise cosine distance is large, selected greedily.
 
-    The first step selects the row whose nearest other row is farthest, each further step the row
-    that is farthest from all selected ones.  Ties go to the earlier row (DivPrune, arXiv
-    2503.02175, algorithm 1).
+    The first step selects the row with the largest distance to its nearest neighbour.  Each further
+    step selects the row with the largest distance to the nearest selected row.  Ties go to the
+    earlier row (DivPrune, arXiv 2503.02175, algorithm 1).
 
     Args:
         features: (P, D); compared in float32.
@@ -68,7 +68,7 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
     closest = torch.minimum(others.amin(0), others.amin(1))  # rounding is not symmetric
     del others
     for step in range(count):
-        # A vector of one: a number as an index would take a synchronisation.
+        # A tensor of one entry: a Python number would take a synchronisation.
         index = closest.argmax(0, keepdim=True)
         chosen[step : step + 1] = index
         row = distance.index_select(0, index).squeeze(0)
@@ -78,7 +78,7 @@ def max_min_diversity(features: Tensor, count: int) -> Tensor:
 
 
 def cosine_distances(features: Tensor) -> Tensor:
-    """(P, P) float32 one minus the cosine of the rows (P, D); 0 up to `ROUNDING`."""
+    """(P, P) float32 one minus the cosine of the rows (P, D); values up to `ROUNDING` are 0."""
     unit = F.normalize(features.float(), dim=-1)
     return torch.threshold_(1 - unit @ unit.T, ROUNDING, 0.0)
 
@@ -86,13 +86,14 @@ def cosine_distances(features: Tensor) -> Tensor:
 def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
     """The most probable subset of a determinantal point process, selected greedily.
 
-    Each step selects the row that increases ``det(kernel[S, S])`` by the largest factor.  This
-    gain is ``kernel_jj`` at first; every selection adds a row to a Cholesky decomposition that
-    updates it, O(P * count) each (Chen et al., arXiv 1709.05135, algorithm 1, as in the official
-    code of CDPruner).  Ties go to the row with the smallest sum of entries.
+    Each step selects the row that increases ``det(kernel[S, S])`` by the largest factor.  This gain
+    is initially ``kernel_jj``.  Every selection adds a row to a Cholesky decomposition, which
+    updates the gains at O(P * count) (Chen et al., arXiv 1709.05135, algorithm 1, as in the
+    official code of CDPruner).  Ties go to the row with the smallest sum of entries.
 
-    A gain below 1e-5 of ``kernel_jj`` is rounding, because the subset already spans the row.  It
-    counts as 0, and where only such rows are left, those with the largest ``kernel_jj`` go first.
+    A gain below 1e-5 of ``kernel_jj`` is a rounding error, because the subset already spans the
+    row.  It counts as 0.  If only such rows remain, those with the largest ``kernel_jj`` are
+    selected first.
 
     Args:
         kernel: (P, P) symmetric, positive semidefinite; computed in float32.
@@ -106,14 +107,14 @@ def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
     worth = kernel.diagonal()
     gain = worth.clone()
     place = torch.arange(len(kernel), device=kernel.device)
-    last = torch.empty_like(gain)  # below every gain, the largest diagonal entry first
+    last = torch.empty_like(gain)  # less than every gain, descending with the diagonal
     last[worth.argsort(descending=True, stable=True)] = -1 - place.float()
     factor = kernel.new_zeros(count, len(kernel))
     chosen = torch.empty(count, dtype=torch.long, device=kernel.device)
     taken = torch.zeros_like(gain)
     for step in range(count):
         spent = gain <= 1e-5 * worth
-        # One entry, not a number, which would take a synchronisation.
+        # A tensor of one entry: a Python number would take a synchronisation.
         index = (torch.where(spent, last, gain) + taken).argmax(0, keepdim=True)
         chosen[step : step + 1] = index
         row = kernel.index_select(0, index)[0]
@@ -126,15 +127,17 @@ def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
 
 
 def segments(gain: Tensor) -> list[tuple[int, int]]:
-    """Cut a sequence of F entries into runs with the largest sum of gains (dynamic programming).
+    """Divide a sequence of F entries into runs with the largest sum of gains.
+
+    It is solved by dynamic programming.
 
     Args:
-        gain: (F, F) the gain of the run from ``s`` to ``e`` inclusive at ``[s, e]``; 0 for a single
+        gain: (F, F) gain of the run from ``s`` to ``e``, inclusive, at ``[s, e]``; 0 for a single
             entry.
 
     Returns:
-        First and last entry of every run, in order.  Of equal sums, the one with the shortest last
-        run.
+        First and last entry of every run, in order.  Of equal sums, the division with the shortest
+        last run.
     """
     table = gain.tolist()
     best, start = [0.0], []
@@ -151,13 +154,14 @@ def segments(gain: Tensor) -> list[tuple[int, int]]:
 
 
 def static_segments(still: Tensor) -> list[tuple[int, int]]:
-    """The cut of a video into `segments` that shares the most tokens.
+    """The division of a video into `segments` that saves the most tokens.
 
-    A run of frames shares, of every place that stands still in all of it, one token for each frame
-    but the first (HoliTom, arXiv 2505.21334).
+    A run of frames needs only one token for each location that is static in the whole run.  The
+    other frames of the run save one token each (HoliTom, arXiv 2505.21334).
 
     Args:
-        still: (F - 1, P) bool, whether a place of each frame but the first equals the one before.
+        still: (F - 1, P) bool, whether a location equals that of the previous frame, for every
+            frame except the first.
     """
     frames = len(still) + 1
     saved = torch.zeros(frames, frames, dtype=torch.int64, device="cpu")

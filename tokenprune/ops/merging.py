@@ -24,16 +24,16 @@ __all__ = [
 
 
 def group_means(vectors: Tensor, group: Tensor, groups: int) -> Tensor:
-    """(groups, D) mean of the vectors (P, D) of every group (P,) in float32, 0 of an empty one."""
+    """(groups, D) float32 mean of the vectors (P, D) of every group (P,); 0 for an empty group."""
     sums = group_sums(vectors.float(), group, groups)
     return sums / tally(group, groups).clamp(min=1)[:, None]
 
 
 def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """(groups, ...) sum of the values (P, ...) of every group (P,), added up in their order.
+    """(groups, ...) sum of the values (P, ...) of every group (P,), in their order.
 
-    The result is the same in every run.  On a GPU the order of `index_add_` varies; `index_put_`
-    sorts first.
+    The result is deterministic.  On a GPU the order of `index_add_` varies; `index_put_` sorts
+    first.
     """
     sums = values.new_zeros(groups, *values.shape[1:])
     if values.device.type == "cpu":
@@ -42,7 +42,7 @@ def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
 
 
 def tally(group: Tensor, groups: int) -> Tensor:
-    """(groups,) number of entries of ``group`` (P,) in each: `bincount` without synchronisation."""
+    """(groups,) number of entries of each group (P,), like `bincount` without synchronisation."""
     return group.new_zeros(groups).index_add_(0, group, torch.ones_like(group))
 
 
@@ -50,11 +50,10 @@ class Matching(NamedTuple):
     """The entries that merge in each of V sequences of n, and the index of each in the output.
 
     Attributes:
-        unmerged: (V, a - r) half the index of the entries of even index that do not merge, in
-            output order.
-        source: (V, r) half the index of the entries of even index that merge, the most alike first.
-        target: (V, r) for each of them, (index - 1) / 2 of the entry of odd index that it merges
-            into.
+        unmerged: (V, a - r) half the index of the even entries that do not merge, in output order;
+            ``a`` is the number of even entries.
+        source: (V, r) half the index of the even entries that merge, the most similar first.
+        target: (V, r) for each of them, (index - 1) / 2 of the odd entry that it merges into.
         group: (V, n) index of every entry in the output of n - r.
     """
 
@@ -72,38 +71,38 @@ class Matching(NamedTuple):
 def bipartite_matching(
     vectors: Tensor, count: int, *, class_token: bool = False, distill_token: bool = False
 ) -> Matching:
-    """Match the entries of even index with those of odd index, and merge the best pairs.
+    """Match the entries of even index with those of odd index, and select the best pairs.
 
-    Every entry of even index is matched with the entry of odd index that has the largest cosine.
-    The ``count`` pairs with the largest cosines merge; several may merge into one entry.  A class
-    token (entry 0) never merges, and nothing merges into a distillation token (entry 1).
+    Every even entry is matched with the odd entry of the largest cosine.  The ``count`` pairs with
+    the largest cosines merge; several may merge into one entry.  A class token (entry 0) never
+    merges, and no entry merges into a distillation token (entry 1).
 
-    The output has the unmerged entries of even index, the most alike first (in their own order
-    where there is a class token), then all of odd index; the first of both lead where there is a
-    distillation token (ToMe, arXiv 2210.09461, section 3; official ``tome/merge.py``).
+    The output has the unmerged even entries, the most similar first (with a class token, in their
+    original order), then all odd entries.  With a distillation token, the first entries of both
+    come first (ToMe, arXiv 2210.09461, section 3; official ``tome/merge.py``).
 
     Args:
         vectors: (V, n, d); compared in float32.
-        count: Number of pairs to merge; at most half of the other entries.
+        count: Number of pairs to merge; at most half of the entries that are no special tokens.
         class_token: Whether entry 0 is a class token.
         distill_token: Whether entry 1 is a distillation token.
     """
     views, entries, _ = vectors.shape
     count = max(0, min(count, (entries - class_token - distill_token) // 2))
     unit = F.normalize(vectors.float(), dim=-1)
-    alike = unit[:, ::2] @ unit[:, 1::2].mT
+    cosine = unit[:, ::2] @ unit[:, 1::2].mT
     if class_token:
-        alike[:, 0] = -torch.inf
+        cosine[:, 0] = -torch.inf
     if distill_token:
-        alike[:, :, :1] = -torch.inf
-    even, odd = alike.shape[1:]
-    best, partner = alike.max(-1) if odd else (alike.new_zeros(views, even), None)
+        cosine[:, :, :1] = -torch.inf
+    even, odd = cosine.shape[1:]
+    best, partner = cosine.max(-1) if odd else (cosine.new_zeros(views, even), None)
     order = best.argsort(dim=-1, descending=True, stable=True)
     source, unmerged = order[:, :count], order[:, count:]
     if class_token:
         unmerged = unmerged.sort(dim=-1).values
     place = torch.arange(entries, device=vectors.device)
-    if not count or partner is None:  # nothing moves either
+    if not count or partner is None:  # without a merge the order does not change
         return Matching(unmerged, source, source, place.expand(views, -1))
     target = partner.gather(1, source)
     alone = even - count
@@ -124,18 +123,18 @@ def bipartite_matching(
 def merge_weighted(
     vectors: Tensor, size: Tensor, group: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Average the entries of each group, weighted by their sizes, which add up.
+    """Average the entries of each group, weighted by their sizes, and add up the sizes.
 
     Args:
         vectors: (V, n, C); averaged in float32.
         size: (V, n) weight of each entry.
         group: (V, n) group of each entry, in [0, count); -1 drops it.
-        count: Number of groups, none of them empty.
+        count: Number of groups.  No group may be empty.
 
     Returns:
         (V, count, C) in the dtype of ``vectors``, and (V, count) sizes.
     """
-    slot = torch.where(group < 0, count, group)  # dropped entries share one more group
+    slot = torch.where(group < 0, count, group)  # dropped entries form an extra group
     total = size.new_zeros(len(size), count + 1).scatter_add(1, slot, size)
     weighted = vectors.float() * size[..., None]
     sums = weighted.new_zeros(len(size), count + 1, vectors.shape[-1])
@@ -145,19 +144,19 @@ def merge_weighted(
 
 
 def spread(vectors: Tensor, group: Tensor) -> Tensor:
-    """(V, n, ...) for every entry, the row of its group in ``vectors`` (V, m, ...); 0 for -1."""
+    """(V, n, ...) the row of each entry's group (V, n) in ``vectors`` (V, m, ...); 0 for -1."""
     index = group.to(vectors.device).reshape(*group.shape, *[1] * (vectors.ndim - 2))
     rows = vectors.gather(1, index.clamp(min=0).expand(*group.shape, *vectors.shape[2:]))
     return rows.masked_fill(index < 0, 0)
 
 
 def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Tensor:
-    """Of each of the ``centres`` (C, D) the places of the ``count`` most similar ``keys`` (M, D).
+    """The indices of the ``count`` most similar ``keys`` (M, D) for each of ``centres`` (C, D).
 
     Args:
-        centres, keys: Of unit length.
-        own: (C,) place of each centre among the keys, which is left out.
-        count: How many, of M - 1 at most.
+        centres, keys: Vectors of unit length.
+        own: (C,) index of each centre among the keys, which is excluded.
+        count: Number of keys, at most M - 1.
 
     Returns:
         (C, count), the most similar first.
@@ -169,19 +168,19 @@ def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Te
 
 
 def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the indices ``rest`` (M,) become targets, which are merged, and into which target.
+    """Divide the indices ``rest`` (M,) into evenly spaced targets and entries that merge into them.
 
     Args:
-        rest: Into ``keys``, in raster order.
-        count: Of targets, at most M.
-        keys: (N, D) of unit length.
+        rest: Indices into ``keys``, in raster order.
+        count: Number of targets, at most M.
+        keys: (N, D) vectors of unit length.
 
     Returns:
-        (count,) targets and (M - count,) others, both from ``rest``, and (M - count,) places among
-        the targets.
+        (count,) targets and (M - count,) others, both from ``rest``; and for each of the others,
+        (M - count,) the index of the most similar target.
     """
     step = max(1, len(rest) // count)
-    other = torch.ones(len(rest), dtype=torch.bool, device="cpu")  # the host knows all of this
+    other = torch.ones(len(rest), dtype=torch.bool, device="cpu")  # needs no values of the device
     other[: count * step : step] = False
     targets = rest[: count * step : step]
     others = rest[moved(listed(other), rest.device)]

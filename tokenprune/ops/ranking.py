@@ -24,9 +24,10 @@ __all__ = [
 
 
 ROUNDING = 2.0**-19
-"""Cosine distances up to this are set to 0, as equal vectors differ by rounding in float32.
+"""Cosine distances up to this value are set to 0.
 
-Equal vectors must tie, because ties are broken by index.
+The float32 distance of equal vectors is a rounding error.  Equal vectors must tie, so that the
+index breaks the tie.
 """
 
 
@@ -44,8 +45,8 @@ def rank_in_group(group: Tensor) -> Tensor:
 def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
     """The ``counts[v]`` highest-scored patch tokens of every view ``v``.
 
-    Scores are compared in float32 and ties are broken by index, so that the result does not depend
-    on the backend; bfloat16 scores tie often.
+    Scores are compared in float32, and the index breaks ties.  The result therefore does not depend
+    on the backend, also for bfloat16 scores, which tie often.
 
     Args:
         layout: Geometry of the N entries.
@@ -53,8 +54,8 @@ def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
         counts: (V,) int64.
 
     Returns:
-        (M,) sorted indices into the N entries, on the device of the scores.  Where the counts are
-        on a device, the indices are on the CPU, after one synchronisation.
+        (M,) sorted indices into the N entries, on the device of the scores.  If the counts are not
+        on the CPU, the indices are on the CPU, after one synchronisation.
     """
     ranked, kept = _ranked_per_view(layout, scores, counts)
     if counts.device.type != "cpu":
@@ -69,7 +70,7 @@ def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor
 
 
 def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,) indices of the patch tokens, best first, and (P,) which are the best of their view."""
+    """(P,) indices of the patch tokens, best first, and (P,) bool, the best ones of each view."""
     layout = layout.to(scores.device)
     order = scores[layout.patches].float().argsort(descending=True, stable=True)
     ranked = layout.patches[order]
@@ -85,7 +86,7 @@ def _as_mask(index: Tensor, which: Tensor, size: int) -> Tensor:
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """Sorted indices of the ``count`` highest of the scores (P,), earlier ones first on ties."""
+    """Sorted indices of the ``count`` highest scores (P,); ties go to the earlier entry."""
     order = scores.float().argsort(descending=True, stable=True)
     return order[:count].sort().values
 
@@ -119,7 +120,7 @@ def normalise(
 
 
 def outliers(scores: Tensor) -> int:
-    """How many of ``scores`` (P,) lie above ``Q3 + 1.5 (Q3 - Q1)``, quartiles interpolated."""
+    """The number of ``scores`` (P,) above ``Q3 + 1.5 (Q3 - Q1)``, with interpolated quartiles."""
     low, high = (scores.float().quantile(share) for share in (0.25, 0.75))
     return int((scores > high + 1.5 * (high - low)).sum())
 
@@ -127,16 +128,16 @@ def outliers(scores: Tensor) -> int:
 def with_others(
     chosen: Tensor, size: int, preferred: slice, count: int, *, preferred_only: bool = False
 ) -> Tensor:
-    """The ``chosen`` indices (K,) into ``size`` entries, and up to ``count`` others behind them.
+    """The ``chosen`` indices (K,), followed by up to ``count`` other indices.
 
-    Others at ``preferred`` places come first, each kind in ascending order.
+    Of the others, those in ``preferred`` come first, then the rest, both in ascending order.
 
     Args:
         chosen: Indices in [0, size).
         size: Number of entries.
-        preferred: Places in [0, size).
-        count: How many others.
-        preferred_only: Take others at preferred places alone, and fewer if there are no more.
+        preferred: Preferred indices in [0, size).
+        count: Maximum number of others.
+        preferred_only: Whether only preferred indices may follow.
     """
     rank = torch.ones(size, device=chosen.device)
     rank[preferred] = 2

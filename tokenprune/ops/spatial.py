@@ -25,14 +25,14 @@ __all__ = [
 
 
 def patches_by_view(layout: TokenLayout) -> list[Tensor]:
-    """For every view, the indices of its patch tokens, row by row; empty where none is left."""
+    """For every view, the indices of its patch tokens, row by row; may be empty."""
     patches = layout.patches
     ordered = patches[layout.view[patches].argsort(stable=True)]
     return list(ordered.split(list(layout.view_sizes)))
 
 
 def patch_table(layout: TokenLayout) -> Tensor:
-    """(V, P) index of the patch token at each location of every view, -1 where none is left."""
+    """(V, P) index of the patch token at each location of every view, -1 if it was dropped."""
     rows, cols = layout.view_shape
     table = layout.kind.new_full((layout.views, rows * cols), -1)
     patches = layout.patches
@@ -41,9 +41,9 @@ def patch_table(layout: TokenLayout) -> Tensor:
 
 
 def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
-    """For every plane that is not empty, the indices of its patch tokens, in sequence order.
+    """For every non-empty plane, the indices of its patch tokens, in sequence order.
 
-    The thumbnail is a plane, the crops together are one (their canvas), and so is every frame.
+    The planes are the thumbnail, the canvas of all crops, and each frame.
     """
     host = layout.host
     crop = (host.kind == Kind.CROP)[host.patches]
@@ -56,7 +56,7 @@ def patches_by_plane(layout: TokenLayout) -> list[Tensor]:
 def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
     """``counts[v]`` evenly spaced patch tokens of every view, in the middle of equal intervals.
 
-    If ``T`` of ``n`` tokens are kept, these are at ``floor((i + 0.5) * n / T)``, ``i < T``.
+    If ``T`` of ``n`` tokens are kept, their indices are ``floor((i + 0.5) * n / T)``, ``i < T``.
 
     Returns:
         (M,) sorted indices into the N entries, on the CPU.
@@ -65,7 +65,7 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
     sizes = torch.tensor(layout.view_sizes, device="cpu")
     view = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
     slot = (2 * rank_in_group(view) + 1) * sizes[view] // (2 * counts[view])
-    # A view's patches need not be neighbours in the sequence: crops share canvas rows.
+    # Patches of one view are not always adjacent in the sequence: crops share canvas rows.
     order = layout.patches[layout.view[layout.patches].argsort(stable=True)]
     first = sizes.cumsum(0) - sizes
     return order[first[view] + slot].sort().values
@@ -74,9 +74,9 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
 def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
     """``counts[v]`` patch tokens of every view, spread evenly over its rows *and* columns.
 
-    A view's tokens are taken in the order of a dispersed-dot dither (Bayer 1973): every token is
-    far from all earlier ones.  The rank of ``(row, col)`` is the reversed interleaving
-    of the bits of ``row xor col`` and ``row``.
+    The tokens of a view are taken in the order of a dispersed-dot dither (Bayer 1973), in which
+    every token is far from all earlier ones.  The rank of ``(row, col)`` interleaves the bits of
+    ``row xor col`` and ``row``, in reverse order.
 
     Returns:
         (M,) sorted indices into the N entries, on the CPU.
@@ -90,7 +90,7 @@ def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
 
 
 def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Sum of a thumbnail's scores over the region each crop covers, crops in row-major order.
+    """Sum of a thumbnail's scores over the region that each crop covers, in row-major order.
 
     Args:
         scores: (H, W).
@@ -107,7 +107,8 @@ def region_sums(scores: Tensor, grid: tuple[int, int]) -> Tensor:
 def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
     """The thumbnail's scores as a map.
 
-    Where an earlier stage dropped a patch, the nearest kept one stands in; ties go to the earlier.
+    A patch that an earlier stage dropped gets the score of the nearest kept patch; ties go to the
+    earlier one.
 
     Args:
         layout: Geometry of the N entries.
@@ -133,8 +134,8 @@ def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
 def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """The crop that covers each token of a thumbnail, crops in row-major order.
 
-    Cells are ``side // n`` wide; the last row and column of cells take what is left over
-    (official GlobalCom² code, ``generate_scale_for_crop_features``).
+    Cells are ``side // n`` wide; the last row and column of cells include the remainder (official
+    GlobalCom² code, ``generate_scale_for_crop_features``).
 
     Args:
         shape: (H, W) of the thumbnail.
@@ -172,9 +173,9 @@ def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
 def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
     """Distance of each token of a video from the summary of all frames at its location.
 
-    The temporal summary is the mean of the unit-length features of all frames at one location; the
-    distance is one minus the cosine to it.  Static content is near the summary, and content that
-    appears or moves is far from it.  Two frames are equally far from their summary.
+    The temporal summary is the mean of the unit-length features of all frames at one location.  The
+    distance is one minus the cosine to it: small for static content, large for content that appears
+    or moves.  Two frames have equal distances from their summary.
 
     Args:
         layout: Geometry of the N entries.
@@ -189,7 +190,7 @@ def summary_distance(layout: TokenLayout, features: Tensor) -> Tensor:
     unit = F.normalize(features[patches].float(), dim=-1)
     summary = F.normalize(group_sums(unit, place, places), dim=-1)
     far = torch.threshold_(1 - (unit * summary[place]).sum(-1), ROUNDING, 0.0)
-    if layout.frames == 2:  # equal but for rounding, which must not rank
+    if layout.frames == 2:  # the distances differ only by rounding, which must not rank
         far = (group_sums(far, place, places) / tally(place, places))[place]
     distance = unit.new_full((len(layout),), torch.nan)
     distance[patches] = far

@@ -1,4 +1,4 @@
-"""The contract of strategies and adapters, as checks that run without pytest."""
+"""The contract of methods and adapters, as checks that run without pytest."""
 
 from tokenprune.testing.host import Host, example, hosts, refusal
 from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run

@@ -1,4 +1,4 @@
-"""Checks of strategies from the command line: ``python -m tokenprune.testing golden FOLDER``."""
+"""Checks of methods from the command line: ``python -m tokenprune.testing golden FOLDER``."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 @app.callback()
 def _commands() -> None:
-    """Checks for strategies, from the command line."""
+    """Checks of methods, from the command line."""
 
 
 @app.command()
 def golden(
-    folder: Annotated[Path, typer.Argument(help="A folder of vectors, or of such folders.")],
-    method: Annotated[str | None, typer.Option(help="Replay this method's vectors only.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="A folder of golden vectors, or a folder of such folders.")
+    ],
+    method: Annotated[str | None, typer.Option(help="Replay only this method's vectors.")] = None,
 ) -> None:
-    """Replay official vectors: a verdict for every case; exit code 1 on a mismatch."""
+    """Replay golden vectors and print a verdict for every case.
+
+    Exit status: 0 all match, 1 a mismatch, 2 bad input or nothing replayed.
+    """
     console = Console(width=None if Console().is_terminal else 160)
     try:
         results = replay_folder(folder, method)
@@ -50,7 +55,7 @@ def golden(
     exact = len(verdicts) - bad - skipped - reordered
     console.print(
         f"{exact} exact, {reordered} same set, {bad} MISMATCH, {skipped} skipped "
-        "(no strategy replays them)"
+        "(no method replays them)"
     )
     if bad:
         raise typer.Exit(1)

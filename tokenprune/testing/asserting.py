@@ -44,17 +44,23 @@ TOLERANCE = 1e-4
 
 
 def with_fields(compressor: Compressor, **fields: Any) -> Compressor:
-    """The same method with other fields; of a chain, every part."""
+    """The same method with other fields; in a chain, every part gets them."""
     if isinstance(compressor, Chain):
         return Chain.of(*(replace(part, **fields) for part in compressor.members))
     return replace(compressor, **fields)
 
 
-# -- what the checks have in common --------------------------------------------------------------
+# -- observers and assertions --------------------------------------------------------------------
 
 
 class Seen(NamedTuple):
-    """What one decoder layer was called with."""
+    """One call of a self-attention module.
+
+    Attributes:
+        length: Number of tokens.
+        positions: (B or 1, length) position ids.
+        attentions: Whether ``output_attentions`` was set.
+    """
 
     length: int
     positions: Tensor
@@ -63,7 +69,7 @@ class Seen(NamedTuple):
 
 @contextmanager
 def spying(host: Host) -> Iterator[list[Seen]]:
-    """While open, notes what every self-attention module of the decoder is called with."""
+    """While open, record the calls of every self-attention module of the decoder."""
     calls: list[Seen] = []
 
     def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -84,7 +90,7 @@ def spying(host: Host) -> Iterator[list[Seen]]:
 
 @contextmanager
 def vision_products(host: Host) -> Iterator[list[int]]:
-    """While open, notes the FLOPs of attention and MLP of every encoder layer that runs."""
+    """While open, record the FLOPs of attention and MLP of every encoder layer that runs."""
     found: list[int] = []
 
     def attention(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -111,6 +117,7 @@ def vision_products(host: Host) -> Iterator[list[int]]:
 
 
 def assert_close(got: Tensor, want: Tensor, what: str) -> None:
+    """Raise unless the numbers agree within `TOLERANCE` (absolute, and relative to 1)."""
     if got.shape != want.shape:
         raise AssertionError(f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
     wrong = (got - want).abs().float() > TOLERANCE * (1 + want.abs().float())
@@ -124,15 +131,18 @@ def assert_close(got: Tensor, want: Tensor, what: str) -> None:
 
 
 def assert_same(got: Tensor, want: Tensor, what: str) -> None:
+    """Raise unless the tensors are equal."""
     if not torch.equal(got, want):
         raise AssertionError(f"{what}: {got.tolist()} instead of {want.tolist()}")
 
 
 def kept_in(trace: Trace, row: int) -> list[Tensor]:
-    return [chosen.keep for chosen in trace.selections if chosen.row == row]
+    """The kept indices of every selection in ``row``, in order."""
+    return [record.keep for record in trace.selections if record.row == row]
 
 
 def assert_same_kept(got: Sequence[Tensor], want: Sequence[Tensor], what: str) -> None:
+    """Raise unless both lists have the same selections."""
     if len(got) != len(want):
         raise AssertionError(f"{what}: {len(got)} selections instead of {len(want)}")
     for index, (mine, theirs) in enumerate(zip(got, want, strict=True)):
@@ -140,7 +150,7 @@ def assert_same_kept(got: Sequence[Tensor], want: Sequence[Tensor], what: str) -
 
 
 def assert_refused(action: Callable[[], Any], word: str, what: str) -> None:
-    """``action`` must raise a `UserError` whose sentence names ``word``."""
+    """Raise unless ``action`` raises a `UserError` whose message contains ``word``."""
     try:
         action()
     except UserError as error:
@@ -153,7 +163,7 @@ def assert_refused(action: Callable[[], Any], word: str, what: str) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Every global generator seeded while open, and as it was afterwards."""
+    """While open, every global generator is seeded; their states are restored afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):
@@ -167,23 +177,25 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def rng_state() -> tuple[Any, ...]:
+    """The states of the global generators of Python, NumPy and PyTorch."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global state is the point)
     return random.getstate(), name, np.asarray(keys).tolist(), rest, torch.get_rng_state().tolist()
 
 
 def columns_on(side: str, length: int, width: int) -> slice:
-    """Columns of a prompt of ``length`` in a batch ``width`` wide."""
+    """Columns of a prompt of ``length`` in a batch of ``width`` columns padded on ``side``."""
     return slice(width - length, width) if side == "left" else slice(0, length)
 
 
 def called(part: Compressor, tokens: VisualTokens) -> Selection:
-    """What the core makes of the strategy's choice."""
+    """The selection of ``part`` as the engine receives it, without warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetentionWarning)
         return part(tokens)
 
 
 def assert_same_bits(got: Tensor, want: Tensor, what: str) -> None:
+    """Raise unless the tensors are bit-identical."""
     if got.shape != want.shape:
         raise AssertionError(f"{what} are {tuple(got.shape)} instead of {tuple(want.shape)}")
     if not torch.equal(got, want):

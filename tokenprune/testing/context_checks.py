@@ -45,7 +45,7 @@ __all__ = [
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything a context could leave behind: attributes, hooks, classes, functions, weights."""
+    """Everything that a context may change: attributes, hooks, classes, functions and weights."""
     state: dict[str, Any] = {}
     for name, module in model.named_modules():
         kind = type(module)
@@ -71,13 +71,13 @@ def _unchanged(model: nn.Module, before: dict[str, Any], what: str) -> None:
     after = fingerprint(model)
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if changed:
-        raise AssertionError(f"{what}, these are not as they were: {', '.join(map(str, changed))}")
+        raise AssertionError(f"{what}, these have changed: {', '.join(map(str, changed))}")
 
 
 def check_restores_model(compressor: Compressor, host: Host) -> None:
     """Invariant 7: leaving the context, also by an exception, restores the model exactly."""
     inputs = host.inputs()
-    plain = host.logits(inputs), host.generate(inputs)  # also lets transformers set itself up
+    plain = host.logits(inputs), host.generate(inputs)  # transformers also initialises its caches
     before = fingerprint(host.model)
     with compress(host.model, compressor):
         host.logits(inputs)
@@ -110,7 +110,7 @@ def check_restores_model(compressor: Compressor, host: Host) -> None:
 
 
 def check_nesting_refused(compressor: Compressor, host: Host) -> None:
-    """Invariant 7: a second context on one model is refused, and does not harm the first."""
+    """Invariant 7: a second context on one model is refused and does not affect the first."""
 
     def nest() -> None:
         with compress(host.model, compressor):
@@ -121,11 +121,11 @@ def check_nesting_refused(compressor: Compressor, host: Host) -> None:
         assert_refused(nest, "already runs inside", "a second context on the same model")
         assert_same(host.generate(host.inputs()), want, "ids after a second context was refused")
     with compress(host.model, compressor):
-        assert_same(host.generate(host.inputs()), want, "ids in a fresh context after the refusal")
+        assert_same(host.generate(host.inputs()), want, "ids in a new context after the refusal")
 
 
 def check_decoder_by_itself(compressor: Compressor, host: Host) -> None:
-    """The language model called directly inherits nothing from the prompt before."""
+    """A direct call of the language model does not depend on the previous prompt."""
     inputs, language = host.inputs([0]), host.adapter.language_model
     embeds = host.model.get_input_embeddings()(inputs["input_ids"]).detach()
     with torch.no_grad():
@@ -138,14 +138,14 @@ def check_decoder_by_itself(compressor: Compressor, host: Host) -> None:
         assert_same_bits(got, plain, "hidden states of the decoder called directly")
         host.adapter.base.get_image_features(**host.media(0)["image"])
         got = language(inputs_embeds=embeds).last_hidden_state
-    assert_same_bits(got, plain, "the same behind images that were encoded directly")
-    assert_same_kept(kept_in(trace, 0), kept, "the trace behind a direct call")
+    assert_same_bits(got, plain, "hidden states of a direct call after images were encoded")
+    assert_same_kept(kept_in(trace, 0), kept, "the trace after a direct call")
     if trace.ledger != ledger:
-        raise AssertionError(f"a direct call changed the account to {trace.ledger}")
+        raise AssertionError(f"a direct call changed the ledger to {trace.ledger}")
 
 
 def check_trace_is_one_forward(compressor: Compressor, host: Host) -> None:
-    """Selections and account are of the same prefill, the latest one with images."""
+    """Selections and ledger belong to the same prefill, the latest one with images."""
 
     def burst(*args: Any) -> None:
         raise KeyError("in the last layer")
@@ -154,9 +154,9 @@ def check_trace_is_one_forward(compressor: Compressor, host: Host) -> None:
         host.logits(host.inputs([0]))
         kept, ledger = kept_in(trace, 0), trace.ledger
         host.logits(host.inputs([1]))
-        assert_same_kept(kept_in(trace, 0), kept, "behind a prompt of text only, selections")
+        assert_same_kept(kept_in(trace, 0), kept, "selections after a text-only prompt")
         if trace.ledgers != [ledger]:
-            raise AssertionError(f"a prompt of text only left the account {trace.ledgers}")
+            raise AssertionError(f"a text-only prompt changed the ledgers to {trace.ledgers}")
         handle = host.adapter.decoder_layers[-1].register_forward_pre_hook(burst)
         try:
             host.logits(host.inputs([2]))
@@ -165,14 +165,14 @@ def check_trace_is_one_forward(compressor: Compressor, host: Host) -> None:
         finally:
             handle.remove()
         assert_same_kept(
-            [chosen.keep for chosen in trace.selections], kept, "behind a failed forward"
+            [record.keep for record in trace.selections], kept, "after a failed forward"
         )
         if trace.ledgers != [ledger]:
-            raise AssertionError(f"a forward that failed left the account {trace.ledgers}")
+            raise AssertionError(f"a failed forward changed the ledgers to {trace.ledgers}")
 
 
 def check_leaving_refused(compressor: Compressor, host: Host) -> None:
-    """A compressed KV cache is of no use outside the context, and says so."""
+    """A compressed KV cache is refused outside the context."""
     inputs = host.inputs()
     with compress(host.model, compressor):
         out = host._generate(inputs, return_dict_in_generate=True)
@@ -187,7 +187,7 @@ def check_leaving_refused(compressor: Compressor, host: Host) -> None:
 
 
 def check_scattered_embeds_warn(compressor: Compressor, host: Host) -> None:
-    """Embeddings with the images already in them cannot be compressed: warn, change nothing."""
+    """Embeddings that already contain the images are not compressed, with a warning."""
     inputs = host.inputs([0])
     embeds = host.model.get_input_embeddings()(inputs["input_ids"]).detach()
     (tokens,) = images_by_hand(host, frozenset(), 0)
@@ -205,7 +205,7 @@ def check_scattered_embeds_warn(compressor: Compressor, host: Host) -> None:
 
 @functools.cache
 def _compiled(host: Host) -> Host:
-    """A copy whose decoder layers were compiled and have run, once for every host."""
+    """A copy whose decoder layers are compiled and have run; made once for every host."""
     twin = host.like()
     for layer in twin.adapter.decoder_layers:
         layer.compile(backend="eager")
@@ -218,7 +218,7 @@ def check_compiled(compressor: Compressor, host: Host) -> None:
     """Layers that were compiled and ran before the context are compressed like any others."""
     inputs, twin = host.inputs() | {"use_cache": False}, _compiled(host)
     with compress(host.model, compressor) as trace:
-        want, kept = host.logits(inputs), [chosen.keep for chosen in trace.selections]
+        want, kept = host.logits(inputs), [record.keep for record in trace.selections]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "this model or a part of it was compiled")
         with compress(twin.model, compressor) as trace:
@@ -227,21 +227,21 @@ def check_compiled(compressor: Compressor, host: Host) -> None:
             except UserError as error:
                 raise AssertionError(f"compiled layers were refused: {error}") from error
     assert_close(got, want, "logits of compiled layers")
-    assert_same_kept([chosen.keep for chosen in trace.selections], kept, "compiled layers")
+    assert_same_kept([record.keep for record in trace.selections], kept, "compiled layers")
 
 
 def check_nothing_bypasses(compressor: Compressor, host: Host) -> None:
     """Calls of ``forward`` run through the hooks; a decoder without hooks is refused."""
     inputs, decoder = host.inputs(), host.adapter.language_model
     with compress(host.model, compressor) as trace:
-        want, kept = host.logits(inputs), [chosen.keep for chosen in trace.selections]
+        want, kept = host.logits(inputs), [record.keep for record in trace.selections]
         with torch.no_grad():
             assert_same_bits(host.model.forward(**inputs).logits, want, "logits of model.forward")
             hidden = host.adapter.base.forward(**inputs).last_hidden_state
         head = host.model.get_output_embeddings()
         assert_same_bits(head(hidden).detach(), want, "logits of model.model.forward")
-        assert_same_kept([chosen.keep for chosen in trace.selections], kept, "model.model.forward")
-        # What `compile` leaves behind: the module is called without its hooks.
+        assert_same_kept([record.keep for record in trace.selections], kept, "model.model.forward")
+        # `compile` sets this attribute, and the module is then called without its hooks.
         decoder._compiled_call_impl = functools.partial(type(decoder).forward, decoder)
         try:
             assert_refused(lambda: host.logits(inputs), "got past", "a decoder without its hooks")
@@ -250,7 +250,7 @@ def check_nothing_bypasses(compressor: Compressor, host: Host) -> None:
 
 
 def check_threads(compressor: Compressor, host: Host) -> None:
-    """Two threads of a context run at the same time, each as if alone; others are refused."""
+    """Two threads of a context run at the same time without interference; others are refused."""
     rows = (0, 2)
     found: dict[int, tuple[Tensor, list[Tensor]]] = {}
     failed: list[Exception] = []
@@ -275,7 +275,7 @@ def check_threads(compressor: Compressor, host: Host) -> None:
 
     with compress(host.model, compressor) as trace:
         alone = {row: (host.logits(host.inputs([row])), kept_in(trace, 0)) for row in rows}
-        # Each thread waits in front of the first layer until the other is there.
+        # Both threads stop in front of the first layer until the other one arrives.
         handle = host.adapter.decoder_layers[0].register_forward_pre_hook(meet)
         try:
             together(trace, lambda: contextvars.copy_context().run)
@@ -288,11 +288,11 @@ def check_threads(compressor: Compressor, host: Host) -> None:
             assert_same_kept(found[row][1], alone[row][1], f"prompt {row} in a thread")
         together(trace, lambda: lambda call, *args: call(*args))
     if len(failed) < len(rows) or not all(isinstance(error, UserError) for error in failed):
-        raise AssertionError(f"threads that are not of the context were not refused: {failed}")
+        raise AssertionError(f"threads outside the context were not refused: {failed}")
 
 
 def check_copies_are_plain(compressor: Compressor, host: Host) -> None:
-    """A copy that is made inside the context is as plain as one made outside."""
+    """A copy that is made inside the context is not compressed."""
     inputs = host.inputs()
     plain, weights = host.logits(inputs), [*host.model.state_dict()]
     with compress(host.model, compressor):
@@ -303,8 +303,8 @@ def check_copies_are_plain(compressor: Compressor, host: Host) -> None:
             raise AssertionError(f"the model could not be copied: {error!r}") from error
         assert_same_bits(twin.logits(inputs), plain, "logits of a copy inside the context")
         assert_same_bits(host.logits(inputs), want, "logits of the original after it was copied")
-    assert_same_bits(twin.logits(inputs), plain, "logits of a copy behind the context")
+    assert_same_bits(twin.logits(inputs), plain, "logits of a copy after the context")
     if [*twin.model.state_dict()] != weights or [*host.model.state_dict()] != weights:
         raise AssertionError("copying inside the context changed the names of the weights")
     with compress(twin.model, compressor):
-        assert_same_bits(twin.logits(inputs), want, "logits of the copy in a context of its own")
+        assert_same_bits(twin.logits(inputs), want, "logits of the copy in its own context")

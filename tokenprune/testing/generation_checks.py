@@ -1,4 +1,4 @@
-"""Checks of generation: caches, beams, labels, drafts and turns."""
+"""Checks of generation: KV caches, beams, labels, drafts and turns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_generate_batch_equals_single(compressor: Compressor, host: Host) -> No
 
 
 def check_cache_agrees(compressor: Compressor, host: Host) -> None:
-    """Invariant 4: greedy search with and without KV cache, and twice in one context."""
+    """Invariant 4: greedy search agrees with and without KV cache, and twice in one context."""
     inputs = host.inputs()
     with compress(host.model, compressor):
         cached, with_cache = host.generate_with_logits(inputs)
@@ -57,7 +57,7 @@ def check_cache_agrees(compressor: Compressor, host: Host) -> None:
     assert_close(without, with_cache, "logits without KV cache")
     assert_same(plain, cached, "ids without KV cache")
     assert_same(again, cached, "ids of a second generate in the same context")
-    for row in range(len(ROWS)):  # by itself, where no padding asks for a mask
+    for row in range(len(ROWS)):  # alone: without padding the model makes no mask
         alone = host.inputs([row])
         with compress(host.model, compressor), torch.no_grad():
             cached = host.model(**alone, use_cache=True).logits
@@ -66,7 +66,7 @@ def check_cache_agrees(compressor: Compressor, host: Host) -> None:
 
 
 def check_sampling_agrees(compressor: Compressor, host: Host) -> None:
-    """Invariant 4: sampling with a seed, with and without KV cache."""
+    """Invariant 4: sampling with a seed agrees with and without KV cache."""
     drawn = []
     with compress(host.model, compressor), torch.random.fork_rng(devices=[]):
         for use_cache in (True, True, False):
@@ -77,7 +77,7 @@ def check_sampling_agrees(compressor: Compressor, host: Host) -> None:
 
 
 def check_beams_agree(compressor: Compressor, host: Host) -> None:
-    """Invariant 4: beam search with several returned sequences, with and without KV cache."""
+    """Invariant 4: beam search with several sequences agrees with and without KV cache."""
     options = {"num_beams": 3, "num_return_sequences": 2}
     with compress(host.model, compressor):
         cached = host.generate(host.inputs(), **options)
@@ -88,7 +88,7 @@ def check_beams_agree(compressor: Compressor, host: Host) -> None:
 
 
 def check_labels(compressor: Compressor, host: Host) -> None:
-    """Teacher forcing: the answer does not leak into the choice, and the loss is the reference's.
+    """Teacher forcing: the answer does not affect the selection; the loss equals the reference.
 
     Gradients reach the embeddings.
     """
@@ -101,10 +101,10 @@ def check_labels(compressor: Compressor, host: Host) -> None:
             labels[place, columns][-len(answer) :] = torch.tensor(answer)
         with compress(host.model, compressor) as trace:
             host.logits(host.inputs(rows, side))
-            alone = [chosen.keep for chosen in trace.selections]
+            alone = [record.keep for record in trace.selections]
             loss = host.model(**inputs, labels=labels).loss
             assert_same_kept(
-                [chosen.keep for chosen in trace.selections], alone, f"{what}, with answer"
+                [record.keep for record in trace.selections], alone, f"{what}, with answer"
             )
         wanted = [
             reference(host, compressor, row, answer).logits[-len(answer) - 1 : -1] for row in rows
@@ -114,13 +114,13 @@ def check_labels(compressor: Compressor, host: Host) -> None:
         assert_close(loss.detach()[None], want[None], f"{what}, loss")
         (slope,) = torch.autograd.grad(loss, host.model.get_input_embeddings().weight)
         if not slope.isfinite().all():
-            raise AssertionError(f"{what}: gradients that are not finite")
+            raise AssertionError(f"{what}: some gradients are not finite")
         if not slope.any():
             raise AssertionError(f"{what}: no gradient at the embeddings")
 
 
 def check_labels_everywhere(compressor: Compressor, host: Host) -> None:
-    """Where the whole text has labels, also in front of an image, the prompt asks as without."""
+    """Labels on the whole text, also in front of an image, do not change the selections."""
     for row in (0, 2):
         inputs = host.inputs([row])
         labels = inputs["input_ids"].clone()
@@ -133,13 +133,13 @@ def check_labels_everywhere(compressor: Compressor, host: Host) -> None:
 
 
 def check_turns_with_labels(compressor: Compressor, host: Host) -> None:
-    """Of several turns with labels each image is asked for by the question of its own turn."""
+    """With several labelled turns, the question of an image's turn ranks its tokens."""
     row, answer = 2, [7, 9, 11]
     inputs = host.inputs([row], answer=answer)
     ids, prompt = inputs["input_ids"][0], len(host.prompt(row))
     places = torch.isin(ids, torch.tensor(host.placeholders)).nonzero().squeeze(1)
     images = places.split([len(layout) for layout in host.layouts(row)])
-    # Between two images lie two ids: the question of the first one's turn, and its answer.
+    # Two ids are between two images: the question and the answer of the first image's turn.
     asking = [int(image[-1]) + 1 for image in images[:-1]] + [prompt - 1]
     labels = torch.full_like(inputs["input_ids"], -100)
     for column in [*(asked + 1 for asked in asking[:-1]), *range(prompt, len(ids))]:
@@ -152,14 +152,14 @@ def check_turns_with_labels(compressor: Compressor, host: Host) -> None:
 
 
 def check_drafts_have_no_say(compressor: Compressor, host: Host) -> None:
-    """Draft tokens behind the prompt do not rank: assisted decoding gives the text of greedy."""
+    """Draft tokens after the prompt do not rank: assisted decoding equals greedy decoding."""
     for row in (0, 2):
         wanted = reference(host, compressor, row, [7, 9, 11])
         with compress(host.model, compressor) as trace:
             drafted = host.inputs([row], answer=[7, 9, 11])
             got = host.logits(drafted, logits_to_keep=4)[0]
-        assert_same_kept(kept_in(trace, 0), wanted.kept, f"row {row} with three drafted tokens")
-        assert_close(got, wanted.logits[-4:], f"row {row} with three drafted tokens, logits")
+        assert_same_kept(kept_in(trace, 0), wanted.kept, f"row {row} with three draft tokens")
+        assert_close(got, wanted.logits[-4:], f"row {row} with three draft tokens, logits")
     inputs, helper = host.inputs([0]), tiny_host(host.name, host.decoder, 1).model
     with compress(host.model, compressor) as trace:
         want, kept = host.generate(inputs), kept_in(trace, 0)
@@ -170,7 +170,7 @@ def check_drafts_have_no_say(compressor: Compressor, host: Host) -> None:
 
 
 def check_sliding_window_refused(compressor: Compressor, host: Host) -> None:
-    """A prompt beyond a sliding window is refused with a KV cache and without one."""
+    """A prompt longer than a sliding window is refused, with and without a KV cache."""
     windowed = tiny_host(host.name, "mistral").like(window=16)
     for use_cache in (True, False):
         with compress(windowed.model, compressor):
@@ -182,7 +182,7 @@ def check_sliding_window_refused(compressor: Compressor, host: Host) -> None:
 
 
 def check_second_turn(compressor: Compressor, host: Host) -> None:
-    """A second turn with the full ids and the returned cache equals the reference."""
+    """A second turn with the full ids and the returned KV cache equals the reference."""
     inputs = host.inputs()
     options = {"return_dict_in_generate": True, "output_logits": True}
     with compress(host.model, compressor):
@@ -201,7 +201,7 @@ def check_second_turn(compressor: Compressor, host: Host) -> None:
 
 
 def check_chunked_prefill_refused(compressor: Compressor, host: Host) -> None:
-    """An image split over several forwards is refused with a sentence."""
+    """An image split over several forwards is refused with a `UserError`."""
     with compress(host.model, compressor):
         assert_refused(
             lambda: host.generate(host.inputs(), prefill_chunk_size=8),
@@ -211,7 +211,7 @@ def check_chunked_prefill_refused(compressor: Compressor, host: Host) -> None:
 
 
 def check_static_cache_refused(compressor: Compressor, host: Host) -> None:
-    """A static KV cache is refused with a sentence."""
+    """A static KV cache is refused with a `UserError`."""
     with compress(host.model, compressor):
         assert_refused(
             lambda: host.generate(host.inputs(), cache_implementation="static"),

@@ -1,11 +1,11 @@
-"""Replays numerical vectors made with the methods' official code through our strategies.
+"""Replays golden vectors, recorded from the methods' official code, through the methods here.
 
-A folder of vectors holds ``cases.json`` (a list of ``{id, file, params, tensors}``) beside one
-safetensors file per case; the folder's name is the method's.  ``tensors`` says of each tensor
-whether it is an ``input`` or ``expected``; a verdict names the expected ones that the replay never
-looked at.  How the parameters of a method's vectors map to our API is written once per method with
-`@replay`, in a file of its own in ``strategies/_golden/`` or, for a strategy of another package,
-wherever its module imports it.
+A folder of vectors contains ``cases.json`` (a list of ``{id, file, params, tensors}``) and one
+safetensors file per case.  Its name is that of the method.  ``tensors`` gives each tensor the role
+``input`` or ``expected``; a verdict names the expected tensors that the replay does not read.  For
+each method, one function decorated with `@replay` maps the parameters of its vectors to the API.
+It is in a separate file in ``strategies/_golden/`` or, for a method of another package, in any
+module that the package imports.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Case:
-    """One vector: the official code's inputs and what it made of them.
+    """One golden vector: inputs and outputs of the official code.
 
     Attributes:
-        method: Whose vectors they are.
+        method: Name of the method.
         id: Name of the vector.
-        params: What the official code was run with.
-        tensors: Inputs and what is expected, by name.
-        expected: Names of what is expected, where the vectors say so.
+        params: Parameters of the official code.
+        tensors: Inputs and expected outputs by name.
+        expected: Names of the tensors with the role ``expected``.
     """
 
     method: str
@@ -57,7 +57,16 @@ class Case:
 
 @dataclass
 class Verdict:
-    """What a replay found, collected with `same`, `close`, `order` and `with_defects`."""
+    """The result of a replay, collected with `same`, `close`, `order` and `with_defects`.
+
+    Attributes:
+        mismatch: The first difference; empty if there is none.
+        reordered: Whether a documented defect of the official code changes the order.
+        skipped: Why the case was not replayed; empty if it was.
+        compared: Names of the comparisons.
+        defects: Names of the comparisons that reproduce a documented defect.
+        unread: Expected tensors that the replay did not read.
+    """
 
     mismatch: str = ""
     reordered: bool = False
@@ -71,7 +80,7 @@ class Verdict:
         self._compare(what, got, expected, lambda a, b: a == b)
 
     def close(self, what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-        """``got`` must lie within ``tolerance`` (absolute, and relative to 1) of ``expected``."""
+        """``got`` must be within ``tolerance * (1 + |expected|)`` of ``expected``."""
         got, expected = got.double(), expected.double()
         self._compare(what, got, expected, lambda a, b: (a - b).abs() <= tolerance * (1 + b.abs()))
 
@@ -80,16 +89,16 @@ class Verdict:
 
         Args:
             what: Name for the report.
-            got: Our sequence.
-            expected: The official one.
-            with_defects: Our choice, put into order as the official code does.
+            got: The order of the method here.
+            expected: The order of the official code.
+            with_defects: The selection of the method here, ordered as in the official code.
         """
         if not torch.equal(got, expected):
             self.reordered = True
             self.same(f"{what} with the documented defects", with_defects, expected)
 
     def with_defects(self, what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-        """As `close`, for values that ours equal once the documented defects are put in."""
+        """As `close`, for values that agree only if the documented defects are reproduced."""
         self.defects.append(what)
         self.close(what, got, expected, tolerance)
 
@@ -123,7 +132,7 @@ class Verdict:
 
 
 class _Watched(dict[str, Tensor]):
-    """Tensors that note which of them were looked at."""
+    """Tensors by name; `read` has the names of those that were read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
@@ -141,7 +150,7 @@ _replays: dict[str, Replay] = {}
 
 
 def replay(method: str) -> Callable[[Replay], Replay]:
-    """Function decorator: this is how vectors of ``method`` go through our API."""
+    """Function decorator: register the replay of the golden vectors of ``method``."""
 
     def decorate(function: Replay) -> Replay:
         _replays[method] = function
@@ -151,7 +160,7 @@ def replay(method: str) -> Callable[[Replay], Replay]:
 
 
 def _discover() -> None:
-    """Import every replay: ours, and those that come with strategies of other packages."""
+    """Import every replay, including those of other packages."""
     strategies.names()
     package = importlib.import_module("tokenprune.strategies._golden")
     for found in pkgutil.iter_modules(package.__path__):
@@ -162,7 +171,7 @@ def read(folder: Path, method: str) -> list[Case]:
     """The cases of one folder, all of one method.
 
     Raises:
-        UserError: ``cases.json`` or a file it names is missing or cannot be read.
+        UserError: ``cases.json``, or a file that it names, is missing or cannot be read.
     """
     try:
         listed = json.loads((folder / "cases.json").read_text())
@@ -195,10 +204,10 @@ def _expected(tensors: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
 
 
 def verdict_of(case: Case) -> Verdict:
-    """Replay one case.  What it expects and the replay did not look at is in the verdict."""
+    """Replay one case.  The verdict lists the expected tensors that the replay did not read."""
     known = _replays.get(case.method)
     if known is None:
-        return Verdict(skipped=f"no strategy here replays {case.method!r}")
+        return Verdict(skipped=f"no method here replays {case.method!r}")
     watched = _Watched(case.tensors)
     verdict = known(replace(case, tensors=watched))
     if not (verdict.skipped or verdict.mismatch):
@@ -207,11 +216,14 @@ def verdict_of(case: Case) -> Verdict:
 
 
 def replay_folder(folder: Path, method: str | None = None) -> list[tuple[Case, Verdict]]:
-    """Replay the cases in ``folder`` or, where it has no ``cases.json``, in the folders below.
+    """Replay the cases in ``folder`` or, if it has no ``cases.json``, in its subfolders.
 
     Args:
-        folder: Where the vectors are.
-        method: Only this method's.  Raises `UserError` if nothing can replay it.
+        folder: The folder of the vectors.
+        method: Replay only the vectors of this method.
+
+    Raises:
+        UserError: There are no vectors, they cannot be read, or ``method`` has no replay.
     """
     _discover()
     if method is not None and method not in _replays:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that the checks run in."""
+"""Tiny random models of every family, in which the checks run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DECODERS = ("llama", "mistral", "qwen2")
 RETENTION = 0.4
 
 
-# -- a model to run in ---------------------------------------------------------------------------
+# -- tiny models ---------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -50,8 +50,8 @@ class Row(NamedTuple):
 
     Attributes:
         sizes: (height, width) of its images.
-        text: How many ids follow the images and videos.
-        frames: Frames of each of its videos, behind the images, where the model takes videos.
+        text: Number of ids after the images and videos.
+        frames: Frames of each of its videos, which follow the images if the model takes videos.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -64,7 +64,13 @@ ROWS = (Row(((20, 30),), 3), Row((), 5), Row(((10, 30), (24, 24)), 4, frames=(3,
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """A tiny random model and the inputs to run it on."""
+    """A tiny random model and its inputs.
+
+    Attributes:
+        adapter: Adapter of the model.
+        name: Registered name of the adapter.
+        decoder: ``model_type`` of the decoder.
+    """
 
     adapter: Any
     name: str = ""
@@ -102,7 +108,7 @@ class Host:
         return [*self.adapter.facts.placeholders.values()]
 
     def layouts(self, row: int) -> list[TokenLayout]:
-        """Layouts of the images, then of the videos of a prompt."""
+        """Layouts of the images of a prompt, then of its videos."""
         sizes, _, frames = ROWS[row]
         images = [self.adapter.layout(size, same_prompt=len(sizes) > 1) for size in sizes]
         if "video" not in self.adapter.encoders:
@@ -119,7 +125,7 @@ class Host:
         return ids + [draw.randrange(5, 60) for _ in range(ROWS[row].text)]
 
     def media(self, row: int) -> dict[str, Inputs]:
-        """Modality to the encoder inputs of a prompt; they are the same in every batch."""
+        """Modality to the encoder inputs of a prompt, the same in every batch."""
         sizes, _, frames = ROWS[row]
         found = {}
         if sizes:
@@ -134,7 +140,7 @@ class Host:
         side: str = "left",
         answer: Sequence[int] = (),
     ) -> Inputs:
-        """The batch of ``rows``, each with ``answer`` behind it, padded on ``side``.
+        """The batch of ``rows``, each followed by ``answer``, padded on ``side``.
 
         Ids and images of a row are the same in every batch.
         """
@@ -156,12 +162,12 @@ class Host:
         return result
 
     def generate(self, inputs: Inputs, **options: Any) -> Tensor:
-        """(B, new) ids of ``model.generate``; four new tokens, none of them a placeholder."""
+        """(B, new) ids of ``model.generate``: four new tokens without placeholders."""
         ids: Tensor = self._generate(inputs, **options)
         return ids[:, inputs["input_ids"].shape[1] :]
 
     def generate_with_logits(self, inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
-        """(B, new) ids and the (B, new, vocabulary) logits they were chosen from."""
+        """(B, new) ids and the (B, new, vocabulary) logits that they are drawn from."""
         out = self._generate(inputs, return_dict_in_generate=True, output_logits=True, **options)
         ids = out.sequences[:, inputs["input_ids"].shape[1] :]
         return ids, torch.stack(out.logits, dim=1)
@@ -178,7 +184,7 @@ class Host:
 
 
 def _batched(parts: Sequence[Inputs]) -> Inputs:
-    """Encoder inputs one below the other, images of fewer views filled up with zeros."""
+    """Encoder inputs as one batch; images with fewer views are padded with zeros."""
     if not parts:
         return {}
     views = max(part["pixel_values"].shape[1] if "pixel_values" in part else 0 for part in parts)
@@ -193,17 +199,18 @@ def _batched(parts: Sequence[Inputs]) -> Inputs:
 
 @functools.cache
 def tiny_host(name: str, decoder: str, seed: int = 0) -> Host:
+    """`Host.tiny`, made once for the same arguments."""
     return Host.tiny(name, decoder, seed)
 
 
 def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
     """A tiny model for every registered adapter with a language model, and every decoder."""
-    speaking = [name for name in adapters.names() if adapters.get(name).has_language_model]
-    return [tiny_host(name, decoder) for name in speaking for decoder in decoders]
+    families = [name for name in adapters.names() if adapters.get(name).has_language_model]
+    return [tiny_host(name, decoder) for name in families for decoder in decoders]
 
 
 def refusal(host: Host, compressor: Compressor) -> str:
-    """Why the model cannot run the method; empty if it can."""
+    """The reason why the model cannot run the method; empty if it can."""
     try:
         check_compatible(host.adapter.facts, compressor)
     except UserError as error:
@@ -212,10 +219,10 @@ def refusal(host: Host, compressor: Compressor) -> str:
 
 
 def example(name: str, retention: float = RETENTION) -> Compressor:
-    """The registered method with its defaults, or with options that a model here can run.
+    """The registered method with its defaults, or with options that a tiny model can run.
 
-    Where no tiny model has what the defaults need, the first choice of an option counts that one
-    has, such as a substitute for a text tower.
+    If no tiny model has what the defaults need, the first other option value that one of them can
+    run is used, such as a substitute for a text encoder.
     """
     method, tried = create(name, retention=retention), hosts(DECODERS[:1])
     if all(refusal(host, method) for host in tried):

@@ -25,8 +25,8 @@ def llama_attention(
         query, key: (D, D) weights of the projections, which have no bias.
         norm: (D,) weights of the norm in front of the layer.
         heads: Number of query heads and of key heads.
-        base: Of the rotary embedding.
-        eps: Of the norm.
+        base: Base of the rotary embedding.
+        eps: Epsilon of the norm.
         length: Number of position ids that the rotary embedding covers.
 
     Returns:

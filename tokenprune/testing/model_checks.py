@@ -1,25 +1,26 @@
-"""The contract as a product: what every strategy must do, in every model, as small checks.
+"""Checks of a method inside a model.
 
-Each ``check_*`` raises `AssertionError` with a counter-example.  For a strategy of your own::
+Each ``check_*`` raises `AssertionError` with a counter-example.  To test your own method::
 
     from tokenprune.testing import check_compressor
 
     def test_mine() -> None:
         check_compressor(Mine(retention=0.4))
 
-or one test per check, with readable names::
+To run each check as a separate test::
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
     def test_mine(check: Check) -> None:
         run(check, Mine(retention=0.4))
 
-Checks of the model kind run the strategy inside tiny random models of every registered adapter, on
-a ragged batch: a prompt with one image, one of text only, one with two images of different aspect.
+They run the method inside tiny random models of every registered adapter, on a ragged batch: a
+prompt with one image, one of text only, and one with two images of different aspect ratios.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune
 from tokenprune.compressor import Compressor, Stage
+from tokenprune.cost.ledger import Ledger
 from tokenprune.engine.session import compress
+from tokenprune.engine.trace import Trace
+from tokenprune.layout import TokenLayout
 from tokenprune.testing.asserting import (
     assert_close,
     assert_refused,
@@ -69,7 +73,7 @@ __all__ = [
 
 
 def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None:
-    """Invariant 1: R = 1 gives bit-identical logits and ids, as long as all separators stay."""
+    """Invariant 1: R = 1 gives bit-identical logits and ids if all separators stay."""
     compressor = with_fields(compressor, separators="all")
     for fields in ({}, {"position_ids": "compact"}, {"position_ids": "original"}):
         full = with_fields(compressor, retention=1.0, **fields)
@@ -109,9 +113,9 @@ def check_equals_reference(compressor: Compressor, host: Host) -> None:
 
 
 def check_prompt_logits(compressor: Compressor, host: Host) -> None:
-    """Logits keep the prompt's shape; at what is left they equal the reference, under any padding.
+    """Logits keep the prompt's shape; at kept columns they equal the reference, under any padding.
 
-    A column that was dropped shows the last column before it that is left.
+    A dropped column repeats the last kept column before it.
     """
     for side in ("left", "right"):
         inputs = host.inputs(side=side)
@@ -149,12 +153,12 @@ def check_batch_equals_single(compressor: Compressor, host: Host) -> None:
             assert_close(got, want, f"{what}, logits")
             if ledgers[row] != single.ledger:
                 raise AssertionError(
-                    f"{what}: its account is {ledgers[row]}, alone it is {single.ledger}"
+                    f"{what}: its ledger is {ledgers[row]}, alone it is {single.ledger}"
                 )
 
 
 def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
-    """Invariant 5: the ledger says what hidden states and KV cache really hold."""
+    """Invariant 5: the ledger equals the tokens, KV entries and FLOPs that are observed."""
     for row in range(len(ROWS)):
         with (
             compress(host.model, compressor) as trace,
@@ -163,77 +167,89 @@ def check_ledger_is_true(compressor: Compressor, host: Host) -> None:
             torch.no_grad(),
         ):
             out = host.model(**host.inputs([row]), use_cache=True)
-        ledger, layers = trace.ledger, out.past_key_values.layers
-        told = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
-        processed = [call.length for call in calls]
-        cached = [layer.keys.shape[-2] for layer in layers]
-        if told != processed:
-            raise AssertionError(f"row {row}: layers process {processed}, ledger says {told}")
-        if told != cached:
-            raise AssertionError(f"row {row}: the KV cache holds {cached}, the ledger says {told}")
-        tensors = [part for layer in layers for part in (layer.keys, layer.values)]
-        size = sum(part.numel() * part.element_size() for part in tensors)
-        if size != ledger.kv_bytes:
-            raise AssertionError(f"row {row}: {size} KV bytes, not {ledger.kv_bytes}")
-        ran = sum(products)
-        if ran != ledger.vision_flops:
-            raise AssertionError(f"row {row}: {ran} FLOPs, not {ledger.vision_flops}")
-        views = sum(layout.views for layout in host.layouts(row))
-        most = ledger.uncompressed_vision_flops
-        if ran > most:
-            raise AssertionError(f"row {row}: the tower takes {ran} FLOPs, uncompressed {most}")
-        if bool(views) != bool(ran):
-            raise AssertionError(f"row {row}: {views} views take {ran} FLOPs")
-        layouts = host.layouts(row)
-        patches = sum(len(layout.patches) for layout in layouts)
-        if ledger.patch_tokens != patches:
-            raise AssertionError(f"row {row}: {ledger.patch_tokens}, not {patches}")
-        last = {chosen.image: chosen for chosen in trace.selections}
-        kept = [layout.take(last[i].keep) for i, layout in enumerate(layouts)]
-        per_view = tuple(layout.view_sizes for layout in kept)
-        if ledger.kept_per_view != per_view:
-            raise AssertionError(f"row {row}: {ledger.kept_per_view}, {per_view}")
-        if ledger.kept_patches != sum(map(sum, per_view)):
-            raise AssertionError(f"row {row}: kept_patches")
-        entries = sum(map(len, kept))
-        if ledger.kept_patches + ledger.kept_separators != entries:
-            raise AssertionError(f"row {row}: separators")
-        if ledger.visual_per_layer[-1] != entries:
-            raise AssertionError(f"row {row}: last layer")
-        entering = {c.image: c for c in trace.selections if c.stage is not Stage.LLM}
-        there = [
-            layout.take(entering[i].keep) if i in entering else layout
-            for i, layout in enumerate(layouts)
-        ]
-        patches = sum(len(layout.patches) for layout in there)
-        if ledger.entered_patches != patches:
-            raise AssertionError(f"row {row}: {patches} patches enter the model")
-        separators = sum(map(len, there)) - patches
-        if ledger.entered_separators != separators:
-            raise AssertionError(f"row {row}: {separators} separators enter")
+        ledger, layouts = trace.ledger, host.layouts(row)
+        _check_processed(ledger, [call.length for call in calls], out.past_key_values, row)
+        _check_vision_flops(ledger, sum(products), sum(layout.views for layout in layouts), row)
+        _check_kept(ledger, trace, layouts, row)
         if ledger.requested != compressor.retention:
             raise AssertionError(f"row {row}: R = {ledger.requested}")
-        average = sum(processed) / len(processed) - ledger.text_tokens
-        if not math.isclose(ledger.layer_average, average):
-            raise AssertionError(f"row {row}: average {average}")
         if ledger.selector_bytes < 0:
             raise AssertionError(f"row {row}: {ledger.selector_bytes} selector bytes")
-    _batch_account(compressor, host)
+    _check_batch_ledgers(compressor, host)
 
 
-def _batch_account(compressor: Compressor, host: Host) -> None:
-    """In a batch a layer is as wide as its longest prompt; the rest is padding, not tokens."""
+def _check_processed(ledger: Ledger, processed: Sequence[int], cache: Any, row: int) -> None:
+    """Check tokens per layer and the KV cache."""
+    stated = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
+    cached = [layer.keys.shape[-2] for layer in cache.layers]
+    if stated != processed:
+        raise AssertionError(f"row {row}: layers process {processed}, the ledger says {stated}")
+    if stated != cached:
+        raise AssertionError(f"row {row}: the KV cache holds {cached}, the ledger says {stated}")
+    tensors = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    size = sum(part.numel() * part.element_size() for part in tensors)
+    if size != ledger.kv_bytes:
+        raise AssertionError(f"row {row}: {size} KV bytes, not {ledger.kv_bytes}")
+    average = sum(processed) / len(processed) - ledger.text_tokens
+    if not math.isclose(ledger.layer_average, average):
+        raise AssertionError(f"row {row}: average {average}")
+
+
+def _check_vision_flops(ledger: Ledger, ran: int, views: int, row: int) -> None:
+    """Check the FLOPs of the vision encoder."""
+    if ran != ledger.vision_flops:
+        raise AssertionError(f"row {row}: {ran} FLOPs, not {ledger.vision_flops}")
+    full = ledger.uncompressed_vision_flops
+    if ran > full:
+        raise AssertionError(
+            f"row {row}: the vision encoder takes {ran} FLOPs, uncompressed {full}"
+        )
+    if bool(views) != bool(ran):
+        raise AssertionError(f"row {row}: {views} views take {ran} FLOPs")
+
+
+def _check_kept(ledger: Ledger, trace: Trace, layouts: Sequence[TokenLayout], row: int) -> None:
+    """Check the numbers of patch tokens and separators against the selections."""
+    patches = sum(len(layout.patches) for layout in layouts)
+    if ledger.patch_tokens != patches:
+        raise AssertionError(f"row {row}: {ledger.patch_tokens}, not {patches}")
+    last = {record.image: record for record in trace.selections}
+    kept = [layout.take(last[i].keep) for i, layout in enumerate(layouts)]
+    per_view = tuple(layout.view_sizes for layout in kept)
+    if ledger.kept_per_view != per_view:
+        raise AssertionError(f"row {row}: {ledger.kept_per_view}, {per_view}")
+    if ledger.kept_patches != sum(map(sum, per_view)):
+        raise AssertionError(f"row {row}: kept_patches")
+    entries = sum(map(len, kept))
+    if ledger.kept_patches + ledger.kept_separators != entries:
+        raise AssertionError(f"row {row}: separators")
+    if ledger.visual_per_layer[-1] != entries:
+        raise AssertionError(f"row {row}: last layer")
+    before = {one.image: one for one in trace.selections if one.stage is not Stage.LLM}
+    entered = [
+        layout.take(before[i].keep) if i in before else layout for i, layout in enumerate(layouts)
+    ]
+    patches = sum(len(layout.patches) for layout in entered)
+    if ledger.entered_patches != patches:
+        raise AssertionError(f"row {row}: {patches} patch tokens enter the language model")
+    separators = sum(map(len, entered)) - patches
+    if ledger.entered_separators != separators:
+        raise AssertionError(f"row {row}: {separators} separators enter the language model")
+
+
+def _check_batch_ledgers(compressor: Compressor, host: Host) -> None:
+    """In a batch a layer is as wide as its longest prompt; padding does not count as tokens."""
     with compress(host.model, compressor) as trace, spying(host) as calls, torch.no_grad():
         out = host.model(**host.inputs(), use_cache=True)
     for layer, (call, cached) in enumerate(zip(calls, out.past_key_values.layers, strict=True)):
-        told = [ledger.kv_per_layer[layer] for ledger in trace.ledgers]
-        if call.length != max(told):
-            raise AssertionError(f"layer {layer}: {call.length} wide, ledgers say {told}")
+        stated = [ledger.kv_per_layer[layer] for ledger in trace.ledgers]
+        if call.length != max(stated):
+            raise AssertionError(f"layer {layer}: {call.length} wide, the ledgers say {stated}")
         rows, _, entries, _ = cached.keys.shape
-        padding = sum(max(told) - each for each in told)
-        if rows * entries - padding != sum(told):
+        padding = sum(max(stated) - each for each in stated)
+        if rows * entries - padding != sum(stated):
             raise AssertionError(
-                f"layer {layer}: {rows} x {entries} KV entries, {padding} of padding, not {told}"
+                f"layer {layer}: {rows} x {entries} KV entries, {padding} of padding, not {stated}"
             )
 
 
@@ -246,14 +262,14 @@ def check_eager_agrees(compressor: Compressor, host: Host) -> None:
             inputs = other.inputs()
             logits = other.logits(inputs)[inputs["attention_mask"].bool()]
             ids = other.generate(inputs)
-        found.append((logits, ids, [chosen.keep for chosen in trace.selections]))
+        found.append((logits, ids, [record.keep for record in trace.selections]))
     assert_same_kept(found[1][2], found[0][2], "eager instead of sdpa attention")
     assert_close(found[1][0], found[0][0], "logits under eager instead of sdpa attention")
     assert_same(found[1][1], found[0][1], "ids under eager instead of sdpa attention")
 
 
 class _Squares(TorchDispatchMode):
-    """Notes every float tensor that looks like attention: (batch, heads, N, N)."""
+    """Records the shape of every float tensor of the form of attention: (batch, heads, N, N)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -270,7 +286,7 @@ class _Squares(TorchDispatchMode):
 
 
 def check_no_attention_matrix(compressor: Compressor, host: Host) -> None:
-    """Invariant 6: nothing of size N x N is made, asked for, or switched to eager."""
+    """Invariant 6: no N x N attention is computed or requested, and no kernel becomes eager."""
     kinds = _attention_kinds(host)
     chunk, tokenprune.attention.CHUNK = tokenprune.attention.CHUNK, 4  # views have 16 patches
     try:
@@ -280,13 +296,13 @@ def check_no_attention_matrix(compressor: Compressor, host: Host) -> None:
                 with _Squares() as squares:
                     host.logits(host.inputs([row]))
                 if squares.found:
-                    raise AssertionError(f"attention matrices were made: {sorted(squares.found)}")
+                    raise AssertionError(f"attention matrices: {sorted(squares.found)}")
     finally:
         tokenprune.attention.CHUNK = chunk
     if inside != kinds:
         raise AssertionError(f"the attention kernel was switched from {kinds} to {inside}")
     if any(call.attentions for call in calls):
-        raise AssertionError("output_attentions was asked for")
+        raise AssertionError("output_attentions was requested")
 
 
 def _attention_kinds(host: Host) -> list[tuple[str, str]]:
@@ -298,7 +314,7 @@ def _attention_kinds(host: Host) -> list[tuple[str, str]]:
 
 
 def check_order_of_rows(compressor: Compressor, host: Host) -> None:
-    """Invariant 8: a choice depends neither on the row's index nor on its neighbours."""
+    """Invariant 8: a selection depends neither on the row's index nor on the other rows."""
     with compress(host.model, compressor) as trace:
         host.logits(host.inputs((0, 1, 2)))
         straight = [kept_in(trace, row) for row in range(3)]
@@ -310,7 +326,7 @@ def check_order_of_rows(compressor: Compressor, host: Host) -> None:
 
 
 def check_model_rng_untouched(compressor: Compressor, host: Host) -> None:
-    """Invariant 8: a compressed forward leaves the global generators alone and ignores them."""
+    """Invariant 8: a compressed forward neither changes nor uses the global generators."""
     kept = []
     for seed in (1, 2):
         with seeded(seed), compress(host.model, compressor) as trace:
@@ -318,18 +334,18 @@ def check_model_rng_untouched(compressor: Compressor, host: Host) -> None:
             host.logits(host.inputs())
             if rng_state() != before:
                 raise AssertionError("a compressed forward drew from a global generator")
-            kept.append([chosen.keep for chosen in trace.selections])
+            kept.append([record.keep for record in trace.selections])
     assert_same_kept(kept[1], kept[0], "with another global seed")
 
 
 def check_positions(compressor: Compressor, host: Host) -> None:
-    """Invariant 9: ``compact`` re-indexes what is left, ``original`` keeps the ids; both exact."""
+    """Invariant 9: ``compact`` renumbers the kept tokens, ``original`` keeps their ids; exactly."""
     for positions in ("auto", "compact", "original"):
-        chosen = with_fields(compressor, position_ids=positions)
+        method = with_fields(compressor, position_ids=positions)
         for row in range(len(ROWS)):
-            with compress(host.model, chosen), spying(host) as calls:
+            with compress(host.model, method), spying(host) as calls:
                 got = host.logits(host.inputs([row]))
-            wanted = reference(host, chosen, row)
+            wanted = reference(host, method, row)
             for index, (call, want) in enumerate(zip(calls, wanted.positions, strict=True)):
                 what = f"position_ids={positions}, row {row}, layer {index}, position ids"
                 assert_same(call.positions.expand(1, -1)[0], want, what)
@@ -343,7 +359,7 @@ def check_positions(compressor: Compressor, host: Host) -> None:
 
 
 def check_inputs_untouched(compressor: Compressor, host: Host) -> None:
-    """The user's tensors are not written to, nor is anything added to them."""
+    """The user's tensors are not changed and get no attributes."""
     inputs = host.inputs()
     before = {name: values.clone() for name, values in inputs.items()}
     attributes = {name: set(vars(values)) for name, values in inputs.items()}
@@ -360,7 +376,7 @@ def check_inputs_untouched(compressor: Compressor, host: Host) -> None:
 
 
 def check_bfloat16(compressor: Compressor, host: Host) -> None:
-    """Runs in bfloat16: ids with and without cache, logits of that dtype, an honest ledger."""
+    """The model runs in bfloat16: finite logits of that dtype, and a ledger close to float32's."""
     half = host.like(dtype=torch.bfloat16)
     inputs = half.inputs()
     with compress(half.model, compressor) as trace:
@@ -369,7 +385,7 @@ def check_bfloat16(compressor: Compressor, host: Host) -> None:
     if logits.dtype != torch.bfloat16:
         raise AssertionError(f"logits in {logits.dtype}")
     if not logits.isfinite().all():
-        raise AssertionError("logits that are not finite in bfloat16")
+        raise AssertionError("some logits in bfloat16 are not finite")
     with compress(host.model, compressor) as exact:
         host.logits(host.inputs())
     for row, (mine, theirs) in enumerate(zip(trace.ledgers, exact.ledgers, strict=True)):
@@ -382,7 +398,7 @@ def check_bfloat16(compressor: Compressor, host: Host) -> None:
 
 
 def check_inference_mode(compressor: Compressor, host: Host) -> None:
-    """Works under `torch.inference_mode`, with the same result."""
+    """`torch.inference_mode` gives the same result."""
     with compress(host.model, compressor):
         want = host.logits(host.inputs())
         with torch.inference_mode():
@@ -392,7 +408,7 @@ def check_inference_mode(compressor: Compressor, host: Host) -> None:
 
 
 def _hidden_patterns(host: Host, row: int) -> dict[str, list[int]]:
-    """Columns of a prompt that an attention mask may hide."""
+    """Columns of a prompt that the check hides with the attention mask, by description."""
     ids = torch.tensor(host.prompt(row))
     places = torch.isin(ids, torch.tensor(host.placeholders)).nonzero().squeeze(1)
     layouts = host.layouts(row)
@@ -406,7 +422,7 @@ def _hidden_patterns(host: Host, row: int) -> dict[str, list[int]]:
 
 
 def check_masked_tokens(compressor: Compressor, host: Host) -> None:
-    """Visual tokens that the attention mask hides are not there: not ranked, kept or counted."""
+    """Visual tokens that the attention mask hides are not ranked, kept or counted."""
     for number, name in enumerate(_hidden_patterns(host, 2)):
         inputs = host.inputs()
         hidden: dict[int, list[int]] = {1: []}
@@ -422,10 +438,12 @@ def check_masked_tokens(compressor: Compressor, host: Host) -> None:
             assert_same_kept(kept_in(trace, row), wanted.kept, what)
             assert_close(got[row], wanted.logits[-1], f"{what}, logits")
             text = len(host.prompt(row)) - sum(map(len, host.layouts(row)))
-            told = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
+            stated = [ledger.text_tokens + visual for visual in ledger.visual_per_layer]
             processed = [len(columns) for columns, _ in wanted.states]
-            if (ledger.text_tokens, told) != (text, processed):
-                raise AssertionError(f"{what}: layers process {processed}, ledger says {told}")
+            if (ledger.text_tokens, stated) != (text, processed):
+                raise AssertionError(
+                    f"{what}: layers process {processed}, the ledger says {stated}"
+                )
         if number:
             continue
         with compress(host.model, compressor):
@@ -438,7 +456,7 @@ def check_masked_tokens(compressor: Compressor, host: Host) -> None:
 
 
 def check_hidden_states(compressor: Compressor, host: Host) -> None:
-    """All hidden states are in the columns of the prompt; attentions are refused."""
+    """All hidden states keep the columns of the prompt; attention outputs are refused."""
     inputs = host.inputs()
     shape = inputs["input_ids"].shape
     with compress(host.model, compressor), torch.no_grad():
@@ -453,7 +471,7 @@ def check_hidden_states(compressor: Compressor, host: Host) -> None:
         wanted = reference(host, compressor, row)
         column = torch.arange(len(host.prompt(row)))
         for layer, (columns, want) in enumerate(wanted.states):
-            what = f"row {row}, hidden states behind layer {layer}"
+            what = f"row {row}, hidden states after layer {layer}"
             got = states[layer + 1]
             if got.shape[:2] != shape:
                 raise AssertionError(f"{what}: shape {tuple(got.shape)}, not {tuple(shape)}")

@@ -36,13 +36,13 @@ class Reference(NamedTuple):
     """One prompt, compressed by hand.
 
     Attributes:
-        columns: (M,) columns of prompt and answer that are left at the end.
+        columns: (M,) columns of prompt and answer that remain at the end.
         logits: (M, vocabulary) at these columns.
-        positions: For every decoder layer, (m,) position ids of what it processes.
-        kept: For every selection, in the order of parts and images, what it kept (indices into the
-            image's full packed sequence).
-        states: For every decoder layer, (m,) the columns it processes and (m, D) what it returns,
-            of the last one behind the norm.
+        positions: For every decoder layer, (m,) position ids of the tokens that it processes.
+        kept: For every selection, in the order of parts and images, the kept indices into the
+            image's full packed sequence.
+        states: For every decoder layer, (m,) columns that it processes and (m, D) its output; for
+            the last layer, the output of the norm after it.
     """
 
     columns: Tensor
@@ -64,19 +64,20 @@ def reference(
 ) -> Reference:
     """Build the short sequence of one prompt by hand and run it.
 
-    A batch of one without padding, hooks or KV cache: embeddings are gathered, and where tokens are
-    dropped between two layers, the layers are called one by one with a mask and position ids made
-    here.
+    The sequence is a batch of one without padding, hooks or KV cache.  Embeddings are gathered.  If
+    tokens are dropped between two layers, the layers are called one by one, with a mask and
+    position ids that are computed here.
 
     Args:
         host: The model.
         compressor: The method.
-        row: Which prompt.
-        answer: Ids behind the prompt, which have no influence on the selection.
-        asking: For every image the column whose attention ranks it; default: the last one of the
-            prompt.
+        row: Index of the prompt.
+        answer: Ids after the prompt, which must not affect the selection.
+        asking: For every image the column of its query token, whose attention ranks it; the last
+            column of the prompt by default.
         hidden_columns: Columns that the attention mask hides; the sequence is built without them.
-        counted: Whether position ids count them, as in a plain forward; those of `generate` do not.
+        counted: Whether position ids count hidden columns: they do in a plain forward, and do not
+            in `generate`.
     """
     prompt = _Prompt(host, compressor, row, answer, asking)
     prompt.hide(hidden_columns, counted)
@@ -92,11 +93,11 @@ def reference(
 
 
 class _Layer(NamedTuple):
-    """What one decoder layer computes for S columns; NaN at columns that are not there.
+    """The results of one decoder layer for S columns; NaN at dropped columns.
 
     Attributes:
-        attention: (heads, S, S) by query and key.
-        rotation: (S, S) products of rotated ones (`_rotation_alone`).
+        attention: (heads, S, S) attention by query and key.
+        rotation: (S, S) products of rotated vectors of ones (`_rotation_alone`).
         keys: (S, kv_heads * head_dim), rotated.
         values: (S, kv_heads * head_dim).
     """
@@ -108,16 +109,16 @@ class _Layer(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What the signals of one image are made of, in front of a decoder layer.
+    """The values in front of a decoder layer from which the signals of one image are computed.
 
     Attributes:
         ran: The layers that have run.
         ahead: The layer that runs next.
-        module: The same, as a module.
-        states: (S, D) hidden states behind the final norm; NaN at columns that are not there.
-        upto: (m,) the columns up to the image's last one, and their hidden states (m, D).
-        asks: The column that asks for the image.
-        text: (T,) columns of the text behind the image.
+        module: The module of that layer.
+        states: (S, D) hidden states after the final norm; NaN at dropped columns.
+        upto: (m,) columns up to the image's last column, and their hidden states (m, D).
+        asks: The column of the image's query token.
+        text: (T,) columns of the text after the image.
         patches: (P,) columns of the image's patch tokens.
     """
 
@@ -160,18 +161,18 @@ BY_HAND: Mapping[str, Callable[[_Seen, int], Tensor]] = {
 
 
 class _Prompt:
-    """One prompt, in a batch of one, on its way through the model.
+    """The state of one prompt, in a batch of one, while it passes through the model.
 
     Attributes:
-        hidden: (M, D) embeddings or hidden states of the columns that are left.
+        hidden: (M, D) embeddings or hidden states of the remaining columns.
         columns, positions: (M,) these columns, and their position ids.
-        images: What is known of every image.
-        places: For every image, the columns of what is left of it.
-        whole: The same as indices into its full packed sequence.
+        images: The remaining tokens of every image.
+        places: For every image, the columns of these tokens.
+        whole: For every image, the indices of these tokens in its full packed sequence.
         last: For every image, its last column in the full prompt.
-        asks: For every image, the column that asks for it.
+        asks: For every image, the column of its query token.
         sizes: For every column of the prompt, how often attention counts it.
-        kept: What the selections kept.
+        kept: The kept indices of every selection.
         ran: The decoder layers that have run.
     """
 
@@ -201,7 +202,7 @@ class _Prompt:
         self.ran: list[_Layer] = []
 
     def hide(self, columns: Sequence[int], counted: bool) -> None:
-        """Take out what the attention mask hides; position ids may count it."""
+        """Remove the columns that the attention mask hides; position ids may count them."""
         there = ~torch.isin(self.columns, torch.tensor([*columns], dtype=torch.long))
         for index, place in enumerate(self.places):
             self.whole[index] = there[place].nonzero().squeeze(1)
@@ -209,12 +210,12 @@ class _Prompt:
             self.places[index] = place[there[place]]
         self.hidden, self.columns = self.hidden[there], self.columns[there]
         self.positions = self.columns if counted else torch.arange(len(self.columns))
-        # Gaps in the position ids, closed by the first cut that renumbers them.
+        # Gaps in the position ids.  The first cut that renumbers them closes the gaps.
         self.gaps = (~there).cumsum(0) * int(counted)
         self.visual = torch.cat(self.places) if self.places else self.columns[:0]
 
     def enter(self) -> None:
-        """Note what enters the language model."""
+        """Record the tokens that enter the language model."""
         for index, some in enumerate(self.images):
             patches = torch.isin(self.columns, self.places[index][some.layout.patches])
             text = torch.isin(self.columns, self._text(index))
@@ -225,13 +226,13 @@ class _Prompt:
             )
 
     def cut(self, part: Compressor, layer: nn.Module | None = None) -> None:
-        """Let ``part`` select, in front of the decoder ``layer`` or of the language model."""
+        """Run the selections of ``part``, in front of ``layer`` or of the language model."""
         stays = torch.ones(len(self.columns), dtype=torch.bool)
-        hidden = self.hidden.clone()  # what is merged of one image does not change another
+        hidden = self.hidden.clone()  # merged tokens of one image must not affect another image
         ahead = None if layer is None else self._layer(layer)
         for index, tokens in enumerate(self.images):
             slots = torch.isin(self.columns, self.places[index]).nonzero().squeeze(1)
-            if not len(tokens.layout.patches):  # hidden, apart from separators perhaps
+            if not len(tokens.layout.patches):  # the attention mask hides all patch tokens
                 rowless = part.separators == "rows" and not tokens.layout.canvas_shape[0]
                 stays[slots] = part.separators == "all" or rowless
                 self._keep(index, tokens, stays[slots].nonzero().squeeze(1))
@@ -263,9 +264,9 @@ class _Prompt:
         self.kept.append(self.whole[index])
 
     def _text(self, index: int) -> Tensor:
-        """(T,) columns of the text behind an image, up to the column that asks for it."""
-        behind = (self.columns > self.last[index]) & (self.columns <= self.asks[index])
-        return self.columns[behind & ~torch.isin(self.columns, self.visual)]
+        """(T,) columns of the text after an image, up to its query token."""
+        after = (self.columns > self.last[index]) & (self.columns <= self.asks[index])
+        return self.columns[after & ~torch.isin(self.columns, self.visual)]
 
     def _given(
         self,
@@ -276,7 +277,7 @@ class _Prompt:
         ahead: _Layer,
         hidden: Tensor,
     ) -> VisualTokens:
-        """What ``part`` receives of an image in front of a decoder ``layer``."""
+        """The tokens of an image that ``part`` receives in front of a decoder ``layer``."""
         text, place = self._text(index), self.places[index]
         upto = self.columns <= self.last[index]
         seen = _Seen(
@@ -300,7 +301,7 @@ class _Prompt:
         )
 
     def run_plainly(self) -> Reference:
-        """The plain model on the plain short prompt."""
+        """Run the unmodified language model on the short prompt."""
         out = self.language(
             inputs_embeds=self.hidden[None], use_cache=False, output_hidden_states=True
         )
@@ -309,7 +310,7 @@ class _Prompt:
         return Reference(self.columns, logits, [self.positions] * len(made), self.kept, made)
 
     def run(self, inside: Sequence[Compressor]) -> Reference:
-        """The decoder layers one by one, with the cuts of the parts ``inside``."""
+        """Run the decoder layers one by one, with the cuts of the parts ``inside``."""
         positions, made = [], []
         depth = len(self.adapter.decoder_layers)
         for index, layer in enumerate(self.adapter.decoder_layers):
@@ -326,7 +327,8 @@ class _Prompt:
                 position_ids=self.positions[None],
                 position_embeddings=self._rotary(),
             )[0]
-            made.append((self.columns, self.hidden.clone()))  # a cut writes merged tokens into it
+            # A copy, because a cut writes merged tokens into `hidden`.
+            made.append((self.columns, self.hidden.clone()))
         last = self.language.norm(self.hidden)
         made[-1] = self.columns, last
         logits = self.host.model.lm_head(last)
@@ -339,7 +341,7 @@ class _Prompt:
         return rotary
 
     def _layer(self, layer: nn.Module) -> _Layer:
-        """What a decoder layer computes of the current states."""
+        """The results of a decoder layer for the current states."""
         rotary = self._rotary()
         heads = _decoder_attention(layer, self.hidden, rotary, self.sizes[self.columns])
         return _Layer(
@@ -350,7 +352,7 @@ class _Prompt:
         )
 
     def _by_column(self, values: Tensor) -> Tensor:
-        """(S, ...) ``values`` (M, ...) of the columns that are left; NaN at all others."""
+        """(S, ...) ``values`` (M, ...) of the remaining columns; NaN at dropped columns."""
         found = values.new_full((len(self.sizes), *values.shape[1:]), torch.nan)
         found[self.columns] = values
         return found
@@ -406,7 +408,7 @@ def _encoded_by_hand(
     size: tuple[int, int] | None,
     full: int,
 ) -> VisualTokens:
-    """An image whose views, of ``full`` tokens each, ran under a method inside the tower."""
+    """An image whose views, of ``full`` tokens each, ran under an encoder method."""
     target, shape = budget(full, part.retention), adapter.view_shape
     runs = [tower_by_hand(adapter, part, view, target) for view in views]
     projected = adapter.base.multi_modal_projector(features_by_hand(adapter, runs))
@@ -455,7 +457,7 @@ def _packed_by_hand(
 
 
 def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A map (rows, columns) at ``shape``, bilinear between the centres of its cells, by hand."""
+    """A map (rows, columns) resampled to ``shape``, bilinear between the centres of its cells."""
     result = grid
     for axis, size in enumerate(shape):
         length = grid.shape[axis]
@@ -470,7 +472,7 @@ def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
-    """(V, patches) or (V, patches, C) of a vision signal, from the whole attention matrix."""
+    """(V, patches) or (V, patches, C) vision signal, from the full attention matrix."""
     signal = signal.resolve(adapter.facts.vision.has_cls)
     index = signal.layer % len(adapter.vision_layers)
     layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
@@ -500,7 +502,7 @@ def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
 
 
 def _rotation_alone(rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(M, M) products of all-one queries and keys, rotated, over the root of their width."""
+    """(M, M) products of queries and keys of ones after rotation, over the root of their width."""
     pairs = [part[0][:, : part.shape[-1] // 2] for part in rotary]
     angle = torch.atan2(pairs[1], pairs[0])  # of every pair of channels
     turned = (angle[:, None] - angle[None]).cos().sum(-1)
@@ -520,7 +522,7 @@ def _decoder_projected(layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
 def _decoder_rotated(
     layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], name: str
 ) -> Tensor:
-    """The same, rotated."""
+    """(heads, M, head_dim) rotated queries (``q``) or keys (``k``)."""
     out = _decoder_projected(layer, hidden, name)
     left, right = out.chunk(2, dim=-1)
     return out * rotary[0][0] + torch.cat([-right, left], dim=-1) * rotary[1][0]
@@ -529,8 +531,7 @@ def _decoder_rotated(
 def _decoder_attention(
     layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], sizes: Tensor
 ) -> Tensor:
-    """(heads, M, M) attention of a decoder layer, as eager attention computes it, in which the
-    weight of a key counts as often as ``sizes`` (M,) says."""
+    """(heads, M, M) eager attention of a decoder layer; each key counts ``sizes`` (M,) times."""
     query, key = (_decoder_rotated(layer, hidden, rotary, name) for name in "qk")
     key = key.repeat_interleave(len(query) // len(key), dim=0)
     logits: Tensor = query @ key.mT / query.shape[-1] ** 0.5

@@ -1,7 +1,7 @@
 """A slow reference of a vision encoder under a method that acts inside it, one view at a time.
 
 Embeddings, attention matrices and merging are computed from the weights, without hooks or batches.
-Only the decisions of the method (`EncoderCompressor.grid` and ``reduce``) are its own code.
+Only `EncoderCompressor.grid` and ``reduce`` are the method's own code.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ __all__ = [
 
 
 class HandRun(NamedTuple):
-    """One view.
+    """The run of one view.
 
     Attributes:
-        states: The input of layer 0 and what every layer returns, (n, D) each.
-        sizes: For each of them, the number of patches that every entry stands for.
-        groups: For each of them, the index of every entry of a full view, -1 where dropped.
+        states: The input of layer 0, then the output of every layer, (n, D) each.
+        sizes: For each of these states, the number of patches that every entry stands for.
+        groups: For each of these states, the index of every entry of a full view in it, -1 if the
+            entry is dropped.
     """
 
     states: list[Tensor]
@@ -46,7 +47,7 @@ def tower_by_hand(adapter: Any, part: EncoderCompressor, view: Tensor, target: i
         adapter: The model.
         part: The method.
         view: Pixels as the processor makes them.
-        target: Number of vectors behind the prefix that should be left.
+        target: Number of vectors after the prefix that the view should end with.
     """
     prefix, shape = int(adapter.facts.vision.has_cls), adapter.view_shape
     grid = part.grid(shape, target)
@@ -134,7 +135,7 @@ def _heads(layer: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bias(part: EncoderCompressor, sizes: list[float]) -> Tensor:
-    """(n,) what the method adds to the logits of every key."""
+    """(n,) bias that the method adds to the logits of every key."""
     found = part.bias(torch.tensor(sizes)[None])
     return torch.zeros(len(sizes)) if found is None else found[0]
 
@@ -147,7 +148,7 @@ def features_by_hand(adapter: Any, runs: list[HandRun]) -> Tensor:
 
 
 def _over_patches(values: Tensor, group: list[int]) -> Tensor:
-    """The row of every entry of a full view, zeros where it is dropped."""
+    """The row of every entry of a full view; zeros for a dropped entry."""
     nothing = torch.zeros_like(values[0])
     return torch.stack([nothing if place < 0 else values[place] for place in group])
 
@@ -155,7 +156,7 @@ def _over_patches(values: Tensor, group: list[int]) -> Tensor:
 def signal_by_hand(
     adapter: Any, part: EncoderCompressor, signal: Signal, runs: list[HandRun]
 ) -> Tensor:
-    """(V, patches) or (V, patches, C) a signal of the encoder, from whole attention matrices."""
+    """(V, patches) or (V, patches, C) signal of the encoder, from full attention matrices."""
     signal = signal.resolve(adapter.facts.vision.has_cls)
     if signal.name == "unprojected":
         return features_by_hand(adapter, runs)

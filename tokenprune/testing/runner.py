@@ -1,4 +1,4 @@
-"""The list of all checks, and how they are run."""
+"""The list of all checks, and the functions that run them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,16 @@ CHECKS: tuple[Check, ...] = STRATEGY_CHECKS + MODEL_CHECKS
 
 
 def run(check: Check, compressor: Compressor, where: Sequence[Host] | None = None) -> None:
-    """Run one check; one of the model kind in every host that has what the method needs."""
+    """Run one check.  A model check runs in every tiny model that has what the method needs.
+
+    Args:
+        check: One of `CHECKS`.
+        compressor: The method.
+        where: The tiny models; all `hosts()` by default.
+
+    Raises:
+        AssertionError: The check fails, or no tiny model can run the method.
+    """
     if check in STRATEGY_CHECKS:
         check(compressor)
         return
@@ -132,9 +141,12 @@ def check_compressor(
     """Run every check.
 
     Args:
-        compressor: A strategy, its class, or the name it is registered as; the latter two are
-            built with their defaults at ``retention=0.4``.
-        where: Models to run it in; default: `hosts()`, all of them.
+        compressor: A method, its class, or its registered name.  A class or a name is built with
+            default options at ``retention=0.4``.
+        where: The tiny models; all `hosts()` by default.
+
+    Raises:
+        AssertionError: A check fails, or no tiny model can run the method.
     """
     if isinstance(compressor, str):
         compressor = create(compressor, retention=RETENTION)

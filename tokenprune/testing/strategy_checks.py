@@ -1,4 +1,4 @@
-"""Checks of a strategy by itself, on synthetic tokens."""
+"""Checks of a method alone, on synthetic tokens."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ __all__ = [
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.6, 0.75, 0.99)
 
 
-# -- an image to choose from ---------------------------------------------------------------------
+# -- synthetic tokens ----------------------------------------------------------------------------
 
-# Full and padded grids, a single view, and an image so thin that no crop row (column) is left.
+# Full and padded grids, one view, and images so thin that the canvas has no row or no column.
 LAYOUTS = {
     "2x2": TokenLayout.anyres((2, 2), (4, 4), (0, 8, 0, 8)),
     "2x2 padded": TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8)),
@@ -62,14 +62,14 @@ def _select(part: Compressor, tokens: VisualTokens) -> Selection:
         return part.select(tokens)
 
 
-# -- checks of the strategy by itself ------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------------
 
 
 def check_documented(compressor: Compressor) -> None:
-    """A docstring, and a card that says whose idea it is."""
+    """The class has a docstring, and a card that names its source."""
     for part in compressor.parts():
         cls = type(part)
-        written = (cls.__doc__ or f"{cls.__name__}(").strip()  # dataclass makes up `Name(...)`
+        written = (cls.__doc__ or f"{cls.__name__}(").strip()  # a dataclass's default docstring
         if written.startswith(f"{cls.__name__}("):
             raise AssertionError(f"{cls.__name__} has no docstring")
         if not part.card.paper:
@@ -80,7 +80,7 @@ def check_documented(compressor: Compressor) -> None:
 
 
 def check_is_a_value(compressor: Compressor) -> None:
-    """Frozen, hashable; copies, pickles and spec strings give an equal method back."""
+    """The method is frozen and hashable; copies, pickles and its spec give an equal method."""
     field = dataclasses.fields(compressor)[0].name
     try:
         setattr(compressor, field, getattr(compressor, field))
@@ -93,7 +93,7 @@ def check_is_a_value(compressor: Compressor) -> None:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise AssertionError(
             f"{type(compressor).__name__} cannot be pickled: {error}. Define the class at the top "
-            "of a module or notebook, and make the method anew where its cell has run again."
+            "of a module or notebook, and create the method again after its cell has run again."
         ) from error
     copies = {
         "deepcopy": copy.deepcopy(compressor),
@@ -116,7 +116,7 @@ def check_is_a_value(compressor: Compressor) -> None:
 
 
 def check_selection_form(compressor: Compressor) -> None:
-    """``keep`` is a sorted, unique, non-empty int64 vector of patch tokens."""
+    """``keep`` is a non-empty int64 vector of sorted, unique indices of patch tokens."""
     for part in compressor.parts():
         for retention in (part.retention, *SHARES):
             method = replace(part, retention=retention)
@@ -141,7 +141,7 @@ def _well_formed(chosen: Selection, tokens: VisualTokens, what: str) -> None:
         raise AssertionError(f"{what}: not in 0 .. {inside[-1]}: {listed}")
     separators = tokens.layout.is_separator[keep].any()
     if separators:
-        raise AssertionError(f"{what}: keeps a separator; the core adds those")
+        raise AssertionError(f"{what}: keeps a separator; the core adds separators")
     if chosen.features is not None:
         shape = len(keep), tokens.features.shape[1]
         if chosen.features.shape != shape:
@@ -151,27 +151,26 @@ def _well_formed(chosen: Selection, tokens: VisualTokens, what: str) -> None:
 
 
 def check_budget(compressor: Compressor) -> None:
-    """No more than ``R * P`` tokens, rounding up at most once per view; of small budgets half.
+    """The method keeps at most ``R * P`` tokens, rounded up once per view, and not too few.
 
-    Where ``R`` is large a method may have a schedule of its own that keeps less.
+    At R up to 0.4 it keeps at least half the budget, unless the content may lower the number
+    (`Compressor.fills_budget`).  At larger R its schedule may keep fewer.
 
-    Fewer are fine where content decides by design (`Compressor.fills_budget`).
-
-    Where views are of different size, an allocator may give a large view more than its share, but
-    never more than twice the budget in all.
+    If views differ in size, an allocator may give a large view more than its share, but not more
+    than twice the budget in total.
     """
     hundredths = [percent / 100 for percent in range(1, 100)]
     for part in compressor.parts():
         for name, tokens in _samples(part):
-            # Every retention where it is cheap; a fault may show at some of them only.
+            # One view is cheap: a fault may show at a few retention ratios only.
             for retention in hundredths if name == "one view" else (*SHARES, 0.4, 0.77):
-                _due(replace(part, retention=retention), name, tokens)
+                _check_count(replace(part, retention=retention), name, tokens)
 
 
-def _due(method: Compressor, name: str, tokens: VisualTokens) -> None:
+def _check_count(method: Compressor, name: str, tokens: VisualTokens) -> None:
     sizes = [size for size in tokens.layout.view_sizes if size]
     share = method.retention * sum(sizes) * (1 if len(set(sizes)) == 1 else 2)
-    # Rounding up may add one token a view; where nothing is to be rounded, none.
+    # Rounding up may add one token per view, but none to a whole number.
     extra = len(sizes) if len(sizes) > 1 else math.ceil(share - 1e-9) - share
     most = max(share + extra, 1)
     floor = method.fills_budget and method.retention <= 0.4
@@ -180,18 +179,17 @@ def _due(method: Compressor, name: str, tokens: VisualTokens) -> None:
     if not least <= kept <= most:
         raise AssertionError(
             f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
-            f"R = {method.retention}, at least {max(least, 1):.1f} and at most {most:.1f} were due"
+            f"R = {method.retention}, expected at least {max(least, 1):.1f} and at most {most:.1f}"
         )
 
 
 def check_keeps_what_stands_out(compressor: Compressor) -> None:
-    """A token that all attention goes to is kept or merged, in whichever view.
+    """A token that receives all attention is kept or merged, in every view.
 
-    Else a ranking is upside down.  What a method makes of features alone has no upside that could
-    be known from outside.
+    Otherwise the ranking is inverted.  A ranking by features alone cannot be checked in this way.
     """
     for part in compressor.parts():
-        own = part  # what ranks, not what the allocator looks at
+        own = part  # the signals of the ranking, without those of the allocator
         if getattr(part, "allocator", None) is not None:
             own = replace(part, allocator=Proportional())  # type: ignore[call-arg]
         asked = [signal for signal in own.needs if signal.info.is_attention]
@@ -206,10 +204,10 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
                 keep = _select(own, bright).keep.tolist()
                 if token in keep or _merges(own, bright, token):
                     continue
-                # Frames may be chosen from by what changes instead, whoever gets attention.
+                # In a video a method may rank by change instead, and ignore the attention.
                 dark = _lit(tokens, asked, token, 0.0)
-                moot = layout.modality == "video" and keep == _select(own, dark).keep.tolist()
-                if not moot:
+                ignores = layout.modality == "video" and keep == _select(own, dark).keep.tolist()
+                if not ignores:
                     raise AssertionError(
                         f"{part.label} drops token {token}, the one that gets all of "
                         f"{[s.name for s in asked]} (layout {name!r}); is the ranking inverted?"
@@ -217,18 +215,18 @@ def check_keeps_what_stands_out(compressor: Compressor) -> None:
 
 
 def _lit(tokens: VisualTokens, asked: Sequence[Signal], token: int, share: float) -> VisualTokens:
-    """The same where ``token`` gets ``share`` of the attention, and all others 0.001."""
+    """``tokens`` in which ``token`` receives attention ``share``, and all others 0.001."""
     signals = dict(tokens.signals)
     for signal in asked:
         signals[signal] = torch.full_like(signals[signal], 1e-3)
         if not signal.in_llm:
             signals[signal][tokens.layout.is_separator] = torch.nan
-        signals[signal][_at_place_of(tokens.layout, token)] = share
+        signals[signal][_same_location(tokens.layout, token)] = share
     return replace(tokens, signals=signals)
 
 
-def _at_place_of(layout: TokenLayout, token: int) -> list[int]:
-    """The token and, of one in a crop, what shows the same place in the thumbnail."""
+def _same_location(layout: TokenLayout, token: int) -> list[int]:
+    """The token and, for a token of a crop, the thumbnail's token at the same location."""
     if layout.kind[token] != Kind.CROP:
         return [token]
     at = int(layout.canvas_row[token]), int(layout.canvas_col[token])
@@ -240,7 +238,7 @@ def _at_place_of(layout: TokenLayout, token: int) -> list[int]:
 
 
 def check_keeps_the_best_scores(compressor: Compressor) -> None:
-    """A method that scores keeps the highest scores of every view, as many as are allocated."""
+    """A scoring method keeps the highest scores of every view, as many as are allocated."""
     for part in compressor.parts():
         if not isinstance(part, ScoringCompressor):
             continue
@@ -254,7 +252,7 @@ def check_keeps_the_best_scores(compressor: Compressor) -> None:
                 what = f"{part.label}, layout {name!r}, view {view}"
                 if kept.sum() != counts[view]:
                     raise AssertionError(
-                        f"{what}: keeps {int(kept.sum())} tokens, {int(counts[view])} were due"
+                        f"{what}: keeps {int(kept.sum())} tokens, expected {int(counts[view])}"
                     )
                 best, worst = scores[patches[~kept]], scores[patches[kept]]
                 if len(best) and len(worst) and not best.max() <= worst.min():
@@ -264,9 +262,9 @@ def check_keeps_the_best_scores(compressor: Compressor) -> None:
 
 
 def check_scores_are_finite(compressor: Compressor) -> None:
-    """Scores are finite; where what is looked at is not, that is refused, and not ranked by.
+    """Scores are finite; NaN in the input of the ranking is refused.
 
-    A strategy that ranks by itself hands what it ranks by to `Selection.scores`.
+    A method that sorts its scores itself returns them in `Selection.scores`.
     """
     for part in compressor.parts():
         for name, tokens in _samples(part):
@@ -278,13 +276,13 @@ def check_scores_are_finite(compressor: Compressor) -> None:
             for token in tokens.layout.patches[[0, -1]].tolist():
                 try:
                     keep = called(part, _spoilt(tokens, token)).keep
-                except Exception:  # however it fails, nothing is ranked by NaN
+                except Exception:  # any failure will do: NaN does not rank
                     continue
-                assert_same(keep, sound, f"{what}, where token {token} is NaN all over, keeps")
+                assert_same(keep, sound, f"{what}, with only NaN in token {token}, keeps")
 
 
 def _spoilt(tokens: VisualTokens, token: int) -> VisualTokens:
-    """The same where all that is known of one token is NaN."""
+    """``tokens`` with NaN in all features and signals of one token."""
     here = torch.tensor([token])
     return replace(
         tokens,
@@ -297,7 +295,7 @@ def _spoilt(tokens: VisualTokens, token: int) -> VisualTokens:
 
 
 def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
-    """Whether what is kept shows something of ``token``."""
+    """Whether the features of ``token`` affect the features of the kept tokens."""
     nudged = tokens.features.clone()
     nudged[token] *= 1.001
     shown = _select(part, tokens).features
@@ -306,14 +304,14 @@ def _merges(part: Compressor, tokens: VisualTokens, token: int) -> bool:
 
 
 def check_follows_content(compressor: Compressor) -> None:
-    """What a token shows decides, not where it lies: turned content gives the turned choice.
+    """Content decides, not location: turned content gives the turned selection.
 
-    Strategies that go by places say so with ``location_aware = True``.
+    Methods that use locations by design set ``location_aware = True``.
     """
     for part in compressor.parts():
         if part.location_aware:
             continue
-        half = replace(part, retention=0.5)  # of equal views, so that nothing is left to round
+        half = replace(part, retention=0.5)  # half of every view is a whole number of tokens
         for method, layout in (
             (part, TokenLayout.single((5, 5))),
             (half, LAYOUTS["2x2"]),
@@ -333,17 +331,17 @@ def check_follows_content(compressor: Compressor) -> None:
 
 
 def _turned(layout: TokenLayout) -> tuple[str, Tensor]:
-    """(N,) where each entry's content comes from if the picture is turned upside down."""
+    """A description, and (N,) the source of each entry's content if the image is turned by 180°."""
     order = torch.arange(len(layout))
     for kind in (Kind.THUMBNAIL, Kind.CROP):
         there = (layout.kind == kind).nonzero().squeeze(1)
         order[there] = there.flip(0)
     shape = f"{layout.grid[0]}x{layout.grid[1]} crops" if layout.grid != (0, 0) else "one view"
-    return f"the picture of {shape} upside down", order
+    return f"the image of {shape} upside down", order
 
 
 def check_tokens_untouched(compressor: Compressor) -> None:
-    """What the strategy is shown is not written to."""
+    """The method does not write to the tensors that it receives."""
     for part in compressor.parts():
         for name, tokens in _samples(part):
             before = {key: values.clone() for key, values in shown(tokens).items()}
@@ -355,7 +353,7 @@ def check_tokens_untouched(compressor: Compressor) -> None:
 
 
 def check_deterministic(compressor: Compressor) -> None:
-    """The same image gives the same choice, whatever came before and whatever the global seed."""
+    """The same image gives the same selection, after any other image and for any global seed."""
     for part in compressor.parts():
         for name, tokens in _samples(part):
             with seeded(1):
@@ -367,7 +365,7 @@ def check_deterministic(compressor: Compressor) -> None:
 
 
 def check_rng_untouched(compressor: Compressor) -> None:
-    """The global generators of torch, numpy and Python are left alone."""
+    """The method does not use the global generators of PyTorch, NumPy and Python."""
     for part in compressor.parts():
         for name, tokens in _samples(part):
             before = rng_state()
@@ -376,7 +374,7 @@ def check_rng_untouched(compressor: Compressor) -> None:
                 raise AssertionError(f"{part.label} draws from a global generator ({name!r})")
 
 
-# -- all of them ---------------------------------------------------------------------------------
+# -- list ----------------------------------------------------------------------------------------
 
 STRATEGY_CHECKS: tuple[Check, ...] = (
     check_documented,

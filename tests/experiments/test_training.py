@@ -1,0 +1,165 @@
+"""Training batches of the testbeds equal the result of processor and model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.experiments.training import model
+from tokenprune.experiments.training import testbed_onevision as onevision
+from tokenprune.models.testbed import scenes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tp.load("testbed-onevision")
+
+
+def _images(batch: list[scenes.Scene]) -> list[Image.Image]:
+    return [Image.fromarray(scene.pixels) for scene in batch]
+
+
+@pytest.mark.parametrize("modality", scenes.MODALITIES)
+@torch.no_grad()
+def test_training_batches_are_what_the_model_packs(pipe: Any, modality: scenes.Modality) -> None:
+    """Pixels through the real processor, features through the model, order by its layout."""
+    rng = np.random.default_rng(3)
+    state = rng.bit_generator.state
+    batch = onevision.draw(modality, 2, rng, CPU)
+    ours = onevision.visual(pipe.model, batch)
+    rng.bit_generator.state = state
+    if modality == "video":
+        count = int(rng.integers(4, 9))
+        clips = [scenes.render_clip(rng, frames=count) for _ in range(2)]
+        tokens = pipe.encode_videos([_images(list(clip.frames)) for clip in clips])
+    elif modality == "multi-image":
+        pairs = [scenes.render_pair(rng) for _ in range(2)]
+        encoded = [pipe.encode(_images(list(p.scenes)), same_prompt=True) for p in pairs]
+        tokens = [torch.cat([part.features for part in some]) for some in encoded]
+    else:
+        sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())
+        size = sizes[rng.choice(len(sizes), p=shares)]
+        pictures = [scenes.render(rng, size=size, alike=rng.random() < 0.5) for _ in range(2)]
+        tokens = pipe.encode(_images(pictures))
+    for mine, theirs in zip(ours, tokens, strict=True):
+        features = theirs if isinstance(theirs, torch.Tensor) else theirs.features
+        # Thumbnails are resized by different code, which rounds differently here and there.
+        resized = 49 if modality == "image" else 0
+        torch.testing.assert_close(mine[resized:], features[resized:], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(mine[:resized], features[:resized], atol=0.1, rtol=0)
+    geo = batch.geo
+    newline = pipe.adapter.base.image_newline
+    assert torch.equal((ours[0] == newline).all(-1), geo.order < 0)
+    if modality != "multi-image":
+        layout = tokens[0].layout
+        assert torch.equal(layout.view, torch.where(geo.order < 0, -1, geo.order // 49))
+
+
+def test_the_first_words_have_the_same_ids_in_both_testbeds() -> None:
+    first, second = (
+        tokenizer.get_vocab()
+        for tokenizer in (model.build_tokenizer("image"), onevision.build_processor().tokenizer)
+    )
+    assert first.items() <= second.items()
+    assert (
+        model.build_tokenizer("image").get_vocab()
+        == tp.load("testbed-next").processor.tokenizer.get_vocab()
+    )
+
+
+def test_the_warm_start_sees_and_speaks_as_the_first_testbed() -> None:
+    source, model = onevision.teacher(), onevision.build_model(0)
+    ours, theirs = model.model.language_model, source.model.language_model
+    embeds = torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(inputs_embeds=embeds).last_hidden_state,
+            theirs(inputs_embeds=embeds).last_hidden_state,
+        )
+    words = len(source.lm_head.weight)
+    assert torch.equal(model.lm_head.weight[:words], source.lm_head.weight)
+
+
+def test_quizzes_have_true_answers() -> None:
+    rng = np.random.default_rng(0)
+    tokenizer = onevision.build_processor().tokenizer
+    for modality, kinds in scenes.MODALITIES.items():
+        quiz = onevision.draw(modality, 3, rng, CPU).quiz
+        words = tokenizer.batch_decode(quiz.ids.flatten(0, 1))
+        at = quiz.answer.flatten()
+        targets = quiz.target.flatten(0, 1)[torch.arange(len(at)), at]
+        for text, target in zip(words, targets.tolist(), strict=True):
+            answer = tokenizer.convert_ids_to_tokens(target)
+            assert f"<assistant> {answer} </s>" in text, text
+        assert int(quiz.kind.max()) == len(kinds) - 1
+
+
+# -- clips and pairs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clips_keep_their_rules(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        clip = scenes.render_clip(rng)
+        frames, tracks = clip.frames, clip.tracks
+        assert 4 <= len(frames) <= 8
+        assert [track.start for track in tracks] == sorted({track.start for track in tracks})
+        assert sum(track.dx != 0 for track in tracks) == 1
+        for index, frame in enumerate(frames):
+            shown = {t.item.name for t in tracks if t.start <= index < t.stop}
+            assert {item.name for item in frame.items} == shown
+            assert set(np.unique(frame.owner)) <= {-1, *range(len(frame.items))}
+            for item in frame.items:  # no object hides another
+                assert all(
+                    max(abs(item.x - other.x), abs(item.y - other.y)) > 11
+                    for other in frame.items
+                    if other is not item
+                )
+        mover = next(track for track in tracks if track.dx)
+        start, end = mover.item.x, mover.at(mover.stop - 1).x
+        assert (start < 28) != (end < 28)
+        question, answer = scenes.ask_clip(clip, "motion", rng)
+        assert mover.item.name in question
+        assert answer == ("right" if end > start else "left")
+        assert scenes.ask_clip(clip, "last", rng)[1] == str(tracks[-1].item.digit)
+
+
+def test_pairs_keep_their_rules() -> None:
+    rng = np.random.default_rng(0)
+    shared = 0
+    for _ in range(200):
+        pair = scenes.render_pair(rng)
+        names = [{item.name for item in scene.items} for scene in pair.scenes]
+        assert names[0] & names[1] == ({pair.shared} if pair.shared else set())
+        assert names[0] ^ names[1]
+        shared += bool(pair.shared)
+        question, answer = scenes.ask_pair(pair, "which", rng)
+        owner = [any(name in question for name in some) for some in names]
+        assert owner == [answer == "first", answer == "second"]
+    assert 80 < shared < 120
+
+
+@pytest.mark.parametrize("modality", ["video", "multi-image"])
+def test_questions_of_other_modalities(modality: scenes.Modality) -> None:
+    asked = scenes.questions(60, seed=1, modality=modality)
+    again = scenes.questions(11, seed=1, modality=modality)
+    assert [item.question for item in again] == [item.question for item in asked[:11]]
+    kinds = scenes.MODALITIES[modality]
+    assert [item.kind for item in asked[: len(kinds)]] == list(kinds)
+    assert len({item.image_id for item in asked}) == -(-60 // len(kinds))
+    words = set(scenes.vocabulary(("image", modality)))
+    for item in asked:
+        assert set(item.question.lower().replace("?", " ?").split()) <= words
+        assert item.answer in words
+    other = scenes.questions(5, seed=1, split="train", modality=modality)
+    assert other[0].images[0].tobytes() != asked[0].images[0].tobytes()
+    with pytest.raises(ValueError, match="no modality is called"):
+        scenes.questions(1, seed=0, modality="audio")  # type: ignore[arg-type]
