@@ -235,7 +235,7 @@ def test_bytes_of_encoder_rows(kind: str, dtype: torch.dtype) -> None:
 
     real = peak_memory(run)
     size = torch.finfo(dtype).bits // 8
-    told = signal_bytes({Signal(kind)}, adapter, views=4, size=size)  # type: ignore[arg-type]
+    told = signal_bytes({Signal(kind)}, adapter.facts.vision, views=4, size=size)  # type: ignore[arg-type]
     assert 0.5 * told <= real <= 2 * told, f"{real:,} taken, {told:,} told"
 
 

@@ -29,6 +29,7 @@ from tokenprune.tokens import Encoding, VisualTokens
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
+    from tokenprune.facts import ModelFacts
 
 __all__ = [
     "Account",
@@ -44,12 +45,12 @@ class Sizes:
     """The sizes of a model that the cost of a prefill depends on.
 
     Attributes:
-        adapter: Adapter of the model.
+        facts: Facts about the model.
         decoder: Sizes of its language model.
         vision: Sizes of its vision encoder.
     """
 
-    adapter: Adapter
+    facts: ModelFacts
     decoder: DecoderShape
     vision: VisionShape
 
@@ -57,7 +58,7 @@ class Sizes:
     def of(cls, adapter: Adapter) -> Sizes:
         """Read from the configuration of the model."""
         return cls(
-            adapter=adapter,
+            facts=adapter.facts,
             decoder=DecoderShape.of(adapter.language_model.config),
             vision=VisionShape.of(adapter.base.config.vision_config),
         )
@@ -188,13 +189,13 @@ class Account:
             size: Bytes of a number.
         """
         self._runs = runs
-        adapter, views = self._sizes.adapter, sum(count for count, _ in runs)
+        vision, views = self._sizes.facts.vision, sum(count for count, _ in runs)
         encoding = runs[-1][1] if runs else None
         attended = None if encoding is None else encoding.attended
-        self._flops += signal_flops(self._needs, adapter, views, attended)
-        self._bytes = signal_bytes(self._needs, adapter, views, size, attended)
+        self._flops += signal_flops(self._needs, vision, views, attended)
+        self._bytes = signal_bytes(self._needs, vision, views, size, attended)
         if encoding is not None:
-            merging = merging_bytes(encoding, adapter.facts.vision.hidden, views, size)
+            merging = merging_bytes(encoding, vision.hidden, views, size)
             self._bytes = max(self._bytes, merging)
 
     def count(self, layer: int, visual: int) -> None:
@@ -268,7 +269,7 @@ class Account:
             held.append(one.bytes + int(cost.bytes) + states * decoder.hidden * size)
             slots = text + one.visual
             copied = max(copied, copied_bytes(slots, one.merged, decoder, size))
-        full = encoder_flops([self._sizes.adapter.facts.vision.tokens] * vision.layers, vision)
+        full = encoder_flops([self._sizes.facts.vision.tokens] * vision.layers, vision)
         return settle(
             shape=decoder,
             size=size,

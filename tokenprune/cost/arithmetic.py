@@ -11,6 +11,7 @@ from tokenprune.units import CHUNK
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
+    from tokenprune.facts import VisionFacts
     from tokenprune.tokens import Encoding, VisualTokens
 
 __all__ = [
@@ -130,7 +131,7 @@ def prefill_flops(tokens: Sequence[int], shape: DecoderShape) -> float:
 
 def signal_flops(
     signals: Iterable[Signal],
-    adapter: Adapter,
+    vision: VisionFacts,
     views: int,
     attended: Sequence[int] | None = None,
 ) -> float:
@@ -141,11 +142,11 @@ def signal_flops(
 
     Args:
         signals: The signals; those of the language model do not count here.
-        adapter: Adapter of the model.
+        vision: Facts about the vision encoder.
         views: Number of views.
         attended: Number of tokens of a view in each layer, if a method acted inside the encoder.
     """
-    total, vision = 0.0, adapter.facts.vision
+    total = 0.0
     for signal in signals:
         if signal.in_llm or signal.needs_head:
             continue
@@ -157,7 +158,7 @@ def signal_flops(
 
 def signal_bytes(
     signals: Iterable[Signal],
-    adapter: Adapter,
+    vision: VisionFacts,
     views: int,
     size: int,
     attended: Sequence[int] | None = None,
@@ -169,10 +170,9 @@ def signal_bytes(
     `CHUNK` rows at a time.
 
     Args:
-        signals, adapter, views, attended: As in `signal_flops`.
+        signals, vision, views, attended: As in `signal_flops`.
         size: Bytes of a number in the model.
     """
-    vision = adapter.facts.vision
     seen = [signal for signal in signals if signal.in_vision_layer]
 
     def keys_of(layer: int) -> int:

@@ -253,7 +253,7 @@ class Session(threading.local):
                 calls.append(list(outputs[modality].pooler_output))
         self.given = replace(self.given, ids=ids, placeholders=self._placeholders(ids, embeds))
         if ids is not None and not any(self.plan.before):  # otherwise `_select` checks the rest
-            check_length(self.adapter.facts, ids.shape[1])
+            check_length(self.plan.sizes.facts, ids.shape[1])
         plain = [name for name, output in outputs.items() if type(output.pooler_output) is list]
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
@@ -264,7 +264,7 @@ class Session(threading.local):
     def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
         """Modality to (B, S) bool, the columns that stand for a visual token."""
         found = {}
-        for modality, token in self.adapter.facts.placeholders.items():
+        for modality, token in self.plan.sizes.facts.placeholders.items():
             if ids is not None:
                 found[modality] = ids == token
             elif embeds is not None:
@@ -380,7 +380,7 @@ class Session(threading.local):
         if any(plan.before):
             numbered = any(part.keeps_positions for parts in plan.before for part in parts)
             left = state.width if numbered else max(state.prompts.left)
-            check_length(self.adapter.facts, left, what="the compressed prompt")
+            check_length(plan.sizes.facts, left, what="the compressed prompt")
         for span in state.spans:
             span.entered = span.index
             span.tokens = replace(
