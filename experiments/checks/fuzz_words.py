@@ -323,7 +323,9 @@ class Options(Area):
             "benchmark": ("--quick", "--only", "growth"),
         }
         self.run = run
-        commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+        group: Any = typer.main.get_command(app)
+        context = typer.Context(group)
+        commands = {name: group.get_command(context, name) for name in group.list_commands(context)}
         self.numbers: list[tuple[str, str, type]] = []  # command, option, int or float
         self.choices: list[tuple[str, str]] = []
         self.sizes: list[tuple[str, str]] = []

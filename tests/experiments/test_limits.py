@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import typer.main
+from click import Context
 from PIL import Image
 from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
@@ -58,7 +59,10 @@ COMPLETE = {
 
 def numeric() -> Iterator[tuple[str, str]]:
     """Every option of every command that is a number, or a list of retentions."""
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(app)
+    context = Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         hints = get_type_hints(command.callback)
         for option in command.params:
             hint = hints.get(option.name)
