@@ -86,12 +86,25 @@ ATTRIBUTES = {"positional": "location_aware", "positions": "position_ids", "stag
 OPTIONS = {"positions": "position_ids"}
 
 
-def warn(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that ``old`` is now ``new``, at the caller of the function that calls this one."""
+_INSIDE = {"tokenprune", "abc", "contextlib", "dataclasses", "functools", "importlib"}
+
+
+def _is_inside(module: str) -> bool:
+    """Whether the code of ``module`` only passes a call on to tokenprune."""
+    return module.partition(".")[0] in _INSIDE
+
+
+def warn(old: str, new: str) -> None:
+    """Warn that ``old`` is now ``new``, at the line outside of tokenprune that uses it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+        # `warnings` does not count the frames of the import system either.
+        level += "importlib._bootstrap" not in frame.f_code.co_filename
     warnings.warn(
         f"{old} is now {new}; the old name goes with the next release.",
         DeprecationWarning,
-        stacklevel=stacklevel,
+        stacklevel=level,
     )
 
 
@@ -155,7 +168,7 @@ def _renamed(given: Mapping[str, Any], names: Mapping[str, str], what: str) -> d
     found = dict(given)
     for old, new in names.items():
         if old in found:  # `dataclasses.replace` also passes the new one
-            warn(f"{what}{old}=", f"{new}=", stacklevel=4)
+            warn(f"{what}{old}=", f"{new}=")
             found[new] = found.pop(old)
     return found
 
@@ -213,7 +226,7 @@ def rename_attributes(cls: type) -> None:
     """Rename the attributes that the body of ``cls`` defines under an old name of `ATTRIBUTES`."""
     for old, new in ATTRIBUTES.items():
         if old in vars(cls):
-            warn(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}", stacklevel=4)
+            warn(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}")
             setattr(cls, new, vars(cls)[old])
             delattr(cls, old)
         annotations = vars(cls).get("__annotations__", {})

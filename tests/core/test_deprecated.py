@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -198,3 +198,22 @@ def test_a_function_with_the_old_argument_takes_the_new_one() -> None:
     assert renamed(1, same_prompt=True) == (1, True)
     assert renamed(1, together=True) == (1, True)
     assert renamed(1) == (1, False)
+
+
+def test_warnings_point_to_the_line_that_uses_the_old_name() -> None:
+    """Python shows them only if that line is in the user's own script."""
+    images = [Image.new("RGB", (30, 20))]
+    pipe = tp.load("testbed-next")
+    uses: list[Callable[[], object]] = [
+        lambda: tp.parse("fastv:positions=compact", retention=0.5),
+        lambda: tp.create("fastv", positions="compact", retention=0.5),
+        lambda: tp.available(),
+        lambda: pipe.choose("uniform", images, retention=0.5),
+        lambda: pipe.adapter.layout((20, 30), together=True),
+        lambda: importlib.import_module("tokenprune.budget").ThumbnailCommand,
+        lambda: next(iter(tp.create("fastv", retention=0.5).stages())),
+    ]
+    for use in uses:
+        with pytest.warns(DeprecationWarning, match="now|deprecated") as caught:
+            use()
+        assert {one.filename for one in caught} == {__file__}
