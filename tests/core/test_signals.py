@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Chain, Compressor, ScoringCompressor, Selection, Stage
-from tokenprune.cost.arithmetic import DecoderShape, held_bytes
+from tokenprune.cost.arithmetic import DecoderShape, held_bytes, signal_flops
 from tokenprune.engine import decoder, vision
 from tokenprune.engine.prefix import Prefix
 from tokenprune.engine.session import compress
@@ -401,3 +401,16 @@ def test_the_reference_finds_wrong_values(fault: str, monkeypatch: pytest.Monkey
     monkeypatch.setitem(decoder.COMPUTED, "llm_values", FAULTS[fault])
     with pytest.raises(AssertionError):
         run(check_equals_reference, BY_VALUES, hosts(["llama"])[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("cls_logits", 1), ("cls_attention", 1), ("cls_joint", 1), ("received", 17)],
+)
+def test_flops_of_vision_attention_by_hand(name: str, rows: int) -> None:
+    """A row of a view of 17 tokens is a product of a query with 17 keys of the whole width."""
+    vision = Host.tiny("LLaVA-NeXT").adapter.facts.vision
+    config = Host.tiny("LLaVA-NeXT").model.config.vision_config
+    assert (config.image_size // config.patch_size) ** 2 + 1 == 17
+    expected = 2 * 3 * rows * 17 * config.hidden_size
+    assert signal_flops({Signal(name)}, vision, views=3) == expected
