@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -55,10 +56,13 @@ CHAT_TEMPLATE = """\
 # --- the model and its processor ------------------------------------------------------------------
 
 
-def build_tokenizer(*modalities: scenes.Modality) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    *modalities: scenes.Modality, marks: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the lower-case words in the questions of the modalities.
 
-    Words of image questions have the same ids for every choice of modalities.
+    Words of image questions have the same ids for every choice of modalities.  ``marks`` are
+    special tokens after all words, by name.
     """
     special = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<user>", "<assistant>")
     known = [*special, *scenes.vocabulary(modalities)]
@@ -66,6 +70,8 @@ def build_tokenizer(*modalities: scenes.Modality) -> PreTrainedTokenizerFast:
     if "video" in modalities:
         known.append("<video>")
         extra["video_token"] = "<video>"
+    known += (marks or {}).values()
+    extra |= marks or {}
     words = {word: index for index, word in enumerate(known)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,8 @@ class Optimisers:
     ) -> None:
         named = [item for module in modules for item in module.named_parameters()]
         named = [(name, p) for name, p in named if p.requires_grad]
-        matrices = [p for name, p in named if p.ndim == 2 and "layers." in name]
-        others = [p for name, p in named if not (p.ndim == 2 and "layers." in name)]
+        matrices = [p for name, p in named if p.ndim == 2 and _in_a_layer(name)]
+        others = [p for name, p in named if not (p.ndim == 2 and _in_a_layer(name))]
         self.parameters = matrices + others
         self.lr, self.steps, self.fall, self.done = lr, steps, fall, 0
         adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -83,6 +84,22 @@ class Optimisers:
             part.step()
             part.zero_grad()
         self.done += 1
+
+
+    def state_dict(self) -> dict[str, Any]:
+        """State from which `load_state_dict` continues."""
+        return {"done": self.done, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the steps that `state_dict` recorded."""
+        self.done = state["done"]
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def _in_a_layer(name: str) -> bool:
+    """Whether a parameter belongs to a layer of an encoder or a decoder."""
+    return "layers." in name or "blocks." in name
 
 
 class Meter:

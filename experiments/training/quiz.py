@@ -195,13 +195,9 @@ def answer_logits(
         early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
     """
     b, questions, length = quiz.ids.shape
-    d, device = visual.shape[-1], visual.device
-    tokenizer = build_processor().tokenizer
-    head = tokenizer("<s><user>", return_tensors="pt").input_ids.to(device)
-    embed = model.model.language_model.embed_tokens
-    kept = visual.gather(1, repeat(keep, "b k -> b k d", d=d))
-    text = embed(rearrange(quiz.ids, "b q l -> b (q l)"))
-    inputs = torch.cat([embed(head).expand(b, -1, -1), kept, text], dim=1)
+    device = visual.device
+    head = build_processor().tokenizer("<s><user>", return_tensors="pt").input_ids.to(device)
+    kept = visual.gather(1, repeat(keep, "b k -> b k d", d=visual.shape[-1]))
 
     start = head.shape[1]
     prefix = start + keep.shape[1]
@@ -215,6 +211,29 @@ def answer_logits(
         ],
         dim=1,
     )
+    opening = model.model.language_model.embed_tokens(head).expand(b, -1, -1)
+    return packed_logits(model, torch.cat([opening, kept], dim=1), quiz, positions, early)
+
+
+def packed_logits(
+    model: PreTrainedModel,
+    start: Tensor,
+    quiz: Quiz,
+    positions: Tensor,
+    early: list[Tensor] | None = None,
+) -> Tensor:
+    """Logits (b, Q, L, vocabulary) of questions that follow the same embeddings.
+
+    Args:
+        start: (b, P, d) embeddings in front of the questions.
+        quiz: The questions; each attends to `start` and to itself.
+        positions: (b, S) or (3, b, S) position ids of `start` and of all questions.
+        early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
+    """
+    _, questions, length = quiz.ids.shape
+    prefix, device = start.shape[1], start.device
+    text = model.model.language_model.embed_tokens(rearrange(quiz.ids, "b q l -> b (q l)"))
+    inputs = torch.cat([start, text], dim=1)
     out = model.model.language_model(
         inputs_embeds=inputs,
         attention_mask=block_mask(prefix, questions, length, device),
