@@ -1,7 +1,6 @@
 """Views and labels of training scenes."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -80,21 +79,17 @@ def to_views(batch: list[Scene], geo: Geometry, device: torch.device) -> Tensor:
     return (views.float() / 255 - 0.5) / 0.25
 
 
-# Classes of a patch: no shape or a shape (with other classes for the smaller shapes of thumbnails),
-# the colour of the shape or of the background, no digit or a digit, the row, and the column.
+THINGS = (*scenes.SHAPES, "sign")
+
+# Classes of a patch: nothing or a thing (with other classes for the smaller things of thumbnails),
+# the colour of the object or of the background, or white; no digit or a digit; the row; the column.
 SKILLS = {
-    "shape": 1 + 2 * len(scenes.SHAPES),
-    "colour": len(scenes.COLOURS) + len(scenes.TINTS),
+    "shape": 1 + 2 * len(THINGS),
+    "colour": len(scenes.COLOURS) + len(scenes.TINTS) + 1,
     "digit": 11,
     "row": SIDE,
     "column": SIDE,
 }
-
-
-PAIRS = len(scenes.SHAPES) * len(scenes.COLOURS)
-
-
-TAGS = PAIRS + len(scenes.TINTS) + 10
 
 
 @dataclass(frozen=True)
@@ -102,16 +97,14 @@ class Labels:
     """True labels of views.
 
     Attributes:
-        patches: (b, v, 49, skills) class indices.
-        sure: (b, v, 49, skills) bool; false where an item covers too little of a patch.
-        tags: (b, v, TAGS) 0 or 1, whether the view shows what the tag names.
-        known: (b, v, TAGS) bool, whether the tag is known.
+        patches: (b, v, 144, skills) class indices.
+        sure: (b, v, 144, skills) bool; false where a thing covers too little of a patch.
+        shown: (b, v, things) bool, whether a view shows an object, or the sign after the last one.
     """
 
     patches: Tensor
     sure: Tensor
-    tags: Tensor
-    known: Tensor
+    shown: Tensor
 
 
 def overlap(centre: float, half: float, cells: int) -> NDArray[np.float64]:
@@ -122,92 +115,78 @@ def overlap(centre: float, half: float, cells: int) -> NDArray[np.float64]:
     return covered
 
 
-def item_classes(batch: list[Scene], most: int) -> Tensor:
-    """(b, most + 1, 3) shape, colour and digit of every item; the last row means "no item"."""
-    table = torch.zeros(len(batch), most + 1, 3, dtype=torch.long)
+def thing_classes(batch: list[Scene], most: int) -> Tensor:
+    """(b, most + 1, 2) thing and colour of every object and sign; the last row means "nothing"."""
+    colours = list(scenes.COLOURS)
+    table = torch.zeros(len(batch), most + 1, 2, dtype=torch.long)
     for i, scene in enumerate(batch):
-        table[i, most, 1] = len(scenes.COLOURS) + list(scenes.TINTS).index(scene.tint)
+        table[i, most, 1] = len(colours) + list(scenes.TINTS).index(scene.tint)
         for j, item in enumerate(scene.items):
-            table[i, j, 0] = 1 + scenes.SHAPES.index(item.shape)
-            table[i, j, 1] = list(scenes.COLOURS).index(item.colour)
-            table[i, j, 2] = 1 + item.digit
+            table[i, j, 0] = 1 + THINGS.index(item.shape)
+            table[i, j, 1] = colours.index(item.colour)
+        if scene.sign is not None:
+            table[i, len(scene.items), 0] = len(THINGS)
+            table[i, len(scene.items), 1] = SKILLS["colour"] - 1
     return table
+
+
+def glyphs(scene: Scene) -> list[tuple[int, float, float]]:
+    """Every digit of a scene and its centre (x, y) in pixels: those of objects, then the sign's."""
+    found = [(item.digit, item.x, item.y) for item in scene.items]
+    return found if scene.sign is None else found + scene.sign.places()
+
+
+def written(batch: list[Scene], geo: Geometry) -> tuple[Tensor, Tensor]:
+    """Digit class of the patches of the crop canvas and the share of the patch that it covers.
+
+    Returns:
+        Two tensors (b, rows, columns); the class is 0 where nothing is written.
+    """
+    (top, left), (rows, columns) = geo.padding, geo.grid
+    digit = torch.zeros(len(batch), rows * SIDE, columns * SIDE, dtype=torch.long)
+    share = torch.zeros(digit.shape)
+    for i, scene in enumerate(batch):
+        for value, x, y in glyphs(scene):
+            down = overlap(y + top, 5, rows * SIDE)
+            along = overlap(x + left, 5, columns * SIDE)
+            cover = torch.from_numpy(down[:, None] * along).float()
+            digit[i] = torch.where(cover > share[i], 1 + value, digit[i])
+            share[i] = torch.maximum(share[i], cover)
+    return digit, share
 
 
 def to_labels(batch: list[Scene], geo: Geometry, device: torch.device) -> Labels:
     """True labels of the views of scenes of one size."""
     (top, left), (rows, columns) = geo.padding, geo.grid
     height, width = batch[0].size
-    most = max(len(scene.items) for scene in batch)
-    b, v = len(batch), geo.views
+    most = max(len(scene.items) + (scene.sign is not None) for scene in batch)
 
     def cut(canvas: Tensor) -> Tensor:
         return rearrange(canvas, "... (R r) (C c) -> ... (R C) (r c)", R=rows, C=columns, r=SIDE)
 
-    # The share of each patch that each item, and its digit, covers: (b, items, v, 49).
+    # The share of each patch that each thing covers: (b, things, v, 144).
     owner = torch.from_numpy(np.stack([scene.owner for scene in batch]))
     masks = (owner[:, None] == torch.arange(most)[:, None, None]).float()
     padded = F.pad(masks, (left, columns * VIEW - width - left, top, rows * VIEW - height - top))
     thumbnail = F.adaptive_avg_pool2d(masks, SIDE).flatten(2)[:, :, None]
     cover = torch.cat([thumbnail, cut(F.avg_pool2d(padded, PATCH))], dim=2)
-    ink = torch.zeros(b, most, rows * SIDE, columns * SIDE)
-    for i, scene in enumerate(batch):
-        for j, item in enumerate(scene.items):
-            ink[i, j] = torch.from_numpy(
-                overlap(item.y + top, 5, rows * SIDE)[:, None]
-                * overlap(item.x + left, 5, columns * SIDE)
-            ).float()
-    inked = torch.cat([torch.zeros_like(thumbnail), cut(ink)], dim=2)
-
     covered, which = cover.max(dim=1)
     which = which.where(covered >= 0.25, torch.tensor(most))
-    written, writer = inked.max(dim=1)
-    writer = writer.where(written >= 0.25, torch.tensor(most))
 
-    table = item_classes(batch, most)
-
-    def look_up(index: Tensor, column: int) -> Tensor:
-        return table[:, :, column].gather(1, index.flatten(1)).view_as(index)
-
-    shape, colour, digit = look_up(which, 0), look_up(which, 1), look_up(writer, 2)
-    shape[:, 0] += len(scenes.SHAPES) * (shape[:, 0] > 0)
+    table = thing_classes(batch, most)
+    shape, colour = (
+        table[:, :, column].gather(1, which.flatten(1)).view_as(which) for column in (0, 1)
+    )
+    shape[:, 0] += len(THINGS) * (shape[:, 0] > 0)
+    inked, share = (cut(part) for part in written(batch, geo))
+    digit = F.pad(torch.where(share >= 0.25, inked, 0), (0, 0, 1, 0))
+    share = F.pad(share, (0, 0, 1, 0))
     place = torch.arange(PER_VIEW).expand_as(shape)
     patches = torch.stack([shape, colour, digit, place // SIDE, place % SIDE], dim=-1)
 
     clear = (covered < 0.06) | (covered >= 0.25)
-    legible = (written < 0.1) | (written >= 0.25)
+    legible = (share < 0.1) | (share >= 0.25)
     legible[:, 0] = False  # half as large, digits of the thumbnail are not legible
     sure = torch.stack([clear, clear, legible, clear | True, clear | True], dim=-1)
-
-    tags = torch.zeros(b, v, TAGS)
-    known = torch.ones(b, v, TAGS, dtype=torch.bool)
-    known[:, 0, -10:] = False
-    for i, scene in enumerate(batch):
-        tags[i, :, PAIRS + list(scenes.TINTS).index(scene.tint)] = 1
-        for j, item in enumerate(scene.items):
-            pair = scenes.SHAPES.index(item.shape) * len(scenes.COLOURS)
-            pair += list(scenes.COLOURS).index(item.colour)
-            tags[i, :, pair] = (which[i] == j).any(-1).float()
-            tags[i, :, item.digit - 10] += (writer[i] == j).any(-1).float()
-    tags = tags.clamp(max=1)
-    return Labels(*(x.to(device) for x in (patches, sure, tags, known)))
-
-
-def scene_batches(
-    count: int, seed: int, *, items: tuple[int, int] = (1, 4), alike: float = 0.0
-) -> Iterator[tuple[list[Scene], np.random.Generator]]:
-    """Endless batches of `count` scenes of one size, each with the generator that draws them.
-
-    A share of `alike` scenes has few colours and shapes (see `scenes.render`).
-    """
-    rng = np.random.default_rng(seed)
-    sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())
-    while True:
-        size = sizes[rng.choice(len(sizes), p=shares)]
-        yield (
-            [
-                scenes.render(rng, size=size, items=items, alike=alike > 0 and rng.random() < alike)
-                for _ in range(count)
-            ],
-            rng,
-        )
+    shown = (which[:, None] == torch.arange(most)[:, None, None]).any(-1).transpose(1, 2)
+    return Labels(*(x.to(device) for x in (patches, sure, shown)))

@@ -26,7 +26,7 @@ from transformers import (
 from tokenprune.models.testbed import scenes
 from tokenprune.models.testbed.scenes import VIEW
 
-PATCH = 8
+PATCH = 5
 
 
 SIDE = VIEW // PATCH  # patches along a view

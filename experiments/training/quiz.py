@@ -6,11 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tokenprune.experiments.training.geometry import Geometry
-from tokenprune.experiments.training.model import PER_VIEW, WIDTH, build_processor
+from tokenprune.experiments.training.model import PER_VIEW, SIDE, WIDTH, build_processor
 from tokenprune.experiments.training.optim import Meter
 from tokenprune.models.testbed import scenes
 from tokenprune.models.testbed.scenes import KINDS, Scene
@@ -21,67 +22,115 @@ class Dropout:
     """How visual tokens are dropped in training.
 
     Attributes:
-        shares: Probability of each scheme: nothing dropped, random patches, thumbnail only, crops
-            only, some views, some rows.
-        retentions: Ranges of the retention ratio of random patches; one of them is drawn, then a
-            ratio in it.
+        shares: Probability of each scheme of `SCHEMES`.
+        retentions: Ranges of the retention ratio of random tokens and blocks; one of them is
+            drawn, then a ratio in it.
     """
 
-    shares: tuple[float, float, float, float, float, float]
+    shares: tuple[float, ...]
     retentions: tuple[tuple[float, float], ...]
 
 
+SCHEMES = ("none", "random", "thumbnail", "crops", "views", "blocks", "content")
+
 # The model first learns to look up answers that are visible, later to answer with fewer tokens.
-GENTLE = Dropout((0.35, 0.15, 0.30, 0.10, 0.05, 0.05), ((0.5, 0.9),))
+GENTLE = Dropout((0.40, 0.15, 0.15, 0.05, 0.05, 0.05, 0.15), ((0.5, 0.9),))
 
 
-HARSH = Dropout((0.30, 0.35, 0.10, 0.08, 0.08, 0.09), ((0.05, 0.3), (0.05, 0.9)))
+HARSH = Dropout((0.25, 0.15, 0.07, 0.07, 0.06, 0.10, 0.30), ((0.05, 0.3), (0.05, 0.9)))
 
 
-def drop_tokens(geo: Geometry, count: int, rng: np.random.Generator, dropout: Dropout) -> Tensor:
-    """Indices (count, K) of the kept visual tokens, drawn without regard to content.
+@dataclass(frozen=True)
+class Kept:
+    """The kept visual tokens of a batch.
 
-    The batch shares one scheme; random patches are drawn for every scene.  Separators are kept, as
-    in the official code of most methods, or dropped (20 %).
+    Attributes:
+        index: (b, K) sorted indices into the packed sequence, then zeros.
+        valid: (b, K) bool, whether an index counts.
+        intact: Whether nothing was dropped.
     """
-    order, row = geo.order.numpy(), geo.row.numpy()
-    patch = order >= 0
-    view = order // PER_VIEW
-    scheme = rng.choice(6, p=dropout.shares)
-    keep = np.tile(patch, (count, 1))
-    if scheme == 1:
-        low, high = dropout.retentions[rng.integers(len(dropout.retentions))]
-        retention = rng.uniform(low, high)
-        noise = np.where(patch, rng.random(keep.shape), 2)
-        number = max(4, round(retention * patch.sum()))
-        keep = noise.argsort(axis=1).argsort(axis=1) < number
-    elif scheme == 2:
+
+    index: Tensor
+    valid: Tensor
+    intact: bool
+
+    @classmethod
+    def of(cls, mask: NDArray[np.bool_]) -> "Kept":
+        """From a mask (b, N) of the kept tokens."""
+        order = np.argsort(~mask, axis=1, kind="stable")[:, : int(mask.sum(1).max())]
+        valid = np.take_along_axis(mask, order, axis=1)
+        index = np.where(valid, order, 0)
+        return cls(torch.from_numpy(index), torch.from_numpy(valid), bool(mask.all()))
+
+    def to(self, device: torch.device) -> "Kept":
+        return Kept(self.index.to(device), self.valid.to(device), self.intact)
+
+
+def drop_tokens(geo: Geometry, shown: Tensor, rng: np.random.Generator, dropout: Dropout) -> Kept:
+    """Draw which visual tokens are kept.  The batch shares one scheme, each scene draws its own.
+
+    With the scheme ``content``, the kept share of the tokens that show an object, a sign or a
+    digit, and the kept share of the others, are drawn independently of each other and of the
+    number of objects: from the true scene, not by any method's score.  Separators are kept, as in
+    the official code of most methods, or dropped (20 %).
+
+    Args:
+        geo: Geometry of the scenes.
+        shown: (b, N) bool, whether a token shows something.
+        rng: Source of all randomness.
+        dropout: Probabilities of the schemes.
+    """
+    order = geo.order.numpy()
+    patch, view = order >= 0, order // PER_VIEW
+    scheme = SCHEMES[rng.choice(len(SCHEMES), p=dropout.shares)]
+    b = len(shown)
+    noise = rng.random((b, len(order)))
+    low, high = dropout.retentions[rng.integers(len(dropout.retentions))]
+    ratio = rng.uniform(low, high, size=(b, 1))
+    keep = np.ones_like(noise, dtype=bool)
+    if scheme == "random":
+        keep = noise < ratio
+    elif scheme == "thumbnail":
         keep &= view == 0
-    elif scheme == 3:
+    elif scheme == "crops":
         keep &= view != 0
-    elif scheme == 4:
+    elif scheme == "views":
         chosen = rng.permutation(geo.views)[: rng.integers(1, geo.views + 1)]
         keep &= np.isin(view, chosen)
-    elif scheme == 5:
-        rows = row.max() + 1
-        chosen = rng.permutation(rows)[: max(2, round(rng.uniform(0.2, 0.9) * rows))]
-        keep &= np.isin(row, chosen)
-    if scheme == 0 or rng.random() < 0.8:
+    elif scheme == "blocks":
+        side = int(rng.integers(2, 5))
+        place = order % PER_VIEW
+        blocks = SIDE // side + 1
+        cell = view * blocks**2 + place // SIDE // side * blocks + place % SIDE // side
+        keep = rng.random((b, geo.views * blocks**2))[:, np.maximum(cell, 0)] < ratio
+    elif scheme == "content":
+        front = np.where(rng.random((b, 1)) < 0.4, 1.0, rng.random((b, 1)))
+        back = rng.random((b, 1)) * np.where(rng.random((b, 1)) < 0.6, 0.3, 1.0)
+        keep = noise < np.where(shown.numpy(), front, back)
+    fewest = np.where(patch, noise, 2).argsort(axis=1)[:, :4]
+    np.put_along_axis(keep, fewest, True, axis=1)
+    if scheme == "none" or rng.random() < 0.8:
         keep |= ~patch
-    return torch.from_numpy(np.nonzero(keep)[1].reshape(count, -1))
+    else:
+        keep &= patch
+    return Kept.of(keep)
 
 
-def brief(geo: Geometry, patches: Tensor, rng: np.random.Generator) -> Tensor:
-    """Indices (b, K) of the tokens that show an item or a digit, and of some others.
+def visible(geo: Geometry, patches: Tensor) -> Tensor:
+    """(b, N) bool: whether a packed token shows an object, a sign or a digit.
 
-    `patches` are the true labels (b, v, 49, skills).  Looking up is learnt from short sequences
-    first.
+    `patches` are the true labels (b, v, 144, skills).
     """
     shown = (patches[..., 0] > 0) | (patches[..., 2] > 0)
-    packed = F.pad(shown.flatten(1), (0, 1))[:, geo.order].numpy()
-    scores = packed + rng.random(packed.shape)
-    best = (-scores).argsort(axis=1)[:, : int(packed.sum(1).max()) + 8]
-    return torch.from_numpy(np.sort(best, axis=1))
+    return F.pad(shown.flatten(1), (0, 1))[:, geo.order]
+
+
+def brief(shown: Tensor, rng: np.random.Generator) -> Kept:
+    """The tokens that show something, and one in ten of the others.
+
+    Looking up is learnt from short sequences first.
+    """
+    return Kept.of(shown.numpy() | (rng.random(shown.shape) < 0.1))
 
 
 @dataclass(frozen=True)
@@ -91,7 +140,6 @@ class Quiz:
     Attributes:
         ids: (b, Q, L) tokens of question, cue, answer, eos and padding.
         target: (b, Q, L) the next token where it is learnt, else -100.
-        answer: (b, Q) index at which the answer is predicted.
         kind: (b, Q) index into `KINDS`.
         noun: (b, Q) index of the word that names a shape, -1 without one.
         facts: (b, Q, 4) facts about the named object: present, right, bottom and its digit; -100
@@ -100,7 +148,6 @@ class Quiz:
 
     ids: Tensor
     target: Tensor
-    answer: Tensor
     kind: Tensor
     noun: Tensor
     facts: Tensor
@@ -110,7 +157,16 @@ class Quiz:
 
 
 # Number of questions of each kind that are packed after one scene.
-PORTIONS = {"existence": 4, "colour": 1, "count": 1, "position": 4, "digit": 3}
+PORTIONS = {
+    "existence": 2,
+    "colour": 1,
+    "count": 1,
+    "position": 2,
+    "digit": 2,
+    "compare": 2,
+    "relation": 3,
+    "number": 1,
+}
 
 
 def make_quiz(
@@ -145,14 +201,15 @@ def to_quiz(
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     ids, length = encoded["input_ids"], encoded["attention_mask"].sum(1)
     at = torch.arange(ids.shape[1])
-    # Both the answer and the closing token are learnt.
-    learnt = (at >= length[:, None] - 3) & (at < length[:, None] - 1)
+    # Both the answer, of one or more words, and the closing token are learnt.
+    cue = (ids == tokenizer.convert_tokens_to_ids("<assistant>")).int().argmax(1)
+    learnt = (at >= cue[:, None]) & (at < length[:, None] - 1)
     target = torch.where(learnt, ids.roll(-1, dims=1), -100)
     shapes = torch.tensor(tokenizer.convert_tokens_to_ids(list(scenes.SHAPES)))
     named = torch.isin(ids, shapes)
     noun = torch.where(named.any(1), named.int().argmax(1), -1)
     kind = torch.tensor(kinds).repeat(len(asked))
-    parts = (ids, target, length - 3, kind, noun, torch.tensor(facts).flatten(0, 1))
+    parts = (ids, target, kind, noun, torch.tensor(facts).flatten(0, 1))
     return Quiz(*(part.unflatten(0, (len(asked), -1)) for part in parts))
 
 
@@ -160,12 +217,13 @@ FACTS = (2, 2, 2, 10)  # classes of present, right, bottom, digit
 
 
 def look(scene: Scene, question: str) -> tuple[int, int, int, int]:
-    """`Quiz.facts` of one question."""
-    for item in scene.items:
-        if item.name in question:
-            height, width = scene.size
-            return 1, int(item.x > width / 2), int(item.y > height / 2), int(item.digit)
-    return 0, -100, -100, -100
+    """`Quiz.facts` of one question, about the object that it names first."""
+    named = [item for item in scene.items if item.name in question]
+    if not named:
+        return 0, -100, -100, -100
+    item = min(named, key=lambda item: question.index(item.name))
+    height, width = scene.size
+    return 1, int(item.x > width / 2), int(item.y > height / 2), int(item.digit)
 
 
 def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> Tensor:
@@ -180,7 +238,7 @@ def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> T
 def answer_logits(
     model: PreTrainedModel,
     visual: Tensor,
-    keep: Tensor,
+    kept: Kept,
     quiz: Quiz,
     *,
     compact: bool,
@@ -190,34 +248,39 @@ def answer_logits(
 
     Args:
         visual: (b, N, d) packed sequence.
-        keep: (b, K) indices of the kept visual tokens.
+        kept: The kept visual tokens.
+        quiz: Questions about the scenes.
         compact: Whether kept tokens are renumbered without gaps or keep their position ids.
         early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
     """
     b, questions, length = quiz.ids.shape
     device = visual.device
     head = build_processor().tokenizer("<s><user>", return_tensors="pt").input_ids.to(device)
-    kept = visual.gather(1, repeat(keep, "b k -> b k d", d=visual.shape[-1]))
+    chosen = visual.gather(1, repeat(kept.index, "b k -> b k d", d=visual.shape[-1]))
 
     start = head.shape[1]
-    prefix = start + keep.shape[1]
-    seen = torch.arange(keep.shape[1], device=device).expand_as(keep) if compact else keep
-    after = prefix if compact else start + visual.shape[1]
+    if compact:
+        seen, after = kept.valid.cumsum(1) - 1, start + kept.valid.sum(1, keepdim=True)
+    else:
+        seen, after = kept.index, torch.full((b, 1), start + visual.shape[1], device=device)
     positions = torch.cat(
         [
             torch.arange(start, device=device).expand(b, -1),
-            start + seen,
-            (after + torch.arange(length, device=device)).repeat(questions).expand(b, -1),
+            start + seen.clamp(min=0),
+            after + torch.arange(length, device=device).repeat(questions),
         ],
         dim=1,
     )
     opening = model.model.language_model.embed_tokens(head).expand(b, -1, -1)
-    return packed_logits(model, torch.cat([opening, kept], dim=1), quiz, positions, early)
+    valid = F.pad(kept.valid, (start, 0), value=True)
+    sequence = torch.cat([opening, chosen], dim=1)
+    return packed_logits(model, sequence, valid, quiz, positions, early)
 
 
 def packed_logits(
     model: PreTrainedModel,
     start: Tensor,
+    valid: Tensor,
     quiz: Quiz,
     positions: Tensor,
     early: list[Tensor] | None = None,
@@ -226,6 +289,7 @@ def packed_logits(
 
     Args:
         start: (b, P, d) embeddings in front of the questions.
+        valid: (b, P) bool, whether an embedding is seen.
         quiz: The questions; each attends to `start` and to itself.
         positions: (b, S) or (3, b, S) position ids of `start` and of all questions.
         early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
@@ -234,9 +298,10 @@ def packed_logits(
     prefix, device = start.shape[1], start.device
     text = model.model.language_model.embed_tokens(rearrange(quiz.ids, "b q l -> b (q l)"))
     inputs = torch.cat([start, text], dim=1)
+    seen = F.pad(valid, (0, questions * length), value=True)[:, None, None]
     out = model.model.language_model(
         inputs_embeds=inputs,
-        attention_mask=block_mask(prefix, questions, length, device),
+        attention_mask=block_mask(prefix, questions, length, device) & seen,
         position_ids=positions,
         use_cache=False,
         output_hidden_states=early is not None,
@@ -281,8 +346,7 @@ def quiz_loss(
     losses = losses.view_as(quiz.target).sum(-1)
     weight = losses.new_tensor(list(weights.values()))[quiz.kind]
     if intact:
-        at = repeat(quiz.answer, "b q -> b q 1")
-        right = logits.argmax(-1).gather(2, at) == quiz.target.gather(2, at)
+        right = ((logits.argmax(-1) == quiz.target) | (quiz.target < 0)).all(-1)
         for index, kind in enumerate(weights):
             meter.add(kind, right[quiz.kind == index])
     meter.add("loss", losses)

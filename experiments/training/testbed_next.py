@@ -1,21 +1,25 @@
-"""Train `testbed-next`, the embedded LLaVA-NeXT of 1.7 million parameters, from scratch.
+"""Train `testbed-next`, the embedded LLaVA-NeXT of 1.7 million parameters.
 
-    python -m tokenprune.experiments.training.testbed_next --out runs/testbed-next
+    python -m tokenprune.experiments.training.testbed_next --start OLD --out runs/testbed-next
 
-End-to-end training from random weights stalls, so each stage trains one skill:
+It starts from the first version of the model (7 x 7 tokens a view).  Patch and position embeddings
+are resampled to views of 12 x 12 tokens, as FlexiViT does (Beyer et al., 2023); the language model
+already knows the task.  Each stage trains one skill:
 
-1. vision     the vision encoder labels every patch (shape, colour, digit, place) and tags the view;
+1. vision     the vision encoder labels every patch (shape, colour, digit, place); its [CLS] token
+              learns to match captions of the views;
 2. language   the decoder answers from *ideal* patch embeddings made of the true labels;
 3. projector  the projector learns to map vision features to those ideal embeddings;
 4. joint      projector and decoder answer from pixels.
 
-From the middle of stage 2 on, most batches drop visual tokens (`drop_tokens`): random subsets,
-single views, whole rows, whole crops, with compact and with original position ids.  Saliency plays
-no part in it, so that no method is favoured.  `OUT/stages` keeps finished stages, which are not
-repeated; stages 1 and 2 are independent and may run in parallel (`--stages`).
+In stages 2 and 4 most batches drop visual tokens (`drop_tokens`), with compact and with original
+position ids.  No method's score plays a part.  `OUT/stages` keeps finished stages, and the state of
+the running stage every 100 steps: the same command continues after an interruption.  Stages 1 and 2
+are independent and may run in parallel (`--stages`).
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,21 +29,30 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 
+from tokenprune.experiments.training.captions import CaptionLoss, captions
 from tokenprune.experiments.training.evaluate import evaluate, table
 from tokenprune.experiments.training.geometry import (
     SKILLS,
-    TAGS,
+    THINGS,
     Geometry,
     Labels,
     geometry,
-    scene_batches,
     to_labels,
     to_views,
 )
-from tokenprune.experiments.training.model import WIDTH, build_model, build_processor, export
+from tokenprune.experiments.training.loop import Recipe, save, steps_of
+from tokenprune.experiments.training.model import (
+    PATCH,
+    SIDE,
+    WIDTH,
+    build_model,
+    build_processor,
+    export,
+)
 from tokenprune.experiments.training.optim import Meter, Optimisers
 from tokenprune.experiments.training.quiz import (
     GENTLE,
@@ -52,6 +65,7 @@ from tokenprune.experiments.training.quiz import (
     image_weights,
     make_quiz,
     quiz_loss,
+    visible,
 )
 from tokenprune.models.testbed import scenes
 
@@ -59,7 +73,7 @@ from tokenprune.models.testbed import scenes
 
 
 def encode(model: LlavaNextForConditionalGeneration, views: Tensor) -> tuple[Tensor, Tensor]:
-    """Patch features for the projector, (b, v, 49, d), and pooled CLS tokens, (b, v, d)."""
+    """Patch features for the projector, (b, v, 144, d), and pooled CLS tokens, (b, v, d)."""
     b = len(views)
     out = model.model.vision_tower(views.flatten(0, 1), output_hidden_states=True)
     patches = out.hidden_states[model.config.vision_feature_layer][:, 1:]
@@ -67,7 +81,7 @@ def encode(model: LlavaNextForConditionalGeneration, views: Tensor) -> tuple[Ten
 
 
 def skill_loss(guesses: Tensor, labels: Labels, meter: Meter) -> Tensor:
-    """Cross-entropy of `guesses` (b, v, 49, classes of all skills) at the patches; a scalar."""
+    """Cross-entropy of `guesses` (b, v, 144, classes of all skills) at the patches; a scalar."""
     loss = guesses.new_zeros(())
     logits = guesses.split(list(SKILLS.values()), dim=-1)
     for index, (skill, guess) in enumerate(zip(SKILLS, logits, strict=True)):
@@ -85,27 +99,24 @@ def skill_loss(guesses: Tensor, labels: Labels, meter: Meter) -> Tensor:
 
 
 def train_vision(run: "TrainingRun") -> None:
-    model, steps = run.model, run.steps["vision"]
+    model = run.model
     skill_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(SKILLS.values())))
-    tag_head = nn.Linear(WIDTH, TAGS)
-    skill_head.to(run.device), tag_head.to(run.device)
-    tower = model.model.vision_tower
-    optimisers = Optimisers([tower, skill_head, tag_head], 2e-3, steps, fall=0.6)
+    modules = {**run.parts("vision"), "skills": skill_head, "captions": CaptionLoss()}
+    for module in modules.values():
+        module.to(run.device)
+    optimisers = Optimisers(modules.values(), 2e-3, run.steps["vision"], fall=0.6)
     meter = run.meter("vision")
-    batches = scene_batches(10, run.seed + 1, items=(3, 6))
-    for step in range(steps):
-        batch, _ = next(batches)
+    recipe = Recipe(6, items=(2, 6), sign=0.7)
+    for batch, rng in steps_of(run, "vision", modules, optimisers, recipe):
         geo = geometry(batch[0].size)
         labels = to_labels(batch, geo, run.device)
         patches, pooled = encode(model, to_views(batch, geo, run.device))
         loss = skill_loss(skill_head(patches), labels, meter)
-        tag_logits, known = tag_head(pooled), labels.known
-        loss = loss + 4 * F.binary_cross_entropy_with_logits(tag_logits[known], labels.tags[known])
-        hits = (tag_logits > 0) & (labels.tags > 0) & known
-        meter.add("tags", hits[(labels.tags > 0) & known])
+        sentences = captions(batch, labels, rng)
+        contrast, found = modules["captions"](pooled.flatten(0, 1), sentences)
+        meter.add("captions", found)
         meter.add("loss", loss)
-        optimisers.step(loss)
-        meter.tick(step, steps)
+        optimisers.step(loss + contrast)
 
 
 # --- answering packed questions -------------------------------------------------------------------
@@ -122,14 +133,14 @@ class Ideal(nn.Module):
         super().__init__()
         tables = [nn.Embedding(n, WIDTH) for n in SKILLS.values()]
         self.tables = nn.ModuleList(tables)
-        shape, colour, digit, row, column = tables
+        shape, colour, digit = tables[:3]
         named = build_processor().tokenizer.convert_tokens_to_ids
         with torch.no_grad():
-            for table in (shape, digit, row, column):
+            for table in tables:
                 nn.init.normal_(table.weight, std=0.1)
             shape.weight[1:] *= 0.5  # thumbnail and crop differ a little
-            shape.weight[1:] += words[named(list(scenes.SHAPES))].repeat(2, 1)
-            colour.weight[:] = words[named([*scenes.COLOURS, *scenes.TINTS])]
+            shape.weight[1:] += words[named(list(THINGS))].repeat(2, 1)
+            colour.weight[:-1] = words[named([*scenes.COLOURS, *scenes.TINTS])]
             digit.weight[1:] = words[named(list("0123456789"))]
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -138,7 +149,7 @@ class Ideal(nn.Module):
 
 
 def pack(patches: Tensor, newline: Tensor, geo: Geometry) -> Tensor:
-    """Packed sequence (b, N, d) of patch embeddings (b, v, 49, d), in Hugging Face's order."""
+    """Packed sequence (b, N, d) of patch embeddings (b, v, 144, d), in Hugging Face's order."""
     b, _, _, d = patches.shape
     source = torch.cat([patches.flatten(1, 2), newline.expand(b, 1, d)], dim=1)
     return source[:, geo.order.to(patches.device)]  # -1 is the separator
@@ -149,45 +160,37 @@ def pack(patches: Tensor, newline: Tensor, geo: Geometry) -> Tensor:
 
 def train_language(run: "TrainingRun") -> None:
     model, steps = run.model, run.steps["language"]
-    newline = nn.ParameterList([model.model.image_newline])
     # Two look-ups in a row (words to object, object to answer) emerge slowly unless the first has
     # its own loss: the noun's state in a middle layer must predict all facts about its object.
-    fact_head = build_fact_head().to(run.device)
-    modules = [model.model.language_model, model.lm_head, run.ideal, newline, fact_head]
-    optimisers = Optimisers(modules, 2e-3, steps)
+    modules = {**run.parts("language"), "facts": build_fact_head().to(run.device)}
+    optimisers = Optimisers(modules.values(), 1.5e-3, steps)
     meter = run.meter("language")
-    batches = scene_batches(8, run.seed + 2)
-    for step in range(steps):
-        batch, rng = next(batches)
+    recipe = Recipe(8, alike=0.3, related=True)
+    for batch, rng in steps_of(run, "language", modules, optimisers, recipe):
         geo = geometry(batch[0].size)
         labels = to_labels(batch, geo, torch.device("cpu"))
-        short = step < 0.4 * steps or rng.random() < 0.2
-        if short:
-            keep = brief(geo, labels.patches, rng)
-        else:
-            keep = drop_tokens(geo, len(batch), rng, GENTLE)
-        keep = keep.to(run.device)
+        shown = visible(geo, labels.patches)
+        short = optimisers.done < 0.5 * steps or rng.random() < 0.3
+        kept = brief(shown, rng) if short else drop_tokens(geo, shown, rng, GENTLE)
         quiz = make_quiz(batch, rng, run.device)
-        visual = run.ideal(labels.patches.to(run.device))
-        visual = pack(visual, model.model.image_newline, geo)
+        visual = pack(run.ideal(labels.patches.to(run.device)), model.model.image_newline, geo)
         early: list[Tensor] = []
-        compact = rng.random() < 0.5
-        logits = answer_logits(model, visual, keep, quiz, compact=compact, early=early)
-        seen = short or keep.shape[1] == visual.shape[1]
-        loss = quiz_loss(logits, quiz, meter, intact=seen, weights=image_weights(2.0))
-        loss = loss + 0.5 * fact_loss(early[0], fact_head, quiz, meter)
+        logits = answer_logits(
+            model, visual, kept.to(run.device), quiz, compact=rng.random() < 0.5, early=early
+        )
+        loss = quiz_loss(
+            logits, quiz, meter, intact=short or kept.intact, weights=image_weights(2.0)
+        )
+        loss = loss + 0.5 * fact_loss(early[0], modules["facts"], quiz, meter)
         optimisers.step(loss)
-        meter.tick(step, steps)
 
 
 def train_projector(run: "TrainingRun") -> None:
-    model, steps = run.model, run.steps["projector"]
+    model, modules = run.model, run.parts("projector")
     projector = model.model.multi_modal_projector
-    optimisers = Optimisers([projector], 3e-3, steps)
+    optimisers = Optimisers(modules.values(), 3e-3, run.steps["projector"])
     meter = run.meter("projector")
-    batches = scene_batches(16, run.seed + 3)
-    for step in range(steps):
-        batch, _ = next(batches)
+    for batch, _ in steps_of(run, "projector", modules, optimisers, Recipe(10)):
         geo = geometry(batch[0].size)
         labels = to_labels(batch, geo, run.device)
         with torch.no_grad():
@@ -198,33 +201,27 @@ def train_projector(run: "TrainingRun") -> None:
         error = error / (wanted - wanted.mean((0, 1, 2)))[clear].square().mean()
         meter.add("relative error", error)
         optimisers.step(error)
-        meter.tick(step, steps)
 
 
 def train_joint(run: "TrainingRun") -> None:
-    model, steps, inner = run.model, run.steps["joint"], run.model.model
-    fact_head = build_fact_head().to(run.device)
-    newline = nn.ParameterList([inner.image_newline])
-    modules = [inner.language_model, model.lm_head, inner.multi_modal_projector, newline, fact_head]
-    optimisers = Optimisers(modules, 1e-3, steps)
+    model, inner = run.model, run.model.model
+    modules = {**run.parts("joint"), "facts": build_fact_head().to(run.device)}
+    optimisers = Optimisers(modules.values(), 1e-3, run.steps["joint"])
     meter = run.meter("joint")
-    batches = scene_batches(8, run.seed + 4, alike=0.5)
-    for step in range(steps):
-        batch, rng = next(batches)
+    recipe = Recipe(8, alike=0.5, related=True)
+    for batch, rng in steps_of(run, "joint", modules, optimisers, recipe):
         geo = geometry(batch[0].size)
-        keep = drop_tokens(geo, len(batch), rng, HARSH).to(run.device)
+        shown = visible(geo, to_labels(batch, geo, torch.device("cpu")).patches)
+        kept = drop_tokens(geo, shown, rng, HARSH).to(run.device)
         quiz = make_quiz(batch, rng, run.device)
         with torch.no_grad():
             patches, _ = encode(model, to_views(batch, geo, run.device))
         visual = pack(inner.multi_modal_projector(patches), inner.image_newline, geo)
         early: list[Tensor] = []
-        compact = rng.random() < 0.5
-        logits = answer_logits(model, visual, keep, quiz, compact=compact, early=early)
-        intact = keep.shape[1] == visual.shape[1]
-        loss = quiz_loss(logits, quiz, meter, intact=intact, weights=image_weights(4.0))
-        loss = loss + 0.25 * fact_loss(early[0], fact_head, quiz, meter)
+        logits = answer_logits(model, visual, kept, quiz, compact=rng.random() < 0.5, early=early)
+        loss = quiz_loss(logits, quiz, meter, intact=kept.intact, weights=image_weights(3.0))
+        loss = loss + 0.25 * fact_loss(early[0], modules["facts"], quiz, meter)
         optimisers.step(loss)
-        meter.tick(step, steps)
 
 
 STAGES: dict[str, Callable[["TrainingRun"], None]] = {
@@ -235,7 +232,50 @@ STAGES: dict[str, Callable[["TrainingRun"], None]] = {
 }
 
 
-STEPS = {"vision": 1800, "language": 2000, "projector": 300, "joint": 1400}
+STEPS = {"vision": 1800, "language": 1000, "projector": 200, "joint": 1800}
+
+
+@torch.no_grad()
+def warm_start(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
+    """Copy the weights of the first version, with its embeddings resampled to the finer grid.
+
+    Words that it does not know keep their random embeddings.
+    """
+    source = LlavaNextForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    ids = build_processor().tokenizer.get_vocab()
+    known = [word for word in vocabulary if word in ids]
+    new, copied = model.state_dict(), source.state_dict()
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        words = copied[name]
+        rows = words.mean(0) + words.std() * torch.randn_like(new[name])
+        rows[[ids[word] for word in known]] = words[[vocabulary[word] for word in known]]
+        copied[name] = rows
+    tower = "model.vision_tower.embeddings"
+    name = f"{tower}.patch_embedding.weight"
+    copied[name] = resampled_patches(copied[name], PATCH)
+    name = f"{tower}.position_embedding.weight"
+    cls, table = copied[name][:1], copied[name][1:]
+    side = math.isqrt(len(table))
+    grid = rearrange(table, "(r c) d -> 1 d r c", r=side)
+    grid = F.interpolate(grid, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
+    copied[name] = torch.cat([cls, rearrange(grid, "1 d r c -> (r c) d")])
+    copied = {key: value for key, value in copied.items() if "position_ids" not in key}
+    model.load_state_dict(copied)
+
+
+def resampled_patches(weight: Tensor, side: int) -> Tensor:
+    """Patch embedding (d, 3, p, p) for patches of `side` pixels (FlexiViT, section 3.4).
+
+    The embedding of a patch equals that of the patch resized to the old side.
+    """
+    old = weight.shape[-1]
+    basis = torch.eye(side * side).view(-1, 1, side, side)
+    resize = F.interpolate(basis, size=(old, old), mode="bilinear", align_corners=False)
+    matrix = resize.flatten(1)  # (side * side, old * old)
+    return (weight.flatten(2) @ matrix.T).unflatten(-1, (side, side))
 
 
 class TrainingRun:
@@ -243,9 +283,13 @@ class TrainingRun:
 
     stages: ClassVar[dict[str, Callable[[Any], None]]] = STAGES
 
-    def __init__(self, out: Path, device: str, seed: int, steps: dict[str, int]) -> None:
+    def __init__(
+        self, out: Path, device: str, seed: int, steps: dict[str, int], start: Path | None = None
+    ) -> None:
         self.out, self.device, self.seed, self.steps = out, torch.device(device), seed, steps
         self.model: Any = self.build(seed)
+        if start is not None:
+            warm_start(self.model, start)
         nn.Module.to(self.model, self.device)
         self.ideal = Ideal(self.model.model.language_model.embed_tokens.weight).to(self.device)
         (out / "stages").mkdir(parents=True, exist_ok=True)
@@ -253,6 +297,10 @@ class TrainingRun:
 
     def build(self, seed: int) -> PreTrainedModel:
         return build_model(seed)
+
+    def tick(self, step: int, steps: int) -> None:
+        """Count a step, and print the figures of the last ones now and then."""
+        self._meter.tick(step, steps)
 
     def meter(self, stage: str) -> Meter:
         self._meter = Meter(stage)
@@ -287,9 +335,8 @@ class TrainingRun:
         torch.manual_seed(self.seed)
         self.stages[stage](self)
         state: dict[str, Any] = {n: m.state_dict() for n, m in self.parts(stage).items()}
-        partial = file.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(file)
+        save(state, file)
+        file.with_suffix(".progress").unlink(missing_ok=True)
         record = {
             "steps": self.steps[stage],
             "seconds": round(time.monotonic() - self._meter.start),
@@ -307,6 +354,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run, or the model with --evaluate.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the default.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="Folder of the first version.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and training scenes.")] = 0,
     stages: Annotated[
         str, typer.Option(help="Stages to run, in order, separated by commas.")
@@ -326,7 +374,7 @@ def main(
         print(table(figures, questions))
         return
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
-    run = TrainingRun(out, device, seed, steps)
+    run = TrainingRun(out, device, seed, steps, start)
     wanted = stages.split(",")
     for stage in wanted:
         run.do(stage)

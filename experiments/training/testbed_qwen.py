@@ -16,7 +16,6 @@ true scenes.  No method's score plays a part.  `OUT/stages` keeps finished stage
 the running stage every 100 steps: the same command continues after an interruption.
 """
 
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache

@@ -1,12 +1,16 @@
-"""Drawing of the testbed's pictures: photographs, shapes and handwritten digits.
+"""Drawing of the testbed's pictures: photographs, shapes, signs and handwritten digits.
 
 Digits (`sklearn.datasets.load_digits`) are split by sample.  Photographs
 (`sklearn.datasets.load_sample_images`) are split by location: the left three quarters are for
-training, the right quarter is for tests.
+training, the right quarter is for tests.  If scikit-image is installed, training also uses the
+photographs that it ships.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,17 +24,19 @@ __all__ = [
     "TINTS",
     "VIEW",
     "Item",
+    "Sign",
     "Size",
     "Split",
     "background",
     "digits",
     "draw",
+    "draw_sign",
 ]
 
 Split = Literal["train", "test"]
 Size = tuple[int, int]
 
-VIEW = 56
+VIEW = 60
 """Side of a view (thumbnail or crop) in pixels."""
 
 SHAPES = ("circle", "square", "triangle", "diamond")
@@ -52,6 +58,7 @@ TINTS: dict[str, tuple[int, int, int]] = {
 }
 
 _DIGIT = 10  # side of a digit in pixels
+_PITCH = 9  # distance of the digits of a sign in pixels
 _REACH = 16  # half the side of the window in which an object is drawn, in pixels
 
 
@@ -71,6 +78,51 @@ class Item:
         return f"{self.colour} {self.shape}"
 
 
+@dataclass(frozen=True)
+class Sign:
+    """A white sign with two or three digits, centred at (x, y) pixels."""
+
+    digits: tuple[int, ...]
+    x: float
+    y: float
+
+    @property
+    def half(self) -> tuple[float, float]:
+        """Half its height and half its width in pixels."""
+        return _PITCH / 2 + 2, len(self.digits) * _PITCH / 2 + 2
+
+    def places(self) -> list[tuple[int, float, float]]:
+        """Its digits and their centres (x, y) in pixels."""
+        first = self.x - self.half[1] + 2 + _PITCH / 2
+        return [(digit, first + i * _PITCH, self.y) for i, digit in enumerate(self.digits)]
+
+
+# Photographs of scikit-image that show textures, things or people, in their own right.
+_MORE = (
+    "astronaut",
+    "brick",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "ihc",
+    "moon",
+    "motorcycle_left",
+)
+
+
+@cache
+def _more_photographs() -> tuple[Image.Image, ...]:
+    """Photographs that scikit-image ships, in gray; none if it is not installed."""
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        return ()
+    folder = Path(spec.origin).parent / "data"
+    return tuple(Image.open(folder / f"{name}.png").convert("L") for name in _MORE)
+
+
 @cache
 def _photographs(split: Split) -> tuple[Image.Image, ...]:
     def part(photograph: NDArray[np.uint8]) -> Image.Image:
@@ -78,7 +130,8 @@ def _photographs(split: Split) -> tuple[Image.Image, ...]:
         half = photograph[:, :cut] if split == "train" else photograph[:, cut:]
         return Image.fromarray(np.ascontiguousarray(half)).convert("L")
 
-    return tuple(part(photograph) for photograph in load_sample_images().images)
+    own = tuple(part(photograph) for photograph in load_sample_images().images)
+    return own if split == "test" else own + _more_photographs()
 
 
 @cache
@@ -150,9 +203,32 @@ def draw(
     canvas[window] = (1 - cover) * canvas[window] + cover * colour
     owner[window][cover[:, :, 0] >= 0.5] = index
 
-    left, top = round(item.x - _DIGIT / 2), round(item.y - _DIGIT / 2)
+    pen = 0.0 if colour @ (0.3, 0.6, 0.1) > 110 else 255.0
+    _write(canvas, digit, item.x, item.y, pen)
+
+
+def draw_sign(
+    canvas: NDArray[np.float64],
+    owner: NDArray[np.int8],
+    sign: Sign,
+    index: int,
+    pictures: Sequence[Image.Image],
+) -> None:
+    """Draw `sign` with `pictures` of its digits, and enter its `index` into `owner`, in place."""
+    high, wide = sign.half
+    box = np.s_[
+        round(sign.y - high) : round(sign.y + high), round(sign.x - wide) : round(sign.x + wide)
+    ]
+    canvas[box] = 245.0
+    owner[box] = index
+    for (_, x, y), picture in zip(sign.places(), pictures, strict=True):
+        _write(canvas, picture, x, y, 0.0)
+
+
+def _write(canvas: NDArray[np.float64], digit: Image.Image, x: float, y: float, pen: float) -> None:
+    """Write a digit, centred at (x, y), with a pen of one gray."""
+    left, top = round(x - _DIGIT / 2), round(y - _DIGIT / 2)
     ink = np.asarray(digit.resize((_DIGIT, _DIGIT), Image.Resampling.BICUBIC), dtype=np.float64)
     ink = ink[:, :, None] / 255
     box = np.s_[top : top + _DIGIT, left : left + _DIGIT]
-    pen = 0.0 if colour @ (0.3, 0.6, 0.1) > 110 else 255.0
     canvas[box] = (1 - ink) * canvas[box] + ink * pen
