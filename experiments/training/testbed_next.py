@@ -232,7 +232,7 @@ STAGES: dict[str, Callable[["TrainingRun"], None]] = {
 }
 
 
-STEPS = {"vision": 1800, "language": 1000, "projector": 200, "joint": 1800}
+STEPS = {"vision": 2400, "language": 1500, "projector": 300, "joint": 2400}
 
 
 @torch.no_grad()
