@@ -142,8 +142,8 @@ class Quiz:
         target: (b, Q, L) the next token where it is learnt, else -100.
         kind: (b, Q) index into `KINDS`.
         noun: (b, Q) index of the word that names a shape, -1 without one.
-        facts: (b, Q, 4) facts about the named object: present, right, bottom and its digit; -100
-            where a fact is undefined.
+        facts: (b, Q, 8) facts about the named object: present, right, bottom, its digit, and the
+            object that lies right of, left of, above and below it; -100 where a fact is undefined.
     """
 
     ids: Tensor
@@ -186,7 +186,7 @@ def make_quiz(
 def to_quiz(
     asked: list[list[tuple[str, str]]],
     kinds: list[int],
-    facts: list[list[tuple[int, int, int, int]]],
+    facts: list[list[tuple[int, ...]]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> Quiz:
     """Questions and answers as tensors.
@@ -213,17 +213,27 @@ def to_quiz(
     return Quiz(*(part.unflatten(0, (len(asked), -1)) for part in parts))
 
 
-FACTS = (2, 2, 2, 10)  # classes of present, right, bottom, digit
+NAMES = tuple(f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES)
+FACTS = {  # classes of each fact
+    "present": 2,
+    "right": 2,
+    "bottom": 2,
+    "number": 10,
+    **dict.fromkeys(scenes.DIRECTIONS, len(NAMES)),
+}
+UNKNOWN = -100  # of a fact that is undefined
 
 
-def look(scene: Scene, question: str) -> tuple[int, int, int, int]:
+def look(scene: Scene, question: str) -> tuple[int, ...]:
     """`Quiz.facts` of one question, about the object that it names first."""
     named = [item for item in scene.items if item.name in question]
     if not named:
-        return 0, -100, -100, -100
+        return 0, *[UNKNOWN] * (len(FACTS) - 1)
     item = min(named, key=lambda item: question.index(item.name))
     height, width = scene.size
-    return 1, int(item.x > width / 2), int(item.y > height / 2), int(item.digit)
+    beside = {way: other.name for one, way, other in scenes.relations(scene) if one is item}
+    neighbours = [NAMES.index(beside[w]) if w in beside else UNKNOWN for w in scenes.DIRECTIONS]
+    return 1, int(item.x > width / 2), int(item.y > height / 2), int(item.digit), *neighbours
 
 
 def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> Tensor:
@@ -318,19 +328,18 @@ def packed_logits(
 
 def build_fact_head() -> nn.Module:
     """A head that maps a state (..., d) to the logits of all facts."""
-    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(FACTS)))
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(FACTS.values())))
 
 
 def fact_loss(states: Tensor, head: nn.Module, quiz: Quiz, meter: Meter) -> Tensor:
     """Cross-entropy of the facts that `head` predicts at the word that names an object's shape."""
     asked = quiz.noun >= 0
     at = repeat(quiz.noun.clamp(min=0), "b q -> b q 1 d", d=states.shape[-1])
-    guesses = head(states.gather(2, at)[:, :, 0][asked]).split(FACTS, dim=-1)
+    guesses = head(states.gather(2, at)[:, :, 0][asked]).split(list(FACTS.values()), dim=-1)
     loss = states.new_zeros(())
-    for name, guess, truth in zip(
-        ("present", "right", "bottom", "number"), guesses, quiz.facts[asked].T, strict=True
-    ):
-        loss = loss + F.cross_entropy(guess, truth)
+    for name, guess, truth in zip(FACTS, guesses, quiz.facts[asked].T, strict=True):
+        if (truth >= 0).any():
+            loss = loss + F.cross_entropy(guess, truth)
         meter.add(name, (guess.argmax(-1) == truth)[truth >= 0])
     return loss
 

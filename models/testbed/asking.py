@@ -8,7 +8,7 @@ from tokenprune.models.testbed.drawing import COLOURS, SHAPES, Item
 from tokenprune.models.testbed.kinds import KINDS, MODALITIES
 from tokenprune.models.testbed.rendering import Clip, Pair, Scene
 
-__all__ = ["ask", "ask_clip", "ask_pair", "relations"]
+__all__ = ["DIRECTIONS", "ask", "ask_clip", "ask_pair", "relations"]
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def relations(scene: Scene) -> list[tuple[Item, str, Item]]:
     """
     found = []
     for item in scene.items:
-        for direction, (right, down) in _DIRECTIONS.items():
+        for direction, (right, down) in DIRECTIONS.items():
             there = []
             for other in scene.items:
                 dx, dy = other.x - item.x, other.y - item.y
@@ -65,7 +65,7 @@ def relations(scene: Scene) -> list[tuple[Item, str, Item]]:
     return found
 
 
-_DIRECTIONS = {"right of": (1, 0), "left of": (-1, 0), "above": (0, -1), "below": (0, 1)}
+DIRECTIONS = {"right of": (1, 0), "left of": (-1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 def ask_clip(clip: Clip, kind: str, rng: np.random.Generator) -> tuple[str, str]:

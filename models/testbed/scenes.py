@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
-from tokenprune.models.testbed.asking import ask, ask_clip, ask_pair, relations
+from tokenprune.models.testbed.asking import DIRECTIONS, ask, ask_clip, ask_pair, relations
 from tokenprune.models.testbed.drawing import COLOURS, SHAPES, TINTS, VIEW, Item, Sign, Size, Split
 from tokenprune.models.testbed.kinds import (
     GRID_PINPOINTS,
@@ -38,6 +38,7 @@ from tokenprune.models.testbed.rendering import (
 
 __all__ = [
     "COLOURS",
+    "DIRECTIONS",
     "FEWEST",
     "GRID_PINPOINTS",
     "KINDS",
