@@ -85,7 +85,6 @@ class Optimisers:
             part.zero_grad()
         self.done += 1
 
-
     def state_dict(self) -> dict[str, Any]:
         """State from which `load_state_dict` continues."""
         return {"done": self.done, "parts": [part.state_dict() for part in self.parts]}

@@ -17,7 +17,7 @@ patches, whole views or frames, whole rows, with compact and with original posit
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -501,20 +501,33 @@ def at_random(layout: Any, rng: np.random.Generator, retention: float) -> Tensor
 
 @torch.inference_mode()
 def evaluate(
-    folder: Path, count: int, seed: int, device: str
+    folder: Path,
+    count: int,
+    seed: int,
+    device: str,
+    asked_of: Mapping[Modality, tuple[str, ...]] = MODALITIES,
+    left_out: Sequence[str] = (),
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy by modality, condition and kind, on `count` held-out questions of each kind.
 
     Uses the saved processor and model.  Visual tokens are encoded once; each condition drops some
     of them and answers with `generate`.
+
+    Args:
+        folder: Folder of the model.
+        count: Questions of each kind.
+        seed: Seed of the questions.
+        device: Device of the model.
+        asked_of: Kinds of questions by modality.
+        left_out: Conditions that make no sense for the model.
     """
     import tokenprune as tp
     from tokenprune.tokens import VisualTokens
 
     pipe = tp.load(str(folder), device=device, dtype="float32")
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    for modality, kinds in MODALITIES.items():
-        named = conditions(modality)
+    for modality, kinds in asked_of.items():
+        named = {k: v for k, v in conditions(modality).items() if k not in left_out}
         right: dict[str, dict[str, list[bool]]] = {c: {k: [] for k in kinds} for c in named}
         asked = scenes.questions(count * len(kinds), seed=seed, modality=modality)
         for start in range(0, len(asked), len(kinds)):

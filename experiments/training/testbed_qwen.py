@@ -16,7 +16,6 @@ true scenes.  No method's score plays a part.  `OUT/stages` keeps finished stage
 the running stage every 100 steps: the same command continues after an interruption.
 """
 
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +24,6 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 import typer
 from einops import rearrange, repeat
@@ -51,7 +49,7 @@ from tokenprune.experiments.training.geometry import (
     to_labels,
 )
 from tokenprune.experiments.training.model import PER_VIEW, SIDE, WIDTH
-from tokenprune.experiments.training.optim import Meter, Optimisers
+from tokenprune.experiments.training.optim import Optimisers
 from tokenprune.experiments.training.quiz import (
     Quiz,
     build_fact_head,
@@ -61,6 +59,7 @@ from tokenprune.experiments.training.quiz import (
     packed_logits,
     quiz_loss,
 )
+from tokenprune.experiments.training.testbed_onevision import evaluate
 from tokenprune.models import testbed
 from tokenprune.models.testbed import scenes
 from tokenprune.models.testbed.scenes import MODALITIES, Scene
@@ -378,7 +377,7 @@ def steps_of(
                 "optimisers": optimisers.state_dict(),
                 "modules": {name: module.state_dict() for name, module in modules.items()},
             }
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(".part")
             torch.save(state, partial)
             partial.replace(file)
 
@@ -464,7 +463,7 @@ STAGES: dict[str, Callable[["QwenRun"], None]] = {
     "joint": train_joint,
 }
 
-STEPS = {"language": 1200, "vision": 1800, "projector": 300, "joint": 1600}
+STEPS = {"language": 600, "vision": 1300, "projector": 200, "joint": 1000}
 
 
 class QwenRun(first.TrainingRun):
@@ -496,7 +495,7 @@ class QwenRun(first.TrainingRun):
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run, or the model with --evaluate.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the default.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of new weights and training scenes.")] = 0,
@@ -504,17 +503,44 @@ def main(
         str, typer.Option(help="Stages to run, in order, separated by commas.")
     ] = ",".join(STEPS),
     scale: Annotated[float, typer.Option(help="Factor on the steps of every stage.")] = 1.0,
+    questions: Annotated[int, typer.Option(help="Questions of each kind for the figures.")] = 300,
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate", help="Only print figures of the model in OUT.")
+    ] = False,
+    test_seed: Annotated[int, typer.Option(help="Seed of the held-out questions.")] = 1000,
 ) -> None:
-    """Train the third testbed."""
+    """Train the third testbed, or print the figures of an existing one."""
     if threads:
         torch.set_num_threads(threads)
+    asked = {"image": scenes.KINDS}
+    if evaluate_only:
+        evaluate(out, questions, test_seed, device, asked, ("thumbnail only", "crops only"))
+        return
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
     run = QwenRun(out, device, seed, steps)
     wanted = stages.split(",")
     for stage in wanted:
         run.do(stage)
-    if "joint" in wanted:
-        common.export(run.model, build_processor(), out / "model")
+    if "joint" not in wanted:
+        return
+    folder = out / "model"
+    common.export(run.model, build_processor(), folder)
+    figures = evaluate(
+        folder, questions, test_seed, device, asked, ("thumbnail only", "crops only")
+    )
+    record = {
+        "seed": seed,
+        "test_seed": test_seed,
+        "questions_per_kind": questions,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "warm start": "testbed-onevision",
+        "stages": {
+            stage: json.loads((out / "stages" / f"{stage}.json").read_text()) for stage in STEPS
+        },
+        "accuracy": figures["image"],
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
