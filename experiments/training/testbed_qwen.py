@@ -16,6 +16,7 @@ true scenes.  No method's score plays a part.  `OUT/stages` keeps finished stage
 the running stage every 100 steps: the same command continues after an interruption.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -48,6 +49,7 @@ from tokenprune.experiments.training.geometry import (
     geometry,
     to_labels,
 )
+from tokenprune.experiments.training.measure import evaluate
 from tokenprune.experiments.training.model import PER_VIEW, SIDE, WIDTH
 from tokenprune.experiments.training.optim import Optimisers
 from tokenprune.experiments.training.quiz import (
@@ -59,7 +61,6 @@ from tokenprune.experiments.training.quiz import (
     packed_logits,
     quiz_loss,
 )
-from tokenprune.experiments.training.testbed_onevision import evaluate
 from tokenprune.models import testbed
 from tokenprune.models.testbed import scenes
 from tokenprune.models.testbed.scenes import MODALITIES, Scene
