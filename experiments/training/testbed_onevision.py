@@ -469,7 +469,7 @@ class OnevisionRun(first.TrainingRun):
         return {**language, **projector, "newline": newline}
 
 
-# --- command line ----------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def main(
