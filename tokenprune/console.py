@@ -14,12 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
 from tokenprune.grammar import lines
 from tokenprune.progress import ProgressCallback
+from tokenprune.tables import FittedTable
 from tokenprune.texts import is_whole, printable
 
 __all__ = [
@@ -178,9 +178,9 @@ def progress() -> Iterator[ProgressCallback]:
         warnings.showwarning = usual
 
 
-def new_table(*columns: str, **options: Any) -> Table:
-    """An empty table in the style of all commands."""
-    return Table(
+def new_table(*columns: str, **options: Any) -> FittedTable:
+    """An empty table in the style of all commands; arguments as of `FittedTable`."""
+    return FittedTable(
         *columns,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

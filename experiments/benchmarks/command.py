@@ -85,10 +85,11 @@ def benchmark(
 
 def _show(console: Console, name: str, group: pd.DataFrame) -> None:
     shown = new_table(title=name)
-    for column, justify in (("case", "left"), ("figure", "left"), ("value", "right")):
-        shown.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    shown.add_column("goal", justify="right", no_wrap=True)
-    shown.add_column("", no_wrap=True)
+    for column in ("case", "figure"):
+        shown.add_column(column, prose=True)
+    shown.add_column("value", justify="right")
+    shown.add_column("goal", justify="right", value=1)
+    shown.add_column("")
     before = None
     for row in group.itertuples():
         sign = "≤" if row.better == "low" else "≥"
@@ -106,8 +107,12 @@ def _show_changes(console: Console, moved: pd.DataFrame, against: Path | None) -
         console.print(f"No figure changed by more than 10 % since {against}.", soft_wrap=True)
         return
     shown = new_table(title=f"Since {against}")
-    for column in ("benchmark", "case", "figure", "earlier", "now", ""):
-        shown.add_column(column, overflow="fold")
+    shown.add_column("benchmark", value=1)
+    for column in ("case", "figure"):
+        shown.add_column(column, prose=True)
+    shown.add_column("earlier", value=2)
+    for column in ("now", ""):
+        shown.add_column(column)
     for row in moved.itertuples():
         verdict = "WORSE" if row.worse else "better"
         shown.add_row(

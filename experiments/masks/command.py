@@ -151,10 +151,10 @@ def table(outcome: Outcome) -> Table:
     """What is kept of each view, and the answers."""
     made = new_table(title=escape(printable(outcome.about.get("question") or "No question")))
     made.add_column("keep", justify="right")
-    made.add_column("method", overflow="fold")
-    made.add_column("answer", overflow="fold")
-    made.add_column("tokens", justify="right")
-    made.add_column("of each view", overflow="fold")
+    made.add_column("method")
+    made.add_column("answer", prose=True)
+    made.add_column("tokens", justify="right", value=1)
+    made.add_column("of each view", prose=True, value=2)
     rows = outcome.tables["kept"]
     for _, group in rows.groupby(["method", "retention", "acts"], sort=False):
         first = group.iloc[0]

@@ -158,9 +158,10 @@ def pairs_table(found: pd.DataFrame) -> Table:
     )
     made.add_column("keep", justify="right")
     for name in ("first", "second"):
-        made.add_column(name, overflow="fold")
-    for name in ("difference", "p", "Holm"):
-        made.add_column(name, justify="right", no_wrap=True)
+        made.add_column(name)
+    made.add_column("difference", justify="right")
+    for name, value in {"p": 1, "Holm": 2}.items():
+        made.add_column(name, justify="right", value=value)
     for retention, group in found.groupby("retention", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             made.add_row(
