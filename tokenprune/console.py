@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.errors import UserError
 from tokenprune.grammar import lines
-from tokenprune.progress import ProgressCallback
+from tokenprune.progress import ProgressCallback, logged
 from tokenprune.tables import FittedTable
 from tokenprune.texts import is_whole, printable
 
@@ -148,8 +148,30 @@ def quiet() -> None:
 
 @contextmanager
 def progress() -> Iterator[ProgressCallback]:
-    """A progress bar on standard error.  Warnings are printed above it."""
+    """A progress bar on standard error, or one line a minute if that is no terminal.
+
+    Warnings are printed above the bar.
+    """
     console = Console(stderr=True)
+
+    def write(line: str) -> None:
+        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        write(f"warning: {message}")
+
+    usual = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        with _bar(console) if console.is_terminal else logged(write) as report:
+            yield report
+    finally:
+        warnings.showwarning = usual
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[ProgressCallback]:
+    """A progress bar."""
     bar = Progress(
         TextColumn("{task.description}", justify="left"),
         BarColumn(),
@@ -157,25 +179,14 @@ def progress() -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     )
     task = bar.add_task("starting", total=None)
 
     def report(done: int, total: int, doing: str) -> None:
         bar.update(task, completed=done, total=total or None, description=escape(printable(doing)))
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(
-            printable(f"warning: {message}"), soft_wrap=True, highlight=False, markup=False
-        )
-
-    usual = warnings.showwarning
-    warnings.showwarning = show
-    try:
-        with bar:
-            yield report
-    finally:
-        warnings.showwarning = usual
+    with bar:
+        yield report
 
 
 def new_table(*columns: str, **options: Any) -> FittedTable:
