@@ -30,6 +30,7 @@ from tokenprune.console import (
     Plugin,
     app,
     as_exit_status,
+    complete_method,
     new_table,
     progress,
     quiet,
@@ -71,7 +72,11 @@ def _options(
 @app.command("list")
 def list_(
     method: Annotated[
-        str | None, typer.Argument(help="Show only the card and the options of this method.")
+        str | None,
+        typer.Argument(
+            help="Show only the card and the options of this method.",
+            autocompletion=complete_method,
+        ),
     ] = None,
     plugin: Plugin = None,
 ) -> None:
@@ -164,7 +169,8 @@ def audit(
         str,
         typer.Argument(
             help="A registered method with options (fastv:layer=3), or package.module:Class, "
-            "whose module is executed."
+            "whose module is executed.",
+            autocompletion=complete_method,
         ),
     ],
     retention: Annotated[
@@ -223,7 +229,7 @@ def _audit(compressor: Compressor) -> int:
     with progress() as report:
         for index, check in enumerate(CHECKS):
             name = check.__name__.removeprefix("check_").replace("_", " ")
-            report(index, len(CHECKS), name)
+            report(index, len(CHECKS), f"{name}, {failed} failed")
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RetentionWarning)

@@ -47,7 +47,16 @@ _Against = Annotated[
 ]
 
 
-_Out = Annotated[Path, typer.Option(metavar="FILE", help="File for the figures, .csv or .parquet.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File for the figures, .csv or .parquet. [default: a new file in runs/]",
+    ),
+]
+
+
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 
 
 @app.command(cls=ManyValues)
@@ -56,7 +65,8 @@ def benchmark(
     quick_run: _Quick = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     against: _Against = None,
-    out: _Out = Path("runs/benchmarks.csv"),
+    out: _Out = None,
+    force: _Force = False,
 ) -> None:
     """Measure what selecting tokens and comparing methods cost, as ratios.
 
@@ -70,14 +80,20 @@ def benchmark(
 
         quiet()
         request = BenchmarkRequest(
-            only=only or BENCHMARKS, quick=quick_run, device=device, against=against, out=out
+            only=only or BENCHMARKS,
+            quick=quick_run,
+            device=device,
+            against=against,
+            out=out,
+            force=force,
         )
         with progress() as bar:
             outcome = run(request, bar)
         console = Console()
         for name, group in outcome.tables["figures"].groupby("benchmark", sort=False):
             _show(console, str(name), group)
-        console.print(f"Written to {out}.", soft_wrap=True, highlight=False, markup=False)
+        path = outcome.folder / outcome.files[0]
+        console.print(f"Written to {path}.", soft_wrap=True, highlight=False, markup=False)
         if "changes" in outcome.tables:
             _show_changes(console, outcome.tables["changes"], against)
     raise typer.Exit(FAILED if outcome.status == "failed" else OK)

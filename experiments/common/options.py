@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.console import FAILED, INTERRUPTED, OK, Plugin
+from tokenprune.console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Plugin,
+    complete_method,
+    complete_word,
+)
+from tokenprune.models import testbed
+from tokenprune.models.published import KNOWN
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
@@ -22,6 +31,7 @@ __all__ = [
     "Data",
     "Device",
     "Dtype",
+    "Force",
     "ImageSize",
     "MaxImagePixels",
     "MaxNewTokens",
@@ -52,7 +62,9 @@ _NAMED = 10  # how many unanswered questions are named
 def methods(about: str, default: str) -> Any:
     """The option ``--methods``; its values and its default differ by command."""
     text = f"{about} [default: {default}]"
-    return typer.Option("--methods", "-m", metavar="SPEC...", help=text)
+    return typer.Option(
+        "--methods", "-m", metavar="SPEC...", help=text, autocompletion=complete_method
+    )
 
 
 def retention(default: str) -> Any:
@@ -61,7 +73,14 @@ def retention(default: str) -> Any:
     return typer.Option("--retention", "-r", metavar="R...", help=text)
 
 
-Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        help="Embedded testbed, Hugging Face Hub id or local folder.",
+        autocompletion=complete_word(*testbed.names()),
+    ),
+]
 
 
 Questions = Annotated[
@@ -86,11 +105,23 @@ Seed = Annotated[int, typer.Option(help="Seed of the testbed's questions and of 
 
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if available]")
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ... [default: cuda if available]",
+        autocompletion=complete_word("cpu", "cuda"),
+    ),
 ]
 
 
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16, float16 or auto.",
+        autocompletion=complete_word("auto", "bfloat16", "float16", "float32"),
+    ),
+]
 
 
 Out = Annotated[
@@ -100,6 +131,11 @@ Out = Annotated[
         help="Run folder. The same command resumes an unfinished run in it. "
         "[default: a folder in runs/, named after the options]",
     ),
+]
+
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the earlier result of this command in --out.")
 ]
 
 
@@ -119,6 +155,7 @@ Modality = Annotated[
     typer.Option(
         metavar="image|video|multi-image",
         help="Modality of the questions. [default: image, or all of --data]",
+        autocompletion=complete_word("image", "video", "multi-image"),
     ),
 ]
 
@@ -128,8 +165,10 @@ Config = Annotated[
     typer.Option(
         "--config",
         "--model",
+        metavar="MODEL",
         help="Configuration of a model: a known name (llava-v1.6-vicuna-7b, "
         "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json, or a Hub id.",
+        autocompletion=complete_word(*KNOWN, *testbed.names()),
     ),
 ]
 

@@ -27,7 +27,13 @@ import pandas as pd
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import write_csv
-from tokenprune.experiments.common.files import check_writable, replace_file, sweep, try_lock
+from tokenprune.experiments.common.files import (
+    check_writable,
+    replace_file,
+    sweep,
+    try_lock,
+    writing,
+)
 
 __all__ = [
     "IMAGE_FREE",
@@ -83,6 +89,8 @@ class RunFolder:
                 a run's, or another process is working in it.
         """
         check_writable(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
             manifest = _manifest(path)

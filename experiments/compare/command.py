@@ -19,6 +19,7 @@ from tokenprune.console import (
     ManyValues,
     app,
     as_exit_status,
+    complete_word,
     method_label,
     new_table,
     progress,
@@ -95,6 +96,7 @@ _Match = Annotated[
         metavar="tokens|flops|prefill-ms",
         help="Give every method the retention ratio at which it costs as much as uniform: "
         "tokens per layer, FLOPs of the prefill, or its measured time.",
+        autocompletion=complete_word("tokens", "flops", "prefill-ms"),
     ),
 ]
 

@@ -90,6 +90,7 @@ def efficiency(
     repeats: _Repeats = 5,
     device: options.Device = None,
     out: _Out = None,
+    force: options.Force = False,
 ) -> None:
     """Print what methods cost: tokens, FLOPs, KV cache, memory, and when they pay off.
 
@@ -117,6 +118,7 @@ def efficiency(
             repeats=repeats,
             device=device,
             out=out,
+            force=force,
         )
         with progress() as bar:
             outcome = run(request, bar)

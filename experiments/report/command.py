@@ -61,6 +61,9 @@ _Out = Annotated[
 ]
 
 
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out if it exists.")]
+
+
 _Anonymous = Annotated[
     bool,
     typer.Option(
@@ -79,6 +82,7 @@ def report(
     data: _Data = None,
     max_image_pixels: options.MaxImagePixels = None,
     out: _Out = None,
+    force: _Force = False,
     anonymous: _Anonymous = False,
 ) -> None:
     """Write an HTML page about a run: results, figures, and questions with what methods kept.
@@ -97,6 +101,7 @@ def report(
             first=first,
             data=data,
             out=out,
+            force=force,
             anonymous=anonymous,
         )
         with progress() as bar:

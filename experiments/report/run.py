@@ -79,6 +79,7 @@ class ReportRequest(Request):
         data: Path of the data file, if it has moved.
         anonymous: Whether to leave out names and paths (`anonymous`); questions, answers and
             pictures do not change.
+        force: Whether to replace ``out`` if it exists; ``report.html`` is always replaced.
     """
 
     folder: Path
@@ -86,6 +87,7 @@ class ReportRequest(Request):
     first: bool = False
     data: Path | None = None
     anonymous: bool = False
+    force: bool = False
 
 
 def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -100,7 +102,8 @@ def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
     """
     check_number("questions", request.questions, least=0)
     path = request.out or request.folder / "report.html"
-    found = _read(request, path, progress)
+    check_file(path, new=request.out is not None and not request.force)
+    found = _read(request, progress)
     notes, manifest, journal = found.notes, found.manifest, found.journal
     compressed = found.summary.dropna(subset="retention")
     browser = _browser(found, request, progress)
@@ -164,10 +167,9 @@ class _Run:
     notes: list[str]
 
 
-def _read(request: ReportRequest, path: Path, progress: ProgressCallback) -> _Run:
-    """Read the run, after a check that the page can be written to ``path``."""
+def _read(request: ReportRequest, progress: ProgressCallback) -> _Run:
+    """Read the run."""
     manifest = manifest_of(request.folder)
-    check_file(path)
     notes: list[str] = []
     progress(0, 0, "reading the run")
     journal = Journal(request.folder / "answers.jsonl")

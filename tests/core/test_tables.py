@@ -44,9 +44,7 @@ def filled(**options: bool) -> FittedTable:
         (49, ["same", "of all"]), (48, ["same", "tokens", "of all"]),
     ],
 )  # fmt: skip
-def test_the_least_valuable_columns_are_left_out_and_named(
-    width: int, left_out: list[str]
-) -> None:
+def test_the_least_valuable_columns_are_left_out_and_named(width: int, left_out: list[str]) -> None:
     lines = rendered(filled(), width)
     assert max(map(len, lines)) <= width
     row = next(line for line in lines if "holitom-inner" in line)
