@@ -88,14 +88,15 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands:
             self._complete()
-        return super().get_command(ctx, cmd_name)
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            command.params.sort(key=_by_use)
+        return command
 
     def _complete(self) -> None:
         type(self).load()
         group: Any = typer.main.get_command(app)
         self.commands.update(group.commands)
-        for command in self.commands.values():
-            command.params.sort(key=_by_use)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the first sentence about every command, without shortening it."""

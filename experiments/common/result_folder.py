@@ -57,8 +57,8 @@ class ResultFolder:
         earlier = _listed(path / marker)
         if earlier is None:
             raise UserError(
-                f"{str(path)!r} holds files that this command did not write ({_few(there)}); choose "
-                "another --out."
+                f"{str(path)!r} holds files that this command did not write ({_few(there)}); "
+                "choose another --out."
             )
         if not force:
             raise UserError(

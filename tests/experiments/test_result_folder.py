@@ -34,7 +34,7 @@ def test_an_earlier_result_is_replaced_only_on_request_and_as_a_whole(tmp_path: 
         (out / name).write_text("first")
     folder.finish({"asked": 1}, ["masks-cat.png", "kept.csv"])
     before = contents(out)
-    with pytest.raises(UserError, match="earlier result; .* --force"):
+    with pytest.raises(UserError, match=r"earlier result; .* --force"):
         opened(out)
     assert contents(out) == before
     again = opened(out, force=True)
@@ -131,11 +131,9 @@ def test_bad_input_leaves_no_empty_folder(
 
 def test_efficiency_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        assert CliRunner().invoke(app, EFFICIENCY).exit_code == 0
-    names = ["efficiency_testbed-next", "efficiency_testbed-next-2"]
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
-    there = tmp_path / "runs" / names[0]
+    (tmp_path / "runs" / "efficiency_testbed-next").mkdir(parents=True)
+    assert CliRunner().invoke(app, EFFICIENCY).exit_code == 0
+    there = tmp_path / "runs" / "efficiency_testbed-next-2"
     before = contents(there)
     refused = CliRunner().invoke(app, [*EFFICIENCY, "--out", str(there)])
     assert refused.exit_code == 2
