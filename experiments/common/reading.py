@@ -18,12 +18,12 @@ from tokenprune.experiments.common.answers import answers_frame, read_answers
 from tokenprune.experiments.common.cells import Cell, Matched, without_seed
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.own_images import is_group, own_questions
 from tokenprune.experiments.common.questions import (
     Modality,
     Question,
     fingerprint,
     held_out,
-    read_jsonl,
 )
 from tokenprune.experiments.common.references import references
 from tokenprune.experiments.common.run_folder import manifests
@@ -75,6 +75,8 @@ class _Asked(_Experiment):
 
 class _Request(_Part):
     data: str | None = None
+    paths: list[str] = []
+    prompt: str | None = None
     modality: Modality | None = None
     questions: Annotated[int, Field(ge=1)] | None = None
     seeds: Annotated[int, Field(ge=1)] = 1
@@ -168,18 +170,22 @@ def questions_of(
     """
     asked = manifest.get("request") or {}
     experiment = manifest["experiment"]
-    file = moved or asked.get("data")
-    if file is None:
+    file, paths = moved or asked.get("data"), asked.get("paths") or []
+    if file is None and not paths:
         count, answered = experiment["questions"], len({name for _, name in journal.answers})
         if count > max(_MANY, 2 * answered):
             notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
             return None
         found = held_out(count, experiment["seed"], asked.get("modality") or "image")
     else:
-        place = Path(file) if moved else _place(folder, str(file))
         try:
-            found = read_jsonl(
-                place, asked.get("questions"), asked.get("modality"), check_images=False
+            found = own_questions(
+                [] if file else [_place(folder, path) for path in paths],
+                moved or (_place(folder, str(file)) if file else None),
+                asked.get("prompt"),
+                count=asked.get("questions"),
+                modality=asked.get("modality"),
+                check_images=False,
             )
         except UserError as error:
             if moved is not None:
@@ -197,9 +203,12 @@ def questions_of(
 
 
 def _place(folder: Path, file: str) -> Path:
-    """The target of a manifest's path, relative to the folder or, in older runs, to the cwd."""
+    """The target of a manifest's path or pattern, relative to the folder.
+
+    In older runs it is relative to the working directory.
+    """
     near = folder / file
-    return near if near.exists() else Path(file)
+    return near if near.exists() or is_group(near) else Path(file)
 
 
 def journaled(
