@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ __all__ = [
     "Dtype",
     "Force",
     "ImageSize",
+    "Images",
     "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
@@ -40,6 +42,7 @@ __all__ = [
     "Out",
     "Patches",
     "Plugin",
+    "Prompt",
     "Questions",
     "Seed",
     "TextTokens",
@@ -57,6 +60,9 @@ __all__ = [
 
 
 _NAMED = 10  # how many unanswered questions are named
+
+
+_LISTED = 10  # how many files are
 
 
 def methods(about: str, default: str) -> Any:
@@ -92,6 +98,26 @@ Questions = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="File of questions in JSON lines, as for compare."),
+]
+
+
+Images = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[IMAGE]...",
+        help="Images of your own, before the options: files, folders, and quoted patterns such as "
+        "'photos/*.jpg'. [default: images of the testbed]",
+    ),
+]
+
+
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help='The question about images that come without one. [default: "What is in the image?"]',
+    ),
 ]
 
 
@@ -236,8 +262,11 @@ def interrupted(outcome: Outcome, what: str = "answers") -> int:
 
 
 def written(outcome: Outcome) -> str:
-    """Where the files of an experiment are."""
-    return f"Written to {outcome.folder}: {', '.join(outcome.files)}"
+    """Where the files of an experiment are; of many, the first and the last ones."""
+    files = list(outcome.files)
+    if len(files) > _LISTED:
+        files[4:-2] = [f"{len(files) - 6} more"]
+    return f"Written to {outcome.folder}: {', '.join(files)}"
 
 
 def gaps(outcome: Outcome) -> Iterator[str]:
@@ -285,14 +314,17 @@ def closing(outcome: Outcome, started: float) -> int:
 
 
 def _without_image(outcome: Outcome) -> Iterator[str]:
-    """The accuracy of the model without images."""
+    """The accuracy of the model without images or, without true answers, its agreement."""
     from tokenprune.experiments.common.answers import read_answers
     from tokenprune.experiments.common.run_folder import IMAGE_FREE
     from tokenprune.experiments.common.summary import OVERALL, summarise
 
     answers = read_answers(outcome.folder)
     for row in summarise(answers[answers["label"] == IMAGE_FREE], seed=0).itertuples():
-        if row.kind == OVERALL and row.status == "ok":
-            shares = (row.accuracy, row.accuracy_low, row.accuracy_high)
-            right, low, high = (f"{100 * share:.1f}" for share in shares)
-            yield f"Without the image {right} % of the answers are right ({low}–{high})."
+        if row.kind != OVERALL or row.status != "ok":
+            continue
+        known = not math.isnan(row.accuracy)
+        name, words = ("accuracy", "right") if known else ("agreement", "the same as with it")
+        shares = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
+        share, low, high = (f"{100 * value:.1f}" for value in shares)
+        yield f"Without the image {share} % of the answers are {words} ({low}–{high})."

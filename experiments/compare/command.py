@@ -26,6 +26,7 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
+from tokenprune.experiments.common.formatting import arrow, arrows
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -257,11 +258,10 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     table = new_table(
         title="All questions",
-        caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ significantly better or "
-        "worse than uniform at the same retention (exact McNemar test on the same questions, "
-        "p < 0.05). Same: answers "
-        "in % that equal those of the uncompressed model. Tokens: layer average of visual tokens, "
-        "with separators. FLOPs: prefill of the decoder, selection included." + _matching(rows),
+        caption=f"Accuracy in % with its 95 % confidence interval. {arrows(rows)} Same: "
+        "answers in % that equal those of the uncompressed model. Tokens: layer average of visual "
+        "tokens, with separators. FLOPs: prefill of the decoder, selection included."
+        + _matching(rows),
     )
     table.add_column("keep", justify="right")
     table.add_column("method")
@@ -275,7 +275,7 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
                 share = row["flops"] / row["uncompressed_flops"]
                 figures = [
                     _accuracy(row, decimals=1),
-                    _verdict(row),
+                    arrow(row),
                     f"{100 * row['agreement']:.1f}",
                     f"{row['layer_average']:.1f}",
                     f"{row['flops'] / scale:.3g}",
@@ -449,15 +449,3 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
         f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
     )
     return f"{value} ({low}–{high})" if decimals else f"{value} {low}–{high}"
-
-
-def _verdict(row: pd.Series) -> str:
-    """An arrow if the method is significantly better or worse than `uniform`."""
-    import pandas as pd
-
-    sure = row["vs_uniform_p"] < 0.05
-    if pd.isna(row["vs_uniform_p"]):  # with several seeds there is no p-value; the interval decides
-        sure = row["vs_uniform_low"] * row["vs_uniform_high"] > 0
-    if not sure:
-        return ""
-    return "↑" if row["vs_uniform"] > 0 else "↓"

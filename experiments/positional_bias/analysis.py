@@ -22,6 +22,7 @@ from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments.common.cells import Failure
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.own_images import PROMPT
 from tokenprune.experiments.positional_bias.estimates import NORMAL, profiles, statistics
 from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
@@ -45,16 +46,12 @@ from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
-    "PROMPT",
     "Analysis",
     "check_method",
     "compressors_of",
     "positional_bias",
     "selector_bias",
 ]
-
-
-PROMPT = "What is in the image?"
 
 
 @dataclass(frozen=True)

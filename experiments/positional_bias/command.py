@@ -38,15 +38,6 @@ __all__ = [
 ]
 
 
-_Paths = Annotated[
-    list[Path] | None,
-    typer.Argument(
-        metavar="[IMAGE]...",
-        help="Image files, before the options. [default: images of the testbed]",
-    ),
-]
-
-
 _Images = Annotated[
     int | None,
     typer.Option(help="Number of images. [default: 60 of the testbed, or all given ones]"),
@@ -57,7 +48,8 @@ _Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="File of questions in JSON lines, as for compare; each image or video is used once.",
+        help="File of questions in JSON lines, as for compare; each image or video is used once. "
+        "Answers may be left out.",
     ),
 ]
 
@@ -90,7 +82,8 @@ _Seed = Annotated[int, typer.Option(help="Draws the testbed's images and the boo
 
 @app.command("positional-bias", cls=ManyValues)
 def positional_bias(
-    paths: _Paths = None,
+    paths: options.Images = None,
+    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
@@ -126,6 +119,7 @@ def positional_bias(
 
         request = PositionalBiasRequest(
             paths=tuple(paths or ()),
+            prompt=prompt,
             model=model,
             methods=tuple(method_specs(methods)) if methods else METHODS,
             retention=ratios(retention or ["0.25"]),

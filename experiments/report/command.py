@@ -64,6 +64,12 @@ _Out = Annotated[
 _Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out if it exists.")]
 
 
+_Csv = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File of the table. [default: pairs.csv in the run folder]"),
+]
+
+
 _Anonymous = Annotated[
     bool,
     typer.Option(
@@ -128,12 +134,12 @@ def pairs(
         str, typer.Option(help="Only questions of this kind. [default: all questions]")
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    out: _Csv = None,
 ) -> None:
     """Compare all pairs of methods of a run on the questions that both answered.
 
     Prints the difference of their accuracies with its 95 % bootstrap interval and the p-value of
-    McNemar's exact test, raw and adjusted for the number of pairs (Holm), and writes pairs.csv to
-    the folder.
+    McNemar's exact test, raw and adjusted for the number of pairs (Holm), and writes them as CSV.
 
     Exit status: 0 done, 2 bad input.
     """
@@ -144,7 +150,7 @@ def pairs(
         labels = tuple(split(methods or ()))
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
-        outcome = pairs(PairsRequest(folder=folder, methods=labels, kind=kind, seed=seed))
+        outcome = pairs(PairsRequest(folder=folder, methods=labels, kind=kind, seed=seed, out=out))
         Console().print(pairs_table(outcome.tables["pairs"]))
         for note in outcome.notes:
             typer.echo(f"note: {note}", err=True)
