@@ -56,6 +56,11 @@ class VisionFacts:
         has_cls: Whether entry 0 is a CLS token.
         has_head: Whether an attention pooling head follows the layers.
         merge_size: Side of the square of patches that the projector joins into one visual token.
+        native: Whether the views have the size of the image, not `view_shape`.
+        gated: Whether the MLP has a gate.
+        window: Side of the windows within which layers attend, in visual tokens; 0 for none.
+        global_layers: Layers that attend to the whole view all the same.
+        mergers: Number of projectors that join patches into visual tokens.
         attention: Name of the attention implementation.
         readable: Whether every attention is a plain softmax of query times key.
         reducible: Whether every layer is one that `Adapter.vision_block` can run.
@@ -73,6 +78,11 @@ class VisionFacts:
     has_cls: bool
     has_head: bool = False
     merge_size: int = 1
+    native: bool = False
+    gated: bool = False
+    window: int = 0
+    global_layers: tuple[int, ...] = ()
+    mergers: int = 0
     attention: str = "sdpa"
     readable: bool = True
     reducible: bool = True
