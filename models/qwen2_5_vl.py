@@ -27,6 +27,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from tokenprune.adapter import Adapter, tiny_decoder
 from tokenprune.attention import Projections, packed_projections
+from tokenprune.errors import UserError
 from tokenprune.facts import ModulePaths, VisionFacts
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.registry import register_adapter
@@ -45,8 +46,8 @@ class Qwen25VL(Adapter):
     video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
     paths: ClassVar[ModulePaths] = ModulePaths(vision="visual", projector="visual.merger")
     decoders: ClassVar[tuple[str, ...]] = ("qwen2_5_vl_text",)
-    pixels: tuple[int, int] = (4 * 28 * 28, 1280 * 28 * 28)
-    """Fewest and most pixels of an image after resizing."""
+    tokens: tuple[float, float] = (4, 1280)
+    """Fewest and most visual tokens of an image; by default, those of the published processors."""
 
     # -- facts and modules -----------------------------------------------------------------------
 
@@ -102,8 +103,8 @@ class Qwen25VL(Adapter):
     # -- visual tokens ---------------------------------------------------------------------------
 
     def bind(self, processor: Any) -> None:
-        size = processor.image_processor.size
-        self.pixels = size["shortest_edge"], size["longest_edge"]
+        size, area = processor.image_processor.size, self._side**2
+        self.tokens = size["shortest_edge"] / area, size["longest_edge"] / area
 
     def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         return self._grid_layout((1, *self._patches(image_size)), "image")
@@ -124,10 +125,17 @@ class Qwen25VL(Adapter):
 
     def _patches(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of patches of an image of (height, width) pixels."""
+        patch, area = self.base.config.vision_config.patch_size, self._side**2
+        bounds = [round(number * area) for number in self.tokens]
+        tall, wide = smart_resize(*image_size, self._side, *bounds)
+        return tall // patch, wide // patch
+
+    @property
+    def _side(self) -> int:
+        """Side of the square of pixels that becomes one visual token."""
         config = self.base.config.vision_config
-        factor = config.patch_size * config.spatial_merge_size
-        tall, wide = smart_resize(*image_size, factor, *self.pixels)
-        return tall // config.patch_size, wide // config.patch_size
+        side: int = config.patch_size * config.spatial_merge_size
+        return side
 
     def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         each = values.shape[1] // sum(map(len, layouts))  # the patches of a token, or 1
@@ -174,6 +182,37 @@ class Qwen25VL(Adapter):
         image, video = self.facts.placeholders["image"], self.facts.placeholders["video"]
         return {"mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
 
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        grids = {name: inputs.get(f"{name}_grid_thw") for name in self.encoders}
+        encoded = any(grid is not None for grid in grids.values())
+        encoded |= bool(inputs.get("mm_encoder_outputs"))
+        if ids is None or not encoded:
+            return
+        given = positions is not None and positions.ndim == 3
+        if types is None and not (given and bool((positions[-1] != positions[-2]).any())):
+            raise UserError(
+                "mm_token_type_ids is missing, without which the images have no rows and columns; "
+                "pass everything that the processor returns."
+            )
+        for name, grid in grids.items():
+            where = ids == self.facts.placeholders[name]
+            made = 0 if grid is None else int(grid.prod(-1).sum()) // self.facts.vision.merge_size**2
+            if grid is not None and int(where.sum()) != made:
+                raise UserError(
+                    f"the prompts have {int(where.sum())} {name} placeholders, but their {name}s "
+                    f"make {made} tokens; prepare both in one call of the processor, without "
+                    "truncation."
+                )
+            if not given and mask is not None and mask.shape == ids.shape:
+                hidden = int((where & (mask == 0)).sum())
+                if hidden:
+                    raise UserError(
+                        f"the attention mask hides {hidden} of the {name} placeholders, which this "
+                        "model cannot number; remove the whole image, or pass position_ids."
+                    )
+
     def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
         side = self.base.config.vision_config.spatial_merge_size
         grids: dict[str, list[list[int]]] = {}
@@ -211,7 +250,8 @@ class Qwen25VL(Adapter):
         rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
         config = Qwen2_5_VLConfig(
             text_config=tiny_decoder(decoder, rope_parameters=rope).to_dict(),
-            vision_config=tiny_tower() | {"window_size": 8, "fullatt_block_indexes": [0, 2]},
+            vision_config=tiny_tower()
+            | {"window_size": 8, "fullatt_block_indexes": [0, 2], "tokens_per_second": 2},
             image_token_id=63,
             video_token_id=62,
         )

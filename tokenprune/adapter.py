@@ -317,6 +317,13 @@ class Adapter(ABC):
         """Arguments of the model that follow from the input ids (B, S) alone."""
         return {}
 
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise `UserError` if the arguments of a forward do not belong together.
+
+        Args:
+            inputs: The arguments, those by position as well.
+        """
+
     def grouped(self, images: list[list[Image]]) -> Any:
         """The images of all prompts, nested as the processor expects them."""
         return [image for some in images for image in some]

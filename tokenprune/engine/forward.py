@@ -404,7 +404,7 @@ class Pass:
     def enter_encoding(self, size: int) -> None:
         """Enter the run of the vision encoder, at ``size`` bytes a number."""
         for account, spans in zip(self.accounts, self.by_row(), strict=True):
-            account.encode([(one.layout.views, one.tokens.encoding) for one in spans], size)
+            account.encode([(one.layout, one.tokens.encoding) for one in spans], size)
 
     def enter_count(self, layer: int) -> None:
         """Enter the number of visual tokens that the decoder layers from ``layer`` on process."""

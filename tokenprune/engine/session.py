@@ -38,7 +38,7 @@ from tokenprune.adapter import ModelLike, adapter_of
 from tokenprune.compatibility import check_compatible, check_length
 from tokenprune.compressor import Compressor
 from tokenprune.deprecated import renamed_arguments
-from tokenprune.engine.arguments import Kwargs, argument, asked
+from tokenprune.engine.arguments import Kwargs, argument, arguments, asked
 from tokenprune.engine.cache import (
     CACHE,
     refuse_beyond_window,
@@ -256,6 +256,7 @@ class Session(threading.local):
                 f"the arguments of {type(module).__name__}.forward were replaced by ones without a "
                 "name, so that input_ids cannot be found; call it with input_ids=..."
             )
+        self.adapter.check_inputs(arguments(module, args, kwargs))
         outputs = argument(module, args, kwargs, "mm_encoder_outputs") or {}
         for modality, calls in self.seen.items():
             calls.clear()

@@ -95,7 +95,7 @@ class Host:
         if attention is not None:
             model.set_attn_implementation(attention)
         if window is not None:
-            adapter_of(model).language_model.config.sliding_window = window
+            _slide(adapter_of(model).language_model, window)
         return Host(adapter_of(model.to(dtype)), self.name, self.decoder)
 
     @property
@@ -195,6 +195,17 @@ class Host:
         """(B, S, vocabulary) logits of one forward."""
         out: Tensor = self.model(**inputs, **options).logits
         return out
+
+
+def _slide(language: Any, window: int) -> None:
+    """Let the last half of the layers of a decoder that can slide attend within ``window``."""
+    config = language.config
+    if hasattr(config, "max_window_layers"):
+        half = config.num_hidden_layers // 2
+        config.layer_types = ["full_attention"] * half + ["sliding_attention"] * half
+        language.has_sliding_layers = True
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = window
 
 
 def _batched(parts: Sequence[Inputs]) -> Inputs:
