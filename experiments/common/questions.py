@@ -214,9 +214,7 @@ def read_jsonl(
     questions: list[Question] = []
     pictures = _Pictures(path.parent, check_images, keep_faulty)
     seen: dict[str, int] = {}
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         if len(questions) == count:
             break
         try:
@@ -231,10 +229,9 @@ def read_jsonl(
             questions.append(item)
     if faults:
         raise UserError(_faulty_lines(path, faults))
-    if seen and not questions:
-        raise UserError(f"{path} holds no question of the modality {modality}.")
     if not questions:
-        raise UserError(f"{path} holds no question; {_FIELDS}.")
+        what = f" of the modality {modality}" if seen else f"; {_FIELDS}"
+        raise UserError(f"{path} holds no question{what}.")
     if count is not None and len(questions) < count:
         raise UserError(
             f"{path} holds {len(questions)} questions, fewer than the {count} asked for; ask for "
@@ -279,15 +276,19 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def _lines(path: Path) -> list[bytes]:
-    """The lines of a data file.  Raises `UserError` if it cannot be read, or is a JSON array."""
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a data file that are not blank, and their numbers.
+
+    Raises:
+        UserError: It cannot be read, or is a JSON array.
+    """
     content = _read(path).removeprefix(b"\xef\xbb\xbf")
     if content.lstrip().startswith(b"["):
         raise UserError(
             f"{path} begins with '[', as a JSON array does; write one object per line instead, "
             f"without brackets and commas between them: jq -c '.[]' {shlex.quote(str(path))}"
         )
-    return content.splitlines()
+    return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
 def _read(path: Path) -> bytes:
