@@ -194,6 +194,7 @@ def _connect(page: _Page, blocks: gr.Blocks, fields: dict[str, Any], outputs: li
         "inputs": [fields[name] for name in order],
         "outputs": outputs,
         "api_visibility": "private",
+        "trigger_mode": "always_last",  # what happens meanwhile is not forgotten
     }
     files, question = fields["files"], fields["question"]
     picked = fields["scenes"].select(
@@ -208,8 +209,7 @@ def _connect(page: _Page, blocks: gr.Blocks, fields: dict[str, Any], outputs: li
         event.then(show_progress="minimal", **asked)
     events = [blocks.load, files.upload, files.clear, files.delete, fields["as_video"].input]
     gr.on([*events, question.submit, question.blur], show_progress="minimal", **asked)
-    moving = [fields["retention"].input, fields["specs"].change]
-    gr.on(moving, show_progress="hidden", trigger_mode="always_last", **asked)
+    gr.on([fields["retention"].input, fields["specs"].change], show_progress="hidden", **asked)
 
 
 def _box(name: str, label: str) -> gr.HTML:

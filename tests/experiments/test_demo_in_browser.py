@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
-WAIT = 60_000  # milliseconds, on a busy machine
+WAIT = 20_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,9 @@ class Tab:
         field.press("Enter")
 
     def upload(self, *files: Path) -> None:
-        if self.page.locator("#tp-files button[aria-label=Clear]").count():
-            self.page.locator("#tp-files button[aria-label=Clear]").click(force=True)
-            self.page.locator("#tp-files input[type=file]").wait_for(state="attached")
+        clear = self.page.locator("#tp-files button[aria-label=Clear]")
+        if clear.count():
+            clear.click(force=True)
         self.page.set_input_files("#tp-files input[type=file]", list(map(str, files)))
 
     def texts(self, selector: str) -> list[str]:
@@ -138,9 +138,10 @@ def test_the_page_follows_its_fields_without_a_request_to_another_machine(
     methods.fill("os:system")
     methods.press("Enter")
     tab.says("'os:system'")
-    tab.page.locator("#tp-methods button[title=Remove], #tp-methods .token-remove").last.click()
+    methods.press("Backspace")
+    methods.press("Tab")  # closes the list
+    tab.shows("uncompressed", "globalcom2@0.5", "fastv@0.5", "fastv:layer=1@0.5")
     tab.page.locator("#tp-scenes button").nth(3).click()
-    tab.says("globalcom2")
     tab.page.wait_for_function(
         "text => document.querySelector('#tp-question textarea, #tp-question input').value == text",
         arg=scene(3).question,
@@ -192,6 +193,8 @@ def test_uploads_and_their_refusals(tab: Tab, tmp_path: Path, served: Any) -> No
     tab.page.get_by_role("option", name="testbed-onevision").click()
     tab.shows("uncompressed", "globalcom2@0.25", "fastv@0.25")
     for name, said in (("film.mp4", "Invalid file type"), ("large.png", "maximum allowed size")):
+        tab.page.reload()
+        tab.shows("uncompressed", "globalcom2@0.25", "fastv@0.25")
         tab.upload(tmp_path / name)
         tab.page.get_by_text(said).first.wait_for()
     tab.ask("")
