@@ -12,14 +12,16 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from tokenprune.console import quiet
 from tokenprune.experiments.demo.run import DemoRequest, run
 
 FILE = Path(__file__).resolve().parents[1] / "images" / "demo.png"
-SIZE = {"width": 1320, "height": 900}
+SIZE = {"width": 1320, "height": 1000}
 
 
 def main() -> None:
     """Serve the page, open it, and save what it shows."""
+    quiet()
     served = run(DemoRequest(methods=("globalcom2", "fastv", "uniform")))
     try:
         with sync_playwright() as playwright:
@@ -27,12 +29,13 @@ def main() -> None:
             page = browser.new_page(viewport=SIZE, color_scheme="light")
             page.goto(served.url)
             page.wait_for_function("() => document.querySelectorAll('.tp-card').length == 4")
-            page.wait_for_load_state("networkidle")
+            page.wait_for_function("() => [...document.images].every(image => image.complete)")
+            page.wait_for_timeout(1000)  # the indicators of progress fade
             taken = Image.open(io.BytesIO(page.screenshot()))
             browser.close()
     finally:
         served.close()
-    taken.convert("RGB").quantize(128).save(FILE, optimize=True)
+    taken.convert("RGB").quantize(256).save(FILE, optimize=True)
     print(f"{FILE.name}: {FILE.stat().st_size / 1000:.0f} kB")
 
 

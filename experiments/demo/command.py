@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.console import OK, ManyValues, app, as_exit_status, progress, quiet
+from tokenprune.console import OK, ManyValues, app, as_exit_status, complete_word, progress, quiet
 from tokenprune.experiments.common import options
+from tokenprune.models import testbed
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs
 
@@ -21,6 +22,7 @@ _Models = Annotated[
         metavar="MODEL...",
         help="Models that the page offers: testbeds, Hugging Face Hub ids or local folders. "
         "[default: both testbeds]",
+        autocompletion=complete_word(*testbed.names()),
     ),
 ]
 

@@ -88,7 +88,7 @@ class Recipe:
         if not names:
             names = [f"scene-{index}.png" for index in range(len(self.clip.pictures))]
             lines = [shlex.join(["python", "-c", self._saving()])]
-        lines.append(shlex.join([*words, *options, "--", *names, self.question]))
+        lines.append(shlex.join([*words, *options, f"--prompt={self.question}", "--", *names]))
         return "\n".join(lines)
 
     def _imports(self) -> list[str]:

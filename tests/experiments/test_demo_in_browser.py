@@ -170,7 +170,7 @@ def test_uploads_and_their_refusals(tab: Tab, tmp_path: Path, served: Any) -> No
     whole = (tmp_path / "photo.png").read_bytes()
     (tmp_path / "broken.png").write_bytes(whole[:3000])
     (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
-    (tmp_path / "large.png").write_bytes(whole + bytes(20_000_000))
+    (tmp_path / "large.png").write_bytes(whole + bytes(21_000_000))
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     clip = io.BytesIO()
     frames = [Image.new("RGB", (56, 56), colour) for colour in ("red", "green", "blue")]
