@@ -1,5 +1,6 @@
 """The benchmarks run, count correctly, and show regressions."""
 
+import functools
 from pathlib import Path
 
 import pandas as pd
@@ -52,14 +53,27 @@ def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", tp.list_methods())
 def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
     """Each needs attention rows, keys or a norm, which the plain forward does not compute."""
-    layout = TokenLayout.single((4, 4))
-    bench = selection._Bench(selection.TINY, layout, "cpu", torch.float32, True)
+    layout, bench = TokenLayout.single((4, 4)), _bench()
     method = tp.create(name, retention=0.5)
-    for signal in method.needs:
-        if signal.in_llm and signal.name not in ("llm_inputs", "llm_prompt"):
-            look = bench._signal(signal, len(layout))
-            assert look is not None, f"what {signal} takes is left out"
-            assert torch.isfinite(look()).all()
+    part = method.at(method.cuts[-1]) if method.cuts else method
+    tokens = tokens_at(layout, part.needs, bench.shape.hidden)
+    wanted = {one for one in part.needs if one.info.source == "decoder layer"}
+    looks = [look() for look in bench._looks(part, (method.cuts or (0,))[-1], tokens)]
+    outside = [one for one in part.needs if one.info.source == "vision layer"]
+    assert len(looks) == bool(wanted) + len(outside)
+    if wanted:
+        signals = looks[-1].signals
+        assert wanted <= {*signals}
+        for one in wanted:
+            assert signals[one].shape == tokens.signals[one].shape, one
+            assert torch.isfinite(signals[one]).all()
+
+
+@functools.cache
+def _bench() -> selection._Bench:
+    return selection._Bench(
+        selection.TINY, TokenLayout.single((4, 4)), "cpu", torch.float32, True
+    )
 
 
 def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
