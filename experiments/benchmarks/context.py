@@ -43,7 +43,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
         ratio, _, note = _compared(
             adapter.model, method, signals,
             functools.partial(adapter.model, **inputs, use_cache=True, logits_to_keep=1),
-            3 if quick else 7, device,
+            1 if quick else 7, device,
         )  # fmt: skip
         yield Figure(
             case=f"prefill of {len(layout)} tokens, {method.name}", figure="time at R = 1 / plain",
@@ -53,7 +53,7 @@ def measure(quick: bool, device: str, tell: Callable[[str], None]) -> Iterator[F
         _, added, note = _compared(
             pipe.model, method, frozenset(),
             functools.partial(pipe.model.generate, **words, max_new_tokens=NEW, min_new_tokens=NEW),
-            3 if quick else 9, device,
+            1 if quick else 9, device,
         )  # fmt: skip
         yield Figure(
             case=f"generation, {method.name}", figure="added to each forward",

@@ -31,6 +31,7 @@ SIDES = (32, 56, 100, 160, 224)  # of a single view
 WIDTH = 256
 RETENTION = 0.1
 LONGEST = 20.0  # limit for the next size, extrapolated: seconds
+LEAST = 2.0**20  # bytes; the resident size is not more exact
 MANY, MOST = 50_000, 2048  # tokens, and the MiB that no method should exceed with them
 
 
@@ -65,7 +66,7 @@ def _figures(
     size, noise = grown.sizes[-1], noise_of(grown.runs[-1].timing)
     values = {
         "growth of time": [one.timing.median for one in grown.runs],
-        "growth of memory": [float(one.bytes) for one in grown.runs],
+        "growth of memory": [max(float(one.bytes), LEAST) for one in grown.runs],
     }
     note = f"at {size} tokens"
     for what, each in values.items():
@@ -111,13 +112,10 @@ def _work(part: Compressor, layout: TokenLayout, device: str) -> Callable[[], ob
         adapter = tower.clip(FRAME[0], device, torch.float32, **tower.SMALL)
         steps = tower.Steps(adapter, part, layout, WIDTH)
         return lambda: part(steps.shown(steps()))
-    tokens = tokens_at(
-        layout, part.needs, WIDTH, vision=WIDTH, dtype=torch.bfloat16, device=device
-    )
+    tokens = tokens_at(layout, part.needs, WIDTH, vision=WIDTH, dtype=torch.bfloat16, device=device)
     return functools.partial(part, tokens)
 
 
 def _exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
     last = slice(-3, None)
-    logs = np.log(np.maximum(np.asarray(values[last], dtype=float), 1e-9))
-    return float(np.polyfit(np.log(sizes[last]), logs, 1)[0])
+    return float(np.polyfit(np.log(sizes[last]), np.log(values[last]), 1)[0])

@@ -1,4 +1,4 @@
-"""Time and memory of a computation in a process of its own, as the operating system reports them."""
+"""Time of a computation in a process of its own, and the memory that the system reports."""
 
 import json
 import os

@@ -6,6 +6,7 @@ the method of the same name; the rounding of budgets is that of the method's def
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def uniform(tokens: VisualTokens, retention: float) -> list[int]:
 def fastv(tokens: VisualTokens, retention: float) -> list[int]:
     """The tokens with the largest attention of the last prompt token in layer 1 (2403.06764)."""
     row, patches = tokens[Signal("llm_attention", 1)].tolist(), _patches(tokens)
-    return sorted(_largest(patches, row, round(retention * len(patches))))
+    return sorted(_largest(patches, row, round(_share(len(patches), retention))))
 
 
 def globalcom2(tokens: VisualTokens, retention: float) -> list[int]:
@@ -40,12 +41,15 @@ def globalcom2(tokens: VisualTokens, retention: float) -> list[int]:
     richness = [0.0] * (down * across)
     for row in range(height):
         for column in range(width):
-            cell = min(row // (height // down), down - 1), min(column // (width // across), across - 1)
+            cell = (
+                min(row // (height // down), down - 1),
+                min(column // (width // across), across - 1),
+            )
             richness[cell[0] * across + cell[1]] += thumbnail[row][column]
     powers = [math.exp((one - max(richness)) / 10) for one in richness]
     sigma = [one / (sum(powers) + 1e-8) for one in powers]
     mean = sum(sigma) / len(sigma)
-    kept = _largest(views[0], score, math.floor(retention * len(views[0]) + 1e-9))
+    kept = _largest(views[0], score, math.floor(_share(len(views[0]), retention)))
     for crop, view in enumerate(views[1:]):
         ratio = min(1.0, retention * (1 + sigma[crop] - mean))
         rows, columns = (layout.canvas_row.tolist(), layout.canvas_col.tolist())
@@ -69,7 +73,7 @@ def divprune(tokens: VisualTokens, retention: float) -> list[int]:
         row = (1 - unit @ unit[index]).tolist()
         nearest.append(min(value for other, value in enumerate(row) if other != index))
     chosen: set[int] = set()
-    for _ in range(round(retention * len(patches))):
+    for _ in range(round(_share(len(patches), retention))):
         free = (index for index in range(len(patches)) if index not in chosen)
         best = max(free, key=nearest.__getitem__)
         chosen.add(best)
@@ -116,7 +120,7 @@ def dart(tokens: VisualTokens, retention: float) -> list[int]:
     text = _largest(range(len(words)), words, 4)
     states, asking = _unit(tokens[state]), _unit(tokens.of_text(state))
     pivots = [*(states[at] for at in image), *(asking[at] for at in text)]
-    count = math.floor(retention * len(patches) + 1e-9)
+    count = math.floor(_share(len(patches), retention))
     kept = image[:count]
     rest = count - len(kept)
     for turn, pivot in enumerate(pivots):
@@ -182,16 +186,20 @@ def _views(tokens: VisualTokens) -> list[list[int]]:
     return found
 
 
+def _share(size: int, retention: float) -> Fraction:
+    """The exact ``R * size`` of the decimal number R."""
+    return size * Fraction(str(retention))
+
+
 def _shares(
-    tokens: VisualTokens, retention: float, rounded: Callable[[float], int]
+    tokens: VisualTokens, retention: float, rounded: Callable[[Fraction], int]
 ) -> list[int]:
-    """The rounded budget, divided in proportion to the views; largest remainders are served first."""
+    """The rounded budget in proportion to the views; the largest remainders are served first."""
     sizes = [len(view) for view in _views(tokens)]
-    total = rounded(retention * sum(sizes) + 1e-9)
-    quotas = [total * size / sum(sizes) for size in sizes]
-    counts = [math.floor(quota + 1e-9) for quota in quotas]
-    remainders = {index: counts[index] - quotas[index] for index in range(len(sizes))}
-    for index in sorted(remainders, key=lambda one: (round(remainders[one], 9), one)):
+    total = rounded(_share(sum(sizes), retention))
+    quotas = [Fraction(total * size, sum(sizes)) for size in sizes]
+    counts = [math.floor(quota) for quota in quotas]
+    for index in sorted(range(len(sizes)), key=lambda one: (counts[one] - quotas[one], one)):
         counts[index] += sum(counts) < total
     return counts
 
@@ -209,9 +217,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return wide / wide.norm(dim=-1, keepdim=True)
 
 
-def _bilinear(
-    picture: list[list[float]], shape: tuple[int, int], row: int, column: int
-) -> float:
+def _bilinear(picture: list[list[float]], shape: tuple[int, int], row: int, column: int) -> float:
     """Value of ``picture`` stretched to ``shape`` in the centre of a cell."""
     sides = len(picture), len(picture[0])
     low, high, part = [], [], []

@@ -114,12 +114,12 @@ def changes(frame: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
     before = earlier.reindex(columns=[*KEY, "value", "noise"])
     both = frame.merge(before, on=KEY, suffixes=("", "_earlier"))
     both = both[both["better"].notna()].rename(columns={"value_earlier": "earlier"})
-    noise = sum(
-        both[name].fillna(0.0) ** 2 for name in ("noise", "noise_earlier") if name in both
-    )
+    noise = sum(both[name].fillna(0.0) ** 2 for name in ("noise", "noise_earlier") if name in both)
     same = both["value"] == both["earlier"]
     ratio = (both["value"] / both["earlier"]).where(~same, 1.0)  # infinite after 0
-    both = both.assign(ratio=ratio, noise=noise**0.5, worse=(ratio > 1) == (both["better"] == "low"))
+    both = both.assign(
+        ratio=ratio, noise=noise**0.5, worse=(ratio > 1) == (both["better"] == "low")
+    )
     size = ratio.map(lambda one: abs(math.log(one)) if one > 0 else math.inf)
     least = (2 * both["noise"]).clip(lower=NOTICEABLE)
     moved = both.assign(size=size)[(ratio > 1 + least) | (ratio < 1 / (1 + least))]

@@ -102,10 +102,10 @@ def tokens_at(
         "hidden": width, "kv_width": width, "vision_width": vision, "joint_width": vision,
         "vision_head_width": vision // VISION_HEADS, "heads": LLAVA_NEXT_7B.heads,
     }  # fmt: skip
-    widths = {name: axes[info.shape[-1]] for name, info in SIGNALS.items() if info.shape[-1] in axes}
-    made = sample_tokens(
-        needs, layout, dtype=dtype, text=TEXT, widths=widths | {"features": width}
-    )
+    widths = {
+        name: axes[info.shape[-1]] for name, info in SIGNALS.items() if info.shape[-1] in axes
+    }
+    made = sample_tokens(needs, layout, dtype=dtype, text=TEXT, widths=widths | {"features": width})
     return replace(
         made,
         layout=layout.to(device),
