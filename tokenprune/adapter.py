@@ -52,10 +52,12 @@ class Adapter(ABC):
         hosts: Names of the ``transformers`` classes of the family.
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: Outputs of the image processor that the method for images takes.
+        video_arguments: Outputs of the video processor that the method for videos takes.
         has_language_model: Whether a language model follows the vision encoder.
         paths: Where the modules are in `base`.
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
+        decoders: Model types of the decoders that `tiny` can build.
         model: The model.
     """
 
@@ -63,9 +65,11 @@ class Adapter(ABC):
     hosts: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     has_language_model: ClassVar[bool] = True
     paths: ClassVar[ModulePaths] = ModulePaths()
     fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
+    decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -214,7 +218,16 @@ class Adapter(ABC):
     @property
     def projector(self) -> Any:
         """Module that maps the vision encoder's output to the width of the language model."""
-        return getattr(self.base, self.paths.projector)
+        return self.base.get_submodule(self.paths.projector)
+
+    def unprojected(self, inputs: Tensor) -> Tensor:
+        """(views, tokens, C) vectors of the tokens, from the projector's input."""
+        return inputs
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Features (M, D) that the projector makes of vectors (M, C) of `unprojected`."""
+        features: Tensor = self.projector(vectors)
+        return features
 
     def tap(self, layer: int) -> AbstractContextManager[Projections]:
         """Record queries and keys of encoder layer ``layer`` while the context is open."""
@@ -265,6 +278,50 @@ class Adapter(ABC):
 
         Returns:
             For every image or video, values (N, C), NaN at separators.
+        """
+
+    def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Values (all views, patches, C) of one encoder call, for every image or video."""
+        return list(values.split([layout.views for layout in layouts]))
+
+    def pixels_of(
+        self, call: Mapping[str, Any], modality: str, index: int, first_view: int
+    ) -> Tensor:
+        """Some pixels of an image's first view or of a video's frames, the same in every batch.
+
+        Args:
+            call, modality: As in `layouts`.
+            index: Index of the image or video in the call.
+            first_view: Number of views of the images before it.
+        """
+        if "pixel_values_videos" in call:
+            view = call["pixel_values_videos"][index]
+        else:
+            pixels = call["pixel_values"]
+            view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
+        sample: Tensor = view[..., ::7, ::7]
+        return sample
+
+    def bind(self, processor: Any) -> None:
+        """Note the settings of the model's processor on which `layout` depends."""
+
+    def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
+        """Arguments that go with encoded images and videos in place of their pixels."""
+        return {}
+
+    def runs(self, layout: TokenLayout) -> list[int]:
+        """Lengths of the runs of placeholders of an image or video, between which there is text."""
+        return [len(layout)]
+
+    def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
+        """Arguments of the model that follow from the input ids (B, S) alone."""
+        return {}
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise `UserError` if the arguments of a forward do not belong together.
+
+        Args:
+            inputs: The arguments, those by position as well.
         """
 
     def grouped(self, images: list[list[Image]]) -> Any:
@@ -323,7 +380,7 @@ def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in call["image_sizes"]]
 
 
-def tiny_decoder(kind: str) -> Any:
+def tiny_decoder(kind: str, **fields: Any) -> Any:
     """Config of a decoder of a few thousand weights; ``kind`` is its ``model_type``."""
     from transformers import AutoConfig
 
@@ -340,6 +397,7 @@ def tiny_decoder(kind: str) -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **fields,
     )
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "head_rows",
     "key_vectors",
     "moved_keys",
+    "packed_projections",
     "projections",
     "proportional_mask",
     "rotary_product",
@@ -55,6 +56,9 @@ class Projections:
         query: (views, tokens, heads * head_dim).
         key: (views, tokens, heads * head_dim).
         bias: (views, tokens) bias that a method adds to the logits of each key, or None.
+        windows: If the views are packed in one row, for each run of tokens that attend to each
+            other its length and the number of tokens of its view; else empty.
+        rotary: cos and sin (tokens, head_dim) by which the layer rotates queries and keys, or None.
     """
 
     heads: int
@@ -62,6 +66,8 @@ class Projections:
     query: Tensor | None = None
     key: Tensor | None = None
     bias: Tensor | None = None
+    windows: tuple[tuple[int, int], ...] = ()
+    rotary: tuple[Tensor, Tensor] | None = None
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Queries and keys as (views, heads, tokens, head_dim) in float32."""
@@ -72,6 +78,19 @@ class Projections:
         if values is None:
             raise RuntimeError("the vision encoder was not run while its projections were tapped")
         return rearrange(values, "v n (h d) -> v h n d", h=self.heads).float()
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """`split` with the layer's rotation, whose channels ``i`` and ``i + d / 2`` are a pair."""
+        query, key = self.split()
+        if self.rotary is None:
+            return query, key
+        cos, sin = (part.float() for part in self.rotary)
+
+        def turned(values: Tensor) -> Tensor:
+            left, right = values.chunk(2, -1)
+            return values * cos + torch.cat([-right, left], -1) * sin
+
+        return turned(query), turned(key)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Softmax of logits (views, ..., tokens), after adding `bias`."""
@@ -102,6 +121,52 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
     handles = [
         attention.get_submodule("q_proj").register_forward_hook(keep("query")),
         attention.get_submodule("k_proj").register_forward_hook(keep("key")),
+    ]
+    try:
+        yield tapped
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def packed_projections(tower: nn.Module, attention: nn.Module) -> Iterator[Projections]:
+    """While open, keep queries and keys of one attention module of a vision encoder of Qwen-VL.
+
+    All views are one sequence, in which a view attends to itself, or each window of it.
+
+    Args:
+        tower: The vision encoder, which is called with ``grid_thw``: frames, rows and columns of
+            the patches of every image or video.
+        attention: An attention module with a fused projection ``qkv``, ``num_heads`` and
+            ``scaling``, which is called with ``cu_seqlens`` and ``position_embeddings``.
+    """
+    tapped = Projections(heads=int(attention.num_heads), scale=float(attention.scaling))  # type: ignore[arg-type]
+    views: list[int] = []
+
+    def note_grid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        views.clear()
+        for frames, rows, cols in kwargs["grid_thw"].tolist():
+            views.extend([rows * cols] * frames)
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        ends = kwargs["cu_seqlens"].tolist()
+        owner, windows, left = iter(views), [], 0
+        for length in (end - start for start, end in zip(ends, ends[1:], strict=False)):
+            if not left:
+                left = view = next(owner)
+            windows.append((length, view))
+            left -= length
+        tapped.windows, tapped.rotary = tuple(windows), kwargs["position_embeddings"]
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        query, key, _ = output.detach()[None].chunk(3, -1)
+        tapped.query, tapped.key = query, key
+
+    handles = [
+        tower.register_forward_pre_hook(note_grid, with_kwargs=True),
+        attention.register_forward_pre_hook(note, with_kwargs=True),
+        attention.get_submodule("qkv").register_forward_hook(keep),
     ]
     try:
         yield tapped
@@ -185,17 +250,28 @@ def cls_heads(tapped: Projections, *, softmax: bool) -> Tensor:
 def attention_received(tapped: Projections) -> Tensor:
     """Attention that every token receives, mean over heads and over all queries.
 
-    `CHUNK` queries are computed at a time; nothing of size N×N is kept.
+    `CHUNK` queries are computed at a time; nothing of size N×N is kept.  Queries outside a token's
+    window pay it no attention.
 
     Returns:
         (views, tokens) float32.
     """
-    query, key = tapped.split()
+    query, key = tapped.rotated()
+    if not tapped.windows:
+        return _received(tapped, query, key) / (query.shape[1] * query.shape[2])
+    lengths = [length for length, _ in tapped.windows]
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), tapped.windows, strict=True)
+    found = [_received(tapped, *both) / (query.shape[1] * view) for *both, (_, view) in parts]
+    return torch.cat(found, -1)
+
+
+def _received(tapped: Projections, query: Tensor, key: Tensor) -> Tensor:
+    """(views, tokens) sum over heads and queries of the attention that every key receives."""
     total = query.new_zeros(query.shape[0], query.shape[2])
     for part in query.split(CHUNK, dim=2):
         logits = part @ key.transpose(-1, -2) * tapped.scale
         total += tapped.softmax(logits).sum((1, 2))
-    return total / (query.shape[1] * query.shape[2])
+    return total
 
 
 def _projected(attention: nn.Module, name: str, states: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class _Draw:
         part = encoder_part(compressor)
         if part is not None:
             self.images = [self._encoded(part, tokens) for tokens in self.images]
-        self.account.encode([(one.layout.views, one.encoding) for one in self.images], size)
+        self.account.encode([(one.layout, one.encoding) for one in self.images], size)
 
     def _encoded(self, part: EncoderCompressor, tokens: VisualTokens) -> VisualTokens:
         """``tokens`` as a vision encoder that runs under ``part`` returns them."""

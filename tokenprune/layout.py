@@ -133,11 +133,13 @@ class TokenLayout:
         )
 
     @classmethod
-    def video(cls, frames: int, view_shape: tuple[int, int]) -> TokenLayout:
+    def video(
+        cls, frames: int, view_shape: tuple[int, int], *, newline: bool = True
+    ) -> TokenLayout:
         """Frames of ``view_shape`` tokens one after the other, and one separator at the end."""
         height, width = view_shape
-        index = torch.arange(frames * height * width + 1, device="cpu")
-        separator = index == len(index) - 1
+        index = torch.arange(frames * height * width + int(newline), device="cpu")
+        separator = index == frames * height * width
         none = torch.full_like(index, -1)
         return cls(
             kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.FRAME)),

@@ -214,7 +214,8 @@ def _largest(
 def _unit(vectors: Tensor) -> Tensor:
     """(P, D) float64 vectors of unit length."""
     wide = vectors.double()
-    return wide / wide.norm(dim=-1, keepdim=True)
+    unit: Tensor = wide / wide.norm(dim=-1, keepdim=True)
+    return unit
 
 
 def _bilinear(picture: list[list[float]], shape: tuple[int, int], row: int, column: int) -> float:

@@ -174,7 +174,7 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
     assert asked == ["loops", "growth", "growth"]
     assert list(found["value"]) == [1.0, 3.0]
     assert [path.name for path in tmp_path.iterdir()] == ["figures.csv"]
-    broken = True
+    broken, request = True, dataclasses.replace(request, force=True)
     with pytest.raises(KeyboardInterrupt):
         run(request)
     broken = False

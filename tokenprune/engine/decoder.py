@@ -28,6 +28,7 @@ from tokenprune.attention import (
 from tokenprune.compressor import Compressor, placed
 from tokenprune.cost.account import attended_for
 from tokenprune.engine.forward import Pass, Span
+from tokenprune.engine.numbering import axes_of, taken
 from tokenprune.errors import UserError
 from tokenprune.offload import applied, resident
 from tokenprune.signals import Signal
@@ -200,7 +201,7 @@ class LayerSignals:
             with self._at_hand(signal.layer):
                 keys = decoder_keys(attention, states, _on(rotary, states.device))
         first = state.real.int().argmax(1, keepdim=True)
-        back = -state.positions.gather(1, first).to(keys.device)
+        back = -axes_of(taken(state.positions, first)).to(keys.device)
         rotary = self.adapter.language_model.rotary_emb(keys, back)
         keys = moved_keys(attention, keys, _on(rotary, keys.device))
         return keys.transpose(1, 2).flatten(2)
@@ -369,7 +370,7 @@ class LayerSignals:
             rotary = state.rotary or cut.kwargs["position_embeddings"]
         else:
             positions = (state.positions - moved.to(state.positions.device)).to(states.device)
-            rotary = self.adapter.language_model.rotary_emb(states, positions)
+            rotary = self.adapter.language_model.rotary_emb(states, axes_of(positions))
         return _on(rotary, states.device)
 
     def _attention(self, index: int) -> nn.Module:

@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.forward import Pass, Span
+from tokenprune.engine.numbering import runs_of
 from tokenprune.errors import UserError
 from tokenprune.layout import listed
 from tokenprune.tokens import VisualTokens
@@ -43,6 +45,8 @@ def find_spans(
         return []
     visual, real = state.look()
     spans: list[Span] = []
+    encoded = torch.stack([visual[name] for name, some in found.items() if some]).any(0)
+    deep = encoded.flatten().cumsum(0).view_as(encoded) - 1
     for modality, features in found.items():
         if not features:
             continue
@@ -63,7 +67,8 @@ def find_spans(
                     "(prefill_chunk_size is not supported under compression)."
                 )
             _check_encoding(record, encoder)
-            spans.append(_span(state, feature, record, where[first : first + len(feature)], real))
+            place = where[first : first + len(feature)]
+            spans.append(_span(state, feature, record, place, real, deep))
             first += len(feature)
     # The order in the prompt numbers its images and videos.
     spans.sort(key=lambda span: (span.row, span.first))
@@ -74,11 +79,29 @@ def find_spans(
     return spans
 
 
-def _span(state: Pass, feature: Tensor, record: VisualTokens, place: Tensor, real: Tensor) -> Span:
-    """The span of an image whose placeholders are at ``place`` (N, 2): row and column."""
+def _span(
+    state: Pass,
+    feature: Tensor,
+    record: VisualTokens,
+    place: Tensor,
+    real: Tensor,
+    deep: Tensor,
+) -> Span:
+    """The span of an image.
+
+    Args:
+        state: The forward.
+        feature: The encoder's features (N, D).
+        record: The encoder's record.
+        place: (N, 2) row and column of its placeholders.
+        real: (B, S) columns that the attention mask does not hide.
+        deep: (B, S) number of each column among the visual tokens of the batch.
+    """
     row, columns, device = int(place[0, 0]), place[:, 1], state.columns.device
     there = listed(real[row, columns])
-    tokens = replace(record, features=feature.to(device), layout=record.layout.to(device))
+    tokens = replace(
+        record, features=feature.to(device), layout=record.layout.to(device), levels=()
+    )
     return Span(
         row=row,
         first=int(columns[0]),
@@ -88,6 +111,9 @@ def _span(state: Pass, feature: Tensor, record: VisualTokens, place: Tensor, rea
         tokens=tokens if len(there) == len(columns) else tokens.take(there),
         layout=record.layout.host,
         carrier=feature,
+        placed=columns,
+        runs=runs_of(columns),
+        deep=deep[row, columns[there]],
         there=there,
         entered=there,
         record=record,

@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -40,7 +41,7 @@ __all__ = [
     "describe",
     "encode",
     "encoded",
-    "fingerprint",
+    "levels_of",
     "observing",
     "watched",
 ]
@@ -64,6 +65,18 @@ _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 _making = threading.Lock()
 
+_encoding: ContextVar[frozenset[nn.Module]] = ContextVar("tokenprune_encoding", default=frozenset())
+
+
+@contextmanager
+def _alone(base: nn.Module) -> Iterator[None]:
+    """While open, encoder methods that ``base`` calls in this thread are not observed."""
+    token = _encoding.set(_encoding.get() | {base})
+    try:
+        yield
+    finally:
+        _encoding.reset(token)
+
 
 class Ragged(list[Tensor]):
     """Features (N_i, D) of several videos, in place of the stack (V, N, D) of the model.
@@ -77,11 +90,29 @@ class Ragged(list[Tensor]):
         return torch.cat(self)
 
 
-def encoded(features: Iterable[Tensor]) -> BaseModelOutputWithPooling:
-    """``features`` of images or videos in the form that the model's encoder returns."""
+def encoded(
+    features: Iterable[Tensor], levels: Sequence[Sequence[Tensor]] = ()
+) -> BaseModelOutputWithPooling:
+    """``features`` of images or videos in the form that the model's encoder returns.
+
+    Args:
+        features: (N, D) of every image or video.
+        levels: For each of them, features (N, D) that the model adds after its first decoder
+            layers, layer by layer.
+    """
     output = BaseModelOutputWithPooling()
     output.pooler_output = Ragged(features)  # type: ignore[assignment]
+    # `generate` repeats this attribute for beams, and Qwen3-VL reads it.
+    output.deepstack_features = [  # type: ignore[attr-defined]
+        [*each] for each in zip(*levels, strict=True)
+    ] or None
     return output
+
+
+def levels_of(output: Any) -> list[tuple[Tensor, ...]] | None:
+    """The ``levels`` of `encoded` in the output of an encoder, or None if there are none."""
+    deep = getattr(output, "deepstack_features", None)
+    return None if deep is None else [*zip(*deep, strict=True)]
 
 
 @contextmanager
@@ -125,7 +156,7 @@ def watched(
         signals, enter, encoder: As in `observing`.
     """
     wanted = frozenset(signal for signal in signals if not signal.in_llm)
-    original = getattr(adapter.base, adapter.encoders[modality])
+    original: Any = getattr(adapter.base, adapter.encoders[modality])
     if isinstance(original, Ours):
         original = original.original  # contexts do not nest
     signature = inspect.signature(original)
@@ -134,6 +165,8 @@ def watched(
 
     @functools.wraps(original, updated=())  # generate reads the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
+        if adapter.base in _encoding.get():  # Qwen3-VL encodes videos by its method for images
+            return original(*args, **kwargs)
         seen = None if enter is None else enter()[modality]
         call = {
             name: value.cpu() if _is_integer(value) else value  # image sizes and counts
@@ -141,6 +174,7 @@ def watched(
         }
         with lock:
             with (
+                _alone(adapter.base),
                 running(adapter, encoder, call, modality) as tower,
                 _tapped(adapter, wanted, tower) as maps,
                 resident(adapter.base),  # the encoder reads the separator outside a forward
@@ -149,7 +183,8 @@ def watched(
             features = Ragged(output.pooler_output)
             with without_autocast(features[0].device):
                 rows = maps()
-            records = describe(adapter, call, features, rows, modality, tower)
+            levels = levels_of(output)
+            records = describe(adapter, call, features, rows, modality, tower, levels)
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
         if isinstance(output.pooler_output, Tensor):
@@ -191,7 +226,7 @@ def _tapped(
 
         def computed(signal: Signal) -> Tensor:
             if signal.info.source == "projector":
-                return inputs[-1]
+                return adapter.unprojected(inputs[-1])
             if signal.needs_head:
                 return rows[-1] if tower is None else of_patches(rows[-1], None)
             if signal.layer not in tapped:
@@ -249,6 +284,7 @@ def describe(
     maps: Mapping[Signal, Tensor],
     modality: str,
     tower: Tower | None = None,
+    levels: Sequence[tuple[Tensor, ...]] | None = None,
 ) -> list[VisualTokens]:
     """The records of every image or video of one encoder call.
 
@@ -258,17 +294,18 @@ def describe(
         features: For every image or video (N, D).
         maps: Signal to (all views, patches), or (all views, patches, C) for a vector.
         modality: A key of `Adapter.encoders`.
+        levels: For every image or video, features (N, D) that the model adds after its first
+            decoder layers.
         tower: The run of the vision encoder, if a method acted inside it.
     """
     layouts = adapter.layouts(call, modality)
     clusters = tower.clusters(layouts, adapter.view_shape) if tower is not None else None
-    views = [layout.views for layout in layouts]
-    packed = {}
+    packed, views = {}, [layout.views for layout in layouts]
     for signal, values in maps.items():
         wide = values if signal.is_vector else values[..., None]
-        rows = adapter.pack(list(wide.split(views)), call, modality)
+        rows = adapter.pack(adapter.by_image(wide, layouts), call, modality)
         packed[signal] = rows if signal.is_vector else [row.squeeze(-1) for row in rows]
-    projector = adapter.projector if any(s.name == "unprojected" for s in maps) else None
+    project = adapter.project if any(s.name == "unprojected" for s in maps) else None
     return [
         VisualTokens(
             layout=layout,
@@ -276,27 +313,12 @@ def describe(
             # that carries it.
             features=feature.detach(),
             signals={signal: values[index] for signal, values in packed.items()},
-            fingerprint=fingerprint(call, index, sum(views[:index])),
-            projector=projector,
+            fingerprint=adapter.pixels_of(call, modality, index, sum(views[:index])),
+            projector=project,
+            levels=() if levels is None else levels[index],
             clusters=clusters[index] if clusters is not None else None,
             encoding=tower.encoding if tower is not None else None,
         )
         for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
     ]
 
-
-def fingerprint(call: Mapping[str, Any], index: int, first_view: int) -> Tensor:
-    """Some pixels of an image's first view or of a video's frames, the same in every batch.
-
-    Args:
-        call: The arguments of an encoder call.
-        index: Index of the image or video in the call.
-        first_view: Number of views of the images before it.
-    """
-    if "pixel_values_videos" in call:
-        view = call["pixel_values_videos"][index]
-    else:
-        pixels = call["pixel_values"]
-        view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
-    sample: Tensor = view[..., ::7, ::7]
-    return sample
