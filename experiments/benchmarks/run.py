@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,9 @@ def _machine(device: str, quick: bool) -> dict[str, Any]:
 
 def _code() -> str:
     """The first digits of a hash of tokenprune's source."""
-    home, hashed = Path(tokenprune.__file__).parent, hashlib.sha256()
-    for path in sorted(home.rglob("*.py")):
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()[:12]
+    hashed = hashlib.sha256()
+    for folder, _, names in sorted(os.walk(Path(tokenprune.__file__).parent, followlinks=True)):
+        for name in sorted(names):
+            if name.endswith(".py"):
+                hashed.update(Path(folder, name).read_bytes())
+    return f"sha256:{hashed.hexdigest()[:12]}"

@@ -30,7 +30,7 @@ from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine import vision
 from tokenprune.engine.decoder import LayerSignals
-from tokenprune.engine.forward import Given, Pass, Prompts, Span, Tapped
+from tokenprune.engine.forward import Given, Pass, Prompts, Span
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks import tower
 from tokenprune.experiments.benchmarks.record import Figure, noise_of
@@ -204,25 +204,17 @@ class _Bench:
         held = {"valid": torch.ones(1, total, dtype=torch.bool, device=self.device), "sizes": None}
         ran = SimpleNamespace(keys=keys, values=keys, held=total, **held)
         coming = SimpleNamespace(keys=None, values=None, held=0, **held)
-        columns = torch.arange(total, device=self.device)[None]
         text = torch.arange(count, total)
         span = Span(
             row=0, first=0, last=count - 1, columns=index, index=index, tokens=tokens,
-            layout=tokens.layout.host, carrier=tokens.features, there=index, entered=index,
-            record=tokens, asks=total - 1,
+            layout=tokens.layout.host, carrier=tokens.features, record=tokens, placed=index,
+            runs=torch.zeros_like(index), deep=index, there=index, entered=index, asks=total - 1,
         )  # fmt: skip
-        state = Pass(
-            given=Given(),
-            width=total,
-            columns=columns,
-            positions=columns,
-            order=columns,
-            prompts=Prompts(left=[total], text=[text], ends=[total - 1]),
-            spans=[span],
-            queries=[text[-1:]],
-            layers=[ran] * layer + [coming] * (self.shape.layers - layer),  # type: ignore[list-item]
-            tapped=Tapped(dict.fromkeys(range(layer), (hidden, rotary))),
-        )
+        state = Pass.start(Given(), hidden, {}, frozenset(range(layer)))
+        state.prompts = Prompts(left=[total], text=[text], ends=[total - 1])
+        state.spans, state.queries = [span], [text[-1:]]
+        state.layers = [ran] * layer + [coming] * (self.shape.layers - layer)  # type: ignore[list-item]
+        state.tapped.update(dict.fromkeys(range(layer), (hidden, rotary)))
         return layer, hidden, rotary, state, span
 
 
