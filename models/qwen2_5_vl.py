@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers.video_utils import VideoMetadata
 from transformers.vision_utils import get_vision_window_index
 
 from tokenprune.adapter import Adapter, tiny_decoder
@@ -46,6 +47,7 @@ class Qwen25VL(Adapter):
     video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
     paths: ClassVar[ModulePaths] = ModulePaths(vision="visual", projector="visual.merger")
     decoders: ClassVar[tuple[str, ...]] = ("qwen2_5_vl_text",)
+    stacks_videos: ClassVar[bool] = False
     tokens: tuple[float, float] = (4, 1280)
     """Fewest and most visual tokens of an image; by default, those of the published processors."""
 
@@ -182,6 +184,16 @@ class Qwen25VL(Adapter):
         image, video = self.facts.placeholders["image"], self.facts.placeholders["video"]
         return {"mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
 
+    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
+        """The frames of a user count as sampled at the rate of the processor."""
+        metadata = [
+            VideoMetadata(
+                total_num_frames=count, fps=rate(processor), frames_indices=[*range(count)]
+            )
+            for count in frames
+        ]
+        return {"do_sample_frames": False, "video_metadata": metadata}
+
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
@@ -272,6 +284,11 @@ def tiny_tower() -> dict[str, Any]:
         "out_hidden_size": 32,
         "initializer_range": 0.3,
     }
+
+
+def rate(processor: Any) -> float:
+    """Frames per second at which the processor samples videos; 2 in the published ones."""
+    return float(processor.video_processor.fps or 2.0)
 
 
 def _grids(call: Mapping[str, Any], modality: str) -> list[list[int]]:

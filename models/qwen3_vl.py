@@ -22,7 +22,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tokenprune.adapter import tiny_decoder
 from tokenprune.layout import TokenLayout
-from tokenprune.models.qwen2_5_vl import Qwen25VL, tiny_tower
+from tokenprune.models.qwen2_5_vl import Qwen25VL, rate, tiny_tower
 from tokenprune.registry import register_adapter
 
 
@@ -49,6 +49,17 @@ class Qwen3VL(Qwen25VL):
 
     def runs(self, layout: TokenLayout) -> list[int]:
         return [*layout.view_sizes]
+
+    def spelled(self, layout: TokenLayout, processor: Any) -> str:
+        if layout.modality != "video":
+            return super().spelled(layout, processor)
+        step = self.base.config.vision_config.temporal_patch_size
+        start, end = processor.vision_start_token, processor.vision_end_token
+        text = ""
+        for frame, length in enumerate(layout.view_sizes):
+            seconds = (frame * step + (step - 1) / 2) / rate(processor)
+            text += f"<{seconds:.1f} seconds>{start}{processor.video_token * length}{end}"
+        return text
 
     @classmethod
     def tiny(  # type: ignore[override]

@@ -58,6 +58,7 @@ class Adapter(ABC):
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
         decoders: Model types of the decoders that `tiny` can build.
+        stacks_videos: Whether all videos of a batch have the same number of frames.
         model: The model.
     """
 
@@ -70,6 +71,7 @@ class Adapter(ABC):
     paths: ClassVar[ModulePaths] = ModulePaths()
     fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
     decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+    stacks_videos: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -83,7 +85,9 @@ class Adapter(ABC):
         decoder: DecoderFacts | None = None
         placeholders: dict[str, int] = {}
         if self.has_language_model:
-            decoder = DecoderFacts.of(config.get_text_config())
+            decoder = replace(
+                DecoderFacts.of(config.get_text_config()), query_norms=self._normalises_queries()
+            )
             placeholders = {
                 name: int(getattr(config, f"{name}_token_id")) for name in self.encoders
             }
@@ -94,6 +98,11 @@ class Adapter(ABC):
             placeholders=MappingProxyType(placeholders),
             paths=self.paths,
         )
+
+    def _normalises_queries(self) -> bool:
+        if not hasattr(self.base, self.paths.text):  # a config without modules
+            return False
+        return hasattr(self.decoder_layers[0].get_submodule("self_attn"), "q_norm")
 
     def vision_facts(self) -> VisionFacts:
         """Facts about the vision encoder, most of them from its config."""
@@ -312,6 +321,14 @@ class Adapter(ABC):
     def runs(self, layout: TokenLayout) -> list[int]:
         """Lengths of the runs of placeholders of an image or video, between which there is text."""
         return [len(layout)]
+
+    def spelled(self, layout: TokenLayout, processor: Any) -> str:
+        """The placeholders of an image or video in a prompt, as the processor writes them."""
+        return str(getattr(processor, f"{layout.modality}_token")) * len(layout)
+
+    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
+        """Options with which the processor takes videos of so many ``frames`` as they are."""
+        return {}
 
     def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
         """Arguments of the model that follow from the input ids (B, S) alone."""

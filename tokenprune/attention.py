@@ -34,6 +34,7 @@ __all__ = [
     "first_arguments",
     "head_rows",
     "key_vectors",
+    "mean_query",
     "moved_keys",
     "packed_projections",
     "projections",
@@ -336,6 +337,7 @@ def decoder_row(
     visible: Tensor,
     keys: Tensor | None = None,
     past: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> Tensor:
     """Attention that one query in each row of the batch pays to every key, mean over heads.
 
@@ -350,15 +352,17 @@ def decoder_row(
         keys: (B, kv_heads, K, head_dim) rotated keys of the KV cache; computed from ``hidden`` if
             None.
         past: (B, kv_heads, K - M, head_dim) cached keys in front of the computed ones.
+        query: (B, heads, 1, head_dim) the query; computed from ``hidden`` if None.
 
     Returns:
         (B, K) float32 softmaxed rows.
     """
-    batch = torch.arange(len(hidden), device=hidden.device)
-    cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
-    asking = hidden[batch, query_slots][:, None]
-    at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
-    query = _rotated(attention, "q", asking, at)
+    if query is None:
+        batch = torch.arange(len(hidden), device=hidden.device)
+        cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
+        asking = hidden[batch, query_slots][:, None]
+        at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
+        query = _rotated(attention, "q", asking, at)
     if keys is None:
         keys = decoder_keys(attention, hidden, rotary)
         if past is not None:
@@ -368,6 +372,28 @@ def decoder_row(
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
     row: Tensor = (logits + visible.float().log()[:, None, None]).softmax(-1).mean((1, 2))
     return row
+
+
+def mean_query(attention: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
+    """(1, heads, 1, head_dim) mean of the queries of ONE prompt, without rotation.
+
+    Without a norm of the queries it is the query of the mean state, because the projection is
+    linear.
+
+    Args:
+        attention: As in `decoder_row`.
+        hidden: (M, D) its input, after the norm.
+        seen: (M,) bool, the entries whose queries count.
+    """
+    if getattr(attention, "q_norm", None) is None:
+        mean = (hidden.float() * seen[:, None]).sum(0) / seen.sum()
+        return _projected(attention, "q", mean.to(hidden)[None, None])
+    total: Tensor | None = None
+    for part, counts in zip(hidden.split(CHUNK), seen.split(CHUNK), strict=True):
+        queries = _projected(attention, "q", part[None]).float() * counts[:, None]
+        total = queries.sum(2, keepdim=True) + (0 if total is None else total)
+    mean = total / seen.sum()
+    return mean.to(hidden)
 
 
 def decoder_rows(

@@ -125,6 +125,7 @@ class DecoderFacts:
         head_dim: Width of a head.
         positions: Number of position ids that the decoder knows, None if there is no limit.
         position_scheme: What a position id consists of.
+        query_norms: Whether the queries of each head are normalised.
     """
 
     layers: int
@@ -135,6 +136,7 @@ class DecoderFacts:
     head_dim: int
     positions: int | None = None
     position_scheme: PositionScheme = "rotary"
+    query_norms: bool = False
 
     @classmethod
     def of(cls, config: Any) -> DecoderFacts:

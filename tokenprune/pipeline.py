@@ -76,6 +76,8 @@ class Pipeline:
         self.model: Any = self.adapter.model if isinstance(model, Adapter) else model
         self.processor = processor
         self.path = path
+        if processor is not None:
+            self.adapter.bind(processor)
 
     def __repr__(self) -> str:
         return f"Pipeline({type(self.model).__name__}, {self.adapter.name}, {self.device})"
@@ -181,7 +183,7 @@ class Pipeline:
             prompts: Questions or finished prompts, as in `prompt`.
             videos: For every prompt a video or a list of videos (empty for none).  A video is
                 anything that `pictures.frames` takes.  All videos of one call need the same number
-                of frames, because the model stacks them.
+                of frames if the model stacks them, as LLaVA-OneVision does.
             longer: Accept prompts that exceed the decoder's positions, for a method that shortens
                 them before the decoder reads them.
 
@@ -196,7 +198,7 @@ class Pipeline:
         clips_of = clips_by_prompt(videos, len(prompts))
         clips = [clip for some in clips_of for clip in some]
         self._check_videos(clips)
-        if len({len(clip) for clip in clips}) > 1:
+        if self.adapter.stacks_videos and len({len(clip) for clip in clips}) > 1:
             raise UserError(
                 f"the videos have {sorted({len(clip) for clip in clips})} frames, but the model "
                 "stacks the videos of a batch; give all of them the same number of frames, or "
@@ -206,7 +208,10 @@ class Pipeline:
             self.prompt(question, len(some), len(many))
             for question, some, many in zip(prompts, pictures, clips_of, strict=True)
         ]
-        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
+        media: dict[str, Any] = {}
+        if clips:
+            media = {"videos": [channels_first(clip) for clip in clips]}
+            media |= self.adapter.video_options(self.processor, [*map(len, clips)])
         batch = self.processor(
             images=self.adapter.grouped(pictures) if any(pictures) else None,
             text=texts,
@@ -288,8 +293,9 @@ class Pipeline:
         found = []
         for video in videos:
             clip = channels_first(frames(video))
-            batch = self.processor.video_processor([clip], return_tensors="pt")
-            call = {"pixel_values_videos": batch["pixel_values_videos"]}
+            options = self.adapter.video_options(self.processor, [len(clip)])
+            batch = self.processor.video_processor([clip], return_tensors="pt", **options)
+            call = {name: batch[name] for name in self.adapter.video_arguments}
             found += self._encode("video", call, signals, compressor)
         return found
 
@@ -366,17 +372,25 @@ class Pipeline:
         """
         texts = []
         for some, question in zip(encoded, questions(prompts), strict=True):
-            lengths: dict[str, list[int]] = {name: [] for name in self.placeholder_texts}
+            spelled: dict[str, list[str]] = {name: [] for name in self.placeholder_texts}
             for tokens in some:
-                lengths[tokens.layout.modality].append(0 if without_images else len(tokens))
-            text = self.prompt(question, *map(len, lengths.values()))
+                runs = "" if without_images else self.adapter.spelled(tokens.layout, self.processor)
+                spelled[tokens.layout.modality].append(runs)
+            text = self.prompt(question, *map(len, spelled.values()))
             for modality, token in self.placeholder_texts.items():
                 pieces = text.split(token)
-                spelled = [token * length for length in lengths[modality]] + [""]
-                text = "".join(a + b for a, b in zip(pieces, spelled, strict=True))
+                both = zip(pieces, [*spelled[modality], ""], strict=True)
+                text = "".join(before + runs for before, runs in both)
             texts.append(text)
         batch = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
-        return dict(batch.to(self.device)) | ({} if without_images else encoder_outputs(encoded))
+        inputs = {**batch, **self.adapter.prompt_arguments(batch["input_ids"])}
+        if not without_images:
+            inputs |= self._encoding_arguments(encoded)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        return inputs | ({} if without_images else encoder_outputs(encoded))
+
+    def _encoding_arguments(self, encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Tensor]:
+        return self.adapter.encoding_arguments([one.layout for some in encoded for one in some])
 
     def take(
         self,
@@ -392,8 +406,15 @@ class Pipeline:
             rows: Indices of the prompts, in any order; a prompt may occur more than once.
         """
         index = torch.tensor(rows, device=self.device)
-        text = {name: value[index] for name, value in inputs.items() if isinstance(value, Tensor)}
-        return text | encoder_outputs([encoded[row] for row in rows])
+        chosen, own = [encoded[row] for row in rows], self._encoding_arguments(encoded)
+        text = {
+            name: value[index]
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and name not in own
+        }
+        mine = self._encoding_arguments(chosen)
+        text |= {name: value.to(self.device) for name, value in mine.items() if name in inputs}
+        return text | encoder_outputs(chosen)
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -416,9 +437,11 @@ def encoder_outputs(encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Any]
         encoded: For every prompt its encoded images and videos.
     """
     features: dict[str, list[Tensor]] = {}
+    levels: dict[str, list[tuple[Tensor, ...]]] = {}
     for tokens in (tokens for some in encoded for tokens in some):
         feature = tokens.features.detach()  # beams and reruns need a new tensor for every use
         feature.visual = tokens  # type: ignore[attr-defined]
         features.setdefault(tokens.layout.modality, []).append(feature)
-    outputs = {name: vision.encoded(some) for name, some in features.items()}
+        levels.setdefault(tokens.layout.modality, []).append(tokens.levels)
+    outputs = {name: vision.encoded(some, levels[name]) for name, some in features.items()}
     return {"mm_encoder_outputs": outputs} if outputs else {}
