@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+_AT_ONCE = {False: 2**19, True: 2**25}
+"""Logits of `decoder_mass` at a time: as many as a CPU's cache holds, or as keep a GPU busy."""
+
+
 @dataclass
 class Projections:
     """Queries and keys of one attention module of the vision encoder.
@@ -461,11 +465,13 @@ def decoder_mass(
 ) -> Tensor:
     """Maximum over heads of the attention that every key receives, mean over queries of ONE prompt.
 
-    `CHUNK` queries are computed at a time; nothing of size T×K is kept.
+    `CHUNK` queries are compared at a time, for as many heads as `_AT_ONCE` allows; nothing of size
+    T×K is kept.  The keys of later entries, which no query sees, are left out.
 
     Args:
-        attention, hidden, rotary, query_slots, keys: As in `decoder_rows`.
-        visible: Maps (t,) slots to (t, K), as in `decoder_rows`.
+        attention, hidden, rotary, keys: As in `decoder_rows`.
+        query_slots: (T,) distinct indices of the queries among the M entries.
+        visible: Maps (t,) slots to (t, K), as in `decoder_rows`.  No query sees a later entry.
 
     Returns:
         (K,) float32; 0 without queries.
@@ -473,9 +479,38 @@ def decoder_mass(
     if keys is None:
         keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
     total = hidden.new_zeros(keys.shape[1], dtype=torch.float32)
-    for slots in query_slots.split(CHUNK):
-        total += _heads(attention, hidden, rotary, slots, visible(slots), keys).amax(0).sum(0)
-    return total / max(len(query_slots), 1)
+    left = len(query_slots)
+    if not left:
+        return total
+    ordered = query_slots.sort().values
+    queries = _queries(attention, hidden, rotary, ordered).unflatten(0, (len(keys), -1))
+    scaling = float(attention.scaling)  # type: ignore[arg-type]
+    for slots, some in zip(ordered.split(CHUNK), queries.split(CHUNK, 2), strict=True):
+        left -= len(slots)
+        seen = keys.shape[1] - left  # known to the host: each later query is in a later slot
+        bias = visible(slots)[:, :seen].float().log()
+        total[:seen] += _largest(some, keys[:, :seen], bias, scaling).sum(0)
+    return total / len(query_slots)
+
+
+def _largest(queries: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """(t, K) float32 maximum over heads of the softmaxed attention.
+
+    Args:
+        queries: (kv_heads, r, t, head_dim) rotated, of r heads a group.
+        keys: (kv_heads, K, head_dim) rotated.
+        bias: (t, K) float32 logarithms of how often each key counts.
+        scaling: Factor of the products of queries and keys.
+    """
+    at_once = max(1, _AT_ONCE[bias.is_cuda] // (queries.shape[1] * bias.numel()))
+    most = torch.zeros_like(bias)
+    for some, there in zip(queries.split(at_once), keys.split(at_once), strict=True):
+        flat = some.flatten(1, 2)
+        # A batched product in bfloat16 on the CPU would copy its operands.
+        products = flat[0] @ there[0].T if len(flat) == 1 else flat @ there.transpose(-1, -2)
+        heads = products.view(-1, *bias.shape).float().mul_(scaling).add_(bias)
+        torch.maximum(most, heads.softmax(-1).amax(0), out=most)
+    return most
 
 
 def _heads(
@@ -487,13 +522,20 @@ def _heads(
     keys: Tensor,
 ) -> Tensor:
     """(heads, t, K) float32 softmaxed attention of the queries in ``slots`` (t,)."""
-    at = rotary[0][slots][None], rotary[1][slots][None]
-    query = _rotated(attention, "q", hidden[slots][None], at)
-    grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
+    query = _queries(attention, hidden, rotary, slots)
+    grouped = rearrange(query, "(g r) t d -> g (r t) d", g=len(keys))
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
-    heads = logits.reshape(query.shape[1], len(slots), keys.shape[1])
+    heads = logits.reshape(-1, len(slots), keys.shape[1])
     softmaxed: Tensor = (heads + visible.float().log()).softmax(-1)
     return softmaxed
+
+
+def _queries(
+    attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], slots: Tensor
+) -> Tensor:
+    """(heads, t, head_dim) rotated queries in ``slots`` (t,)."""
+    at = rotary[0][slots][None], rotary[1][slots][None]
+    return _rotated(attention, "q", hidden[slots][None], at)[0]
 
 
 def proportional_mask(

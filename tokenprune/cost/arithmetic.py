@@ -102,6 +102,7 @@ class DecoderShape:
         They contain the normalised input of the layer; recomputed keys, with three copies during
         the rotation; the float32 logits, masked logits and softmax of all heads, for at most
         `CHUNK` queries at a time; and the stored rows, in parts and concatenated.
+        The sum over queries takes less on the CPU, which computes fewer heads at a time.
 
         Args:
             tokens, recomputed, rows: As in `row_flops`.
