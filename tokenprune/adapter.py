@@ -311,7 +311,7 @@ class Adapter(ABC):
         sample: Tensor = view[..., ::7, ::7]
         return sample
 
-    def bind(self, processor: Any) -> None:
+    def bind(self, processor: Any) -> None:  # noqa: B027 (most families need nothing)
         """Note the settings of the model's processor on which `layout` depends."""
 
     def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
@@ -334,7 +334,7 @@ class Adapter(ABC):
         """Arguments of the model that follow from the input ids (B, S) alone."""
         return {}
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise `UserError` if the arguments of a forward do not belong together.
 
         Args:

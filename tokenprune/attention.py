@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def packed_projections(tower: nn.Module, attention: nn.Module) -> Iterator[Proje
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ends = kwargs["cu_seqlens"].tolist()
         owner, windows, left = iter(views), [], 0
-        for length in (end - start for start, end in zip(ends, ends[1:], strict=False)):
+        for length in (end - start for start, end in pairwise(ends)):
             if not left:
                 left = view = next(owner)
             windows.append((length, view))
@@ -392,12 +393,12 @@ def mean_query(attention: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
     if getattr(attention, "q_norm", None) is None:
         mean = (hidden.float() * seen[:, None]).sum(0) / seen.sum()
         return _projected(attention, "q", mean.to(hidden)[None, None])
-    total: Tensor | None = None
-    for part, counts in zip(hidden.split(CHUNK), seen.split(CHUNK), strict=True):
-        queries = _projected(attention, "q", part[None]).float() * counts[:, None]
-        total = queries.sum(2, keepdim=True) + (0 if total is None else total)
-    mean = total / seen.sum()
-    return mean.to(hidden)
+    parts = zip(hidden.split(CHUNK), seen.split(CHUNK), strict=True)
+    sums = [
+        (_projected(attention, "q", some[None]).float() * counts[:, None]).sum(2, keepdim=True)
+        for some, counts in parts
+    ]
+    return (torch.stack(sums).sum(0) / seen.sum()).to(hidden)
 
 
 def decoder_rows(

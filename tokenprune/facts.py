@@ -102,7 +102,7 @@ class VisionFacts:
         return replace(self, view_shape=(rows, cols))
 
     def pairs(self, layer: int) -> int:
-        """Number of pairs of a query and a key that attend in a view, in encoder layer ``layer``."""
+        """Number of pairs of a query and a key in a view, in encoder layer ``layer``."""
         if not self.window or layer % self.layers in self.global_layers:
             return self.tokens**2
         side, found = self.window * self.merge_size, 1

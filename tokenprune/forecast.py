@@ -198,9 +198,7 @@ class _Draw:
             for tokens, words in each if signal.info.scope == "image" else each[:1]:
                 text, patches = min(words, self.text), len(tokens.layout.patches)
                 normed = self.sizes.facts.decoder.query_norms
-                found.append(
-                    attended_for(signal, layer, text=text, patches=patches, normed=normed)
-                )
+                found.append(attended_for(signal, layer, text=text, patches=patches, normed=normed))
         return [one for one in found if one is not None]
 
     def _between_layers(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:

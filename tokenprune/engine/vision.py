@@ -103,9 +103,9 @@ def encoded(
     output = BaseModelOutputWithPooling()
     output.pooler_output = Ragged(features)  # type: ignore[assignment]
     # `generate` repeats this attribute for beams, and Qwen3-VL reads it.
-    output.deepstack_features = [  # type: ignore[attr-defined]
-        [*each] for each in zip(*levels, strict=True)
-    ] or None
+    deep = [[*each] for each in zip(*levels, strict=True)]
+    if deep:
+        output.deepstack_features = deep  # type: ignore[attr-defined]
     return output
 
 
@@ -321,4 +321,3 @@ def describe(
         )
         for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
     ]
-

@@ -88,9 +88,7 @@ def reference(
             prompt.cut(part)
     prompt.enter()
     inside = [part for part in parts if part.cuts]
-    plain = host.multimodal or torch.equal(
-        prompt.positions, torch.arange(len(prompt.positions))
-    )
+    plain = host.multimodal or torch.equal(prompt.positions, torch.arange(len(prompt.positions)))
     if not inside and plain:
         return prompt.run_plainly()
     return prompt.run(inside)
@@ -282,9 +280,7 @@ class _Prompt:
     def _keep(self, index: int, tokens: VisualTokens, keep: Tensor) -> None:
         self.images[index] = tokens.take(keep)
         if index in self.merged:
-            self.images[index] = replace(
-                self.images[index], levels=tuple(self.merged.pop(index))
-            )
+            self.images[index] = replace(self.images[index], levels=tuple(self.merged.pop(index)))
         self.places[index] = self.places[index][keep]
         self.whole[index] = self.whole[index][keep]
         self.kept.append(self.whole[index])
@@ -421,7 +417,9 @@ def images_by_hand(
             if part is not None:
                 first = layouts[modality][0].view_sizes[0]
                 made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
-                images.append(replace(made, fingerprint=adapter.pixels_of(call, modality, index, 0)))
+                images.append(
+                    replace(made, fingerprint=adapter.pixels_of(call, modality, index, 0))
+                )
                 continue
             maps = {
                 signal: _packed_by_hand(
