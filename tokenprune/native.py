@@ -111,7 +111,7 @@ class NativeAdapter(Adapter):
         rows, cols = (side // self._merge for side in sides)
         if modality == "video":
             return TokenLayout.video(frames, (rows, cols), newline=False)
-        return TokenLayout.single((rows, cols), newline=False)
+        return TokenLayout.single((rows, cols), newline=False, native=True)
 
     @abstractmethod
     def resized(self, image_size: tuple[int, int], fewest: int, most: int) -> tuple[int, int]:
