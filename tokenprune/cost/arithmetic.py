@@ -31,7 +31,11 @@ __all__ = [
 def signal_widths(adapter: Adapter) -> dict[str, int]:
     """Name of a signal to the size of its last axis, if the model determines it."""
     vision = adapter.facts.vision
-    sizes = {"vision_width": vision.hidden, "vision_head_width": vision.hidden // vision.heads}
+    sizes = {
+        "vision_width": vision.hidden,
+        "vision_head_width": vision.hidden // vision.heads,
+        "projector_width": vision.hidden * vision.merge_size**2,
+    }
     if adapter.has_language_model:
         sizes |= DecoderShape.of(adapter.language_model.config).widths
     return {

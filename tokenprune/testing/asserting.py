@@ -102,8 +102,9 @@ def vision_products(host: Host) -> Iterator[list[int]]:
         found.append(views * 2 * tokens * width * module.out_features)
 
     handles = []
-    for layer in host.adapter.vision_layers:
-        handles.append(layer.self_attn.register_forward_pre_hook(attention, with_kwargs=True))
+    for index, layer in enumerate(host.adapter.vision_layers):
+        module = host.adapter.vision_attention(index)
+        handles.append(module.register_forward_pre_hook(attention, with_kwargs=True))
         handles += [
             module.register_forward_pre_hook(linear)
             for module in layer.mlp.modules()

@@ -368,10 +368,14 @@ def images_by_hand(
     adapter, images = host.adapter, []
     layouts = {name: [] for name in adapter.encoders}  # type: dict[str, list[TokenLayout]]
     for layout in host.layouts(row):
-        layouts[layout.modality].append(layout)
+        layouts[adapter.stream(layout.modality)].append(layout)
     for modality, call in host.media(row).items():
-        output = getattr(adapter.base, adapter.encoders[modality])(**call)
+        arguments = {name: value for name, value in call.items() if name not in adapter.notes}
+        output = getattr(adapter.base, adapter.encoders[modality])(**arguments)
         pixels = call["pixel_values_videos" if modality == "video" else "pixel_values"]
+        if adapter.facts.vision.merge_size > 1:
+            images += _tiled_by_hand(adapter, signals, layouts[modality], pixels, output)
+            continue
         for index, layout in enumerate(layouts[modality]):
             views = pixels[index, : layout.views] if pixels.ndim == 5 else pixels[index][None]
             size = ROWS[row].sizes[index] if modality == "image" else None
@@ -397,6 +401,62 @@ def images_by_hand(
                 )
             )
     return images
+
+
+def _tiled_by_hand(
+    adapter: Any,
+    signals: frozenset[Signal],
+    layouts: Sequence[TokenLayout],
+    pixels: Tensor,
+    output: Any,
+) -> list[VisualTokens]:
+    """Images and videos whose views follow each other in ``pixels``; squares of patches merge."""
+    images, first = [], 0
+    for layout in layouts:
+        views = pixels[first : first + layout.views]
+        features = output.pooler_output[first : first + layout.views].flatten(0, 1)
+        maps = {}
+        for signal in signals:
+            if signal.in_llm:
+                continue
+            values = _vision_signal(adapter, signal, views)
+            cells = _merged_cells(values, adapter.view_shape, adapter.facts.vision.merge_size)
+            join = torch.cat if signal.name == "unprojected" else _mean_of
+            maps[signal] = torch.stack([join([*cell]) for view in cells for cell in view])
+        images.append(
+            VisualTokens(
+                layout=layout,
+                features=features,
+                signals=maps,
+                fingerprint=fingerprint({"pixel_values": pixels}, 0, first),
+                projector=adapter.base.multi_modal_projector,
+            )
+        )
+        first += layout.views
+    return images
+
+
+def _merged_cells(values: Tensor, shape: tuple[int, int], side: int) -> list[list[Tensor]]:
+    """For every view, for every token, (side * side, ...) values of its patches, row by row."""
+    rows, cols = shape
+    return [
+        [
+            torch.stack(
+                [
+                    view[(row + down) * cols + col + right]
+                    for down in range(side)
+                    for right in range(side)
+                ]
+            )
+            for row in range(0, rows, side)
+            for col in range(0, cols, side)
+        ]
+        for view in values
+    ]
+
+
+def _mean_of(cell: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*cell]).mean(0)
 
 
 def _encoded_by_hand(
@@ -477,17 +537,20 @@ def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
     index = signal.layer % len(adapter.vision_layers)
     layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
     tower = adapter.base.vision_tower(views, output_hidden_states=True)
-    states = layer.layer_norm1(tower.hidden_states[index])
+    norm = getattr(layer, "layer_norm1", None) or layer.layernorm_before
+    states = norm(tower.hidden_states[index])
     first = int(adapter.facts.vision.has_cls)
     if signal.name == "unprojected":
         chosen: Tensor = tower.hidden_states[adapter.base.config.vision_feature_layer]
         return chosen[:, first:]
 
     def heads(name: str) -> Tensor:
-        out: Tensor = getattr(attention, name)(states).unflatten(-1, (attention.num_heads, -1))
-        return out.transpose(1, 2)
+        out = getattr(attention, f"{name}_proj")(states)
+        out = getattr(attention, f"{name}_norm", nn.Identity())(out)
+        split: Tensor = out.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        return split
 
-    query, key = heads("q_proj"), heads("k_proj")
+    query, key = heads("q"), heads("k")
     if signal.name == "keys":
         return key.mean(1)[:, first:]
     if "joint" in signal.name:
