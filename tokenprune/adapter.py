@@ -31,6 +31,8 @@ from tokenprune.unwrap import unwrapped
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tokenprune.tokens import VisualTokens
+
 __all__ = [
     "Adapter",
     "HasAdapter",
@@ -53,6 +55,10 @@ class Adapter(ABC):
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: Outputs of the image processor that the method for images takes.
         video_arguments: Outputs of the video processor that the method for videos takes.
+        image_options: Options of the image processor that the processor of the model sets.
+        notes: Entries of `encoder_call` that describe the pixels.  `layouts` reads them; the
+            encoder does not take them.
+        reads_prompt: Whether `layouts` needs the placeholders of the prompts if there are no notes.
         has_language_model: Whether a language model follows the vision encoder.
         paths: Where the modules are in `base`.
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
@@ -67,9 +73,12 @@ class Adapter(ABC):
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
+    image_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    notes: ClassVar[tuple[str, ...]] = ()
+    reads_prompt: ClassVar[bool] = False
     has_language_model: ClassVar[bool] = True
     paths: ClassVar[ModulePaths] = ModulePaths()
-    fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
     decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
     stacks_videos: ClassVar[bool] = True
 
@@ -115,7 +124,7 @@ class Adapter(ABC):
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
             view_shape=self.view_shape,
-            patch_size=(config.patch_size, config.patch_size),
+            patch_size=_pair(config.patch_size),
             prefix_tokens=int(has_cls),
             has_cls=has_cls,
         )
@@ -129,6 +138,15 @@ class Adapter(ABC):
             reducible=all(hasattr(layer, part) for layer in self.vision_layers for part in parts),
             resizable="interpolate_pos_encoding" in inspect.signature(tower.forward).parameters,
         )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that a prompt may have: ``image`` and perhaps ``video``."""
+        return tuple(self.encoders)
+
+    def stream(self, modality: str) -> str:
+        """The key of `encoders` for a modality: ``image`` if videos are encoded as images."""
+        return modality if modality in self.encoders else "image"
 
     # -- modules ---------------------------------------------------------------------------------
 
@@ -221,8 +239,8 @@ class Adapter(ABC):
     def view_shape(self) -> tuple[int, int]:
         """(rows, columns) of the patches of one view."""
         config = self.base.config.vision_config
-        side = config.image_size // config.patch_size
-        return side, side
+        (height, width), (tall, wide) = _pair(config.image_size), _pair(config.patch_size)
+        return height // tall, width // wide
 
     @property
     def projector(self) -> Any:
@@ -272,7 +290,8 @@ class Adapter(ABC):
         """Layout of every image or video of one encoder call.
 
         Args:
-            call: Arguments of the call.
+            call: Arguments of the call, and `notes` if they are known.  For an adapter that
+                `reads_prompt`, ``placeholders`` (B, S) bool, on the CPU.
             modality: One of `encoders`.
         """
 
@@ -318,13 +337,19 @@ class Adapter(ABC):
         """Arguments that go with encoded images and videos in place of their pixels."""
         return {}
 
+    def encoder_call(self, modality: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the encoder, and `notes`, from the output of a processor.
+
+        Args:
+            modality: ``image`` or ``video``.
+            batch: Output of the image processor or of the video processor.
+        """
+        names = self.image_arguments if modality == "image" else self.video_arguments
+        return {name: batch[name] for name in names}
+
     def runs(self, layout: TokenLayout) -> list[int]:
         """Lengths of the runs of placeholders of an image or video, between which there is text."""
         return [len(layout)]
-
-    def spelled(self, layout: TokenLayout, processor: Any) -> str:
-        """The placeholders of an image or video in a prompt, as the processor writes them."""
-        return str(getattr(processor, f"{layout.modality}_token")) * len(layout)
 
     def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
         """Options with which the processor takes videos of so many ``frames`` as they are."""
@@ -340,6 +365,27 @@ class Adapter(ABC):
         Args:
             inputs: The arguments, those by position as well.
         """
+
+    def annotate(  # noqa: B027 (few families need it)
+        self, inputs: Mapping[str, Any], frames: Sequence[int]
+    ) -> None:
+        """Attach to the inputs of a model what `layouts` cannot find in them otherwise.
+
+        Args:
+            inputs: Inputs of ``model.generate`` and ``model.forward``, as the processor made them.
+            frames: For every image and video, in the order of the prompts, its number of frames; 0
+                for an image.
+        """
+
+    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
+        """The text that stands for an encoded image or video in a prompt.
+
+        Args:
+            tokens: The image or video.
+            length: Number of placeholders: that of its tokens, or 0 to leave them out.
+            processor: Processor of the model.
+        """
+        return str(getattr(processor, f"{tokens.layout.modality}_token")) * length
 
     def grouped(self, images: list[list[Image]]) -> Any:
         """The images of all prompts, nested as the processor expects them."""
@@ -416,6 +462,11 @@ def tiny_decoder(kind: str, **fields: Any) -> Any:
         eos_token_id=2,
         **fields,
     )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size in a config: one number for both, or two."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _pixels(draw: torch.Generator, *shape: int) -> Tensor:

@@ -113,16 +113,18 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
 
     Args:
         attention: An attention module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``,
-            such as those of CLIP and SigLIP in ``transformers``.
+            such as those of CLIP and SigLIP in ``transformers``.  If it normalises queries and
+            keys over the full width (``q_norm``, ``k_norm``, as InternVL does), these outputs.
     """
     tapped = Projections(heads=int(attention.num_heads), scale=float(attention.scale))  # type: ignore[arg-type]
 
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda module, args, output: setattr(tapped, name, output.detach())
 
+    last = "norm" if hasattr(attention, "q_norm") else "proj"
     handles = [
-        attention.get_submodule("q_proj").register_forward_hook(keep("query")),
-        attention.get_submodule("k_proj").register_forward_hook(keep("key")),
+        attention.get_submodule(f"q_{last}").register_forward_hook(keep("query")),
+        attention.get_submodule(f"k_{last}").register_forward_hook(keep("key")),
     ]
     try:
         yield tapped

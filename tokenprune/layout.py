@@ -138,13 +138,30 @@ class TokenLayout:
         )
 
     @classmethod
+    def tiled(cls, grid: tuple[int, int], view_shape: tuple[int, int]) -> TokenLayout:
+        """Crops one after the other, then the thumbnail; no separators.
+
+        The image is stretched to the crop grid, so that there is no canvas padding.  The thumbnail
+        is view 0, as in other layouts.
+
+        Args:
+            grid: (rows, columns) of crops.
+            view_shape: (rows, columns) of patches in every view.
+        """
+        box = 0, grid[0] * view_shape[0], 0, grid[1] * view_shape[1]
+        canvas = cls.anyres(grid, view_shape, box, newlines=False)
+        last = torch.where(canvas.view == 0, canvas.views, canvas.view)
+        return canvas.take(last.argsort(stable=True))  # rows of a crop are in order on the canvas
+
+    @classmethod
     def video(
         cls, frames: int, view_shape: tuple[int, int], *, newline: bool = True
     ) -> TokenLayout:
         """Frames of ``view_shape`` tokens one after the other, and one separator at the end."""
         height, width = view_shape
-        index = torch.arange(frames * height * width + int(newline), device="cpu")
-        separator = index == frames * height * width
+        size = frames * height * width
+        index = torch.arange(size + int(newline), device="cpu")
+        separator = index == size
         none = torch.full_like(index, -1)
         return cls(
             kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.FRAME)),
