@@ -110,7 +110,7 @@ class NativeAdapter(Adapter):
         frames, *sides = grid
         rows, cols = (side // self._merge for side in sides)
         if modality == "video":
-            return TokenLayout.video(frames, (rows, cols), newline=False)
+            return TokenLayout.video(frames, (rows, cols), newline=False, native=True)
         return TokenLayout.single((rows, cols), newline=False, native=True)
 
     @abstractmethod

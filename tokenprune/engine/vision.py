@@ -110,7 +110,7 @@ def encoded(
     # `generate` repeats this attribute for beams, and Qwen3-VL reads it.
     deep = [[*each] for each in zip(*levels, strict=True)]
     if deep:
-        output.deepstack_features = deep  # type: ignore[attr-defined]
+        output.deepstack_features = deep
     return output
 
 
