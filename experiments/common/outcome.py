@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from tokenprune.errors import unknown
+from tokenprune.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,9 +75,11 @@ class Outcome:
         Raises:
             UserError: The run has no such figure.
         """
-        files = sorted([*self.folder.glob("*.png"), *self.folder.glob("plots/*.png")])
-        found = {file.stem: file for file in files}
-        if not found or (name and name not in found):
+        files = [*self.folder.glob("*.png"), *self.folder.glob("plots/*.png")]
+        found = {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
+        if not found:
+            raise UserError(f"the run in {str(self.folder)!r} has no figure as PNG.")
+        if name and name not in found:
             raise unknown("figure", name, found)
         with Image.open(found[name or next(iter(found))]) as image:
             image.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
