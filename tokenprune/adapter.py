@@ -31,6 +31,8 @@ from tokenprune.unwrap import unwrapped
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tokenprune.tokens import VisualTokens
+
 __all__ = [
     "Adapter",
     "HasAdapter",
@@ -52,10 +54,17 @@ class Adapter(ABC):
         hosts: Names of the ``transformers`` classes of the family.
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: Outputs of the image processor that the method for images takes.
+        video_arguments: Outputs of the video processor that the method for videos takes.
+        image_options: Options of the image processor that the processor of the model sets.
+        notes: Entries of `encoder_call` that describe the pixels.  `layouts` reads them; the
+            encoder does not take them.
+        reads_prompt: Whether `layouts` needs the placeholders of the prompts if there are no notes.
         has_language_model: Whether a language model follows the vision encoder.
         paths: Where the modules are in `base`.
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
+        decoders: Model types of the decoders that `tiny` can build.
+        stacks_videos: Whether all videos of a batch have the same number of frames.
         model: The model.
     """
 
@@ -63,9 +72,15 @@ class Adapter(ABC):
     hosts: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
+    image_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    notes: ClassVar[tuple[str, ...]] = ()
+    reads_prompt: ClassVar[bool] = False
     has_language_model: ClassVar[bool] = True
     paths: ClassVar[ModulePaths] = ModulePaths()
-    fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
+    decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+    stacks_videos: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -79,7 +94,9 @@ class Adapter(ABC):
         decoder: DecoderFacts | None = None
         placeholders: dict[str, int] = {}
         if self.has_language_model:
-            decoder = DecoderFacts.of(config.get_text_config())
+            decoder = replace(
+                DecoderFacts.of(config.get_text_config()), query_norms=self._normalises_queries()
+            )
             placeholders = {
                 name: int(getattr(config, f"{name}_token_id")) for name in self.encoders
             }
@@ -90,6 +107,11 @@ class Adapter(ABC):
             placeholders=MappingProxyType(placeholders),
             paths=self.paths,
         )
+
+    def _normalises_queries(self) -> bool:
+        if not hasattr(self.base, self.paths.text):  # a config without modules
+            return False
+        return hasattr(self.decoder_layers[0].get_submodule("self_attn"), "q_norm")
 
     def vision_facts(self) -> VisionFacts:
         """Facts about the vision encoder, most of them from its config."""
@@ -102,7 +124,7 @@ class Adapter(ABC):
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
             view_shape=self.view_shape,
-            patch_size=(config.patch_size, config.patch_size),
+            patch_size=_pair(config.patch_size),
             prefix_tokens=int(has_cls),
             has_cls=has_cls,
         )
@@ -116,6 +138,15 @@ class Adapter(ABC):
             reducible=all(hasattr(layer, part) for layer in self.vision_layers for part in parts),
             resizable="interpolate_pos_encoding" in inspect.signature(tower.forward).parameters,
         )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that a prompt may have: ``image`` and perhaps ``video``."""
+        return tuple(self.encoders)
+
+    def stream(self, modality: str) -> str:
+        """The key of `encoders` for a modality: ``image`` if videos are encoded as images."""
+        return modality if modality in self.encoders else "image"
 
     # -- modules ---------------------------------------------------------------------------------
 
@@ -208,13 +239,22 @@ class Adapter(ABC):
     def view_shape(self) -> tuple[int, int]:
         """(rows, columns) of the patches of one view."""
         config = self.base.config.vision_config
-        side = config.image_size // config.patch_size
-        return side, side
+        (height, width), (tall, wide) = _pair(config.image_size), _pair(config.patch_size)
+        return height // tall, width // wide
 
     @property
     def projector(self) -> Any:
         """Module that maps the vision encoder's output to the width of the language model."""
-        return getattr(self.base, self.paths.projector)
+        return self.base.get_submodule(self.paths.projector)
+
+    def unprojected(self, inputs: Tensor) -> Tensor:
+        """(views, tokens, C) vectors of the tokens, from the projector's input."""
+        return inputs
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Features (M, D) that the projector makes of vectors (M, C) of `unprojected`."""
+        features: Tensor = self.projector(vectors)
+        return features
 
     def tap(self, layer: int) -> AbstractContextManager[Projections]:
         """Record queries and keys of encoder layer ``layer`` while the context is open."""
@@ -250,7 +290,8 @@ class Adapter(ABC):
         """Layout of every image or video of one encoder call.
 
         Args:
-            call: Arguments of the call.
+            call: Arguments of the call, and `notes` if they are known.  For an adapter that
+                `reads_prompt`, ``placeholders`` (B, S) bool, on the CPU.
             modality: One of `encoders`.
         """
 
@@ -266,6 +307,85 @@ class Adapter(ABC):
         Returns:
             For every image or video, values (N, C), NaN at separators.
         """
+
+    def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Values (all views, patches, C) of one encoder call, for every image or video."""
+        return list(values.split([layout.views for layout in layouts]))
+
+    def pixels_of(
+        self, call: Mapping[str, Any], modality: str, index: int, first_view: int
+    ) -> Tensor:
+        """Some pixels of an image's first view or of a video's frames, the same in every batch.
+
+        Args:
+            call, modality: As in `layouts`.
+            index: Index of the image or video in the call.
+            first_view: Number of views of the images before it.
+        """
+        if "pixel_values_videos" in call:
+            view = call["pixel_values_videos"][index]
+        else:
+            pixels = call["pixel_values"]
+            view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
+        sample: Tensor = view[..., ::7, ::7]
+        return sample
+
+    def bind(self, processor: Any) -> None:  # noqa: B027 (most families need nothing)
+        """Note the settings of the model's processor on which `layout` depends."""
+
+    def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
+        """Arguments that go with encoded images and videos in place of their pixels."""
+        return {}
+
+    def encoder_call(self, modality: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the encoder, and `notes`, from the output of a processor.
+
+        Args:
+            modality: ``image`` or ``video``.
+            batch: Output of the image processor or of the video processor.
+        """
+        names = self.image_arguments if modality == "image" else self.video_arguments
+        return {name: batch[name] for name in names}
+
+    def runs(self, layout: TokenLayout) -> list[int]:
+        """Lengths of the runs of placeholders of an image or video, between which there is text."""
+        return [len(layout)]
+
+    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
+        """Options with which the processor takes videos of so many ``frames`` as they are."""
+        return {}
+
+    def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
+        """Arguments of the model that follow from the input ids (B, S) alone."""
+        return {}
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise `UserError` if the arguments of a forward do not belong together.
+
+        Args:
+            inputs: The arguments, those by position as well.
+        """
+
+    def annotate(  # noqa: B027 (few families need it)
+        self, inputs: Mapping[str, Any], frames: Sequence[int]
+    ) -> None:
+        """Attach to the inputs of a model what `layouts` cannot find in them otherwise.
+
+        Args:
+            inputs: Inputs of ``model.generate`` and ``model.forward``, as the processor made them.
+            frames: For every image and video, in the order of the prompts, its number of frames; 0
+                for an image.
+        """
+
+    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
+        """The text that stands for an encoded image or video in a prompt.
+
+        Args:
+            tokens: The image or video.
+            length: Number of placeholders: that of its tokens, or 0 to leave them out.
+            processor: Processor of the model.
+        """
+        return str(getattr(processor, f"{tokens.layout.modality}_token")) * length
 
     def grouped(self, images: list[list[Image]]) -> Any:
         """The images of all prompts, nested as the processor expects them."""
@@ -323,7 +443,7 @@ def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in call["image_sizes"]]
 
 
-def tiny_decoder(kind: str) -> Any:
+def tiny_decoder(kind: str, **fields: Any) -> Any:
     """Config of a decoder of a few thousand weights; ``kind`` is its ``model_type``."""
     from transformers import AutoConfig
 
@@ -340,7 +460,13 @@ def tiny_decoder(kind: str) -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **fields,
     )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size in a config: one number for both, or two."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _pixels(draw: torch.Generator, *shape: int) -> Tensor:

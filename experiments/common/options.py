@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.console import FAILED, INTERRUPTED, OK, Plugin
+from tokenprune.console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Plugin,
+    complete_method,
+    complete_word,
+)
+from tokenprune.models import testbed
+from tokenprune.models.published import KNOWN
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
@@ -23,6 +32,7 @@ __all__ = [
     "Data",
     "Device",
     "Dtype",
+    "Force",
     "ImageSize",
     "Images",
     "MaxImagePixels",
@@ -58,7 +68,9 @@ _LISTED = 10  # how many files are
 def methods(about: str, default: str) -> Any:
     """The option ``--methods``; its values and its default differ by command."""
     text = f"{about} [default: {default}]"
-    return typer.Option("--methods", "-m", metavar="SPEC...", help=text)
+    return typer.Option(
+        "--methods", "-m", metavar="SPEC...", help=text, autocompletion=complete_method
+    )
 
 
 def retention(default: str) -> Any:
@@ -67,7 +79,14 @@ def retention(default: str) -> Any:
     return typer.Option("--retention", "-r", metavar="R...", help=text)
 
 
-Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        help="Embedded testbed, Hugging Face Hub id or local folder.",
+        autocompletion=complete_word(*testbed.names()),
+    ),
+]
 
 
 Questions = Annotated[
@@ -112,11 +131,23 @@ Seed = Annotated[int, typer.Option(help="Seed of the testbed's questions and of 
 
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if available]")
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ... [default: cuda if available]",
+        autocompletion=complete_word("cpu", "cuda"),
+    ),
 ]
 
 
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16, float16 or auto.",
+        autocompletion=complete_word("auto", "bfloat16", "float16", "float32"),
+    ),
+]
 
 
 Out = Annotated[
@@ -126,6 +157,11 @@ Out = Annotated[
         help="Run folder. The same command resumes an unfinished run in it. "
         "[default: a folder in runs/, named after the options]",
     ),
+]
+
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the earlier result of this command in --out.")
 ]
 
 
@@ -145,6 +181,7 @@ Modality = Annotated[
     typer.Option(
         metavar="image|video|multi-image",
         help="Modality of the questions. [default: image, or all of --data]",
+        autocompletion=complete_word("image", "video", "multi-image"),
     ),
 ]
 
@@ -154,8 +191,10 @@ Config = Annotated[
     typer.Option(
         "--config",
         "--model",
+        metavar="MODEL",
         help="Configuration of a model: a known name (llava-v1.6-vicuna-7b, "
         "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json, or a Hub id.",
+        autocompletion=complete_word(*KNOWN, *testbed.names()),
     ),
 ]
 

@@ -19,6 +19,7 @@ from tokenprune.console import (
     ManyValues,
     app,
     as_exit_status,
+    complete_word,
     method_label,
     new_table,
     progress,
@@ -41,9 +42,6 @@ __all__ = [
     "matched_table",
     "tables",
 ]
-
-
-_KINDS_PER_TABLE = 5
 
 
 _FAR = 0.02  # relative difference of a mean cost from the matched one that is not reported
@@ -99,6 +97,7 @@ _Match = Annotated[
         metavar="tokens|flops|prefill-ms",
         help="Give every method the retention ratio at which it costs as much as uniform: "
         "tokens per layer, FLOPs of the prefill, or its measured time.",
+        autocompletion=complete_word("tokens", "flops", "prefill-ms"),
     ),
 ]
 
@@ -265,9 +264,10 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
         + _matching(rows),
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("accuracy", "", "same", "tokens", unit, "of all"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("method")
+    values = {"accuracy": None, "": None, "same": 2, "tokens": 3, unit: 1, "of all": 4}
+    for name, value in values.items():
+        table.add_column(name, justify="right", value=value)
     for retention, group in overall.groupby("keep", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             figures = ["FAILED", "", "", "", "", ""]
@@ -289,8 +289,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
-    for start in range(0, len(kinds), _KINDS_PER_TABLE):
-        yield _kinds_table(rows, kinds[start : start + _KINDS_PER_TABLE])
+    if kinds:
+        yield _kinds_table(rows, kinds)
 
 
 def _divergence_table(rows: pd.DataFrame) -> Table:
@@ -304,9 +304,9 @@ def _divergence_table(rows: pd.DataFrame) -> Table:
         f"{counts['hard_n']}.",
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("accuracy", "KL", "easy", "hard"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("method")
+    for name, value in {"accuracy": 1, "KL": 4, "easy": 2, "hard": 3}.items():
+        table.add_column(name, justify="right", value=value)
     beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
     ordered = _by_requested(rows[~beside & (rows["retention"] < 1)])
     references = rows[beside].assign(name=rows["label"])
@@ -340,11 +340,11 @@ def _between(row: pd.Series, name: str, decimals: int, scale: float = 100) -> st
 
 
 def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
-    table = new_table(title="Accuracy in % by kind of question")
+    table = new_table(title="Accuracy in % by kind of question", continued=True)
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
+    table.add_column("method")
     for kind in kinds:
-        table.add_column(escape(kind), justify="right")
+        table.add_column(escape(kind), justify="right", value=0)
     for retention, group in rows[rows["kind"].isin(kinds)].groupby("keep", sort=False):
         methods = list(group.groupby("label", sort=False))
         for position, (label, cell) in enumerate(methods):
@@ -380,9 +380,10 @@ def matched_table(found: pd.DataFrame) -> Table:
         ),
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("retention", "wanted", "got", *(["of uniform's"] if measured else [])):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("method")
+    table.add_column("retention", justify="right")
+    for value, name in enumerate(["wanted", "got", *(["of uniform's"] if measured else [])]):
+        table.add_column(name, justify="right", value=value)
     for asked, group in found.groupby("asked", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             ratio = f"{row['ratio']:.3f} ({row['least']:.2f}–{row['most']:.2f})"

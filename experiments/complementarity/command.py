@@ -86,8 +86,9 @@ def table(found: pd.DataFrame) -> Table:
     )
     made.add_column("kind")
     made.add_column("seen")
-    for name in ("accuracy", "relative", "difference", "p"):
-        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("accuracy", justify="right")
+    for name, value in {"relative": 2, "difference": 3, "p": 1}.items():
+        made.add_column(name, justify="right", value=value)
     for kind, group in found.groupby("kind", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             whole = not position

@@ -104,10 +104,11 @@ def table(found: pd.DataFrame) -> Table:
         f"questions, - with several seeds{'' if known else ' or without true answers'}.",
     )
     made.add_column("questions")
-    made.add_column("n", justify="right")
+    made.add_column("n", justify="right", value=1)
     made.add_column("dropped")
-    for name in ("loss" if known else "changed", "p", "beyond random", "p"):
-        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("loss" if known else "changed", justify="right")
+    for name, value in {"p": 3, "beyond random": 4, "its p": 2}.items():
+        made.add_column(name, justify="right", value=value)
     for group, part in found.groupby("group", sort=False):
         for position, (_, row) in enumerate(part.iterrows()):
             beyond = [-row[f"vs_random{end}"] for end in ("", "_high", "_low")]

@@ -141,6 +141,7 @@ def masks(
     trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
     out: _Out = None,
+    force: options.Force = False,
 ) -> None:
     """Draw what each method keeps of an image, with the model's answers.
 
@@ -172,6 +173,7 @@ def masks(
             trust_remote_code=trust_remote_code,
             max_new_tokens=max_new_tokens,
             out=out,
+            force=force,
         )
         with progress() as bar:
             outcome = run(request, bar)
@@ -188,10 +190,10 @@ def table(outcome: Outcome) -> Table:
         return _means(rows)
     made = new_table(title=escape(printable(outcome.about.get("question") or "No question")))
     made.add_column("keep", justify="right")
-    made.add_column("method", overflow="fold")
-    made.add_column("answer", overflow="fold")
-    made.add_column("tokens", justify="right")
-    made.add_column("of each view", overflow="fold")
+    made.add_column("method")
+    made.add_column("answer", prose=True)
+    made.add_column("tokens", justify="right", value=1)
+    made.add_column("of each view", prose=True, value=2)
     for _, group in rows.groupby(["method", "retention", "acts"], sort=False):
         first = group.iloc[0]
         made.add_row(
@@ -216,7 +218,7 @@ def _means(rows: pd.DataFrame) -> Table:
     )
     kinds = list(rows["kind"].unique())
     made.add_column("keep", justify="right")
-    made.add_column("method", overflow="fold")
+    made.add_column("method")
     for name in ("tokens", *(f"{kind}s" for kind in kinds)):
         made.add_column(name, justify="right")
     for _, group in rows.groupby(["method", "retention", "acts"], sort=False):

@@ -61,6 +61,9 @@ _Out = Annotated[
 ]
 
 
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out if it exists.")]
+
+
 _Csv = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="File of the table. [default: pairs.csv in the run folder]"),
@@ -85,6 +88,7 @@ def report(
     data: _Data = None,
     max_image_pixels: options.MaxImagePixels = None,
     out: _Out = None,
+    force: _Force = False,
     anonymous: _Anonymous = False,
 ) -> None:
     """Write an HTML page about a run: results, figures, and questions with what methods kept.
@@ -103,6 +107,7 @@ def report(
             first=first,
             data=data,
             out=out,
+            force=force,
             anonymous=anonymous,
         )
         with progress() as bar:
@@ -164,9 +169,10 @@ def pairs_table(found: pd.DataFrame) -> Table:
     )
     made.add_column("keep", justify="right")
     for name in ("first", "second"):
-        made.add_column(name, overflow="fold")
-    for name in ("difference", "p", "Holm"):
-        made.add_column(name, justify="right", no_wrap=True)
+        made.add_column(name)
+    made.add_column("difference", justify="right")
+    for name, value in {"p": 1, "Holm": 2}.items():
+        made.add_column(name, justify="right", value=value)
     for retention, group in found.groupby("retention", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             made.add_row(

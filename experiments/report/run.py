@@ -32,6 +32,7 @@ from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.reading import (
     cells_of,
+    check_folder,
     journaled,
     manifest_of,
     questions_of,
@@ -86,6 +87,7 @@ class ReportRequest(Request):
         data: Path of the data file, if it has moved.
         anonymous: Whether to leave out names and paths (`anonymous`); questions, answers and
             pictures do not change.
+        force: Whether to replace ``out`` if it exists; ``report.html`` is always replaced.
     """
 
     folder: Path
@@ -93,6 +95,7 @@ class ReportRequest(Request):
     first: bool = False
     data: Path | None = None
     anonymous: bool = False
+    force: bool = False
 
 
 def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -107,7 +110,9 @@ def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
     """
     check_number("questions", request.questions, least=0)
     path = request.out or request.folder / "report.html"
-    found = _read(request, path, progress)
+    check_folder(request.folder)
+    check_file(path, new=request.out is not None and not request.force)
+    found = _read(request, progress)
     notes, manifest, journal = found.notes, found.manifest, found.journal
     compressed = found.summary.dropna(subset="retention")
     browser = _browser(found, request, progress)
@@ -173,10 +178,9 @@ class _Run:
     notes: list[str]
 
 
-def _read(request: ReportRequest, path: Path, progress: ProgressCallback) -> _Run:
-    """Read the run, after a check that the page can be written to ``path``."""
+def _read(request: ReportRequest, progress: ProgressCallback) -> _Run:
+    """Read the run."""
     manifest = manifest_of(request.folder)
-    check_file(path)
     notes: list[str] = []
     progress(0, 0, "reading the run")
     journal = Journal(request.folder / "answers.jsonl")
