@@ -21,7 +21,7 @@ from rich.table import Table
 
 import tokenprune
 from tokenprune import experiments
-from tokenprune.catalogue import families, methods
+from tokenprune.catalogue import families, families_by_method, methods
 from tokenprune.console import (
     FAILED,
     OK,
@@ -78,6 +78,9 @@ def list_(
             autocompletion=complete_method,
         ),
     ] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="Show which method runs on which model family.")
+    ] = False,
     plugin: Plugin = None,
 ) -> None:
     """List methods and models.
@@ -90,6 +93,9 @@ def list_(
             _show_card(strategies.get(method))
             raise typer.Exit(OK)
         console = Console()
+        if models:
+            console.print(_families())
+            raise typer.Exit(OK)
         console.print(_methods(), "")
         console.print(_models())
     raise typer.Exit(OK)
@@ -129,6 +135,19 @@ def _models() -> Table:
             table.add_row("any Hub id or local folder", family.name, "\n".join(family.hosts))
         else:
             table.add_row("timm/<any ViT>", family.name, "vision only: encode and select")
+    return table
+
+
+def _families() -> Table:
+    speaking = families_by_method()
+    table = new_table(
+        "method",
+        *(family.name for family in speaking),
+        title="Methods on model families",
+        caption="With default options and the family's usual vision encoder.",
+    )
+    for method in methods():
+        table.add_row(method.name, *(family.verdict(method.name) for family in speaking))
     return table
 
 

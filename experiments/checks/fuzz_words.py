@@ -315,6 +315,7 @@ class Options(Area):
             "report": (run,),
             "pairs": (run,),
             "masks": methods,
+            "demo": (),
             "positional-bias": ("--images", "1", *methods),
             "complementarity": questions,
             "crop-importance": questions,
