@@ -5,7 +5,8 @@ What is special about the family:
 * An image keeps its aspect and, within bounds, its resolution.  It is one view without crops,
   thumbnail, CLS token and separators.  The vision encoder takes the patches of all images as one
   sequence; its merger joins 2 x 2 patches into one visual token.
-* A video is a sequence of frames, each made of two consecutive pictures, in one run of placeholders.
+* A video is a sequence of frames, each made of two successive pictures, in one run of
+  placeholders.
 * A position id has a time, a row and a column.  An image of ``r`` rows and ``c`` columns of tokens
   takes ``max(r, c)`` steps of the text, however many tokens it has.
 * Most layers of the vision encoder attend within windows of 112 pixels, for which patches are
@@ -14,232 +15,49 @@ What is special about the family:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_window_index
 
-from tokenprune.adapter import Adapter, tiny_decoder
-from tokenprune.attention import Projections, packed_projections
-from tokenprune.errors import UserError
-from tokenprune.facts import ModulePaths, VisionFacts
-from tokenprune.layout import TokenLayout, moved
+from tokenprune.adapter import tiny_decoder
+from tokenprune.native import NativeAdapter
 from tokenprune.registry import register_adapter
 
 
 @register_adapter("Qwen2.5-VL")
-class Qwen25VL(Adapter):
+class Qwen25VL(NativeAdapter):
     """One view of any size for an image, one for each pair of frames of a video."""
 
     hosts: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
-    encoders: ClassVar[Mapping[str, str]] = {
-        "image": "get_image_features",
-        "video": "get_video_features",
-    }
-    image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
-    video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
-    paths: ClassVar[ModulePaths] = ModulePaths(vision="visual", projector="visual.merger")
     decoders: ClassVar[tuple[str, ...]] = ("qwen2_5_vl_text",)
     tokens: tuple[float, float] = (4, 1280)
-    """Fewest and most visual tokens of an image; by default, those of the published processors."""
-
-    # -- facts and modules -----------------------------------------------------------------------
-
-    def vision_facts(self) -> VisionFacts:
-        config = self.base.config.vision_config
-        return VisionFacts(
-            model_type=config.model_type,
-            layers=config.depth,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_heads,
-            view_shape=self.view_shape,
-            patch_size=(config.patch_size, config.patch_size),
-            prefix_tokens=0,
-            has_cls=False,
-            merge_size=config.spatial_merge_size,
-            native=True,
-            reducible=False,
-            resizable=False,
-            **self.layer_facts(config),
-        )
 
     def layer_facts(self, config: Any) -> dict[str, Any]:
-        """How the layers of the vision encoder differ between the families of Qwen-VL."""
         return {
             "gated": True,
-            "window": config.window_size // config.spatial_merge_size // config.patch_size,
+            "window": config.window_size // self.side,
             "global_layers": tuple(config.fullatt_block_indexes),
             "mergers": 1,
         }
 
-    @property
-    def view_shape(self) -> tuple[int, int]:
-        """The patches of the smallest image: two rows and columns of tokens."""
-        side = 2 * self.base.config.vision_config.spatial_merge_size
-        return side, side
-
-    @property
-    def vision_layers(self) -> Sequence[nn.Module]:
-        layers: Sequence[nn.Module] = self.vision_tower.blocks
-        return layers
-
-    def vision_attention(self, layer: int) -> nn.Module:
-        return self.vision_layers[layer].get_submodule("attn")
-
-    @property
-    def pooling_head(self) -> Any:
-        return None
-
-    def tap(self, layer: int) -> AbstractContextManager[Projections]:
-        return packed_projections(self.vision_tower, self.vision_attention(layer))
-
-    # -- visual tokens ---------------------------------------------------------------------------
-
-    def bind(self, processor: Any) -> None:
-        size, area = processor.image_processor.size, self._side**2
-        self.tokens = size["shortest_edge"] / area, size["longest_edge"] / area
-
-    def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
-        return self._grid_layout((1, *self._patches(image_size)), "image")
-
-    def video_layout(self, frames: int) -> TokenLayout:
-        return self._grid_layout((frames, *self.view_shape), "video")
-
-    def layouts(self, call: Mapping[str, Any], modality: str) -> list[TokenLayout]:
-        return [self._grid_layout(grid, modality) for grid in _grids(call, modality)]
-
-    def _grid_layout(self, grid: Sequence[int], modality: str) -> TokenLayout:
-        """Layout of a grid of frames, rows and columns of patches."""
-        frames, *sides = grid
-        rows, cols = (side // self.base.config.vision_config.spatial_merge_size for side in sides)
-        if modality == "video":
-            return TokenLayout.video(frames, (rows, cols), newline=False)
-        return TokenLayout.single((rows, cols), newline=False)
-
-    def _patches(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of patches of an image of (height, width) pixels."""
-        patch, area = self.base.config.vision_config.patch_size, self._side**2
-        bounds = [round(number * area) for number in self.tokens]
-        tall, wide = smart_resize(*image_size, self._side, *bounds)
-        return tall // patch, wide // patch
-
-    @property
-    def _side(self) -> int:
-        """Side of the square of pixels that becomes one visual token."""
-        config = self.base.config.vision_config
-        side: int = config.patch_size * config.spatial_merge_size
-        return side
-
-    def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
-        each = values.shape[1] // sum(map(len, layouts))  # the patches of a token, or 1
-        return list(values[0].split([each * len(layout) for layout in layouts]))
-
-    def pack(self, maps: list[Tensor], call: Mapping[str, Any], modality: str) -> list[Tensor]:
-        """Mean over the patches of every token, in the order of the tokens (N, C)."""
-        orders = [self.order(grid) for grid in _grids(call, modality)]
-        return [
-            values.unflatten(0, (len(order), -1))[moved(order, values.device)].mean(1)
-            for values, order in zip(maps, orders, strict=True)
-        ]
+    def resized(self, image_size: tuple[int, int], fewest: int, most: int) -> tuple[int, int]:
+        size: tuple[int, int] = smart_resize(*image_size, self.side, fewest, most)
+        return size
 
     def order(self, grid: Sequence[int]) -> Tensor:
-        """(N,) place of every visual token of a grid in the sequence of the vision encoder."""
         config = self.base.config.vision_config
-        window_index, _ = get_vision_window_index(
+        by_window, _ = get_vision_window_index(
             torch.tensor([[*grid]], device="cpu"),
             config.spatial_merge_size,
             config.window_size,
             config.patch_size,
         )
-        return window_index.argsort()
-
-    def unprojected(self, inputs: Tensor) -> Tensor:
-        """(1, N, 4D) the vectors of the four patches of every token, from (4N, D)."""
-        return inputs.unflatten(0, (-1, self.facts.vision.merge_size**2)).flatten(1)[None]
-
-    def project(self, vectors: Tensor) -> Tensor:
-        width = self.base.config.vision_config.hidden_size
-        features: Tensor = self.projector(vectors.reshape(-1, width))
-        return features
-
-    def pixels_of(
-        self, call: Mapping[str, Any], modality: str, index: int, first_view: int
-    ) -> Tensor:
-        patches = [math.prod(grid) for grid in _grids(call, modality)]
-        pixels: Tensor = call["pixel_values_videos" if modality == "video" else "pixel_values"]
-        return pixels.split(patches)[index][::7, ::7]
-
-    # -- prompts ---------------------------------------------------------------------------------
-
-    def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
-        image, video = self.facts.placeholders["image"], self.facts.placeholders["video"]
-        return {"mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
-
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
-        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        grids = {name: inputs.get(f"{name}_grid_thw") for name in self.encoders}
-        encoded = any(grid is not None for grid in grids.values())
-        encoded |= bool(inputs.get("mm_encoder_outputs"))
-        if ids is None or not encoded:
-            return
-        given = positions is not None and positions.ndim == 3
-        if types is None and not (given and bool((positions[-1] != positions[-2]).any())):
-            raise UserError(
-                "mm_token_type_ids is missing, without which the images have no rows and columns; "
-                "pass everything that the processor returns."
-            )
-        for name, grid in grids.items():
-            where = ids == self.facts.placeholders[name]
-            made = 0 if grid is None else int(grid.prod(-1).sum()) // self.facts.vision.merge_size**2
-            if grid is not None and int(where.sum()) != made:
-                raise UserError(
-                    f"the prompts have {int(where.sum())} {name} placeholders, but their {name}s "
-                    f"make {made} tokens; prepare both in one call of the processor, without "
-                    "truncation."
-                )
-            if not given and mask is not None and mask.shape == ids.shape:
-                hidden = int((where & (mask == 0)).sum())
-                if hidden:
-                    raise UserError(
-                        f"the attention mask hides {hidden} of the {name} placeholders, which this "
-                        "model cannot number; remove the whole image, or pass position_ids."
-                    )
-
-    def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
-        side = self.base.config.vision_config.spatial_merge_size
-        grids: dict[str, list[list[int]]] = {}
-        for layout in layouts:
-            sides = [side * length for length in layout.view_shape]
-            grids.setdefault(f"{layout.modality}_grid_thw", []).append([layout.views, *sides])
-        return {name: torch.tensor(some, device="cpu") for name, some in grids.items()}
-
-    # -- tests -----------------------------------------------------------------------------------
-
-    def dummy_images(
-        self, sizes: Sequence[tuple[int, int]], seed: int = 0, *, same_prompt: bool = False
-    ) -> dict[str, Tensor]:
-        grids = [(1, *self._patches(size)) for size in sizes]
-        return dict(zip(self.image_arguments, self._dummy(grids, seed), strict=True))
-
-    def dummy_video(self, frames: int, seed: int = 0) -> dict[str, Tensor]:
-        grids = [(frames, *self.view_shape)]
-        return dict(zip(self.video_arguments, self._dummy(grids, seed), strict=True))
-
-    def _dummy(self, grids: Sequence[tuple[int, int, int]], seed: int) -> tuple[Tensor, Tensor]:
-        """Random patches (P, C), and their grids."""
-        config, draw = self.base.config.vision_config, torch.Generator("cpu").manual_seed(seed)
-        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        shape = sum(map(math.prod, grids)), width
-        pixels = torch.randn(*shape, generator=draw, dtype=torch.float32, device="cpu")
-        return pixels, torch.tensor(grids, device="cpu")
+        return by_window.argsort()
 
     @classmethod
     def tiny(
@@ -272,9 +90,3 @@ def tiny_tower() -> dict[str, Any]:
         "out_hidden_size": 32,
         "initializer_range": 0.3,
     }
-
-
-def _grids(call: Mapping[str, Any], modality: str) -> list[list[int]]:
-    """Frames, rows and columns of the patches of every image or video of an encoder call."""
-    grids: list[list[int]] = call[f"{modality}_grid_thw"].tolist()
-    return grids

@@ -116,5 +116,5 @@ class PACT(Compressor):
         def merging(values: Tensor) -> Tensor:
             return group_means(values[patches], cluster, len(centres) + 1)[:-1].to(values)
 
-        sizes = sizes if self.proportional else None
-        return Selection(patches[centres], features, sizes, scores, merging)
+        counted = sizes if self.proportional else None
+        return Selection(patches[centres], features, counted, scores, merging)

@@ -96,7 +96,8 @@ class VisionZip(Compressor):
             return torch.cat([self._merged(values, *part) for part in parts])
 
         def merging(values: Tensor) -> Tensor:
-            return torch.cat([values[first], merged(values).to(values)] if parts else [values])[place]
+            own = values[first]
+            return torch.cat([own, merged(values).to(values)] if parts else [own])[place]
 
         features = tokens.features[first]
         if parts:

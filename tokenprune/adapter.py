@@ -31,6 +31,8 @@ from tokenprune.unwrap import unwrapped
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tokenprune.tokens import VisualTokens
+
 __all__ = [
     "Adapter",
     "HasAdapter",
@@ -53,11 +55,16 @@ class Adapter(ABC):
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: Outputs of the image processor that the method for images takes.
         video_arguments: Outputs of the video processor that the method for videos takes.
+        image_options: Options of the image processor that the processor of the model sets.
+        notes: Entries of `encoder_call` that describe the pixels.  `layouts` reads them; the
+            encoder does not take them.
+        reads_prompt: Whether `layouts` needs the placeholders of the prompts if there are no notes.
         has_language_model: Whether a language model follows the vision encoder.
         paths: Where the modules are in `base`.
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
         decoders: Model types of the decoders that `tiny` can build.
+        stacks_videos: Whether all videos of a batch have the same number of frames.
         model: The model.
     """
 
@@ -66,10 +73,14 @@ class Adapter(ABC):
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
+    image_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    notes: ClassVar[tuple[str, ...]] = ()
+    reads_prompt: ClassVar[bool] = False
     has_language_model: ClassVar[bool] = True
     paths: ClassVar[ModulePaths] = ModulePaths()
-    fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
     decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+    stacks_videos: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -83,7 +94,9 @@ class Adapter(ABC):
         decoder: DecoderFacts | None = None
         placeholders: dict[str, int] = {}
         if self.has_language_model:
-            decoder = DecoderFacts.of(config.get_text_config())
+            decoder = replace(
+                DecoderFacts.of(config.get_text_config()), query_norms=self._normalises_queries()
+            )
             placeholders = {
                 name: int(getattr(config, f"{name}_token_id")) for name in self.encoders
             }
@@ -94,6 +107,11 @@ class Adapter(ABC):
             placeholders=MappingProxyType(placeholders),
             paths=self.paths,
         )
+
+    def _normalises_queries(self) -> bool:
+        if not hasattr(self.base, self.paths.text):  # a config without modules
+            return False
+        return hasattr(self.decoder_layers[0].get_submodule("self_attn"), "q_norm")
 
     def vision_facts(self) -> VisionFacts:
         """Facts about the vision encoder, most of them from its config."""
@@ -106,7 +124,7 @@ class Adapter(ABC):
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
             view_shape=self.view_shape,
-            patch_size=(config.patch_size, config.patch_size),
+            patch_size=_pair(config.patch_size),
             prefix_tokens=int(has_cls),
             has_cls=has_cls,
         )
@@ -120,6 +138,15 @@ class Adapter(ABC):
             reducible=all(hasattr(layer, part) for layer in self.vision_layers for part in parts),
             resizable="interpolate_pos_encoding" in inspect.signature(tower.forward).parameters,
         )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that a prompt may have: ``image`` and perhaps ``video``."""
+        return tuple(self.encoders)
+
+    def stream(self, modality: str) -> str:
+        """The key of `encoders` for a modality: ``image`` if videos are encoded as images."""
+        return modality if modality in self.encoders else "image"
 
     # -- modules ---------------------------------------------------------------------------------
 
@@ -212,8 +239,8 @@ class Adapter(ABC):
     def view_shape(self) -> tuple[int, int]:
         """(rows, columns) of the patches of one view."""
         config = self.base.config.vision_config
-        side = config.image_size // config.patch_size
-        return side, side
+        (height, width), (tall, wide) = _pair(config.image_size), _pair(config.patch_size)
+        return height // tall, width // wide
 
     @property
     def projector(self) -> Any:
@@ -263,7 +290,8 @@ class Adapter(ABC):
         """Layout of every image or video of one encoder call.
 
         Args:
-            call: Arguments of the call.
+            call: Arguments of the call, and `notes` if they are known.  For an adapter that
+                `reads_prompt`, ``placeholders`` (B, S) bool, on the CPU.
             modality: One of `encoders`.
         """
 
@@ -302,27 +330,62 @@ class Adapter(ABC):
         sample: Tensor = view[..., ::7, ::7]
         return sample
 
-    def bind(self, processor: Any) -> None:
+    def bind(self, processor: Any) -> None:  # noqa: B027 (most families need nothing)
         """Note the settings of the model's processor on which `layout` depends."""
 
     def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
         """Arguments that go with encoded images and videos in place of their pixels."""
         return {}
 
+    def encoder_call(self, modality: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the encoder, and `notes`, from the output of a processor.
+
+        Args:
+            modality: ``image`` or ``video``.
+            batch: Output of the image processor or of the video processor.
+        """
+        names = self.image_arguments if modality == "image" else self.video_arguments
+        return {name: batch[name] for name in names}
+
     def runs(self, layout: TokenLayout) -> list[int]:
         """Lengths of the runs of placeholders of an image or video, between which there is text."""
         return [len(layout)]
+
+    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
+        """Options with which the processor takes videos of so many ``frames`` as they are."""
+        return {}
 
     def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
         """Arguments of the model that follow from the input ids (B, S) alone."""
         return {}
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise `UserError` if the arguments of a forward do not belong together.
 
         Args:
             inputs: The arguments, those by position as well.
         """
+
+    def annotate(  # noqa: B027 (few families need it)
+        self, inputs: Mapping[str, Any], frames: Sequence[int]
+    ) -> None:
+        """Attach to the inputs of a model what `layouts` cannot find in them otherwise.
+
+        Args:
+            inputs: Inputs of ``model.generate`` and ``model.forward``, as the processor made them.
+            frames: For every image and video, in the order of the prompts, its number of frames; 0
+                for an image.
+        """
+
+    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
+        """The text that stands for an encoded image or video in a prompt.
+
+        Args:
+            tokens: The image or video.
+            length: Number of placeholders: that of its tokens, or 0 to leave them out.
+            processor: Processor of the model.
+        """
+        return str(getattr(processor, f"{tokens.layout.modality}_token")) * length
 
     def grouped(self, images: list[list[Image]]) -> Any:
         """The images of all prompts, nested as the processor expects them."""
@@ -399,6 +462,11 @@ def tiny_decoder(kind: str, **fields: Any) -> Any:
         eos_token_id=2,
         **fields,
     )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size in a config: one number for both, or two."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _pixels(draw: torch.Generator, *shape: int) -> Tensor:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "first_arguments",
     "head_rows",
     "key_vectors",
+    "mean_query",
     "moved_keys",
     "packed_projections",
     "projections",
@@ -111,16 +113,18 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
 
     Args:
         attention: An attention module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``,
-            such as those of CLIP and SigLIP in ``transformers``.
+            such as those of CLIP and SigLIP in ``transformers``.  If it normalises queries and
+            keys over the full width (``q_norm``, ``k_norm``, as InternVL does), these outputs.
     """
     tapped = Projections(heads=int(attention.num_heads), scale=float(attention.scale))  # type: ignore[arg-type]
 
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda module, args, output: setattr(tapped, name, output.detach())
 
+    last = "norm" if hasattr(attention, "q_norm") else "proj"
     handles = [
-        attention.get_submodule("q_proj").register_forward_hook(keep("query")),
-        attention.get_submodule("k_proj").register_forward_hook(keep("key")),
+        attention.get_submodule(f"q_{last}").register_forward_hook(keep("query")),
+        attention.get_submodule(f"k_{last}").register_forward_hook(keep("key")),
     ]
     try:
         yield tapped
@@ -152,7 +156,7 @@ def packed_projections(tower: nn.Module, attention: nn.Module) -> Iterator[Proje
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ends = kwargs["cu_seqlens"].tolist()
         owner, windows, left = iter(views), [], 0
-        for length in (end - start for start, end in zip(ends, ends[1:], strict=False)):
+        for length in (end - start for start, end in pairwise(ends)):
             if not left:
                 left = view = next(owner)
             windows.append((length, view))
@@ -340,6 +344,7 @@ def decoder_row(
     visible: Tensor,
     keys: Tensor | None = None,
     past: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> Tensor:
     """Attention that one query in each row of the batch pays to every key, mean over heads.
 
@@ -354,15 +359,17 @@ def decoder_row(
         keys: (B, kv_heads, K, head_dim) rotated keys of the KV cache; computed from ``hidden`` if
             None.
         past: (B, kv_heads, K - M, head_dim) cached keys in front of the computed ones.
+        query: (B, heads, 1, head_dim) the query; computed from ``hidden`` if None.
 
     Returns:
         (B, K) float32 softmaxed rows.
     """
-    batch = torch.arange(len(hidden), device=hidden.device)
-    cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
-    asking = hidden[batch, query_slots][:, None]
-    at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
-    query = _rotated(attention, "q", asking, at)
+    if query is None:
+        batch = torch.arange(len(hidden), device=hidden.device)
+        cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
+        asking = hidden[batch, query_slots][:, None]
+        at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
+        query = _rotated(attention, "q", asking, at)
     if keys is None:
         keys = decoder_keys(attention, hidden, rotary)
         if past is not None:
@@ -372,6 +379,28 @@ def decoder_row(
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
     row: Tensor = (logits + visible.float().log()[:, None, None]).softmax(-1).mean((1, 2))
     return row
+
+
+def mean_query(attention: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
+    """(1, heads, 1, head_dim) mean of the queries of ONE prompt, without rotation.
+
+    Without a norm of the queries it is the query of the mean state, because the projection is
+    linear.
+
+    Args:
+        attention: As in `decoder_row`.
+        hidden: (M, D) its input, after the norm.
+        seen: (M,) bool, the entries whose queries count.
+    """
+    if getattr(attention, "q_norm", None) is None:
+        mean = (hidden.float() * seen[:, None]).sum(0) / seen.sum()
+        return _projected(attention, "q", mean.to(hidden)[None, None])
+    parts = zip(hidden.split(CHUNK), seen.split(CHUNK), strict=True)
+    sums = [
+        (_projected(attention, "q", some[None]).float() * counts[:, None]).sum(2, keepdim=True)
+        for some, counts in parts
+    ]
+    return (torch.stack(sums).sum(0) / seen.sum()).to(hidden)
 
 
 def decoder_rows(

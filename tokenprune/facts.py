@@ -102,7 +102,7 @@ class VisionFacts:
         return replace(self, view_shape=(rows, cols))
 
     def pairs(self, layer: int) -> int:
-        """Number of pairs of a query and a key that attend in a view, in encoder layer ``layer``."""
+        """Number of pairs of a query and a key in a view, in encoder layer ``layer``."""
         if not self.window or layer % self.layers in self.global_layers:
             return self.tokens**2
         side, found = self.window * self.merge_size, 1
@@ -125,6 +125,7 @@ class DecoderFacts:
         head_dim: Width of a head.
         positions: Number of position ids that the decoder knows, None if there is no limit.
         position_scheme: What a position id consists of.
+        query_norms: Whether the queries of each head are normalised.
     """
 
     layers: int
@@ -135,6 +136,7 @@ class DecoderFacts:
     head_dim: int
     positions: int | None = None
     position_scheme: PositionScheme = "rotary"
+    query_norms: bool = False
 
     @classmethod
     def of(cls, config: Any) -> DecoderFacts:

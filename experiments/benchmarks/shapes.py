@@ -124,7 +124,7 @@ def prompt_of(adapter: Adapter, tokens: VisualTokens, rows: int = 1) -> dict[str
     ids = torch.cat([torch.tensor([[1]]), image, torch.full((1, TEXT - 1), 5)], 1).to(device)
     ids = ids.repeat(rows, 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | encoder_outputs([[tokens]] * rows)
+    return inputs | encoder_outputs(adapter, [[tokens]] * rows)
 
 
 def vit_flops(views: int, patches: int, width: int, mlp: int, layers: int) -> float:

@@ -35,6 +35,7 @@ _SIZE = re.compile(r"([hw]?)([0-9]{1,6})([hw]?)\s*[x×,]\s*([hw]?)([0-9]{1,6})([
 
 
 QUESTION = 32  # question tokens that methods receive if no text is counted
+NATIVE = 1008, 1008  # pixels of an image of its own size: 36 x 36 tokens of Qwen2.5-VL
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,8 @@ class Prompt:
 
     def square(self, side: int) -> "Prompt":
         """The prompt with a single view of ``side`` x ``side`` patches and no separator."""
-        layout = TokenLayout.single((side, side), newline=False)
+        native = self.adapter.facts.vision.native
+        layout = TokenLayout.single((side, side), newline=False, native=native)
         return Prompt(self.adapter, (layout,), self.text, self.asking, self.size)
 
 
@@ -114,7 +116,7 @@ def prompt_of(
         model: As for `tokenprune.models.loading.adapter_without_weights`.
         image_size: (height, width) in pixels, for the adapter's layout.  None is a thumbnail and
             2x2 full crops **without separators**, as in efficiency tables of papers: 2880 tokens on
-            LLaVA-NeXT.
+            LLaVA-NeXT.  In families whose images keep their resolution it is `NATIVE`.
         patches: (rows, columns) of a single view without separators, instead of an image size.
         text: Number of text tokens; those tables count none.  Methods that use the question then
             receive `QUESTION` tokens, which are not counted.
@@ -132,7 +134,10 @@ def prompt_of(
     adapter = adapter_without_weights(model)
     if patches is not None:
         check_length(adapter.facts, math.prod(patches), text)
-        layout = TokenLayout.single(patches, newline=False)
+        native = adapter.facts.vision.native
+        layout = TokenLayout.single(patches, newline=False, native=native)
+    elif image_size is None and adapter.facts.vision.native:
+        layout = adapter.layout(NATIVE)
     elif image_size is None:
         rows, cols = adapter.view_shape
         box = (0, 2 * rows, 0, 2 * cols)

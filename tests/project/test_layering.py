@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"budget", "allocators"},
             {"compressor", "staged", "encoder"},
             {"plugins", "spec", "unwrap", "prompts"},
-            {"facts", "adapter", "compatibility"},
+            {"facts", "adapter", "native", "compatibility"},
             {"cost"},
             {"engine"},
             {"pipeline", "forecast"},

@@ -82,6 +82,7 @@ class Attended(NamedTuple):
         recomputed: Whether the keys are computed for it, because no KV cache has them.
         kept: How each row is stored.
         row: Row of the batch, or None for every row that has images.
+        means: Whether the query is the mean of the queries of all tokens, each projected.
     """
 
     layer: int
@@ -89,6 +90,7 @@ class Attended(NamedTuple):
     recomputed: bool
     kept: Kept = "mean"
     row: int | None = None
+    means: bool = False
 
 
 def attended_for(
@@ -99,6 +101,7 @@ def attended_for(
     text: int = 0,
     patches: int = 0,
     row: int | None = None,
+    normed: bool = False,
 ) -> Attended | None:
     """The attention rows or keys that are computed for a signal of the language model, or None.
 
@@ -112,6 +115,7 @@ def attended_for(
         text: Number of text tokens after the image.
         patches: Number of patch tokens of the image.
         row: Row of the batch, for a signal of one image.
+        normed: Whether the decoder normalises queries, so that their mean needs all of them.
     """
     info = signal.info
     ahead = info.layer == "next"  # has as many keys as the layer in front of it
@@ -119,7 +123,8 @@ def attended_for(
         return None
     queries = {"none": 0, "one": 1, "text": text, "patches": patches}[info.queries]
     layer = signal.layer if info.layer == "named" else cut - 1
-    return Attended(layer, queries, ahead or not cached, info.kept, row)
+    means = normed and signal.name == "llm_global"
+    return Attended(layer, queries, ahead or not cached, info.kept, row, means)
 
 
 class Images(NamedTuple):
@@ -308,7 +313,8 @@ class Account:
         decoder, flops, held = self._sizes.decoder, 0.0, []
         for one in attended:
             count = tokens[one.layer]
-            flops += decoder.row_flops(count, one.recomputed, one.queries)
+            projected = count if one.means else None
+            flops += decoder.row_flops(count, one.recomputed, one.queries, projected)
             held.append(decoder.row_bytes(count, one.recomputed, size, one.queries, one.kept))
         return flops, held
 

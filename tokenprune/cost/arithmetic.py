@@ -78,17 +78,21 @@ class DecoderShape:
         """Bytes of one token in one layer's KV cache, at ``size`` bytes a number."""
         return 2 * self.kv_heads * self.head_dim * size
 
-    def row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
+    def row_flops(
+        self, tokens: int, recomputed: bool, rows: int = 1, projected: int | None = None
+    ) -> float:
         """FLOPs of attention rows over ``tokens`` keys: projections, and products of all heads.
 
         Args:
             tokens: Number of keys.
             recomputed: Whether the keys are projected again, because no KV cache has them.
             rows: Number of queries.
+            projected: Number of states that are projected to queries; None for one per row.
         """
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         again = 2 * tokens * self.hidden * key if recomputed else 0
-        return rows * (2 * self.hidden * query + 2 * tokens * query) + again
+        asking = rows if projected is None else projected
+        return asking * 2 * self.hidden * query + rows * 2 * tokens * query + again
 
     def row_bytes(
         self, tokens: int, recomputed: bool, size: int, rows: int = 1, kept: Kept = "mean"

@@ -251,7 +251,6 @@ def surroundings(
     if moved is not None:
         positions = (positions - moved.to(positions.device)).to(hidden.device)
         rotary = language.rotary_emb(hidden, axes_of(positions))
-    positions = text_of(positions)
     if cuts not in state.masks:
         there = state.real if layer is None else layer.mask()
         # No mask is needed without padding, which the CPU knows without a synchronisation.
@@ -262,7 +261,7 @@ def surroundings(
             config=language.config,
             inputs_embeds=hidden,
             attention_mask=None if unmasked else there.long(),
-            position_ids=positions,
+            position_ids=text_of(positions),
             layer_idx=index,
             **{CACHE: state.cache},
         )
@@ -273,7 +272,7 @@ def surroundings(
     mask = state.masks[cuts]
     return {
         "attention_mask": None if mask is None else mask.to(hidden.device),
-        "position_ids": positions,
+        "position_ids": text_of(positions),
         "position_embeddings": tuple(table.to(hidden.device) for table in rotary),
     }
 

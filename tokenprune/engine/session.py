@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -172,6 +172,7 @@ class Session(threading.local):
         self.repeating: Repetition | None = None
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in self.adapter.encoders}
         self.given = Given()  # arguments of the caller, noted by the hooks of the outer modules
+        self.generating: dict[str, Tensor] = {}  # placeholders of the prompts of `generate`
         self.current: Pass | None = None
         self.reported: Pass | None = None  # the pass that the trace will report
         self.memory = Memory()
@@ -199,7 +200,10 @@ class Session(threading.local):
         ]
         try:
             with (
-                observing(adapter, plan.signals, enter, plan.encoder),
+                observing(adapter, plan.signals, enter, plan.encoder, self.prompts),
+                shadowed(adapter.model, "generate", self.generate(adapter.model))
+                if adapter.reads_prompt and hasattr(adapter.model, "generate")
+                else nullcontext(),
                 self.prefix.installed(adapter.decoder_layers, first, self._keep_tapped)
                 if self.prefix is not None
                 else nullcontext() as self.repeating,
@@ -237,6 +241,24 @@ class Session(threading.local):
             yield attention, functools.partial(self.tap, index)
 
     # -- arguments of the caller -----------------------------------------------------------------
+
+    def prompts(self) -> Mapping[str, Tensor]:
+        """Modality to (B, S) placeholders of the prompts that run."""
+        return self.given.placeholders or self.generating
+
+    def generate(self, model: Any) -> Callable[..., Any]:
+        """``generate`` that notes the prompts: it encodes images in front of the first forward."""
+        original = model.generate
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            self.generating = self._placeholders(ids, kwargs.get("inputs_embeds"))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.generating = {}
+
+        return generate
 
     def note_targets(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
         """Note where the prompts end, because answers and drafts must not influence selections."""

@@ -37,8 +37,8 @@ def find_spans(
         encoder: The method that the context runs inside the vision encoder, or None.
 
     Raises:
-        UserError: Placeholders and features do not match, or the features were encoded outside the
-            context or with another encoder method.
+        UserError: Placeholders and features do not match in number or order, or the features were
+            encoded outside the context or with another encoder method.
     """
     found = {name: [feature for call in calls for feature in call] for name, calls in seen.items()}
     if not state.given.placeholders or not any(found.values()):
@@ -68,6 +68,7 @@ def find_spans(
                 )
             _check_encoding(record, encoder)
             place = where[first : first + len(feature)]
+            _check_place(place, record.layout.modality)
             spans.append(_span(state, feature, record, place, real, deep))
             first += len(feature)
     # The order in the prompt numbers its images and videos.
@@ -118,6 +119,20 @@ def _span(
         entered=there,
         record=record,
     )
+
+
+def _check_place(place: Tensor, modality: str) -> None:
+    """Raise `UserError` if the placeholders of an image, at ``place`` (N, 2), are not one run.
+
+    A video may have a run for each frame.
+    """
+    rows, columns = place[:, 0], place[:, 1]
+    apart = modality == "image" and int(columns[-1] - columns[0]) >= len(columns)
+    if apart or rows[0] != rows[-1]:
+        raise UserError(
+            f"the {len(place)} tokens of one {modality} do not fit one run of placeholders; give "
+            "the images and videos in the order of their placeholders, not in another order."
+        )
 
 
 def _check_encoding(record: VisualTokens, encoder: EncoderCompressor | None) -> None:

@@ -27,6 +27,7 @@ from tokenprune.attention import (
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.guard import Ours, bypassed, eagerly, shadowed
 from tokenprune.engine.tower import Tower, running
+from tokenprune.layout import TokenLayout
 from tokenprune.offload import resident
 from tokenprune.precision import without_autocast
 from tokenprune.signals import Signal
@@ -81,13 +82,17 @@ def _alone(base: nn.Module) -> Iterator[None]:
 class Ragged(list[Tensor]):
     """Features (N_i, D) of several videos, in place of the stack (V, N, D) of the model.
 
-    The model only calls ``flatten(0, 1)`` on the stack.  In a list, each tensor keeps its record,
-    beams repeat it without a copy, and lengths may differ.
+    The model only calls ``flatten(0, 1)`` or ``to`` on the stack.  In a list, each tensor keeps its
+    record, beams repeat it without a copy, and lengths may differ.
     """
 
     def flatten(self, start: int = 0, end: int = 1) -> Tensor:
         """(sum of N_i, D)."""
         return torch.cat(self)
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(sum of N_i, D) on a device, in a dtype."""
+        return torch.cat(self).to(*args, **kwargs)
 
 
 def encoded(
@@ -103,9 +108,9 @@ def encoded(
     output = BaseModelOutputWithPooling()
     output.pooler_output = Ragged(features)  # type: ignore[assignment]
     # `generate` repeats this attribute for beams, and Qwen3-VL reads it.
-    output.deepstack_features = [  # type: ignore[attr-defined]
-        [*each] for each in zip(*levels, strict=True)
-    ] or None
+    deep = [[*each] for each in zip(*levels, strict=True)]
+    if deep:
+        output.deepstack_features = deep
     return output
 
 
@@ -121,6 +126,7 @@ def observing(
     signals: frozenset[Signal],
     enter: Callable[[], Seen] | None = None,
     encoder: EncoderCompressor | None = None,
+    prompts: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> Iterator[None]:
     """While open, every encoded image carries a `VisualTokens` record as ``feature.visual``.
 
@@ -133,10 +139,11 @@ def observing(
         enter: Called before every encoder call; returns, for each modality, the list to which the
             features are appended.
         encoder: A method that acts inside the vision encoder.
+        prompts: Returns modality to (B, S) placeholders of the prompts that are about to run.
     """
     with ExitStack() as stack:
         for modality, method in adapter.encoders.items():
-            encode = watched(adapter, modality, signals, enter, encoder)
+            encode = watched(adapter, modality, signals, enter, encoder, prompts)
             stack.enter_context(shadowed(adapter.base, method, encode))
         yield
 
@@ -147,13 +154,14 @@ def watched(
     signals: frozenset[Signal],
     enter: Callable[[], Seen] | None = None,
     encoder: EncoderCompressor | None = None,
+    prompts: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> Callable[..., Any]:
     """The model's encoder of ``modality``, with features that carry records.
 
     Args:
         adapter: The model.
         modality: A key of `Adapter.encoders`.
-        signals, enter, encoder: As in `observing`.
+        signals, enter, encoder, prompts: As in `observing`.
     """
     wanted = frozenset(signal for signal in signals if not signal.in_llm)
     original: Any = getattr(adapter.base, adapter.encoders[modality])
@@ -168,10 +176,14 @@ def watched(
         if adapter.base in _encoding.get():  # Qwen3-VL encodes videos by its method for images
             return original(*args, **kwargs)
         seen = None if enter is None else enter()[modality]
+        notes = {name: kwargs.pop(name) for name in adapter.notes if name in kwargs}
+        if adapter.reads_prompt and modality in prompts():
+            notes["placeholders"] = prompts()[modality]
         call = {
             name: value.cpu() if _is_integer(value) else value  # image sizes and counts
-            for name, value in signature.bind(*args, **kwargs).arguments.items()
+            for name, value in (notes | signature.bind(*args, **kwargs).arguments).items()
         }
+        layouts = adapter.layouts(call, modality)  # refuses bad input before anything is computed
         with lock:
             with (
                 _alone(adapter.base),
@@ -180,20 +192,30 @@ def watched(
                 resident(adapter.base),  # the encoder reads the separator outside a forward
             ):
                 output = original(*args, **kwargs)
-            features = Ragged(output.pooler_output)
+            features = _regrouped(output.pooler_output, layouts)
             with without_autocast(features[0].device):
                 rows = maps()
             levels = levels_of(output)
-            records = describe(adapter, call, features, rows, modality, tower, levels)
+            records = describe(
+                adapter, call, features, rows, modality, tower, levels=levels, layouts=layouts
+            )
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
-        if isinstance(output.pooler_output, Tensor):
+        if type(output.pooler_output) is not list or len(output.pooler_output) != len(features):
             output.pooler_output = features
         if seen is not None:
             seen.append(features)
         return output
 
     return encode
+
+
+def _regrouped(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Ragged:
+    """Features (N_i, D) of every image or video, from those of a model that returns every view."""
+    if len(features) == len(layouts):
+        return Ragged(features)
+    sizes = [len(layout) for layout in layouts]
+    return Ragged(torch.cat([*features]).split(sizes))
 
 
 def _is_integer(value: Any) -> bool:
@@ -284,7 +306,9 @@ def describe(
     maps: Mapping[Signal, Tensor],
     modality: str,
     tower: Tower | None = None,
+    *,
     levels: Sequence[tuple[Tensor, ...]] | None = None,
+    layouts: Sequence[TokenLayout] | None = None,
 ) -> list[VisualTokens]:
     """The records of every image or video of one encoder call.
 
@@ -297,10 +321,12 @@ def describe(
         levels: For every image or video, features (N, D) that the model adds after its first
             decoder layers.
         tower: The run of the vision encoder, if a method acted inside it.
+        layouts: Layouts of the images or videos, if they are known.
     """
-    layouts = adapter.layouts(call, modality)
-    clusters = tower.clusters(layouts, adapter.view_shape) if tower is not None else None
-    packed, views = {}, [layout.views for layout in layouts]
+    layouts = adapter.layouts(call, modality) if layouts is None else layouts
+    clusters = tower.clusters([*layouts], adapter.view_shape) if tower is not None else None
+    views = [layout.views for layout in layouts]
+    packed = {}
     for signal, values in maps.items():
         wide = values if signal.is_vector else values[..., None]
         rows = adapter.pack(adapter.by_image(wide, layouts), call, modality)
@@ -321,4 +347,3 @@ def describe(
         )
         for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
     ]
-

@@ -130,8 +130,9 @@ def vision_products(host: Host) -> Iterator[list[int]]:
             for module in linears
             if isinstance(module, nn.Linear)
         ]
-    for layer in [] if handles else host.adapter.vision_layers:
-        handles.append(layer.self_attn.register_forward_pre_hook(attention, with_kwargs=True))
+    for index, layer in enumerate([] if handles else host.adapter.vision_layers):
+        module = host.adapter.vision_attention(index)
+        handles.append(module.register_forward_pre_hook(attention, with_kwargs=True))
         handles += [
             module.register_forward_pre_hook(linear)
             for module in layer.mlp.modules()

@@ -123,7 +123,7 @@ class Host:
         """Layouts of the images of a prompt, then of its videos."""
         sizes, _, frames = ROWS[row]
         images = [self.adapter.layout(size, same_prompt=len(sizes) > 1) for size in sizes]
-        if "video" not in self.adapter.encoders:
+        if "video" not in self.adapter.modalities:
             return images
         return images + [self.adapter.video_layout(count) for count in frames]
 
@@ -132,20 +132,23 @@ class Host:
         draw = random.Random(row)
         ids = [1]
         for layout in self.layouts(row):
+            placeholder = self.adapter.facts.placeholders[self.adapter.stream(layout.modality)]
             for length in self.adapter.runs(layout):
                 ids += [draw.randrange(5, 60), draw.randrange(5, 60)]
-                ids += [int(self.adapter.facts.placeholders[layout.modality])] * length
+                ids += [int(placeholder)] * length
         return ids + [draw.randrange(5, 60) for _ in range(ROWS[row].text)]
 
     def media(self, row: int) -> dict[str, Inputs]:
-        """Modality to the encoder inputs of a prompt, the same in every batch."""
+        """Encoder to its inputs for a prompt, with notes; the same in every batch."""
         sizes, _, frames = ROWS[row]
-        found = {}
+        found: dict[str, list[Inputs]] = {}
         if sizes:
-            found["image"] = self.adapter.dummy_images(sizes, row, same_prompt=len(sizes) > 1)
-        if frames and "video" in self.adapter.encoders:
-            found["video"] = _batched([self.adapter.dummy_video(count, row) for count in frames])
-        return found
+            images = self.adapter.dummy_images(sizes, row, same_prompt=len(sizes) > 1)
+            found["image"] = [images]
+        if frames and "video" in self.adapter.modalities:
+            videos = _batched([self.adapter.dummy_video(count, row) for count in frames])
+            found.setdefault(self.adapter.stream("video"), []).append(videos)
+        return {name: _batched(parts) for name, parts in found.items()}
 
     def inputs(
         self,
@@ -171,8 +174,12 @@ class Host:
         media = [self.media(row) for row in rows]
         for modality in self.adapter.encoders:
             some = [found[modality] for found in media if modality in found]
-            for name, values in _batched(some).items():
+            together = _batched(some)
+            for name in together.keys() - self.adapter.notes:
+                values = together[name]
                 result[name] = values.to(dtype if values.is_floating_point() else None)
+            if "frames" in together:
+                self.adapter.annotate(result, together["frames"].tolist())
         return result
 
     def generate(self, inputs: Inputs, **options: Any) -> Tensor:

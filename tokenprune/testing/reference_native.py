@@ -131,7 +131,7 @@ def _learned(tower: Any, layout: TokenLayout, row: Tensor, col: Tensor) -> Tenso
         return 0.0
     side = int(tower.pos_embed.num_embeddings**0.5)
     table = tower.pos_embed.weight.unflatten(0, (side, side))
-    total: Any = 0.0
+    total: Tensor | float = 0.0
     places = []
     for place, length in zip((row, col), layout.view_shape, strict=True):
         at = place * (side - 1) / max(2 * length - 1, 1)
