@@ -382,7 +382,7 @@ def images_by_hand(
             if part is not None:
                 first = layouts[modality][0].view_sizes[0]
                 made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
-                images.append(replace(made, fingerprint=fingerprint(call, index, 0)))
+                images.append(replace(made, fingerprint=fingerprint(call, index, index)))
                 continue
             maps = {
                 signal: _packed_by_hand(
@@ -396,7 +396,7 @@ def images_by_hand(
                     layout=layout,
                     features=output.pooler_output[index],
                     signals=maps,
-                    fingerprint=fingerprint(call, index, 0),
+                    fingerprint=fingerprint(call, index, index),
                     projector=adapter.base.multi_modal_projector,
                 )
             )
@@ -473,7 +473,8 @@ def _encoded_by_hand(
     runs = [tower_by_hand(adapter, part, view, target) for view in views]
     projected = adapter.base.multi_modal_projector(features_by_hand(adapter, runs))
     features = _packed_by_hand(layout, size, projected, shape)
-    features[layout.is_separator] = adapter.base.image_newline
+    if layout.is_separator.any():
+        features[layout.is_separator] = adapter.base.image_newline
     return VisualTokens(
         layout=layout,
         features=features,
