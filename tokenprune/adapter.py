@@ -31,8 +31,6 @@ from tokenprune.unwrap import unwrapped
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from tokenprune.tokens import VisualTokens
-
 __all__ = [
     "Adapter",
     "HasAdapter",
@@ -63,6 +61,8 @@ class Adapter(ABC):
         paths: Where the modules are in `base`.
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
+        decoders: Model types of the decoders that `tiny` can build.
+        stacks_videos: Whether all videos of a batch have the same number of frames.
         model: The model.
     """
 
@@ -77,6 +77,8 @@ class Adapter(ABC):
     has_language_model: ClassVar[bool] = True
     paths: ClassVar[ModulePaths] = ModulePaths()
     fit: Literal["stretch", "pad", "crop"] = "stretch"
+    decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+    stacks_videos: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -90,7 +92,9 @@ class Adapter(ABC):
         decoder: DecoderFacts | None = None
         placeholders: dict[str, int] = {}
         if self.has_language_model:
-            decoder = DecoderFacts.of(config.get_text_config())
+            decoder = replace(
+                DecoderFacts.of(config.get_text_config()), query_norms=self._normalises_queries()
+            )
             placeholders = {
                 name: int(getattr(config, f"{name}_token_id")) for name in self.encoders
             }
@@ -101,6 +105,11 @@ class Adapter(ABC):
             placeholders=MappingProxyType(placeholders),
             paths=self.paths,
         )
+
+    def _normalises_queries(self) -> bool:
+        if not hasattr(self.base, self.paths.text):  # a config without modules
+            return False
+        return hasattr(self.decoder_layers[0].get_submodule("self_attn"), "q_norm")
 
     def vision_facts(self) -> VisionFacts:
         """Facts about the vision encoder, most of them from its config."""
@@ -234,7 +243,16 @@ class Adapter(ABC):
     @property
     def projector(self) -> Any:
         """Module that maps the vision encoder's output to the width of the language model."""
-        return getattr(self.base, self.paths.projector)
+        return self.base.get_submodule(self.paths.projector)
+
+    def unprojected(self, inputs: Tensor) -> Tensor:
+        """(views, tokens, C) vectors of the tokens, from the projector's input."""
+        return inputs
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Features (M, D) that the projector makes of vectors (M, C) of `unprojected`."""
+        features: Tensor = self.projector(vectors)
+        return features
 
     def tap(self, layer: int) -> AbstractContextManager[Projections]:
         """Record queries and keys of encoder layer ``layer`` while the context is open."""
@@ -298,6 +316,35 @@ class Adapter(ABC):
         names = self.image_arguments if modality == "image" else self.video_arguments
         return {name: batch[name] for name in names}
 
+    def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Values (all views, patches, C) of one encoder call, for every image or video."""
+        return list(values.split([layout.views for layout in layouts]))
+
+    def pixels_of(
+        self, call: Mapping[str, Any], modality: str, index: int, first_view: int
+    ) -> Tensor:
+        """Some pixels of an image's first view or of a video's frames, the same in every batch.
+
+        Args:
+            call, modality: As in `layouts`.
+            index: Index of the image or video in the call.
+            first_view: Number of views of the images before it.
+        """
+        if "pixel_values_videos" in call:
+            view = call["pixel_values_videos"][index]
+        else:
+            pixels = call["pixel_values"]
+            view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
+        sample: Tensor = view[..., ::7, ::7]
+        return sample
+
+    def bind(self, processor: Any) -> None:  # noqa: B027 (most families need nothing)
+        """Note the settings of the model's processor on which `layout` depends."""
+
+    def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
+        """Arguments that go with encoded images and videos in place of their pixels."""
+        return {}
+
     def runs(self, layout: TokenLayout) -> list[int]:
         """Lengths of the runs of placeholders of an image or video, between which there is text."""
         return [len(layout)]
@@ -313,15 +360,24 @@ class Adapter(ABC):
                 for an image.
         """
 
-    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
-        """The text that stands for an encoded image or video in a prompt.
+    def spelled(self, layout: TokenLayout, processor: Any) -> str:
+        """The placeholders of an image or video in a prompt, as the processor writes them."""
+        return str(getattr(processor, f"{layout.modality}_token")) * len(layout)
+
+    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
+        """Options with which the processor takes videos of so many ``frames`` as they are."""
+        return {}
+
+    def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
+        """Arguments of the model that follow from the input ids (B, S) alone."""
+        return {}
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise `UserError` if the arguments of a forward do not belong together.
 
         Args:
-            tokens: The image or video.
-            length: Number of placeholders: that of its tokens, or 0 to leave them out.
-            processor: Processor of the model.
+            inputs: The arguments, those by position as well.
         """
-        return str(getattr(processor, f"{tokens.layout.modality}_token")) * length
 
     def grouped(self, images: list[list[Image]]) -> Any:
         """The images of all prompts, nested as the processor expects them."""
@@ -379,7 +435,7 @@ def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in call["image_sizes"]]
 
 
-def tiny_decoder(kind: str) -> Any:
+def tiny_decoder(kind: str, **fields: Any) -> Any:
     """Config of a decoder of a few thousand weights; ``kind`` is its ``model_type``."""
     from transformers import AutoConfig
 
@@ -396,6 +452,7 @@ def tiny_decoder(kind: str) -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **fields,
     )
 
 

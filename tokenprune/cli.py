@@ -30,6 +30,7 @@ from tokenprune.console import (
     Plugin,
     app,
     as_exit_status,
+    complete_method,
     new_table,
     progress,
     quiet,
@@ -71,7 +72,11 @@ def _options(
 @app.command("list")
 def list_(
     method: Annotated[
-        str | None, typer.Argument(help="Show only the card and the options of this method.")
+        str | None,
+        typer.Argument(
+            help="Show only the card and the options of this method.",
+            autocompletion=complete_method,
+        ),
     ] = None,
     models: Annotated[
         bool, typer.Option("--models", help="Show which method runs on which model family.")
@@ -100,7 +105,11 @@ _PLACES = {"encoder": "in encoder", "pre_llm": "before LLM", "llm": "inside LLM"
 
 
 def _methods() -> Table:
-    table = new_table("method", "acts", "signals", "paper", "verified", title="Methods")
+    table = new_table("method", title="Methods")
+    table.add_column("acts", value=2)
+    table.add_column("signals", value=1, prose=True)
+    table.add_column("paper", prose=True)
+    table.add_column("verified", value=3)
     for method in methods():
         table.add_row(
             method.name,
@@ -113,7 +122,10 @@ def _methods() -> Table:
 
 
 def _models() -> Table:
-    table = new_table("model", "adapter", "model class", title="Models")
+    table = new_table(title="Models")
+    table.add_column("model", prose=True)
+    table.add_column("adapter", value=1)
+    table.add_column("model class", prose=True)
     embedded = {name: _architecture(testbed.path(name)) for name in testbed.names()}
     for family in families():
         for name, host in embedded.items():
@@ -128,14 +140,20 @@ def _models() -> Table:
 
 def _families() -> Table:
     speaking = families_by_method()
+    lacking = sorted({what for family in speaking for what in family.refuses.values()})
+    marks = {what: str(number) for number, what in enumerate(lacking, 1)}
     table = new_table(
         "method",
         *(family.name for family in speaking),
         title="Methods on model families",
-        caption="With default options and the family's usual vision encoder.",
+        caption="With default options and the family's usual vision encoder. Needs "
+        + ", ".join(f"{mark}: {what}" for what, mark in marks.items()),
     )
+    table.columns[0].no_wrap = True
     for method in methods():
-        table.add_row(method.name, *(family.verdict(method.name) for family in speaking))
+        found = [family.refuses.get(method.name) for family in speaking]
+        cells = ["runs" if what is None else f"needs {marks[what]}" for what in found]
+        table.add_row(method.name, *cells)
     return table
 
 
@@ -176,7 +194,8 @@ def audit(
         str,
         typer.Argument(
             help="A registered method with options (fastv:layer=3), or package.module:Class, "
-            "whose module is executed."
+            "whose module is executed.",
+            autocompletion=complete_method,
         ),
     ],
     retention: Annotated[
@@ -227,12 +246,15 @@ def _audit(compressor: Compressor) -> int:
 
     console = Console()
     label = compressor.label if compressor.name else type(compressor).__name__
-    table = new_table("check", "", "meaning, or a counter-example", title=f"Audit of {label}")
+    table = new_table(title=f"Audit of {escape(label)}")
+    table.add_column("check", prose=True)
+    table.add_column("")
+    table.add_column("meaning, or a counter-example", prose=True)
     failed = 0
     with progress() as report:
         for index, check in enumerate(CHECKS):
             name = check.__name__.removeprefix("check_").replace("_", " ")
-            report(index, len(CHECKS), name)
+            report(index, len(CHECKS), f"{name}, {failed} failed")
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RetentionWarning)

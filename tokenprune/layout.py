@@ -43,6 +43,7 @@ class TokenLayout:
         view_shape: (rows, columns) of patches in a view.
         canvas_shape: (rows, columns) of the canvas, the crops without padding and resampled if the
             model does so; (0, 0) without crops.
+        native: Whether the only view is the image in its own size, and not a small square of it.
     """
 
     kind: Tensor
@@ -54,6 +55,7 @@ class TokenLayout:
     grid: tuple[int, int]
     view_shape: tuple[int, int]
     canvas_shape: tuple[int, int]
+    native: bool = False
 
     @classmethod
     def anyres(
@@ -114,7 +116,9 @@ class TokenLayout:
         )
 
     @classmethod
-    def single(cls, view_shape: tuple[int, int], *, newline: bool = True) -> TokenLayout:
+    def single(
+        cls, view_shape: tuple[int, int], *, newline: bool = True, native: bool = False
+    ) -> TokenLayout:
         """One view without crops, row by row, and one separator at the end."""
         height, width = view_shape
         index = torch.arange(height * width + int(newline), device="cpu")
@@ -130,6 +134,7 @@ class TokenLayout:
             grid=(0, 0),
             view_shape=view_shape,
             canvas_shape=(0, 0),
+            native=native,
         )
 
     @classmethod
@@ -154,9 +159,8 @@ class TokenLayout:
     ) -> TokenLayout:
         """Frames of ``view_shape`` tokens one after the other, and one separator at the end."""
         height, width = view_shape
-        size = frames * height * width
-        index = torch.arange(size + int(newline), device="cpu")
-        separator = index == size
+        index = torch.arange(frames * height * width + int(newline), device="cpu")
+        separator = index == frames * height * width
         none = torch.full_like(index, -1)
         return cls(
             kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.FRAME)),
@@ -181,6 +185,8 @@ class TokenLayout:
     @cached_property
     def modality(self) -> str:
         """``video`` or ``image``."""
+        if self.host is not self:
+            return self.host.modality
         return "video" if bool((self.host.kind == Kind.FRAME).any()) else "image"
 
     @cached_property
@@ -212,7 +218,9 @@ class TokenLayout:
     @cached_property
     def frames(self) -> int:
         """Number of views of an image without a crop grid, or of a video."""
-        return int(self.host.view.max()) + 1 if len(self) else 0
+        if self.host is not self:
+            return self.host.frames
+        return int(self.view.max()) + 1 if len(self) else 0
 
     @cached_property
     def view_sizes(self) -> tuple[int, ...]:

@@ -77,6 +77,8 @@ class Pipeline:
         self.model: Any = self.adapter.model if isinstance(model, Adapter) else model
         self.processor = processor
         self.path = path
+        if processor is not None:
+            self.adapter.bind(processor)
 
     def __repr__(self) -> str:
         return f"Pipeline({type(self.model).__name__}, {self.adapter.name}, {self.device})"
@@ -182,7 +184,7 @@ class Pipeline:
             prompts: Questions or finished prompts, as in `prompt`.
             videos: For every prompt a video or a list of videos (empty for none).  A video is
                 anything that `pictures.frames` takes.  All videos of one call need the same number
-                of frames, because the model stacks them.
+                of frames if the model stacks them, as LLaVA-OneVision does.
             longer: Accept prompts that exceed the decoder's positions, for a method that shortens
                 them before the decoder reads them.
 
@@ -197,7 +199,7 @@ class Pipeline:
         clips_of = clips_by_prompt(videos, len(prompts))
         clips = [clip for some in clips_of for clip in some]
         self._check_videos(clips)
-        if len({len(clip) for clip in clips}) > 1:
+        if self.adapter.stacks_videos and len({len(clip) for clip in clips}) > 1:
             raise UserError(
                 f"the videos have {sorted({len(clip) for clip in clips})} frames, but the model "
                 "stacks the videos of a batch; give all of them the same number of frames, or "
@@ -207,7 +209,10 @@ class Pipeline:
             self.prompt(question, len(some), len(many))
             for question, some, many in zip(prompts, pictures, clips_of, strict=True)
         ]
-        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
+        media: dict[str, Any] = {}
+        if clips:
+            media = {"videos": [channels_first(clip) for clip in clips]}
+            media |= self.adapter.video_options(self.processor, [*map(len, clips)])
         batch = self.processor(
             images=self.adapter.grouped(pictures) if any(pictures) else None,
             text=texts,
@@ -303,7 +308,8 @@ class Pipeline:
         found = []
         for video in videos:
             clip = channels_first(frames(video))
-            batch = self.processor.video_processor([clip], return_tensors="pt")
+            options = self.adapter.video_options(self.processor, [len(clip)])
+            batch = self.processor.video_processor([clip], return_tensors="pt", **options)
             call = self.adapter.encoder_call("video", batch)
             found += self._encode("video", call, signals, compressor)
         return found
@@ -383,9 +389,8 @@ class Pipeline:
         for some, question in zip(encoded, questions(prompts), strict=True):
             words: dict[str, list[str]] = {name: [] for name in self.placeholder_texts}
             for tokens in some:
-                length = 0 if without_images else len(tokens)
-                spelled = self.adapter.spelled(tokens, length, self.processor)
-                words[tokens.layout.modality].append(spelled)
+                runs = "" if without_images else self.adapter.spelled(tokens.layout, self.processor)
+                words[tokens.layout.modality].append(runs)
             text = self.prompt(question, *map(len, words.values()))
             marks = self._marks([text])
             self._check_order(marks, [tokens.layout.modality for tokens in some])
@@ -395,9 +400,14 @@ class Pipeline:
             ]
             texts.append("".join([*filled, pieces[-1]]))
         batch = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
-        return dict(batch.to(self.device)) | (
-            {} if without_images else encoder_outputs(self.adapter, encoded)
-        )
+        inputs = {**batch, **self.adapter.prompt_arguments(batch["input_ids"])}
+        if not without_images:
+            inputs |= self._encoding_arguments(encoded)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        return inputs | ({} if without_images else encoder_outputs(self.adapter, encoded))
+
+    def _encoding_arguments(self, encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Tensor]:
+        return self.adapter.encoding_arguments([one.layout for some in encoded for one in some])
 
     def take(
         self,
@@ -413,8 +423,15 @@ class Pipeline:
             rows: Indices of the prompts, in any order; a prompt may occur more than once.
         """
         index = torch.tensor(rows, device=self.device)
-        text = {name: value[index] for name, value in inputs.items() if isinstance(value, Tensor)}
-        return text | encoder_outputs(self.adapter, [encoded[row] for row in rows])
+        chosen, own = [encoded[row] for row in rows], self._encoding_arguments(encoded)
+        text = {
+            name: value[index]
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and name not in own
+        }
+        mine = self._encoding_arguments(chosen)
+        text |= {name: value.to(self.device) for name, value in mine.items() if name in inputs}
+        return text | encoder_outputs(self.adapter, chosen)
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -447,9 +464,12 @@ def encoder_outputs(adapter: Adapter, encoded: Sequence[Sequence[VisualTokens]])
         encoded: For every prompt its encoded images and videos.
     """
     features: dict[str, list[Tensor]] = {}
+    levels: dict[str, list[tuple[Tensor, ...]]] = {}
     for tokens in (tokens for some in encoded for tokens in some):
         feature = tokens.features.detach()  # beams and reruns need a new tensor for every use
         feature.visual = tokens  # type: ignore[attr-defined]
-        features.setdefault(adapter.stream(tokens.layout.modality), []).append(feature)
-    outputs = {name: vision.encoded(some) for name, some in features.items()}
+        stream = adapter.stream(tokens.layout.modality)
+        features.setdefault(stream, []).append(feature)
+        levels.setdefault(stream, []).append(tokens.levels)
+    outputs = {name: vision.encoded(some, levels[name]) for name, some in features.items()}
     return {"mm_encoder_outputs": outputs} if outputs else {}

@@ -31,8 +31,8 @@ AXES: Mapping[str, str] = {
     "hidden": "width of the language model",
     "kv_width": "key-value heads of a decoder layer times the width of a head",
     "vision_width": "width of the vision encoder",
+    "projector_width": "width of the vision encoder times the patches that become one token",
     "vision_head_width": "width of a head of the vision encoder",
-    "projector_width": "width of the projector's input",
     "joint_width": "width of the space that images and texts share",
 }
 """Name of an axis of a signal to the entries that it counts."""
@@ -232,7 +232,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
         source="vision layer",
         shape=("N",),
         meaning="Attention that each patch receives, mean over all queries of its view and over "
-        "heads.",
+        "heads.  Queries outside its window pay it none in the windowed layers of Qwen2.5-VL.",
         paper="HoliTom (2505.21334)",
         queries="all",
         sample="attention",
@@ -248,7 +248,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "keys": SignalInfo(
         source="vision layer",
         shape=("N", "vision_head_width"),
-        meaning="Key of each patch, mean over heads.",
+        meaning="Key of each patch, mean over heads, before a rotation by its place.",
         paper="VisionZip (2412.04467)",
     ),
     "joint_keys": SignalInfo(
@@ -420,7 +420,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_global": SignalInfo(
         source="decoder layer",
         shape=("N",),
-        meaning="Attention that the mean of all states up to the image's last token pays to each "
+        meaning="Attention that the mean of all queries up to the image's last token pays to each "
         "entry, without rotation, softmax over these states, mean over heads, in the layer after "
         "the cut.",
         paper="PACT (2504.08966)",

@@ -47,7 +47,16 @@ _Against = Annotated[
 ]
 
 
-_Out = Annotated[Path, typer.Option(metavar="FILE", help="File for the figures, .csv or .parquet.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File for the figures, .csv or .parquet. [default: a new file in runs/]",
+    ),
+]
+
+
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 
 
 @app.command(cls=ManyValues)
@@ -56,7 +65,8 @@ def benchmark(
     quick_run: _Quick = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     against: _Against = None,
-    out: _Out = Path("runs/benchmarks.csv"),
+    out: _Out = None,
+    force: _Force = False,
 ) -> None:
     """Measure what selecting tokens and comparing methods cost, as ratios.
 
@@ -70,14 +80,20 @@ def benchmark(
 
         quiet()
         request = BenchmarkRequest(
-            only=only or BENCHMARKS, quick=quick_run, device=device, against=against, out=out
+            only=only or BENCHMARKS,
+            quick=quick_run,
+            device=device,
+            against=against,
+            out=out,
+            force=force,
         )
         with progress() as bar:
             outcome = run(request, bar)
         console = Console()
         for name, group in outcome.tables["figures"].groupby("benchmark", sort=False):
             _show(console, str(name), group)
-        console.print(f"Written to {out}.", soft_wrap=True, highlight=False, markup=False)
+        path = outcome.folder / outcome.files[0]
+        console.print(f"Written to {path}.", soft_wrap=True, highlight=False, markup=False)
         if "changes" in outcome.tables:
             _show_changes(console, outcome.tables["changes"], against)
     raise typer.Exit(FAILED if outcome.status == "failed" else OK)
@@ -85,10 +101,11 @@ def benchmark(
 
 def _show(console: Console, name: str, group: pd.DataFrame) -> None:
     shown = new_table(title=name)
-    for column, justify in (("case", "left"), ("figure", "left"), ("value", "right")):
-        shown.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    shown.add_column("goal", justify="right", no_wrap=True)
-    shown.add_column("", no_wrap=True)
+    for column in ("case", "figure"):
+        shown.add_column(column, prose=True)
+    shown.add_column("value", justify="right")
+    shown.add_column("goal", justify="right", value=1)
+    shown.add_column("")
     before = None
     for row in group.itertuples():
         sign = "≤" if row.better == "low" else "≥"
@@ -106,8 +123,12 @@ def _show_changes(console: Console, moved: pd.DataFrame, against: Path | None) -
         console.print(f"No figure changed by more than 10 % since {against}.", soft_wrap=True)
         return
     shown = new_table(title=f"Since {against}")
-    for column in ("benchmark", "case", "figure", "earlier", "now", ""):
-        shown.add_column(column, overflow="fold")
+    shown.add_column("benchmark", value=1)
+    for column in ("case", "figure"):
+        shown.add_column(column, prose=True)
+    shown.add_column("earlier", value=2)
+    for column in ("now", ""):
+        shown.add_column(column)
     for row in moved.itertuples():
         verdict = "WORSE" if row.worse else "better"
         shown.add_row(

@@ -18,6 +18,7 @@ from tokenprune.experiments.common.files import check_file
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.provenance import environment
 from tokenprune.experiments.common.request import Request
+from tokenprune.experiments.common.result_folder import free_path
 from tokenprune.models.checkpoints import device_of
 from tokenprune.progress import ProgressCallback, silent
 
@@ -32,7 +33,8 @@ class BenchmarkRequest(Request):
     """What to measure.
 
     Attributes:
-        out: A CSV or parquet file for the figures; None for one in ``runs/``.
+        out: A CSV or parquet file for the figures; None for a new one in ``runs/``.
+        force: Whether to replace ``out`` if it exists.
         only: Which of `BENCHMARKS`.
         quick: Toy sizes, to check that everything runs; the figures are meaningless.
         device: ``cpu`` or ``cuda``.
@@ -43,6 +45,7 @@ class BenchmarkRequest(Request):
     quick: bool = False
     device: str = "cpu"
     against: Path | None = None
+    force: bool = False
 
 
 def run(request: BenchmarkRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -57,12 +60,12 @@ def run(request: BenchmarkRequest, progress: ProgressCallback = silent) -> Outco
         UserError: An unknown benchmark, a device that does not exist, or a file that cannot be read
             or written.
     """
-    path = request.out or Path("runs/benchmarks.csv")
+    path = request.out or free_path(Path("runs/benchmarks.csv"))
     for name in request.only:
         if name not in BENCHMARKS:
             raise unknown("benchmark", name, BENCHMARKS)
     device_of(request.device)
-    check_file(path)
+    check_file(path, new=not request.force)
     earlier = table(request.against) if request.against is not None else None
     rows: list[dict[str, Any]] = []
     for done, name in enumerate(request.only):

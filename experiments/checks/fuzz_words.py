@@ -399,7 +399,9 @@ class Options(Area):
                 ("benchmark", "--quick", f"--against={rng.choice([nowhere, 'file', 'empty'])}"),
                 ("masks", rng.choice([nowhere, "file", "empty"]), "-m", "uniform"),
                 ("masks", f"{nowhere}.png", "What?"), ("masks", "--video", "empty"),
-                ("positional-bias", rng.choice([nowhere, "file", "empty"])),
+                *((name, path, "--prompt=What?")
+                  for name in ("positional-bias", "complementarity", "crop-importance", "masks")
+                  for path in (nowhere, "file", "empty", "empty/*", "x/**/*.png", "a.jsonl")),
                 ("pairs", self.run, f"--kind={rng.choice(['../../x', 'nope', '/', ' '])}"),
                 ("pairs", self.run, "-m", rng.choice(["nope", "fastv:", "uniform@0.5"])),
                 ("table",), ("report",), ("pairs",), ("audit",), ("convert",), ("nope",),

@@ -26,6 +26,7 @@ __all__ = [
     "Picture",
     "Question",
     "check_placeholders",
+    "check_text",
     "fingerprint",
     "held_out",
     "normalise",
@@ -95,7 +96,7 @@ class Question:
         id: Unique in a data set.
         images: In the order in which the model receives them; for a video, its frames.
         question: The text.
-        answer: The true answer.
+        answer: The true answer; empty if unknown.
         kind: The category by which accuracies are broken down.
         video: Whether the images are the frames of a video.
         place: The spot in a single image that shows the answer, (x, y) as shares of width and
@@ -179,6 +180,8 @@ def read_jsonl(
     *,
     check_images: bool = True,
     keep_faulty: bool = False,
+    prompt: str | None = None,
+    needs_answers: bool = True,
 ) -> list[Question]:
     """The questions of a JSON-lines file, the first ``count`` of them or all.
 
@@ -195,6 +198,8 @@ def read_jsonl(
         check_images: Whether to decode the images; otherwise they may be missing.
         keep_faulty: Whether to record a missing or broken image in `Question.fault` instead of
             raising, so that the other questions can be asked.
+        prompt: The question of lines without one; None if every line needs its own.
+        needs_answers: Whether every line needs a true answer; otherwise it may be unknown.
 
     Raises:
         UserError: The file cannot be read or is empty, a line is malformed (its number is given),
@@ -210,7 +215,7 @@ def read_jsonl(
         if len(questions) == count:
             break
         try:
-            item = _question(line, number, pictures)
+            item = _question(line, number, pictures, prompt, needs_answers)
             if item.id in seen:
                 raise UserError(f"the id {item.id!r} is already used on line {seen[item.id]}.")
         except UserError as error:
@@ -291,8 +296,10 @@ class _Pictures:
         return found
 
 
-def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
-    """Parse one line."""
+def _question(
+    line: bytes, number: int, pictures: _Pictures, prompt: str | None, needs_answers: bool
+) -> Question:
+    """Parse one line; ``prompt`` and ``needs_answers`` as of `read_jsonl`."""
     try:
         fields = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
@@ -309,7 +316,8 @@ def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
         raise UserError(f"lists or objects are nested too deeply; {_FIELDS}.") from None
     if not isinstance(fields, dict):
         raise UserError(f"expected an object, got {type(fields).__name__}; {_FIELDS}.")
-    missing = [name for name in ("question", "answer") if name not in fields]
+    needed = ["question"] * (prompt is None) + ["answer"] * needs_answers
+    missing = [name for name in needed if name not in fields]
     given = [name for name in ("image", "images", "video") if name in fields]
     if not given:
         missing.insert(0, "image")
@@ -328,14 +336,14 @@ def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
     if kind == OVERALL:
         raise UserError(f"the kind {kind!r} stands for all questions together; choose another.")
     for path in paths:
-        _check_text("a path", path)
+        check_text("a path", path)
     images = tuple(pictures.get(path) for path in paths)
     fault = pictures.fault(images, video="video" in fields)
     return Question(
         id=_text(fields, "id", f"line-{number}"),
         images=images,
-        question=_text(fields, "question", allowed=_LAYOUT),
-        answer=_text(fields, "answer", allowed=_LAYOUT),
+        question=_text(fields, "question", prompt, allowed=_LAYOUT),
+        answer=_text(fields, "answer", allowed=_LAYOUT) if "answer" in fields else "",
         kind=kind,
         video="video" in fields,
         place=_place(fields.get("place")),
@@ -374,11 +382,11 @@ def _text(fields: dict[str, Any], name: str, default: str | None = None, allowed
         raise UserError(
             f"{name!r} must be a non-empty text or a finite number, got {_short(value)}."
         )
-    _check_text(repr(name), value, allowed)
+    check_text(repr(name), value, allowed)
     return value
 
 
-def _check_text(what: str, value: str, allowed: str = "") -> None:
+def check_text(what: str, value: str, allowed: str = "") -> None:
     """Raise `UserError` for lone surrogates and for control characters."""
     if not is_whole(value):
         raise UserError(

@@ -27,7 +27,13 @@ import pandas as pd
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import write_csv
-from tokenprune.experiments.common.files import check_writable, replace_file, sweep, try_lock
+from tokenprune.experiments.common.files import (
+    check_writable,
+    replace_file,
+    sweep,
+    try_lock,
+    writing,
+)
 
 __all__ = [
     "IMAGE_FREE",
@@ -37,6 +43,7 @@ __all__ = [
     "asked_for",
     "folder_name",
     "manifests",
+    "stored_path",
 ]
 
 
@@ -83,6 +90,8 @@ class RunFolder:
                 a run's, or another process is working in it.
         """
         check_writable(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
             manifest = _manifest(path)
@@ -224,28 +233,42 @@ def folder_name(experiment: Mapping[str, Any]) -> str:
 def asked_for(request: Any, folder: Path) -> dict[str, Any]:
     """The command line and the request, a dataclass, as entries of a manifest.
 
-    In the request, paths in the working directory or beside the run's ``folder`` are relative to
-    the folder, so that both can move.  In the command, paths are relative to the working directory.
+    Paths of the request are stored as by `stored_path`.  In the command, paths are relative to the
+    working directory.
     """
-    here, home = Path.cwd(), Path(os.path.abspath(folder))
 
     def entry(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [entry(one) for one in value]
-        if not isinstance(value, Path):
-            return value
-        whole = os.path.abspath(value)
-        shared = Path(os.path.commonpath([whole, home]))
-        if shared.is_relative_to(here) or shared.is_relative_to(home.parent):
-            return Path(os.path.relpath(whole, home)).as_posix()
-        return whole
+        return stored_path(value, folder) if isinstance(value, Path) else value
 
+    here = Path.cwd()
     words = [
         Path(sys.argv[0]).name,
         *(word.replace(f"{here}{os.sep}", "") for word in sys.argv[1:]),
     ]
     asked = {name: entry(value) for name, value in dataclasses.asdict(request).items()}
     return {"command": words, "request": asked}
+
+
+def stored_path(path: Path, folder: Path) -> str:
+    """``path`` as the manifest of the run in ``folder`` stores it.
+
+    Paths in the working directory or beside the folder are relative to the folder, so that both can
+    move; others are absolute.  Symbolic links on the way are followed, since ``..`` leads out of
+    their target.
+    """
+    whole, home, here = _followed(path), os.path.realpath(folder), os.path.realpath(".")
+    shared = Path(os.path.commonpath([whole, home]))
+    if shared.is_relative_to(here) or shared.is_relative_to(os.path.dirname(home)):
+        return Path(os.path.relpath(whole, home)).as_posix()
+    return whole
+
+
+def _followed(path: Path) -> str:
+    """The absolute path of ``path`` whose folder, but not itself, is without symbolic links."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(parent), name)
 
 
 def _differences(

@@ -15,6 +15,7 @@ from tokenprune.experiments.common.deadline import check_time_limit
 from tokenprune.experiments.common.files import check_writable
 from tokenprune.experiments.common.grid import ALL, cells
 from tokenprune.experiments.common.limits import check_lengths, check_number, with_long_ones
+from tokenprune.experiments.common.own_images import with_answers
 from tokenprune.experiments.common.questions import (
     MODALITIES,
     Picture,
@@ -54,20 +55,28 @@ class Setting:
 
 
 def prepare(
-    request: QuestionRequest, progress: ProgressCallback = silent, *, keep_faulty: bool = False
+    request: QuestionRequest,
+    progress: ProgressCallback = silent,
+    *,
+    keep_faulty: bool = False,
+    needs_answers: bool = True,
 ) -> Setting:
     """Check the request, read the questions and load the model.
 
     Args:
         request: The request.
         progress: Called before every step.
-        keep_faulty: As in `questions.read_jsonl`.
+        keep_faulty: As in `own_images.own_questions`.
+        needs_answers: Whether all true answers must be known; otherwise, all or none.
 
     Raises:
         UserError: As `compare`.
     """
     check_writable(request.out or Path("runs"))
-    questions = checked_questions(request, progress, keep_faulty=keep_faulty)
+    questions = checked_questions(
+        request, progress, keep_faulty=keep_faulty, needs_answers=needs_answers
+    )
+    with_answers(questions)
     return Setting(load_model(request, progress), questions)
 
 
@@ -141,7 +150,11 @@ def with_faults_noted(setting: Setting, new: int) -> list[Question]:
 
 
 def checked_questions(
-    request: QuestionRequest, progress: ProgressCallback, *, keep_faulty: bool = False
+    request: QuestionRequest,
+    progress: ProgressCallback,
+    *,
+    keep_faulty: bool = False,
+    needs_answers: bool = True,
 ) -> list[Question]:
     """The questions of ``request``, after the checks that need no model."""
     for name in ("questions", "batch_size", "max_new_tokens", "seed"):
@@ -152,7 +165,7 @@ def checked_questions(
     if isinstance(request, CompareRequest):
         _check_cells(request)
     progress(0, 0, "checking the questions")
-    return questions_for(request, keep_faulty=keep_faulty)
+    return questions_for(request, keep_faulty=keep_faulty, needs_answers=needs_answers)
 
 
 def _check_cells(request: CompareRequest) -> None:

@@ -18,7 +18,7 @@ from tokenprune.errors import UserError
 from tokenprune.registry import adapters
 from tokenprune.spec import create, parse
 from tokenprune.testing.asserting import Check
-from tokenprune.testing.host import DECODERS, RETENTION, example, hosts
+from tokenprune.testing.host import DECODERS, RETENTION, every_host, example
 from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run
 from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 
@@ -131,7 +131,7 @@ def test_only_what_needs_a_text_tower_runs_with_other_options_than_its_defaults(
 def test_adapters_are_discovered() -> None:
     assert "LLaVA-NeXT" in adapters.names()
     speaking = {name for name in adapters.names() if adapters.get(name).has_language_model}
-    assert {host.name for host in hosts()} == speaking
+    assert {host.name for host in every_host()} == speaking
 
 
 def test_chain_refuses_the_wrong_order() -> None:

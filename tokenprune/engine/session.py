@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -38,7 +38,7 @@ from tokenprune.adapter import ModelLike, adapter_of
 from tokenprune.compatibility import check_compatible, check_length
 from tokenprune.compressor import Compressor
 from tokenprune.deprecated import renamed_arguments
-from tokenprune.engine.arguments import Kwargs, argument, asked
+from tokenprune.engine.arguments import Kwargs, argument, arguments, asked
 from tokenprune.engine.cache import (
     CACHE,
     refuse_beyond_window,
@@ -47,6 +47,7 @@ from tokenprune.engine.cache import (
     window_of,
 )
 from tokenprune.engine.decoder import LayerSignals, Once
+from tokenprune.engine.deepstack import DEEPSTACK, added
 from tokenprune.engine.dropping import PROMPT, Memory, cut, shorten, surroundings
 from tokenprune.engine.forward import Given, Pass, Span
 from tokenprune.engine.guard import Guard, Ours, bypassed, eagerly, plain_copies, shadowed
@@ -54,7 +55,7 @@ from tokenprune.engine.plan import Plan, check_rows
 from tokenprune.engine.prefix import Prefix, Repetition
 from tokenprune.engine.spans import find_spans, refuse_missing_images, warn_of_embeds
 from tokenprune.engine.trace import Trace
-from tokenprune.engine.vision import encoded, observing
+from tokenprune.engine.vision import encoded, levels_of, observing
 from tokenprune.errors import UserError
 from tokenprune.signals import Signal
 from tokenprune.spec import parse
@@ -124,10 +125,10 @@ def compress(
     extra_signals = frozenset(extra_signals)
     for one in {id(one): one for one in rows if one is not None}.values():
         check_compatible(facts, one, extra_signals)
+    trace, plan = Trace(adapter.fit), Plan(adapter, rows, extra_signals)
     if len(rows) > 1:
-        check_rows(rows)
-    trace = Trace(adapter.fit)
-    session = Session(Plan(adapter, rows, extra_signals), prefix, trace)
+        check_rows(plan)
+    session = Session(plan, prefix, trace)
     whole = model if isinstance(model, nn.Module) else adapter.model
     with _alone(adapter.base), eagerly(whole), session.installed():
         yield trace
@@ -207,6 +208,7 @@ class Session(threading.local):
                 if self.prefix is not None
                 else nullcontext() as self.repeating,
                 guard.watching(),
+                self._deepstack(),
                 plain_copies([*guard.modules, *adapter.language_model.modules()]),
             ):
                 yield
@@ -216,6 +218,14 @@ class Session(threading.local):
             self.current = self.reported = None
             self.memory.clear()
             self.forget()
+
+    def _deepstack(self) -> AbstractContextManager[None]:
+        """While open, features that the model adds after its first layers follow the cuts."""
+        language = self.adapter.language_model
+        if not hasattr(language, DEEPSTACK):
+            return nullcontext()
+        add = functools.partial(added, lambda: self.current, getattr(language, DEEPSTACK))
+        return shadowed(language, DEEPSTACK, add)
 
     def _hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         """Modules and the hooks that run in front of them."""
@@ -268,6 +278,7 @@ class Session(threading.local):
                 f"the arguments of {type(module).__name__}.forward were replaced by ones without a "
                 "name, so that input_ids cannot be found; call it with input_ids=..."
             )
+        self.adapter.check_inputs(arguments(module, args, kwargs))
         outputs = argument(module, args, kwargs, "mm_encoder_outputs") or {}
         for modality, calls in self.seen.items():
             calls.clear()
@@ -280,7 +291,10 @@ class Session(threading.local):
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
         # Beam search turns features into plain lists, which the model cannot flatten.
-        joined = {name: encoded(outputs[name].pooler_output) for name in plain}
+        joined = {
+            name: encoded(outputs[name].pooler_output, levels_of(outputs[name]) or ())
+            for name in plain
+        }
         return args, {**kwargs, "mm_encoder_outputs": {**outputs, **joined}}
 
     def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
@@ -400,7 +414,7 @@ class Session(threading.local):
             with self.trace.around():
                 embeds = shorten(plan, self.memory, state, step, embeds, changed)
         if any(plan.before):
-            numbered = any(part.keeps_positions for parts in plan.before for part in parts)
+            numbered = any(plan.keeps_positions(part) for parts in plan.before for part in parts)
             left = state.width if numbered else max(state.prompts.left)
             check_length(plan.sizes.facts, left, what="the compressed prompt")
         for span in state.spans:

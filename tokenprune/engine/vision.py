@@ -7,6 +7,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -41,7 +42,7 @@ __all__ = [
     "describe",
     "encode",
     "encoded",
-    "fingerprint",
+    "levels_of",
     "observing",
     "watched",
 ]
@@ -65,6 +66,18 @@ _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 _making = threading.Lock()
 
+_encoding: ContextVar[frozenset[nn.Module]] = ContextVar("tokenprune_encoding", default=frozenset())
+
+
+@contextmanager
+def _alone(base: nn.Module) -> Iterator[None]:
+    """While open, encoder methods that ``base`` calls in this thread are not observed."""
+    token = _encoding.set(_encoding.get() | {base})
+    try:
+        yield
+    finally:
+        _encoding.reset(token)
+
 
 class Ragged(list[Tensor]):
     """Features (N_i, D) of several videos, in place of the stack (V, N, D) of the model.
@@ -82,11 +95,29 @@ class Ragged(list[Tensor]):
         return torch.cat(self).to(*args, **kwargs)
 
 
-def encoded(features: Iterable[Tensor]) -> BaseModelOutputWithPooling:
-    """``features`` of images or videos in the form that the model's encoder returns."""
+def encoded(
+    features: Iterable[Tensor], levels: Sequence[Sequence[Tensor]] = ()
+) -> BaseModelOutputWithPooling:
+    """``features`` of images or videos in the form that the model's encoder returns.
+
+    Args:
+        features: (N, D) of every image or video.
+        levels: For each of them, features (N, D) that the model adds after its first decoder
+            layers, layer by layer.
+    """
     output = BaseModelOutputWithPooling()
     output.pooler_output = Ragged(features)  # type: ignore[assignment]
+    # `generate` repeats this attribute for beams, and Qwen3-VL reads it.
+    deep = [[*each] for each in zip(*levels, strict=True)]
+    if deep:
+        output.deepstack_features = deep
     return output
+
+
+def levels_of(output: Any) -> list[tuple[Tensor, ...]] | None:
+    """The ``levels`` of `encoded` in the output of an encoder, or None if there are none."""
+    deep = getattr(output, "deepstack_features", None)
+    return None if deep is None else [*zip(*deep, strict=True)]
 
 
 @contextmanager
@@ -133,7 +164,7 @@ def watched(
         signals, enter, encoder, prompts: As in `observing`.
     """
     wanted = frozenset(signal for signal in signals if not signal.in_llm)
-    original = getattr(adapter.base, adapter.encoders[modality])
+    original: Any = getattr(adapter.base, adapter.encoders[modality])
     if isinstance(original, Ours):
         original = original.original  # contexts do not nest
     signature = inspect.signature(original)
@@ -142,6 +173,8 @@ def watched(
 
     @functools.wraps(original, updated=())  # generate reads the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
+        if adapter.base in _encoding.get():  # Qwen3-VL encodes videos by its method for images
+            return original(*args, **kwargs)
         seen = None if enter is None else enter()[modality]
         notes = {name: kwargs.pop(name) for name in adapter.notes if name in kwargs}
         if adapter.reads_prompt and modality in prompts():
@@ -153,6 +186,7 @@ def watched(
         layouts = adapter.layouts(call, modality)  # refuses bad input before anything is computed
         with lock:
             with (
+                _alone(adapter.base),
                 running(adapter, encoder, call, modality) as tower,
                 _tapped(adapter, wanted, tower) as maps,
                 resident(adapter.base),  # the encoder reads the separator outside a forward
@@ -161,7 +195,8 @@ def watched(
             features = _regrouped(output.pooler_output, layouts)
             with without_autocast(features[0].device):
                 rows = maps()
-            records = describe(adapter, call, features, rows, modality, tower, layouts)
+            levels = levels_of(output)
+            records = describe(adapter, call, features, rows, modality, tower, levels, layouts)
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
         if type(output.pooler_output) is not list or len(output.pooler_output) != len(features):
@@ -211,7 +246,7 @@ def _tapped(
 
         def computed(signal: Signal) -> Tensor:
             if signal.info.source == "projector":
-                return inputs[-1]
+                return adapter.unprojected(inputs[-1])
             if signal.needs_head:
                 return rows[-1] if tower is None else of_patches(rows[-1], None)
             if signal.layer not in tapped:
@@ -269,6 +304,7 @@ def describe(
     maps: Mapping[Signal, Tensor],
     modality: str,
     tower: Tower | None = None,
+    levels: Sequence[tuple[Tensor, ...]] | None = None,
     layouts: Sequence[TokenLayout] | None = None,
 ) -> list[VisualTokens]:
     """The records of every image or video of one encoder call.
@@ -279,18 +315,19 @@ def describe(
         features: For every image or video (N, D).
         maps: Signal to (all views, patches), or (all views, patches, C) for a vector.
         modality: A key of `Adapter.encoders`.
+        levels: For every image or video, features (N, D) that the model adds after its first
+            decoder layers.
         tower: The run of the vision encoder, if a method acted inside it.
         layouts: Layouts of the images or videos, if they are known.
     """
     layouts = adapter.layouts(call, modality) if layouts is None else layouts
     clusters = tower.clusters([*layouts], adapter.view_shape) if tower is not None else None
-    views = [layout.views for layout in layouts]
-    packed = {}
+    packed, views = {}, [layout.views for layout in layouts]
     for signal, values in maps.items():
         wide = values if signal.is_vector else values[..., None]
-        rows = adapter.pack(list(wide.split(views)), call, modality)
+        rows = adapter.pack(adapter.by_image(wide, layouts), call, modality)
         packed[signal] = rows if signal.is_vector else [row.squeeze(-1) for row in rows]
-    projector = adapter.projector if any(s.name == "unprojected" for s in maps) else None
+    project = adapter.project if any(s.name == "unprojected" for s in maps) else None
     return [
         VisualTokens(
             layout=layout,
@@ -298,27 +335,11 @@ def describe(
             # that carries it.
             features=feature.detach(),
             signals={signal: values[index] for signal, values in packed.items()},
-            fingerprint=fingerprint(call, index, sum(views[:index])),
-            projector=projector,
+            fingerprint=adapter.pixels_of(call, modality, index, sum(views[:index])),
+            projector=project,
+            levels=() if levels is None else levels[index],
             clusters=clusters[index] if clusters is not None else None,
             encoding=tower.encoding if tower is not None else None,
         )
         for index, (layout, feature) in enumerate(zip(layouts, features, strict=True))
     ]
-
-
-def fingerprint(call: Mapping[str, Any], index: int, first_view: int) -> Tensor:
-    """Some pixels of an image's first view or of a video's frames, the same in every batch.
-
-    Args:
-        call: The arguments of an encoder call.
-        index: Index of the image or video in the call.
-        first_view: Number of views of the images before it.
-    """
-    if "pixel_values_videos" in call:
-        view = call["pixel_values_videos"][index]
-    else:
-        pixels = call["pixel_values"]
-        view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
-    sample: Tensor = view[..., ::7, ::7]
-    return sample

@@ -26,6 +26,7 @@ __all__ = [
     "ROWS",
     "Host",
     "Row",
+    "every_host",
     "example",
     "hosts",
     "refusal",
@@ -51,7 +52,7 @@ class Row(NamedTuple):
     Attributes:
         sizes: (height, width) of its images.
         text: Number of ids after the images and videos.
-        frames: Frames of each of its videos, which follow the images if the model takes videos.
+        frames: Views of each of its videos, which follow the images if the model takes videos.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -94,7 +95,7 @@ class Host:
         if attention is not None:
             model.set_attn_implementation(attention)
         if window is not None:
-            adapter_of(model).language_model.config.sliding_window = window
+            _slide(adapter_of(model).language_model, window)
         return Host(adapter_of(model.to(dtype)), self.name, self.decoder)
 
     @property
@@ -106,6 +107,17 @@ class Host:
     def placeholders(self) -> list[int]:
         """Ids that stand for visual tokens."""
         return [*self.adapter.facts.placeholders.values()]
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether position ids have a time, a row and a column."""
+        return bool(self.adapter.facts.decoder.position_scheme == "multimodal-rotary")
+
+    def keeps_positions(self, part: Compressor) -> bool:
+        """Whether tokens that ``part`` keeps keep their position ids in this model."""
+        if self.multimodal:
+            return part.position_ids != "compact"
+        return part.keeps_positions
 
     def layouts(self, row: int) -> list[TokenLayout]:
         """Layouts of the images of a prompt, then of its videos."""
@@ -158,6 +170,7 @@ class Host:
             mask.append(pad + real if side == "left" else real + pad)
         dtype = self.model.dtype
         result = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        result |= self.adapter.prompt_arguments(result["input_ids"])
         media = [self.media(row) for row in rows]
         for modality in self.adapter.encoders:
             some = [found[modality] for found in media if modality in found]
@@ -191,6 +204,17 @@ class Host:
         return out
 
 
+def _slide(language: Any, window: int) -> None:
+    """Let the last half of the layers of a decoder that can slide attend within ``window``."""
+    config = language.config
+    if hasattr(config, "max_window_layers"):
+        half = config.num_hidden_layers // 2
+        config.layer_types = ["full_attention"] * half + ["sliding_attention"] * half
+        language.has_sliding_layers = True
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = window
+
+
 def _batched(parts: Sequence[Inputs]) -> Inputs:
     """Encoder inputs as one batch; images with fewer views are padded with zeros."""
     if not parts:
@@ -212,9 +236,25 @@ def tiny_host(name: str, decoder: str, seed: int = 0) -> Host:
 
 
 def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
-    """A tiny model for every registered adapter with a language model, and every decoder."""
-    families = [name for name in adapters.names() if adapters.get(name).has_language_model]
-    return [tiny_host(name, decoder) for name in families for decoder in decoders]
+    """A tiny model for every registered family, and every decoder that the family can have.
+
+    Families whose decoder has a type of its own are in `every_host` only.
+    """
+    return [
+        tiny_host(name, decoder)
+        for name in _families()
+        for decoder in decoders
+        if decoder in adapters.get(name).decoders
+    ]
+
+
+def every_host() -> list[Host]:
+    """One tiny model for every registered family with a language model."""
+    return [tiny_host(name, adapters.get(name).decoders[0]) for name in _families()]
+
+
+def _families() -> list[str]:
+    return [name for name in adapters.names() if adapters.get(name).has_language_model]
 
 
 def refusal(host: Host, compressor: Compressor) -> str:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, cut_layer
 from tokenprune.encoder import EncoderCompressor, encoder_part
-from tokenprune.engine.vision import fingerprint
 from tokenprune.layout import TokenLayout, unpadded_box
 from tokenprune.signals import Signal
 from tokenprune.testing.host import ROWS, Host
+from tokenprune.testing.reference_native import native_image, numbered
 from tokenprune.testing.reference_tower import (
     clusters_by_hand,
     features_by_hand,
     signal_by_hand,
     tower_by_hand,
 )
+from tokenprune.testing.reference_views import tiled_by_hand, vision_signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
@@ -38,7 +39,8 @@ class Reference(NamedTuple):
     Attributes:
         columns: (M,) columns of prompt and answer that remain at the end.
         logits: (M, vocabulary) at these columns.
-        positions: For every decoder layer, (m,) position ids of the tokens that it processes.
+        positions: For every decoder layer, (m,) position ids of the tokens that it processes, or
+            (3, m) with multimodal positions.
         kept: For every selection, in the order of parts and images, the kept indices into the
             image's full packed sequence.
         states: For every decoder layer, (m,) columns that it processes and (m, D) its output; for
@@ -87,7 +89,8 @@ def reference(
             prompt.cut(part)
     prompt.enter()
     inside = [part for part in parts if part.cuts]
-    if not inside and torch.equal(prompt.positions, torch.arange(len(prompt.positions))):
+    plain = host.multimodal or torch.equal(prompt.positions, torch.arange(len(prompt.positions)))
+    if not inside and plain:
         return prompt.run_plainly()
     return prompt.run(inside)
 
@@ -165,7 +168,8 @@ class _Prompt:
 
     Attributes:
         hidden: (M, D) embeddings or hidden states of the remaining columns.
-        columns, positions: (M,) these columns, and their position ids.
+        columns, positions: (M,) these columns, and their position ids, or (3, M) with multimodal
+            positions.
         images: The remaining tokens of every image.
         places: For every image, the columns of these tokens.
         whole: For every image, the indices of these tokens in its full packed sequence.
@@ -197,8 +201,12 @@ class _Prompt:
             self.hidden[place] = tokens.features
         self.whole = [torch.arange(len(tokens)) for tokens in self.images]
         self.last = [int(place[-1]) for place in self.places]
+        self.layouts, self.full = [one.layout for one in self.images], [*self.places]
+        if host.multimodal:
+            self.positions = self._numbered()
         self.sizes = torch.ones(len(ids))
         self.kept: list[Tensor] = []
+        self.merged: dict[int, list[Tensor]] = {}
         self.ran: list[_Layer] = []
 
     def hide(self, columns: Sequence[int], counted: bool) -> None:
@@ -209,7 +217,8 @@ class _Prompt:
             self.images[index] = self.images[index].take(self.whole[index])
             self.places[index] = place[there[place]]
         self.hidden, self.columns = self.hidden[there], self.columns[there]
-        self.positions = self.columns if counted else torch.arange(len(self.columns))
+        if not self.host.multimodal:
+            self.positions = self.columns if counted else torch.arange(len(self.columns))
         # Gaps in the position ids.  The first cut that renumbers them closes the gaps.
         self.gaps = (~there).cumsum(0) * int(counted)
         self.visual = torch.cat(self.places) if self.places else self.columns[:0]
@@ -246,19 +255,33 @@ class _Prompt:
             chosen = part(tokens)
             if chosen.features is not None:
                 self.hidden[slots[chosen.keep]] = chosen.features
+            if chosen.merging is not None:
+                levels = [chosen.merging(level) for level in tokens.levels]
+                self.merged[index] = [one.clone() for one in levels]
             if chosen.sizes is not None:
                 self.sizes[self.places[index][chosen.keep]] = chosen.sizes
             stays[slots] = False
             stays[slots[chosen.keep]] = True
             self._keep(index, tokens, chosen.keep)
-        if not part.keeps_positions and not stays.all():
+        closes = not self.host.keeps_positions(part) and not bool(stays.all())
+        if closes and not self.host.multimodal:
             self.positions = self.positions - (~stays).cumsum(0) - self.gaps[self.columns]
             self.gaps.zero_()
         self.hidden, self.columns = self.hidden[stays], self.columns[stays]
-        self.positions = self.positions[stays]
+        self.positions = self.positions[..., stays]
+        if closes and self.host.multimodal:
+            self.positions = self._numbered()[:, self.columns]
+
+    def _numbered(self) -> Tensor:
+        """(3, S) position ids of all columns if images have the rows and columns that remain."""
+        images = list(zip(self.layouts, self.full, self.whole, strict=True))
+        config = self.adapter.base.config.vision_config
+        return numbered(len(self.prompt), images, getattr(config, "tokens_per_second", 1))
 
     def _keep(self, index: int, tokens: VisualTokens, keep: Tensor) -> None:
         self.images[index] = tokens.take(keep)
+        if index in self.merged:
+            self.images[index] = replace(self.images[index], levels=tuple(self.merged.pop(index)))
         self.places[index] = self.places[index][keep]
         self.whole[index] = self.whole[index][keep]
         self.kept.append(self.whole[index])
@@ -302,8 +325,16 @@ class _Prompt:
 
     def run_plainly(self) -> Reference:
         """Run the unmodified language model on the short prompt."""
+        options: dict[str, Any] = {}
+        if self.host.multimodal:
+            options["position_ids"] = self.positions[:, None]
+        levels = [*zip(*(one.levels for one in self.images), strict=True)]
+        if levels:
+            visual = torch.cat(self.places)
+            options["visual_pos_masks"] = torch.isin(self.columns, visual)[None]
+            options["deepstack_visual_embeds"] = [torch.cat(each) for each in levels]
         out = self.language(
-            inputs_embeds=self.hidden[None], use_cache=False, output_hidden_states=True
+            inputs_embeds=self.hidden[None], use_cache=False, output_hidden_states=True, **options
         )
         made = [(self.columns, one[0]) for one in out.hidden_states[1:]]
         logits = self.host.model.lm_head(out.last_hidden_state[0])
@@ -324,20 +355,22 @@ class _Prompt:
             self.hidden = layer(
                 self.hidden[None],
                 attention_mask=(causal + self.sizes[self.columns].log())[None, None],
-                position_ids=self.positions[None],
+                position_ids=None if self.host.multimodal else self.positions[None],
                 position_embeddings=self._rotary(),
             )[0]
             # A copy, because a cut writes merged tokens into `hidden`.
             made.append((self.columns, self.hidden.clone()))
+            for place, image in zip(self.places, self.images, strict=True):
+                if index < len(image.levels):
+                    self.hidden[torch.isin(self.columns, place)] += image.levels[index]
         last = self.language.norm(self.hidden)
         made[-1] = self.columns, last
         logits = self.host.model.lm_head(last)
         return Reference(self.columns, logits, positions, self.kept, made)
 
     def _rotary(self) -> tuple[Tensor, Tensor]:
-        rotary: tuple[Tensor, Tensor] = self.language.rotary_emb(
-            self.hidden[None], self.positions[None]
-        )
+        positions = self.positions[..., None, :]
+        rotary: tuple[Tensor, Tensor] = self.language.rotary_emb(self.hidden[None], positions)
         return rotary
 
     def _layer(self, layer: nn.Module) -> _Layer:
@@ -373,20 +406,28 @@ def images_by_hand(
         arguments = {name: value for name, value in call.items() if name not in adapter.notes}
         output = getattr(adapter.base, adapter.encoders[modality])(**arguments)
         pixels = call["pixel_values_videos" if modality == "video" else "pixel_values"]
-        if adapter.facts.vision.merge_size > 1:
-            images += _tiled_by_hand(adapter, signals, layouts[modality], pixels, output)
+        if adapter.facts.vision.merge_size > 1 and pixels.ndim == 4:
+            images += tiled_by_hand(adapter, signals, layouts[modality], pixels, output)
             continue
         for index, layout in enumerate(layouts[modality]):
+            if pixels.ndim == 2:
+                patches = pixels.split([4 * len(one) for one in layouts[modality]])[index]
+                made = native_image(adapter, layout, patches, [*signals])
+                images.append(
+                    replace(made, fingerprint=adapter.pixels_of(call, modality, index, 0))
+                )
+                continue
             views = pixels[index, : layout.views] if pixels.ndim == 5 else pixels[index][None]
             size = ROWS[row].sizes[index] if modality == "image" else None
             if part is not None:
                 first = layouts[modality][0].view_sizes[0]
                 made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
-                images.append(replace(made, fingerprint=fingerprint(call, index, index)))
+                found = adapter.pixels_of(call, modality, index, index)
+                images.append(replace(made, fingerprint=found))
                 continue
             maps = {
                 signal: _packed_by_hand(
-                    layout, size, _vision_signal(adapter, signal, views), adapter.view_shape
+                    layout, size, vision_signal(adapter, signal, views), adapter.view_shape
                 )
                 for signal in signals
                 if not signal.in_llm
@@ -396,67 +437,11 @@ def images_by_hand(
                     layout=layout,
                     features=output.pooler_output[index],
                     signals=maps,
-                    fingerprint=fingerprint(call, index, index),
+                    fingerprint=adapter.pixels_of(call, modality, index, index),
                     projector=adapter.base.multi_modal_projector,
                 )
             )
     return images
-
-
-def _tiled_by_hand(
-    adapter: Any,
-    signals: frozenset[Signal],
-    layouts: Sequence[TokenLayout],
-    pixels: Tensor,
-    output: Any,
-) -> list[VisualTokens]:
-    """Images and videos whose views follow each other in ``pixels``; squares of patches merge."""
-    images, first = [], 0
-    for layout in layouts:
-        views = pixels[first : first + layout.views]
-        features = output.pooler_output[first : first + layout.views].flatten(0, 1)
-        maps = {}
-        for signal in signals:
-            if signal.in_llm:
-                continue
-            values = _vision_signal(adapter, signal, views)
-            cells = _merged_cells(values, adapter.view_shape, adapter.facts.vision.merge_size)
-            join = torch.cat if signal.name == "unprojected" else _mean_of
-            maps[signal] = torch.stack([join([*cell]) for view in cells for cell in view])
-        images.append(
-            VisualTokens(
-                layout=layout,
-                features=features,
-                signals=maps,
-                fingerprint=fingerprint({"pixel_values": pixels}, 0, first),
-                projector=adapter.base.multi_modal_projector,
-            )
-        )
-        first += layout.views
-    return images
-
-
-def _merged_cells(values: Tensor, shape: tuple[int, int], side: int) -> list[list[Tensor]]:
-    """For every view, for every token, (side * side, ...) values of its patches, row by row."""
-    rows, cols = shape
-    return [
-        [
-            torch.stack(
-                [
-                    view[(row + down) * cols + col + right]
-                    for down in range(side)
-                    for right in range(side)
-                ]
-            )
-            for row in range(0, rows, side)
-            for col in range(0, cols, side)
-        ]
-        for view in values
-    ]
-
-
-def _mean_of(cell: Sequence[Tensor]) -> Tensor:
-    return torch.stack([*cell]).mean(0)
 
 
 def _encoded_by_hand(
@@ -532,39 +517,6 @@ def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
     return result
 
 
-def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
-    """(V, patches) or (V, patches, C) vision signal, from the full attention matrix."""
-    signal = signal.resolve(adapter.facts.vision.has_cls)
-    index = signal.layer % len(adapter.vision_layers)
-    layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
-    tower = adapter.base.vision_tower(views, output_hidden_states=True)
-    norm = getattr(layer, "layer_norm1", None) or layer.layernorm_before
-    states = norm(tower.hidden_states[index])
-    first = int(adapter.facts.vision.has_cls)
-    if signal.name == "unprojected":
-        chosen: Tensor = tower.hidden_states[adapter.base.config.vision_feature_layer]
-        return chosen[:, first:]
-
-    def heads(name: str) -> Tensor:
-        out = getattr(attention, f"{name}_proj")(states)
-        out = getattr(attention, f"{name}_norm", nn.Identity())(out)
-        split: Tensor = out.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        return split
-
-    query, key = heads("q"), heads("k")
-    if signal.name == "keys":
-        return key.mean(1)[:, first:]
-    if "joint" in signal.name:
-        query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
-    if signal.name == "joint_keys":
-        return key[:, 0, first:]
-    logits: Tensor = query @ key.mT / query.shape[-1] ** 0.5
-    if signal.name == "cls_logits":
-        return logits.mean(1)[:, 0, first:]
-    full = logits.softmax(-1).mean(1)
-    return full[:, 0, first:] if signal.needs_cls else full.mean(1)[:, first:]
-
-
 def _rotation_alone(rotary: tuple[Tensor, Tensor]) -> Tensor:
     """(M, M) products of queries and keys of ones after rotation, over the root of their width."""
     pairs = [part[0][:, : part.shape[-1] // 2] for part in rotary]
@@ -579,6 +531,8 @@ def _decoder_projected(layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
     attention: Any = layer.self_attn
     states = layer.get_submodule("input_layernorm")(hidden)
     out = attention.get_submodule(f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{name}_norm"):
+        out = attention.get_submodule(f"{name}_norm")(out)
     heads: Tensor = out.transpose(0, 1)
     return heads
 
