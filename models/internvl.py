@@ -19,6 +19,7 @@ from tokenprune.facts import VisionFacts
 from tokenprune.layout import TokenLayout
 from tokenprune.models._tiles import grids, views_by_image
 from tokenprune.registry import register_adapter
+from tokenprune.tokens import VisualTokens
 
 TILES = 12  # crops of an image at most, as in the processors of the checkpoints
 
@@ -128,12 +129,13 @@ class InternVL(Adapter):
         if any(frames):
             inputs["pixel_values"].frames = [*frames]
 
-    def spelled(self, layout: TokenLayout, processor: Any) -> str:
+    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
         begin, end = processor.start_image_token, processor.end_image_token
-        views = [begin + processor.image_token * length + end for length in self.runs(layout)]
+        layout = tokens.layout
         if layout.modality == "image":
-            return str(views[0])
-        return "\n".join(f"Frame{index}: {view}" for index, view in enumerate(views, 1))
+            return f"{begin}{processor.image_token * length}{end}"
+        frame = begin + processor.image_token * (length // layout.frames) + end
+        return "\n".join(f"Frame{index + 1}: {frame}" for index in range(layout.frames))
 
     # -- for tests -------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.models.qwen2_5_vl import tiny_tower
 from tokenprune.native import NativeAdapter, rate
 from tokenprune.registry import register_adapter
+from tokenprune.tokens import VisualTokens
 
 
 @register_adapter("Qwen3-VL")
@@ -49,15 +50,15 @@ class Qwen3VL(NativeAdapter):
     def runs(self, layout: TokenLayout) -> list[int]:
         return [*layout.view_sizes]
 
-    def spelled(self, layout: TokenLayout, processor: Any) -> str:
-        if layout.modality != "video":
-            return super().spelled(layout, processor)
+    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
+        if tokens.layout.modality != "video" or not length:
+            return super().spelled(tokens, length, processor)
         step = self.base.config.vision_config.temporal_patch_size
         start, end = processor.vision_start_token, processor.vision_end_token
         text = ""
-        for frame, length in enumerate(layout.view_sizes):
+        for frame, size in enumerate(tokens.layout.view_sizes):
             seconds = (frame * step + (step - 1) / 2) / rate(processor)
-            text += f"<{seconds:.1f} seconds>{start}{processor.video_token * length}{end}"
+            text += f"<{seconds:.1f} seconds>{start}{processor.video_token * size}{end}"
         return text
 
     @classmethod

@@ -31,6 +31,8 @@ from tokenprune.unwrap import unwrapped
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tokenprune.tokens import VisualTokens
+
 __all__ = [
     "Adapter",
     "HasAdapter",
@@ -306,16 +308,6 @@ class Adapter(ABC):
             For every image or video, values (N, C), NaN at separators.
         """
 
-    def encoder_call(self, modality: str, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the encoder, and `notes`, from the output of a processor.
-
-        Args:
-            modality: ``image`` or ``video``.
-            batch: Output of the image processor or of the video processor.
-        """
-        names = self.image_arguments if modality == "image" else self.video_arguments
-        return {name: batch[name] for name in names}
-
     def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         """Values (all views, patches, C) of one encoder call, for every image or video."""
         return list(values.split([layout.views for layout in layouts]))
@@ -345,24 +337,19 @@ class Adapter(ABC):
         """Arguments that go with encoded images and videos in place of their pixels."""
         return {}
 
+    def encoder_call(self, modality: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the encoder, and `notes`, from the output of a processor.
+
+        Args:
+            modality: ``image`` or ``video``.
+            batch: Output of the image processor or of the video processor.
+        """
+        names = self.image_arguments if modality == "image" else self.video_arguments
+        return {name: batch[name] for name in names}
+
     def runs(self, layout: TokenLayout) -> list[int]:
         """Lengths of the runs of placeholders of an image or video, between which there is text."""
         return [len(layout)]
-
-    def annotate(  # noqa: B027 (few families need it)
-        self, inputs: Mapping[str, Any], frames: Sequence[int]
-    ) -> None:
-        """Attach to the inputs of a model what `layouts` cannot find in them otherwise.
-
-        Args:
-            inputs: Inputs of ``model.generate`` and ``model.forward``, as the processor made them.
-            frames: For every image and video, in the order of the prompts, its number of frames; 0
-                for an image.
-        """
-
-    def spelled(self, layout: TokenLayout, processor: Any) -> str:
-        """The placeholders of an image or video in a prompt, as the processor writes them."""
-        return str(getattr(processor, f"{layout.modality}_token")) * len(layout)
 
     def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
         """Options with which the processor takes videos of so many ``frames`` as they are."""
@@ -378,6 +365,27 @@ class Adapter(ABC):
         Args:
             inputs: The arguments, those by position as well.
         """
+
+    def annotate(  # noqa: B027 (few families need it)
+        self, inputs: Mapping[str, Any], frames: Sequence[int]
+    ) -> None:
+        """Attach to the inputs of a model what `layouts` cannot find in them otherwise.
+
+        Args:
+            inputs: Inputs of ``model.generate`` and ``model.forward``, as the processor made them.
+            frames: For every image and video, in the order of the prompts, its number of frames; 0
+                for an image.
+        """
+
+    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
+        """The text that stands for an encoded image or video in a prompt.
+
+        Args:
+            tokens: The image or video.
+            length: Number of placeholders: that of its tokens, or 0 to leave them out.
+            processor: Processor of the model.
+        """
+        return str(getattr(processor, f"{tokens.layout.modality}_token")) * length
 
     def grouped(self, images: list[list[Image]]) -> Any:
         """The images of all prompts, nested as the processor expects them."""

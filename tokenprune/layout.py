@@ -159,8 +159,9 @@ class TokenLayout:
     ) -> TokenLayout:
         """Frames of ``view_shape`` tokens one after the other, and one separator at the end."""
         height, width = view_shape
-        index = torch.arange(frames * height * width + int(newline), device="cpu")
-        separator = index == frames * height * width
+        size = frames * height * width
+        index = torch.arange(size + int(newline), device="cpu")
+        separator = index == size
         none = torch.full_like(index, -1)
         return cls(
             kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.FRAME)),

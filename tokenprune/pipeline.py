@@ -389,8 +389,9 @@ class Pipeline:
         for some, question in zip(encoded, questions(prompts), strict=True):
             words: dict[str, list[str]] = {name: [] for name in self.placeholder_texts}
             for tokens in some:
-                runs = "" if without_images else self.adapter.spelled(tokens.layout, self.processor)
-                words[tokens.layout.modality].append(runs)
+                length = 0 if without_images else len(tokens)
+                spelled = self.adapter.spelled(tokens, length, self.processor)
+                words[tokens.layout.modality].append(spelled)
             text = self.prompt(question, *map(len, words.values()))
             marks = self._marks([text])
             self._check_order(marks, [tokens.layout.modality for tokens in some])

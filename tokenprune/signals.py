@@ -31,7 +31,6 @@ AXES: Mapping[str, str] = {
     "hidden": "width of the language model",
     "kv_width": "key-value heads of a decoder layer times the width of a head",
     "vision_width": "width of the vision encoder",
-    "projector_width": "width of the vision encoder times the patches that become one token",
     "vision_head_width": "width of a head of the vision encoder",
     "joint_width": "width of the space that images and texts share",
 }

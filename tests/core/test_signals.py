@@ -323,7 +323,7 @@ def _encoded(host: Host) -> dict[str, Any]:
         _known[host.name] = [feature.visual for some in outputs for feature in some]
     inputs = host.inputs()
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return text | encoder_outputs([_known[host.name]])
+    return text | encoder_outputs(host.adapter, [_known[host.name]])
 
 
 @pytest.mark.parametrize("row", [0, 2])

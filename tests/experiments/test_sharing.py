@@ -54,7 +54,7 @@ def outcome(host: Host, images: list[Any], rows: tuple[int, ...], *how: Any, **o
     inputs = host.inputs(rows)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with compress(host.model, *how, **options) as trace:
-        ids, logits = host.generate_with_logits(text | encoder_outputs(images))
+        ids, logits = host.generate_with_logits(text | encoder_outputs(host.adapter, images))
     return ids, logits, trace.ledgers, trace.selections
 
 
@@ -197,7 +197,7 @@ def test_without_a_kv_cache_nothing_is_shared(host: Host) -> None:
         made = []
         for how in ({}, {"prefix": prefix}):
             with compress(host.model, one, **how):
-                outputs = encoder_outputs(images)
+                outputs = encoder_outputs(host.adapter, images)
                 made.append(host.generate(text | outputs, use_cache=False))
         assert torch.equal(*made)
     assert not prefix._ran

@@ -196,7 +196,9 @@ def watched(
             with without_autocast(features[0].device):
                 rows = maps()
             levels = levels_of(output)
-            records = describe(adapter, call, features, rows, modality, tower, levels, layouts)
+            records = describe(
+                adapter, call, features, rows, modality, tower, levels=levels, layouts=layouts
+            )
         for feature, record in zip(features, records, strict=True):
             feature.visual = record  # type: ignore[attr-defined]
         if type(output.pooler_output) is not list or len(output.pooler_output) != len(features):
@@ -304,6 +306,7 @@ def describe(
     maps: Mapping[Signal, Tensor],
     modality: str,
     tower: Tower | None = None,
+    *,
     levels: Sequence[tuple[Tensor, ...]] | None = None,
     layouts: Sequence[TokenLayout] | None = None,
 ) -> list[VisualTokens]:
@@ -322,7 +325,8 @@ def describe(
     """
     layouts = adapter.layouts(call, modality) if layouts is None else layouts
     clusters = tower.clusters([*layouts], adapter.view_shape) if tower is not None else None
-    packed, views = {}, [layout.views for layout in layouts]
+    views = [layout.views for layout in layouts]
+    packed = {}
     for signal, values in maps.items():
         wide = values if signal.is_vector else values[..., None]
         rows = adapter.pack(adapter.by_image(wide, layouts), call, modality)

@@ -130,7 +130,7 @@ def vision_products(host: Host) -> Iterator[list[int]]:
             for module in linears
             if isinstance(module, nn.Linear)
         ]
-    for index, layer in [] if handles else enumerate(host.adapter.vision_layers):
+    for index, layer in enumerate([] if handles else host.adapter.vision_layers):
         module = host.adapter.vision_attention(index)
         handles.append(module.register_forward_pre_hook(attention, with_kwargs=True))
         handles += [

@@ -27,7 +27,7 @@ from tokenprune.testing.asserting import (
     kept_in,
 )
 from tokenprune.testing.host import Host
-from tokenprune.testing.reference import images_by_hand
+from tokenprune.testing.reference_vision import images_by_hand
 
 __all__ = [
     "check_compiled",

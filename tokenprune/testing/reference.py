@@ -9,26 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, cut_layer
-from tokenprune.encoder import EncoderCompressor, encoder_part
-from tokenprune.layout import TokenLayout, unpadded_box
+from tokenprune.encoder import encoder_part
 from tokenprune.signals import Signal
-from tokenprune.testing.host import ROWS, Host
-from tokenprune.testing.reference_native import native_image, numbered
-from tokenprune.testing.reference_tower import (
-    clusters_by_hand,
-    features_by_hand,
-    signal_by_hand,
-    tower_by_hand,
-)
-from tokenprune.testing.reference_views import tiled_by_hand, vision_signal
+from tokenprune.testing.host import Host
+from tokenprune.testing.reference_native import numbered
+from tokenprune.testing.reference_vision import images_by_hand
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "BY_HAND",
     "Reference",
-    "images_by_hand",
     "reference",
 ]
 
@@ -392,129 +383,6 @@ class _Prompt:
 
 
 _PROMPT = Signal("llm_prompt")
-
-
-def images_by_hand(
-    host: Host, signals: frozenset[Signal], row: int, part: EncoderCompressor | None = None
-) -> list[VisualTokens]:
-    """The images and videos of a prompt, with signals from full attention matrices."""
-    adapter, images = host.adapter, []
-    layouts = {name: [] for name in adapter.encoders}  # type: dict[str, list[TokenLayout]]
-    for layout in host.layouts(row):
-        layouts[adapter.stream(layout.modality)].append(layout)
-    for modality, call in host.media(row).items():
-        arguments = {name: value for name, value in call.items() if name not in adapter.notes}
-        output = getattr(adapter.base, adapter.encoders[modality])(**arguments)
-        pixels = call["pixel_values_videos" if modality == "video" else "pixel_values"]
-        if adapter.facts.vision.merge_size > 1 and pixels.ndim == 4:
-            images += tiled_by_hand(adapter, signals, layouts[modality], pixels, output)
-            continue
-        for index, layout in enumerate(layouts[modality]):
-            if pixels.ndim == 2:
-                patches = pixels.split([4 * len(one) for one in layouts[modality]])[index]
-                made = native_image(adapter, layout, patches, [*signals])
-                images.append(
-                    replace(made, fingerprint=adapter.pixels_of(call, modality, index, 0))
-                )
-                continue
-            views = pixels[index, : layout.views] if pixels.ndim == 5 else pixels[index][None]
-            size = ROWS[row].sizes[index] if modality == "image" else None
-            if part is not None:
-                first = layouts[modality][0].view_sizes[0]
-                made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
-                found = adapter.pixels_of(call, modality, index, index)
-                images.append(replace(made, fingerprint=found))
-                continue
-            maps = {
-                signal: _packed_by_hand(
-                    layout, size, vision_signal(adapter, signal, views), adapter.view_shape
-                )
-                for signal in signals
-                if not signal.in_llm
-            }
-            images.append(
-                VisualTokens(
-                    layout=layout,
-                    features=output.pooler_output[index],
-                    signals=maps,
-                    fingerprint=adapter.pixels_of(call, modality, index, index),
-                    projector=adapter.base.multi_modal_projector,
-                )
-            )
-    return images
-
-
-def _encoded_by_hand(
-    adapter: Any,
-    part: EncoderCompressor,
-    signals: frozenset[Signal],
-    views: Tensor,
-    layout: TokenLayout,
-    size: tuple[int, int] | None,
-    full: int,
-) -> VisualTokens:
-    """An image whose views, of ``full`` tokens each, ran under an encoder method."""
-    target, shape = budget(full, part.retention), adapter.view_shape
-    runs = [tower_by_hand(adapter, part, view, target) for view in views]
-    projected = adapter.base.multi_modal_projector(features_by_hand(adapter, runs))
-    features = _packed_by_hand(layout, size, projected, shape)
-    if layout.is_separator.any():
-        features[layout.is_separator] = adapter.base.image_newline
-    return VisualTokens(
-        layout=layout,
-        features=features,
-        signals={
-            signal: _packed_by_hand(
-                layout, size, signal_by_hand(adapter, part, signal, runs), shape
-            )
-            for signal in signals
-            if not signal.in_llm
-        },
-        projector=adapter.base.multi_modal_projector,
-        clusters=clusters_by_hand(adapter, layout, runs),
-    )
-
-
-def _packed_by_hand(
-    layout: TokenLayout, size: tuple[int, int] | None, maps: Tensor, view_shape: tuple[int, int]
-) -> Tensor:
-    """(N, ...) maps (views, patches, ...) of an image of ``size`` or a video, NaN at separators."""
-    if maps.ndim == 3:
-        channels = [_packed_by_hand(layout, size, part, view_shape) for part in maps.unbind(-1)]
-        return torch.stack(channels, -1)
-    grids = maps.unflatten(1, view_shape)
-    if size is None:
-        tokens = [_resampled(frame, layout.view_shape).flatten() for frame in grids]
-        return torch.cat([*tokens, torch.tensor([torch.nan])])
-    thumbnail = grids[0].flatten()
-    if layout.grid == (0, 0):
-        return torch.cat(
-            [thumbnail, thumbnail.new_full((len(layout) - len(thumbnail),), torch.nan)]
-        )
-    rows, cols = layout.grid
-    crops = grids[1:].unflatten(0, (rows, cols))
-    canvas = torch.cat([torch.cat([*crops[row]], dim=1) for row in range(rows)], dim=0)
-    top, bottom, left, right = unpadded_box(size, (canvas.shape[0], canvas.shape[1]))
-    canvas = canvas[top:bottom, left:right]
-    if 0 not in canvas.shape:
-        canvas = _resampled(canvas, layout.canvas_shape)
-    separators = canvas.new_full((len(canvas), 1), torch.nan)
-    return torch.cat([thumbnail, torch.cat([canvas, separators], dim=1).flatten()])
-
-
-def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A map (rows, columns) resampled to ``shape``, bilinear between the centres of its cells."""
-    result = grid
-    for axis, size in enumerate(shape):
-        length = grid.shape[axis]
-        places = ((torch.arange(size) + 0.5) * length / size - 0.5).clamp(0, length - 1)
-        low = places.floor().long()
-        high = (low + 1).clamp(max=length - 1)
-        weight = (places - low).unflatten(0, (-1, 1) if axis == 0 else (1, -1))
-        result = (1 - weight) * result.index_select(axis, low) + weight * result.index_select(
-            axis, high
-        )
-    return result
 
 
 def _rotation_alone(rotary: tuple[Tensor, Tensor]) -> Tensor:
