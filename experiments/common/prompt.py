@@ -112,9 +112,10 @@ def prompt_of(
 
     Args:
         model: As for `tokenprune.models.loading.adapter_without_weights`.
-        image_size: (height, width) in pixels, for the adapter's layout.  None is a thumbnail and
-            2x2 full crops **without separators**, as in efficiency tables of papers: 2880 tokens on
-            LLaVA-NeXT.
+        image_size: (height, width) in pixels, for the adapter's layout.  None is
+            `Adapter.usual_layout`: for families with crops a thumbnail and 2x2 full crops **without
+            separators**, as in efficiency tables of papers (2880 tokens on LLaVA-NeXT); otherwise
+            one view (576 tokens on LLaVA-1.5).
         patches: (rows, columns) of a single view without separators, instead of an image size.
         text: Number of text tokens; those tables count none.  Methods that use the question then
             receive `QUESTION` tokens, which are not counted.
@@ -134,9 +135,7 @@ def prompt_of(
         check_length(adapter.facts, math.prod(patches), text)
         layout = TokenLayout.single(patches, newline=False)
     elif image_size is None:
-        rows, cols = adapter.view_shape
-        box = (0, 2 * rows, 0, 2 * cols)
-        layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
+        layout = adapter.usual_layout()
     else:
         layout = adapter.layout(image_size)
     check_length(adapter.facts, len(layout) + text)
