@@ -215,6 +215,8 @@ class _Bench:
         state.spans, state.queries = [span], [text[-1:]]
         state.layers = [ran] * layer + [coming] * (self.shape.layers - layer)  # type: ignore[list-item]
         state.tapped.update(dict.fromkeys(range(layer), (hidden, rotary)))
+        projected = self.layer.self_attn.q_proj(hidden)
+        state.projected.update(dict.fromkeys(range(layer), projected))
         return layer, hidden, rotary, state, span
 
 
