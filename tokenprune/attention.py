@@ -518,8 +518,8 @@ def _largest(queries: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Ten
         # A batched product in bfloat16 on the CPU would copy its operands.
         products = flat[0] @ there[0].T if len(flat) == 1 else flat @ there.transpose(-1, -2)
         logits = torch.add(bias, products.view(-1, *bias.shape).float(), alpha=scaling)
-        for head in logits.softmax(-1):
-            torch.maximum(most, head, out=most)
+        heads = logits.softmax(-1)
+        torch.maximum(most, heads[0] if len(heads) == 1 else heads.amax(0), out=most)
     return most
 
 
