@@ -69,10 +69,13 @@ SPECS = [
     "uniform:position_ids=compact",
     "fastv:position_ids=compact,layer=1",
     "sparsevlm:recycle=1,position_ids=compact",
+    "globalcom2@0.6 + fastv:layer=1@0.6",
 ]
 
 
 def _method(spec: str) -> Any:
+    if "+ " in spec:
+        return parse(spec)
     return example(spec) if ":" not in spec else parse(spec, retention=0.4)
 
 
@@ -126,6 +129,7 @@ def test_experts_take_the_same_path() -> None:
     model = Qwen3VLMoeForConditionalGeneration(made).eval()
     host = Host(Qwen3VL(model), "Qwen3-VL", "qwen3_vl_moe_text")
     assert Pipeline(model, None).adapter.name == "Qwen3-VL"
+    assert host.adapter.facts.decoder.intermediate == 2 * 16
     for spec in ("uniform", "fastv:layer=1"):
         check_equals_reference(_method(spec), host)
 
