@@ -145,6 +145,16 @@ class Adapter(ModelInputs, ABC):
             same_prompt: Whether the prompt has other images as well.
         """
 
+    def usual_layout(self) -> TokenLayout:
+        """Layout of the image that a forecast counts if none is given.
+
+        A thumbnail and 2x2 full crops without separators, as efficiency tables of papers count for
+        families with crops; the only view for families without.
+        """
+        rows, cols = self.view_shape
+        box = (0, 2 * rows, 0, 2 * cols)
+        return TokenLayout.anyres((2, 2), self.view_shape, box, newlines=False)
+
     def video_layout(self, frames: int) -> TokenLayout:
         """Layout of a video of ``frames`` frames.  Raises `UserError` if the model takes none."""
         raise UserError(f"{self.name} takes images only; load a model that takes videos.")

@@ -165,6 +165,10 @@ class NativeAdapter(_NativeInputs):
     def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         return self._grid_layout((1, *self.patches(image_size)), "image")
 
+    def usual_layout(self) -> TokenLayout:
+        """An image of 24 x 24 visual tokens: 672 x 672 pixels, or 768 x 768."""
+        return self.layout((24 * self.side, 24 * self.side))
+
     def video_layout(self, frames: int) -> TokenLayout:
         return self._grid_layout((frames, *self.view_shape), "video")
 

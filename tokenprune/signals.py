@@ -32,7 +32,6 @@ AXES: Mapping[str, str] = {
     "kv_width": "key-value heads of a decoder layer times the width of a head",
     "vision_width": "width of the vision encoder",
     "vision_head_width": "width of a head of the vision encoder",
-    "projector_width": "width of the projector's input",
     "joint_width": "width of the space that images and texts share",
 }
 """Name of an axis of a signal to the entries that it counts."""
