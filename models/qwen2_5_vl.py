@@ -58,7 +58,8 @@ class Qwen25VL(NativeAdapter):
         )
         down, across = row // window, col // window
         owner = (frame * rows + down) * cols + across
-        return owner.flatten().argsort(stable=True).argsort()
+        place: Tensor = owner.flatten().argsort(stable=True).argsort()
+        return place
 
     @classmethod
     def tiny(
