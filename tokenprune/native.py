@@ -37,6 +37,7 @@ class _NativeInputs(Adapter):
     video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
     paths: ClassVar[ModulePaths] = ModulePaths(vision="visual", projector="visual.merger")
     stacks_videos: ClassVar[bool] = False
+    multimodal_positions: ClassVar[bool] = True
 
     @property
     def _merge(self) -> int:
