@@ -110,10 +110,10 @@ class GlobalCom2(Compressor):
         """(N,) scores: ``s^L`` of the thumbnail, the weighted sum for crops, regions or frames."""
         tokens = self._divided(tokens)
         layout, local = tokens.layout, tokens[self.saliency].float()
-        if layout.native and layout.views > 1:
-            commanded, guide = layout.patches, pooled(layout, local)
-        elif layout.modality == "video":
+        if layout.modality == "video":
             commanded, guide = layout.places[Kind.FRAME], summary_distance(layout, tokens.features)
+        elif layout.native and layout.views > 1:
+            commanded, guide = layout.patches, pooled(layout, local)
         elif layout.grid == (0, 0) or 0 in layout.canvas_shape:
             return local
         else:
@@ -126,7 +126,7 @@ class GlobalCom2(Compressor):
 
     def _divided(self, tokens: VisualTokens) -> VisualTokens:
         """``tokens`` with regions as views, if the image has its own size."""
-        if not (tokens.layout.native and self.region):
+        if not (tokens.layout.native and self.region) or tokens.layout.modality == "video":
             return tokens
         return replace(tokens, layout=divided(tokens.layout, self.region))
 

@@ -133,14 +133,14 @@ class ThumbnailCommand(Allocator):
     def richness(self, tokens: VisualTokens) -> Tensor:
         """(n,) float64 ``S_j`` of each crop or region, or of each frame of a video."""
         layout = tokens.layout
-        if layout.native:
-            patches = layout.patches
-            small = pooled(layout, tokens[self.signal].double())[patches]
-            return self.summary(small / 4, layout.view[patches], layout.views)
         if layout.modality == "video":
             patches = layout.patches
             distance = summary_distance(layout, tokens.features)[patches].double()
             return self.summary(distance, layout.view[patches], layout.views)
+        if layout.native:
+            patches = layout.patches
+            small = pooled(layout, tokens[self.signal].double())[patches]
+            return self.summary(small / 4, layout.view[patches], layout.views)
         there = layout.places[Kind.THUMBNAIL]  # an earlier selection may have dropped some
         scores = tokens[self.signal].double()
         thumbnail = scores.new_zeros(layout.view_shape)

@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import json
 import pkgutil
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,6 +38,7 @@ from tokenprune.errors import UserError
 from tokenprune.models import testbed
 from tokenprune.plugins import import_plugins, own_class
 from tokenprune.registry import strategies
+from tokenprune.texts import printable
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -240,36 +240,26 @@ def _refuse_without_host(compressor: Compressor) -> None:
 
 def _audit(compressor: Compressor) -> int:
     """Run every check and print a table.  Returns the number of failures."""
-    from tokenprune.errors import RetentionWarning
+    from tokenprune.testing.auditing import audit
     from tokenprune.testing.host import hosts
-    from tokenprune.testing.runner import CHECKS, run
 
     console = Console()
     label = compressor.label if compressor.name else type(compressor).__name__
+    with progress() as report:
+        findings = audit(compressor, hosts(["llama"]), report)
     table = new_table(title=f"Audit of {escape(label)}")
     table.add_column("check", prose=True)
     table.add_column("")
     table.add_column("meaning, or a counter-example", prose=True)
-    failed = 0
-    with progress() as report:
-        for index, check in enumerate(CHECKS):
-            name = check.__name__.removeprefix("check_").replace("_", " ")
-            report(index, len(CHECKS), f"{name}, {failed} failed")
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RetentionWarning)
-                    run(check, compressor, hosts(["llama"]))
-            except Exception as error:
-                failed += 1
-                said = str(error) or "the check failed"
-                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-                table.add_row(name, "FAIL", escape(f"{kind}{said}"), style="red")
-            else:
-                table.add_row(name, "ok", escape((check.__doc__ or "").strip().splitlines()[0]))
-        report(len(CHECKS), len(CHECKS), "")
+    for finding in findings:
+        name, others = finding.checks[0], len(finding.checks) - 1
+        more = f" and {others} more check{'s' if others > 1 else ''}" if others else ""
+        verdict, style = ("FAIL", "red") if finding.failed else ("ok", "")
+        table.add_row(f"{name}{more}", verdict, escape(printable(finding.about)), style=style)
     console.print(table)
-    passed = len(CHECKS) - failed
-    console.print(f"{passed} of {len(CHECKS)} checks passed", highlight=False)
+    total = sum(len(finding.checks) for finding in findings)
+    failed = sum(len(finding.checks) for finding in findings if finding.failed)
+    console.print(f"{total - failed} of {total} checks passed", highlight=False)
     return failed
 
 

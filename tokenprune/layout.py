@@ -43,7 +43,7 @@ class TokenLayout:
         view_shape: (rows, columns) of patches in a view.
         canvas_shape: (rows, columns) of the canvas, the crops without padding and resampled if the
             model does so; (0, 0) without crops.
-        native: Whether the only view is the image in its own size, and not a small square of it.
+        native: Whether a view is the image, or two successive frames of the video, in its own size.
     """
 
     kind: Tensor
@@ -155,7 +155,12 @@ class TokenLayout:
 
     @classmethod
     def video(
-        cls, frames: int, view_shape: tuple[int, int], *, newline: bool = True
+        cls,
+        frames: int,
+        view_shape: tuple[int, int],
+        *,
+        newline: bool = True,
+        native: bool = False,
     ) -> TokenLayout:
         """Frames of ``view_shape`` tokens one after the other, and one separator at the end."""
         height, width = view_shape
@@ -173,6 +178,7 @@ class TokenLayout:
             grid=(0, 0),
             view_shape=view_shape,
             canvas_shape=(0, 0),
+            native=native,
         )
 
     def __len__(self) -> int:

@@ -31,7 +31,9 @@ __all__ = [
 _Only = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME...", help="Which of sharing, selection, prefill, growth. [default: all]"
+        metavar="NAME...",
+        help="Which of startup, context, selection, loops, prefill, growth, sharing. "
+        "[default: all]",
     ),
 ]
 
@@ -43,7 +45,7 @@ _Quick = Annotated[
 
 _Against = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Compare with the figures of an earlier file."),
+    typer.Option(metavar="FILE", help="Compare with the figures of another file."),
 ]
 
 
@@ -71,7 +73,7 @@ def benchmark(
     """Measure what selecting tokens and comparing methods cost, as ratios.
 
     Writes one row per figure, with machine, versions and date. Close other programs before you run
-    it.
+    it. The same command continues an interrupted run.
 
     Exit status: 0 done, 1 a figure is worse than in the file of --against, 2 bad input.
     """
@@ -127,12 +129,13 @@ def _show_changes(console: Console, moved: pd.DataFrame, against: Path | None) -
     for column in ("case", "figure"):
         shown.add_column(column, prose=True)
     shown.add_column("earlier", value=2)
-    for column in ("now", ""):
+    for column in ("now", "ratio", ""):
         shown.add_column(column)
     for row in moved.itertuples():
-        verdict = "WORSE" if row.worse else "better"
+        noise = f" ± {row.ratio * row.noise:.1g}" if row.noise else ""
         shown.add_row(
             str(row.benchmark), escape(str(row.case)), escape(str(row.figure)),
-            f"{row.earlier:.3g}", f"{row.value:.3g}", f"{100 * row.change:+.0f} % {verdict}",
+            f"{row.earlier:.3g}", f"{row.value:.3g}", f"{row.ratio:.3g}{noise}",
+            "WORSE" if row.worse else "better",
         )  # fmt: skip
     console.print(shown)

@@ -314,6 +314,7 @@ class Options(Area):
             "report": (run,),
             "pairs": (run,),
             "masks": methods,
+            "demo": (),
             "positional-bias": ("--images", "1", *methods),
             "complementarity": questions,
             "crop-importance": questions,

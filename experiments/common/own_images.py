@@ -5,7 +5,6 @@ This module imports PyTorch only to open an image.
 
 import glob
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,6 +19,7 @@ from tokenprune.experiments.common.questions import (
     check_text,
     read_jsonl,
 )
+from tokenprune.texts import is_remote
 
 __all__ = [
     "PROMPT",
@@ -155,8 +155,7 @@ def _local(word: str | Path) -> str:
     place = os.path.expanduser(word)
     if place.startswith("file:/"):
         return unquote(urlsplit(place).path)
-    # `Path` makes one slash of two.
-    if re.match(r"[a-z][a-z0-9+.-]+:/", place, re.IGNORECASE) and not os.path.lexists(place):
+    if is_remote(place) and not os.path.lexists(place):
         raise UserError(
             f"{place!r} is a remote address; download it and give the path of the file."
         )

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import reprlib
+import shlex
 import string
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
@@ -15,7 +17,7 @@ from PIL import Image
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.summary import OVERALL
-from tokenprune.texts import is_plain, is_whole
+from tokenprune.texts import is_plain, is_remote, is_whole
 
 if TYPE_CHECKING:
     from tokenprune.pipeline import Pipeline
@@ -38,6 +40,9 @@ Modality = Literal["image", "multi-image", "video"]
 
 
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+
+_LINES = 8  # malformed lines that are explained; of the others, only the numbers are listed
 
 
 _FIELDS = 'each line is an object such as {"image": "cat.png", "question": "…", "answer": "…"}'
@@ -202,16 +207,14 @@ def read_jsonl(
         needs_answers: Whether every line needs a true answer; otherwise it may be unknown.
 
     Raises:
-        UserError: The file cannot be read or is empty, a line is malformed (its number is given),
-            an image is missing or broken, or there are fewer than ``count`` questions.
+        UserError: The file cannot be read or is empty, lines are malformed (all are named), an
+            image is missing or broken, or there are fewer than ``count`` questions.
     """
-    lines = _read(path).removeprefix(b"\xef\xbb\xbf").splitlines()
+    faults: dict[int, str] = {}
     questions: list[Question] = []
     pictures = _Pictures(path.parent, check_images, keep_faulty)
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         if len(questions) == count:
             break
         try:
@@ -219,20 +222,73 @@ def read_jsonl(
             if item.id in seen:
                 raise UserError(f"the id {item.id!r} is already used on line {seen[item.id]}.")
         except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
+            faults[number] = str(error)
+            continue
         seen[item.id] = number
         if modality in (None, item.modality):
             questions.append(item)
-    if seen and not questions:
-        raise UserError(f"{path} holds no question of the modality {modality}.")
+    if faults:
+        raise UserError(_faulty_lines(path, faults))
     if not questions:
-        raise UserError(f"{path} holds no question; {_FIELDS}.")
+        what = f" of the modality {modality}" if seen else f"; {_FIELDS}"
+        raise UserError(f"{path} holds no question{what}.")
     if count is not None and len(questions) < count:
         raise UserError(
             f"{path} holds {len(questions)} questions, fewer than the {count} asked for; ask for "
             "at most as many, or leave --questions out to use all."
         )
     return questions
+
+
+def _faulty_lines(path: Path, faults: Mapping[int, str]) -> str:
+    """A message about all malformed lines: why the first ones are, and the numbers of the others.
+
+    Args:
+        path: The data file.
+        faults: Number of a line to what is wrong with it.
+    """
+    if len(faults) == 1:
+        return "".join(f"{path}, line {number}: {why}" for number, why in faults.items())
+    hint = f"; {_FIELDS}."
+    known = list(faults.items())
+    listed = [
+        f"line {number}: {textwrap.shorten(why.removesuffix(hint).rstrip('.'), 120)}"
+        for number, why in known[:_LINES]
+    ]
+    if len(known) > _LINES:
+        numbers = textwrap.shorten(_ranges([number for number, _ in known[_LINES:]]), 250)
+        listed.append(f"and the lines {numbers}")
+    return "\n  ".join([f"{len(known)} lines of {path} cannot be used{hint}", *listed])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short form.
+
+    >>> _ranges([1, 2, 3, 7])
+    '1-3, 7'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a data file that are not blank, and their numbers.
+
+    Raises:
+        UserError: It cannot be read, or is a JSON array.
+    """
+    content = _read(path).removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip().startswith(b"["):
+        raise UserError(
+            f"{path} begins with '[', as a JSON array does; write one object per line instead, "
+            f"without brackets and commas between them: jq -c '.[]' {shlex.quote(str(path))}"
+        )
+    return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
 def _read(path: Path) -> bytes:
@@ -337,6 +393,10 @@ def _question(
         raise UserError(f"the kind {kind!r} stands for all questions together; choose another.")
     for path in paths:
         check_text("a path", path)
+        if is_remote(path):
+            raise UserError(
+                f"{path!r} is a remote address; download it and write the path of the file."
+            )
     images = tuple(pictures.get(path) for path in paths)
     fault = pictures.fault(images, video="video" in fields)
     return Question(

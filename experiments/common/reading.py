@@ -4,6 +4,7 @@ Tables are made from the journal, or from ``answers.parquet`` if it is up to dat
 ``summary.csv``, which may be older than both.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from tokenprune.experiments.common.run_folder import manifests
 __all__ = [
     "answers_of",
     "cells_of",
+    "check_folder",
     "experiment_of",
     "journaled",
     "manifest_of",
@@ -151,7 +153,17 @@ def experiment_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` if a file is given in place of a run folder."""
+    if os.path.isfile(folder):  # accepts impossible file names, unlike Path.is_file
+        raise UserError(
+            f"{str(folder)!r} is a file; give the folder of a run, as tokenprune compare prints it "
+            "at its end."
+        )
+
+
 def _checked(folder: Path, shape: type[BaseModel], needed: set[str]) -> dict[str, Any]:
+    check_folder(folder)
     wrong = ""
     for found in manifests(folder):
         # Folders of other analyses also have a manifest, but no answers.
@@ -288,6 +300,7 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
     Raises:
         UserError: No answers can be read.
     """
+    check_folder(folder)
     try:
         table, wrong = read_answers(folder), None
     except UserError as error:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -56,6 +57,12 @@ _MANIFESTS = ("manifest.json", "manifest.backup.json")
 
 
 _NAMED = 10  # number of files that an error names
+
+
+_SAID = 60  # characters of a value that an error quotes
+
+
+_DIFFERENCES = 4  # number of differences between two experiments that an error names
 
 
 @dataclass
@@ -105,6 +112,9 @@ class RunFolder:
                 )
             )
             if differences:
+                more = len(differences) - _DIFFERENCES
+                if more > 0:
+                    differences[_DIFFERENCES:] = [f"and {more} more differences"]
                 raise UserError(
                     f"{path} holds another experiment ({'; '.join(differences)}); choose another "
                     "--out, or ask for the same again to resume it."
@@ -297,7 +307,10 @@ def _differing_files(there: Any = None, here: Any = None) -> str:
 
 
 def _say(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        return f"{len(value)} entries"
+    words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return textwrap.shorten(words, _SAID, placeholder=" …") or words[:_SAID]
 
 
 def _now() -> str:

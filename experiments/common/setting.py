@@ -30,6 +30,7 @@ from tokenprune.experiments.common.request import (
     QuestionRequest,
     questions_for,
 )
+from tokenprune.models import testbed
 from tokenprune.models.loading import without_weights
 from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
@@ -41,6 +42,7 @@ __all__ = [
     "checked_questions",
     "load_model",
     "prepare",
+    "warn_about_testbed",
     "with_crops",
     "with_faults_noted",
 ]
@@ -77,7 +79,24 @@ def prepare(
         request, progress, keep_faulty=keep_faulty, needs_answers=needs_answers
     )
     with_answers(questions)
+    warn_about_testbed(request.model, own=request.data is not None or bool(request.paths))
     return Setting(load_model(request, progress), questions)
+
+
+def warn_about_testbed(model: str, *, own: bool) -> None:
+    """Warn if a testbed is asked about a user's own images.
+
+    Args:
+        model: Name of the model.
+        own: Whether the images are a user's own.
+    """
+    if own and model in testbed.names():
+        warnings.warn(
+            f"{model} is a small model trained on drawings of coloured shapes and digits. What it "
+            "answers about other images, such as photographs, means nothing; give another --model.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def load_model(

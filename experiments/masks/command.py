@@ -141,6 +141,7 @@ def masks(
     trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
     out: _Out = None,
+    force: options.Force = False,
 ) -> None:
     """Draw what each method keeps of an image, with the model's answers.
 
@@ -172,6 +173,7 @@ def masks(
             trust_remote_code=trust_remote_code,
             max_new_tokens=max_new_tokens,
             out=out,
+            force=force,
         )
         with progress() as bar:
             outcome = run(request, bar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tokenprune.experiments.common.own_images import (
 )
 from tokenprune.experiments.common.questions import Picture, Question, held_out
 from tokenprune.pictures import frames
+from tokenprune.texts import is_remote
 
 if TYPE_CHECKING:
     from tokenprune.experiments.masks.run import MasksRequest
@@ -102,6 +104,13 @@ def _of_words(request: MasksRequest) -> list[Prompt]:
         raise UserError(
             f"{question!r} is no image file; give images first, then the question: "
             'tokenprune masks photo.jpg "What is this?"'
+        )
+    strays = [word for word in words if not (_names_images(word) or is_remote(word))]
+    if question is not None and strays and words[-len(strays) :] == strays != words:
+        text = shlex.quote(" ".join([*strays, question]))
+        raise UserError(
+            f"{strays[0]!r} is no image; if it belongs to the question, write the question in "
+            f"quotes: {text}"
         )
     name = Path(words[0]).stem[:80] or "picture"
     if request.video:

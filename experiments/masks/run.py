@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokenprune.experiments.common.csv_files import write_tables
-from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.limits import check_lengths, check_number
 from tokenprune.experiments.common.outcome import Outcome
@@ -27,8 +25,9 @@ from tokenprune.experiments.common.plots import save
 from tokenprune.experiments.common.provenance import environment
 from tokenprune.experiments.common.questions import check_placeholders
 from tokenprune.experiments.common.request import ModelRequest
+from tokenprune.experiments.common.result_folder import ResultFolder
 from tokenprune.experiments.common.run_folder import asked_for
-from tokenprune.experiments.common.setting import load_model
+from tokenprune.experiments.common.setting import load_model, warn_about_testbed
 from tokenprune.experiments.masks.figures import draw, heat
 from tokenprune.experiments.masks.look import MaskedPrompt, check, look
 from tokenprune.experiments.masks.prompts import Prompt, prompts
@@ -91,6 +90,7 @@ class MasksRequest(ModelRequest):
         cuts: As of `look`.
         pretrained: Checkpoint of a timm model.
         max_new_tokens: Maximum length of an answer.
+        force: Whether to replace the result of an earlier call in ``out``.
     """
 
     model: str = ""
@@ -105,6 +105,7 @@ class MasksRequest(ModelRequest):
     cuts: bool = False
     pretrained: str | None = None
     max_new_tokens: int = 8
+    force: bool = False
 
 
 def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -128,10 +129,8 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
     shown = prompts(request)
     single = all(len(one.pictures) == 1 and not one.video for one in shown)
     model = request.model or ("testbed-next" if single else "testbed-onevision")
-    folder = request.out or Path("runs") / re.sub(
-        r"[^\w.+=-]+", "-", f"masks_{Path(model).name}_{_title(request, shown)}"
-    )
-    check_writable(folder)
+    folder = _folder(request, model, shown)
+    warn_about_testbed(model, own=request.data is not None or bool(request.words))
     extra = {} if request.pretrained is None else {"pretrained": request.pretrained}
     pipe = load_model(replace(request, model=model), progress, **extra)
     asks = shown[0].question is not None and pipe.adapter.has_language_model
@@ -153,12 +152,15 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
             about = {"question": seen.question, "truth": seen.truth}
         tables.append(table)
         progress(0, 0, "drawing")
-        files += _drawn(folder, seen, name)
+        files += _drawn(folder.path, seen, name)
     kept = pd.concat(tables, ignore_index=True)
+    write_tables(folder.path, {"kept": kept})
+    files.append("kept.csv")
+    folder.finish({**asked_for(request, folder.path), **environment()}, files)
     return Outcome(
-        folder,
+        folder.path,
         tables={"kept": kept},
-        files=(*files, *_written(request, folder, kept)),
+        files=(*files, "manifest.json"),
         skipped=skipped,
         about={name: text for name, text in about.items() if text is not None},
     )
@@ -186,6 +188,17 @@ def _seen(
         name=f"{request.model}, random weights" if untrained else request.model,
         max_new_tokens=request.max_new_tokens,
         progress=lambda done, total, doing: progress(done, total, f"{one.name}: {doing}"),
+    )
+
+
+def _folder(request: MasksRequest, model: str, shown: Sequence[Prompt]) -> ResultFolder:
+    """The folder of the results.  Raises `UserError` as `ResultFolder.open`."""
+    name = f"masks_{Path(model).name}_{_title(request, shown)}"
+    return ResultFolder.open(
+        request.out,
+        re.sub(r"[^\w.+=-]+", "-", name),
+        marker="manifest.json",
+        force=request.force,
     )
 
 
@@ -223,14 +236,3 @@ def _drawn(folder: Path, seen: MaskedPrompt, name: str) -> list[str]:
     for kind, figure in kinds.items():
         save(figure, folder / f"{kind}{name}")
     return [f"{kind}{name}.{ending}" for kind in kinds for ending in ("png", "pdf")]
-
-
-def _written(request: MasksRequest, folder: Path, kept: pd.DataFrame) -> tuple[str, ...]:
-    """Write table and manifest, and return the names of their files."""
-    write_tables(folder, {"kept": kept})
-    asked = {**asked_for(request, folder), **environment()}
-    with replace_file(folder / "manifest.json") as temporary:
-        temporary.write_text(
-            json.dumps(asked, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-        )
-    return "kept.csv", "manifest.json"

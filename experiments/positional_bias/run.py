@@ -38,7 +38,7 @@ from tokenprune.experiments.common.questions import (
 )
 from tokenprune.experiments.common.request import ModelRequest
 from tokenprune.experiments.common.run_folder import RunFolder, asked_for
-from tokenprune.experiments.common.setting import load_model
+from tokenprune.experiments.common.setting import load_model, warn_about_testbed
 from tokenprune.experiments.positional_bias import figures
 from tokenprune.experiments.positional_bias.analysis import (
     Analysis,
@@ -119,6 +119,8 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
     check_writable(request.out or Path("runs"))
     progress(0, 0, "checking the images")
     questions, left_out = _questions(request)
+    own = request.data is not None or bool(request.paths)
+    warn_about_testbed(request.model, own=own)
     pipe = load_model(request, progress)
     methods, unfit = expanded(request.methods, lambda one: check_method(pipe, one))
     compressors = compressors_of(methods, request.retention)

@@ -32,6 +32,7 @@ from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.reading import (
     cells_of,
+    check_folder,
     journaled,
     manifest_of,
     questions_of,
@@ -109,6 +110,7 @@ def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
     """
     check_number("questions", request.questions, least=0)
     path = request.out or request.folder / "report.html"
+    check_folder(request.folder)
     check_file(path, new=request.out is not None and not request.force)
     found = _read(request, progress)
     notes, manifest, journal = found.notes, found.manifest, found.journal

@@ -471,6 +471,7 @@ def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.Mon
         "complementarity": [],
         "convert": ["fastv@0.5"],
         "crop-importance": [],
+        "demo": [],
         "efficiency": [],
         "masks": [],
         "positional-bias": [],

@@ -22,10 +22,12 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 import tokenprune as tp
 from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Selection
+from tokenprune.cost.arithmetic import view_flops
 from tokenprune.engine.cache import CACHE
 from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.facts import VisionFacts
+from tokenprune.forecast import forecast
 from tokenprune.models.qwen2_5_vl import Qwen25VL
 from tokenprune.models.qwen3_vl import Qwen3VL
 from tokenprune.pipeline import Pipeline
@@ -366,6 +368,18 @@ def test_selecting_without_the_language_model(pipe: Pipeline) -> None:
     (record,) = pipe.select("uniform", [picture(24, 36)], retention=0.5)
     assert record.kept_patches == len(record.layout) // 2
     assert record.layout.view_shape == (6, 9)
+    drawn = record.show(picture(24, 36))
+    assert (drawn.height, drawn.width) == (336, 504)
+
+
+def test_a_video_is_drawn_by_its_pairs_of_frames(pipe: Pipeline) -> None:
+    with tp.compress(pipe, "uniform", retention=0.5) as trace:
+        pipe(videos=[VIDEO], text="w4", max_new_tokens=1)
+    (record,) = trace.selections
+    assert record.layout.views == 2
+    assert record.show(VIDEO).width > record.show(VIDEO).height
+    with pytest.raises(UserError, match="frames"):
+        record.show(VIDEO[:2])
 
 
 # -- bad input -----------------------------------------------------------------------------------
@@ -406,6 +420,17 @@ def test_images_in_another_order_are_refused(host: Host) -> None:
 # -- cost ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("spec", ["uniform", "visionzip:score=received", "pact"])
+def test_forecasts_are_the_ledgers_of_real_forwards(host: Host, spec: str) -> None:
+    method, layouts = _method(spec), host.layouts(0)
+    text = len(host.prompt(0)) - sum(map(len, layouts))
+    with compress(host.model, method) as trace, torch.no_grad():
+        host.model(**host.inputs([0]), use_cache=True)
+    asking = len(host.prompt(0)) - 3 - len(layouts[0])
+    told = forecast(host.model, method, layouts, text, asking=asking, size=4, draws=1)
+    assert told.ledger == trace.ledger
+
+
 def test_flops_of_the_vision_encoder_by_hand() -> None:
     """A view of 5 x 3 tokens in windows of 2 x 2 tokens, with one global layer of two."""
     facts = VisionFacts(
@@ -430,6 +455,4 @@ def test_flops_of_the_vision_encoder_by_hand() -> None:
     per_patch = 4 * (2 * 8 * 8) + 3 * (2 * 8 * 12)
     attention = [2 * 2 * 8 * pairs for pairs in (sum(n * n for n in windows), 3600)]
     merger = 15 * (2 * 32 * 32 + 2 * 32 * 20)
-    from tokenprune.cost.arithmetic import view_flops
-
     assert view_flops(facts, 20) == 2 * 60 * per_patch + sum(attention) + 3 * merger

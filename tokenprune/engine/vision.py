@@ -27,6 +27,7 @@ from tokenprune.attention import (
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.guard import Ours, bypassed, eagerly, shadowed
 from tokenprune.engine.tower import Tower, running
+from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
 from tokenprune.offload import resident
 from tokenprune.precision import without_autocast
@@ -177,13 +178,16 @@ def watched(
             return original(*args, **kwargs)
         seen = None if enter is None else enter()[modality]
         notes = {name: kwargs.pop(name) for name in adapter.notes if name in kwargs}
-        if adapter.reads_prompt and modality in prompts():
-            notes["placeholders"] = prompts()[modality]
+        there = prompts().get(modality)
+        if adapter.reads_prompt and there is not None:
+            notes["placeholders"] = there
         call = {
             name: value.cpu() if _is_integer(value) else value  # image sizes and counts
             for name, value in (notes | signature.bind(*args, **kwargs).arguments).items()
         }
-        layouts = adapter.layouts(call, modality)  # refuses bad input before anything is computed
+        layouts = adapter.layouts(call, modality)
+        if there is not None:
+            _check_placeholders(there, layouts, modality)
         with lock:
             with (
                 _alone(adapter.base),
@@ -216,6 +220,17 @@ def _regrouped(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Ra
         return Ragged(features)
     sizes = [len(layout) for layout in layouts]
     return Ragged(torch.cat([*features]).split(sizes))
+
+
+def _check_placeholders(there: Tensor, layouts: Sequence[TokenLayout], modality: str) -> None:
+    """Raise `UserError` before the encoder runs if the prompts do not match what it will return."""
+    found, wanted = int(there.sum()), sum(map(len, layouts))
+    if found != wanted:
+        raise UserError(
+            f"the prompts have {found} {modality} placeholders, but {len(layouts)} {modality}s of "
+            f"{wanted} visual tokens came with them; prepare prompts and {modality}s together, with "
+            "the processor of this model."
+        )
 
 
 def _is_integer(value: Any) -> bool:
