@@ -214,7 +214,7 @@ def _file_names(shown: Sequence[Prompt]) -> list[str]:
     """What is appended to the names of each prompt's figures; nothing for a single prompt."""
     if len(shown) == 1:
         return [""]
-    plain = [re.sub(r"[^\w.+=-]+", "-", _stem(one.name))[:80] for one in shown]
+    plain = [re.sub(r"[^\w+=-]+", "-", _stem(one.name))[:80] for one in shown]
     # Different names may be the same without their special characters.
     return [
         f"-{name}-{index}" if plain.index(name) < index else f"-{name}"

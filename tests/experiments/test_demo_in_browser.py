@@ -177,7 +177,7 @@ def test_uploads_and_their_refusals(tab: Tab, tmp_path: Path, served: Any) -> No
     frames[0].save(clip, "GIF", save_all=True, append_images=frames[1:])
     (tmp_path / "clip.gif").write_bytes(clip.getvalue())
     tab.upload(tmp_path / "photo.png")
-    tab.says("testbed-next is a small model that knows only scenes of its testbed")
+    tab.says("testbed-next is a small model trained on drawings")
     tab.page.locator("#tp-recipe button").first.click()
     tab.page.wait_for_function(
         "() => document.querySelector('#tp-python pre').textContent.includes(\"['photo.png']\")"

@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"budget", "allocators"},
             {"compressor", "staged", "encoder"},
             {"plugins", "spec", "unwrap", "prompts"},
-            {"facts", "adapter", "native", "compatibility", "catalogue"},
+            {"facts", "parts", "inputs", "adapter", "native", "compatibility", "catalogue"},
             {"cost"},
             {"engine"},
             {"pipeline", "forecast"},

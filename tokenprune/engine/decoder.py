@@ -90,7 +90,7 @@ class LayerSignals:
     """The signals of the decoder layers of one model."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+        self.adapter, self._normed = adapter, adapter.facts.decoder.query_norms
 
     def everywhere(
         self, state: Pass, part: Compressor, index: int, hidden: Tensor, kwargs: Kwargs, once: Once
@@ -382,7 +382,7 @@ class LayerSignals:
             text=text,
             patches=0 if span is None else len(span.tokens.layout.patches),
             row=None if span is None else span.row,
-            normed=self.adapter.facts.decoder.query_norms,
+            normed=self._normed,
         )
         if entry is not None:
             state.attended.append(entry)

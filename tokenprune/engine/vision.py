@@ -177,17 +177,9 @@ def watched(
         if adapter.base in _encoding.get():  # Qwen3-VL encodes videos by its method for images
             return original(*args, **kwargs)
         seen = None if enter is None else enter()[modality]
-        notes = {name: kwargs.pop(name) for name in adapter.notes if name in kwargs}
-        there = prompts().get(modality)
-        if adapter.reads_prompt and there is not None:
-            notes["placeholders"] = there
-        call = {
-            name: value.cpu() if _is_integer(value) else value  # image sizes and counts
-            for name, value in (notes | signature.bind(*args, **kwargs).arguments).items()
-        }
-        layouts = adapter.layouts(call, modality)
-        if there is not None:
-            _check_placeholders(there, layouts, modality)
+        call = {name: kwargs.pop(name) for name in adapter.notes if name in kwargs}
+        call |= signature.bind(*args, **kwargs).arguments
+        call, layouts = _understood(adapter, modality, call, prompts().get(modality))
         with lock:
             with (
                 _alone(adapter.base),
@@ -222,15 +214,35 @@ def _regrouped(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Ra
     return Ragged(torch.cat([*features]).split(sizes))
 
 
-def _check_placeholders(there: Tensor, layouts: Sequence[TokenLayout], modality: str) -> None:
-    """Raise `UserError` before the encoder runs if the prompts do not match what it will return."""
-    found, wanted = int(there.sum()), sum(map(len, layouts))
+def _understood(
+    adapter: Adapter, modality: str, call: Mapping[str, Any], there: Tensor | None
+) -> tuple[dict[str, Any], list[TokenLayout]]:
+    """The arguments of an encoder call with numbers on the CPU, and the layouts of its images.
+
+    Args:
+        adapter: The model.
+        modality: A key of `Adapter.encoders`.
+        call: The arguments, with notes.
+        there: (B, S) placeholders of the prompts, or None if they are not known.
+
+    Raises:
+        UserError: The prompts do not match what the encoder will return.
+    """
+    known = dict(call)
+    if adapter.reads_prompt and there is not None:
+        known["placeholders"] = there
+    for name, value in known.items():  # image sizes and counts
+        known[name] = value.cpu() if _is_integer(value) else value
+    layouts = adapter.layouts(known, modality)
+    wanted = sum(map(len, layouts))
+    found = wanted if there is None else int(there.sum())
     if found != wanted:
         raise UserError(
             f"the prompts have {found} {modality} placeholders, but {len(layouts)} {modality}s of "
-            f"{wanted} visual tokens came with them; prepare prompts and {modality}s together, with "
+            f"{wanted} visual tokens came with them; prepare prompts and {modality}s together with "
             "the processor of this model."
         )
+    return known, layouts
 
 
 def _is_integer(value: Any) -> bool:
