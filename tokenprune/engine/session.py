@@ -207,7 +207,7 @@ class Session(threading.local):
             with (
                 observing(adapter, plan.signals, enter, plan.encoder, self.prompts),
                 shadowed(adapter.model, "generate", self.generate(adapter.model))
-                if adapter.reads_prompt and hasattr(adapter.model, "generate")
+                if hasattr(adapter.model, "generate")
                 else nullcontext(),
                 self.prefix.installed(adapter.decoder_layers, first, self._keep_tapped)
                 if self.prefix is not None
@@ -257,6 +257,10 @@ class Session(threading.local):
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            cache = kwargs.get("past_key_values", kwargs.get(CACHE))
+            past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+            if isinstance(ids, Tensor) and ids.ndim == 2:
+                ids = ids[:, past:]  # the images of earlier turns are not encoded again
             self.generating = self._placeholders(ids, kwargs.get("inputs_embeds"))
             try:
                 return original(*args, **kwargs)
