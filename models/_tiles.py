@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import islice
 
@@ -87,7 +86,7 @@ def grids(images: Sequence[Tensor]) -> list[tuple[int, int] | None]:
 def _factors(crops: int) -> list[tuple[int, int]]:
     """All grids of ``crops`` crops, the squarest first."""
     sizes = [(rows, crops // rows) for rows in range(1, crops + 1) if crops % rows == 0]
-    return sorted(sizes, key=lambda grid: abs(math.log(grid[0] / grid[1])))
+    return sorted(sizes, key=max)
 
 
 def _apart(image: Tensor, grid: tuple[int, int]) -> Tensor:

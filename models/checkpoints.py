@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,9 +285,10 @@ def read_model(
     with reading(source.name, "its weights: "):
         if source.folder is not None:
             check_shards(source.name, source.folder / options.get("subfolder", ""))
-        model, report = cls.from_pretrained(
-            source.where, dtype=dtype, trust_remote_code=source.trusted, **settings
-        )
+        with _without_bar() if source.embedded else nullcontext():
+            model, report = cls.from_pretrained(
+                source.where, dtype=dtype, trust_remote_code=source.trusted, **settings
+            )
         faults = {
             "missing": report["missing_keys"],
             "not of this model": report["unexpected_keys"],
@@ -299,6 +300,20 @@ def read_model(
         }
     refuse_faults(source.name, faults)
     return model.eval()
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """While open, transformers shows no progress bar, which a small model does not need."""
+    from transformers import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _model_class(kind: str, config: Any, source: Source, options: Mapping[str, Any]) -> Any:

@@ -84,6 +84,9 @@ class InternVL(Adapter):
             return TokenLayout.single(self._token_shape, newline=False)
         return TokenLayout.tiled(grid, self._token_shape)
 
+    def usual_layout(self) -> TokenLayout:
+        return TokenLayout.tiled((2, 2), self._token_shape)
+
     def runs(self, layout: TokenLayout) -> list[int]:
         """Lengths of the runs of placeholders, between which there is text: one for each frame."""
         frames = layout.frames if layout.modality == "video" else 1

@@ -53,6 +53,9 @@ class Llava(Adapter):
     def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         return TokenLayout.single(self.view_shape, newline=False)
 
+    def usual_layout(self) -> TokenLayout:
+        return self.layout((0, 0))
+
     def layouts(self, call: Mapping[str, Any], modality: str) -> list[TokenLayout]:
         return [self.layout((0, 0))] * len(call["pixel_values"])
 

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.attention import Projections, head_rows, projections
 from tokenprune.deprecated import renamed_arguments
 from tokenprune.errors import UserError, unknown
-from tokenprune.facts import (
-    DecoderFacts,
-    ModelFacts,
-    ModulePaths,
-    VisionFacts,
-    no_language_model,
-)
+from tokenprune.facts import DecoderFacts, ModelFacts, VisionFacts
+from tokenprune.inputs import ModelInputs
 from tokenprune.layout import TokenLayout
-from tokenprune.offload import execution_device
+from tokenprune.parts import pair
 from tokenprune.registry import adapters
 from tokenprune.unwrap import unwrapped
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "Adapter",
@@ -44,7 +32,7 @@ __all__ = [
 ]
 
 
-class Adapter(ABC):
+class Adapter(ModelInputs, ABC):
     """One family of Hugging Face models.
 
     A subclass states where the modules of the family are, how images become visual tokens
@@ -64,26 +52,16 @@ class Adapter(ABC):
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
         decoders: Model types of the decoders that `tiny` can build.
+        multimodal_positions: Whether position ids have a time, a row and a column.
         stacks_videos: Whether all videos of a batch have the same number of frames.
         model: The model.
     """
 
-    name: ClassVar[str] = ""
     hosts: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
-    image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
-    video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
-    image_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    notes: ClassVar[tuple[str, ...]] = ()
-    reads_prompt: ClassVar[bool] = False
-    has_language_model: ClassVar[bool] = True
-    paths: ClassVar[ModulePaths] = ModulePaths()
     fit: Literal["stretch", "pad", "crop"] = "stretch"
     decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
-    stacks_videos: ClassVar[bool] = True
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    multimodal_positions: ClassVar[bool] = False
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -97,6 +75,8 @@ class Adapter(ABC):
             decoder = replace(
                 DecoderFacts.of(config.get_text_config()), query_norms=self._normalises_queries()
             )
+            if self.multimodal_positions:  # which a config need not state
+                decoder = replace(decoder, position_scheme="multimodal-rotary")
             placeholders = {
                 name: int(getattr(config, f"{name}_token_id")) for name in self.encoders
             }
@@ -124,7 +104,7 @@ class Adapter(ABC):
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
             view_shape=self.view_shape,
-            patch_size=_pair(config.patch_size),
+            patch_size=pair(config.patch_size),
             prefix_tokens=int(has_cls),
             has_cls=has_cls,
         )
@@ -148,122 +128,6 @@ class Adapter(ABC):
         """The key of `encoders` for a modality: ``image`` if videos are encoded as images."""
         return modality if modality in self.encoders else "image"
 
-    # -- modules ---------------------------------------------------------------------------------
-
-    @property
-    def base(self) -> Any:
-        """The module that encodes images and calls the language model."""
-        return getattr(self.model, "model", self.model)
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the model takes its inputs."""
-        return execution_device(self.model)
-
-    @property
-    def language_model(self) -> Any:
-        """The language model.  Raises `UserError` if there is none."""
-        if not self.has_language_model:
-            raise no_language_model(self.name)
-        return getattr(self.base, self.paths.text)
-
-    @property
-    def decoder_layers(self) -> Sequence[nn.Module]:
-        """Layers of the language model.  Raises `UserError` if there is none."""
-        layers: Sequence[nn.Module] = self.language_model.layers
-        return layers
-
-    @property
-    def vision_tower(self) -> Any:
-        """The vision encoder: it maps views to hidden states."""
-        return getattr(self.base, self.paths.vision)
-
-    @property
-    def vision_layers(self) -> Sequence[nn.Module]:
-        """Layers of the vision encoder."""
-        tower = self.vision_tower
-        layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
-        return layers
-
-    def vision_attention(self, layer: int) -> nn.Module:
-        """Attention module of encoder layer ``layer``; a negative index counts from the end."""
-        return self.vision_layers[layer].get_submodule("self_attn")
-
-    def vision_block(
-        self,
-        layer: Any,
-        states: Tensor,
-        mask: Tensor | None,
-        between: Callable[[Tensor], Tensor],
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run an encoder layer of CLIP or SigLIP, with a function between attention and MLP.
-
-        Args:
-            layer: One of `vision_layers`.
-            states: (V, n, D) input of the layer.
-            mask: (V, 1, 1, n) term added to the attention logits of each key, or None.
-            between: Maps the states after the attention, (V, n, D), to the input of the MLP,
-                (V, m, D).
-            **kwargs: Other arguments that the encoder passes to its layers.
-
-        Returns:
-            (V, m, D) output of the layer.
-        """
-        normed = layer.layer_norm1(states)
-        attended = layer.self_attn(hidden_states=normed, attention_mask=mask, **kwargs)[0]
-        states = between(states + attended)
-        result: Tensor = states + layer.mlp(layer.layer_norm2(states))
-        return result
-
-    def used_vision_layers(self, call: Mapping[str, Any]) -> int:
-        """Number of encoder layers before the hidden states that the projector receives.
-
-        Args:
-            call: Arguments of one call of an encoder method.
-        """
-        chosen = call.get("vision_feature_layer")
-        if chosen is None:
-            chosen = self.base.config.vision_feature_layer
-        states = len(self.vision_layers) + 1
-        return max(index % states for index in ([chosen] if isinstance(chosen, int) else chosen))
-
-    @property
-    def pooling_head(self) -> Any:
-        """Attention module of the vision encoder's pooling head, or None if it has no head."""
-        tower = self.vision_tower
-        head = getattr(getattr(tower, "vision_model", tower), "head", None)
-        return getattr(head, "attention", None)
-
-    @property
-    def view_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the patches of one view."""
-        config = self.base.config.vision_config
-        (height, width), (tall, wide) = _pair(config.image_size), _pair(config.patch_size)
-        return height // tall, width // wide
-
-    @property
-    def projector(self) -> Any:
-        """Module that maps the vision encoder's output to the width of the language model."""
-        return self.base.get_submodule(self.paths.projector)
-
-    def unprojected(self, inputs: Tensor) -> Tensor:
-        """(views, tokens, C) vectors of the tokens, from the projector's input."""
-        return inputs
-
-    def project(self, vectors: Tensor) -> Tensor:
-        """Features (M, D) that the projector makes of vectors (M, C) of `unprojected`."""
-        features: Tensor = self.projector(vectors)
-        return features
-
-    def tap(self, layer: int) -> AbstractContextManager[Projections]:
-        """Record queries and keys of encoder layer ``layer`` while the context is open."""
-        return projections(self.vision_attention(layer))
-
-    def tap_head(self) -> AbstractContextManager[list[Tensor]]:
-        """Record the attention (views, patches) of the pooling head while the context is open."""
-        return head_rows(self.pooling_head)
-
     # -- visual tokens ---------------------------------------------------------------------------
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -280,6 +144,16 @@ class Adapter(ABC):
             image_size: Size before any resizing.
             same_prompt: Whether the prompt has other images as well.
         """
+
+    def usual_layout(self) -> TokenLayout:
+        """Layout of the image that a forecast counts if none is given.
+
+        A thumbnail and 2x2 full crops without separators, as efficiency tables of papers count for
+        families with crops; the only view for families without.
+        """
+        rows, cols = self.view_shape
+        box = (0, 2 * rows, 0, 2 * cols)
+        return TokenLayout.anyres((2, 2), self.view_shape, box, newlines=False)
 
     def video_layout(self, frames: int) -> TokenLayout:
         """Layout of a video of ``frames`` frames.  Raises `UserError` if the model takes none."""
@@ -329,67 +203,6 @@ class Adapter(ABC):
             view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
         sample: Tensor = view[..., ::7, ::7]
         return sample
-
-    def bind(self, processor: Any) -> None:  # noqa: B027 (most families need nothing)
-        """Note the settings of the model's processor on which `layout` depends."""
-
-    def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
-        """Arguments that go with encoded images and videos in place of their pixels."""
-        return {}
-
-    def encoder_call(self, modality: str, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the encoder, and `notes`, from the output of a processor.
-
-        Args:
-            modality: ``image`` or ``video``.
-            batch: Output of the image processor or of the video processor.
-        """
-        names = self.image_arguments if modality == "image" else self.video_arguments
-        return {name: batch[name] for name in names}
-
-    def runs(self, layout: TokenLayout) -> list[int]:
-        """Lengths of the runs of placeholders of an image or video, between which there is text."""
-        return [len(layout)]
-
-    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
-        """Options with which the processor takes videos of so many ``frames`` as they are."""
-        return {}
-
-    def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
-        """Arguments of the model that follow from the input ids (B, S) alone."""
-        return {}
-
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:  # noqa: B027
-        """Raise `UserError` if the arguments of a forward do not belong together.
-
-        Args:
-            inputs: The arguments, those by position as well.
-        """
-
-    def annotate(  # noqa: B027 (few families need it)
-        self, inputs: Mapping[str, Any], frames: Sequence[int]
-    ) -> None:
-        """Attach to the inputs of a model what `layouts` cannot find in them otherwise.
-
-        Args:
-            inputs: Inputs of ``model.generate`` and ``model.forward``, as the processor made them.
-            frames: For every image and video, in the order of the prompts, its number of frames; 0
-                for an image.
-        """
-
-    def spelled(self, tokens: VisualTokens, length: int, processor: Any) -> str:
-        """The text that stands for an encoded image or video in a prompt.
-
-        Args:
-            tokens: The image or video.
-            length: Number of placeholders: that of its tokens, or 0 to leave them out.
-            processor: Processor of the model.
-        """
-        return str(getattr(processor, f"{tokens.layout.modality}_token")) * length
-
-    def grouped(self, images: list[list[Image]]) -> Any:
-        """The images of all prompts, nested as the processor expects them."""
-        return [image for some in images for image in some]
 
     @renamed_arguments(together="same_prompt")
     def dummy_images(
@@ -462,11 +275,6 @@ def tiny_decoder(kind: str, **fields: Any) -> Any:
         eos_token_id=2,
         **fields,
     )
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size in a config: one number for both, or two."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _pixels(draw: torch.Generator, *shape: int) -> Tensor:

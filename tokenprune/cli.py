@@ -140,14 +140,20 @@ def _models() -> Table:
 
 def _families() -> Table:
     speaking = families_by_method()
+    lacking = sorted({what for family in speaking for what in family.refuses.values()})
+    marks = {what: str(number) for number, what in enumerate(lacking, 1)}
     table = new_table(
         "method",
         *(family.name for family in speaking),
         title="Methods on model families",
-        caption="With default options and the family's usual vision encoder.",
+        caption="With default options and the family's usual vision encoder. Needs "
+        + ", ".join(f"{mark}: {what}" for what, mark in marks.items()),
     )
+    table.columns[0].no_wrap = True
     for method in methods():
-        table.add_row(method.name, *(family.verdict(method.name) for family in speaking))
+        found = [family.refuses.get(method.name) for family in speaking]
+        cells = ["runs" if what is None else f"needs {marks[what]}" for what in found]
+        table.add_row(method.name, *cells)
     return table
 
 

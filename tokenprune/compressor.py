@@ -123,7 +123,9 @@ class Compressor(ABC, metaclass=RenamesOptions):
             keep evenly spaced tokens do.
         position_ids: ``compact`` renumbers the kept tokens as a shorter prompt, ``original`` keeps
             the position ids of the full prompt.  ``auto`` is ``compact`` before the language model
-            and ``original`` inside it, as in the official codes.
+            and ``original`` inside it, as in the official codes.  With multimodal position ids
+            (Qwen-VL) it is ``original`` everywhere, and ``compact`` numbers an image as if it had
+            only the rows and columns of which a token is kept.
         name: The registered name.
         stage: Where the method acts.
         card: Where the method comes from.
@@ -211,7 +213,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether kept tokens keep the position ids of the full prompt."""
+        """Whether kept tokens keep their position ids, unless these are multimodal."""
         default = "original" if self.stage is Stage.LLM else "compact"
         return (default if self.position_ids == "auto" else self.position_ids) == "original"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -211,9 +212,10 @@ def as_exit_status() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Switch off the progress bars and notices of transformers."""
+    """Switch off the progress bars and notices of transformers and of the Hub's client."""
     import transformers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -229,8 +231,10 @@ def progress() -> Iterator[ProgressCallback]:
     def write(line: str) -> None:
         console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        write(f"warning: {message}")
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        # Notices of libraries to their users' programmers; ours reach Python users.
+        if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
+            write(f"warning: {message}")
 
     usual = warnings.showwarning
     warnings.showwarning = show

@@ -26,13 +26,8 @@ from tokenprune.layout import TokenLayout, moved
 __all__ = ["NativeAdapter", "rate"]
 
 
-class NativeAdapter(Adapter):
-    """A family whose images keep their resolution within bounds.
-
-    Attributes:
-        tokens: Fewest and most visual tokens of an image; by default, those of the published
-            processors.
-    """
+class _NativeInputs(Adapter):
+    """The inputs of these families."""
 
     encoders: ClassVar[Mapping[str, str]] = {
         "image": "get_image_features",
@@ -42,6 +37,77 @@ class NativeAdapter(Adapter):
     video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
     paths: ClassVar[ModulePaths] = ModulePaths(vision="visual", projector="visual.merger")
     stacks_videos: ClassVar[bool] = False
+    multimodal_positions: ClassVar[bool] = True
+
+    @property
+    def _merge(self) -> int:
+        """Side of the square of patches that becomes one visual token."""
+        return int(self.base.config.vision_config.spatial_merge_size)
+
+    def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
+        image, video = self.facts.placeholders["image"], self.facts.placeholders["video"]
+        return {"mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
+
+    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
+        """The frames of a user count as sampled at the rate of the processor."""
+        metadata = [
+            {
+                "total_num_frames": count,
+                "fps": rate(processor),
+                "frames_indices": [*range(count)],
+            }
+            for count in frames
+        ]
+        return {"do_sample_frames": False, "video_metadata": metadata}
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        grids = {name: inputs.get(f"{name}_grid_thw") for name in self.encoders}
+        encoded = any(grid is not None for grid in grids.values())
+        encoded |= bool(inputs.get("mm_encoder_outputs"))
+        if ids is None or not encoded:
+            return
+        axes = positions if positions is not None and positions.ndim == 3 else None
+        if types is None and (axes is None or bool((axes[-1] == axes[-2]).all())):
+            raise UserError(
+                "mm_token_type_ids is missing, without which the images have no rows and columns; "
+                "pass everything that the processor returns."
+            )
+        for name, grid in grids.items():
+            where = ids == self.facts.placeholders[name]
+            made = 0 if grid is None else int(grid.prod(-1).sum()) // self._merge**2
+            if grid is not None and int(where.sum()) != made:
+                raise UserError(
+                    f"the prompts have {int(where.sum())} {name} placeholders, but their {name}s "
+                    f"make {made} tokens; prepare both in one call of the processor, without "
+                    "truncation."
+                )
+            if axes is None and mask is not None and mask.shape == ids.shape:
+                hidden = int((where & (mask == 0)).sum())
+                if hidden:
+                    raise UserError(
+                        f"the attention mask hides {hidden} of the {name} placeholders, which this "
+                        "model cannot number; remove the whole image, or pass position_ids."
+                    )
+
+    def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
+        side = self._merge
+        grids: dict[str, list[list[int]]] = {}
+        for layout in layouts:
+            sides = [side * length for length in layout.view_shape]
+            grids.setdefault(f"{layout.modality}_grid_thw", []).append([layout.views, *sides])
+        return {name: torch.tensor(some, device="cpu") for name, some in grids.items()}
+
+
+class NativeAdapter(_NativeInputs):
+    """A family whose images keep their resolution within bounds.
+
+    Attributes:
+        tokens: Fewest and most visual tokens of an image; by default, those of the published
+            processors.
+    """
+
     tokens: tuple[float, float]
 
     # -- facts and modules -----------------------------------------------------------------------
@@ -99,6 +165,10 @@ class NativeAdapter(Adapter):
     def layout(self, image_size: tuple[int, int], *, same_prompt: bool = False) -> TokenLayout:
         return self._grid_layout((1, *self.patches(image_size)), "image")
 
+    def usual_layout(self) -> TokenLayout:
+        """An image of 1008 x 1008 pixels: 36 x 36 tokens of Qwen2.5-VL, 32 x 32 of Qwen3-VL."""
+        return self.layout((1008, 1008))
+
     def video_layout(self, frames: int) -> TokenLayout:
         return self._grid_layout((frames, *self.view_shape), "video")
 
@@ -134,11 +204,6 @@ class NativeAdapter(Adapter):
         """Side of the square of pixels that becomes one visual token."""
         return int(self.base.config.vision_config.patch_size * self._merge)
 
-    @property
-    def _merge(self) -> int:
-        """Side of the square of patches that becomes one visual token."""
-        return int(self.base.config.vision_config.spatial_merge_size)
-
     def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         each = values.shape[1] // sum(map(len, layouts))  # the patches of a token, or 1
         return list(values[0].split([each * len(layout) for layout in layouts]))
@@ -172,63 +237,6 @@ class NativeAdapter(Adapter):
         pixels: Tensor = call["pixel_values_videos" if modality == "video" else "pixel_values"]
         sample: Tensor = pixels.split(patches)[index][::7, ::7]
         return sample
-
-    # -- prompts ---------------------------------------------------------------------------------
-
-    def prompt_arguments(self, ids: Tensor) -> dict[str, Tensor]:
-        image, video = self.facts.placeholders["image"], self.facts.placeholders["video"]
-        return {"mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
-
-    def video_options(self, processor: Any, frames: Sequence[int]) -> dict[str, Any]:
-        """The frames of a user count as sampled at the rate of the processor."""
-        metadata = [
-            {
-                "total_num_frames": count,
-                "fps": rate(processor),
-                "frames_indices": [*range(count)],
-            }
-            for count in frames
-        ]
-        return {"do_sample_frames": False, "video_metadata": metadata}
-
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
-        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        grids = {name: inputs.get(f"{name}_grid_thw") for name in self.encoders}
-        encoded = any(grid is not None for grid in grids.values())
-        encoded |= bool(inputs.get("mm_encoder_outputs"))
-        if ids is None or not encoded:
-            return
-        axes = positions if positions is not None and positions.ndim == 3 else None
-        if types is None and (axes is None or bool((axes[-1] == axes[-2]).all())):
-            raise UserError(
-                "mm_token_type_ids is missing, without which the images have no rows and columns; "
-                "pass everything that the processor returns."
-            )
-        for name, grid in grids.items():
-            where = ids == self.facts.placeholders[name]
-            made = 0 if grid is None else int(grid.prod(-1).sum()) // self._merge**2
-            if grid is not None and int(where.sum()) != made:
-                raise UserError(
-                    f"the prompts have {int(where.sum())} {name} placeholders, but their {name}s "
-                    f"make {made} tokens; prepare both in one call of the processor, without "
-                    "truncation."
-                )
-            if axes is None and mask is not None and mask.shape == ids.shape:
-                hidden = int((where & (mask == 0)).sum())
-                if hidden:
-                    raise UserError(
-                        f"the attention mask hides {hidden} of the {name} placeholders, which this "
-                        "model cannot number; remove the whole image, or pass position_ids."
-                    )
-
-    def encoding_arguments(self, layouts: Sequence[TokenLayout]) -> dict[str, Tensor]:
-        side = self._merge
-        grids: dict[str, list[list[int]]] = {}
-        for layout in layouts:
-            sides = [side * length for length in layout.view_shape]
-            grids.setdefault(f"{layout.modality}_grid_thw", []).append([layout.views, *sides])
-        return {name: torch.tensor(some, device="cpu") for name, some in grids.items()}
 
     # -- tests -----------------------------------------------------------------------------------
 

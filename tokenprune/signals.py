@@ -32,7 +32,6 @@ AXES: Mapping[str, str] = {
     "kv_width": "key-value heads of a decoder layer times the width of a head",
     "vision_width": "width of the vision encoder",
     "vision_head_width": "width of a head of the vision encoder",
-    "projector_width": "width of the projector's input",
     "joint_width": "width of the space that images and texts share",
 }
 """Name of an axis of a signal to the entries that it counts."""
@@ -120,6 +119,14 @@ class SignalInfo:
     def is_tapped(self) -> bool:
         """Whether the attention input of a decoder layer is kept for it."""
         return self.source == "decoder layer" and self.layer in ("named", "previous")
+
+    @property
+    def shares_queries(self) -> bool:
+        """Whether it reads the queries that a decoder layer projected for itself.
+
+        For a few queries it is cheaper to project them again than to keep those of all tokens.
+        """
+        return self.source == "decoder layer" and self.queries == "patches"
 
     @property
     def kept(self) -> Kept:

@@ -35,7 +35,6 @@ _SIZE = re.compile(r"([hw]?)([0-9]{1,6})([hw]?)\s*[x×,]\s*([hw]?)([0-9]{1,6})([
 
 
 QUESTION = 32  # question tokens that methods receive if no text is counted
-NATIVE = 1008, 1008  # pixels of an image of its own size: 36 x 36 tokens of Qwen2.5-VL
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +113,10 @@ def prompt_of(
 
     Args:
         model: As for `tokenprune.models.loading.adapter_without_weights`.
-        image_size: (height, width) in pixels, for the adapter's layout.  None is a thumbnail and
-            2x2 full crops **without separators**, as in efficiency tables of papers: 2880 tokens on
-            LLaVA-NeXT.  In families whose images keep their resolution it is `NATIVE`.
+        image_size: (height, width) in pixels, for the adapter's layout.  None is
+            `Adapter.usual_layout`: for families with crops a thumbnail and 2x2 full crops **without
+            separators**, as in efficiency tables of papers (2880 tokens on LLaVA-NeXT); otherwise
+            one view: 576 tokens on LLaVA-1.5, 1296 on Qwen2.5-VL.
         patches: (rows, columns) of a single view without separators, instead of an image size.
         text: Number of text tokens; those tables count none.  Methods that use the question then
             receive `QUESTION` tokens, which are not counted.
@@ -136,12 +136,8 @@ def prompt_of(
         check_length(adapter.facts, math.prod(patches), text)
         native = adapter.facts.vision.native
         layout = TokenLayout.single(patches, newline=False, native=native)
-    elif image_size is None and adapter.facts.vision.native:
-        layout = adapter.layout(NATIVE)
     elif image_size is None:
-        rows, cols = adapter.view_shape
-        box = (0, 2 * rows, 0, 2 * cols)
-        layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
+        layout = adapter.usual_layout()
     else:
         layout = adapter.layout(image_size)
     check_length(adapter.facts, len(layout) + text)

@@ -42,6 +42,7 @@ __all__ = [
     "checked_questions",
     "load_model",
     "prepare",
+    "testbed_note",
     "warn_about_testbed",
     "with_crops",
     "with_faults_noted",
@@ -91,12 +92,15 @@ def warn_about_testbed(model: str, *, own: bool) -> None:
         own: Whether the images are a user's own.
     """
     if own and model in testbed.names():
-        warnings.warn(
-            f"{model} is a small model trained on drawings of coloured shapes and digits. What it "
-            "answers about other images, such as photographs, means nothing; give another --model.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warnings.warn(f"{testbed_note(model)}; give another --model.", UserWarning, stacklevel=3)
+
+
+def testbed_note(model: str) -> str:
+    """Why the answers of the testbed ``model`` about a user's own images mean nothing."""
+    return (
+        f"{model} is a small model trained on drawings of coloured shapes and digits. What it "
+        "answers about other images, such as photographs, means nothing"
+    )
 
 
 def load_model(

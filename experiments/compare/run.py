@@ -149,11 +149,9 @@ def _opened(
 ) -> RunFolder:
     """The folder of the run, which holds nothing else."""
     surroundings = environment()
-    roots = code_roots(
-        [cell.compressor for cell in work.columns if cell.compressor],
-        [type(work.pipe.adapter), __name__],
-    )
-    files = answer_files(work.pipe.path, (), roots)
+    compressors = [cell.compressor for cell in work.columns if cell.compressor]
+    roots = code_roots(compressors, [type(work.pipe.adapter), __name__])
+    files = answer_files(work.pipe.path, compressors, roots)
     experiment = _experiment(request, work, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / folder_name(experiment)

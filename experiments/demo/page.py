@@ -18,6 +18,7 @@ import gradio as gr
 
 from tokenprune.compatibility import compatible_methods
 from tokenprune.errors import UserError
+from tokenprune.experiments.common.setting import testbed_note
 from tokenprune.experiments.demo.answers import MOST, Answerer, chosen
 from tokenprune.experiments.demo.cards import cards, listing, refusal
 from tokenprune.experiments.demo.recipe import Recipe
@@ -92,10 +93,7 @@ class _Page:
         )
         hint, truth = "", None
         if files and model in testbed.names():
-            hint = (
-                f"{model} is a small model that knows only scenes of its testbed. Its answer about "
-                "another picture says nothing."
-            )
+            hint = f"{testbed_note(model)}; choose another model."
         elif not files and question == scene(number).question:
             truth = scene(number).answer
         return cards(answers, truth, hint), listing(recipe.python), listing(recipe.command)
@@ -164,7 +162,7 @@ def _fields(page: _Page, methods: Sequence[str]) -> dict[str, Any]:
     fields["model"] = gr.Dropdown(names, value=names[0], label="Model", elem_id="tp-model")
     fields["scenes"] = gr.Gallery(
         [scene(index).images[0].open() for index in range(len(SCENES))],
-        label="Scenes of the testbed", show_label=False, columns=4, object_fit="cover",
+        label="Scenes of the testbed", show_label=False, columns=4, object_fit="contain",
         format="png", allow_preview=False, selected_index=0, interactive=False, buttons=[],
         elem_id="tp-scenes",
     )  # fmt: skip

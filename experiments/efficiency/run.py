@@ -42,8 +42,7 @@ class PromptRequest(Request):
 
     Attributes:
         model: As for `tokenprune.models.loading.adapter_without_weights`.
-        image_size: As `prompt.read_size` reads it; None for a thumbnail and 2x2 whole crops without
-            separators.
+        image_size: As `prompt.read_size` reads it; None for `Adapter.usual_layout`.
         patches: Rows and columns of a single view, written like a size, instead of an image.
         text_tokens: Tokens of the prompt that are not visual.
         dtype: Of weights and KV cache: ``bfloat16``, ``float16`` or ``float32``.

@@ -52,8 +52,8 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     git = manifest.get("git") or {}
     sessions = manifest.get("sessions") or [{}]
     source = "the testbed's held-out questions"
-    if asked.get("data"):
-        source = str(asked["data"])
+    if asked.get("data") or asked.get("paths"):
+        source = str(asked.get("data") or ", ".join(asked["paths"]))
     facts = {
         "model": experiment["model"],
         "questions": f"{experiment['questions']} ({', '.join(experiment['modality'])}), {source}",

@@ -416,7 +416,8 @@ def test_tables_fit_into_80_columns() -> None:
     assert "accuracy in % on the 400 questions" in re.sub(r"\s+", " ", text)
 
 
-def test_few_questions_do_not_break_labels() -> None:
+@pytest.mark.parametrize("width", [60, 80])
+def test_few_questions_do_not_break_labels(width: int) -> None:
     """With the widest intervals that there are, every label of the loyalty table is in one line."""
     labels = ("uncompressed", "thumbnail-only", "downsample@0.7143", "spatial-pool@0.51")
     share = {"accuracy": 1.0, "accuracy_low": 0.839, "accuracy_high": 1.0}
@@ -429,10 +430,11 @@ def test_few_questions_do_not_break_labels() -> None:
         | {"status": "ok"}
         for index, label in enumerate(labels)
     )
-    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(command._divergence_table(rows))
     text = console.export_text()
     assert all(label in text for label in labels)
+    assert "Columns left out" in text, "instead"
 
 
 def test_long_labels_break_between_options() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 
+import pytest
+
+from tokenprune.console import progress
 from tokenprune.progress import logged, progress_line
 
 
@@ -49,3 +53,12 @@ def test_the_rate_is_of_this_run_not_of_answers_that_were_there() -> None:
         time.sleep(0.25)
     rate = float(written[0].split(", ")[1].split()[0])
     assert rate < 20, "one step, not 901"
+
+
+def test_deprecation_notices_of_libraries_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.warn("use something else in v6", category, stacklevel=1)
+        warnings.warn("of the run", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: of the run\n"

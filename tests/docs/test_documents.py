@@ -40,7 +40,7 @@ ELSEWHERE = {"docs/adding-a-model.md", "README.md"}  # test_docs.py, test_readme
 
 LESS = {
     "ablation": ("--questions 3",),
-    "benchmark": ("--quick", "--only growth"),
+    "benchmark": ("--quick", "--only loops"),
     "compare": ("--questions 2", "--retention 0.5"),
     "complementarity": ("--questions 3",),
     "crop-importance": ("--questions 3",),

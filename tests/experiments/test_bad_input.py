@@ -115,6 +115,7 @@ def test_an_unreachable_hub_is_noticed_at_once(
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    refused("compare", "--model", "nobody/at-all")  # imports take time
     began = time.monotonic()
     said = refused("compare", "--model", "nobody/nothing")
     assert time.monotonic() - began < 5, "six attempts would take 23 s"
@@ -204,3 +205,17 @@ def test_random_weights_of_timm_are_said() -> None:
     with pytest.warns(UserWarning, match="timm/test_vit has random weights") as caught:
         tp.load("timm/test_vit")
     assert caught[0].filename == __file__, "the warning points to the user's line"
+
+
+def test_a_testbed_loads_without_a_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        tp.load("testbed-next")
+        assert logging.is_progress_bar_enabled(), "the user's setting is restored"
+    finally:
+        if not before:
+            logging.disable_progress_bar()
+    assert "Loading" not in capfd.readouterr().err

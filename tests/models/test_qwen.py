@@ -7,6 +7,7 @@ after the comparison with the prompt that is built by hand.
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,16 +29,19 @@ from tokenprune.engine.session import compress
 from tokenprune.errors import UserError
 from tokenprune.facts import VisionFacts
 from tokenprune.forecast import forecast
+from tokenprune.layout import TokenLayout
 from tokenprune.models.qwen2_5_vl import Qwen25VL
 from tokenprune.models.qwen3_vl import Qwen3VL
 from tokenprune.pipeline import Pipeline
 from tokenprune.registry import adapters
+from tokenprune.signals import Signal
 from tokenprune.spec import create, parse
 from tokenprune.testing.asserting import kept_in
 from tokenprune.testing.host import Host, example, refusal, tiny_host
 from tokenprune.testing.model_checks import check_equals_reference, check_positions
 from tokenprune.testing.reference import reference
 from tokenprune.testing.runner import MODEL_CHECKS, run
+from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -65,10 +69,13 @@ SPECS = [
     "uniform:position_ids=compact",
     "fastv:position_ids=compact,layer=1",
     "sparsevlm:recycle=1,position_ids=compact",
+    "globalcom2@0.6 + fastv:layer=1@0.6",
 ]
 
 
 def _method(spec: str) -> Any:
+    if "+ " in spec:
+        return parse(spec)
     return example(spec) if ":" not in spec else parse(spec, retention=0.4)
 
 
@@ -122,6 +129,7 @@ def test_experts_take_the_same_path() -> None:
     model = Qwen3VLMoeForConditionalGeneration(made).eval()
     host = Host(Qwen3VL(model), "Qwen3-VL", "qwen3_vl_moe_text")
     assert Pipeline(model, None).adapter.name == "Qwen3-VL"
+    assert host.adapter.facts.decoder.intermediate == 2 * 16
     for spec in ("uniform", "fastv:layer=1"):
         check_equals_reference(_method(spec), host)
 
@@ -185,7 +193,7 @@ def test_processor_and_layout_count_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_patches_of_a_picture_are_where_the_layout_says(family: str) -> None:
+def test_patches_of_a_stillare_where_the_layout_says(family: str) -> None:
     """The real processor cuts pictures whose pixels tell their row and column."""
     made = processor(family).image_processor
     adapter = Pipeline(HOSTS[family].model, processor(family)).adapter
@@ -263,6 +271,24 @@ def test_a_decoder_that_slides_is_right_within_its_window() -> None:
         check_equals_reference(_method(spec), host)
 
 
+def test_the_row_of_the_text_counts_the_tokens_that_are_left(host: Host) -> None:
+    """Gaps in it would be taken for the borders of packed sequences."""
+    seen: list[Tensor] = []
+    layer = host.adapter.decoder_layers[-1]
+    handle = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    try:
+        for spec in ("uniform", "fastv", "uniform:position_ids=compact"):
+            with compress(host.model, _method(spec)):
+                host.generate(host.inputs([0]))
+            prefill = seen[0][0]
+            assert torch.equal(prefill, torch.arange(len(prefill)))
+            seen.clear()
+    finally:
+        handle.remove()
+
+
 # -- videos and deepstack ------------------------------------------------------------------------
 
 
@@ -312,6 +338,99 @@ def test_merging_merges_deepstack_features_too() -> None:
         )
         wanted = host.model.lm_head(out.last_hidden_state[0, -1])
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_video_may_come_before_an_image() -> None:
+    """Then features of the second modality come first in the prompt."""
+    host = HOSTS["Qwen3-VL"]
+    adapter, model = host.adapter, host.model
+    inputs = {**adapter.dummy_video(2, seed=3), **adapter.dummy_images([(20, 30)], seed=4)}
+    frame, image = 4, len(adapter.layout((20, 30)))
+    ids = torch.tensor([[1, 5, *[62] * frame, 6, *[62] * frame, 7, *[63] * image, 8, 9]])
+    inputs |= {"input_ids": ids, **adapter.prompt_arguments(ids)}
+    method = _method("uniform")
+    with compress(model, method) as trace, torch.no_grad():
+        got = model(**inputs).logits[0, -1]
+    video, still = trace.selections
+    assert (video.layout.modality, still.layout.modality) == ("video", "image")
+    places = [(ids[0] == token).nonzero().squeeze(1) for token in (62, 63)]
+    kept = [places[0][video.keep], places[1][still.keep]]
+    stays = torch.cat([(ids[0] < 60).nonzero().squeeze(1), *kept]).sort().values
+    with torch.no_grad():
+        base = adapter.base
+        videos = base.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        images = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        embeds = model.get_input_embeddings()(ids[0])
+        embeds[places[0]], embeds[places[1]] = videos.pooler_output[0], images.pooler_output[0]
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw")}
+        positions, _ = base.get_rope_index(ids, inputs["mm_token_type_ids"], **grids)
+        out = adapter.language_model(
+            inputs_embeds=embeds[stays][None],
+            position_ids=positions[:, :, stays],
+            visual_pos_masks=(ids[0][stays] >= 60)[None],
+            deepstack_visual_embeds=[
+                torch.cat([first[0][video.keep], second[0][still.keep]])
+                for first, second in zip(
+                    videos.deepstack_features, images.deepstack_features, strict=True
+                )
+            ],
+        )
+        wanted = model.lm_head(out.last_hidden_state[0, -1])
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+# -- GlobalCom² without a thumbnail --------------------------------------------------------------
+
+
+def _commanded(scores: Tensor, region: int, tau: float, retention: float) -> list[int]:
+    """The tokens (H, W) that GlobalCom² keeps, by loops over tokens."""
+    height, width = scores.shape
+    rows, cols = max(1, round(height / region)), max(1, round(width / region))
+    places = [(row, col) for row in range(height) for col in range(width)]
+
+    def region_of(row: int, col: int) -> tuple[int, int]:
+        return min(row // (height // rows), rows - 1), min(col // (width // cols), cols - 1)
+
+    def small(row: int, col: int) -> float:
+        square = [
+            (row // 2 * 2 + down, col // 2 * 2 + right) for down in (0, 1) for right in (0, 1)
+        ]
+        there = [float(scores[at]) for at in square if at[0] < height and at[1] < width]
+        return sum(there) / len(there)
+
+    names = [(row, col) for row in range(rows) for col in range(cols)]
+    members = {name: [at for at in places if region_of(*at) == name] for name in names}
+    rich = [sum(small(*at) for at in members[name]) / 4 for name in names]
+    weights = [math.exp((one - max(rich)) / tau) for one in rich]
+    share = [one / (sum(weights) + 1e-8) for one in weights]
+    kept = []
+    for name, mine in zip(names, share, strict=True):
+        ratio = min(retention * (1 + mine - sum(share) / len(share)), 1)
+        inside = members[name]
+        guide = math.sqrt(sum(small(*at) ** 2 for at in inside))
+        own = math.sqrt(sum(float(scores[at]) ** 2 for at in inside))
+        ranked = sorted(
+            inside, key=lambda at: -(0.5 * small(*at) / guide + 0.5 * float(scores[at]) / own)
+        )
+        kept += ranked[: int(ratio * len(inside) + 1e-6)]
+    return sorted(row * width + col for row, col in kept)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 7), (9, 4), (3, 3)])
+def test_a_pooled_map_commands_the_regions(shape: tuple[int, int]) -> None:
+    draw = torch.Generator().manual_seed(3)
+    scores = torch.rand(*shape, generator=draw)
+    layout = TokenLayout.single(shape, newline=False, native=True)
+    signal = Signal("received")
+    tokens = VisualTokens(layout, torch.zeros(len(layout), 4), {signal: scores.flatten()})
+    whole = parse("globalcom2:score=received,region=3,tau=0.5", retention=0.4)
+    assert whole(tokens).keep.tolist() == _commanded(scores, 3, 0.5, 0.4)
+    alone = parse("globalcom2:score=received,region=0", retention=0.4)
+    best = scores.flatten().argsort(descending=True)[: int(0.4 * len(layout))]
+    assert alone(tokens).keep.tolist() == best.sort().values.tolist()
+    view = TokenLayout.single(shape, newline=False)  # a view of fixed size, as in LLaVA-1.5
+    fixed = VisualTokens(view, torch.zeros(len(view), 4), {signal: scores.flatten()})
+    assert whole(fixed).keep.tolist() == best.sort().values.tolist()
 
 
 # -- what users call -----------------------------------------------------------------------------
