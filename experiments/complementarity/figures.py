@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.references import CROPS_ONLY
+from tokenprune.experiments.common.request import FIGURES, FigureOptions
 from tokenprune.experiments.common.run_folder import IMAGE_FREE, THUMBNAIL_ONLY, UNCOMPRESSED
 from tokenprune.experiments.common.summary import OVERALL
 
@@ -23,12 +24,13 @@ SHOWN = {
 """Maps the label of a cell to the views that the model sees."""
 
 
-def figure(table: pd.DataFrame, model: str) -> Figure:
+def figure(table: pd.DataFrame, model: str, options: FigureOptions = FIGURES) -> Figure:
     """Relative accuracy as bars, one group for each kind of question.
 
     Args:
         table: As `complementarity.run.relative` returns it.
         model: Name of the model.
+        options: Width and titles.
     """
     shown = [name for name in SHOWN.values() if name != SHOWN[UNCOMPRESSED]]
     table = table[table["shown"].isin(shown)]
@@ -44,9 +46,10 @@ def figure(table: pd.DataFrame, model: str) -> Figure:
         places={kind: f"{kind}\n({n[kind]})" for kind in (OVERALL, *kinds)},
         hues=shown,
         title=f"What {model} answers from the thumbnail or the crops alone",
-        subtitle="accuracy relative to the whole image (100 %), number of questions in brackets; "
-        "bars: 95 % confidence intervals",
-        label="relative accuracy",
+        subtitle="accuracy relative to that on the whole image (dashed, 100 %); in brackets: "
+        "number of questions; lines: 95 % confidence intervals",
+        label="relative accuracy (%)",
         reference=1.0,
         colours={SHOWN[IMAGE_FREE]: "#bdbdbd"},
+        options=options,
     )  # fmt: skip

@@ -65,8 +65,8 @@ def run(request: ComplementarityRequest, progress: ProgressCallback = silent) ->
     table = relative(read_answers(outcome.folder), seed=request.seed)
     write_tables(outcome.folder, {"complementarity": table})
     if len(table):
-        drawn = figure(table, Path(request.model).name)
-        plots.save(drawn, outcome.folder / "plots" / "complementarity")
+        drawn = figure(table, Path(request.model).name, request.figures)
+        plots.save(drawn, outcome.folder / "plots" / "complementarity", request.figures)
     files = ("complementarity.csv", "answers.parquet", "plots/")
     return replace(outcome, tables={"complementarity": table, **outcome.tables}, files=files)
 

@@ -102,8 +102,9 @@ def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> 
     tables = {"crop_importance": table, "crops": crops, "objects": objects}
     write_tables(outcome.folder, tables)
     if len(table):
-        drawn = figure(table, crops, objects, Path(request.model).name, request.score)
-        plots.save(drawn, outcome.folder / "plots" / "crop-importance")
+        model = Path(request.model).name
+        drawn = figure(table, crops, objects, model, request.score, request.figures)
+        plots.save(drawn, outcome.folder / "plots" / "crop-importance", request.figures)
     if count := uneven(crops):
         notes.insert(
             0,

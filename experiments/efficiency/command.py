@@ -90,6 +90,9 @@ def efficiency(
     repeats: _Repeats = 5,
     device: options.Device = None,
     out: _Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
     """Print what methods cost: tokens, FLOPs, KV cache, memory, and when they pay off.
 
@@ -117,6 +120,7 @@ def efficiency(
             repeats=repeats,
             device=device,
             out=out,
+            figures=options.figures(formats, width, no_title),
         )
         with progress() as bar:
             outcome = run(request, bar)

@@ -20,7 +20,7 @@ from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.prompt import Prompt, asks, prompt_of, read_size
 from tokenprune.experiments.common.provenance import environment
-from tokenprune.experiments.common.request import Request
+from tokenprune.experiments.common.request import FIGURES, FigureOptions, Request
 from tokenprune.experiments.efficiency import figures
 from tokenprune.experiments.efficiency.costs import analytic_break_even, costs, layers
 from tokenprune.experiments.efficiency.measured import measure
@@ -69,6 +69,7 @@ class EfficiencyRequest(PromptRequest):
         batch_size: Prompts that run at once when measured.
         repeats: Timed runs of each part.
         device: As in `ModelRequest`.
+        figures: As in `ModelRequest`.
     """
 
     methods: Sequence[str] = ("uniform",)
@@ -78,6 +79,7 @@ class EfficiencyRequest(PromptRequest):
     batch_size: int = 1
     repeats: int = 5
     device: str | None = None
+    figures: FigureOptions = FIGURES
 
 
 def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -121,7 +123,7 @@ def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outc
         tables["measured"] = measured.table
         about["measured"] = measured.words
     _write(folder, tables, _details(request, prompt))
-    _draw(folder, tables, request.model, prompt)
+    _draw(folder, tables, request, prompt)
     return Outcome(
         folder,
         tables=tables,
@@ -188,7 +190,7 @@ def _details(request: EfficiencyRequest, prompt: Prompt) -> dict[str, Any]:
     asked = asdict(request)
     size = prompt.image_size
     asked["image_size"] = None if size is None else {"height": size[0], "width": size[1]}
-    for name in ("out", "repeats", "device"):
+    for name in ("out", "repeats", "device", "figures"):
         del asked[name]
     return asked | environment()
 
@@ -200,9 +202,13 @@ def _write(folder: Path, tables: dict[str, pd.DataFrame], details: dict[str, Any
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _draw(folder: Path, tables: dict[str, pd.DataFrame], model: str, prompt: Prompt) -> None:
-    title = f"What methods cost on {Path(model).name}"
-    figure = figures.cost_by_retention(tables["costs"], title, _parts(prompt))
-    plots.save(figure, folder / "plots" / "cost")
-    figure = figures.tokens_by_layer(tables["layers"], "Where tokens are processed", _parts(prompt))
-    plots.save(figure, folder / "plots" / "layers")
+def _draw(
+    folder: Path, tables: dict[str, pd.DataFrame], request: EfficiencyRequest, prompt: Prompt
+) -> None:
+    about, options = _parts(prompt), request.figures
+    title = f"What methods cost on {Path(request.model).name}"
+    figure = figures.cost_by_retention(tables["costs"], title, about, options)
+    plots.save(figure, folder / "plots" / "cost", options)
+    title = "Where tokens are processed"
+    figure = figures.tokens_by_layer(tables["layers"], title, about, options)
+    plots.save(figure, folder / "plots" / "layers", options)

@@ -110,6 +110,9 @@ def masks(
     trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
     out: _Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
     """Draw what each method keeps of an image, with the model's answers.
 
@@ -138,6 +141,7 @@ def masks(
             trust_remote_code=trust_remote_code,
             max_new_tokens=max_new_tokens,
             out=out,
+            figures=options.figures(formats, width, no_title),
         )
         with progress() as bar:
             outcome = run(request, bar)

@@ -31,7 +31,7 @@ from tokenprune.experiments.common.provenance import environment
 from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.common.request import ModelRequest
 from tokenprune.experiments.common.setting import load_model
-from tokenprune.experiments.masks.figures import draw, heat
+from tokenprune.experiments.masks.figures import draw, heat_pages, pages
 from tokenprune.experiments.masks.look import MaskedPrompt, check, look
 from tokenprune.pictures import frames, picture
 from tokenprune.pipeline import Pipeline
@@ -103,8 +103,8 @@ class MasksRequest(ModelRequest):
 def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
     """Run methods on one prompt, and write figures of what they keep.
 
-    The folder gets ``masks`` and, if there are scores, ``heat`` as PNG and PDF, ``kept.csv`` and
-    ``manifest.json``.
+    The folder gets ``masks`` and, if there are scores, ``heat`` as figures, ``kept.csv`` and
+    ``manifest.json``.  Figures of many panels are divided: ``masks-1``, ``masks-2`` and so on.
 
     Returns:
         With the table ``kept``, as `MaskedPrompt.table` returns it; ``about`` has the ``question``
@@ -162,11 +162,14 @@ def _written(
     request: MasksRequest, folder: Path, seen: MaskedPrompt, table: pd.DataFrame
 ) -> tuple[str, ...]:
     """Write figures, table and manifest, and return their names."""
-    save(draw(seen), folder / "masks")
-    files = ["masks.png", "masks.pdf"]
+    drawn = {"masks": pages(seen, request.figures)}
     if seen.saliency or any(one.scores for one in seen.masks):
-        save(heat(seen), folder / "heat")
-        files += ["heat.png", "heat.pdf"]
+        drawn["heat"] = heat_pages(seen, request.figures)
+    files: list[str] = []
+    for name, figures in drawn.items():
+        for number, figure in enumerate(figures, 1):
+            part = f"{name}-{number}" if len(figures) > 1 else name
+            files += save(figure, folder / part, request.figures)
     write_tables(folder, {"kept": table})
     asked = {"request": asdict(request), "command": sys.argv, **environment()}
     with replace_file(folder / "manifest.json") as temporary:
