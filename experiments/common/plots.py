@@ -138,6 +138,12 @@ class Canvas:
         """Width of the longest of ``texts``, in inches."""
         return max((text_width(text, self.size.text) for text in texts), default=0.0)
 
+    def rows(self, labels: Sequence[str]) -> tuple[list[str], float]:
+        """The labels of rows on at most 40 % of the width, and the height of a row in inches."""
+        names = [wrapped(label, 0.4 * self.size.width, self.size.text) for label in labels]
+        lines = max((name.count("\n") + 1 for name in names), default=1)
+        return names, (lines + 0.12) * self.line
+
     def panels(self, count: int, least: float, most: int = 4) -> tuple[int, int]:
         """Rows and columns of ``count`` panels that are at least ``least`` inches wide."""
         columns = max(1, min(count, most, int((self.size.width + 0.01) / least)))

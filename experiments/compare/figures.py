@@ -140,7 +140,8 @@ def by_retention(
     order = _ranked(table)
     place = {label: index for index, label in enumerate(order)}
     with canvas(options, title, subtitle) as made:
-        axes = made.subplots(made.line * (1.15 * len(order) + 5))[0, 0]
+        names, row = made.rows(order)
+        axes = made.subplots(row * len(order) + 4 * made.line)[0, 0]
         steps = pd.unique(table["retention"])
         for step, colour, marker in zip(steps, plots.colours(len(steps)), MARKERS, strict=False):
             group = table[table["retention"] == step]
@@ -152,7 +153,7 @@ def by_retention(
             )  # fmt: skip
         if full is not None:
             _reference_line(made, axes.axvline, full, label="uncompressed")
-        axes.set_yticks(range(len(order)), order)
+        axes.set_yticks(range(len(order)), names)
         axes.set_ylim(len(order) - 0.4, -0.6)
         in_percent(axes.xaxis)
         axes.set_xlabel("accuracy (%)")
@@ -179,7 +180,7 @@ def by_cost(
         rows, columns = made.panels(len(steps), 14 * made.line, most=3)
         high = min(1.1 * made.size.width / columns, 1.05 * made.size.height) * rows + 4 * made.line
         key_columns = _key_columns(made, order)
-        below = len(key_columns[0]) * made.line
+        below = (max(map(_key_lines, key_columns)) + 0.5) * made.line
         panels, key = made.rooms(high, below)
         grid = panels.subgridspec(rows, columns).subplots(squeeze=False).flatten()
         for axes, step in zip(grid, steps, strict=False):
@@ -214,20 +215,22 @@ def by_kind(
     with canvas(
         options, title, f"accuracy in %; {subtitle}" if subtitle else "accuracy in %"
     ) as made:
-        names = made.width_of(*order) + made.line
+        names, row = made.rows(order)
         cell = 1.15 * made.width_of("100")
-        fit = int((made.size.width - names) / (cell * len(kinds) + 0.5 * made.line))
+        fit = int(
+            (made.size.width - made.width_of(*names) - made.line)
+            / (cell * len(kinds) + 0.5 * made.line)
+        )
         columns = max(1, min(len(steps), fit))
         rows = -(-len(steps) // columns)
         head = made.width_of(*kinds) + 2.5 * made.line
-        grid = made.subplots(
-            rows * (1.1 * made.line * len(order) + head), rows, columns, sharey=True
-        ).flatten()
+        grid = made.subplots(rows * (row * len(order) + head), rows, columns, sharey=True).flatten()
         for axes, step in zip(grid, steps, strict=False):
             wide = every[every["retention"] == step].pivot_table(
                 index="label", columns="kind", values="accuracy", sort=False
             )
             made.heat(axes, 100 * wide.reindex(index=order, columns=kinds), "{:.0f}", (0, 100))
+            axes.set_yticks(range(len(order)), names)
             axes.tick_params(axis="x", labelrotation=90)
             axes.set_title(_step(step, summary))
         for axes in grid[len(steps) :]:
@@ -356,6 +359,7 @@ def _front(made: Canvas, axes: Axes, table: pd.DataFrame) -> None:
 
 def _key_columns(made: Canvas, names: list[str]) -> list[list[str]]:
     """The names in as many columns of equal length as fit side by side."""
+    names = [wrapped(name, made.size.width - 3 * made.line, made.size.text) for name in names]
     for count in range(min(5, len(names)), 0, -1):
         rows = -(-len(names) // count)
         columns = [names[start : start + rows] for start in range(0, len(names), rows)]
@@ -364,18 +368,23 @@ def _key_columns(made: Canvas, names: list[str]) -> list[list[str]]:
     return columns
 
 
+def _key_lines(names: list[str]) -> int:
+    return sum(name.count("\n") + 1 for name in names)
+
+
 def _key(made: Canvas, axes: Axes, columns: list[list[str]]) -> None:
     """The methods by number."""
     axes.set_axis_off()
     axes.set_xlim(0, made.size.width - 0.1)
-    axes.set_ylim(len(columns[0]), 0)
+    axes.set_ylim(max(map(_key_lines, columns)), 0)
     x, number = 0.0, 0
     for names in columns:
-        for row, name in enumerate(names):
+        place, line = x + 1.4 * made.line, 0
+        for name in names:
             number += 1
-            place = x + 1.4 * made.line
-            axes.text(place, row + 0.5, str(number), ha="right", va="center", weight="bold")
-            axes.text(place + 0.5 * made.line, row + 0.5, name, va="center")
+            axes.text(place, line, str(number), ha="right", va="top", weight="bold")
+            axes.text(place + 0.5 * made.line, line, name, va="top")
+            line += name.count("\n") + 1
         x += made.width_of(*names) + 2.4 * made.line
 
 

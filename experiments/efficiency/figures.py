@@ -79,8 +79,9 @@ def _points(made: Canvas, table: pd.DataFrame) -> None:
     order = list(table.groupby("label", sort=False)["flops_share"].mean().sort_values().index)
     place = {label: index for index, label in enumerate(order)}
     steps = list(pd.unique(table["retention"]))
-    panels = made.subplots(made.line * (1.15 * len(order) + 5), 1, 2, sharey=True)[0]
-    room = (made.size.width - made.width_of(*order)) / 2 - 2 * made.line
+    names, row = made.rows(order)
+    panels = made.subplots(row * len(order) + 4 * made.line, 1, 2, sharey=True)[0]
+    room = (made.size.width - made.width_of(*names)) / 2 - 2 * made.line
     for axes, (column, name) in zip(panels, _COSTS.items(), strict=True):
         looks = zip(steps, plots.colours(len(steps)), MARKERS, strict=False)
         for step, colour, marker in looks:
@@ -93,7 +94,7 @@ def _points(made: Canvas, table: pd.DataFrame) -> None:
         axes.set_xlim(0, max(1.0, table[column].max()) * 1.04)
         in_percent(axes.xaxis, 5)
         axes.grid(axis="both")
-    panels[0].set_yticks(range(len(order)), order)
+    panels[0].set_yticks(range(len(order)), names)
     panels[0].set_ylim(len(order) - 0.4, -0.6)
     made.figure.supxlabel("% of the uncompressed model")
     made.legend(panels[0].get_legend_handles_labels())
@@ -166,12 +167,16 @@ def _layer_maps(
 ) -> None:
     """A row per method, those that enter the fewest tokens first."""
     order = list(table.groupby("label", sort=False)["visual_tokens"].mean().sort_values().index)
-    names = made.width_of(*order)
+    names, row = made.rows(order)
     columns = max(
-        1, min(len(kept), int((made.size.width - names - 5 * made.line) / (4.5 * made.line)))
+        1,
+        min(
+            len(kept),
+            int((made.size.width - made.width_of(*names) - 5 * made.line) / (4.5 * made.line)),
+        ),
     )
     rows = -(-len(kept) // columns)
-    height = rows * made.line * (1.1 * len(order) + 3)
+    height = rows * (row * len(order) + 3 * made.line)
     grid = made.subplots(height, rows, columns, sharex=True, sharey=True).flatten()
     for axes, share in zip(grid, kept, strict=False):
         counts = [_counts(table, label, share) for label in order]
@@ -183,7 +188,7 @@ def _layer_maps(
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_title(f"{plots.percent(share)} kept")
-        axes.set_yticks(range(len(order)), order)
+        axes.set_yticks(range(len(order)), names)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     for axes in grid[len(kept) :]:
         axes.set_axis_off()

@@ -1,7 +1,7 @@
 """Figures of the positional-bias analysis."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,9 @@ __all__ = [
     "figures",
     "on_the_image",
 ]
+
+
+_SIDES: tuple[Literal["left", "center", "right"], ...] = ("left", "center", "right")
 
 
 _HUES = {"normal order": "#9ecae1", "reversed order": "#08519c"}
@@ -160,9 +163,8 @@ def by_place(tokens: pd.DataFrame, where: str, options: FigureOptions = FIGURES)
             axes.set_title(_title(made, grid, method))
             in_percent(axes.yaxis, 4)
             axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
-            first, _, last = axes.get_xticklabels()
-            first.set_horizontalalignment("left")  # away from those of the next panel
-            last.set_horizontalalignment("right")
+            for label, side in zip(axes.get_xticklabels(), _SIDES, strict=False):
+                label.set_horizontalalignment(side)  # away from those of the next panel
         made.figure.supxlabel("position in the packed sequence (%)")
         made.figure.supylabel("share kept (%)")
         handles, labels = _entries()
@@ -238,13 +240,13 @@ def equivariance(statistics: pd.DataFrame, where: str, options: FigureOptions = 
         subtitle += "; no point where it is undefined"
     with canvas(options, "Does the selection follow content or location?", subtitle) as made:
         ticks = ["0\nlocation", "½\nneither", "1\ncontent"]
-        names = min(made.width_of(*methods), 0.35 * made.size.width)
+        names, row = made.rows(methods)
         least = 1.05 * sum(made.width_of(tick) for tick in ticks) + 1.5 * made.line
-        room = made.size.width - names - made.line
+        room = made.size.width - made.width_of(*names) - made.line
         columns = max(1, min(len(conditions), int(room / least)))
         rows = -(-len(conditions) // columns) or 1
         columns = -(-len(conditions) // rows) or 1
-        height = made.line * (1.7 * len(methods) + 5)
+        height = max(1.7 * made.line, row) * len(methods) + 5 * made.line
         grid = made.subplots(rows * height, rows, columns, sharey=True).flatten()
         for axes, condition in zip(grid, conditions, strict=False):
             axes.axvline(0.5, color=FAINT, lw=0.7 * made.size.line, ls=(0, (4, 3)), zorder=1)
@@ -259,9 +261,7 @@ def equivariance(statistics: pd.DataFrame, where: str, options: FigureOptions = 
                 )  # fmt: skip
             axes.set_xlim(-0.12, 1.12)
             axes.set_ylim(len(methods) - 0.5, -0.5)
-            axes.set_yticks(
-                range(len(methods)), [wrapped(one, names, made.size.text) for one in methods]
-            )
+            axes.set_yticks(range(len(methods)), names)
             axes.set_xticks([0, 0.5, 1], ticks)
             axes.set_title(
                 wrapped(_NAMES[condition], room / columns - made.line, made.size.text, bold=True),
