@@ -1,4 +1,4 @@
-"""Every figure of every experiment, of made-up results: few methods and all, one retention and three."""
+"""Every figure of every experiment, drawn from made-up results."""
 
 from __future__ import annotations
 
@@ -193,8 +193,9 @@ def kept(methods: tuple[str, ...], retentions: tuple[float, ...] = (0.25,)) -> C
         keep = everything[torch.rand(len(everything), generator=torch.Generator()) < share]
         answer = "a long answer that goes on and on and on and on and on, until it is cut"
         shown.append(Mask(label, share, (keep,), answer, "before the LLM"))
+    image = Image.linear_gradient("L").convert("RGB")
     seen = MaskedPrompt(
-        MODEL, ViewSize(56, (56, 56), "stretch"), (Medium((Image.linear_gradient("L").convert("RGB"),), tokens),),
+        MODEL, ViewSize(56, (56, 56), "stretch"), (Medium((image,), tokens),),
         tuple(shown), "Which digit is on the red triangle?", "seven", "logits of CLS attention",
     )  # fmt: skip
     return lambda options: [*masks.pages(seen, options)[-2:], masks.heat(seen, options)]

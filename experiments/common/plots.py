@@ -1,5 +1,6 @@
 """The style of all figures: widths, type, colours, titles, legends, labels and files."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def canvas(options: FigureOptions, title: str, subtitle: str = "") -> Iterator["
         subtitle: On what, in smaller letters.  It goes with the title.
     """
     size = _SIZES[options.width]
-    with mpl.style.context("default"), rc_context(_settings(size)):
+    with mpl.style.context("default"), rc_context(_settings(size)), _any_weight():
         made = Canvas(size, *((title, subtitle) if options.title else ("", "")))
         yield made
         made.settle()
@@ -306,7 +307,10 @@ def save(figure: Figure, path: Path, options: FigureOptions = FIGURES) -> list[s
     """
     dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     names = []
-    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "tokenprune"}):
+    with (
+        _any_weight(),
+        rc_context({"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "tokenprune"}),
+    ):
         for kind in options.formats:
             target = path.with_name(f"{path.name}.{kind}")
             with replace_file(target) as temporary:
@@ -534,6 +538,18 @@ def _hits(box: tuple[float, ...], others: Sequence[tuple[float, ...]]) -> bool:
 
 
 # --- characters -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _any_weight() -> Iterator[None]:
+    """No messages about fonts without a bold weight, which stand in for Matplotlib's own."""
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _make_legible(text: Text) -> None:
