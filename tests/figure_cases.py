@@ -102,7 +102,7 @@ def whole_views(kinds: tuple[str, ...]) -> Case:
             for shown in ("crops only", "thumbnail only", "no image")
         ]
     )
-    return lambda options: [complementarity.figure(parts, MODEL, options)]
+    return lambda options: [complementarity.figure(parts, MODEL, options=options)]
 
 
 def dropped_crops(groups: tuple[str, ...], *, located: bool) -> Case:
@@ -123,7 +123,7 @@ def dropped_crops(groups: tuple[str, ...], *, located: bool) -> Case:
     )
     objects = pd.DataFrame({"rank": [1, 1, 2, 3, 4, 1], "crops": 4}) if located else pd.DataFrame()
     return lambda options: [
-        crop_importance.figure(drops, crops, objects, MODEL, "saliency", options)
+        crop_importance.figure(drops, crops, objects, MODEL, "saliency", options=options)
     ]
 
 

@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.answers import Measure
 from tokenprune.experiments.common.glyphs import wrapped
 from tokenprune.experiments.common.intervals import wilson
 from tokenprune.experiments.common.plots import FAINT, INK, Canvas, canvas, errors, in_percent
@@ -32,6 +33,7 @@ def figure(
     objects: pd.DataFrame,
     model: str,
     score: str,
+    measure: Measure = "accuracy",
     options: FigureOptions = FIGURES,
 ) -> Figure:
     """Scores by rank, locations of the objects, and the loss of accuracy without a crop.
@@ -41,6 +43,7 @@ def figure(
         crops, objects: As `scored` returns them.
         model: Name of the model.
         score: Signal that scores the thumbnail.
+        measure: What the table measures.
         options: Width and titles.
     """
     held = holding(objects)
@@ -58,7 +61,7 @@ def figure(
         _scores(made, panels[0], crops)
         if len(held):
             _objects(made, panels[1], held)
-        _costs(made, made.figure.add_subplot(below), table)
+        _costs(made, made.figure.add_subplot(below), table, measure)
     return made.figure
 
 
@@ -97,7 +100,7 @@ def _objects(made: Canvas, axes: Axes, held: pd.DataFrame) -> None:
     axes.set_title(wrapped(title, made.size.width / 2 - 5 * made.line, made.size.text, bold=True))
 
 
-def _costs(made: Canvas, axes: Axes, table: pd.DataFrame) -> None:
+def _costs(made: Canvas, axes: Axes, table: pd.DataFrame, measure: Measure) -> None:
     groups = list(pd.unique(table["group"]))
     plots.grouped_bars(
         made,
@@ -108,7 +111,7 @@ def _costs(made: Canvas, axes: Axes, table: pd.DataFrame) -> None:
         _HUES,
     )
     axes.axhline(0, color=INK, lw=0.8)
-    axes.set_ylabel("accuracy lost (points)")
+    axes.set_ylabel("accuracy lost (points)" if measure == "accuracy" else "answers changed (%)")
     names = {"highest": "highest score", "random": "random", "lowest": "lowest score"}
     axes.legend(
         [bar for bar in axes.containers if bar.get_label() in names], list(names.values()),

@@ -336,7 +336,7 @@ def _blank(grid: list[Axes], methods: list[str]) -> list[Axes]:
 def _title(made: Canvas, grid: list[Axes], method: str) -> str:
     """A method's name on the width of a panel."""
     columns = len({axes.get_subplotspec().colspan.start for axes in grid})  # type: ignore[union-attr]
-    room = made.size.width / columns - 3 * made.line
+    room = made.size.width / columns - (5 if columns == 1 else 3) * made.line
     return wrapped(method, room, made.size.text, bold=True)
 
 
