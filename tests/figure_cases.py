@@ -219,7 +219,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "crop importance, nothing located", dropped_crops(groups[:1], located=False)
     yield "efficiency", costs(FEW)
     yield "efficiency, all methods", costs(ALL)
-    for number in (1, 3, 7):
+    for number in (1, 7):
         yield f"positional bias, {number} methods", bias((LONG, *ALL)[:number])
     yield "masks", kept(FEW[1:3])
     yield "masks, all methods", kept(ALL[:9])

@@ -45,7 +45,7 @@ def figure(
     reference = float(full.iloc[0]) if len(full) else np.nan
     with canvas(options, f"Effect of the options on {model}", _caption(table, panels)) as made:
         rows, columns = made.panels(len(panels), 13 * made.line, most=3)
-        inches = made.size.width / columns - 3 * made.line
+        inches = made.size.width / columns - 5 * made.line
         height = min(made.size.height, 0.95 * made.size.width / columns + 3 * made.line)
         grid = made.subplots(rows * height, rows, columns).flatten()
         for axes, part in zip(grid, panels, strict=False):

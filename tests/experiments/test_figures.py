@@ -19,7 +19,7 @@ from tokenprune.experiments.common.request import WIDTHS, FigureOptions
 
 CASES = dict(cases())
 
-DPI = 144
+DPI = 100
 
 Box = tuple[float, float, float, float]
 
