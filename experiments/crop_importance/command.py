@@ -90,8 +90,7 @@ def crop_importance(
         started = options.stoppable()
         with progress() as bar:
             outcome = run(request, bar)
-        found = outcome.tables.get("crop_importance")
-        if found is not None and len(found):
+        if len(found := outcome.tables.get("crop_importance", ())):
             Console().print(table(found), "")
         status = options.closing(outcome, started)
     raise typer.Exit(status)
