@@ -34,7 +34,7 @@ class Qwen25VL(NativeAdapter):
 
     hosts: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
     decoders: ClassVar[tuple[str, ...]] = ("qwen2_5_vl_text",)
-    tokens: tuple[float, float] = (4, 1280)
+    tokens: tuple[float, float] = (4, 16384)
 
     def layer_facts(self, config: Any) -> dict[str, Any]:
         return {

@@ -61,7 +61,7 @@ def test_a_notebook_runs(path: Path, kernel: Any) -> None:
 @pytest.mark.slow
 def test_a_class_of_a_notebook_may_change(kernel: Any) -> None:
     """Its answers are computed again; a name that is taken is refused in a sentence."""
-    source = '''
+    source = """
 from dataclasses import dataclass
 import tokenprune as tp
 from tokenprune.experiments.common.request import CompareRequest
@@ -75,7 +75,7 @@ class Changing(tp.ScoringCompressor):
 
 outcome = run(CompareRequest(methods=("changing",), retention=(0.1,), questions=2))
 print("new answers:", outcome.new)
-'''
+"""
     cells = [source.format(score=f"tokens.features[:, {column}]") for column in (0, 0, 1)]
     cells.append(
         "try:\n    tp.register('changing')(type('Other', (Changing,), {}))\n"
