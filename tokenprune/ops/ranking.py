@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenprune.layout import TokenLayout, listed, moved
 from tokenprune.ops.merging import group_sums
+from tokenprune.ops.similarity import ROUNDING
 
 __all__ = [
     "ROUNDING",
@@ -21,14 +22,6 @@ __all__ = [
     "top_per_view",
     "with_others",
 ]
-
-
-ROUNDING = 2.0**-19
-"""Cosine distances up to this value are set to 0.
-
-The float32 distance of equal vectors is a rounding error.  Equal vectors must tie, so that the
-index breaks the tie.
-"""
 
 
 def rank_in_group(group: Tensor) -> Tensor:
