@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tokenprune.compressor import Selection
 from tokenprune.layout import moved
@@ -49,5 +50,8 @@ class HoliTomInner(FastV):
         unit = F.normalize(tokens.features.float(), dim=-1)
         cluster = most_similar(unit[patches], unit[keep])
         cluster[torch.searchsorted(patches, keep)] = torch.arange(len(keep), device=keep.device)
-        merged = group_means(tokens.features[patches], cluster, len(keep))
-        return replace(chosen, features=merged.to(tokens.features))
+
+        def merging(vectors: Tensor) -> Tensor:
+            return group_means(vectors[patches], cluster, len(keep)).to(vectors)
+
+        return replace(chosen, features=merging(tokens.features), merging=merging)

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
@@ -109,4 +110,9 @@ class PACT(Compressor):
         merged = group_means(vectors, cluster, len(centres) + 1)[:-1]
         sizes = tally(cluster, len(centres) + 1)[:-1].to(vectors)
         features = merged.to(tokens.features)
-        return Selection(patches[centres], features, sizes if self.proportional else None, scores)
+
+        def merging(values: Tensor) -> Tensor:
+            return group_means(values[patches], cluster, len(centres) + 1)[:-1].to(values)
+
+        counted = sizes if self.proportional else None
+        return Selection(patches[centres], features, counted, scores, merging)

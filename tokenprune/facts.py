@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokenprune.errors import UserError
+from tokenprune.layout import TokenLayout
 
 __all__ = [
     "DecoderFacts",
@@ -56,6 +57,11 @@ class VisionFacts:
         has_cls: Whether entry 0 is a CLS token.
         has_head: Whether an attention pooling head follows the layers.
         merge_size: Side of the square of patches that the projector joins into one visual token.
+        native: Whether the views have the size of the image, not `view_shape`.
+        gated: Whether the MLP has a gate.
+        window: Side of the windows within which layers attend, in visual tokens; 0 for none.
+        global_layers: Layers that attend to the whole view all the same.
+        mergers: Number of projectors that join patches into visual tokens.
         attention: Name of the attention implementation.
         readable: Whether every attention is a plain softmax of query times key.
         reducible: Whether every layer is one that `Adapter.vision_block` can run.
@@ -73,6 +79,11 @@ class VisionFacts:
     has_cls: bool
     has_head: bool = False
     merge_size: int = 1
+    native: bool = False
+    gated: bool = False
+    window: int = 0
+    global_layers: tuple[int, ...] = ()
+    mergers: int = 0
     attention: str = "sdpa"
     readable: bool = True
     reducible: bool = True
@@ -82,6 +93,23 @@ class VisionFacts:
     def tokens(self) -> int:
         """Number of entries of the encoder's sequence for one view."""
         return self.prefix_tokens + math.prod(self.view_shape)
+
+    def at(self, layout: TokenLayout) -> VisionFacts:
+        """The facts for the views of an image or video, which may have a size of their own."""
+        if not self.native:
+            return self
+        rows, cols = (self.merge_size * side for side in layout.view_shape)
+        return replace(self, view_shape=(rows, cols))
+
+    def pairs(self, layer: int) -> int:
+        """Number of pairs of a query and a key in a view, in encoder layer ``layer``."""
+        if not self.window or layer % self.layers in self.global_layers:
+            return self.tokens**2
+        side, found = self.window * self.merge_size, 1
+        for length in self.view_shape:
+            whole, rest = divmod(length, side)
+            found *= whole * side**2 + rest**2
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,6 +125,7 @@ class DecoderFacts:
         head_dim: Width of a head.
         positions: Number of position ids that the decoder knows, None if there is no limit.
         position_scheme: What a position id consists of.
+        query_norms: Whether the queries of each head are normalised.
     """
 
     layers: int
@@ -107,6 +136,7 @@ class DecoderFacts:
     head_dim: int
     positions: int | None = None
     position_scheme: PositionScheme = "rotary"
+    query_norms: bool = False
 
     @classmethod
     def of(cls, config: Any) -> DecoderFacts:

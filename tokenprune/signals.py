@@ -231,7 +231,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
         source="vision layer",
         shape=("N",),
         meaning="Attention that each patch receives, mean over all queries of its view and over "
-        "heads.",
+        "heads.  Queries outside its window pay it none in the windowed layers of Qwen2.5-VL.",
         paper="HoliTom (2505.21334)",
         queries="all",
         sample="attention",
@@ -247,7 +247,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "keys": SignalInfo(
         source="vision layer",
         shape=("N", "vision_head_width"),
-        meaning="Key of each patch, mean over heads.",
+        meaning="Key of each patch, mean over heads, before a rotation by its place.",
         paper="VisionZip (2412.04467)",
     ),
     "joint_keys": SignalInfo(
@@ -268,7 +268,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     ),
     "unprojected": SignalInfo(
         source="projector",
-        shape=("N", "vision_width"),
+        shape=("N", "projector_width"),
         meaning="Input of the projector; `VisualTokens.project` maps merged vectors.",
         paper="VisionZip (2412.04467)",
         dtype="model",
@@ -419,7 +419,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_global": SignalInfo(
         source="decoder layer",
         shape=("N",),
-        meaning="Attention that the mean of all states up to the image's last token pays to each "
+        meaning="Attention that the mean of all queries up to the image's last token pays to each "
         "entry, without rotation, softmax over these states, mean over heads, in the layer after "
         "the cut.",
         paper="PACT (2504.08966)",

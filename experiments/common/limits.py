@@ -25,6 +25,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "layers": (1, 1_000),
     "max_image_pixels": (1, 2**31 - 1),
     "max_new_tokens": (1, 1_000_000),
+    "port": (1, 65_535),
     "questions": (1, 1_000_000),
     "repeats": (1, 100_000),
     "seed": (0, 2**32 - 1),  # the range of every random generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.console import FAILED, INTERRUPTED, OK, Plugin
+from tokenprune.console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Plugin,
+    complete_method,
+    complete_word,
+)
+from tokenprune.models import testbed
+from tokenprune.models.published import KNOWN
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
@@ -22,7 +32,9 @@ __all__ = [
     "Data",
     "Device",
     "Dtype",
+    "Force",
     "ImageSize",
+    "Images",
     "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
@@ -30,6 +42,7 @@ __all__ = [
     "Out",
     "Patches",
     "Plugin",
+    "Prompt",
     "Questions",
     "Seed",
     "TextTokens",
@@ -49,10 +62,15 @@ __all__ = [
 _NAMED = 10  # how many unanswered questions are named
 
 
+_LISTED = 10  # how many files are
+
+
 def methods(about: str, default: str) -> Any:
     """The option ``--methods``; its values and its default differ by command."""
     text = f"{about} [default: {default}]"
-    return typer.Option("--methods", "-m", metavar="SPEC...", help=text)
+    return typer.Option(
+        "--methods", "-m", metavar="SPEC...", help=text, autocompletion=complete_method
+    )
 
 
 def retention(default: str) -> Any:
@@ -61,7 +79,14 @@ def retention(default: str) -> Any:
     return typer.Option("--retention", "-r", metavar="R...", help=text)
 
 
-Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        help="Embedded testbed, Hugging Face Hub id or local folder.",
+        autocompletion=complete_word(*testbed.names()),
+    ),
+]
 
 
 Questions = Annotated[
@@ -76,6 +101,26 @@ Data = Annotated[
 ]
 
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[IMAGE]...",
+        help="Images of your own, before the options: files, folders, and quoted patterns such as "
+        "'photos/*.jpg'. [default: images of the testbed]",
+    ),
+]
+
+
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help='The question about images that come without one. [default: "What is in the image?"]',
+    ),
+]
+
+
 BatchSize = Annotated[
     int | None,
     typer.Option(help="Questions per batch. [default: 50 on a testbed, otherwise 4]"),
@@ -86,11 +131,23 @@ Seed = Annotated[int, typer.Option(help="Seed of the testbed's questions and of 
 
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if available]")
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ... [default: cuda if available]",
+        autocompletion=complete_word("cpu", "cuda"),
+    ),
 ]
 
 
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16, float16 or auto.",
+        autocompletion=complete_word("auto", "bfloat16", "float16", "float32"),
+    ),
+]
 
 
 Out = Annotated[
@@ -100,6 +157,11 @@ Out = Annotated[
         help="Run folder. The same command resumes an unfinished run in it. "
         "[default: a folder in runs/, named after the options]",
     ),
+]
+
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the earlier result of this command in --out.")
 ]
 
 
@@ -119,6 +181,7 @@ Modality = Annotated[
     typer.Option(
         metavar="image|video|multi-image",
         help="Modality of the questions. [default: image, or all of --data]",
+        autocompletion=complete_word("image", "video", "multi-image"),
     ),
 ]
 
@@ -128,8 +191,10 @@ Config = Annotated[
     typer.Option(
         "--config",
         "--model",
+        metavar="MODEL",
         help="Configuration of a model: a known name (llava-v1.6-vicuna-7b, "
         "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json, or a Hub id.",
+        autocompletion=complete_word(*KNOWN, *testbed.names()),
     ),
 ]
 
@@ -140,7 +205,7 @@ ImageSize = Annotated[
         metavar="HEIGHTxWIDTH",
         help="Image size in pixels, height first as in transformers, or with letters: 1008wx672h. "
         "[default: thumbnail and 2x2 full crops without separators, as in published tables: "
-        "2880 tokens on LLaVA-NeXT]",
+        "2880 tokens on LLaVA-NeXT; one view of 576 tokens on LLaVA-1.5 and Qwen-VL]",
     ),
 ]
 
@@ -197,8 +262,11 @@ def interrupted(outcome: Outcome, what: str = "answers") -> int:
 
 
 def written(outcome: Outcome) -> str:
-    """Where the files of an experiment are."""
-    return f"Written to {outcome.folder}: {', '.join(outcome.files)}"
+    """Where the files of an experiment are; of many, the first and the last ones."""
+    files = list(outcome.files)
+    if len(files) > _LISTED:
+        files[4:-2] = [f"{len(files) - 6} more"]
+    return f"Written to {outcome.folder}: {', '.join(files)}"
 
 
 def gaps(outcome: Outcome) -> Iterator[str]:
@@ -246,14 +314,17 @@ def closing(outcome: Outcome, started: float) -> int:
 
 
 def _without_image(outcome: Outcome) -> Iterator[str]:
-    """The accuracy of the model without images."""
+    """The accuracy of the model without images or, without true answers, its agreement."""
     from tokenprune.experiments.common.answers import read_answers
     from tokenprune.experiments.common.run_folder import IMAGE_FREE
     from tokenprune.experiments.common.summary import OVERALL, summarise
 
     answers = read_answers(outcome.folder)
     for row in summarise(answers[answers["label"] == IMAGE_FREE], seed=0).itertuples():
-        if row.kind == OVERALL and row.status == "ok":
-            shares = (row.accuracy, row.accuracy_low, row.accuracy_high)
-            right, low, high = (f"{100 * share:.1f}" for share in shares)
-            yield f"Without the image {right} % of the answers are right ({low}–{high})."
+        if row.kind != OVERALL or row.status != "ok":
+            continue
+        known = not math.isnan(row.accuracy)
+        name, words = ("accuracy", "right") if known else ("agreement", "the same as with it")
+        shares = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
+        share, low, high = (f"{100 * value:.1f}" for value in shares)
+        yield f"Without the image {share} % of the answers are {words} ({low}–{high})."

@@ -55,6 +55,8 @@ class ViewSize:
     @classmethod
     def of(cls, adapter: Adapter) -> ViewSize:
         """The view geometry of a model."""
+        if adapter.facts.vision.native:  # the patches cover the whole image
+            return cls(1, (1, 1), adapter.fit)
         side = int(adapter.base.config.vision_config.image_size)
         (rows, cols), (height, width) = adapter.view_shape, adapter.facts.vision.patch_size
         return cls(side, (min(side, rows * height), min(side, cols * width)), adapter.fit)

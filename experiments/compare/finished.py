@@ -103,12 +103,13 @@ def _found(
     }
     if experiment != experiment | now:
         return None
-    columns = [CellRecord(**column) for column in noted["columns"]]
+    columns = [CellRecord.read(cell) for cell in manifest["cells"]]
     journal = Journal(path / "answers.jsonl")
     keys = {column.key for column in columns}
     if not all((key, item.id) in journal.answers for key in keys for item in questions):
         return None
-    same = {name: manifest[name] for name in ("finished", "device_name")}
+    kept = ("finished", "cells", "device_name", "model_folder")
+    same = {name: manifest[name] for name in kept if name in manifest}
     details = asked_for(request, path) | same | {"files": files} | surroundings
     return _Found(columns, questions, journal, details)
 

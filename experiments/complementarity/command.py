@@ -24,6 +24,8 @@ __all__ = [
 
 @app.command()
 def complementarity(
+    paths: options.Images = None,
+    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
@@ -38,8 +40,9 @@ def complementarity(
 ) -> None:
     """Answer questions from the thumbnail, from the crops, and from both.
 
-    Prints the accuracy relative to the whole image for every kind of question. Single images only:
-    videos and prompts of several images have no crops.
+    Prints the accuracy relative to the whole image for every kind of question. For images of your
+    own without true answers, it is the agreement with the answer from the whole image. Single
+    images only: videos and prompts of several images have no crops.
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
@@ -47,6 +50,8 @@ def complementarity(
         from tokenprune.experiments.complementarity.run import ComplementarityRequest, run
 
         request = ComplementarityRequest(
+            paths=tuple(paths or ()),
+            prompt=prompt,
             model=model,
             questions=questions,
             data=data,
@@ -71,6 +76,8 @@ def complementarity(
 
 def table(found: pd.DataFrame) -> Table:
     """At most 80 columns; ``found`` is as `complementarity.run.relative` returns it."""
+    if "agreement" in found:
+        return _agreement(found)
     made = new_table(
         title="Accuracy from one kind of view alone",
         caption="Relative: to the accuracy with thumbnail and crops, with its 95 % interval, in %. "
@@ -79,8 +86,9 @@ def table(found: pd.DataFrame) -> Table:
     )
     made.add_column("kind")
     made.add_column("seen")
-    for name in ("accuracy", "relative", "difference", "p"):
-        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("accuracy", justify="right")
+    for name, value in {"relative": 2, "difference": 3, "p": 1}.items():
+        made.add_column(name, justify="right", value=value)
     for kind, group in found.groupby("kind", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             whole = not position
@@ -92,6 +100,32 @@ def table(found: pd.DataFrame) -> Table:
                 "" if whole else f"{100 * row['relative']:.1f} {'–'.join(ends)}",
                 "" if whole else difference(row["difference"], row["low"], row["high"]),
                 "" if whole else p_value(row["p"]),
+                end_section=position + 1 == len(group),
+            )
+    return made
+
+
+def _agreement(found: pd.DataFrame) -> Table:
+    """The table where no true answer is known."""
+    made = new_table(
+        title="Agreement with the whole image from one kind of view alone",
+        caption="Agreement: the share of answers that equal those from thumbnail and crops, with "
+        "its 95 % interval, in %. Divergence of the first answer token from the whole image, in "
+        "nats.",
+    )
+    for name in ("kind", "seen"):
+        made.add_column(name)
+    for name in ("n", "agreement", "divergence"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for kind, group in found.groupby("kind", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            low, high = (f"{100 * row[f'relative_{end}']:.0f}" for end in ("low", "high"))
+            made.add_row(
+                "" if position else escape(str(kind)),
+                row["shown"].removesuffix(" only"),
+                str(row["n"]),
+                f"{100 * row['agreement']:.1f}" + (f" {low}–{high}" if position else ""),
+                f"{row['kl']:.3f}" if position else "",
                 end_section=position + 1 == len(group),
             )
     return made

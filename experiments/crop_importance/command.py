@@ -35,6 +35,8 @@ _Score = Annotated[
 
 @app.command("crop-importance")
 def crop_importance(
+    paths: options.Images = None,
+    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     score: _Score = "saliency",
     layer: Annotated[
@@ -55,7 +57,8 @@ def crop_importance(
     """Drop the highest-scored, the lowest-scored or a random crop, by the thumbnail's mean score.
 
     Prints the loss of accuracy for each, by kind of question, and separately for questions whose
-    object is in the dropped crop (known on the testbed, or from "place" in --data).
+    object is in the dropped crop (known on the testbed, or from "place" in --data). For images of
+    your own without true answers, it is the share of answers that change.
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
@@ -63,6 +66,8 @@ def crop_importance(
         from tokenprune.experiments.crop_importance.run import CropImportanceRequest, run
 
         request = CropImportanceRequest(
+            paths=tuple(paths or ()),
+            prompt=prompt,
             model=model,
             score=score,
             layer=layer,
@@ -90,17 +95,20 @@ def crop_importance(
 
 def table(found: pd.DataFrame) -> Table:
     """At most 80 columns; ``found`` is as `crop_importance.run.drops` returns it."""
+    known = "accuracy" in found
+    what = "Loss" if known else "Answers that change,"
     made = new_table(
-        title="Accuracy lost without a crop",
-        caption="Loss in points with its 95 % interval, against the whole image and against "
+        title="Accuracy lost without a crop" if known else "Answers that change without a crop",
+        caption=f"{what} in points with its 95 % interval, against the whole image and against "
         "dropping a random crop (whole images resampled); p of McNemar's exact test, on the same "
-        "questions, - with several seeds.",
+        f"questions, - with several seeds{'' if known else ' or without true answers'}.",
     )
     made.add_column("questions")
-    made.add_column("n", justify="right")
+    made.add_column("n", justify="right", value=1)
     made.add_column("dropped")
-    for name in ("loss", "p", "beyond random", "p"):
-        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("loss" if known else "changed", justify="right")
+    for name, value in {"p": 3, "beyond random": 4, "its p": 2}.items():
+        made.add_column(name, justify="right", value=value)
     for group, part in found.groupby("group", sort=False):
         for position, (_, row) in enumerate(part.iterrows()):
             beyond = [-row[f"vs_random{end}"] for end in ("", "_high", "_low")]

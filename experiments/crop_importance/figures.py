@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.answers import Measure
 from tokenprune.experiments.common.intervals import wilson
 from tokenprune.experiments.common.plots import FAINT, INK, style, titles
 
@@ -26,7 +27,12 @@ _HUES = {"highest": "#c44e52", "random": "#8c8c8c", "lowest": "#4c72b0"}
 
 
 def figure(
-    table: pd.DataFrame, crops: pd.DataFrame, objects: pd.DataFrame, model: str, score: str
+    table: pd.DataFrame,
+    crops: pd.DataFrame,
+    objects: pd.DataFrame,
+    model: str,
+    score: str,
+    measure: Measure = "accuracy",
 ) -> Figure:
     """Scores by rank, locations of the objects, and the loss of accuracy without a crop.
 
@@ -35,6 +41,7 @@ def figure(
         crops, objects: As `scored` returns them.
         model: Name of the model.
         score: Signal that scores the thumbnail.
+        measure: What the table measures.
     """
     held = holding(objects)
     widths = [1.1, 0.9, 2.2] if len(held) else [1.1, 2.4]
@@ -44,7 +51,7 @@ def figure(
         _scores(panels[0], crops)
         if len(held):
             _objects(panels[1], held)
-        _costs(panels[-1], table)
+        _costs(panels[-1], table, measure)
         for axes in panels:
             axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
             axes.xaxis.label.set_size(13)
@@ -97,7 +104,7 @@ def _objects(axes: Axes, held: pd.DataFrame) -> None:
     axes.set_title(f"Where the object is ({held['n'].iloc[0]} questions)", loc="left", fontsize=13)
 
 
-def _costs(axes: Axes, table: pd.DataFrame) -> None:
+def _costs(axes: Axes, table: pd.DataFrame, measure: Measure) -> None:
     groups = list(pd.unique(table["group"]))
     plots.grouped_bars(
         axes,
@@ -107,7 +114,7 @@ def _costs(axes: Axes, table: pd.DataFrame) -> None:
         _HUES,
     )
     axes.axhline(0, color=INK, lw=1.2)
-    axes.set_ylabel("accuracy lost")
+    axes.set_ylabel("accuracy lost" if measure == "accuracy" else "answers changed")
     axes.legend(
         title="dropped crop", frameon=False, fontsize=12, title_fontsize=12, loc="upper left"
     )

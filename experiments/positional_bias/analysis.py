@@ -22,6 +22,7 @@ from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments.common.cells import Failure
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.own_images import PROMPT
 from tokenprune.experiments.positional_bias.estimates import NORMAL, profiles, statistics
 from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
@@ -45,16 +46,12 @@ from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
-    "PROMPT",
     "Analysis",
     "check_method",
     "compressors_of",
     "positional_bias",
     "selector_bias",
 ]
-
-
-PROMPT = "What is in the image?"
 
 
 @dataclass(frozen=True)
@@ -275,13 +272,13 @@ def _analysed(
     keys = {(one.label, one.retention): one for one in compressors}
     total, done = len(keys) * images, 0
     for start in range(0, images, batch_size):
-        progress(done, total, "vision encoder")
+        progress(done, total, f"vision encoder, {len(failures)} failed")
         here = range(start, min(start + batch_size, images))
         lacking = {key: set(here) - known.images(*key) for key in keys if key not in failures}
         needed = sorted(set().union(*lacking.values()))
         batch = [case for index in needed for case in cases(index)]
         for key, compressor in keys.items():
-            progress(done, total, f"{key[0]} at {key[1]:g}")
+            progress(done, total, f"{key[0]} at {key[1]:g}, {len(failures)} failed")
             done += len(here)
             mine = [case for case in batch if case.image in lacking.get(key, ())]
             found = tried(partial(_rows_of, compressor, mine, select, batch_size))

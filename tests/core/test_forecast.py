@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from families import full_hosts
 
 import tokenprune as tp
 from tokenprune.compatibility import check_compatible
@@ -21,7 +22,7 @@ from tokenprune.models.loading import adapter_without_weights, published_config
 from tokenprune.models.published import KNOWN
 from tokenprune.strategies._golden.sparsevlm import Scheduled
 from tokenprune.strategies.tome import schedule
-from tokenprune.testing.host import ROWS, Host, Row, hosts
+from tokenprune.testing.host import ROWS, Host, Row
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -46,7 +47,7 @@ METHODS = [
     *map(tp.parse, CHAINS),
     tp.create("uniform", retention=1.0),
 ]
-HOSTS = {host.name: host for host in hosts(["qwen2"])}
+HOSTS = {host.name: host for host in full_hosts(["qwen2"])}
 PROMPTS = (*ROWS, Row((), 4, frames=(3,)), Row((), 3, frames=(3, 3)))  # videos alone
 
 

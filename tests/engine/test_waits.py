@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import full_hosts
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -19,7 +20,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.ops import diversity, similarity
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -62,7 +63,7 @@ def test_one_synchronisation_per_selection_from_many_tokens(
         assert torch.equal(elsewhere, part(tokens).keep)
 
 
-@pytest.mark.parametrize("name", [host.name for host in hosts(["qwen2"])])
+@pytest.mark.parametrize("name", [host.name for host in full_hosts(["qwen2"])])
 @pytest.mark.parametrize("spec", SPECS)
 def test_one_synchronisation_per_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
     """Besides, three per forward: sizes, numbers of images, and the content of the prompts.

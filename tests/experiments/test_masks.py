@@ -279,7 +279,7 @@ def test_ones_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         picture(40, 30, index).save(tmp_path / f"frame-{index:02}.png")
     still = [picture(40, 30, index) for index in range(5)]
     still[0].save(tmp_path / "moving.gif", save_all=True, append_images=still[1:])
-    out = ("--out", str(tmp_path / "out"), "-m", "uniform", "-r", "0.5")
+    out = ("--force", "--out", str(tmp_path / "out"), "-m", "uniform", "-r", "0.5")
     for words, views in (
         ((str(tmp_path), "--video"), 8),
         ((str(tmp_path / "moving.gif"), "Is it?", "--video", "--frames", "3"), 3),

@@ -22,12 +22,14 @@ from tokenprune.attention import (
     decoder_row,
     decoder_rows,
     decoder_values,
+    mean_query,
     moved_keys,
     rotary_product,
 )
 from tokenprune.compressor import Compressor, placed
 from tokenprune.cost.account import attended_for
 from tokenprune.engine.forward import Pass, Span
+from tokenprune.engine.numbering import axes_of, taken
 from tokenprune.errors import UserError
 from tokenprune.offload import applied, resident
 from tokenprune.signals import Signal
@@ -113,7 +115,7 @@ class LayerSignals:
                 found[signal] = once(signal, compute)
                 rows = len(state.queries) if signal.info.queries == "one" else 1
                 for _ in range(rows):
-                    _charge(state, signal, index)
+                    self._charge(state, signal, index)
         return found
 
     def tokens(
@@ -157,7 +159,7 @@ class LayerSignals:
             values = once((signal, span.row, span.image), compute)
             at = slots.to(values.device)
             signals[signal] = values[:, at].transpose(0, 1) if by_text else values[at]
-            _charge(state, signal, index, span, len(text))
+            self._charge(state, signal, index, span, len(text))
         words = {
             name: row[span.row, text.to(row.device)] for name, row in rows.items() if name.is_vector
         }
@@ -200,7 +202,7 @@ class LayerSignals:
             with self._at_hand(signal.layer):
                 keys = decoder_keys(attention, states, _on(rotary, states.device))
         first = state.real.int().argmax(1, keepdim=True)
-        back = -state.positions.gather(1, first).to(keys.device)
+        back = -axes_of(taken(state.positions, first)).to(keys.device)
         rotary = self.adapter.language_model.rotary_emb(keys, back)
         keys = moved_keys(attention, keys, _on(rotary, keys.device))
         return keys.transpose(1, 2).flatten(2)
@@ -266,22 +268,17 @@ class LayerSignals:
     @_computes("llm_global")
     @torch.no_grad()
     def _global_row(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
-        """Attention row of the mean state, in the layer that runs next, without rotation.
-
-        It equals the row of the mean query, because the projection is linear.
-        """
+        """Attention row of the mean query, in the layer that runs next, without rotation."""
         states = self._states_ahead(cut.layer, cut.hidden[span.row])
         columns = cut.state.columns[span.row].to(states.device)
         seen = (columns >= 0) & (columns <= int(span.columns[-1]))
-        mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
-        both = torch.cat([states, mean.to(states)[None]])[None]
-        asking = torch.full((1,), len(states), device=states.device)
-        visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
         attention: Any = self._attention(cut.layer)
-        still = both.new_ones(*both.shape[:2], attention.head_dim)  # cosine of a zero rotation
+        still = states.new_ones(1, len(states), attention.head_dim)  # cosine of a zero rotation
+        rotary, asking = (still, torch.zeros_like(still)), seen.new_zeros(1, dtype=torch.long)
         with self._at_hand(cut.layer):
-            row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
-        return row[0, :-1]
+            query = mean_query(attention, states, seen)
+            row = decoder_row(attention, states[None], rotary, asking, seen[None], query=query)
+        return row[0]
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -369,8 +366,26 @@ class LayerSignals:
             rotary = state.rotary or cut.kwargs["position_embeddings"]
         else:
             positions = (state.positions - moved.to(state.positions.device)).to(states.device)
-            rotary = self.adapter.language_model.rotary_emb(states, positions)
+            rotary = self.adapter.language_model.rotary_emb(states, axes_of(positions))
         return _on(rotary, states.device)
+
+    def _charge(
+        self, state: Pass, signal: Signal, index: int, span: Span | None = None, text: int = 0
+    ) -> None:
+        """Enter the cost of a signal in front of layer ``index``, for one image or for all rows."""
+        layer = signal.layer if signal.info.layer == "named" else index - 1
+        cached = bool(state.layers) and state.layers[layer].keys is not None
+        entry = attended_for(
+            signal,
+            index,
+            cached=cached,
+            text=text,
+            patches=0 if span is None else len(span.tokens.layout.patches),
+            row=None if span is None else span.row,
+            normed=self.adapter.facts.decoder.query_norms,
+        )
+        if entry is not None:
+            state.attended.append(entry)
 
     def _attention(self, index: int) -> nn.Module:
         """The attention module of decoder layer ``index``."""
@@ -379,19 +394,6 @@ class LayerSignals:
     def _at_hand(self, index: int) -> AbstractContextManager[None]:
         """While open, modules of decoder layer ``index`` can run outside its forward."""
         return resident(self.adapter.decoder_layers[index], self._attention(index))
-
-
-def _charge(
-    state: Pass, signal: Signal, index: int, span: Span | None = None, text: int = 0
-) -> None:
-    """Enter the cost of a signal in front of layer ``index``, for one image or for all rows."""
-    layer = signal.layer if signal.info.layer == "named" else index - 1
-    cached = bool(state.layers) and state.layers[layer].keys is not None
-    patches = 0 if span is None else len(span.tokens.layout.patches)
-    row = None if span is None else span.row
-    entry = attended_for(signal, index, cached=cached, text=text, patches=patches, row=row)
-    if entry is not None:
-        state.attended.append(entry)
 
 
 def _on(rotary: Rotary, device: torch.device) -> Rotary:

@@ -13,13 +13,13 @@ from tokenprune.ops.similarity import fits, parts, products
 __all__ = [
     "ROUNDS",
     "central_members",
-    "clusters_apart",
     "density_peaks",
     "dispersed",
     "kernel_density",
     "least_cosine_cutoff",
     "least_cutoff",
     "nearest_centres",
+    "others",
     "recycling",
 ]
 
@@ -289,9 +289,9 @@ class _Apart:
             return rows if columns is None else rows[:, columns]
         place = torch.arange(len(self._points), device=self._points.device)
         own, other = place[part], place if columns is None else columns
-        points, others = self._points[part], self._points[other]
-        distance = self._one_way(points, others)
-        distance = torch.maximum(distance, self._one_way(others, points).T)
+        points, against = self._points[part], self._points[other]
+        distance = self._one_way(points, against)
+        distance = torch.maximum(distance, self._one_way(against, points).T)
         return distance.masked_fill_(own[:, None] == other, 0)
 
     @staticmethod
@@ -325,21 +325,19 @@ def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int,
     return kept, recycled, min(made, most - kept)
 
 
-def clusters_apart(
-    vectors: Tensor, count: int, neighbours: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The centres of `density_peaks`, and the mean of the other members of their clusters.
+def others(vectors: Tensor, centres: Tensor, cluster: Tensor) -> Tensor:
+    """Mean of the members of each cluster of `density_peaks` other than its centre.
 
     Args:
         vectors: (P, D).
-        count, neighbours: As in `density_peaks`.
+        centres: (C,) indices of the centres.
+        cluster: (P,) cluster of each vector.
 
     Returns:
-        (count,) indices of the centres, and (count, D) float32 mean of the other members of each
-        cluster; the centre itself if there are none.
+        (C, D) float32; the centre itself if there are no other members.
     """
-    centres, cluster = density_peaks(vectors, count, neighbours)
-    others = cluster.index_fill(0, centres, count)
-    means = group_means(vectors, others, count + 1)[:-1]
-    alone = tally(others, count + 1)[:-1] == 0
-    return centres, torch.where(alone[:, None], vectors[centres], means)
+    count = len(centres)
+    rest = cluster.index_fill(0, centres, count)
+    means = group_means(vectors, rest, count + 1)[:-1]
+    alone = tally(rest, count + 1)[:-1] == 0
+    return torch.where(alone[:, None], vectors[centres], means)

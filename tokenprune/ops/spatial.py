@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,11 +15,13 @@ from tokenprune.ops.similarity import parts
 
 __all__ = [
     "dithered",
+    "divided",
     "evenly_spaced",
     "nearest_places",
     "patch_table",
     "patches_by_plane",
     "patches_by_view",
+    "pooled",
     "project_thumbnail",
     "region_sums",
     "regions",
@@ -161,6 +165,42 @@ def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         for side, cells in zip(shape, grid, strict=True)
     )
     return row[:, None] * grid[1] + col[None, :]
+
+
+def divided(layout: TokenLayout, side: int) -> TokenLayout:
+    """The layout of an image of its own size, with regions as views.
+
+    Args:
+        layout: Geometry of the N entries, without crops.
+        side: About how many rows and columns a region has; the number of regions is rounded.
+    """
+    host = layout.host
+    rows, cols = (max(1, round(length / side)) for length in host.view_shape)
+    region = regions(host.view_shape, (rows, cols))
+    view = region[host.row.clamp(min=0), host.col.clamp(min=0)]
+    made = replace(host, view=torch.where(host.is_separator, -1, view))
+    made.__dict__.update(frames=rows * cols, modality="image")
+    return made.to(layout.kind.device)
+
+
+def pooled(layout: TokenLayout, scores: Tensor, side: int = 2) -> Tensor:
+    """The mean score of the square of ``side`` x ``side`` tokens around each token.
+
+    Args:
+        layout: Geometry of the N entries, without crops.
+        scores: (N,) per-entry scores.
+        side: Side of the squares, which begin at the first row and column.
+
+    Returns:
+        (N,) NaN at separators.
+    """
+    patches, wide = layout.patches, -(-layout.view_shape[1] // side)
+    square = layout.row[patches] // side * wide + layout.col[patches] // side
+    squares = -(-layout.view_shape[0] // side) * wide
+    sums = group_sums(scores[patches], square, squares)
+    found = scores.new_full((len(layout),), torch.nan)
+    found[patches] = (sums / tally(square, squares).clamp(min=1))[square]
+    return found
 
 
 def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:
