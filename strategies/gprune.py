@@ -78,5 +78,6 @@ class GPrune(Compressor):
         """Some rows of ``A``, and the degrees of their tokens, from unit vectors (P, D)."""
         cosine = vectors[part] @ vectors.T
         edge = cosine >= self.threshold
+        degree = edge.float().sum(-1)
         flow = (cosine / self.temperature).masked_fill(~edge, -torch.inf).softmax(-1)
-        return flow.nan_to_num(), edge.sum(-1)  # a token of zeros has no edge
+        return flow.nan_to_num(), degree  # a token of zeros has no edge

@@ -86,8 +86,8 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 def lengths(vectors: Tensor) -> Tensor:
     """(P,) Euclidean norms of ``vectors`` (P, D), computed in float32 without a copy of all."""
-    some = vectors.split(1024)  # a CPU casts inside of the operator
-    return torch.cat([torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32) for v in some])
+    some = vectors.split(1024)
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in some])
 
 
 def normalise(
