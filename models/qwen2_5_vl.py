@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-from transformers.vision_utils import get_vision_window_index
 
 from tokenprune.adapter import tiny_decoder
 from tokenprune.native import NativeAdapter
@@ -35,7 +34,7 @@ class Qwen25VL(NativeAdapter):
 
     hosts: ClassVar[tuple[str, ...]] = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
     decoders: ClassVar[tuple[str, ...]] = ("qwen2_5_vl_text",)
-    tokens: tuple[float, float] = (4, 1280)
+    tokens: tuple[float, float] = (4, 16384)
 
     def layer_facts(self, config: Any) -> dict[str, Any]:
         return {
@@ -50,14 +49,17 @@ class Qwen25VL(NativeAdapter):
         return size
 
     def order(self, grid: Sequence[int]) -> Tensor:
-        config = self.base.config.vision_config
-        by_window, _ = get_vision_window_index(
-            torch.tensor([[*grid]], device="cpu"),
-            config.spatial_merge_size,
-            config.window_size,
-            config.patch_size,
+        """The encoder goes window by window, and row by row in each of them."""
+        window = self.base.config.vision_config.window_size // self.side
+        frames, *sides = grid
+        rows, cols = (side // self._merge for side in sides)
+        frame, row, col = torch.meshgrid(
+            *(torch.arange(length, device="cpu") for length in (frames, rows, cols)), indexing="ij"
         )
-        return by_window.argsort()
+        down, across = row // window, col // window
+        owner = (frame * rows + down) * cols + across
+        place: Tensor = owner.flatten().argsort(stable=True).argsort()
+        return place
 
     @classmethod
     def tiny(

@@ -52,6 +52,7 @@ class Adapter(ModelInputs, ABC):
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
         decoders: Model types of the decoders that `tiny` can build.
+        multimodal_positions: Whether position ids have a time, a row and a column.
         stacks_videos: Whether all videos of a batch have the same number of frames.
         model: The model.
     """
@@ -60,6 +61,7 @@ class Adapter(ModelInputs, ABC):
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     fit: Literal["stretch", "pad", "crop"] = "stretch"
     decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+    multimodal_positions: ClassVar[bool] = False
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -73,6 +75,8 @@ class Adapter(ModelInputs, ABC):
             decoder = replace(
                 DecoderFacts.of(config.get_text_config()), query_norms=self._normalises_queries()
             )
+            if self.multimodal_positions:  # which a config need not state
+                decoder = replace(decoder, position_scheme="multimodal-rotary")
             placeholders = {
                 name: int(getattr(config, f"{name}_token_id")) for name in self.encoders
             }

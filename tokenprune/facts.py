@@ -19,6 +19,7 @@ __all__ = [
     "ModulePaths",
     "PositionScheme",
     "VisionFacts",
+    "active_width",
     "no_language_model",
 ]
 
@@ -119,7 +120,7 @@ class DecoderFacts:
     Attributes:
         layers: Number of layers.
         hidden: Width of the hidden states.
-        intermediate: Width of the MLP.
+        intermediate: Width of the MLP, of all active experts together.
         heads: Number of query heads.
         kv_heads: Number of key and value heads.
         head_dim: Width of a head.
@@ -146,7 +147,7 @@ class DecoderFacts:
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=active_width(config),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -179,6 +180,13 @@ class ModelFacts:
         if self.language_model is None:
             raise no_language_model(self.family)
         return self.language_model
+
+
+def active_width(config: Any) -> int:
+    """Width of the MLP that a token passes through: of all its experts, if the layers have some."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    wide = getattr(config, "moe_intermediate_size", None)
+    return experts * wide if experts and wide else int(config.intermediate_size)
 
 
 def no_language_model(family: str) -> UserError:

@@ -37,6 +37,7 @@ class _NativeInputs(Adapter):
     video_arguments: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
     paths: ClassVar[ModulePaths] = ModulePaths(vision="visual", projector="visual.merger")
     stacks_videos: ClassVar[bool] = False
+    multimodal_positions: ClassVar[bool] = True
 
     @property
     def _merge(self) -> int:
@@ -165,8 +166,8 @@ class NativeAdapter(_NativeInputs):
         return self._grid_layout((1, *self.patches(image_size)), "image")
 
     def usual_layout(self) -> TokenLayout:
-        """An image of 24 x 24 visual tokens: 672 x 672 pixels, or 768 x 768."""
-        return self.layout((24 * self.side, 24 * self.side))
+        """An image of 1008 x 1008 pixels: 36 x 36 tokens of Qwen2.5-VL, 32 x 32 of Qwen3-VL."""
+        return self.layout((1008, 1008))
 
     def video_layout(self, frames: int) -> TokenLayout:
         return self._grid_layout((frames, *self.view_shape), "video")

@@ -205,7 +205,7 @@ ImageSize = Annotated[
         metavar="HEIGHTxWIDTH",
         help="Image size in pixels, height first as in transformers, or with letters: 1008wx672h. "
         "[default: thumbnail and 2x2 full crops without separators, as in published tables: "
-        "2880 tokens on LLaVA-NeXT; one view of 576 tokens on LLaVA-1.5 and Qwen-VL]",
+        "2880 tokens on LLaVA-NeXT; 576 on LLaVA-1.5; 1008x1008 on Qwen-VL]",
     ),
 ]
 

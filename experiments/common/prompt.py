@@ -116,7 +116,7 @@ def prompt_of(
         image_size: (height, width) in pixels, for the adapter's layout.  None is
             `Adapter.usual_layout`: for families with crops a thumbnail and 2x2 full crops **without
             separators**, as in efficiency tables of papers (2880 tokens on LLaVA-NeXT); otherwise
-            one view (576 tokens on LLaVA-1.5 and on families whose images keep their resolution).
+            one view: 576 tokens on LLaVA-1.5, 1296 on Qwen2.5-VL.
         patches: (rows, columns) of a single view without separators, instead of an image size.
         text: Number of text tokens; those tables count none.  Methods that use the question then
             receive `QUESTION` tokens, which are not counted.

@@ -162,7 +162,7 @@ def _fields(page: _Page, methods: Sequence[str]) -> dict[str, Any]:
     fields["model"] = gr.Dropdown(names, value=names[0], label="Model", elem_id="tp-model")
     fields["scenes"] = gr.Gallery(
         [scene(index).images[0].open() for index in range(len(SCENES))],
-        label="Scenes of the testbed", show_label=False, columns=4, object_fit="cover",
+        label="Scenes of the testbed", show_label=False, columns=4, object_fit="contain",
         format="png", allow_preview=False, selected_index=0, interactive=False, buttons=[],
         elem_id="tp-scenes",
     )  # fmt: skip

@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
-WAIT = 20_000  # milliseconds, on a busy machine
+WAIT = 60_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ class Tab:
         clear = self.page.locator("#tp-files button[aria-label=Clear]")
         if clear.count():
             clear.click(force=True)
+            self.page.locator("#tp-files .file-preview").wait_for(state="detached")
         self.page.set_input_files("#tp-files input[type=file]", list(map(str, files)))
 
     def texts(self, selector: str) -> list[str]:

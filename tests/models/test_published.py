@@ -94,22 +94,22 @@ def test_flops_of_internvl3_8b_by_hand() -> None:
 
 
 def test_flops_of_qwen25_vl_7b_by_hand() -> None:
-    """672 x 672 pixels: 48 x 48 patches, 28 of 32 layers in windows of 8 x 8, one merger."""
+    """1008 x 1008 pixels: 72 x 72 patches, 28 of 32 layers in windows of 8 x 8, one merger."""
     ledger = prompt_of("Qwen2.5-VL-7B").forecast(None).ledger
-    assert ledger.visual_per_layer == (576,) * 28
-    assert ledger.uncompressed_flops == 28 * _decoder(576, 3584, 18944, 28, 4, 128)
-    layers = 4 * _encoder(2304, 1280, 3420, 2304**2, matrices=3)
-    layers += 28 * _encoder(2304, 1280, 3420, 36 * 64**2, matrices=3)
-    merger = _matmul(576, 5120, 5120) + _matmul(576, 5120, 3584)
+    assert ledger.visual_per_layer == (1296,) * 28
+    assert ledger.uncompressed_flops == 28 * _decoder(1296, 3584, 18944, 28, 4, 128)
+    layers = 4 * _encoder(5184, 1280, 3420, 5184**2, matrices=3)
+    layers += 28 * _encoder(5184, 1280, 3420, 81 * 64**2, matrices=3)
+    merger = _matmul(1296, 5120, 5120) + _matmul(1296, 5120, 3584)
     assert ledger.vision_flops == layers + merger
 
 
 def test_flops_of_qwen3_vl_8b_by_hand() -> None:
-    """768 x 768 pixels: 48 x 48 patches; a merger for the output and each of three layers."""
+    """1024 x 1024 pixels: 64 x 64 patches; a merger for the output and each of three layers."""
     ledger = prompt_of("Qwen3-VL-8B").forecast(None).ledger
-    assert ledger.uncompressed_flops == 36 * _decoder(576, 4096, 12288, 32, 8, 128)
-    mergers = 4 * (_matmul(576, 4608, 4608) + _matmul(576, 4608, 4096))
-    assert ledger.vision_flops == 27 * _encoder(2304, 1152, 4304, 2304**2) + mergers
+    assert ledger.uncompressed_flops == 36 * _decoder(1024, 4096, 12288, 32, 8, 128)
+    mergers = 4 * (_matmul(1024, 4608, 4608) + _matmul(1024, 4608, 4096))
+    assert ledger.vision_flops == 27 * _encoder(4096, 1152, 4304, 4096**2) + mergers
 
 
 @pytest.mark.parametrize("host", every_host(), ids=lambda host: host.name)

@@ -27,6 +27,7 @@ from tokenprune.attention import (
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.guard import Ours, bypassed, eagerly, shadowed
 from tokenprune.engine.tower import Tower, running
+from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
 from tokenprune.offload import resident
 from tokenprune.precision import without_autocast
@@ -176,14 +177,9 @@ def watched(
         if adapter.base in _encoding.get():  # Qwen3-VL encodes videos by its method for images
             return original(*args, **kwargs)
         seen = None if enter is None else enter()[modality]
-        notes = {name: kwargs.pop(name) for name in adapter.notes if name in kwargs}
-        if adapter.reads_prompt and modality in prompts():
-            notes["placeholders"] = prompts()[modality]
-        call = {
-            name: value.cpu() if _is_integer(value) else value  # image sizes and counts
-            for name, value in (notes | signature.bind(*args, **kwargs).arguments).items()
-        }
-        layouts = adapter.layouts(call, modality)  # refuses bad input before anything is computed
+        call = {name: kwargs.pop(name) for name in adapter.notes if name in kwargs}
+        call |= signature.bind(*args, **kwargs).arguments
+        call, layouts = _understood(adapter, modality, call, prompts().get(modality))
         with lock:
             with (
                 _alone(adapter.base),
@@ -216,6 +212,37 @@ def _regrouped(features: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> Ra
         return Ragged(features)
     sizes = [len(layout) for layout in layouts]
     return Ragged(torch.cat([*features]).split(sizes))
+
+
+def _understood(
+    adapter: Adapter, modality: str, call: Mapping[str, Any], there: Tensor | None
+) -> tuple[dict[str, Any], list[TokenLayout]]:
+    """The arguments of an encoder call with numbers on the CPU, and the layouts of its images.
+
+    Args:
+        adapter: The model.
+        modality: A key of `Adapter.encoders`.
+        call: The arguments, with notes.
+        there: (B, S) placeholders of the prompts, or None if they are not known.
+
+    Raises:
+        UserError: The prompts do not match what the encoder will return.
+    """
+    known = dict(call)
+    if adapter.reads_prompt and there is not None:
+        known["placeholders"] = there
+    for name, value in known.items():  # image sizes and counts
+        known[name] = value.cpu() if _is_integer(value) else value
+    layouts = adapter.layouts(known, modality)
+    wanted = sum(map(len, layouts))
+    found = wanted if there is None else int(there.sum())
+    if found != wanted:
+        raise UserError(
+            f"the prompts have {found} {modality} placeholders, but {len(layouts)} {modality}s of "
+            f"{wanted} visual tokens came with them; prepare prompts and {modality}s together with "
+            "the processor of this model."
+        )
+    return known, layouts
 
 
 def _is_integer(value: Any) -> bool:
