@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from processors import PROCESSORS, tiny_pipeline
+from qwen_checkpoints import FAMILIES, write
 from torch import nn
 
 import tokenprune as tp
@@ -28,6 +29,12 @@ def test_tiny_models_pass(family: str) -> None:
     rows = check(tiny_pipeline(family), images=1)
     assert {row["status"] for row in rows if "needs" not in row["status"]} == {"ok"}
     assert len(rows) == 1 + len(tp.list_methods())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_checkpoints_pass(family: str, tmp_path: Path) -> None:
+    folder, out = write(tmp_path / "model", family), tmp_path / "found.json"
+    assert main([str(folder), "--images", "1", "--out", str(out)]) == 0
 
 
 def test_a_model_of_nan_fails() -> None:
