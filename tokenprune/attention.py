@@ -280,8 +280,12 @@ def _received(tapped: Projections, query: Tensor, key: Tensor) -> Tensor:
 
 def _projected(attention: nn.Module, name: str, states: Tensor) -> Tensor:
     """(B, heads, M, head_dim) queries (``q``), keys (``k``) or values (``v``), not rotated."""
+    return _by_head(attention, name, attention.get_submodule(f"{name}_proj")(states))
+
+
+def _by_head(attention: nn.Module, name: str, projected: Tensor) -> Tensor:
+    """(B, heads, M, head_dim) of the output (B, M, heads * head_dim) of a projection."""
     dim = int(attention.head_dim)  # type: ignore[arg-type]
-    projected = attention.get_submodule(f"{name}_proj")(states)
     heads = rearrange(projected, "b n (h d) -> b n h d", d=dim)
     norm = getattr(attention, f"{name}_norm", None)
     made: Tensor = (heads if norm is None else norm(heads)).transpose(1, 2)
@@ -465,6 +469,7 @@ def decoder_mass(
     query_slots: Tensor,
     visible: Callable[[Tensor], Tensor],
     keys: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Maximum over heads of the attention that every key receives, mean over queries of ONE prompt.
 
@@ -475,6 +480,7 @@ def decoder_mass(
         attention, hidden, rotary, keys: As in `decoder_rows`.
         query_slots: (T,) distinct indices of the queries among the M entries.
         visible: Maps (t,) slots to (t, K), as in `decoder_rows`.  No query sees a later entry.
+        queries: (M, heads * head_dim) output of ``q_proj``; computed from ``hidden`` if None.
 
     Returns:
         (K,) float32; 0 without queries.
@@ -486,9 +492,9 @@ def decoder_mass(
     if not left:
         return total
     ordered = query_slots.sort().values
-    queries = _queries(attention, hidden, rotary, ordered).unflatten(0, (len(keys), -1))
+    asking = _queries(attention, hidden, rotary, ordered, queries).unflatten(0, (len(keys), -1))
     scaling = float(attention.scaling)  # type: ignore[arg-type]
-    for slots, some in zip(ordered.split(CHUNK), queries.split(CHUNK, 2), strict=True):
+    for slots, some in zip(ordered.split(CHUNK), asking.split(CHUNK, 2), strict=True):
         left -= len(slots)
         seen = keys.shape[1] - left  # known to the host: each later query is in a later slot
         bias = visible(slots)[:, :seen].float().log()
@@ -511,8 +517,9 @@ def _largest(queries: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Ten
         flat = some.flatten(1, 2)
         # A batched product in bfloat16 on the CPU would copy its operands.
         products = flat[0] @ there[0].T if len(flat) == 1 else flat @ there.transpose(-1, -2)
-        heads = products.view(-1, *bias.shape).float().mul_(scaling).add_(bias)
-        torch.maximum(most, heads.softmax(-1).amax(0), out=most)
+        logits = torch.add(bias, products.view(-1, *bias.shape).float(), alpha=scaling)
+        heads = logits.softmax(-1)
+        torch.maximum(most, heads[0] if len(heads) == 1 else heads.amax(0), out=most)
     return most
 
 
@@ -534,11 +541,17 @@ def _heads(
 
 
 def _queries(
-    attention: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], slots: Tensor
+    attention: nn.Module,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    slots: Tensor,
+    projected: Tensor | None = None,
 ) -> Tensor:
     """(heads, t, head_dim) rotated queries in ``slots`` (t,)."""
     at = rotary[0][slots][None], rotary[1][slots][None]
-    return _rotated(attention, "q", hidden[slots][None], at)[0]
+    if projected is None:
+        return _rotated(attention, "q", hidden[slots][None], at)[0]
+    return moved_keys(attention, _by_head(attention, "q", projected[slots][None]), at)[0]
 
 
 def proportional_mask(

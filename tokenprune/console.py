@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -212,10 +213,9 @@ def as_exit_status() -> Iterator[None]:
 
 def quiet() -> None:
     """Switch off the progress bars and notices of transformers and of the Hub's client."""
-    import huggingface_hub
     import transformers
 
-    huggingface_hub.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

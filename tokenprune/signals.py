@@ -121,6 +121,14 @@ class SignalInfo:
         return self.source == "decoder layer" and self.layer in ("named", "previous")
 
     @property
+    def shares_queries(self) -> bool:
+        """Whether it reads the queries that a decoder layer projected for itself.
+
+        For a few queries it is cheaper to project them again than to keep those of all tokens.
+        """
+        return self.source == "decoder layer" and self.queries == "patches"
+
+    @property
     def kept(self) -> Kept:
         """How each attention row is stored: mean over heads, all heads, or sum over queries."""
         if "heads" in self.shape:

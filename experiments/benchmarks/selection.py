@@ -213,8 +213,11 @@ class _Bench:
         state = Pass.start(Given(), hidden, {}, frozenset(range(layer)))
         state.prompts = Prompts(left=[total], text=[text], ends=[total - 1])
         state.spans, state.queries = [span], [text[-1:]]
-        state.layers = [ran] * layer + [coming] * (self.shape.layers - layer)  # type: ignore[list-item]
+        layers: list[Any] = [ran] * layer + [coming] * (self.shape.layers - layer)
+        state.layers = layers
         state.tapped.update(dict.fromkeys(range(layer), (hidden, rotary)))
+        projected = self.layer.self_attn.q_proj(hidden)
+        state.projected.update(dict.fromkeys(range(layer), projected))
         return layer, hidden, rotary, state, span
 
 

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -20,16 +19,54 @@ from tokenprune.experiments.common.own_images import (
     own_questions,
 )
 from tokenprune.experiments.common.questions import Picture, Question, held_out
+from tokenprune.experiments.common.request import ModelRequest
 from tokenprune.pictures import frames
 from tokenprune.texts import is_remote
 
-if TYPE_CHECKING:
-    from tokenprune.experiments.masks.run import MasksRequest
-
 __all__ = [
+    "MasksRequest",
     "Prompt",
     "prompts",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasksRequest(ModelRequest):
+    """What to draw.
+
+    Attributes:
+        model: As for `tokenprune.load`; empty for a testbed that takes such images.
+        words: Images (`own_images.image_files`), and last the question unless ``prompt`` is given;
+            none for an example of the testbed.  Several files are the images of one prompt.  A
+            folder or a pattern gives one prompt, and one figure, for every image.
+        prompt: The question about every image.
+        data: File of questions (`questions.read_jsonl`), which need no answers, instead of
+            ``words``; one figure each.
+        images: The number of figures of a folder, a pattern or a data file; None for all.
+        methods: Specs; None for GlobalCom² and FastV, or those of them that need no question if
+            there is none.
+        retention: Retention ratios, each in (0, 1].
+        video: Whether the images are the frames of one video.
+        frames: Maximum number of frames.
+        cuts: As of `look`.
+        pretrained: Checkpoint of a timm model.
+        max_new_tokens: Maximum length of an answer.
+        force: Whether to replace the result of an earlier call in ``out``.
+    """
+
+    model: str = ""
+    words: Sequence[str] = ()
+    prompt: str | None = None
+    data: Path | None = None
+    images: int | None = None
+    methods: Sequence[str] | None = None
+    retention: Sequence[float] = (0.25,)
+    video: bool = False
+    frames: int = 8
+    cuts: bool = False
+    pretrained: str | None = None
+    max_new_tokens: int = 8
+    force: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.plots import save
 from tokenprune.experiments.common.provenance import environment
 from tokenprune.experiments.common.questions import check_placeholders
-from tokenprune.experiments.common.request import ModelRequest
 from tokenprune.experiments.common.result_folder import ResultFolder
 from tokenprune.experiments.common.run_folder import asked_for
 from tokenprune.experiments.common.setting import load_model, warn_about_testbed
 from tokenprune.experiments.masks.figures import draw, heat
 from tokenprune.experiments.masks.look import MaskedPrompt, check, look
-from tokenprune.experiments.masks.prompts import Prompt, prompts
+from tokenprune.experiments.masks.prompts import MasksRequest, Prompt, prompts
 from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 
@@ -67,45 +66,6 @@ def masks(
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class MasksRequest(ModelRequest):
-    """What to draw.
-
-    Attributes:
-        model: As for `tokenprune.load`; empty for a testbed that takes such images.
-        words: Images (`own_images.image_files`), and last the question unless ``prompt`` is given;
-            none for an example of the testbed.  Several files are the images of one prompt.  A
-            folder or a pattern gives one prompt, and one figure, for every image.
-        prompt: The question about every image.
-        data: File of questions (`questions.read_jsonl`), which need no answers, instead of
-            ``words``; one figure each.
-        images: The number of figures of a folder, a pattern or a data file; None for all.
-        methods: Specs; None for GlobalCom² and FastV, or those of them that need no question if
-            there is none.
-        retention: Retention ratios, each in (0, 1].
-        video: Whether the images are the frames of one video.
-        frames: Maximum number of frames.
-        cuts: As of `look`.
-        pretrained: Checkpoint of a timm model.
-        max_new_tokens: Maximum length of an answer.
-        force: Whether to replace the result of an earlier call in ``out``.
-    """
-
-    model: str = ""
-    words: Sequence[str] = ()
-    prompt: str | None = None
-    data: Path | None = None
-    images: int | None = None
-    methods: Sequence[str] | None = None
-    retention: Sequence[float] = (0.25,)
-    video: bool = False
-    frames: int = 8
-    cuts: bool = False
-    pretrained: str | None = None
-    max_new_tokens: int = 8
-    force: bool = False
 
 
 def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:

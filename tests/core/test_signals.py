@@ -376,7 +376,7 @@ def test_flops_of_decoder_signals_by_hand(name: str) -> None:
         "llm_text": text * one,
         "llm_text_heads": text * one,
         "llm_cross": text * one,
-        "llm_self": patches * one,
+        "llm_self": patches * 2 * keys * width,  # the layer projected its queries
     }
     assert config.num_attention_heads == 4
     assert trace.ledger.selector_flops == wanted.get(name, 0)

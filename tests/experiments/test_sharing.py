@@ -155,6 +155,17 @@ def test_signals_of_a_first_cut_are_computed_once(
     assert calls == each
 
 
+def test_a_repeated_layer_gives_the_queries_that_it_projected(host: Host) -> None:
+    """FastV runs the layer; FitPrune, which ranks by its queries, does not run it again."""
+    wanted = [tp.parse(spec, retention=0.5) for spec in ("fastv:layer=2", "fitprune:steps=1")]
+    images = encoded(host, (0, 2), wanted)
+    alone = [outcome(host, images, (0, 2), one) for one in wanted]
+    prefix = Prefix(host.adapter, wanted)
+    for one, other in zip(wanted, alone, strict=True):
+        same(outcome(host, images, (0, 2), one, prefix=prefix), other, exactly=True)
+    assert prefix.queried == {1}
+
+
 @pytest.mark.parametrize("host", full_hosts(), ids=lambda host: f"{host.name}-{host.decoder}")
 def test_signals_of_other_methods_are_not_charged(host: Host) -> None:
     mine, other = (tp.parse(name, retention=0.5) for name in ("uniform", "globalcom2"))

@@ -193,7 +193,7 @@ def test_processor_and_layout_count_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_patches_of_a_picture_are_where_the_layout_says(family: str) -> None:
+def test_patches_of_a_stillare_where_the_layout_says(family: str) -> None:
     """The real processor cuts pictures whose pixels tell their row and column."""
     made = processor(family).image_processor
     adapter = Pipeline(HOSTS[family].model, processor(family)).adapter
@@ -337,6 +337,45 @@ def test_merging_merges_deepstack_features_too() -> None:
             ],
         )
         wanted = host.model.lm_head(out.last_hidden_state[0, -1])
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_video_may_come_before_an_image() -> None:
+    """Then features of the second modality come first in the prompt."""
+    host = HOSTS["Qwen3-VL"]
+    adapter, model = host.adapter, host.model
+    inputs = {**adapter.dummy_video(2, seed=3), **adapter.dummy_images([(20, 30)], seed=4)}
+    frame, image = 4, len(adapter.layout((20, 30)))
+    ids = torch.tensor([[1, 5, *[62] * frame, 6, *[62] * frame, 7, *[63] * image, 8, 9]])
+    inputs |= {"input_ids": ids, **adapter.prompt_arguments(ids)}
+    method = _method("uniform")
+    with compress(model, method) as trace, torch.no_grad():
+        got = model(**inputs).logits[0, -1]
+    video, still = trace.selections
+    assert (video.layout.modality, still.layout.modality) == ("video", "image")
+    places = [(ids[0] == token).nonzero().squeeze(1) for token in (62, 63)]
+    kept = [places[0][video.keep], places[1][still.keep]]
+    stays = torch.cat([(ids[0] < 60).nonzero().squeeze(1), *kept]).sort().values
+    with torch.no_grad():
+        base = adapter.base
+        videos = base.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        images = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        embeds = model.get_input_embeddings()(ids[0])
+        embeds[places[0]], embeds[places[1]] = videos.pooler_output[0], images.pooler_output[0]
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw")}
+        positions, _ = base.get_rope_index(ids, inputs["mm_token_type_ids"], **grids)
+        out = adapter.language_model(
+            inputs_embeds=embeds[stays][None],
+            position_ids=positions[:, :, stays],
+            visual_pos_masks=(ids[0][stays] >= 60)[None],
+            deepstack_visual_embeds=[
+                torch.cat([first[0][video.keep], second[0][still.keep]])
+                for first, second in zip(
+                    videos.deepstack_features, images.deepstack_features, strict=True
+                )
+            ],
+        )
+        wanted = model.lm_head(out.last_hidden_state[0, -1])
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -83,6 +83,7 @@ class Attended(NamedTuple):
         kept: How each row is stored.
         row: Row of the batch, or None for every row that has images.
         means: Whether the query is the mean of the queries of all tokens, each projected.
+        shared: Whether the queries are those that the model projected for itself.
     """
 
     layer: int
@@ -91,6 +92,7 @@ class Attended(NamedTuple):
     kept: Kept = "mean"
     row: int | None = None
     means: bool = False
+    shared: bool = False
 
 
 def attended_for(
@@ -124,7 +126,8 @@ def attended_for(
     queries = {"none": 0, "one": 1, "text": text, "patches": patches}[info.queries]
     layer = signal.layer if info.layer == "named" else cut - 1
     means = normed and signal.name == "llm_global"
-    return Attended(layer, queries, ahead or not cached, info.kept, row, means)
+    again = ahead or not cached
+    return Attended(layer, queries, again, info.kept, row, means, info.shares_queries)
 
 
 class Images(NamedTuple):
@@ -149,6 +152,7 @@ class _Selected:
         work: The work of the method, measured when the ledger is made.
         bytes: Bytes that the method receives of all images.
         tapped: Layers whose attention input is held.
+        queried: Whether their queries are held too.
         visual: Number of visual tokens of the prompt in front of the selection.
         merged: Number of merged vectors.
     """
@@ -156,6 +160,7 @@ class _Selected:
     work: Work
     bytes: int
     tapped: tuple[int, ...]
+    queried: bool
     visual: int
     merged: int
 
@@ -250,6 +255,7 @@ class Account:
                 work=Work.of(part, given, full),
                 bytes=held,
                 tapped=tuple(sorted(tapped)),
+                queried=any(signal.info.shares_queries for signal in part.needs),
                 visual=self._there,
                 merged=0 if selection.features is None else len(selection.keep),
             )
@@ -282,7 +288,8 @@ class Account:
         for one in self._selected:
             states, cost = sum(tokens[layer] for layer in one.tapped), one.work.cost()
             flops += cost.flops
-            held.append(one.bytes + int(cost.bytes) + states * decoder.hidden * size)
+            width = decoder.hidden + one.queried * decoder.heads * decoder.head_dim
+            held.append(one.bytes + int(cost.bytes) + states * width * size)
             slots = text + one.visual
             copied = max(copied, copied_bytes(slots, one.merged, decoder, size))
         return settle(
@@ -313,7 +320,7 @@ class Account:
         decoder, flops, held = self._sizes.decoder, 0.0, []
         for one in attended:
             count = tokens[one.layer]
-            projected = count if one.means else None
+            projected = 0 if one.shared else count if one.means else None
             flops += decoder.row_flops(count, one.recomputed, one.queries, projected)
             held.append(decoder.row_bytes(count, one.recomputed, size, one.queries, one.kept))
         return flops, held

@@ -42,6 +42,7 @@ __all__ = [
     "COMPUTED",
     "LayerSignals",
     "cuts_of",
+    "queried_layers",
     "tapped_layers",
 ]
 
@@ -255,14 +256,16 @@ class LayerSignals:
     @torch.no_grad()
     def _mass(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
         """Attention from the patch tokens of an image, or from the text after it."""
+        queries = None
         if signal.info.queries == "text":
             asks = cut.state.text_slots(span)
         else:
+            queries = cut.state.projected[cut.layer - 1][span.row]
             slots = cut.state.slots(span.row, span.columns).to(cut.hidden.device)
             asks = slots[span.tokens.layout.patches.to(slots.device)]
         prompt, keys, visible = self._prompt(cut, span)
         with self._at_hand(cut.layer - 1):
-            mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
+            mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys, queries)
         return mass[-len(prompt[1]) :]
 
     @_computes("llm_global")
@@ -421,3 +424,10 @@ def tapped_layers(signals: Iterable[Signal], cuts: Mapping[int, Compressor]) -> 
         if any(one.info.is_tapped and one.info.layer == "previous" for one in part.needs)
     }
     return named | previous
+
+
+def queried_layers(cuts: Mapping[int, Compressor]) -> set[int]:
+    """Decoder layers whose queries are kept, because those of all patch tokens rank."""
+    return {
+        cut - 1 for cut, part in cuts.items() if any(one.info.shares_queries for one in part.needs)
+    }

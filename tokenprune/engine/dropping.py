@@ -195,6 +195,7 @@ def cut(
             state.sizes[span.row, slots] = selection.sizes.to(state.sizes)
         gone |= narrow(state, span, selection.keep, keep, Stage.LLM, index)
     state.tapped.clear()
+    state.projected.clear()
     if not gone:
         return hidden
     return _continue_shorter(plan, state, index, keep, hidden, kwargs)

@@ -127,6 +127,13 @@ class Tapped(dict[int, tuple[Tensor, tuple[Tensor, Tensor]]]):
         raise bypassed(f"the attention of decoder layer {layer}")
 
 
+class Projected(dict[int, Tensor]):
+    """Layer to the queries (B, M, heads * head_dim) that it projected, not rotated."""
+
+    def __missing__(self, layer: int) -> NoReturn:
+        raise bypassed(f"the query projection of decoder layer {layer}")
+
+
 @dataclass(eq=False)
 class Pass:
     """One forward of the language model: B rows, S columns of the prompt in M slots.
@@ -163,6 +170,7 @@ class Pass:
 
         taps: Decoder layers whose attention input is kept.
         tapped: That input, and the rotary embedding.
+        projected: Queries of the layers where many of them rank.
         cuts: Number of selections inside the language model that dropped tokens.
         rotary: cos and sin after the latest cut.
         masks: Masks after cuts, by the number of cuts.
@@ -197,6 +205,7 @@ class Pass:
     inherited: list[Tensor | None] = field(default_factory=list)
     levels: list[Tensor] = field(default_factory=list)
     tapped: Tapped = field(default_factory=Tapped)
+    projected: Projected = field(default_factory=Projected)
     cuts: int = 0
     rotary: tuple[Tensor, Tensor] | None = None
     masks: dict[int, Any] = field(default_factory=dict)

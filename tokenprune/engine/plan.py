@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokenprune.compressor import Compressor, Stage, placed
 from tokenprune.cost.account import Account, Sizes
 from tokenprune.encoder import encoder_part
-from tokenprune.engine.decoder import tapped_layers
+from tokenprune.engine.decoder import queried_layers, tapped_layers
 from tokenprune.errors import UserError
 from tokenprune.signals import Signal
 
@@ -53,6 +53,7 @@ class Plan:
         parts = [part for one in compressors if one is not None for part in one.parts()]
         self.drops = any(part.retention < 1 or part.separators != "all" for part in parts)
         self.taps = tapped_layers(self.signals, self.inside)
+        self.queried = queried_layers(self.inside)
         self.sizes = Sizes.of(adapter)
 
     def keeps_positions(self, part: Compressor) -> bool:

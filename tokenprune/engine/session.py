@@ -9,7 +9,8 @@
    of every image.
 3. `Session.enter`, in front of the language model, finds the images and drops columns of the
    prompt (``pre_llm``, `tokenprune.engine.dropping.shorten`).
-4. `Session.tap`, in front of an attention module, keeps its input for attention rows.
+4. `Session.tap`, in front of an attention module, keeps its input for attention rows, and
+   `Session.keep_queries`, after its query projection, the queries if many of them rank.
 5. `Session.layer`, in front of each decoder layer, drops columns between two layers (``llm``,
    `tokenprune.engine.dropping.cut`) and passes every layer after the cut the mask, rotary embedding
    and position ids of the kept columns.
@@ -193,6 +194,10 @@ class Session(threading.local):
             for module, hook in self._hooks()
         ]
         handles.append(adapter.language_model.register_forward_hook(Ours(self.leave)))
+        for index in plan.queried:
+            hook = Ours(functools.partial(self.keep_queries, index))
+            attention = adapter.decoder_layers[index].get_submodule("self_attn")
+            handles.append(attention.get_submodule("q_proj").register_forward_hook(hook))
         # Forget also if the forward fails, so that the next one does not see its arguments.
         handles += [
             module.register_forward_hook(Ours(self.forget), always_call=True)
@@ -445,9 +450,25 @@ class Session(threading.local):
         wanted = ("hidden_states", "position_embeddings")
         self._keep_tapped(index, *(argument(module, args, kwargs, name) for name in wanted))
 
-    def _keep_tapped(self, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+    def _keep_tapped(
+        self,
+        index: int,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        queries: Tensor | None = None,
+    ) -> None:
         if self.current is not None and self.current.spans:
             self.current.tapped[index] = hidden, rotary
+            if queries is not None:
+                self.current.projected[index] = queries
+
+    def keep_queries(self, index: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Keep the queries that decoder layer ``index`` projected.
+
+        Attention rows of the text project some of them again; these do not count.
+        """
+        if self.current is not None and self.current.spans:
+            self.current.projected.setdefault(index, output.detach())
 
     def layer(
         self, index: int, module: nn.Module, args: Any, kwargs: Kwargs
