@@ -74,7 +74,7 @@ def _run(pipe: Pipeline, prompts: Sequence[Any], method: Any) -> dict[str, Any]:
     for inputs in prompts:
         counted: list[int] = []
         handles = [
-            layer.self_attn.register_forward_pre_hook(
+            layer.get_submodule("self_attn").register_forward_pre_hook(
                 lambda _, args, kwargs, seen=counted: seen.append(
                     (args[0] if args else kwargs["hidden_states"]).shape[1]
                 ),
