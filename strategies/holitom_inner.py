@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenprune.compressor import Selection
 from tokenprune.layout import moved
 from tokenprune.ops.merging import group_means
+from tokenprune.ops.similarity import most_similar
 from tokenprune.registry import Card, register
 from tokenprune.strategies.fastv import FastV
 from tokenprune.tokens import VisualTokens
@@ -47,7 +48,7 @@ class HoliTomInner(FastV):
         chosen, patches = super().select(tokens), tokens.layout.patches
         keep = moved(chosen.keep, patches.device)
         unit = F.normalize(tokens.features.float(), dim=-1)
-        cluster = (unit[patches] @ unit[keep].T).argmax(1)
+        cluster = most_similar(unit[patches], unit[keep])
         cluster[torch.searchsorted(patches, keep)] = torch.arange(len(keep), device=keep.device)
 
         def merging(vectors: Tensor) -> Tensor:

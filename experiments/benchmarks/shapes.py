@@ -100,7 +100,8 @@ def tokens_at(
     """Random visual tokens with features and signals as wide as in the model."""
     axes = {
         "hidden": width, "kv_width": width, "vision_width": vision, "projector_width": vision,
-        "joint_width": vision, "vision_head_width": vision // VISION_HEADS, "heads": LLAVA_NEXT_7B.heads,
+        "joint_width": vision, "vision_head_width": vision // VISION_HEADS,
+        "heads": LLAVA_NEXT_7B.heads,
     }  # fmt: skip
     widths = {
         name: axes[info.shape[-1]] for name, info in SIGNALS.items() if info.shape[-1] in axes

@@ -120,6 +120,18 @@ class Bench:
         shape = self.batch_size, length, self.shape.hidden
         return torch.randn(shape, device=self.device, dtype=self.adapter.model.dtype)
 
+    def _image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the prompt's image."""
+        if self.prompt.image_size is not None:
+            return self.prompt.image_size
+        vision = self.adapter.facts.vision
+        if vision.native:
+            rows, cols = self.prompt.layouts[0].view_shape
+            tall, wide = (side * vision.merge_size for side in vision.patch_size)
+            return rows * tall, cols * wide
+        side = int(self.adapter.base.config.vision_config.image_size)
+        return 2 * side, 2 * side
+
     # -- the parts ---------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -127,9 +139,7 @@ class Bench:
         """Time of the vision encoder on the prompt's image, with those ``signals`` it produces."""
         wanted = frozenset(signal for signal in signals if not signal.in_llm)
         if wanted not in self._seen:
-            side = self.adapter.base.config.vision_config.image_size
-            size = self.prompt.image_size or (2 * side, 2 * side)
-            call = self.adapter.dummy_images([size] * self.batch_size)
+            call = self.adapter.dummy_images([self._image_size()] * self.batch_size)
             dtype = self.adapter.model.dtype
             moved = {
                 name: value.to(self.device, dtype if value.is_floating_point() else None)

@@ -15,8 +15,9 @@ from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice, put
-from tokenprune.experiments.benchmarks.watching import host_waits
+from tokenprune.experiments.benchmarks.watching import _elsewhere, host_waits
 from tokenprune.layout import TokenLayout
+from tokenprune.ops import diversity, similarity
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
@@ -43,6 +44,23 @@ def test_one_synchronisation_per_selection(spec: str, modality: str) -> None:
         tokens = replace(sample_tokens(part.needs, layout), projector=torch.nn.Linear(6, 8))
         waits = host_waits(part, tokens)
         assert waits.total() <= MORE.get(spec, 1), dict(waits)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_synchronisation_per_selection_from_many_tokens(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a table of all pairs exceeds a block; the selection is that of the CPU."""
+    monkeypatch.setattr(similarity, "BLOCK", 600)
+    monkeypatch.setattr(diversity, "POOL", 20)
+    for part in _steps(spec):
+        tokens = sample_tokens(part.needs, TokenLayout.single((8, 9)))
+        tokens = replace(tokens, projector=torch.nn.Linear(6, 8))
+        waits = host_waits(part, tokens)
+        assert waits.total() <= MORE.get(spec, 1), dict(waits)
+        with SecondDevice():
+            elsewhere = part(_elsewhere(tokens)).keep.cpu()
+        assert torch.equal(elsewhere, part(tokens).keep)
 
 
 @pytest.mark.parametrize("name", [host.name for host in full_hosts(["qwen2"])])

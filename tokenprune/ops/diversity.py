@@ -7,10 +7,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tokenprune.ops.similarity import FEWEST, cosine_distances, distance_of, fits, products, unit
+from tokenprune.ops.similarity import (
+    FEWEST,
+    cosine_distances,
+    distance_of,
+    fits,
+    parts,
+    products,
+    unit,
+)
 
 __all__ = [
     "cover",
+    "cover_by_cosine",
     "dpp_greedy",
     "dpp_greedy_map",
     "dpp_kernel",
@@ -28,6 +37,9 @@ the values of all rows are updated, by one product with all rows selected from t
 devices than the CPU, all rows form one pool, because the comparison would be a synchronisation.
 """
 
+CANDIDATES = 64
+"""Rows in the pool of `cover_by_cosine`, whose values take a column of P cosines each."""
+
 SPENT = 1e-5
 """Share of the diagonal below which a gain is a rounding error."""
 
@@ -36,16 +48,16 @@ Row = Callable[[Tensor], Tensor]
 
 
 class _Pool:
-    """The `POOL` rows of the largest ``value`` (P,); of equal ones the earlier.
+    """The ``size`` rows of the largest ``value`` (P,); of equal ones the earlier.
 
     Attributes:
-        index: (POOL,) their indices, sorted.
+        index: (size,) their indices, sorted.
     """
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, size: int) -> None:
         ranked = value.sort(descending=True, stable=True)
-        self.index = ranked.indices[:POOL].sort().values
-        self._outside = ranked.values[POOL].item(), -ranked.indices[POOL].item()
+        self.index = ranked.indices[:size].sort().values
+        self._outside = ranked.values[size].item(), -ranked.indices[size].item()
 
     def leads(self, value: Tensor, place: Tensor) -> bool:
         """Whether the row at ``place`` of the pool, which now has ``value``, is the best of all."""
@@ -121,7 +133,7 @@ def _max_min_by_pools(features: Tensor, count: int, rows: Tensor) -> Tensor:
             far = distance_of(products(vectors(some), latest).amax(1))
             closest[some] = torch.minimum(closest[some], far)
         closest[chosen] = -torch.inf
-        pool = _Pool(closest)
+        pool = _Pool(closest, POOL)
         row = _row_of(cosine_distances(features[rows[pool.index]]))
         new = pool.index[_farthest(closest[pool.index], row, count - len(chosen), pool)]
         chosen = torch.cat([chosen, new])
@@ -328,7 +340,7 @@ def _dpp_by_pools(features: Tensor, quality: Tensor, count: int, rows: Tensor) -
         return quality[some, None] * cosines * quality[others]
 
     while True:
-        pool = _Pool(torch.where(gain <= SPENT * worth, last, gain))
+        pool = _Pool(torch.where(gain <= SPENT * worth, last, gain), POOL)
         own, most = pool.index, min(POOL, count - len(chosen))
         known = factor[:filled, own]
         row = _row_of(kernel(own, own) - known.T @ known)
@@ -376,6 +388,34 @@ def cover(similarity: Tensor, worth: Tensor, count: int) -> Tensor:
         covered = torch.maximum(covered, similarity.index_select(1, index).squeeze(1))
         free.index_fill_(0, index, -torch.inf)
     return chosen.sort().values
+
+
+def cover_by_cosine(vectors: Tensor, worth: Tensor, count: int) -> Tensor:
+    """`cover` by the cosines of ``vectors`` (P, D) of unit length.
+
+    On a CPU, cosines that exceed a block are made for a `_Pool` of candidates at a time.  On other
+    devices all exist, because the comparison of the pool with the rest would be a synchronisation.
+    """
+    if fits(len(vectors)) or vectors.device.type != "cpu":
+        return cover(vectors @ vectors.T, worth, count)
+    some = parts(len(vectors), len(vectors))
+    gain = torch.cat([(vectors @ vectors[part].T).clamp_(min=0).sum(0) for part in some]) * worth
+    covered = torch.zeros_like(worth)
+    chosen: list[Tensor] = []
+    while len(chosen) < count:
+        pool = _Pool(gain, CANDIDATES)
+        cosine, weight = vectors @ vectors[pool.index].T, worth[pool.index]
+        free = torch.zeros_like(weight).masked_fill_(gain[pool.index].isneginf(), -torch.inf)
+        while len(chosen) < count:
+            value = (cosine - covered[:, None]).clamp_(min=0).sum(0) * weight + free
+            gain[pool.index] = value
+            place = value.argmax(0, keepdim=True)
+            if not pool.leads(value[place], place):
+                break
+            chosen.append(pool.index[place])
+            covered = torch.maximum(covered, cosine[:, place].squeeze(1))
+            free[place] = gain[chosen[-1]] = -torch.inf
+    return torch.cat(chosen).sort().values if chosen else torch.arange(0)
 
 
 def segments(gain: Tensor) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenprune.layout import TokenLayout, listed, moved
 from tokenprune.ops.merging import group_sums
+from tokenprune.ops.similarity import ROUNDING
 
 __all__ = [
     "ROUNDING",
@@ -21,14 +22,6 @@ __all__ = [
     "top_per_view",
     "with_others",
 ]
-
-
-ROUNDING = 2.0**-19
-"""Cosine distances up to this value are set to 0.
-
-The float32 distance of equal vectors is a rounding error.  Equal vectors must tie, so that the
-index breaks the tie.
-"""
 
 
 def rank_in_group(group: Tensor) -> Tensor:
@@ -93,8 +86,8 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 def lengths(vectors: Tensor) -> Tensor:
     """(P,) Euclidean norms of ``vectors`` (P, D), computed in float32 without a copy of all."""
-    some = vectors.split(1024)  # a CPU casts inside of the operator
-    return torch.cat([torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32) for v in some])
+    some = vectors.split(1024)
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in some])
 
 
 def normalise(

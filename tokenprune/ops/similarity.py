@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenprune.ops.ranking import ROUNDING
-
 __all__ = [
     "BLOCK",
+    "FEWEST",
+    "ROUNDING",
     "cosine_distances",
     "distance_of",
     "fits",
+    "largest_products",
     "most_similar",
     "parts",
     "products",
@@ -22,6 +25,13 @@ __all__ = [
 
 BLOCK = 2**23
 """Entries of the largest block: 32 MiB in float32, all pairs of 2,896 tokens."""
+
+ROUNDING = 2.0**-19
+"""Cosine distances up to this value are set to 0.
+
+The float32 distance of equal vectors is a rounding error.  Equal vectors must tie, so that the
+index breaks the tie.
+"""
 
 FEWEST = 16
 """A product of fewer rows or columns may round differently."""
@@ -36,7 +46,7 @@ def parts(rows: int, columns: int) -> list[slice]:
     """``rows`` in slices of nearly equal size, each of which times ``columns`` fits a `BLOCK`."""
     count = max(1, min(-(-rows * columns // BLOCK), rows // FEWEST))
     edges = [rows * part // count for part in range(count + 1)]
-    return [slice(first, end) for first, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(first, end) for first, end in pairwise(edges)]
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -44,15 +54,19 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.float(), dim=-1)
 
 
-def most_similar(vectors: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest product of each of ``vectors`` (P, D) with one of ``targets`` (T, D).
+def most_similar(vectors: Tensor, targets: Tensor) -> Tensor:
+    """(P,) index of the one of ``targets`` (T, D) with the largest product with each vector (P, D).
 
-    Returns:
-        (P,) the product, and (P,) int64 the index of the target; ties go to the earlier one.
+    Ties go to the earlier target.
     """
-    found = [(vectors[part] @ targets.T).max(1) for part in parts(len(vectors), len(targets))]
-    values, indices = zip(*found, strict=True)
-    return torch.cat(values), torch.cat(indices)
+    some = parts(len(vectors), len(targets))
+    return torch.cat([(vectors[part] @ targets.T).argmax(1) for part in some])
+
+
+def largest_products(vectors: Tensor, targets: Tensor) -> Tensor:
+    """(P,) the largest product of each of ``vectors`` (P, D) with one of ``targets`` (T, D)."""
+    some = parts(len(vectors), len(targets))
+    return torch.cat([(vectors[part] @ targets.T).amax(1) for part in some])
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor
 from tokenprune.layout import Kind, TokenLayout, moved
 from tokenprune.ops.merging import group_sums, tally
 from tokenprune.ops.ranking import ROUNDING, rank_in_group, top_per_view
+from tokenprune.ops.similarity import parts
 
 __all__ = [
     "dithered",
     "divided",
     "evenly_spaced",
+    "nearest_places",
     "patch_table",
     "patches_by_plane",
     "patches_by_view",
@@ -129,10 +131,20 @@ def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
     if not len(there):
         return scores.new_zeros(rows, cols)
     index = torch.arange(rows * cols, device=there.device)
-    away = (index[:, None] // cols - layout.row[there]).square()
-    away += (index[:, None] % cols - layout.col[there]).square()
-    nearest = (away * len(there) + index[: len(there)]).argmin(1)
+    nearest = nearest_places(index // cols, index % cols, layout.row[there], layout.col[there])
     return values[nearest].view(rows, cols)
+
+
+def nearest_places(row: Tensor, col: Tensor, other_row: Tensor, other_col: Tensor) -> Tensor:
+    """(P,) index of the nearest of other locations (Q,) to each location (P,), all int64.
+
+    Ties go to the earlier one.
+    """
+    order, found = torch.arange(len(other_row), device=row.device), []
+    for part in parts(len(row), len(other_row)):
+        away = (row[part, None] - other_row).square() + (col[part, None] - other_col).square()
+        found.append((away * len(order) + order).argmin(1))
+    return torch.cat(found)
 
 
 def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
