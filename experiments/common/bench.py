@@ -20,6 +20,7 @@ from tokenprune.cost.ledger import Ledger
 from tokenprune.engine.cache import CACHE
 from tokenprune.engine.session import compress
 from tokenprune.engine.vision import encoded, observing
+from tokenprune.experiments.common.patch_boxes import ViewSize
 from tokenprune.experiments.common.prompt import Prompt
 from tokenprune.experiments.common.timing import Timing, median_of, peak_memory, synchronise, timed
 from tokenprune.layout import TokenLayout
@@ -129,8 +130,8 @@ class Bench:
             rows, cols = self.prompt.layouts[0].view_shape
             tall, wide = (side * vision.merge_size for side in vision.patch_size)
             return rows * tall, cols * wide
-        side = int(self.adapter.base.config.vision_config.image_size)
-        return 2 * side, 2 * side
+        side = 2 * ViewSize.of(self.adapter).side
+        return side, side
 
     # -- the parts ---------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def with_long_ones(pipe: Pipeline, questions: Iterable[Question], new: int = 0) 
 
 def _sizes(pipe: Pipeline, item: Question) -> tuple[tuple[int, int], ...] | None:
     """(height, width) of the images, or of a video's first frame; None if unknown."""
-    if item.video and "video" not in pipe.adapter.encoders:
+    if item.video and "video" not in pipe.adapter.modalities:
         return None
     try:
         return tuple(map(_size, item.images[:1] if item.video else item.images))

@@ -484,7 +484,7 @@ def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Questio
     """
     found = []
     for item in questions:
-        if item.video and "video" not in pipe.adapter.encoders:
+        if item.video and "video" not in pipe.adapter.modalities:
             raise UserError(
                 f"the question {item.id!r} is about a video, but this model takes images only; "
                 "choose another model or --modality image."

@@ -1,6 +1,7 @@
 """The start of every experiment on questions: a loaded model and the questions."""
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -80,19 +81,31 @@ def prepare(
         request, progress, keep_faulty=keep_faulty, needs_answers=needs_answers
     )
     with_answers(questions)
-    warn_about_testbed(request.model, own=request.data is not None or bool(request.paths))
+    own = request.data is not None or bool(request.paths)
+    warn_about_testbed(request.model, own=own, shown={item.modality for item in questions})
     return Setting(load_model(request, progress), questions)
 
 
-def warn_about_testbed(model: str, *, own: bool) -> None:
-    """Warn if a testbed is asked about a user's own images.
+def warn_about_testbed(model: str, *, own: bool, shown: Collection[str] = ()) -> None:
+    """Warn if a testbed is asked about a user's own images, or about what it did not train on.
 
     Args:
         model: Name of the model.
         own: Whether the images are a user's own.
+        shown: Modalities of the questions.
     """
-    if own and model in testbed.names():
+    if model not in testbed.names():
+        return
+    if own:
         warnings.warn(f"{testbed_note(model)}; give another --model.", UserWarning, stacklevel=3)
+    new = sorted(set(shown) - set(testbed.TRAINED_ON[model]))
+    if new:
+        warnings.warn(
+            f"{model} was not trained on questions of the modality {', '.join(new)}. Its answers "
+            "mean nothing; give another --model.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def testbed_note(model: str) -> str:

@@ -172,8 +172,8 @@ class Answerer:
         pipe, key = self.models[model], (model, source)
         known = self._encoded.get(key)
         clip = source.open() if known is None else known.clip
-        if clip.video and "video" not in pipe.adapter.encoders:
-            others = [n for n, one in self.models.items() if "video" in one.adapter.encoders]
+        if clip.video and "video" not in pipe.adapter.modalities:
+            others = [n for n, one in self.models.items() if "video" in one.adapter.modalities]
             choice = f"choose {' or '.join(others)}, or give" if others else "give"
             raise UserError(f"the model {model} takes images only; {choice} single frames.")
         named = tuple(Picture(str(index), one) for index, one in enumerate(clip.pictures))

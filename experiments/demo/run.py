@@ -31,7 +31,7 @@ __all__ = [
 HOST = "127.0.0.1"
 
 
-MODELS = ("testbed-next", "testbed-onevision")
+MODELS = ("testbed-next", "testbed-onevision", "testbed-qwen")
 
 
 METHODS = ("globalcom2", "fastv", "uniform")

@@ -23,6 +23,7 @@ from tokenprune.experiments.common.cells import Failure
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.own_images import PROMPT
+from tokenprune.experiments.common.patch_boxes import ViewSize
 from tokenprune.experiments.positional_bias.estimates import NORMAL, profiles, statistics
 from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
@@ -347,7 +348,7 @@ def _check(
         raise UserError(f"the batch size must be at least 1, got {batch_size}.")
     for shown in images:
         if not isinstance(shown, Image.Image):
-            if "video" not in pipe.adapter.encoders:
+            if "video" not in pipe.adapter.modalities:
                 raise UserError(
                     f"{pipe.adapter.name} takes images only; load a model that takes videos, "
                     "or hand over single frames as images."
@@ -383,7 +384,7 @@ def _cases(
     pixelwise = [one for one in _fitting(normal.layout, conditions) if one != EXCHANGED]
     for condition in pixelwise if "pipeline" in levels else ():
         try:
-            pixels = move_pixels(shown, condition, normal.layout, _side(pipe))
+            pixels = move_pixels(shown, condition, normal.layout, ViewSize.of(pipe.adapter).side)
             moved = _encoded(pipe, pixels, signals)
             if not _same_geometry(moved.layout, normal.layout):
                 raise NotPossible("another crop grid after rearranging")
@@ -440,11 +441,6 @@ def _encoded(pipe: Pipeline, shown: Shown, signals: frozenset[Signal]) -> Visual
     if isinstance(shown, Image.Image):
         return pipe.encode([shown], signals)[0]
     return pipe.encode_videos([list(shown)], signals)[0]
-
-
-def _side(pipe: Pipeline) -> int:
-    """The side of a view, in pixels."""
-    return int(pipe.adapter.base.config.vision_config.image_size)
 
 
 def _same_geometry(one: TokenLayout, other: TokenLayout) -> bool:
