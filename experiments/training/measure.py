@@ -1,6 +1,6 @@
 """Accuracy of a testbed by modality, through its adapter, under reference selections."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,33 +42,20 @@ def at_random(layout: Any, rng: np.random.Generator, retention: float) -> Tensor
 
 @torch.inference_mode()
 def evaluate(
-    folder: Path,
-    count: int,
-    seed: int,
-    device: str,
-    asked_of: Mapping[Modality, tuple[str, ...]] = MODALITIES,
-    left_out: Sequence[str] = (),
+    folder: Path, count: int, seed: int, device: str
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy by modality, condition and kind, on `count` held-out questions of each kind.
 
     Uses the saved processor and model.  Visual tokens are encoded once; each condition drops some
     of them and answers with `generate`.
-
-    Args:
-        folder: Folder of the model.
-        count: Questions of each kind.
-        seed: Seed of the questions.
-        device: Device of the model.
-        asked_of: Kinds of questions by modality.
-        left_out: Conditions that make no sense for the model.
     """
     import tokenprune as tp
     from tokenprune.tokens import VisualTokens
 
     pipe = tp.load(str(folder), device=device, dtype="float32")
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    for modality, kinds in asked_of.items():
-        named = {k: v for k, v in conditions(modality).items() if k not in left_out}
+    for modality, kinds in MODALITIES.items():
+        named = conditions(modality)
         right: dict[str, dict[str, list[bool]]] = {c: {k: [] for k in kinds} for c in named}
         asked = scenes.questions(count * len(kinds), seed=seed, modality=modality)
         for start in range(0, len(asked), len(kinds)):
@@ -94,6 +81,36 @@ def evaluate(
         }
         print(table(figures[modality], count), flush=True)
     return figures
+
+
+SPECS = ("full", "image-free", "random@0.25", "random@0.1")
+
+
+@torch.inference_mode()
+def evaluate_images(
+    folder: Path, count: int, seed: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Accuracy by condition and kind, on `count` held-out questions of each kind about one image.
+
+    Uses the saved processor and model, and answers with `generate`.  The conditions are `SPECS`.
+    """
+    import tokenprune as tp
+
+    pipe = tp.load(str(folder), device=device, dtype="float32")
+    kinds = MODALITIES["image"]
+    right: dict[str, dict[str, list[bool]]] = {c: {k: [] for k in kinds} for c in SPECS}
+    asked = scenes.questions(count * len(kinds), seed=seed)
+    for start in range(0, len(asked), 8 * len(kinds)):
+        group = asked[start : start + 8 * len(kinds)]
+        texts = [question.question for question in group]
+        for spec in SPECS:
+            images = None if spec == "image-free" else [question.image for question in group]
+            inputs = pipe.prepare(images, texts)
+            with tp.compress(pipe.model, spec if "@" in spec else None):
+                ids = pipe.model.generate(**inputs)
+            for question, answer in zip(group, pipe.decode(ids, inputs), strict=True):
+                right[spec][question.kind].append(answer == question.answer)
+    return {c: {k: float(np.mean(r)) for k, r in by.items()} for c, by in right.items()}
 
 
 def table(figures: dict[str, dict[str, float]], count: int) -> str:

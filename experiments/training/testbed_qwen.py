@@ -49,7 +49,7 @@ from tokenprune.experiments.training.geometry import (
     geometry,
     to_labels,
 )
-from tokenprune.experiments.training.measure import evaluate
+from tokenprune.experiments.training.measure import evaluate_images, table
 from tokenprune.experiments.training.model import PER_VIEW, SIDE, WIDTH
 from tokenprune.experiments.training.optim import Optimisers
 from tokenprune.experiments.training.quiz import (
@@ -513,9 +513,8 @@ def main(
     """Train the third testbed, or print the figures of an existing one."""
     if threads:
         torch.set_num_threads(threads)
-    asked = {"image": scenes.KINDS}
     if evaluate_only:
-        evaluate(out, questions, test_seed, device, asked, ("thumbnail only", "crops only"))
+        print(table(evaluate_images(out, questions, test_seed, device), questions))
         return
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
     run = QwenRun(out, device, seed, steps)
@@ -526,9 +525,8 @@ def main(
         return
     folder = out / "model"
     common.export(run.model, build_processor(), folder)
-    figures = evaluate(
-        folder, questions, test_seed, device, asked, ("thumbnail only", "crops only")
-    )
+    figures = evaluate_images(folder, questions, test_seed, device)
+    print(table(figures, questions))
     record = {
         "seed": seed,
         "test_seed": test_seed,
@@ -539,7 +537,7 @@ def main(
         "stages": {
             stage: json.loads((out / "stages" / f"{stage}.json").read_text()) for stage in STEPS
         },
-        "accuracy": figures["image"],
+        "accuracy": figures,
     }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
