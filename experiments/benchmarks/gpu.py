@@ -106,7 +106,7 @@ def _model(name: str, *, tiny: bool) -> Adapter:
 
 def _kernels(*, tiny: bool) -> list[str]:
     """``sdpa``, and flash attention where it is installed."""
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     flash = not tiny and is_flash_attn_2_available()
     return ["sdpa", "flash_attention_2"] if flash else ["sdpa"]
