@@ -25,6 +25,7 @@ from tokenprune.models.published import KNOWN
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
+    from tokenprune.experiments.common.request import FigureOptions
 
 __all__ = [
     "BatchSize",
@@ -33,12 +34,14 @@ __all__ = [
     "Device",
     "Dtype",
     "Force",
+    "Formats",
     "ImageSize",
     "Images",
     "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
     "Model",
+    "NoTitle",
     "Out",
     "Patches",
     "Plugin",
@@ -47,7 +50,9 @@ __all__ = [
     "Seed",
     "TextTokens",
     "TrustRemoteCode",
+    "Width",
     "closing",
+    "figures",
     "gaps",
     "image_limit",
     "interrupted",
@@ -233,6 +238,37 @@ TrustRemoteCode = Annotated[
         help="Execute Python code of the model's repository. Without it, such models are refused.",
     ),
 ]
+
+
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format", metavar="pdf|svg|png...", help="File formats of figures. [default: png pdf]"
+    ),
+]
+
+
+Width = Annotated[
+    str,
+    typer.Option(
+        metavar="column|page|slide",
+        help="Width of figures: column (3.3 inches, type of 7 points), page (6.9 inches) or slide.",
+    ),
+]
+
+
+NoTitle = Annotated[
+    bool,
+    typer.Option("--no-title", help="Leave out titles of figures, where a caption replaces them."),
+]
+
+
+def figures(formats: list[str] | None, width: str, no_title: bool) -> FigureOptions:
+    """The values of ``--format``, ``--width`` and ``--no-title``.  Raises `UserError`."""
+    from tokenprune.experiments.common.request import FIGURES, FigureOptions
+
+    chosen = tuple(dict.fromkeys(formats)) if formats else FIGURES.formats
+    return FigureOptions(formats=chosen, width=width, title=not no_title)
 
 
 def image_limit(pixels: int | None) -> AbstractContextManager[None]:

@@ -53,7 +53,8 @@ _NOT_DECISIVE = {
     *(
         f"tokenprune.experiments.common.{name}"
         for name in (
-            *("answers", "bench", "cells", "conversion", "csv_files", "files", "journal"),
+            *("answers", "bench", "cells", "conversion", "csv_files", "files", "glyphs"),
+            "journal",
             *("patch_boxes", "plots", "prompt", "provenance", "reading", "run_folder"),
             *("intervals", "summary"),
         )

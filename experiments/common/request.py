@@ -7,14 +7,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenprune.errors import UserError
+from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.own_images import own_questions
 from tokenprune.experiments.common.questions import Modality, Question, held_out
 
 __all__ = [
+    "FIGURES",
     "METHODS",
     "RETENTION",
     "CompareRequest",
+    "FigureOptions",
     "MatchedCost",
     "ModelRequest",
     "QuestionRequest",
@@ -35,6 +37,41 @@ TESTBED_QUESTIONS = 500
 
 MatchedCost = Literal["tokens", "flops", "prefill-ms"]
 """The cost that `compare --match` makes equal."""
+
+
+FORMATS = ("pdf", "svg", "png")
+WIDTHS = ("column", "page", "slide")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """How figures are drawn.
+
+    Attributes:
+        formats: File formats, of `FORMATS`.
+        width: ``column`` (3.3 inches, type of 7 points), ``page`` (6.9 inches) or ``slide``.
+        title: Whether a figure has a title and a line about what is drawn.
+
+    Raises:
+        UserError: An unknown format or width.
+    """
+
+    formats: Sequence[str] = ("png", "pdf")
+    width: str = "page"
+    title: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width not in WIDTHS:
+            raise unknown("width", self.width, WIDTHS)
+        for one in self.formats:
+            if one not in FORMATS:
+                raise unknown("format", one, FORMATS)
+        if not self.formats:
+            raise UserError(f"no format is given; choose from: {', '.join(FORMATS)}.")
+
+
+FIGURES = FigureOptions()
+"""How figures are drawn by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +95,7 @@ class ModelRequest(Request):
         dtype: As in `tokenprune.load`.
         trust_remote_code: As in `tokenprune.load`.
         seed: Seed of the testbed's questions and of the bootstrap.
+        figures: How figures are drawn.
     """
 
     model: str = "testbed-next"
@@ -65,6 +103,7 @@ class ModelRequest(Request):
     dtype: str = "auto"
     trust_remote_code: bool = False
     seed: int = 0
+    figures: FigureOptions = FIGURES
 
 
 @dataclass(frozen=True, kw_only=True)

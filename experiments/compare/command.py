@@ -120,6 +120,9 @@ def compare(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
@@ -151,6 +154,7 @@ def compare(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
             timeout_per_batch=timeout_per_batch,
             match=match,  # type: ignore[arg-type]  # checked with the rest

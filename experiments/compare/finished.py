@@ -5,9 +5,10 @@ Neither PyTorch nor transformers is imported.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
     if request.out is None and path.name != folder_name(experiment):
         return False
     now, then = asked_for(request, path)["request"], manifest["request"]
-    if now | {"out": None} != then | {"out": None}:
+    same = {"out": None, "figures": None}  # neither changes an answer
+    if now | same != then | same:
         return False
     if registered is not None and registered != strategies.names():
         return False  # the meaning of `all` has changed
@@ -141,17 +143,19 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
 def _written(
     request: CompareRequest, path: Path, manifest: Mapping[str, Any], found: _Found
 ) -> Outcome:
-    """Write the tables again, and the plots if there are none."""
+    """Write the tables again, and the plots if there are none like them.
+
+    Plots show the journal as it is, because the run was complete.
+    """
     folder = RunFolder.open(path, manifest["experiment"], found.details)
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
-    if not any(
-        (path / "plots").glob("*.png")
-    ):  # other plots show this journal, as the run was complete
+    wanted = json.loads(json.dumps(asdict(request.figures)))
+    if manifest["request"].get("figures") != wanted or not any((path / "plots").glob("*")):
         from tokenprune.experiments.compare.figures import draw
 
-        draw(folder, request.model, summary)
+        draw(folder, request.model, summary, request.figures)
     folder.close("complete")
     return Outcome(
         status="complete",

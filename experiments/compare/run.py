@@ -242,7 +242,7 @@ def _fill(
     if (
         not interrupted and "name" not in folder.manifest["experiment"]
     ):  # other experiments draw their own
-        figures.draw(folder, request.model, summary)
+        figures.draw(folder, request.model, summary, request.figures)
     failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
     if not interrupted:
         failures = dict(_lacking(columns, questions, journal)) | failures

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.console import app, as_exit_status, new_table, progress, quiet
+from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
 
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-@app.command()
+@app.command(cls=ManyValues)
 def complementarity(
     paths: options.Images = None,
     prompt: options.Prompt = None,
@@ -36,6 +36,9 @@ def complementarity(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Answer questions from the thumbnail, from the crops, and from both.
@@ -61,6 +64,7 @@ def complementarity(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
         )
         quiet()

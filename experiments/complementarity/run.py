@@ -76,8 +76,8 @@ def run(request: ComplementarityRequest, progress: ProgressCallback = silent) ->
     table = relative(answers, seed=request.seed, measure=measure)
     write_tables(outcome.folder, {"complementarity": table})
     if len(table):
-        drawn = figure(table, Path(request.model).name, measure)
-        plots.save(drawn, outcome.folder / "plots" / "complementarity")
+        drawn = figure(table, Path(request.model).name, measure, request.figures)
+        plots.save(drawn, outcome.folder / "plots" / "complementarity", request.figures)
     files = ("complementarity.csv", "answers.parquet", "plots/")
     return replace(outcome, tables={"complementarity": table, **outcome.tables}, files=files)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.console import app, as_exit_status, new_table, progress, quiet
+from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
 
@@ -33,7 +33,7 @@ _Score = Annotated[
 ]
 
 
-@app.command("crop-importance")
+@app.command("crop-importance", cls=ManyValues)
 def crop_importance(
     paths: options.Images = None,
     prompt: options.Prompt = None,
@@ -52,6 +52,9 @@ def crop_importance(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Drop the highest-scored, the lowest-scored or a random crop, by the thumbnail's mean score.
@@ -80,14 +83,14 @@ def crop_importance(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
         with progress() as bar:
             outcome = run(request, bar)
-        found = outcome.tables.get("crop_importance")
-        if found is not None and len(found):
+        if len(found := outcome.tables.get("crop_importance", ())):
             Console().print(table(found), "")
         status = options.closing(outcome, started)
     raise typer.Exit(status)

@@ -114,8 +114,8 @@ def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> 
     write_tables(outcome.folder, tables)
     if len(table):
         model = Path(request.model).name
-        drawn = figure(table, crops, objects, model, request.score, measure)
-        plots.save(drawn, outcome.folder / "plots" / "crop-importance")
+        drawn = figure(table, crops, objects, model, request.score, measure, request.figures)
+        plots.save(drawn, outcome.folder / "plots" / "crop-importance", request.figures)
     if count := uneven(crops):
         notes.insert(
             0,

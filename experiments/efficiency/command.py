@@ -91,6 +91,9 @@ def efficiency(
     device: options.Device = None,
     out: _Out = None,
     force: options.Force = False,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
     """Print what methods cost: tokens, FLOPs, KV cache, memory, and when they pay off.
 
@@ -119,6 +122,7 @@ def efficiency(
             device=device,
             out=out,
             force=force,
+            figures=options.figures(formats, width, no_title),
         )
         with progress() as bar:
             outcome = run(request, bar)

@@ -18,7 +18,7 @@ from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.prompt import Prompt, asks, prompt_of, read_size
 from tokenprune.experiments.common.provenance import environment
-from tokenprune.experiments.common.request import Request
+from tokenprune.experiments.common.request import FIGURES, FigureOptions, Request
 from tokenprune.experiments.common.result_folder import ResultFolder
 from tokenprune.experiments.efficiency import figures
 from tokenprune.experiments.efficiency.costs import analytic_break_even, costs, layers
@@ -67,6 +67,7 @@ class EfficiencyRequest(PromptRequest):
         batch_size: Prompts that run at once when measured.
         repeats: Timed runs of each part.
         device: As in `ModelRequest`.
+        figures: As in `ModelRequest`.
         force: Whether to replace the result of an earlier call in ``out``.
     """
 
@@ -77,6 +78,7 @@ class EfficiencyRequest(PromptRequest):
     batch_size: int = 1
     repeats: int = 5
     device: str | None = None
+    figures: FigureOptions = FIGURES
     force: bool = False
 
 
@@ -126,7 +128,7 @@ def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outc
         tables["measured"] = measured.table
         about["measured"] = measured.words
     write_tables(folder.path, tables)
-    drawn = _draw(folder.path, tables, request.model, prompt)
+    drawn = _draw(folder.path, tables, request, prompt)
     files = [f"{name}.csv" for name in tables]
     folder.finish(_details(request, prompt), [*files, *drawn])
     return Outcome(
@@ -194,20 +196,23 @@ def _details(request: EfficiencyRequest, prompt: Prompt) -> dict[str, Any]:
     asked = asdict(request)
     size = prompt.image_size
     asked["image_size"] = None if size is None else {"height": size[0], "width": size[1]}
-    for name in ("out", "force", "repeats", "device"):
+    for name in ("out", "force", "repeats", "device", "figures"):
         del asked[name]
     return asked | environment()
 
 
-def _draw(folder: Path, tables: dict[str, pd.DataFrame], model: str, prompt: Prompt) -> list[str]:
+def _draw(
+    folder: Path, tables: dict[str, pd.DataFrame], request: EfficiencyRequest, prompt: Prompt
+) -> list[str]:
     """Write the figures, and return the names of their files."""
-    title = f"What methods cost on {Path(model).name}"
+    about, options = _parts(prompt), request.figures
+    title = f"What methods cost on {Path(request.model).name}"
+    where = "Where tokens are processed"
     made = {
-        "cost": figures.cost_by_retention(tables["costs"], title, _parts(prompt)),
-        "layers": figures.tokens_by_layer(
-            tables["layers"], "Where tokens are processed", _parts(prompt)
-        ),
+        "cost": figures.cost_by_retention(tables["costs"], title, about, options),
+        "layers": figures.tokens_by_layer(tables["layers"], where, about, options),
     }
+    names = []
     for name, figure in made.items():
-        plots.save(figure, folder / "plots" / name)
-    return [f"plots/{name}.{ending}" for name in made for ending in ("png", "pdf")]
+        names += plots.save(figure, folder / "plots" / name, options)
+    return [f"plots/{name}" for name in names]

@@ -142,19 +142,19 @@ def masks(
     max_new_tokens: options.MaxNewTokens = 8,
     out: _Out = None,
     force: options.Force = False,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
-    """Draw what each method keeps of an image, with the model's answers.
-
-    Writes masks (dropped patches are pale, the corner of every view shows the share kept) and heat
-    maps (the vision encoder's saliency, and the scores of methods) as PNG and PDF, and kept.csv.
+    """Draw what each method keeps of an image, and heat maps of scores, with the model's answers.
 
     Exit status: 0 done, 2 bad input.
     """
+    quiet()
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
         from tokenprune.experiments.masks.run import MasksRequest, run
 
-        quiet()
         request = MasksRequest(
             words=tuple(words or ()),
             prompt=prompt,
@@ -174,13 +174,19 @@ def masks(
             max_new_tokens=max_new_tokens,
             out=out,
             force=force,
+            figures=options.figures(formats, width, no_title),
         )
         with progress() as bar:
             outcome = run(request, bar)
-        Console().print(table(outcome), "")
-        for line in (*options.gaps(outcome), options.written(outcome)):
-            typer.echo(line)
+    _show(outcome)
     raise typer.Exit(OK)
+
+
+def _show(outcome: Outcome) -> None:
+    """Print the table, what was left out, and where the files are."""
+    Console().print(table(outcome), "")
+    for line in (*options.gaps(outcome), options.written(outcome)):
+        typer.echo(line)
 
 
 def table(outcome: Outcome) -> Table:

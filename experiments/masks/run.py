@@ -27,7 +27,7 @@ from tokenprune.experiments.common.questions import check_placeholders
 from tokenprune.experiments.common.result_folder import ResultFolder
 from tokenprune.experiments.common.run_folder import asked_for
 from tokenprune.experiments.common.setting import load_model, warn_about_testbed
-from tokenprune.experiments.masks.figures import draw, heat
+from tokenprune.experiments.masks.figures import draw, heat_pages, pages
 from tokenprune.experiments.masks.look import MaskedPrompt, check, look
 from tokenprune.experiments.masks.prompts import MasksRequest, Prompt, prompts
 from tokenprune.pipeline import Pipeline
@@ -71,8 +71,9 @@ def masks(
 def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
     """Run methods on one or several prompts, and write figures of what they keep.
 
-    The folder gets ``masks`` and, if there are scores, ``heat`` as PNG and PDF, ``kept.csv`` and
+    The folder gets ``masks`` and, if there are scores, ``heat`` as figures, ``kept.csv`` and
     ``manifest.json``.  With several prompts, the names of the figures end with that of the prompt.
+    Figures of many panels are divided: ``masks-1``, ``masks-2`` and so on.
 
     Returns:
         With the table ``kept``, as `MaskedPrompt.table` returns it, and with several prompts the
@@ -112,7 +113,7 @@ def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
             about = {"question": seen.question, "truth": seen.truth}
         tables.append(table)
         progress(0, 0, "drawing")
-        files += _drawn(folder.path, seen, name)
+        files += _drawn(request, folder.path, seen, name)
     kept = pd.concat(tables, ignore_index=True)
     write_tables(folder.path, {"kept": kept})
     files.append("kept.csv")
@@ -188,11 +189,14 @@ def _stem(name: str) -> str:
     return stem if ending.lower() in Image.registered_extensions() else name
 
 
-def _drawn(folder: Path, seen: MaskedPrompt, name: str) -> list[str]:
+def _drawn(request: MasksRequest, folder: Path, seen: MaskedPrompt, name: str) -> list[str]:
     """Write the figures of a prompt, and return the names of their files."""
-    kinds = {"masks": draw(seen)}
+    kinds = {"masks": pages(seen, request.figures)}
     if seen.saliency or any(one.scores for one in seen.masks):
-        kinds["heat"] = heat(seen)
-    for kind, figure in kinds.items():
-        save(figure, folder / f"{kind}{name}")
-    return [f"{kind}{name}.{ending}" for kind in kinds for ending in ("png", "pdf")]
+        kinds["heat"] = heat_pages(seen, request.figures)
+    files = []
+    for kind, figures in kinds.items():
+        for number, figure in enumerate(figures, 1):
+            part = f"-{number}" if len(figures) > 1 else ""
+            files += save(figure, folder / f"{kind}{name}{part}", request.figures)
+    return files

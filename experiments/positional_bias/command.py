@@ -102,6 +102,9 @@ def positional_bias(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
     """Test whether methods select tokens by content or by location.
 
@@ -133,6 +136,7 @@ def positional_bias(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
         )
         status = _run(request)
     raise typer.Exit(status)

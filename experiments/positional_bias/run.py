@@ -36,7 +36,7 @@ from tokenprune.experiments.common.questions import (
     fingerprint,
     held_out,
 )
-from tokenprune.experiments.common.request import ModelRequest
+from tokenprune.experiments.common.request import FigureOptions, ModelRequest
 from tokenprune.experiments.common.run_folder import RunFolder, asked_for
 from tokenprune.experiments.common.setting import load_model, warn_about_testbed
 from tokenprune.experiments.positional_bias import figures
@@ -135,7 +135,7 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
     try:
         found = _analysed(request, compressors, questions, pipe, folder.path, progress)
         progress(0, 0, "tables and plots")
-        _write(folder.path, found, questions, Path(request.model).name)
+        _write(folder.path, found, questions, Path(request.model).name, request.figures)
         failures = [{"cell": _cell(*which), **asdict(why)} for which, why in found.failures.items()]
         status = "failed" if failures else "complete"
     except KeyboardInterrupt:
@@ -292,11 +292,17 @@ def _folder_name(experiment: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.+=-]+", "-", name)
 
 
-def _write(path: Path, found: Analysis, questions: Sequence[Question], model: str) -> None:
+def _write(
+    path: Path,
+    found: Analysis,
+    questions: Sequence[Question],
+    model: str,
+    options: FigureOptions,
+) -> None:
     names = dict(enumerate(item.image_id for item in questions))
     tokens = found.tokens.assign(image_id=found.tokens["image"].map(names).astype("category"))
     with replace_file(path / "tokens.parquet") as temporary:
         tokens.to_parquet(temporary, index=False)
     write_tables(path, {"statistics": found.statistics, "profiles": found.profiles})
-    for name, figure in figures.figures(found.tokens, found.statistics, model):
-        plots.save(figure, path / "plots" / name)
+    for name, figure in figures.figures(found.tokens, found.statistics, model, options):
+        plots.save(figure, path / "plots" / name, options)

@@ -192,8 +192,16 @@ def table(
     folders: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders of tokenprune compare.")
     ],
+    latex: Annotated[
+        bool,
+        typer.Option(
+            "--latex",
+            help="Print LaTeX (booktabs) with intervals and ranks; bold: the best of a column, and "
+            "all that its interval does not exclude.",
+        ),
+    ] = False,
 ) -> None:
-    """Print several comparisons side by side as one Markdown table.
+    """Print several comparisons side by side as one Markdown or LaTeX table.
 
     One row per method: accuracy in % and, in brackets, the decoder's FLOPs in % of those of the
     uncompressed model.
@@ -201,10 +209,14 @@ def table(
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status():
-        from tokenprune.experiments.report.side_by_side import markdown, side_by_side
+        from tokenprune.experiments.report.latex import booktabs
+        from tokenprune.experiments.report.side_by_side import markdown, read, side_by_side
 
         notes: list[str] = []
-        typer.echo(markdown(side_by_side(folders, notes)))
+        if latex:
+            typer.echo(booktabs([read(folder, notes) for folder in folders]))
+        else:
+            typer.echo(markdown(side_by_side(folders, notes)))
         for note in notes:
             typer.echo(f"note: {note}", err=True)
     raise typer.Exit(OK)

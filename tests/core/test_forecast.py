@@ -64,7 +64,7 @@ def test_forecast_is_what_the_engine_does(
     method: Compressor, name: str, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images, videos and both; exact to the last FLOP and byte unless content decides."""
-    for module in ("host", "reference"):
+    for module in ("host", "reference_vision"):
         monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", PROMPTS)
     host = HOSTS[name]
     try:

@@ -274,7 +274,7 @@ def test_an_example_without_arguments(tmp_path: Path) -> None:
 
 
 def test_ones_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: None)  # for speed
+    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: [])  # for speed
     for index in range(20):
         picture(40, 30, index).save(tmp_path / f"frame-{index:02}.png")
     still = [picture(40, 30, index) for index in range(5)]

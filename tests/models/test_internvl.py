@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from tokenprune.layout import Kind, TokenLayout
 from tokenprune.models._tiles import grids, views_by_image
 from tokenprune.models.internvl import InternVL
 from tokenprune.pipeline import Pipeline
+from tokenprune.spec import parse
+from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
 from tokenprune.testing.model_checks import check_equals_reference
 from tokenprune.testing.runner import run
@@ -241,3 +244,33 @@ def test_normalised_queries_and_keys_are_read() -> None:
             nn.init.uniform_(weight, 0.2, 2)
     host = Host(adapter_of(model), "InternVL", "qwen2")
     run(check_equals_reference, tp.create("fastervlm", retention=0.4), [host])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["globalcom2", "globalcom2:allocator=max", "fastervlm", "hired", "visionzip", "divprune"],
+)
+def test_a_method_keeps_the_same_tokens_as_in_the_order_of_llava_next(spec: str) -> None:
+    """The crops of InternVL are those of the papers; only the order in the sequence differs."""
+    method = parse(spec, retention=0.25)
+    grid, shape = (2, 3), (4, 4)
+    canvas = TokenLayout.anyres(grid, shape, (0, 8, 0, 12), newlines=False)
+    tiled = TokenLayout.tiled(grid, shape)
+    place = {where: index for index, where in enumerate(_places(canvas))}
+    order = torch.tensor([place[where] for where in _places(tiled)])
+    tokens = sample_tokens(method.needs, canvas, seed=3)
+    moved = replace(
+        tokens,
+        layout=tiled,
+        features=tokens.features[order],
+        signals={name: values[order] for name, values in tokens.signals.items()},
+    )
+    want = method(tokens).keep
+    assert len(want) < len(canvas) / 2
+    assert order[method(moved).keep].sort().values.tolist() == want.tolist()
+
+
+def _places(layout: TokenLayout) -> list[tuple[int, ...]]:
+    """View, row and column, and the location on the canvas, of every token."""
+    columns = layout.view, layout.row, layout.col, layout.canvas_row, layout.canvas_col
+    return list(zip(*(values.tolist() for values in columns), strict=True))
