@@ -38,7 +38,7 @@ devices than the CPU, all rows form one pool, because the comparison would be a 
 """
 
 TABLE = 4608
-"""Rows up to which `dpp_greedy` makes the kernel, of at most 81 MiB: with more, pools are faster."""
+"""Rows up to which `dpp_greedy` makes the kernel (81 MiB); with more, pools are faster."""
 
 CANDIDATES = 64
 """Rows in the pool of `cover_by_cosine`, whose values take a column of P cosines each."""
