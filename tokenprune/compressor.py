@@ -432,7 +432,7 @@ def best(strategy: Compressor, tokens: VisualTokens, scores: Tensor, counts: Ten
     Raises:
         ContractError: A patch token's score is NaN or infinite.
     """
-    of_patches = scores[tokens.layout.to(scores.device).patches]
+    of_patches = scores.index_select(0, tokens.layout.to(scores.device).patches)
     mask = best_per_view(tokens.layout, scores, counts)
     kept, finite = on_cpu(mask, of_patches.isfinite().all())
     if not finite:

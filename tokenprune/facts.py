@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenprune.errors import UserError
-from tokenprune.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from tokenprune.layout import TokenLayout
 
 __all__ = [
     "DecoderFacts",

@@ -31,6 +31,7 @@ AXES: Mapping[str, str] = {
     "hidden": "width of the language model",
     "kv_width": "key-value heads of a decoder layer times the width of a head",
     "vision_width": "width of the vision encoder",
+    "projector_width": "width of what the projector receives: all patches of a token side by side",
     "vision_head_width": "width of a head of the vision encoder",
     "joint_width": "width of the space that images and texts share",
 }
@@ -239,7 +240,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
         source="vision layer",
         shape=("N",),
         meaning="Attention that each patch receives, mean over all queries of its view and over "
-        "heads.  Queries outside its window pay it none in the windowed layers of Qwen2.5-VL.",
+        "heads; in windowed layers (Qwen2.5-VL), none from queries outside its window.",
         paper="HoliTom (2505.21334)",
         queries="all",
         sample="attention",

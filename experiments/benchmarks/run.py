@@ -31,7 +31,7 @@ from tokenprune.experiments.common.result_folder import free_path
 from tokenprune.models.checkpoints import device_of
 from tokenprune.progress import ProgressCallback, silent
 
-__all__ = ["BENCHMARKS", "BenchmarkRequest", "run"]
+__all__ = ["BENCHMARKS", "BenchmarkRequest", "machine", "run"]
 
 BENCHMARKS = ("startup", "context", "selection", "loops", "prefill", "growth", "sharing")
 """Modules of this package with ``measure(quick, device, tell)``."""
@@ -83,7 +83,7 @@ def run(request: BenchmarkRequest, progress: ProgressCallback = silent) -> Outco
         earlier = table(request.against)
         check_comparable(request.against, earlier, request.quick)
     part = path.with_name(f"{path.name}.part.csv")
-    setting = _machine(request.device, request.quick)
+    setting = machine(request.device, request.quick)
     frames = _done(part, setting)
     for done, name in enumerate(request.only):
         if name in frames:
@@ -129,7 +129,8 @@ def _done(part: Path, setting: dict[str, Any]) -> dict[str, pd.DataFrame]:
     return {str(name): rows for name, rows in found.groupby("benchmark")} if same else {}
 
 
-def _machine(device: str, quick: bool) -> dict[str, Any]:
+def machine(device: str, quick: bool) -> dict[str, Any]:
+    """The device, versions, code and date, as every row of a file of figures has them."""
     cuda = device.startswith("cuda")
     versions = environment()["versions"]
     return {

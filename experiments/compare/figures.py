@@ -68,7 +68,7 @@ def accuracy(
         axes = made.subplots(made.size.height)[0, 0]
         _panel(made, axes, table, summary, OVERALL, start=0)
         _retention_axis(axes, table)
-        axes.set_xlabel(_retention_label(summary))
+        axes.set_xlabel(_retention_label(made, summary))
         axes.set_ylabel("accuracy (%)")
         _name_lines(made, axes, table, summary)
     return made.figure
@@ -113,7 +113,7 @@ def accuracy_by_kind(
             axes.set_title(kind)
         for axes in grid[len(kinds) :]:
             axes.set_axis_off()
-        made.figure.supxlabel(_retention_label(summary))
+        made.figure.supxlabel(_retention_label(made, summary, 0.85))
         made.figure.supylabel("accuracy (%)")
         made.legend(grid[0].get_legend_handles_labels(), blank=grid[len(kinds) :])
     return made.figure
@@ -299,11 +299,12 @@ def _match(summary: pd.DataFrame) -> str | None:
     return str(found.iloc[0]) if len(found) else None
 
 
-def _retention_label(summary: pd.DataFrame) -> str:
-    matched = _match(summary)
+def _retention_label(made: Canvas, summary: pd.DataFrame, share: float = 0.62) -> str:
+    """The label of an axis of retention ratios on ``share`` of the width."""
+    matched, label = _match(summary), "visual tokens kept (retention, %)"
     if matched:
-        return f"{_MATCHED[matched]}: those of uniform at this retention (%)"
-    return "visual tokens kept (retention, %)"
+        label = f"{_MATCHED[matched]}: those of uniform at this retention (%)"
+    return wrapped(label, share * made.size.width, made.size.text)
 
 
 def _step(retention: float, summary: pd.DataFrame) -> str:

@@ -296,7 +296,7 @@ def _bound(entries: Sequence[dict[str, Any]], notes: list[str]) -> None:
 def _figures(
     folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any], notes: list[str]
 ) -> Iterator[dict[str, str]]:
-    """The run's figures as data URIs; drawn here if an interrupted run has none."""
+    """The run's figures as data URIs; drawn here if the run has no PNG files."""
     files = sorted((folder / "plots").glob("*.png"), key=lambda file: file.stem)
     for file in files:
         try:
@@ -307,13 +307,14 @@ def _figures(
             notes.append(f"The figure {file.name} cannot be shown ({error}).")
         else:
             yield {"name": file.stem.replace("-", " "), "uri": uri}
+    drawn = any((folder / "plots").glob("*.*"))  # a finished run; PDF and SVG cannot be shown
     if not files and len(summary) and summary["accuracy"].notna().any():
         name = Path(manifest["experiment"]["model"]).name
         figure = accuracy_so_far(summary, name)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
         with Image.open(buffer) as image:
-            yield {"name": "accuracy so far", "uri": _plot_uri(image)}
+            yield {"name": "accuracy" if drawn else "accuracy so far", "uri": _plot_uri(image)}
 
 
 def _plot_uri(image: Image.Image) -> str:

@@ -335,7 +335,9 @@ def test_forecast_values_equal_those_of_the_ledger(
     with compress(host.model, method) as trace, torch.no_grad():
         host.model(**host.inputs((row,)), use_cache=True)
     real, layouts = trace.ledger, host.layouts(row)
-    asking = [ROWS[row].text + 2 * later for later in reversed(range(len(layouts)))]
+    # In front of every run of placeholders are two text tokens.
+    runs = [len(host.adapter.runs(layout)) for layout in layouts]
+    asking = [ROWS[row].text + 2 * sum(runs[index + 1 :]) for index in range(len(runs))]
     found = forecast(host.adapter, method, layouts, real.text_tokens, asking=asking, size=4).ledger
     assert found.visual_per_layer == real.visual_per_layer
     assert found.selector_bytes == real.selector_bytes

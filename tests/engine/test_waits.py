@@ -53,6 +53,7 @@ def test_one_synchronisation_per_selection_from_many_tokens(
     """Where a table of all pairs exceeds a block; the selection is that of the CPU."""
     monkeypatch.setattr(similarity, "BLOCK", 600)
     monkeypatch.setattr(diversity, "POOL", 20)
+    monkeypatch.setattr(diversity, "TABLE", 25)
     for part in _steps(spec):
         tokens = sample_tokens(part.needs, TokenLayout.single((8, 9)))
         tokens = replace(tokens, projector=torch.nn.Linear(6, 8))

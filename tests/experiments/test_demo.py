@@ -199,8 +199,11 @@ def test_the_lines_give_what_is_shown(
     question: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for figure in ("draw", "heat"):  # slow, and tested elsewhere; the table counts here
-        monkeypatch.setattr(f"tokenprune.experiments.masks.run.{figure}", lambda _: Figure())
+    # Figures are slow, and tested elsewhere; the table counts here.
+    masks = "tokenprune.experiments.masks.run"
+    monkeypatch.setattr(f"{masks}.draw", lambda *_: Figure())
+    for figure in ("pages", "heat_pages"):
+        monkeypatch.setattr(f"{masks}.{figure}", lambda *_: [Figure()])
     source = Source(tuple(files / name for name in names), number)
     methods = chosen(["globalcom2", "fastv:layer=1", "uniform@0.5 + fastv@0.5"], 0.3)
     found = answerer.answers(model, source, question, methods)

@@ -27,6 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and pools of a few rows, as if the tokens were many."""
     monkeypatch.setattr(similarity, "BLOCK", 600)
     monkeypatch.setattr(diversity, "POOL", 20)
+    monkeypatch.setattr(diversity, "TABLE", 25)
     monkeypatch.setattr(diversity, "CANDIDATES", 7)
     monkeypatch.setattr(clustering, "WALK", 20)
 
@@ -123,7 +124,11 @@ def _most_probable(rows: Tensor, quality: Tensor, count: int) -> list[int]:
 @DTYPES
 @pytest.mark.parametrize("kind", ["random", "clusters", "twins", "static"])
 @pytest.mark.parametrize("plain", [False, True])
-def test_dpp_greedy_of_many_rows(kind: str, plain: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("table", [25, 60])
+def test_dpp_greedy_of_many_rows(
+    kind: str, plain: bool, table: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diversity, "TABLE", table)
     rows = _drawn(kind, 60, seed=2).to(dtype)
     quality = torch.ones(60)
     if not plain:  # equal rows have equal qualities
@@ -135,6 +140,22 @@ def test_dpp_greedy_of_many_rows(kind: str, plain: bool, dtype: torch.dtype) -> 
     spaced, double = rows.repeat_interleave(2, 0), quality.repeat_interleave(2)
     assert dpp_greedy(spaced, double, 10, among).tolist() == [2 * row for row in wanted]
     assert sorted(dpp_greedy(rows, quality, 60, everyone).tolist()) == list(range(60))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("table", [25, 400])
+@pytest.mark.parametrize("kind", ["random", "clusters"])
+def test_dpp_greedy_selects_the_best_up_to_rounding(
+    kind: str, table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gains in float64: none exceeds that of the selected row by more than float32 rounds off."""
+    monkeypatch.setattr(diversity, "TABLE", table)
+    rows = _drawn(kind, 400, seed=9, width=48)
+    gain, kernel = torch.ones(400, dtype=torch.float64), _cosines(rows)
+    for row in dpp_greedy(rows, torch.ones(400), 40, torch.arange(400)).tolist():
+        assert gain.max() - gain[row] < 2e-6
+        kernel = kernel - kernel[:, row, None] * kernel[row] / kernel[row, row]
+        gain = kernel.diagonal().clone()
 
 
 @pytest.mark.usefixtures("small")

@@ -91,9 +91,18 @@ class Ragged(list[Tensor]):
         """(sum of N_i, D)."""
         return torch.cat(self)
 
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """(sum of N_i, D) on a device, in a dtype."""
-        return torch.cat(self).to(*args, **kwargs)
+    def to(self, *args: Any, **kwargs: Any) -> Tensor | Ragged:
+        """(sum of N_i, D) on a device, in a dtype; without a dtype the features stay apart.
+
+        Models name a dtype.  Hooks of offloaded models, which move all arguments, do not.
+        """
+        if any(isinstance(given, torch.dtype) for given in (*args, *kwargs.values())):
+            return torch.cat(self).to(*args, **kwargs)
+        moved = Ragged(feature.to(*args, **kwargs) for feature in self)
+        for feature, source in zip(moved, self, strict=True):
+            if (record := getattr(source, "visual", None)) is not None:
+                feature.visual = record  # type: ignore[attr-defined]
+        return moved
 
 
 def encoded(

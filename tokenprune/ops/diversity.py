@@ -37,6 +37,9 @@ the values of all rows are updated, by one product with all rows selected from t
 devices than the CPU, all rows form one pool, because the comparison would be a synchronisation.
 """
 
+TABLE = 4608
+"""Rows up to which `dpp_greedy` makes the kernel (81 MiB); with more, pools are faster."""
+
 CANDIDATES = 64
 """Rows in the pool of `cover_by_cosine`, whose values take a column of P cosines each."""
 
@@ -220,7 +223,7 @@ def dpp_kernel(features: Tensor, quality: Tensor) -> Tensor:
     """(P, P) ``q_i * cos(x_i, x_j) * q_j`` of features (P, D) and ``quality`` (P,), in float32."""
     rows = unit(features)
     # A cosine of exactly 1 with itself, so that equal tokens have equal gains.
-    return quality[:, None] * (rows @ rows.T).fill_diagonal_(1) * quality
+    return (rows @ rows.T).fill_diagonal_(1).mul_(quality[:, None]).mul_(quality)
 
 
 def dpp_greedy_map(kernel: Tensor, count: int) -> Tensor:
@@ -263,16 +266,25 @@ def dpp_greedy(features: Tensor, quality: Tensor, count: int, rows: Tensor) -> T
     if fits(len(rows)):
         return rows[dpp_greedy_map(dpp_kernel(features[rows], quality[rows]), count)]
     rows = rows[_kernel_sums(features, quality, rows).argsort(stable=True)]
-    if features.device.type == "cpu":
+    if len(rows) > TABLE and features.device.type == "cpu":
         return rows[_dpp_by_pools(features, quality, count, rows)]
-    vectors, quality = unit(features[rows]), quality[rows]
+    quality = quality[rows]
+    if len(rows) <= TABLE:
+        row = _row_of(dpp_kernel(features[rows], quality))
+    else:
+        row = _kernel_row(unit(features[rows]), quality)
+    worth = quality.square()
+    return rows[_grown(row, worth, worth, _last(worth), count)[0]]
+
+
+def _kernel_row(vectors: Tensor, quality: Tensor) -> Row:
+    """Rows of the `dpp_kernel` of unit ``vectors`` (P, D) and ``quality`` (P,)."""
 
     def row(index: Tensor) -> Tensor:
         cosine = (vectors @ vectors.index_select(0, index)[0]).index_fill_(0, index, 1)
         return quality.index_select(0, index) * cosine * quality
 
-    worth = quality.square()
-    return rows[_grown(row, worth, worth, _last(worth), count)[0]]
+    return row
 
 
 def _grown(
@@ -380,8 +392,10 @@ def cover(similarity: Tensor, worth: Tensor, count: int) -> Tensor:
     chosen = torch.empty(count, dtype=torch.long, device=similarity.device)
     covered = similarity.new_zeros(len(similarity))
     free = torch.zeros_like(covered)
+    added = torch.empty_like(similarity)  # new memory for every step would double the time
     for step in range(count):
-        gain = (similarity - covered[:, None]).clamp(min=0).sum(0) * worth + free
+        torch.sub(similarity, covered[:, None], out=added)
+        gain = added.clamp_(min=0).sum(0) * worth + free
         # A tensor of one entry: a Python number would take a synchronisation.
         index = gain.argmax(0, keepdim=True)
         chosen[step : step + 1] = index
