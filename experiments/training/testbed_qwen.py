@@ -71,6 +71,7 @@ TOKEN = PATCH * MERGE  # pixels along the square that one visual token shows
 LAYERS = 4
 WINDOW = 32  # pixels along the windows of layers without global attention
 GLOBAL = (1, 3)  # layers with global attention
+EVERY = 100  # steps between two saved states
 
 CHAT_TEMPLATE = common.CHAT_TEMPLATE.replace(
     "'<' + part.type + '>'", "'<|vision_start|><' + part.type + '><|vision_end|>'"
@@ -344,8 +345,8 @@ def steps_of(
 ) -> Iterator[Step]:
     """The steps of a stage that are left, each with fresh scenes.
 
-    Scenes depend on the seed, the stage and the number of the step alone.  Every 100 steps the
-    state is saved, so that a run which was interrupted continues.
+    Scenes depend on the seed, the stage and the number of the step alone.  Every `EVERY` steps
+    the state is saved, so that a run which was interrupted continues.
 
     Args:
         run: The run.
@@ -373,7 +374,7 @@ def steps_of(
         ]
         yield Step(batch, rng)
         run.tick(step, steps)
-        if (step + 1) % 100 == 0:
+        if (step + 1) % EVERY == 0:
             state = {
                 "optimisers": optimisers.state_dict(),
                 "modules": {name: module.state_dict() for name, module in modules.items()},

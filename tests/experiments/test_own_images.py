@@ -181,7 +181,8 @@ def test_one_figure_for_every_image(
 ) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(
-        "tokenprune.experiments.masks.run.save", lambda _, path, *rest: drawn.append(path.name) or []
+        "tokenprune.experiments.masks.run.save",
+        lambda _, path, *rest: drawn.append(path.name) or [],
     )
     (photos / "a b.png").write_bytes((photos / "b.png").read_bytes())
     (photos / "a-b.png").write_bytes((photos / "b.png").read_bytes())
