@@ -111,7 +111,7 @@ def build_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """The model; its decoder has the weights of `testbed-onevision`, new words are random."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    named = tokenizer.convert_tokens_to_ids
+    named: Any = tokenizer.convert_tokens_to_ids
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
