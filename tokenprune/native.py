@@ -95,6 +95,13 @@ class _NativeInputs(Adapter):
         side = self._merge
         grids: dict[str, list[list[int]]] = {}
         for layout in layouts:
+            whole = layout.views * math.prod(layout.view_shape)
+            if len(layout) != whole:
+                raise UserError(
+                    f"an encoded {layout.modality} has {len(layout)} of its {whole} visual tokens, "
+                    "and this model can only number all of them; pass the whole encoding and drop "
+                    "tokens with tokenprune.compress."
+                )
             sides = [side * length for length in layout.view_shape]
             grids.setdefault(f"{layout.modality}_grid_thw", []).append([layout.views, *sides])
         return {name: torch.tensor(some, device="cpu") for name, some in grids.items()}

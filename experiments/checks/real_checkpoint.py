@@ -3,8 +3,9 @@
     python -m tokenprune.experiments.checks.real_checkpoint llava-hf/llava-1.5-7b-hf --device cuda
 
 Full retention is compared with the plain model.  Then every method runs at R = 0.25 on the images
-of ten bundled scenes.  Logits must be finite, and the ledger must say what hooks count: the tokens
-of every decoder layer.  Prints a table and writes it as JSON.
+of ten bundled scenes.  Logits must be finite, and the ledger must say what hooks count and the KV
+cache holds: the tokens of every decoder layer and the bytes of their keys and values.  Prints a
+table and writes it as JSON.  A line that says FAILED belongs into an issue.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ RETENTION = 0.25
 def check(pipe: Pipeline, images: int = 10) -> list[dict[str, Any]]:
     """One row for full retention and one for every method: its name, ``status``, and figures.
 
-    ``status`` is ``ok``, the reason why the model refuses the method, or what was wrong.
+    ``status`` is ``ok``, ``needs`` with what the model lacks, or ``FAILED`` with what was wrong.
+    A method that raises an exception fails alone.
 
     Args:
         pipe: The model and its processor.
@@ -51,7 +53,12 @@ def check(pipe: Pipeline, images: int = 10) -> list[dict[str, Any]]:
     for name in strategies.names():
         method = create(name, retention=RETENTION)
         missing = lacking(pipe.adapter.facts, method)
-        row = {"status": f"needs {missing}"} if missing else _run(pipe, prompts, method)
+        row: dict[str, Any] = {"status": f"needs {missing}"}
+        if not missing:
+            try:
+                row = _run(pipe, prompts, method)
+            except Exception as error:  # the other methods still run
+                row = {"status": f"FAILED: {type(error).__name__}: {error}"}
         rows.append({"method": name, **row})
     return rows
 
@@ -60,11 +67,12 @@ def _full(pipe: Pipeline, prompts: Sequence[Any]) -> dict[str, Any]:
     """Full retention against the plain model."""
     status = "ok"
     for inputs in prompts:
-        plain = _logits(pipe, inputs)
+        plain = _forward(pipe, inputs).logits
         with tokenprune.compress(pipe.model, "uniform", retention=1.0):
-            full = _logits(pipe, inputs)
+            full = _forward(pipe, inputs).logits
         if not torch.equal(full, plain):  # NaN differs too
-            status = f"differs from the plain model by up to {(full - plain).abs().max():.3g}"
+            gap = (full - plain).abs().max()
+            status = f"FAILED: differs from the plain model by up to {gap:.3g}"
     return {"method": "R = 1", "status": status, "realised": 1.0}
 
 
@@ -84,24 +92,27 @@ def _run(pipe: Pipeline, prompts: Sequence[Any], method: Any) -> dict[str, Any]:
         ]
         try:
             with tokenprune.compress(pipe.model, method) as trace:
-                logits = _logits(pipe, inputs)
+                out = _forward(pipe, inputs)
         finally:
             for handle in handles:
                 handle.remove()
         ledger = trace.ledger
         realised += ledger.realised / len(prompts)
         average += ledger.layer_average / len(prompts)
-        if not logits.isfinite().all():
-            status = "logits that are not finite"
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+        if not out.logits.isfinite().all():
+            status = "FAILED: logits are not finite"
         elif counted != [*ledger.tokens_per_layer]:
-            status = f"layers process {counted}, the ledger says {[*ledger.tokens_per_layer]}"
+            said = [*ledger.tokens_per_layer]
+            status = f"FAILED: layers process {counted}, the ledger says {said}"
+        elif held != ledger.kv_bytes:
+            status = f"FAILED: the KV cache has {held} bytes, the ledger says {ledger.kv_bytes}"
     return {"status": status, "realised": realised, "layer_average": average}
 
 
 @torch.no_grad()
-def _logits(pipe: Pipeline, inputs: Any) -> torch.Tensor:
-    found: torch.Tensor = pipe.model(**inputs, use_cache=True).logits
-    return found
+def _forward(pipe: Pipeline, inputs: Any) -> Any:
+    return pipe.model(**inputs, use_cache=True)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -113,6 +124,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, default=Path("real_checkpoint.json"))
     asked = parser.parse_args(words)
+    if asked.images < 1:
+        parser.error(f"--images must be at least 1, not {asked.images}")
     quiet()
     warnings.simplefilter("ignore", RetentionWarning)
     pipe = tokenprune.load(asked.model, device=asked.device, dtype=asked.dtype)
@@ -123,7 +136,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for row in rows:
         share = f"{100 * row['realised']:.1f} %" if "realised" in row else ""
         print(f"{row['method']:16} {share:>8}  {row['status']}")
-    failed = [row for row in rows if row["status"] != "ok" and "needs" not in row["status"]]
+    failed = [row for row in rows if row["status"].startswith("FAILED")]
     print(f"{asked.out}: {len(failed)} of {len(rows)} failed" if failed else f"{asked.out}: all ok")
     return 1 if failed else 0
 

@@ -475,6 +475,13 @@ def test_encoding_once_gives_what_pixels_give(
             assert _generate(pipe, some) == [wanted[2], wanted[1]]
 
 
+def test_a_part_of_an_encoding_is_refused(pipe: Pipeline) -> None:
+    whole = pipe.encode([IMAGES[0][0]])[0]
+    part = whole.take(torch.arange(len(whole) - 1))
+    with pytest.raises(UserError, match=rf"has {len(part)} of its {len(whole)} visual tokens"):
+        pipe.assemble([[part]], QUESTIONS[:1])
+
+
 def test_answers_of_a_mixed_batch_are_those_of_single_prompts(pipe: Pipeline) -> None:
     options = {"max_new_tokens": 3, "do_sample": False}
     with tp.compress(pipe, "uniform", retention=0.5):
