@@ -7,9 +7,10 @@ the caller trusts it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "read_processor",
     "reading",
     "source_of",
+    "unreachable_hub",
 ]
 
 
@@ -55,6 +57,7 @@ class Source:
         where: The argument of ``from_pretrained``.
         folder: Its folder, or None if it is on the Hub.
         embedded: Whether it is a testbed.
+        unreachable: Why the Hub, which it is on, cannot be reached; empty if it can.
         trusted: Whether code that comes with it may be executed.
     """
 
@@ -63,6 +66,7 @@ class Source:
     folder: Path | None
     embedded: bool = False
     trusted: bool = False
+    unreachable: str = ""
 
 
 def source_of(name: str, *, trusted: bool = False) -> Source:
@@ -86,13 +90,33 @@ def source_of(name: str, *, trusted: bool = False) -> Source:
         is_folder = False
     if is_folder:
         return Source(name, name, Path(name), trusted=trusted)
+    if os.path.isfile(name):
+        raise UserError(
+            f"cannot load {name!r}: it is a file; give the folder that holds config.json."
+        )
     if "/" not in name:
         raise unknown("model", name, testbed.names())
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(
             f"cannot load {name!r}: there is no such folder, and a Hub id is written owner/name."
         )
-    return Source(name, name, None, trusted=trusted)
+    return Source(name, name, None, trusted=trusted, unreachable=unreachable_hub())
+
+
+def unreachable_hub() -> str:
+    """Why the Hub cannot be reached; empty if it can, or if the environment says not to try.
+
+    One attempt of at most five seconds.  Downloads would try six times and take half a minute.
+    """
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    if is_offline_mode():
+        return ""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # the classes of the HTTP library differ between its versions
+        return f"{constants.ENDPOINT}: {first_line(str(error)) or type(error).__name__}"
+    return ""
 
 
 @contextmanager
@@ -148,17 +172,25 @@ def config_of(source: Source, options: Mapping[str, Any]) -> Any:
     try:
         with reading(source.name):
             return transformers.AutoConfig.from_pretrained(
-                source.where, trust_remote_code=source.trusted, **_places(options)
+                source.where, trust_remote_code=source.trusted, **_places(source, options)
             )
     except UserError as error:
+        if source.unreachable:
+            raise UserError(
+                f"cannot load {source.name!r}: there is no such folder and no copy of it in the "
+                f"cache, and the Hub cannot be reached ({source.unreachable}); check the path or "
+                "the network."
+            ) from error
         raise UserError(
             f"{error} Give an embedded testbed ({', '.join(testbed.names())}), a local folder or "
             "a Hub id."
         ) from error
 
 
-def _places(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in _HUB if name in options}
+def _places(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that locate files; without the Hub, only the cache is read."""
+    places = {name: options[name] for name in _HUB if name in options}
+    return places | ({"local_files_only": True} if source.unreachable else {})
 
 
 def _check_files(name: str, folder: Path) -> None:
@@ -197,7 +229,7 @@ def read_processor(source: Source, options: Mapping[str, Any]) -> Any:
 
     with reading(source.name, "its processor: "):
         processor = transformers.AutoProcessor.from_pretrained(
-            source.where, trust_remote_code=source.trusted, **_places(options)
+            source.where, trust_remote_code=source.trusted, **_places(source, options)
         )
         folder = _folder(source, options)
     for files in (
@@ -224,7 +256,7 @@ def _folder(source: Source, options: Mapping[str, Any]) -> Path:
 
     if source.folder is not None:
         return source.folder / str(options.get("subfolder", ""))
-    return Path(str(cached_file(source.where, "config.json", **_places(options)))).parent
+    return Path(str(cached_file(source.where, "config.json", **_places(source, options)))).parent
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -248,13 +280,15 @@ def read_model(
             trusted.
     """
     cls = _model_class(kind, config, source, options)
-    settings = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    places = _places(source, options)
+    settings = {**options, **places, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading(source.name, "its weights: "):
         if source.folder is not None:
             check_shards(source.name, source.folder / options.get("subfolder", ""))
-        model, report = cls.from_pretrained(
-            source.where, dtype=dtype, trust_remote_code=source.trusted, **settings
-        )
+        with _without_bar() if source.embedded else nullcontext():
+            model, report = cls.from_pretrained(
+                source.where, dtype=dtype, trust_remote_code=source.trusted, **settings
+            )
         faults = {
             "missing": report["missing_keys"],
             "not of this model": report["unexpected_keys"],
@@ -266,6 +300,20 @@ def read_model(
         }
     refuse_faults(source.name, faults)
     return model.eval()
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """While open, transformers shows no progress bar, which a small model does not need."""
+    from transformers import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _model_class(kind: str, config: Any, source: Source, options: Mapping[str, Any]) -> Any:
@@ -291,7 +339,7 @@ def _model_class(kind: str, config: Any, source: Source, options: Mapping[str, A
             )
         if not source.trusted:
             raise ValueError("trust_remote_code")
-        return get_class_from_dynamic_module(place, source.where, **_places(options))
+        return get_class_from_dynamic_module(place, source.where, **_places(source, options))
 
 
 # --- dtype and device -----------------------------------------------------------------------------

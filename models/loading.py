@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,15 +167,16 @@ def published_config(name: str) -> Any:
 
     Args:
         name: One of `KNOWN` (also spelled as the Hub id of its conversion,
-            ``llava-hf/llava-v1.6-vicuna-7b-hf``), an embedded testbed, a local folder with a
-            ``config.json``, or a Hub id, of which only the config is downloaded.
+            ``llava-hf/llava-v1.6-vicuna-7b-hf`` or ``Qwen/Qwen2.5-VL-7B-Instruct``), an embedded
+            testbed, a local folder with a ``config.json``, or a Hub id, of which only the config is
+            downloaded.
 
     Raises:
         UserError: There is no config of that name.
     """
     from transformers import AutoConfig
 
-    short = name.removeprefix("llava-hf/").removesuffix("-hf").removesuffix("-ov")
+    short = re.sub(r"^(llava-hf|Qwen|OpenGVLab)/|(-ov)?(-hf|-Instruct)$", "", name)
     if short not in KNOWN:
         try:
             return read_config(name)

@@ -9,6 +9,11 @@ Qwen/Qwen2-0.5B, -7B and -72B) and of the vision encoders (openai/clip-vit-large
 google/siglip-so400m-patch14-384 without its last layer), and the grid pinpoints of LLaVA-NeXT and
 LLaVA-OneVision (arXiv 2408.03326).  Vocabulary sizes are those of the language models plus the
 conversion's padding if it is known; only the size of the weights depends on them.
+
+The config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct states few sizes of the vision
+encoder; the others are defaults of `Qwen2_5_VLVisionConfig`.  That of Qwen/Qwen3-VL-4B-Instruct and
+-8B-Instruct states all.  OpenGVLab/InternVL3-2B-hf and -8B-hf have InternViT-300M-448px and
+Qwen2.5-1.5B and -7B (arXiv 2504.10479, table 1), with a vocabulary of 151674.
 """
 
 from __future__ import annotations
@@ -92,7 +97,103 @@ def _onevision(decoder: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _llava(decoder: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": decoder | {"max_position_embeddings": 4096},
+        "vision_config": _CLIP,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": 576,
+        "tie_word_embeddings": False,
+    }
+
+
+def _qwen25(decoder: dict[str, Any], *, tied: bool) -> dict[str, Any]:
+    sections = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    text = {"model_type": "qwen2_5_vl_text", "rope_parameters": sections}
+    vision = {
+        "model_type": "qwen2_5_vl",
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": decoder["hidden_size"],
+        "patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    return {
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "text_config": decoder
+        | text
+        | {"max_position_embeddings": 128000, "tie_word_embeddings": tied},
+        "vision_config": vision,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _qwen3(decoder: dict[str, Any], vision: dict[str, Any], *, tied: bool) -> dict[str, Any]:
+    sections = {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5e6}
+    text = {"model_type": "qwen3_vl_text", "head_dim": 128, "rope_parameters": sections}
+    return {
+        "model_type": "qwen3_vl",
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "text_config": decoder
+        | text
+        | {"max_position_embeddings": 262144, "tie_word_embeddings": tied},
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": decoder["hidden_size"],
+            **vision,
+        },
+        "tie_word_embeddings": tied,
+    }
+
+
+def _internvl(decoder: dict[str, Any]) -> dict[str, Any]:
+    longer = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    return {
+        "model_type": "internvl",
+        "architectures": ["InternVLForConditionalGeneration"],
+        "text_config": decoder | {"rope_parameters": longer, "tie_word_embeddings": False},
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "attention_bias": True,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+        },
+        "tie_word_embeddings": False,
+    }
+
+
+_QWEN3_SMALL = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+
+
+_QWEN3_LARGE = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+
+
 KNOWN: dict[str, dict[str, Any]] = {
+    "llava-1.5-7b": _llava(_decoder("llama", 4096, 11008, 32, 32, 32, 32064)),
+    "llava-1.5-13b": _llava(_decoder("llama", 5120, 13824, 40, 40, 40, 32064)),
     "llava-v1.6-vicuna-7b": _next(_decoder("llama", 4096, 11008, 32, 32, 32, 32064)),
     "llava-v1.6-vicuna-13b": _next(_decoder("llama", 5120, 13824, 40, 40, 40, 32064)),
     "llava-v1.6-mistral-7b": _next(_decoder("mistral", 4096, 14336, 32, 32, 8, 32064)),
@@ -101,4 +202,14 @@ KNOWN: dict[str, dict[str, Any]] = {
     "llava-onevision-qwen2-0.5b": _onevision(_decoder("qwen2", 896, 4864, 24, 14, 2, 151936)),
     "llava-onevision-qwen2-7b": _onevision(_decoder("qwen2", 3584, 18944, 28, 28, 4, 152064)),
     "llava-onevision-qwen2-72b": _onevision(_decoder("qwen2", 8192, 29568, 80, 64, 8, 152064)),
+    "Qwen2.5-VL-3B": _qwen25(_decoder("qwen2", 2048, 11008, 36, 16, 2, 151936), tied=True),
+    "Qwen2.5-VL-7B": _qwen25(_decoder("qwen2", 3584, 18944, 28, 28, 4, 152064), tied=False),
+    "Qwen3-VL-4B": _qwen3(
+        _decoder("qwen3", 2560, 9728, 36, 32, 8, 151936), _QWEN3_SMALL, tied=True
+    ),
+    "Qwen3-VL-8B": _qwen3(
+        _decoder("qwen3", 4096, 12288, 36, 32, 8, 151936), _QWEN3_LARGE, tied=False
+    ),
+    "InternVL3-2B": _internvl(_decoder("qwen2", 1536, 8960, 28, 12, 2, 151674)),
+    "InternVL3-8B": _internvl(_decoder("qwen2", 3584, 18944, 28, 28, 4, 151674)),
 }

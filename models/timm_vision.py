@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from timm.data.config import resolve_model_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from tokenprune.attention import Projections
 from tokenprune.errors import UserError, unknown
 from tokenprune.facts import ModulePaths, VisionFacts
 from tokenprune.layout import TokenLayout, unpadded_box
-from tokenprune.models.checkpoints import reading
+from tokenprune.models.checkpoints import reading, unreachable_hub
 from tokenprune.models.weights import infinite, integers, refuse_faults
 from tokenprune.registry import register_adapter
 from tokenprune.texts import first_line
@@ -316,6 +318,10 @@ def load_timm(
         raise UserError(f"there is no checkpoint {str(file)!r}; check the path.")
     if file is not None:
         options = {"num_classes": 0, **options}
+    if pretrained is True:
+        _check_hub(name)
+    elif file is None:
+        _warn_about_random_weights(name)
     try:
         vit: Any = timm.create_model(name, pretrained=pretrained is True, **options)
     except Exception as error:
@@ -331,6 +337,27 @@ def load_timm(
     if pretrained:
         refuse_faults(str(file or name), {"NaN or infinite": infinite(vit)})
     return TimmVision(model), SimpleNamespace(image_processor=_image_processor(model)), file
+
+
+def _warn_about_random_weights(name: str) -> None:
+    warnings.warn(
+        f"timm/{name} has random weights, so what methods keep of an image says nothing about "
+        "them; give trained weights (--pretrained FILE, pretrained=True).",
+        UserWarning,
+        stacklevel=4,  # tokenprune.load, whose caller is named
+    )
+
+
+def _check_hub(name: str) -> None:
+    """Raise `UserError` if weights have to be downloaded and the Hub cannot be reached."""
+    config: Any = timm.get_pretrained_cfg(name)
+    place = getattr(config, "hf_hub_id", None)
+    files = ("model.safetensors", "pytorch_model.bin")
+    if not place or any(isinstance(try_to_load_from_cache(place, one), str) for one in files):
+        return
+    reason = unreachable_hub()
+    if reason:
+        raise _weights_error(name, "the Hugging Face Hub", reason)
 
 
 def _image_processor(model: TimmModel) -> LlavaNextImageProcessor:

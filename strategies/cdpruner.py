@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.errors import UserError
-from tokenprune.ops.diversity import dpp_greedy_map
+from tokenprune.ops.diversity import dpp_greedy, dpp_kernel
 from tokenprune.ops.ranking import lengths
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
@@ -95,9 +95,7 @@ class CDPruner(Compressor):
 
     def kernel(self, features: Tensor, quality: Tensor) -> Tensor:
         """(P, P) ``L`` of a view, from its features (P, D) and their ``q`` (P,)."""
-        # A cosine of exactly 1 with itself, so that equal tokens have equal gains.
-        cosines = _cosines(features, features).fill_diagonal_(1)
-        return quality[:, None] * cosines * quality
+        return dpp_kernel(features, quality)
 
     def select(self, tokens: VisualTokens) -> Selection:
         quality = tokens.features.new_zeros(len(tokens), dtype=torch.float32)
@@ -105,8 +103,7 @@ class CDPruner(Compressor):
         counts = self.allocator.counts(tokens, quality, self.retention).tolist()
         kept = []
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
-            kernel = self.kernel(tokens.features[patches], quality[patches])
-            kept.append(patches[dpp_greedy_map(kernel, count)])
+            kept.append(dpp_greedy(tokens.features, quality, count, patches))
         norms = lengths(tokens.features)[tokens.layout.patches]
         return Selection(torch.cat(kept).sort().values, scores=norms)
 

@@ -52,14 +52,13 @@ class DivPrune(Compressor):
         patches = tokens.layout.patches
         if self.allocator is None:
             count = budget(len(patches), self.retention, "half-even")
-            features = tokens.features[patches]
-            chosen = max_min_diversity(features, count).sort().values
-            return Selection(patches[chosen], scores=lengths(features))
-        norms = tokens.features.float().norm(dim=-1)
+            chosen = max_min_diversity(tokens.features, count, patches)
+            return Selection(chosen.sort().values, scores=lengths(tokens.features)[patches])
+        norms = lengths(tokens.features)
         counts = self.allocator.counts(tokens, norms, self.retention).tolist()
         views = patches_by_view(tokens.layout)
         parts = [
-            mine[max_min_diversity(tokens.features[mine], count)]
+            max_min_diversity(tokens.features, count, mine)
             for mine, count in zip(views, counts, strict=True)
         ]
         return Selection(torch.cat(parts).sort().values, scores=norms[tokens.layout.patches])

@@ -17,7 +17,7 @@ from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection, best
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.ops.ranking import ROUNDING
-from tokenprune.ops.spatial import patches_by_view
+from tokenprune.ops.spatial import nearest_places, patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -116,6 +116,4 @@ def _nearest(layout: TokenLayout, patches: Tensor, earlier: Tensor) -> Tensor:
     )
     if torch.equal(row, row_of) and torch.equal(col, col_of):  # both frames are complete
         return earlier
-    distance = (row[:, None] - row_of).square() + (col[:, None] - col_of).square()
-    order = torch.arange(len(earlier), device="cpu")
-    return earlier[(distance * len(earlier) + order).argmin(1)]
+    return earlier[nearest_places(row, col, row_of, col_of)]

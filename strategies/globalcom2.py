@@ -4,7 +4,7 @@ Paper:  https://arxiv.org/abs/2501.05179 (AAAI 2026)
 Code:   https://github.com/xuyang-liu16/GlobalCom2, llava/model/llava_arch.py (96b2d00)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,7 +14,7 @@ from tokenprune.allocators import Allocator, ThumbnailCommand
 from tokenprune.compressor import Compressor, Selection, keep_best
 from tokenprune.layout import Kind
 from tokenprune.ops.ranking import normalise
-from tokenprune.ops.spatial import project_thumbnail, summary_distance
+from tokenprune.ops.spatial import divided, pooled, project_thumbnail, summary_distance
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
@@ -34,6 +34,10 @@ class GlobalCom2(Compressor):
     (`summary_distance`).  The images of a prompt with several have no crops: each keeps its top
     ``R * N``.
 
+    An image of its own size (Qwen-VL) has neither thumbnail nor crops.  Regions of ``region`` x
+    ``region`` tokens take the role of the crops, and the map of its scores at half the resolution
+    (`pooled`) that of the thumbnail.
+
     Args:
         alpha: Weight of the thumbnail's score.  Paper: 0.5.
         tau: Temperature of the allocation.  The paper's 10 suits sums of raw logits.  With views of
@@ -51,6 +55,9 @@ class GlobalCom2(Compressor):
             receives.
         normalisation: ``l2`` (official code), ``minmax`` or ``none`` (the paper's formula as it
         is).
+        region: About how many rows and columns of tokens a region has, in images of their own size.
+            12 tokens of Qwen2.5-VL are the 336 pixels of a crop of LLaVA-NeXT.  0 stands for no
+            regions: such an image then keeps its top ``R * N``.
         allocator: Default: `ThumbnailCommand` with this `tau`, `score` and `layer`.
     """
 
@@ -61,6 +68,7 @@ class GlobalCom2(Compressor):
     )
     layer: int = -1
     normalisation: Literal["l2", "minmax", "none"] = "l2"
+    region: Annotated[int, Field(ge=0)] = 12
     allocator: Allocator | None = None
 
     card = Card(
@@ -77,6 +85,8 @@ class GlobalCom2(Compressor):
             "An image with a single view is cut to R as well; officially it is not compressed.",
             "Videos (the temporal summary in place of the thumbnail) and prompts of several images "
             "(each cut to R separately) are ours; the paper is about single images.",
+            "Images of their own size (regions in place of crops, a pooled map in place of the "
+            "thumbnail) are ours; the paper is about images with crops.",
             "R = 1 keeps everything; the formula of r_j would still drop tokens of some crops.",
             "Scores are ranked in float32, whatever the model's dtype.",
         ),
@@ -97,10 +107,13 @@ class GlobalCom2(Compressor):
         return self.allocation.needs | {self.saliency}
 
     def ranking(self, tokens: VisualTokens) -> Tensor:
-        """(N,) scores: ``s^L`` of the thumbnail, the weighted sum for crops or frames."""
+        """(N,) scores: ``s^L`` of the thumbnail, the weighted sum for crops, regions or frames."""
+        tokens = self._divided(tokens)
         layout, local = tokens.layout, tokens[self.saliency].float()
         if layout.modality == "video":
             commanded, guide = layout.places[Kind.FRAME], summary_distance(layout, tokens.features)
+        elif layout.native and layout.views > 1:
+            commanded, guide = layout.patches, pooled(layout, local)
         elif layout.grid == (0, 0) or 0 in layout.canvas_shape:
             return local
         else:
@@ -111,5 +124,15 @@ class GlobalCom2(Compressor):
         ) + (1 - self.alpha) * normalise(local[commanded], view, layout.views, self.normalisation)
         return scores
 
+    def _divided(self, tokens: VisualTokens) -> VisualTokens:
+        """``tokens`` with regions as views, if the image has its own size."""
+        if not (tokens.layout.native and self.region) or tokens.layout.modality == "video":
+            return tokens
+        return replace(tokens, layout=divided(tokens.layout, self.region))
+
+    def limit(self, tokens: VisualTokens) -> int:
+        return super().limit(self._divided(tokens))
+
     def select(self, tokens: VisualTokens) -> Selection:
+        tokens = self._divided(tokens)
         return keep_best(self, tokens, self.ranking(tokens), self.allocation)

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection
+from tokenprune.ops.similarity import parts, unit
 from tokenprune.ops.spatial import patches_by_plane
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
+
+HELD = 16  # blocks of the weights that exist at a time, 512 MiB; others are made in every step
 
 
 @register("gprune")
@@ -58,14 +60,24 @@ class GPrune(Compressor):
 
     def score(self, features: Tensor) -> Tensor:
         """(P,) float32 score of the tokens (P, D) of one plane."""
-        features = features.float()
-        unit = F.normalize(features, dim=-1)
-        cosine = unit @ unit.T
-        edge = cosine >= self.threshold
-        flow = (cosine / self.temperature).masked_fill(~edge, -torch.inf).softmax(-1)
-        flow = flow.nan_to_num()  # a token of zeros has no edge
-        information = features.norm(dim=-1)
+        vectors = unit(features)
+        some = parts(len(vectors), len(vectors))
+        held = [self._flow(vectors, part) for part in some[:HELD]]
+        information = features.float().norm(dim=-1)
         for _ in range(self.steps):
-            information = information @ flow
-        score: Tensor = information / edge.sum(-1).clamp(min=1)
+            sums, degrees = torch.zeros_like(information), []
+            for place, part in enumerate(some):
+                flow, degree = held[place] if place < HELD else self._flow(vectors, part)
+                sums = sums + information[part] @ flow
+                degrees.append(degree)
+            information = sums
+        score: Tensor = information / torch.cat(degrees).clamp(min=1)
         return score
+
+    def _flow(self, vectors: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Some rows of ``A``, and the degrees of their tokens, from unit vectors (P, D)."""
+        cosine = vectors[part] @ vectors.T
+        edge = cosine >= self.threshold
+        degree = edge.float().sum(-1)
+        flow = (cosine / self.temperature).masked_fill(~edge, -torch.inf).softmax(-1)
+        return flow.nan_to_num(), degree  # a token of zeros has no edge

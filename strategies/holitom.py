@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.layout import moved
-from tokenprune.ops.clustering import clusters_apart
+from tokenprune.ops.clustering import density_peaks, others
 from tokenprune.ops.diversity import static_segments
 from tokenprune.ops.ranking import top
 from tokenprune.ops.spatial import patch_table, patches_by_view
@@ -109,17 +109,34 @@ class HoliTom(Compressor):
         sizes = [places.shape[1] for places, _ in groups]
         total = min(budget(len(tokens.layout.patches), self.retention), sum(sizes))
         kept, features = [], []
+        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for (places, shared), count in zip(groups, apportion(total, sizes), strict=True):
             places = moved(places, scores.device)
             if shared and count:
                 means = tokens.features[places].float().mean(0)
-                chosen, others = clusters_apart(means, count, self.neighbours)
-                vectors = self.beta * means[chosen] + (1 - self.beta) * others
+                chosen, cluster = density_peaks(means, count, self.neighbours)
+                vectors = self._blended(means, chosen, cluster)
             else:
-                chosen = top(scores[places[0]], count)
+                chosen, cluster = top(scores[places[0]], count), None
                 vectors = tokens.features[places[0, chosen]].float()
             kept.append(places[0, chosen])
             features.append(vectors)
+            parts.append((places, chosen, cluster))
         keep, order = torch.cat(kept).sort()
+
+        def merging(values: Tensor) -> Tensor:
+            made = [
+                values[places[0, chosen]].float()
+                if cluster is None
+                else self._blended(values[places].float().mean(0), chosen, cluster)
+                for places, chosen, cluster in parts
+            ]
+            return torch.cat(made)[order].to(values)
+
         merged = torch.cat(features)[order].to(tokens.features)
-        return Selection(keep, merged, scores=scores[tokens.layout.patches])
+        patches = tokens.layout.patches
+        return Selection(keep, merged, scores=scores[patches], merging=merging)
+
+    def _blended(self, means: Tensor, centres: Tensor, cluster: Tensor) -> Tensor:
+        """(C, D) vectors of the clusters (L,) of the static locations, from their means (L, D)."""
+        return self.beta * means[centres] + (1 - self.beta) * others(means, centres, cluster)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tokenprune.compressor import Selection
 from tokenprune.layout import moved
 from tokenprune.ops.merging import group_means
+from tokenprune.ops.similarity import most_similar
 from tokenprune.registry import Card, register
 from tokenprune.strategies.fastv import FastV
 from tokenprune.tokens import VisualTokens
@@ -46,7 +48,10 @@ class HoliTomInner(FastV):
         chosen, patches = super().select(tokens), tokens.layout.patches
         keep = moved(chosen.keep, patches.device)
         unit = F.normalize(tokens.features.float(), dim=-1)
-        cluster = (unit[patches] @ unit[keep].T).argmax(1)
+        cluster = most_similar(unit[patches], unit[keep])
         cluster[torch.searchsorted(patches, keep)] = torch.arange(len(keep), device=keep.device)
-        merged = group_means(tokens.features[patches], cluster, len(keep))
-        return replace(chosen, features=merged.to(tokens.features))
+
+        def merging(vectors: Tensor) -> Tensor:
+            return group_means(vectors[patches], cluster, len(keep)).to(vectors)
+
+        return replace(chosen, features=merging(tokens.features), merging=merging)

@@ -12,11 +12,12 @@ from typing import Annotated, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.layout import listed, moved
-from tokenprune.ops.clustering import kernel_density, least_cutoff
+from tokenprune.ops.clustering import least_cosine_cutoff, nearest_centres
 from tokenprune.ops.merging import group_means, tally
 from tokenprune.ops.ranking import top
 from tokenprune.registry import Card, register
@@ -98,12 +99,10 @@ class PACT(Compressor):
         scores = tokens[GLOBAL][patches].float() * vectors.norm(dim=-1)
         kept = top(scores, self._important(len(patches)))
         unit = F.normalize(tokens[KEYS][patches].float(), dim=-1)
-        far = (1 - unit[kept] @ unit[kept].T).clamp(min=0)
-        far = torch.maximum(far, far.T).fill_diagonal_(0)  # rounding is not symmetric
         count = budget(len(patches), self.retention)
-        cutoff, is_centre = least_cutoff(far, kernel_density(far), count, self.cutoff)
+        cutoff, is_centre = least_cosine_cutoff(unit[kept], count, self.cutoff)
         centres = kept[moved(listed(is_centre), kept.device)]
-        nearest, cluster = (1 - unit @ unit[centres].T).min(1)
+        nearest, cluster = nearest_centres(unit, unit[centres])
         joins = nearest <= self.recover * cutoff
         joins[kept] = True
         cluster[centres] = torch.arange(len(centres), device=centres.device)
@@ -111,4 +110,9 @@ class PACT(Compressor):
         merged = group_means(vectors, cluster, len(centres) + 1)[:-1]
         sizes = tally(cluster, len(centres) + 1)[:-1].to(vectors)
         features = merged.to(tokens.features)
-        return Selection(patches[centres], features, sizes if self.proportional else None, scores)
+
+        def merging(values: Tensor) -> Tensor:
+            return group_means(values[patches], cluster, len(centres) + 1)[:-1].to(values)
+
+        counted = sizes if self.proportional else None
+        return Selection(patches[centres], features, counted, scores, merging)

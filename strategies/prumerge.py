@@ -21,6 +21,8 @@ from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
+NEARBY = 256  # centres whose neighbours' vectors exist at a time
+
 
 @register("prumerge")
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,8 @@ class PruMerge(Compressor):
         centres = self.centres(scores, count - int(rest and count > 1))
         found = nearest_others(unit[centres], unit, centres, self.neighbours)
         weighted = scores[:, None] * vectors
-        made = vectors[centres] + weighted[found].sum(1)
+        near = [weighted[some].sum(1) for some in found.split(NEARBY)]
+        made = vectors[centres] + torch.cat(near)
         if len(centres) == count:
             return centres, made  # the budget has no room for an extra token
         dropped = torch.ones_like(scores, dtype=torch.bool)

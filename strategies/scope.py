@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.ops.diversity import cover
+from tokenprune.ops.diversity import cover_by_cosine
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -67,6 +67,6 @@ class Scope(Compressor):
         counts = self.allocator.counts(tokens, scores, self.retention).tolist()
         kept = []
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
-            cosines = unit[patches] @ unit[patches].T
-            kept.append(patches[cover(cosines, scores[patches] ** self.alpha, count)])
+            worth = scores[patches] ** self.alpha
+            kept.append(patches[cover_by_cosine(unit[patches], worth, count)])
         return Selection(torch.cat(kept).sort().values, scores=scores[tokens.layout.patches])

@@ -113,7 +113,13 @@ class SparseVLM(StagedCompressor):
         centres, cluster = density_peaks(vectors, clusters)
         merged = group_means(vectors, cluster, clusters).to(tokens.features)
         keep, order = torch.cat([best, rest[centres]]).sort()
-        return Selection(keep, torch.cat([tokens.features[best], merged])[order], scores=scores)
+
+        def merging(values: Tensor) -> Tensor:
+            means = group_means(values[rest], cluster, clusters).to(values)
+            return torch.cat([values[best], means])[order]
+
+        features = torch.cat([tokens.features[best], merged])[order]
+        return Selection(keep, features, scores=scores, merging=merging)
 
 
 def keenest(rows: Tensor, count: int) -> Tensor:

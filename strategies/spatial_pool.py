@@ -47,11 +47,16 @@ class SpatialPool(Compressor):
             kept.append(patches[middle])
             cells.append(cell + count)
             count += len(sizes)
-        device = tokens.features.device
-        features = tokens.features[moved(torch.cat(members), device)]
-        means = group_means(features, moved(torch.cat(cells), device), count)
         keep, order = torch.cat(kept).sort()
-        return Selection(keep, means[moved(order, device)].to(features.dtype))
+        device = tokens.features.device
+        member, cell, place = (
+            moved(index, device) for index in (torch.cat(members), torch.cat(cells), order)
+        )
+
+        def merging(vectors: Tensor) -> Tensor:
+            return group_means(vectors[member], cell, count)[place].to(vectors)
+
+        return Selection(keep, merging(tokens.features), merging=merging)
 
 
 def _places(layout: TokenLayout, patches: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenprune.encoder import EncoderCompressor, EncoderTokens, Reduction
 from tokenprune.ops.merging import bipartite_matching
+from tokenprune.ops.similarity import BLOCK
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
 
@@ -76,13 +77,14 @@ class ToMe(EncoderCompressor):
         return 2.0 * pairs * run.key_width * tokens.layout.views
 
     def memory(self, tokens: VisualTokens) -> float | None:
-        """Bytes of the keys of unit length and of the cosines of even with odd entries."""
+        """Bytes of the keys of unit length, and of a block of cosines of even with odd entries."""
         run = tokens.encoding
         if run is None:
             return None
         entries = max(run.attended)
-        matched = 4.0 * entries * run.key_width + 4.0 * (entries // 2) * (entries - entries // 2)
-        return tokens.layout.views * matched
+        pairs = tokens.layout.views * (entries // 2) * (entries - entries // 2)
+        keys = tokens.layout.views * entries * run.key_width
+        return 4.0 * (keys + min(pairs, BLOCK))
 
 
 def schedule(patches: int, target: int, layers: int) -> list[int]:

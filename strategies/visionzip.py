@@ -80,31 +80,37 @@ class VisionZip(Compressor):
         scores, vectors = tokens[self.saliency].float(), tokens[Signal("unprojected")]
         keys = F.normalize(tokens[self.metric].float(), dim=-1)
         counts = self.allocator.counts(tokens, scores, self.retention).tolist()
-        dominant, targets, merged = [], [], []
+        dominant, parts = [], []
         for patches, count in zip(patches_by_view(tokens.layout), counts, strict=True):
             contextual = min(round(count * self.contextual), max(count - 1, 0))
             order = scores[patches].argsort(descending=True, stable=True)
             best, rest = order[: count - contextual], order[count - contextual :].sort().values
             dominant.append(patches[best])
             if contextual:
-                rest = patches[rest]
-                target, vector = self._merged(rest, contextual, vectors, keys)
-                targets.append(target)
-                merged.append(vector)
-        keep, place = torch.cat([*dominant, *targets]).sort()
-        features = tokens.features[torch.cat(dominant)]
-        if merged:
-            features = torch.cat([features, tokens.project(torch.cat(merged))])
-        return Selection(keep, features[place], scores=scores[tokens.layout.patches])
+                parts.append(assigned(patches[rest], contextual, keys))
+        first = torch.cat(dominant)
+        keep, place = torch.cat([first, *(targets for targets, _, _ in parts)]).sort()
 
-    def _merged(
-        self, rest: Tensor, count: int, vectors: Tensor, keys: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(count,) targets among the indices ``rest`` (M,), and their new vectors (count, C)."""
-        targets, others, nearest = assigned(rest, count, keys)
+        def merged(values: Tensor) -> Tensor:
+            """The targets' new values, from values (N, C) of all entries."""
+            return torch.cat([self._merged(values, *part) for part in parts])
+
+        def merging(values: Tensor) -> Tensor:
+            own = values[first]
+            return torch.cat([own, merged(values).to(values)] if parts else [own])[place]
+
+        features = tokens.features[first]
+        if parts:
+            features = torch.cat([features, tokens.project(merged(vectors))])
+        patches = tokens.layout.patches
+        return Selection(keep, features[place], scores=scores[patches], merging=merging)
+
+    def _merged(self, vectors: Tensor, targets: Tensor, others: Tensor, nearest: Tensor) -> Tensor:
+        """(count, C) new vectors of the targets, from vectors (N, C) of all entries."""
+        count = len(targets)
         sums = group_sums(vectors[others].float(), nearest, count)
         number = tally(nearest, count)[:, None]
         own = vectors[targets].float()
         if self.merge == "mean":
-            return targets, (own + sums) / (1 + number)
-        return targets, own + sums / number.clamp(min=1)
+            return (own + sums) / (1 + number)
+        return own + sums / number.clamp(min=1)

@@ -217,8 +217,8 @@ def _last_slot_asks(original: Any, attention: Any, hidden: Tensor, *args: Any) -
     return result
 
 
-def _scrambled(original: Any, attention: Any, hidden: Tensor, *args: Any) -> Tensor:
-    result: Tensor = original(attention, hidden.flip(-1), *args)
+def _scrambled(original: Any, attention: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = original(attention, hidden.flip(-1), *args, **kwargs)
     return result
 
 

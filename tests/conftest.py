@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start, too
 sys.path.insert(
     0, str(Path(__file__).parent)
 )  # helper modules such as `broken` are imported by name

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune.attention import Projections, head_rows, projections
 from tokenprune.deprecated import renamed_arguments
 from tokenprune.errors import UserError, unknown
-from tokenprune.facts import (
-    DecoderFacts,
-    ModelFacts,
-    ModulePaths,
-    VisionFacts,
-    no_language_model,
-)
+from tokenprune.facts import DecoderFacts, ModelFacts, VisionFacts
+from tokenprune.inputs import ModelInputs
 from tokenprune.layout import TokenLayout
-from tokenprune.offload import execution_device
+from tokenprune.parts import pair
 from tokenprune.registry import adapters
 from tokenprune.unwrap import unwrapped
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = [
     "Adapter",
@@ -42,7 +32,7 @@ __all__ = [
 ]
 
 
-class Adapter(ABC):
+class Adapter(ModelInputs, ABC):
     """One family of Hugging Face models.
 
     A subclass states where the modules of the family are, how images become visual tokens
@@ -52,23 +42,26 @@ class Adapter(ABC):
         hosts: Names of the ``transformers`` classes of the family.
         encoders: Modality (``image``, ``video``) to the method of `base` that encodes it.
         image_arguments: Outputs of the image processor that the method for images takes.
+        video_arguments: Outputs of the video processor that the method for videos takes.
+        image_options: Options of the image processor that the processor of the model sets.
+        notes: Entries of `encoder_call` that describe the pixels.  `layouts` reads them; the
+            encoder does not take them.
+        reads_prompt: Whether `layouts` needs the placeholders of the prompts if there are no notes.
         has_language_model: Whether a language model follows the vision encoder.
         paths: Where the modules are in `base`.
         fit: How the processor makes an image without crops square: ``stretch`` its sides, ``pad``
             the shorter ones, or ``crop`` the longer ones.
+        decoders: Model types of the decoders that `tiny` can build.
+        multimodal_positions: Whether position ids have a time, a row and a column.
+        stacks_videos: Whether all videos of a batch have the same number of frames.
         model: The model.
     """
 
-    name: ClassVar[str] = ""
     hosts: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
-    image_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
-    has_language_model: ClassVar[bool] = True
-    paths: ClassVar[ModulePaths] = ModulePaths()
-    fit: ClassVar[Literal["stretch", "pad", "crop"]] = "stretch"
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
+    decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2")
+    multimodal_positions: ClassVar[bool] = False
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -79,7 +72,11 @@ class Adapter(ABC):
         decoder: DecoderFacts | None = None
         placeholders: dict[str, int] = {}
         if self.has_language_model:
-            decoder = DecoderFacts.of(config.get_text_config())
+            decoder = replace(
+                DecoderFacts.of(config.get_text_config()), query_norms=self._normalises_queries()
+            )
+            if self.multimodal_positions:  # which a config need not state
+                decoder = replace(decoder, position_scheme="multimodal-rotary")
             placeholders = {
                 name: int(getattr(config, f"{name}_token_id")) for name in self.encoders
             }
@@ -90,6 +87,11 @@ class Adapter(ABC):
             placeholders=MappingProxyType(placeholders),
             paths=self.paths,
         )
+
+    def _normalises_queries(self) -> bool:
+        if not hasattr(self.base, self.paths.text):  # a config without modules
+            return False
+        return hasattr(self.decoder_layers[0].get_submodule("self_attn"), "q_norm")
 
     def vision_facts(self) -> VisionFacts:
         """Facts about the vision encoder, most of them from its config."""
@@ -102,7 +104,7 @@ class Adapter(ABC):
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
             view_shape=self.view_shape,
-            patch_size=(config.patch_size, config.patch_size),
+            patch_size=pair(config.patch_size),
             prefix_tokens=int(has_cls),
             has_cls=has_cls,
         )
@@ -117,112 +119,14 @@ class Adapter(ABC):
             resizable="interpolate_pos_encoding" in inspect.signature(tower.forward).parameters,
         )
 
-    # -- modules ---------------------------------------------------------------------------------
-
     @property
-    def base(self) -> Any:
-        """The module that encodes images and calls the language model."""
-        return getattr(self.model, "model", self.model)
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that a prompt may have: ``image`` and perhaps ``video``."""
+        return tuple(self.encoders)
 
-    @property
-    def device(self) -> torch.device:
-        """The device on which the model takes its inputs."""
-        return execution_device(self.model)
-
-    @property
-    def language_model(self) -> Any:
-        """The language model.  Raises `UserError` if there is none."""
-        if not self.has_language_model:
-            raise no_language_model(self.name)
-        return getattr(self.base, self.paths.text)
-
-    @property
-    def decoder_layers(self) -> Sequence[nn.Module]:
-        """Layers of the language model.  Raises `UserError` if there is none."""
-        layers: Sequence[nn.Module] = self.language_model.layers
-        return layers
-
-    @property
-    def vision_tower(self) -> Any:
-        """The vision encoder: it maps views to hidden states."""
-        return getattr(self.base, self.paths.vision)
-
-    @property
-    def vision_layers(self) -> Sequence[nn.Module]:
-        """Layers of the vision encoder."""
-        tower = self.vision_tower
-        layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
-        return layers
-
-    def vision_attention(self, layer: int) -> nn.Module:
-        """Attention module of encoder layer ``layer``; a negative index counts from the end."""
-        return self.vision_layers[layer].get_submodule("self_attn")
-
-    def vision_block(
-        self,
-        layer: Any,
-        states: Tensor,
-        mask: Tensor | None,
-        between: Callable[[Tensor], Tensor],
-        **kwargs: Any,
-    ) -> Tensor:
-        """Run an encoder layer of CLIP or SigLIP, with a function between attention and MLP.
-
-        Args:
-            layer: One of `vision_layers`.
-            states: (V, n, D) input of the layer.
-            mask: (V, 1, 1, n) term added to the attention logits of each key, or None.
-            between: Maps the states after the attention, (V, n, D), to the input of the MLP,
-                (V, m, D).
-            **kwargs: Other arguments that the encoder passes to its layers.
-
-        Returns:
-            (V, m, D) output of the layer.
-        """
-        normed = layer.layer_norm1(states)
-        attended = layer.self_attn(hidden_states=normed, attention_mask=mask, **kwargs)[0]
-        states = between(states + attended)
-        result: Tensor = states + layer.mlp(layer.layer_norm2(states))
-        return result
-
-    def used_vision_layers(self, call: Mapping[str, Any]) -> int:
-        """Number of encoder layers before the hidden states that the projector receives.
-
-        Args:
-            call: Arguments of one call of an encoder method.
-        """
-        chosen = call.get("vision_feature_layer")
-        if chosen is None:
-            chosen = self.base.config.vision_feature_layer
-        states = len(self.vision_layers) + 1
-        return max(index % states for index in ([chosen] if isinstance(chosen, int) else chosen))
-
-    @property
-    def pooling_head(self) -> Any:
-        """Attention module of the vision encoder's pooling head, or None if it has no head."""
-        tower = self.vision_tower
-        head = getattr(getattr(tower, "vision_model", tower), "head", None)
-        return getattr(head, "attention", None)
-
-    @property
-    def view_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the patches of one view."""
-        config = self.base.config.vision_config
-        side = config.image_size // config.patch_size
-        return side, side
-
-    @property
-    def projector(self) -> Any:
-        """Module that maps the vision encoder's output to the width of the language model."""
-        return getattr(self.base, self.paths.projector)
-
-    def tap(self, layer: int) -> AbstractContextManager[Projections]:
-        """Record queries and keys of encoder layer ``layer`` while the context is open."""
-        return projections(self.vision_attention(layer))
-
-    def tap_head(self) -> AbstractContextManager[list[Tensor]]:
-        """Record the attention (views, patches) of the pooling head while the context is open."""
-        return head_rows(self.pooling_head)
+    def stream(self, modality: str) -> str:
+        """The key of `encoders` for a modality: ``image`` if videos are encoded as images."""
+        return modality if modality in self.encoders else "image"
 
     # -- visual tokens ---------------------------------------------------------------------------
 
@@ -241,6 +145,16 @@ class Adapter(ABC):
             same_prompt: Whether the prompt has other images as well.
         """
 
+    def usual_layout(self) -> TokenLayout:
+        """Layout of the image that a forecast counts if none is given.
+
+        A thumbnail and 2x2 full crops without separators, as efficiency tables of papers count for
+        families with crops; the only view for families without.
+        """
+        rows, cols = self.view_shape
+        box = (0, 2 * rows, 0, 2 * cols)
+        return TokenLayout.anyres((2, 2), self.view_shape, box, newlines=False)
+
     def video_layout(self, frames: int) -> TokenLayout:
         """Layout of a video of ``frames`` frames.  Raises `UserError` if the model takes none."""
         raise UserError(f"{self.name} takes images only; load a model that takes videos.")
@@ -250,7 +164,8 @@ class Adapter(ABC):
         """Layout of every image or video of one encoder call.
 
         Args:
-            call: Arguments of the call.
+            call: Arguments of the call, and `notes` if they are known.  For an adapter that
+                `reads_prompt`, ``placeholders`` (B, S) bool, on the CPU.
             modality: One of `encoders`.
         """
 
@@ -267,9 +182,27 @@ class Adapter(ABC):
             For every image or video, values (N, C), NaN at separators.
         """
 
-    def grouped(self, images: list[list[Image]]) -> Any:
-        """The images of all prompts, nested as the processor expects them."""
-        return [image for some in images for image in some]
+    def by_image(self, values: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Values (all views, patches, C) of one encoder call, for every image or video."""
+        return list(values.split([layout.views for layout in layouts]))
+
+    def pixels_of(
+        self, call: Mapping[str, Any], modality: str, index: int, first_view: int
+    ) -> Tensor:
+        """Some pixels of an image's first view or of a video's frames, the same in every batch.
+
+        Args:
+            call, modality: As in `layouts`.
+            index: Index of the image or video in the call.
+            first_view: Number of views of the images before it.
+        """
+        if "pixel_values_videos" in call:
+            view = call["pixel_values_videos"][index]
+        else:
+            pixels = call["pixel_values"]
+            view = pixels[index, 0] if pixels.ndim == 5 else pixels[first_view]
+        sample: Tensor = view[..., ::7, ::7]
+        return sample
 
     @renamed_arguments(together="same_prompt")
     def dummy_images(
@@ -323,7 +256,7 @@ def image_sizes(call: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in call["image_sizes"]]
 
 
-def tiny_decoder(kind: str) -> Any:
+def tiny_decoder(kind: str, **fields: Any) -> Any:
     """Config of a decoder of a few thousand weights; ``kind`` is its ``model_type``."""
     from transformers import AutoConfig
 
@@ -340,6 +273,7 @@ def tiny_decoder(kind: str) -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **fields,
     )
 
 

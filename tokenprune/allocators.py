@@ -13,7 +13,7 @@ from tokenprune.budget import Rounding, apportion, budget, rounded_up, surplus
 from tokenprune.errors import UserError, unknown
 from tokenprune.layout import Kind, TokenLayout, moved
 from tokenprune.ops.merging import group_sums, tally
-from tokenprune.ops.spatial import regions, summary_distance
+from tokenprune.ops.spatial import pooled, regions, summary_distance
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
@@ -101,6 +101,9 @@ class ThumbnailCommand(Allocator):
     a tolerance of 1e-6, so that tied frames (two frames always tie) keep the same number of tokens
     on every device.  One view without crops keeps ``trunc(R * N)``.
 
+    An image of its own size that is divided into regions (`divided`) is treated like the frames of
+    a video, with ``S_j`` the sum of its scores at half the resolution (`pooled`) over region ``j``.
+
     Args:
         tau: Temperature, larger than 0.  The paper's 10 suits sums of raw logits.
         signal: The thumbnail's scores.
@@ -128,12 +131,16 @@ class ThumbnailCommand(Allocator):
         return (retention * (1 + sigma - sigma.mean())).clamp(max=1.0)
 
     def richness(self, tokens: VisualTokens) -> Tensor:
-        """(n,) float64 ``S_j`` of each crop, or of each frame of a video."""
+        """(n,) float64 ``S_j`` of each crop or region, or of each frame of a video."""
         layout = tokens.layout
         if layout.modality == "video":
             patches = layout.patches
             distance = summary_distance(layout, tokens.features)[patches].double()
             return self.summary(distance, layout.view[patches], layout.views)
+        if layout.native:
+            patches = layout.patches
+            small = pooled(layout, tokens[self.signal].double())[patches]
+            return self.summary(small / 4, layout.view[patches], layout.views)
         there = layout.places[Kind.THUMBNAIL]  # an earlier selection may have dropped some
         scores = tokens[self.signal].double()
         thumbnail = scores.new_zeros(layout.view_shape)
@@ -152,7 +159,7 @@ class ThumbnailCommand(Allocator):
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
-        if tokens.layout.modality == "video":
+        if tokens.layout.modality == "video" or (tokens.layout.native and len(sizes) > 1):
             ratios = self.ratios(tokens, retention)
             there = moved(torch.tensor(sizes, device="cpu"), ratios.device)
             frames = (ratios * there + 1e-6).long()

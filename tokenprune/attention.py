@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,11 +35,17 @@ __all__ = [
     "first_arguments",
     "head_rows",
     "key_vectors",
+    "mean_query",
     "moved_keys",
+    "packed_projections",
     "projections",
     "proportional_mask",
     "rotary_product",
 ]
+
+
+_AT_ONCE = {False: 2**19, True: 2**25}
+"""Logits of `decoder_mass` at a time: as many as a CPU's cache holds, or as keep a GPU busy."""
 
 
 @dataclass
@@ -51,6 +58,9 @@ class Projections:
         query: (views, tokens, heads * head_dim).
         key: (views, tokens, heads * head_dim).
         bias: (views, tokens) bias that a method adds to the logits of each key, or None.
+        windows: If the views are packed in one row, for each run of tokens that attend to each
+            other its length and the number of tokens of its view; else empty.
+        rotary: cos and sin (tokens, head_dim) by which the layer rotates queries and keys, or None.
     """
 
     heads: int
@@ -58,6 +68,8 @@ class Projections:
     query: Tensor | None = None
     key: Tensor | None = None
     bias: Tensor | None = None
+    windows: tuple[tuple[int, int], ...] = ()
+    rotary: tuple[Tensor, Tensor] | None = None
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Queries and keys as (views, heads, tokens, head_dim) in float32."""
@@ -68,6 +80,19 @@ class Projections:
         if values is None:
             raise RuntimeError("the vision encoder was not run while its projections were tapped")
         return rearrange(values, "v n (h d) -> v h n d", h=self.heads).float()
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """`split` with the layer's rotation, whose channels ``i`` and ``i + d / 2`` are a pair."""
+        query, key = self.split()
+        if self.rotary is None:
+            return query, key
+        cos, sin = (part.float() for part in self.rotary)
+
+        def turned(values: Tensor) -> Tensor:
+            left, right = values.chunk(2, -1)
+            return values * cos + torch.cat([-right, left], -1) * sin
+
+        return turned(query), turned(key)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Softmax of logits (views, ..., tokens), after adding `bias`."""
@@ -88,16 +113,64 @@ def projections(attention: nn.Module) -> Iterator[Projections]:
 
     Args:
         attention: An attention module with ``q_proj``, ``k_proj``, ``num_heads`` and ``scale``,
-            such as those of CLIP and SigLIP in ``transformers``.
+            such as those of CLIP and SigLIP in ``transformers``.  If it normalises queries and
+            keys over the full width (``q_norm``, ``k_norm``, as InternVL does), these outputs.
     """
     tapped = Projections(heads=int(attention.num_heads), scale=float(attention.scale))  # type: ignore[arg-type]
 
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda module, args, output: setattr(tapped, name, output.detach())
 
+    last = "norm" if hasattr(attention, "q_norm") else "proj"
     handles = [
-        attention.get_submodule("q_proj").register_forward_hook(keep("query")),
-        attention.get_submodule("k_proj").register_forward_hook(keep("key")),
+        attention.get_submodule(f"q_{last}").register_forward_hook(keep("query")),
+        attention.get_submodule(f"k_{last}").register_forward_hook(keep("key")),
+    ]
+    try:
+        yield tapped
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def packed_projections(tower: nn.Module, attention: nn.Module) -> Iterator[Projections]:
+    """While open, keep queries and keys of one attention module of a vision encoder of Qwen-VL.
+
+    All views are one sequence, in which a view attends to itself, or each window of it.
+
+    Args:
+        tower: The vision encoder, which is called with ``grid_thw``: frames, rows and columns of
+            the patches of every image or video.
+        attention: An attention module with a fused projection ``qkv``, ``num_heads`` and
+            ``scaling``, which is called with ``cu_seqlens`` and ``position_embeddings``.
+    """
+    tapped = Projections(heads=int(attention.num_heads), scale=float(attention.scaling))  # type: ignore[arg-type]
+    views: list[int] = []
+
+    def note_grid(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        views.clear()
+        for frames, rows, cols in kwargs["grid_thw"].tolist():
+            views.extend([rows * cols] * frames)
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        ends = kwargs["cu_seqlens"].tolist()
+        owner, windows, left = iter(views), [], 0
+        for length in (end - start for start, end in pairwise(ends)):
+            if not left:
+                left = view = next(owner)
+            windows.append((length, view))
+            left -= length
+        tapped.windows, tapped.rotary = tuple(windows), kwargs["position_embeddings"]
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        query, key, _ = output.detach()[None].chunk(3, -1)
+        tapped.query, tapped.key = query, key
+
+    handles = [
+        tower.register_forward_pre_hook(note_grid, with_kwargs=True),
+        attention.register_forward_pre_hook(note, with_kwargs=True),
+        attention.get_submodule("qkv").register_forward_hook(keep),
     ]
     try:
         yield tapped
@@ -181,23 +254,38 @@ def cls_heads(tapped: Projections, *, softmax: bool) -> Tensor:
 def attention_received(tapped: Projections) -> Tensor:
     """Attention that every token receives, mean over heads and over all queries.
 
-    `CHUNK` queries are computed at a time; nothing of size N×N is kept.
+    `CHUNK` queries are computed at a time; nothing of size N×N is kept.  Queries outside a token's
+    window pay it no attention.
 
     Returns:
         (views, tokens) float32.
     """
-    query, key = tapped.split()
+    query, key = tapped.rotated()
+    if not tapped.windows:
+        return _received(tapped, query, key) / (query.shape[1] * query.shape[2])
+    lengths = [length for length, _ in tapped.windows]
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), tapped.windows, strict=True)
+    found = [_received(tapped, *both) / (query.shape[1] * view) for *both, (_, view) in parts]
+    return torch.cat(found, -1)
+
+
+def _received(tapped: Projections, query: Tensor, key: Tensor) -> Tensor:
+    """(views, tokens) sum over heads and queries of the attention that every key receives."""
     total = query.new_zeros(query.shape[0], query.shape[2])
     for part in query.split(CHUNK, dim=2):
         logits = part @ key.transpose(-1, -2) * tapped.scale
         total += tapped.softmax(logits).sum((1, 2))
-    return total / (query.shape[1] * query.shape[2])
+    return total
 
 
 def _projected(attention: nn.Module, name: str, states: Tensor) -> Tensor:
     """(B, heads, M, head_dim) queries (``q``), keys (``k``) or values (``v``), not rotated."""
+    return _by_head(attention, name, attention.get_submodule(f"{name}_proj")(states))
+
+
+def _by_head(attention: nn.Module, name: str, projected: Tensor) -> Tensor:
+    """(B, heads, M, head_dim) of the output (B, M, heads * head_dim) of a projection."""
     dim = int(attention.head_dim)  # type: ignore[arg-type]
-    projected = attention.get_submodule(f"{name}_proj")(states)
     heads = rearrange(projected, "b n (h d) -> b n h d", d=dim)
     norm = getattr(attention, f"{name}_norm", None)
     made: Tensor = (heads if norm is None else norm(heads)).transpose(1, 2)
@@ -260,6 +348,7 @@ def decoder_row(
     visible: Tensor,
     keys: Tensor | None = None,
     past: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> Tensor:
     """Attention that one query in each row of the batch pays to every key, mean over heads.
 
@@ -274,15 +363,17 @@ def decoder_row(
         keys: (B, kv_heads, K, head_dim) rotated keys of the KV cache; computed from ``hidden`` if
             None.
         past: (B, kv_heads, K - M, head_dim) cached keys in front of the computed ones.
+        query: (B, heads, 1, head_dim) the query; computed from ``hidden`` if None.
 
     Returns:
         (B, K) float32 softmaxed rows.
     """
-    batch = torch.arange(len(hidden), device=hidden.device)
-    cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
-    asking = hidden[batch, query_slots][:, None]
-    at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
-    query = _rotated(attention, "q", asking, at)
+    if query is None:
+        batch = torch.arange(len(hidden), device=hidden.device)
+        cos, sin = (part.expand(len(hidden), -1, -1) for part in rotary)
+        asking = hidden[batch, query_slots][:, None]
+        at = (cos[batch, query_slots][:, None], sin[batch, query_slots][:, None])
+        query = _rotated(attention, "q", asking, at)
     if keys is None:
         keys = decoder_keys(attention, hidden, rotary)
         if past is not None:
@@ -292,6 +383,28 @@ def decoder_row(
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
     row: Tensor = (logits + visible.float().log()[:, None, None]).softmax(-1).mean((1, 2))
     return row
+
+
+def mean_query(attention: nn.Module, hidden: Tensor, seen: Tensor) -> Tensor:
+    """(1, heads, 1, head_dim) mean of the queries of ONE prompt, without rotation.
+
+    Without a norm of the queries it is the query of the mean state, because the projection is
+    linear.
+
+    Args:
+        attention: As in `decoder_row`.
+        hidden: (M, D) its input, after the norm.
+        seen: (M,) bool, the entries whose queries count.
+    """
+    if getattr(attention, "q_norm", None) is None:
+        mean = (hidden.float() * seen[:, None]).sum(0) / seen.sum()
+        return _projected(attention, "q", mean.to(hidden)[None, None])
+    parts = zip(hidden.split(CHUNK), seen.split(CHUNK), strict=True)
+    sums = [
+        (_projected(attention, "q", some[None]).float() * counts[:, None]).sum(2, keepdim=True)
+        for some, counts in parts
+    ]
+    return (torch.stack(sums).sum(0) / seen.sum()).to(hidden)
 
 
 def decoder_rows(
@@ -356,14 +469,18 @@ def decoder_mass(
     query_slots: Tensor,
     visible: Callable[[Tensor], Tensor],
     keys: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Maximum over heads of the attention that every key receives, mean over queries of ONE prompt.
 
-    `CHUNK` queries are computed at a time; nothing of size T×K is kept.
+    `CHUNK` queries are compared at a time, for as many heads as `_AT_ONCE` allows; nothing of size
+    T×K is kept.  The keys of later entries, which no query sees, are left out.
 
     Args:
-        attention, hidden, rotary, query_slots, keys: As in `decoder_rows`.
-        visible: Maps (t,) slots to (t, K), as in `decoder_rows`.
+        attention, hidden, rotary, keys: As in `decoder_rows`.
+        query_slots: (T,) distinct indices of the queries among the M entries.
+        visible: Maps (t,) slots to (t, K), as in `decoder_rows`.  No query sees a later entry.
+        queries: (M, heads * head_dim) output of ``q_proj``; computed from ``hidden`` if None.
 
     Returns:
         (K,) float32; 0 without queries.
@@ -371,9 +488,39 @@ def decoder_mass(
     if keys is None:
         keys = decoder_keys(attention, hidden[None], (rotary[0][None], rotary[1][None]))[0]
     total = hidden.new_zeros(keys.shape[1], dtype=torch.float32)
-    for slots in query_slots.split(CHUNK):
-        total += _heads(attention, hidden, rotary, slots, visible(slots), keys).amax(0).sum(0)
-    return total / max(len(query_slots), 1)
+    left = len(query_slots)
+    if not left:
+        return total
+    ordered = query_slots.sort().values
+    asking = _queries(attention, hidden, rotary, ordered, queries).unflatten(0, (len(keys), -1))
+    scaling = float(attention.scaling)  # type: ignore[arg-type]
+    for slots, some in zip(ordered.split(CHUNK), asking.split(CHUNK, 2), strict=True):
+        left -= len(slots)
+        seen = keys.shape[1] - left  # known to the host: each later query is in a later slot
+        bias = visible(slots)[:, :seen].float().log()
+        total[:seen] += _largest(some, keys[:, :seen], bias, scaling).sum(0)
+    return total / len(query_slots)
+
+
+def _largest(queries: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """(t, K) float32 maximum over heads of the softmaxed attention.
+
+    Args:
+        queries: (kv_heads, r, t, head_dim) rotated, of r heads a group.
+        keys: (kv_heads, K, head_dim) rotated.
+        bias: (t, K) float32 logarithms of how often each key counts.
+        scaling: Factor of the products of queries and keys.
+    """
+    at_once = max(1, _AT_ONCE[bias.is_cuda] // (queries.shape[1] * bias.numel()))
+    most = torch.zeros_like(bias)
+    for some, there in zip(queries.split(at_once), keys.split(at_once), strict=True):
+        flat = some.flatten(1, 2)
+        # A batched product in bfloat16 on the CPU would copy its operands.
+        products = flat[0] @ there[0].T if len(flat) == 1 else flat @ there.transpose(-1, -2)
+        logits = torch.add(bias, products.view(-1, *bias.shape).float(), alpha=scaling)
+        heads = logits.softmax(-1)
+        torch.maximum(most, heads[0] if len(heads) == 1 else heads.amax(0), out=most)
+    return most
 
 
 def _heads(
@@ -385,13 +532,26 @@ def _heads(
     keys: Tensor,
 ) -> Tensor:
     """(heads, t, K) float32 softmaxed attention of the queries in ``slots`` (t,)."""
-    at = rotary[0][slots][None], rotary[1][slots][None]
-    query = _rotated(attention, "q", hidden[slots][None], at)
-    grouped = rearrange(query, "1 (g r) t d -> g (r t) d", g=len(keys))
+    query = _queries(attention, hidden, rotary, slots)
+    grouped = rearrange(query, "(g r) t d -> g (r t) d", g=len(keys))
     logits = (grouped @ keys.transpose(-1, -2)).float() * float(attention.scaling)  # type: ignore[arg-type]
-    heads = logits.reshape(query.shape[1], len(slots), keys.shape[1])
+    heads = logits.reshape(-1, len(slots), keys.shape[1])
     softmaxed: Tensor = (heads + visible.float().log()).softmax(-1)
     return softmaxed
+
+
+def _queries(
+    attention: nn.Module,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    slots: Tensor,
+    projected: Tensor | None = None,
+) -> Tensor:
+    """(heads, t, head_dim) rotated queries in ``slots`` (t,)."""
+    at = rotary[0][slots][None], rotary[1][slots][None]
+    if projected is None:
+        return _rotated(attention, "q", hidden[slots][None], at)[0]
+    return moved_keys(attention, _by_head(attention, "q", projected[slots][None]), at)[0]
 
 
 def proportional_mask(

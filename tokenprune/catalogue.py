@@ -9,8 +9,8 @@ compares it with the registry.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,16 @@ from typing import Any, Literal, TypeVar
 from tokenprune.errors import UserError
 from tokenprune.registry import Registry, adapters, strategies
 
-__all__ = ["Family", "Method", "families", "list_methods", "list_models", "methods", "write"]
+__all__ = [
+    "Family",
+    "Method",
+    "families",
+    "families_by_method",
+    "list_methods",
+    "list_models",
+    "methods",
+    "write",
+]
 
 INDEX = "_index.json"
 STAGES = ("encoder", "pre_llm", "llm")
@@ -54,11 +63,19 @@ class Family:
         name: Its name.
         hosts: Names of the model classes.
         has_language_model: False for a vision encoder alone.
+        refuses: Name of a method that cannot run with its default options to what the family's
+            usual model lacks, such as ``a CLS token``.  Empty without a language model, because
+            then it depends on the encoder.
     """
 
     name: str
     hosts: tuple[str, ...]
     has_language_model: bool
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def verdict(self, method: str) -> str:
+        """``runs``, or what the method needs."""
+        return f"needs {self.refuses[method]}" if method in self.refuses else "runs"
 
 
 Entry = TypeVar("Entry", Method, Family)
@@ -72,6 +89,18 @@ def methods() -> list[Method]:
 def families() -> list[Family]:
     """All model families, sorted by name."""
     return _entries(adapters, _family, Family)
+
+
+def families_by_method() -> list[Family]:
+    """All model families with a language model, whose `Family.refuses` covers all methods.
+
+    The index knows the methods of the package.  With methods of plug-ins, tiny models are built to
+    ask them, which takes seconds.
+    """
+    speaking = [family for family in families() if family.has_language_model]
+    if not strategies.beyond(_read(_folder(strategies) / INDEX)):
+        return speaking
+    return [_family(family.name, adapters.get(family.name)) for family in speaking]
 
 
 def list_methods(
@@ -138,7 +167,15 @@ def _method(name: str, cls: Any) -> Method:
 
 
 def _family(name: str, cls: Any) -> Family:
-    return Family(name, tuple(cls.hosts), bool(cls.has_language_model))
+    from tokenprune.compatibility import lacking
+    from tokenprune.spec import create
+
+    refuses: dict[str, str] = {}
+    if cls.has_language_model:
+        facts = cls(cls.tiny()).facts
+        found = {one: lacking(facts, create(one, retention=0.5)) for one in strategies.names()}
+        refuses = {method: what for method, what in found.items() if what}
+    return Family(name, tuple(cls.hosts), bool(cls.has_language_model), refuses)
 
 
 def _entries(

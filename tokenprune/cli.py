@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import json
 import pkgutil
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +21,7 @@ from rich.table import Table
 
 import tokenprune
 from tokenprune import experiments
-from tokenprune.catalogue import families, methods
+from tokenprune.catalogue import families, families_by_method, methods
 from tokenprune.console import (
     FAILED,
     OK,
@@ -30,6 +29,7 @@ from tokenprune.console import (
     Plugin,
     app,
     as_exit_status,
+    complete_method,
     new_table,
     progress,
     quiet,
@@ -38,6 +38,7 @@ from tokenprune.errors import UserError
 from tokenprune.models import testbed
 from tokenprune.plugins import import_plugins, own_class
 from tokenprune.registry import strategies
+from tokenprune.texts import printable
 
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
@@ -71,8 +72,15 @@ def _options(
 @app.command("list")
 def list_(
     method: Annotated[
-        str | None, typer.Argument(help="Show only the card and the options of this method.")
+        str | None,
+        typer.Argument(
+            help="Show only the card and the options of this method.",
+            autocompletion=complete_method,
+        ),
     ] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="Show which method runs on which model family.")
+    ] = False,
     plugin: Plugin = None,
 ) -> None:
     """List methods and models.
@@ -85,6 +93,9 @@ def list_(
             _show_card(strategies.get(method))
             raise typer.Exit(OK)
         console = Console()
+        if models:
+            console.print(_families())
+            raise typer.Exit(OK)
         console.print(_methods(), "")
         console.print(_models())
     raise typer.Exit(OK)
@@ -94,7 +105,11 @@ _PLACES = {"encoder": "in encoder", "pre_llm": "before LLM", "llm": "inside LLM"
 
 
 def _methods() -> Table:
-    table = new_table("method", "acts", "signals", "paper", "verified", title="Methods")
+    table = new_table("method", title="Methods")
+    table.add_column("acts", value=2)
+    table.add_column("signals", value=1, prose=True)
+    table.add_column("paper", prose=True)
+    table.add_column("verified", value=3)
     for method in methods():
         table.add_row(
             method.name,
@@ -107,7 +122,10 @@ def _methods() -> Table:
 
 
 def _models() -> Table:
-    table = new_table("model", "adapter", "model class", title="Models")
+    table = new_table(title="Models")
+    table.add_column("model", prose=True)
+    table.add_column("adapter", value=1)
+    table.add_column("model class", prose=True)
     embedded = {name: _architecture(testbed.path(name)) for name in testbed.names()}
     for family in families():
         for name, host in embedded.items():
@@ -117,6 +135,25 @@ def _models() -> Table:
             table.add_row("any Hub id or local folder", family.name, "\n".join(family.hosts))
         else:
             table.add_row("timm/<any ViT>", family.name, "vision only: encode and select")
+    return table
+
+
+def _families() -> Table:
+    speaking = families_by_method()
+    lacking = sorted({what for family in speaking for what in family.refuses.values()})
+    marks = {what: str(number) for number, what in enumerate(lacking, 1)}
+    table = new_table(
+        "method",
+        *(family.name for family in speaking),
+        title="Methods on model families",
+        caption="With default options and the family's usual vision encoder. Needs "
+        + ", ".join(f"{mark}: {what}" for what, mark in marks.items()),
+    )
+    table.columns[0].no_wrap = True
+    for method in methods():
+        found = [family.refuses.get(method.name) for family in speaking]
+        cells = ["runs" if what is None else f"needs {marks[what]}" for what in found]
+        table.add_row(method.name, *cells)
     return table
 
 
@@ -157,7 +194,8 @@ def audit(
         str,
         typer.Argument(
             help="A registered method with options (fastv:layer=3), or package.module:Class, "
-            "whose module is executed."
+            "whose module is executed.",
+            autocompletion=complete_method,
         ),
     ],
     retention: Annotated[
@@ -202,33 +240,26 @@ def _refuse_without_host(compressor: Compressor) -> None:
 
 def _audit(compressor: Compressor) -> int:
     """Run every check and print a table.  Returns the number of failures."""
-    from tokenprune.errors import RetentionWarning
+    from tokenprune.testing.auditing import audit
     from tokenprune.testing.host import hosts
-    from tokenprune.testing.runner import CHECKS, run
 
     console = Console()
     label = compressor.label if compressor.name else type(compressor).__name__
-    table = new_table("check", "", "meaning, or a counter-example", title=f"Audit of {label}")
-    failed = 0
     with progress() as report:
-        for index, check in enumerate(CHECKS):
-            name = check.__name__.removeprefix("check_").replace("_", " ")
-            report(index, len(CHECKS), name)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RetentionWarning)
-                    run(check, compressor, hosts(["llama"]))
-            except Exception as error:
-                failed += 1
-                said = str(error) or "the check failed"
-                kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-                table.add_row(name, "FAIL", escape(f"{kind}{said}"), style="red")
-            else:
-                table.add_row(name, "ok", escape((check.__doc__ or "").strip().splitlines()[0]))
-        report(len(CHECKS), len(CHECKS), "")
+        findings = audit(compressor, hosts(["llama"]), report)
+    table = new_table(title=f"Audit of {escape(label)}")
+    table.add_column("check", prose=True)
+    table.add_column("")
+    table.add_column("meaning, or a counter-example", prose=True)
+    for finding in findings:
+        name, others = finding.checks[0], len(finding.checks) - 1
+        more = f" and {others} more check{'s' if others > 1 else ''}" if others else ""
+        verdict, style = ("FAIL", "red") if finding.failed else ("ok", "")
+        table.add_row(f"{name}{more}", verdict, escape(printable(finding.about)), style=style)
     console.print(table)
-    passed = len(CHECKS) - failed
-    console.print(f"{passed} of {len(CHECKS)} checks passed", highlight=False)
+    total = sum(len(finding.checks) for finding in findings)
+    failed = sum(len(finding.checks) for finding in findings if finding.failed)
+    console.print(f"{total - failed} of {total} checks passed", highlight=False)
     return failed
 
 

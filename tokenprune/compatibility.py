@@ -24,6 +24,7 @@ __all__ = [
     "check_length",
     "check_signal",
     "compatible_methods",
+    "lacking",
     "other_options",
 ]
 
@@ -141,6 +142,28 @@ def _missing(facts: ModelFacts, signal: Signal) -> str:
     return ""
 
 
+def lacking(facts: ModelFacts, compressor: Compressor) -> str:
+    """The part of a model that ``compressor`` needs and this one lacks; empty if it can run.
+
+    `check_compatible` refuses exactly the methods for which this is not empty, unless a cut is out
+    of range.
+
+    >>> from tokenprune.testing import Host
+    >>> lacking(Host.tiny("LLaVA-OneVision").adapter.facts, create("fastervlm", retention=0.5))
+    'a CLS token'
+    """
+    for part in compressor.parts():
+        if part.stage is Stage.LLM and facts.language_model is None:
+            return "a language model"
+        if isinstance(part, EncoderCompressor) and _encoder_refuses(facts.vision, part):
+            return "an encoder of CLIP or SigLIP"
+        for signal in sorted(part.needs, key=repr):
+            missing = _missing(facts, signal)
+            if missing:
+                return missing.partition(",")[0]
+    return ""
+
+
 def other_options(facts: ModelFacts, part: Compressor) -> list[str]:
     """Specs that differ from ``part`` in one option and need only signals that the model has."""
     hints = get_type_hints(type(part), include_extras=False)
@@ -155,17 +178,7 @@ def other_options(facts: ModelFacts, part: Compressor) -> list[str]:
 
 def compatible_methods(facts: ModelFacts) -> list[str]:
     """Names of the registered methods that run in the model with their default options."""
-    fine = []
-    for name in strategies.names():
-        method = create(name, retention=0.5)
-        if method.stage is Stage.LLM and facts.language_model is None:
-            continue
-        if any(_missing(facts, signal) for signal in method.needs):
-            continue
-        if isinstance(method, EncoderCompressor) and _encoder_refuses(facts.vision, method):
-            continue
-        fine.append(name)
-    return fine
+    return [name for name in strategies.names() if not lacking(facts, create(name, retention=0.5))]
 
 
 def _alternatives(facts: ModelFacts) -> str:

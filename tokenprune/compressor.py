@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -79,6 +79,10 @@ class Selection:
             the logarithm is added to the logits of its key, also in decode steps.  None without
             proportional attention.  Inside the language model only.  A later selection with sizes
             counts each entry that it receives as one.
+        merging: Maps vectors (N, C) of all entries to those (M, C) of the kept ones, with the
+            weights with which ``features`` were merged.  Models that add features of the vision
+            encoder after their first decoder layers merge those the same way.  None if each kept
+            entry keeps its own.
         scores: The scores, of any shape, if the method sorts them itself.  The core refuses the
             selection unless all are finite.  None if `keep_best` or `best` sorts them.
     """
@@ -87,6 +91,7 @@ class Selection:
     features: Tensor | None = None
     sizes: Tensor | None = None
     scores: Tensor | None = None
+    merging: Callable[[Tensor], Tensor] | None = None
 
     def __repr__(self) -> str:
         merged = ", merged" if self.features is not None else ""
@@ -118,7 +123,9 @@ class Compressor(ABC, metaclass=RenamesOptions):
             keep evenly spaced tokens do.
         position_ids: ``compact`` renumbers the kept tokens as a shorter prompt, ``original`` keeps
             the position ids of the full prompt.  ``auto`` is ``compact`` before the language model
-            and ``original`` inside it, as in the official codes.
+            and ``original`` inside it, as in the official codes.  With multimodal position ids
+            (Qwen-VL) it is ``original`` everywhere, and ``compact`` numbers an image as if it had
+            only the rows and columns of which a token is kept.
         name: The registered name.
         stage: Where the method acts.
         card: Where the method comes from.
@@ -206,7 +213,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether kept tokens keep the position ids of the full prompt."""
+        """Whether kept tokens keep their position ids, unless these are multimodal."""
         default = "original" if self.stage is Stage.LLM else "compact"
         return (default if self.position_ids == "auto" else self.position_ids) == "original"
 
@@ -275,7 +282,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
             merged = merged[moved(order, device)]
         if sizes is not None:
             sizes = torch.cat([sizes, sizes.new_ones(len(extra))])[moved(order, sizes.device)]
-        return Selection(keep, merged, sizes)
+        return Selection(keep, merged, sizes, merging=_with(chosen.merging, extra, order))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,7 +432,7 @@ def best(strategy: Compressor, tokens: VisualTokens, scores: Tensor, counts: Ten
     Raises:
         ContractError: A patch token's score is NaN or infinite.
     """
-    of_patches = scores[tokens.layout.to(scores.device).patches]
+    of_patches = scores.index_select(0, tokens.layout.to(scores.device).patches)
     mask = best_per_view(tokens.layout, scores, counts)
     kept, finite = on_cpu(mask, of_patches.isfinite().all())
     if not finite:
@@ -462,6 +469,20 @@ def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor
         rows[-1] = False  # thumbnail tokens have canvas row -1
         stays = stays & rows[layout.canvas_row]
     return stays.nonzero().squeeze(1)
+
+
+def _with(
+    merging: Callable[[Tensor], Tensor] | None, extra: Tensor, order: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """``merging`` of patch tokens and of the separators ``extra``, both in ``order``."""
+    if merging is None:
+        return None
+
+    def both(vectors: Tensor) -> Tensor:
+        parts = [merging(vectors), vectors[moved(extra, vectors.device)]]
+        return torch.cat(parts)[moved(order, vectors.device)]
+
+    return both
 
 
 def _name(strategy: Compressor) -> str:
@@ -517,7 +538,7 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
             f"{who} may return sizes inside the language model only, one per kept token "
             f"({len(keep)}), got {len(chosen.sizes)} at stage {strategy.stage}."
         )
-    return Selection(keep, chosen.features, chosen.sizes)
+    return Selection(keep, chosen.features, chosen.sizes, merging=chosen.merging)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,13 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
+from tokenprune import catalogue
 from tokenprune.errors import UserError
 from tokenprune.grammar import lines
-from tokenprune.progress import ProgressCallback
+from tokenprune.progress import ProgressCallback, logged
+from tokenprune.tables import FittedTable
 from tokenprune.texts import is_whole, printable
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "Plugin",
     "app",
     "as_exit_status",
+    "complete_method",
+    "complete_word",
     "method_label",
     "new_table",
     "progress",
@@ -42,8 +46,34 @@ __all__ = [
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
+_COMMANDS = (
+    "list", "compare", "pairs", "table", "report", "masks", "demo", "positional-bias",
+    "complementarity", "crop-importance", "ablation", "efficiency", "convert", "audit", "benchmark",
+)  # fmt: skip
+
+
+_FIRST = ("config", "model", "methods", "retention", "data", "questions", "images", "modality")
+
+
+_LAST = (
+    "out", "force", "seeds", "seed", "batch_size", "max_new_tokens", "device", "dtype",
+    "timeout_per_batch", "max_image_pixels", "plugin", "trust_remote_code",
+)  # fmt: skip
+
+
+def _by_use(option: Any) -> tuple[int, int]:
+    """The place of an option in ``--help``: arguments, what to run, details, how to run it."""
+    if option.param_type_name == "argument":
+        return 0, 0
+    if option.name in _FIRST:
+        return 1, _FIRST.index(option.name)
+    return (3, _LAST.index(option.name)) if option.name in _LAST else (2, 0)
+
+
 class Commands(TyperGroup):
     """The commands.  Those of the experiments are imported when one of them is requested.
+
+    ``--help`` shows commands and their options in the order of use.
 
     Attributes:
         load: Imports the modules that add the other commands to `app`.
@@ -53,17 +83,30 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         self._complete()
-        return super().list_commands(ctx)
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: (*_COMMANDS, name).index(name))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands:
             self._complete()
-        return super().get_command(ctx, cmd_name)
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            command.params.sort(key=_by_use)
+        return command
 
     def _complete(self) -> None:
         type(self).load()
         group: Any = typer.main.get_command(app)
         self.commands.update(group.commands)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the first sentence about every command, without shortening it."""
+        rows = []
+        for name in self.list_commands(ctx):
+            first, _, _ = str(self.get_command(ctx, name).help).partition("\n\n")
+            rows.append((name, " ".join(first.split())))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for value in args:
@@ -81,20 +124,31 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
 )
+
+
+_OPEN = "tokenprune.open"  # the list option that takes the next value, in the context of a command
 
 
 class ManyValues(TyperCommand):
     """A command whose list options take several values: ``--retention 0.5 0.25``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        lists = {name for option in self.params if option.multiple for name in option.opts}
+        lists = {name: option for option in self.params if option.multiple for name in option.opts}
         for name, value in pairwise(args):
             # Typer would read the next option as the value.  Only a number may start with '-'.
-            if name in lists and re.match(r"-[^\d.]", value):
+            if name in lists and re.match(r"-[^\d.]", value) and not ctx.resilient_parsing:
                 ctx.fail(f"{name} needs at least one value, got the option {value}.")
-        return super().parse_args(ctx, spread(args, lists))
+        repeated = spread(args, set(lists))
+        ctx.meta[_OPEN] = lists.get(repeated[-2]) if len(repeated) > 1 else None
+        return super().parse_args(ctx, repeated)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Complete a further value of a list option, or as every command does."""
+        option = None if incomplete.startswith("-") else ctx.meta.get(_OPEN)
+        if option is not None:
+            return option.shell_complete(ctx, incomplete)
+        return super().shell_complete(ctx, incomplete)
 
 
 def spread(args: Sequence[str], options: set[str]) -> list[str]:
@@ -113,6 +167,25 @@ def spread(args: Sequence[str], options: set[str]) -> list[str]:
         result.append(arg)
     return result
 
+
+# --- completion in the shell ----------------------------------------------------------------------
+
+
+def complete_method(incomplete: str) -> list[tuple[str, str]]:
+    """Names of methods that begin with ``incomplete``, each with its paper."""
+    return [(one.name, one.paper) for one in catalogue.methods() if one.name.startswith(incomplete)]
+
+
+def complete_word(*words: str) -> Callable[[str], list[str]]:
+    """A function that completes one of ``words``."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+# --- options and output ---------------------------------------------------------------------------
 
 Plugin = Annotated[
     list[str] | None,
@@ -139,17 +212,42 @@ def as_exit_status() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Switch off the progress bars and notices of transformers."""
+    """Switch off the progress bars and notices of transformers and of the Hub's client."""
     import transformers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 @contextmanager
 def progress() -> Iterator[ProgressCallback]:
-    """A progress bar on standard error.  Warnings are printed above it."""
+    """A progress bar on standard error, or one line a minute if that is no terminal.
+
+    Warnings are printed above the bar.
+    """
     console = Console(stderr=True)
+
+    def write(line: str) -> None:
+        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        # Notices of libraries to their users' programmers; ours reach Python users.
+        if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
+            write(f"warning: {message}")
+
+    usual = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        with _bar(console) if console.is_terminal else logged(write) as report:
+            yield report
+    finally:
+        warnings.showwarning = usual
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[ProgressCallback]:
+    """A progress bar."""
     bar = Progress(
         TextColumn("{task.description}", justify="left"),
         BarColumn(),
@@ -157,30 +255,19 @@ def progress() -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
     )
     task = bar.add_task("starting", total=None)
 
     def report(done: int, total: int, doing: str) -> None:
         bar.update(task, completed=done, total=total or None, description=escape(printable(doing)))
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        console.print(
-            printable(f"warning: {message}"), soft_wrap=True, highlight=False, markup=False
-        )
-
-    usual = warnings.showwarning
-    warnings.showwarning = show
-    try:
-        with bar:
-            yield report
-    finally:
-        warnings.showwarning = usual
+    with bar:
+        yield report
 
 
-def new_table(*columns: str, **options: Any) -> Table:
-    """An empty table in the style of all commands."""
-    return Table(
+def new_table(*columns: str, **options: Any) -> FittedTable:
+    """An empty table in the style of all commands; arguments as of `FittedTable`."""
+    return FittedTable(
         *columns,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

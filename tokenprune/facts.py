@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenprune.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenprune.layout import TokenLayout
 
 __all__ = [
     "DecoderFacts",
@@ -18,6 +21,7 @@ __all__ = [
     "ModulePaths",
     "PositionScheme",
     "VisionFacts",
+    "active_width",
     "no_language_model",
 ]
 
@@ -56,6 +60,11 @@ class VisionFacts:
         has_cls: Whether entry 0 is a CLS token.
         has_head: Whether an attention pooling head follows the layers.
         merge_size: Side of the square of patches that the projector joins into one visual token.
+        native: Whether the views have the size of the image, not `view_shape`.
+        gated: Whether the MLP has a gate.
+        window: Side of the windows within which layers attend, in visual tokens; 0 for none.
+        global_layers: Layers that attend to the whole view all the same.
+        mergers: Number of projectors that join patches into visual tokens.
         attention: Name of the attention implementation.
         readable: Whether every attention is a plain softmax of query times key.
         reducible: Whether every layer is one that `Adapter.vision_block` can run.
@@ -73,6 +82,11 @@ class VisionFacts:
     has_cls: bool
     has_head: bool = False
     merge_size: int = 1
+    native: bool = False
+    gated: bool = False
+    window: int = 0
+    global_layers: tuple[int, ...] = ()
+    mergers: int = 0
     attention: str = "sdpa"
     readable: bool = True
     reducible: bool = True
@@ -83,6 +97,23 @@ class VisionFacts:
         """Number of entries of the encoder's sequence for one view."""
         return self.prefix_tokens + math.prod(self.view_shape)
 
+    def at(self, layout: TokenLayout) -> VisionFacts:
+        """The facts for the views of an image or video, which may have a size of their own."""
+        if not self.native:
+            return self
+        rows, cols = (self.merge_size * side for side in layout.view_shape)
+        return replace(self, view_shape=(rows, cols))
+
+    def pairs(self, layer: int) -> int:
+        """Number of pairs of a query and a key in a view, in encoder layer ``layer``."""
+        if not self.window or layer % self.layers in self.global_layers:
+            return self.tokens**2
+        side, found = self.window * self.merge_size, 1
+        for length in self.view_shape:
+            whole, rest = divmod(length, side)
+            found *= whole * side**2 + rest**2
+        return found
+
 
 @dataclass(frozen=True)
 class DecoderFacts:
@@ -91,12 +122,13 @@ class DecoderFacts:
     Attributes:
         layers: Number of layers.
         hidden: Width of the hidden states.
-        intermediate: Width of the MLP.
+        intermediate: Width of the MLP, of all active experts together.
         heads: Number of query heads.
         kv_heads: Number of key and value heads.
         head_dim: Width of a head.
         positions: Number of position ids that the decoder knows, None if there is no limit.
         position_scheme: What a position id consists of.
+        query_norms: Whether the queries of each head are normalised.
     """
 
     layers: int
@@ -107,6 +139,7 @@ class DecoderFacts:
     head_dim: int
     positions: int | None = None
     position_scheme: PositionScheme = "rotary"
+    query_norms: bool = False
 
     @classmethod
     def of(cls, config: Any) -> DecoderFacts:
@@ -116,7 +149,7 @@ class DecoderFacts:
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=active_width(config),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -149,6 +182,13 @@ class ModelFacts:
         if self.language_model is None:
             raise no_language_model(self.family)
         return self.language_model
+
+
+def active_width(config: Any) -> int:
+    """Width of the MLP that a token passes through: of all its experts, if the layers have some."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    wide = getattr(config, "moe_intermediate_size", None)
+    return experts * wide if experts and wide else int(config.intermediate_size)
 
 
 def no_language_model(family: str) -> UserError:

@@ -140,7 +140,7 @@ class _Draw:
         part = encoder_part(compressor)
         if part is not None:
             self.images = [self._encoded(part, tokens) for tokens in self.images]
-        self.account.encode([(one.layout.views, one.encoding) for one in self.images], size)
+        self.account.encode([(one.layout, one.encoding) for one in self.images], size)
 
     def _encoded(self, part: EncoderCompressor, tokens: VisualTokens) -> VisualTokens:
         """``tokens`` as a vision encoder that runs under ``part`` returns them."""
@@ -197,7 +197,8 @@ class _Draw:
             each = list(zip(self.images, self.asking, strict=True))
             for tokens, words in each if signal.info.scope == "image" else each[:1]:
                 text, patches = min(words, self.text), len(tokens.layout.patches)
-                found.append(attended_for(signal, layer, text=text, patches=patches))
+                normed = self.sizes.facts.decoder.query_norms
+                found.append(attended_for(signal, layer, text=text, patches=patches, normed=normed))
         return [one for one in found if one is not None]
 
     def _between_layers(self, part: Compressor, tokens: VisualTokens, words: int) -> VisualTokens:

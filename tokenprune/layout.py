@@ -43,6 +43,7 @@ class TokenLayout:
         view_shape: (rows, columns) of patches in a view.
         canvas_shape: (rows, columns) of the canvas, the crops without padding and resampled if the
             model does so; (0, 0) without crops.
+        native: Whether a view is the image, or two successive frames of the video, in its own size.
     """
 
     kind: Tensor
@@ -54,6 +55,7 @@ class TokenLayout:
     grid: tuple[int, int]
     view_shape: tuple[int, int]
     canvas_shape: tuple[int, int]
+    native: bool = False
 
     @classmethod
     def anyres(
@@ -114,7 +116,9 @@ class TokenLayout:
         )
 
     @classmethod
-    def single(cls, view_shape: tuple[int, int], *, newline: bool = True) -> TokenLayout:
+    def single(
+        cls, view_shape: tuple[int, int], *, newline: bool = True, native: bool = False
+    ) -> TokenLayout:
         """One view without crops, row by row, and one separator at the end."""
         height, width = view_shape
         index = torch.arange(height * width + int(newline), device="cpu")
@@ -130,14 +134,39 @@ class TokenLayout:
             grid=(0, 0),
             view_shape=view_shape,
             canvas_shape=(0, 0),
+            native=native,
         )
 
     @classmethod
-    def video(cls, frames: int, view_shape: tuple[int, int]) -> TokenLayout:
+    def tiled(cls, grid: tuple[int, int], view_shape: tuple[int, int]) -> TokenLayout:
+        """Crops one after the other, then the thumbnail; no separators.
+
+        The image is stretched to the crop grid, so that there is no canvas padding.  The thumbnail
+        is view 0, as in other layouts.
+
+        Args:
+            grid: (rows, columns) of crops.
+            view_shape: (rows, columns) of patches in every view.
+        """
+        box = 0, grid[0] * view_shape[0], 0, grid[1] * view_shape[1]
+        canvas = cls.anyres(grid, view_shape, box, newlines=False)
+        last = torch.where(canvas.view == 0, canvas.views, canvas.view)
+        return canvas.take(last.argsort(stable=True))  # rows of a crop are in order on the canvas
+
+    @classmethod
+    def video(
+        cls,
+        frames: int,
+        view_shape: tuple[int, int],
+        *,
+        newline: bool = True,
+        native: bool = False,
+    ) -> TokenLayout:
         """Frames of ``view_shape`` tokens one after the other, and one separator at the end."""
         height, width = view_shape
-        index = torch.arange(frames * height * width + 1, device="cpu")
-        separator = index == len(index) - 1
+        size = frames * height * width
+        index = torch.arange(size + int(newline), device="cpu")
+        separator = index == size
         none = torch.full_like(index, -1)
         return cls(
             kind=torch.where(separator, int(Kind.SEPARATOR), int(Kind.FRAME)),
@@ -149,6 +178,7 @@ class TokenLayout:
             grid=(0, 0),
             view_shape=view_shape,
             canvas_shape=(0, 0),
+            native=native,
         )
 
     def __len__(self) -> int:
@@ -162,6 +192,8 @@ class TokenLayout:
     @cached_property
     def modality(self) -> str:
         """``video`` or ``image``."""
+        if self.host is not self:
+            return self.host.modality
         return "video" if bool((self.host.kind == Kind.FRAME).any()) else "image"
 
     @cached_property
@@ -193,7 +225,9 @@ class TokenLayout:
     @cached_property
     def frames(self) -> int:
         """Number of views of an image without a crop grid, or of a video."""
-        return int(self.host.view.max()) + 1 if len(self) else 0
+        if self.host is not self:
+            return self.host.frames
+        return int(self.view.max()) + 1 if len(self) else 0
 
     @cached_property
     def view_sizes(self) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from PIL import Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageErro
 from torch import Tensor
 
 from tokenprune.errors import PictureWarning, UserError
+from tokenprune.texts import is_remote
 
 __all__ = ["MAX_PIXELS", "frames", "is_one_picture", "picture", "pixel_limit"]
 
@@ -164,7 +164,7 @@ def _regular_file(source: str | os.PathLike[Any]) -> str:
     path = os.fsdecode(source)
     if path.startswith("file://"):
         path = unquote(urlsplit(path).path)
-    elif re.match(r"[a-z][a-z0-9+.-]+://", path, re.IGNORECASE):
+    elif is_remote(path) and not os.path.lexists(path):
         raise UserError(f"{path!r} is a remote address; download it and give the path of the file.")
     try:
         mode = os.stat(path).st_mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,8 @@ class Pipeline:
         self.model: Any = self.adapter.model if isinstance(model, Adapter) else model
         self.processor = processor
         self.path = path
+        if processor is not None:
+            self.adapter.bind(processor)
 
     def __repr__(self) -> str:
         return f"Pipeline({type(self.model).__name__}, {self.adapter.name}, {self.device})"
@@ -155,14 +158,14 @@ class Pipeline:
         Raises:
             UserError: The question marks another number of images or videos.
         """
-        counts = dict(zip(self.adapter.encoders, (images, videos), strict=False))
+        counts = dict(zip(self.adapter.modalities, (images, videos), strict=False))
         return chat_prompt(question, self.processor, counts, self.placeholder_texts)
 
     @property
     def placeholder_texts(self) -> dict[str, str]:
         """Modality to the text of its placeholder."""
         self._require_language_model()
-        names = self.adapter.encoders
+        names = self.adapter.modalities
         return {name: str(getattr(self.processor, f"{name}_token")) for name in names}
 
     def prepare(
@@ -181,7 +184,7 @@ class Pipeline:
             prompts: Questions or finished prompts, as in `prompt`.
             videos: For every prompt a video or a list of videos (empty for none).  A video is
                 anything that `pictures.frames` takes.  All videos of one call need the same number
-                of frames, because the model stacks them.
+                of frames if the model stacks them, as LLaVA-OneVision does.
             longer: Accept prompts that exceed the decoder's positions, for a method that shortens
                 them before the decoder reads them.
 
@@ -196,7 +199,7 @@ class Pipeline:
         clips_of = clips_by_prompt(videos, len(prompts))
         clips = [clip for some in clips_of for clip in some]
         self._check_videos(clips)
-        if len({len(clip) for clip in clips}) > 1:
+        if self.adapter.stacks_videos and len({len(clip) for clip in clips}) > 1:
             raise UserError(
                 f"the videos have {sorted({len(clip) for clip in clips})} frames, but the model "
                 "stacks the videos of a batch; give all of them the same number of frames, or "
@@ -206,7 +209,10 @@ class Pipeline:
             self.prompt(question, len(some), len(many))
             for question, some, many in zip(prompts, pictures, clips_of, strict=True)
         ]
-        media = {"videos": [channels_first(clip) for clip in clips]} if clips else {}
+        media: dict[str, Any] = {}
+        if clips:
+            media = {"videos": [channels_first(clip) for clip in clips]}
+            media |= self.adapter.video_options(self.processor, [*map(len, clips)])
         batch = self.processor(
             images=self.adapter.grouped(pictures) if any(pictures) else None,
             text=texts,
@@ -216,7 +222,19 @@ class Pipeline:
         )
         if not longer:
             check_length(self.adapter.facts, batch["input_ids"].shape[1])
-        return batch.to(self.device, self.model.dtype)
+        inputs = batch.to(self.device, self.model.dtype)
+        self.adapter.annotate(inputs, self._frames(texts, clips))
+        return inputs
+
+    def _frames(self, texts: Sequence[str], clips: Sequence[Any]) -> list[int]:
+        """Frames of every image and video in the order of the prompts; 0 for an image."""
+        lengths = map(len, clips)
+        return [next(lengths) if mark == "video" else 0 for mark in self._marks(texts)]
+
+    def _marks(self, texts: Sequence[str]) -> list[str]:
+        """The modality of every placeholder, in the order of the texts."""
+        names = {token: name for name, token in self.placeholder_texts.items()}
+        return [names[mark] for mark in re.findall("|".join(map(re.escape, names)), "".join(texts))]
 
     def decode(self, ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """The generated text of every row.
@@ -261,8 +279,10 @@ class Pipeline:
         if not pictures:
             return []
         prompts = [pictures] if same_prompt else [[image] for image in pictures]
-        batch = self.processor.image_processor(self.adapter.grouped(prompts), return_tensors="pt")
-        call = {name: batch[name] for name in self.adapter.image_arguments}
+        batch = self.processor.image_processor(
+            self.adapter.grouped(prompts), return_tensors="pt", **self.adapter.image_options
+        )
+        call = self.adapter.encoder_call("image", batch)
         return self._encode("image", call, signals, compressor)
 
     def encode_videos(
@@ -288,8 +308,9 @@ class Pipeline:
         found = []
         for video in videos:
             clip = channels_first(frames(video))
-            batch = self.processor.video_processor([clip], return_tensors="pt")
-            call = {"pixel_values_videos": batch["pixel_values_videos"]}
+            options = self.adapter.video_options(self.processor, [len(clip)])
+            batch = self.processor.video_processor([clip], return_tensors="pt", **options)
+            call = self.adapter.encoder_call("video", batch)
             found += self._encode("video", call, signals, compressor)
         return found
 
@@ -306,7 +327,7 @@ class Pipeline:
         for signal in signals:
             if not signal.in_llm:
                 check_signal(facts, signal, signal.name)
-        return vision.encode(self.adapter, modality, call, signals, part)
+        return vision.encode(self.adapter, self.adapter.stream(modality), call, signals, part)
 
     def select(
         self, compressor: Compressor | str, images: Sequence[Any], **fields: Any
@@ -366,17 +387,28 @@ class Pipeline:
         """
         texts = []
         for some, question in zip(encoded, questions(prompts), strict=True):
-            lengths: dict[str, list[int]] = {name: [] for name in self.placeholder_texts}
+            words: dict[str, list[str]] = {name: [] for name in self.placeholder_texts}
             for tokens in some:
-                lengths[tokens.layout.modality].append(0 if without_images else len(tokens))
-            text = self.prompt(question, *map(len, lengths.values()))
-            for modality, token in self.placeholder_texts.items():
-                pieces = text.split(token)
-                spelled = [token * length for length in lengths[modality]] + [""]
-                text = "".join(a + b for a, b in zip(pieces, spelled, strict=True))
-            texts.append(text)
+                length = 0 if without_images else len(tokens)
+                spelled = self.adapter.spelled(tokens, length, self.processor)
+                words[tokens.layout.modality].append(spelled)
+            text = self.prompt(question, *map(len, words.values()))
+            marks = self._marks([text])
+            self._check_order(marks, [tokens.layout.modality for tokens in some])
+            pieces = re.split("|".join(map(re.escape, self.placeholder_texts.values())), text)
+            filled = [
+                piece + words[mark].pop(0) for piece, mark in zip(pieces, marks, strict=False)
+            ]
+            texts.append("".join([*filled, pieces[-1]]))
         batch = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
-        return dict(batch.to(self.device)) | ({} if without_images else encoder_outputs(encoded))
+        inputs = {**batch, **self.adapter.prompt_arguments(batch["input_ids"])}
+        if not without_images:
+            inputs |= self._encoding_arguments(encoded)
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        return inputs | ({} if without_images else encoder_outputs(self.adapter, encoded))
+
+    def _encoding_arguments(self, encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Tensor]:
+        return self.adapter.encoding_arguments([one.layout for some in encoded for one in some])
 
     def take(
         self,
@@ -392,8 +424,15 @@ class Pipeline:
             rows: Indices of the prompts, in any order; a prompt may occur more than once.
         """
         index = torch.tensor(rows, device=self.device)
-        text = {name: value[index] for name, value in inputs.items() if isinstance(value, Tensor)}
-        return text | encoder_outputs([encoded[row] for row in rows])
+        chosen, own = [encoded[row] for row in rows], self._encoding_arguments(encoded)
+        text = {
+            name: value[index]
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and name not in own
+        }
+        mine = self._encoding_arguments(chosen)
+        text |= {name: value.to(self.device) for name, value in mine.items() if name in inputs}
+        return text | encoder_outputs(self.adapter, chosen)
 
     # -- checks ----------------------------------------------------------------------------------
 
@@ -401,24 +440,37 @@ class Pipeline:
         if not self.adapter.has_language_model:
             raise no_language_model(self.adapter.name)
 
+    def _check_order(self, marks: Sequence[str], given: Sequence[str]) -> None:
+        """Raise `UserError` if one list holds images and videos in another order than the text."""
+        if len(set(map(self.adapter.stream, marks))) < len(set(marks)) and marks != given:
+            raise UserError(
+                f"a prompt shows {', '.join(marks)}, but its encoded list holds "
+                f"{', '.join(given)}; {self.adapter.name} reads both from one list, so give them "
+                "in the order of the prompt."
+            )
+
     def _check_videos(self, videos: Sequence[Any]) -> None:
-        if videos and "video" not in self.adapter.encoders:
+        if videos and "video" not in self.adapter.modalities:
             raise UserError(
                 f"{self.adapter.name} takes images only, got {len(videos)} videos; pass single "
-                "frames as images, or load a LLaVA-OneVision model."
+                "frames as images, or load a model that takes videos, such as LLaVA-OneVision."
             )
 
 
-def encoder_outputs(encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Any]:
+def encoder_outputs(adapter: Adapter, encoded: Sequence[Sequence[VisualTokens]]) -> dict[str, Any]:
     """The argument ``mm_encoder_outputs`` of ``model.generate``; empty without images.
 
     Args:
+        adapter: The model.
         encoded: For every prompt its encoded images and videos.
     """
     features: dict[str, list[Tensor]] = {}
+    levels: dict[str, list[tuple[Tensor, ...]]] = {}
     for tokens in (tokens for some in encoded for tokens in some):
         feature = tokens.features.detach()  # beams and reruns need a new tensor for every use
         feature.visual = tokens  # type: ignore[attr-defined]
-        features.setdefault(tokens.layout.modality, []).append(feature)
-    outputs = {name: vision.encoded(some) for name, some in features.items()}
+        stream = adapter.stream(tokens.layout.modality)
+        features.setdefault(stream, []).append(feature)
+        levels.setdefault(stream, []).append(tokens.levels)
+    outputs = {name: vision.encoded(some, levels[name]) for name, some in features.items()}
     return {"mm_encoder_outputs": outputs} if outputs else {}

@@ -31,7 +31,8 @@ class Card:
     """Where a method comes from and how it differs from the authors' code.
 
     Attributes:
-        paper: Title.
+        paper: Title of the paper; a name followed by ``(unpublished)`` or ``(baseline)`` if there
+            is none.
         arxiv: Identifier such as ``2501.05179``; empty if there is none.
         code: Repository and commit of the official code.
         deviations: Differences from the official code, one sentence each, with the reason.

@@ -31,6 +31,7 @@ AXES: Mapping[str, str] = {
     "hidden": "width of the language model",
     "kv_width": "key-value heads of a decoder layer times the width of a head",
     "vision_width": "width of the vision encoder",
+    "projector_width": "width of what the projector receives: all patches of a token side by side",
     "vision_head_width": "width of a head of the vision encoder",
     "joint_width": "width of the space that images and texts share",
 }
@@ -119,6 +120,14 @@ class SignalInfo:
     def is_tapped(self) -> bool:
         """Whether the attention input of a decoder layer is kept for it."""
         return self.source == "decoder layer" and self.layer in ("named", "previous")
+
+    @property
+    def shares_queries(self) -> bool:
+        """Whether it reads the queries that a decoder layer projected for itself.
+
+        For a few queries it is cheaper to project them again than to keep those of all tokens.
+        """
+        return self.source == "decoder layer" and self.queries == "patches"
 
     @property
     def kept(self) -> Kept:
@@ -231,7 +240,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
         source="vision layer",
         shape=("N",),
         meaning="Attention that each patch receives, mean over all queries of its view and over "
-        "heads.",
+        "heads; in windowed layers (Qwen2.5-VL), none from queries outside its window.",
         paper="HoliTom (2505.21334)",
         queries="all",
         sample="attention",
@@ -247,7 +256,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "keys": SignalInfo(
         source="vision layer",
         shape=("N", "vision_head_width"),
-        meaning="Key of each patch, mean over heads.",
+        meaning="Key of each patch, mean over heads, before a rotation by its place.",
         paper="VisionZip (2412.04467)",
     ),
     "joint_keys": SignalInfo(
@@ -268,7 +277,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     ),
     "unprojected": SignalInfo(
         source="projector",
-        shape=("N", "vision_width"),
+        shape=("N", "projector_width"),
         meaning="Input of the projector; `VisualTokens.project` maps merged vectors.",
         paper="VisionZip (2412.04467)",
         dtype="model",
@@ -419,7 +428,7 @@ SIGNALS: Mapping[str, SignalInfo] = {
     "llm_global": SignalInfo(
         source="decoder layer",
         shape=("N",),
-        meaning="Attention that the mean of all states up to the image's last token pays to each "
+        meaning="Attention that the mean of all queries up to the image's last token pays to each "
         "entry, without rotation, softmax over these states, mean over heads, in the layer after "
         "the cut.",
         paper="PACT (2504.08966)",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
-__all__ = ["first_line", "is_plain", "is_whole", "printable"]
+__all__ = ["first_line", "is_plain", "is_remote", "is_whole", "printable"]
 
 _LONGEST = 300  # maximum number of characters of `first_line`
 
@@ -17,6 +18,16 @@ def is_whole(text: str) -> bool:
 def is_plain(text: str, allowed: str = "") -> bool:
     """Whether ``text`` has no control characters except those in ``allowed``."""
     return not any(unicodedata.category(sign) == "Cc" and sign not in allowed for sign in text)
+
+
+def is_remote(path: str) -> bool:
+    """Whether ``path`` is the address of something on another machine.
+
+    >>> is_remote("https://example.com/cat.png"), is_remote("C:/cat.png"), is_remote("cat.png")
+    (True, False, False)
+    """
+    # `Path` makes one slash of two.
+    return re.match(r"(?!file:)[a-z][a-z0-9+.-]+:/", path, re.IGNORECASE) is not None
 
 
 def printable(text: str) -> str:

@@ -67,6 +67,8 @@ class VisualTokens:
         clusters: If a method acted inside the vision encoder, (N,) the cluster of each entry, on
             the CPU; -1 at separators and at dropped entries.  Otherwise None.
         encoding: How the vision encoder ran in that case.
+        levels: Features (N, D) that the model adds to the hidden states after its first decoder
+            layers, layer by layer; empty in most models.
 
     Raises:
         UserError: A signal has more or fewer entries than the layout.
@@ -82,6 +84,7 @@ class VisualTokens:
     inputs: tuple[Tensor, Tensor] | None = None
     clusters: Tensor | None = None
     encoding: Encoding | None = None
+    levels: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         aligned: dict[Any, Tensor] = {"features": self.features, **self.signals}
@@ -161,6 +164,7 @@ class VisualTokens:
             features=_at(self.features, index),
             signals={name: _at(value, index) for name, value in self.signals.items()},
             clusters=None if self.clusters is None else _at(self.clusters, index),
+            levels=tuple(_at(level, index) for level in self.levels),
         )
 
 

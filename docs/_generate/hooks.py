@@ -35,6 +35,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "help": commands.options_of,
     "commands": commands.table,
     "methods": methods.table,
+    "families": methods.families,
     "public-names": reference.public_names,
     "signals": signals.table,
     "axes": signals.axes,

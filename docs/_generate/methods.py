@@ -13,6 +13,7 @@ import results
 from griffe import Docstring, DocstringSectionKind
 
 import tokenprune as tp
+from tokenprune import catalogue
 from tokenprune.registry import strategies
 
 STAGES = {
@@ -45,6 +46,17 @@ def table(_: str = "") -> str:
             for name, cls in classes().items()
         ]
     )
+
+
+def families(_: str = "") -> str:
+    """A Markdown table: which method runs on which model family."""
+    speaking = catalogue.families_by_method()
+    rows = [["method", *(family.name for family in speaking)], ["---"] * (len(speaking) + 1)]
+    rows += [
+        [f"[`{name}`]({name}.md)", *(family.verdict(name) for family in speaking)]
+        for name in classes()
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def asking() -> dict[str, list[str]]:

@@ -209,6 +209,8 @@ def positional_bias(folder: str) -> str:
 def benchmarks(argument: str) -> str:
     """Figures of one benchmark from the stored file."""
     table = _benchmark(argument)
+    if table.empty:
+        return "The stored file has no such figures."
     rows = [
         (row.case, row.figure, f"{row.value:.3g}", row.unit, _plain(row.goal), _text(row.note))
         for row in table.itertuples()
@@ -241,13 +243,35 @@ def selection_benchmark(_: str = "") -> str:
 def growth_benchmark(_: str = "") -> str:
     """How time and memory of every method's selection grow with the number of tokens."""
     table = _benchmark("growth")
-    wide = table.pivot_table(index="case", columns="figure", values="value", sort=False)
-    notes = dict(zip(table["case"], table["note"], strict=True))
+    names = table["case"].str.partition(", ")
+    table = table.assign(method=names[0], where=names[2].where(names[2] != "", "video"))
+    wide = table.pivot_table(index="method", columns=["where", "figure"], values="value")
+    columns = [
+        (where, figure, digits)
+        for where in ("video", "one view")
+        for figure, digits in (
+            ("time", ".3g"), ("growth of time", ".2f"),
+            ("memory", ".3g"), ("growth of memory", ".2f"),
+        )
+        if (where, figure) in wide
+    ]  # fmt: skip
     rows = [
-        (f"`{case}`", *(f"{value:.2f}" for value in wide.loc[case]), notes[case])
-        for case in wide.index
+        (
+            f"`{method}`",
+            *(_number(wide.loc[method, (where, figure)], form) for where, figure, form in columns),
+        )
+        for method in wide.index
     ]
-    return markdown(("method", *wide.columns, "measured"), rows)
+    units = {"time": "ms", "memory": "MiB"}
+    heads = [
+        f"{where}: {figure}" + (f" ({units[figure]})" if figure in units else "")
+        for where, figure, _ in columns
+    ]
+    return markdown(("method", *heads), rows)
+
+
+def _number(value: float, form: str) -> str:
+    return _MISSING if pd.isna(value) else f"{value:{form}}"
 
 
 def _benchmark(name: str) -> Table:

@@ -56,6 +56,9 @@ def ablation(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Sweep options of methods.
@@ -83,6 +86,7 @@ def ablation(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
         )
         quiet()
@@ -103,11 +107,13 @@ def tables(found: pd.DataFrame) -> Iterator[Table]:
         first, second = sweep["first"].iloc[0], sweep["second"].iloc[0]
         made = new_table(title=escape(f"{sweep['method'].iloc[0]}, by {first} {second}".strip()))
         made.add_column("keep", justify="right")
-        made.add_column(escape(first), overflow="fold")
+        made.add_column(escape(first))
         if second:
-            made.add_column(escape(second), overflow="fold")
-        for name in ("accuracy", "to the first", "p", "Holm", "KL", "tokens"):
-            made.add_column(name, justify="right", no_wrap=True)
+            made.add_column(escape(second))
+        made.add_column("accuracy", justify="right")
+        values = {"to the first": 5, "p": 3, "Holm": 4, "KL": 1, "tokens": 2}
+        for name, value in values.items():
+            made.add_column(name, justify="right", value=value)
         for retention, group in sweep.groupby("retention", sort=False):
             for position, (_, row) in enumerate(group.iterrows()):
                 alone = math.isnan(row["low"])

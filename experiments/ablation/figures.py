@@ -1,15 +1,17 @@
 """Figures of an ablation."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from tokenprune.experiments.common.plots import INK, MARKERS, style, titles
+from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.glyphs import wrapped
+from tokenprune.experiments.common.plots import INK, MARKERS, Canvas, canvas, errors, in_percent
+from tokenprune.experiments.common.request import FIGURES, FigureOptions
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.summary import OVERALL
 
@@ -18,40 +20,37 @@ __all__ = [
 ]
 
 
-_PANELS = 3  # in a row
-
-
-def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
+def figure(
+    table: pd.DataFrame,
+    summary: pd.DataFrame,
+    model: str,
+    options: FigureOptions = FIGURES,
+) -> Figure:
     """A panel for every sweep of one option, a heat map per retention for those of two.
 
     Args:
         table: As `ablation.run.differences` returns it.
         summary: As `summary.summarise` returns it; gives intervals and the uncompressed model.
         model: Name of the model.
+        options: Width and titles.
     """
     overall = summary[summary["kind"] == OVERALL]
     ends = overall[["label", "retention", "accuracy_low", "accuracy_high"]]
     table = table.merge(ends, on=["label", "retention"], how="left")
-    panels = []
+    panels: list[pd.DataFrame] = []
     for _, sweep in table.groupby("sweep", sort=False):
-        if sweep["second"].iloc[0]:
-            panels += [part for _, part in sweep.groupby("retention", sort=False)]
-        else:
-            panels.append(sweep)
-    columns = min(_PANELS, len(panels))
-    rows = -(-len(panels) // columns)
+        maps = [part for _, part in sweep.groupby("retention", sort=False)]
+        panels += maps if sweep["second"].iloc[0] else [sweep]
     full = overall.loc[overall["method"] == UNCOMPRESSED, "accuracy"]
-    with style():
-        figure = Figure(figsize=(max(9.6, 5.2 * columns), 1.3 + 4.1 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    reference = float(full.iloc[0]) if len(full) else np.nan
+    with canvas(options, f"Effect of the options on {model}", _caption(table, panels)) as made:
+        rows, columns = made.panels(len(panels), 13 * made.line, most=3)
+        inches = made.size.width / columns - 5 * made.line
+        height = min(made.size.height, 0.95 * made.size.width / columns + 3 * made.line)
+        grid = made.subplots(rows * height, rows, columns).flatten()
         for axes, part in zip(grid, panels, strict=False):
-            if part["second"].iloc[0]:
-                _heat(axes, part)
-            else:
-                _lines(axes, part, float(full.iloc[0]) if len(full) else np.nan)
-            axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
-            axes.xaxis.label.set_size(13)
-            axes.yaxis.label.set_size(13)
+            draw = _heat if part["second"].iloc[0] else _lines
+            draw(made, axes, part, inches, reference)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         lines = [axes for axes in grid if axes.containers]
@@ -59,15 +58,21 @@ def figure(table: pd.DataFrame, summary: pd.DataFrame, model: str) -> Figure:
         for axes in lines:
             axes.set_ylim(min(limits), max(limits))
         if lines and table["retention"].nunique() > 1:
-            handles, labels = lines[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-        titles(
-            figure,
-            f"Effect of the options on {model}",
-            f"accuracy on {int(table['n'].max())} questions; bars: 95 % confidence intervals; "
-            "dashed: uncompressed; shaded: the setting that others are compared with",
-        )
-    return figure
+            made.legend(lines[0].get_legend_handles_labels(), blank=grid[len(panels) :])
+    return made.figure
+
+
+def _caption(table: pd.DataFrame, panels: list[pd.DataFrame]) -> str:
+    """What the panels show: bars and lines only where there are some."""
+    words = [f"accuracy on {int(table['n'].max())} questions"]
+    if table["retention"].nunique() == 1:
+        words[0] += f", {plots.percent(table['retention'].iloc[0])} kept"
+    if any(not part["second"].iloc[0] for part in panels):
+        words += ["bars: 95 % confidence intervals", "dashed: uncompressed"]
+        words += ["shaded: the setting that others are compared with"]
+    if any(part["second"].iloc[0] for part in panels):
+        words += ["numbers in maps: accuracy in %"]
+    return "; ".join(words)
 
 
 def _numbers(values: Iterable[str]) -> bool:
@@ -83,45 +88,50 @@ def _ordered(values: Iterable[str]) -> list[str]:
     return sorted(distinct, key=float) if _numbers(distinct) else distinct
 
 
-def _lines(axes: Axes, part: pd.DataFrame, full: float) -> None:
+def _lines(made: Canvas, axes: Axes, part: pd.DataFrame, inches: float, full: float) -> None:
     """Accuracy at every value, joined by lines where values are numbers."""
     places = {value: place for place, value in enumerate(_ordered(part["first_value"]))}
     ratios = list(pd.unique(part["retention"]))
     offsets = np.linspace(-0.12, 0.12, len(ratios)) if len(ratios) > 1 else [0.0]
-    colours = sns.color_palette("colorblind", len(ratios))
-    for index, ratio in enumerate(ratios):
+    for index, (ratio, colour) in enumerate(zip(ratios, plots.PALETTE, strict=False)):
         rows = part[part["retention"] == ratio]
         rows = rows.assign(place=rows["first_value"].map(places)).sort_values("place")
-        x = rows["place"] + offsets[index]
-        errors = [rows["accuracy"] - rows["accuracy_low"], rows["accuracy_high"] - rows["accuracy"]]
         axes.errorbar(
-            x, rows["accuracy"], yerr=np.abs(errors), color=colours[index], ms=8, mec="white",
-            mew=0.8, elinewidth=1.6, fmt=MARKERS[index], ls="-" if _numbers(places) else "",
-            lw=1.5, label=f"keeps {100 * ratio:.3g} %", zorder=3,
+            rows["place"] + offsets[index], rows["accuracy"],
+            yerr=errors(rows, "accuracy", "accuracy_low", "accuracy_high"), color=colour,
+            mec="white", mew=0.5, elinewidth=0.8 * made.size.line, fmt=MARKERS[index],
+            ls="-" if _numbers(places) else "", label=f"{plots.percent(ratio)} kept", zorder=3,
         )  # fmt: skip
-    axes.axhline(full, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
+    axes.axhline(full, color=INK, lw=0.7 * made.size.line, ls=(0, (5, 3)), zorder=1)
     base = places[part["first_value"].iloc[0]]
     axes.axvspan(base - 0.3, base + 0.3, color="black", alpha=0.06, lw=0)
-    broken = [value.replace("_", "_\n") for value in places]
-    axes.set_xticks(list(places.values()), broken)
+    _name_ticks(made, axes, list(places), inches)
     axes.set_xlim(-0.5, len(places) - 0.5)
-    axes.set(xlabel=part["first"].iloc[0], ylabel="accuracy")
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # whole percents
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.set_title(part["method"].iloc[0], loc="left", fontsize=14, fontweight="bold")
+    place: Any = axes.get_subplotspec()
+    axes.set(xlabel=part["first"].iloc[0], ylabel="accuracy (%)" if place.is_first_col() else "")
+    in_percent(axes.yaxis)
+    axes.set_title(wrapped(part["method"].iloc[0], inches, made.size.text, bold=True))
 
 
-def _heat(axes: Axes, part: pd.DataFrame) -> None:
+def _name_ticks(made: Canvas, axes: Axes, names: list[str], inches: float) -> None:
+    """Label the values, upright where they are too long for one line."""
+    room = 0.95 * inches / len(names)
+    upright = made.width_of(*names) > room
+    if upright:  # names with underscores can be broken there
+        broken = [name.replace("_", "_\n") for name in names]
+        if made.width_of(*broken) < room:
+            names, upright = broken, False
+    axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
+
+
+def _heat(made: Canvas, axes: Axes, part: pd.DataFrame, inches: float, full: float) -> None:
     """Accuracy at every pair of values."""
     rows, columns = _ordered(part["first_value"]), _ordered(part["second_value"])
     wide = 100 * part.pivot(index="first_value", columns="second_value", values="accuracy")
-    sns.heatmap(
-        wide.loc[rows, columns], ax=axes, annot=True, fmt=".1f", cmap="crest", linewidths=2,
-        cbar=False, annot_kws={"size": 13},
-    )  # fmt: skip
+    wide = wide.loc[rows, columns]
+    limits = float(np.nanmin(wide)), float(np.nanmax(wide))
+    made.heat(axes, wide, "{:.1f}", limits if limits[0] < limits[1] else (0, 100))
+    _name_ticks(made, axes, columns, inches)
     axes.set(xlabel=part["second"].iloc[0], ylabel=part["first"].iloc[0])
-    axes.tick_params(axis="y", rotation=0)
-    title = (
-        f"{part['method'].iloc[0]}, keeps {100 * part['retention'].iloc[0]:.3g} %: accuracy in %"
-    )
-    axes.set_title(title, loc="left", fontsize=14, fontweight="bold")
+    title = f"{part['method'].iloc[0]}, {plots.percent(part['retention'].iloc[0])} kept"
+    axes.set_title(wrapped(title, inches, made.size.text, bold=True))

@@ -188,8 +188,8 @@ def run(request: AblationRequest, progress: ProgressCallback = silent) -> Outcom
     table = differences(read_answers(outcome.folder), read, request.retention, seed=request.seed)
     write_tables(outcome.folder, {"ablation": table})
     if len(table):
-        drawn = figure(table, outcome.summary, Path(request.model).name)
-        plots.save(drawn, outcome.folder / "plots" / "ablation")
+        drawn = figure(table, outcome.summary, Path(request.model).name, request.figures)
+        plots.save(drawn, outcome.folder / "plots" / "ablation", request.figures)
     files = ("ablation.csv", "answers.parquet", "plots/")
     return replace(outcome, tables={"ablation": table, **outcome.tables}, files=files)
 

@@ -31,7 +31,9 @@ __all__ = [
 _Only = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME...", help="Which of sharing, selection, prefill, growth. [default: all]"
+        metavar="NAME...",
+        help="Which of startup, context, selection, loops, prefill, growth, sharing. "
+        "[default: all]",
     ),
 ]
 
@@ -43,11 +45,20 @@ _Quick = Annotated[
 
 _Against = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Compare with the figures of an earlier file."),
+    typer.Option(metavar="FILE", help="Compare with the figures of another file."),
 ]
 
 
-_Out = Annotated[Path, typer.Option(metavar="FILE", help="File for the figures, .csv or .parquet.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File for the figures, .csv or .parquet. [default: a new file in runs/]",
+    ),
+]
+
+
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 
 
 @app.command(cls=ManyValues)
@@ -56,12 +67,13 @@ def benchmark(
     quick_run: _Quick = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     against: _Against = None,
-    out: _Out = Path("runs/benchmarks.csv"),
+    out: _Out = None,
+    force: _Force = False,
 ) -> None:
     """Measure what selecting tokens and comparing methods cost, as ratios.
 
     Writes one row per figure, with machine, versions and date. Close other programs before you run
-    it.
+    it. The same command continues an interrupted run.
 
     Exit status: 0 done, 1 a figure is worse than in the file of --against, 2 bad input.
     """
@@ -70,14 +82,20 @@ def benchmark(
 
         quiet()
         request = BenchmarkRequest(
-            only=only or BENCHMARKS, quick=quick_run, device=device, against=against, out=out
+            only=only or BENCHMARKS,
+            quick=quick_run,
+            device=device,
+            against=against,
+            out=out,
+            force=force,
         )
         with progress() as bar:
             outcome = run(request, bar)
         console = Console()
         for name, group in outcome.tables["figures"].groupby("benchmark", sort=False):
             _show(console, str(name), group)
-        console.print(f"Written to {out}.", soft_wrap=True, highlight=False, markup=False)
+        path = outcome.folder / outcome.files[0]
+        console.print(f"Written to {path}.", soft_wrap=True, highlight=False, markup=False)
         if "changes" in outcome.tables:
             _show_changes(console, outcome.tables["changes"], against)
     raise typer.Exit(FAILED if outcome.status == "failed" else OK)
@@ -85,10 +103,11 @@ def benchmark(
 
 def _show(console: Console, name: str, group: pd.DataFrame) -> None:
     shown = new_table(title=name)
-    for column, justify in (("case", "left"), ("figure", "left"), ("value", "right")):
-        shown.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    shown.add_column("goal", justify="right", no_wrap=True)
-    shown.add_column("", no_wrap=True)
+    for column in ("case", "figure"):
+        shown.add_column(column, prose=True)
+    shown.add_column("value", justify="right")
+    shown.add_column("goal", justify="right", value=1)
+    shown.add_column("")
     before = None
     for row in group.itertuples():
         sign = "≤" if row.better == "low" else "≥"
@@ -106,12 +125,17 @@ def _show_changes(console: Console, moved: pd.DataFrame, against: Path | None) -
         console.print(f"No figure changed by more than 10 % since {against}.", soft_wrap=True)
         return
     shown = new_table(title=f"Since {against}")
-    for column in ("benchmark", "case", "figure", "earlier", "now", ""):
-        shown.add_column(column, overflow="fold")
+    shown.add_column("benchmark", value=1)
+    for column in ("case", "figure"):
+        shown.add_column(column, prose=True)
+    shown.add_column("earlier", value=2)
+    for column in ("now", "ratio", ""):
+        shown.add_column(column)
     for row in moved.itertuples():
-        verdict = "WORSE" if row.worse else "better"
+        noise = f" ± {row.ratio * row.noise:.1g}" if row.noise else ""
         shown.add_row(
             str(row.benchmark), escape(str(row.case)), escape(str(row.figure)),
-            f"{row.earlier:.3g}", f"{row.value:.3g}", f"{100 * row.change:+.0f} % {verdict}",
+            f"{row.earlier:.3g}", f"{row.value:.3g}", f"{row.ratio:.3g}{noise}",
+            "WORSE" if row.worse else "better",
         )  # fmt: skip
     console.print(shown)

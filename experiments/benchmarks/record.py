@@ -1,5 +1,6 @@
 """The figures of benchmarks: writing, reading and comparing files of them."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,11 +10,12 @@ import pandas as pd
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import read_csv, write_csv
 from tokenprune.experiments.common.files import replace_file
+from tokenprune.experiments.common.timing import Timing
 
-__all__ = ["Figure", "changes", "save", "table"]
+__all__ = ["Figure", "changes", "check_comparable", "noise_of", "save", "table"]
 
 KEY = ["benchmark", "case", "figure"]
-NOTICEABLE = 0.1  # relative change up to which two runs count as equal
+NOTICEABLE = 0.1  # relative change up to which two runs count as equal, if their noise is less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Figure:
         better: Which direction is better; None for a figure that only explains another one.
         goal: The value not to exceed (``low``) or to reach (``high``), if there is one.
         note: How the value came about.
+        noise: Relative standard error that its repeats show; 0 if unknown.
     """
 
     case: str
@@ -37,6 +40,7 @@ class Figure:
     better: Literal["low", "high"] | None = None
     goal: float | None = None
     note: str = ""
+    noise: float = 0.0
 
     @property
     def met(self) -> bool | None:
@@ -44,6 +48,20 @@ class Figure:
         if self.goal is None:
             return None
         return self.value <= self.goal if self.better == "low" else self.value >= self.goal
+
+
+def noise_of(*timings: Timing) -> float:
+    """Relative standard error of a product or quotient of the medians of ``timings``.
+
+    The interquartile range of normal numbers is 1.35 standard deviations, and the standard error of
+    the median of ``n`` numbers is 1.25 of them over the root of ``n``.
+    """
+    errors = [
+        1.25 / 1.35 * one.spread / one.median / math.sqrt(len(one.runs))
+        for one in timings
+        if one.median > 0
+    ]
+    return math.hypot(*errors)
 
 
 def save(frame: pd.DataFrame, path: Path) -> None:
@@ -73,19 +91,37 @@ def table(path: Path) -> pd.DataFrame:
     return frame
 
 
+def check_comparable(path: Path, earlier: pd.DataFrame, quick: bool) -> None:
+    """Raise `UserError` if figures of toy sizes would be compared with full ones."""
+    toy = "quick" in earlier and bool(earlier["quick"].astype(bool).any())
+    if toy != quick:
+        was, now = ("toy sizes (--quick)", "full sizes") if toy else ("full sizes", "toy sizes")
+        choice = "give --quick too" if toy else "leave out --quick"
+        raise UserError(
+            f"{path} has figures of {was}, which cannot be compared with {now}; {choice}, or "
+            "choose another file for --against."
+        )
+
+
 def changes(frame: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
-    """The figures that changed by more than `NOTICEABLE` since ``earlier``, worst first.
+    """The figures that changed since ``earlier``, by more than `NOTICEABLE` and twice their noise.
 
     Returns:
-        The key columns, ``value``, ``earlier``, ``change`` (value / earlier - 1) and ``worse``.
-        Figures without ``better``, and those that one of the files lacks, are left out.
+        The key columns, ``value``, ``earlier``, ``ratio`` (value / earlier), its relative ``noise``
+        and ``worse``; first the worse ones, the largest change first.  Figures without ``better``,
+        and those that one of the files lacks, are left out.
     """
-    both = frame.merge(earlier[[*KEY, "value"]], on=KEY, suffixes=("", "_earlier"))
-    both = both.rename(columns={"value_earlier": "earlier"})[both["better"].notna()]
-    change = both["value"] / both["earlier"].where(both["earlier"] != 0) - 1
-    change = change.fillna((both["value"] != both["earlier"]).astype(float))
-    both = both.assign(change=change, worse=(change > 0) == (both["better"] == "low"))
-    moved = both[both["change"].abs() > NOTICEABLE]
-    order = moved["change"].abs() * moved["worse"].map({True: 1.0, False: -1.0})
-    columns = [*KEY, "value", "earlier", "change", "worse"]
-    return moved.loc[order.sort_values(ascending=False).index, columns]
+    before = earlier.reindex(columns=[*KEY, "value", "noise"])
+    both = frame.merge(before, on=KEY, suffixes=("", "_earlier"))
+    both = both[both["better"].notna()].rename(columns={"value_earlier": "earlier"})
+    noise = sum(both[name].fillna(0.0) ** 2 for name in ("noise", "noise_earlier") if name in both)
+    same = both["value"] == both["earlier"]
+    ratio = (both["value"] / both["earlier"]).where(~same, 1.0)  # infinite after 0
+    both = both.assign(
+        ratio=ratio, noise=noise**0.5, worse=(ratio > 1) == (both["better"] == "low")
+    )
+    size = ratio.map(lambda one: abs(math.log(one)) if one > 0 else math.inf)
+    least = (2 * both["noise"]).clip(lower=NOTICEABLE)
+    moved = both.assign(size=size)[(ratio > 1 + least) | (ratio < 1 / (1 + least))]
+    moved = moved.sort_values(["worse", "size"], ascending=False, kind="stable")
+    return moved[[*KEY, "value", "earlier", "ratio", "noise", "worse"]]

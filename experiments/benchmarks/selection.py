@@ -12,39 +12,28 @@ to it, as a share of the same prefill, and the whole vision encoder with and wit
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
 
 import tokenprune as tp
-from tokenprune.attention import (
-    Projections,
-    attention_received,
-    cls_row,
-    decoder_keys,
-    decoder_mass,
-    decoder_row,
-    decoder_rows,
-    key_vectors,
-    moved_keys,
-    rotary_product,
-)
+from tokenprune.attention import Projections, decoder_keys
 from tokenprune.compatibility import check_compatible
-from tokenprune.compressor import Compressor, Stage
+from tokenprune.compressor import Compressor, Stage, cut_layer
 from tokenprune.cost.arithmetic import DecoderShape
 from tokenprune.encoder import EncoderCompressor
+from tokenprune.engine import vision
+from tokenprune.engine.decoder import LayerSignals
+from tokenprune.engine.forward import Given, Pass, Prompts, Span
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks import tower
-from tokenprune.experiments.benchmarks.record import Figure
+from tokenprune.experiments.benchmarks.record import Figure, noise_of
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
     LLAVA_NEXT_7B,
@@ -52,14 +41,14 @@ from tokenprune.experiments.benchmarks.shapes import (
     TEXT,
     VISION_HEADS,
     VISION_WIDTH,
-    decoder_config,
     dtype_of,
+    llava,
     tokens_at,
 )
 from tokenprune.experiments.benchmarks.watching import host_waits, watching
-from tokenprune.experiments.common.timing import peak_memory, timed
+from tokenprune.experiments.common.timing import Timing, peak_memory, timed
 from tokenprune.layout import TokenLayout
-from tokenprune.signals import Signal
+from tokenprune.tokens import VisualTokens
 
 GOALS = dict.fromkeys(("globalcom2", "fastv", "visionzip", "fastervlm", "vidcom2", "hired"), 0.01)
 GOALS |= dict.fromkeys(("divprune", "cdpruner", "dart", "pyramiddrop", "sparsevlm"), 0.03)
@@ -103,11 +92,11 @@ class _Bench:
     ) -> None:
         self.shape, self.layout, self.device, self.dtype = shape, layout, device, dtype
         self.repeats = 1 if quick else 3
-        config = decoder_config(shape)
-        config._attn_implementation = "sdpa"
-        self.layer = LlamaDecoderLayer(config, 0).to(device, dtype).requires_grad_(False).eval()
-        self.norm = LlamaRMSNorm(shape.hidden).to(device, dtype).requires_grad_(False)
-        self.rotary = LlamaRotaryEmbedding(config).to(device)
+        self.adapter = llava(replace(shape, layers=1), device, dtype)
+        self.adapter.model.requires_grad_(False)
+        layers: Any = self.adapter.decoder_layers
+        layers.extend([layers[0]] * (shape.layers - 1))  # one layer stands for all
+        self.layer = layers[0]
         views, patches = layout.views, layout.view_shape[0] * layout.view_shape[1] + PREFIX
         draw = functools.partial(torch.randn, device=device, dtype=dtype)
         self.vision = Projections(
@@ -119,7 +108,7 @@ class _Bench:
     def _hidden(self, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         hidden = self.draw(1, count + TEXT, self.shape.hidden)
         at = torch.arange(count + TEXT, device=self.device)[None]
-        return hidden, self.rotary(hidden, at)
+        return hidden, self.adapter.language_model.rotary_emb(hidden, at)
 
     def prefill(self) -> tuple[float, float, float]:
         """Seconds of all layers; bytes of one layer at work plus the KV cache; bytes of weights."""
@@ -134,35 +123,38 @@ class _Bench:
     def figures(
         self, name: str, compressor: Compressor, seconds: float, held: float, weights: float
     ) -> Iterator[Figure]:
-        steps = [(compressor, 0.0)]
+        steps: list[tuple[Compressor, int | float]] = [(compressor, 0)]
         if compressor.cuts:
-            steps = [(compressor.at(cut), float(cut)) for cut in compressor.cuts]
+            steps = [(compressor.at(cut), cut) for cut in compressor.cuts]
         needs = frozenset().union(*(part.needs for part, _ in steps))
         tokens = tokens_at(
             self.layout, needs, self.shape.hidden, dtype=self.dtype, device=self.device
         )
         tokens = replace(tokens, entered=len(tokens.layout.patches))
-        chosen = asked = memory = 0.0
+        memory = 0.0
+        choices: list[Timing] = []
+        signals: list[Timing] = []
         waits: list[Any] = []
         largest = 0.0
-        for part, _ in steps:
+        for part, cut in steps:
             work = functools.partial(part, tokens)
             with watching() as seen:
                 selection = work()
             waits.append(host_waits(part, tokens))
             largest = max(largest, seen.largest / len(tokens) ** 2)
-            chosen += timed(work, warmup=0, repeats=self.repeats, device=self.device).median
+            choices.append(timed(work, warmup=0, repeats=self.repeats, device=self.device))
             memory = max(memory, peak_memory(work, self.device))
-            for signal in part.needs:
-                look = self._signal(signal, len(tokens))
-                if look is not None:
-                    asked += timed(look, repeats=self.repeats, device=self.device).median
-                    memory = max(memory, peak_memory(look, self.device))
+            for look in self._looks(part, cut, tokens):
+                signals.append(timed(look, warmup=1, repeats=self.repeats, device=self.device))
+                memory = max(memory, peak_memory(look, self.device))
             tokens = tokens.take(selection.keep)
         goal = GOALS.get(name)
+        chosen, asked = (sum(one.median for one in each) for each in (choices, signals))
+        spread = math.hypot(*(noise_of(one) * one.median for one in (*choices, *signals)))
         yield Figure(
             case=name, figure="time / prefill", value=(chosen + asked) / seconds, better="low",
-            goal=goal, note=f"selection {1000 * chosen:.3g} ms, signals {1000 * asked:.3g} ms",
+            noise=spread / (chosen + asked), goal=goal,
+            note=f"selection {1000 * chosen:.3g} ms, signals {1000 * asked:.3g} ms",
         )  # fmt: skip
         yield Figure(
             case=name, figure="memory / prefill", value=memory / (held + weights), better="low",
@@ -181,69 +173,57 @@ class _Bench:
             goal=self.shape.heads - 1, note="fewer elements than one N x N matrix per head",
         )  # fmt: skip
 
-    def _signal(self, signal: Signal, count: int) -> Callable[[], Any] | None:
-        """What the engine computes for ``signal``; None if the model computes it anyway."""
-        name = signal.resolve(has_cls=True).name
-        vision = self.vision.joint() if name in ("cls_joint", "joint_keys") else self.vision
-        if name.startswith("cls"):
-            return functools.partial(cls_row, vision, softmax=name != "cls_logits")
-        if name == "received":
-            return functools.partial(attention_received, vision)
-        if name in ("keys", "joint_keys"):
-            return functools.partial(key_vectors, vision)
-        if not signal.in_llm:
-            return None
-        hidden, rotary = self._hidden(count)
-        attention: Any = self.layer.self_attn
-        total, device = hidden.shape[1], self.device
-        last = torch.tensor([total - 1], device=device)
-        visible = torch.ones(1, total, dtype=torch.bool, device=device)
-        if name == "llm_ahead":
-            norm = self.layer.input_layernorm
-            return lambda: decoder_row(attention, norm(hidden), rotary, last, visible)
-        if name == "llm_states":
-            return lambda: self.norm(hidden)
-        if name == "llm_keys_ahead":
-            norm = self.layer.input_layernorm
-            return lambda: decoder_keys(attention, norm(hidden), rotary)
-        if name == "llm_global":
-            return lambda: self._global_row(hidden)
-        keys = decoder_keys(attention, hidden, rotary)
-        if name == "llm_attention":
-            return lambda: decoder_row(attention, hidden, rotary, last, visible, keys)
-        if name == "llm_keys":
-            back = self.rotary(hidden, torch.zeros(1, 1, dtype=torch.long, device=device))
-            return lambda: moved_keys(attention, keys, back)
-        both = (rotary[0][0], rotary[1][0])
-        asking = torch.arange(total - TEXT, total, device=device)
-        if name == "llm_text_rotary":
-            return lambda: rotary_product(both, asking)
-        if name in ("llm_text", "llm_text_heads"):
-            rows = functools.partial(decoder_rows, by_head=name == "llm_text_heads")
-            allowed = visible.expand(TEXT, -1)
-            return lambda: rows(attention, hidden[0], both, asking, allowed, keys[0])
-        if name in ("llm_self", "llm_cross"):
-            asks = asking if name == "llm_cross" else torch.arange(count, device=device)
-            return lambda: decoder_mass(
-                attention,
-                hidden[0],
-                both,
-                asks,
-                lambda some: visible.expand(len(some), -1),
-                keys[0],
-            )
-        return None
+    def _looks(
+        self, part: Compressor, cut: int | float, tokens: VisualTokens
+    ) -> Iterator[Callable[[], Any]]:
+        """What the engine computes for the signals of ``part``, beside the model's own work."""
+        for signal in part.needs:
+            if signal.info.source == "vision layer":
+                compute = vision.COMPUTED[signal.resolve(has_cls=True).name]
+                yield functools.partial(compute, self.vision)
+        if any(signal.info.source == "decoder layer" for signal in part.needs):
+            yield functools.partial(self._inside, part, *self._prompt(part, cut, tokens))
 
-    def _global_row(self, hidden: Tensor) -> Tensor:
-        """Attention of the mean of all states, without rotation, as the engine computes it."""
-        states = self.layer.input_layernorm(hidden)
-        both = torch.cat([states, states.float().mean(1, keepdim=True).to(states)], 1)
-        still = both.new_ones(*both.shape[:2], self.shape.head_dim)
-        last = torch.tensor([both.shape[1] - 1], device=self.device)
-        visible = torch.ones(both.shape[:2], dtype=torch.bool, device=self.device)
-        visible[:, -1] = False
-        attention: Any = self.layer.self_attn
-        return decoder_row(attention, both, (still, torch.zeros_like(still)), last, visible)
+    def _inside(
+        self, part: Compressor, layer: int, hidden: Tensor, rotary: Any, state: Pass, span: Span
+    ) -> VisualTokens:
+        """The tokens that ``part`` receives in front of ``layer``, with its signals."""
+        kwargs = {"position_embeddings": rotary}
+        signals = LayerSignals(self.adapter)
+        rows = signals.everywhere(state, part, layer, hidden, kwargs, _each)
+        return signals.tokens(state, span, part, layer, hidden, rows, _each)
+
+    def _prompt(
+        self, part: Compressor, cut: int | float, tokens: VisualTokens
+    ) -> tuple[int, Tensor, Any, Pass, Span]:
+        """A forward in front of a cut: the layer, its input, and the state of the engine."""
+        layer, count = cut_layer(cut, self.shape.layers), len(tokens)
+        hidden, rotary = self._hidden(count)
+        total, index = hidden.shape[1], torch.arange(count)
+        keys = decoder_keys(self.layer.self_attn, hidden, rotary)
+        held = {"valid": torch.ones(1, total, dtype=torch.bool, device=self.device), "sizes": None}
+        ran = SimpleNamespace(keys=keys, values=keys, held=total, **held)
+        coming = SimpleNamespace(keys=None, values=None, held=0, **held)
+        text = torch.arange(count, total)
+        span = Span(
+            row=0, first=0, last=count - 1, columns=index, index=index, tokens=tokens,
+            layout=tokens.layout.host, carrier=tokens.features, record=tokens, placed=index,
+            runs=torch.zeros_like(index), deep=index, there=index, entered=index, asks=total - 1,
+        )  # fmt: skip
+        state = Pass.start(Given(), hidden, {}, frozenset(range(layer)))
+        state.prompts = Prompts(left=[total], text=[text], ends=[total - 1])
+        state.spans, state.queries = [span], [text[-1:]]
+        layers: list[Any] = [ran] * layer + [coming] * (self.shape.layers - layer)
+        state.layers = layers
+        state.tapped.update(dict.fromkeys(range(layer), (hidden, rotary)))
+        projected = self.layer.self_attn.q_proj(hidden)
+        state.projected.update(dict.fromkeys(range(layer), projected))
+        return layer, hidden, rotary, state, span
+
+
+def _each(what: Any, compute: Callable[[], Tensor]) -> Tensor:
+    """Nothing is shared."""
+    return compute()
 
 
 def _kernels(device: str) -> Iterator[Figure]:

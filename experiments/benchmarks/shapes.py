@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from tokenprune.adapter import Adapter, adapter_of
@@ -15,7 +15,7 @@ from tokenprune.layout import TokenLayout
 from tokenprune.models import testbed
 from tokenprune.models.llava_next import LlavaNext
 from tokenprune.pipeline import Pipeline, encoder_outputs
-from tokenprune.signals import Signal
+from tokenprune.signals import SIGNALS, Signal
 from tokenprune.synthetic import sample_tokens
 from tokenprune.tokens import VisualTokens
 
@@ -98,36 +98,23 @@ def tokens_at(
     device: str = "cpu",
 ) -> VisualTokens:
     """Random visual tokens with features and signals as wide as in the model."""
-    draw = torch.Generator().manual_seed(0)
-    small = sample_tokens(needs, layout, dtype=dtype)
-
-    def wide(name: str, value: Tensor) -> Tensor:
-        columns = {
-            "llm_keys": width, "llm_states": width, "llm_text": TEXT, "keys": vision // 16,
-            "joint_keys": vision, "unprojected": vision,
-        }.get(name)  # fmt: skip
-        if columns is None:
-            return value.to(device)
-        made = torch.randn(len(value), columns, generator=draw)
-        if name == "llm_text":
-            made = made.softmax(0)
-        if not name.startswith("llm"):
-            made = made.masked_fill(layout.is_separator[:, None], torch.nan)
-        return made.to(device, dtype)
-
-    projector = nn.Linear(vision, width, device=device, dtype=dtype).requires_grad_(False)
-    image = torch.randn(len(layout.patches), width, generator=draw)
-    text = torch.randn(TEXT, width, generator=draw)
+    axes = {
+        "hidden": width, "kv_width": width, "vision_width": vision, "projector_width": vision,
+        "joint_width": vision, "vision_head_width": vision // VISION_HEADS,
+        "heads": LLAVA_NEXT_7B.heads,
+    }  # fmt: skip
+    widths = {
+        name: axes[info.shape[-1]] for name, info in SIGNALS.items() if info.shape[-1] in axes
+    }
+    made = sample_tokens(needs, layout, dtype=dtype, text=TEXT, widths=widths | {"features": width})
     return replace(
-        small,
+        made,
         layout=layout.to(device),
-        features=torch.randn(len(layout), width, generator=draw).to(device, dtype),
-        signals={one: wide(one.name, value) for one, value in small.signals.items()},
-        projector=projector,
-        text={
-            one: wide(one.name, value.repeat(TEXT, 1)[:TEXT]) for one, value in small.text.items()
-        },
-        inputs=(image.to(device, dtype), text.to(device, dtype)),
+        features=made.features.to(device),
+        signals={one: value.to(device) for one, value in made.signals.items()},
+        projector=nn.Linear(vision, width, device=device, dtype=dtype).requires_grad_(False),
+        text={one: value.to(device) for one, value in made.text.items()},
+        inputs=made.inputs and (made.inputs[0].to(device), made.inputs[1].to(device)),
     )
 
 
@@ -138,7 +125,7 @@ def prompt_of(adapter: Adapter, tokens: VisualTokens, rows: int = 1) -> dict[str
     ids = torch.cat([torch.tensor([[1]]), image, torch.full((1, TEXT - 1), 5)], 1).to(device)
     ids = ids.repeat(rows, 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | encoder_outputs([[tokens]] * rows)
+    return inputs | encoder_outputs(adapter, [[tokens]] * rows)
 
 
 def vit_flops(views: int, patches: int, width: int, mlp: int, layers: int) -> float:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,15 +39,7 @@ def host_waits(part: Compressor, tokens: VisualTokens) -> Counter[str]:
     simulated device (`SecondDevice`).
     """
     if tokens.features.device.type == "cuda":
-        torch.cuda.synchronize()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                part(tokens)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        count = sum("synchronizing" in str(one.message) for one in caught)
+        count = cuda_waits(lambda: part(tokens))
         return Counter({"synchronisation": count} if count else {})
     device = SecondDevice()
     with device:
@@ -54,6 +47,19 @@ def host_waits(part: Compressor, tokens: VisualTokens) -> Counter[str]:
         device.waits.clear()
         part(there)
     return device.waits
+
+
+def cuda_waits(work: Callable[[], Any]) -> int:
+    """Number of synchronisations with the GPU in ``work``, as CUDA reports them."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(one.message) for one in caught)
 
 
 def _elsewhere(tokens: VisualTokens) -> VisualTokens:

@@ -144,6 +144,8 @@ class DataFiles(Area):
                 "a.png/b.png",
                 "../" * 2000,
                 "\ud800.png",
+                "https://example.com/a.png",
+                "ftp://example.com/a.png",
             ]
             broken = rng.choice(none)
             line[shown] = broken if shown == "image" else ["a.png", broken]
@@ -162,6 +164,7 @@ class DataFiles(Area):
                 b"[" * deep + b"]" * deep, b"\xff\xfe", right.encode("utf-16"), b"\0" * 100,
                 right.encode()[: rng.randrange(1, len(right))], right.encode() + b"x",
                 right.encode() + right.encode(), b"[" + right.encode() + b"]",
+                json.dumps(lines, indent=2).encode(), b"nope\n" * rng.randint(2, 500),
                 *(f"{head}{value}}}".encode() for value in
                   ("NaN", "Infinity", "-Infinity", "1e400", "9" * 5000, "yes", "01", "'a'")),
                 (head + "[" * deep + "]" * deep + "}").encode(),

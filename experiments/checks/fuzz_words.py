@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import annotated_types
 import typer.main
+from PIL import Image
 from pydantic.fields import FieldInfo
 
 from tokenprune.allocators import ALLOCATORS, Allocator
@@ -314,6 +315,7 @@ class Options(Area):
             "report": (run,),
             "pairs": (run,),
             "masks": methods,
+            "demo": (),
             "positional-bias": ("--images", "1", *methods),
             "complementarity": questions,
             "crop-importance": questions,
@@ -382,6 +384,9 @@ class Options(Area):
     def _path(self, rng: random.Random) -> tuple[tuple[str, ...], bool]:
         (self.folder / "file").touch()
         (self.folder / "empty").mkdir(exist_ok=True)
+        (self.folder / "full").mkdir(exist_ok=True)
+        (self.folder / "full" / "notes.txt").touch()
+        Image.new("RGB", (40, 30)).save(self.folder / "cat.png")
         below, nowhere = "file/below", "no/such/thing"
         compare = ("compare", *self.base["compare"])
         words = rng.choice(
@@ -399,7 +404,21 @@ class Options(Area):
                 ("benchmark", "--quick", f"--against={rng.choice([nowhere, 'file', 'empty'])}"),
                 ("masks", rng.choice([nowhere, "file", "empty"]), "-m", "uniform"),
                 ("masks", f"{nowhere}.png", "What?"), ("masks", "--video", "empty"),
-                ("positional-bias", rng.choice([nowhere, "file", "empty"])),
+                ("masks", "cat.png", "What", "is", "this?"),
+                ("masks", "https://example.com/cat.png", "What?"),
+                ("positional-bias", "https://example.com/cat.png"),
+                *((name, *self.base[name], f"--out={path}", *force)
+                  for name in ("masks", "efficiency") for path in (self.run, "full")
+                  for force in ((), ("--force",))),
+                *((name, *self.base[name], f"--model={path}")
+                  for name in ("compare", "efficiency", "masks") for path in
+                  ("file", "./nowhere", "/nowhere/at/all", below)),
+                ("report", self.run, "--out=file"), ("benchmark", "--quick", "--out=file"),
+                ("convert", "fastv", f"--flops={rng.choice([50, 2, 100])}"),
+                ("convert", "fastv", f"--equivalent={rng.choice([50, 2, 100])}"),
+                *((name, path, "--prompt=What?")
+                  for name in ("positional-bias", "complementarity", "crop-importance", "masks")
+                  for path in (nowhere, "file", "empty", "empty/*", "x/**/*.png", "a.jsonl")),
                 ("pairs", self.run, f"--kind={rng.choice(['../../x', 'nope', '/', ' '])}"),
                 ("pairs", self.run, "-m", rng.choice(["nope", "fastv:", "uniform@0.5"])),
                 ("table",), ("report",), ("pairs",), ("audit",), ("convert",), ("nope",),

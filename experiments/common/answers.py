@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -16,7 +16,10 @@ from tokenprune.experiments.common.questions import Question, normalise
 from tokenprune.experiments.common.run_folder import IMAGE_FREE, THUMBNAIL_ONLY, UNCOMPRESSED
 
 __all__ = [
+    "AGREEMENT_ONLY",
+    "Measure",
     "answers_frame",
+    "measured",
     "read_answers",
 ]
 
@@ -58,10 +61,11 @@ def answers_frame(
     question alone.
 
     ``correct`` and ``agrees`` (whether the answer equals that of the uncompressed model) compare
-    normalised texts and are missing if there is no answer to compare.  ``kl`` is the divergence of
-    the first answer token's distribution from the uncompressed model's, in nats.  ``easy`` marks
-    questions that are answered correctly without the image or from the thumbnail alone; it is the
-    same for all cells, and missing if these references were not run.
+    normalised texts and are missing if there is no answer to compare; so is ``correct`` if the true
+    answer is unknown.  ``kl`` is the divergence of the first answer token's distribution from the
+    uncompressed model's, in nats.  ``easy`` marks questions that are answered correctly without the
+    image or from the thumbnail alone; it is the same for all cells, and missing if these references
+    were not run or the true answer is unknown.
     """
     little = {cell.name: cell.key for cell in cells if cell.name in (IMAGE_FREE, THUMBNAIL_ONLY)}
     easy = {item.id: _easy(item, little, journal) for item in questions}
@@ -78,7 +82,7 @@ def answers_frame(
             if failed or record is not None or (key, item.id) in journal.missing
         ]
         answers = [_plain(record.get("answer")) for _, record in shown]
-        truths = [_plain(item.answer) for item, _ in shown]
+        truths = [_plain(item.answer or None) for item, _ in shown]
         fulls = [_plain(full[item.id].get("answer")) for item, _ in shown]
         matched = cell.matched
         made = {
@@ -110,6 +114,30 @@ def answers_frame(
     return pd.DataFrame(columns, columns=_COLUMNS).astype(_TYPES)
 
 
+Measure = Literal["accuracy", "agreement"]
+"""What experiments on views measure: `accuracy` needs true answers."""
+
+
+AGREEMENT_ONLY = (
+    "The true answers are unknown, so the figures are agreements with the uncompressed model, not "
+    "accuracies."
+)
+
+
+def measured(answers: pd.DataFrame) -> tuple[pd.DataFrame, Measure]:
+    """The answers scored by their truth or, if no truth is known, by the uncompressed model.
+
+    Args:
+        answers: As `answers_frame` returns them.
+
+    Returns:
+        The answers, with ``agrees`` in place of ``correct`` if no truth is known, and the measure.
+    """
+    if (answers["truth"] != "").any():
+        return answers, "accuracy"
+    return answers.assign(correct=answers["agrees"]), "agreement"
+
+
 @lru_cache(maxsize=4096)
 def _plain(answer: str | None) -> str | None:
     """The normalised answer; None if there is none."""
@@ -123,13 +151,15 @@ def _same(one: str | None, other: str | None) -> bool | None:
 def _easy(item: Question, little: Mapping[str, str], journal: Journal) -> bool | None:
     """Whether a reference answers ``item`` correctly, without the image or with the thumbnail.
 
+    None if the references or the true answer are unknown.
+
     Args:
         item: The question.
         little: Name to cell key of these references.
         journal: The journal with their answers.
     """
     said = {name: journal.answers.get((key, item.id)) for name, key in little.items()}
-    if not said or None in said.values():
+    if not said or None in said.values() or not item.answer:
         return None
     # The thumbnail of an image without crops is the whole image and says nothing of difficulty.
     return any(

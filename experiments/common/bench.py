@@ -20,6 +20,7 @@ from tokenprune.cost.ledger import Ledger
 from tokenprune.engine.cache import CACHE
 from tokenprune.engine.session import compress
 from tokenprune.engine.vision import encoded, observing
+from tokenprune.experiments.common.patch_boxes import ViewSize
 from tokenprune.experiments.common.prompt import Prompt
 from tokenprune.experiments.common.timing import Timing, median_of, peak_memory, synchronise, timed
 from tokenprune.layout import TokenLayout
@@ -120,6 +121,18 @@ class Bench:
         shape = self.batch_size, length, self.shape.hidden
         return torch.randn(shape, device=self.device, dtype=self.adapter.model.dtype)
 
+    def _image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the prompt's image."""
+        if self.prompt.image_size is not None:
+            return self.prompt.image_size
+        vision = self.adapter.facts.vision
+        if vision.native:
+            rows, cols = self.prompt.layouts[0].view_shape
+            tall, wide = (side * vision.merge_size for side in vision.patch_size)
+            return rows * tall, cols * wide
+        side = 2 * ViewSize.of(self.adapter).side
+        return side, side
+
     # -- the parts ---------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -127,9 +140,7 @@ class Bench:
         """Time of the vision encoder on the prompt's image, with those ``signals`` it produces."""
         wanted = frozenset(signal for signal in signals if not signal.in_llm)
         if wanted not in self._seen:
-            side = self.adapter.base.config.vision_config.image_size
-            size = self.prompt.image_size or (2 * side, 2 * side)
-            call = self.adapter.dummy_images([size] * self.batch_size)
+            call = self.adapter.dummy_images([self._image_size()] * self.batch_size)
             dtype = self.adapter.model.dtype
             moved = {
                 name: value.to(self.device, dtype if value.is_floating_point() else None)
@@ -183,9 +194,7 @@ class Bench:
         watch = _Watch(self.device)
         selecting: list[float] = []
         gc.collect()  # so that no garbage of earlier runs is freed while memory is measured
-        with compress(self.adapter.model, method):
-            fresh = inputs()
-            peak = peak_memory(lambda: self._forward(fresh), self.device)
+        peak = self.watched(method, partial(peak_memory, device=self.device), inputs)
         with compress(self.adapter.model, method) as trace:
             trace.around = watch.running
 
@@ -202,6 +211,19 @@ class Bench:
         rest = [total - part for total, part in zip(whole.runs, selected, strict=True)]
         return Measurement(median_of(rest), median_of(selected), decode, peak, ledger)
 
+    @torch.no_grad()
+    def watched(
+        self,
+        method: Compressor | None,
+        watch: Callable[[Callable[[], Any]], int],
+        inputs: Callable[[], dict[str, Any]] | None = None,
+    ) -> int:
+        """What ``watch`` returns about a function that runs one prefill under ``method``."""
+        needs = method.needs if method is not None else frozenset()
+        fresh = (inputs or self._inputs(needs, self.prompt.layouts))()
+        with compress(self.adapter.model, method):
+            return watch(lambda: self._forward(fresh))
+
     def _forward(self, inputs: dict[str, Any]) -> Any:
         return self.adapter.model(**inputs, use_cache=True, logits_to_keep=1)
 
@@ -212,7 +234,9 @@ class Bench:
         token = torch.full((self.batch_size, 1), 5, device=self.device)
         for _ in range(WARM_UP + DECODED):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            step = {"input_ids": token, "attention_mask": mask, CACHE: cache}
+            step = {"input_ids": token, CACHE: cache}
+            if not self.adapter.multimodal_positions:  # those would be numbered from the mask
+                step["attention_mask"] = mask
             synchronise(self.device)
             start = time.perf_counter()
             self.adapter.model(**step, use_cache=True, logits_to_keep=1)
@@ -245,6 +269,11 @@ class Bench:
             prompt += [adapter.facts.placeholders[layout.modality]] * len(layout)
         words = max(1, self.prompt.text)  # every prompt has text
         ids = torch.tensor([[*prompt, *([5] * words)]] * self.batch_size, device=self.device)
+        others = {
+            **adapter.prompt_arguments(ids),
+            **adapter.encoding_arguments([*layouts] * self.batch_size),
+        }
+        others = {name: value.to(self.device) for name, value in others.items()}
 
         def make() -> dict[str, Any]:
             features: dict[str, list[Tensor]] = {}
@@ -255,6 +284,7 @@ class Bench:
             return {
                 "input_ids": ids,
                 "attention_mask": torch.ones_like(ids),
+                **others,
                 "mm_encoder_outputs": {name: encoded(some) for name, some in features.items()},
             }
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,10 @@ class Cell:
 class CellRecord:
     """A `Cell` without its compressor, as a manifest stores it.
 
+    It reads the answers of a method whose code is not there.
+
     Attributes:
-        key, method, label, parameters, name: Of the cell.
+        key, method, label, parameters, name, matched: Of the cell.
         retention: Of the cell; None for NaN, which is not JSON.
     """
 
@@ -129,19 +132,25 @@ class CellRecord:
     parameters: str
     name: str
     retention: float | None
-
-    matched = None
+    matched: Matched | None = None
 
     @classmethod
     def of(cls, cell: Cell) -> CellRecord:
-        """The record of a cell whose retention ratio was not solved for."""
+        """The record of a cell."""
         retention = None if math.isnan(cell.retention) else cell.retention
-        names = ("key", "method", "label", "parameters", "name")
+        names = ("key", "method", "label", "parameters", "name", "matched")
         return cls(**{name: getattr(cell, name) for name in names}, retention=retention)
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> CellRecord:
+        """The record that `dataclasses.asdict` turned into ``stored``."""
+        matched = stored.get("matched")
+        return cls(**{**stored, "matched": Matched(**matched) if matched else None})
 
     @property
     def asked(self) -> float | None:
-        return self.retention
+        """The requested retention ratio; not the cell's own if that was solved for."""
+        return self.retention if self.matched is None else self.matched.asked
 
 
 def without_seed(compressor: Compressor) -> Compressor:

@@ -45,29 +45,53 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `UserError` unless ``path`` is, or can be made, a folder we can write files to."""
+    """Raise `UserError` unless ``path`` is, or can be made, a folder we can write files to.
+
+    Nothing is made, so that a command that refuses its input leaves no empty folder.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
+        _try_writing(path)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise UserError(
-            f"cannot write to the output folder {str(path)!r} ({error.strerror}); choose another "
-            "with --out."
+            f"cannot write to the output folder {str(path)!r} "
+            f"({getattr(error, 'strerror', None) or error}); choose another with --out."
         ) from error
 
 
-def check_file(path: Path) -> None:
-    """Raise `UserError` unless a file can be written to ``path``."""
-    if path.is_dir():
+def _try_writing(folder: Path) -> None:
+    """Write a temporary file to ``folder``, or to the folder that it would be made in."""
+    place = folder
+    while True:
+        try:
+            place.stat()
+            break
+        except FileNotFoundError:
+            if place.is_symlink() or place.parent == place:
+                raise
+            place = place.parent
+    with tempfile.TemporaryFile(dir=place):
+        pass
+
+
+def check_file(path: Path, *, new: bool = False) -> None:
+    """Raise `UserError` unless a file can be written to ``path``.
+
+    Args:
+        path: The file.
+        new: Whether it must not exist yet.
+    """
+    if os.path.isdir(path):  # os.path: no error for a name that is too long
         raise UserError(f"cannot write to {str(path)!r}: it is a folder; name a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
+    if new and os.path.lexists(path):
         raise UserError(
-            f"cannot write to the file {str(path)!r} ({error.strerror}); choose another with --out."
+            f"{str(path)!r} already exists; choose another --out, or give --force to replace it."
+        )
+    try:
+        _try_writing(path.parent)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot write to the file {str(path)!r} "
+            f"({getattr(error, 'strerror', None) or error}); choose another with --out."
         ) from error
 
 

@@ -1,10 +1,17 @@
-"""Differences and p-values, as tables show them."""
+"""Differences, p-values and arrows, as tables show them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
+    "arrow",
+    "arrows",
     "difference",
     "p_value",
 ]
@@ -23,3 +30,31 @@ def p_value(value: float) -> str:
     if math.isnan(value):
         return "-"
     return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def arrows(summary: pd.DataFrame) -> str:
+    """What an arrow of `arrow` means, in words.
+
+    Args:
+        summary: As `summary.summarise` returns it.
+    """
+    matched = [] if "match" not in summary else list(summary["match"].dropna().unique())
+    beside = f"at the same cost ({matched[0]})" if matched else "at the same retention"
+    return (
+        f"↑ ↓ significantly better or worse than uniform {beside}, on the same questions (exact "
+        "McNemar test, p < 0.05; with several seeds, the 95 % interval of the difference)."
+    )
+
+
+def arrow(row: Mapping[str, Any]) -> str:
+    """An arrow as `arrows` explains it, or nothing.
+
+    Args:
+        row: Of `summary.summarise`.
+    """
+    nan = float("nan")
+    p, low, high = (float(row.get(f"vs_uniform{end}", nan)) for end in ("_p", "_low", "_high"))
+    sure = low * high > 0 if math.isnan(p) else p < 0.05
+    if not sure:
+        return ""
+    return "↑" if row["vs_uniform"] > 0 else "↓"

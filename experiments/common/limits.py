@@ -25,6 +25,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "layers": (1, 1_000),
     "max_image_pixels": (1, 2**31 - 1),
     "max_new_tokens": (1, 1_000_000),
+    "port": (1, 65_535),
     "questions": (1, 1_000_000),
     "repeats": (1, 100_000),
     "seed": (0, 2**32 - 1),  # the range of every random generator
@@ -99,7 +100,7 @@ def with_long_ones(pipe: Pipeline, questions: Iterable[Question], new: int = 0) 
 
 def _sizes(pipe: Pipeline, item: Question) -> tuple[tuple[int, int], ...] | None:
     """(height, width) of the images, or of a video's first frame; None if unknown."""
-    if item.video and "video" not in pipe.adapter.encoders:
+    if item.video and "video" not in pipe.adapter.modalities:
         return None
     try:
         return tuple(map(_size, item.images[:1] if item.video else item.images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -11,10 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenprune.console import FAILED, INTERRUPTED, OK, Plugin
+from tokenprune.console import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Plugin,
+    complete_method,
+    complete_word,
+)
+from tokenprune.models import testbed
+from tokenprune.models.published import KNOWN
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
+    from tokenprune.experiments.common.request import FigureOptions
 
 __all__ = [
     "BatchSize",
@@ -22,19 +33,26 @@ __all__ = [
     "Data",
     "Device",
     "Dtype",
+    "Force",
+    "Formats",
     "ImageSize",
+    "Images",
     "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
     "Model",
+    "NoTitle",
     "Out",
     "Patches",
     "Plugin",
+    "Prompt",
     "Questions",
     "Seed",
     "TextTokens",
     "TrustRemoteCode",
+    "Width",
     "closing",
+    "figures",
     "gaps",
     "image_limit",
     "interrupted",
@@ -49,10 +67,15 @@ __all__ = [
 _NAMED = 10  # how many unanswered questions are named
 
 
+_LISTED = 10  # how many files are
+
+
 def methods(about: str, default: str) -> Any:
     """The option ``--methods``; its values and its default differ by command."""
     text = f"{about} [default: {default}]"
-    return typer.Option("--methods", "-m", metavar="SPEC...", help=text)
+    return typer.Option(
+        "--methods", "-m", metavar="SPEC...", help=text, autocompletion=complete_method
+    )
 
 
 def retention(default: str) -> Any:
@@ -61,7 +84,14 @@ def retention(default: str) -> Any:
     return typer.Option("--retention", "-r", metavar="R...", help=text)
 
 
-Model = Annotated[str, typer.Option(help="Embedded testbed, Hugging Face Hub id or local folder.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        help="Embedded testbed, Hugging Face Hub id or local folder.",
+        autocompletion=complete_word(*testbed.names()),
+    ),
+]
 
 
 Questions = Annotated[
@@ -76,6 +106,26 @@ Data = Annotated[
 ]
 
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[IMAGE]...",
+        help="Images of your own, before the options: files, folders, and quoted patterns such as "
+        "'photos/*.jpg'. [default: images of the testbed]",
+    ),
+]
+
+
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help='The question about images that come without one. [default: "What is in the image?"]',
+    ),
+]
+
+
 BatchSize = Annotated[
     int | None,
     typer.Option(help="Questions per batch. [default: 50 on a testbed, otherwise 4]"),
@@ -86,11 +136,23 @@ Seed = Annotated[int, typer.Option(help="Seed of the testbed's questions and of 
 
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: cuda if available]")
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ... [default: cuda if available]",
+        autocompletion=complete_word("cpu", "cuda"),
+    ),
 ]
 
 
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16, float16 or auto.",
+        autocompletion=complete_word("auto", "bfloat16", "float16", "float32"),
+    ),
+]
 
 
 Out = Annotated[
@@ -100,6 +162,11 @@ Out = Annotated[
         help="Run folder. The same command resumes an unfinished run in it. "
         "[default: a folder in runs/, named after the options]",
     ),
+]
+
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the earlier result of this command in --out.")
 ]
 
 
@@ -119,6 +186,7 @@ Modality = Annotated[
     typer.Option(
         metavar="image|video|multi-image",
         help="Modality of the questions. [default: image, or all of --data]",
+        autocompletion=complete_word("image", "video", "multi-image"),
     ),
 ]
 
@@ -128,8 +196,10 @@ Config = Annotated[
     typer.Option(
         "--config",
         "--model",
+        metavar="MODEL",
         help="Configuration of a model: a known name (llava-v1.6-vicuna-7b, "
         "llava-onevision-qwen2-7b, ...), a testbed, a folder with config.json, or a Hub id.",
+        autocompletion=complete_word(*KNOWN, *testbed.names()),
     ),
 ]
 
@@ -140,7 +210,7 @@ ImageSize = Annotated[
         metavar="HEIGHTxWIDTH",
         help="Image size in pixels, height first as in transformers, or with letters: 1008wx672h. "
         "[default: thumbnail and 2x2 full crops without separators, as in published tables: "
-        "2880 tokens on LLaVA-NeXT]",
+        "2880 tokens on LLaVA-NeXT; 576 on LLaVA-1.5; 1008x1008 on Qwen-VL]",
     ),
 ]
 
@@ -170,6 +240,37 @@ TrustRemoteCode = Annotated[
 ]
 
 
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format", metavar="pdf|svg|png...", help="File formats of figures. [default: png pdf]"
+    ),
+]
+
+
+Width = Annotated[
+    str,
+    typer.Option(
+        metavar="column|page|slide",
+        help="Width of figures: column (3.3 inches, type of 7 points), page (6.9 inches) or slide.",
+    ),
+]
+
+
+NoTitle = Annotated[
+    bool,
+    typer.Option("--no-title", help="Leave out titles of figures, where a caption replaces them."),
+]
+
+
+def figures(formats: list[str] | None, width: str, no_title: bool) -> FigureOptions:
+    """The values of ``--format``, ``--width`` and ``--no-title``.  Raises `UserError`."""
+    from tokenprune.experiments.common.request import FIGURES, FigureOptions
+
+    chosen = tuple(dict.fromkeys(formats)) if formats else FIGURES.formats
+    return FigureOptions(formats=chosen, width=width, title=not no_title)
+
+
 def image_limit(pixels: int | None) -> AbstractContextManager[None]:
     """Apply ``--max-image-pixels`` inside the context.  Raises `UserError` if out of range."""
     if pixels is None:
@@ -197,8 +298,11 @@ def interrupted(outcome: Outcome, what: str = "answers") -> int:
 
 
 def written(outcome: Outcome) -> str:
-    """Where the files of an experiment are."""
-    return f"Written to {outcome.folder}: {', '.join(outcome.files)}"
+    """Where the files of an experiment are; of many, the first and the last ones."""
+    files = list(outcome.files)
+    if len(files) > _LISTED:
+        files[4:-2] = [f"{len(files) - 6} more"]
+    return f"Written to {outcome.folder}: {', '.join(files)}"
 
 
 def gaps(outcome: Outcome) -> Iterator[str]:
@@ -246,14 +350,17 @@ def closing(outcome: Outcome, started: float) -> int:
 
 
 def _without_image(outcome: Outcome) -> Iterator[str]:
-    """The accuracy of the model without images."""
+    """The accuracy of the model without images or, without true answers, its agreement."""
     from tokenprune.experiments.common.answers import read_answers
     from tokenprune.experiments.common.run_folder import IMAGE_FREE
     from tokenprune.experiments.common.summary import OVERALL, summarise
 
     answers = read_answers(outcome.folder)
     for row in summarise(answers[answers["label"] == IMAGE_FREE], seed=0).itertuples():
-        if row.kind == OVERALL and row.status == "ok":
-            shares = (row.accuracy, row.accuracy_low, row.accuracy_high)
-            right, low, high = (f"{100 * share:.1f}" for share in shares)
-            yield f"Without the image {right} % of the answers are right ({low}–{high})."
+        if row.kind != OVERALL or row.status != "ok":
+            continue
+        known = not math.isnan(row.accuracy)
+        name, words = ("accuracy", "right") if known else ("agreement", "the same as with it")
+        shares = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
+        share, low, high = (f"{100 * value:.1f}" for value in shares)
+        yield f"Without the image {share} % of the answers are {words} ({low}–{high})."

@@ -8,6 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
+from tokenprune.errors import UserError, unknown
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -60,6 +64,27 @@ class Outcome:
         import pandas as pd
 
         return next(iter(self.tables.values()), pd.DataFrame())
+
+    def figure(self, name: str = "", width: int = 900) -> Image.Image:
+        """A figure of the run, small enough for a notebook, which shows it.
+
+        Args:
+            name: Of its file, without the ending; the first figure if empty.
+            width: Maximum width in pixels.
+
+        Raises:
+            UserError: The run has no such figure.
+        """
+        files = [*self.folder.glob("*.png"), *self.folder.glob("plots/*.png")]
+        found = {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
+        if not found:
+            raise UserError(f"the run in {str(self.folder)!r} has no figure as PNG.")
+        if name and name not in found:
+            raise unknown("figure", name, found)
+        with Image.open(found[name or next(iter(found))]) as image:
+            image.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
+            # Figures have few colours: a palette keeps the text sharp and the notebook small.
+            return image.convert("RGB").quantize(128)
 
     def __repr__(self) -> str:
         parts = [self.status, f"folder={str(self.folder)!r}"]

@@ -55,7 +55,10 @@ class ViewSize:
     @classmethod
     def of(cls, adapter: Adapter) -> ViewSize:
         """The view geometry of a model."""
-        side = int(adapter.base.config.vision_config.image_size)
+        if adapter.facts.vision.native:  # the patches cover the whole image
+            return cls(1, (1, 1), adapter.fit)
+        size = adapter.base.config.vision_config.image_size  # one side, or height and width
+        side = size if isinstance(size, int) else int(size[0])
         (rows, cols), (height, width) = adapter.view_shape, adapter.facts.vision.patch_size
         return cls(side, (min(side, rows * height), min(side, cols * width)), adapter.fit)
 

@@ -96,7 +96,8 @@ class Prompt:
 
     def square(self, side: int) -> "Prompt":
         """The prompt with a single view of ``side`` x ``side`` patches and no separator."""
-        layout = TokenLayout.single((side, side), newline=False)
+        native = self.adapter.facts.vision.native
+        layout = TokenLayout.single((side, side), newline=False, native=native)
         return Prompt(self.adapter, (layout,), self.text, self.asking, self.size)
 
 
@@ -112,9 +113,10 @@ def prompt_of(
 
     Args:
         model: As for `tokenprune.models.loading.adapter_without_weights`.
-        image_size: (height, width) in pixels, for the adapter's layout.  None is a thumbnail and
-            2x2 full crops **without separators**, as in efficiency tables of papers: 2880 tokens on
-            LLaVA-NeXT.
+        image_size: (height, width) in pixels, for the adapter's layout.  None is
+            `Adapter.usual_layout`: for families with crops a thumbnail and 2x2 full crops **without
+            separators**, as in efficiency tables of papers (2880 tokens on LLaVA-NeXT); otherwise
+            one view: 576 tokens on LLaVA-1.5, 1296 on Qwen2.5-VL.
         patches: (rows, columns) of a single view without separators, instead of an image size.
         text: Number of text tokens; those tables count none.  Methods that use the question then
             receive `QUESTION` tokens, which are not counted.
@@ -132,11 +134,10 @@ def prompt_of(
     adapter = adapter_without_weights(model)
     if patches is not None:
         check_length(adapter.facts, math.prod(patches), text)
-        layout = TokenLayout.single(patches, newline=False)
+        native = adapter.facts.vision.native
+        layout = TokenLayout.single(patches, newline=False, native=native)
     elif image_size is None:
-        rows, cols = adapter.view_shape
-        box = (0, 2 * rows, 0, 2 * cols)
-        layout = TokenLayout.anyres((2, 2), adapter.view_shape, box, newlines=False)
+        layout = adapter.usual_layout()
     else:
         layout = adapter.layout(image_size)
     check_length(adapter.facts, len(layout) + text)

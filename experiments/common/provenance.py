@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import platform
 import re
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import tokenprune
@@ -27,6 +29,7 @@ __all__ = [
     "answer_files",
     "code_files",
     "code_roots",
+    "compiled",
     "digests",
     "environment",
     "git_state",
@@ -50,7 +53,8 @@ _NOT_DECISIVE = {
     *(
         f"tokenprune.experiments.common.{name}"
         for name in (
-            *("answers", "bench", "cells", "conversion", "csv_files", "files", "journal"),
+            *("answers", "bench", "cells", "conversion", "csv_files", "files", "glyphs"),
+            "journal",
             *("patch_boxes", "plots", "prompt", "provenance", "reading", "run_folder"),
             *("intervals", "summary"),
         )
@@ -78,6 +82,10 @@ _NO_DATA = {".py", ".pyc", ".pyi", ".md", ".rst"}
 
 
 _RUN = ("manifest.json", "answers.jsonl")
+
+
+_PLAIN = (bool, int, float, str, tuple)  # constants that code without a file may use
+
 
 _ENGINE = "tokenprune.engine.session"  # loaded on first use, so no import statement leads to it
 
@@ -147,7 +155,8 @@ def code_files(compressors: Iterable[Compressor], others: Iterable[type | str] =
     For every class of a method, of its bases and of its option values: the module, and all modules
     of the same package, or next to a single module, that it imports directly or indirectly.  For
     other packages than tokenprune also all data files of the package; for a single module, the
-    files next to it that its source names.
+    files next to it that its source names.  For a class of a notebook or a prompt, which has no
+    file: its compiled code, and that of the functions and classes there that it uses.
 
     Args:
         compressors: The compressors.
@@ -155,9 +164,13 @@ def code_files(compressors: Iterable[Compressor], others: Iterable[type | str] =
     """
     found: dict[str, Path] = {}
     seen = set(_NOT_DECISIVE)
+    compressors = list(compressors)
     for name in code_roots(compressors, others):
         _follow(name, found, seen)
-    return {name: _digest(path) for name, path in sorted(found.items())}
+    files = {name: _digest(path) for name, path in sorted(found.items())}
+    kinds = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
+    typed = [kind for kind in kinds if _home(kind.__module__.partition(".")[0]) is None]
+    return files | compiled([kind for kind in typed if kind.__module__ in sys.modules])
 
 
 def code_roots(compressors: Iterable[Compressor], others: Iterable[type | str] = ()) -> list[str]:
@@ -208,6 +221,64 @@ def _follow(name: str, found: dict[str, Path], seen: set[str]) -> None:
         pending += [name.rpartition(".")[0]]
         if top != "tokenprune":
             found |= _data(tree, inside, path)
+
+
+def compiled(objects: Iterable[Any]) -> Files:
+    """The digests of functions and classes without a file, by name, as `code_files` explains."""
+    found: Files = {}
+    pending = list(objects)
+    while pending:
+        value = pending.pop()
+        name = f"{value.__module__}.{value.__qualname__}"
+        if name in found or value.__module__ in sys.stdlib_module_names - {"__main__"}:
+            continue
+        functions = [value] if inspect.isfunction(value) else list(_functions(value))
+        parts = [part for function in functions for part in _parts(function.__code__)]
+        parts += [repr((one.__defaults__, one.__kwdefaults__)) for one in functions]
+        used = {} if inspect.isfunction(value) else dict(vars(value))
+        for function in functions:
+            words = _words(function.__code__)
+            used |= {word: function.__globals__.get(word) for word in words}
+        parts += [
+            f"{word}={held!r}"
+            for word, held in sorted(used.items())
+            if isinstance(held, _PLAIN) and not word.startswith("__")
+        ]
+        found[name] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        pending += [
+            one
+            for one in used.values()
+            if (inspect.isfunction(one) or isinstance(one, type))
+            and one.__module__ == value.__module__
+        ]
+    return dict(sorted(found.items()))
+
+
+def _functions(kind: type) -> Iterator[FunctionType]:
+    """The functions that a class defines, also those of its properties and static methods."""
+    for held in vars(kind).values():
+        wrapped = [getattr(held, name, None) for name in ("fget", "fset", "__func__", "func")]
+        yield from (one for one in (held, *wrapped) if inspect.isfunction(one))
+
+
+def _parts(code: CodeType) -> Iterator[str]:
+    """What a code object computes, without its file and line numbers."""
+    yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {code.co_freevars}"
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _parts(constant)
+        elif isinstance(constant, frozenset):  # has no order
+            yield repr(sorted(map(repr, constant)))
+        else:
+            yield repr(constant)
+
+
+def _words(code: CodeType) -> Iterator[str]:
+    """The names that a code object looks up, also those of functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
 
 
 def _home(top: str) -> Path | None:

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import reprlib
+import shlex
 import string
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
@@ -15,7 +17,7 @@ from PIL import Image
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.summary import OVERALL
-from tokenprune.texts import is_plain, is_whole
+from tokenprune.texts import is_plain, is_remote, is_whole
 
 if TYPE_CHECKING:
     from tokenprune.pipeline import Pipeline
@@ -26,6 +28,7 @@ __all__ = [
     "Picture",
     "Question",
     "check_placeholders",
+    "check_text",
     "fingerprint",
     "held_out",
     "normalise",
@@ -37,6 +40,9 @@ Modality = Literal["image", "multi-image", "video"]
 
 
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+
+_LINES = 8  # malformed lines that are explained; of the others, only the numbers are listed
 
 
 _FIELDS = 'each line is an object such as {"image": "cat.png", "question": "…", "answer": "…"}'
@@ -95,7 +101,7 @@ class Question:
         id: Unique in a data set.
         images: In the order in which the model receives them; for a video, its frames.
         question: The text.
-        answer: The true answer.
+        answer: The true answer; empty if unknown.
         kind: The category by which accuracies are broken down.
         video: Whether the images are the frames of a video.
         place: The spot in a single image that shows the answer, (x, y) as shares of width and
@@ -179,6 +185,8 @@ def read_jsonl(
     *,
     check_images: bool = True,
     keep_faulty: bool = False,
+    prompt: str | None = None,
+    needs_answers: bool = True,
 ) -> list[Question]:
     """The questions of a JSON-lines file, the first ``count`` of them or all.
 
@@ -195,39 +203,92 @@ def read_jsonl(
         check_images: Whether to decode the images; otherwise they may be missing.
         keep_faulty: Whether to record a missing or broken image in `Question.fault` instead of
             raising, so that the other questions can be asked.
+        prompt: The question of lines without one; None if every line needs its own.
+        needs_answers: Whether every line needs a true answer; otherwise it may be unknown.
 
     Raises:
-        UserError: The file cannot be read or is empty, a line is malformed (its number is given),
-            an image is missing or broken, or there are fewer than ``count`` questions.
+        UserError: The file cannot be read or is empty, lines are malformed (all are named), an
+            image is missing or broken, or there are fewer than ``count`` questions.
     """
-    lines = _read(path).removeprefix(b"\xef\xbb\xbf").splitlines()
+    faults: dict[int, str] = {}
     questions: list[Question] = []
     pictures = _Pictures(path.parent, check_images, keep_faulty)
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         if len(questions) == count:
             break
         try:
-            item = _question(line, number, pictures)
+            item = _question(line, number, pictures, prompt, needs_answers)
             if item.id in seen:
                 raise UserError(f"the id {item.id!r} is already used on line {seen[item.id]}.")
         except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
+            faults[number] = str(error)
+            continue
         seen[item.id] = number
         if modality in (None, item.modality):
             questions.append(item)
-    if seen and not questions:
-        raise UserError(f"{path} holds no question of the modality {modality}.")
+    if faults:
+        raise UserError(_faulty_lines(path, faults))
     if not questions:
-        raise UserError(f"{path} holds no question; {_FIELDS}.")
+        what = f" of the modality {modality}" if seen else f"; {_FIELDS}"
+        raise UserError(f"{path} holds no question{what}.")
     if count is not None and len(questions) < count:
         raise UserError(
             f"{path} holds {len(questions)} questions, fewer than the {count} asked for; ask for "
             "at most as many, or leave --questions out to use all."
         )
     return questions
+
+
+def _faulty_lines(path: Path, faults: Mapping[int, str]) -> str:
+    """A message about all malformed lines: why the first ones are, and the numbers of the others.
+
+    Args:
+        path: The data file.
+        faults: Number of a line to what is wrong with it.
+    """
+    if len(faults) == 1:
+        return "".join(f"{path}, line {number}: {why}" for number, why in faults.items())
+    hint = f"; {_FIELDS}."
+    known = list(faults.items())
+    listed = [
+        f"line {number}: {textwrap.shorten(why.removesuffix(hint).rstrip('.'), 120)}"
+        for number, why in known[:_LINES]
+    ]
+    if len(known) > _LINES:
+        numbers = textwrap.shorten(_ranges([number for number, _ in known[_LINES:]]), 250)
+        listed.append(f"and the lines {numbers}")
+    return "\n  ".join([f"{len(known)} lines of {path} cannot be used{hint}", *listed])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short form.
+
+    >>> _ranges([1, 2, 3, 7])
+    '1-3, 7'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a data file that are not blank, and their numbers.
+
+    Raises:
+        UserError: It cannot be read, or is a JSON array.
+    """
+    content = _read(path).removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip().startswith(b"["):
+        raise UserError(
+            f"{path} begins with '[', as a JSON array does; write one object per line instead, "
+            f"without brackets and commas between them: jq -c '.[]' {shlex.quote(str(path))}"
+        )
+    return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
 def _read(path: Path) -> bytes:
@@ -291,8 +352,10 @@ class _Pictures:
         return found
 
 
-def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
-    """Parse one line."""
+def _question(
+    line: bytes, number: int, pictures: _Pictures, prompt: str | None, needs_answers: bool
+) -> Question:
+    """Parse one line; ``prompt`` and ``needs_answers`` as of `read_jsonl`."""
     try:
         fields = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
@@ -309,7 +372,8 @@ def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
         raise UserError(f"lists or objects are nested too deeply; {_FIELDS}.") from None
     if not isinstance(fields, dict):
         raise UserError(f"expected an object, got {type(fields).__name__}; {_FIELDS}.")
-    missing = [name for name in ("question", "answer") if name not in fields]
+    needed = ["question"] * (prompt is None) + ["answer"] * needs_answers
+    missing = [name for name in needed if name not in fields]
     given = [name for name in ("image", "images", "video") if name in fields]
     if not given:
         missing.insert(0, "image")
@@ -328,14 +392,18 @@ def _question(line: bytes, number: int, pictures: _Pictures) -> Question:
     if kind == OVERALL:
         raise UserError(f"the kind {kind!r} stands for all questions together; choose another.")
     for path in paths:
-        _check_text("a path", path)
+        check_text("a path", path)
+        if is_remote(path):
+            raise UserError(
+                f"{path!r} is a remote address; download it and write the path of the file."
+            )
     images = tuple(pictures.get(path) for path in paths)
     fault = pictures.fault(images, video="video" in fields)
     return Question(
         id=_text(fields, "id", f"line-{number}"),
         images=images,
-        question=_text(fields, "question", allowed=_LAYOUT),
-        answer=_text(fields, "answer", allowed=_LAYOUT),
+        question=_text(fields, "question", prompt, allowed=_LAYOUT),
+        answer=_text(fields, "answer", allowed=_LAYOUT) if "answer" in fields else "",
         kind=kind,
         video="video" in fields,
         place=_place(fields.get("place")),
@@ -374,11 +442,11 @@ def _text(fields: dict[str, Any], name: str, default: str | None = None, allowed
         raise UserError(
             f"{name!r} must be a non-empty text or a finite number, got {_short(value)}."
         )
-    _check_text(repr(name), value, allowed)
+    check_text(repr(name), value, allowed)
     return value
 
 
-def _check_text(what: str, value: str, allowed: str = "") -> None:
+def check_text(what: str, value: str, allowed: str = "") -> None:
     """Raise `UserError` for lone surrogates and for control characters."""
     if not is_whole(value):
         raise UserError(
@@ -416,7 +484,7 @@ def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Questio
     """
     found = []
     for item in questions:
-        if item.video and "video" not in pipe.adapter.encoders:
+        if item.video and "video" not in pipe.adapter.modalities:
             raise UserError(
                 f"the question {item.id!r} is about a video, but this model takes images only; "
                 "choose another model or --modality image."

@@ -4,6 +4,7 @@ Tables are made from the journal, or from ``answers.parquet`` if it is up to dat
 ``summary.csv``, which may be older than both.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,24 +16,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.answers import answers_frame, read_answers
-from tokenprune.experiments.common.cells import Cell, Matched, without_seed
+from tokenprune.experiments.common.cells import Cell, CellRecord, Matched, without_seed
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.own_images import is_group, own_questions
 from tokenprune.experiments.common.questions import (
     Modality,
     Question,
     fingerprint,
     held_out,
-    read_jsonl,
 )
 from tokenprune.experiments.common.references import references
 from tokenprune.experiments.common.run_folder import manifests
 
 __all__ = [
     "answers_of",
+    "cells_of",
+    "check_folder",
     "experiment_of",
     "journaled",
     "manifest_of",
+    "place_of",
     "questions_of",
 ]
 
@@ -75,6 +79,8 @@ class _Asked(_Experiment):
 
 class _Request(_Part):
     data: str | None = None
+    paths: list[str] = []
+    prompt: str | None = None
     modality: Modality | None = None
     questions: Annotated[int, Field(ge=1)] | None = None
     seeds: Annotated[int, Field(ge=1)] = 1
@@ -95,9 +101,30 @@ class _Failure(_Part):
     traceback: str
 
 
+class _Solved(_Part):
+    kind: str
+    asked: float
+    target: float
+    cost: float
+
+
+class _Cell(_Part):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    key: str
+    method: str
+    label: str
+    parameters: str
+    name: str
+    retention: Annotated[float, Field(gt=0, le=1)] | None
+    matched: _Solved | None = None
+
+
 class _Manifest(_Part):
     experiment: _Asked
+    cells: list[_Cell] = []
     request: _Request | None = None
+    model_folder: str | None = None
     status: str = "unknown"
     sessions: list[_Session] = []
     command: list[str] = []
@@ -126,7 +153,17 @@ def experiment_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` if a file is given in place of a run folder."""
+    if os.path.isfile(folder):  # accepts impossible file names, unlike Path.is_file
+        raise UserError(
+            f"{str(folder)!r} is a file; give the folder of a run, as tokenprune compare prints it "
+            "at its end."
+        )
+
+
 def _checked(folder: Path, shape: type[BaseModel], needed: set[str]) -> dict[str, Any]:
+    check_folder(folder)
     wrong = ""
     for found in manifests(folder):
         # Folders of other analyses also have a manifest, but no answers.
@@ -168,18 +205,22 @@ def questions_of(
     """
     asked = manifest.get("request") or {}
     experiment = manifest["experiment"]
-    file = moved or asked.get("data")
-    if file is None:
+    file, paths = moved or asked.get("data"), asked.get("paths") or []
+    if file is None and not paths:
         count, answered = experiment["questions"], len({name for _, name in journal.answers})
         if count > max(_MANY, 2 * answered):
             notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
             return None
         found = held_out(count, experiment["seed"], asked.get("modality") or "image")
     else:
-        place = Path(file) if moved else _place(folder, str(file))
         try:
-            found = read_jsonl(
-                place, asked.get("questions"), asked.get("modality"), check_images=False
+            found = own_questions(
+                [] if file else [place_of(folder, path) for path in paths],
+                moved or (place_of(folder, str(file)) if file else None),
+                asked.get("prompt"),
+                count=asked.get("questions"),
+                modality=asked.get("modality"),
+                check_images=False,
             )
         except UserError as error:
             if moved is not None:
@@ -196,10 +237,13 @@ def questions_of(
     return found
 
 
-def _place(folder: Path, file: str) -> Path:
-    """The target of a manifest's path, relative to the folder or, in older runs, to the cwd."""
+def place_of(folder: Path, file: str) -> Path:
+    """The target of a manifest's path or pattern, relative to the folder.
+
+    In older runs it is relative to the working directory.
+    """
     near = folder / file
-    return near if near.exists() else Path(file)
+    return near if near.exists() or is_group(near) else Path(file)
 
 
 def journaled(
@@ -208,18 +252,29 @@ def journaled(
     """The table of `answers_frame`, from the journal.
 
     Raises:
-        UserError: The questions are missing, or a method is unknown here.
+        UserError: The questions are missing, or an older run has a method that is unknown here.
     """
     if questions is None:
         raise UserError("the questions are missing.")
+    return answers_frame(manifest["experiment"]["model"], cells_of(manifest), questions, journal)
+
+
+def cells_of(manifest: Mapping[str, Any]) -> list[Cell] | list[CellRecord]:
+    """The cells of a comparison; no code of its methods is needed, except for older runs.
+
+    Raises:
+        UserError: An older run has a method that is unknown here.
+    """
+    if manifest.get("cells"):
+        return [CellRecord.read(cell) for cell in manifest["cells"]]
     experiment = manifest["experiment"]
     columns = [*_columns(experiment, (manifest.get("request") or {}).get("seeds", 1))]
     columns[1:1] = references(set(experiment["modality"]))
-    return answers_frame(experiment["model"], columns, questions, journal)
+    return columns
 
 
 def _columns(experiment: Mapping[str, Any], seeds: int) -> Iterator[Cell]:
-    """The cells of a comparison, from its manifest."""
+    """The cells of an older run, made of its methods."""
     if experiment.get("match"):
         yield Cell()
         for one in experiment["match"]:
@@ -245,6 +300,7 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
     Raises:
         UserError: No answers can be read.
     """
+    check_folder(folder)
     try:
         table, wrong = read_answers(folder), None
     except UserError as error:

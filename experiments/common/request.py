@@ -7,12 +7,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenprune.experiments.common.questions import Modality, Question, held_out, read_jsonl
+from tokenprune.errors import UserError, unknown
+from tokenprune.experiments.common.own_images import own_questions
+from tokenprune.experiments.common.questions import Modality, Question, held_out
 
 __all__ = [
+    "FIGURES",
     "METHODS",
     "RETENTION",
     "CompareRequest",
+    "FigureOptions",
     "MatchedCost",
     "ModelRequest",
     "QuestionRequest",
@@ -33,6 +37,41 @@ TESTBED_QUESTIONS = 500
 
 MatchedCost = Literal["tokens", "flops", "prefill-ms"]
 """The cost that `compare --match` makes equal."""
+
+
+FORMATS = ("pdf", "svg", "png")
+WIDTHS = ("column", "page", "slide")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """How figures are drawn.
+
+    Attributes:
+        formats: File formats, of `FORMATS`.
+        width: ``column`` (3.3 inches, type of 7 points), ``page`` (6.9 inches) or ``slide``.
+        title: Whether a figure has a title and a line about what is drawn.
+
+    Raises:
+        UserError: An unknown format or width.
+    """
+
+    formats: Sequence[str] = ("png", "pdf")
+    width: str = "page"
+    title: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width not in WIDTHS:
+            raise unknown("width", self.width, WIDTHS)
+        for one in self.formats:
+            if one not in FORMATS:
+                raise unknown("format", one, FORMATS)
+        if not self.formats:
+            raise UserError(f"no format is given; choose from: {', '.join(FORMATS)}.")
+
+
+FIGURES = FigureOptions()
+"""How figures are drawn by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +95,7 @@ class ModelRequest(Request):
         dtype: As in `tokenprune.load`.
         trust_remote_code: As in `tokenprune.load`.
         seed: Seed of the testbed's questions and of the bootstrap.
+        figures: How figures are drawn.
     """
 
     model: str = "testbed-next"
@@ -63,6 +103,7 @@ class ModelRequest(Request):
     dtype: str = "auto"
     trust_remote_code: bool = False
     seed: int = 0
+    figures: FigureOptions = FIGURES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +115,10 @@ class QuestionRequest(ModelRequest):
         modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed, or all
             of ``data``.
         data: File of questions in JSON lines (`questions.read_jsonl`); None for the testbed.
+        paths: Images without true answers, instead of ``data``: files, folders and patterns
+            (`own_images.image_files`).
+        prompt: The question about images that come without one; None for `own_images.PROMPT` with
+            ``paths``.
         batch_size: Questions per batch; None for 50 on a testbed, otherwise 4.
         max_new_tokens: Maximum length of an answer.
         timeout_per_batch: Time limit of one computation of the model, in seconds; a longer one
@@ -83,6 +128,8 @@ class QuestionRequest(ModelRequest):
     questions: int | None = None
     modality: Modality | None = None
     data: Path | None = None
+    paths: Sequence[Path] = ()
+    prompt: str | None = None
     batch_size: int | None = None
     max_new_tokens: int = 8
     timeout_per_batch: float | None = None
@@ -116,16 +163,30 @@ def comparison(request: QuestionRequest, **changes: Any) -> CompareRequest:
 
 
 def questions_for(
-    request: QuestionRequest, *, check_images: bool = True, keep_faulty: bool = False
+    request: QuestionRequest,
+    *,
+    check_images: bool = True,
+    keep_faulty: bool = False,
+    needs_answers: bool = True,
 ) -> list[Question]:
-    """The questions of ``request``; other arguments as for `questions.read_jsonl`."""
-    if request.data is None:
+    """The questions of ``request``; other arguments as for `own_images.own_questions`."""
+    if request.data is None and not request.paths:
+        if request.prompt is not None:
+            raise UserError("--prompt asks about images of your own; give them, or --data.")
         count = request.questions or TESTBED_QUESTIONS
         return held_out(count, request.seed, request.modality or "image")
-    return read_jsonl(
+    if request.paths and needs_answers:
+        raise UserError(
+            "a comparison needs true answers, which images alone do not have; give a data file "
+            "with answers (--data)."
+        )
+    return own_questions(
+        request.paths,
         request.data,
-        request.questions,
-        request.modality,
+        request.prompt,
+        count=request.questions,
+        modality=request.modality,
         check_images=check_images,
         keep_faulty=keep_faulty,
+        needs_answers=needs_answers,
     )

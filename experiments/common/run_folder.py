@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +28,13 @@ import pandas as pd
 
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import write_csv
-from tokenprune.experiments.common.files import check_writable, replace_file, sweep, try_lock
+from tokenprune.experiments.common.files import (
+    check_writable,
+    replace_file,
+    sweep,
+    try_lock,
+    writing,
+)
 
 __all__ = [
     "IMAGE_FREE",
@@ -37,6 +44,7 @@ __all__ = [
     "asked_for",
     "folder_name",
     "manifests",
+    "stored_path",
 ]
 
 
@@ -49,6 +57,12 @@ _MANIFESTS = ("manifest.json", "manifest.backup.json")
 
 
 _NAMED = 10  # number of files that an error names
+
+
+_SAID = 60  # characters of a value that an error quotes
+
+
+_DIFFERENCES = 4  # number of differences between two experiments that an error names
 
 
 @dataclass
@@ -83,6 +97,8 @@ class RunFolder:
                 a run's, or another process is working in it.
         """
         check_writable(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
             manifest = _manifest(path)
@@ -96,6 +112,9 @@ class RunFolder:
                 )
             )
             if differences:
+                more = len(differences) - _DIFFERENCES
+                if more > 0:
+                    differences[_DIFFERENCES:] = [f"and {more} more differences"]
                 raise UserError(
                     f"{path} holds another experiment ({'; '.join(differences)}); choose another "
                     "--out, or ask for the same again to resume it."
@@ -224,28 +243,42 @@ def folder_name(experiment: Mapping[str, Any]) -> str:
 def asked_for(request: Any, folder: Path) -> dict[str, Any]:
     """The command line and the request, a dataclass, as entries of a manifest.
 
-    In the request, paths in the working directory or beside the run's ``folder`` are relative to
-    the folder, so that both can move.  In the command, paths are relative to the working directory.
+    Paths of the request are stored as by `stored_path`.  In the command, paths are relative to the
+    working directory.
     """
-    here, home = Path.cwd(), Path(os.path.abspath(folder))
 
     def entry(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [entry(one) for one in value]
-        if not isinstance(value, Path):
-            return value
-        whole = os.path.abspath(value)
-        shared = Path(os.path.commonpath([whole, home]))
-        if shared.is_relative_to(here) or shared.is_relative_to(home.parent):
-            return Path(os.path.relpath(whole, home)).as_posix()
-        return whole
+        return stored_path(value, folder) if isinstance(value, Path) else value
 
+    here = Path.cwd()
     words = [
         Path(sys.argv[0]).name,
         *(word.replace(f"{here}{os.sep}", "") for word in sys.argv[1:]),
     ]
     asked = {name: entry(value) for name, value in dataclasses.asdict(request).items()}
     return {"command": words, "request": asked}
+
+
+def stored_path(path: Path, folder: Path) -> str:
+    """``path`` as the manifest of the run in ``folder`` stores it.
+
+    Paths in the working directory or beside the folder are relative to the folder, so that both can
+    move; others are absolute.  Symbolic links on the way are followed, since ``..`` leads out of
+    their target.
+    """
+    whole, home, here = _followed(path), os.path.realpath(folder), os.path.realpath(".")
+    shared = Path(os.path.commonpath([whole, home]))
+    if shared.is_relative_to(here) or shared.is_relative_to(os.path.dirname(home)):
+        return Path(os.path.relpath(whole, home)).as_posix()
+    return whole
+
+
+def _followed(path: Path) -> str:
+    """The absolute path of ``path`` whose folder, but not itself, is without symbolic links."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(parent), name)
 
 
 def _differences(
@@ -274,7 +307,10 @@ def _differing_files(there: Any = None, here: Any = None) -> str:
 
 
 def _say(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        return f"{len(value)} entries"
+    words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return textwrap.shorten(words, _SAID, placeholder=" …") or words[:_SAID]
 
 
 def _now() -> str:

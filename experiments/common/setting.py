@@ -1,6 +1,7 @@
 """The start of every experiment on questions: a loaded model and the questions."""
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenprune.experiments.common.deadline import check_time_limit
 from tokenprune.experiments.common.files import check_writable
 from tokenprune.experiments.common.grid import ALL, cells
 from tokenprune.experiments.common.limits import check_lengths, check_number, with_long_ones
+from tokenprune.experiments.common.own_images import with_answers
 from tokenprune.experiments.common.questions import (
     MODALITIES,
     Picture,
@@ -29,6 +31,7 @@ from tokenprune.experiments.common.request import (
     QuestionRequest,
     questions_for,
 )
+from tokenprune.models import testbed
 from tokenprune.models.loading import without_weights
 from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
@@ -40,6 +43,8 @@ __all__ = [
     "checked_questions",
     "load_model",
     "prepare",
+    "testbed_note",
+    "warn_about_testbed",
     "with_crops",
     "with_faults_noted",
 ]
@@ -54,21 +59,61 @@ class Setting:
 
 
 def prepare(
-    request: QuestionRequest, progress: ProgressCallback = silent, *, keep_faulty: bool = False
+    request: QuestionRequest,
+    progress: ProgressCallback = silent,
+    *,
+    keep_faulty: bool = False,
+    needs_answers: bool = True,
 ) -> Setting:
     """Check the request, read the questions and load the model.
 
     Args:
         request: The request.
         progress: Called before every step.
-        keep_faulty: As in `questions.read_jsonl`.
+        keep_faulty: As in `own_images.own_questions`.
+        needs_answers: Whether all true answers must be known; otherwise, all or none.
 
     Raises:
         UserError: As `compare`.
     """
     check_writable(request.out or Path("runs"))
-    questions = checked_questions(request, progress, keep_faulty=keep_faulty)
+    questions = checked_questions(
+        request, progress, keep_faulty=keep_faulty, needs_answers=needs_answers
+    )
+    with_answers(questions)
+    own = request.data is not None or bool(request.paths)
+    warn_about_testbed(request.model, own=own, shown={item.modality for item in questions})
     return Setting(load_model(request, progress), questions)
+
+
+def warn_about_testbed(model: str, *, own: bool, shown: Collection[str] = ()) -> None:
+    """Warn if a testbed is asked about a user's own images, or about what it did not train on.
+
+    Args:
+        model: Name of the model.
+        own: Whether the images are a user's own.
+        shown: Modalities of the questions.
+    """
+    if model not in testbed.names():
+        return
+    if own:
+        warnings.warn(f"{testbed_note(model)}; give another --model.", UserWarning, stacklevel=3)
+    new = sorted(set(shown) - set(testbed.TRAINED_ON[model]))
+    if new:
+        warnings.warn(
+            f"{model} was not trained on questions of the modality {', '.join(new)}. Its answers "
+            "mean nothing; give another --model.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def testbed_note(model: str) -> str:
+    """Why the answers of the testbed ``model`` about a user's own images mean nothing."""
+    return (
+        f"{model} is a small model trained on drawings of coloured shapes and digits. What it "
+        "answers about other images, such as photographs, means nothing"
+    )
 
 
 def load_model(
@@ -141,7 +186,11 @@ def with_faults_noted(setting: Setting, new: int) -> list[Question]:
 
 
 def checked_questions(
-    request: QuestionRequest, progress: ProgressCallback, *, keep_faulty: bool = False
+    request: QuestionRequest,
+    progress: ProgressCallback,
+    *,
+    keep_faulty: bool = False,
+    needs_answers: bool = True,
 ) -> list[Question]:
     """The questions of ``request``, after the checks that need no model."""
     for name in ("questions", "batch_size", "max_new_tokens", "seed"):
@@ -152,7 +201,7 @@ def checked_questions(
     if isinstance(request, CompareRequest):
         _check_cells(request)
     progress(0, 0, "checking the questions")
-    return questions_for(request, keep_faulty=keep_faulty)
+    return questions_for(request, keep_faulty=keep_faulty, needs_answers=needs_answers)
 
 
 def _check_cells(request: CompareRequest) -> None:

@@ -19,12 +19,14 @@ from tokenprune.console import (
     ManyValues,
     app,
     as_exit_status,
+    complete_word,
     method_label,
     new_table,
     progress,
     quiet,
 )
 from tokenprune.experiments.common import options
+from tokenprune.experiments.common.formatting import arrow, arrows
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -40,9 +42,6 @@ __all__ = [
     "matched_table",
     "tables",
 ]
-
-
-_KINDS_PER_TABLE = 5
 
 
 _FAR = 0.02  # relative difference of a mean cost from the matched one that is not reported
@@ -98,6 +97,7 @@ _Match = Annotated[
         metavar="tokens|flops|prefill-ms",
         help="Give every method the retention ratio at which it costs as much as uniform: "
         "tokens per layer, FLOPs of the prefill, or its measured time.",
+        autocompletion=complete_word("tokens", "flops", "prefill-ms"),
     ),
 ]
 
@@ -120,6 +120,9 @@ def compare(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
@@ -151,6 +154,7 @@ def compare(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
             timeout_per_batch=timeout_per_batch,
             match=match,  # type: ignore[arg-type]  # checked with the rest
@@ -258,15 +262,16 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     table = new_table(
         title="All questions",
-        caption="Accuracy in % with its 95 % confidence interval; ↑ ↓ better or worse than uniform "
-        "at the same retention (exact McNemar test on the same questions, p < 0.05). Same: answers "
-        "in % that equal those of the uncompressed model. Tokens: layer average of visual tokens, "
-        "with separators. FLOPs: prefill of the decoder, selection included." + _matching(rows),
+        caption=f"Accuracy in % with its 95 % confidence interval. {arrows(rows)} Same: "
+        "answers in % that equal those of the uncompressed model. Tokens: layer average of visual "
+        "tokens, with separators. FLOPs: prefill of the decoder, selection included."
+        + _matching(rows),
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("accuracy", "", "same", "tokens", unit, "of all"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("method")
+    values = {"accuracy": None, "": None, "same": 2, "tokens": 3, unit: 1, "of all": 4}
+    for name, value in values.items():
+        table.add_column(name, justify="right", value=value)
     for retention, group in overall.groupby("keep", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             figures = ["FAILED", "", "", "", "", ""]
@@ -274,7 +279,7 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
                 share = row["flops"] / row["uncompressed_flops"]
                 figures = [
                     _accuracy(row, decimals=1),
-                    _verdict(row),
+                    arrow(row),
                     f"{100 * row['agreement']:.1f}",
                     f"{row['layer_average']:.1f}",
                     f"{row['flops'] / scale:.3g}",
@@ -288,8 +293,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
-    for start in range(0, len(kinds), _KINDS_PER_TABLE):
-        yield _kinds_table(rows, kinds[start : start + _KINDS_PER_TABLE])
+    if kinds:
+        yield _kinds_table(rows, kinds)
 
 
 def _divergence_table(rows: pd.DataFrame) -> Table:
@@ -303,9 +308,9 @@ def _divergence_table(rows: pd.DataFrame) -> Table:
         f"{counts['hard_n']}.",
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("accuracy", "KL", "easy", "hard"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("method")
+    for name, value in {"accuracy": 1, "KL": 4, "easy": 2, "hard": 3}.items():
+        table.add_column(name, justify="right", value=value)
     beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
     ordered = _by_requested(rows[~beside & (rows["retention"] < 1)])
     references = rows[beside].assign(name=rows["label"])
@@ -339,11 +344,11 @@ def _between(row: pd.Series, name: str, decimals: int, scale: float = 100) -> st
 
 
 def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
-    table = new_table(title="Accuracy in % by kind of question")
+    table = new_table(title="Accuracy in % by kind of question", continued=True)
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
+    table.add_column("method")
     for kind in kinds:
-        table.add_column(escape(kind), justify="right")
+        table.add_column(escape(kind), justify="right", value=0)
     for retention, group in rows[rows["kind"].isin(kinds)].groupby("keep", sort=False):
         methods = list(group.groupby("label", sort=False))
         for position, (label, cell) in enumerate(methods):
@@ -379,9 +384,10 @@ def matched_table(found: pd.DataFrame) -> Table:
         ),
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("retention", "wanted", "got", *(["of uniform's"] if measured else [])):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("method")
+    table.add_column("retention", justify="right")
+    for value, name in enumerate(["wanted", "got", *(["of uniform's"] if measured else [])]):
+        table.add_column(name, justify="right", value=value)
     for asked, group in found.groupby("asked", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             ratio = f"{row['ratio']:.3f} ({row['least']:.2f}–{row['most']:.2f})"
@@ -447,15 +453,3 @@ def _accuracy(row: pd.Series, decimals: int) -> str:
         f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
     )
     return f"{value} ({low}–{high})" if decimals else f"{value} {low}–{high}"
-
-
-def _verdict(row: pd.Series) -> str:
-    """An arrow if the method is significantly better or worse than `uniform`."""
-    import pandas as pd
-
-    sure = row["vs_uniform_p"] < 0.05
-    if pd.isna(row["vs_uniform_p"]):  # with several seeds there is no p-value; the interval decides
-        sure = row["vs_uniform_low"] * row["vs_uniform_high"] > 0
-    if not sure:
-        return ""
-    return "↑" if row["vs_uniform"] > 0 else "↓"

@@ -5,24 +5,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.glyphs import wrapped
 from tokenprune.experiments.common.plots import (
     INK,
     MARKERS,
-    legend_above,
+    Canvas,
+    canvas,
+    errors,
+    in_percent,
     looks,
     method_labels,
     percent,
-    slide,
-    spread,
-    style,
-    titles,
 )
+from tokenprune.experiments.common.request import FIGURES, FigureOptions
 from tokenprune.experiments.common.run_folder import RunFolder
 from tokenprune.experiments.common.summary import OVERALL
 
@@ -40,191 +39,284 @@ __all__ = [
 CROWD = 8  # methods whose curves can still be distinguished
 
 
-def accuracy(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
+_COST_AXIS = "prefill FLOPs of the language model, selection included (% of uncompressed)"
+
+
+_MATCHED = {"tokens": "tokens per layer", "flops": "prefill FLOPs", "prefill-ms": "prefill time"}
+"""What `compare --match` makes equal, in words."""
+
+
+# --- few methods: curves --------------------------------------------------------------------------
+
+
+def accuracy(
+    summary: pd.DataFrame,
+    title: str,
+    subtitle: str = "",
+    options: FigureOptions = FIGURES,
+) -> Figure:
     """Accuracy of every method against retention, with the uncompressed model as reference.
 
     Args:
         summary: As `intervals.summarise` returns it.
         title: What was measured.
         subtitle: On what, in smaller letters.
+        options: Width and titles.
     """
     table = _by_retention(summary)
-    with style():
-        figure, axes = slide(title, subtitle)
-        _panel(axes, table, summary, OVERALL, start=0)
+    with canvas(options, title, subtitle) as made:
+        axes = made.subplots(made.size.height)[0, 0]
+        _panel(made, axes, table, summary, OVERALL, start=0)
         _retention_axis(axes, table)
-        _label_lines(axes, table, summary)
-        axes.set_xlabel("visual tokens kept (retention)")
-    return figure
+        axes.set_xlabel(_retention_label(made, summary))
+        axes.set_ylabel("accuracy (%)")
+        _name_lines(made, axes, table, summary)
+    return made.figure
 
 
-def accuracy_by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
+def accuracy_by_cost(
+    summary: pd.DataFrame,
+    title: str,
+    subtitle: str = "",
+    options: FigureOptions = FIGURES,
+) -> Figure:
     """Accuracy against the cost of the prefill, which differs between methods at one retention."""
     table = _compressed(summary)
     table = table.assign(place=table["flops"] / table["uncompressed_flops"])
-    with style():
-        figure, axes = slide(title, subtitle)
-        _panel(axes, table, summary, OVERALL, start=1)
-        axes.set_xlim(1.05, max(0, table["place"].min() - 0.05))
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        _label_lines(axes, table, summary)
-        axes.set_xlabel("prefill FLOPs of the language model, selection included")
-    return figure
+    with canvas(options, title, subtitle) as made:
+        axes = made.subplots(made.size.height)[0, 0]
+        _panel(made, axes, table, summary, OVERALL, start=1)
+        axes.set_xlim(1.03, max(0, table["place"].min() - 0.05))
+        in_percent(axes.xaxis)
+        axes.set_xlabel(_cost_label(made))
+        axes.set_ylabel("accuracy (%)")
+        _name_lines(made, axes, table, summary)
+    return made.figure
 
 
-def accuracy_by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
+def accuracy_by_kind(
+    summary: pd.DataFrame,
+    title: str,
+    subtitle: str = "",
+    options: FigureOptions = FIGURES,
+) -> Figure:
     """Accuracy against retention, one panel for each kind of question."""
     table = _by_retention(summary)
-    kinds = [kind for kind in pd.unique(summary["kind"]) if kind != OVERALL]
-    columns = min(_COLUMNS, len(kinds))
-    cells = len(kinds) + (len(kinds) % columns == 0)  # room for the legend
-    rows = -(-cells // columns)
-    with style():
-        figure = Figure(figsize=(1.2 + 3.9 * columns, 1.2 + 3.1 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    kinds = _kinds(summary)
+    with canvas(options, title, subtitle) as made:
+        rows, columns = made.panels(len(kinds), 11 * made.line, most=3)
+        height = min(0.8 * made.size.width / columns, 0.75 * made.size.height)
+        grid = made.subplots(height * rows + 3 * made.line, rows, columns, sharey=True).flatten()
         for axes, kind in zip(grid, kinds, strict=False):
-            _panel(axes, table, summary, kind, start=0)
+            _panel(made, axes, table, summary, kind, start=0)
             _retention_axis(axes, table)
-            axes.set_title(kind, loc="left", fontweight="bold", fontsize=13)
+            axes.set_title(kind)
         for axes in grid[len(kinds) :]:
             axes.set_axis_off()
-        handles, labels = grid[0].get_legend_handles_labels()
-        grid[len(kinds)].legend(handles, labels, loc="center left", frameon=False, fontsize=13)
-        figure.supxlabel("visual tokens kept (retention)", fontsize=13, color=INK)
-        figure.supylabel("accuracy", fontsize=13, color=INK)
-        titles(figure, title, subtitle)
-    return figure
+        made.figure.supxlabel(_retention_label(made, summary, 0.85))
+        made.figure.supylabel("accuracy (%)")
+        made.legend(grid[0].get_legend_handles_labels(), blank=grid[len(kinds) :])
+    return made.figure
 
 
-def by_retention(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
+# --- many methods: ranks and maps -----------------------------------------------------------------
+
+
+def by_retention(
+    summary: pd.DataFrame,
+    title: str,
+    subtitle: str = "",
+    options: FigureOptions = FIGURES,
+) -> Figure:
     """A line per method, best first, and on it the accuracy at every retention.
 
     Args:
         summary: As `intervals.summarise` returns it.
         title: What was measured.
         subtitle: On what, in smaller letters.
+        options: Width and titles.
     """
     table, full = _points(summary), _full(summary, OVERALL)
     order = _ranked(table)
     place = {label: index for index, label in enumerate(order)}
-    with style():
-        figure = Figure(figsize=(9.6, 1.6 + 0.27 * len(order)), layout="constrained")
-        axes = figure.subplots()
-        for (retention, group), colour, marker in zip(
-            table.groupby("retention", sort=False), _colours(table), MARKERS, strict=False
-        ):
+    with canvas(options, title, subtitle) as made:
+        names, row = made.rows(order)
+        axes = made.subplots(row * len(order) + 4 * made.line)[0, 0]
+        steps = pd.unique(table["retention"])
+        for step, colour, marker in zip(steps, plots.colours(len(steps)), MARKERS, strict=False):
+            group = table[table["retention"] == step]
             axes.errorbar(
                 group["accuracy"], group["label"].map(place),
-                xerr=[group["accuracy"] - group["accuracy_low"],
-                      group["accuracy_high"] - group["accuracy"]],
-                fmt=marker, ms=7, mec="white", mew=0.6, color=colour, elinewidth=1, alpha=0.95,
-                label=f"{100 * float(str(retention)):.3g} % kept",
+                xerr=errors(group, "accuracy", "accuracy_low", "accuracy_high"),
+                fmt=marker, mec="white", mew=0.5, color=colour, elinewidth=0.6 * made.size.line,
+                label=_step(step, summary),
             )  # fmt: skip
         if full is not None:
-            axes.axvline(full, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=0, label="uncompressed")
-        axes.set_yticks(range(len(order)), order, fontsize=11)
+            _reference_line(made, axes.axvline, full, label="uncompressed")
+        axes.set_yticks(range(len(order)), names)
         axes.set_ylim(len(order) - 0.4, -0.6)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        axes.set_xlabel("accuracy")
-        axes.grid(axis="both", lw=0.5)
-        axes.tick_params(length=0, labelcolor=INK)
-        legend_above(axes)
-        titles(figure, title, subtitle)
-    return figure
+        in_percent(axes.xaxis)
+        axes.set_xlabel("accuracy (%)")
+        axes.grid(axis="both")
+        made.legend(_points_first(axes))
+    return made.figure
 
 
-def by_cost(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
-    """Accuracy against the prefill's FLOPs, with labels at the best points for each cost."""
+def by_cost(
+    summary: pd.DataFrame,
+    title: str,
+    subtitle: str = "",
+    options: FigureOptions = FIGURES,
+) -> Figure:
+    """Accuracy against the prefill's FLOPs, a panel per retention: numbers, and their key below.
+
+    A line joins the methods that no other exceeds in accuracy at a lower or equal cost.
+    """
     table = _points(summary)
     table = table.assign(cost=table["flops"] / table["uncompressed_flops"])
-    best = table.sort_values(["cost", "accuracy"], ascending=[True, False])
-    best = best[best["accuracy"] > best["accuracy"].shift(fill_value=-1).cummax()]
-    with style():
-        figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-        axes = figure.subplots()
-        for (retention, group), colour, marker in zip(
-            table.groupby("retention", sort=False), _colours(table), MARKERS, strict=False
-        ):
-            share = f"{100 * float(str(retention)):.3g} % kept"
-            axes.plot(group["cost"], group["accuracy"], marker, ms=7, color=colour, mec="white",
-                      mew=0.6, label=share)  # fmt: skip
-        named: list[float] = []
-        for _, row in best.iloc[::-1].iterrows():
-            if all(abs(row["cost"] - cost) > 0.03 for cost in named):  # room for one label
-                named.append(row["cost"])
-                axes.annotate(
-                    f"{row['label']} {100 * row['retention']:.3g} %",
-                    (row["cost"], row["accuracy"]), (0, 9), textcoords="offset points",
-                    fontsize=10, color=INK, ha="center",
-                )  # fmt: skip
-        full = _full(summary, OVERALL)
-        if full is not None:
-            axes.axhline(full, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=0, label="uncompressed")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        axes.set_xlim(1.02, max(0, table["cost"].min() - 0.05))
-        axes.set_ylim(top=1.05)
-        axes.set_xlabel("prefill FLOPs of the language model, selection included")
-        axes.set_ylabel("accuracy")
-        axes.tick_params(length=0, labelcolor=INK)
-        legend_above(axes)
-        titles(figure, title, subtitle)
-    return figure
+    order, steps = _ranked(table), list(pd.unique(table["retention"]))
+    numbers = {label: str(place) for place, label in enumerate(order, 1)}
+    with canvas(options, title, subtitle) as made:
+        rows, columns = made.panels(len(steps), 14 * made.line, most=3)
+        high = min(1.1 * made.size.width / columns, 1.05 * made.size.height) * rows + 4 * made.line
+        key_columns = _key_columns(made, order)
+        below = (max(map(_key_lines, key_columns)) + 0.5) * made.line
+        panels, key = made.rooms(high, below)
+        grid = panels.subgridspec(rows, columns).subplots(squeeze=False).flatten()
+        for axes, step in zip(grid, steps, strict=False):
+            group = table[table["retention"] == step]
+            _front(made, axes, group)
+            axes.plot(group["cost"], group["accuracy"], "o", mec="white", mew=0.5, zorder=3)
+            axes.margins(0.12)
+            axes.invert_xaxis()
+            in_percent(axes.xaxis, 5)
+            in_percent(axes.yaxis)
+            axes.set_title(_step(step, summary))
+            made.number_points(axes, group["cost"], group["accuracy"], group["label"].map(numbers))
+        for axes in grid[len(steps) :]:
+            axes.set_axis_off()
+        grid[(rows - 1) * columns + (columns - 1) // 2].set_xlabel(_cost_label(made, 0.9))
+        grid[(rows - 1) // 2 * columns].set_ylabel("accuracy (%)")
+        _key(made, made.figure.add_subplot(key), key_columns)
+    return made.figure
 
 
-def by_kind(summary: pd.DataFrame, title: str, subtitle: str = "") -> Figure:
+def by_kind(
+    summary: pd.DataFrame,
+    title: str,
+    subtitle: str = "",
+    options: FigureOptions = FIGURES,
+) -> Figure:
     """Accuracy of every method on every kind of question, a map per retention."""
     table = _points(summary)
-    order = _ranked(table)
-    kinds = [kind for kind in pd.unique(summary["kind"]) if kind != OVERALL]
+    order, kinds = _ranked(table), _kinds(summary)
     every = summary[summary["kind"].isin(kinds) & summary["label"].isin(order)]
     steps = [step for step in pd.unique(table["retention"]) if not np.isnan(step)]
-    with style():
-        width = 3 + (0.4 + 0.72 * len(kinds)) * len(steps)
-        figure = Figure(figsize=(width, 2 + 0.27 * len(order)), layout="constrained")
-        grid = figure.subplots(1, len(steps), squeeze=False, sharey=True)[0]
-        for axes, step in zip(grid, steps, strict=True):
+    with canvas(
+        options, title, f"accuracy in %; {subtitle}" if subtitle else "accuracy in %"
+    ) as made:
+        names, row = made.rows(order)
+        cell = 1.15 * made.width_of("100")
+        fit = int(
+            (made.size.width - made.width_of(*names) - made.line)
+            / (cell * len(kinds) + 0.5 * made.line)
+        )
+        columns = max(1, min(len(steps), fit))
+        rows = -(-len(steps) // columns)
+        head = made.width_of(*kinds) + 2.5 * made.line
+        grid = made.subplots(rows * (row * len(order) + head), rows, columns, sharey=True).flatten()
+        for axes, step in zip(grid, steps, strict=False):
             wide = every[every["retention"] == step].pivot_table(
                 index="label", columns="kind", values="accuracy", sort=False
             )
-            sns.heatmap(
-                100 * wide.reindex(index=order, columns=kinds), ax=axes, vmin=0, vmax=100,
-                annot=True, fmt=".0f", annot_kws={"fontsize": 9}, cmap="viridis", cbar=False,
-                linewidths=0.5,
-            )  # fmt: skip
-            axes.set(xlabel="", ylabel="")
-            axes.set_title(f"{100 * step:.3g} % kept", loc="left", fontsize=12, fontweight="bold")
-            axes.tick_params(length=0, labelsize=10, labelcolor=INK)
-        titles(figure, title, f"accuracy in %, {subtitle}" if subtitle else "accuracy in %")
-    return figure
+            made.heat(axes, 100 * wide.reindex(index=order, columns=kinds), "{:.0f}", (0, 100))
+            axes.set_yticks(range(len(order)), names)
+            axes.tick_params(axis="x", labelrotation=90)
+            axes.set_title(_step(step, summary))
+        for axes in grid[len(steps) :]:
+            axes.set_axis_off()
+    return made.figure
 
 
-def draw(folder: RunFolder, model: str, summary: pd.DataFrame) -> None:
+# --- all of a run ---------------------------------------------------------------------------------
+
+
+def draw(
+    folder: RunFolder, model: str, summary: pd.DataFrame, options: FigureOptions = FIGURES
+) -> None:
+    """Write the figures of a comparison to ``plots/``."""
+    for name, figure in drawn(summary, model, options).items():
+        plots.save(figure, folder.path / "plots" / name, options)
+
+
+def drawn(summary: pd.DataFrame, model: str, options: FigureOptions = FIGURES) -> dict[str, Figure]:
+    """Name to figure; none if nothing is finished.  Curves of few methods, ranks of many."""
     compressed = summary["retention"] < 1
     if not summary["accuracy"].notna().any() or not compressed.any():
-        return
-    per_kind = summary["n"][summary["kind"] != OVERALL].dropna()
-    count = int(summary["n"].max())
-    matched = summary["match"].dropna()
+        return {}
     # Matched methods share the position of the retention ratio of uniform whose cost they have.
     summary = summary.assign(retention=summary["asked_retention"])
-    note = "bars and band: 95 % confidence intervals"
-    if len(matched):
-        note += f"; all at the {matched.iloc[0]} of uniform at that retention"
     title = f"Accuracy of {Path(model).name} with fewer visual tokens"
-    drawn = (accuracy, accuracy_by_cost, accuracy_by_kind)
-    if summary["label"][compressed].nunique() > CROWD:
-        drawn = (by_retention, by_cost, by_kind)
-    overall, against_cost, of_kinds = drawn
-    figure = overall(summary, title, f"{count} questions; {note}")
-    plots.save(figure, folder.path / "plots" / "accuracy")
-    figure = against_cost(summary, title, f"{count} questions; {note}")
-    plots.save(figure, folder.path / "plots" / "accuracy-by-cost")
+    crowd = summary["label"][compressed].nunique() > CROWD
+    matched = _match(summary)
+    same = f"; all at the {_MATCHED[matched]} of uniform at that retention" if matched else ""
+    asked = f"{int(summary['n'].max())} questions{same}"
+    bars = "bars: 95 % confidence intervals"
+    ranks = f"{asked}; {bars}; best mean first"
+    curves = f"{asked}; {bars}, as is the band; dashed: uncompressed"
+    front = f"{asked}; numbered by mean accuracy; line: no method is better at a lower cost"
+    if crowd:
+        found = {
+            "accuracy": by_retention(summary, title, ranks, options),
+            "accuracy-by-cost": by_cost(summary, title, front, options),
+        }
+    else:
+        found = {
+            "accuracy": accuracy(summary, title, curves, options),
+            "accuracy-by-cost": accuracy_by_cost(summary, title, curves, options),
+        }
+    per_kind = summary["n"][summary["kind"] != OVERALL].dropna()
     if len(per_kind):
         low, high = int(per_kind.min()), int(per_kind.max())
         each = f"{low}" if low == high else f"{low} to {high}"
-        figure = of_kinds(summary, title, f"{each} questions of a kind; {note}")
-        plots.save(figure, folder.path / "plots" / "accuracy-by-kind")
+        of_kinds = by_kind if crowd else accuracy_by_kind
+        about = f"{each} questions of a kind{same}"
+        about += "; best mean first" if crowd else f"; {bars}, as is the band; dashed: uncompressed"
+        found["accuracy-by-kind"] = of_kinds(summary, title, about, options)
+    return found
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _kinds(summary: pd.DataFrame) -> list[str]:
+    return [kind for kind in pd.unique(summary["kind"]) if kind != OVERALL]
+
+
+def _match(summary: pd.DataFrame) -> str | None:
+    """The cost that was matched, or None."""
+    found = summary.get("match", pd.Series(dtype=object)).dropna()
+    return str(found.iloc[0]) if len(found) else None
+
+
+def _retention_label(made: Canvas, summary: pd.DataFrame, share: float = 0.62) -> str:
+    """The label of an axis of retention ratios on ``share`` of the width."""
+    matched, label = _match(summary), "visual tokens kept (retention, %)"
+    if matched:
+        label = f"{_MATCHED[matched]}: those of uniform at this retention (%)"
+    return wrapped(label, share * made.size.width, made.size.text)
+
+
+def _step(retention: float, summary: pd.DataFrame) -> str:
+    """One retention in a legend or a title."""
+    matched = _match(summary)
+    share = percent(retention)
+    return f"{_MATCHED[matched]} of uniform at {share}" if matched else f"{share} kept"
+
+
+def _cost_label(made: Canvas, share: float = 0.62) -> str:
+    """The label of an axis of costs on ``share`` of the width."""
+    return wrapped(_COST_AXIS, share * made.size.width, made.size.text)
 
 
 def _points(summary: pd.DataFrame) -> pd.DataFrame:
@@ -245,12 +337,56 @@ def _full(summary: pd.DataFrame, kind: str) -> float | None:
     return None if found.dropna().empty else float(found.iloc[0])
 
 
-def _colours(table: pd.DataFrame) -> list[tuple[float, ...]]:
-    steps = table["retention"].nunique()
-    return list(sns.color_palette("crest_r", steps))[::-1] if steps > 1 else [(0.0, 0.4, 0.6)]
+def _reference_line(made: Canvas, draw: Any, at: float, **options: Any) -> None:
+    draw(at, color=INK, lw=0.7 * made.size.line, ls=(0, (5, 3)), zorder=1, **options)
 
 
-_COLUMNS = 3  # of the small multiples
+def _points_first(axes: Axes) -> tuple[list[Any], list[str]]:
+    """The entries of a legend, those of points in front of those of lines."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] == "uncompressed")
+    return [handles[i] for i in order], [labels[i] for i in order]
+
+
+def _front(made: Canvas, axes: Axes, table: pd.DataFrame) -> None:
+    """A staircase below which no method is the best at its cost."""
+    rising = table.sort_values(["cost", "accuracy"], ascending=[True, False])
+    best = rising[rising["accuracy"] > rising["accuracy"].cummax().shift(fill_value=-1.0)]
+    axes.step(
+        best["cost"], best["accuracy"], where="post", color="#a0a0a0", lw=0.8 * made.size.line,
+        zorder=2,
+    )  # fmt: skip
+
+
+def _key_columns(made: Canvas, names: list[str]) -> list[list[str]]:
+    """The names in as many columns of equal length as fit side by side."""
+    names = [wrapped(name, made.size.width - 3 * made.line, made.size.text) for name in names]
+    for count in range(min(5, len(names)), 0, -1):
+        rows = -(-len(names) // count)
+        columns = [names[start : start + rows] for start in range(0, len(names), rows)]
+        if sum(made.width_of(*one) + 2.4 * made.line for one in columns) < made.size.width:
+            break
+    return columns
+
+
+def _key_lines(names: list[str]) -> int:
+    return sum(name.count("\n") + 1 for name in names)
+
+
+def _key(made: Canvas, axes: Axes, columns: list[list[str]]) -> None:
+    """The methods by number."""
+    axes.set_axis_off()
+    axes.set_xlim(0, made.size.width - 0.1)
+    axes.set_ylim(max(map(_key_lines, columns)), 0)
+    x, number = 0.0, 0
+    for names in columns:
+        place, line = x + 1.4 * made.line, 0
+        for name in names:
+            number += 1
+            axes.text(place, line, str(number), ha="right", va="top", weight="bold")
+            axes.text(place + 0.5 * made.line, line, name, va="top")
+            line += name.count("\n") + 1
+        x += made.width_of(*names) + 2.4 * made.line
 
 
 def _compressed(summary: pd.DataFrame) -> pd.DataFrame:
@@ -278,30 +414,36 @@ def _positions(table: pd.DataFrame) -> dict[float, int]:
 
 def _retention_axis(axes: Axes, table: pd.DataFrame) -> None:
     positions = _positions(table)
-    axes.set_xticks(list(positions.values()), [percent(share) for share in positions])
-    axes.set_xlim(-0.25, max(positions.values()) + 0.25)
+    axes.set_xticks(list(positions.values()), [f"{100 * share:.4g}" for share in positions])
+    axes.set_xlim(-0.2, max(positions.values()) + 0.2)
 
 
-def _panel(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame, kind: str, start: float) -> None:
+def _panel(
+    made: Canvas,
+    axes: Axes,
+    table: pd.DataFrame,
+    summary: pd.DataFrame,
+    kind: str,
+    start: float,
+) -> None:
     """Curves of one kind of question; ``table`` has x in ``place``, and 100 % is at ``start``."""
     full = _reference(summary, kind)
     if not np.isnan(full["accuracy"]):
         axes.axhspan(full["accuracy_low"], full["accuracy_high"], color="black", alpha=0.06, lw=0)
-        axes.axhline(full["accuracy"], color=INK, lw=1.2, ls=(0, (5, 3)), zorder=1)
-        axes.plot([start], [full["accuracy"]], "o", color=INK, ms=7, zorder=4, label="uncompressed")
+        _reference_line(made, axes.axhline, full["accuracy"])
+        axes.plot([start], [full["accuracy"]], "o", color=INK, zorder=4, label="uncompressed")
     for method, look in looks(table).items():
         rows = table[(table["kind"] == kind) & (table["label"] == method)]
         rows = rows.sort_values("retention", ascending=False)
         places, values = rows["place"].to_numpy(float), rows["accuracy"].to_numpy(float)
         curve = (np.append(start, places), np.append(full["accuracy"], values))
-        axes.plot(*curve, color=look["color"], lw=2, alpha=0.9)
-        errors = [values - rows["accuracy_low"], rows["accuracy_high"] - values]
+        axes.plot(*curve, color=look["color"], alpha=0.9)
         axes.errorbar(
-            places, values, yerr=errors, ls="", ms=8, mec="white", mew=0.8, elinewidth=1.6,
-            capsize=0, label=method, zorder=3, **look,
+            places, values, yerr=errors(rows, "accuracy", "accuracy_low", "accuracy_high"), ls="",
+            mec="white", mew=0.5, elinewidth=0.8 * made.size.line, capsize=0, label=method,
+            zorder=3, **look,
         )  # fmt: skip
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.tick_params(axis="both", length=0, labelsize=12, labelcolor=INK)
+    in_percent(axes.yaxis)
 
 
 def _reference(summary: pd.DataFrame, kind: str) -> pd.Series:
@@ -310,22 +452,15 @@ def _reference(summary: pd.DataFrame, kind: str) -> pd.Series:
     return chosen.iloc[0] if len(chosen) else pd.Series(np.nan, index=summary.columns)
 
 
-def _label_lines(axes: Axes, table: pd.DataFrame, summary: pd.DataFrame) -> None:
-    """Write every method's name beside its last point, moved apart where they would touch."""
-    ends: list[tuple[str, float, dict[str, Any]]] = []
+def _name_lines(made: Canvas, axes: Axes, table: pd.DataFrame, summary: pd.DataFrame) -> None:
+    """Write every method's name beside its last point."""
+    ends: list[plots.End] = []
     for method, look in looks(table).items():
         rows = table[(table["kind"] == OVERALL) & (table["label"] == method)]
-        level = rows["accuracy"][rows["retention"].idxmin()]
-        name = method.replace(":", "\n", 1).replace(",", ", ")
-        ends.append((name, level, {"color": look["color"], "fontweight": "bold"}))
+        last = rows.loc[rows["retention"].idxmin()]
+        font = {"color": look["color"], "fontweight": "bold"}
+        ends.append((method, (last["place"], last["accuracy"]), last["accuracy"], font))
     level = _reference(summary, OVERALL)["accuracy"]
     if not np.isnan(level):
-        ends.append((f"uncompressed {percent(level, 1)}", level, {"color": INK}))
-    low, high = axes.get_ylim()
-    lines = max((name.count("\n") + 1 for name, *_ in ends), default=1)
-    heights = spread([level for _, level, _ in ends], 0.058 * lines * (high - low))
-    for (name, _, font), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name, (1.015, height), xycoords=axes.get_yaxis_transform(), va="center", fontsize=13,
-            annotation_clip=False, **font,
-        )  # fmt: skip
+        ends.append((f"uncompressed {percent(level, 1)}", None, level, {"color": INK}))
+    plots.label_ends(made, axes, ends)

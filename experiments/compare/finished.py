@@ -5,9 +5,10 @@ Neither PyTorch nor transformers is imported.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,13 @@ def _found(
     }
     if experiment != experiment | now:
         return None
-    columns = [CellRecord(**column) for column in noted["columns"]]
+    columns = [CellRecord.read(cell) for cell in manifest["cells"]]
     journal = Journal(path / "answers.jsonl")
     keys = {column.key for column in columns}
     if not all((key, item.id) in journal.answers for key in keys for item in questions):
         return None
-    same = {name: manifest[name] for name in ("finished", "device_name")}
+    kept = ("finished", "cells", "device_name", "model_folder")
+    same = {name: manifest[name] for name in kept if name in manifest}
     details = asked_for(request, path) | same | {"files": files} | surroundings
     return _Found(columns, questions, journal, details)
 
@@ -128,7 +130,8 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
     if request.out is None and path.name != folder_name(experiment):
         return False
     now, then = asked_for(request, path)["request"], manifest["request"]
-    if now | {"out": None} != then | {"out": None}:
+    same = {"out": None, "figures": None}  # neither changes an answer
+    if now | same != then | same:
         return False
     if registered is not None and registered != strategies.names():
         return False  # the meaning of `all` has changed
@@ -140,17 +143,19 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
 def _written(
     request: CompareRequest, path: Path, manifest: Mapping[str, Any], found: _Found
 ) -> Outcome:
-    """Write the tables again, and the plots if there are none."""
+    """Write the tables again, and the plots if there are none like them.
+
+    Plots show the journal as it is, because the run was complete.
+    """
     folder = RunFolder.open(path, manifest["experiment"], found.details)
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
-    if not any(
-        (path / "plots").glob("*.png")
-    ):  # other plots show this journal, as the run was complete
+    wanted = json.loads(json.dumps(asdict(request.figures)))
+    if manifest["request"].get("figures") != wanted or not any((path / "plots").glob("*")):
         from tokenprune.experiments.compare.figures import draw
 
-        draw(folder, request.model, summary)
+        draw(folder, request.model, summary, request.figures)
     folder.close("complete")
     return Outcome(
         status="complete",

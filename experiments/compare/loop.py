@@ -75,7 +75,7 @@ def run(
     for index, batch in enumerate(batches):
         lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
         for tower in dict.fromkeys(towers[key] for key in lacking):
-            progress(len(journal.answers), total, "vision encoder")
+            progress(len(journal.answers), total, _doing("vision encoder", journal))
             sharing = [key for key in lacking if towers[key] == tower]
             _encode(encodings, tower, batch, sharing, failing, timeout)
         entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
@@ -91,6 +91,11 @@ def run(
         encodings.keep({image for image, last in last_use.items() if last > index})
     failing.settle()
     progress(len(journal.answers), total, "")
+
+
+def _doing(step: str, journal: Journal) -> str:
+    """The current step, and how many answers and cells have failed."""
+    return f"{step}, {len(journal.missing) + len(journal.failures)} failed"
 
 
 def _signals(
@@ -193,7 +198,8 @@ class _Desk:
         return True
 
     def _tell(self, doing: str) -> None:
-        self.progress(len(self.entering.journal.answers), self.total, doing)
+        journal = self.entering.journal
+        self.progress(len(journal.answers), self.total, _doing(doing, journal))
 
     def _run_job(
         self,

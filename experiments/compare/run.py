@@ -35,7 +35,12 @@ from tokenprune.experiments.common.provenance import (
 from tokenprune.experiments.common.questions import Question, fingerprint
 from tokenprune.experiments.common.references import references
 from tokenprune.experiments.common.request import CompareRequest
-from tokenprune.experiments.common.run_folder import RunFolder, asked_for, folder_name
+from tokenprune.experiments.common.run_folder import (
+    RunFolder,
+    asked_for,
+    folder_name,
+    stored_path,
+)
 from tokenprune.experiments.common.setting import Setting, prepare, with_faults_noted
 from tokenprune.experiments.common.summary import summarise
 from tokenprune.experiments.compare import figures, loop
@@ -144,19 +149,17 @@ def _opened(
 ) -> RunFolder:
     """The folder of the run, which holds nothing else."""
     surroundings = environment()
-    roots = code_roots(
-        [cell.compressor for cell in work.columns if cell.compressor],
-        [type(work.pipe.adapter), __name__],
-    )
-    files = answer_files(work.pipe.path, (), roots)
+    compressors = [cell.compressor for cell in work.columns if cell.compressor]
+    roots = code_roots(compressors, [type(work.pipe.adapter), __name__])
+    files = answer_files(work.pipe.path, compressors, roots)
     experiment = _experiment(request, work, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / folder_name(experiment)
     details = _details(request, work.pipe, path) | {"files": files} | surroundings
+    details["cells"] = [asdict(CellRecord.of(cell)) for cell in work.columns]
     if request.match is None and not name:
         details["finished"] = {
             "code": roots,
-            "columns": [asdict(CellRecord.of(cell)) for cell in work.columns],
             "skipped": skipped,
             "registered": strategies.names() if ALL in request.methods else None,
         }
@@ -239,7 +242,7 @@ def _fill(
     if (
         not interrupted and "name" not in folder.manifest["experiment"]
     ):  # other experiments draw their own
-        figures.draw(folder, request.model, summary)
+        figures.draw(folder, request.model, summary, request.figures)
     failures = {c: journal.failures[c.key] for c in columns if c.key in journal.failures}
     if not interrupted:
         failures = dict(_lacking(columns, questions, journal)) | failures
@@ -316,4 +319,7 @@ def _details(request: CompareRequest, pipe: Pipeline, folder: Path) -> dict[str,
     """Further entries of the manifest."""
     device = pipe.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {**asked_for(request, folder), "device_name": name}
+    details = {**asked_for(request, folder), "device_name": name}
+    if request.model not in testbed.names() and Path(request.model).is_dir():
+        details["model_folder"] = stored_path(Path(request.model), folder)
+    return details

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.console import app, as_exit_status, new_table, progress, quiet
+from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
 
@@ -22,8 +22,10 @@ __all__ = [
 ]
 
 
-@app.command()
+@app.command(cls=ManyValues)
 def complementarity(
+    paths: options.Images = None,
+    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
@@ -34,12 +36,16 @@ def complementarity(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Answer questions from the thumbnail, from the crops, and from both.
 
-    Prints the accuracy relative to the whole image for every kind of question. Single images only:
-    videos and prompts of several images have no crops.
+    Prints the accuracy relative to the whole image for every kind of question. For images of your
+    own without true answers, it is the agreement with the answer from the whole image. Single
+    images only: videos and prompts of several images have no crops.
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
@@ -47,6 +53,8 @@ def complementarity(
         from tokenprune.experiments.complementarity.run import ComplementarityRequest, run
 
         request = ComplementarityRequest(
+            paths=tuple(paths or ()),
+            prompt=prompt,
             model=model,
             questions=questions,
             data=data,
@@ -56,6 +64,7 @@ def complementarity(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
         )
         quiet()
@@ -71,6 +80,8 @@ def complementarity(
 
 def table(found: pd.DataFrame) -> Table:
     """At most 80 columns; ``found`` is as `complementarity.run.relative` returns it."""
+    if "agreement" in found:
+        return _agreement(found)
     made = new_table(
         title="Accuracy from one kind of view alone",
         caption="Relative: to the accuracy with thumbnail and crops, with its 95 % interval, in %. "
@@ -79,8 +90,9 @@ def table(found: pd.DataFrame) -> Table:
     )
     made.add_column("kind")
     made.add_column("seen")
-    for name in ("accuracy", "relative", "difference", "p"):
-        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("accuracy", justify="right")
+    for name, value in {"relative": 2, "difference": 3, "p": 1}.items():
+        made.add_column(name, justify="right", value=value)
     for kind, group in found.groupby("kind", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             whole = not position
@@ -92,6 +104,32 @@ def table(found: pd.DataFrame) -> Table:
                 "" if whole else f"{100 * row['relative']:.1f} {'–'.join(ends)}",
                 "" if whole else difference(row["difference"], row["low"], row["high"]),
                 "" if whole else p_value(row["p"]),
+                end_section=position + 1 == len(group),
+            )
+    return made
+
+
+def _agreement(found: pd.DataFrame) -> Table:
+    """The table where no true answer is known."""
+    made = new_table(
+        title="Agreement with the whole image from one kind of view alone",
+        caption="Agreement: the share of answers that equal those from thumbnail and crops, with "
+        "its 95 % interval, in %. Divergence of the first answer token from the whole image, in "
+        "nats.",
+    )
+    for name in ("kind", "seen"):
+        made.add_column(name)
+    for name in ("n", "agreement", "divergence"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for kind, group in found.groupby("kind", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            low, high = (f"{100 * row[f'relative_{end}']:.0f}" for end in ("low", "high"))
+            made.add_row(
+                "" if position else escape(str(kind)),
+                row["shown"].removesuffix(" only"),
+                str(row["n"]),
+                f"{100 * row['agreement']:.1f}" + (f" {low}–{high}" if position else ""),
+                f"{row['kl']:.3f}" if position else "",
                 end_section=position + 1 == len(group),
             )
     return made

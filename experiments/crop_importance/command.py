@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenprune.console import app, as_exit_status, new_table, progress, quiet
+from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
 
@@ -33,8 +33,10 @@ _Score = Annotated[
 ]
 
 
-@app.command("crop-importance")
+@app.command("crop-importance", cls=ManyValues)
 def crop_importance(
+    paths: options.Images = None,
+    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     score: _Score = "saliency",
     layer: Annotated[
@@ -50,12 +52,16 @@ def crop_importance(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Drop the highest-scored, the lowest-scored or a random crop, by the thumbnail's mean score.
 
     Prints the loss of accuracy for each, by kind of question, and separately for questions whose
-    object is in the dropped crop (known on the testbed, or from "place" in --data).
+    object is in the dropped crop (known on the testbed, or from "place" in --data). For images of
+    your own without true answers, it is the share of answers that change.
 
     Exit status: 0 done, 1 a part failed, 2 bad input, 130 interrupted.
     """
@@ -63,6 +69,8 @@ def crop_importance(
         from tokenprune.experiments.crop_importance.run import CropImportanceRequest, run
 
         request = CropImportanceRequest(
+            paths=tuple(paths or ()),
+            prompt=prompt,
             model=model,
             score=score,
             layer=layer,
@@ -75,14 +83,14 @@ def crop_importance(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
         with progress() as bar:
             outcome = run(request, bar)
-        found = outcome.tables.get("crop_importance")
-        if found is not None and len(found):
+        if len(found := outcome.tables.get("crop_importance", ())):
             Console().print(table(found), "")
         status = options.closing(outcome, started)
     raise typer.Exit(status)
@@ -90,17 +98,20 @@ def crop_importance(
 
 def table(found: pd.DataFrame) -> Table:
     """At most 80 columns; ``found`` is as `crop_importance.run.drops` returns it."""
+    known = "accuracy" in found
+    what = "Loss" if known else "Answers that change,"
     made = new_table(
-        title="Accuracy lost without a crop",
-        caption="Loss in points with its 95 % interval, against the whole image and against "
+        title="Accuracy lost without a crop" if known else "Answers that change without a crop",
+        caption=f"{what} in points with its 95 % interval, against the whole image and against "
         "dropping a random crop (whole images resampled); p of McNemar's exact test, on the same "
-        "questions, - with several seeds.",
+        f"questions, - with several seeds{'' if known else ' or without true answers'}.",
     )
     made.add_column("questions")
-    made.add_column("n", justify="right")
+    made.add_column("n", justify="right", value=1)
     made.add_column("dropped")
-    for name in ("loss", "p", "beyond random", "p"):
-        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("loss" if known else "changed", justify="right")
+    for name, value in {"p": 3, "beyond random": 4, "its p": 2}.items():
+        made.add_column(name, justify="right", value=value)
     for group, part in found.groupby("group", sort=False):
         for position, (_, row) in enumerate(part.iterrows()):
             beyond = [-row[f"vs_random{end}"] for end in ("", "_high", "_low")]

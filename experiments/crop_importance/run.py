@@ -6,6 +6,7 @@ dropped and compared with a random one, on the same questions.  Crops are ranked
 their regions, since a thumbnail of 7 x 7 patches has no two equal halves.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,16 @@ from tokenprune.allocators import SALIENCY, ThumbnailCommand
 from tokenprune.compressor import Compressor, Selection, Separators
 from tokenprune.errors import unknown
 from tokenprune.experiments.common import plots
-from tokenprune.experiments.common.answers import read_answers
+from tokenprune.experiments.common.answers import (
+    AGREEMENT_ONLY,
+    Measure,
+    measured,
+    read_answers,
+)
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.outcome import Outcome
+from tokenprune.experiments.common.own_images import with_answers
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.references import region_sizes
 from tokenprune.experiments.common.request import QuestionRequest, comparison
@@ -74,6 +81,7 @@ class CropImportanceRequest(QuestionRequest):
 def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> Outcome:
     """Score the crops of every image, and answer its questions without one of them.
 
+    Where no true answer is known, agreement with the whole image takes the place of accuracy.
     Questions whose image has fewer than two crops are left out.  The folder of the run gets
     ``crops.csv``, ``objects.csv``, ``crop_importance.csv`` and a figure in addition to what
     `compare` writes.
@@ -88,22 +96,26 @@ def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> 
     if request.score not in SCORES:
         raise unknown("score", request.score, SCORES)
     asked = comparison(request, modality="image", seeds=request.seeds)
-    setting, left_out = with_crops(prepare(asked, progress), least=2)
+    setting, left_out = with_crops(prepare(asked, progress, needs_answers=False), least=2)
     droppers = _droppers(request)
     columns = [Cell(dropper, name=_label(dropper.which)) for dropper in droppers]
     name = f"crop-importance-{request.score}"
     outcome = compare.run(asked, progress, name=name, columns=columns, setting=setting)
     notes = [f"{left_out} questions were left out: fewer than two crops."] if left_out else []
+    if not with_answers(setting.questions):
+        notes.append(AGREEMENT_ONLY)
     if outcome.status == "interrupted":
         return replace(outcome, notes=tuple(notes))
     progress(0, 0, "scoring the crops")
     crops, objects = scored(setting, droppers)
-    table = drops(read_answers(outcome.folder), crops, objects, droppers, seed=request.seed)
+    answers, measure = measured(read_answers(outcome.folder))
+    table = drops(answers, crops, objects, droppers, seed=request.seed, measure=measure)
     tables = {"crop_importance": table, "crops": crops, "objects": objects}
     write_tables(outcome.folder, tables)
     if len(table):
-        drawn = figure(table, crops, objects, Path(request.model).name, request.score)
-        plots.save(drawn, outcome.folder / "plots" / "crop-importance")
+        model = Path(request.model).name
+        drawn = figure(table, crops, objects, model, request.score, measure, request.figures)
+        plots.save(drawn, outcome.folder / "plots" / "crop-importance", request.figures)
     if count := uneven(crops):
         notes.insert(
             0,
@@ -244,14 +256,16 @@ def drops(
     droppers: Sequence[DropCrop],
     *,
     seed: int,
+    measure: Measure = "accuracy",
 ) -> pd.DataFrame:
     """The accuracy lost by dropping a crop, one row per group of questions and dropped crop.
 
     Args:
-        answers: As in ``answers.parquet``.
+        answers: As in ``answers.parquet``; for the agreement, as `answers.measured` returns them.
         crops, objects: As `scored` returns them.
         droppers: Those that were run.
         seed: Of the bootstrap.
+        measure: What ``correct`` stands for.
 
     Returns:
         ``group`` (`OVERALL`, a kind, and where places are known `HELD` and `SPARED`), ``dropped``,
@@ -259,7 +273,9 @@ def drops(
         ``low``, ``high`` and ``p``, and ``vs_random`` (accuracy minus that without a random crop)
         with ``vs_random_low``, ``vs_random_high`` and ``vs_random_p``; intervals and p-values as of
         `summary.compared`.  ``vs_random`` is missing for `HELD` and `SPARED`, which are other
-        questions for every crop dropped.
+        questions for every crop dropped.  With the measure agreement, the column ``accuracy`` is
+        called ``agreement``, ``drop`` is the share of answers that change, and ``p`` is missing;
+        ``kl`` is the mean divergence.
     """
     cells = dict(iter(answers.groupby("label", sort=False)))
     gone = {
@@ -285,6 +301,9 @@ def drops(
         other = cells.get(_label("random")) if which != "random" else None
         for group, chosen in _groups(part, inside):
             rows += _drop(group, which, whole, chosen, other, seed)
+    if measure == "agreement":
+        for row in rows:
+            row |= {"agreement": row.pop("accuracy"), "p": math.nan}
     order = {group: place for place, group in enumerate(dict.fromkeys(r["group"] for r in rows))}
     return pd.DataFrame(sorted(rows, key=lambda row: order[row["group"]]))
 
@@ -317,6 +336,7 @@ def _drop(
         "accuracy": found["second_accuracy"],
         "drop": found["difference"],
         **{name: found.get(name) for name in ("low", "high", "p")},
+        "kl": chosen["kl"].mean() if "kl" in chosen else math.nan,
     }
     if other is not None and group not in (HELD, SPARED):
         against = compared(chosen, other, seed=seed)

@@ -90,6 +90,10 @@ def efficiency(
     repeats: _Repeats = 5,
     device: options.Device = None,
     out: _Out = None,
+    force: options.Force = False,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
     """Print what methods cost: tokens, FLOPs, KV cache, memory, and when they pay off.
 
@@ -117,6 +121,8 @@ def efficiency(
             repeats=repeats,
             device=device,
             out=out,
+            force=force,
+            figures=options.figures(formats, width, no_title),
         )
         with progress() as bar:
             outcome = run(request, bar)
@@ -145,11 +151,12 @@ def _table(costs: pd.DataFrame, title: str) -> Table:
         "Pays: number of visual tokens from which on fewer FLOPs are needed than uncompressed.",
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
+    table.add_column("method")
     names = ["KV", "select", "peak"]
     memory = [f"{name}\n{unit}" for name, (unit, _) in zip(names, units.values(), strict=True)]
-    for name in ("tokens", flops, "of all", memory[0], f"select\n{chosen}", *memory[1:], "pays"):
-        table.add_column(name, justify="right")
+    headers = ("tokens", flops, "of all", memory[0], f"select\n{chosen}", *memory[1:], "pays")
+    for name, value in zip(headers, (7, 5, None, 4, 2, 1, 6, 3), strict=True):
+        table.add_column(name, justify="right", value=value)
     rows = costs[(costs["retention"] < 1) | (costs["method"] == "uncompressed")]
     for keep, group in rows.groupby("retention", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
@@ -179,9 +186,10 @@ def _measured(measured: pd.DataFrame, words: str) -> Table:
     unit, scale = bytes_unit(measured["peak_bytes"].max())
     table = new_table(title="Measured, in milliseconds", caption=words)
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("vision", "selector", "prefill", "decode", f"peak {unit}", "pays"):
-        table.add_column(name, justify="right")
+    table.add_column("method")
+    headers = ("vision", "selector", "prefill", "decode", f"peak {unit}", "pays")
+    for name, value in zip(headers, (2, 3, None, 5, 4, 1), strict=True):
+        table.add_column(name, justify="right", value=value)
     for _, row in measured.iterrows():
         plain = row["method"] == "uncompressed"
         if row["status"] != "ok":
@@ -276,8 +284,10 @@ def convert(
 
 def _terms(found: Converted) -> Table:
     terms, mark = found.terms, found.mark
-    table = new_table("", "", show_header=False)
-    table.add_row("method", found.method.label)
+    table = new_table(show_header=False)
+    table.add_column("", prose=True)
+    table.add_column("")
+    table.add_row("method", method_label(found.method.label))
     table.add_row("retention", f"{found.method.retention:g}")
     table.add_row("patch tokens at the end", f"{mark}{terms['kept_patches']:.0f}")
     table.add_row("separators at the end", f"{terms['kept_separators']:.0f}")

@@ -62,6 +62,12 @@ def convert(request: ConvertRequest) -> Converted:
     if len(request.targets) > 1:
         names = " and ".join(f"--{name}" for name in request.targets)
         raise UserError(f"give one target, not {names}.")
+    for name, share in request.targets.items():
+        if name != "tokens" and 1 < share <= 100:
+            raise UserError(
+                f"--{name} is a share of at most 1, got {share:g}; for {share:g} % write "
+                f"{share / 100:g}."
+            )
     own = has_retention(spec)
     if own == bool(request.targets):
         raise UserError(

@@ -1,6 +1,5 @@
 """What methods cost: estimated analytically on any model, and measured on this device."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,13 +13,13 @@ from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.csv_files import write_tables
-from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, chosen, expanded
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.prompt import Prompt, asks, prompt_of, read_size
 from tokenprune.experiments.common.provenance import environment
-from tokenprune.experiments.common.request import Request
+from tokenprune.experiments.common.request import FIGURES, FigureOptions, Request
+from tokenprune.experiments.common.result_folder import ResultFolder
 from tokenprune.experiments.efficiency import figures
 from tokenprune.experiments.efficiency.costs import analytic_break_even, costs, layers
 from tokenprune.experiments.efficiency.measured import measure
@@ -43,8 +42,7 @@ class PromptRequest(Request):
 
     Attributes:
         model: As for `tokenprune.models.loading.adapter_without_weights`.
-        image_size: As `prompt.read_size` reads it; None for a thumbnail and 2x2 whole crops without
-            separators.
+        image_size: As `prompt.read_size` reads it; None for `Adapter.usual_layout`.
         patches: Rows and columns of a single view, written like a size, instead of an image.
         text_tokens: Tokens of the prompt that are not visual.
         dtype: Of weights and KV cache: ``bfloat16``, ``float16`` or ``float32``.
@@ -69,6 +67,8 @@ class EfficiencyRequest(PromptRequest):
         batch_size: Prompts that run at once when measured.
         repeats: Timed runs of each part.
         device: As in `ModelRequest`.
+        figures: As in `ModelRequest`.
+        force: Whether to replace the result of an earlier call in ``out``.
     """
 
     methods: Sequence[str] = ("uniform",)
@@ -78,6 +78,8 @@ class EfficiencyRequest(PromptRequest):
     batch_size: int = 1
     repeats: int = 5
     device: str | None = None
+    figures: FigureOptions = FIGURES
+    force: bool = False
 
 
 def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -90,10 +92,15 @@ def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outc
         With these tables; ``about`` describes the ``prompt`` and how times were ``measured``.
 
     Raises:
-        UserError: Bad input.
+        UserError: Bad input, or ``out`` holds files and ``force`` is not set.
     """
-    folder = request.out or Path("runs") / f"efficiency_{Path(request.model).name}"
-    _check(request, folder)
+    _check(request)
+    folder = ResultFolder.open(
+        request.out,
+        f"efficiency_{Path(request.model).name}",
+        marker="efficiency.json",
+        force=request.force,
+    )
     prompt = prompt_for(request)
     specs, skipped = expanded(request.methods, partial(check_compatible, prompt.adapter.facts))
     methods = chosen(specs, request.retention)
@@ -120,19 +127,21 @@ def run(request: EfficiencyRequest, progress: ProgressCallback = silent) -> Outc
         )
         tables["measured"] = measured.table
         about["measured"] = measured.words
-    _write(folder, tables, _details(request, prompt))
-    _draw(folder, tables, request.model, prompt)
+    write_tables(folder.path, tables)
+    drawn = _draw(folder.path, tables, request, prompt)
+    files = [f"{name}.csv" for name in tables]
+    folder.finish(_details(request, prompt), [*files, *drawn])
     return Outcome(
-        folder,
+        folder.path,
         tables=tables,
-        files=(*(f"{name}.csv" for name in tables), "plots/"),
+        files=(*files, "plots/"),
         skipped=skipped,
         notes=tuple(stand_in(prompt, methods)),
         about=about,
     )
 
 
-def _check(request: EfficiencyRequest, folder: Path) -> None:
+def _check(request: EfficiencyRequest) -> None:
     """Raise `UserError` for errors that can be found without a model."""
     if request.device is not None:
         device_of(request.device)
@@ -140,7 +149,6 @@ def _check(request: EfficiencyRequest, folder: Path) -> None:
         check_number(name, getattr(request, name))
     if request.layers is not None and not request.measure:
         raise UserError("--layers says how many layers are measured; add --measure.")
-    check_writable(folder)
     chosen([spec for spec in request.methods if spec != ALL], request.retention)
 
 
@@ -188,21 +196,23 @@ def _details(request: EfficiencyRequest, prompt: Prompt) -> dict[str, Any]:
     asked = asdict(request)
     size = prompt.image_size
     asked["image_size"] = None if size is None else {"height": size[0], "width": size[1]}
-    for name in ("out", "repeats", "device"):
+    for name in ("out", "force", "repeats", "device", "figures"):
         del asked[name]
     return asked | environment()
 
 
-def _write(folder: Path, tables: dict[str, pd.DataFrame], details: dict[str, Any]) -> None:
-    write_tables(folder, tables)
-    with replace_file(folder / "efficiency.json") as temporary:
-        text = json.dumps(details, indent=2, ensure_ascii=False, default=str)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _draw(folder: Path, tables: dict[str, pd.DataFrame], model: str, prompt: Prompt) -> None:
-    title = f"What methods cost on {Path(model).name}"
-    figure = figures.cost_by_retention(tables["costs"], title, _parts(prompt))
-    plots.save(figure, folder / "plots" / "cost")
-    figure = figures.tokens_by_layer(tables["layers"], "Where tokens are processed", _parts(prompt))
-    plots.save(figure, folder / "plots" / "layers")
+def _draw(
+    folder: Path, tables: dict[str, pd.DataFrame], request: EfficiencyRequest, prompt: Prompt
+) -> list[str]:
+    """Write the figures, and return the names of their files."""
+    about, options = _parts(prompt), request.figures
+    title = f"What methods cost on {Path(request.model).name}"
+    where = "Where tokens are processed"
+    made = {
+        "cost": figures.cost_by_retention(tables["costs"], title, about, options),
+        "layers": figures.tokens_by_layer(tables["layers"], where, about, options),
+    }
+    names = []
+    for name, figure in made.items():
+        names += plots.save(figure, folder / "plots" / name, options)
+    return [f"plots/{name}" for name in names]

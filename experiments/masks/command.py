@@ -28,6 +28,7 @@ from tokenprune.texts import printable
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.table import Table
 
     from tokenprune.experiments.common.outcome import Outcome
@@ -42,9 +43,36 @@ _Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="IMAGE... QUESTION",
-        help="Image files and, last, a question about them. With --video, the frames, a folder "
-        "of frames, or an animated GIF. [default: an example of the testbed]",
+        help="Image files and, last, a question about them. A folder, or a quoted pattern such as "
+        "'photos/*.jpg', gives one figure for every image. With --video, the frames, a folder of "
+        "frames, or an animated GIF. [default: an example of the testbed]",
     ),
+]
+
+
+_Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="The question, instead of the last word; in a data file, of lines without one.",
+    ),
+]
+
+
+_Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File of questions in JSON lines, as for compare; one figure each. Answers may be "
+        "left out.",
+    ),
+]
+
+
+_Images = Annotated[
+    int | None,
+    typer.Option(help="Number of figures of a folder, a pattern or --data. [default: all]"),
 ]
 
 
@@ -95,6 +123,9 @@ _Out = Annotated[
 @app.command(cls=ManyValues)
 def masks(
     words: _Words = None,
+    prompt: _Prompt = None,
+    data: _Data = None,
+    images: _Images = None,
     model: _Model = None,
     methods: _Methods = None,
     plugin: options.Plugin = None,
@@ -110,21 +141,25 @@ def masks(
     trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 8,
     out: _Out = None,
+    force: options.Force = False,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
-    """Draw what each method keeps of an image, with the model's answers.
-
-    Writes masks (dropped patches are pale, the corner of every view shows the share kept) and heat
-    maps (the vision encoder's saliency, and the scores of methods) as PNG and PDF, and kept.csv.
+    """Draw what each method keeps of an image, and heat maps of scores, with the model's answers.
 
     Exit status: 0 done, 2 bad input.
     """
+    quiet()
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
         from tokenprune.experiments.masks.run import MasksRequest, run
 
-        quiet()
         request = MasksRequest(
             words=tuple(words or ()),
+            prompt=prompt,
+            data=data,
+            images=images,
             model=model or "",
             methods=tuple(method_specs(methods)) if methods else None,
             retention=ratios(retention or ["0.25"]),
@@ -138,24 +173,33 @@ def masks(
             trust_remote_code=trust_remote_code,
             max_new_tokens=max_new_tokens,
             out=out,
+            force=force,
+            figures=options.figures(formats, width, no_title),
         )
         with progress() as bar:
             outcome = run(request, bar)
-        Console().print(table(outcome), "")
-        for line in (*options.gaps(outcome), options.written(outcome)):
-            typer.echo(line)
+    _show(outcome)
     raise typer.Exit(OK)
 
 
+def _show(outcome: Outcome) -> None:
+    """Print the table, what was left out, and where the files are."""
+    Console().print(table(outcome), "")
+    for line in (*options.gaps(outcome), options.written(outcome)):
+        typer.echo(line)
+
+
 def table(outcome: Outcome) -> Table:
-    """What is kept of each view, and the answers."""
+    """What is kept of each view, and the answers; means where there are several prompts."""
+    rows = outcome.tables["kept"]
+    if "prompt" in rows:
+        return _means(rows)
     made = new_table(title=escape(printable(outcome.about.get("question") or "No question")))
     made.add_column("keep", justify="right")
-    made.add_column("method", overflow="fold")
-    made.add_column("answer", overflow="fold")
-    made.add_column("tokens", justify="right")
-    made.add_column("of each view", overflow="fold")
-    rows = outcome.tables["kept"]
+    made.add_column("method")
+    made.add_column("answer", prose=True)
+    made.add_column("tokens", justify="right", value=1)
+    made.add_column("of each view", prose=True, value=2)
     for _, group in rows.groupby(["method", "retention", "acts"], sort=False):
         first = group.iloc[0]
         made.add_row(
@@ -167,6 +211,31 @@ def table(outcome: Outcome) -> Table:
         )
     if "truth" in outcome.about:
         made.caption = f"True answer: {escape(outcome.about['truth'])}"
+    return made
+
+
+def _means(rows: pd.DataFrame) -> Table:
+    """Tokens and shares of every method, averaged over prompts."""
+    count = rows["prompt"].nunique()
+    made = new_table(
+        title=f"Kept of {count} prompts",
+        caption="Means over the prompts; thumbnail and crops, or frames: the share of their tokens "
+        "that is kept. Every prompt is in kept.csv.",
+    )
+    kinds = list(rows["kind"].unique())
+    made.add_column("keep", justify="right")
+    made.add_column("method")
+    for name in ("tokens", *(f"{kind}s" for kind in kinds)):
+        made.add_column(name, justify="right")
+    for _, group in rows.groupby(["method", "retention", "acts"], sort=False):
+        first = group.iloc[0]
+        sums = group.groupby("kind")[["kept", "tokens"]].sum()
+        made.add_row(
+            percent(first["retention"], None),
+            method_label(first["method"]),
+            f"{group['kept'].sum() / count:.1f}",
+            *(f"{100 * sums.loc[kind, 'kept'] / sums.loc[kind, 'tokens']:.0f} %" for kind in kinds),
+        )
     return made
 
 

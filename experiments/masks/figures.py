@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from tokenprune.errors import UserError
+from tokenprune.experiments.common.glyphs import wrapped
 from tokenprune.experiments.common.patch_boxes import (
     Box,
     Lattice,
@@ -29,8 +30,9 @@ from tokenprune.experiments.common.patch_boxes import (
     frame_box,
     lattices,
 )
-from tokenprune.experiments.common.plots import FAINT, INK, style
+from tokenprune.experiments.common.plots import FAINT, INK, Canvas, canvas
 from tokenprune.experiments.common.questions import normalise
+from tokenprune.experiments.common.request import FIGURES, FigureOptions
 from tokenprune.experiments.masks.look import SALIENCY, Mask, MaskedPrompt, Medium
 from tokenprune.layout import TokenLayout
 from tokenprune.units import percent
@@ -40,11 +42,10 @@ __all__ = [
     "Tile",
     "draw",
     "heat",
+    "heat_pages",
+    "pages",
     "sheet",
 ]
-
-
-_WIDTH = 11.0  # of a figure, in inches
 
 
 _GAP = 0.06  # between crops, in sides of a crop
@@ -53,7 +54,8 @@ _GAP = 0.06  # between crops, in sides of a crop
 _FRAMES = 10  # of a strip
 
 
-_SMALLEST = 0.5  # side of a crop in a figure, in inches
+_TALLEST = 1.35  # height over width of a page; figures of more panels are divided
+_COLUMN = 9.0  # height of a column of a journal, in inches
 
 
 _PALE = np.array([0.86, 0.88, 0.91])  # colour of dropped patches
@@ -102,12 +104,12 @@ class Sheet:
     height: float
 
 
-def sheet(medium: Medium, view: ViewSize) -> Sheet:
-    """The thumbnail beside the grid of crops without their padding, or frames in a row."""
+def sheet(medium: Medium, view: ViewSize, frames: int = _FRAMES) -> Sheet:
+    """The thumbnail beside the grid of crops without their padding, or ``frames`` in a row."""
     found = lattices(medium.layout, medium.size, view)
     if medium.layout.grid == (0, 0):
         whole = frame_box(medium.layout, medium.size, view)
-        columns = min(len(found), _FRAMES)
+        columns = min(len(found), frames)
         rows, step = -(-len(found) // columns), 1 + _GAP
         tiles = [
             Tile(i, picture, whole, (i % columns * step, i // columns * step, 1, 1), lattice)
@@ -219,55 +221,81 @@ def _show_heat(pixels: Pixels, token: NDArray[np.int64], value: Pixels) -> Pixel
 # --- figures --------------------------------------------------------------------------------------
 
 
+Shade = Callable[[Pixels, NDArray[np.int64]], Pixels]
+
+
 @dataclass(frozen=True, eq=False)
 class _Panel:
     """One panel of a figure: the shading of each medium, and the texts."""
 
     title: str
     lines: tuple[str, ...]
-    shades: tuple[Any, ...]
+    shades: tuple[Shade, ...]
     corners: tuple[dict[int, str], ...]
-    row: int = 0
 
 
-def draw(seen: MaskedPrompt) -> Figure:
+def draw(seen: MaskedPrompt, options: FigureOptions = FIGURES) -> Figure:
     """What every method keeps: dropped patches are pale, each view shows the share kept.
 
     The first panel shows all tokens, with the number of patch tokens of each view.
     """
-    ratios = list(dict.fromkeys(one.retention for one in seen.masks[1:]))
-    panels = []
-    for one in seen.masks:
-        whole = one is seen.masks[0]
-        shades, corners, total, left = [], [], 0, 0
-        for medium, keep in zip(seen.media, one.keeps, strict=True):
-            bits = np.zeros(len(medium.layout), dtype=bool)
-            bits[keep.numpy()] = True
-            shades.append(lambda pixels, token, bits=bits: _show_kept(pixels, token, bits))
-            sizes, counts = medium.layout.view_sizes, medium.layout.take(keep).view_sizes
-            corners.append(
-                {
-                    view: str(size) if whole else percent(count / size, 0) if size else ""
-                    for view, (size, count) in enumerate(zip(sizes, counts, strict=True))
-                }
-            )
-            total, left = total + sum(sizes), left + sum(counts)
-        share = "" if whole else f", {percent(one.retention, None)}"
-        tokens = f"{total} patch tokens" if whole else f"{left} of {total} tokens"
-        where = f", {one.where}" if one.where else ""
-        lines = (*_answer(one, seen.truth), f"{tokens}{where}")
-        row = 0 if whole else ratios.index(one.retention)
-        panels.append(_Panel(f"{one.label}{share}", lines, tuple(shades), tuple(corners), row))
-    note = "In the corner: the number of patch tokens of a view, and the share that is kept."
-    return _figure(seen, panels, note)
+    return next(_figures(seen, _kept_panels(seen), _KEPT, options, divided=False))
 
 
-def heat(seen: MaskedPrompt) -> Figure:
+def pages(seen: MaskedPrompt, options: FigureOptions = FIGURES) -> list[Figure]:
+    """As `draw`, on several figures if one would be taller than a page."""
+    return list(_figures(seen, _kept_panels(seen), _KEPT, options))
+
+
+def heat(seen: MaskedPrompt, options: FigureOptions = FIGURES) -> Figure:
     """The vision encoder's saliency and the scores of methods, as percentiles of all tokens.
 
     Raises:
         UserError: The vision encoder has no saliency and no method scores.
     """
+    return next(_figures(seen, _heat_panels(seen), _RANKS, options, divided=False))
+
+
+def heat_pages(seen: MaskedPrompt, options: FigureOptions = FIGURES) -> list[Figure]:
+    """As `heat`, on several figures if one would be taller than a page.  Raises `UserError`."""
+    return list(_figures(seen, _heat_panels(seen), _RANKS, options))
+
+
+_KEPT = "In the corner: the number of patch tokens of a view, and how many % of them are kept."
+_RANKS = "Percentile of the score among all tokens shown."
+
+
+def _kept_panels(seen: MaskedPrompt) -> list[_Panel]:
+    """All tokens first, then the methods; the retention ratios of a method are neighbours."""
+    first, *others = seen.masks
+    order = list(dict.fromkeys((one.label, one.where) for one in others))
+    others.sort(key=lambda one: order.index((one.label, one.where)))
+    return [_kept_panel(seen, one, whole=one is first) for one in (first, *others)]
+
+
+def _kept_panel(seen: MaskedPrompt, one: Mask, *, whole: bool) -> _Panel:
+    shades: list[Shade] = []
+    corners, total, left = [], 0, 0
+    for medium, keep in zip(seen.media, one.keeps, strict=True):
+        bits = np.zeros(len(medium.layout), dtype=bool)
+        bits[keep.numpy()] = True
+        shades.append(partial(_show_kept, keep=bits))
+        sizes, counts = medium.layout.view_sizes, medium.layout.take(keep).view_sizes
+        corners.append(
+            {
+                view: str(size) if whole else f"{100 * count / size:.0f}" if size else ""
+                for view, (size, count) in enumerate(zip(sizes, counts, strict=True))
+            }
+        )
+        total, left = total + sum(sizes), left + sum(counts)
+    tokens = f"{total} patch tokens" if whole else f"{left} of {total} tokens"
+    where = f", {one.where}" if one.where else ""
+    lines = (*_answer(one, seen.truth), f"{tokens}{where}")
+    share = "" if whole else f", {percent(one.retention, None)}"
+    return _Panel(f"{one.label}{share}", lines, tuple(shades), tuple(corners))
+
+
+def _heat_panels(seen: MaskedPrompt) -> list[_Panel]:
     panels = []
     if seen.saliency:
         maps = [(medium.layout, medium.tokens[SALIENCY].float().cpu()) for medium in seen.media]
@@ -283,11 +311,7 @@ def heat(seen: MaskedPrompt) -> Figure:
             "there is no score to draw: this vision encoder has no known saliency, and none of the "
             "methods scores tokens."
         )
-    figure = _figure(seen, panels, "Percentile of the score among all tokens shown.")
-    bar = ScalarMappable(Normalize(0, 100), _HEAT)
-    scale = figure.colorbar(bar, ax=figure.axes, shrink=0.6, aspect=30, pad=0.01, format="%d %%")
-    scale.outline.set_visible(False)
-    return figure
+    return panels
 
 
 def _heat_panel(
@@ -296,11 +320,11 @@ def _heat_panel(
     lines: tuple[str, ...],
     maps: Sequence[tuple[TokenLayout, Tensor]],
 ) -> _Panel:
-    shades = []
+    shades: list[Shade] = []
     values = [_aligned(m.layout, *scored) for m, scored in zip(seen.media, maps, strict=True)]
     ranks = _percentiles(np.concatenate(values))
     for part in np.split(ranks, np.cumsum([len(value) for value in values])[:-1]):
-        shades.append(lambda pixels, token, part=part: _show_heat(pixels, token, part))
+        shades.append(partial(_show_heat, value=part))
     return _Panel(title, lines, tuple(shades), tuple({} for _ in seen.media))
 
 
@@ -337,115 +361,121 @@ def _answer(one: Mask, truth: str | None) -> tuple[str, ...]:
     return (f"“{one.answer}”{verdict}",)
 
 
-def _figure(seen: MaskedPrompt, panels: Sequence[_Panel], note: str) -> Figure:
-    sheets = [sheet(medium, seen.view) for medium in seen.media]
-    starts, wide, tall = _in_a_row(sheets)
-    columns, places = _arranged(panels, wide, tall)
-    rows = max(row for row, _ in places) + 1
-    width = _WIDTH / columns  # of a panel, in inches
-    if rows * width * tall / wide > _WIDTH * 1.4:  # the height of a page
-        width = _WIDTH * 1.4 / rows * wide / tall
-    lines = max(len(panel.lines) for panel in panels)
-    text = 0.36 + 0.2 * lines
-    density = min(400.0, max(160.0, 1.1 * 200 * width / wide), 3000 / max(wide, tall))
-    head = _heading(seen, note, columns * width)
-    height = rows * (width * tall / wide + text) + 0.24 * len(head) + 0.25
-    with style():
-        figure = Figure(figsize=(columns * width + 0.3, height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.09, h_pad=0.08, wspace=0.02, hspace=0.01)  # type: ignore[union-attr,call-arg]
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for panel, place in zip(panels, places, strict=True):
-            _draw_panel(grid[place], panel, sheets, starts, (wide, tall), density, width / wide)
-        figure.suptitle(
-            "\n".join(head), x=0.01, ha="left", fontsize=11, color=INK, linespacing=1.4,
-            parse_math=False,
-        )  # fmt: skip
-    return figure
+def _figures(
+    seen: MaskedPrompt,
+    panels: Sequence[_Panel],
+    note: str,
+    options: FigureOptions,
+    *,
+    divided: bool = True,
+) -> Iterator[Figure]:
+    """Figures of the panels; each is as tall as a page at most if they are ``divided``."""
+    count, taken = len(panels), 0
+    while taken < count:
+        asked = f"“{seen.question}”" if seen.question else seen.model
+        truth = f" True answer: {seen.truth}" if seen.truth is not None else ""
+        about = f"{seen.model}. {note}" if seen.question else note
+        with canvas(options, f"{asked}{truth}", about) as made:
+            grid = _Grid(made, seen, panels, scale=note == _RANKS)
+            number = grid.fitting if divided else count
+            if taken or number < count:
+                made.subtitle += (
+                    f" Part {len(range(0, taken, number)) + 1} of {-(-count // number)}."
+                )
+            grid.draw(panels[taken : taken + number])
+        taken += number
+        yield made.figure
 
 
-def _arranged(
-    panels: Sequence[_Panel], wide: float, tall: float
-) -> tuple[int, list[tuple[int, int]]]:
-    """Columns of a figure, and the row and column of every panel.
+class _Grid:
+    """The panels of a figure, in equal rows and columns.
 
-    A row for each retention where there are several; otherwise side by side as far as crops do
-    not become too small.
+    Attributes:
+        fitting: Number of panels that fit on a page.
     """
-    aspect = wide / tall
-    rows = max(panel.row for panel in panels) + 1
-    if rows > 1 and aspect < 3:
-        places, filled = (
-            [],
-            [1 if row else 0 for row in range(rows)],
-        )  # nothing below the first panel
-        for panel in panels:
-            places.append((panel.row, filled[panel.row]))
-            filled[panel.row] += 1
-        return max(filled), places
-    count = len(panels)
-    if count <= 4 and aspect < 2 and _WIDTH / count >= _SMALLEST * wide:
-        columns = count
-    else:
-        columns = min(range(1, count + 1), key=lambda c: _shape_error(c, count, wide, tall))
-    return columns, [divmod(index, columns) for index in range(count)]
 
+    def __init__(
+        self, made: Canvas, seen: MaskedPrompt, panels: Sequence[_Panel], *, scale: bool
+    ) -> None:
+        self.made, self.scale = made, scale
+        whole = made.size.width - (5 * made.line if scale else 0)
+        label = 2.4 * made.width_of("100")  # in the corner of a crop, without hiding it
+        frames = int(min(_FRAMES, 1.5 * whole / label))
+        self.sheets = [sheet(medium, seen.view, frames) for medium in seen.media]
+        self.starts, self.wide, self.tall = _in_a_row(self.sheets)
+        widest = max(made.width_of(panel.title) for panel in panels) + made.line
+        side = max(label * min(self.wide, 6), min(widest, whole / 2.1))
+        self.columns = max(1, min(len(panels), int(whole / side)))
+        rows = -(-len(panels) // self.columns)
+        self.columns = -(-len(panels) // rows)
+        # A few panels do not fill a page.
+        most = 0.75 * made.size.height * self.wide / self.tall
+        self.inside = min(whole / self.columns, most) - 0.14
+        self.texts = max(self._lines(panel) for panel in panels)
+        self.row = self.inside * self.tall / self.wide + (self.texts + 0.4) * made.line + 0.15
+        tallest = min(_COLUMN, _TALLEST * max(made.size.width, 6.9))
+        self.fitting = max(1, int(tallest / self.row)) * self.columns
 
-def _shape_error(columns: int, count: int, wide: float, tall: float) -> float:
-    """How far a figure with this many columns is from the ratio 2:1 without gaps."""
-    rows, width = -(-count // columns), _WIDTH / columns
-    height = rows * (width * tall / wide + 0.7)
-    cramped = columns > 1 and width < _SMALLEST * wide
-    holes = (rows * columns - count) / count
-    return abs(math.log(_WIDTH / height / 2)) + 0.6 * holes + (10.0 if cramped else 0.0)
+    def _wrap(self, text: str, *, bold: bool = False) -> str:
+        lines = wrapped(text, self.inside - 0.03, self.made.size.text, bold=bold).split("\n")
+        return "\n".join([*lines[:2], f"{lines[2][:-1]}…"] if len(lines) > 3 else lines)
 
+    def _lines(self, panel: _Panel) -> int:
+        """Lines of text above and below a panel."""
+        texts = [self._wrap(panel.title, bold=True), *map(self._wrap, panel.lines)]
+        return sum(text.count("\n") + 1 for text in texts)
 
-def _draw_panel(
-    axes: Axes,
-    panel: _Panel,
-    sheets: Sequence[Sheet],
-    starts: Sequence[float],
-    extent: tuple[float, float],
-    density: float,
-    inches: float,
-) -> None:
-    """``inches`` is the side of a crop."""
-    wide, tall = extent
-    for one, start, shade, corners in zip(sheets, starts, panel.shades, panel.corners, strict=True):
-        top = (tall - one.height) / 2
-        painted = _paint(one, density, shade)
-        axes.imshow(
-            painted, extent=(start, start + one.width, top + one.height, top),
-            interpolation="antialiased",
-        )  # fmt: skip
-        for tile in one.tiles:
-            if corners.get(tile.view):
-                x, y, tile_wide, _ = tile.place
-                size = float(np.clip(72 * inches * tile_wide * 0.1, 3.5, 9))
-                axes.text(
-                    start + x + 0.04 * tile_wide, top + y + 0.04 * tile_wide, corners[tile.view],
-                    size=size, color="white", va="top", ha="left",
-                    bbox={"boxstyle": "round,pad=0.25", "fc": "black", "alpha": 0.7, "lw": 0},
-                )  # fmt: skip
-    axes.set_xlim(0, wide)
-    axes.set_ylim(tall, 0)
-    room = 10 * inches * wide  # characters of a title in full size
-    axes.set_title(
-        panel.title, loc="left", fontsize=11 * min(1.0, room / len(panel.title)),
-        fontweight="bold", color=INK, pad=4, parse_math=False,
-    )  # fmt: skip
-    for index, line in enumerate(panel.lines):
-        axes.annotate(
-            line, (0, 0), (0, -6 - 14 * index), xycoords="axes fraction",
-            textcoords="offset points", va="top", fontsize=10, parse_math=False,
-            color=INK if line.startswith("“") else FAINT, annotation_clip=False,
-        )  # fmt: skip
+    def draw(self, panels: Sequence[_Panel]) -> None:
+        rows = -(-len(panels) // self.columns)
+        grid = self.made.subplots(rows * self.row, rows, self.columns).flatten()
+        self.made.figure.get_layout_engine().set(wspace=0, hspace=0)  # type: ignore[union-attr,call-arg]
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, panel in zip(grid, panels, strict=False):
+            self._panel(axes, panel)
+        if self.scale:
+            bar: Any = self.made.figure.colorbar(
+                ScalarMappable(Normalize(0, 100), _HEAT), ax=list(grid), shrink=0.6,
+                aspect=0.6 * rows * self.row / self.made.line, pad=0.01,
+            )  # fmt: skip
+            bar.ax.set_ylabel("percentile")
+            bar.outline.set_visible(False)
 
-
-def _heading(seen: MaskedPrompt, note: str, inches: float) -> list[str]:
-    width = max(30, int(inches * 12.5))
-    asked = f"“{seen.question}”" if seen.question else ""
-    truth = f"  True answer: {seen.truth}" if seen.truth is not None else ""
-    lines = textwrap.wrap(f"{asked}{truth}", width) + textwrap.wrap(f"{seen.model}. {note}", width)
-    return lines
+    def _panel(self, axes: Axes, panel: _Panel) -> None:
+        made, inches = self.made, self.inside / self.wide  # of the side of a crop
+        density = min(
+            400.0, max(160.0, 1.1 * made.size.dpi * inches), 3000 / max(self.wide, self.tall)
+        )
+        parts = zip(self.sheets, self.starts, panel.shades, panel.corners, strict=True)
+        for one, start, shade, corners in parts:
+            top = (self.tall - one.height) / 2
+            axes.imshow(
+                _paint(one, density, shade),
+                extent=(start, start + one.width, top + one.height, top),
+                interpolation="antialiased",
+            )  # fmt: skip
+            for tile in one.tiles:
+                x, y, *size = tile.place
+                text = corners.get(tile.view, "")
+                fits = (
+                    made.width_of(text) + 0.06 < size[0] * inches and made.line < size[1] * inches
+                )
+                if text and fits:
+                    axes.text(
+                        start + x + 0.03 / inches, top + y + 0.03 / inches, text, color="white",
+                        va="top", ha="left",
+                        bbox={"boxstyle": "square,pad=0.1", "fc": "black", "alpha": 0.7, "lw": 0},
+                    )  # fmt: skip
+        axes.set_xlim(0, self.wide)
+        axes.set_ylim(self.tall, 0)
+        axes.set_anchor("NW")
+        axes.set_title(self._wrap(panel.title, bold=True))
+        down = 3.0
+        for line in panel.lines:
+            text = self._wrap(line)
+            axes.annotate(
+                text, (0, 0), (0, -down), xycoords="axes fraction", textcoords="offset points",
+                va="top", color=INK if line.startswith("“") else FAINT, annotation_clip=False,
+                linespacing=1.15,
+            )  # fmt: skip
+            down += 72 * made.line * (text.count("\n") + 1)

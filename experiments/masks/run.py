@@ -6,34 +6,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import write_tables
-from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, cells, expanded
-from tokenprune.experiments.common.limits import check_number
+from tokenprune.experiments.common.limits import check_lengths, check_number
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.plots import save
 from tokenprune.experiments.common.provenance import environment
-from tokenprune.experiments.common.questions import held_out
-from tokenprune.experiments.common.request import ModelRequest
-from tokenprune.experiments.common.setting import load_model
-from tokenprune.experiments.masks.figures import draw, heat
+from tokenprune.experiments.common.questions import check_placeholders
+from tokenprune.experiments.common.result_folder import ResultFolder
+from tokenprune.experiments.common.run_folder import asked_for
+from tokenprune.experiments.common.setting import load_model, warn_about_testbed
+from tokenprune.experiments.masks.figures import draw, heat_pages, pages
 from tokenprune.experiments.masks.look import MaskedPrompt, check, look
-from tokenprune.pictures import frames, picture
+from tokenprune.experiments.masks.prompts import MasksRequest, Prompt, prompts
 from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 
@@ -72,143 +68,135 @@ def masks(
 # --- the command ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class MasksRequest(ModelRequest):
-    """What to draw.
-
-    Attributes:
-        model: As for `tokenprune.load`; empty for a testbed that takes such images.
-        words: Image files, and last the question; none for an example of the testbed.
-        methods: Specs; None for GlobalCom² and FastV, or those of them that need no question if
-            there is none.
-        retention: Retention ratios, each in (0, 1].
-        video: Whether the images are the frames of one video.
-        frames: Maximum number of frames.
-        cuts: As of `look`.
-        pretrained: Checkpoint of a timm model.
-        max_new_tokens: Maximum length of an answer.
-    """
-
-    model: str = ""
-    words: Sequence[str] = ()
-    methods: Sequence[str] | None = None
-    retention: Sequence[float] = (0.25,)
-    video: bool = False
-    frames: int = 8
-    cuts: bool = False
-    pretrained: str | None = None
-    max_new_tokens: int = 8
-
-
 def run(request: MasksRequest, progress: ProgressCallback = silent) -> Outcome:
-    """Run methods on one prompt, and write figures of what they keep.
+    """Run methods on one or several prompts, and write figures of what they keep.
 
-    The folder gets ``masks`` and, if there are scores, ``heat`` as PNG and PDF, ``kept.csv`` and
-    ``manifest.json``.
+    The folder gets ``masks`` and, if there are scores, ``heat`` as figures, ``kept.csv`` and
+    ``manifest.json``.  With several prompts, the names of the figures end with that of the prompt.
+    Figures of many panels are divided: ``masks-1``, ``masks-2`` and so on.
 
     Returns:
-        With the table ``kept``, as `MaskedPrompt.table` returns it; ``about`` has the ``question``
-        and the ``truth``, if they are known.
+        With the table ``kept``, as `MaskedPrompt.table` returns it, and with several prompts the
+        column ``prompt``; ``about`` has the ``question`` and the ``truth`` of a single prompt, if
+        they are known.
 
     Raises:
         UserError: Bad input, before the model runs.
     """
-    for name in ("frames", "max_new_tokens", "seed"):
+    for name in ("frames", "images", "max_new_tokens", "seed"):
         check_number(name, getattr(request, name))
     named = [spec for spec in request.methods or () if spec != ALL]
     cells(named, request.retention)  # to find a misspelt method early
-    shown = _example(request) if not request.words else _given(request)
-    single = len(shown.images) == 1 and not request.video
+    shown = prompts(request)
+    single = all(len(one.pictures) == 1 and not one.video for one in shown)
     model = request.model or ("testbed-next" if single else "testbed-onevision")
-    folder = request.out or Path("runs") / re.sub(
-        r"[^\w.+=-]+", "-", f"masks_{Path(model).name}_{shown.name}"
-    )
-    check_writable(folder)
+    folder = _folder(request, model, shown)
+    warn_about_testbed(model, own=request.data is not None or bool(request.words))
     extra = {} if request.pretrained is None else {"pretrained": request.pretrained}
     pipe = load_model(replace(request, model=model), progress, **extra)
-    asks = shown.question is not None and pipe.adapter.has_language_model
+    asks = shown[0].question is not None and pipe.adapter.has_language_model
     methods, skipped = expanded(
         request.methods or (("globalcom2", "fastv") if asks else ("globalcom2",)),
         lambda compressor: check(pipe, compressor, asks),
     )
-    untrained = model.startswith("timm/") and request.pretrained is None
-    seen = look(
-        pipe,
-        shown.images,
-        shown.question if asks else None,
-        methods,
-        request.retention,
-        video=request.video,
-        cuts=request.cuts,
-        truth=shown.truth if asks else None,
-        name=f"{model}, random weights" if untrained else model,
-        max_new_tokens=request.max_new_tokens,
-        progress=progress,
-    )
-    progress(0, 0, "drawing")
-    table = seen.table()
-    files = _written(request, folder, seen, table)
-    about = {"question": seen.question, "truth": seen.truth}
+    if asks:
+        asked = [one.asked() for one in shown]
+        check_placeholders(asked, pipe)
+        check_lengths(pipe, asked, request.max_new_tokens)
+    files, tables, about = [], [], {}
+    for name, one in zip(_file_names(shown), shown, strict=True):
+        seen = _seen(replace(request, model=model), pipe, one, methods, asks, progress)
+        table = seen.table()
+        if len(shown) > 1:
+            table.insert(0, "prompt", one.name)
+        else:
+            about = {"question": seen.question, "truth": seen.truth}
+        tables.append(table)
+        progress(0, 0, "drawing")
+        files += _drawn(request, folder.path, seen, name)
+    kept = pd.concat(tables, ignore_index=True)
+    write_tables(folder.path, {"kept": kept})
+    files.append("kept.csv")
+    folder.finish({**asked_for(request, folder.path), **environment()}, files)
     return Outcome(
-        folder,
-        tables={"kept": table},
-        files=files,
+        folder.path,
+        tables={"kept": kept},
+        files=(*files, "manifest.json"),
         skipped=skipped,
         about={name: text for name, text in about.items() if text is not None},
     )
 
 
-def _written(
-    request: MasksRequest, folder: Path, seen: MaskedPrompt, table: pd.DataFrame
-) -> tuple[str, ...]:
-    """Write figures, table and manifest, and return their names."""
-    save(draw(seen), folder / "masks")
-    files = ["masks.png", "masks.pdf"]
+def _seen(
+    request: MasksRequest,
+    pipe: Pipeline,
+    one: Prompt,
+    methods: Sequence[str],
+    asks: bool,
+    progress: ProgressCallback,
+) -> MaskedPrompt:
+    """What ``methods`` keep of one prompt, with its answers if the model is asked."""
+    untrained = request.model.startswith("timm/") and request.pretrained is None
+    return look(
+        pipe,
+        [shown.open() for shown in one.pictures],
+        one.question if asks else None,
+        methods,
+        request.retention,
+        video=one.video,
+        cuts=request.cuts,
+        truth=one.truth if asks else None,
+        name=f"{request.model}, random weights" if untrained else request.model,
+        max_new_tokens=request.max_new_tokens,
+        progress=lambda done, total, doing: progress(done, total, f"{one.name}: {doing}"),
+    )
+
+
+def _folder(request: MasksRequest, model: str, shown: Sequence[Prompt]) -> ResultFolder:
+    """The folder of the results.  Raises `UserError` as `ResultFolder.open`."""
+    name = f"masks_{Path(model).name}_{_title(request, shown)}"
+    return ResultFolder.open(
+        request.out,
+        re.sub(r"[^\w.+=-]+", "-", name),
+        marker="manifest.json",
+        force=request.force,
+    )
+
+
+def _title(request: MasksRequest, shown: Sequence[Prompt]) -> str:
+    """The part of a folder's name that names the images."""
+    if len(shown) == 1:
+        return shown[0].name
+    word = request.data or Path(next(iter(request.words), ""))
+    return f"{word.stem[:80] or 'images'}-{len(shown)}"
+
+
+def _file_names(shown: Sequence[Prompt]) -> list[str]:
+    """What is appended to the names of each prompt's figures; nothing for a single prompt."""
+    if len(shown) == 1:
+        return [""]
+    plain = [re.sub(r"[^\w+=-]+", "-", _stem(one.name))[:80] for one in shown]
+    # Different names may be the same without their special characters.
+    return [
+        f"-{name}-{index}" if plain.index(name) < index else f"-{name}"
+        for index, name in enumerate(plain)
+    ]
+
+
+def _stem(name: str) -> str:
+    """``name`` without the ending of an image file."""
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in Image.registered_extensions() else name
+
+
+def _drawn(request: MasksRequest, folder: Path, seen: MaskedPrompt, name: str) -> list[str]:
+    """Write the figures of a prompt, and return the names of their files."""
+    kinds = {"masks": pages(seen, request.figures)}
     if seen.saliency or any(one.scores for one in seen.masks):
-        save(heat(seen), folder / "heat")
-        files += ["heat.png", "heat.pdf"]
-    write_tables(folder, {"kept": table})
-    asked = {"request": asdict(request), "command": sys.argv, **environment()}
-    with replace_file(folder / "manifest.json") as temporary:
-        temporary.write_text(
-            json.dumps(asked, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-        )
-    return (*files, "kept.csv", "manifest.json")
-
-
-@dataclass(frozen=True, eq=False)
-class _Shown:
-    name: str
-    images: list[Image.Image]
-    question: str | None
-    truth: str | None = None
-
-
-def _example(request: MasksRequest) -> _Shown:
-    """A question of the testbed that needs the crops."""
-    asked = held_out(50, request.seed, "video" if request.video else "image")
-    item = next((item for item in asked if item.kind == "digit"), asked[0])
-    images = [picture.open() for picture in item.images]
-    return _Shown(f"example-{request.seed}", images, item.question, item.answer)
-
-
-def _given(request: MasksRequest) -> _Shown:
-    """The images and the question of ``request.words``.  Raises `UserError`."""
-    words = list(request.words)
-    last = Path(words[-1])
-    # os.path: a question may be too long for a name.
-    is_file = os.path.exists(last) or last.suffix.lower() in Image.registered_extensions()
-    question = None if is_file else words.pop()
-    if not words:
-        raise UserError(
-            f"{question!r} is no image file; give images first, then the question: "
-            'tokenprune masks photo.jpg "What is this?"'
-        )
-    if request.video:
-        clip = frames(words[0] if len(words) == 1 else words)
-        images = [Image.fromarray(frame) for frame in clip]
-        places = np.linspace(0, len(images) - 1, min(request.frames, len(images)))
-        images = [images[index] for index in places.round().astype(int)]
-    else:
-        images = [picture(word) for word in words]
-    return _Shown(Path(words[0]).stem[:80] or "picture", images, question)
+        kinds["heat"] = heat_pages(seen, request.figures)
+    files = []
+    for kind, figures in kinds.items():
+        for number, figure in enumerate(figures, 1):
+            part = f"-{number}" if len(figures) > 1 else ""
+            files += save(figure, folder / f"{kind}{name}{part}", request.figures)
+    return files

@@ -22,6 +22,8 @@ from tokenprune.errors import RetentionWarning, UserError, unknown
 from tokenprune.experiments.common.cells import Failure
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.own_images import PROMPT
+from tokenprune.experiments.common.patch_boxes import ViewSize
 from tokenprune.experiments.positional_bias.estimates import NORMAL, profiles, statistics
 from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
@@ -45,16 +47,12 @@ from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
-    "PROMPT",
     "Analysis",
     "check_method",
     "compressors_of",
     "positional_bias",
     "selector_bias",
 ]
-
-
-PROMPT = "What is in the image?"
 
 
 @dataclass(frozen=True)
@@ -275,13 +273,13 @@ def _analysed(
     keys = {(one.label, one.retention): one for one in compressors}
     total, done = len(keys) * images, 0
     for start in range(0, images, batch_size):
-        progress(done, total, "vision encoder")
+        progress(done, total, f"vision encoder, {len(failures)} failed")
         here = range(start, min(start + batch_size, images))
         lacking = {key: set(here) - known.images(*key) for key in keys if key not in failures}
         needed = sorted(set().union(*lacking.values()))
         batch = [case for index in needed for case in cases(index)]
         for key, compressor in keys.items():
-            progress(done, total, f"{key[0]} at {key[1]:g}")
+            progress(done, total, f"{key[0]} at {key[1]:g}, {len(failures)} failed")
             done += len(here)
             mine = [case for case in batch if case.image in lacking.get(key, ())]
             found = tried(partial(_rows_of, compressor, mine, select, batch_size))
@@ -350,7 +348,7 @@ def _check(
         raise UserError(f"the batch size must be at least 1, got {batch_size}.")
     for shown in images:
         if not isinstance(shown, Image.Image):
-            if "video" not in pipe.adapter.encoders:
+            if "video" not in pipe.adapter.modalities:
                 raise UserError(
                     f"{pipe.adapter.name} takes images only; load a model that takes videos, "
                     "or hand over single frames as images."
@@ -386,7 +384,7 @@ def _cases(
     pixelwise = [one for one in _fitting(normal.layout, conditions) if one != EXCHANGED]
     for condition in pixelwise if "pipeline" in levels else ():
         try:
-            pixels = move_pixels(shown, condition, normal.layout, _side(pipe))
+            pixels = move_pixels(shown, condition, normal.layout, ViewSize.of(pipe.adapter).side)
             moved = _encoded(pipe, pixels, signals)
             if not _same_geometry(moved.layout, normal.layout):
                 raise NotPossible("another crop grid after rearranging")
@@ -443,11 +441,6 @@ def _encoded(pipe: Pipeline, shown: Shown, signals: frozenset[Signal]) -> Visual
     if isinstance(shown, Image.Image):
         return pipe.encode([shown], signals)[0]
     return pipe.encode_videos([list(shown)], signals)[0]
-
-
-def _side(pipe: Pipeline) -> int:
-    """The side of a view, in pixels."""
-    return int(pipe.adapter.base.config.vision_config.image_size)
 
 
 def _same_geometry(one: TokenLayout, other: TokenLayout) -> bool:

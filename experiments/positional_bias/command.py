@@ -38,15 +38,6 @@ __all__ = [
 ]
 
 
-_Paths = Annotated[
-    list[Path] | None,
-    typer.Argument(
-        metavar="[IMAGE]...",
-        help="Image files, before the options. [default: images of the testbed]",
-    ),
-]
-
-
 _Images = Annotated[
     int | None,
     typer.Option(help="Number of images. [default: 60 of the testbed, or all given ones]"),
@@ -57,7 +48,8 @@ _Data = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="File of questions in JSON lines, as for compare; each image or video is used once.",
+        help="File of questions in JSON lines, as for compare; each image or video is used once. "
+        "Answers may be left out.",
     ),
 ]
 
@@ -90,7 +82,8 @@ _Seed = Annotated[int, typer.Option(help="Draws the testbed's images and the boo
 
 @app.command("positional-bias", cls=ManyValues)
 def positional_bias(
-    paths: _Paths = None,
+    paths: options.Images = None,
+    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     methods: Annotated[
         list[str] | None,
@@ -109,6 +102,9 @@ def positional_bias(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
+    formats: options.Formats = None,
+    width: options.Width = "page",
+    no_title: options.NoTitle = False,
 ) -> None:
     """Test whether methods select tokens by content or by location.
 
@@ -126,6 +122,7 @@ def positional_bias(
 
         request = PositionalBiasRequest(
             paths=tuple(paths or ()),
+            prompt=prompt,
             model=model,
             methods=tuple(method_specs(methods)) if methods else METHODS,
             retention=ratios(retention or ["0.25"]),
@@ -139,6 +136,7 @@ def positional_bias(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
+            figures=options.figures(formats, width, no_title),
         )
         status = _run(request)
     raise typer.Exit(status)
@@ -171,8 +169,8 @@ def tables(statistics: pd.DataFrame) -> Iterator[Table]:
     for modality, part in statistics.groupby("modality", sort=False, observed=True):
         yield _overview(part, str(modality))
         conditions = [name for name in part["condition"].unique() if name not in (NORMAL, ALL)]
-        for first in range(0, len(conditions), 3):  # more columns would not fit
-            yield _by_condition(part, conditions[first : first + 3])
+        if conditions:
+            yield _by_condition(part, conditions)
 
 
 def _overview(statistics: pd.DataFrame, modality: str) -> Table:
@@ -185,12 +183,13 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
         caption="Slope: change of the keep probability as the same content moves from the start of "
         "the sequence to its end (selector, reversed order; linear), 95 % interval. p: of a slope "
         "of 0. Follows: 1 content, ½ neither, 0 location; selector/pipeline, all conditions. First "
-        f"and last {slot}: share kept in %, normal → reversed order.",
+        f"and last {slot}: share kept in %, normal/reversed order.",
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
-    for name in ("slope (95 %)", "p", "follows", "first", "last"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("method")
+    table.add_column("slope (95 %)", justify="right")
+    for name, value in {"p": 3, "follows": 4, "first": 1, "last": 2}.items():
+        table.add_column(name, justify="right", value=value)
     for retention, method, rows in _cells(statistics):
         normal = _row(rows, NORMAL, NORMAL)
         reversed_ = _row(rows, turned, "selector")
@@ -201,7 +200,7 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
             _slope(reversed_),
             _p_value(reversed_["p"]),
             "/".join(_number(one["equivariance"]) for one in both),
-            *(f"{_share(normal[end])} → {_share(reversed_[end])}" for end in ("first", "last")),
+            *(f"{_share(normal[end])}/{_share(reversed_[end])}" for end in ("first", "last")),
         )
     return table
 
@@ -209,15 +208,16 @@ def _overview(statistics: pd.DataFrame, modality: str) -> Table:
 def _by_condition(statistics: pd.DataFrame, conditions: Sequence[str]) -> Table:
     table = new_table(
         title="What the selection follows, by condition",
+        continued=True,
         caption="Selector/pipeline: 1 content, ½ neither, 0 location, - unknown. Then the "
         "change of the keep probability as the same content moves from the start of the "
         "sequence to its end, from left to right, from top to bottom (selector; linear; "
         "* p < 0.05, ** p < 1e-6).",
     )
     table.add_column("keep", justify="right")
-    table.add_column("method", overflow="fold")
+    table.add_column("method")
     for name in conditions:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", value=0)
     for retention, method, rows in _cells(statistics):
         figures = []
         for name in conditions:

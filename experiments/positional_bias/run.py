@@ -21,6 +21,7 @@ from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.limits import check_lengths, check_number
 from tokenprune.experiments.common.outcome import Outcome
+from tokenprune.experiments.common.own_images import own_questions
 from tokenprune.experiments.common.provenance import (
     DECISIVE,
     Files,
@@ -30,19 +31,16 @@ from tokenprune.experiments.common.provenance import (
 )
 from tokenprune.experiments.common.questions import (
     Modality,
-    Picture,
     Question,
     check_placeholders,
     fingerprint,
     held_out,
-    read_jsonl,
 )
-from tokenprune.experiments.common.request import ModelRequest
+from tokenprune.experiments.common.request import FigureOptions, ModelRequest
 from tokenprune.experiments.common.run_folder import RunFolder, asked_for
-from tokenprune.experiments.common.setting import load_model
+from tokenprune.experiments.common.setting import load_model, warn_about_testbed
 from tokenprune.experiments.positional_bias import figures
 from tokenprune.experiments.positional_bias.analysis import (
-    PROMPT,
     Analysis,
     check_method,
     compressors_of,
@@ -80,9 +78,12 @@ class PositionalBiasRequest(ModelRequest):
     Attributes:
         methods: Specs, as in `CompareRequest`.
         retention: Retention ratios, each in (0, 1].
-        paths: Image files, each with the question "What is in the image?".
-        data: File of questions (`questions.read_jsonl`); an image is used once, with its first
-            question.  Without paths and data, the images are those of the testbed.
+        paths: Images: files, folders and patterns (`own_images.image_files`).
+        data: File of questions (`questions.read_jsonl`), which need no answers; an image is used
+            once, with its first question.  Without paths and data, the images are those of the
+            testbed.
+        prompt: The question about images that come without one; None for `own_images.PROMPT` with
+            ``paths``.
         images: Number of images; None for 60 of the testbed, or all given ones.
         modality: ``image`` or ``video``; None for ``image`` of the testbed, or all of ``data``.
         conditions: As in `positional_bias`.
@@ -93,6 +94,7 @@ class PositionalBiasRequest(ModelRequest):
     retention: Sequence[float] = (0.25,)
     paths: Sequence[Path] = ()
     data: Path | None = None
+    prompt: str | None = None
     images: int | None = None
     modality: Modality | None = None
     conditions: Sequence[Condition] = DEFAULT
@@ -117,6 +119,8 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
     check_writable(request.out or Path("runs"))
     progress(0, 0, "checking the images")
     questions, left_out = _questions(request)
+    own = request.data is not None or bool(request.paths)
+    warn_about_testbed(request.model, own=own)
     pipe = load_model(request, progress)
     methods, unfit = expanded(request.methods, lambda one: check_method(pipe, one))
     compressors = compressors_of(methods, request.retention)
@@ -131,7 +135,7 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
     try:
         found = _analysed(request, compressors, questions, pipe, folder.path, progress)
         progress(0, 0, "tables and plots")
-        _write(folder.path, found, questions, Path(request.model).name)
+        _write(folder.path, found, questions, Path(request.model).name, request.figures)
         failures = [{"cell": _cell(*which), **asdict(why)} for which, why in found.failures.items()]
         status = "failed" if failures else "complete"
     except KeyboardInterrupt:
@@ -215,20 +219,16 @@ def _check_request(request: PositionalBiasRequest) -> None:
             raise unknown("condition", condition, CONDITIONS)
     if request.modality not in (None, "image", "video"):
         raise unknown("modality", str(request.modality), ["image", "video"])
-    if request.paths and request.data:
-        raise UserError("give either image files or --data, not both.")
 
 
 def _questions(request: PositionalBiasRequest) -> tuple[list[Question], int]:
     """One question for every image or video, and the number of multi-image prompts left out."""
-    if request.paths:
-        found = [
-            Question(str(path), (Picture(str(path), path),), PROMPT, "") for path in request.paths
-        ]
-        for item in found:
-            item.images[0].open()  # raises UserError before anything is computed
-    elif request.data is not None:
-        found = read_jsonl(request.data, None, request.modality)
+    if request.paths or request.data is not None:
+        found = own_questions(
+            request.paths, request.data, request.prompt, modality=request.modality
+        )
+    elif request.prompt is not None:
+        raise UserError("--prompt asks about images of your own; give them, or --data.")
     else:
         from tokenprune.models.testbed import scenes
 
@@ -292,11 +292,17 @@ def _folder_name(experiment: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.+=-]+", "-", name)
 
 
-def _write(path: Path, found: Analysis, questions: Sequence[Question], model: str) -> None:
+def _write(
+    path: Path,
+    found: Analysis,
+    questions: Sequence[Question],
+    model: str,
+    options: FigureOptions,
+) -> None:
     names = dict(enumerate(item.image_id for item in questions))
     tokens = found.tokens.assign(image_id=found.tokens["image"].map(names).astype("category"))
     with replace_file(path / "tokens.parquet") as temporary:
         tokens.to_parquet(temporary, index=False)
     write_tables(path, {"statistics": found.statistics, "profiles": found.profiles})
-    for name, figure in figures.figures(found.tokens, found.statistics, model):
-        plots.save(figure, path / "plots" / name)
+    for name, figure in figures.figures(found.tokens, found.statistics, model, options):
+        plots.save(figure, path / "plots" / name, options)

@@ -61,6 +61,15 @@ _Out = Annotated[
 ]
 
 
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file of --out if it exists.")]
+
+
+_Csv = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File of the table. [default: pairs.csv in the run folder]"),
+]
+
+
 _Anonymous = Annotated[
     bool,
     typer.Option(
@@ -79,6 +88,7 @@ def report(
     data: _Data = None,
     max_image_pixels: options.MaxImagePixels = None,
     out: _Out = None,
+    force: _Force = False,
     anonymous: _Anonymous = False,
 ) -> None:
     """Write an HTML page about a run: results, figures, and questions with what methods kept.
@@ -97,6 +107,7 @@ def report(
             first=first,
             data=data,
             out=out,
+            force=force,
             anonymous=anonymous,
         )
         with progress() as bar:
@@ -123,12 +134,12 @@ def pairs(
         str, typer.Option(help="Only questions of this kind. [default: all questions]")
     ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    out: _Csv = None,
 ) -> None:
     """Compare all pairs of methods of a run on the questions that both answered.
 
     Prints the difference of their accuracies with its 95 % bootstrap interval and the p-value of
-    McNemar's exact test, raw and adjusted for the number of pairs (Holm), and writes pairs.csv to
-    the folder.
+    McNemar's exact test, raw and adjusted for the number of pairs (Holm), and writes them as CSV.
 
     Exit status: 0 done, 2 bad input.
     """
@@ -139,7 +150,7 @@ def pairs(
         labels = tuple(split(methods or ()))
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
-        outcome = pairs(PairsRequest(folder=folder, methods=labels, kind=kind, seed=seed))
+        outcome = pairs(PairsRequest(folder=folder, methods=labels, kind=kind, seed=seed, out=out))
         Console().print(pairs_table(outcome.tables["pairs"]))
         for note in outcome.notes:
             typer.echo(f"note: {note}", err=True)
@@ -158,9 +169,10 @@ def pairs_table(found: pd.DataFrame) -> Table:
     )
     made.add_column("keep", justify="right")
     for name in ("first", "second"):
-        made.add_column(name, overflow="fold")
-    for name in ("difference", "p", "Holm"):
-        made.add_column(name, justify="right", no_wrap=True)
+        made.add_column(name)
+    made.add_column("difference", justify="right")
+    for name, value in {"p": 1, "Holm": 2}.items():
+        made.add_column(name, justify="right", value=value)
     for retention, group in found.groupby("retention", sort=False):
         for position, (_, row) in enumerate(group.iterrows()):
             made.add_row(
@@ -180,8 +192,16 @@ def table(
     folders: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders of tokenprune compare.")
     ],
+    latex: Annotated[
+        bool,
+        typer.Option(
+            "--latex",
+            help="Print LaTeX (booktabs) with intervals and ranks; bold: the best of a column, and "
+            "all that its interval does not exclude.",
+        ),
+    ] = False,
 ) -> None:
-    """Print several comparisons side by side as one Markdown table.
+    """Print several comparisons side by side as one Markdown or LaTeX table.
 
     One row per method: accuracy in % and, in brackets, the decoder's FLOPs in % of those of the
     uncompressed model.
@@ -189,10 +209,14 @@ def table(
     Exit status: 0 done, 2 bad input.
     """
     with as_exit_status():
-        from tokenprune.experiments.report.side_by_side import markdown, side_by_side
+        from tokenprune.experiments.report.latex import booktabs
+        from tokenprune.experiments.report.side_by_side import markdown, read, side_by_side
 
         notes: list[str] = []
-        typer.echo(markdown(side_by_side(folders, notes)))
+        if latex:
+            typer.echo(booktabs([read(folder, notes) for folder in folders]))
+        else:
+            typer.echo(markdown(side_by_side(folders, notes)))
         for note in notes:
             typer.echo(f"note: {note}", err=True)
     raise typer.Exit(OK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from tokenprune.experiments.common.patch_boxes import (
     lattices,
 )
 from tokenprune.experiments.common.questions import Picture, Question, normalise
+from tokenprune.experiments.common.reading import place_of
 from tokenprune.experiments.report.columns import Column
 from tokenprune.layout import TokenLayout
 from tokenprune.models.checkpoints import read_config
@@ -183,10 +185,18 @@ def _data_uri(image: Image.Image, side: int, room: int) -> str:
 # --- locations of tokens --------------------------------------------------------------------------
 
 
-def planner(manifest: Mapping[str, Any], notes: list[str]) -> Adapter | None:
-    """The model's adapter, made of its configuration alone, which is enough for layouts."""
+def planner(manifest: Mapping[str, Any], notes: list[str], folder: Path) -> Adapter | None:
+    """The model's adapter, made of its configuration alone, which is enough for layouts.
+
+    Args:
+        manifest: Of the run.
+        notes: Receives a sentence if there is no configuration.
+        folder: The run folder.
+    """
     experiment = manifest["experiment"]
     name, revision = str(experiment["model"]), experiment.get("revision")
+    if manifest.get("model_folder"):
+        name = str(place_of(folder, manifest["model_folder"]))
     try:
         # The run may be untrusted: nothing that it names is executed or downloaded.
         config = read_config(

@@ -17,6 +17,7 @@ from tokenprune.experiments.common.files import check_file, replace_file
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.reading import answers_of
+from tokenprune.experiments.common.request import Request
 from tokenprune.experiments.common.summary import OVERALL
 
 __all__ = [
@@ -26,10 +27,11 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsRequest:
+class PairsRequest(Request):
     """Which methods of a run to compare.
 
     Attributes:
+        out: The table; None for ``pairs.csv`` in the folder, or ``pairs-KIND.csv``.
         folder: The run folder.
         methods: Labels; all methods if empty.
         kind: Only questions of this kind; all questions if empty.
@@ -43,7 +45,7 @@ class PairsRequest:
 
 
 def pairs(request: PairsRequest) -> Outcome:
-    """Compare all pairs of methods, and write ``pairs.csv`` to the folder.
+    """Compare all pairs of methods, and write them as CSV.
 
     Returns:
         With the table ``pairs``, as `summary.pairs` returns it.
@@ -56,12 +58,12 @@ def pairs(request: PairsRequest) -> Outcome:
     notes: list[str] = []
     answers = answers_of(request.folder, notes)
     name = "pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv"
-    found = _found(answers, tuple(request.methods), kind, request.seed)
-    path = request.folder / name
+    path = request.out or request.folder / name
     check_file(path)
+    found = _found(answers, tuple(request.methods), kind, request.seed)
     with replace_file(path) as temporary:
         write_csv(found, temporary)
-    return Outcome(request.folder, tables={"pairs": found}, files=(name,), notes=tuple(notes))
+    return Outcome(path.parent, tables={"pairs": found}, files=(path.name,), notes=tuple(notes))
 
 
 def _file_part(kind: str) -> str:

@@ -23,12 +23,20 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.answers import read_answers
+from tokenprune.experiments.common.cells import Cell, CellRecord
 from tokenprune.experiments.common.files import check_file, replace_file
+from tokenprune.experiments.common.formatting import arrows
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.questions import Question
-from tokenprune.experiments.common.reading import journaled, manifest_of, questions_of
+from tokenprune.experiments.common.reading import (
+    cells_of,
+    check_folder,
+    journaled,
+    manifest_of,
+    questions_of,
+)
 from tokenprune.experiments.common.request import Request
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.summary import summarise
@@ -79,6 +87,7 @@ class ReportRequest(Request):
         data: Path of the data file, if it has moved.
         anonymous: Whether to leave out names and paths (`anonymous`); questions, answers and
             pictures do not change.
+        force: Whether to replace ``out`` if it exists; ``report.html`` is always replaced.
     """
 
     folder: Path
@@ -86,6 +95,7 @@ class ReportRequest(Request):
     first: bool = False
     data: Path | None = None
     anonymous: bool = False
+    force: bool = False
 
 
 def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -100,7 +110,9 @@ def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
     """
     check_number("questions", request.questions, least=0)
     path = request.out or request.folder / "report.html"
-    found = _read(request, path, progress)
+    check_folder(request.folder)
+    check_file(path, new=request.out is not None and not request.force)
+    found = _read(request, progress)
     notes, manifest, journal = found.notes, found.manifest, found.journal
     compressed = found.summary.dropna(subset="retention")
     browser = _browser(found, request, progress)
@@ -120,6 +132,8 @@ def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
         answered=len(journal.answers),
         failures=failures,
         results=results(found.summary),
+        arrows=arrows(found.summary),
+        uniform=(found.summary["label"] == "uniform").any(),
         kinds=kinds(found.summary),
         costs=costs(compressed),
         figures=images,
@@ -164,10 +178,9 @@ class _Run:
     notes: list[str]
 
 
-def _read(request: ReportRequest, path: Path, progress: ProgressCallback) -> _Run:
-    """Read the run, after a check that the page can be written to ``path``."""
+def _read(request: ReportRequest, progress: ProgressCallback) -> _Run:
+    """Read the run."""
     manifest = manifest_of(request.folder)
-    check_file(path)
     notes: list[str] = []
     progress(0, 0, "reading the run")
     journal = Journal(request.folder / "answers.jsonl")
@@ -180,8 +193,15 @@ def _read(request: ReportRequest, path: Path, progress: ProgressCallback) -> _Ru
     answers = answers[~(answers["retention"] >= 1) | (answers["method"] == UNCOMPRESSED)]
     summary = summarise(answers, seed=manifest["experiment"]["seed"])
     answers = answers.dropna(subset="retention")
-    columns = table_columns(answers)
+    columns = table_columns(answers, _cells(manifest))
     return _Run(manifest, journal, questions, answers, summary, columns, notes)
+
+
+def _cells(manifest: Mapping[str, Any]) -> Sequence[Cell | CellRecord]:
+    try:
+        return cells_of(manifest)
+    except UserError:  # methods of an older run that are unknown here
+        return []
 
 
 def _browser(found: _Run, request: ReportRequest, progress: ProgressCallback) -> dict[str, Any]:
@@ -190,7 +210,8 @@ def _browser(found: _Run, request: ReportRequest, progress: ProgressCallback) ->
     chosen = _chosen(found.answers, columns, request)
     known = {item.id: item for item in found.questions or ()}
     shown = {picture.id for name in chosen if name in known for picture in known[name].images}
-    gallery = Gallery(planner(found.manifest, notes), notes, _PICTURES // max(1, len(shown)))
+    adapter = planner(found.manifest, notes, request.folder)
+    gallery = Gallery(adapter, notes, _PICTURES // max(1, len(shown)))
     entries = []
     for index, name in enumerate(chosen):
         progress(index, len(chosen), "pictures")
@@ -275,7 +296,7 @@ def _bound(entries: Sequence[dict[str, Any]], notes: list[str]) -> None:
 def _figures(
     folder: Path, summary: pd.DataFrame, manifest: Mapping[str, Any], notes: list[str]
 ) -> Iterator[dict[str, str]]:
-    """The run's figures as data URIs; drawn here if an interrupted run has none."""
+    """The run's figures as data URIs; drawn here if the run has no PNG files."""
     files = sorted((folder / "plots").glob("*.png"), key=lambda file: file.stem)
     for file in files:
         try:
@@ -286,13 +307,14 @@ def _figures(
             notes.append(f"The figure {file.name} cannot be shown ({error}).")
         else:
             yield {"name": file.stem.replace("-", " "), "uri": uri}
+    drawn = any((folder / "plots").glob("*.*"))  # a finished run; PDF and SVG cannot be shown
     if not files and len(summary) and summary["accuracy"].notna().any():
         name = Path(manifest["experiment"]["model"]).name
         figure = accuracy_so_far(summary, name)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
         with Image.open(buffer) as image:
-            yield {"name": "accuracy so far", "uri": _plot_uri(image)}
+            yield {"name": "accuracy" if drawn else "accuracy so far", "uri": _plot_uri(image)}
 
 
 def _plot_uri(image: Image.Image) -> str:

@@ -11,6 +11,7 @@ from tokenprune.experiments.common.summary import OVERALL, summarise
 
 __all__ = [
     "markdown",
+    "read",
     "side_by_side",
 ]
 
@@ -34,7 +35,7 @@ def side_by_side(folders: Sequence[Path], notes: list[str]) -> pd.DataFrame:
     """
     columns = {}
     for folder in folders:
-        name, summary = _read(folder, notes)
+        name, summary = read(folder, notes)
         steps = sorted(summary["retention"].unique(), reverse=True)
         steps = [step for step in steps if step < 1] or steps
         shares = {
@@ -73,11 +74,21 @@ def _spell(row: "pd.Series[float]", steps: Sequence[float], digits: int) -> str:
     return " / ".join(_MISSING if pd.isna(row[s]) else f"{row[s]:.{digits}f}" for s in steps)
 
 
-def _read(folder: Path, notes: list[str]) -> tuple[str, pd.DataFrame]:
-    """Model and modality of a run, and the rows of its summary for all questions together."""
+def read(folder: Path, notes: list[str]) -> tuple[str, pd.DataFrame]:
+    """Model and modality of a run, and the rows of its summary for all questions together.
+
+    Matched methods have the retention of `uniform` whose cost they have.
+
+    Args:
+        folder: Folder of a run.
+        notes: Receives a sentence if the run's table is older than its answers.
+
+    Raises:
+        UserError: It is not a run folder, or no cell of its run is finished.
+    """
     experiment = experiment_of(folder)
     answers = answers_of(folder, notes).assign(kind=OVERALL)
-    summary = summarise(answers, seed=0)  # its intervals are not shown
+    summary = summarise(answers, seed=0)
     done = summary[summary["status"] == "ok"]
     # With --match: the ratio of uniform, whose cost it has, not the solved one.
     done = done.assign(retention=done["asked_retention"].fillna(done["retention"]))

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 import tokenprune as tp
+from tokenprune.experiments.common.formatting import arrow, difference
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.summary import OVERALL
@@ -51,8 +52,8 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
     git = manifest.get("git") or {}
     sessions = manifest.get("sessions") or [{}]
     source = "the testbed's held-out questions"
-    if asked.get("data"):
-        source = str(asked["data"])
+    if asked.get("data") or asked.get("paths"):
+        source = str(asked.get("data") or ", ".join(asked["paths"]))
     facts = {
         "model": experiment["model"],
         "questions": f"{experiment['questions']} ({', '.join(experiment['modality'])}), {source}",
@@ -99,7 +100,6 @@ def results(summary: pd.DataFrame) -> list[dict[str, Any]]:
     for (retention, label), group in cells:
         by_kind = {row["kind"]: row for _, row in group.iterrows()}
         overall = by_kind[OVERALL]
-        p = overall.get("vs_uncompressed_p")
         rows.append(
             {
                 "keep": "" if pd.isna(retention) else percent(float(retention), None),
@@ -109,8 +109,8 @@ def results(summary: pd.DataFrame) -> list[dict[str, Any]]:
                 "accuracy": _percent(overall["accuracy"], 1),
                 "interval": _interval(overall, "accuracy"),
                 "same": _percent(overall["agreement"], 1),
-                "worse": label != UNCOMPRESSED
-                and bool(p is not None and p < 0.05 and overall["vs_uncompressed"] < 0),
+                "arrow": arrow(overall),
+                "beside": "" if label == UNCOMPRESSED else _beside(overall),
                 "kinds": [
                     {
                         "value": _percent(row["accuracy"], 0),
@@ -122,6 +122,12 @@ def results(summary: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _beside(row: Any) -> str:
+    """The paired difference from the uncompressed model in points, with its interval."""
+    ends = [row[f"vs_uncompressed{end}"] for end in ("", "_low", "_high")]
+    return "" if pd.isna(ends[0]) else difference(*ends)
 
 
 _MISSING: Any = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), float("nan"))

@@ -16,6 +16,7 @@ true scenes.  No method's score plays a part.  `OUT/stages` keeps finished stage
 the running stage every 100 steps: the same command continues after an interruption.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,6 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 import typer
 from einops import rearrange, repeat
@@ -49,8 +49,9 @@ from tokenprune.experiments.training.geometry import (
     geometry,
     to_labels,
 )
+from tokenprune.experiments.training.measure import evaluate_images, table
 from tokenprune.experiments.training.model import PER_VIEW, SIDE, WIDTH
-from tokenprune.experiments.training.optim import Meter, Optimisers
+from tokenprune.experiments.training.optim import Optimisers
 from tokenprune.experiments.training.quiz import (
     Quiz,
     build_fact_head,
@@ -70,6 +71,7 @@ TOKEN = PATCH * MERGE  # pixels along the square that one visual token shows
 LAYERS = 4
 WINDOW = 32  # pixels along the windows of layers without global attention
 GLOBAL = (1, 3)  # layers with global attention
+EVERY = 100  # steps between two saved states
 
 CHAT_TEMPLATE = common.CHAT_TEMPLATE.replace(
     "'<' + part.type + '>'", "'<|vision_start|><' + part.type + '><|vision_end|>'"
@@ -109,7 +111,7 @@ def build_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """The model; its decoder has the weights of `testbed-onevision`, new words are random."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
-    named = tokenizer.convert_tokens_to_ids
+    named: Any = tokenizer.convert_tokens_to_ids
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -343,8 +345,8 @@ def steps_of(
 ) -> Iterator[Step]:
     """The steps of a stage that are left, each with fresh scenes.
 
-    Scenes depend on the seed, the stage and the number of the step alone.  Every 100 steps the
-    state is saved, so that a run which was interrupted continues.
+    Scenes depend on the seed, the stage and the number of the step alone.  Every `EVERY` steps
+    the state is saved, so that a run which was interrupted continues.
 
     Args:
         run: The run.
@@ -372,12 +374,12 @@ def steps_of(
         ]
         yield Step(batch, rng)
         run.tick(step, steps)
-        if (step + 1) % 100 == 0:
+        if (step + 1) % EVERY == 0:
             state = {
                 "optimisers": optimisers.state_dict(),
                 "modules": {name: module.state_dict() for name, module in modules.items()},
             }
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(".part")
             torch.save(state, partial)
             partial.replace(file)
 
@@ -463,7 +465,7 @@ STAGES: dict[str, Callable[["QwenRun"], None]] = {
     "joint": train_joint,
 }
 
-STEPS = {"language": 1200, "vision": 1800, "projector": 300, "joint": 1600}
+STEPS = {"language": 600, "vision": 1300, "projector": 200, "joint": 1000}
 
 
 class QwenRun(first.TrainingRun):
@@ -495,7 +497,7 @@ class QwenRun(first.TrainingRun):
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run, or the model with --evaluate.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the default.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of new weights and training scenes.")] = 0,
@@ -503,17 +505,42 @@ def main(
         str, typer.Option(help="Stages to run, in order, separated by commas.")
     ] = ",".join(STEPS),
     scale: Annotated[float, typer.Option(help="Factor on the steps of every stage.")] = 1.0,
+    questions: Annotated[int, typer.Option(help="Questions of each kind for the figures.")] = 300,
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate", help="Only print figures of the model in OUT.")
+    ] = False,
+    test_seed: Annotated[int, typer.Option(help="Seed of the held-out questions.")] = 1000,
 ) -> None:
-    """Train the third testbed."""
+    """Train the third testbed, or print the figures of an existing one."""
     if threads:
         torch.set_num_threads(threads)
+    if evaluate_only:
+        print(table(evaluate_images(out, questions, test_seed, device), questions))
+        return
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
     run = QwenRun(out, device, seed, steps)
     wanted = stages.split(",")
     for stage in wanted:
         run.do(stage)
-    if "joint" in wanted:
-        common.export(run.model, build_processor(), out / "model")
+    if "joint" not in wanted:
+        return
+    folder = out / "model"
+    common.export(run.model, build_processor(), folder)
+    figures = evaluate_images(folder, questions, test_seed, device)
+    print(table(figures, questions))
+    record = {
+        "seed": seed,
+        "test_seed": test_seed,
+        "questions_per_kind": questions,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "warm start": "testbed-onevision",
+        "stages": {
+            stage: json.loads((out / "stages" / f"{stage}.json").read_text()) for stage in STEPS
+        },
+        "accuracy": figures,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

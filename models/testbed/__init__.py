@@ -9,7 +9,14 @@ if __name__ != "tokenprune.models.testbed":
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["names", "path"]
+__all__ = ["TRAINED_ON", "names", "path"]
+
+TRAINED_ON = {
+    "testbed-next": ("image",),
+    "testbed-onevision": ("image", "video", "multi-image"),
+    "testbed-qwen": ("image",),
+}
+"""Modalities of the questions that each embedded model was trained on."""
 
 _FOLDER = Path(__file__).parent
 

@@ -3,7 +3,8 @@
 import torch
 
 from tokenprune.layout import TokenLayout
-from tokenprune.ops.diversity import cosine_distances, max_min_diversity
+from tokenprune.ops.diversity import max_min_diversity
+from tokenprune.ops.similarity import cosine_distances
 from tokenprune.strategies.divprune import DivPrune
 from tokenprune.testing.golden import Case, Verdict, replay
 from tokenprune.tokens import VisualTokens

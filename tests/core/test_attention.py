@@ -259,6 +259,44 @@ def test_decoder_mass_is_the_mean_of_the_heads_with_most_attention(
         assert not nobody.any()
 
 
+@pytest.mark.parametrize("at_once", [1, 100, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_decoder_mass_equals_a_loop_over_queries(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, dtype: torch.dtype, at_once: int
+) -> None:
+    """Blocks of queries and heads; cached keys in front, padding, and keys that count thrice."""
+    monkeypatch.setattr(tokenprune.attention, "CHUNK", 3)
+    monkeypatch.setattr(tokenprune.attention, "_AT_ONCE", {False: at_once})
+    draw = torch.Generator().manual_seed(0)
+    past, entries, heads, dim = 3, 12, 4, 8
+    attention = _decoder("llama", kv_heads).layers[0].self_attn.to(dtype)
+    hidden = torch.randn(entries, heads * dim, generator=draw).to(dtype)
+    keys = torch.randn(kv_heads, past + entries, dim, generator=draw).to(dtype)
+    still = torch.ones(entries, dim, dtype=dtype), torch.zeros(entries, dim, dtype=dtype)
+    counts = torch.tensor([1, 1, 3, 0, 0, 0, 1, 1, 3, 1, 1, 1, 1, 2, 1.0])  # 0 is padding
+    asking = [11, 5, 3, 9, 4, 7, 8]
+
+    def visible(slots: Tensor) -> Tensor:
+        return counts * (torch.arange(past + entries) <= past + slots[:, None])
+
+    with torch.no_grad():
+        got = decoder_mass(attention, hidden, still, torch.tensor(asking), visible, keys)
+        queries = attention.q_proj(hidden).view(entries, heads, dim).double()
+    wanted = torch.zeros(past + entries, dtype=torch.float64)
+    for slot in asking:
+        most = torch.zeros(past + entries, dtype=torch.float64)
+        for head in range(heads):
+            logits = queries[slot, head] @ keys[head * kv_heads // heads].double().T
+            powers = counts * (logits / dim**0.5).exp()
+            powers[past + slot + 1 :] = 0
+            most = torch.maximum(most, powers / powers.sum())
+        wanted += most / len(asking)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, wanted.float(), rtol=close, atol=close)
+    assert not got[counts == 0].any()
+
+
 def test_decoder_row_of_an_earlier_token() -> None:
     """Teacher forcing asks with the last prompt token, which must not see the answer."""
     model, mask = _decoder("llama", 2), torch.ones(2, 12).long()

@@ -7,12 +7,16 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 import tokenprune as tp
 from tokenprune import catalogue
+from tokenprune.compatibility import check_compatible
 from tokenprune.errors import UserError
 from tokenprune.registry import adapters, strategies
 from tokenprune.signals import Signal
@@ -122,8 +126,27 @@ def test_methods_are_listed_by_property() -> None:
     assert "fastv" in tp.list_methods("fast*", stage="llm", verified=True, needs="llm_*")
 
 
+@pytest.mark.parametrize("family", catalogue.families(), ids=lambda family: family.name)
+def test_the_table_of_families_says_what_the_models_say(family: catalogue.Family) -> None:
+    """A method without an entry can be run; the sentence of a refusal names what the entry says."""
+    cls: Any = adapters.get(family.name)
+    if not family.has_language_model:
+        assert family.refuses == {}
+        return
+    facts = cls(cls.tiny()).facts
+    for name in strategies.names():
+        method = tp.create(name, retention=0.25)
+        if family.verdict(name) == "runs":
+            check_compatible(facts, method)
+            continue
+        what = family.verdict(name).removeprefix("needs ")
+        said = what if "encoder of CLIP" not in what else "CLIP and SigLIP encoders"
+        with pytest.raises(UserError, match=said):
+            check_compatible(facts, method)
+
+
 def test_models_are_found_by_name() -> None:
-    assert tp.list_models("LLaVA*") == ["LLaVA-NeXT", "LLaVA-OneVision"]
+    assert tp.list_models("LLaVA*") == ["LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision"]
     assert "timm" in tp.list_models()
 
 
@@ -136,3 +159,26 @@ def test_completion_shows_every_public_name() -> None:
     assert set(tp.__all__) <= set(dir(tp))
     out = _python("import tokenprune as tp; print(set(tp.__all__) <= set(dir(tp)))")
     assert out.strip() == "True"
+
+
+def test_the_table_covers_methods_of_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategies.names()
+    monkeypatch.setattr(strategies, "_classes", dict(strategies._classes))
+
+    @tp.register("needs-cls")
+    @dataclass(frozen=True, kw_only=True)
+    class NeedsCls(tp.ScoringCompressor):
+        """By the attention of the CLS token."""
+
+        card = tp.Card(paper="CLS (test)")
+
+        @property
+        def needs(self) -> frozenset[Signal]:
+            return super().needs | {Signal("cls_attention", -1)}
+
+        def score(self, tokens: tp.VisualTokens) -> Tensor:
+            return tokens[Signal("cls_attention", -1)]
+
+    found = {one.name: one.verdict("needs-cls") for one in catalogue.families_by_method()}
+    assert found["LLaVA-1.5"] == found["InternVL"] == "runs"
+    assert found["LLaVA-OneVision"] == "needs a CLS token"

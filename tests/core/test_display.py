@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import full_hosts
 from PIL import Image
 
 import tokenprune as tp
@@ -17,13 +18,12 @@ from tokenprune.engine.trace import SelectionRecord, Trace
 from tokenprune.errors import UserError
 from tokenprune.layout import TokenLayout
 from tokenprune.registry import strategies
-from tokenprune.testing import hosts
 
 
 @pytest.fixture(scope="module")
 def trace() -> Iterator[Trace]:
     """Of two prompts in a tiny model, cut twice."""
-    host = hosts(["llama"])[0]
+    host = full_hosts(["llama"])[0]
     chain = tp.parse("uniform@0.5 + fastv@0.5")
     with torch.no_grad(), tp.compress(host.adapter.model, chain) as made:
         host.adapter.model(**host.inputs())

@@ -26,11 +26,19 @@ def test_facts_are_those_of_the_weights(host: Host) -> None:
     assert key.shape == (text.kv_heads * text.head_dim, text.hidden)
     assert decoder[0].mlp.gate_proj.weight.shape == (text.intermediate, text.hidden)
     assert tower[0].mlp.fc1.weight.shape == (vision.intermediate, vision.hidden)
-    assert tower[0].self_attn.num_heads == vision.heads
-    table = position_table(adapter).weight
+    assert adapter.vision_attention(0).num_heads == vision.heads
+    assert text.position_scheme == "rotary"
+    embeddings = adapter.vision_tower.embeddings
+    if host.name == "InternVL":
+        table, cls, wide = embeddings.position_embeddings[0], embeddings.cls_token, 4
+        assert adapter.projector.layer_norm.weight.shape == (wide * vision.hidden,)
+        assert vision.patch_size == embeddings.patch_embeddings.projection.kernel_size
+    else:
+        table, wide = position_table(adapter).weight, 1
+        cls = getattr(embeddings, "class_embedding", None)
+        assert vision.patch_size == embeddings.patch_embedding.kernel_size
     assert table.shape == (vision.tokens, vision.hidden)
-    assert vision.has_cls == hasattr(adapter.vision_tower.embeddings, "class_embedding")
-    assert (text.position_scheme, vision.merge_size) == ("rotary", 1)
+    assert (vision.has_cls, vision.merge_size**2) == (cls is not None, wide)
 
 
 def test_facts_follow_the_model() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from families import full_hosts
 from PIL import Image
 from torch import Tensor, nn
 from two_devices import METHODS, chosen_method, place
@@ -17,7 +18,7 @@ import tokenprune as tp
 from tokenprune.engine.session import compress
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.offload import applied, execution_device, resident
-from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.host import Host
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning"),
@@ -68,7 +69,7 @@ def both(
     return plain, offloaded
 
 
-@pytest.fixture(scope="module", params=[host.name for host in hosts(["qwen2"])])
+@pytest.fixture(scope="module", params=[host.name for host in full_hosts(["qwen2"])])
 def host_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

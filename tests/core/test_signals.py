@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 import torch
+from families import FULL, full_hosts
 from places import ROOT
 from pydantic import Field
 from torch import Tensor
@@ -141,21 +142,26 @@ def _spy(signal: Signal, seen: list[VisualTokens], stage: Stage) -> Compressor:
 def _sizes(host: Host, tokens: VisualTokens, row: int, image: int) -> dict[str, int]:
     """Sizes of the axes, from the configuration and the prompt."""
     text, tower = host.adapter.language_model.config, host.adapter.base.config.vision_config
-    later = len(host.layouts(row)) - 1 - image
+    later = sum(len(host.adapter.runs(one)) for one in host.layouts(row)[image + 1 :])
     return {
         "N": len(tokens.layout),
         "P": len(host.layouts(row)[image].patches),
-        "T": ROWS[row].text + 2 * later,  # two words are in front of every image
+        "T": ROWS[row].text + 2 * later,  # two words are in front of every image and frame
         "heads": text.num_attention_heads,
         "hidden": text.hidden_size,
         "kv_width": text.num_key_value_heads * (text.hidden_size // text.num_attention_heads),
         "vision_width": tower.hidden_size,
         "vision_head_width": tower.hidden_size // tower.num_attention_heads,
+        "projector_width": host.adapter.projector.get_submodule(
+            "layer_norm" if host.name == "InternVL" else "linear_1"
+        ).weight.shape[-1],
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    ("host", "dtype"),
+    [(name, torch.float32) for name in HOSTS] + [(name, torch.bfloat16) for name in FULL],
+)
 @pytest.mark.parametrize("name", SIGNALS)
 def test_the_engine_delivers_the_signals_of_the_table(
     name: str, host: str, dtype: torch.dtype
@@ -237,13 +243,13 @@ CHAINS = {
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_ranking_by_values_obeys_the_contract(check: Check) -> None:
-    run(check, BY_VALUES, hosts(["llama"]))
+    run(check, BY_VALUES, full_hosts(["llama"]))
 
 
 @pytest.mark.parametrize("check", [check_equals_reference, check_batch_equals_single])
 @pytest.mark.parametrize("family", [name for name in DECODERS if name != "llama"])
 def test_values_of_other_decoders(family: str, check: Check) -> None:
-    run(check, BY_VALUES, hosts([family]))
+    run(check, BY_VALUES, full_hosts([family]))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,7 @@ def test_values_of_other_decoders(family: str, check: Check) -> None:
 )
 @pytest.mark.parametrize("chain", CHAINS)
 def test_values_in_chains(chain: str, check: Check) -> None:
-    run(check, CHAINS[chain], hosts(["llama"]))
+    run(check, CHAINS[chain], full_hosts(["llama"]))
 
 
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
@@ -317,7 +323,7 @@ def _encoded(host: Host) -> dict[str, Any]:
         _known[host.name] = [feature.visual for some in outputs for feature in some]
     inputs = host.inputs()
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return text | encoder_outputs([_known[host.name]])
+    return text | encoder_outputs(host.adapter, [_known[host.name]])
 
 
 @pytest.mark.parametrize("row", [0, 2])
@@ -329,7 +335,9 @@ def test_forecast_values_equal_those_of_the_ledger(
     with compress(host.model, method) as trace, torch.no_grad():
         host.model(**host.inputs((row,)), use_cache=True)
     real, layouts = trace.ledger, host.layouts(row)
-    asking = [ROWS[row].text + 2 * later for later in reversed(range(len(layouts)))]
+    # In front of every run of placeholders are two text tokens.
+    runs = [len(host.adapter.runs(layout)) for layout in layouts]
+    asking = [ROWS[row].text + 2 * sum(runs[index + 1 :]) for index in range(len(runs))]
     found = forecast(host.adapter, method, layouts, real.text_tokens, asking=asking, size=4).ledger
     assert found.visual_per_layer == real.visual_per_layer
     assert found.selector_bytes == real.selector_bytes
@@ -370,7 +378,7 @@ def test_flops_of_decoder_signals_by_hand(name: str) -> None:
         "llm_text": text * one,
         "llm_text_heads": text * one,
         "llm_cross": text * one,
-        "llm_self": patches * one,
+        "llm_self": patches * 2 * keys * width,  # the layer projected its queries
     }
     assert config.num_attention_heads == 4
     assert trace.ledger.selector_flops == wanted.get(name, 0)
@@ -400,7 +408,7 @@ VALUES = decoder.COMPUTED["llm_values"]
 def test_the_reference_finds_wrong_values(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(decoder.COMPUTED, "llm_values", FAULTS[fault])
     with pytest.raises(AssertionError):
-        run(check_equals_reference, BY_VALUES, hosts(["llama"])[:1])
+        run(check_equals_reference, BY_VALUES, full_hosts(["llama"])[:1])
 
 
 @pytest.mark.parametrize(

@@ -184,8 +184,8 @@ def test_fitprune_and_pact_are_charged(host: Host) -> None:
     method = create("fitprune", retention=0.25, steps=1, separators="none")
     ledger = _ledgers(host, method, (0,))[0]
     assert ledger.visual_per_layer == (70, 70, 16, 16)
-    # All patches and all words ask in layer 1, whose keys are in the cache.
-    assert ledger.selector_flops == (64 + 3) * (2 * 32 * 32 + 2 * 76 * 32)
+    # All patches and all words ask in layer 1, which projected keys and the patches' queries.
+    assert ledger.selector_flops == (64 + 3) * 2 * 76 * 32 + 3 * 2 * 32 * 32
     method = create("pact", retention=0.25, separators="none")
     ledger = _ledgers(host, method, (0,))[0]
     assert ledger.visual_per_layer[0] == 70

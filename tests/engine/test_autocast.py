@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import full_hosts
 from torch import Tensor
 
 import tokenprune as tp
@@ -18,7 +19,7 @@ from tokenprune.signals import Signal
 from tokenprune.spec import create, parse
 from tokenprune.strategies.tome import ToMe
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.host import Host
 from tokenprune.tokens import VisualTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
@@ -41,7 +42,7 @@ def _method(spec: str) -> Compressor:
     return parse(spec, retention=0.4)
 
 
-@pytest.fixture(scope="module", params=[host.name for host in hosts(["qwen2"])])
+@pytest.fixture(scope="module", params=[host.name for host in full_hosts(["qwen2"])])
 def host(request: pytest.FixtureRequest) -> Host:
     return Host.tiny(request.param, "qwen2")
 

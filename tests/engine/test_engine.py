@@ -66,7 +66,7 @@ def test_odd_images(method: Compressor, monkeypatch: pytest.MonkeyPatch) -> None
         Row(((13, 17),), 0),
         Row((), 1),
     )
-    for module in ("host", "reference"):
+    for module in ("host", "reference_vision"):
         monkeypatch.setattr(f"tokenprune.testing.{module}.ROWS", rows)
     host = Host.tiny("LLaVA-NeXT", "mistral")
     inputs = host.inputs((0, 1, 2, 3))

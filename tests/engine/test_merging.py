@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from families import full_hosts
 
 import tokenprune as tp
 from tokenprune.compressor import Chain, Compressor, Selection, Stage
@@ -15,7 +16,7 @@ from tokenprune.testing.generation_checks import (
     check_cache_agrees,
     check_generate_batch_equals_single,
 )
-from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.host import Host
 from tokenprune.testing.model_checks import (
     check_batch_equals_single,
     check_equals_reference,
@@ -80,7 +81,7 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("host", hosts(["llama"]), ids=lambda host: host.name)
+@pytest.mark.parametrize("host", full_hosts(["llama"]), ids=lambda host: host.name)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 def test_merging_is_exact(method: Compressor, check: Check, host: Host) -> None:
@@ -88,7 +89,7 @@ def test_merging_is_exact(method: Compressor, check: Check, host: Host) -> None:
 
 
 def test_merged_features_reach_the_language_model() -> None:
-    host = hosts(["llama"])[0]
+    host = full_hosts(["llama"])[0]
     inputs = host.inputs([0])
     with tp.compress(host.model, Average(retention=0.9)):
         merged = host.logits(inputs)

@@ -8,6 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from families import full_hosts
 from torch import Tensor
 from two_devices import METHODS, chosen_method, place
 
@@ -15,12 +16,12 @@ import tokenprune as tp
 from tokenprune.compressor import Compressor
 from tokenprune.engine.session import compress
 from tokenprune.experiments.benchmarks.second_device import CPU, OTHER, SecondDevice, where
-from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 
-@pytest.fixture(params=[host.name for host in hosts(["qwen2"])])
+@pytest.fixture(params=[host.name for host in full_hosts(["qwen2"])])
 def host(request: pytest.FixtureRequest) -> Host:
     return Host.tiny(request.param, "qwen2")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import full_hosts
 
 import tokenprune as tp
 from tokenprune.engine.rankings import noting
 from tokenprune.ops.ranking import top_per_view
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.host import example, hosts
+from tokenprune.testing.host import example
 from tokenprune.testing.strategy_checks import LAYOUTS
 
 
@@ -33,7 +34,7 @@ def test_recording_has_no_effect_and_the_ranking_decides(name: str) -> None:
 
 
 def test_every_cut_of_a_chain_is_noted() -> None:
-    (host, *_) = hosts(["llama"])
+    (host, *_) = full_hosts(["llama"])
     heedful, notes = noting(tp.parse("globalcom2@0.8 + pyramiddrop@0.5"))
     with tp.compress(host.model, heedful) as trace, torch.no_grad():
         host.model(**host.inputs(rows=(0,)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import full_hosts
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -14,11 +15,12 @@ from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice, put
-from tokenprune.experiments.benchmarks.watching import host_waits
+from tokenprune.experiments.benchmarks.watching import _elsewhere, host_waits
 from tokenprune.layout import TokenLayout
+from tokenprune.ops import diversity, similarity
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
-from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.host import Host
 
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
@@ -44,7 +46,25 @@ def test_one_synchronisation_per_selection(spec: str, modality: str) -> None:
         assert waits.total() <= MORE.get(spec, 1), dict(waits)
 
 
-@pytest.mark.parametrize("name", [host.name for host in hosts(["qwen2"])])
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_synchronisation_per_selection_from_many_tokens(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a table of all pairs exceeds a block; the selection is that of the CPU."""
+    monkeypatch.setattr(similarity, "BLOCK", 600)
+    monkeypatch.setattr(diversity, "POOL", 20)
+    monkeypatch.setattr(diversity, "TABLE", 25)
+    for part in _steps(spec):
+        tokens = sample_tokens(part.needs, TokenLayout.single((8, 9)))
+        tokens = replace(tokens, projector=torch.nn.Linear(6, 8))
+        waits = host_waits(part, tokens)
+        assert waits.total() <= MORE.get(spec, 1), dict(waits)
+        with SecondDevice():
+            elsewhere = part(_elsewhere(tokens)).keep.cpu()
+        assert torch.equal(elsewhere, part(tokens).keep)
+
+
+@pytest.mark.parametrize("name", [host.name for host in full_hosts(["qwen2"])])
 @pytest.mark.parametrize("spec", SPECS)
 def test_one_synchronisation_per_image_and_stage_of_a_prefill(name: str, spec: str) -> None:
     """Besides, three per forward: sizes, numbers of images, and the content of the prompts.

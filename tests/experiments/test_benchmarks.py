@@ -1,5 +1,7 @@
 """The benchmarks run, count correctly, and show regressions."""
 
+import dataclasses
+import functools
 from pathlib import Path
 
 import pandas as pd
@@ -13,9 +15,11 @@ from tokenprune.engine.tower import running
 from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks import selection, tower
 from tokenprune.experiments.benchmarks.growth import _exponent
+from tokenprune.experiments.benchmarks.outside import run_outside
+from tokenprune.experiments.benchmarks.plain import LOOPS
 from tokenprune.experiments.benchmarks.prefill import TOY
-from tokenprune.experiments.benchmarks.record import Figure, changes, save, table
-from tokenprune.experiments.benchmarks.run import BenchmarkRequest, run
+from tokenprune.experiments.benchmarks.record import Figure, changes, noise_of, save, table
+from tokenprune.experiments.benchmarks.run import BENCHMARKS, BenchmarkRequest, run
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice
 from tokenprune.experiments.benchmarks.shapes import (
     FIVE_VIEWS,
@@ -29,6 +33,7 @@ from tokenprune.experiments.benchmarks.shapes import (
 from tokenprune.experiments.benchmarks.sharing import METHODS, _bound, _bound_7b
 from tokenprune.experiments.benchmarks.watching import watching
 from tokenprune.experiments.common.grid import cells
+from tokenprune.experiments.common.timing import median_of
 from tokenprune.layout import TokenLayout
 
 
@@ -40,7 +45,7 @@ def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["benchmark", "--quick", "--out", str(out)])
     assert result.exit_code == 0, result.output
     frame = table(out)
-    assert set(frame["benchmark"]) == {"sharing", "selection", "prefill", "growth"}
+    assert set(frame["benchmark"]) == {*BENCHMARKS}
     assert set(frame["case"]) >= {*tp.list_methods(), "testbed-next"}
     assert frame["value"].notna().all()
     for column in ("device", "machine", "torch", "transformers", "date"):
@@ -52,14 +57,25 @@ def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", tp.list_methods())
 def test_every_signal_inside_the_language_model_is_timed(name: str) -> None:
     """Each needs attention rows, keys or a norm, which the plain forward does not compute."""
-    layout = TokenLayout.single((4, 4))
-    bench = selection._Bench(selection.TINY, layout, "cpu", torch.float32, True)
+    layout, bench = TokenLayout.single((4, 4)), _bench()
     method = tp.create(name, retention=0.5)
-    for signal in method.needs:
-        if signal.in_llm and signal.name not in ("llm_inputs", "llm_prompt"):
-            look = bench._signal(signal, len(layout))
-            assert look is not None, f"what {signal} takes is left out"
-            assert torch.isfinite(look()).all()
+    part = method.at(method.cuts[-1]) if method.cuts else method
+    tokens = tokens_at(layout, part.needs, bench.shape.hidden)
+    wanted = {one for one in part.needs if one.info.source == "decoder layer"}
+    looks = [look() for look in bench._looks(part, (method.cuts or (0,))[-1], tokens)]
+    outside = [one for one in part.needs if one.info.source == "vision layer"]
+    assert len(looks) == bool(wanted) + len(outside)
+    if wanted:
+        signals = looks[-1].signals
+        assert wanted <= {*signals}
+        for one in wanted:
+            assert signals[one].shape == tokens.signals[one].shape, one
+            assert torch.isfinite(signals[one]).all()
+
+
+@functools.cache
+def _bench() -> selection._Bench:
+    return selection._Bench(selection.TINY, TokenLayout.single((4, 4)), "cpu", torch.float32, True)
 
 
 def test_a_batch_of_prompts_is_pruned_row_by_row() -> None:
@@ -98,9 +114,101 @@ def test_regressions_come_first() -> None:
     moved = changes(frame(fast=1.5, slow=0.5, zero=1.0, why=9.0), before)
     assert list(moved["figure"]) == ["zero", "fast", "slow"]
     assert list(moved["worse"]) == [True, True, False]
-    assert moved["change"].iloc[1] == pytest.approx(-0.25)
+    assert list(moved["ratio"]) == [float("inf"), 0.75, 0.5]
     assert changes(frame(fast=1.9, slow=1.05, zero=0.0), before).empty
     assert changes(frame(slow=1.0), frame(fast=2.0)).empty
+    vanished = changes(frame(zero=0.0), frame(zero=2.0))
+    assert list(vanished["ratio"]) == [0.0]
+    assert not vanished["worse"].any()
+
+
+def test_a_change_within_twice_the_noise_is_none() -> None:
+    """The noise of a ratio of two values with 6 % and 8 % is 10 %."""
+    now, before = frame(slow=1.25).assign(noise=0.06), frame(slow=1.0)
+    assert len(changes(now, before)) == 1
+    before = before.assign(noise=0.08)
+    (found,) = changes(now.assign(value=1.19), frame(slow=1.0))["noise"]
+    assert found == pytest.approx(0.06)
+    assert changes(now.assign(value=1.19), before).empty
+    (found,) = changes(now, before)["noise"]
+    assert found == pytest.approx(0.1)
+
+
+def test_the_noise_of_repeats_by_hand() -> None:
+    """Quartiles 2 and 4 of 1 to 5: a spread of 2 around 3."""
+    one = median_of([1.0, 2.0, 3.0, 4.0, 5.0])
+    error = 1.25 * (2 / 1.35) / 5**0.5 / 3
+    assert noise_of(one) == pytest.approx(error)
+    assert noise_of(one, one) == pytest.approx(2**0.5 * error)
+    assert noise_of(median_of([1.0])) == 0
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_toy_sizes_are_not_compared_with_full_ones(tmp_path: Path, quick: bool) -> None:
+    stored = tmp_path / "stored.csv"
+    save(frame(slow=1.0).assign(quick=not quick), stored)
+    advice = "leave out --quick" if quick else "give --quick too"
+    with pytest.raises(UserError, match=advice):
+        run(BenchmarkRequest(quick=quick, against=stored, out=tmp_path / "new.csv"))
+
+
+def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that are done are not measured again, unless the setting is another one."""
+    asked: list[str] = []
+    broken = True
+
+    def measure(name: str, request: BenchmarkRequest, tell: object) -> pd.DataFrame:
+        asked.append(name)
+        if name == "growth" and broken:
+            raise KeyboardInterrupt
+        made = frame(slow=float(len(asked))).assign(benchmark=name, goal=float("nan"), met=pd.NA)
+        return made.astype({"met": "boolean"})
+
+    monkeypatch.setattr("tokenprune.experiments.benchmarks.run._measured", measure)
+    request = BenchmarkRequest(only=["loops", "growth"], quick=True, out=tmp_path / "figures.csv")
+    with pytest.raises(KeyboardInterrupt):
+        run(request)
+    assert not request.out.exists()
+    broken = False
+    found = run(request).tables["figures"]
+    assert asked == ["loops", "growth", "growth"]
+    assert list(found["value"]) == [1.0, 3.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.csv"]
+    broken, request = True, dataclasses.replace(request, force=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(request)
+    broken = False
+    run(dataclasses.replace(request, quick=False))
+    assert asked[3:] == ["loops", "growth", "loops", "growth"]
+
+
+def test_memory_is_seen_from_outside() -> None:
+    """64 MiB of new tensors count; 256 MiB that exist before do not."""
+    given, size = torch.ones(2**26), 2**24
+    taken = run_outside(lambda: given.sum() + torch.ones(size).sum(), warm=lambda: given[:9].sum())
+    assert 60 <= taken.bytes / 2**20 <= 90
+    assert taken.timing.median > 0
+
+
+def test_a_failure_outside_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="process of its own"):
+        run_outside(lambda: 1 / 0, warm=lambda: None)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+PADDED = TokenLayout.anyres((2, 2), (6, 6), (2, 10, 0, 12))
+SQUARE = TokenLayout.anyres((1, 2), (7, 5), (0, 7, 0, 10))
+
+
+@pytest.mark.parametrize("retention", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize("layout", [PADDED, SQUARE], ids=["padded", "one row of crops"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_methods_keep_the_tokens_of_their_plain_loops(
+    name: str, layout: TokenLayout, retention: float
+) -> None:
+    method = tp.create(name, retention=retention, separators="none")
+    tokens = tokens_at(layout, method.needs, 64, vision=32)
+    assert method(tokens).keep.tolist() == LOOPS[name](tokens, retention)
 
 
 @pytest.mark.parametrize("name", ["figures.csv", "figures.parquet"])

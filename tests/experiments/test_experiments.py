@@ -25,7 +25,10 @@ from tokenprune.progress import ProgressCallback
 NAMES = [
     found.name
     for found in pkgutil.iter_modules(experiments.__path__)
-    if found.ispkg and importlib.util.find_spec(f"{experiments.__name__}.{found.name}.command")
+    # The demo serves a page and has no outcome.
+    if found.ispkg
+    and found.name != "demo"
+    and importlib.util.find_spec(f"{experiments.__name__}.{found.name}.command")
 ]
 
 

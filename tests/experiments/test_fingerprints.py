@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -197,3 +197,50 @@ def test_versions_that_can_change_an_answer() -> None:
     assert set(DECISIVE) == {"pillow", "torch", "torchvision", "transformers", "tokenizers"}
     versions = environment()["versions"]
     assert all(versions[name] for name in DECISIVE)
+
+
+NOTEBOOK = """
+from dataclasses import dataclass
+import tokenprune as tp
+
+SHIFT = {shift}
+
+def helper(values):
+    return values.norm(dim=-1) * {factor} + SHIFT
+
+def unrelated(values):
+    return {other}
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(tp.ScoringCompressor):
+    bound = {bound}
+
+    def score(self, tokens):
+        return [helper(tokens.features) for _ in (1,)][0]
+
+    @property
+    def width(self):
+        return {width}
+"""
+
+
+def test_a_class_of_a_notebook_is_known_by_its_code() -> None:
+    """It has no file; what it computes counts, and neither its lines nor what it does not use."""
+
+    def digests(space: str = "", **changes: int) -> Any:
+        module = ModuleType("a_notebook")
+        sys.modules["a_notebook"] = module
+        try:
+            source = NOTEBOOK.format(
+                **dict.fromkeys(("shift", "factor", "other", "bound", "width"), 1) | changes
+            )
+            exec(compile(space + source, f"cell {len(space)}", "exec"), vars(module))
+            return code_files([module.Mine(retention=0.5)])
+        finally:
+            del sys.modules["a_notebook"]
+
+    first = digests()
+    assert {"a_notebook.Mine", "a_notebook.helper"} <= set(first)
+    assert first == digests(space="\n\n\n", other=7)
+    for name in ("shift", "factor", "bound", "width"):
+        assert first != digests(**{name: 2}), name

@@ -274,12 +274,12 @@ def test_an_example_without_arguments(tmp_path: Path) -> None:
 
 
 def test_ones_own_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: None)  # for speed
+    monkeypatch.setattr("tokenprune.experiments.masks.run.save", lambda *_: [])  # for speed
     for index in range(20):
         picture(40, 30, index).save(tmp_path / f"frame-{index:02}.png")
     still = [picture(40, 30, index) for index in range(5)]
     still[0].save(tmp_path / "moving.gif", save_all=True, append_images=still[1:])
-    out = ("--out", str(tmp_path / "out"), "-m", "uniform", "-r", "0.5")
+    out = ("--force", "--out", str(tmp_path / "out"), "-m", "uniform", "-r", "0.5")
     for words, views in (
         ((str(tmp_path), "--video"), 8),
         ((str(tmp_path / "moving.gif"), "Is it?", "--video", "--frames", "3"), 3),

@@ -51,7 +51,7 @@ def model(*modalities: str) -> Any:
         counts = {"image": images, "video": videos}
         return chat_prompt(question, SimpleNamespace(), counts, texts)
 
-    return SimpleNamespace(adapter=SimpleNamespace(encoders=texts), prompt=prompt)
+    return SimpleNamespace(adapter=SimpleNamespace(modalities=texts), prompt=prompt)
 
 
 @pytest.mark.parametrize(

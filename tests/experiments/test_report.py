@@ -35,12 +35,14 @@ import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.patch_boxes import ViewSize, patch_boxes
+from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare.run import run as compare
 from tokenprune.experiments.report.gallery import _data_uri, _views, planner
 from tokenprune.experiments.report.run import ReportRequest, _bound, _script_safe
 from tokenprune.experiments.report.run import run as report
 from tokenprune.layout import Kind
+from tokenprune.models import testbed
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_how_many_and_which(run: Path, tmp_path: Path) -> None:
 def test_the_lattices_are_the_patches(size: tuple[int, int], several: bool) -> None:
     for name in ("testbed-next", "testbed-onevision"):
         notes: list[str] = []
-        adapter = planner({"experiment": {"model": name}}, notes)
+        adapter = planner({"experiment": {"model": name}}, notes, Path("."))
         assert adapter is not None, notes
         layout = adapter.layout(size, same_prompt=several)
         if 0 in layout.canvas_shape and layout.grid != (0, 0):
@@ -276,9 +278,34 @@ def test_a_run_without_answers(run: Path) -> None:
     assert "No answers yet" in Page(page_of(written).read_text()).text
 
 
-def test_a_method_that_is_not_registered(run: Path) -> None:
+def test_methods_whose_code_is_not_here_keep_their_masks(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of one's own class is read by what it recorded; nothing of it is imported."""
+    (run / "answers.parquet").unlink()
+    kept = {line["cell"]: line["kept"] for line in lines_of(run) if line.get("kept")}
+    manifest = json.loads((run / "manifest.json").read_text())
+    cells = [
+        cell | {"label": "far_away:Mine", "key": "Mine(retention=0.1)"}
+        if (cell["label"], cell["retention"]) == ("fastv", 0.1)
+        else cell
+        for cell in manifest["cells"]
+    ]
+    change(run, cells=cells, experiment=manifest["experiment"] | {"methods": ["far_away:Mine"]})
+    old = next(cell["key"] for cell in manifest["cells"] if cell not in cells)
+    rewrite(run, [line | {"cell": line["cell"].replace(old, "Mine(retention=0.1)")}
+                  for line in lines_of(run)])  # fmt: skip
+    written = report(ReportRequest(folder=run))
+    assert not written.notes
+    found = data_of(page_of(written))
+    mine = [cell["label"] for cell in found["cells"]].index("far_away:Mine")
+    assert all(question["kept"][mine] for question in found["questions"])
+    assert kept[old] in [question["kept"][mine] for question in found["questions"]]
+
+
+def test_an_older_run_of_a_method_that_is_not_registered(run: Path) -> None:
     experiment = json.loads((run / "manifest.json").read_text())["experiment"]
-    change(run, experiment=experiment | {"methods": ["uniform", "someones-own"]})
+    change(run, cells=[], experiment=experiment | {"methods": ["uniform", "someones-own"]})
     written = report(ReportRequest(folder=run))
     assert any("someones-own" in note for note in written.notes)
     assert written.answered == 20
@@ -291,6 +318,52 @@ def test_a_missing_model(run: Path) -> None:
     written = report(ReportRequest(folder=run))
     assert any("No masks: the configuration of someone/model-7b" in note for note in written.notes)
     assert data_of(page_of(written))["pictures"], "images are there nevertheless"
+
+
+def test_a_local_model_is_found_from_anywhere(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(testbed.path("testbed-next"), run.parent / "model")
+    experiment = json.loads((run / "manifest.json").read_text())["experiment"]
+    change(run, experiment=experiment | {"model": "./model"}, model_folder="../model")
+    monkeypatch.chdir("/")
+    written = report(ReportRequest(folder=run))
+    assert not written.notes
+    assert data_of(page_of(written))["questions"][0]["kept"][1]
+
+
+def test_arrows_are_against_uniform(run: Path) -> None:
+    """A method that is always wrong where uniform is right, and uniform itself."""
+    (run / "answers.parquet").unlink()
+    truths = {item.id: item.answer for item in held_out(20, seed=0)}
+    lines = lines_of(run)
+    for line in lines:
+        bad = line["cell"].startswith("FastV")
+        line["answer"] = "never" if bad else truths[line["question"]]
+    rewrite(run, lines)
+    written = report(ReportRequest(folder=run))
+    text = Page(page_of(written).read_text(encoding="utf-8")).text
+    assert (
+        "10 % uniform 20 100.0 83.9–100.0 +0.0 (-16.1 to +16.1) 100.0 100 100 100 100 100 " in text
+    )
+    assert "fastv 20 0.0 ↓ 0.0–16.1 -100.0 (-100.0 to -100.0)" in text
+    assert "↑ ↓ significantly better or worse than uniform at the same retention" in text
+    assert "no arrows" not in text
+    rewrite(run, [line for line in lines_of(run) if not line["cell"].startswith("Uniform")])
+    cells = json.loads((run / "manifest.json").read_text())["cells"]
+    change(run, cells=[cell for cell in cells if cell["label"] != "uniform"])
+    text = Page(page_of(report(ReportRequest(folder=run))).read_text(encoding="utf-8")).text
+    assert "fastv 20 0.0 0.0–16.1" in text
+    assert "This run has no uniform, so there are no arrows." in text
+
+
+@pytest.mark.parametrize("command", ["report", "pairs"])
+def test_a_folder_that_cannot_be_written(run: Path, tmp_path: Path, command: str) -> None:
+    """Another place for what is written; the folder stays as it is."""
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    out = tmp_path / "elsewhere" / "file"
+    found = CliRunner().invoke(app, [command, str(run), "--out", str(out)])
+    assert found.exit_code == 0, found.output
+    assert f"Written to {out}" in found.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
@@ -314,10 +387,10 @@ def test_the_command_prints_the_path_of_the_page(run: Path) -> None:
 
 def test_an_older_summary_is_never_shown(run: Path) -> None:
     table = pd.read_csv(run / "summary.csv")
-    table.assign(accuracy=0.1234).to_csv(run / "summary.csv", index=False)  # newer than all else
+    table.assign(accuracy=0.7771).to_csv(run / "summary.csv", index=False)  # newer than all else
     report(ReportRequest(folder=run))
     page = Page((run / "report.html").read_text(encoding="utf-8"))
-    assert "12.3" not in page.text
+    assert "77.7" not in page.text
     right = pd.read_parquet(run / "answers.parquet").groupby(["label", "retention"])["correct"]
     assert f"{100 * right.mean()['fastv', 0.1]:.1f}" in page.text
 

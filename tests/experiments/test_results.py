@@ -343,6 +343,11 @@ def test_paths_are_relative_where_they_can_be(
         assert told["command"] == ["tokenprune", "compare", "--data=my.jsonl", "/elsewhere/x"]
     beside = asked_for(Request(tmp_path / "far" / "my.jsonl", ()), tmp_path / "far" / "run")
     assert beside["request"]["data"] == "../my.jsonl"
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (here / "linked").symlink_to(tmp_path / "disk")  # ".." leads out of its target
+    linked = asked_for(Request(Path("my.jsonl"), ()), Path("linked/run"))
+    found = here / "linked" / "run" / linked["request"]["data"]
+    assert os.path.realpath(found) == str(here / "my.jsonl")
 
 
 # --- the tidy table -------------------------------------------------------------------------------

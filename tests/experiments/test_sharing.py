@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import full_hosts
 from torch import Tensor
 
 import tokenprune as tp
@@ -23,7 +24,7 @@ from tokenprune.experiments.compare import sharing
 from tokenprune.experiments.compare.loop import run
 from tokenprune.experiments.compare.runner import ModelRunner
 from tokenprune.pipeline import encoder_outputs
-from tokenprune.testing.host import Host, hosts
+from tokenprune.testing.host import Host
 
 INSIDE = ("fastv:layer=1", "fastv", "dart:layer=2", "pyramiddrop", "sparsevlm")
 IN_FRONT = ("uniform", "globalcom2", "spatial-pool", "divprune")
@@ -53,7 +54,7 @@ def outcome(host: Host, images: list[Any], rows: tuple[int, ...], *how: Any, **o
     inputs = host.inputs(rows)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with compress(host.model, *how, **options) as trace:
-        ids, logits = host.generate_with_logits(text | encoder_outputs(images))
+        ids, logits = host.generate_with_logits(text | encoder_outputs(host.adapter, images))
     return ids, logits, trace.ledgers, trace.selections
 
 
@@ -86,7 +87,9 @@ def layer_calls(host: Host) -> tuple[Counter[int], list[Any]]:
     return calls, handles
 
 
-@pytest.mark.parametrize("host", hosts(("llama", "qwen2")), ids=lambda h: f"{h.name}-{h.decoder}")
+@pytest.mark.parametrize(
+    "host", full_hosts(("llama", "qwen2")), ids=lambda h: f"{h.name}-{h.decoder}"
+)
 @pytest.mark.parametrize("first", ["deepest first", "shallowest first"])
 def test_layers_in_front_of_a_cut_run_once_and_nothing_else_changes(host: Host, first: str) -> None:
     wanted: list[Compressor | None] = [*methods(INSIDE), None]
@@ -152,7 +155,18 @@ def test_signals_of_a_first_cut_are_computed_once(
     assert calls == each
 
 
-@pytest.mark.parametrize("host", hosts(), ids=lambda host: f"{host.name}-{host.decoder}")
+def test_a_repeated_layer_gives_the_queries_that_it_projected(host: Host) -> None:
+    """FastV runs the layer; FitPrune, which ranks by its queries, does not run it again."""
+    wanted = [tp.parse(spec, retention=0.5) for spec in ("fastv:layer=2", "fitprune:steps=1")]
+    images = encoded(host, (0, 2), wanted)
+    alone = [outcome(host, images, (0, 2), one) for one in wanted]
+    prefix = Prefix(host.adapter, wanted)
+    for one, other in zip(wanted, alone, strict=True):
+        same(outcome(host, images, (0, 2), one, prefix=prefix), other, exactly=True)
+    assert prefix.queried == {1}
+
+
+@pytest.mark.parametrize("host", full_hosts(), ids=lambda host: f"{host.name}-{host.decoder}")
 def test_signals_of_other_methods_are_not_charged(host: Host) -> None:
     mine, other = (tp.parse(name, retention=0.5) for name in ("uniform", "globalcom2"))
     alone, shared = (encoded(host, (0,), wanted) for wanted in ([mine], [mine, other]))
@@ -194,13 +208,13 @@ def test_without_a_kv_cache_nothing_is_shared(host: Host) -> None:
         made = []
         for how in ({}, {"prefix": prefix}):
             with compress(host.model, one, **how):
-                outputs = encoder_outputs(images)
+                outputs = encoder_outputs(host.adapter, images)
                 made.append(host.generate(text | outputs, use_cache=False))
         assert torch.equal(*made)
     assert not prefix._ran
 
 
-@pytest.mark.parametrize("host", hosts(("llama",)), ids=lambda host: host.name)
+@pytest.mark.parametrize("host", full_hosts(("llama",)), ids=lambda host: host.name)
 def test_a_batch_may_have_a_compressor_for_each_row(host: Host) -> None:
     chosen = methods(IN_FRONT)
     images = encoded(host, (0, 1, 2), chosen)

@@ -134,3 +134,33 @@ def test_folders_without_a_run_are_refused(tmp_path: Path, what: str) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert str(folder) in result.stderr
+
+
+def test_latex_has_intervals_ranks_and_bold_within_the_best_interval(tmp_path: Path) -> None:
+    rows = [
+        ("uncompressed", 1.0, 0.98, 1.0),
+        ("best_one", 0.5, 0.9, 0.48),  # Wilson's interval of 900 of 1000: 87.99 to 91.71
+        ("near", 0.5, 0.88, 0.65),
+        ("as near", 0.5, 0.88, 0.65),
+        ("far", 0.5, 0.87, 0.65),
+    ]
+    folder = _run(tmp_path / "a", "my_model", "image", rows)
+    result = CliRunner().invoke(app, ["table", "--latex", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[4:] == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r" & \multicolumn{3}{c}{my\_model, image, $R = 50\,\%$} \\",
+        r"\cmidrule(lr){2-4}",
+        r"method & accuracy & rank & FLOPs \\",
+        r"\midrule",
+        r"uncompressed & $98.0_{96.9}^{98.7}$ & -- & 100 \\",
+        r"\midrule",
+        r"as near & $\mathbf{88.0}_{85.8}^{89.9}$ & 2 & 65 \\",
+        r"best\_one & $\mathbf{90.0}_{88.0}^{91.7}$ & 1 & 48 \\",
+        r"far & $87.0_{84.8}^{88.9}$ & 4 & 65 \\",
+        r"near & $\mathbf{88.0}_{85.8}^{89.9}$ & 2 & 65 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]

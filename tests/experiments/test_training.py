@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.experiments.training import model
 from tokenprune.experiments.training import testbed_onevision as onevision
+from tokenprune.experiments.training import testbed_qwen as qwen
+from tokenprune.experiments.training.quiz import make_quiz
 from tokenprune.models.testbed import scenes
 
 CPU = torch.device("cpu")
@@ -163,3 +167,98 @@ def test_questions_of_other_modalities(modality: scenes.Modality) -> None:
     assert other[0].images[0].tobytes() != asked[0].images[0].tobytes()
     with pytest.raises(ValueError, match="no modality is called"):
         scenes.questions(1, seed=0, modality="audio")  # type: ignore[arg-type]
+
+
+# -- native resolution ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    return tp.load("testbed-qwen", dtype="float32")
+
+
+@pytest.mark.parametrize("size", [(112, 112), (80, 112), (168, 56)])
+@torch.no_grad()
+def test_native_batches_are_what_the_model_packs(native: Any, size: scenes.Size) -> None:
+    rng = np.random.default_rng(5)
+    batch = [scenes.render(rng, size=size) for _ in range(2)]
+    _, ours = qwen.features(native.model, batch, CPU)
+    for mine, theirs in zip(ours, native.encode(_images(batch)), strict=True):
+        torch.testing.assert_close(mine, theirs.features, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_native_questions_have_the_position_ids_and_logits_of_the_model(native: Any) -> None:
+    """One prompt through processor and model, against the packed questions of training."""
+    rng = np.random.default_rng(6)
+    batch = [scenes.render(rng, size=(56, 112))]
+    quiz = make_quiz(batch, rng, CPU)
+    _, visual = qwen.features(native.model, batch, CPU)
+    keep = torch.arange(visual.shape[1])[None]
+    logits = qwen.answer_logits(native.model, visual, keep, (7, 14), quiz, [])
+    ids = quiz.ids[0, 3]
+    length = int((ids > 0).sum())
+    text = native.processor.tokenizer.decode(ids[:length]).partition("<assistant>")[0]
+    inputs = native.prepare(_images(batch), [text])
+    theirs = native.model(**inputs).logits[0, -1]
+    cue = native.processor.tokenizer.convert_tokens_to_ids("<assistant>")
+    mine = logits[0, 3, int((ids == cue).int().argmax())]
+    torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_native_labels_name_what_a_token_shows() -> None:
+    rng = np.random.default_rng(7)
+    batch = [scenes.render(rng, size=(112, 56)) for _ in range(4)]
+    labels = qwen.token_labels(batch, CPU).patches[:, 0]
+    for scene, found in zip(batch, labels, strict=True):
+        for item in scene.items:
+            token = int(item.y) // 8 * 7 + int(item.x) // 8
+            shape, colour, _, row, column = found[token].tolist()
+            assert shape == 1 + scenes.SHAPES.index(item.shape)
+            assert colour == list(scenes.COLOURS).index(item.colour)
+            assert (row, column) == (int(item.y) // 16, int(item.x) // 8)
+
+
+def test_dropping_keeps_sorted_tokens_and_sometimes_only_objects() -> None:
+    rng = np.random.default_rng(8)
+    shown = torch.rand(3, 98, generator=torch.Generator().manual_seed(0)) < 0.2
+    shares = []
+    for _ in range(200):
+        keep = qwen.drop_tokens(shown, (7, 14), rng)
+        assert (keep.diff(dim=1) > 0).all()
+        assert keep.min() >= 0
+        assert keep.max() < 98
+        if keep.shape[1] < 98:
+            shares += (shown.gather(1, keep).sum(1) / shown.sum(1)).tolist()
+    assert min(shares) < 0.1
+    assert shares.count(1.0) > 20
+
+
+def test_an_interrupted_stage_continues_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qwen, "EVERY", 2)
+
+    class Stop(Exception):
+        pass
+
+    def run(name: str, stop: int) -> dict[str, Any]:
+        steps = {"language": 1, "vision": 1, "projector": 4, "joint": 1}
+        training = qwen.QwenRun(tmp_path / name, "cpu", 0, steps)
+        tick = training.tick
+
+        def ticking(step: int, steps: int) -> None:
+            if step == stop:
+                raise Stop
+            tick(step, steps)
+
+        training.tick = ticking  # type: ignore[method-assign]
+        with contextlib.suppress(Stop):
+            training.do("projector")
+        return training.model.model.visual.merger.state_dict()
+
+    whole = run("whole", -1)
+    run("parts", 3)
+    resumed = run("parts", -1)
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key

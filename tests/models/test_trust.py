@@ -80,7 +80,7 @@ def test_report_does_not_execute_what_a_manifest_names(theirs: Path) -> None:
     notes: list[str] = []
     experiment = {"model": str(theirs), "trust_remote_code": True}
     asked = {"trust_remote_code": True}
-    assert planner({"experiment": experiment, "request": asked}, notes) is None
+    assert planner({"experiment": experiment, "request": asked}, notes, Path(".")) is None
     assert "No masks" in notes[0]
     assert not (theirs.parent / "executed").exists()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import full_hosts
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,7 +36,7 @@ from tokenprune.spec import create, parse
 from tokenprune.strategies.tome import schedule
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.context_checks import check_restores_model, fingerprint
-from tokenprune.testing.host import ROWS, Host, hosts
+from tokenprune.testing.host import ROWS, Host
 from tokenprune.testing.model_checks import (
     check_batch_equals_single,
     check_equals_reference,
@@ -333,7 +334,7 @@ def test_padding_vanishes_and_content_stays(host: Host) -> None:
 
 def test_r_is_of_what_the_model_makes_of_a_video() -> None:
     """A frame of 4x4 patches becomes 2x2 tokens; half of them are two encoder vectors."""
-    onevision = next(host for host in hosts(["llama"]) if "video" in host.adapter.encoders)
+    onevision = next(host for host in full_hosts(["llama"]) if "video" in host.adapter.encoders)
     method = create("tome", retention=0.5)
     with observing(onevision.adapter, frozenset(), None, method):  # type: ignore[arg-type]
         call = onevision.media(2)["video"]
@@ -394,14 +395,14 @@ class DropQuietest(EncoderCompressor):
     ids=lambda check: check.__name__,
 )
 def test_a_method_that_drops_in_the_tower(check: Any) -> None:
-    for one in hosts(["llama"]):
+    for one in full_hosts(["llama"]):
         check(DropQuietest(retention=0.4), one)
 
 
 @pytest.mark.parametrize("check", [check_equals_reference, check_batch_equals_single])
 def test_all_three_stages_in_one_chain(check: Any) -> None:
     chain = parse("downsample:separators=rows@0.6 + divprune@0.6 + fastv@0.6")
-    for one in hosts(["llama"]):
+    for one in full_hosts(["llama"]):
         check(chain, one)
 
 

@@ -1,5 +1,6 @@
 """The audit command, and compressors of users on the command line."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from typer.testing import CliRunner, Result
 from tokenprune import console
 from tokenprune.cli import app
 from tokenprune.errors import UserError
+from tokenprune.plugins import own_class
 from tokenprune.registry import strategies
 from tokenprune.spec import registered
+from tokenprune.testing.strategy_checks import check_documented
 
 
 def invoke(*words: str) -> Result:
@@ -109,6 +112,68 @@ def test_audit_of_a_sound_method() -> None:
     assert result.exit_code == 0, result.output
     assert "checks passed" in result.output
     assert "FAIL" not in result.output
+
+
+def write_method(module: str, body: str, card: str = "") -> None:
+    Path(f"{module}.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from tokenprune.compressor import ScoringCompressor\n"
+        "from tokenprune.registry import Card\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(ScoringCompressor):\n"
+        "    'Keep the longest tokens.'\n"
+        f"    card = Card({card})\n"
+        "    def score(self, tokens):\n"
+        f"        {body}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return tokens.features.nrom(dim=-1)", "AttributeError: 'Tensor' object has no attribute"),
+        ("assert tokens.features.mean() > 1e9, 'too dull'", "AssertionError: too dull"),
+    ],
+)
+def test_an_exception_of_the_method_is_reported_once_with_file_and_line(
+    body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"typo{len(body)}"
+    monkeypatch.chdir(tmp_path)
+    write_method(module, body, card="paper='Longest tokens (unpublished)'")
+    result = CliRunner().invoke(app, ["audit", f"{module}:Mine"], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    failing = [line for line in result.output.splitlines() if "FAIL" in line]
+    mine = [line for line in failing if f"({module}.py, line 9)" in line]
+    assert len(mine) == 1, failing
+    assert said in mine[0]
+    assert re.search(r"and \d\d more checks", mine[0])
+    assert len(failing) <= 2, "PyTorch's compiler reports the exception as one of its own"
+    assert re.search(r"^documented +ok", result.output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("paper='Longest tokens (unpublished)'", ""),
+        ("paper='Longest tokens (baseline)'", ""),
+        ("paper='Longest tokens'", 'Card(paper="Longest tokens (unpublished)")'),
+        ("", "(unpublished)"),
+    ],
+)
+def test_an_unpublished_method_says_so(
+    card: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"unpublished{len(card)}"
+    monkeypatch.chdir(tmp_path)
+    write_method(module, "return tokens.features.norm(dim=-1)", card)
+    method = own_class(f"{module}:Mine")
+    assert method is not None
+    if not said:
+        check_documented(method(retention=0.5))
+        return
+    with pytest.raises(AssertionError, match=re.escape(said)):
+        check_documented(method(retention=0.5))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from families import full_hosts
 
 import tokenprune as tp
 from tokenprune.compatibility import check_compatible
@@ -17,7 +18,7 @@ from tokenprune.errors import UserError
 from tokenprune.registry import adapters
 from tokenprune.spec import create, parse
 from tokenprune.testing.asserting import Check
-from tokenprune.testing.host import DECODERS, RETENTION, example, hosts
+from tokenprune.testing.host import DECODERS, RETENTION, every_host, example
 from tokenprune.testing.runner import CHECKS, MODEL_CHECKS, check_compressor, run
 from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 
@@ -82,7 +83,7 @@ def test_strategy(name: str, check: Check) -> None:
 @pytest.mark.parametrize("check", MODEL_CHECKS, ids=_name)
 @pytest.mark.parametrize("name", tp.list_methods())
 def test_strategy_in_models(name: str, check: Check) -> None:
-    run(check, example(name), hosts(["llama"]))
+    run(check, example(name), full_hosts(["llama"]))
 
 
 # Decoders differ for the engine, not for a method: one method per stage, one with signals.
@@ -90,13 +91,13 @@ def test_strategy_in_models(name: str, check: Check) -> None:
 @pytest.mark.parametrize("decoder", [other for other in DECODERS if other != "llama"])
 @pytest.mark.parametrize("name", ["uniform", "globalcom2", "fastv"])
 def test_other_decoders(name: str, decoder: str, check: Check) -> None:
-    run(check, create(name, retention=RETENTION), hosts([decoder]))
+    run(check, create(name, retention=RETENTION), full_hosts([decoder]))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=_name)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(variant: str, check: Check) -> None:
-    run(check, VARIANTS[variant], hosts(["llama"]))
+    run(check, VARIANTS[variant], full_hosts(["llama"]))
 
 
 @pytest.mark.parametrize("retention", [0.03, 0.95])
@@ -105,11 +106,11 @@ def test_extreme_retention_ratios(name: str, retention: float) -> None:
     """At 3 % two images of a prompt keep a token or two; at 95 % single ones go."""
     for check in MODEL_CHECKS:
         if check.__name__ in {"check_equals_reference", "check_batch_equals_single"}:
-            run(check, example(name, retention), hosts(["mistral"]))
+            run(check, example(name, retention), full_hosts(["mistral"]))
 
 
 def test_one_call_for_other_packages() -> None:
-    check_compressor("uniform", hosts(["llama"]))
+    check_compressor("uniform", full_hosts(["llama"]))
 
 
 def test_a_method_no_model_can_run_is_an_error_not_a_pass() -> None:
@@ -122,7 +123,7 @@ def test_only_what_needs_a_text_tower_runs_with_other_options_than_its_defaults(
     changed = {name for name in tp.list_methods() if example(name) != create(name, retention=0.4)}
     assert changed == {"cdpruner"}
     assert example("cdpruner").label == "cdpruner:relevance=text"
-    for host in hosts(["llama"]):
+    for host in full_hosts(["llama"]):
         with pytest.raises(UserError, match=r"a CLIP text encoder.*cdpruner:relevance=text, cdpru"):
             check_compatible(host.adapter.facts, create("cdpruner", retention=0.4))
 
@@ -130,7 +131,7 @@ def test_only_what_needs_a_text_tower_runs_with_other_options_than_its_defaults(
 def test_adapters_are_discovered() -> None:
     assert "LLaVA-NeXT" in adapters.names()
     speaking = {name for name in adapters.names() if adapters.get(name).has_language_model}
-    assert {host.name for host in hosts()} == speaking
+    assert {host.name for host in every_host()} == speaking
 
 
 def test_chain_refuses_the_wrong_order() -> None:
@@ -142,7 +143,7 @@ def test_chain_refuses_the_wrong_order() -> None:
 
 
 def test_chain_refuses_two_cuts_in_one_place() -> None:
-    (host,) = hosts(["llama"])[:1]
+    (host,) = full_hosts(["llama"])[:1]
     both = parse("fastv:layer=2@0.5 + pyramiddrop@0.5")
     with pytest.raises(UserError, match=r"fastv and pyramiddrop both cut .* layer 2"):
         check_compatible(host.adapter.facts, both)

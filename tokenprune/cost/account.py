@@ -6,6 +6,7 @@ module turns the entries into a `Ledger`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ from tokenprune.cost.arithmetic import (
     merging_bytes,
     signal_bytes,
     signal_flops,
+    view_flops,
 )
 from tokenprune.cost.ledger import Ledger, settle
 from tokenprune.cost.measuring import Work
@@ -29,7 +31,7 @@ from tokenprune.tokens import Encoding, VisualTokens
 
 if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
-    from tokenprune.facts import ModelFacts
+    from tokenprune.facts import ModelFacts, VisionFacts
 
 __all__ = [
     "Account",
@@ -63,6 +65,13 @@ class Sizes:
             vision=VisionShape.of(adapter.base.config.vision_config),
         )
 
+    def views(self, layouts: Sequence[TokenLayout]) -> list[tuple[VisionFacts, int]]:
+        """The facts for all views of each size, and the number of these views."""
+        counts: Counter[VisionFacts] = Counter()
+        for layout in layouts:
+            counts[self.facts.vision.at(layout)] += layout.views
+        return [*counts.items()]
+
 
 class Attended(NamedTuple):
     """Attention rows, or only keys, that are computed in a decoder layer for a selection.
@@ -73,6 +82,8 @@ class Attended(NamedTuple):
         recomputed: Whether the keys are computed for it, because no KV cache has them.
         kept: How each row is stored.
         row: Row of the batch, or None for every row that has images.
+        means: Whether the query is the mean of the queries of all tokens, each projected.
+        shared: Whether the queries are those that the model projected for itself.
     """
 
     layer: int
@@ -80,6 +91,8 @@ class Attended(NamedTuple):
     recomputed: bool
     kept: Kept = "mean"
     row: int | None = None
+    means: bool = False
+    shared: bool = False
 
 
 def attended_for(
@@ -90,6 +103,7 @@ def attended_for(
     text: int = 0,
     patches: int = 0,
     row: int | None = None,
+    normed: bool = False,
 ) -> Attended | None:
     """The attention rows or keys that are computed for a signal of the language model, or None.
 
@@ -103,6 +117,7 @@ def attended_for(
         text: Number of text tokens after the image.
         patches: Number of patch tokens of the image.
         row: Row of the batch, for a signal of one image.
+        normed: Whether the decoder normalises queries, so that their mean needs all of them.
     """
     info = signal.info
     ahead = info.layer == "next"  # has as many keys as the layer in front of it
@@ -110,7 +125,9 @@ def attended_for(
         return None
     queries = {"none": 0, "one": 1, "text": text, "patches": patches}[info.queries]
     layer = signal.layer if info.layer == "named" else cut - 1
-    return Attended(layer, queries, ahead or not cached, info.kept, row)
+    means = normed and signal.name == "llm_global"
+    again = ahead or not cached
+    return Attended(layer, queries, again, info.kept, row, means, info.shares_queries)
 
 
 class Images(NamedTuple):
@@ -135,6 +152,7 @@ class _Selected:
         work: The work of the method, measured when the ledger is made.
         bytes: Bytes that the method receives of all images.
         tapped: Layers whose attention input is held.
+        queried: Whether their queries are held too.
         visual: Number of visual tokens of the prompt in front of the selection.
         merged: Number of merged vectors.
     """
@@ -142,6 +160,7 @@ class _Selected:
     work: Work
     bytes: int
     tapped: tuple[int, ...]
+    queried: bool
     visual: int
     merged: int
 
@@ -174,26 +193,28 @@ class Account:
         self._sizes, self._cuts, self._needs = sizes, cuts, needs
         self._given = compressor.needs if compressor is not None else frozenset[Signal]()
         self._requested = compressor.retention if compressor is not None else 1.0
-        self._runs: Sequence[tuple[int, Encoding | None]] = ()
+        self._runs: Sequence[tuple[TokenLayout, Encoding | None]] = ()
         self._flops, self._bytes = 0.0, 0
         self._selected: list[_Selected] = []
         self._held, self._there = 0, 0  # bytes and visual tokens in front of the next selections
         self.visual = [0] * sizes.decoder.layers
 
-    def encode(self, runs: Sequence[tuple[int, Encoding | None]], size: int) -> None:
+    def encode(self, runs: Sequence[tuple[TokenLayout, Encoding | None]], size: int) -> None:
         """Enter the run of the vision encoder.
 
         Args:
-            runs: For every image or video, its number of views and the record of the encoder's run
-                if a method acted inside it.  The record is the same for all of them.
+            runs: For every image or video, its full layout and the record of the encoder's run if a
+                method acted inside it.  The record is the same for all of them.
             size: Bytes of a number.
         """
         self._runs = runs
-        vision, views = self._sizes.facts.vision, sum(count for count, _ in runs)
         encoding = runs[-1][1] if runs else None
         attended = None if encoding is None else encoding.attended
-        self._flops += signal_flops(self._needs, vision, views, attended)
-        self._bytes = signal_bytes(self._needs, vision, views, size, attended)
+        vision, views = self._sizes.facts.vision, 0
+        for facts, count in self._sizes.views([layout for layout, _ in runs]):
+            self._flops += signal_flops(self._needs, facts, count, attended)
+            self._bytes += signal_bytes(self._needs, facts, count, size, attended)
+            views += count
         if encoding is not None:
             merging = merging_bytes(encoding, vision.hidden, views, size)
             self._bytes = max(self._bytes, merging)
@@ -234,6 +255,7 @@ class Account:
                 work=Work.of(part, given, full),
                 bytes=held,
                 tapped=tuple(sorted(tapped)),
+                queried=any(signal.info.shares_queries for signal in part.needs),
                 visual=self._there,
                 merged=0 if selection.features is None else len(selection.keep),
             )
@@ -257,7 +279,7 @@ class Account:
             size: Bytes of a number.
             kv_before: As in the ledger.
         """
-        decoder, vision = self._sizes.decoder, self._sizes.vision
+        decoder = self._sizes.decoder
         tokens = [text + visual for visual in self.visual]
         flops, held = self._attention(list(attended), tokens, size)
         if images.before:
@@ -266,10 +288,10 @@ class Account:
         for one in self._selected:
             states, cost = sum(tokens[layer] for layer in one.tapped), one.work.cost()
             flops += cost.flops
-            held.append(one.bytes + int(cost.bytes) + states * decoder.hidden * size)
+            width = decoder.hidden + one.queried * decoder.heads * decoder.head_dim
+            held.append(one.bytes + int(cost.bytes) + states * width * size)
             slots = text + one.visual
             copied = max(copied, copied_bytes(slots, one.merged, decoder, size))
-        full = encoder_flops([self._sizes.facts.vision.tokens] * vision.layers, vision)
         return settle(
             shape=decoder,
             size=size,
@@ -283,8 +305,12 @@ class Account:
             selector_bytes=max([self._bytes, *held]),
             merged_bytes=copied,
             kv_before=kv_before,
-            vision_flops=sum(views * self._encoder_flops(run, full) for views, run in self._runs),
-            uncompressed_vision_flops=full * sum(layout.views for layout in images.before),
+            vision_flops=sum(
+                layout.views * self._encoder_flops(layout, run) for layout, run in self._runs
+            ),
+            uncompressed_vision_flops=sum(
+                layout.views * self._encoder_flops(layout) for layout in images.before
+            ),
         )
 
     def _attention(
@@ -294,7 +320,8 @@ class Account:
         decoder, flops, held = self._sizes.decoder, 0.0, []
         for one in attended:
             count = tokens[one.layer]
-            flops += decoder.row_flops(count, one.recomputed, one.queries)
+            projected = 0 if one.shared else count if one.means else None
+            flops += decoder.row_flops(count, one.recomputed, one.queries, projected)
             held.append(decoder.row_bytes(count, one.recomputed, size, one.queries, one.kept))
         return flops, held
 
@@ -307,8 +334,8 @@ class Account:
             if signal.info.copies is not None
         ]
 
-    def _encoder_flops(self, run: Encoding | None, full: float) -> float:
-        """FLOPs of the vision encoder on one view; ``full`` if no method acted inside it."""
+    def _encoder_flops(self, layout: TokenLayout, run: Encoding | None = None) -> float:
+        """FLOPs of the vision encoder on one view; ``run`` if a method acted inside it."""
         if run is None:
-            return full
+            return view_flops(self._sizes.facts.vision.at(layout), self._sizes.decoder.hidden)
         return encoder_flops(run.attended, self._sizes.vision, run.processed)

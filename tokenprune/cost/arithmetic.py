@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.facts import active_width
 from tokenprune.signals import SIGNALS, Kept, Signal
 from tokenprune.units import CHUNK
 
@@ -25,13 +26,18 @@ __all__ = [
     "signal_bytes",
     "signal_flops",
     "signal_widths",
+    "view_flops",
 ]
 
 
 def signal_widths(adapter: Adapter) -> dict[str, int]:
     """Name of a signal to the size of its last axis, if the model determines it."""
     vision = adapter.facts.vision
-    sizes = {"vision_width": vision.hidden, "vision_head_width": vision.hidden // vision.heads}
+    sizes = {
+        "vision_width": vision.hidden,
+        "vision_head_width": vision.hidden // vision.heads,
+        "projector_width": vision.hidden * vision.merge_size**2,
+    }
     if adapter.has_language_model:
         sizes |= DecoderShape.of(adapter.language_model.config).widths
     return {
@@ -57,7 +63,7 @@ class DecoderShape:
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=active_width(config),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -73,17 +79,21 @@ class DecoderShape:
         """Bytes of one token in one layer's KV cache, at ``size`` bytes a number."""
         return 2 * self.kv_heads * self.head_dim * size
 
-    def row_flops(self, tokens: int, recomputed: bool, rows: int = 1) -> float:
+    def row_flops(
+        self, tokens: int, recomputed: bool, rows: int = 1, projected: int | None = None
+    ) -> float:
         """FLOPs of attention rows over ``tokens`` keys: projections, and products of all heads.
 
         Args:
             tokens: Number of keys.
             recomputed: Whether the keys are projected again, because no KV cache has them.
             rows: Number of queries.
+            projected: Number of states that are projected to queries; None for one per row.
         """
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         again = 2 * tokens * self.hidden * key if recomputed else 0
-        return rows * (2 * self.hidden * query + 2 * tokens * query) + again
+        asking = rows if projected is None else projected
+        return asking * 2 * self.hidden * query + rows * 2 * tokens * query + again
 
     def row_bytes(
         self, tokens: int, recomputed: bool, size: int, rows: int = 1, kept: Kept = "mean"
@@ -93,6 +103,7 @@ class DecoderShape:
         They contain the normalised input of the layer; recomputed keys, with three copies during
         the rotation; the float32 logits, masked logits and softmax of all heads, for at most
         `CHUNK` queries at a time; and the stored rows, in parts and concatenated.
+        The sum over queries takes less on the CPU, which computes fewer heads at a time.
 
         Args:
             tokens, recomputed, rows: As in `row_flops`.
@@ -151,8 +162,9 @@ def signal_flops(
         if signal.in_llm or signal.needs_head:
             continue
         keys = vision.tokens if attended is None else attended[signal.layer]
-        queries = keys if signal.resolve(vision.has_cls).info.queries == "all" else 1
-        total += 2 * views * queries * keys * vision.hidden
+        whole = vision.pairs(signal.layer) if attended is None else keys**2
+        pairs = whole if signal.resolve(vision.has_cls).info.queries == "all" else keys
+        total += 2 * views * pairs * vision.hidden
     return total
 
 
@@ -249,6 +261,25 @@ class VisionShape:
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
         )
+
+
+def view_flops(vision: VisionFacts, out: int) -> float:
+    """FLOPs of the vision encoder on one view.
+
+    As `encoder_flops`, with the gate of the MLP (``3dm`` in place of ``2dm``), with the pairs of
+    windowed layers (`VisionFacts.pairs`), and with the projectors that join ``k`` patches into one
+    visual token: ``2(kd)² + 2kd * out`` for every token, once for each of `VisionFacts.mergers`.
+
+    Args:
+        vision: Facts about the encoder and the view (`VisionFacts.at`).
+        out: Width of the language model.
+    """
+    wide, matrices = vision.hidden, 3 if vision.gated else 2
+    linear = vision.tokens * 2 * wide * (4 * wide + matrices * vision.intermediate)
+    total = sum(linear + 4 * wide * vision.pairs(layer) for layer in range(vision.layers))
+    joined = wide * vision.merge_size**2
+    tokens = vision.tokens // vision.merge_size**2
+    return float(total + vision.mergers * tokens * 2 * joined * (joined + out))
 
 
 def encoder_flops(

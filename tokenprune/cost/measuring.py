@@ -114,7 +114,7 @@ class Work:
             by=(type(part), repr(part)),
             geometry=(
                 *(full.modality, full.grid, full.view_shape, full.canvas_shape, full.view_sizes),
-                *(len(full), patches, len(tokens) - patches),
+                *(full.native, len(full), patches, len(tokens) - patches),
             ),
             shapes=tuple(_Shape(name, one, tuple(v.shape), v.dtype) for name, one, v in seen),
             entered=tokens.entered,

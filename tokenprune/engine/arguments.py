@@ -11,6 +11,7 @@ from torch import nn
 __all__ = [
     "Kwargs",
     "argument",
+    "arguments",
     "asked",
 ]
 
@@ -22,6 +23,12 @@ def asked(kwargs: Kwargs, name: str, config: Any) -> bool:
     """Whether an option of a forward is on: in its arguments, or else in the configuration."""
     given = kwargs.get(name)
     return bool(getattr(config, name, False) if given is None else given)
+
+
+def arguments(module: nn.Module, args: Any, kwargs: Kwargs) -> Kwargs:
+    """All arguments of a forward by name."""
+    names = (_names(module.forward) or _names(type(module).forward)[1:]) if args else []
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def argument(module: nn.Module, args: Any, kwargs: Kwargs, name: str) -> Any:

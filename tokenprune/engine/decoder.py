@@ -22,12 +22,14 @@ from tokenprune.attention import (
     decoder_row,
     decoder_rows,
     decoder_values,
+    mean_query,
     moved_keys,
     rotary_product,
 )
 from tokenprune.compressor import Compressor, placed
 from tokenprune.cost.account import attended_for
 from tokenprune.engine.forward import Pass, Span
+from tokenprune.engine.numbering import axes_of, taken
 from tokenprune.errors import UserError
 from tokenprune.offload import applied, resident
 from tokenprune.signals import Signal
@@ -40,6 +42,7 @@ __all__ = [
     "COMPUTED",
     "LayerSignals",
     "cuts_of",
+    "queried_layers",
     "tapped_layers",
 ]
 
@@ -88,7 +91,7 @@ class LayerSignals:
     """The signals of the decoder layers of one model."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+        self.adapter, self._normed = adapter, adapter.facts.decoder.query_norms
 
     def everywhere(
         self, state: Pass, part: Compressor, index: int, hidden: Tensor, kwargs: Kwargs, once: Once
@@ -113,7 +116,7 @@ class LayerSignals:
                 found[signal] = once(signal, compute)
                 rows = len(state.queries) if signal.info.queries == "one" else 1
                 for _ in range(rows):
-                    _charge(state, signal, index)
+                    self._charge(state, signal, index)
         return found
 
     def tokens(
@@ -157,7 +160,7 @@ class LayerSignals:
             values = once((signal, span.row, span.image), compute)
             at = slots.to(values.device)
             signals[signal] = values[:, at].transpose(0, 1) if by_text else values[at]
-            _charge(state, signal, index, span, len(text))
+            self._charge(state, signal, index, span, len(text))
         words = {
             name: row[span.row, text.to(row.device)] for name, row in rows.items() if name.is_vector
         }
@@ -200,7 +203,7 @@ class LayerSignals:
             with self._at_hand(signal.layer):
                 keys = decoder_keys(attention, states, _on(rotary, states.device))
         first = state.real.int().argmax(1, keepdim=True)
-        back = -state.positions.gather(1, first).to(keys.device)
+        back = -axes_of(taken(state.positions, first)).to(keys.device)
         rotary = self.adapter.language_model.rotary_emb(keys, back)
         keys = moved_keys(attention, keys, _on(rotary, keys.device))
         return keys.transpose(1, 2).flatten(2)
@@ -253,35 +256,32 @@ class LayerSignals:
     @torch.no_grad()
     def _mass(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
         """Attention from the patch tokens of an image, or from the text after it."""
+        queries = None
         if signal.info.queries == "text":
             asks = cut.state.text_slots(span)
         else:
+            queries = cut.state.projected[cut.layer - 1][span.row]
             slots = cut.state.slots(span.row, span.columns).to(cut.hidden.device)
             asks = slots[span.tokens.layout.patches.to(slots.device)]
         prompt, keys, visible = self._prompt(cut, span)
         with self._at_hand(cut.layer - 1):
-            mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys)
+            mass = decoder_mass(*prompt, asks.to(prompt[1].device), visible, keys, queries)
         return mass[-len(prompt[1]) :]
 
     @_computes("llm_global")
     @torch.no_grad()
     def _global_row(self, cut: _Cut, signal: Signal, span: Span) -> Tensor:
-        """Attention row of the mean state, in the layer that runs next, without rotation.
-
-        It equals the row of the mean query, because the projection is linear.
-        """
+        """Attention row of the mean query, in the layer that runs next, without rotation."""
         states = self._states_ahead(cut.layer, cut.hidden[span.row])
         columns = cut.state.columns[span.row].to(states.device)
         seen = (columns >= 0) & (columns <= int(span.columns[-1]))
-        mean = (states.float() * seen[:, None]).sum(0) / seen.sum()
-        both = torch.cat([states, mean.to(states)[None]])[None]
-        asking = torch.full((1,), len(states), device=states.device)
-        visible = torch.cat([seen, torch.zeros_like(seen[:1])])[None]
         attention: Any = self._attention(cut.layer)
-        still = both.new_ones(*both.shape[:2], attention.head_dim)  # cosine of a zero rotation
+        still = states.new_ones(1, len(states), attention.head_dim)  # cosine of a zero rotation
+        rotary, asking = (still, torch.zeros_like(still)), seen.new_zeros(1, dtype=torch.long)
         with self._at_hand(cut.layer):
-            row = decoder_row(attention, both, (still, torch.zeros_like(still)), asking, visible)
-        return row[0, :-1]
+            query = mean_query(attention, states, seen)
+            row = decoder_row(attention, states[None], rotary, asking, seen[None], query=query)
+        return row[0]
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -369,8 +369,26 @@ class LayerSignals:
             rotary = state.rotary or cut.kwargs["position_embeddings"]
         else:
             positions = (state.positions - moved.to(state.positions.device)).to(states.device)
-            rotary = self.adapter.language_model.rotary_emb(states, positions)
+            rotary = self.adapter.language_model.rotary_emb(states, axes_of(positions))
         return _on(rotary, states.device)
+
+    def _charge(
+        self, state: Pass, signal: Signal, index: int, span: Span | None = None, text: int = 0
+    ) -> None:
+        """Enter the cost of a signal in front of layer ``index``, for one image or for all rows."""
+        layer = signal.layer if signal.info.layer == "named" else index - 1
+        cached = bool(state.layers) and state.layers[layer].keys is not None
+        entry = attended_for(
+            signal,
+            index,
+            cached=cached,
+            text=text,
+            patches=0 if span is None else len(span.tokens.layout.patches),
+            row=None if span is None else span.row,
+            normed=self._normed,
+        )
+        if entry is not None:
+            state.attended.append(entry)
 
     def _attention(self, index: int) -> nn.Module:
         """The attention module of decoder layer ``index``."""
@@ -379,19 +397,6 @@ class LayerSignals:
     def _at_hand(self, index: int) -> AbstractContextManager[None]:
         """While open, modules of decoder layer ``index`` can run outside its forward."""
         return resident(self.adapter.decoder_layers[index], self._attention(index))
-
-
-def _charge(
-    state: Pass, signal: Signal, index: int, span: Span | None = None, text: int = 0
-) -> None:
-    """Enter the cost of a signal in front of layer ``index``, for one image or for all rows."""
-    layer = signal.layer if signal.info.layer == "named" else index - 1
-    cached = bool(state.layers) and state.layers[layer].keys is not None
-    patches = 0 if span is None else len(span.tokens.layout.patches)
-    row = None if span is None else span.row
-    entry = attended_for(signal, index, cached=cached, text=text, patches=patches, row=row)
-    if entry is not None:
-        state.attended.append(entry)
 
 
 def _on(rotary: Rotary, device: torch.device) -> Rotary:
@@ -419,3 +424,10 @@ def tapped_layers(signals: Iterable[Signal], cuts: Mapping[int, Compressor]) -> 
         if any(one.info.is_tapped and one.info.layer == "previous" for one in part.needs)
     }
     return named | previous
+
+
+def queried_layers(cuts: Mapping[int, Compressor]) -> set[int]:
+    """Decoder layers whose queries are kept, because those of all patch tokens rank."""
+    return {
+        cut - 1 for cut, part in cuts.items() if any(one.info.shares_queries for one in part.needs)
+    }

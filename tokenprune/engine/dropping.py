@@ -17,7 +17,9 @@ from tokenprune.compressor import Compressor, Selection, Stage
 from tokenprune.engine.arguments import Kwargs
 from tokenprune.engine.cache import CACHE
 from tokenprune.engine.decoder import LayerSignals, Once
+from tokenprune.engine.deepstack import merge_levels
 from tokenprune.engine.forward import Pass, Span
+from tokenprune.engine.numbering import axes_of, renumber, text_of
 from tokenprune.engine.plan import Plan
 from tokenprune.engine.trace import SelectionRecord
 from tokenprune.errors import ContractError, UserError
@@ -110,7 +112,7 @@ def shorten(
         if step >= len(parts):
             continue
         part = parts[step]
-        keeps_positions = part.keeps_positions
+        keeps_positions = plan.keeps_positions(part)
         if not len(span.tokens.layout.patches):  # the attention mask hides them all
             gone |= narrow(state, span, part(span.tokens).keep, keep, part.stage, None)
             continue
@@ -193,6 +195,7 @@ def cut(
             state.sizes[span.row, slots] = selection.sizes.to(state.sizes)
         gone |= narrow(state, span, selection.keep, keep, Stage.LLM, index)
     state.tapped.clear()
+    state.projected.clear()
     if not gone:
         return hidden
     return _continue_shorter(plan, state, index, keep, hidden, kwargs)
@@ -202,7 +205,7 @@ def _continue_shorter(
     plan: Plan, state: Pass, index: int, keep: Tensor, hidden: Tensor, kwargs: Kwargs
 ) -> Tensor:
     """Pack after a cut in front of layer ``index``: (B, M', D) states of the kept columns."""
-    keeps_positions, width = plan.inside[index].keeps_positions, hidden.shape[1]
+    keeps_positions, width = plan.keeps_positions(plan.inside[index]), hidden.shape[1]
     shift = pack(state, keep, keeps_positions)
     state.cuts += 1
     state.masks.clear()
@@ -215,7 +218,7 @@ def _continue_shorter(
             state.repack(sin.expand(rows, -1, -1)),
         )
     else:
-        at = state.positions.to(hidden.device)
+        at = axes_of(state.positions).to(hidden.device)
         state.rotary = plan.adapter.language_model.rotary_emb(hidden, at)
     for layer in state.layers[index:]:
         layer.expect(state.real, width - hidden.shape[1], state.sizes)
@@ -244,11 +247,11 @@ def surroundings(
     layer = state.layers[index] if state.layers else None
     positions, rotary = state.positions, state.rotary
     if rotary is None:  # the cut was made by an earlier forward
-        positions, rotary = kwargs["position_ids"], kwargs["position_embeddings"]
+        rotary = kwargs["position_embeddings"]
     moved = state.inherited[index] if state.inherited else None
     if moved is not None:
         positions = (positions - moved.to(positions.device)).to(hidden.device)
-        rotary = language.rotary_emb(hidden, positions)
+        rotary = language.rotary_emb(hidden, axes_of(positions))
     if cuts not in state.masks:
         there = state.real if layer is None else layer.mask()
         # No mask is needed without padding, which the CPU knows without a synchronisation.
@@ -259,7 +262,7 @@ def surroundings(
             config=language.config,
             inputs_embeds=hidden,
             attention_mask=None if unmasked else there.long(),
-            position_ids=positions,
+            position_ids=text_of(positions),
             layer_idx=index,
             **{CACHE: state.cache},
         )
@@ -270,7 +273,7 @@ def surroundings(
     mask = state.masks[cuts]
     return {
         "attention_mask": None if mask is None else mask.to(hidden.device),
-        "position_ids": positions,
+        "position_ids": text_of(positions),
         "position_embeddings": tuple(table.to(hidden.device) for table in rotary),
     }
 
@@ -319,6 +322,7 @@ def _with_merged(
         states = states.clone()
     slots = state.slots(span.row, span.columns[selection.keep]).to(states.device)
     states[span.row, slots] = selection.features.to(states.dtype)
+    merge_levels(state, span, selection)
     return states
 
 
@@ -342,6 +346,7 @@ def narrow(
         keep[span.row, state.slots(span.row, span.columns)] = False
         state.prompts.left[span.row] -= len(span.columns) - len(kept)
         span.index, span.columns = span.index[kept], span.columns[kept]
+        span.deep = span.deep[kept]
         keep[span.row, state.slots(span.row, span.columns)] = True
         span.tokens = span.tokens.take(kept)
     record = SelectionRecord(span.row, span.image, stage, layer, span.layout, span.index)
@@ -370,10 +375,13 @@ def pack(state: Pass, keep: Tensor, keeps_positions: bool) -> Tensor:
     width = max(state.prompts.left)
     # A stable sort moves dropped slots to the front and keeps the order of the others after them.
     state.order = keep.int().argsort(dim=1, stable=True)[:, -width:]
-    if not keeps_positions:
-        state.positions = state.positions - steps
-    state.positions = state.positions.gather(1, state.order)
     state.columns = torch.where(keep, state.columns, -1).gather(1, state.order)
+    if state.positions.ndim == 3:
+        shift = renumber(state, steps, keeps_positions)
+    else:
+        if not keeps_positions:
+            state.positions = state.positions - steps
+        state.positions = state.positions.gather(1, state.order)
     if state.sizes is not None:
         state.sizes = state.sizes.gather(1, state.order)
     state.packed = True

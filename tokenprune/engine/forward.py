@@ -65,6 +65,9 @@ class Span:
         layout: Geometry of the full packed sequence, on the CPU.
         carrier: The encoder's feature tensor, the same object for all beams and reruns.
         record: The encoder's record of the image, the same object for all its uses.
+        placed: (N,) columns of the full packed sequence, on the CPU.
+        runs: (N,) index of the run of neighbouring columns that each one belongs to.
+        deep: (M,) rows of the remaining tokens in `Pass.levels`.
         there: (M,) indices of the tokens that the attention mask does not hide.
         entered: (M,) indices of the tokens that enter the language model.
         image: Number of images and videos in front of it in the row.
@@ -80,6 +83,9 @@ class Span:
     tokens: VisualTokens
     layout: TokenLayout
     carrier: Tensor
+    placed: Tensor
+    runs: Tensor
+    deep: Tensor
     there: Tensor
     entered: Tensor
     record: VisualTokens
@@ -93,7 +99,7 @@ class Span:
         return all(
             getattr(self.tokens, item.name) is getattr(self.record, item.name)
             for item in fields(VisualTokens)
-            if item.name not in ("features", "layout")
+            if item.name not in ("features", "layout", "levels")
         )
 
 
@@ -121,6 +127,13 @@ class Tapped(dict[int, tuple[Tensor, tuple[Tensor, Tensor]]]):
         raise bypassed(f"the attention of decoder layer {layer}")
 
 
+class Projected(dict[int, Tensor]):
+    """Layer to the queries (B, M, heads * head_dim) that it projected, not rotated."""
+
+    def __missing__(self, layer: int) -> NoReturn:
+        raise bypassed(f"the query projection of decoder layer {layer}")
+
+
 @dataclass(eq=False)
 class Pass:
     """One forward of the language model: B rows, S columns of the prompt in M slots.
@@ -129,7 +142,10 @@ class Pass:
         given: Arguments of the caller.
         width: S.
         columns: (B, M) column in each slot, -1 for padding; ascending along a packed row.
-        positions: (B, M) position ids of the slots.
+        positions: (B, M) position ids of the slots, or (3, B, M) or (4, B, M) of a model with
+            multimodal positions (`tokenprune.engine.numbering`).
+        numbered: The same of all columns, in front of the first cut.
+        closed: (B, 1) number of positions that ``compact`` has removed, on the CPU.
         order: (B, M) slot from which the latest packing moved each slot's content.
         packed: Whether any column was dropped.
         sizes: (B, M) how often attention counts each slot; None if it counts all of them once.
@@ -149,8 +165,12 @@ class Pass:
         held: For every layer, (B,) entries of the KV cache before this forward; empty without any.
         inherited: For every layer, the amount that earlier prefills subtract from its position ids.
 
+        levels: Features (V, D) that the model adds to the V visual tokens of the batch after each
+            of its first decoder layers, or none.
+
         taps: Decoder layers whose attention input is kept.
         tapped: That input, and the rotary embedding.
+        projected: Queries of the layers where many of them rank.
         cuts: Number of selections inside the language model that dropped tokens.
         rotary: cos and sin after the latest cut.
         masks: Masks after cuts, by the number of cuts.
@@ -167,7 +187,9 @@ class Pass:
     width: int
     columns: Tensor
     positions: Tensor
+    numbered: Tensor
     order: Tensor
+    closed: Tensor
     past: int = 0
     continued: bool = False
     taps: Set[int] = frozenset()
@@ -181,7 +203,9 @@ class Pass:
     layers: list[PrunedLayer] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
     inherited: list[Tensor | None] = field(default_factory=list)
+    levels: list[Tensor] = field(default_factory=list)
     tapped: Tapped = field(default_factory=Tapped)
+    projected: Projected = field(default_factory=Projected)
     cuts: int = 0
     rotary: tuple[Tensor, Tensor] | None = None
     masks: dict[int, Any] = field(default_factory=dict)
@@ -204,12 +228,16 @@ class Pass:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = column + past
+        positions = positions.to(device)[..., -width:].expand(*positions.shape[:-2], rows, -1)
         return cls(
             given=given,
             width=width,
             columns=columns,
-            positions=positions.to(device).expand(rows, -1),
+            positions=positions,
+            numbered=positions,
             order=column,
+            closed=torch.zeros(rows, 1, dtype=torch.long, device="cpu"),
+            levels=[*(kwargs.get("deepstack_visual_embeds") or ())],
             past=past,
             continued=is_pruned(cache),
             taps=taps,
@@ -237,6 +265,7 @@ class Pass:
             first = self.layers[0]
             self.inherited = [layer.extra for layer in self.layers]
             self.positions = self.positions - first.shift.to(self.positions.device)
+            self.numbered = self.positions
             kwargs.update(attention_mask=first.mask().long(), position_ids=self.positions)
 
     # -- slots and columns -----------------------------------------------------------------------
@@ -317,7 +346,7 @@ class Pass:
             text &= ~mask
         prompt = real[:, : self.width - self.given.scored + 1]
         inside = real.cumsum(1).bool() & real.flip(1).cumsum(1).flip(1).bool()
-        if bool((inside & ~real).any()):
+        if bool((inside & ~real).any()) and self.positions.ndim == 2:
             self.hidden = self.hidden_positions()
         self.prompts = Prompts(
             left=real.sum(1).tolist(),
@@ -331,6 +360,7 @@ class Pass:
         """(B, S) `hidden` of this prompt.
 
         Position ids count hidden columns in a plain forward, and do not in `generate`.
+        Multimodal position ids never count them.
         """
         column = torch.arange(self.width, device=self.columns.device)
         latest = torch.where(self.real, column, -1).cummax(1).values
@@ -383,7 +413,7 @@ class Pass:
     def enter_encoding(self, size: int) -> None:
         """Enter the run of the vision encoder, at ``size`` bytes a number."""
         for account, spans in zip(self.accounts, self.by_row(), strict=True):
-            account.encode([(one.layout.views, one.tokens.encoding) for one in spans], size)
+            account.encode([(one.layout, one.tokens.encoding) for one in spans], size)
 
     def enter_count(self, layer: int) -> None:
         """Enter the number of visual tokens that the decoder layers from ``layer`` on process."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokenprune.compressor import Compressor, Stage, placed
 from tokenprune.cost.account import Account, Sizes
 from tokenprune.encoder import encoder_part
-from tokenprune.engine.decoder import tapped_layers
+from tokenprune.engine.decoder import queried_layers, tapped_layers
 from tokenprune.errors import UserError
 from tokenprune.signals import Signal
 
@@ -53,7 +53,17 @@ class Plan:
         parts = [part for one in compressors if one is not None for part in one.parts()]
         self.drops = any(part.retention < 1 or part.separators != "all" for part in parts)
         self.taps = tapped_layers(self.signals, self.inside)
+        self.queried = queried_layers(self.inside)
         self.sizes = Sizes.of(adapter)
+
+    def keeps_positions(self, part: Compressor) -> bool:
+        """Whether kept tokens keep the position ids of the full prompt.
+
+        With multimodal positions they do by default, also in front of the language model: a token's
+        row and column are its place in the image, which does not change when others are dropped.
+        """
+        places = self.sizes.facts.decoder.position_scheme == "multimodal-rotary"
+        return part.keeps_positions or (places and part.position_ids == "auto")
 
     @property
     def selects(self) -> bool:
@@ -73,16 +83,16 @@ class Plan:
         ]
 
 
-def check_rows(compressors: Sequence[Compressor | None]) -> None:
-    """Raise `UserError` unless ``compressors`` can act in the rows of one batch."""
-    parts = [part for one in compressors if one is not None for part in one.parts()]
+def check_rows(plan: Plan) -> None:
+    """Raise `UserError` unless the compressors can act in the rows of one batch."""
+    parts = [part for one in plan.compressors if one is not None for part in one.parts()]
     for part in parts:
         if part.stage is not Stage.PRE_LLM:
             raise UserError(
                 f"{part.label} does not act in front of the language model, so it cannot share a "
                 "batch with other compressors; run it in a separate context."
             )
-    if len({part.keeps_positions for part in parts}) > 1:
+    if len({plan.keeps_positions(part) for part in parts}) > 1:
         raise UserError(
             "some of these compressors keep the positions of the full prompt and some do not; run "
             "them in separate contexts."

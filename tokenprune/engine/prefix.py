@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.engine.cache import CACHE
-from tokenprune.engine.decoder import cuts_of, tapped_layers
+from tokenprune.engine.decoder import cuts_of, queried_layers, tapped_layers
 from tokenprune.engine.guard import Ours, shadowed
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-Tap = Callable[[int, Tensor, tuple[Tensor, Tensor]], None]
+Tap = Callable[[int, Tensor, tuple[Tensor, Tensor], Tensor | None], None]
 
 
 @dataclass(eq=False)
@@ -46,12 +46,14 @@ class _Ran:
         keys, values: (B, kv_heads, S, head_dim) as in the KV cache.
         output: Output of the layer, if a compressor cuts after it.
         tapped: (B, S, D) input of its attention module, if a compressor needs it.
+        queries: (B, S, heads * head_dim) that it projected, if a compressor needs them.
     """
 
     keys: Tensor
     values: Tensor
     output: Any = None
     tapped: Tensor | None = None
+    queries: Tensor | None = None
 
 
 class Prefix:
@@ -63,6 +65,7 @@ class Prefix:
     Attributes:
         cuts: Layers in front of which a compressor cuts first.
         taps: Layers whose attention input a compressor needs.
+        queried: Layers whose queries a compressor needs.
     """
 
     def __init__(self, adapter: Adapter, compressors: Iterable[Compressor | None]) -> None:
@@ -76,11 +79,13 @@ class Prefix:
             raise ValueError("these compressors do not give the language model the same tokens")
         self.cuts: set[int] = set()
         self.taps: set[int] = set()
+        self.queried: set[int] = set()
         for compressor in compressors:
             inside = cuts_of(adapter, compressor)
             needs = compressor.needs if compressor is not None else frozenset()
             self.cuts |= {min(inside)} if inside else set()
             self.taps |= tapped_layers(needs, inside)
+            self.queried |= queried_layers(inside)
         self._ran: dict[int, _Ran] = {}
         self._computed: dict[Hashable, Tensor] = {}
         self._prompts: Sequence[Any] = ()
@@ -99,7 +104,8 @@ class Prefix:
         Args:
             layers: All decoder layers.
             first_cut: Layer in front of which the compressor cuts first, or the number of layers.
-            tap: Called with the attention input of a layer that is repeated instead of run.
+            tap: Called with the attention input, rotary embedding and queries of a layer that is
+                repeated instead of run.
         """
         run = Repetition(self, min(first_cut, max(self.cuts, default=0)), tap)
         with ExitStack() as stack:
@@ -110,6 +116,10 @@ class Prefix:
                     attention = layers[index].get_submodule("self_attn")
                     hook = Ours(run.record(index))
                     handle = attention.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+                if index in self.queried:
+                    projection = layers[index].get_submodule("self_attn.q_proj")
+                    handle = projection.register_forward_hook(Ours(run.record_queries(index)))
                     stack.callback(handle.remove)
             yield run
 
@@ -130,6 +140,7 @@ class Repetition:
         self.open = False
         self.skip = 0
         self._entered: Tensor | None = None
+        self._queries: Tensor | None = None
 
     def begin(self, cache: Cache | None, prompts: Sequence[Any]) -> None:
         """Begin a forward of the language model.
@@ -166,7 +177,7 @@ class Repetition:
 
     def end(self) -> None:
         """End the forward."""
-        self.open, self._entered = False, None
+        self.open, self._entered, self._queries = False, None, None
 
     def record(self, index: int) -> Callable[..., None]:
         """A hook that records the attention input of layer ``index``."""
@@ -174,6 +185,15 @@ class Repetition:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if self.open and index not in self.prefix._ran:
                 self._entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        return hook
+
+    def record_queries(self, index: int) -> Callable[..., None]:
+        """A hook that records the queries that layer ``index`` projected."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if self.open and index not in self.prefix._ran:
+                self._queries = output
 
         return hook
 
@@ -190,15 +210,16 @@ class Repetition:
                 before = ran[index]
                 cache.update(before.keys, before.values, index)
                 if before.tapped is not None:
-                    self.tap(index, before.tapped, kwargs["position_embeddings"])
+                    rotary = kwargs["position_embeddings"]
+                    self.tap(index, before.tapped, rotary, before.queries)
                 return before.output if index + 1 == self.skip else hidden
             output = original(*args, **kwargs)
             held = cache.layers[index]
             # A cache with a sliding window holds only a part of the keys, a quantised one none.
             if index not in ran and held.keys.shape[-2] == hidden.shape[1]:
                 left = output if index + 1 in self.prefix.cuts else None
-                ran[index] = _Ran(held.keys, held.values, left, self._entered)
-            self._entered = None
+                ran[index] = _Ran(held.keys, held.values, left, self._entered, self._queries)
+            self._entered = self._queries = None
             return output
 
         return forward

@@ -9,7 +9,8 @@
    of every image.
 3. `Session.enter`, in front of the language model, finds the images and drops columns of the
    prompt (``pre_llm``, `tokenprune.engine.dropping.shorten`).
-4. `Session.tap`, in front of an attention module, keeps its input for attention rows.
+4. `Session.tap`, in front of an attention module, keeps its input for attention rows, and
+   `Session.keep_queries`, after its query projection, the queries if many of them rank.
 5. `Session.layer`, in front of each decoder layer, drops columns between two layers (``llm``,
    `tokenprune.engine.dropping.cut`) and passes every layer after the cut the mask, rotary embedding
    and position ids of the kept columns.
@@ -24,8 +25,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -38,7 +39,7 @@ from tokenprune.adapter import ModelLike, adapter_of
 from tokenprune.compatibility import check_compatible, check_length
 from tokenprune.compressor import Compressor
 from tokenprune.deprecated import renamed_arguments
-from tokenprune.engine.arguments import Kwargs, argument, asked
+from tokenprune.engine.arguments import Kwargs, argument, arguments, asked
 from tokenprune.engine.cache import (
     CACHE,
     refuse_beyond_window,
@@ -47,14 +48,15 @@ from tokenprune.engine.cache import (
     window_of,
 )
 from tokenprune.engine.decoder import LayerSignals, Once
+from tokenprune.engine.deepstack import DEEPSTACK, added
 from tokenprune.engine.dropping import PROMPT, Memory, cut, shorten, surroundings
 from tokenprune.engine.forward import Given, Pass, Span
-from tokenprune.engine.guard import Guard, Ours, bypassed, eagerly, plain_copies
+from tokenprune.engine.guard import Guard, Ours, bypassed, eagerly, plain_copies, shadowed
 from tokenprune.engine.plan import Plan, check_rows
 from tokenprune.engine.prefix import Prefix, Repetition
 from tokenprune.engine.spans import find_spans, refuse_missing_images, warn_of_embeds
 from tokenprune.engine.trace import Trace
-from tokenprune.engine.vision import encoded, observing
+from tokenprune.engine.vision import encoded, levels_of, observing
 from tokenprune.errors import UserError
 from tokenprune.signals import Signal
 from tokenprune.spec import parse
@@ -124,10 +126,10 @@ def compress(
     extra_signals = frozenset(extra_signals)
     for one in {id(one): one for one in rows if one is not None}.values():
         check_compatible(facts, one, extra_signals)
+    trace, plan = Trace(adapter.fit), Plan(adapter, rows, extra_signals)
     if len(rows) > 1:
-        check_rows(rows)
-    trace = Trace(adapter.fit)
-    session = Session(Plan(adapter, rows, extra_signals), prefix, trace)
+        check_rows(plan)
+    session = Session(plan, prefix, trace)
     whole = model if isinstance(model, nn.Module) else adapter.model
     with _alone(adapter.base), eagerly(whole), session.installed():
         yield trace
@@ -171,6 +173,7 @@ class Session(threading.local):
         self.repeating: Repetition | None = None
         self.seen: dict[str, list[list[Tensor]]] = {name: [] for name in self.adapter.encoders}
         self.given = Given()  # arguments of the caller, noted by the hooks of the outer modules
+        self.generating: dict[str, Tensor] = {}  # placeholders of the prompts of `generate`
         self.current: Pass | None = None
         self.reported: Pass | None = None  # the pass that the trace will report
         self.memory = Memory()
@@ -191,6 +194,10 @@ class Session(threading.local):
             for module, hook in self._hooks()
         ]
         handles.append(adapter.language_model.register_forward_hook(Ours(self.leave)))
+        for index in plan.queried:
+            hook = Ours(functools.partial(self.keep_queries, index))
+            attention = adapter.decoder_layers[index].get_submodule("self_attn")
+            handles.append(attention.get_submodule("q_proj").register_forward_hook(hook))
         # Forget also if the forward fails, so that the next one does not see its arguments.
         handles += [
             module.register_forward_hook(Ours(self.forget), always_call=True)
@@ -198,11 +205,15 @@ class Session(threading.local):
         ]
         try:
             with (
-                observing(adapter, plan.signals, enter, plan.encoder),
+                observing(adapter, plan.signals, enter, plan.encoder, self.prompts),
+                shadowed(adapter.model, "generate", self.generate(adapter.model))
+                if hasattr(adapter.model, "generate")
+                else nullcontext(),
                 self.prefix.installed(adapter.decoder_layers, first, self._keep_tapped)
                 if self.prefix is not None
                 else nullcontext() as self.repeating,
                 guard.watching(),
+                self._deepstack(),
                 plain_copies([*guard.modules, *adapter.language_model.modules()]),
             ):
                 yield
@@ -212,6 +223,14 @@ class Session(threading.local):
             self.current = self.reported = None
             self.memory.clear()
             self.forget()
+
+    def _deepstack(self) -> AbstractContextManager[None]:
+        """While open, features that the model adds after its first layers follow the cuts."""
+        language = self.adapter.language_model
+        if not hasattr(language, DEEPSTACK):
+            return nullcontext()
+        add = functools.partial(added, lambda: self.current, getattr(language, DEEPSTACK))
+        return shadowed(language, DEEPSTACK, add)
 
     def _hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         """Modules and the hooks that run in front of them."""
@@ -227,6 +246,28 @@ class Session(threading.local):
             yield attention, functools.partial(self.tap, index)
 
     # -- arguments of the caller -----------------------------------------------------------------
+
+    def prompts(self) -> Mapping[str, Tensor]:
+        """Modality to (B, S) placeholders of the prompts that run."""
+        return self.given.placeholders or self.generating
+
+    def generate(self, model: Any) -> Callable[..., Any]:
+        """``generate`` that notes the prompts: it encodes images in front of the first forward."""
+        original = model.generate
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            cache = kwargs.get("past_key_values", kwargs.get(CACHE))
+            past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+            if isinstance(ids, Tensor) and ids.ndim == 2:
+                ids = ids[:, past:]  # the images of earlier turns are not encoded again
+            self.generating = self._placeholders(ids, kwargs.get("inputs_embeds"))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.generating = {}
+
+        return generate
 
     def note_targets(self, module: nn.Module, args: Any, kwargs: Kwargs) -> None:
         """Note where the prompts end, because answers and drafts must not influence selections."""
@@ -246,6 +287,7 @@ class Session(threading.local):
                 f"the arguments of {type(module).__name__}.forward were replaced by ones without a "
                 "name, so that input_ids cannot be found; call it with input_ids=..."
             )
+        self.adapter.check_inputs(arguments(module, args, kwargs))
         outputs = argument(module, args, kwargs, "mm_encoder_outputs") or {}
         for modality, calls in self.seen.items():
             calls.clear()
@@ -258,7 +300,10 @@ class Session(threading.local):
         if not plain or "mm_encoder_outputs" not in kwargs:
             return None
         # Beam search turns features into plain lists, which the model cannot flatten.
-        joined = {name: encoded(outputs[name].pooler_output) for name in plain}
+        joined = {
+            name: encoded(outputs[name].pooler_output, levels_of(outputs[name]) or ())
+            for name in plain
+        }
         return args, {**kwargs, "mm_encoder_outputs": {**outputs, **joined}}
 
     def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> dict[str, Tensor]:
@@ -378,7 +423,7 @@ class Session(threading.local):
             with self.trace.around():
                 embeds = shorten(plan, self.memory, state, step, embeds, changed)
         if any(plan.before):
-            numbered = any(part.keeps_positions for parts in plan.before for part in parts)
+            numbered = any(plan.keeps_positions(part) for parts in plan.before for part in parts)
             left = state.width if numbered else max(state.prompts.left)
             check_length(plan.sizes.facts, left, what="the compressed prompt")
         for span in state.spans:
@@ -405,9 +450,25 @@ class Session(threading.local):
         wanted = ("hidden_states", "position_embeddings")
         self._keep_tapped(index, *(argument(module, args, kwargs, name) for name in wanted))
 
-    def _keep_tapped(self, index: int, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
+    def _keep_tapped(
+        self,
+        index: int,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        queries: Tensor | None = None,
+    ) -> None:
         if self.current is not None and self.current.spans:
             self.current.tapped[index] = hidden, rotary
+            if queries is not None:
+                self.current.projected[index] = queries
+
+    def keep_queries(self, index: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Keep the queries that decoder layer ``index`` projected.
+
+        Attention rows of the text project some of them again; these do not count.
+        """
+        if self.current is not None and self.current.spans:
+            self.current.projected.setdefault(index, output.detach())
 
     def layer(
         self, index: int, module: nn.Module, args: Any, kwargs: Kwargs

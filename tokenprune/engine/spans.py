@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.forward import Pass, Span
+from tokenprune.engine.numbering import runs_of
 from tokenprune.errors import UserError
 from tokenprune.layout import listed
 from tokenprune.tokens import VisualTokens
@@ -35,14 +37,16 @@ def find_spans(
         encoder: The method that the context runs inside the vision encoder, or None.
 
     Raises:
-        UserError: Placeholders and features do not match, or the features were encoded outside the
-            context or with another encoder method.
+        UserError: Placeholders and features do not match in number or order, or the features were
+            encoded outside the context or with another encoder method.
     """
     found = {name: [feature for call in calls for feature in call] for name, calls in seen.items()}
     if not state.given.placeholders or not any(found.values()):
         return []
     visual, real = state.look()
     spans: list[Span] = []
+    encoded = torch.stack([visual[name] for name, some in found.items() if some]).any(0)
+    deep = encoded.flatten().cumsum(0).view_as(encoded) - 1
     for modality, features in found.items():
         if not features:
             continue
@@ -63,7 +67,9 @@ def find_spans(
                     "(prefill_chunk_size is not supported under compression)."
                 )
             _check_encoding(record, encoder)
-            spans.append(_span(state, feature, record, where[first : first + len(feature)], real))
+            place = where[first : first + len(feature)]
+            _check_place(place, record.layout.modality)
+            spans.append(_span(state, feature, record, place, real, deep))
             first += len(feature)
     # The order in the prompt numbers its images and videos.
     spans.sort(key=lambda span: (span.row, span.first))
@@ -74,11 +80,29 @@ def find_spans(
     return spans
 
 
-def _span(state: Pass, feature: Tensor, record: VisualTokens, place: Tensor, real: Tensor) -> Span:
-    """The span of an image whose placeholders are at ``place`` (N, 2): row and column."""
+def _span(
+    state: Pass,
+    feature: Tensor,
+    record: VisualTokens,
+    place: Tensor,
+    real: Tensor,
+    deep: Tensor,
+) -> Span:
+    """The span of an image.
+
+    Args:
+        state: The forward.
+        feature: The encoder's features (N, D).
+        record: The encoder's record.
+        place: (N, 2) row and column of its placeholders.
+        real: (B, S) columns that the attention mask does not hide.
+        deep: (B, S) number of each column among the visual tokens of the batch.
+    """
     row, columns, device = int(place[0, 0]), place[:, 1], state.columns.device
     there = listed(real[row, columns])
-    tokens = replace(record, features=feature.to(device), layout=record.layout.to(device))
+    tokens = replace(
+        record, features=feature.to(device), layout=record.layout.to(device), levels=()
+    )
     return Span(
         row=row,
         first=int(columns[0]),
@@ -88,10 +112,27 @@ def _span(state: Pass, feature: Tensor, record: VisualTokens, place: Tensor, rea
         tokens=tokens if len(there) == len(columns) else tokens.take(there),
         layout=record.layout.host,
         carrier=feature,
+        placed=columns,
+        runs=runs_of(columns),
+        deep=deep[row, columns[there]],
         there=there,
         entered=there,
         record=record,
     )
+
+
+def _check_place(place: Tensor, modality: str) -> None:
+    """Raise `UserError` if the placeholders of an image, at ``place`` (N, 2), are not one run.
+
+    A video may have a run for each frame.
+    """
+    rows, columns = place[:, 0], place[:, 1]
+    apart = modality == "image" and int(columns[-1] - columns[0]) >= len(columns)
+    if apart or rows[0] != rows[-1]:
+        raise UserError(
+            f"the {len(place)} tokens of one {modality} do not fit one run of placeholders; give "
+            "the images and videos in the order of their placeholders, not in another order."
+        )
 
 
 def _check_encoding(record: VisualTokens, encoder: EncoderCompressor | None) -> None:

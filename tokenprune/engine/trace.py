@@ -81,6 +81,8 @@ class SelectionRecord:
         if self.layout.modality == "image":
             return draw_kept(self.layout, self.keep, [picture(image)], fit)
         shown = [Image.fromarray(frame) for frame in frames(image)]
+        if self.layout.native:  # a view is two frames, of which the first is drawn
+            shown = shown[::2]
         if len(shown) != self.layout.views:
             raise UserError(
                 f"the model saw {self.layout.views} frames of this video, got {len(shown)}; give "

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tokenprune.ops.merging import group_means, tally
+from tokenprune.ops.similarity import fits, parts, products
 
 __all__ = [
     "ROUNDS",
     "central_members",
-    "clusters_apart",
     "density_peaks",
     "dispersed",
     "kernel_density",
+    "least_cosine_cutoff",
     "least_cutoff",
+    "nearest_centres",
+    "others",
     "recycling",
 ]
 
+
+WALK = 1024
+"""Points that are compared with all centres at a time."""
 
 ROUNDS = 16
 """Rounds of `dispersed` before a synchronisation checks for undecided points; most need fewer."""
@@ -45,11 +53,11 @@ def central_members(cluster: Tensor, row: Tensor, col: Tensor) -> tuple[Tensor, 
 
 
 def kernel_density(distance: Tensor, width: float = 2.0) -> Tensor:
-    """(P,) ``sum_j exp(-(d_ij / width)²)`` of distances (P, P)."""
+    """(P,) ``sum_j exp(-(d_ij / width)²)`` of distances (P, Q)."""
     return (-(distance / width).square()).exp().sum(1)
 
 
-def dispersed(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
+def dispersed(distance: Tensor, density: Tensor, cutoff: float | Tensor) -> Tensor:
     """The points that, densest first, are farther than ``cutoff`` from all points selected before.
 
     These are the centres of DBDPC (PACT, arXiv 2504.08966, algorithm 2).  Every other point is
@@ -92,22 +100,101 @@ def least_cutoff(
     """
     rounds, denser = ROUNDS, _denser(density)
     while True:
-        low = torch.full((), least, dtype=torch.float64, device=distance.device)
-        high = distance.max().double().clamp(min=least)
-        first, undecided = _rounds(distance, denser, low, rounds)
-        found, more = _rounds(distance, denser, high, rounds)
-        fits, undecided = first.sum() <= count, undecided | more
-        high, found = torch.where(fits, low, high), torch.where(fits, first, found)
-        for _ in range(16):
-            middle = (low + high) / 2
-            tried, more = _rounds(distance, denser, middle, rounds)
-            few, undecided = tried.sum() <= count, undecided | more
-            low, high = torch.where(few, low, middle), torch.where(few, middle, high)
-            found = torch.where(few, tried, found)
-        found, undecided = torch.stack([found, undecided]).cpu()
+        pending: list[Tensor] = []
+
+        def disperse(
+            cutoff: Tensor, rounds: int = rounds, pending: list[Tensor] = pending
+        ) -> Tensor:
+            chosen, undecided = _rounds(distance, denser, cutoff, rounds)
+            pending.append(undecided)
+            return chosen
+
+        cutoff, found = _bisected(disperse, distance.max(), count, least)
+        found, undecided = torch.stack([found, torch.stack(pending).any(0)]).cpu()
         if not undecided.any():
-            return high, found
+            return cutoff, found
         rounds *= 2
+
+
+def _bisected(
+    disperse: Callable[[Tensor], Tensor], most: Tensor, count: int, least: float
+) -> tuple[Tensor, Tensor]:
+    """The cutoff of `least_cutoff` between ``least`` and ``most``, and the points dispersed by it.
+
+    ``disperse`` gives the points (P,) bool for a cutoff; if more than ``count``, not all.
+    """
+    low = torch.full((), least, dtype=torch.float64, device=most.device)
+    high = most.double().clamp(min=least)
+    first, found = disperse(low), disperse(high)
+    fits_low = first.sum() <= count
+    high, found = torch.where(fits_low, low, high), torch.where(fits_low, first, found)
+    for _ in range(16):
+        middle = (low + high) / 2
+        tried = disperse(middle)
+        few = tried.sum() <= count
+        low, high = torch.where(few, low, middle), torch.where(few, middle, high)
+        found = torch.where(few, tried, found)
+    return high, found
+
+
+def least_cosine_cutoff(vectors: Tensor, count: int, least: float) -> tuple[Tensor, Tensor]:
+    """`least_cutoff` of one minus the cosine (at least 0), with the `kernel_density`.
+
+    On a CPU, distances that exceed a block are made a block at a time, whenever they are needed.
+    On other devices they exist as a whole: the number of centres, and so the size of the blocks, is
+    known only there.
+
+    Args:
+        vectors: (P, D) of unit length.
+        count, least: As in `least_cutoff`.
+    """
+    if fits(len(vectors)) or vectors.device.type != "cpu":
+        far = (1 - vectors @ vectors.T).clamp(min=0)
+        far = torch.maximum(far, far.T).fill_diagonal_(0)  # rounding is not symmetric
+        return least_cutoff(far, kernel_density(far), count, least)
+    place = torch.arange(len(vectors), device=vectors.device)
+    density, largest = [], []
+    for part in parts(len(vectors), len(vectors)):
+        far = (1 - vectors[part] @ vectors.T).clamp_(min=0)
+        far.masked_fill_(place[part, None] == place, 0)
+        largest.append(far.max())
+        density.append(kernel_density(far))
+    order = torch.cat(density).argsort(descending=True, stable=True)
+
+    def disperse(cutoff: Tensor) -> Tensor:
+        return torch.zeros_like(order, dtype=torch.bool).index_fill_(
+            0, order[_walked(vectors[order], cutoff, count)], True
+        )
+
+    return _bisected(disperse, torch.stack(largest).max(), count, least)
+
+
+def nearest_centres(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) cosine distance of unit vectors (P, D) to the nearest of (C, D), and (P,) its index."""
+    some = parts(len(vectors), len(centres))
+    found = [(1 - vectors[part] @ centres.T).min(1) for part in some]
+    nearest, index = zip(*found, strict=True)
+    return torch.cat(nearest), torch.cat(index)
+
+
+def _walked(vectors: Tensor, cutoff: Tensor, count: int) -> Tensor:
+    """Indices that are `dispersed`, of unit vectors (P, D), the densest first; on a CPU.
+
+    Blocks of points are compared with all centres before them, then with each other.  The walk ends
+    after the block in which more than ``count`` centres are found.
+    """
+    centres: list[Tensor] = []
+    for start in range(0, len(vectors), WALK):
+        index = torch.arange(start, min(start + WALK, len(vectors)))
+        for earlier in centres:
+            far = (1 - products(vectors[index], vectors[earlier])).clamp_(min=0)
+            index = index[~_any(far <= cutoff)]
+        if len(index):
+            far = (1 - products(vectors[index], vectors[index])).clamp_(min=0)
+            centres.append(index[dispersed(far, -index, cutoff)])
+        if sum(map(len, centres)) > count:
+            break
+    return torch.cat(centres)
 
 
 def _denser(density: Tensor) -> Tensor:
@@ -162,21 +249,55 @@ def density_peaks(
     Returns:
         (count,) indices of the centres, best first, and (P,) cluster of every point.
     """
-    points = vectors.float()
-    distance = torch.cdist(points, points) / points.shape[1] ** 0.5
-    distance = torch.maximum(distance, distance.T).fill_diagonal_(0)  # rounding is not symmetric
+    apart, some = _Apart(vectors), parts(len(vectors), len(vectors))
     nearest = count if neighbours is None else min(neighbours, count)
-    density = (-distance.topk(nearest, largest=False).values.square().mean(-1)).exp()
-    rank = torch.empty_like(density, dtype=torch.long)
-    place = torch.arange(len(points), device=points.device)
+    spread, largest = [], []
+    for part in some:
+        distance = apart(part)
+        spread.append(distance.topk(nearest, largest=False).values.square().mean(-1))
+        largest.append(distance.max())
+    density = (-torch.cat(spread)).exp()
+    place = torch.arange(len(vectors), device=vectors.device)
+    rank = torch.empty_like(place)
     rank[density.argsort(descending=True, stable=True)] = place
-    denser = rank[None] < rank[:, None]
-    far = torch.where(rank == 0, distance.max(), torch.inf)
-    score = density * torch.minimum(distance.masked_fill(~denser, torch.inf).amin(1), far)
+    denser = [apart(part).masked_fill(rank >= rank[part, None], torch.inf).amin(1) for part in some]
+    far = torch.where(rank == 0, torch.stack(largest).max(), torch.inf)
+    score = density * torch.minimum(torch.cat(denser), far)
     centres = score.argsort(descending=True, stable=True)[:count]
-    cluster = distance[:, centres].argmin(1)
+    cluster = torch.cat([apart(part, centres).argmin(1) for part in some])
     cluster[centres] = place[:count]
     return centres, cluster
+
+
+class _Apart:
+    """Distances of `density_peaks` (P, P); rows of them are made on demand if all exceed a block.
+
+    Rounding is not symmetric, so that the larger of both distances of a pair counts.
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        self._points = vectors.float()
+        self._table: Tensor | None = None
+        if fits(len(vectors)):
+            self._table = self._one_way(self._points, self._points)
+            self._table = torch.maximum(self._table, self._table.T).fill_diagonal_(0)
+
+    def __call__(self, part: slice, columns: Tensor | None = None) -> Tensor:
+        """(R, C) distances of the points in ``part`` from those at ``columns``; None for all."""
+        if self._table is not None:
+            rows = self._table[part]
+            return rows if columns is None else rows[:, columns]
+        place = torch.arange(len(self._points), device=self._points.device)
+        own, other = place[part], place if columns is None else columns
+        points, against = self._points[part], self._points[other]
+        distance = self._one_way(points, against)
+        distance = torch.maximum(distance, self._one_way(against, points).T)
+        return distance.masked_fill_(own[:, None] == other, 0)
+
+    @staticmethod
+    def _one_way(points: Tensor, others: Tensor) -> Tensor:
+        distance: Tensor = torch.cdist(points, others) / points.shape[1] ** 0.5
+        return distance
 
 
 def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int, int]:
@@ -204,21 +325,19 @@ def recycling(count: int, kept: int, most: int, share: float) -> tuple[int, int,
     return kept, recycled, min(made, most - kept)
 
 
-def clusters_apart(
-    vectors: Tensor, count: int, neighbours: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The centres of `density_peaks`, and the mean of the other members of their clusters.
+def others(vectors: Tensor, centres: Tensor, cluster: Tensor) -> Tensor:
+    """Mean of the members of each cluster of `density_peaks` other than its centre.
 
     Args:
         vectors: (P, D).
-        count, neighbours: As in `density_peaks`.
+        centres: (C,) indices of the centres.
+        cluster: (P,) cluster of each vector.
 
     Returns:
-        (count,) indices of the centres, and (count, D) float32 mean of the other members of each
-        cluster; the centre itself if there are none.
+        (C, D) float32; the centre itself if there are no other members.
     """
-    centres, cluster = density_peaks(vectors, count, neighbours)
-    others = cluster.index_fill(0, centres, count)
-    means = group_means(vectors, others, count + 1)[:-1]
-    alone = tally(others, count + 1)[:-1] == 0
-    return centres, torch.where(alone[:, None], vectors[centres], means)
+    count = len(centres)
+    rest = cluster.index_fill(0, centres, count)
+    means = group_means(vectors, rest, count + 1)[:-1]
+    alone = tally(rest, count + 1)[:-1] == 0
+    return torch.where(alone[:, None], vectors[centres], means)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.layout import listed, moved
+from tokenprune.ops.similarity import most_similar, parts
 
 __all__ = [
     "Matching",
@@ -90,13 +91,13 @@ def bipartite_matching(
     views, entries, _ = vectors.shape
     count = max(0, min(count, (entries - class_token - distill_token) // 2))
     unit = F.normalize(vectors.float(), dim=-1)
-    cosine = unit[:, ::2] @ unit[:, 1::2].mT
+    sources, targets = unit[:, ::2], unit[:, 1::2]
+    even, odd = sources.shape[1], targets.shape[1]
+    best, partner = unit.new_zeros(views, even), None
+    if odd:
+        best, partner = _best_partners(sources, targets, distill_token)
     if class_token:
-        cosine[:, 0] = -torch.inf
-    if distill_token:
-        cosine[:, :, :1] = -torch.inf
-    even, odd = cosine.shape[1:]
-    best, partner = cosine.max(-1) if odd else (cosine.new_zeros(views, even), None)
+        best[:, 0] = -torch.inf
     order = best.argsort(dim=-1, descending=True, stable=True)
     source, unmerged = order[:, :count], order[:, count:]
     if class_token:
@@ -118,6 +119,18 @@ def bipartite_matching(
         .scatter_(1, source, second[target])
     )
     return Matching(unmerged, source, target, group)
+
+
+def _best_partners(sources: Tensor, targets: Tensor, distill_token: bool) -> tuple[Tensor, Tensor]:
+    """(V, a) largest product of each of ``sources`` with ``targets`` (V, b, d), and its index."""
+    found = []
+    for part in parts(sources.shape[1], targets.shape[0] * targets.shape[1]):
+        cosine = sources[:, part] @ targets.mT
+        if distill_token:
+            cosine[:, :, :1] = -torch.inf
+        found.append(cosine.max(-1))
+    best, partner = zip(*found, strict=True)
+    return torch.cat(best, 1), torch.cat(partner, 1)
 
 
 def merge_weighted(
@@ -161,10 +174,13 @@ def nearest_others(centres: Tensor, keys: Tensor, own: Tensor, count: int) -> Te
     Returns:
         (C, count), the most similar first.
     """
-    near = centres @ keys.T
-    near[torch.arange(len(centres), device=near.device), own] = -torch.inf
-    found = near.argsort(dim=-1, descending=True, stable=True)
-    return found[:, : min(count, len(keys) - 1)]
+    found = []
+    for part in parts(len(centres), len(keys)):
+        near = centres[part] @ keys.T
+        near.scatter_(1, own[part, None], -torch.inf)
+        order = near.argsort(dim=-1, descending=True, stable=True)
+        found.append(order[:, : min(count, len(keys) - 1)].clone())  # releases the rest
+    return torch.cat(found)
 
 
 def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,4 +200,4 @@ def assigned(rest: Tensor, count: int, keys: Tensor) -> tuple[Tensor, Tensor, Te
     other[: count * step : step] = False
     targets = rest[: count * step : step]
     others = rest[moved(listed(other), rest.device)]
-    return targets, others, (keys[others] @ keys[targets].T).argmax(-1)
+    return targets, others, most_similar(keys[others], keys[targets])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenprune.layout import TokenLayout, listed, moved
 from tokenprune.ops.merging import group_sums
+from tokenprune.ops.similarity import ROUNDING
 
 __all__ = [
     "ROUNDING",
@@ -23,23 +24,14 @@ __all__ = [
 ]
 
 
-ROUNDING = 2.0**-19
-"""Cosine distances up to this value are set to 0.
-
-The float32 distance of equal vectors is a rounding error.  Equal vectors must tie, so that the
-index breaks the tie.
-"""
-
-
 def rank_in_group(group: Tensor) -> Tensor:
     """(P,) number of earlier entries of the same group."""
     order = group.argsort(stable=True)
-    grouped = group[order]
+    grouped = group.index_select(0, order)
     index = torch.arange(len(group), device=group.device)
-    first = torch.searchsorted(grouped, grouped)
-    rank = torch.empty_like(index)
-    rank[order] = index - first
-    return rank
+    begins = grouped.diff(prepend=grouped[:1]) != 0
+    first = torch.where(begins, index, 0).cummax(0).values
+    return torch.empty_like(index).scatter_(0, order, index - first)
 
 
 def top_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor:
@@ -72,17 +64,17 @@ def best_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> Tensor
 def _ranked_per_view(layout: TokenLayout, scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """(P,) indices of the patch tokens, best first, and (P,) bool, the best ones of each view."""
     layout = layout.to(scores.device)
-    order = scores[layout.patches].float().argsort(descending=True, stable=True)
-    ranked = layout.patches[order]
-    view = layout.view[ranked]
-    return ranked, rank_in_group(view) < moved(counts, view.device)[view]
+    # On short vectors, `index_select` takes a quarter of the time of indexing.
+    of_patches = scores.index_select(0, layout.patches).float()
+    order = of_patches.argsort(descending=True, stable=True)
+    ranked = layout.patches.index_select(0, order)
+    view = layout.view.index_select(0, ranked)
+    return ranked, rank_in_group(view) < moved(counts, view.device).index_select(0, view)
 
 
 def _as_mask(index: Tensor, which: Tensor, size: int) -> Tensor:
     """(size,) bool, ``which`` (P,) at ``index`` (P,)."""
-    mask = torch.zeros(size, dtype=torch.bool, device=index.device)
-    mask[index] = which
-    return mask
+    return torch.zeros(size, dtype=torch.bool, device=index.device).scatter_(0, index, which)
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -92,9 +84,9 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def lengths(vectors: Tensor) -> Tensor:
-    """(P,) Euclidean norms of ``vectors`` (P, D), computed in float32 without a copy."""
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
-    return norms
+    """(P,) Euclidean norms of ``vectors`` (P, D), computed in float32 without a copy of all."""
+    some = vectors.split(1024)
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in some])
 
 
 def normalise(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,13 +11,17 @@ from torch import Tensor
 from tokenprune.layout import Kind, TokenLayout, moved
 from tokenprune.ops.merging import group_sums, tally
 from tokenprune.ops.ranking import ROUNDING, rank_in_group, top_per_view
+from tokenprune.ops.similarity import parts
 
 __all__ = [
     "dithered",
+    "divided",
     "evenly_spaced",
+    "nearest_places",
     "patch_table",
     "patches_by_plane",
     "patches_by_view",
+    "pooled",
     "project_thumbnail",
     "region_sums",
     "regions",
@@ -125,10 +131,20 @@ def thumbnail_map(layout: TokenLayout, scores: Tensor) -> Tensor:
     if not len(there):
         return scores.new_zeros(rows, cols)
     index = torch.arange(rows * cols, device=there.device)
-    away = (index[:, None] // cols - layout.row[there]).square()
-    away += (index[:, None] % cols - layout.col[there]).square()
-    nearest = (away * len(there) + index[: len(there)]).argmin(1)
+    nearest = nearest_places(index // cols, index % cols, layout.row[there], layout.col[there])
     return values[nearest].view(rows, cols)
+
+
+def nearest_places(row: Tensor, col: Tensor, other_row: Tensor, other_col: Tensor) -> Tensor:
+    """(P,) index of the nearest of other locations (Q,) to each location (P,), all int64.
+
+    Ties go to the earlier one.
+    """
+    order, found = torch.arange(len(other_row), device=row.device), []
+    for part in parts(len(row), len(other_row)):
+        away = (row[part, None] - other_row).square() + (col[part, None] - other_col).square()
+        found.append((away * len(order) + order).argmin(1))
+    return torch.cat(found)
 
 
 def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -149,6 +165,42 @@ def regions(shape: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         for side, cells in zip(shape, grid, strict=True)
     )
     return row[:, None] * grid[1] + col[None, :]
+
+
+def divided(layout: TokenLayout, side: int) -> TokenLayout:
+    """The layout of an image of its own size, with regions as views.
+
+    Args:
+        layout: Geometry of the N entries, without crops.
+        side: About how many rows and columns a region has; the number of regions is rounded.
+    """
+    host = layout.host
+    rows, cols = (max(1, round(length / side)) for length in host.view_shape)
+    region = regions(host.view_shape, (rows, cols))
+    view = region[host.row.clamp(min=0), host.col.clamp(min=0)]
+    made = replace(host, view=torch.where(host.is_separator, -1, view))
+    made.__dict__.update(frames=rows * cols, modality="image")
+    return made.to(layout.kind.device)
+
+
+def pooled(layout: TokenLayout, scores: Tensor, side: int = 2) -> Tensor:
+    """The mean score of the square of ``side`` x ``side`` tokens around each token.
+
+    Args:
+        layout: Geometry of the N entries, without crops.
+        scores: (N,) per-entry scores.
+        side: Side of the squares, which begin at the first row and column.
+
+    Returns:
+        (N,) NaN at separators.
+    """
+    patches, wide = layout.patches, -(-layout.view_shape[1] // side)
+    square = layout.row[patches] // side * wide + layout.col[patches] // side
+    squares = -(-layout.view_shape[0] // side) * wide
+    sums = group_sums(scores[patches], square, squares)
+    found = scores.new_full((len(layout),), torch.nan)
+    found[patches] = (sums / tally(square, squares).clamp(min=1))[square]
+    return found
 
 
 def project_thumbnail(layout: TokenLayout, scores: Tensor) -> Tensor:

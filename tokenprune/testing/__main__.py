@@ -43,7 +43,10 @@ def golden(
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    table = Table("method", "case", "verdict", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("method", "case"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("verdict")
     for case, verdict in results:
         style = "red" if verdict.mismatch else "dim" if verdict.skipped else ""
         table.add_row(case.method, case.id, str(verdict), style=style)

@@ -59,11 +59,13 @@ class Seen(NamedTuple):
     Attributes:
         length: Number of tokens.
         positions: (B or 1, length) position ids.
+        rotary: cos and sin (B or 1, length, head_dim) of the rotary embedding.
         attentions: Whether ``output_attentions`` was set.
     """
 
     length: int
     positions: Tensor
+    rotary: tuple[Tensor, Tensor]
     attentions: bool
 
 
@@ -75,7 +77,8 @@ def spying(host: Host) -> Iterator[list[Seen]]:
     def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         asked = bool(kwargs.get("output_attentions"))
-        calls.append(Seen(hidden.shape[1], kwargs["position_ids"], asked))
+        rotary = kwargs["position_embeddings"]
+        calls.append(Seen(hidden.shape[1], kwargs["position_ids"], rotary, asked))
 
     handles = [
         layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
@@ -101,9 +104,35 @@ def vision_products(host: Host) -> Iterator[list[int]]:
         views, tokens, width = args[0].shape
         found.append(views * 2 * tokens * width * module.out_features)
 
+    def packed(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        (tokens, width), ends = args[0].shape, kwargs["cu_seqlens"]
+        pairs = int(ends.diff().square().sum())
+        found.append(4 * 2 * tokens * width**2 + 2 * 2 * pairs * width)
+
+    running: list[bool] = []  # methods that merge call the projector outside the encoder
+
+    def mapped(module: Any, args: Any) -> None:
+        if running:
+            found.append(2 * args[0].numel() * module.out_features)
+
     handles = []
-    for layer in host.adapter.vision_layers:
-        handles.append(layer.self_attn.register_forward_pre_hook(attention, with_kwargs=True))
+    if host.adapter.facts.vision.native:
+        tower = host.adapter.vision_tower
+        handles.append(tower.register_forward_pre_hook(lambda *_: running.append(True)))
+        handles.append(tower.register_forward_hook(lambda *_: running.clear()))
+        linears = [module for module in host.adapter.vision_tower.modules()]
+        for layer in host.adapter.vision_layers:
+            handles.append(layer.attn.register_forward_pre_hook(packed, with_kwargs=True))
+            inside = [*layer.attn.modules()]
+            linears = [module for module in linears if module not in inside]
+        handles += [
+            module.register_forward_pre_hook(mapped)
+            for module in linears
+            if isinstance(module, nn.Linear)
+        ]
+    for index, layer in enumerate([] if handles else host.adapter.vision_layers):
+        module = host.adapter.vision_attention(index)
+        handles.append(module.register_forward_pre_hook(attention, with_kwargs=True))
         handles += [
             module.register_forward_pre_hook(linear)
             for module in layer.mlp.modules()

@@ -27,7 +27,7 @@ from tokenprune.testing.asserting import (
     kept_in,
 )
 from tokenprune.testing.host import Host
-from tokenprune.testing.reference import images_by_hand
+from tokenprune.testing.reference_vision import images_by_hand
 
 __all__ = [
     "check_compiled",
@@ -51,6 +51,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         kind = type(module)
         state[f"{name}: class"] = kind
         for key, value in vars(module).items():
+            if key == "rope_deltas":  # Qwen-VL notes it in every forward
+                continue
             if isinstance(value, dict):
                 state[f"{name}.{key}"] = {item: id(held) for item, held in value.items()}
             else:
@@ -194,6 +196,7 @@ def check_scattered_embeds_warn(compressor: Compressor, host: Host) -> None:
     visual = torch.isin(inputs["input_ids"], torch.tensor(host.placeholders))
     embeds[visual] = tokens.features.detach()
     given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    given["position_ids"] = torch.arange(embeds.shape[1])[None]  # Qwen-VL would use older ones
     plain = host.logits(given)
     with warnings.catch_warnings(record=True) as caught, compress(host.model, compressor):
         warnings.simplefilter("always")

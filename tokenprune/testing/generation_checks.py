@@ -171,7 +171,10 @@ def check_drafts_have_no_say(compressor: Compressor, host: Host) -> None:
 
 def check_sliding_window_refused(compressor: Compressor, host: Host) -> None:
     """A prompt longer than a sliding window is refused, with and without a KV cache."""
-    windowed = tiny_host(host.name, "mistral").like(window=16)
+    decoder = "mistral" if "mistral" in host.adapter.decoders else host.decoder
+    windowed = tiny_host(host.name, decoder).like(window=16)
+    if not hasattr(windowed.adapter.language_model.config, "sliding_window"):
+        return  # a decoder that never slides
     for use_cache in (True, False):
         with compress(windowed.model, compressor):
             assert_refused(

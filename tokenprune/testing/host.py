@@ -26,6 +26,7 @@ __all__ = [
     "ROWS",
     "Host",
     "Row",
+    "every_host",
     "example",
     "hosts",
     "refusal",
@@ -51,7 +52,7 @@ class Row(NamedTuple):
     Attributes:
         sizes: (height, width) of its images.
         text: Number of ids after the images and videos.
-        frames: Frames of each of its videos, which follow the images if the model takes videos.
+        frames: Views of each of its videos, which follow the images if the model takes videos.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -94,7 +95,7 @@ class Host:
         if attention is not None:
             model.set_attn_implementation(attention)
         if window is not None:
-            adapter_of(model).language_model.config.sliding_window = window
+            _slide(adapter_of(model).language_model, window)
         return Host(adapter_of(model.to(dtype)), self.name, self.decoder)
 
     @property
@@ -107,11 +108,22 @@ class Host:
         """Ids that stand for visual tokens."""
         return [*self.adapter.facts.placeholders.values()]
 
+    @property
+    def multimodal(self) -> bool:
+        """Whether position ids have a time, a row and a column."""
+        return bool(self.adapter.facts.decoder.position_scheme == "multimodal-rotary")
+
+    def keeps_positions(self, part: Compressor) -> bool:
+        """Whether tokens that ``part`` keeps keep their position ids in this model."""
+        if self.multimodal:
+            return part.position_ids != "compact"
+        return part.keeps_positions
+
     def layouts(self, row: int) -> list[TokenLayout]:
         """Layouts of the images of a prompt, then of its videos."""
         sizes, _, frames = ROWS[row]
         images = [self.adapter.layout(size, same_prompt=len(sizes) > 1) for size in sizes]
-        if "video" not in self.adapter.encoders:
+        if "video" not in self.adapter.modalities:
             return images
         return images + [self.adapter.video_layout(count) for count in frames]
 
@@ -120,19 +132,23 @@ class Host:
         draw = random.Random(row)
         ids = [1]
         for layout in self.layouts(row):
-            ids += [draw.randrange(5, 60), draw.randrange(5, 60)]
-            ids += [int(self.adapter.facts.placeholders[layout.modality])] * len(layout)
+            placeholder = self.adapter.facts.placeholders[self.adapter.stream(layout.modality)]
+            for length in self.adapter.runs(layout):
+                ids += [draw.randrange(5, 60), draw.randrange(5, 60)]
+                ids += [int(placeholder)] * length
         return ids + [draw.randrange(5, 60) for _ in range(ROWS[row].text)]
 
     def media(self, row: int) -> dict[str, Inputs]:
-        """Modality to the encoder inputs of a prompt, the same in every batch."""
+        """Encoder to its inputs for a prompt, with notes; the same in every batch."""
         sizes, _, frames = ROWS[row]
-        found = {}
+        found: dict[str, list[Inputs]] = {}
         if sizes:
-            found["image"] = self.adapter.dummy_images(sizes, row, same_prompt=len(sizes) > 1)
-        if frames and "video" in self.adapter.encoders:
-            found["video"] = _batched([self.adapter.dummy_video(count, row) for count in frames])
-        return found
+            images = self.adapter.dummy_images(sizes, row, same_prompt=len(sizes) > 1)
+            found["image"] = [images]
+        if frames and "video" in self.adapter.modalities:
+            videos = _batched([self.adapter.dummy_video(count, row) for count in frames])
+            found.setdefault(self.adapter.stream("video"), []).append(videos)
+        return {name: _batched(parts) for name, parts in found.items()}
 
     def inputs(
         self,
@@ -154,11 +170,16 @@ class Host:
             mask.append(pad + real if side == "left" else real + pad)
         dtype = self.model.dtype
         result = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        result |= self.adapter.prompt_arguments(result["input_ids"])
         media = [self.media(row) for row in rows]
         for modality in self.adapter.encoders:
             some = [found[modality] for found in media if modality in found]
-            for name, values in _batched(some).items():
+            together = _batched(some)
+            for name in together.keys() - self.adapter.notes:
+                values = together[name]
                 result[name] = values.to(dtype if values.is_floating_point() else None)
+            if "frames" in together:
+                self.adapter.annotate(result, together["frames"].tolist())
         return result
 
     def generate(self, inputs: Inputs, **options: Any) -> Tensor:
@@ -183,6 +204,17 @@ class Host:
         return out
 
 
+def _slide(language: Any, window: int) -> None:
+    """Let the last half of the layers of a decoder that can slide attend within ``window``."""
+    config = language.config
+    if hasattr(config, "max_window_layers"):
+        half = config.num_hidden_layers // 2
+        config.layer_types = ["full_attention"] * half + ["sliding_attention"] * half
+        language.has_sliding_layers = True
+    if hasattr(config, "sliding_window"):
+        config.sliding_window = window
+
+
 def _batched(parts: Sequence[Inputs]) -> Inputs:
     """Encoder inputs as one batch; images with fewer views are padded with zeros."""
     if not parts:
@@ -204,9 +236,25 @@ def tiny_host(name: str, decoder: str, seed: int = 0) -> Host:
 
 
 def hosts(decoders: Sequence[str] = DECODERS) -> list[Host]:
-    """A tiny model for every registered adapter with a language model, and every decoder."""
-    families = [name for name in adapters.names() if adapters.get(name).has_language_model]
-    return [tiny_host(name, decoder) for name in families for decoder in decoders]
+    """A tiny model for every registered family, and every decoder that the family can have.
+
+    Families whose decoder has a type of its own are in `every_host` only.
+    """
+    return [
+        tiny_host(name, decoder)
+        for name in _families()
+        for decoder in decoders
+        if decoder in adapters.get(name).decoders
+    ]
+
+
+def every_host() -> list[Host]:
+    """One tiny model for every registered family with a language model."""
+    return [tiny_host(name, adapters.get(name).decoders[0]) for name in _families()]
+
+
+def _families() -> list[str]:
+    return [name for name in adapters.names() if adapters.get(name).has_language_model]
 
 
 def refusal(host: Host, compressor: Compressor) -> str:

@@ -9,25 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Stage, cut_layer
-from tokenprune.encoder import EncoderCompressor, encoder_part
-from tokenprune.engine.vision import fingerprint
-from tokenprune.layout import TokenLayout, unpadded_box
+from tokenprune.encoder import encoder_part
 from tokenprune.signals import Signal
-from tokenprune.testing.host import ROWS, Host
-from tokenprune.testing.reference_tower import (
-    clusters_by_hand,
-    features_by_hand,
-    signal_by_hand,
-    tower_by_hand,
-)
+from tokenprune.testing.host import Host
+from tokenprune.testing.reference_native import numbered
+from tokenprune.testing.reference_vision import images_by_hand
 from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "BY_HAND",
     "Reference",
-    "images_by_hand",
     "reference",
 ]
 
@@ -38,7 +30,8 @@ class Reference(NamedTuple):
     Attributes:
         columns: (M,) columns of prompt and answer that remain at the end.
         logits: (M, vocabulary) at these columns.
-        positions: For every decoder layer, (m,) position ids of the tokens that it processes.
+        positions: For every decoder layer, (m,) position ids of the tokens that it processes, or
+            (3, m) with multimodal positions.
         kept: For every selection, in the order of parts and images, the kept indices into the
             image's full packed sequence.
         states: For every decoder layer, (m,) columns that it processes and (m, D) its output; for
@@ -87,7 +80,8 @@ def reference(
             prompt.cut(part)
     prompt.enter()
     inside = [part for part in parts if part.cuts]
-    if not inside and torch.equal(prompt.positions, torch.arange(len(prompt.positions))):
+    plain = host.multimodal or torch.equal(prompt.positions, torch.arange(len(prompt.positions)))
+    if not inside and plain:
         return prompt.run_plainly()
     return prompt.run(inside)
 
@@ -165,7 +159,8 @@ class _Prompt:
 
     Attributes:
         hidden: (M, D) embeddings or hidden states of the remaining columns.
-        columns, positions: (M,) these columns, and their position ids.
+        columns, positions: (M,) these columns, and their position ids, or (3, M) with multimodal
+            positions.
         images: The remaining tokens of every image.
         places: For every image, the columns of these tokens.
         whole: For every image, the indices of these tokens in its full packed sequence.
@@ -197,8 +192,12 @@ class _Prompt:
             self.hidden[place] = tokens.features
         self.whole = [torch.arange(len(tokens)) for tokens in self.images]
         self.last = [int(place[-1]) for place in self.places]
+        self.layouts, self.full = [one.layout for one in self.images], [*self.places]
+        if host.multimodal:
+            self.positions = self._numbered()
         self.sizes = torch.ones(len(ids))
         self.kept: list[Tensor] = []
+        self.merged: dict[int, list[Tensor]] = {}
         self.ran: list[_Layer] = []
 
     def hide(self, columns: Sequence[int], counted: bool) -> None:
@@ -209,7 +208,8 @@ class _Prompt:
             self.images[index] = self.images[index].take(self.whole[index])
             self.places[index] = place[there[place]]
         self.hidden, self.columns = self.hidden[there], self.columns[there]
-        self.positions = self.columns if counted else torch.arange(len(self.columns))
+        if not self.host.multimodal:
+            self.positions = self.columns if counted else torch.arange(len(self.columns))
         # Gaps in the position ids.  The first cut that renumbers them closes the gaps.
         self.gaps = (~there).cumsum(0) * int(counted)
         self.visual = torch.cat(self.places) if self.places else self.columns[:0]
@@ -246,19 +246,33 @@ class _Prompt:
             chosen = part(tokens)
             if chosen.features is not None:
                 self.hidden[slots[chosen.keep]] = chosen.features
+            if chosen.merging is not None:
+                levels = [chosen.merging(level) for level in tokens.levels]
+                self.merged[index] = [one.clone() for one in levels]
             if chosen.sizes is not None:
                 self.sizes[self.places[index][chosen.keep]] = chosen.sizes
             stays[slots] = False
             stays[slots[chosen.keep]] = True
             self._keep(index, tokens, chosen.keep)
-        if not part.keeps_positions and not stays.all():
+        closes = not self.host.keeps_positions(part) and not bool(stays.all())
+        if closes and not self.host.multimodal:
             self.positions = self.positions - (~stays).cumsum(0) - self.gaps[self.columns]
             self.gaps.zero_()
         self.hidden, self.columns = self.hidden[stays], self.columns[stays]
-        self.positions = self.positions[stays]
+        self.positions = self.positions[..., stays]
+        if closes and self.host.multimodal:
+            self.positions = self._numbered()[:, self.columns]
+
+    def _numbered(self) -> Tensor:
+        """(3, S) position ids of all columns if images have the rows and columns that remain."""
+        images = list(zip(self.layouts, self.full, self.whole, strict=True))
+        config = self.adapter.base.config.vision_config
+        return numbered(len(self.prompt), images, getattr(config, "tokens_per_second", 1))
 
     def _keep(self, index: int, tokens: VisualTokens, keep: Tensor) -> None:
         self.images[index] = tokens.take(keep)
+        if index in self.merged:
+            self.images[index] = replace(self.images[index], levels=tuple(self.merged.pop(index)))
         self.places[index] = self.places[index][keep]
         self.whole[index] = self.whole[index][keep]
         self.kept.append(self.whole[index])
@@ -302,8 +316,16 @@ class _Prompt:
 
     def run_plainly(self) -> Reference:
         """Run the unmodified language model on the short prompt."""
+        options: dict[str, Any] = {}
+        if self.host.multimodal:
+            options["position_ids"] = self.positions[:, None]
+        levels = [*zip(*(one.levels for one in self.images), strict=True)]
+        if levels:
+            visual = torch.cat(self.places)
+            options["visual_pos_masks"] = torch.isin(self.columns, visual)[None]
+            options["deepstack_visual_embeds"] = [torch.cat(each) for each in levels]
         out = self.language(
-            inputs_embeds=self.hidden[None], use_cache=False, output_hidden_states=True
+            inputs_embeds=self.hidden[None], use_cache=False, output_hidden_states=True, **options
         )
         made = [(self.columns, one[0]) for one in out.hidden_states[1:]]
         logits = self.host.model.lm_head(out.last_hidden_state[0])
@@ -324,20 +346,22 @@ class _Prompt:
             self.hidden = layer(
                 self.hidden[None],
                 attention_mask=(causal + self.sizes[self.columns].log())[None, None],
-                position_ids=self.positions[None],
+                position_ids=None if self.host.multimodal else self.positions[None],
                 position_embeddings=self._rotary(),
             )[0]
             # A copy, because a cut writes merged tokens into `hidden`.
             made.append((self.columns, self.hidden.clone()))
+            for place, image in zip(self.places, self.images, strict=True):
+                if index < len(image.levels):
+                    self.hidden[torch.isin(self.columns, place)] += image.levels[index]
         last = self.language.norm(self.hidden)
         made[-1] = self.columns, last
         logits = self.host.model.lm_head(last)
         return Reference(self.columns, logits, positions, self.kept, made)
 
     def _rotary(self) -> tuple[Tensor, Tensor]:
-        rotary: tuple[Tensor, Tensor] = self.language.rotary_emb(
-            self.hidden[None], self.positions[None]
-        )
+        positions = self.positions[..., None, :]
+        rotary: tuple[Tensor, Tensor] = self.language.rotary_emb(self.hidden[None], positions)
         return rotary
 
     def _layer(self, layer: nn.Module) -> _Layer:
@@ -361,146 +385,6 @@ class _Prompt:
 _PROMPT = Signal("llm_prompt")
 
 
-def images_by_hand(
-    host: Host, signals: frozenset[Signal], row: int, part: EncoderCompressor | None = None
-) -> list[VisualTokens]:
-    """The images and videos of a prompt, with signals from full attention matrices."""
-    adapter, images = host.adapter, []
-    layouts = {name: [] for name in adapter.encoders}  # type: dict[str, list[TokenLayout]]
-    for layout in host.layouts(row):
-        layouts[layout.modality].append(layout)
-    for modality, call in host.media(row).items():
-        output = getattr(adapter.base, adapter.encoders[modality])(**call)
-        pixels = call["pixel_values_videos" if modality == "video" else "pixel_values"]
-        for index, layout in enumerate(layouts[modality]):
-            views = pixels[index, : layout.views] if pixels.ndim == 5 else pixels[index][None]
-            size = ROWS[row].sizes[index] if modality == "image" else None
-            if part is not None:
-                first = layouts[modality][0].view_sizes[0]
-                made = _encoded_by_hand(adapter, part, signals, views, layout, size, first)
-                images.append(replace(made, fingerprint=fingerprint(call, index, 0)))
-                continue
-            maps = {
-                signal: _packed_by_hand(
-                    layout, size, _vision_signal(adapter, signal, views), adapter.view_shape
-                )
-                for signal in signals
-                if not signal.in_llm
-            }
-            images.append(
-                VisualTokens(
-                    layout=layout,
-                    features=output.pooler_output[index],
-                    signals=maps,
-                    fingerprint=fingerprint(call, index, 0),
-                    projector=adapter.base.multi_modal_projector,
-                )
-            )
-    return images
-
-
-def _encoded_by_hand(
-    adapter: Any,
-    part: EncoderCompressor,
-    signals: frozenset[Signal],
-    views: Tensor,
-    layout: TokenLayout,
-    size: tuple[int, int] | None,
-    full: int,
-) -> VisualTokens:
-    """An image whose views, of ``full`` tokens each, ran under an encoder method."""
-    target, shape = budget(full, part.retention), adapter.view_shape
-    runs = [tower_by_hand(adapter, part, view, target) for view in views]
-    projected = adapter.base.multi_modal_projector(features_by_hand(adapter, runs))
-    features = _packed_by_hand(layout, size, projected, shape)
-    features[layout.is_separator] = adapter.base.image_newline
-    return VisualTokens(
-        layout=layout,
-        features=features,
-        signals={
-            signal: _packed_by_hand(
-                layout, size, signal_by_hand(adapter, part, signal, runs), shape
-            )
-            for signal in signals
-            if not signal.in_llm
-        },
-        projector=adapter.base.multi_modal_projector,
-        clusters=clusters_by_hand(adapter, layout, runs),
-    )
-
-
-def _packed_by_hand(
-    layout: TokenLayout, size: tuple[int, int] | None, maps: Tensor, view_shape: tuple[int, int]
-) -> Tensor:
-    """(N, ...) maps (views, patches, ...) of an image of ``size`` or a video, NaN at separators."""
-    if maps.ndim == 3:
-        channels = [_packed_by_hand(layout, size, part, view_shape) for part in maps.unbind(-1)]
-        return torch.stack(channels, -1)
-    grids = maps.unflatten(1, view_shape)
-    if size is None:
-        tokens = [_resampled(frame, layout.view_shape).flatten() for frame in grids]
-        return torch.cat([*tokens, torch.tensor([torch.nan])])
-    thumbnail = grids[0].flatten()
-    if layout.grid == (0, 0):
-        return torch.cat(
-            [thumbnail, thumbnail.new_full((len(layout) - len(thumbnail),), torch.nan)]
-        )
-    rows, cols = layout.grid
-    crops = grids[1:].unflatten(0, (rows, cols))
-    canvas = torch.cat([torch.cat([*crops[row]], dim=1) for row in range(rows)], dim=0)
-    top, bottom, left, right = unpadded_box(size, (canvas.shape[0], canvas.shape[1]))
-    canvas = canvas[top:bottom, left:right]
-    if 0 not in canvas.shape:
-        canvas = _resampled(canvas, layout.canvas_shape)
-    separators = canvas.new_full((len(canvas), 1), torch.nan)
-    return torch.cat([thumbnail, torch.cat([canvas, separators], dim=1).flatten()])
-
-
-def _resampled(grid: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A map (rows, columns) resampled to ``shape``, bilinear between the centres of its cells."""
-    result = grid
-    for axis, size in enumerate(shape):
-        length = grid.shape[axis]
-        places = ((torch.arange(size) + 0.5) * length / size - 0.5).clamp(0, length - 1)
-        low = places.floor().long()
-        high = (low + 1).clamp(max=length - 1)
-        weight = (places - low).unflatten(0, (-1, 1) if axis == 0 else (1, -1))
-        result = (1 - weight) * result.index_select(axis, low) + weight * result.index_select(
-            axis, high
-        )
-    return result
-
-
-def _vision_signal(adapter: Any, signal: Signal, views: Tensor) -> Tensor:
-    """(V, patches) or (V, patches, C) vision signal, from the full attention matrix."""
-    signal = signal.resolve(adapter.facts.vision.has_cls)
-    index = signal.layer % len(adapter.vision_layers)
-    layer, attention = adapter.vision_layers[index], adapter.vision_attention(index)
-    tower = adapter.base.vision_tower(views, output_hidden_states=True)
-    states = layer.layer_norm1(tower.hidden_states[index])
-    first = int(adapter.facts.vision.has_cls)
-    if signal.name == "unprojected":
-        chosen: Tensor = tower.hidden_states[adapter.base.config.vision_feature_layer]
-        return chosen[:, first:]
-
-    def heads(name: str) -> Tensor:
-        out: Tensor = getattr(attention, name)(states).unflatten(-1, (attention.num_heads, -1))
-        return out.transpose(1, 2)
-
-    query, key = heads("q_proj"), heads("k_proj")
-    if signal.name == "keys":
-        return key.mean(1)[:, first:]
-    if "joint" in signal.name:
-        query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (query, key))
-    if signal.name == "joint_keys":
-        return key[:, 0, first:]
-    logits: Tensor = query @ key.mT / query.shape[-1] ** 0.5
-    if signal.name == "cls_logits":
-        return logits.mean(1)[:, 0, first:]
-    full = logits.softmax(-1).mean(1)
-    return full[:, 0, first:] if signal.needs_cls else full.mean(1)[:, first:]
-
-
 def _rotation_alone(rotary: tuple[Tensor, Tensor]) -> Tensor:
     """(M, M) products of queries and keys of ones after rotation, over the root of their width."""
     pairs = [part[0][:, : part.shape[-1] // 2] for part in rotary]
@@ -515,6 +399,8 @@ def _decoder_projected(layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
     attention: Any = layer.self_attn
     states = layer.get_submodule("input_layernorm")(hidden)
     out = attention.get_submodule(f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{name}_norm"):
+        out = attention.get_submodule(f"{name}_norm")(out)
     heads: Tensor = out.transpose(0, 1)
     return heads
 

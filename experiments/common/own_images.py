@@ -1,0 +1,205 @@
+"""Images that a user names: files, folders and patterns, each asked about with one prompt.
+
+This module imports PyTorch only to open an image.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from tokenprune.errors import UserError
+from tokenprune.experiments.common.questions import (
+    Modality,
+    Picture,
+    Question,
+    check_text,
+    read_jsonl,
+)
+from tokenprune.texts import is_remote
+
+__all__ = [
+    "PROMPT",
+    "check_prompt",
+    "image_files",
+    "is_group",
+    "own_questions",
+    "with_answers",
+]
+
+
+PROMPT = "What is in the image?"
+"""The question about images that come without one."""
+
+
+_DATA = (".jsonl", ".json", ".ndjson")
+
+
+def own_questions(
+    paths: Sequence[str | Path],
+    data: Path | None,
+    prompt: str | None = None,
+    *,
+    count: int | None = None,
+    modality: Modality | None = None,
+    check_images: bool = True,
+    keep_faulty: bool = False,
+    needs_answers: bool = False,
+) -> list[Question]:
+    """The questions of a data file, or one question about each of a user's images.
+
+    Args:
+        paths: Image files, folders and patterns (`image_files`).  Their questions have no true
+            answer.
+        data: A file of questions (`questions.read_jsonl`), instead of ``paths``.
+        prompt: The question about images that come without one; None for `PROMPT` with ``paths``.
+        count: The number of questions; None for all.
+        modality: As in `read_jsonl`; ``paths`` are single images.
+        check_images: Whether to decode the images; otherwise they may be missing.
+        keep_faulty: As in `read_jsonl`.
+        needs_answers: Whether every line of ``data`` must have a true answer.
+
+    Raises:
+        UserError: As `read_jsonl` and `image_files`, or ``paths`` and ``data`` are both given.
+    """
+    check_prompt(prompt)
+    if paths and data is not None:
+        raise UserError("give either images or --data, not both.")
+    if data is not None:
+        return read_jsonl(
+            data,
+            count,
+            modality,
+            check_images=check_images,
+            keep_faulty=keep_faulty,
+            prompt=prompt,
+            needs_answers=needs_answers,
+        )
+    if modality not in (None, "image"):
+        raise UserError(
+            f"images of your own are single images, not of the modality {modality}; write videos "
+            "and prompts of several images into a data file (--data)."
+        )
+    files = image_files(paths)
+    if count is not None and len(files) < count:
+        raise UserError(
+            f"there are {len(files)} images, fewer than the {count} asked for; leave the number "
+            "out to use all."
+        )
+    files = files[:count]
+    pictures = [Picture(name, file) for name, file in zip(_names(files), files, strict=True)]
+    faults = {picture.id: _fault(picture, keep_faulty) for picture in pictures if check_images}
+    return [
+        Question(one.id, (one,), prompt or PROMPT, "", fault=faults.get(one.id, ""))
+        for one in pictures
+    ]
+
+
+def check_prompt(prompt: str | None) -> None:
+    """Raise `UserError` if the text is empty or has characters that are no text."""
+    if prompt is None:
+        return
+    if not prompt.strip():
+        raise UserError("--prompt is empty; give the question about every image.")
+    check_text("--prompt", prompt, "\t\n\r")
+
+
+def _fault(picture: Picture, keep: bool) -> str:
+    """Why a picture cannot be opened, or an empty text.  Raises it unless ``keep``."""
+    try:
+        picture.open()
+    except UserError as error:
+        if not keep:
+            raise
+        return str(error)
+    return ""
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The paths below the folder that all files share, which do not depend on its place."""
+    whole = [os.path.abspath(file) for file in files]
+    shared = os.path.commonpath([os.path.dirname(file) for file in whole])
+    return [Path(os.path.relpath(file, shared)).as_posix() for file in whole]
+
+
+def image_files(words: Iterable[str | Path]) -> list[Path]:
+    """The files that ``words`` name, in their order, each once.
+
+    Args:
+        words: Files, folders (the images in them, by name) and patterns such as
+            ``photos/**/*.jpg`` (what matches them, by name).  ``~`` is the home folder.
+
+    Raises:
+        UserError: A folder or a pattern holds no image, or a word is a data file.
+    """
+    found: dict[str, Path] = {}
+    for word in words:
+        for file in _files_of(word):
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
+
+
+def is_group(word: str | Path) -> bool:
+    """Whether ``word`` is a folder, or a pattern that is not a file itself."""
+    place = _local(word)
+    if os.path.lexists(place):
+        return os.path.isdir(place)
+    return glob.has_magic(place) and (_is_image(place) or any(map(_is_image, _matches(place))))
+
+
+def _local(word: str | Path) -> str:
+    """The path or pattern that ``word`` names.  Raises `UserError` for a remote address."""
+    place = os.path.expanduser(word)
+    if place.startswith("file:/"):
+        return unquote(urlsplit(place).path)
+    if is_remote(place) and not os.path.lexists(place):
+        raise UserError(
+            f"{place!r} is a remote address; download it and give the path of the file."
+        )
+    return place
+
+
+def _files_of(word: str | Path) -> list[Path]:
+    place = _local(word)
+    if os.path.isdir(place):
+        files, what = [os.path.join(place, name) for name in os.listdir(place)], "in the folder"
+    elif is_group(place):
+        files, what = _matches(place), "that matches"
+    elif place.lower().endswith(_DATA):
+        raise UserError(f"{place!r} is a data file; give it with --data.")
+    else:
+        return [Path(place)]
+    images = [Path(file) for file in sorted(files) if _is_image(file)]
+    if not images:
+        raise UserError(f"there is no image {what} {place!r}; check the path.")
+    return images
+
+
+def _matches(pattern: str) -> list[str]:
+    try:
+        return [file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file)]
+    except (OSError, ValueError):  # longer than a path can be, or with a null byte
+        return []
+
+
+def _is_image(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in Image.registered_extensions()
+
+
+def with_answers(questions: Sequence[Question]) -> bool:
+    """Whether the true answers are known.
+
+    Raises:
+        UserError: Only those of some questions are.
+    """
+    lacking = [item for item in questions if not item.answer]
+    if lacking and len(lacking) < len(questions):
+        raise UserError(
+            f"{len(lacking)} of {len(questions)} questions have no answer, the first is "
+            f"{lacking[0].id!r}; give all true answers, or none to measure the agreement with the "
+            "uncompressed model."
+        )
+    return not lacking

@@ -1,0 +1,94 @@
+"""Cosines of tokens, a block at a time, so that no table of all pairs exists."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "BLOCK",
+    "FEWEST",
+    "ROUNDING",
+    "cosine_distances",
+    "distance_of",
+    "fits",
+    "largest_products",
+    "most_similar",
+    "parts",
+    "products",
+    "unit",
+]
+
+
+BLOCK = 2**23
+"""Entries of the largest block: 32 MiB in float32, all pairs of 2,896 tokens."""
+
+ROUNDING = 2.0**-19
+"""Cosine distances up to this value are set to 0.
+
+The float32 distance of equal vectors is a rounding error.  Equal vectors must tie, so that the
+index breaks the tie.
+"""
+
+FEWEST = 16
+"""A product of fewer rows or columns may round differently."""
+
+
+def fits(rows: int) -> bool:
+    """Whether the table of all pairs of ``rows`` fits a `BLOCK`."""
+    return rows * rows <= BLOCK
+
+
+def parts(rows: int, columns: int) -> list[slice]:
+    """``rows`` in slices of nearly equal size, each of which times ``columns`` fits a `BLOCK`."""
+    count = max(1, min(-(-rows * columns // BLOCK), rows // FEWEST))
+    edges = [rows * part // count for part in range(count + 1)]
+    return [slice(first, end) for first, end in pairwise(edges)]
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """(P, D) float32 the vectors (P, D), scaled to unit length; zeros stay zeros."""
+    return F.normalize(vectors.float(), dim=-1)
+
+
+def most_similar(vectors: Tensor, targets: Tensor) -> Tensor:
+    """(P,) index of the one of ``targets`` (T, D) with the largest product with each vector (P, D).
+
+    Ties go to the earlier target.
+    """
+    some = parts(len(vectors), len(targets))
+    return torch.cat([(vectors[part] @ targets.T).argmax(1) for part in some])
+
+
+def largest_products(vectors: Tensor, targets: Tensor) -> Tensor:
+    """(P,) the largest product of each of ``vectors`` (P, D) with one of ``targets`` (T, D)."""
+    some = parts(len(vectors), len(targets))
+    return torch.cat([(vectors[part] @ targets.T).amax(1) for part in some])
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """(R, C) ``left @ right.T`` of left (R, D) and right (C, D).
+
+    On a CPU, the bits of an entry do not depend on the other rows: equal tokens tie, in whatever
+    block they are.  A product of a few rows rounds differently, so that copies of them fill it up.
+    """
+    return (_filled(left) @ _filled(right).T)[: len(left), : len(right)]
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """``rows`` (P, D), repeated up to `FEWEST`."""
+    return rows if len(rows) >= FEWEST else rows.repeat(FEWEST, 1)[:FEWEST]
+
+
+def distance_of(cosine: Tensor) -> Tensor:
+    """One minus the cosine; up to `ROUNDING` it is 0.  It never rises with the cosine."""
+    return torch.threshold_(1 - cosine, ROUNDING, 0.0)
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(P, P) float32 `distance_of` the cosines of the rows (P, D)."""
+    rows = unit(features)
+    return distance_of(rows @ rows.T)
