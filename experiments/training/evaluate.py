@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +12,81 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from tokenprune.experiments.training.geometry import Geometry, geometry
+from tokenprune.experiments.training.geometry import Geometry, geometry, to_labels
 from tokenprune.experiments.training.model import PER_VIEW
+from tokenprune.experiments.training.quiz import visible
 from tokenprune.models.testbed import scenes
 from tokenprune.models.testbed.scenes import KINDS, SceneQuestion
 
 # --- figures --------------------------------------------------------------------------------------
 
-Chooser = Callable[[Geometry, Tensor, np.random.Generator], Tensor]
-"""Maps geometry, CLS attention to the packed tokens (N,) and a generator to kept indices (K,)."""
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rule may look at.
+
+    Attributes:
+        geo: Geometry of the image.
+        attention: (N,) CLS attention to the packed tokens.
+        shown: (N,) bool, whether a token truly shows an object, the sign or a digit.
+        rng: Source of all randomness.
+    """
+
+    geo: Geometry
+    attention: Tensor
+    shown: Tensor
+    rng: np.random.Generator
+
+    @property
+    def patches(self) -> Tensor:
+        """(N,) bool, whether a token is a patch and no separator."""
+        return self.geo.order >= 0
 
 
-def share(geo: Geometry, scores: Tensor, retention: float) -> Tensor:
-    """Indices of the patches with the highest scores in each view, and of all separators."""
-    keep = geo.order < 0
-    for view in range(geo.views):
-        mine = (geo.order // PER_VIEW == view) & (geo.order >= 0)
-        best = scores.masked_fill(~mine, -math.inf).topk(max(1, round(retention * int(mine.sum()))))
-        keep[best.indices] = True
+Chooser = Callable[[Seen], Tensor]
+"""Maps an image to the indices (K,) of the tokens that are kept."""
+
+
+def per_view(seen: Seen, retention: float) -> Tensor:
+    """The patches of each view with the highest CLS attention, and all separators."""
+    keep = ~seen.patches
+    for view in range(seen.geo.views):
+        mine = (seen.geo.order // PER_VIEW == view) & seen.patches
+        scores = seen.attention.masked_fill(~mine, -math.inf)
+        keep[scores.topk(max(1, round(retention * int(mine.sum())))).indices] = True
     return keep.nonzero().squeeze(1)
 
 
-def at_random(geo: Geometry, rng: np.random.Generator, retention: float) -> Tensor:
-    """Indices of random patches, and of all separators."""
-    patches = (geo.order >= 0).nonzero().squeeze(1)
-    chosen = torch.from_numpy(rng.permutation(len(patches))[: round(retention * len(patches))])
-    return torch.cat([patches[chosen], (geo.order < 0).nonzero().squeeze(1)]).sort().values
+def at_random(seen: Seen, retention: float) -> Tensor:
+    """Random patches, and all separators."""
+    return first_of(seen, torch.zeros(len(seen.shown)), retention)
+
+
+def first_of(seen: Seen, scores: Tensor, retention: float) -> Tensor:
+    """The patches with the highest scores, ties at random, and all separators."""
+    noise = torch.from_numpy(seen.rng.random(len(scores))).float()
+    scores = (scores + noise / 2).masked_fill(~seen.patches, -math.inf)
+    best = scores.topk(round(retention * int(seen.patches.sum()))).indices
+    return torch.cat([best, (~seen.patches).nonzero().squeeze(1)]).sort().values
 
 
 CONDITIONS: dict[str, Chooser] = {
-    "full": lambda geo, attention, rng: torch.arange(len(geo.order)),
-    "thumbnail only": lambda geo, attention, rng: torch.arange(PER_VIEW),
-    "crops only": lambda geo, attention, rng: torch.arange(PER_VIEW, len(geo.order)),
-    "image-free": lambda geo, attention, rng: torch.arange(0),
-    "random @ 0.25": lambda geo, attention, rng: at_random(geo, rng, 0.25),
-    "random @ 0.10": lambda geo, attention, rng: at_random(geo, rng, 0.10),
-    "CLS top-k @ 0.25": lambda geo, attention, rng: share(geo, attention, 0.25),
-    "CLS top-k @ 0.10": lambda geo, attention, rng: share(geo, attention, 0.10),
+    "full": lambda seen: torch.arange(len(seen.shown)),
+    "thumbnail only": lambda seen: torch.arange(PER_VIEW),
+    "crops only": lambda seen: torch.arange(PER_VIEW, len(seen.shown)),
+    "image-free": lambda seen: torch.arange(0),
+    "random @ 0.25": lambda seen: at_random(seen, 0.25),
+    "random @ 0.10": lambda seen: at_random(seen, 0.10),
+    "objects first @ 0.25": lambda seen: first_of(seen, seen.shown.float(), 0.25),
+    "background first @ 0.50": lambda seen: first_of(seen, -seen.shown.float(), 0.50),
+    "CLS top-k @ 0.25": lambda seen: per_view(seen, 0.25),
+    "CLS top-k @ 0.10": lambda seen: per_view(seen, 0.10),
 }
+"""``objects first`` is the oracle: at R = 25 % it drops nothing but background."""
 
 
 def cls_attention(model: LlavaNextForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """CLS attention to the patches in the last vision layer, averaged over heads: (v, 49)."""
+    """CLS attention to the patches in the last vision layer, averaged over heads: (v, 144)."""
     tower = model.model.vision_tower
     layer = tower.encoder.layers[-1]
     x = layer.layer_norm1(tower(pixels, output_hidden_states=True).hidden_states[-2])
@@ -101,11 +135,14 @@ def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, dict
         pixels, sizes = inputs.pixel_values[:1], inputs.image_sizes[:1]
         features = model.get_image_features(pixels, sizes).pooler_output[0]
         geo = geometry((image.height, image.width))
+        pictured, _ = scenes.quiz(start // len(KINDS), seed=seed)
+        labels = to_labels(list(pictured), geo, torch.device("cpu"))
+        shown = visible(geo, labels.patches)[0]
         attention = cls_attention(model, pixels[0]).flatten().cpu()[geo.order.clamp(min=0)]
-        rng = np.random.default_rng([seed, start])
+        seen = Seen(geo, attention, shown, np.random.default_rng([seed, start]))
         for condition, choose in CONDITIONS.items():
             if condition != "full":
-                keep = choose(geo, attention, rng).to(device)
+                keep = choose(seen).to(device)
                 ids = next_ids(model, inputs.input_ids, inputs.attention_mask, features, keep)
             answers = processor.batch_decode(ids, skip_special_tokens=True)
             for question, answer in zip(group, answers, strict=True):

@@ -64,11 +64,10 @@ def steps_of(
     stage: str,
     modules: dict[str, nn.Module],
     optimisers: Optimisers,
-    recipe: Recipe,
-) -> Iterator[tuple[list[Scene], np.random.Generator]]:
-    """Scenes of every step that is left, with the generator that drew them.
+) -> Iterator[np.random.Generator]:
+    """The generator of every step that is left, from which its scenes are drawn.
 
-    They depend on the seed, the stage and the number of the step alone.  The state is saved every
+    It depends on the seed, the stage and the number of the step alone.  The state is saved every
     `EVERY` steps, and a run that was interrupted starts from it.
 
     Args:
@@ -76,7 +75,6 @@ def steps_of(
         stage: Name of the stage.
         modules: What it trains, by name.
         optimisers: Their optimisers.
-        recipe: What is drawn.
     """
     file = run.out / "stages" / f"{stage}.progress"
     if file.exists():
@@ -86,8 +84,7 @@ def steps_of(
             module.load_state_dict(saved["modules"][name])
     steps = run.steps[stage]
     for step in range(optimisers.done, steps):
-        rng = np.random.default_rng([run.seed, list(run.stages).index(stage), step])
-        yield recipe.draw(rng), rng
+        yield np.random.default_rng([run.seed, list(run.stages).index(stage), step])
         run.tick(step, steps)
         if (step + 1) % EVERY == 0:
             state = {name: module.state_dict() for name, module in modules.items()}

@@ -107,7 +107,8 @@ def train_vision(run: "TrainingRun") -> None:
     optimisers = Optimisers(modules.values(), 2e-3, run.steps["vision"], fall=0.6)
     meter = run.meter("vision")
     recipe = Recipe(6, items=(2, 6), sign=0.7)
-    for batch, rng in steps_of(run, "vision", modules, optimisers, recipe):
+    for rng in steps_of(run, "vision", modules, optimisers):
+        batch = recipe.draw(rng)
         geo = geometry(batch[0].size)
         labels = to_labels(batch, geo, run.device)
         patches, pooled = encode(model, to_views(batch, geo, run.device))
@@ -166,7 +167,8 @@ def train_language(run: "TrainingRun") -> None:
     optimisers = Optimisers(modules.values(), 1.5e-3, steps)
     meter = run.meter("language")
     recipe = Recipe(8, alike=0.3, related=True)
-    for batch, rng in steps_of(run, "language", modules, optimisers, recipe):
+    for rng in steps_of(run, "language", modules, optimisers):
+        batch = recipe.draw(rng)
         geo = geometry(batch[0].size)
         labels = to_labels(batch, geo, torch.device("cpu"))
         shown = visible(geo, labels.patches)
@@ -190,7 +192,8 @@ def train_projector(run: "TrainingRun") -> None:
     projector = model.model.multi_modal_projector
     optimisers = Optimisers(modules.values(), 3e-3, run.steps["projector"])
     meter = run.meter("projector")
-    for batch, _ in steps_of(run, "projector", modules, optimisers, Recipe(10)):
+    for rng in steps_of(run, "projector", modules, optimisers):
+        batch = Recipe(10).draw(rng)
         geo = geometry(batch[0].size)
         labels = to_labels(batch, geo, run.device)
         with torch.no_grad():
@@ -209,7 +212,8 @@ def train_joint(run: "TrainingRun") -> None:
     optimisers = Optimisers(modules.values(), 1e-3, run.steps["joint"])
     meter = run.meter("joint")
     recipe = Recipe(8, alike=0.5, related=True)
-    for batch, rng in steps_of(run, "joint", modules, optimisers, recipe):
+    for rng in steps_of(run, "joint", modules, optimisers):
+        batch = recipe.draw(rng)
         geo = geometry(batch[0].size)
         shown = visible(geo, to_labels(batch, geo, torch.device("cpu")).patches)
         kept = drop_tokens(geo, shown, rng, HARSH).to(run.device)

@@ -10,8 +10,9 @@ biases in the attention of the decoder (Qwen2), several images, and videos.
             reproduce the embeddings of the first testbed;
 2. joint    projector and decoder answer questions about images, pairs of images and videos.
 
-In stage 2 most batches drop visual tokens, without regard to content (`drop_tokens`): random
-patches, whole views or frames, whole rows, with compact and with original position ids.
+In stage 2 most batches drop visual tokens as in the first testbed (`drop_tokens`), with compact and
+with original position ids.  No method's score plays a part.  An interrupted run continues from its
+last state.
 """
 
 import json
@@ -49,10 +50,10 @@ from tokenprune.experiments.training.geometry import (
     Geometry,
     Labels,
     geometry,
-    scene_batches,
     to_labels,
     to_views,
 )
+from tokenprune.experiments.training.loop import Recipe, steps_of
 from tokenprune.experiments.training.measure import evaluate
 from tokenprune.experiments.training.model import PATCH, PER_VIEW, SIDE, WIDTH, build_tokenizer
 from tokenprune.experiments.training.optim import Meter, Optimisers
@@ -65,6 +66,7 @@ from tokenprune.experiments.training.quiz import (
     fact_loss,
     quiz_loss,
     to_quiz,
+    visible,
 )
 from tokenprune.experiments.training.testbed_next import pack, skill_loss
 from tokenprune.models import testbed
@@ -77,12 +79,7 @@ POOLED = math.ceil(SIDE / 2)  # tokens along a frame
 PER_FRAME = POOLED * POOLED
 
 
-LAYERS = (
-    4  # of the vision encoder; the projector of the first testbed reads the fourth of five layers
-)
-
-
-NONE = (-100, -100, -100, -100)
+LAYERS = 4  # of the encoder; the projector of the first testbed reads the fourth of five layers
 
 
 # --- the model and its processor ------------------------------------------------------------------
@@ -214,19 +211,25 @@ def sequence(views: int, side: int, *, newlines: bool) -> Geometry:
         side: Tokens along a view.
         newlines: Whether a separator follows every view (images) or only the last one (video).
     """
-    index = torch.arange(side * side)
-    order, row, end = [], [], torch.tensor([-1])
+    index, end = corner(side), torch.tensor([-1])
+    rows = index // SIDE
+    order, row = [], []
     for view in range(views):
         order += [view * PER_VIEW + index, end] if newlines else [view * PER_VIEW + index]
-        rows = view * side + index // side
-        row += [rows, rows[-1:]] if newlines else [rows]
+        row += [view * side + rows, view * side + rows[-1:]] if newlines else [view * side + rows]
     if not newlines:
         order, row = [*order, end], [*row, row[-1][-1:]]
     return Geometry((1, views - 1), (0, 0), torch.cat(order), torch.cat(row))
 
 
+def corner(side: int) -> Tensor:
+    """Indices (side * side,) of the patches in the upper left corner of a view."""
+    line = torch.arange(side)
+    return (line[:, None] * SIDE + line).flatten()
+
+
 def encode(model: LlavaOnevisionForConditionalGeneration, views: Tensor) -> Tensor:
-    """Patch features for the projector, (b, v, 49, d)."""
+    """Patch features for the projector, (b, v, 144, d)."""
     out = model.model.vision_tower(views.flatten(0, 1), output_hidden_states=True)
     patches: Tensor = out.hidden_states[model.config.vision_feature_layer]
     patches = patches.unflatten(0, (len(views), -1))
@@ -234,13 +237,13 @@ def encode(model: LlavaOnevisionForConditionalGeneration, views: Tensor) -> Tens
 
 
 def one_view(batch: list[Scene], device: torch.device) -> Tensor:
-    """Pixels (b, 3, 56, 56) of scenes of one view."""
+    """Pixels (b, 3, 60, 60) of scenes of one view."""
     views: Tensor = to_views(batch, ONE_VIEW, device)[:, 1]
     return views
 
 
 def pool(frames: Tensor) -> Tensor:
-    """Pool the tokens (..., 49, d) of frames as LLaVA-OneVision does: (..., 16, d)."""
+    """Pool the tokens (..., 144, d) of frames as LLaVA-OneVision does: (..., 36, d)."""
     grid = rearrange(frames.flatten(0, -3), "n (r c) d -> n d r c", r=SIDE)
     small = F.interpolate(grid, size=(POOLED, POOLED), mode="bilinear")
     pooled: Tensor = rearrange(small, "n d r c -> n (r c) d").unflatten(0, frames.shape[:-2])
@@ -251,7 +254,7 @@ def pooled_truth(batch: list[Scene]) -> tuple[Tensor, Tensor]:
     """True labels of the pooled tokens of one-view scenes.
 
     Returns:
-        (b, 16, 3) shape, colour and digit of the object, -1 for none; and (b, 16) bool, whether
+        (b, 36, 3) shape, colour and digit of the object, -1 for none; and (b, 36) bool, whether
         the label is certain.
     """
     most = max(1, *(len(scene.items) for scene in batch))
@@ -275,19 +278,19 @@ POOLED_CLASSES = (len(scenes.SHAPES) + 1, len(scenes.COLOURS) + 1, 11)
 
 
 def train_vision(run: "OnevisionRun") -> None:
-    model, steps = run.model, run.steps["vision"]
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    model = run.model
     skill_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(SKILLS.values())))
     pooled_head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(POOLED_CLASSES)))
-    for head in (skill_head, pooled_head):
-        head.to(run.device)
-    optimisers = Optimisers([tower, projector, skill_head, pooled_head], 2e-3, steps, fall=0.6)
+    modules = {**run.parts("vision"), "skills": skill_head, "pooled": pooled_head}
+    for module in modules.values():
+        module.to(run.device)
+    optimisers = Optimisers(modules.values(), 2e-3, run.steps["vision"], fall=0.6)
     meter = run.meter("vision")
-    batches = scene_batches(6, run.seed + 1, items=(3, 6))
+    recipe = Recipe(6, items=(2, 6), sign=0.7)
     source = teacher()
     nn.Module.to(source, run.device)
-    for step in range(steps):
-        batch, rng = next(batches)
+    for rng in steps_of(run, "vision", modules, optimisers):
+        batch = recipe.draw(rng)
         geo = geometry(batch[0].size)
         views = to_views(batch, geo, run.device)
         labels = to_labels(batch, geo, run.device)
@@ -296,7 +299,7 @@ def train_vision(run: "OnevisionRun") -> None:
         with torch.no_grad():
             wanted = source.model.multi_modal_projector(first.encode(source, views)[0])
         clear = labels.sure[..., 0]
-        error = (projector(patches) - wanted)[clear].square().mean()
+        error = (model.model.multi_modal_projector(patches) - wanted)[clear].square().mean()
         error = error / (wanted - wanted.mean((0, 1, 2)))[clear].square().mean()
         meter.add("relative error", error)
         loss = loss + 2 * error
@@ -305,16 +308,15 @@ def train_vision(run: "OnevisionRun") -> None:
         alone += [scene for _ in range(4) for scene in scenes.render_pair(rng).scenes]
         seen = encode(model, one_view(alone, run.device)[:, None])
         truth = to_labels(alone, ONE_VIEW, run.device)
-        crops = Labels(truth.patches[:, 1:], truth.sure[:, 1:], truth.tags, truth.known)
+        crops = Labels(truth.patches[:, 1:], truth.sure[:, 1:], truth.shown[:, 1:])
         loss = loss + skill_loss(skill_head(seen), crops, meter)
         loss = loss + pooled_loss(pooled_head(pool(seen)[:, 0]), alone, meter)
         meter.add("loss", loss)
         optimisers.step(loss)
-        meter.tick(step, steps)
 
 
 def pooled_loss(guesses: Tensor, batch: list[Scene], meter: Meter) -> Tensor:
-    """Cross-entropy of the logits (b, 16, classes) of pooled tokens for the object they show."""
+    """Cross-entropy of the logits (b, 36, classes) of pooled tokens for the object they show."""
     truth, sure = (x.to(guesses.device) for x in pooled_truth(batch))
     loss = guesses.new_zeros(())
     for index, part in enumerate(guesses.split(POOLED_CLASSES, dim=-1)):
@@ -347,66 +349,102 @@ WEIGHTS: dict[Modality, dict[str, float]] = {
 SHARES: dict[Modality, float] = {"image": 0.35, "video": 0.45, "multi-image": 0.2}
 
 
-# Nothing dropped, random patches, first view only, all other views, some views, some rows.
+# Shares of `quiz.SCHEMES`.
 DROPOUT: dict[Modality, Dropout] = {
     "image": quiz.HARSH,
-    "video": Dropout((0.35, 0.40, 0.0, 0.0, 0.15, 0.10), ((0.05, 0.3), (0.05, 0.9))),
-    "multi-image": Dropout((0.35, 0.45, 0.0, 0.0, 0.0, 0.20), ((0.1, 0.4), (0.1, 0.9))),
+    "video": Dropout((0.25, 0.20, 0.0, 0.0, 0.10, 0.10, 0.35), ((0.05, 0.3), (0.05, 0.9))),
+    "multi-image": Dropout((0.25, 0.25, 0.0, 0.0, 0.0, 0.15, 0.35), ((0.1, 0.4), (0.1, 0.9))),
 }
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images, clips or pairs: pixels of all views (b, v, 3, 56, 56), and questions."""
+    """Images, clips or pairs, with questions.
+
+    Attributes:
+        modality: Of all of them.
+        views: (b, v, 3, 60, 60) pixels.
+        geo: How their tokens are packed.
+        shown: (b, N) bool, whether a token shows an object, the sign or a digit.
+        quiz: The questions.
+    """
 
     modality: Modality
     views: Tensor
     geo: Geometry
+    shown: Tensor
     quiz: Quiz
 
 
-def draw(modality: Modality, count: int, rng: np.random.Generator, device: torch.device) -> Batch:
-    """Draw `count` images of one size, clips of one length, or pairs, with questions."""
-    kinds = [kind for kind, number in PORTIONS[modality].items() for _ in range(number)]
-    index = [list(WEIGHTS[modality]).index(kind) for kind in kinds]
-    tokenizer = build_processor().tokenizer
+IMAGES = Recipe(8, alike=0.5, related=True)
+
+
+def draw(modality: Modality, rng: np.random.Generator, device: torch.device) -> Batch:
+    """Draw images of one size, clips of one length, or pairs, with questions."""
     if modality == "image":
-        sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())
-        size = sizes[rng.choice(len(sizes), p=shares)]
-        batch = [scenes.render(rng, size=size, alike=rng.random() < 0.5) for _ in range(count)]
-        asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
-        facts = [[quiz.look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
-        geo = geometry(size)
-        questions = to_quiz(asked, index, facts, tokenizer).to(device)
-        return Batch(modality, to_views(batch, geo, device), geo, questions)
+        return draw_images(rng, device)
+    count, portions = IMAGES.count, PORTIONS[modality]
+    kinds = [kind for kind, number in portions.items() for _ in range(number)]
+    index = [list(WEIGHTS[modality]).index(kind) for kind in kinds]
     if modality == "video":
         length = int(rng.integers(4, 9))
         clips = [scenes.render_clip(rng, frames=length) for _ in range(count)]
         asked = [[scenes.ask_clip(clip, kind, rng) for kind in kinds] for clip in clips]
-        shown = [scene for clip in clips for scene in clip.frames]
+        views = [scene for clip in clips for scene in clip.frames]
         things = [[track.item for track in clip.tracks] for clip in clips]
         geo = sequence(length, POOLED, newlines=False)
+        objects = pooled_truth(views)[0][..., 0] >= 0
+        shown = torch.zeros(len(views), PER_VIEW, dtype=torch.bool)
+        shown[:, corner(POOLED)] = objects
     else:
         pairs = [scenes.render_pair(rng) for _ in range(count)]
         asked = [[scenes.ask_pair(pair, kind, rng) for kind in kinds] for pair in pairs]
-        shown = [scene for pair in pairs for scene in pair.scenes]
+        views = [scene for pair in pairs for scene in pair.scenes]
         things = [
             [item for s in pair.scenes for item in s.items if item.name != pair.shared]
             for pair in pairs
         ]
         geo = sequence(2, SIDE, newlines=True)
-    views = one_view(shown, device).unflatten(0, (count, -1))
+        labels = to_labels(views, ONE_VIEW, torch.device("cpu")).patches[:, 1]
+        shown = (labels[..., 0] > 0) | (labels[..., 2] > 0)
     facts = [[known(i, *one) for one in some] for i, some in zip(things, asked, strict=True)]
-    return Batch(modality, views, geo, to_quiz(asked, index, facts, tokenizer).to(device))
+    return Batch(
+        modality,
+        one_view(views, device).unflatten(0, (count, -1)),
+        geo,
+        F.pad(shown.unflatten(0, (count, -1)).flatten(1), (0, 1))[:, geo.order],
+        to_quiz(asked, index, facts, build_processor().tokenizer).to(device),
+    )
 
 
-def known(items: list[scenes.Item], question: str, answer: str) -> tuple[int, int, int, int]:
+def draw_images(rng: np.random.Generator, device: torch.device) -> Batch:
+    """Draw images of one size with questions."""
+    kinds = [kind for kind, number in PORTIONS["image"].items() for _ in range(number)]
+    index = [list(WEIGHTS["image"]).index(kind) for kind in kinds]
+    batch = IMAGES.draw(rng)
+    asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
+    facts = [[quiz.look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
+    geo = geometry(batch[0].size)
+    return Batch(
+        "image",
+        to_views(batch, geo, device),
+        geo,
+        visible(geo, to_labels(batch, geo, torch.device("cpu")).patches),
+        to_quiz(asked, index, facts, build_processor().tokenizer).to(device),
+    )
+
+
+def known(items: list[scenes.Item], question: str, answer: str) -> tuple[int, ...]:
     """`Quiz.facts` of a question about a clip or pair; only a moving object has a side."""
-    for item in items:
-        if item.name in question:
-            right = int(answer == "right") if "move" in question else -100
-            return 1, right, -100, item.digit
-    return NONE if "both" in question else (0, -100, -100, -100)
+    facts = dict.fromkeys(quiz.FACTS, quiz.UNKNOWN)
+    named = [item for item in items if item.name in question]
+    if named:
+        facts |= {"present": 1, "number": named[0].digit}
+        if "move" in question:
+            facts["right"] = int(answer == "right")
+    elif "both" not in question:
+        facts["present"] = 0
+    return tuple(facts.values())
 
 
 def visual(model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> Tensor:
@@ -421,34 +459,29 @@ def visual(model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> Tenso
 
 
 def train_joint(run: "OnevisionRun") -> None:
-    model, steps, inner = run.model, run.steps["joint"], run.model.model
-    fact_head = build_fact_head().to(run.device)
-    newline = nn.ParameterList([inner.image_newline])
-    modules = [inner.language_model, model.lm_head, inner.multi_modal_projector, newline, fact_head]
-    optimisers = Optimisers(modules, 1e-3, steps)
+    model = run.model
+    modules = {**run.parts("joint"), "facts": build_fact_head().to(run.device)}
+    optimisers = Optimisers(modules.values(), 1e-3, run.steps["joint"])
     meter = run.meter("joint")
-    rng = np.random.default_rng(run.seed + 4)
-    for step in range(steps):
+    for rng in steps_of(run, "joint", modules, optimisers):
         names = list(SHARES)
         modality = names[rng.choice(len(names), p=list(SHARES.values()))]
-        batch = draw(modality, 8, rng, run.device)
-        keep = drop_tokens(batch.geo, 8, rng, DROPOUT[modality]).to(run.device)
+        batch = draw(modality, rng, run.device)
+        kept = drop_tokens(batch.geo, batch.shown, rng, DROPOUT[modality]).to(run.device)
         tokens = visual(model, batch)
         early: list[Tensor] = []
         compact = rng.random() < 0.5
-        logits = answer_logits(model, tokens, keep, batch.quiz, compact=compact, early=early)
-        intact = keep.shape[1] == tokens.shape[1]
+        logits = answer_logits(model, tokens, kept, batch.quiz, compact=compact, early=early)
         weights = {f"{modality} {kind}": value for kind, value in WEIGHTS[modality].items()}
-        loss = quiz_loss(logits, batch.quiz, meter, intact=intact, weights=weights)
-        loss = loss + 0.25 * fact_loss(early[0], fact_head, batch.quiz, meter)
+        loss = quiz_loss(logits, batch.quiz, meter, intact=kept.intact, weights=weights)
+        loss = loss + 0.25 * fact_loss(early[0], modules["facts"], batch.quiz, meter)
         optimisers.step(loss)
-        meter.tick(step, steps)
 
 
 STAGES: dict[str, Callable[["OnevisionRun"], None]] = {"vision": train_vision, "joint": train_joint}
 
 
-STEPS = {"vision": 700, "joint": 2800}
+STEPS = {"vision": 900, "joint": 2400}
 
 
 class OnevisionRun(first.TrainingRun):

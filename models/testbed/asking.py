@@ -46,10 +46,10 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def relations(scene: Scene) -> list[tuple[Item, str, Item]]:
-    """Every object, direction and second object such that only the second lies in the direction.
+    """Every object, direction and second object such that the second lies there, and no other.
 
-    An object lies in a direction if it is at least 12 pixels further along it, and no further to
-    the side.
+    It lies in the direction itself: at most 10 pixels to the side, at least 20 along.  No other
+    object is as much as 12 pixels further along and at most as far to the side.
     """
     found = []
     for item in scene.items:
@@ -59,9 +59,9 @@ def relations(scene: Scene) -> list[tuple[Item, str, Item]]:
                 dx, dy = other.x - item.x, other.y - item.y
                 along, aside = dx * right + dy * down, abs(dx * down) + abs(dy * right)
                 if other is not item and along >= 12 and aside <= along:
-                    there.append(other)
-            if len(there) == 1:
-                found.append((item, direction, there[0]))
+                    there.append((other, along >= 20 and aside <= 10))
+            if len(there) == 1 and there[0][1]:
+                found.append((item, direction, there[0][0]))
     return found
 
 

@@ -23,7 +23,17 @@ from tokenprune.models.testbed.drawing import (
 )
 from tokenprune.models.testbed.kinds import SIZES
 
-__all__ = ["FEWEST", "MOST", "Clip", "Pair", "Scene", "Track", "render", "render_clip", "render_pair"]
+__all__ = [
+    "FEWEST",
+    "MOST",
+    "Clip",
+    "Pair",
+    "Scene",
+    "Track",
+    "render",
+    "render_clip",
+    "render_pair",
+]
 
 FEWEST, MOST = 2, 5  # objects of an image that questions are asked about
 

@@ -62,6 +62,7 @@ __all__ = [
     "ask_clip",
     "ask_pair",
     "questions",
+    "quiz",
     "relations",
     "render",
     "render_clip",
@@ -107,11 +108,9 @@ def questions(
     kinds = MODALITIES[modality]
     result: list[SceneQuestion] = []
     for index in range(-(-count // len(kinds))):
-        mark = () if modality == "image" else (get_args(Modality).index(modality),)
-        rng = np.random.default_rng([seed, index, split == "test", *mark])
         prefix = "" if modality == "image" else f"{modality}-"
         image_id = f"{prefix}{split}-{seed}-{index:05d}"
-        shown, asked = _quiz(rng, split, modality)
+        shown, asked = quiz(index, seed=seed, split=split, modality=modality)
         images = tuple(Image.fromarray(scene.pixels) for scene in shown)
         for kind, (question, answer) in zip(kinds, asked, strict=True):
             identity = f"{image_id}-{kind}"
@@ -129,11 +128,13 @@ def _place(scene: Scene, question: str) -> tuple[float, float] | None:
     return found[0] if found else None
 
 
-def _quiz(
-    rng: np.random.Generator, split: Split, modality: Modality
+def quiz(
+    index: int, *, seed: int, split: Split = "test", modality: Modality = "image"
 ) -> tuple[Sequence[Scene], list[tuple[str, str]]]:
-    """Random scenes of one image, clip or pair, and one question of each kind about them."""
+    """The scenes of the image, clip or pair with number `index`, and a question of each kind."""
     kinds = MODALITIES[modality]
+    mark = () if modality == "image" else (get_args(Modality).index(modality),)
+    rng = np.random.default_rng([seed, index, split == "test", *mark])
     if modality == "video":
         clip = render_clip(rng, split=split)
         return clip.frames, [ask_clip(clip, kind, rng) for kind in kinds]
