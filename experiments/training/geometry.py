@@ -107,11 +107,11 @@ class Labels:
     shown: Tensor
 
 
-def overlap(centre: float, half: float, cells: int) -> NDArray[np.float64]:
-    """Shares (cells,) of patches in a row that [centre - half, centre + half] covers."""
-    edges = np.arange(cells) * PATCH
-    low, high = np.maximum(edges, centre - half), np.minimum(edges + PATCH, centre + half)
-    covered: NDArray[np.float64] = np.clip(high - low, 0, None) / PATCH
+def overlap(centre: float, half: float, cells: int, side: int) -> NDArray[np.float64]:
+    """Shares (cells,) of `cells` cells in a row that [centre - half, centre + half] covers."""
+    edges = np.arange(cells) * side
+    low, high = np.maximum(edges, centre - half), np.minimum(edges + side, centre + half)
+    covered: NDArray[np.float64] = np.clip(high - low, 0, None) / side
     return covered
 
 
@@ -136,57 +136,83 @@ def glyphs(scene: Scene) -> list[tuple[int, float, float]]:
     return found if scene.sign is None else found + scene.sign.places()
 
 
-def written(batch: list[Scene], geo: Geometry) -> tuple[Tensor, Tensor]:
-    """Digit class of the patches of the crop canvas and the share of the patch that it covers.
+def written(
+    batch: list[Scene], cells: tuple[int, int], side: int, offset: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
+    """Digit class of the cells of a canvas and the share of the cell that the digit covers.
+
+    Args:
+        batch: The scenes.
+        cells: Rows and columns of the canvas.
+        side: Pixels along a cell.
+        offset: Pixels of the canvas above and left of the scene.
 
     Returns:
         Two tensors (b, rows, columns); the class is 0 where nothing is written.
     """
-    (top, left), (rows, columns) = geo.padding, geo.grid
-    digit = torch.zeros(len(batch), rows * SIDE, columns * SIDE, dtype=torch.long)
+    digit = torch.zeros(len(batch), *cells, dtype=torch.long)
     share = torch.zeros(digit.shape)
     for i, scene in enumerate(batch):
         for value, x, y in glyphs(scene):
-            down = overlap(y + top, 5, rows * SIDE)
-            along = overlap(x + left, 5, columns * SIDE)
+            down = overlap(y + offset[0], 5, cells[0], side)
+            along = overlap(x + offset[1], 5, cells[1], side)
             cover = torch.from_numpy(down[:, None] * along).float()
             digit[i] = torch.where(cover > share[i], 1 + value, digit[i])
             share[i] = torch.maximum(share[i], cover)
     return digit, share
 
 
+def masks_of(batch: list[Scene]) -> Tensor:
+    """(b, things, height, width) 1 where a thing is; the sign comes after the last object."""
+    most = max(len(scene.items) + (scene.sign is not None) for scene in batch)
+    owner = torch.from_numpy(np.stack([scene.owner for scene in batch]))
+    return (owner[:, None] == torch.arange(most)[:, None, None]).float()
+
+
+def named(batch: list[Scene], cover: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What cells show, of the share of them that each thing covers (b, things, ...).
+
+    Returns:
+        (b, ...) each: the thing (the number of things for none), the classes of shape and colour,
+        and bool, whether they are certain.
+    """
+    covered, which = cover.max(dim=1)
+    which = which.where(covered >= 0.25, torch.tensor(cover.shape[1]))
+    table = thing_classes(batch, cover.shape[1])
+    shape, colour = (
+        table[:, :, column].gather(1, which.flatten(1)).view_as(which) for column in (0, 1)
+    )
+    return which, shape, colour, (covered < 0.06) | (covered >= 0.25)
+
+
+def legible(share: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a digit that covers `share` of a cell is its label, and whether that is certain."""
+    return share >= 0.25, (share < 0.1) | (share >= 0.25)
+
+
 def to_labels(batch: list[Scene], geo: Geometry, device: torch.device) -> Labels:
     """True labels of the views of scenes of one size."""
     (top, left), (rows, columns) = geo.padding, geo.grid
     height, width = batch[0].size
-    most = max(len(scene.items) + (scene.sign is not None) for scene in batch)
 
     def cut(canvas: Tensor) -> Tensor:
         return rearrange(canvas, "... (R r) (C c) -> ... (R C) (r c)", R=rows, C=columns, r=SIDE)
 
-    # The share of each patch that each thing covers: (b, things, v, 144).
-    owner = torch.from_numpy(np.stack([scene.owner for scene in batch]))
-    masks = (owner[:, None] == torch.arange(most)[:, None, None]).float()
+    masks = masks_of(batch)
     padded = F.pad(masks, (left, columns * VIEW - width - left, top, rows * VIEW - height - top))
     thumbnail = F.adaptive_avg_pool2d(masks, SIDE).flatten(2)[:, :, None]
     cover = torch.cat([thumbnail, cut(F.avg_pool2d(padded, PATCH))], dim=2)
-    covered, which = cover.max(dim=1)
-    which = which.where(covered >= 0.25, torch.tensor(most))
-
-    table = thing_classes(batch, most)
-    shape, colour = (
-        table[:, :, column].gather(1, which.flatten(1)).view_as(which) for column in (0, 1)
-    )
+    which, shape, colour, clear = named(batch, cover)
     shape[:, 0] += len(THINGS) * (shape[:, 0] > 0)
-    inked, share = (cut(part) for part in written(batch, geo))
-    digit = F.pad(torch.where(share >= 0.25, inked, 0), (0, 0, 1, 0))
-    share = F.pad(share, (0, 0, 1, 0))
+    canvas = written(batch, (rows * SIDE, columns * SIDE), PATCH, geo.padding)
+    inked, share = (F.pad(cut(part), (0, 0, 1, 0)) for part in canvas)
+    read, sure = legible(share)
+    sure[:, 0] = False  # half as large, digits of the thumbnail are not legible
     place = torch.arange(PER_VIEW).expand_as(shape)
-    patches = torch.stack([shape, colour, digit, place // SIDE, place % SIDE], dim=-1)
-
-    clear = (covered < 0.06) | (covered >= 0.25)
-    legible = (share < 0.1) | (share >= 0.25)
-    legible[:, 0] = False  # half as large, digits of the thumbnail are not legible
-    sure = torch.stack([clear, clear, legible, clear | True, clear | True], dim=-1)
-    shown = (which[:, None] == torch.arange(most)[:, None, None]).any(-1).transpose(1, 2)
-    return Labels(*(x.to(device) for x in (patches, sure, shown)))
+    patches = torch.stack(
+        [shape, colour, torch.where(read, inked, 0), place // SIDE, place % SIDE], dim=-1
+    )
+    certain = torch.stack([clear, clear, sure, clear | True, clear | True], dim=-1)
+    things = torch.arange(cover.shape[1])[:, None, None]
+    shown = (which[:, None] == things).any(-1).transpose(1, 2)
+    return Labels(*(x.to(device) for x in (patches, certain, shown)))

@@ -2,7 +2,7 @@
 
     python -m tokenprune.experiments.training.testbed_qwen --out runs/testbed-qwen
 
-Images enter at their native resolution: no thumbnail, no crops, one token for 8 x 8 pixels.  The
+Images enter at their native resolution: no thumbnail, no crops, one token for 6 x 6 pixels.  The
 decoder starts from the weights of `testbed-onevision`; the vision encoder starts at random.
 
 1. language   the decoder learns 3-D position ids on *ideal* embeddings made of the true labels;
@@ -17,14 +17,14 @@ the running stage every 100 steps: the same command continues after an interrupt
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 import typer
 from einops import rearrange, repeat
@@ -46,11 +46,14 @@ from tokenprune.experiments.training import testbed_next as first
 from tokenprune.experiments.training.geometry import (
     SKILLS,
     Labels,
-    geometry,
-    to_labels,
+    legible,
+    masks_of,
+    named,
+    written,
 )
+from tokenprune.experiments.training.loop import Recipe, steps_of
 from tokenprune.experiments.training.measure import evaluate_images, table
-from tokenprune.experiments.training.model import PER_VIEW, SIDE, WIDTH
+from tokenprune.experiments.training.model import SIDE, WIDTH
 from tokenprune.experiments.training.optim import Optimisers
 from tokenprune.experiments.training.quiz import (
     Quiz,
@@ -62,16 +65,14 @@ from tokenprune.experiments.training.quiz import (
     quiz_loss,
 )
 from tokenprune.models import testbed
-from tokenprune.models.testbed import scenes
 from tokenprune.models.testbed.scenes import MODALITIES, Scene
 
-PATCH = 4
+PATCH = 3
 MERGE = 2
 TOKEN = PATCH * MERGE  # pixels along the square that one visual token shows
 LAYERS = 4
-WINDOW = 32  # pixels along the windows of layers without global attention
+WINDOW = 24  # pixels along the windows of layers without global attention
 GLOBAL = (1, 3)  # layers with global attention
-EVERY = 100  # steps between two saved states
 
 CHAT_TEMPLATE = common.CHAT_TEMPLATE.replace(
     "'<' + part.type + '>'", "'<|vision_start|><' + part.type + '><|vision_end|>'"
@@ -97,7 +98,7 @@ def build_processor() -> Qwen2_5_VLProcessor:
         "temporal_patch_size": 2,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.25, 0.25, 0.25],
-        "size": {"shortest_edge": 32 * 32, "longest_edge": 192 * 192},
+        "size": {"shortest_edge": 30 * 30, "longest_edge": 192 * 192},
     }
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**options),
@@ -141,7 +142,7 @@ def build_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         # Sixteen frequencies of a head: four for time, six for rows, six for columns.  The base is
-        # small because columns, which get the lowest frequencies, number fourteen and not hundreds.
+        # small because columns, which get the lowest frequencies, number twenty and not hundreds.
         "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]},
         **tokens,
     }
@@ -189,7 +190,7 @@ def warm_start(model: Qwen2_5_VLForConditionalGeneration) -> None:
 
 
 def to_patches(batch: list[Scene], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels (patches of all scenes, C * 2 * 4 * 4) and grids (b, 3), as the processor makes them.
+    """Pixels (patches of all scenes, C * 2 * 3 * 3) and grids (b, 3), as the processor makes them.
 
     The scenes have one size.
     """
@@ -212,20 +213,20 @@ def to_patches(batch: list[Scene], device: torch.device) -> tuple[Tensor, Tensor
 def token_labels(batch: list[Scene], device: torch.device) -> Labels:
     """True labels of the visual tokens of scenes of one size, as one view (b, 1, N, skills).
 
-    The tokens are those of the crops of testbed-next.  Rows and columns are counted in sevenths of
-    the image.
+    Rows and columns are counted in twelfths of the image.
     """
-    geo = geometry(batch[0].size)
-    labels = to_labels(batch, geo, device)
-    canvas = geo.order[PER_VIEW:]
-    index = canvas[canvas >= 0].to(device)
-    patches = labels.patches.flatten(1, 2)[:, None, index]
-    sure = labels.sure.flatten(1, 2)[:, None, index]
     rows, columns = (side // TOKEN for side in batch[0].size)
-    place = torch.arange(rows * columns, device=device)
-    patches[..., 3] = SIDE * (place // columns) // rows
-    patches[..., 4] = SIDE * (place % columns) // columns
-    return Labels(patches, sure, labels.tags, labels.known)
+    cover = F.avg_pool2d(masks_of(batch), TOKEN).flatten(2)[:, :, None]
+    which, shape, colour, clear = named(batch, cover)
+    inked, share = (part.flatten(1)[:, None] for part in written(batch, (rows, columns), TOKEN))
+    read, sure = legible(share)
+    place = torch.arange(rows * columns).expand_as(shape)
+    row, column = SIDE * (place // columns) // rows, SIDE * (place % columns) // columns
+    patches = torch.stack([shape, colour, torch.where(read, inked, 0), row, column], dim=-1)
+    certain = torch.stack([clear, clear, sure, clear | True, clear | True], dim=-1)
+    things = torch.arange(cover.shape[1])[:, None, None]
+    shown = (which[:, None] == things).any(-1).transpose(1, 2)
+    return Labels(*(x.to(device) for x in (patches, certain, shown)))
 
 
 def features(
@@ -313,75 +314,17 @@ def answer_logits(
         return line.expand(3, b, -1)
 
     parts = [text(0, 3), 3 + image, text(after, 1), text(after + 1, length, questions)]
-    return packed_logits(model, start, quiz, torch.cat(parts, dim=2), early)
+    seen = torch.ones(start.shape[:2], dtype=torch.bool, device=device)
+    return packed_logits(model, start, seen, quiz, torch.cat(parts, dim=2), early)
 
 
 # --- stages ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a stage: scenes of one size and the generator that drew them."""
-
-    batch: list[Scene]
-    rng: np.random.Generator
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens."""
-        height, width = self.batch[0].size
-        return height // TOKEN, width // TOKEN
-
-
-def steps_of(
-    run: "QwenRun",
-    stage: str,
-    modules: dict[str, nn.Module],
-    optimisers: Optimisers,
-    *,
-    count: int,
-    items: tuple[int, int] = (1, 4),
-    alike: float = 0.0,
-) -> Iterator[Step]:
-    """The steps of a stage that are left, each with fresh scenes.
-
-    Scenes depend on the seed, the stage and the number of the step alone.  Every `EVERY` steps
-    the state is saved, so that a run which was interrupted continues.
-
-    Args:
-        run: The run.
-        stage: Name of the stage.
-        modules: What it trains, by name.
-        optimisers: Their optimisers.
-        count: Scenes a step.
-        items: Smallest and largest number of objects.
-        alike: Share of scenes with few colours and shapes.
-    """
-    file = run.out / "stages" / f"{stage}.progress"
-    if file.exists():
-        saved = torch.load(file, map_location=run.device, weights_only=True)
-        optimisers.load_state_dict(saved["optimisers"])
-        for name, module in modules.items():
-            module.load_state_dict(saved["modules"][name])
-    sizes, shares = list(scenes.SIZES), list(scenes.SIZES.values())
-    steps = run.steps[stage]
-    for step in range(optimisers.done, steps):
-        rng = np.random.default_rng([run.seed, list(STEPS).index(stage), step])
-        size = sizes[rng.choice(len(sizes), p=shares)]
-        batch = [
-            scenes.render(rng, size=size, items=items, alike=rng.random() < alike)
-            for _ in range(count)
-        ]
-        yield Step(batch, rng)
-        run.tick(step, steps)
-        if (step + 1) % EVERY == 0:
-            state = {
-                "optimisers": optimisers.state_dict(),
-                "modules": {name: module.state_dict() for name, module in modules.items()},
-            }
-            partial = file.with_suffix(".part")
-            torch.save(state, partial)
-            partial.replace(file)
+def grid_of(batch: list[Scene]) -> tuple[int, int]:
+    """Rows and columns of the visual tokens of scenes of one size."""
+    height, width = batch[0].size
+    return height // TOKEN, width // TOKEN
 
 
 def train_language(run: "QwenRun") -> None:
@@ -389,13 +332,14 @@ def train_language(run: "QwenRun") -> None:
     modules = {**run.parts("language"), "facts": fact_head}
     optimisers = Optimisers(modules.values(), 1.5e-3, run.steps["language"])
     meter = run.meter("language")
-    for step in steps_of(run, "language", modules, optimisers, count=8, alike=0.3):
-        labels = token_labels(step.batch, run.device).patches[:, 0]
+    for rng in steps_of(run, "language", modules, optimisers):
+        batch = Recipe(8, alike=0.3, related=True).draw(rng)
+        labels = token_labels(batch, run.device).patches[:, 0]
         shown = (labels[..., 0] > 0) | (labels[..., 2] > 0)
-        keep = drop_tokens(shown, step.grid, step.rng).to(run.device)
-        quiz = make_quiz(step.batch, step.rng, run.device)
+        keep = drop_tokens(shown, grid_of(batch), rng).to(run.device)
+        quiz = make_quiz(batch, rng, run.device)
         early: list[Tensor] = []
-        logits = answer_logits(model, run.ideal(labels), keep, step.grid, quiz, early)
+        logits = answer_logits(model, run.ideal(labels), keep, grid_of(batch), quiz, early)
         intact = keep.shape[1] == labels.shape[1]
         loss = quiz_loss(logits, quiz, meter, intact=intact, weights=image_weights(3.0))
         loss = loss + 0.5 * fact_loss(early[0], fact_head, quiz, meter)
@@ -409,9 +353,10 @@ def train_vision(run: "QwenRun") -> None:
     modules = {**run.parts("vision"), "skills": skill_head}
     optimisers = Optimisers(modules.values(), 2e-3, run.steps["vision"], fall=0.6)
     meter = run.meter("vision")
-    for step in steps_of(run, "vision", modules, optimisers, count=6, items=(3, 6)):
-        labels = token_labels(step.batch, run.device)
-        patches, _ = features(run.model, step.batch, run.device)
+    for rng in steps_of(run, "vision", modules, optimisers):
+        batch = Recipe(6, items=(2, 6), sign=0.7).draw(rng)
+        labels = token_labels(batch, run.device)
+        patches, _ = features(run.model, batch, run.device)
         loss = first.skill_loss(skill_head(patches)[:, None], labels, meter)
         meter.add("loss", loss)
         optimisers.step(loss)
@@ -422,10 +367,11 @@ def train_projector(run: "QwenRun") -> None:
     modules = run.parts("projector")
     optimisers = Optimisers(modules.values(), 3e-3, run.steps["projector"])
     meter = run.meter("projector")
-    for step in steps_of(run, "projector", modules, optimisers, count=12):
-        labels = token_labels(step.batch, run.device)
+    for rng in steps_of(run, "projector", modules, optimisers):
+        batch = Recipe(12).draw(rng)
+        labels = token_labels(batch, run.device)
         with torch.no_grad():
-            patches, _ = features(run.model, step.batch, run.device)
+            patches, _ = features(run.model, batch, run.device)
             wanted = run.ideal(labels.patches[:, 0])
         made = merger(rearrange(patches, "b n (m d) -> (b n m) d", d=WIDTH)).view_as(wanted)
         clear = labels.sure[:, 0, :, 0]
@@ -441,17 +387,18 @@ def train_joint(run: "QwenRun") -> None:
     modules = {**run.parts("joint"), "facts": fact_head}
     optimisers = Optimisers(modules.values(), 1e-3, run.steps["joint"])
     meter = run.meter("joint")
-    for step in steps_of(run, "joint", modules, optimisers, count=8, alike=0.5):
-        labels = token_labels(step.batch, run.device).patches[:, 0]
+    for rng in steps_of(run, "joint", modules, optimisers):
+        batch = Recipe(8, alike=0.5, related=True).draw(rng)
+        labels = token_labels(batch, run.device).patches[:, 0]
         shown = (labels[..., 0] > 0) | (labels[..., 2] > 0)
-        keep = drop_tokens(shown, step.grid, step.rng).to(run.device)
-        quiz = make_quiz(step.batch, step.rng, run.device)
+        keep = drop_tokens(shown, grid_of(batch), rng).to(run.device)
+        quiz = make_quiz(batch, rng, run.device)
         with torch.no_grad():
-            patches, _ = features(model, step.batch, run.device)
+            patches, _ = features(model, batch, run.device)
         visual = merger(rearrange(patches, "b n (m d) -> (b n m) d", d=WIDTH))
-        visual = visual.unflatten(0, (len(step.batch), -1))
+        visual = visual.unflatten(0, (len(batch), -1))
         early: list[Tensor] = []
-        logits = answer_logits(model, visual, keep, step.grid, quiz, early)
+        logits = answer_logits(model, visual, keep, grid_of(batch), quiz, early)
         intact = keep.shape[1] == visual.shape[1]
         loss = quiz_loss(logits, quiz, meter, intact=intact, weights=image_weights(3.0))
         loss = loss + 0.25 * fact_loss(early[0], fact_head, quiz, meter)
