@@ -142,8 +142,9 @@ class Quiz:
         target: (b, Q, L) the next token where it is learnt, else -100.
         kind: (b, Q) index into `KINDS`.
         noun: (b, Q) index of the word that names a shape, -1 without one.
-        facts: (b, Q, 8) facts about the named object: present, right, bottom, its digit, and the
-            object that lies right of, left of, above and below it; -100 where a fact is undefined.
+        facts: (b, Q, 9) facts about the named object: present, right, bottom, its digit, the
+            object that lies right of, left of, above and below it, and the one of these four that
+            the question asks for; -100 where a fact is undefined.
     """
 
     ids: Tensor
@@ -220,6 +221,7 @@ FACTS = {  # classes of each fact
     "bottom": 2,
     "number": 10,
     **dict.fromkeys(scenes.DIRECTIONS, len(NAMES)),
+    "asked": len(NAMES),
 }
 UNKNOWN = -100  # of a fact that is undefined
 
@@ -233,7 +235,10 @@ def look(scene: Scene, question: str) -> tuple[int, ...]:
     height, width = scene.size
     beside = {way: other.name for one, way, other in scenes.relations(scene) if one is item}
     neighbours = [NAMES.index(beside[w]) if w in beside else UNKNOWN for w in scenes.DIRECTIONS]
-    return 1, int(item.x > width / 2), int(item.y > height / 2), int(item.digit), *neighbours
+    way = next((way for way in scenes.DIRECTIONS if f" {way} " in question), None)
+    asked = UNKNOWN if way is None else NAMES.index(beside[way])
+    place = int(item.x > width / 2), int(item.y > height / 2)
+    return 1, *place, int(item.digit), *neighbours, asked
 
 
 def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> Tensor:
@@ -261,7 +266,7 @@ def answer_logits(
         kept: The kept visual tokens.
         quiz: Questions about the scenes.
         compact: Whether kept tokens are renumbered without gaps or keep their position ids.
-        early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
+        early: Receives the states (b, Q, L, d) of the questions after the layers `EARLY`.
     """
     b, questions, length = quiz.ids.shape
     device = visual.device
@@ -302,7 +307,7 @@ def packed_logits(
         valid: (b, P) bool, whether an embedding is seen.
         quiz: The questions; each attends to `start` and to itself.
         positions: (b, S) or (3, b, S) position ids of `start` and of all questions.
-        early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
+        early: Receives the states (b, Q, L, d) of the questions after the layers `EARLY`.
     """
     _, questions, length = quiz.ids.shape
     prefix, device = start.shape[1], start.device
@@ -321,23 +326,35 @@ def packed_logits(
         return rearrange(hidden[:, prefix:], "b (q l) d -> b q l d", q=questions)
 
     if early is not None:
-        early.append(group(out.hidden_states[4]))
+        early += [group(out.hidden_states[layer]) for layer in EARLY]
     logits: Tensor = model.lm_head(group(out.last_hidden_state))
     return logits
 
 
-def build_fact_head() -> nn.Module:
-    """A head that maps a state (..., d) to the logits of all facts."""
-    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(FACTS.values())))
+EARLY = (4, 5)
+"""Layers after which the states tell facts: what an object is like, then what is asked of it."""
 
 
-def fact_loss(states: Tensor, head: nn.Module, quiz: Quiz, meter: Meter) -> Tensor:
-    """Cross-entropy of the facts that `head` predicts at the word that names an object's shape."""
-    asked = quiz.noun >= 0
-    at = repeat(quiz.noun.clamp(min=0), "b q -> b q 1 d", d=states.shape[-1])
-    guesses = head(states.gather(2, at)[:, :, 0][asked]).split(list(FACTS.values()), dim=-1)
-    loss = states.new_zeros(())
-    for name, guess, truth in zip(FACTS, guesses, quiz.facts[asked].T, strict=True):
+def build_fact_head() -> nn.ModuleList:
+    """Heads that map the states (..., d) after the layers `EARLY` to the logits of facts."""
+    *facts, asked = FACTS.values()
+    return nn.ModuleList(
+        nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, classes))
+        for classes in (sum(facts), asked)
+    )
+
+
+def fact_loss(early: list[Tensor], heads: nn.ModuleList, quiz: Quiz, meter: Meter) -> Tensor:
+    """Cross-entropy of the facts that `heads` tell at the word that names an object's shape."""
+    named = quiz.noun >= 0
+    at = repeat(quiz.noun.clamp(min=0), "b q -> b q 1 d", d=early[0].shape[-1])
+    first, last = (
+        head(states.gather(2, at)[:, :, 0][named]) for head, states in zip(heads, early, strict=True)
+    )
+    *facts, _ = FACTS.values()
+    loss = first.new_zeros(())
+    guesses = (*first.split(facts, dim=-1), last)
+    for name, guess, truth in zip(FACTS, guesses, quiz.facts[named].T, strict=True):
         if (truth >= 0).any():
             loss = loss + F.cross_entropy(guess, truth)
         meter.add(name, (guess.argmax(-1) == truth)[truth >= 0])
@@ -363,5 +380,6 @@ def quiz_loss(
 
 
 def image_weights(count: float) -> dict[str, float]:
-    """Weights of kinds: `count` for counting, 0.5 for colour, which is easy, 1 for all others."""
-    return {kind: {"colour": 0.5, "count": count}.get(kind, 1.0) for kind in KINDS}
+    """Weights of kinds: `count` for counting, 2 for relations, 0.5 for colour, which is easy."""
+    weights = {"colour": 0.5, "count": count, "relation": 2.0}
+    return {kind: weights.get(kind, 1.0) for kind in KINDS}

@@ -183,7 +183,7 @@ def train_language(run: "TrainingRun") -> None:
         loss = quiz_loss(
             logits, quiz, meter, intact=short or kept.intact, weights=image_weights(2.0)
         )
-        loss = loss + 0.5 * fact_loss(early[0], modules["facts"], quiz, meter)
+        loss = loss + 0.5 * fact_loss(early, modules["facts"], quiz, meter)
         optimisers.step(loss)
 
 
@@ -224,7 +224,7 @@ def train_joint(run: "TrainingRun") -> None:
         early: list[Tensor] = []
         logits = answer_logits(model, visual, kept, quiz, compact=rng.random() < 0.5, early=early)
         loss = quiz_loss(logits, quiz, meter, intact=kept.intact, weights=image_weights(3.0))
-        loss = loss + 0.25 * fact_loss(early[0], modules["facts"], quiz, meter)
+        loss = loss + 0.25 * fact_loss(early, modules["facts"], quiz, meter)
         optimisers.step(loss)
 
 

@@ -474,7 +474,7 @@ def train_joint(run: "OnevisionRun") -> None:
         logits = answer_logits(model, tokens, kept, batch.quiz, compact=compact, early=early)
         weights = {f"{modality} {kind}": value for kind, value in WEIGHTS[modality].items()}
         loss = quiz_loss(logits, batch.quiz, meter, intact=kept.intact, weights=weights)
-        loss = loss + 0.25 * fact_loss(early[0], modules["facts"], batch.quiz, meter)
+        loss = loss + 0.25 * fact_loss(early, modules["facts"], batch.quiz, meter)
         optimisers.step(loss)
 
 

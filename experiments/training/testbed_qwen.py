@@ -297,7 +297,7 @@ def answer_logits(
         keep: (b, K) indices of the kept visual tokens.
         grid: Rows and columns of the tokens.
         quiz: Questions about the scenes.
-        early: Receives the states (b, Q, L, d) of the questions after the fourth layer.
+        early: Receives the states (b, Q, L, d) of the questions after the layers `EARLY`.
     """
     b, questions, length = quiz.ids.shape
     device = visual.device
@@ -342,7 +342,7 @@ def train_language(run: "QwenRun") -> None:
         logits = answer_logits(model, run.ideal(labels), keep, grid_of(batch), quiz, early)
         intact = keep.shape[1] == labels.shape[1]
         loss = quiz_loss(logits, quiz, meter, intact=intact, weights=image_weights(3.0))
-        loss = loss + 0.5 * fact_loss(early[0], fact_head, quiz, meter)
+        loss = loss + 0.5 * fact_loss(early, fact_head, quiz, meter)
         optimisers.step(loss)
 
 
@@ -401,7 +401,7 @@ def train_joint(run: "QwenRun") -> None:
         logits = answer_logits(model, visual, keep, grid_of(batch), quiz, early)
         intact = keep.shape[1] == visual.shape[1]
         loss = quiz_loss(logits, quiz, meter, intact=intact, weights=image_weights(3.0))
-        loss = loss + 0.25 * fact_loss(early[0], fact_head, quiz, meter)
+        loss = loss + 0.25 * fact_loss(early, fact_head, quiz, meter)
         optimisers.step(loss)
 
 
