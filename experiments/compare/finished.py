@@ -130,7 +130,7 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
     if request.out is None and path.name != folder_name(experiment):
         return False
     now, then = asked_for(request, path)["request"], manifest["request"]
-    same = {"out": None, "figures": None}  # neither changes an answer
+    same = {"out": None, "figures": None, "cluster": None}  # none of them changes an answer
     if now | same != then | same:
         return False
     if registered is not None and registered != strategies.names():
