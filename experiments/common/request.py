@@ -18,8 +18,10 @@ __all__ = [
     "Cluster",
     "CompareRequest",
     "FigureOptions",
+    "Kernel",
     "MatchedCost",
     "ModelRequest",
+    "Quantization",
     "QuestionRequest",
     "Request",
     "comparison",
@@ -41,6 +43,14 @@ MatchedCost = Literal["tokens", "flops", "prefill-ms"]
 
 
 MOST_WORKERS, MOST_GPUS = 10_000, 64
+
+
+Kernel = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+"""The attention kernel of ``transformers`` that ``--attn`` chooses."""
+
+
+Quantization = Literal["4bit", "8bit"]
+"""How ``--quantize`` stores the weights of the decoder."""
 
 
 FORMATS = ("pdf", "svg", "png")
@@ -128,7 +138,13 @@ class ModelRequest(Request):
     Attributes:
         model: A testbed's name, a Hub id or a local folder.
         device: None for CUDA if there is a GPU, otherwise the CPU.
-        dtype: As in `tokenprune.load`.
+        device_map: How the layers are distributed over devices, in place of ``device``: ``auto``,
+            ``balanced``, ``balanced_low_0`` or ``sequential``, as in accelerate.
+        dtype: As in `tokenprune.load`.  With ``quantize``, of the weights that are not quantised;
+            ``auto`` is then bfloat16 for ``4bit`` and float16 for ``8bit``.
+        attn: The attention kernel; None for that of transformers' choice.
+        quantize: Quantise the linear layers of the decoder with bitsandbytes.
+        revision: Branch, tag or commit of a model on the Hub.
         trust_remote_code: As in `tokenprune.load`.
         seed: Seed of the testbed's questions and of the bootstrap.
         figures: How figures are drawn.
@@ -137,7 +153,11 @@ class ModelRequest(Request):
 
     model: str = "testbed-next"
     device: str | None = None
+    device_map: str | None = None
     dtype: str = "auto"
+    attn: Kernel | None = None
+    quantize: Quantization | None = None
+    revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
     figures: FigureOptions = FIGURES

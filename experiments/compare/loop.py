@@ -24,7 +24,9 @@ from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 
 __all__ = [
+    "batches",
     "run",
+    "without_faulty",
 ]
 
 
@@ -41,6 +43,8 @@ def run(
     plan: JobPlan = separate,
     timeout: float | None = None,
     progress: ProgressCallback = silent,
+    before: Sequence[Question] = (),
+    failing: Failing | None = None,
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
@@ -61,22 +65,28 @@ def run(
         plan: Makes the jobs, which compute several cells together.
         timeout: Seconds that encoding or answering one batch may take (`time_limit`).
         progress: Called before every step.
+        before: If the questions are a part of others and the image of the first one is that of a
+            question in front of them: questions whose images were encoded together with it.
+        failing: Cells and questions that have failed; None for those of ``journal``.
     """
     todo: dict[str, Cell] = {}
     for cell in cells:
         todo.setdefault(cell.key, cell)  # at R = 1 all methods are the uncompressed model
-    questions = _without_faulty(questions, todo, journal)
+    questions = without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
-    batches = _batches(questions, batch_size)
-    last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
+    ordered = batches(questions, batch_size)
+    last_use = {item.image_id: i for i, batch in enumerate(ordered) for item in batch}
     encodings = Encodings(runner, _signals(todo, towers))
-    failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
+    failing = failing or Failing(journal, judged=UNCOMPRESSED in todo)
+    warned = set[tuple[str, str]]()
     total = len(todo) * len(questions)
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(ordered):
         lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
         for tower in dict.fromkeys(towers[key] for key in lacking):
             progress(len(journal.answers), total, _doing("vision encoder", journal))
             sharing = [key for key in lacking if towers[key] == tower]
+            if not index and before:
+                _encode_with(encodings, tower, batch[0], before, timeout)
             _encode(encodings, tower, batch, sharing, failing, timeout)
         entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
         # All cells, answered or not: the same jobs give bit-identical answers, whether the run was
@@ -109,7 +119,7 @@ def _signals(
     return signals
 
 
-def _without_faulty(
+def without_faulty(
     questions: Sequence[Question], keys: Iterable[str], journal: Journal
 ) -> list[Question]:
     """The questions that can be asked; the others are entered as missing in all cells ``keys``."""
@@ -145,6 +155,20 @@ def _encode(
             for key in keys:
                 if failing.is_due(key, question):
                     failing.add(key, question, failure, innocent=innocent)
+
+
+def _encode_with(
+    encodings: Encodings,
+    tower: EncoderCompressor | None,
+    item: Question,
+    company: Sequence[Question],
+    timeout: float | None,
+) -> None:
+    """Encode the image of ``item`` in the same batch as ever: rounding depends on the batch."""
+    for group in (company, [item]):
+        if not isinstance(tried(partial(encodings.encode, tower, group), timeout), Failure):
+            break
+    encodings.keep({item.image_id})
 
 
 @dataclass
@@ -335,8 +359,11 @@ def divergence(full: Tensor, short: Tensor) -> float:
     return max(0.0, float(terms.masked_fill(full == -torch.inf, 0.0).double().sum()))
 
 
-def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Batches of questions, with questions about the same image next to each other."""
+def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Batches of questions, with questions about the same image next to each other.
+
+    Consecutive batches, joined, give the same batches again.
+    """
     first: dict[str, int] = {}
     for item in questions:
         first.setdefault(item.image_id, len(first))
@@ -402,6 +429,7 @@ def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
         known = (about, warning.category.__name__)
         if known not in warned:
             warned.add(known)
+            warning.message.about = about  # type: ignore[union-attr]  # for who shows it elsewhere
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
