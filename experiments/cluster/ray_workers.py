@@ -168,8 +168,8 @@ def _room(there: dict[str, float], gpus: float) -> int:
         room = min(room, devices // gpus if gpus >= 1 else devices * math.floor(1 / gpus))
     if room < 1:
         raise UserError(
-            f"the Ray cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, no "
-            f"room for a worker with 1 CPU and {gpus:g} GPUs; give --workers to wait for more "
+            f"the Ray cluster has {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, "
+            f"no room for a worker with 1 CPU and {gpus:g} GPUs; give --workers to wait for more "
             "machines, or a smaller --gpus-per-worker."
         )
     return int(room)

@@ -70,7 +70,8 @@ def description(request: ModelRequest, progress: ProgressCallback = silent) -> P
     if request.model.startswith("timm/"):
         raise UserError(f"--ray runs models of transformers; leave it out for {request.model}.")
     progress(0, 0, f"reading the configuration of {request.model}")
-    return without_weights(request.model, trust_remote_code=request.trust_remote_code)
+    places = {} if request.revision is None else {"revision": request.revision}
+    return without_weights(request.model, trust_remote_code=request.trust_remote_code, **places)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Journal:
                 self.failures.pop(cell, None)
                 self.missing.pop(row, None)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> Self:
         with writing(self.path):
             there = self.path.exists()
             # Unbuffered: when `write` returns, everything that it wrote is in the file.

@@ -149,9 +149,7 @@ def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list
     questions = checked_questions(request, progress)
     progress(0, 0, f"reading the processor of {request.model}")
     places = {} if request.revision is None else {"revision": request.revision}
-    pipe = without_weights(
-        request.model, trust_remote_code=request.trust_remote_code, **places
-    )
+    pipe = without_weights(request.model, trust_remote_code=request.trust_remote_code, **places)
     check_placeholders(questions, pipe)
     check_lengths(pipe, questions, request.max_new_tokens)
     return questions

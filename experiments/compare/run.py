@@ -5,7 +5,6 @@ ratio).  So the vision encoder sees every image once, and after an interruption 
 answered the same questions.
 """
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from tokenprune.compatibility import check_compatible
+from tokenprune.experiments.cluster.run import (
+    Hardware,
+    Pool,
+    description,
+    hardware,
+    on_one_worker,
+    workers,
+)
 from tokenprune.experiments.common.answers import answers_frame
 from tokenprune.experiments.common.cells import Cell, CellRecord, Failure
 from tokenprune.experiments.common.files import WriteError
 from tokenprune.experiments.common.grid import ALL, cells, expanded
-from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.journal import Journal, Tally
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.provenance import (
     DECISIVE,
@@ -47,6 +53,7 @@ from tokenprune.experiments.compare import figures, loop
 from tokenprune.experiments.compare.finished import FILES
 from tokenprune.experiments.compare.matching import matched_cells
 from tokenprune.experiments.compare.runner import ModelRunner
+from tokenprune.experiments.compare.shards import enter_all, server
 from tokenprune.experiments.compare.sharing import separate, together
 from tokenprune.models import testbed
 from tokenprune.pipeline import Pipeline
@@ -81,7 +88,7 @@ def run(
     Raises:
         UserError: Bad input, before the model answers a question.
     """
-    setting = setting or prepare(request, progress, keep_faulty=True)
+    setting = setting or prepare(request, progress, keep_faulty=True, load=description)
     setting = replace(setting, questions=with_faults_noted(setting, request.max_new_tokens))
     skipped: dict[str, str] = {}
     if columns is None:
@@ -91,9 +98,30 @@ def run(
     for cell in columns:
         if cell.compressor:
             check_compatible(setting.pipe.adapter.facts, cell.compressor)
-    folder = _opened(request, _Work(setting, columns), name, skipped)
+    if request.cluster is None:
+        work = _Work(setting, columns, hardware(setting.pipe))
+        return _recorded(request, work, name, skipped, progress)
+    serve = server(
+        columns,
+        max_new_tokens=request.max_new_tokens,
+        batch_size=_batch_size(request),
+        timeout=request.timeout_per_batch,
+    )
+    with workers(request, serve, progress) as (pool, there):
+        return _recorded(request, _Work(setting, columns, there, pool), name, skipped, progress)
+
+
+def _recorded(
+    request: CompareRequest,
+    work: "_Work",
+    name: str,
+    skipped: Mapping[str, str],
+    progress: ProgressCallback,
+) -> Outcome:
+    """Fill the folder of the run, and record how that ended."""
+    folder = _opened(request, work, name, skipped)
     try:
-        outcome = _fill(folder, request, _Work(setting, columns), progress)
+        outcome = _fill(folder, request, work, progress)
     except BaseException as error:
         with suppress(WriteError):  # reported by the first error
             folder.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -109,10 +137,17 @@ def run(
 
 @dataclass(frozen=True)
 class _Work:
-    """What to answer: the questions of a setting, in every one of ``columns``."""
+    """What to answer: the questions of a setting, in every one of ``columns``.
+
+    Attributes:
+        there: Where the model runs.
+        pool: The workers; None if it runs here.
+    """
 
     setting: Setting
     columns: Sequence[Cell]
+    there: Hardware
+    pool: Pool[Any] | None = None
 
     @property
     def pipe(self) -> Pipeline:
@@ -132,16 +167,22 @@ def _columns(
     )
     if request.match is None:
         return cells(methods, request.retention, request.seeds), skipped
-    found, left_out = matched_cells(
-        setting.pipe,
-        [item for item in setting.questions if not item.fault],
-        methods,
-        request.retention,
-        request.match,
-        optional=set(methods) - set(request.methods),
-        progress=progress,
-    )
+    questions = [item for item in setting.questions if not item.fault]
+    asked = questions, methods, request.retention, request.match
+    optional = set(methods) - set(request.methods)
+    if request.cluster is None:
+        found, left_out = matched_cells(setting.pipe, *asked, optional=optional, progress=progress)
+    else:
+        serve = partial(_matched, optional=optional)
+        found, left_out = on_one_worker(request, serve, asked, progress)
     return found, skipped | left_out
+
+
+def _matched(
+    pipe: Pipeline, asked: tuple[Any, ...], *, optional: set[str]
+) -> tuple[list[Cell], dict[str, str]]:
+    """In a worker: the cells of equal cost."""
+    return matched_cells(pipe, *asked, optional=optional)
 
 
 def _opened(
@@ -155,7 +196,7 @@ def _opened(
     experiment = _experiment(request, work, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / folder_name(experiment)
-    details = _details(request, work.pipe, path) | {"files": files} | surroundings
+    details = _details(request, work.there, path) | {"files": files} | surroundings
     details["cells"] = [asdict(CellRecord.of(cell)) for cell in work.columns]
     if request.match is None and not name:
         details["finished"] = {
@@ -208,32 +249,62 @@ def accuracy_so_far(summary: pd.DataFrame, model: str) -> Figure:
     return figures.accuracy(summary, f"Accuracy of {model} so far")
 
 
-def _fill(
-    folder: RunFolder, request: CompareRequest, work: _Work, progress: ProgressCallback
-) -> Outcome:
-    """Compute missing answers, and write tables and plots of all answers."""
-    columns, questions = work.columns, work.questions
-    embedded = request.model in testbed.names()
+def _batch_size(request: CompareRequest) -> int:
+    return request.batch_size or (50 if request.model in testbed.names() else 4)
+
+
+def _answered(
+    path: Path, request: CompareRequest, work: _Work, progress: ProgressCallback
+) -> tuple[Journal, int, bool]:
+    """The journal after all questions were asked.
+
+    Returns:
+        The journal, the number of answers that it had before, and whether the user interrupted.
+    """
     interrupted = False
-    with Journal(folder.journal) as journal:
+    if work.pool is not None:
+        keys = dict.fromkeys(cell.key for cell in work.columns)
+        with Tally(path, keys, [item.id for item in work.questions]) as tally:
+            before = tally.done
+            try:
+                enter_all(
+                    work.pool,
+                    work.columns,
+                    work.questions,
+                    tally,
+                    batch_size=_batch_size(request),
+                    progress=progress,
+                )
+            except KeyboardInterrupt:
+                interrupted = True
+        return Journal(path), before, interrupted
+    with Journal(path) as journal:
         before = len(journal.answers)
         try:
             answer(
                 work.pipe,
-                columns,
-                questions,
+                work.columns,
+                work.questions,
                 journal,
                 max_new_tokens=request.max_new_tokens,
-                batch_size=request.batch_size or (50 if embedded else 4),
+                batch_size=_batch_size(request),
                 timeout=request.timeout_per_batch,
                 progress=progress,
             )
         except KeyboardInterrupt:
             interrupted = True
     if interrupted or not journal.whole:
-        journal = Journal(
-            folder.journal
-        )  # read from the file, as the interrupt may come at any point
+        # Read from the file, as the interrupt may come at any point.
+        journal = Journal(path)
+    return journal, before, interrupted
+
+
+def _fill(
+    folder: RunFolder, request: CompareRequest, work: _Work, progress: ProgressCallback
+) -> Outcome:
+    """Compute missing answers, and write tables and plots of all answers."""
+    columns, questions = work.columns, work.questions
+    journal, before, interrupted = _answered(folder.journal, request, work, progress)
     wanted = len({cell.key for cell in columns}) * len(questions)
     progress(len(journal.answers), wanted, "tables and plots")
     answers = answers_frame(request.model, columns, questions, journal)
@@ -296,8 +367,8 @@ def _experiment(
         "modality": sorted({item.modality for item in questions}),
         "data": fingerprint(questions),
         "seed": request.seed,
-        "device": pipe.device.type,
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "device": work.there.device,
+        "dtype": work.there.dtype,
         "max_new_tokens": request.max_new_tokens,
         **({} if request.match is None else {"match": _match(columns)}),
         **digests(files),
@@ -315,11 +386,9 @@ def _match(columns: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(request: CompareRequest, pipe: Pipeline, folder: Path) -> dict[str, Any]:
+def _details(request: CompareRequest, there: Hardware, folder: Path) -> dict[str, Any]:
     """Further entries of the manifest."""
-    device = pipe.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    details = {**asked_for(request, folder), "device_name": name}
+    details = {**asked_for(request, folder), "device_name": there.name}
     if request.model not in testbed.names() and Path(request.model).is_dir():
         details["model_folder"] = stored_path(Path(request.model), folder)
     return details

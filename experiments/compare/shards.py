@@ -4,8 +4,8 @@ A shard is some consecutive batches of `compare.loop` in all cells, so that ever
 work that a single process shares, and computes in the same batches: the answers are bit-identical
 on equal hardware.  Answers are entered as soon as a shard has finished.
 
-Failures are judged in the order of the questions, as in a single process (`Failing`): the answers of
-a cell wait in memory until it is known whether the cell answers or is given up, and its failures
+Failures are judged in the order of the questions, as in a single process (`Failing`): the answers
+of a cell wait in memory until it is known whether the cell answers or is given up, and its failures
 until the questions in front of them are done.  The first shard nearly always decides.
 """
 
@@ -120,6 +120,9 @@ class _Noting(Failing):
             self.events.append(key)
         super().answered(key)
 
+    def settle(self) -> None:
+        """Nothing: a part of the questions does not decide."""
+
 
 def server(columns: Sequence[Cell], **options: Any) -> Any:
     """The function that answers shards in a worker, for `cluster.run.workers`.
@@ -142,7 +145,7 @@ def _answered(
 def answer_shard(
     runner: Any, columns: Sequence[Cell], work: Work, *, batch_size: int, **options: Any
 ) -> Answered:
-    """The answers to the questions of a shard that its journal lacks; arguments as of `loop.run`."""
+    """The answers of a shard that the journal lacks; arguments as of `loop.run`."""
     sheet = Sheet(work.answered, work.missing)
     failing = _Noting(sheet, work, judged=UNCOMPRESSED in {cell.key for cell in columns})
     with warnings.catch_warnings(record=True) as caught:
@@ -276,17 +279,10 @@ class _Desk:
         for key, entry in found.entries.items():
             self._held.setdefault(key, []).append(entry)
         self._warn(found.warned)
-        again: list[Shard] = []
         self._early[shard[0]] = shard, found
-        while self._next in self._early or shard[0] < self._next:
-            (first, last), one = self._early.pop(min(self._early))
-            self._judge(one.events)
-            # A cell that was given up in a part but answers elsewhere is asked the rest.
-            if not self.failing.out.issuperset(one.stopped):
-                again.append((first, last))
-            self._next = max(self._next, last)
-            if not self._early:
-                break
+        again = [] if shard[0] >= self._next else list(self._judge(shard[0]))
+        while self._next in self._early:
+            again += self._judge(self._next)
         self._enter_held()
         return again
 
@@ -299,16 +295,21 @@ class _Desk:
                     self.tally.fail(key, why, item.id)
         self.arrived(shard, Answered({}))
 
-    def _judge(self, events: Iterable[Fault | str]) -> None:
-        """Tell what happened to a part of the questions."""
-        by_id = {item.id: item for batch in self.batches for item in batch} if events else {}
-        for event in events:
+    def _judge(self, first: int) -> Iterator[Shard]:
+        """Tell what happened to a shard; yields the shard if it has to be asked again."""
+        shard, found = self._early.pop(first)
+        self._next = max(self._next, shard[1])
+        by_id = {item.id: item for item in self.questions(shard)} if found.events else {}
+        for event in found.events:
             if isinstance(event, str):
                 self._answering.add(event)
                 self.failing.answered(event)
             elif self.failing.is_due(event.key, by_id[event.question]):
                 item, judged = by_id[event.question], event.judged
                 self.failing.add(event.key, item, event.failure, innocent=judged)
+        # A cell that was given up in a part but answers elsewhere is asked the rest.
+        if not self.failing.out.issuperset(found.stopped):
+            yield shard
 
     def _enter_held(self) -> None:
         """Write the answers of cells that are known to answer; drop those of cells given up."""
@@ -341,5 +342,4 @@ def _before(batches: Sequence[Sequence[Question]], index: int) -> list[Question]
     if start == index:
         return []
     seen = batches[start - 1][-1].image_id if start else None
-    found = {item.image_id: item for item in reversed(batches[start]) if item.image_id != seen}
-    return list(found.values())[::-1]
+    return list({item.image_id: item for item in batches[start] if item.image_id != seen}.values())
