@@ -38,7 +38,10 @@ _Sweeps = Annotated[
 
 
 @app.command(cls=ManyValues)
+@options.long
 def ablation(
+    *,
+    job: options.Job,
     sweeps: _Sweeps = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="Also sweep the options of GlobalCom², one by one.")
@@ -74,6 +77,7 @@ def ablation(
         from tokenprune.experiments.ablation.run import PAPER, AblationRequest, run
 
         request = AblationRequest(
+            cluster=job.cluster,
             sweeps=tuple(dict.fromkeys([*(sweeps or ()), *(PAPER if paper else ())])),
             retention=ratios(retention or ["0.25"]),
             model=model,
@@ -91,7 +95,7 @@ def ablation(
         )
         quiet()
         started = options.stoppable()
-        with progress() as bar:
+        with progress(job.log) as bar:
             outcome = run(request, bar)
         for table in tables(outcome.tables["ablation"]) if "ablation" in outcome.tables else ():
             Console().print(table, "")

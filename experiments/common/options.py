@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +20,17 @@ from tokenprune.console import (
     INTERRUPTED,
     OK,
     Plugin,
+    as_exit_status,
     complete_method,
     complete_word,
 )
+from tokenprune.errors import UserError
 from tokenprune.models import testbed
 from tokenprune.models.published import KNOWN
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
-    from tokenprune.experiments.common.request import FigureOptions
+    from tokenprune.experiments.common.request import Cluster, FigureOptions
 
 __all__ = [
     "BatchSize",
@@ -37,6 +42,7 @@ __all__ = [
     "Formats",
     "ImageSize",
     "Images",
+    "Job",
     "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
@@ -56,6 +62,7 @@ __all__ = [
     "gaps",
     "image_limit",
     "interrupted",
+    "long",
     "methods",
     "missing",
     "retention",
@@ -163,6 +170,95 @@ Out = Annotated[
         "[default: a folder in runs/, named after the options]",
     ),
 ]
+
+
+_Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Compute on the workers of a Ray cluster: of this machine (without an address), of "
+        "the cluster that it belongs to (auto), or at an address. Needs the extra ray.",
+        autocompletion=complete_word("auto", "local"),
+    ),
+]
+
+
+_Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --ray: number of workers, each with the model. [default: as many as fit]",
+    ),
+]
+
+
+_Gpus = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="With --ray: GPUs of each worker, such as 0.5. [default: 1 where there are GPUs]",
+    ),
+]
+
+
+_LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Append a line a minute, with the time, and warnings."),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a long command runs.
+
+    Attributes:
+        cluster: Where the workers are; None for this process.
+        log: The file of ``--log-file``.
+    """
+
+    cluster: Cluster | None
+    log: Path | None
+
+
+def long(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of long jobs; it receives them as the argument ``job``."""
+    own: dict[str, Any] = {
+        "ray": _Ray,
+        "workers": _Workers,
+        "gpus_per_worker": _Gpus,
+        "log_file": _LogFile,
+    }
+
+    @functools.wraps(command)
+    def with_job(**given: Any) -> None:
+        values = [given.pop(name) for name in own]
+        with as_exit_status():
+            job = _job(*values)
+        command(**given, job=job)
+
+    signature = inspect.signature(command)
+    kept = [one for one in signature.parameters.values() if one.name != "job"]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in own.items()
+    ]
+    with_job.__signature__ = signature.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+    hints = {name: hint for name, hint in command.__annotations__.items() if name != "job"}
+    with_job.__annotations__ = hints | own
+    return with_job
+
+
+def _job(ray: str | None, workers: int | None, gpus: float | None, log: Path | None) -> Job:
+    """The values of the options of `long`.  Raises `UserError`."""
+    from tokenprune.experiments.common.request import Cluster
+
+    if ray is None:
+        for name, value in (("workers", workers), ("gpus-per-worker", gpus)):
+            if value is not None:
+                raise UserError(f"--{name} is about the workers of --ray; give --ray too.")
+        return Job(None, log)
+    return Job(Cluster(address=ray, workers=workers, gpus=gpus), log)
 
 
 Force = Annotated[

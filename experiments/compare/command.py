@@ -103,7 +103,10 @@ _Match = Annotated[
 
 
 @app.command(cls=ManyValues)
+@options.long
 def compare(
+    *,
+    job: options.Job,
     model: options.Model = "testbed-next",
     methods: _Methods = None,
     plugin: options.Plugin = None,
@@ -141,6 +144,7 @@ def compare(
         from tokenprune.experiments.common.request import METHODS, RETENTION, CompareRequest
 
         request = CompareRequest(
+            cluster=job.cluster,
             model=model,
             methods=tuple(method_specs(methods)) if methods else METHODS,
             retention=ratios(retention) if retention else RETENTION,
@@ -160,16 +164,17 @@ def compare(
             match=match,  # type: ignore[arg-type]  # checked with the rest
         )
         # With another limit, other images may be refused.
-        status = _check(request) if check else _compare(request, again=max_image_pixels is None)
+        again = max_image_pixels is None
+        status = _check(request, job.log) if check else _compare(request, job.log, again=again)
     raise typer.Exit(status)
 
 
-def _check(request: CompareRequest) -> int:
+def _check(request: CompareRequest, log: Path | None) -> int:
     """Print what can be asked, and return the exit status."""
     from tokenprune.experiments.common.setting import check
 
     quiet()
-    with progress() as bar:
+    with progress(log) as bar:
         questions = check(request, bar)
     pictures = {picture.id for item in questions for picture in item.images}
     typer.echo(
@@ -179,17 +184,18 @@ def _check(request: CompareRequest) -> int:
     return OK
 
 
-def _compare(request: CompareRequest, *, again: bool = True) -> int:
+def _compare(request: CompareRequest, log: Path | None = None, *, again: bool = True) -> int:
     """Run the comparison, show it, and return the exit status.
 
     Args:
         request: What to compare.
+        log: As for `console.progress`.
         again: Whether a run that has all answers may be shown without loading the model.
     """
     from tokenprune.experiments.compare.finished import finished
 
     started = options.stoppable()
-    with progress() as bar:
+    with progress(log) as bar:
         outcome = finished(request, bar) if again else None
         if outcome is None:
             from tokenprune.experiments.compare.run import run

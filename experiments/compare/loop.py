@@ -58,8 +58,7 @@ def run(
 
     Args:
         runner: Answers the questions.
-        cells: The cells to compare.
-        questions: The questions.
+        cells, questions: What to answer.
         journal: The journal, which must be open.
         batch_size: Questions per batch.
         plan: Makes the jobs, which compute several cells together.
@@ -78,15 +77,14 @@ def run(
     last_use = {item.image_id: i for i, batch in enumerate(ordered) for item in batch}
     encodings = Encodings(runner, _signals(todo, towers))
     failing = failing or Failing(journal, judged=UNCOMPRESSED in todo)
-    warned = set[tuple[str, str]]()
+    warned: set[tuple[str, str]] = set()
     total = len(todo) * len(questions)
     for index, batch in enumerate(ordered):
         lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
         for tower in dict.fromkeys(towers[key] for key in lacking):
             progress(len(journal.answers), total, _doing("vision encoder", journal))
             sharing = [key for key in lacking if towers[key] == tower]
-            if not index and before:
-                _encode_with(encodings, tower, batch[0], before, timeout)
+            _encode_with(() if index else before, encodings, tower, batch[0], timeout)
             _encode(encodings, tower, batch, sharing, failing, timeout)
         entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
         # All cells, answered or not: the same jobs give bit-identical answers, whether the run was
@@ -158,17 +156,17 @@ def _encode(
 
 
 def _encode_with(
+    company: Sequence[Question],
     encodings: Encodings,
     tower: EncoderCompressor | None,
     item: Question,
-    company: Sequence[Question],
     timeout: float | None,
 ) -> None:
-    """Encode the image of ``item`` in the same batch as ever: rounding depends on the batch."""
-    for group in (company, [item]):
+    """Encode the image of ``item`` in the batch of ``company``, if any: rounding depends on it."""
+    for group in (company, [item]) if company else ():
         if not isinstance(tried(partial(encodings.encode, tower, group), timeout), Failure):
-            break
-    encodings.keep({item.image_id})
+            encodings.keep({item.image_id})
+            return
 
 
 @dataclass

@@ -34,7 +34,10 @@ _Score = Annotated[
 
 
 @app.command("crop-importance", cls=ManyValues)
+@options.long
 def crop_importance(
+    *,
+    job: options.Job,
     paths: options.Images = None,
     prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
@@ -69,6 +72,7 @@ def crop_importance(
         from tokenprune.experiments.crop_importance.run import CropImportanceRequest, run
 
         request = CropImportanceRequest(
+            cluster=job.cluster,
             paths=tuple(paths or ()),
             prompt=prompt,
             model=model,
@@ -88,7 +92,7 @@ def crop_importance(
         )
         quiet()
         started = options.stoppable()
-        with progress() as bar:
+        with progress(job.log) as bar:
             outcome = run(request, bar)
         if len(found := outcome.tables.get("crop_importance", ())):
             Console().print(table(found), "")

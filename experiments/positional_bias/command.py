@@ -81,7 +81,10 @@ _Seed = Annotated[int, typer.Option(help="Draws the testbed's images and the boo
 
 
 @app.command("positional-bias", cls=ManyValues)
+@options.long
 def positional_bias(
+    *,
+    job: options.Job,
     paths: options.Images = None,
     prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
@@ -121,6 +124,7 @@ def positional_bias(
         from tokenprune.experiments.positional_bias.run import METHODS, PositionalBiasRequest
 
         request = PositionalBiasRequest(
+            cluster=job.cluster,
             paths=tuple(paths or ()),
             prompt=prompt,
             model=model,
@@ -138,17 +142,17 @@ def positional_bias(
             out=out,
             figures=options.figures(formats, width, no_title),
         )
-        status = _run(request)
+        status = _run(request, job.log)
     raise typer.Exit(status)
 
 
-def _run(request: PositionalBiasRequest) -> int:
+def _run(request: PositionalBiasRequest, log: Path | None) -> int:
     """Run the analysis, show it, and return the exit status."""
     from tokenprune.experiments.positional_bias.run import run
 
     quiet()
     started = options.stoppable()
-    with progress() as bar:
+    with progress(log) as bar:
         outcome = run(request, bar)
     if outcome.status == "interrupted":
         return options.interrupted(outcome, "selections (an image by a method)")

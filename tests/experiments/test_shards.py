@@ -1,0 +1,211 @@
+"""A comparison in shards, on stand-ins for workers: the answers of a single process."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_compare_loop import CELLS, Stand, questions
+
+from tokenprune.errors import UserError
+from tokenprune.experiments.cluster.pool import ATTEMPTS, Died, Event, Pool
+from tokenprune.experiments.common.answers import answers_frame
+from tokenprune.experiments.common.journal import Journal, Sheet, Tally
+from tokenprune.experiments.compare import loop, shards
+
+
+class Workers:
+    """A transport whose workers serve at once and finish in any order.
+
+    Attributes:
+        deadly: Called with a payload; whether its worker dies of it.
+        opens: Whether a worker opens, by its number.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[[Any], Any],
+        size: int = 3,
+        deadly: Callable[[Any], bool] = lambda payload: False,
+        opens: Callable[[int], bool] = lambda number: True,
+        seed: int = 0,
+    ) -> None:
+        self.serve, self.size, self.deadly, self.opens = serve, size, deadly, opens
+        self.random = random.Random(seed)
+        self.waiting: list[tuple[float, int, Event]] = []
+        self.numbers = itertools.count()
+
+    def _later(self, event: Event) -> None:
+        heapq.heappush(self.waiting, (self.random.random(), next(self.numbers), event))
+
+    def start(self) -> Hashable:
+        worker = next(self.numbers)
+        self._later(Event(worker, "ready" if self.opens(worker) else "died", "out of memory"))
+        return worker
+
+    def submit(self, worker: Any, payload: Any) -> None:
+        if self.deadly(payload):
+            self._later(Event(worker, "died", "killed"))
+        else:
+            self._later(Event(worker, "done", self.serve(payload)))
+
+    def wait(self) -> Event:
+        return heapq.heappop(self.waiting)[2]
+
+
+def single(stand: Stand, path: Path, asked: list[Any], batch_size: int) -> Any:
+    with Journal(path) as journal:
+        loop.run(stand, CELLS, asked, journal, batch_size=batch_size)
+    return answers_frame("m", CELLS, asked, Journal(path))
+
+
+def sharded(workers: Workers, path: Path, asked: list[Any], batch_size: int) -> Any:
+    keys = dict.fromkeys(cell.key for cell in CELLS)
+    with Tally(path, keys, [item.id for item in asked]) as tally:
+        shards.enter_all(Pool(workers), CELLS, asked, tally, batch_size=batch_size)
+    return answers_frame("m", CELLS, asked, Journal(path))
+
+
+def serving(stand: Stand, batch_size: int) -> Callable[[Any], Any]:
+    return lambda work: shards.answer_shard(stand, CELLS, work, batch_size=batch_size)
+
+
+class Chooser(Stand):
+    """Fails where ``fails`` says so, by label and prompt."""
+
+    def __init__(self, fails: Callable[[str, str], bool]) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def answer(self, compressor: Any, images: Any, prompts: Any) -> Any:
+        label = "" if compressor is None else f"{compressor.label}@{compressor.retention}"
+        for prompt in prompts:
+            if self.fails(label, prompt):
+                raise RuntimeError("not this one")
+        return super().answer(compressor, images, prompts)
+
+
+def number(prompt: str) -> int:
+    return int(prompt.split()[1].rstrip("?"))
+
+
+FAULTS: dict[str, Callable[[str, str], bool]] = {
+    "none": lambda label, prompt: False,
+    "a method": lambda label, prompt: label == "globalcom2@0.1",
+    "one question": lambda label, prompt: number(prompt) == 17,
+    "one question of a method": lambda label, prompt: (label, number(prompt)) == ("uniform@0.5", 2),
+    "the first questions of a method": lambda label, prompt: (
+        label == "uniform@0.5" and number(prompt) % 10 < 2  # of the first images
+    ),
+    "the last questions of a method": lambda label, prompt: (
+        label == "uniform@0.5" and number(prompt) % 10 > 7
+    ),
+    "two questions in front": lambda label, prompt: (
+        label == "uniform@0.5" and number(prompt) in (0, 10)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_are_those_of_a_single_process(tmp_path: Path, fault: str, seed: int) -> None:
+    asked = questions(60, per_image=6)
+    expected = single(Chooser(FAULTS[fault]), tmp_path / "one", asked, 4)
+    workers = Workers(serving(Chooser(FAULTS[fault]), 4), seed=seed)
+    found = sharded(workers, tmp_path / "many", asked, 4)
+    assert expected.drop(columns="status").equals(found.drop(columns="status"))
+    assert list(expected["status"]) == list(found["status"])
+    one, many = Journal(tmp_path / "one"), Journal(tmp_path / "many")
+    assert {key: why.error for key, why in one.failures.items()} == {
+        key: why.error for key, why in many.failures.items()
+    }
+    assert {row: why.error for row, why in one.missing.items()} == {
+        row: why.error for row, why in many.missing.items()
+    }
+
+
+def test_nothing_is_asked_twice_and_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    asked = questions(60, per_image=6)
+    expected = single(Stand(), tmp_path / "one", asked, 4)
+    (tmp_path / "many").write_bytes(b"")
+    lines = (tmp_path / "one").read_bytes().splitlines(keepends=True)
+    (tmp_path / "many").write_bytes(b"".join(lines[:100]) + lines[100][:-7])
+    stand = Stand()
+    found = sharded(Workers(serving(stand, 4)), tmp_path / "many", asked, 4)
+    assert expected.equals(found)
+    assert sum(stand.asked.values()) == 7 * 60 - 100
+    assert len((tmp_path / "many").read_text().splitlines()) == 7 * 60
+
+
+def test_an_image_is_encoded_in_the_company_that_it_has_in_one_process() -> None:
+    """Question by question, with the batches of a slow count of what a single process encodes."""
+    for count, per_image, size in [(60, 6, 4), (30, 10, 3), (24, 1, 5), (40, 7, 50), (20, 20, 2)]:
+        asked = questions(count, per_image)
+        batches = loop.batches(asked, size)
+        seen: set[str] = set()
+        company: dict[str, list[str]] = {}
+        for batch in batches:
+            new = list(dict.fromkeys(q.image_id for q in batch if q.image_id not in seen))
+            company |= {image: new for image in new}
+            seen |= set(new)
+        for index, batch in enumerate(batches):
+            image = batch[0].image_id
+            before = [item.image_id for item in shards._before(batches, index)]
+            carried = index and any(q.image_id == image for b in batches[:index] for q in b)
+            assert before == (company[image] if carried else [])
+
+
+def test_the_task_of_a_worker_that_dies_is_repeated(tmp_path: Path) -> None:
+    asked = questions(60, per_image=6)
+    expected = single(Stand(), tmp_path / "one", asked, 4)
+    dying = random.Random(3)
+    workers = Workers(serving(Stand(), 4), deadly=lambda work: dying.random() < 0.3)
+    assert expected.equals(sharded(workers, tmp_path / "many", asked, 4))
+
+
+def test_a_question_that_kills_every_worker_costs_its_batch_alone(tmp_path: Path) -> None:
+    asked = questions(60, per_image=1)
+    workers = Workers(
+        serving(Stand(), 4), size=1, deadly=lambda work: any(q.id == "q30" for q in work.questions)
+    )
+    sharded(workers, tmp_path / "j", asked, 4)
+    journal = Journal(tmp_path / "j")
+    assert {name for _, name in journal.missing} == {"q28", "q29", "q30", "q31"}
+    assert len(journal.answers) == 7 * 56
+    assert not journal.failures
+    assert "died" in next(iter(journal.missing.values())).error
+
+
+def test_a_task_is_given_up_after_so_many_workers_and_opening_too() -> None:
+    pool: Pool[int] = Pool(Workers(lambda task: 2 * task, deadly=lambda task: task == 1))
+    found = dict(pool.results(deque(range(5)), lambda task: task))
+    assert found == {0: 0, 1: Died("killed"), 2: 4, 3: 6, 4: 8}
+    assert pool.died == ATTEMPTS
+    closed: Pool[int] = Pool(Workers(lambda task: task, opens=lambda number: False))
+    with pytest.raises(UserError, match="before they had the model .out of memory."):
+        list(closed.results(deque(range(5)), lambda task: task))
+    some: Pool[int] = Pool(Workers(lambda task: task, opens=lambda number: number % 3 > 0))
+    assert len(list(some.results(deque(range(50)), lambda task: task))) == 50
+
+
+def test_a_tally_knows_the_rows_of_a_journal(tmp_path: Path) -> None:
+    asked = questions()
+    single(Chooser(FAULTS["one question of a method"]), tmp_path / "j", asked, 4)
+    journal = Journal(tmp_path / "j")
+    keys = {key for key, _ in journal.answers}
+    with Tally(tmp_path / "j", keys, [item.id for item in asked]) as tally:
+        assert tally.done == len(journal.answers)
+        assert tally.missing == journal.missing
+        for key, item in itertools.product(keys, asked):
+            assert tally.lacks(key, item.id) == ((key, item.id) not in journal.answers)
+        assert all(isinstance(row, np.ndarray) for row in tally.rows.values())
+    sheet = Sheet([("a", "1")], {})
+    sheet.add("a", {"1": {"answer": "no"}, "2": {"answer": "yes"}})
+    assert sheet.added == {"a": {"2": {"answer": "yes"}}}
