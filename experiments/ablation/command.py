@@ -14,6 +14,13 @@ from rich.table import Table
 from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    DrawingOptions,
+    JobOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import ratios
 from tokenprune.units import percent
@@ -38,10 +45,8 @@ _Sweeps = Annotated[
 
 
 @app.command(cls=ManyValues)
-@options.long
+@grouped
 def ablation(
-    *,
-    job: options.Job,
     sweeps: _Sweeps = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="Also sweep the options of GlobalCom², one by one.")
@@ -59,9 +64,8 @@ def ablation(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Sweep options of methods.
@@ -90,12 +94,12 @@ def ablation(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
-        with progress(job.log) as bar:
+        with progress(job.log_file) as bar:
             outcome = run(request, bar)
         for table in tables(outcome.tables["ablation"]) if "ablation" in outcome.tables else ():
             Console().print(table, "")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,17 +17,15 @@ from tokenprune.console import (
     INTERRUPTED,
     OK,
     Plugin,
-    as_exit_status,
     complete_method,
     complete_word,
 )
-from tokenprune.errors import UserError
 from tokenprune.models import testbed
 from tokenprune.models.published import KNOWN
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
-    from tokenprune.experiments.common.request import Cluster, FigureOptions
+    from tokenprune.experiments.common.request import FigureOptions
 
 __all__ = [
     "BatchSize",
@@ -40,9 +35,10 @@ __all__ = [
     "Dtype",
     "Force",
     "Formats",
+    "GpusPerWorker",
     "ImageSize",
     "Images",
-    "Job",
+    "LogFile",
     "MaxImagePixels",
     "MaxNewTokens",
     "Modality",
@@ -53,16 +49,17 @@ __all__ = [
     "Plugin",
     "Prompt",
     "Questions",
+    "Ray",
     "Seed",
     "TextTokens",
     "TrustRemoteCode",
     "Width",
+    "Workers",
     "closing",
     "figures",
     "gaps",
     "image_limit",
     "interrupted",
-    "long",
     "methods",
     "missing",
     "retention",
@@ -172,7 +169,7 @@ Out = Annotated[
 ]
 
 
-_Ray = Annotated[
+Ray = Annotated[
     str | None,
     typer.Option(
         "--ray",
@@ -184,7 +181,7 @@ _Ray = Annotated[
 ]
 
 
-_Workers = Annotated[
+Workers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
@@ -193,7 +190,7 @@ _Workers = Annotated[
 ]
 
 
-_Gpus = Annotated[
+GpusPerWorker = Annotated[
     float | None,
     typer.Option(
         metavar="X",
@@ -202,63 +199,10 @@ _Gpus = Annotated[
 ]
 
 
-_LogFile = Annotated[
+LogFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Append a line a minute, with the time, and warnings."),
 ]
-
-
-@dataclass(frozen=True)
-class Job:
-    """How a long command runs.
-
-    Attributes:
-        cluster: Where the workers are; None for this process.
-        log: The file of ``--log-file``.
-    """
-
-    cluster: Cluster | None
-    log: Path | None
-
-
-def long(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of long jobs; it receives them as the argument ``job``."""
-    own: dict[str, Any] = {
-        "ray": _Ray,
-        "workers": _Workers,
-        "gpus_per_worker": _Gpus,
-        "log_file": _LogFile,
-    }
-
-    @functools.wraps(command)
-    def with_job(**given: Any) -> None:
-        values = [given.pop(name) for name in own]
-        with as_exit_status():
-            job = _job(*values)
-        command(**given, job=job)
-
-    signature = inspect.signature(command)
-    kept = [one for one in signature.parameters.values() if one.name != "job"]
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in own.items()
-    ]
-    with_job.__signature__ = signature.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
-    hints = {name: hint for name, hint in command.__annotations__.items() if name != "job"}
-    with_job.__annotations__ = hints | own
-    return with_job
-
-
-def _job(ray: str | None, workers: int | None, gpus: float | None, log: Path | None) -> Job:
-    """The values of the options of `long`.  Raises `UserError`."""
-    from tokenprune.experiments.common.request import Cluster
-
-    if ray is None:
-        for name, value in (("workers", workers), ("gpus-per-worker", gpus)):
-            if value is not None:
-                raise UserError(f"--{name} is about the workers of --ray; give --ray too.")
-        return Job(None, log)
-    return Job(Cluster(address=ray, workers=workers, gpus=gpus), log)
 
 
 Force = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,13 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import arrow, arrows
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    DrawingOptions,
+    JobOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -103,10 +111,8 @@ _Match = Annotated[
 
 
 @app.command(cls=ManyValues)
-@options.long
+@grouped
 def compare(
-    *,
-    job: options.Job,
     model: options.Model = "testbed-next",
     methods: _Methods = None,
     plugin: options.Plugin = None,
@@ -123,9 +129,8 @@ def compare(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
@@ -158,14 +163,13 @@ def compare(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
             timeout_per_batch=timeout_per_batch,
             match=match,  # type: ignore[arg-type]  # checked with the rest
         )
-        # With another limit, other images may be refused.
-        again = max_image_pixels is None
-        status = _check(request, job.log) if check else _compare(request, job.log, again=again)
+        run = _check if check else partial(_compare, again=max_image_pixels is None)
+        status = run(request, job.log_file)
     raise typer.Exit(status)
 
 
@@ -190,7 +194,8 @@ def _compare(request: CompareRequest, log: Path | None = None, *, again: bool = 
     Args:
         request: What to compare.
         log: As for `console.progress`.
-        again: Whether a run that has all answers may be shown without loading the model.
+        again: Whether a run that has all answers may be shown without loading the model; not with
+            another limit of pixels, at which other images may be refused.
     """
     from tokenprune.experiments.compare.finished import finished
 

@@ -63,7 +63,7 @@ class Work:
     """
 
     questions: Sequence[Question]
-    before: Sequence[Question]
+    before: Sequence[Sequence[Question]]
     answered: frozenset[tuple[str, str]]
     missing: Mapping[tuple[str, str], Failure]
     answering: frozenset[str]
@@ -245,6 +245,13 @@ class _Desk:
         self._answering = {key for key in self.keys if self.tally.rows[key].any()}
         for key in self._answering:
             self.failing.answered(key)
+        # The images that each batch is the first to show, and that batch by image.
+        self._new: list[list[Question]] = []
+        self._first: dict[str, int] = {}
+        for index, batch in enumerate(self.batches):
+            new = {item.image_id: item for item in batch if item.image_id not in self._first}
+            self._new.append(list(new.values()))
+            self._first |= dict.fromkeys(new, index)
         self._next = 0  # the first batch whose failures are not judged
         self._early: dict[int, tuple[Shard, Answered]] = {}  # by first batch
         self._held: dict[str, list[tuple[Sequence[str], bytes]]] = {}
@@ -265,7 +272,7 @@ class _Desk:
         rows = [(key, item.id) for key in self.keys for item in here]
         return Work(
             questions=here,
-            before=_before(self.batches, shard[0]),
+            before=self._before(shard),
             answered=frozenset(row for row in rows if not self.tally.lacks(*row)),
             missing={row: self.tally.missing[row] for row in rows if row in self.tally.missing}
             if self.tally.missing
@@ -273,6 +280,11 @@ class _Desk:
             answering=frozenset(self._answering),
             out=frozenset(self.failing.out),
         )
+
+    def _before(self, shard: Shard) -> list[list[Question]]:
+        """As for `loop.run`."""
+        first = {self._first[item.image_id] for item in self.questions(shard)}
+        return [self._new[index] for index in sorted(first) if index < shard[0]]
 
     def arrived(self, shard: Shard, found: Answered) -> list[Shard]:
         """Enter the answers; the shards that have to be asked again, now that more is known."""
@@ -327,19 +339,3 @@ class _Desk:
             if known not in self._warned:
                 self._warned.add(known)
                 warnings.warn(text, category, stacklevel=3)
-
-
-def _before(batches: Sequence[Sequence[Question]], index: int) -> list[Question]:
-    """Questions about the images that are encoded with the first image of a batch, in front of it.
-
-    Empty unless batches in front of ``index`` show the image too; then, as in a single process, the
-    images of the first of them that no earlier batch shows.
-    """
-    image = batches[index][0].image_id
-    start = index
-    while start and batches[start - 1][-1].image_id == image:
-        start -= 1
-    if start == index:
-        return []
-    seen = batches[start - 1][-1].image_id if start else None
-    return list({item.image_id: item for item in batches[start] if item.image_id != seen}.values())

@@ -13,6 +13,13 @@ from rich.table import Table
 from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    DrawingOptions,
+    JobOptions,
+    grouped,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,10 +41,8 @@ _Score = Annotated[
 
 
 @app.command("crop-importance", cls=ManyValues)
-@options.long
+@grouped
 def crop_importance(
-    *,
-    job: options.Job,
     paths: options.Images = None,
     prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
@@ -55,9 +60,8 @@ def crop_importance(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Drop the highest-scored, the lowest-scored or a random crop, by the thumbnail's mean score.
@@ -87,12 +91,12 @@ def crop_importance(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
-        with progress(job.log) as bar:
+        with progress(job.log_file) as bar:
             outcome = run(request, bar)
         if len(found := outcome.tables.get("crop_importance", ())):
             Console().print(table(found), "")

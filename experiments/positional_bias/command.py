@@ -23,6 +23,13 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    DrawingOptions,
+    JobOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios, split
 from tokenprune.units import percent
@@ -81,10 +88,8 @@ _Seed = Annotated[int, typer.Option(help="Draws the testbed's images and the boo
 
 
 @app.command("positional-bias", cls=ManyValues)
-@options.long
+@grouped
 def positional_bias(
-    *,
-    job: options.Job,
     paths: options.Images = None,
     prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
@@ -105,9 +110,8 @@ def positional_bias(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
 ) -> None:
     """Test whether methods select tokens by content or by location.
 
@@ -140,9 +144,9 @@ def positional_bias(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
         )
-        status = _run(request, job.log)
+        status = _run(request, job.log_file)
     raise typer.Exit(status)
 
 
