@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import pickle
 import random
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from stand import CELLS, Stand, questions
+from typer.testing import CliRunner
 
+import tokenprune as tp
+from tokenprune.cli import app
+from tokenprune.console import filled
 from tokenprune.errors import UserError
 from tokenprune.experiments.cluster.pool import ATTEMPTS, Died, Event, Pool
 from tokenprune.experiments.common.answers import answers_frame
 from tokenprune.experiments.common.journal import Journal, Sheet, Tally
+from tokenprune.experiments.common.questions import held_out
+from tokenprune.experiments.common.request import Cluster
+from tokenprune.experiments.common.setting import Setting, with_crops
 from tokenprune.experiments.compare import loop, shards
+from tokenprune.experiments.crop_importance import run as crop_importance
+from tokenprune.experiments.positional_bias.analysis import positional_bias, served
+from tokenprune.models.loading import without_weights
+from tokenprune.pipeline import Pipeline
+from tokenprune.progress import silent
 
 
 class Workers:
@@ -54,7 +70,8 @@ class Workers:
         if self.deadly(payload):
             self._later(Event(worker, "died", "killed"))
         else:
-            self._later(Event(worker, "done", self.serve(payload)))
+            found = self.serve(pickle.loads(pickle.dumps(payload)))
+            self._later(Event(worker, "done", pickle.loads(pickle.dumps(found))))
 
     def wait(self) -> Event:
         return heapq.heappop(self.waiting)[2]
@@ -195,6 +212,77 @@ def test_a_task_is_given_up_after_so_many_workers_and_opening_too() -> None:
         list(closed.results(deque(range(5)), lambda task: task))
     some: Pool[int] = Pool(Workers(lambda task: task, opens=lambda number: number % 3 > 0))
     assert len(list(some.results(deque(range(50)), lambda task: task))) == 50
+
+
+def test_an_interrupt_keeps_what_has_arrived(tmp_path: Path) -> None:
+    asked = questions(60, per_image=6)
+    expected = single(Stand(), tmp_path / "one", asked, 4)
+
+    class Stopped(Workers):
+        def wait(self) -> Event:
+            if next(self.numbers) > 20:
+                raise KeyboardInterrupt
+            return super().wait()
+
+    stand = Stand()
+    with pytest.raises(KeyboardInterrupt):
+        sharded(Stopped(serving(stand, 4)), tmp_path / "many", asked, 4)
+    kept = len(Journal(tmp_path / "many").answers)
+    assert 0 < kept < 7 * 60
+    assert expected.equals(sharded(Workers(serving(Stand(), 4)), tmp_path / "many", asked, 4))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return tp.load("testbed-next", device="cpu")
+
+
+def test_positional_bias_on_workers_gives_the_same_tables(tmp_path: Path, pipe: Pipeline) -> None:
+    images = [item.images[0].open() for item in held_out(5, 0, "image")]
+    asked: dict[str, Any] = {"retention": (0.25,), "batch_size": 2, "seed": 0}
+    methods = ("uniform", "random", "fastv")
+    one = positional_bias(pipe, methods, images, **asked)
+    workers = Workers(partial(served, pipe), seed=1, deadly=lambda asked: next(deaths) == 1)
+    deaths = itertools.count()
+    description = without_weights("testbed-next")
+    many = positional_bias(
+        description, methods, images, **asked, parts=tmp_path, pool=Pool(workers)
+    )
+    for name in ("tokens", "statistics", "profiles"):
+        pd.testing.assert_frame_equal(getattr(one, name), getattr(many, name), check_exact=True)
+    assert one.skipped == many.skipped
+    unused = Workers(lambda payload: pytest.fail("all parts are there"))
+    again = positional_bias(
+        description, methods, images, **asked, parts=tmp_path, pool=Pool(unused)
+    )
+    pd.testing.assert_frame_equal(one.tokens, again.tokens, check_exact=True)
+
+
+def test_crops_are_scored_alike_on_workers(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def workers(request: Any, serve: Any, progress: Any) -> Iterator[Any]:
+        yield Pool(Workers(partial(serve, pipe))), None
+
+    monkeypatch.setattr(crop_importance, "workers", workers)
+    monkeypatch.setattr(crop_importance, "CHUNK", 2)
+    request = crop_importance.CropImportanceRequest(cluster=Cluster())
+    setting, _ = with_crops(Setting(pipe, held_out(12, 0, "image")), least=2)
+    droppers = crop_importance._droppers(request)
+    one = crop_importance.scored(setting, droppers)
+    many = crop_importance._scored(request, setting, droppers, silent)
+    for expected, found in zip(one, many, strict=True):
+        pd.testing.assert_frame_equal(expected, found, check_exact=True)
+
+
+def test_options_of_workers_are_checked() -> None:
+    for given in ({"workers": 0}, {"gpus": 1.5}, {"gpus": -1}, {"gpus": float("nan")}):
+        with pytest.raises(UserError, match="must be"):
+            Cluster(**given)  # type: ignore[arg-type]
+    assert filled(["--ray"], {"--ray": "local"}) == ["--ray", "local"]
+    assert filled(["--ray", "auto"], {"--ray": "local"}) == ["--ray", "auto"]
+    alone = CliRunner().invoke(app, ["compare", "--workers", "2"])
+    assert alone.exit_code == 2
+    assert "give --ray too" in alone.output
 
 
 def test_a_tally_knows_the_rows_of_a_journal(tmp_path: Path) -> None:
