@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.cluster.pool import Died, Pool, Transport
+from tokenprune.experiments.cluster.pool import Died, Event, Pool, Transport
 from tokenprune.experiments.cluster.ray_workers import RayTransport, connected, imported
 from tokenprune.experiments.common.request import Cluster, ModelRequest
 from tokenprune.experiments.common.setting import load_model
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Died",
+    "Event",
     "Hardware",
     "Pool",
     "Transport",

@@ -211,9 +211,14 @@ class Tally(Journal):
         """Number of answers."""
         return sum(int(row.sum()) for row in self.rows.values())
 
-    def lacks(self, key: str, question: str) -> bool:
-        """Whether a row is not answered."""
-        return not self.rows[key][self._places[question]]
+    def answered(self, questions: Sequence[str]) -> frozenset[tuple[str, str]]:
+        """The rows of some questions that are answered."""
+        here = [self._places[name] for name in questions]
+        return frozenset(
+            (key, questions[place])
+            for key, row in self.rows.items()
+            for place in row[here].nonzero()[0]
+        )
 
     def enter(self, key: str, questions: Sequence[str], text: bytes) -> None:
         """Append the answers of cell ``key`` to ``questions``, as `lines` wrote them."""

@@ -211,7 +211,7 @@ def enter_all(
     queue: deque[Shard] = deque()
     for first in range(0, len(batches), size):
         shard = first, min(first + size, len(batches))
-        if desk.lacks(shard):
+        if desk.lacking(shard):
             queue.append(shard)
         else:
             desk.arrived(shard, Answered({}))
@@ -261,22 +261,23 @@ class _Desk:
         for batch in self.batches[slice(*shard)]:
             yield from batch
 
-    def lacks(self, shard: Shard) -> bool:
-        """Whether a row of the shard is not answered."""
+    def lacking(self, shard: Shard) -> list[tuple[str, str]]:
+        """The rows of the shard that are not answered."""
         names = [item.id for item in self.questions(shard)]
-        return any(self.tally.lacks(key, name) for key in self.keys for name in names)
+        there, out = self.tally.answered(names), self.failing.out
+        every = ((key, name) for key in self.keys if key not in out for name in names)
+        return [row for row in every if row not in there]
 
     def work(self, shard: Shard) -> Work:
         """What is sent to a worker."""
         here = list(self.questions(shard))
-        rows = [(key, item.id) for key in self.keys for item in here]
+        missing = self.tally.missing
+        rows = self.lacking(shard) if missing else ()
         return Work(
             questions=here,
             before=self._before(shard),
-            answered=frozenset(row for row in rows if not self.tally.lacks(*row)),
-            missing={row: self.tally.missing[row] for row in rows if row in self.tally.missing}
-            if self.tally.missing
-            else {},
+            answered=self.tally.answered([item.id for item in here]),
+            missing={row: missing[row] for row in rows if row in missing},
             answering=frozenset(self._answering),
             out=frozenset(self.failing.out),
         )
@@ -301,10 +302,8 @@ class _Desk:
     def lost(self, shard: Shard, died: Died) -> None:
         """Enter the rows of a shard that no worker survives as missing."""
         why = Failure(f"{died.why} (every worker that was asked died)", "")
-        for key in self.keys:
-            for item in self.questions(shard):
-                if key not in self.failing.out and self.tally.lacks(key, item.id):
-                    self.tally.fail(key, why, item.id)
+        for key, name in self.lacking(shard):
+            self.tally.fail(key, why, name)
         self.arrived(shard, Answered({}))
 
     def _judge(self, first: int) -> Iterator[Shard]:

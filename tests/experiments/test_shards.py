@@ -293,8 +293,10 @@ def test_a_tally_knows_the_rows_of_a_journal(tmp_path: Path) -> None:
     with Tally(tmp_path / "j", keys, [item.id for item in asked]) as tally:
         assert tally.done == len(journal.answers)
         assert tally.missing == journal.missing
-        for key, item in itertools.product(keys, asked):
-            assert tally.lacks(key, item.id) == ((key, item.id) not in journal.answers)
+        for item in asked:
+            known = {row for row in journal.answers if row[1] == item.id}
+            assert tally.answered([item.id]) == known
+        assert tally.answered([item.id for item in asked]) == journal.answers.keys()
         assert all(isinstance(row, np.ndarray) for row in tally.rows.values())
     sheet = Sheet([("a", "1")], {})
     sheet.add("a", {"1": {"answer": "no"}, "2": {"answer": "yes"}})
