@@ -73,10 +73,11 @@ class Clock:
     lost: float = 0.0
     _events: list[tuple[float, int, Event]] = field(default_factory=list)
     _began: dict[int, float] = field(default_factory=dict)
-    _numbers: Any = field(default_factory=itertools.count)
+    _numbers: Any = field(default_factory=itertools.count)  # of events: the order of equal ones
+    _workers: Any = field(default_factory=itertools.count)
 
     def start(self) -> int:
-        worker = next(self._numbers)
+        worker = next(self._workers)
         self._later(self.load_seconds, Event(worker, "ready"))
         return worker
 

@@ -23,6 +23,7 @@ import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.console import filled
 from tokenprune.errors import UserError
+from tokenprune.experiments.checks import scale
 from tokenprune.experiments.cluster.pool import ATTEMPTS, Died, Event, Pool
 from tokenprune.experiments.common.answers import answers_frame
 from tokenprune.experiments.common.journal import Journal, Sheet, Tally
@@ -301,3 +302,25 @@ def test_a_tally_knows_the_rows_of_a_journal(tmp_path: Path) -> None:
     sheet = Sheet([("a", "1")], {})
     sheet.add("a", {"1": {"answer": "no"}, "2": {"answer": "yes"}})
     assert sheet.added == {"a": {"2": {"answer": "yes"}}}
+
+
+def test_a_lost_node_costs_what_its_workers_had_begun(tmp_path: Path) -> None:
+    columns: list[Any] = [scale._Column(number=number) for number in range(5)]
+    asked = questions(1600, per_image=4)
+    clock = scale.Clock(
+        size=10,
+        per_node=4,
+        keys=[column.key for column in columns],
+        row_seconds=1,
+        load_seconds=10,
+        fails_at=120,
+    )
+    scale.simulate(clock, columns, asked, tmp_path / "j")
+    assert len((tmp_path / "j").read_text().splitlines()) == 5 * 1600, "nothing twice"
+    # By hand: 400 batches, so 400 // (8 * 10) = 5 a shard: 20 questions, 100 rows, 100 s.  Workers
+    # are ready at 10 s, so each of the four has worked for 10 s on its second shard.
+    assert clock.lost == 4 * 10
+    # 80 shards: until 710 s six workers finish 7 each, and the four one and, from 130 s on with a
+    # new model, 5 until 630 s: 66.  At 730 s these finish 4 more, and at 810 s the six: 76.  The
+    # last 4 end at 830 s.
+    assert clock.now == 830
