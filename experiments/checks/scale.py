@@ -17,9 +17,10 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,8 +74,10 @@ class Clock:
     lost: float = 0.0
     _events: list[tuple[float, int, Event]] = field(default_factory=list)
     _began: dict[int, float] = field(default_factory=dict)
-    _numbers: Any = field(default_factory=itertools.count)  # of events: the order of equal ones
-    _workers: Any = field(default_factory=itertools.count)
+    _numbers: Iterator[int] = field(
+        default_factory=itertools.count
+    )  # of events: the order of equal ones
+    _workers: Iterator[int] = field(default_factory=itertools.count)
 
     def start(self) -> int:
         worker = next(self._workers)

@@ -217,7 +217,7 @@ class Tally(Journal):
         return frozenset(
             (key, questions[place])
             for key, row in self.rows.items()
-            for place in row[here].nonzero()[0]
+            for place in row[here].nonzero()[0].tolist()
         )
 
     def enter(self, key: str, questions: Sequence[str], text: bytes) -> None:

@@ -313,8 +313,9 @@ class _Desk:
         by_id = {item.id: item for item in self.questions(shard)} if found.events else {}
         for event in found.events:
             if isinstance(event, str):
-                self._answering.add(event)
-                self.failing.answered(event)
+                if event not in self.failing.out:  # a single process would not have asked it
+                    self._answering.add(event)
+                    self.failing.answered(event)
             elif self.failing.is_due(event.key, by_id[event.question]):
                 item, judged = by_id[event.question], event.judged
                 self.failing.add(event.key, item, event.failure, innocent=judged)

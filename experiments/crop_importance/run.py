@@ -221,9 +221,10 @@ def _scored(
         return scored(setting, droppers)
     by_image = list(_by_image(setting.questions).values())
     chunks = [by_image[first : first + CHUNK] for first in range(0, len(by_image), CHUNK)]
-    found: dict[int, Any] = {}
+    found: dict[Any, Any] = {}
     with workers(request, partial(_rows, droppers=tuple(droppers)), progress) as (pool, _):
-        for index, rows in pool.results(deque(range(len(chunks))), chunks.__getitem__):
+        queue: deque[Any] = deque(range(len(chunks)))
+        for index, rows in pool.results(queue, lambda index: chunks[index]):
             if isinstance(rows, Died):
                 raise UserError(f"the workers that score crops die ({rows.why}).")
             found[index] = rows
