@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 from PIL import Image
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.summary import OVERALL
+from tokenprune.experiments.common.names import OVERALL
 from tokenprune.texts import is_plain, is_remote, is_whole
 
 if TYPE_CHECKING:
@@ -514,15 +514,16 @@ def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Questio
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """SHA-256 of texts and of the content of images."""
+    """SHA-256 of texts and of the content of images; the metric is left out."""
     shown = {p.id: p for item in questions if not item.fault for p in item.images}
     digests = {name: picture.digest() for name, picture in shown.items()}
     total = hashlib.sha256()
     for item in questions:
         images = [digests.get(picture.id, "") for picture in item.images]
         record: list[Any] = [item.id, images, item.question, item.answer, item.kind, item.video]
-        # Questions without these fields keep the fingerprint that older runs recorded.
-        if (scored := (item.answers[1:], item.choices, item.metric)) != ((), None, None):
-            record.append(scored)
+        # Questions without these fields keep the fingerprint that older runs recorded. Another
+        # metric scores the same answers.
+        if (more := (item.answers[1:], item.choices)) != ((), None):
+            record.append(more)
         total.update(json.dumps(record).encode())
     return total.hexdigest()
