@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.formatting import measure
 from tokenprune.experiments.common.glyphs import wrapped
 from tokenprune.experiments.common.plots import (
     INK,

@@ -25,7 +25,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.common.answers import read_answers, rescored
 from tokenprune.experiments.common.cells import Cell, CellRecord
 from tokenprune.experiments.common.files import check_file, replace_file
-from tokenprune.experiments.common.formatting import arrows
+from tokenprune.experiments.common.formatting import arrows, measure
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
@@ -39,8 +39,9 @@ from tokenprune.experiments.common.reading import (
 )
 from tokenprune.experiments.common.request import Request
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.common.summary import summarise
+from tokenprune.experiments.common.summary import aggregated, summarise
 from tokenprune.experiments.compare.run import accuracy_so_far
+from tokenprune.experiments.metrics import check_metrics, with_metric
 from tokenprune.experiments.report.anonymous import anonymous
 from tokenprune.experiments.report.columns import Column, table_columns
 from tokenprune.experiments.report.gallery import Gallery, planner, question_entry

@@ -78,10 +78,8 @@ def _spell(row: "pd.Series[float]", steps: Sequence[float], digits: int) -> str:
     return " / ".join(_MISSING if pd.isna(row[s]) else f"{row[s]:.{digits}f}" for s in steps)
 
 
-def read(
-    folder: Path, notes: list[str], metric: str | None = None
-) -> tuple[str, pd.DataFrame]:
-    """Model, modality and metric (unless exact) of a run, and the rows of its summary for all questions together.
+def read(folder: Path, notes: list[str], metric: str | None = None) -> tuple[str, pd.DataFrame]:
+    """Model, modality and metric (unless exact) of a run, and its summary of all questions.
 
     Matched methods have the retention of `uniform` whose cost they have.
 
