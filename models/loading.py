@@ -85,9 +85,7 @@ def load(
     return pipe
 
 
-def without_weights(
-    name: str, *, trust_remote_code: bool = False, **options: Any
-) -> Pipeline:
+def without_weights(name: str, *, trust_remote_code: bool = False, **options: Any) -> Pipeline:
     """The pipeline of a model with config and processor, but without modules to run.
 
     Args:
