@@ -262,7 +262,10 @@ def _stored(row: Mapping[str, Any], images: Mapping[str, ParquetImage | DatasetI
         row: Its other fields.
         images: The place of the image, or of the list of images, in each column of images.
     """
-    fields = {name: value for name, value in row.items() if value is not None and value != ""}
+    empty = (None, "")
+    fields = {  # a missing number is NaN, which does not equal itself
+        name: value for name, value in row.items() if value not in empty and value == value
+    }
     for name, image in images.items():
         if name == "image":
             fields[name] = image

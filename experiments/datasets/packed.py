@@ -112,7 +112,8 @@ def holds_images(kind: Any) -> bool:
 def _content(value: Any, folder: Path) -> bytes:
     """The bytes of an image that is stored, or whose path is."""
     if isinstance(value, dict):
-        value = folder / value["path"] if value.get("bytes") is None else value["bytes"]
+        path = value.get("path")
+        value = folder / path if value.get("bytes") is None and path else value.get("bytes")
     if isinstance(value, Path):
         return value.read_bytes()
     if not isinstance(value, bytes):

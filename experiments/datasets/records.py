@@ -405,6 +405,8 @@ def _texts(fields: Fields, name: str) -> list[str]:
 def _tokens(value: Any) -> int | None:
     if value is None:
         return None
+    if type(value) is float and value.is_integer():  # as in a column that is empty elsewhere
+        value = int(value)
     if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
         raise UserError(
             f"'max_new_tokens' must be a whole number from 1 to {_MOST_TOKENS}, got "
