@@ -255,16 +255,17 @@ def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Questio
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """SHA-256 of texts and of the content of images."""
+    """SHA-256 of texts and of the content of images; the metric is left out."""
     shown = {p.id: p for item in questions if not item.fault for p in item.images}
     digests = {name: picture.digest() for name, picture in shown.items()}
     total = hashlib.sha256()
     for item in questions:
         images = [digests.get(picture.id, "") for picture in item.images]
         record: list[Any] = [item.id, images, item.question, item.answer, item.kind, item.video]
-        # Questions without these fields keep the fingerprint that older runs recorded.
-        if (scored := (item.answers[1:], item.choices, item.metric)) != ((), None, None):
-            record.append(scored)
+        # Questions without these fields keep the fingerprint that older runs recorded. Another
+        # metric scores the same answers.
+        if (more := (item.answers[1:], item.choices)) != ((), None):
+            record.append(more)
         if item.max_new_tokens is not None:
             record.append(item.max_new_tokens)
         total.update(json.dumps(record).encode())

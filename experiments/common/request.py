@@ -11,6 +11,7 @@ from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.own_images import own_questions
 from tokenprune.experiments.common.questions import Modality, Question, held_out
 from tokenprune.experiments.datasets.wording import Wording
+from tokenprune.experiments.metrics import check_metrics, with_metric
 
 __all__ = [
     "FIGURES",
@@ -149,6 +150,8 @@ class QuestionRequest(ModelRequest):
         template, suffix: The parts of `wording.Wording`, in place of those of the benchmark.
         batch_size: Questions per batch; None for 50 on a testbed, otherwise 4.
         max_new_tokens: Maximum length of an answer, unless its question has its own.
+        metric: Scores all answers: a registered metric, ``module:function`` or ``module:Class``;
+            None leaves the choice to each question (`metrics.metric_of`).
         timeout_per_batch: Time limit of one computation of the model, in seconds; a longer one
             fails (`tokenprune.experiments.common.deadline`).  None is no limit.
     """
@@ -165,6 +168,7 @@ class QuestionRequest(ModelRequest):
     suffix: str | None = None
     batch_size: int | None = None
     max_new_tokens: int = 8
+    metric: str | None = None
     timeout_per_batch: float | None = None
 
     @property
@@ -207,7 +211,28 @@ def questions_for(
     keep_faulty: bool = False,
     needs_answers: bool = True,
 ) -> list[Question]:
-    """The questions of ``request``; other arguments as for `own_images.own_questions`."""
+    """The questions of ``request``; other arguments as for `own_images.own_questions`.
+
+    Raises:
+        UserError: As `own_images.own_questions`, `metrics.with_metric` and `metrics.check_metrics`.
+    """
+    found = with_metric(
+        _read(
+            request,
+            check_images=check_images,
+            keep_faulty=keep_faulty,
+            needs_answers=needs_answers,
+        ),
+        request.metric,
+    )
+    check_metrics(found)
+    return found
+
+
+def _read(
+    request: QuestionRequest, *, check_images: bool, keep_faulty: bool, needs_answers: bool
+) -> list[Question]:
+    """The questions of ``request``, before their metrics are known."""
     wording = Wording(request.template, request.suffix)
     if not request.own and request.root is None and request.split is None:
         if request.prompt is not None:

@@ -26,7 +26,7 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.common.formatting import arrow, arrows
+from tokenprune.experiments.common.formatting import arrow, arrows, measure
 from tokenprune.experiments.common.option_groups import (
     LOADING,
     WORDING,
@@ -133,15 +133,15 @@ def compare(
     width: options.Width = "page",
     no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
+    metric: options.Metric = None,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
-    method and for the references: the model without the image and with the thumbnail alone. Writes
-    every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, also of
+    the model without the image and with the thumbnail alone. Writes every answer, a summary and
+    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -165,6 +165,7 @@ def compare(
             out=out,
             figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
+            metric=metric,
             timeout_per_batch=timeout_per_batch,
             match=match,  # type: ignore[arg-type]  # checked with the rest
         )
@@ -261,7 +262,7 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
 
 def tables(summary: pd.DataFrame) -> Iterator[Table]:
     """The comparison as tables of at most 80 columns: overall, then by kind of question."""
-    from tokenprune.experiments.common.summary import OVERALL
+    from tokenprune.experiments.common.summary import OVERALL, aggregated
 
     # At R = 1 all methods are the uncompressed model, which has a separate row.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
@@ -271,7 +272,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     table = new_table(
         title="All questions",
-        caption=f"Accuracy in % with its 95 % confidence interval. {arrows(rows)} Same: "
+        caption=f"{measure(rows).capitalize()} in % with its 95 % confidence interval. "
+        f"{arrows(rows)} Same: "
         "answers in % that equal those of the uncompressed model. Tokens: layer average of visual "
         "tokens, with separators. FLOPs: prefill of the decoder, selection included."
         + _matching(rows),
@@ -300,10 +302,37 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
             )
     yield table
 
+    if figures := aggregated(summary):
+        yield _aggregates_table(rows, figures)
     yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
     if kinds:
         yield _kinds_table(rows, kinds)
+
+
+def _aggregates_table(rows: pd.DataFrame, names: list[str]) -> Table:
+    """Figures of all questions together, such as F1, of every method."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    table = new_table(
+        title="Figures of the set",
+        caption=f"As the metric {', '.join(rows['metric'].dropna().unique())} defines them, in % "
+        "with their 95 % intervals (whole images resampled).",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method")
+    for value, name in enumerate(names, 1):
+        table.add_column(name.replace("_", " "), justify="right", value=value)
+    for retention, group in rows[rows["kind"] == OVERALL].groupby("keep", sort=False):
+        for position, row in enumerate(_rows(group)):
+            failed = ["FAILED", *[""] * (len(names) - 1)]
+            table.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["name"]),
+                *(failed if row["status"] != "ok" else (_between(row, one, 0) for one in names)),
+                end_section=position + 1 == len(group),
+            )
+    return table
 
 
 def _divergence_table(rows: pd.DataFrame) -> Table:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenprune.errors import UserError
+from tokenprune.experiments.common.names import OVERALL
 from tokenprune.experiments.common.questions import (
     Encoded,
     Modality,
@@ -20,7 +21,6 @@ from tokenprune.experiments.common.questions import (
     Question,
     check_text,
 )
-from tokenprune.experiments.common.summary import OVERALL
 from tokenprune.experiments.datasets.wording import PLAIN, Wording
 from tokenprune.texts import is_remote
 
