@@ -93,6 +93,12 @@ def own_questions(
         return questions_of(benchmark_records(benchmark, root, split), asked)
     if data is not None:
         return questions_of(records_of(data, split), asked)
+    return _about_images(paths, asked)
+
+
+def _about_images(paths: Sequence[str | Path], asked: Asked) -> list[Question]:
+    """One question about each image.  Raises `UserError`."""
+    modality, count = asked.modality, asked.count
     if modality not in (None, "image"):
         raise UserError(
             f"images of your own are single images, not of the modality {modality}; write videos "
@@ -105,9 +111,10 @@ def own_questions(
             "out to use all."
         )
     named = [Picture(name, file) for name, file in zip(_names(files), files, strict=True)]
-    pictures = sampled(named, count, seed, lambda one: one.id)
-    faults = {picture.id: _fault(picture, keep_faulty) for picture in pictures if check_images}
-    text = wording.applied(prompt or PROMPT)
+    pictures = sampled(named, count, asked.seed, lambda one: one.id)
+    keep = asked.keep_faulty
+    faults = {picture.id: _fault(picture, keep) for picture in pictures if asked.check_images}
+    text = asked.wording.applied(asked.prompt or PROMPT)
     return [Question(one.id, (one,), text, "", fault=faults.get(one.id, "")) for one in pictures]
 
 

@@ -78,9 +78,7 @@ def run(
             progress(len(journal.answers), total, _doing("vision encoder", journal))
             sharing = [key for key in lacking if towers[key] == tower]
             _encode(encodings, tower, batch, sharing, failing, timeout)
-        entering = _Entering(
-            limited(runner, batch), journal, batch, timeout, loyal=UNCOMPRESSED in todo
-        )
+        entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
         # All cells, answered or not: the same jobs give bit-identical answers, whether the run was
         # interrupted or not.
         for tower in dict.fromkeys(towers.values()):
@@ -377,7 +375,8 @@ class _Entering:
         *,
         loyal: bool,
     ) -> None:
-        self.runner, self.journal, self.batch, self.timeout = runner, journal, batch, timeout
+        self.runner = limited(runner, batch)
+        self.journal, self.batch, self.timeout = journal, batch, timeout
         self.loyal, self.loyalty = loyal, _Loyalty()
 
     def enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
