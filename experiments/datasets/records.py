@@ -129,17 +129,9 @@ def questions_of(records: Records, asked: Asked) -> list[Question]:
     """
     asked = replace(asked, wording=asked.wording.over(records.wording))
     drafts, faults = _drafts(records, asked)
-    if faults:
-        raise UserError(_faulty(records, faults))
     there = [one for one in drafts if asked.modality in (None, one.modality)]
-    if not there:
-        what = f" of the modality {asked.modality}" if drafts else f"; {records.hint}"
-        raise UserError(f"{records.path} holds no question{what}.")
-    if asked.count is not None and len(there) < asked.count:
-        raise UserError(
-            f"{records.path} holds {len(there)} questions, fewer than the {asked.count} asked for; "
-            "ask for at most as many, or leave --questions out to use all."
-        )
+    if not faults:
+        _check_number(records, asked, drafts, there)
     chosen = sampled(there, asked.count, asked.seed, lambda one: one.question.id)
     pictures = _Pictures(records, asked)
     found = []
@@ -149,8 +141,28 @@ def questions_of(records: Records, asked: Asked) -> list[Question]:
         except UserError as error:
             faults[draft.number] = str(error)
     if faults:
-        raise UserError(_faulty(records, faults))
+        raise UserError(_faulty(records, dict(sorted(faults.items()))))
     return found
+
+
+def _check_number(
+    records: Records, asked: Asked, drafts: Sequence[_Draft], there: Sequence[_Draft]
+) -> None:
+    """Raise `UserError` unless there are questions, and as many as asked for.
+
+    Args:
+        records, asked: As of `questions_of`.
+        drafts: Of all records.
+        there: Those of the modality that is asked for.
+    """
+    if not there:
+        what = f" of the modality {asked.modality}" if drafts else f"; {records.hint}"
+        raise UserError(f"{records.path} holds no question{what}.")
+    if asked.count is not None and len(there) < asked.count:
+        raise UserError(
+            f"{records.path} holds {len(there)} questions, fewer than the {asked.count} asked for; "
+            "ask for at most as many, or leave --questions out to use all."
+        )
 
 
 def _drafts(records: Records, asked: Asked) -> tuple[list[_Draft], dict[int, str]]:

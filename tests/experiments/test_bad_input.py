@@ -136,7 +136,7 @@ def test_an_unreachable_hub_is_noticed_at_once(
         (["convert", "fastv", "--flops", "50"], "for 50 % write 0.5"),
         (["convert", "fastv", "--equivalent", "25"], "for 25 % write 0.25"),
         (["compare", "-r", "25"], "for 25 % write 0.25"),
-        (["compare", "--data", "."], "cannot read the data file '.': Is a directory"),
+        (["compare", "--data", "."], "the question about all images is given with --prompt"),
         (["compare", "--out", "file"], "cannot write to the output folder 'file'"),
         (["masks", "--out", "file"], "cannot write to the output folder 'file'"),
         (["report", "file"], "'file' is a file; give the folder of a run"),
