@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenprune.experiments.common.reading import manifest_of, questions_of
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import loop
 from tokenprune.experiments.compare.run import answer, run
+from tokenprune.experiments.datasets.files import read_data
 from tokenprune.models.published import HUB_IDS, KNOWN, hub_id
 from tokenprune.pipeline import Pipeline
 
@@ -134,8 +136,6 @@ def data(tmp_path: Path) -> Path:
 def test_every_answer_has_the_length_of_its_question(
     pipe: Pipeline, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokenprune.experiments.datasets.files import read_data
-
     # Without an end token, every answer is as long as allowed.
     monkeypatch.setattr(pipe.model.generation_config, "eos_token_id", None)
     found = read_data(data)
@@ -160,8 +160,6 @@ def test_every_answer_has_the_length_of_its_question(
 
 
 def test_batches_do_not_mix_limits() -> None:
-    from dataclasses import replace
-
     items = [
         replace(item, max_new_tokens=2 if index % 3 else None)
         for index, item in enumerate(held_out(12, 0))
