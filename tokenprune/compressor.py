@@ -211,6 +211,37 @@ class Compressor(ABC, metaclass=RenamesOptions):
             return self.allocation.limit(tokens.layout, self.retention)
         return budget.rounded_up(tokens.layout, self.retention)
 
+    def count(self, layout: TokenLayout) -> int | None:
+        """The number of visual tokens, separators included, that stay of an image or video.
+
+        None if the layout alone does not decide it.  A server that reserves the place of an image
+        before it is encoded needs this number.
+
+        Args:
+            layout: Geometry of the packed sequence that the method receives.
+        """
+        host = layout.host
+        patches, separators = len(host.patches), len(host.separators)
+        if self.retention == 1 or not patches:
+            return patches + len(_separators(host, host.patches, self.separators))
+        kept = self.patch_count(host)
+        rows_decide = self.separators == "rows" and host.canvas_shape[0]
+        if kept is None or (rows_decide and separators):
+            return None
+        return kept + separators * (self.separators != "none")
+
+    def patch_count(self, layout: TokenLayout) -> int | None:
+        """The number of patch tokens that `select` keeps of an image or video at R < 1.
+
+        None if the layout alone does not decide it.  The default is the sum that the allocator
+        divides (`Allocator.patch_count`), if the method always keeps it (`fills_budget`).  A method
+        without an allocator overrides it if it knows the number.  ``check_count`` of
+        `tokenprune.testing` compares it with what `select` keeps.
+        """
+        if self.allocation is None or not self.fills_budget:
+            return None
+        return self.allocation.patch_count(layout, self.retention)
+
     @property
     def keeps_positions(self) -> bool:
         """Whether kept tokens keep their position ids, unless these are multimodal."""
@@ -374,6 +405,10 @@ class Chain(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         raise UserError("a chain selects at several stages; run it with tokenprune.compress.")
+
+    def count(self, layout: TokenLayout) -> int | None:
+        """That of the only member; None with several, because later ones receive what is left."""
+        return self.members[0].count(layout) if len(self.members) == 1 else None
 
 
 def check_cuts(strategy: Compressor, cut: int) -> None:
