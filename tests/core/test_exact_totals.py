@@ -54,7 +54,8 @@ def test_a_limited_crop_loses_budget_unless_the_total_is_exact() -> None:
 def test_a_large_rich_crop_adds_budget_unless_the_total_is_exact() -> None:
     """At R = 0.5 the ratios are 1/3, 5/6 and 1/3: 960 of 1728 tokens, 0.056 more than R.
 
-    The official 1e-8 in the softmax turns 480 into 479.  Of exactly 864, 576 are for crops of the weights 96, 480 and 96: 82.3, 411.4 and 82.3.
+    The official 1e-8 in the softmax turns 480 into 479.  Of exactly 864, 576 are for crops of the
+    weights 96, 480 and 96: 82.3, 411.4 and 82.3.
     """
     tokens = _tokens(UNLIKE, (slice(None), slice(8, 16)))
     assert _counts(tokens, 0.5, "official") == [288, 96, 479, 96]

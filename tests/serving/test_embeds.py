@@ -152,7 +152,7 @@ def test_what_an_engine_cannot_take_is_a_sentence() -> None:
     video = np.zeros((2, 8, 8, 3), np.uint8)
     for entry in (video, [image, image]):
         with pytest.raises(
-            UserError, match=r"entry 1 of the images is a list or a video.*prompt_e"
+            UserError, match=r"entry 1 of the images is a list or a video"
         ):
             serving.image_embeds(pipe, [image, entry], "uniform@0.5")
     with pytest.raises(UserError, match=r"fastv drops tokens between decoder layers"):
