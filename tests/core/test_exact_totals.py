@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from families import full_hosts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +18,9 @@ from tokenprune.layout import Kind, TokenLayout
 from tokenprune.signals import Signal
 from tokenprune.spec import create, parse
 from tokenprune.synthetic import sample_tokens
+from tokenprune.testing.model_checks import check_count_in_model, check_equals_reference
+from tokenprune.testing.runner import run
+from tokenprune.testing.strategy_checks import STRATEGY_CHECKS
 from tokenprune.tokens import VisualTokens
 
 CLS = Signal("cls_logits")
@@ -143,6 +147,13 @@ def test_of_equal_regions_the_mean_is_the_sum() -> None:
     scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
     by_sum = _ratios(ThumbnailCommand(signal=CLS), layout, scores)
     assert _ratios(ThumbnailMean(signal=CLS), layout, scores) == pytest.approx(by_sum, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+def test_the_options_obey_the_contract() -> None:
+    method = parse("globalcom2:richness=mean,total=exact@0.4")
+    for check in (*STRATEGY_CHECKS, check_count_in_model, check_equals_reference):
+        run(check, method, full_hosts(["llama"]))
 
 
 def test_options_reach_the_allocator() -> None:

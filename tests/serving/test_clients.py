@@ -66,7 +66,7 @@ def test_what_a_server_refuses(embeds: Any, words: str) -> None:
     assert str(caught.value).count(". ") == 0  # one sentence
 
 
-def test_a_number_that_the_engine_cannot_hold_is_infinite() -> None:
+def test_a_number_that_the_server_cannot_hold_is_infinite() -> None:
     _check(_with(1e6), torch.bfloat16)
     with pytest.raises(UserError, match="NaN or infinite in float16"):
         _check(_with(1e6), torch.float16)

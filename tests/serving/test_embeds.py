@@ -1,4 +1,4 @@
-"""What an engine receives, against what `tokenprune.compress` puts in front of the decoder."""
+"""What a server receives, against what `tokenprune.compress` puts in front of the decoder."""
 
 from __future__ import annotations
 
@@ -147,13 +147,11 @@ def test_answers_are_those_under_compress(name: str, spec: str) -> None:
     assert torch.equal(_answers(pipe, prompts), wanted)
 
 
-def test_what_an_engine_cannot_take_is_a_sentence() -> None:
+def test_what_a_server_cannot_take_is_a_sentence() -> None:
     pipe, image = _pipe("testbed-onevision"), _images(1)[0]
     video = np.zeros((2, 8, 8, 3), np.uint8)
     for entry in (video, [image, image]):
-        with pytest.raises(
-            UserError, match=r"entry 1 of the images is a list or a video"
-        ):
+        with pytest.raises(UserError, match=r"entry 1 of the images is a list or a video"):
             serving.image_embeds(pipe, [image, entry], "uniform@0.5")
     with pytest.raises(UserError, match=r"fastv drops tokens between decoder layers"):
         serving.image_embeds(pipe, [image], "fastv", retention=0.5)
