@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"layout", "signals", "tokens", "synthetic", "untouched", "drawing"},
             {"ops"},
             {"budget", "allocators"},
-            {"compressor", "staged", "encoder"},
+            {"fields", "compressor", "staged", "encoder"},
             {"plugins", "spec", "unwrap", "prompts"},
             {"facts", "parts", "inputs", "adapter", "native", "compatibility", "catalogue"},
             {"cost"},
