@@ -67,6 +67,15 @@ def test_a_large_rich_crop_adds_budget_unless_the_total_is_exact() -> None:
     assert _counts(tokens, 0.5, "exact") == [288, 82, 412, 82]
 
 
+def test_weights_are_not_limited_only_counts_are() -> None:
+    """At R = 0.7 the ratios are 0.467, 1.167 and 0.467, so that the weights are 134.4, 672, 134.4.
+
+    Of 1209 tokens 403 are of the thumbnail.  In proportion, 806 are 115.1, 575.7 and 115.1.
+    """
+    tokens = _tokens(UNLIKE, (slice(None), slice(8, 16)))
+    assert _counts(tokens, 0.7, "exact") == [403, 115, 576, 115]
+
+
 def test_frames_and_regions_are_exact_too() -> None:
     """Two frames of 4 tokens at R = 0.4 tie and keep 1 each of 3; the exact total serves one."""
     video = sample_tokens(frozenset({CLS}), TokenLayout.video(2, (2, 2)))
