@@ -214,7 +214,7 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
         console.print(table, "")
     if request.match:
         _show_match(outcome.folder, console)
-    for words in _spreads(outcome.summary):
+    for words in (*_realised(outcome.summary), *_spreads(outcome.summary)):
         typer.echo(words)
     for words in options.gaps(outcome):
         typer.echo(words)
@@ -232,6 +232,24 @@ def _show_match(folder: Path, console: Console) -> None:
         console.print(matched_table(found), "")
     for words in _misses(found):
         typer.echo(words)
+
+
+def _realised(summary: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method that keeps more or fewer tokens than requested.
+
+    A difference of one token, the mean over the questions, is rounding.
+    """
+    from tokenprune.experiments.common.summary import OVERALL
+
+    rows = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
+    off = (rows["kept_patches"] - rows["retention"] * rows["patch_tokens"]).abs() > 1
+    for label, cells in rows[off].groupby("label", sort=False):
+        shares = (
+            f"{percent(row['kept_patches'] / row['patch_tokens'], 1)} where "
+            f"{percent(row['retention'], None)} was requested"
+            for row in _rows(cells.sort_values("retention", ascending=False))
+        )
+        yield f"{label} keeps another share of the patch tokens: {', '.join(shares)}."
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
