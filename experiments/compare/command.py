@@ -27,6 +27,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import arrow, arrows
+from tokenprune.experiments.published.models import published_model
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -202,6 +203,8 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
     console = Console()
     for table in tables(outcome.summary):
         console.print(table, "")
+    if published_model(request.model):
+        _show_published(outcome.summary, request.model, console)
     if request.match:
         _show_match(outcome.folder, console)
     for words in _spreads(outcome.summary):
@@ -210,6 +213,16 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _show_published(summary: pd.DataFrame, model: str, console: Console) -> None:
+    """What papers state about these methods on this model."""
+    from tokenprune.experiments.published.beside import beside
+    from tokenprune.experiments.published.command import beside_table
+
+    found = beside(summary, model)
+    if found is not None:
+        console.print(beside_table(found), "")
 
 
 def _show_match(folder: Path, console: Console) -> None:
