@@ -27,7 +27,7 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import arrow, arrows
-from tokenprune.experiments.published.models import published_model
+from tokenprune.experiments.common.published_models import published_model
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tokenprune.experiments.common.request import CompareRequest
 
 __all__ = [
+    "beside_table",
     "compare",
     "matched_table",
     "tables",
@@ -217,8 +218,7 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
 
 def _show_published(summary: pd.DataFrame, model: str, console: Console) -> None:
     """What papers state about these methods on this model."""
-    from tokenprune.experiments.published.beside import beside
-    from tokenprune.experiments.published.command import beside_table
+    from tokenprune.experiments.common.published import beside
 
     found = beside(summary, model)
     if found is not None:
@@ -413,6 +413,33 @@ def matched_table(found: pd.DataFrame) -> Table:
                 end_section=position + 1 == len(group),
             )
     return table
+
+
+def beside_table(found: pd.DataFrame) -> Table:
+    """Published averages beside measured ones; ``found`` is as `published.beside` returns it."""
+    made = new_table(
+        title="Published averages",
+        caption="In % of the uncompressed model. Published: the mean over the benchmarks of the "
+        "source. Prompts, data type, questions and evaluation code may differ from these, and "
+        "sources may count tokens as an average over the layers; tokenprune published has the "
+        "addresses.",
+    )
+    made.add_column("keep", justify="right")
+    made.add_column("method")
+    for value, name in enumerate(["measured", "published", "at"]):
+        made.add_column(name, justify="right", value=value)
+    made.add_column("source", value=3)
+    for retention, group in found.groupby("retention", sort=False):
+        for position, (_, row) in enumerate(group.sort_values("method").iterrows()):
+            made.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["method"]),
+                *(f"{100 * row[name]:.1f}" for name in ("measured", "published")),
+                percent(row["at"], None),
+                escape(f"{row['source']}, {row['table']}"),
+                end_section=position + 1 == len(group),
+            )
+    return made
 
 
 def _misses(found: pd.DataFrame) -> Iterator[str]:

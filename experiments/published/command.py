@@ -20,7 +20,7 @@ from tokenprune.console import (
     method_label,
     new_table,
 )
-from tokenprune.experiments.published.models import MODELS
+from tokenprune.experiments.common.published_models import MODELS
 from tokenprune.spec import ratios, split
 from tokenprune.units import percent
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "beside_table",
     "published",
     "tables",
 ]
@@ -148,30 +147,3 @@ def tables(found: pd.DataFrame, benchmarks: Sequence[str] = ()) -> Iterator[Tabl
 
 def _score(value: float) -> str:
     return "-" if value != value else f"{value:g}"
-
-
-def beside_table(found: pd.DataFrame) -> Table:
-    """Published averages beside measured ones; ``found`` is as `beside.beside` returns it."""
-    made = new_table(
-        title="Published averages",
-        caption="In % of the uncompressed model. Published: the mean over the benchmarks of the "
-        "source. Prompts, data type, questions and evaluation code may differ from these, and "
-        "sources may count tokens as an average over the layers; tokenprune published has the "
-        "addresses.",
-    )
-    made.add_column("keep", justify="right")
-    made.add_column("method")
-    for value, name in enumerate(["measured", "published", "at"]):
-        made.add_column(name, justify="right", value=value)
-    made.add_column("source", value=3)
-    for retention, group in found.groupby("retention", sort=False):
-        for position, (_, row) in enumerate(group.sort_values("method").iterrows()):
-            made.add_row(
-                "" if position else percent(float(str(retention)), None),
-                method_label(row["method"]),
-                *(f"{100 * row[name]:.1f}" for name in ("measured", "published")),
-                percent(row["at"], None),
-                escape(f"{row['source']}, {row['table']}"),
-                end_section=position + 1 == len(group),
-            )
-    return made

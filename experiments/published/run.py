@@ -11,8 +11,8 @@ from tokenprune.budget import check_retention
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.csv_files import write_csv
 from tokenprune.experiments.common.files import check_file, replace_file
+from tokenprune.experiments.common.published import AVERAGE, BUDGET, averages, figures, near
 from tokenprune.experiments.common.request import Request
-from tokenprune.experiments.published.figures import AVERAGE, BUDGET, averages, figures, near
 
 __all__ = [
     "PublishedRequest",
@@ -26,7 +26,7 @@ class PublishedRequest(Request):
 
     Attributes:
         out: File of the chosen rows; None for no file.
-        model: One of `models.MODELS`, or the Hub id of its checkpoint.
+        model: One of `published_models.MODELS`, or the Hub id of its checkpoint.
         methods: Names, registered or as the sources write them; all methods if empty.
         benchmarks: Benchmarks whose scores are shown beside the averages.
         retention: Only budgets near one of these retention ratios; all budgets if empty.

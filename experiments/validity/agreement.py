@@ -71,10 +71,10 @@ def tau_b(
 
 
 def interval(values: NDArray[np.float64], confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of resampled values (b,), without those that are NaN."""
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return float("nan"), float("nan")
+    """The percentile interval of resampled values (b,).
+
+    A resample in which all methods are tied, where tau-b is NaN, counts as 0.
+    """
     tail = (1 - confidence) / 2
-    low, high = np.quantile(known, [tail, 1 - tail])
+    low, high = np.quantile(np.nan_to_num(values), [tail, 1 - tail])
     return float(low), float(high)

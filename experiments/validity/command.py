@@ -22,7 +22,7 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.published.models import MODELS
+from tokenprune.experiments.common.published_models import MODELS
 from tokenprune.units import percent
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def validity(
             raise typer.Exit(options.interrupted(outcome))
         console = Console()
         console.print(tau_table(outcome.tables["validity"], outcome.about), "")
-        console.print(disagreements(outcome.tables["pairs"]), "")
+        opposite = disagreements(outcome.tables["pairs"])
+        console.print(opposite if opposite.row_count else "No pair is in opposite order.", "")
         if folder is None:
             status = options.closing(outcome, started)
         else:

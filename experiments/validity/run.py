@@ -16,12 +16,12 @@ from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.files import check_writable
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
+from tokenprune.experiments.common.published import averages, figures, nearest
+from tokenprune.experiments.common.published_models import MODELS, published_model
 from tokenprune.experiments.common.reading import answers_of, experiment_of
 from tokenprune.experiments.common.request import QuestionRequest, comparison
 from tokenprune.experiments.common.setting import prepare
 from tokenprune.experiments.compare import run as compare
-from tokenprune.experiments.published.figures import averages, figures, nearest
-from tokenprune.experiments.published.models import MODELS, published_model
 from tokenprune.experiments.validity.agreement import Stratum, interval, signs, tau_b
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.registry import strategies
@@ -73,8 +73,9 @@ def validity(request: ValidityRequest, progress: ProgressCallback = silent) -> O
         UserError: Bad input, or no two methods that can be compared.
     """
     check_number("seed", request.seed)
-    if request.published is not None:
-        figures(request.published)  # refuses an unknown one before anything is computed
+    if request.published is not None:  # a Hub id stands for its model
+        (model,) = figures(request.published)["model"].unique()
+        request = replace(request, published=model)
     notes: list[str] = []
     if request.folder is None:
         outcome = _comparison(request, progress)

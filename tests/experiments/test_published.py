@@ -12,9 +12,14 @@ from typer.testing import CliRunner
 from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import read_csv
-from tokenprune.experiments.published.beside import beside
-from tokenprune.experiments.published.figures import AVERAGE, averages, figures, nearest
-from tokenprune.experiments.published.models import MODELS, published_model
+from tokenprune.experiments.common.published import (
+    AVERAGE,
+    averages,
+    beside,
+    figures,
+    nearest,
+)
+from tokenprune.experiments.common.published_models import MODELS, published_model
 from tokenprune.experiments.published.run import PublishedRequest, published
 from tokenprune.registry import strategies
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.csv_files import read_csv
-from tokenprune.experiments.published.figures import averages, figures
-from tokenprune.experiments.validity.agreement import signs, tau_b
+from tokenprune.experiments.common.published import averages, figures
+from tokenprune.experiments.validity.agreement import interval, signs, tau_b
 from tokenprune.experiments.validity.run import pairs_of, strata, taus
 from tokenprune.models import testbed
 
@@ -53,6 +53,10 @@ def test_only_pairs_of_one_stratum_are_counted() -> None:
     first = [signs([1, 2, 3]), signs([10, 20])]
     second = [signs([1, 2, 3]), signs([2, 1])]
     assert tau_b(first, second) == pytest.approx(2 / 4)
+
+
+def test_ties_of_all_methods_widen_the_interval() -> None:
+    assert interval(np.array([1.0] * 90 + [np.nan] * 10)) == (0, 1)
 
 
 # --- planted rankings -----------------------------------------------------------------------------
@@ -220,7 +224,8 @@ def test_compare_shows_published_averages_on_such_a_model(run: tuple[Path, str])
 
 def test_the_command_compares_a_run(run: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = run
-    result = invoke("validity", str(folder), "--out", str(tmp_path))
+    hub = "llava-hf/llava-v1.6-vicuna-7b-hf"
+    result = invoke("validity", str(folder), "--published", hub, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     table = read_csv(tmp_path / "validity-llava-next-7b.csv").set_index(["source", "at"])
     pairs = read_csv(tmp_path / "validity-pairs-llava-next-7b.csv")

@@ -15,12 +15,14 @@ import pandas as pd
 
 from tokenprune.errors import unknown
 from tokenprune.experiments.common.csv_files import read_csv
-from tokenprune.experiments.published.models import MODELS, published_model
+from tokenprune.experiments.common.published_models import MODELS, published_model
+from tokenprune.experiments.common.summary import OVERALL
 
 __all__ = [
     "AVERAGE",
     "BUDGET",
     "averages",
+    "beside",
     "figures",
     "near",
     "nearest",
@@ -38,6 +40,9 @@ BUDGET = ["source", "table", "retention"]
 _FOLDER = Path(__file__).resolve().parents[1] / "results" / "published"
 
 
+_BESIDE = ["retention", "method", "measured", "published", "at", "source", "table"]
+
+
 _FACTOR = 1.25  # retention ratios whose quotient is at most this count as near
 
 
@@ -45,7 +50,7 @@ def figures(model: str) -> pd.DataFrame:
     """All published figures of a model.
 
     Args:
-        model: As of `models.published_model`.
+        model: As of `published_models.published_model`.
 
     Returns:
         ``model``, ``modality``, ``method`` (the registered name, if there is one), ``label`` (as
@@ -99,3 +104,40 @@ def nearest(retention: float, others: Iterable[float]) -> float | None:
     """The ratio of ``others`` that is nearest to ``retention``; None if none is `near` it."""
     close = [other for other in others if near(retention, other)]
     return min(close, key=lambda other: abs(math.log(retention / other)), default=None)
+
+
+def beside(summary: pd.DataFrame, model: str) -> pd.DataFrame | None:
+    """The published averages of the methods of a comparison, at the nearest retention ratios.
+
+    Args:
+        summary: As `summary.summarise` returns it.
+        model: The model of the comparison.
+
+    Returns:
+        One row per method, retention ratio and source: ``measured`` (accuracy relative to the
+        uncompressed model), ``published`` (the ``average`` of `averages`), and ``at``, the
+        published retention ratio.  None if no figures of the model, or of these
+        methods, are published.
+    """
+    name = published_model(model)
+    if name is None:
+        return None
+    rows = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
+    whole = rows.loc[rows["method"] == "uncompressed", "accuracy"]
+    published = averages(figures(name))
+    asked = rows.get("asked_retention", rows["retention"]).fillna(rows["retention"])
+    # A label with options is another method than the published one.
+    plain = rows.assign(asked=asked)[(rows["label"] == rows["method"]) & (asked < 1)]
+    found = []
+    for (_, _), ranking in published.groupby(["source", "table"], sort=False):
+        for row in plain.itertuples():
+            mine = ranking[ranking["method"] == row.method]
+            at = nearest(row.asked, mine["retention"])
+            for one in mine[mine["retention"] == at].itertuples():
+                measured = row.accuracy / whole.iloc[0] if len(whole) else float("nan")
+                figure = (row.asked, row.method, measured, one.average, at)
+                found.append((*figure, one.source, one.table))
+    if not found:
+        return None
+    table = pd.DataFrame(found, columns=_BESIDE)
+    return table.sort_values("retention", ascending=False, kind="stable", ignore_index=True)
