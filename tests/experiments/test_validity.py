@@ -126,18 +126,23 @@ def test_planted_orders_are_found() -> None:
     assert (pooled.concordant, pooled.discordant, pooled.tied) == (11, 2, 0)
 
 
-def test_the_pairs_that_disagree_are_named() -> None:
-    rights = {"a": first(2), "b": first(4), "c": first(4)}
-    published = ranking("s", 0.25, {"a": 0.9, "b": 0.6, "c": 0.5})
-    found = pairs_of(strata(answers(rights, EACH), published, seed=0))
-    assert found[["first", "second", "order"]].to_numpy().tolist() == [
-        ["a", "b", "disagrees"],
-        ["a", "c", "disagrees"],
-        ["b", "c", "tied"],
-    ]
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("c", "b", "a")])
+def test_the_pairs_that_disagree_are_named(names: tuple[str, str, str]) -> None:
+    best, middle, worst = names  # in the source, which the order of names does not follow
+    rights = {best: first(2), middle: first(4), worst: first(4)}
+    published = ranking("s", 0.25, {best: 0.9, middle: 0.6, worst: 0.5})
+    found = pairs_of(strata(answers(rights, EACH), published, seed=0)).set_index(
+        ["first", "second"]
+    )
+    assert found["order"].to_dict() == {
+        (best, middle): "disagrees",
+        (best, worst): "disagrees",
+        (middle, worst): "tied",
+    }
+    found = found.loc[[(best, middle), (best, worst), (middle, worst)]]
     assert found["published_difference"].to_list() == pytest.approx([0.3, 0.4, 0.1])
     assert found["measured_difference"].to_list() == pytest.approx([-0.2, -0.2, 0])
-    # b leads unless all ten draws miss the two images that only it answers: 0.8 ** 10 = 0.107.
+    # The others lead unless ten draws miss the two images that only they answer: 0.8 ** 10 = 0.107.
     assert found["opposed"].to_list() == pytest.approx([0.893, 0.893, 0], abs=0.02)
 
 
