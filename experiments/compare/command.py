@@ -34,6 +34,7 @@ from tokenprune.experiments.common.option_groups import (
     WordingOptions,
     grouped,
 )
+from tokenprune.experiments.common.published_models import published_model
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from tokenprune.experiments.common.request import CompareRequest
 
 __all__ = [
+    "beside_table",
     "compare",
     "matched_table",
     "tables",
@@ -212,6 +214,8 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
     console = Console()
     for table in tables(outcome.summary):
         console.print(table, "")
+    if published_model(request.model):
+        _show_published(outcome.summary, request.model, console)
     if request.match:
         _show_match(outcome.folder, console)
     for words in (*_realised(outcome.summary), *_spreads(outcome.summary)):
@@ -220,6 +224,15 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _show_published(summary: pd.DataFrame, model: str, console: Console) -> None:
+    """What papers state about these methods on this model."""
+    from tokenprune.experiments.common.published import beside
+
+    found = beside(summary, model)
+    if found is not None:
+        console.print(beside_table(found), "")
 
 
 def _show_match(folder: Path, console: Console) -> None:
@@ -456,6 +469,33 @@ def matched_table(found: pd.DataFrame) -> Table:
                 end_section=position + 1 == len(group),
             )
     return table
+
+
+def beside_table(found: pd.DataFrame) -> Table:
+    """Published averages beside measured ones; ``found`` is as `published.beside` returns it."""
+    made = new_table(
+        title="Published averages",
+        caption="In % of the uncompressed model. Published: the mean over the benchmarks of the "
+        "source. Prompts, data type, questions and evaluation code may differ from these, and "
+        "sources may count tokens as an average over the layers; tokenprune published has the "
+        "addresses.",
+    )
+    made.add_column("keep", justify="right")
+    made.add_column("method")
+    for value, name in enumerate(["measured", "published", "at"]):
+        made.add_column(name, justify="right", value=value)
+    made.add_column("source", value=3)
+    for retention, group in found.groupby("retention", sort=False):
+        for position, (_, row) in enumerate(group.sort_values("method").iterrows()):
+            made.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["method"]),
+                *(f"{100 * row[name]:.1f}" for name in ("measured", "published")),
+                percent(row["at"], None),
+                escape(f"{row['source']}, {row['table']}"),
+                end_section=position + 1 == len(group),
+            )
+    return made
 
 
 def _misses(found: pd.DataFrame) -> Iterator[str]:
