@@ -5,7 +5,7 @@ Tables are made from the journal, or from ``answers.parquet`` if it is up to dat
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +34,7 @@ __all__ = [
     "cells_of",
     "check_folder",
     "experiment_of",
+    "joined",
     "journaled",
     "manifest_of",
     "place_of",
@@ -124,6 +125,7 @@ class _Manifest(_Part):
     experiment: _Asked
     cells: list[_Cell] = []
     request: _Request | None = None
+    requests: list[_Request] = []
     model_folder: str | None = None
     status: str = "unknown"
     sessions: list[_Session] = []
@@ -203,30 +205,20 @@ def questions_of(
         notes: Receives a sentence for everything that is missing.
         moved: New path of the data file; if given, an unreadable file raises `UserError`.
     """
-    asked = manifest.get("request") or {}
     experiment = manifest["experiment"]
-    file, paths = moved or asked.get("data"), asked.get("paths") or []
-    if file is None and not paths:
-        count, answered = experiment["questions"], len({name for _, name in journal.answers})
-        if count > max(_MANY, 2 * answered):
-            notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
+    requests = manifest.get("requests") or [manifest.get("request") or {}]
+    own = any(one.get("data") or one.get("paths") for one in requests)
+    if not own and len({one.get("modality") for one in requests}) == 1:
+        requests = requests[-1:]  # the testbed's first questions, as many as were asked at most
+    found: list[Question] = []
+    for asked in requests:
+        count = experiment["questions"]
+        if len(requests) > 1:
+            count = asked.get("questions") or count
+        some = _asked(folder, asked, (count, experiment["seed"]), journal, notes, moved)
+        if some is None:
             return None
-        found = held_out(count, experiment["seed"], asked.get("modality") or "image")
-    else:
-        try:
-            found = own_questions(
-                [] if file else [place_of(folder, path) for path in paths],
-                moved or (place_of(folder, str(file)) if file else None),
-                asked.get("prompt"),
-                count=asked.get("questions"),
-                modality=asked.get("modality"),
-                check_images=False,
-            )
-        except UserError as error:
-            if moved is not None:
-                raise
-            notes.append(f"No images: {error} Where it was moved, give its place with --data.")
-            return None
+        found = joined(found, some)
     try:
         same = fingerprint(found) == experiment["data"]
     except (OSError, UserError):
@@ -235,6 +227,52 @@ def questions_of(
         if not same:
             notes.append("The questions or images have changed since the run.")
     return found
+
+
+def joined(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
+    """The questions of both, each once: in the order of ``second`` if it has them all."""
+    names = {item.id for item in second}
+    if names.issuperset(item.id for item in first):
+        return list(second)
+    known = {item.id for item in first}
+    return [*first, *(item for item in second if item.id not in known)]
+
+
+def _asked(
+    folder: Path,
+    asked: Mapping[str, Any],
+    testbed: tuple[int, int],
+    journal: Journal,
+    notes: list[str],
+    moved: Path | None,
+) -> list[Question] | None:
+    """The questions of one request of a run; other arguments as for `questions_of`.
+
+    Args:
+        asked: The request, as the manifest stores it.
+        testbed: Number of the testbed's questions, and their seed.
+    """
+    file, paths = moved or asked.get("data"), asked.get("paths") or []
+    if file is None and not paths:
+        (count, seed), answered = testbed, len({name for _, name in journal.answers})
+        if count > max(_MANY, 2 * answered):
+            notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
+            return None
+        return held_out(count, seed, asked.get("modality") or "image")
+    try:
+        return own_questions(
+            [] if file else [place_of(folder, path) for path in paths],
+            moved or (place_of(folder, str(file)) if file else None),
+            asked.get("prompt"),
+            count=asked.get("questions"),
+            modality=asked.get("modality"),
+            check_images=False,
+        )
+    except UserError as error:
+        if moved is not None:
+            raise
+        notes.append(f"No images: {error} Where it was moved, give its place with --data.")
+        return None
 
 
 def place_of(folder: Path, file: str) -> Path:

@@ -29,7 +29,7 @@ from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import arrow, arrows
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
-from tokenprune.units import flops_unit, percent
+from tokenprune.units import bytes_unit, flops_unit, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,7 @@ __all__ = [
     "compare",
     "matched_table",
     "tables",
+    "times_table",
 ]
 
 
@@ -102,8 +103,18 @@ _Match = Annotated[
 ]
 
 
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Also measure time and memory of every method on this device, for tokenprune choose.",
+    ),
+]
+
+
 @app.command(cls=ManyValues)
 def compare(
+    ctx: typer.Context,
     model: options.Model = "testbed-next",
     methods: _Methods = None,
     plugin: options.Plugin = None,
@@ -126,13 +137,15 @@ def compare(
     max_new_tokens: options.MaxNewTokens = 8,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
+    measure: _Measure = False,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
     Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
     method and for the references: the model without the image and with the thumbnail alone. Writes
     every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run.
+    resumes the run. With --out and a run in that folder, it adds methods, retention ratios and
+    questions to the run; options that are not given are those of the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -158,10 +171,21 @@ def compare(
             max_new_tokens=max_new_tokens,
             timeout_per_batch=timeout_per_batch,
             match=match,  # type: ignore[arg-type]  # checked with the rest
+            measure=measure,
         )
+        request = _in_folder(request, ctx)
         # With another limit, other images may be refused.
         status = _check(request) if check else _compare(request, again=max_image_pixels is None)
     raise typer.Exit(status)
+
+
+def _in_folder(request: CompareRequest, ctx: typer.Context) -> CompareRequest:
+    """``request``, in which options that were not given are those of the run in its folder."""
+    from tokenprune.experiments.compare.finished import as_in_run
+
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, one in sources.items() if one is not None and one.name != "DEFAULT"}
+    return as_in_run(request, given)
 
 
 def _check(request: CompareRequest) -> int:
@@ -204,12 +228,47 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
         console.print(table, "")
     if request.match:
         _show_match(outcome.folder, console)
+    if "prefill_ms" in outcome.summary:
+        console.print(times_table(outcome.summary), "")
     for words in _spreads(outcome.summary):
         typer.echo(words)
     for words in options.gaps(outcome):
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
+
+
+def times_table(summary: pd.DataFrame) -> Table:
+    """Time and memory of every method; ``summary`` is as `times.with_times` returns it."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    rows = _by_requested(summary[(summary["kind"] == OVERALL) & summary["prefill_ms"].notna()])
+    rows = rows[(rows["retention"] < 1) | (rows["method"] == "uncompressed")]
+    unit, scale = bytes_unit(rows["peak_bytes"].max())
+    table = new_table(
+        title="Time and memory",
+        caption="In milliseconds, median ± half the interquartile range, of one question of median "
+        "length. Prefill: until the first token, with the vision encoder and the selection; token: "
+        "each one after it. Peak: weights and all tensors.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method")
+    for name, value in {"prefill": None, "token": 2, "total": 1, unit: 3}.items():
+        table.add_column(name, justify="right", value=value)
+    for retention, group in rows.groupby("keep", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            times = [
+                f"{row[name]:.4g} ± {row[f'{name}_iqr'] / 2:.1g}"
+                for name in ("prefill_ms", "token_ms", "total_ms")
+            ]
+            table.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["name"]),
+                *times,
+                f"{row['peak_bytes'] / scale:.3g}",
+                end_section=position + 1 == len(group),
+            )
+    return table
 
 
 def _show_match(folder: Path, console: Console) -> None:

@@ -26,6 +26,7 @@ from tokenprune.spec import has_retention
 
 __all__ = [
     "matched_cells",
+    "median_question",
     "realised",
     "representative",
 ]
@@ -46,6 +47,11 @@ def representative(pipe: Pipeline, questions: Sequence[Question]) -> Prompt:
     With very many questions, only evenly spaced ones are considered.
     """
     return _median(pipe, questions)[1]
+
+
+def median_question(pipe: Pipeline, questions: Sequence[Question]) -> Question:
+    """The question of the `representative` prompt."""
+    return _median(pipe, questions)[0]
 
 
 def _median(pipe: Pipeline, questions: Sequence[Question]) -> tuple[Question, Prompt]:
@@ -108,7 +114,8 @@ def matched_cells(
         retention: Of `uniform`, which is added if it is not among the methods.
         kind: ``tokens`` (layer average of visual tokens), ``flops`` (of the prefill, selection
             included) or ``prefill-ms`` (measured here: selection and prefill of one prompt).
-        optional: Specs that are left out if they cannot cost so little.
+        optional: Specs that are left out if they cannot cost so little.  With ``prefill-ms`` every
+            method is: whether a time can be reached is known only after measuring.
         progress: Called before every step.
 
     Returns:
@@ -121,6 +128,8 @@ def matched_cells(
     uniform = tp.create("uniform", retention=0.5)
     methods = [one for spec in specs if (one := _without_retention(spec)).label != uniform.label]
     may_fail = {_without_retention(spec).label for spec in optional}
+    if kind == "prefill-ms":
+        may_fail = {method.label for method in methods}
     costs = _Costs(pipe, *_median(pipe, questions), kind)
     total = 1 + len(methods)
     progress(0, total, f"matching {uniform.label}")
@@ -129,7 +138,10 @@ def matched_cells(
     cells += [_matched(replace(uniform, retention=one), kind, one, targets[one]) for one in ratios]
     for index, method in enumerate(methods, start=1):
         progress(index, total, f"matching {method.label}")
-        solve_for = costs.solver(method)
+        solve_for = tried(partial(costs.solver, method))
+        if isinstance(solve_for, Failure):  # the selection is timed, and it raised
+            left_out[method.label] = solve_for.error
+            continue
         for ratio, target in targets.items():
             if ratio == 1:  # every method then is the uncompressed model
                 cells.append(_matched(replace(method, retention=1.0), kind, 1.0, target))
