@@ -31,38 +31,52 @@ __all__ = [
 ]
 
 
+_Folder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of tokenprune compare.")]
+
+
+_Milliseconds = Annotated[
+    float | None, typer.Option(metavar="MS", help="Longest time, in milliseconds.")
+]
+
+
+_Time = Annotated[
+    str,
+    typer.Option(
+        metavar="prefill|total|token",
+        help="Which time: until the first token, of a whole answer, or of each further token.",
+        autocompletion=complete_word("prefill", "total", "token"),
+    ),
+]
+
+
+_Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Largest peak of memory, such as 12GB.")
+]
+
+
+_Flops = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Largest share of the FLOPs of the uncompressed prefill."),
+]
+
+
+_Accuracy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE|Nx",
+        help="Least accuracy: 0.9, or 0.95x for 95 % of the uncompressed model's.",
+    ),
+]
+
+
 @app.command()
 def choose(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Run folder of tokenprune compare.")
-    ],
-    max_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="Longest time, in milliseconds.")
-    ] = None,
-    time: Annotated[
-        str,
-        typer.Option(
-            metavar="prefill|total|token",
-            help="Which time: until the first token, of a whole answer, or of each further token.",
-            autocompletion=complete_word("prefill", "total", "token"),
-        ),
-    ] = "prefill",
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest peak of memory, such as 12GB.")
-    ] = None,
-    max_flops: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Largest share of the FLOPs of the uncompressed prefill."
-        ),
-    ] = None,
-    min_accuracy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE|Nx",
-            help="Least accuracy: 0.9, or 0.95x for 95 % of the uncompressed model's.",
-        ),
-    ] = None,
+    folder: _Folder,
+    max_ms: _Milliseconds = None,
+    time: _Time = "prefill",
+    max_memory: _Memory = None,
+    max_flops: _Flops = None,
+    min_accuracy: _Accuracy = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     plugin: Plugin = None,
 ) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -144,19 +144,17 @@ def compare(
     Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
     method and for the references: the model without the image and with the thumbnail alone. Writes
     every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run. With --out and a run in that folder, it adds methods, retention ratios and
-    questions to the run; options that are not given are those of the run.
+    resumes the run. A run in --out is added to; options that are not given are as in it.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        from tokenprune.experiments.common.request import METHODS, RETENTION, CompareRequest
+        from tokenprune.experiments.common.request import CompareRequest
 
         request = CompareRequest(
+            **_cells(methods, retention),
             model=model,
-            methods=tuple(method_specs(methods)) if methods else METHODS,
-            retention=ratios(retention) if retention else RETENTION,
             questions=questions,
             data=data,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
@@ -173,10 +171,24 @@ def compare(
             match=match,  # type: ignore[arg-type]  # checked with the rest
             measure=measure,
         )
-        request = _in_folder(request, ctx)
-        # With another limit, other images may be refused.
-        status = _check(request) if check else _compare(request, again=max_image_pixels is None)
+        status = _run(_in_folder(request, ctx), check, again=max_image_pixels is None)
     raise typer.Exit(status)
+
+
+def _run(request: CompareRequest, check: bool, *, again: bool) -> int:
+    """Check the questions or run the comparison; ``again`` is as for `_compare`."""
+    # With another limit of pixels, other images may be refused.
+    return _check(request) if check else _compare(request, again=again)
+
+
+def _cells(methods: list[str] | None, retention: list[str] | None) -> dict[str, Any]:
+    """The methods and retention ratios that were given."""
+    found: dict[str, Any] = {}
+    if methods:
+        found["methods"] = tuple(method_specs(methods))
+    if retention:
+        found["retention"] = ratios(retention)
+    return found
 
 
 def _in_folder(request: CompareRequest, ctx: typer.Context) -> CompareRequest:

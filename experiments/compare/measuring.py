@@ -70,7 +70,9 @@ def measure(
     """
     item = median_question(pipe, [one for one in questions if not one.fault])
     chosen = [cell for cell in cells if not cell.name]
-    keys = {cell.key: cell for cell in reversed(chosen)}
+    keys: dict[str, Cell] = {}
+    for cell in chosen:
+        keys.setdefault(cell.key, cell)  # at R = 1 all methods are the uncompressed model
     timer = _Timer(pipe, item)
     found, failed = _timed(timer, keys, progress)
     peaks = {key: tried(partial(timer.peak, keys[key])) for key in keys if key not in failed}
@@ -78,14 +80,13 @@ def measure(
     rows = []
     for cell in {(one.label, one.retention, one.parameters): one for one in chosen}.values():
         key = cell.key
-        about = {"method": cell.method, "label": cell.label, "parameters": cell.parameters}
-        about |= {"retention": cell.retention, "status": failed.get(key, "ok")}
-        runs: list[dict[str, Any]] = [{}] if key in failed else found[key]
+        about: dict[str, Any] = {name: getattr(cell, name) for name in _CELL}
+        about["status"] = failed.get(key, "ok")
         peak = peaks.get(key)
-        peak = None if isinstance(peak, Failure) else peak  # a device that does not count memory
-        rows += [
-            {**about, "run": i, **run, "peak_bytes": peak, **same} for i, run in enumerate(runs)
-        ]
+        if not isinstance(peak, Failure):  # there are devices that do not count memory
+            about["peak_bytes"] = peak
+        runs = [{}] if key in failed else found[key]
+        rows += [{**about, **same, "run": index, **run} for index, run in enumerate(runs)]
     table = pd.DataFrame(rows).reindex(columns=_COLUMNS)
     with replace_file(folder / TIMES) as temporary:
         write_csv(table, temporary)

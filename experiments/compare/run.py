@@ -320,11 +320,7 @@ def _fill(
     }
     if not interrupted:
         failures = dict(_lacking(columns, questions, journal)) | failures
-    missing: dict[str, dict[Cell | CellRecord, Failure]] = {}
-    for item in questions:
-        for cell in columns:
-            if cell not in failures and (why := journal.missing.get((cell.key, item.id))):
-                missing.setdefault(item.id, {})[cell] = why
+    missing = _missing([cell for cell in columns if cell not in failures], questions, journal)
     done = "failed" if failures or missing else "complete"
     return Outcome(
         status="interrupted" if interrupted else done,
@@ -337,6 +333,18 @@ def _fill(
         failures=failures,
         missing=missing,
     )
+
+
+def _missing(
+    columns: Sequence[Cell | CellRecord], questions: Sequence[Question], journal: Journal
+) -> dict[str, dict[Cell | CellRecord, Failure]]:
+    """Question id to the cells that failed on it alone, and why."""
+    found: dict[str, dict[Cell | CellRecord, Failure]] = {}
+    for item in questions:
+        for cell in columns:
+            if why := journal.missing.get((cell.key, item.id)):
+                found.setdefault(item.id, {})[cell] = why
+    return found
 
 
 def _lacking(
