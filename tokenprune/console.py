@@ -47,7 +47,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 _COMMANDS = (
-    "list", "compare", "choose", "merge", "pairs", "table", "report", "masks", "demo",
+    "list", "compare", "pairs", "table", "report", "choose", "merge", "masks", "demo",
     "positional-bias", "complementarity", "crop-importance", "ablation", "efficiency", "convert",
     "audit", "benchmark",
 )  # fmt: skip

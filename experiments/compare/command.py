@@ -144,7 +144,7 @@ def compare(
     Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
     method and for the references: the model without the image and with the thumbnail alone. Writes
     every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run. A run in --out is added to; options that are not given are as in it.
+    resumes the run. An earlier run in its folder is added to, with its options as defaults.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """

@@ -111,8 +111,6 @@ def edited(home: Path, folder: Path, change: Mapping[str, Any], file: str = "") 
     ("change", "file", "said"),
     [
         ({"dtype": "bfloat16"}, "", "dtype: bfloat16 there, float32 here"),
-        ({"max_new_tokens": 4}, "", "max_new_tokens: 4 there, 8 here"),
-        ({"weights": "0" * 64}, "", "other weights"),
         ({"data": "0" * 64}, "", "other data"),
         ({}, CORE, r"other code: tokenprune/engine/session.py \(compress"),
     ],
