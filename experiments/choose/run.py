@@ -19,7 +19,7 @@ from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.reading import answers_of, manifest_of
 from tokenprune.experiments.common.request import Request
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.common.summary import OVERALL, summarise
+from tokenprune.experiments.common.summary import OVERALL, scores, summarise
 from tokenprune.experiments.common.times import medians, read_times
 from tokenprune.registry import strategies
 from tokenprune.spec import has_retention
@@ -218,9 +218,7 @@ def _cells(
 
 def _matrix(answers: pd.DataFrame, cells: pd.DataFrame) -> tuple[Floats, list[str]]:
     """(questions, cells) scores of the questions that all cells answered, and their images."""
-    value = answers["correct"].astype("Float64")
-    if "score" in answers:
-        value = answers["score"].astype("Float64").fillna(value)
+    value = scores(answers)
     known = answers.assign(value=value)[value.notna() & (answers["status"] == "ok")]
     wide = known.pivot_table(
         index="question_id", columns=["label", "retention"], values="value", aggfunc="mean"

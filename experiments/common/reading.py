@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.answers import answers_frame, read_answers
+from tokenprune.experiments.common.answers import answers_frame, read_answers, rescored
 from tokenprune.experiments.common.cells import Cell, CellRecord, Matched, without_seed
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
@@ -28,6 +28,8 @@ from tokenprune.experiments.common.questions import (
 )
 from tokenprune.experiments.common.references import references
 from tokenprune.experiments.common.run_folder import manifests
+from tokenprune.experiments.datasets.wording import Wording
+from tokenprune.experiments.metrics import with_metric
 
 __all__ = [
     "answers_of",
@@ -81,10 +83,16 @@ class _Asked(_Experiment):
 class _Request(_Part):
     data: str | None = None
     paths: list[str] = []
+    benchmark: str | None = None
+    root: str | None = None
+    split: str | None = None
     prompt: str | None = None
+    template: str | None = None
+    suffix: str | None = None
     modality: Modality | None = None
     questions: Annotated[int, Field(ge=1)] | None = None
     seeds: Annotated[int, Field(ge=1)] = 1
+    metric: str | None = None
 
 
 class _Session(_Part):
@@ -203,11 +211,12 @@ def questions_of(
         manifest: Its manifest (`manifest_of`).
         journal: Its journal.
         notes: Receives a sentence for everything that is missing.
-        moved: New path of the data file; if given, an unreadable file raises `UserError`.
+        moved: New path of the data file, or of the folder of the benchmark; if given, an
+            unreadable one raises `UserError`.
     """
     experiment = manifest["experiment"]
     requests = manifest.get("requests") or [manifest.get("request") or {}]
-    own = any(one.get("data") or one.get("paths") for one in requests)
+    own = any(one.get(name) for one in requests for name in ("data", "paths", "benchmark"))
     if not own and len({one.get("modality") for one in requests}) == 1:
         requests = requests[-1:]  # the testbed's first questions, as many as were asked at most
     found: list[Question] = []
@@ -226,7 +235,37 @@ def questions_of(
     else:
         if not same:
             notes.append("The questions or images have changed since the run.")
-    return found
+    metric = requests[-1].get("metric")  # nothing that a run folder names is imported
+    return found if metric is None else [replace(item, metric=metric) for item in found]
+
+
+def _own_questions(
+    folder: Path, asked: Mapping[str, Any], drawn: int, moved: Path | None
+) -> list[Question]:
+    """The questions of a request that are not the testbed's; ``drawn`` is the seed of the sample.
+
+    Raises `UserError`.
+    """
+    file, root, benchmark = asked.get("data"), asked.get("root"), asked.get("benchmark")
+    data = place_of(folder, str(file)) if file else None
+    if benchmark is not None:
+        data, root = None, moved or place_of(folder, str(root))
+    elif moved is not None:
+        data = moved
+    return own_questions(
+        [] if data or benchmark else [place_of(folder, path) for path in asked.get("paths") or []],
+        data,
+        asked.get("prompt"),
+        benchmark=benchmark,
+        root=root,
+        split=asked.get("split"),
+        count=asked.get("questions"),
+        # Older runs asked the first questions of a file.
+        seed=drawn if "suffix" in asked else None,
+        modality=asked.get("modality"),
+        check_images=False,
+        wording=Wording(asked.get("template"), asked.get("suffix")),
+    )
 
 
 def joined(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
@@ -253,21 +292,17 @@ def _asked(
         testbed: Number of the testbed's questions, and their seed.
     """
     file, paths = moved or asked.get("data"), asked.get("paths") or []
-    if file is None and not paths:
-        (count, seed), answered = testbed, len({name for _, name in journal.answers})
+    count, seed = testbed
+    if file is None and not paths and asked.get("benchmark") is None:
+        answered = len({name for _, name in journal.answers})
         if count > max(_MANY, 2 * answered):
             notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
             return None
-        return held_out(count, seed, asked.get("modality") or "image")
+        found = held_out(count, seed, asked.get("modality") or "image")
+        wording = Wording(asked.get("template"), asked.get("suffix"))
+        return [replace(item, question=wording.applied(item.question)) for item in found]
     try:
-        return own_questions(
-            [] if file else [place_of(folder, path) for path in paths],
-            moved or (place_of(folder, str(file)) if file else None),
-            asked.get("prompt"),
-            count=asked.get("questions"),
-            modality=asked.get("modality"),
-            check_images=False,
-        )
+        return _own_questions(folder, asked, seed, moved)
     except UserError as error:
         if moved is not None:
             raise
@@ -328,15 +363,16 @@ def _columns(experiment: Mapping[str, Any], seeds: int) -> Iterator[Cell]:
         yield replace(cell, pooled=pooled)
 
 
-def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
+def answers_of(folder: Path, notes: list[str], metric: str | None = None) -> pd.DataFrame:
     """The answers of a run: ``answers.parquet``, or the journal if it has grown since.
 
     Args:
         folder: The run folder.
         notes: Receives a sentence if answers are missing from the result.
+        metric: Scores the answers instead of the metric of the run (`metrics.with_metric`).
 
     Raises:
-        UserError: No answers can be read.
+        UserError: No answers can be read, or the metric is unknown or cannot score them.
     """
     check_folder(folder)
     try:
@@ -347,10 +383,11 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
     size = file.stat().st_size if file.is_file() else None
     # If the journal is shorter than when the table was made, it has lost answers of the table.
     if table is not None and (size is None or table.attrs.get("journal", size) >= size):
-        return table
+        return rescored(table, metric)
     try:
         manifest, journal = manifest_of(folder), Journal(file)
-        return journaled(manifest, questions_of(folder, manifest, journal, []), journal)
+        questions = questions_of(folder, manifest, journal, [])
+        return journaled(manifest, questions and with_metric(questions, metric), journal)
     except UserError as error:
         if table is None:
             raise wrong or error from None
@@ -358,4 +395,4 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
             f"answers.parquet of {folder} is older than the journal; the command that made the "
             "folder brings it up to date."
         )
-        return table
+        return rescored(table, metric)

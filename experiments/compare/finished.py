@@ -36,6 +36,7 @@ from tokenprune.experiments.common.run_folder import (
 )
 from tokenprune.experiments.common.summary import summarise
 from tokenprune.experiments.common.times import TIMES, read_times, with_times
+from tokenprune.experiments.compare.cut_short import warn_of_cut_answers
 from tokenprune.models import testbed
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.registry import strategies
@@ -109,8 +110,11 @@ def as_in_run(request: CompareRequest, given: Collection[str]) -> CompareRequest
         values = [value for one in earlier for value in getattr(one, name)]
         taken[name] = tuple(dict.fromkeys(values))
     largest = max(earlier, key=lambda one: one.questions or float("inf"))
-    taken["questions"] = None if "data" in given else largest.questions
-    kept = {name: value for name, value in taken.items() if name not in {*given, *_NOT_TAKEN}}
+    taken["questions"] = largest.questions
+    own = {*given, *_NOT_TAKEN}
+    if {"data", "benchmark"} & own:
+        own |= {"data", "benchmark", "root", "split", "questions"}
+    kept = {name: value for name, value in taken.items() if name not in own}
     return replace(request, **kept)
 
 
@@ -132,6 +136,8 @@ def stored_request(folder: Path, stored: Mapping[str, Any]) -> CompareRequest:
         value = stored.get(item.name)
         if item.name not in stored or item.name in ("out", "figures"):
             continue
+        if item.name == "metric" and ":" in str(value):
+            continue  # nothing that a run folder names is imported
         if value is not None and "Path" in str(item.type):
             value = _place(folder, value)
         found[item.name] = tuple(value) if isinstance(value, list) else value
@@ -204,7 +210,12 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
     # Requests of older runs lack fields that came later.
     plain = asked_for(CompareRequest(), path)["request"]
     now, then = asked_for(request, path)["request"], plain | manifest["request"]
-    same = {"out": None, "figures": None, "measure": None}  # none of them changes an answer
+    same = {
+        "out": None,
+        "figures": None,
+        "measure": None,
+        "metric": None,
+    }  # none of them changes an answer
     if json.loads(json.dumps(now | same)) != json.loads(json.dumps(then | same)):
         return False
     if registered is not None and registered != strategies.names():
@@ -223,10 +234,13 @@ def _written(
     """
     folder = RunFolder.open(path, manifest["experiment"], found.details)
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
+    keys = (column.key for column in found.columns)
+    warn_of_cut_answers(found.journal, keys, request.max_new_tokens)
     summary = with_times(summarise(answers, seed=request.seed), read_times(path))
     folder.write_tables(answers, summary)
-    wanted = json.loads(json.dumps(asdict(request.figures)))
-    if manifest["request"].get("figures") != wanted or not any((path / "plots").glob("*")):
+    wanted = json.loads(json.dumps(asdict(request.figures))), request.metric
+    drawn = manifest["request"].get("figures"), manifest["request"].get("metric")
+    if drawn != wanted or not any((path / "plots").glob("*")):
         from tokenprune.experiments.compare.figures import draw
 
         draw(folder, request.model, summary, request.figures)

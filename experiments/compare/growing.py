@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-_ASIDE = {"out", "figures", "batch_size", "timeout_per_batch", "measure"}
+_ASIDE = {"out", "figures", "batch_size", "timeout_per_batch", "measure", "metric"}
 """Fields of a request that change neither cells nor questions."""
 
 

@@ -161,6 +161,12 @@ def _runs(request: MergeRequest, notes: list[str]) -> list[_Run]:
                 f"{folders[0]} and {folder} are different experiments ({differences}); run one of "
                 "them again in the way of the other."
             )
+        metrics = [(one.get("request") or {}).get("metric") for one in (first, manifest)]
+        if metrics[0] != metrics[1]:
+            raise UserError(
+                f"{folders[0]} and {folder} are scored by different metrics ({metrics[0]} and "
+                f"{metrics[1]}); give both the same --metric, which computes no answer again."
+            )
         if manifest.get("status") != "complete":
             notes.append(f"{folder} is not complete ({manifest.get('status', 'unknown')}).")
     runs = [
