@@ -160,15 +160,14 @@ def compare(
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        from tokenprune.experiments.common.request import CompareRequest
-
-        request = CompareRequest(
-            **_cells(methods, retention),
+        request = _request(
+            methods,
+            retention,
             model=model,
             questions=questions,
             data=data,
             prompt=prompt,
-            modality=modality,  # type: ignore[arg-type]  # checked with the rest
+            modality=modality,
             batch_size=batch_size,
             seed=seed,
             seeds=seeds,
@@ -179,7 +178,7 @@ def compare(
             max_new_tokens=max_new_tokens,
             metric=metric,
             timeout_per_batch=timeout_per_batch,
-            match=match,  # type: ignore[arg-type]  # checked with the rest
+            match=match,
             measure=measure,
         )
         status = _run(_in_folder(request, ctx), check, again=max_image_pixels is None)
@@ -192,14 +191,17 @@ def _run(request: CompareRequest, check: bool, *, again: bool) -> int:
     return _check(request) if check else _compare(request, again=again)
 
 
-def _cells(methods: list[str] | None, retention: list[str] | None) -> dict[str, Any]:
-    """The methods and retention ratios that were given."""
-    found: dict[str, Any] = {}
+def _request(
+    methods: list[str] | None, retention: list[str] | None, **others: Any
+) -> CompareRequest:
+    """The request with the methods and retention ratios that were given, and ``others``."""
+    from tokenprune.experiments.common.request import CompareRequest
+
     if methods:
-        found["methods"] = tuple(method_specs(methods))
+        others["methods"] = tuple(method_specs(methods))
     if retention:
-        found["retention"] = ratios(retention)
-    return found
+        others["retention"] = ratios(retention)
+    return CompareRequest(**others)
 
 
 def _in_folder(request: CompareRequest, ctx: typer.Context) -> CompareRequest:
