@@ -100,7 +100,10 @@ def answers_frame(
             "kind": [item.kind for item, _ in shown],
             "question": [item.question for item, _ in shown],
             "truth": [item.answer for item, _ in shown],
-            "correct": list(map(_same, answers, truths)),
+            "correct": [
+                _right(record, *texts)
+                for (_, record), texts in zip(shown, zip(answers, truths, strict=True), strict=True)
+            ],
             "agrees": list(map(_same, answers, fulls)),
             "easy": [easy[item.id] for item, _ in shown],
             "status": ["ok" if record else unanswered for _, record in shown],
@@ -146,6 +149,12 @@ def _plain(answer: str | None) -> str | None:
 
 def _same(one: str | None, other: str | None) -> bool | None:
     return None if one is None or other is None else one == other
+
+
+def _right(record: Mapping[str, Any], answer: str | None, truth: str | None) -> bool | None:
+    """Whether an answer is correct: by its score if it has one, otherwise by its text."""
+    score = record.get("score")
+    return _same(answer, truth) if score is None else bool(score == 1)
 
 
 def _easy(item: Question, little: Mapping[str, str], journal: Journal) -> bool | None:

@@ -34,7 +34,7 @@ from tokenprune.experiments.common.provenance import (
 )
 from tokenprune.experiments.common.questions import Question, fingerprint
 from tokenprune.experiments.common.references import references
-from tokenprune.experiments.common.request import CompareRequest
+from tokenprune.experiments.common.request import CompareRequest, FigureOptions
 from tokenprune.experiments.common.run_folder import (
     RunFolder,
     asked_for,
@@ -56,6 +56,7 @@ from tokenprune.registry import strategies
 __all__ = [
     "accuracy_so_far",
     "answer",
+    "draw",
     "run",
 ]
 
@@ -206,6 +207,11 @@ def answer(
 def accuracy_so_far(summary: pd.DataFrame, model: str) -> Figure:
     """The accuracy of a run that has drawn no figures yet; ``summary`` as in ``summary.csv``."""
     return figures.accuracy(summary, f"Accuracy of {model} so far")
+
+
+def draw(folder: RunFolder, model: str, summary: pd.DataFrame, options: FigureOptions) -> None:
+    """Draw the figures of a comparison into ``plots/`` of ``folder``."""
+    figures.draw(folder, model, summary, options)
 
 
 def _fill(
