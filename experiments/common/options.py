@@ -39,6 +39,7 @@ __all__ = [
     "Images",
     "MaxImagePixels",
     "MaxNewTokens",
+    "Metric",
     "Modality",
     "Model",
     "NoTitle",
@@ -171,6 +172,21 @@ Force = Annotated[
 
 
 MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")]
+
+
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME|MODULE:FUNCTION",
+        help="Score all answers by this metric: exact, vqa, anls, relaxed, choice, yes-no, iou, "
+        "contains, or your own, whose module is executed. [default: metric of the data file, "
+        "choice for questions with choices, otherwise exact]",
+        autocompletion=complete_word(
+            "anls", "choice", "contains", "exact", "iou", "relaxed", "vqa", "yes-no"
+        ),
+    ),
+]
 
 
 MaxImagePixels = Annotated[

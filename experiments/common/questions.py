@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 from PIL import Image
 
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.summary import OVERALL
+from tokenprune.experiments.common.names import OVERALL
 from tokenprune.texts import is_plain, is_remote, is_whole
 
 if TYPE_CHECKING:
@@ -101,12 +101,19 @@ class Question:
         id: Unique in a data set.
         images: In the order in which the model receives them; for a video, its frames.
         question: The text.
-        answer: The true answer; empty if unknown.
+        answer: The true answer, the first of ``answers``; empty if unknown.
         kind: The category by which accuracies are broken down.
         video: Whether the images are the frames of a video.
         place: The spot in a single image that shows the answer, (x, y) as shares of width and
             height; None if unknown.
         fault: Why the question cannot be asked; empty if it can.
+        answers: All true answers, such as those of ten annotators; by default ``answer`` alone.
+        choices: The texts of the options that the question offers, in order; None if it offers
+            none.
+        metric: The metric that scores its answers; None if the run decides.
+
+    Raises:
+        ValueError: ``answer`` is not the first of ``answers``.
     """
 
     id: str
@@ -117,6 +124,15 @@ class Question:
     video: bool = False
     place: tuple[float, float] | None = None
     fault: str = ""
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] | None = None
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.answers and self.answer:
+            object.__setattr__(self, "answers", (self.answer,))
+        if self.answer != next(iter(self.answers), ""):
+            raise ValueError(f"answer {self.answer!r} is not the first of {self.answers!r}")
 
     @property
     def modality(self) -> Modality:
@@ -498,12 +514,16 @@ def with_faults(questions: Iterable[Question], pipe: "Pipeline") -> list[Questio
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """SHA-256 of texts and of the content of images."""
+    """SHA-256 of texts and of the content of images; the metric is left out."""
     shown = {p.id: p for item in questions if not item.fault for p in item.images}
     digests = {name: picture.digest() for name, picture in shown.items()}
     total = hashlib.sha256()
     for item in questions:
         images = [digests.get(picture.id, "") for picture in item.images]
-        record = [item.id, images, item.question, item.answer, item.kind, item.video]
+        record: list[Any] = [item.id, images, item.question, item.answer, item.kind, item.video]
+        # Questions without these fields keep the fingerprint that older runs recorded. Another
+        # metric scores the same answers.
+        if (more := (item.answers[1:], item.choices)) != ((), None):
+            record.append(more)
         total.update(json.dumps(record).encode())
     return total.hexdigest()

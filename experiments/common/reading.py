@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.answers import answers_frame, read_answers
+from tokenprune.experiments.common.answers import answers_frame, read_answers, rescored
 from tokenprune.experiments.common.cells import Cell, CellRecord, Matched, without_seed
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
@@ -28,6 +28,7 @@ from tokenprune.experiments.common.questions import (
 )
 from tokenprune.experiments.common.references import references
 from tokenprune.experiments.common.run_folder import manifests
+from tokenprune.experiments.metrics import with_metric
 
 __all__ = [
     "answers_of",
@@ -84,6 +85,7 @@ class _Request(_Part):
     modality: Modality | None = None
     questions: Annotated[int, Field(ge=1)] | None = None
     seeds: Annotated[int, Field(ge=1)] = 1
+    metric: str | None = None
 
 
 class _Session(_Part):
@@ -234,7 +236,8 @@ def questions_of(
     else:
         if not same:
             notes.append("The questions or images have changed since the run.")
-    return found
+    metric = asked.get("metric")  # nothing that a run folder names is imported
+    return found if metric is None else [replace(item, metric=metric) for item in found]
 
 
 def place_of(folder: Path, file: str) -> Path:
@@ -290,15 +293,16 @@ def _columns(experiment: Mapping[str, Any], seeds: int) -> Iterator[Cell]:
         yield replace(cell, pooled=pooled)
 
 
-def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
+def answers_of(folder: Path, notes: list[str], metric: str | None = None) -> pd.DataFrame:
     """The answers of a run: ``answers.parquet``, or the journal if it has grown since.
 
     Args:
         folder: The run folder.
         notes: Receives a sentence if answers are missing from the result.
+        metric: Scores the answers instead of the metric of the run (`metrics.with_metric`).
 
     Raises:
-        UserError: No answers can be read.
+        UserError: No answers can be read, or the metric is unknown or cannot score them.
     """
     check_folder(folder)
     try:
@@ -309,10 +313,11 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
     size = file.stat().st_size if file.is_file() else None
     # If the journal is shorter than when the table was made, it has lost answers of the table.
     if table is not None and (size is None or table.attrs.get("journal", size) >= size):
-        return table
+        return rescored(table, metric)
     try:
         manifest, journal = manifest_of(folder), Journal(file)
-        return journaled(manifest, questions_of(folder, manifest, journal, []), journal)
+        questions = questions_of(folder, manifest, journal, [])
+        return journaled(manifest, questions and with_metric(questions, metric), journal)
     except UserError as error:
         if table is None:
             raise wrong or error from None
@@ -320,4 +325,4 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
             f"answers.parquet of {folder} is older than the journal; the command that made the "
             "folder brings it up to date."
         )
-        return table
+        return rescored(table, metric)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tokenprune.errors import UserError, unknown
 from tokenprune.experiments.common.own_images import own_questions
 from tokenprune.experiments.common.questions import Modality, Question, held_out
+from tokenprune.experiments.metrics import check_metrics, with_metric
 
 __all__ = [
     "FIGURES",
@@ -121,6 +122,8 @@ class QuestionRequest(ModelRequest):
             ``paths``.
         batch_size: Questions per batch; None for 50 on a testbed, otherwise 4.
         max_new_tokens: Maximum length of an answer.
+        metric: Scores all answers: a registered metric, ``module:function`` or ``module:Class``;
+            None leaves the choice to each question (`metrics.metric_of`).
         timeout_per_batch: Time limit of one computation of the model, in seconds; a longer one
             fails (`tokenprune.experiments.common.deadline`).  None is no limit.
     """
@@ -132,6 +135,7 @@ class QuestionRequest(ModelRequest):
     prompt: str | None = None
     batch_size: int | None = None
     max_new_tokens: int = 8
+    metric: str | None = None
     timeout_per_batch: float | None = None
 
 
@@ -169,7 +173,28 @@ def questions_for(
     keep_faulty: bool = False,
     needs_answers: bool = True,
 ) -> list[Question]:
-    """The questions of ``request``; other arguments as for `own_images.own_questions`."""
+    """The questions of ``request``; other arguments as for `own_images.own_questions`.
+
+    Raises:
+        UserError: As `own_images.own_questions`, `metrics.with_metric` and `metrics.check_metrics`.
+    """
+    found = with_metric(
+        _read(
+            request,
+            check_images=check_images,
+            keep_faulty=keep_faulty,
+            needs_answers=needs_answers,
+        ),
+        request.metric,
+    )
+    check_metrics(found)
+    return found
+
+
+def _read(
+    request: QuestionRequest, *, check_images: bool, keep_faulty: bool, needs_answers: bool
+) -> list[Question]:
+    """The questions of ``request``, before their metrics are known."""
     if request.data is None and not request.paths:
         if request.prompt is not None:
             raise UserError("--prompt asks about images of your own; give them, or --data.")

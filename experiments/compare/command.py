@@ -26,7 +26,7 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.common.formatting import arrow, arrows
+from tokenprune.experiments.common.formatting import arrow, arrows, measure
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -124,6 +124,7 @@ def compare(
     width: options.Width = "page",
     no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
+    metric: options.Metric = None,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
 ) -> None:
@@ -156,6 +157,7 @@ def compare(
             out=out,
             figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
+            metric=metric,
             timeout_per_batch=timeout_per_batch,
             match=match,  # type: ignore[arg-type]  # checked with the rest
         )
@@ -252,7 +254,7 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
 
 def tables(summary: pd.DataFrame) -> Iterator[Table]:
     """The comparison as tables of at most 80 columns: overall, then by kind of question."""
-    from tokenprune.experiments.common.summary import OVERALL
+    from tokenprune.experiments.common.summary import OVERALL, aggregated
 
     # At R = 1 all methods are the uncompressed model, which has a separate row.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
@@ -262,7 +264,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     table = new_table(
         title="All questions",
-        caption=f"Accuracy in % with its 95 % confidence interval. {arrows(rows)} Same: "
+        caption=f"{measure(rows).capitalize()} in % with its 95 % confidence interval. "
+        f"{arrows(rows)} Same: "
         "answers in % that equal those of the uncompressed model. Tokens: layer average of visual "
         "tokens, with separators. FLOPs: prefill of the decoder, selection included."
         + _matching(rows),
@@ -291,10 +294,37 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
             )
     yield table
 
+    if figures := aggregated(summary):
+        yield _aggregates_table(rows, figures)
     yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
     if kinds:
         yield _kinds_table(rows, kinds)
+
+
+def _aggregates_table(rows: pd.DataFrame, names: list[str]) -> Table:
+    """Figures of all questions together, such as F1, of every method."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    table = new_table(
+        title="Figures of the set",
+        caption=f"As the metric {', '.join(rows['metric'].dropna().unique())} defines them, in % "
+        "with their 95 % intervals (whole images resampled).",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method")
+    for value, name in enumerate(names, 1):
+        table.add_column(name.replace("_", " "), justify="right", value=value)
+    for retention, group in rows[rows["kind"] == OVERALL].groupby("keep", sort=False):
+        for position, row in enumerate(_rows(group)):
+            failed = ["FAILED", *[""] * (len(names) - 1)]
+            table.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["name"]),
+                *(failed if row["status"] != "ok" else (_between(row, one, 0) for one in names)),
+                end_section=position + 1 == len(group),
+            )
+    return table
 
 
 def _divergence_table(rows: pd.DataFrame) -> Table:

@@ -130,7 +130,7 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
     if request.out is None and path.name != folder_name(experiment):
         return False
     now, then = asked_for(request, path)["request"], manifest["request"]
-    same = {"out": None, "figures": None}  # neither changes an answer
+    same = {"out": None, "figures": None, "metric": None}  # none changes an answer
     if now | same != then | same:
         return False
     if registered is not None and registered != strategies.names():
@@ -151,8 +151,9 @@ def _written(
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
-    wanted = json.loads(json.dumps(asdict(request.figures)))
-    if manifest["request"].get("figures") != wanted or not any((path / "plots").glob("*")):
+    wanted = json.loads(json.dumps(asdict(request.figures))), request.metric
+    drawn = manifest["request"].get("figures"), manifest["request"].get("metric")
+    if drawn != wanted or not any((path / "plots").glob("*")):
         from tokenprune.experiments.compare.figures import draw
 
         draw(folder, request.model, summary, request.figures)

@@ -109,8 +109,8 @@ def results_table(summary: pd.DataFrame) -> Table:
     """Accuracy, agreement and cost of every method on every task; ``summary`` as in the folder."""
     table = new_table(
         title="Answers of lmms-eval",
-        caption=f"Accuracy in % with its 95 % interval, by the score of lmms-eval. {arrows(summary)} "
-        "Same: answers in % that equal those of the uncompressed model. Tokens: layer average of "
+        caption="Accuracy: mean score of lmms-eval in % with its 95 % interval. "
+        f"{arrows(summary)} Same: answers in % that equal those of the uncompressed model. Tokens: layer average of "
         "visual tokens. Of all: FLOPs of the decoder's prefill in % of the uncompressed ones.",
     )
     table.add_column("task")

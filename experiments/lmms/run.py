@@ -216,9 +216,13 @@ def _note(
 
 
 def _record(sample: Sample) -> dict[str, Any]:
-    """The entry of an answer in the journal."""
-    score = {} if sample.score is None else {"score": sample.score}
-    return {"answer": sample.answer, **score, **sample.figures}
+    """The entry of an answer in the journal.
+
+    A colon in the name of its metric says that it is not one of `tokenprune.experiments.metrics`.
+    """
+    scored = {"score": sample.score, "metric": f"lmms-eval:{sample.metric}"}
+    given = {} if sample.score is None else scored
+    return {"answer": sample.answer, **given, **sample.figures}
 
 
 # --- the folder -----------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ class Sample:
         digest: Hash of the document, by lmms-eval.
         prompt, truth, answer: Texts; the answer of a multiple-choice task is the number of the
             likeliest choice.
-        score: The score of lmms-eval, from 0 to 1; None if it has none.
+        score, metric: The score of lmms-eval, from 0 to 1, and the name of its metric; None if
+            the answer has none.
         media: Digests of its images and videos.
         figures: The other fields of its record: the ledger, and what was kept.
     """
@@ -85,6 +86,7 @@ class Sample:
     truth: str
     answer: str
     score: float | None
+    metric: str | None
     media: tuple[str, ...]
     figures: Mapping[str, Any]
 
@@ -172,13 +174,15 @@ def _line(path: Path, number: int, text: bytes) -> _Line:
 
 
 def _sample(path: Path, line: _Line, record: _Record | None, metric: str | None) -> Sample:
+    name, score = _score(path, line.model_extra or {}, metric)
     return Sample(
         number=str(line.doc_id),
         digest=line.doc_hash,
         prompt=line.input,
         truth=line.target,
         answer=_answer(line.filtered_resps),
-        score=_score(path, line.model_extra or {}, metric),
+        score=score,
+        metric=name,
         media=tuple(record.media) if record else (),
         figures=dict(record.model_extra or {}) if record else {},
     )
@@ -197,18 +201,20 @@ def _answer(given: Any) -> str:
     return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
-def _score(path: Path, fields: Mapping[str, Any], metric: str | None) -> float | None:
-    """The score of the metric, or of the first one that has a number.
+def _score(
+    path: Path, fields: Mapping[str, Any], metric: str | None
+) -> tuple[str | None, float | None]:
+    """Name and score of the metric, or of the first one that has a number.
 
     A metric is a number, or an object with the number ``score``.
     """
     scores = dict(_scores(fields))
     if metric is None:
-        return next(iter(scores.values()), None)
+        return next(iter(scores.items()), (None, None))
     if metric not in fields:
         known = ", ".join(name for name in fields if name not in _OWN) or "none"
         raise UserError(f"{path} has no metric {metric!r}; its metrics: {known}.")
-    return scores.get(metric)
+    return (metric, scores[metric]) if metric in scores else (None, None)
 
 
 def _scores(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -276,3 +276,21 @@ def test_held_out_are_balanced_and_share_images() -> None:
     assert len({id(item.images[0]) for item in questions}) == 4
     assert fingerprint(questions) == fingerprint(held_out(20, seed=3))
     assert fingerprint(questions) != fingerprint(held_out(20, seed=4))
+
+
+def test_a_question_has_one_answer_or_several() -> None:
+    shown = held_out(1, 0)[0].images
+    assert Question("a", shown, "What?", "yes").answers == ("yes",)
+    assert Question("a", shown, "What?", "").answers == ()
+    several = Question("a", shown, "What?", "yes", answers=("yes", "yes", "no"))
+    assert replace(several, kind="other").answers == several.answers
+    with pytest.raises(ValueError, match="'no' is not the first"):
+        Question("a", shown, "What?", "no", answers=("yes", "no"))
+
+
+def test_answers_and_choices_are_in_the_fingerprint_and_the_metric_is_not() -> None:
+    item = held_out(1, 0)[0]
+    several = replace(item, answers=(item.answer, "other"))
+    offered = replace(item, choices=(item.answer, "other"))
+    assert len({fingerprint([one]) for one in (item, several, offered)}) == 3
+    assert fingerprint([replace(item, metric="contains")]) == fingerprint([item])

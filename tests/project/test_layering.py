@@ -166,7 +166,7 @@ def _experiment(inside: str, wanted: str) -> str:
     mine, theirs = inside.split("."), wanted.split(".")
     if theirs[:1] != ["experiments"] or len(theirs) < 2 or len(mine) < 2:
         return ""
-    if mine[1] == theirs[1] or theirs[1] == "common":
+    if mine[1] == theirs[1] or theirs[1] in ("common", "metrics"):
         return ""
     if mine[1] == "common":
         return "common imports no experiment"
