@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from results import markdown
+
 import tokenprune as tp
 from tokenprune.experiments.common.prompt import Prompt
 from tokenprune.models.loading import adapter_without_weights
-
-from results import markdown
 
 MODEL = "llava-v1.6-vicuna-7b"
 

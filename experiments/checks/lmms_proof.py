@@ -66,7 +66,7 @@ def score(doc, results):
 
 _FAMILIES = {
     "testbed-next": ("tokenprune_llava_hf", ("globalcom2", "fastv:layer=2")),
-    "testbed-onevision": ("tokenprune_llava_onevision", ("fastervlm",)),
+    "testbed-onevision": ("tokenprune_llava_onevision", ("dart",)),
     "testbed-qwen": ("tokenprune_qwen2_5_vl", ("divprune",)),
 }
 """Testbed to its model id and the methods that run beside the baseline."""

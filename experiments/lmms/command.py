@@ -110,8 +110,9 @@ def results_table(summary: pd.DataFrame) -> Table:
     table = new_table(
         title="Answers of lmms-eval",
         caption="Accuracy: mean score of lmms-eval in % with its 95 % interval. "
-        f"{arrows(summary)} Same: answers in % that equal those of the uncompressed model. Tokens: layer average of "
-        "visual tokens. Of all: FLOPs of the decoder's prefill in % of the uncompressed ones.",
+        f"{arrows(summary)} Same: answers in % that equal those of the uncompressed model. "
+        "Tokens: layer average of visual tokens. Of all: FLOPs of the decoder's prefill in % of "
+        "the uncompressed ones.",
     )
     table.add_column("task")
     table.add_column("keep", justify="right")
