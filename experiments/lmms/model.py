@@ -34,6 +34,7 @@ from tokenprune.experiments.lmms.answering import (
     messages_of,
     talk_of,
 )
+from tokenprune.pipeline import Pipeline
 from tokenprune.plugins import import_plugins
 
 __all__ = [
@@ -132,18 +133,11 @@ class _Model(lmms):
             )
         if compressor is not None:
             check_compatible(pipe.adapter.facts, compressor)
-        config = pipe.model.config
-        about = {
-            "model": pretrained,
-            "family": pipe.adapter.name,
-            "dtype": str(pipe.model.dtype).removeprefix("torch."),
-            "device": pipe.device.type,
-            "attn": config._attn_implementation,
-            "revision": getattr(config, "_commit_hash", None),
-        }
         self.batch_size, self.frames = int(size), int(max_frames_num)
         folder = Path(save_images) if save_images else None
-        self.answerer: Answerer | None = Answerer(pipe, compressor, about, folder)
+        self.answerer: Answerer | None = Answerer(
+            pipe, compressor, _about(pretrained, pipe), folder
+        )
         self._device = pipe.device
 
     @property
@@ -226,6 +220,19 @@ def _place(device: str | None, device_map: str | None, accelerator: Accelerator)
     if accelerator.num_processes > 1:
         return str(accelerator.device)
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _about(pretrained: str, pipe: Pipeline) -> dict[str, Any]:
+    """What the answers depend on besides method and task."""
+    config = pipe.model.config
+    return {
+        "model": pretrained,
+        "family": pipe.adapter.name,
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "attn": config._attn_implementation,
+        "revision": getattr(config, "_commit_hash", None),
+    }
 
 
 def _result(content: Any, found: Answer | Likelihood) -> GenerationResult:
