@@ -53,11 +53,8 @@ _TYPES: dict[str, Any] = {
 }
 
 
-_NEW = ("metric", "truths", "choices")
-
-
 # Older runs lack the other columns.
-_NEEDED = {*_TEXTS, "retention", "correct", "agrees"} - {*_NEW}
+_NEEDED = {*_TEXTS, "retention", "correct", "agrees"} - {"metric", "truths", "choices"}
 
 
 _RIGHT = 0.5  # the least score of an answer that counts as correct
@@ -102,30 +99,16 @@ def answers_frame(
         answers = [_plain(record.get("answer")) for _, record in shown]
         scores = [marks.given(item, record) for item, record in shown]
         fulls = [_plain(full[item.id].get("answer")) for item, _ in shown]
-        matched = cell.matched
         made = {
             "model": model,
-            "method": cell.method,
-            "label": cell.label,
-            "parameters": cell.parameters,
-            "retention": cell.retention,
-            "asked_retention": cell.asked,
-            "match": None if matched is None else matched.kind,
-            "match_target": None if matched is None else matched.target,
-            "match_cost": None if matched is None else matched.cost,
-            "question_id": [item.id for item, _ in shown],
-            "image_id": [item.image_id for item, _ in shown],
-            "kind": [item.kind for item, _ in shown],
-            "question": [item.question for item, _ in shown],
-            "truth": [item.answer for item, _ in shown],
+            **_ran(cell),
+            **_asked([item for item, _ in shown], marks),
             "correct": [None if score is None else score >= _RIGHT for score in scores],
             "agrees": list(map(_same, answers, fulls)),
             "easy": [easy[item.id] for item, _ in shown],
             "status": ["ok" if record else unanswered for _, record in shown],
             "metric": [marks.name(item, record) for item, record in shown],
             "score": scores,
-            "truths": [_listed(item.answers[1:] and item.answers) for item, _ in shown],
-            "choices": [_listed(item.choices) for item, _ in shown],
         }
         for name, column in columns.items():
             if name not in made:
@@ -134,6 +117,34 @@ def answers_frame(
                 value = made[name]
                 column += value if isinstance(value, list) else [value] * len(shown)
     return pd.DataFrame(columns, columns=_COLUMNS).astype(_TYPES)
+
+
+def _ran(cell: Cell | CellRecord) -> dict[str, Any]:
+    """The columns of `answers_frame` that describe the cell."""
+    matched = cell.matched
+    return {
+        "method": cell.method,
+        "label": cell.label,
+        "parameters": cell.parameters,
+        "retention": cell.retention,
+        "asked_retention": cell.asked,
+        "match": None if matched is None else matched.kind,
+        "match_target": None if matched is None else matched.target,
+        "match_cost": None if matched is None else matched.cost,
+    }
+
+
+def _asked(items: Sequence[Question], marks: "_Marks") -> dict[str, list[Any]]:
+    """The columns of `answers_frame` that describe the questions."""
+    return {
+        "question_id": [item.id for item in items],
+        "image_id": [item.image_id for item in items],
+        "kind": [item.kind for item in items],
+        "question": [item.question for item in items],
+        "truth": [item.answer for item in items],
+        "truths": [_listed(item.answers[1:] and item.answers) for item in items],
+        "choices": [_listed(item.choices) for item in items],
+    }
 
 
 Measure = Literal["accuracy", "agreement"]

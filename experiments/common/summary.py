@@ -81,17 +81,12 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
         # With matched costs, the uniform cell whose cost is the target.
         asked = cell["asked_retention"].iloc[0] if "asked_retention" in cell else retention
         references = {"vs_uncompressed": ("uncompressed", 1.0), "vs_uniform": ("uniform", asked)}
+        same = ("model", "method", "parameters", *_MATCH)
+        about: dict[Hashable, Any] = {name: cell[name].iloc[0] for name in same if name in cell}
+        about |= {"label": label, "retention": retention, "asked_retention": asked}
         failed = bool((cell["status"] == "failed").any())
         for kind in kinds:
-            same = ("model", "method", "parameters", *_MATCH)
-            row: dict[Hashable, Any] = {
-                **{name: cell[name].iloc[0] for name in same if name in cell},
-                "label": label,
-                "retention": retention,
-                "asked_retention": asked,
-                "kind": kind,
-                "status": "failed" if failed else "ok",
-            }
+            row = about | {"kind": kind, "status": "failed" if failed else "ok"}
             rows.append(row)
             if not failed:
                 part = parts[label, retention, kind]

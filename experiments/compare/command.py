@@ -130,10 +130,9 @@ def compare(
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
-    method and for the references: the model without the image and with the thumbnail alone. Writes
-    every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, also of
+    the model without the image and with the thumbnail alone. Writes every answer, a summary and
+    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """

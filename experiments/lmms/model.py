@@ -135,9 +135,8 @@ class _Model(lmms):
             check_compatible(pipe.adapter.facts, compressor)
         self.batch_size, self.frames = int(size), int(max_frames_num)
         folder = Path(save_images) if save_images else None
-        self.answerer: Answerer | None = Answerer(
-            pipe, compressor, _about(pretrained, pipe), folder
-        )
+        about = _about(pretrained, pipe)
+        self.answerer: Answerer | None = Answerer(pipe, compressor, about, folder)
         self._device = pipe.device
 
     @property
