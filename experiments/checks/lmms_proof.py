@@ -130,10 +130,12 @@ def _same(folder: Path, model: str, count: int) -> bool:
     """Import the logs of ``model``, run the comparison, and say whether they agree."""
     imported, compared = folder / "imported" / model, folder / "compared" / model
     logs, images = folder / "logs" / model, folder / "images"
-    _run("tokenprune", "import-lmms", logs, "--images", images, "--out", imported)
+    fast = ("--format", "png")
+    _run("tokenprune", "import-lmms", logs, "--images", images, "--out", imported, *fast)
     _run(
         *("tokenprune", "compare", "--model", model, "--questions", count, "--device", "cpu"),
         *("--retention", RETENTION, "--methods", *_FAMILIES[model][1], "--out", compared),
+        *fast,
     )
     found = differences(imported, compared)
     print(f"{model}: {found or 'the same answers, scores and ledgers'}", flush=True)

@@ -27,6 +27,13 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import arrow, arrows, measure
+from tokenprune.experiments.common.option_groups import (
+    LOADING,
+    WORDING,
+    LoadingOptions,
+    WordingOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.units import flops_unit, percent
@@ -61,9 +68,10 @@ _Methods = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines: image (or images, or video, a list of frames), "
-        "question, answer, and optionally kind and id. Paths are relative to the file.",
+        metavar="PATH",
+        help="File of questions (JSON lines, .csv, .tsv or .parquet): image (or images, or video, "
+        "a list of frames), question, and answer or answers; or a folder with such a file, with "
+        "images in subfolders named after their answers, or of the package datasets.",
     ),
 ]
 
@@ -103,6 +111,7 @@ _Match = Annotated[
 
 
 @app.command(cls=ManyValues)
+@grouped
 def compare(
     model: options.Model = "testbed-next",
     methods: _Methods = None,
@@ -110,15 +119,15 @@ def compare(
     retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: _Data = None,
+    prompt: options.Prompt = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     check: _Check = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: _Seeds = 1,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
     formats: options.Formats = None,
     width: options.Width = "page",
@@ -146,13 +155,13 @@ def compare(
             retention=ratios(retention) if retention else RETENTION,
             questions=questions,
             data=data,
+            prompt=prompt,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
             batch_size=batch_size,
             seed=seed,
             seeds=seeds,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
             figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
@@ -205,7 +214,7 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
         console.print(table, "")
     if request.match:
         _show_match(outcome.folder, console)
-    for words in _spreads(outcome.summary):
+    for words in (*_realised(outcome.summary), *_spreads(outcome.summary)):
         typer.echo(words)
     for words in options.gaps(outcome):
         typer.echo(words)
@@ -223,6 +232,24 @@ def _show_match(folder: Path, console: Console) -> None:
         console.print(matched_table(found), "")
     for words in _misses(found):
         typer.echo(words)
+
+
+def _realised(summary: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method that keeps more or fewer tokens than requested.
+
+    A difference of one token, the mean over the questions, is rounding.
+    """
+    from tokenprune.experiments.common.summary import OVERALL
+
+    rows = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
+    off = (rows["kept_patches"] - rows["retention"] * rows["patch_tokens"]).abs() > 1
+    for label, cells in rows[off].groupby("label", sort=False):
+        shares = (
+            f"{percent(row['kept_patches'] / row['patch_tokens'], 1)} where "
+            f"{percent(row['retention'], None)} was requested"
+            for row in _rows(cells.sort_values("retention", ascending=False))
+        )
+        yield f"{label} keeps another share of the patch tokens: {', '.join(shares)}."
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:

@@ -32,6 +32,7 @@ from tokenprune.experiments.common.run_folder import (
     manifests,
 )
 from tokenprune.experiments.common.summary import summarise
+from tokenprune.experiments.compare.cut_short import warn_of_cut_answers
 from tokenprune.models import testbed
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.registry import strategies
@@ -149,6 +150,8 @@ def _written(
     """
     folder = RunFolder.open(path, manifest["experiment"], found.details)
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
+    keys = (column.key for column in found.columns)
+    warn_of_cut_answers(found.journal, keys, request.max_new_tokens)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
     wanted = json.loads(json.dumps(asdict(request.figures))), request.metric

@@ -273,7 +273,7 @@ def _fingerprint(questions: Sequence[Question]) -> str:
     """SHA-256 of the questions, with the content of images where they are at hand."""
     try:
         return fingerprint(questions)
-    except OSError:
+    except (OSError, UserError):
         names = [[picture.id for picture in item.images] for item in questions]
         texts = [[item.id, item.question, item.answer] for item in questions]
         return hashlib.sha256(json.dumps([names, texts]).encode()).hexdigest()

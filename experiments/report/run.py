@@ -193,7 +193,7 @@ def _read(request: ReportRequest, progress: ProgressCallback) -> _Run:
         lines = "line" if journal.unreadable == 1 else "lines"
         notes.append(f"{journal.unreadable} {lines} of answers.jsonl cannot be read: left out.")
     questions = questions_of(request.folder, manifest, journal, notes, request.data)
-    if questions is not None:
+    if questions is not None and request.metric is not None:
         questions = with_metric(questions, request.metric)
         check_metrics(questions)
     answers = _answers(request.folder, manifest, questions, journal, notes, request.metric)

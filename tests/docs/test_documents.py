@@ -123,6 +123,10 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {"question": "How many objects are there?", "answer": "two"}
     lines = [{"image": "photo.jpg", **asked}, {"image": "left.jpg", **asked}]
     (folder / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "textvqa" / "train_images").mkdir(parents=True)
+    shutil.copy(folder / "photo.jpg", folder / "textvqa" / "train_images" / "a.jpg")
+    item = {"question_id": 1, "image_id": "a", "question": "What?", "answers": ["two"] * 10}
+    (folder / "textvqa" / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [item]}))
     (folder / "my_module.py").write_text(MODULE)
     (folder / "my_metrics.py").write_text(METRICS)
     line = "compare --questions 2 --methods uniform last --retention 0.5 --out"

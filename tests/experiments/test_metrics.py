@@ -61,6 +61,7 @@ def score(name: str, prediction: str, *answers: str, choices: tuple[str, ...] = 
         (".5", "0.5"),
         ("5 %", "5%"),
         ("salt\u00a0lake", "salt lake"),
+        ("A.", "a"),  # an article alone is a letter
     ],
 )
 def test_equal_answers_have_one_normal_form(one: str, other: str) -> None:
@@ -226,6 +227,7 @@ def test_choice_compares_letters_and_texts_of_options() -> None:
         assert score("choice", "B.", truth, choices=COLOURS) == 1
         assert score("choice", "A", truth, choices=COLOURS) == 0
     assert score("choice", "D) all", "D") == 1
+    assert chosen("A", ("B", "A")) == 0, "a letter alone is that of an option, not its text"
     with pytest.raises(UserError, match="not options"):
         metrics.get("choice")().check(question("purple", choices=COLOURS))
     with pytest.raises(UserError, match="not options"):

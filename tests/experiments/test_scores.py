@@ -30,7 +30,7 @@ from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.questions import Picture, Question
 from tokenprune.experiments.common.references import references
 from tokenprune.experiments.common.summary import aggregated, compared, pairs, summarise
-from tokenprune.experiments.metrics import with_metric
+from tokenprune.experiments.metrics import choosing, with_metric
 
 # --- intervals and tests --------------------------------------------------------------------------
 
@@ -244,7 +244,8 @@ def test_a_run_is_scored_again_without_new_answers(
     assert "McNemar" in " ".join(invoke("pairs", run, "--metric", "exact").output.split())
     assert "by near:near" in invoke("table", run).output
     assert "by contains" in invoke("table", run, "--metric", "contains").output
-    invoke("report", run)
+    monkeypatch.setattr(choosing, "_OWN", {})  # as in another process
+    assert "which only --metric imports" in " ".join(invoke("report", run).output.split())
     page = (Path(run) / "report.html").read_text(encoding="utf-8")
     assert "<th>accuracy by near:near %</th>" in page
     assert '"partial":[0.' in page
