@@ -50,17 +50,22 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 _COMMANDS = (
-    "list", "compare", "pairs", "table", "report", "masks", "demo", "positional-bias",
-    "complementarity", "crop-importance", "ablation", "efficiency", "convert", "audit", "benchmark",
+    "list", "compare", "pairs", "table", "report", "choose", "merge", "published", "validity",
+    "import-lmms", "masks", "demo", "positional-bias", "complementarity", "crop-importance",
+    "ablation", "efficiency", "convert", "audit", "benchmark",
 )  # fmt: skip
 
 
-_FIRST = ("config", "model", "methods", "retention", "data", "questions", "images", "modality")
+_FIRST = (
+    "config", "model", "methods", "retention", "data", "questions", "benchmark", "root", "split",
+    "images", "modality", "prompt", "template", "suffix", "system",
+)  # fmt: skip
 
 
 _LAST = (
-    "out", "force", "seeds", "seed", "batch_size", "max_new_tokens", "device", "dtype",
-    "timeout_per_batch", "ray", "workers", "gpus_per_worker", "log_file", "max_image_pixels",
+    "out", "force", "seeds", "seed", "batch_size", "max_new_tokens", "device", "device_map",
+    "dtype", "attn", "quantize", "revision", "timeout_per_batch", "ray", "workers",
+    "gpus_per_worker", "log_file", "max_image_pixels",
     "plugin", "trust_remote_code",
 )  # fmt: skip
 

@@ -47,9 +47,9 @@ class Hardware:
         dtype: Of the weights, without ``torch.``.
     """
 
-    device: str
-    name: str
-    dtype: str
+    device: str = ""
+    name: str = ""
+    dtype: str = ""
 
 
 def hardware(pipe: Pipeline) -> Hardware:
@@ -72,7 +72,9 @@ def description(request: ModelRequest, progress: ProgressCallback = silent) -> P
         raise UserError(f"--ray runs models of transformers; leave it out for {request.model}.")
     progress(0, 0, f"reading the configuration of {request.model}")
     places = {} if request.revision is None else {"revision": request.revision}
-    return without_weights(request.model, trust_remote_code=request.trust_remote_code, **places)
+    pipe = without_weights(request.model, trust_remote_code=request.trust_remote_code, **places)
+    pipe.system = request.system
+    return pipe
 
 
 @contextmanager

@@ -121,5 +121,6 @@ def options_of_answers(request: ModelRequest) -> dict[str, str]:
 
     The dtype, the kind of device and the commit of a Hub model are recorded as they turn out.
     """
-    given = {"device_map": request.device_map, "attn": request.attn, "quantize": request.quantize}
+    names = ("device_map", "attn", "quantize", "system")
+    given = {name: getattr(request, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}

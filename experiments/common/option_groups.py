@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DRAWING",
     "JOB",
+    "LOADING",
+    "WORDING",
     "DrawingOptions",
     "JobOptions",
+    "LoadingOptions",
+    "WordingOptions",
     "grouped",
 ]
 
@@ -64,6 +68,37 @@ class JobOptions:
 
 
 JOB = JobOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions:
+    """How a model is loaded; the fields are those of `ModelRequest`."""
+
+    device: options.Device = None
+    device_map: options.DeviceMap = None
+    dtype: options.Dtype = "auto"
+    attn: options.Attn = None
+    quantize: options.Quantize = None
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+
+
+LOADING = LoadingOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordingOptions:
+    """Where questions come from, and how they are asked; fields of `QuestionRequest`."""
+
+    benchmark: options.Benchmark = None
+    root: options.Root = None
+    split: options.Split = None
+    template: options.Template = None
+    suffix: options.Suffix = None
+    system: options.System = None
+
+
+WORDING = WordingOptions()
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

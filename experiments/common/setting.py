@@ -83,8 +83,7 @@ def prepare(
         request, progress, keep_faulty=keep_faulty, needs_answers=needs_answers
     )
     with_answers(questions)
-    own = request.data is not None or bool(request.paths)
-    warn_about_testbed(request.model, own=own, shown={item.modality for item in questions})
+    warn_about_testbed(request.model, own=request.own, shown={item.modality for item in questions})
     return Setting((load or load_model)(request, progress), questions)
 
 
@@ -133,7 +132,9 @@ def load_model(
     """
     arguments = load_arguments(request)
     progress(0, 0, f"loading {hub_id(request.model) or request.model}")
-    return tp.load(request.model, **arguments, **options)
+    pipe = tp.load(request.model, **arguments, **options)
+    pipe.system = request.system
+    return pipe
 
 
 def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list[Question]:
@@ -150,6 +151,7 @@ def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list
     progress(0, 0, f"reading the processor of {request.model}")
     places = {} if request.revision is None else {"revision": request.revision}
     pipe = without_weights(request.model, trust_remote_code=request.trust_remote_code, **places)
+    pipe.system = request.system
     check_placeholders(questions, pipe)
     check_lengths(pipe, questions, request.max_new_tokens)
     return questions

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,17 +27,22 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.common.formatting import arrow, arrows
+from tokenprune.experiments.common.formatting import arrow, arrows, measure
 from tokenprune.experiments.common.option_groups import (
     DRAWING,
     JOB,
+    LOADING,
+    WORDING,
     DrawingOptions,
     JobOptions,
+    LoadingOptions,
+    WordingOptions,
     grouped,
 )
+from tokenprune.experiments.common.published_models import published_model
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
-from tokenprune.units import flops_unit, percent
+from tokenprune.units import bytes_unit, flops_unit, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,9 +51,11 @@ if TYPE_CHECKING:
     from tokenprune.experiments.common.request import CompareRequest
 
 __all__ = [
+    "beside_table",
     "compare",
     "matched_table",
     "tables",
+    "times_table",
 ]
 
 
@@ -69,9 +76,10 @@ _Methods = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines: image (or images, or video, a list of frames), "
-        "question, answer, and optionally kind and id. Paths are relative to the file.",
+        metavar="PATH",
+        help="File of questions (JSON lines, .csv, .tsv or .parquet): image (or images, or video, "
+        "a list of frames), question, and answer or answers; or a folder with such a file, with "
+        "images in subfolders named after their answers, or of the package datasets.",
     ),
 ]
 
@@ -110,67 +118,106 @@ _Match = Annotated[
 ]
 
 
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Also measure time and memory of every method on this device, for tokenprune choose.",
+    ),
+]
+
+
 @app.command(cls=ManyValues)
 @grouped
 def compare(
+    ctx: typer.Context,
     model: options.Model = "testbed-next",
     methods: _Methods = None,
     plugin: options.Plugin = None,
     retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: _Data = None,
+    prompt: options.Prompt = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     check: _Check = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: _Seeds = 1,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
     drawing: DrawingOptions = DRAWING,
     job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
+    metric: options.Metric = None,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
+    measure: _Measure = False,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
-    method and for the references: the model without the image and with the thumbnail alone. Writes
-    every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, also of
+    the model without the image and with the thumbnail alone. Writes every answer, a summary and
+    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run. An earlier run in
+    its folder is added to, with its options as defaults.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        from tokenprune.experiments.common.request import METHODS, RETENTION, CompareRequest
-
-        request = CompareRequest(
-            cluster=job.cluster,
+        request = _request(
+            methods,
+            retention,
             model=model,
-            methods=tuple(method_specs(methods)) if methods else METHODS,
-            retention=ratios(retention) if retention else RETENTION,
             questions=questions,
             data=data,
-            modality=modality,  # type: ignore[arg-type]  # checked with the rest
+            prompt=prompt,
+            modality=modality,
             batch_size=batch_size,
             seed=seed,
             seeds=seeds,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
             figures=drawing.figures,
             max_new_tokens=max_new_tokens,
+            metric=metric,
             timeout_per_batch=timeout_per_batch,
-            match=match,  # type: ignore[arg-type]  # checked with the rest
+            match=match,
+            measure=measure,
         )
-        run = _check if check else partial(_compare, again=max_image_pixels is None)
-        status = run(request, job.log_file)
+        request = replace(_in_folder(request, ctx), cluster=job.cluster)
+        status = _run(request, check, job.log_file, again=max_image_pixels is None)
     raise typer.Exit(status)
+
+
+def _run(request: CompareRequest, check: bool, log: Path | None, *, again: bool) -> int:
+    """Check the questions or run the comparison; ``log`` and ``again`` are as for `_compare`."""
+    # With another limit of pixels, other images may be refused.
+    return _check(request, log) if check else _compare(request, log, again=again)
+
+
+def _request(
+    methods: list[str] | None, retention: list[str] | None, **others: Any
+) -> CompareRequest:
+    """The request with the methods and retention ratios that were given, and ``others``."""
+    from tokenprune.experiments.common.request import CompareRequest
+
+    if methods:
+        others["methods"] = tuple(method_specs(methods))
+    if retention:
+        others["retention"] = ratios(retention)
+    return CompareRequest(**others)
+
+
+def _in_folder(request: CompareRequest, ctx: typer.Context) -> CompareRequest:
+    """``request``, in which options that were not given are those of the run in its folder."""
+    from tokenprune.experiments.compare.finished import as_in_run
+
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, one in sources.items() if one is not None and one.name != "DEFAULT"}
+    return as_in_run(request, given)
 
 
 def _check(request: CompareRequest, log: Path | None) -> int:
@@ -194,8 +241,7 @@ def _compare(request: CompareRequest, log: Path | None = None, *, again: bool = 
     Args:
         request: What to compare.
         log: As for `console.progress`.
-        again: Whether a run that has all answers may be shown without loading the model; not with
-            another limit of pixels, at which other images may be refused.
+        again: Whether a run that has all answers may be shown without loading the model.
     """
     from tokenprune.experiments.compare.finished import finished
 
@@ -213,14 +259,60 @@ def _compare(request: CompareRequest, log: Path | None = None, *, again: bool = 
     console = Console()
     for table in tables(outcome.summary):
         console.print(table, "")
+    if published_model(request.model):
+        _show_published(outcome.summary, request.model, console)
     if request.match:
         _show_match(outcome.folder, console)
-    for words in _spreads(outcome.summary):
+    if "prefill_ms" in outcome.summary:
+        console.print(times_table(outcome.summary), "")
+    for words in (*_realised(outcome.summary), *_spreads(outcome.summary)):
         typer.echo(words)
     for words in options.gaps(outcome):
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _show_published(summary: pd.DataFrame, model: str, console: Console) -> None:
+    """What papers state about these methods on this model."""
+    from tokenprune.experiments.common.published import beside
+
+    found = beside(summary, model)
+    if found is not None:
+        console.print(beside_table(found), "")
+
+
+def times_table(summary: pd.DataFrame) -> Table:
+    """Time and memory of every method; ``summary`` is as `times.with_times` returns it."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    rows = _by_requested(summary[(summary["kind"] == OVERALL) & summary["prefill_ms"].notna()])
+    rows = rows[(rows["retention"] < 1) | (rows["method"] == "uncompressed")]
+    unit, scale = bytes_unit(rows["peak_bytes"].max())
+    table = new_table(
+        title="Time and memory",
+        caption="In milliseconds, median ± half the interquartile range, of one question of median "
+        "length. Prefill: until the first token, with the vision encoder and the selection; token: "
+        "each one after it. Peak: weights and all tensors.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method")
+    for name, value in {"prefill": None, "token": 2, "total": 1, unit: 3}.items():
+        table.add_column(name, justify="right", value=value)
+    for retention, group in rows.groupby("keep", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            times = [
+                f"{row[name]:.4g} ± {row[f'{name}_iqr'] / 2:.1g}"
+                for name in ("prefill_ms", "token_ms", "total_ms")
+            ]
+            table.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["name"]),
+                *times,
+                f"{row['peak_bytes'] / scale:.3g}",
+                end_section=position + 1 == len(group),
+            )
+    return table
 
 
 def _show_match(folder: Path, console: Console) -> None:
@@ -233,6 +325,24 @@ def _show_match(folder: Path, console: Console) -> None:
         console.print(matched_table(found), "")
     for words in _misses(found):
         typer.echo(words)
+
+
+def _realised(summary: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method that keeps more or fewer tokens than requested.
+
+    A difference of one token, the mean over the questions, is rounding.
+    """
+    from tokenprune.experiments.common.summary import OVERALL
+
+    rows = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
+    off = (rows["kept_patches"] - rows["retention"] * rows["patch_tokens"]).abs() > 1
+    for label, cells in rows[off].groupby("label", sort=False):
+        shares = (
+            f"{percent(row['kept_patches'] / row['patch_tokens'], 1)} where "
+            f"{percent(row['retention'], None)} was requested"
+            for row in _rows(cells.sort_values("retention", ascending=False))
+        )
+        yield f"{label} keeps another share of the patch tokens: {', '.join(shares)}."
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
@@ -263,7 +373,7 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
 
 def tables(summary: pd.DataFrame) -> Iterator[Table]:
     """The comparison as tables of at most 80 columns: overall, then by kind of question."""
-    from tokenprune.experiments.common.summary import OVERALL
+    from tokenprune.experiments.common.summary import OVERALL, aggregated
 
     # At R = 1 all methods are the uncompressed model, which has a separate row.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
@@ -273,7 +383,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     table = new_table(
         title="All questions",
-        caption=f"Accuracy in % with its 95 % confidence interval. {arrows(rows)} Same: "
+        caption=f"{measure(rows).capitalize()} in % with its 95 % confidence interval. "
+        f"{arrows(rows)} Same: "
         "answers in % that equal those of the uncompressed model. Tokens: layer average of visual "
         "tokens, with separators. FLOPs: prefill of the decoder, selection included."
         + _matching(rows),
@@ -302,10 +413,37 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
             )
     yield table
 
+    if figures := aggregated(summary):
+        yield _aggregates_table(rows, figures)
     yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
     if kinds:
         yield _kinds_table(rows, kinds)
+
+
+def _aggregates_table(rows: pd.DataFrame, names: list[str]) -> Table:
+    """Figures of all questions together, such as F1, of every method."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    table = new_table(
+        title="Figures of the set",
+        caption=f"As the metric {', '.join(rows['metric'].dropna().unique())} defines them, in % "
+        "with their 95 % intervals (whole images resampled).",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method")
+    for value, name in enumerate(names, 1):
+        table.add_column(name.replace("_", " "), justify="right", value=value)
+    for retention, group in rows[rows["kind"] == OVERALL].groupby("keep", sort=False):
+        for position, row in enumerate(_rows(group)):
+            failed = ["FAILED", *[""] * (len(names) - 1)]
+            table.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["name"]),
+                *(failed if row["status"] != "ok" else (_between(row, one, 0) for one in names)),
+                end_section=position + 1 == len(group),
+            )
+    return table
 
 
 def _divergence_table(rows: pd.DataFrame) -> Table:
@@ -411,6 +549,33 @@ def matched_table(found: pd.DataFrame) -> Table:
                 end_section=position + 1 == len(group),
             )
     return table
+
+
+def beside_table(found: pd.DataFrame) -> Table:
+    """Published averages beside measured ones; ``found`` is as `published.beside` returns it."""
+    made = new_table(
+        title="Published averages",
+        caption="In % of the uncompressed model. Published: the mean over the benchmarks of the "
+        "source. Prompts, data type, questions and evaluation code may differ from these, and "
+        "sources may count tokens as an average over the layers; tokenprune published has the "
+        "addresses.",
+    )
+    made.add_column("keep", justify="right")
+    made.add_column("method")
+    for value, name in enumerate(["measured", "published", "at"]):
+        made.add_column(name, justify="right", value=value)
+    made.add_column("source", value=3)
+    for retention, group in found.groupby("retention", sort=False):
+        for position, (_, row) in enumerate(group.sort_values("method").iterrows()):
+            made.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["method"]),
+                *(f"{100 * row[name]:.1f}" for name in ("measured", "published")),
+                percent(row["at"], None),
+                escape(f"{row['source']}, {row['table']}"),
+                end_section=position + 1 == len(group),
+            )
+    return made
 
 
 def _misses(found: pd.DataFrame) -> Iterator[str]:

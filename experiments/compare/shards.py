@@ -60,6 +60,7 @@ class Work:
         answered, missing: Rows that the journal has.
         answering: Keys of cells that are known to answer.
         out: Keys of cells that were given up.
+        keys: Keys of the cells that are asked.
     """
 
     questions: Sequence[Question]
@@ -68,6 +69,7 @@ class Work:
     missing: Mapping[tuple[str, str], Failure]
     answering: frozenset[str]
     out: frozenset[str]
+    keys: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def answer_shard(
     runner: Any, columns: Sequence[Cell], work: Work, *, batch_size: int, **options: Any
 ) -> Answered:
     """The answers of a shard that the journal lacks; arguments as of `loop.run`."""
+    columns = [cell for cell in columns if cell.key in work.keys]
     sheet = Sheet(work.answered, work.missing)
     failing = _Noting(sheet, work, judged=UNCOMPRESSED in {cell.key for cell in columns})
     with warnings.catch_warnings(record=True) as caught:
@@ -280,6 +283,7 @@ class _Desk:
             missing={row: missing[row] for row in rows if row in missing},
             answering=frozenset(self._answering),
             out=frozenset(self.failing.out),
+            keys=frozenset(self.keys),
         )
 
     def _before(self, shard: Shard) -> list[list[Question]]:

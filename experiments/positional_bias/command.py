@@ -26,8 +26,10 @@ from tokenprune.experiments.common import options
 from tokenprune.experiments.common.option_groups import (
     DRAWING,
     JOB,
+    LOADING,
     DrawingOptions,
     JobOptions,
+    LoadingOptions,
     grouped,
 )
 from tokenprune.plugins import import_plugins
@@ -54,8 +56,8 @@ _Images = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines, as for compare; each image or video is used once. "
+        metavar="PATH",
+        help="File or folder of questions, as for compare; each image or video is used once. "
         "Answers may be left out.",
     ),
 ]
@@ -106,9 +108,7 @@ def positional_bias(
     conditions: _Conditions = None,
     batch_size: _BatchSize = None,
     seed: _Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
     drawing: DrawingOptions = DRAWING,
     job: JobOptions = JOB,
@@ -140,9 +140,7 @@ def positional_bias(
             conditions=tuple(split(conditions)) if conditions else DEFAULT,  # type: ignore[arg-type]
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(loading),
             out=out,
             figures=drawing.figures,
         )
