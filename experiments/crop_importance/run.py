@@ -223,8 +223,8 @@ def _scored(
     chunks = [by_image[first : first + CHUNK] for first in range(0, len(by_image), CHUNK)]
     found: dict[Any, Any] = {}
     with workers(request, partial(_rows, droppers=tuple(droppers)), progress) as (pool, _):
-        queue: deque[Any] = deque(range(len(chunks)))
-        for index, rows in pool.results(queue, lambda index: chunks[index]):
+        tasks: dict[Any, Any] = dict(enumerate(chunks))
+        for index, rows in pool.results(deque(tasks), tasks.__getitem__):
             if isinstance(rows, Died):
                 raise UserError(f"the workers that score crops die ({rows.why}).")
             found[index] = rows
