@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,9 +34,10 @@ from tokenprune.experiments.common.option_groups import (
     WordingOptions,
     grouped,
 )
+from tokenprune.experiments.common.published_models import published_model
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
-from tokenprune.units import flops_unit, percent
+from tokenprune.units import bytes_unit, flops_unit, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
     from tokenprune.experiments.common.request import CompareRequest
 
 __all__ = [
+    "beside_table",
     "compare",
     "matched_table",
     "tables",
+    "times_table",
 ]
 
 
@@ -110,9 +113,19 @@ _Match = Annotated[
 ]
 
 
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Also measure time and memory of every method on this device, for tokenprune choose.",
+    ),
+]
+
+
 @app.command(cls=ManyValues)
 @grouped
 def compare(
+    ctx: typer.Context,
     model: options.Model = "testbed-next",
     methods: _Methods = None,
     plugin: options.Plugin = None,
@@ -136,27 +149,27 @@ def compare(
     metric: options.Metric = None,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
+    measure: _Measure = False,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
     Prints accuracy, agreement with and divergence from the uncompressed model, and cost, also of
     the model without the image and with the thumbnail alone. Writes every answer, a summary and
-    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run.
+    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run. An earlier run in
+    its folder is added to, with its options as defaults.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        from tokenprune.experiments.common.request import METHODS, RETENTION, CompareRequest
-
-        request = CompareRequest(
+        request = _request(
+            methods,
+            retention,
             model=model,
-            methods=tuple(method_specs(methods)) if methods else METHODS,
-            retention=ratios(retention) if retention else RETENTION,
             questions=questions,
             data=data,
             prompt=prompt,
-            modality=modality,  # type: ignore[arg-type]  # checked with the rest
+            modality=modality,
             batch_size=batch_size,
             seed=seed,
             seeds=seeds,
@@ -167,11 +180,39 @@ def compare(
             max_new_tokens=max_new_tokens,
             metric=metric,
             timeout_per_batch=timeout_per_batch,
-            match=match,  # type: ignore[arg-type]  # checked with the rest
+            match=match,
+            measure=measure,
         )
-        # With another limit, other images may be refused.
-        status = _check(request) if check else _compare(request, again=max_image_pixels is None)
+        status = _run(_in_folder(request, ctx), check, again=max_image_pixels is None)
     raise typer.Exit(status)
+
+
+def _run(request: CompareRequest, check: bool, *, again: bool) -> int:
+    """Check the questions or run the comparison; ``again`` is as for `_compare`."""
+    # With another limit of pixels, other images may be refused.
+    return _check(request) if check else _compare(request, again=again)
+
+
+def _request(
+    methods: list[str] | None, retention: list[str] | None, **others: Any
+) -> CompareRequest:
+    """The request with the methods and retention ratios that were given, and ``others``."""
+    from tokenprune.experiments.common.request import CompareRequest
+
+    if methods:
+        others["methods"] = tuple(method_specs(methods))
+    if retention:
+        others["retention"] = ratios(retention)
+    return CompareRequest(**others)
+
+
+def _in_folder(request: CompareRequest, ctx: typer.Context) -> CompareRequest:
+    """``request``, in which options that were not given are those of the run in its folder."""
+    from tokenprune.experiments.compare.finished import as_in_run
+
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, one in sources.items() if one is not None and one.name != "DEFAULT"}
+    return as_in_run(request, given)
 
 
 def _check(request: CompareRequest) -> int:
@@ -212,14 +253,60 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
     console = Console()
     for table in tables(outcome.summary):
         console.print(table, "")
+    if published_model(request.model):
+        _show_published(outcome.summary, request.model, console)
     if request.match:
         _show_match(outcome.folder, console)
+    if "prefill_ms" in outcome.summary:
+        console.print(times_table(outcome.summary), "")
     for words in (*_realised(outcome.summary), *_spreads(outcome.summary)):
         typer.echo(words)
     for words in options.gaps(outcome):
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _show_published(summary: pd.DataFrame, model: str, console: Console) -> None:
+    """What papers state about these methods on this model."""
+    from tokenprune.experiments.common.published import beside
+
+    found = beside(summary, model)
+    if found is not None:
+        console.print(beside_table(found), "")
+
+
+def times_table(summary: pd.DataFrame) -> Table:
+    """Time and memory of every method; ``summary`` is as `times.with_times` returns it."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    rows = _by_requested(summary[(summary["kind"] == OVERALL) & summary["prefill_ms"].notna()])
+    rows = rows[(rows["retention"] < 1) | (rows["method"] == "uncompressed")]
+    unit, scale = bytes_unit(rows["peak_bytes"].max())
+    table = new_table(
+        title="Time and memory",
+        caption="In milliseconds, median ± half the interquartile range, of one question of median "
+        "length. Prefill: until the first token, with the vision encoder and the selection; token: "
+        "each one after it. Peak: weights and all tensors.",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method")
+    for name, value in {"prefill": None, "token": 2, "total": 1, unit: 3}.items():
+        table.add_column(name, justify="right", value=value)
+    for retention, group in rows.groupby("keep", sort=False):
+        for position, (_, row) in enumerate(group.iterrows()):
+            times = [
+                f"{row[name]:.4g} ± {row[f'{name}_iqr'] / 2:.1g}"
+                for name in ("prefill_ms", "token_ms", "total_ms")
+            ]
+            table.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["name"]),
+                *times,
+                f"{row['peak_bytes'] / scale:.3g}",
+                end_section=position + 1 == len(group),
+            )
+    return table
 
 
 def _show_match(folder: Path, console: Console) -> None:
@@ -456,6 +543,33 @@ def matched_table(found: pd.DataFrame) -> Table:
                 end_section=position + 1 == len(group),
             )
     return table
+
+
+def beside_table(found: pd.DataFrame) -> Table:
+    """Published averages beside measured ones; ``found`` is as `published.beside` returns it."""
+    made = new_table(
+        title="Published averages",
+        caption="In % of the uncompressed model. Published: the mean over the benchmarks of the "
+        "source. Prompts, data type, questions and evaluation code may differ from these, and "
+        "sources may count tokens as an average over the layers; tokenprune published has the "
+        "addresses.",
+    )
+    made.add_column("keep", justify="right")
+    made.add_column("method")
+    for value, name in enumerate(["measured", "published", "at"]):
+        made.add_column(name, justify="right", value=value)
+    made.add_column("source", value=3)
+    for retention, group in found.groupby("retention", sort=False):
+        for position, (_, row) in enumerate(group.sort_values("method").iterrows()):
+            made.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["method"]),
+                *(f"{100 * row[name]:.1f}" for name in ("measured", "published")),
+                percent(row["at"], None),
+                escape(f"{row['source']}, {row['table']}"),
+                end_section=position + 1 == len(group),
+            )
+    return made
 
 
 def _misses(found: pd.DataFrame) -> Iterator[str]:
