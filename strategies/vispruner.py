@@ -31,7 +31,8 @@ class VisPruner(Compressor):
     The others, most attended first, are thinned in rounds until ``T`` tokens are left.  A round
     splits them alternately into two halves.  Up to eight tokens of the first half are dropped:
     those with the largest cosine to a token of the second half, before the projector.  The next
-    round has the rest of the first half, most similar first, followed by the second half.
+    round has the rest of the first half, most similar first, followed by the second half.  The
+    time is cubic in the tokens of a view.
 
     Args:
         important: Share of the budget that is given by attention.  Official: 0.5.

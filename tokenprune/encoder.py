@@ -135,7 +135,7 @@ class EncoderCompressor(Compressor, ABC):
         row = (2 * row + 1) * rows // (2 * host.view_shape[0])
         col = (2 * col + 1) * cols // (2 * host.view_shape[1])
         cells = ((view * rows + row) * cols + col).unique() // (rows * cols)
-        there = torch.bincount(cells, minlength=host.views).tolist()
+        there: list[int] = torch.bincount(cells, minlength=host.views).tolist()
         return sum(map(min, Proportional().shares(host, self.retention), there))
 
     def select(self, tokens: VisualTokens) -> Selection:

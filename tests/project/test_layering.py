@@ -32,6 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"cost"},
             {"engine"},
             {"pipeline", "forecast"},
+            {"serving"},
             {"testing"},
             {"cli", "console", "tables", "__main__"},
         ),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
+    "ELSEWHERE",
     "FEWEST",
     "ROUNDING",
     "cosine_distances",
@@ -19,12 +20,16 @@ __all__ = [
     "most_similar",
     "parts",
     "products",
+    "tabled",
     "unit",
 ]
 
 
 BLOCK = 2**23
 """Entries of the largest block: 32 MiB in float32, all pairs of 2,896 tokens."""
+
+ELSEWHERE = 2**28
+"""Entries of the largest table on a device other than a CPU: all pairs of 16,384 tokens, 1 GiB."""
 
 ROUNDING = 2.0**-19
 """Cosine distances up to this value are set to 0.
@@ -40,6 +45,15 @@ FEWEST = 16
 def fits(rows: int) -> bool:
     """Whether the table of all pairs of ``rows`` fits a `BLOCK`."""
     return rows * rows <= BLOCK
+
+
+def tabled(vectors: Tensor) -> bool:
+    """Whether the table of all pairs of vectors (P, D) may exist as a whole on their device.
+
+    On a device that computes ahead of the host, blocks whose number depends on their content cost
+    a synchronisation each, so that larger tables are made there.
+    """
+    return len(vectors) ** 2 <= (BLOCK if vectors.device.type == "cpu" else ELSEWHERE)
 
 
 def parts(rows: int, columns: int) -> list[slice]:
