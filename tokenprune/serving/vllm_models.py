@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from transformers import LlavaConfig, PixtralVisionConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models import interns1, llava, llava_next, llava_onevision
@@ -41,12 +42,19 @@ class _Checked:
     def parse_mm_data(self, mm_data: Any, *, validate: bool = True) -> Any:
         items = super().parse_mm_data(mm_data, validate=validate)  # type: ignore[misc]
         config = self.ctx.model_config
-        for some in items.values():
-            if isinstance(some, EmbeddingItems):
+        if not config.get_multimodal_config().enable_mm_embeds:  # vLLM refuses all embeddings
+            return items
+        for modality, some in items.items():
+            if modality != "image" and isinstance(some, EmbeddingItems):
+                raise UserError(f"the server takes embeddings of images only, not of {modality}s.")
+            # vLLM takes a tensor that does not look like embeddings for the pixels of an image.
+            tensors = [one for one in some.get_all() if isinstance(one, torch.Tensor)]
+            if modality == "image" and tensors:
                 check_embeds(
-                    some.get_all(),
+                    tensors,
                     width=config.get_inputs_embeds_size(),
                     longest=config.max_model_len,
+                    dtype=config.dtype,
                 )
         return items
 
