@@ -27,7 +27,8 @@ content = [
     {"type": "text", "text": question},
 ]
 body = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": 256}
-request = urllib.request.Request(URL, json.dumps(body).encode(), {"Content-Type": "application/json"})
+header = {"Content-Type": "application/json"}
+request = urllib.request.Request(URL, json.dumps(body).encode(), header)
 with urllib.request.urlopen(request) as reply:
     print(json.load(reply)["choices"][0]["message"]["content"])
 '''
@@ -64,7 +65,8 @@ content = [
     {"type": "text", "text": question},
 ]
 body = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": 256}
-request = urllib.request.Request(URL, json.dumps(body).encode(), {"Content-Type": "application/json"})
+header = {"Content-Type": "application/json"}
+request = urllib.request.Request(URL, json.dumps(body).encode(), header)
 with urllib.request.urlopen(request) as reply:
     print(json.load(reply)["choices"][0]["message"]["content"])
 '''

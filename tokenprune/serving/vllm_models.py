@@ -171,7 +171,9 @@ class LlavaOnevision(  # type: ignore[misc]
 ):
     """LLaVA-OneVision."""
 
-    hf_to_vllm_mapper = llava_onevision.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | _NAMES
+    hf_to_vllm_mapper = (
+        llava_onevision.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | _NAMES
+    )
 
 
 @MULTIMODAL_REGISTRY.register_processor(
