@@ -11,7 +11,6 @@ This module imports vLLM.  Only vLLM imports it (`tokenprune.serving.vllm_plugin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -27,6 +26,7 @@ from vllm.multimodal.parse import EmbeddingItems
 from tokenprune.errors import UserError
 from tokenprune.serving import check_embeds
 from tokenprune.serving.vllm_pruning import KEY, OTHERWISE, Plan, ServerPruner, planned
+from tokenprune.serving.weights import NAMED, TOWER
 
 __all__ = ["InternVL", "Llava", "LlavaNext", "LlavaOnevision"]
 
@@ -131,12 +131,7 @@ class _Pruned(_Ragged):
         return self.pruner.pruned(packed, kwargs, seen)
 
 
-# Checkpoints that transformers saves no longer have `vision_model` in these names; vLLM expects it.
-_NAMES = WeightsMapper(
-    orig_to_new_regex={
-        re.compile(r"^((?:model\.)?vision_tower)\.(?!vision_model\.)"): r"\1.vision_model."
-    }
-)
+_NAMES = WeightsMapper(orig_to_new_regex={TOWER: NAMED})
 
 
 @MULTIMODAL_REGISTRY.register_processor(

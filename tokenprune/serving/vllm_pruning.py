@@ -212,10 +212,10 @@ class ServerPruner:
             call["image_sizes"] = call["image_sizes"].cpu()
         layouts = self.adapter.layouts(call, "image")
         # A request with several images pads all of them to the same number of views.
-        starts = torch.tensor([0, *map(len, views)]).cumsum(0).tolist()
+        starts = torch.tensor([0, *map(len, views)], device="cpu").cumsum(0).tolist()
         own = torch.cat(
             [
-                torch.arange(start, start + layout.views)
+                torch.arange(start, start + layout.views, device="cpu")
                 for start, layout in zip(starts, layouts, strict=False)
             ]
         )

@@ -12,9 +12,15 @@ from safetensors.torch import save_file
 
 from tokenprune.errors import UserError
 
-__all__ = ["copy_model", "vllm_name"]
+__all__ = ["NAMED", "TOWER", "copy_model", "vllm_name"]
 
-_TOWER = re.compile(r"^((?:model\.)?vision_tower)\.(?!vision_model\.)")
+_PARTS = "embeddings|encoder|head|post_layernorm|pre_layrnorm"
+TOWER = re.compile(rf"^((?:model\.)?vision_tower)\.(?=(?:{_PARTS})\.)")
+"""How the name of a weight of a CLIP or SigLIP encoder begins if ``vision_model`` is missing."""
+
+NAMED = r"\1.vision_model."
+"""What replaces `TOWER`."""
+
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -26,7 +32,7 @@ def vllm_name(name: str) -> str:
     >>> vllm_name("model.vision_tower.embeddings.class_embedding")
     'model.vision_tower.vision_model.embeddings.class_embedding'
     """
-    return _TOWER.sub(r"\1.vision_model.", name)
+    return TOWER.sub(NAMED, name)
 
 
 def copy_model(source: Path, target: Path) -> list[str]:
