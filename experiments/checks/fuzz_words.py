@@ -420,8 +420,8 @@ class Options(Area):
                 *((name, path, "--prompt=What?")
                   for name in ("positional-bias", "complementarity", "crop-importance", "masks")
                   for path in (nowhere, "file", "empty", "empty/*", "x/**/*.png", "a.jsonl")),
-                *(("export", path, "--method=uniform") for path in (nowhere, "file", "empty", below)),
-                ("export", self.run, "--method", rng.choice(["nope", " ", "uniform@0.5", "fastv:"])),
+                *(("export", path, "--method=last") for path in (nowhere, "file", "empty", below)),
+                ("export", self.run, "--method", rng.choice(["nope", " ", "uniform@0.5"])),
                 ("serving-check", "testbed-next",
                  rng.choice(["fastv@0.5", "nope", "uniform", "os:path@0.5", "uniform@2"])),
                 ("pairs", self.run, f"--kind={rng.choice(['../../x', 'nope', '/', ' '])}"),
