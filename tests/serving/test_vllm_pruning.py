@@ -175,7 +175,7 @@ def test_merged_features_are_served() -> None:
 def test_what_cannot_be_served_is_refused_when_the_server_starts(
     family: str, spec: str, said: str
 ) -> None:
-    host = tiny_host(family, "llama" if family.startswith("LLaVA") else "qwen2_5_vl")
+    host = tiny_host(family, "llama" if family.startswith("LLaVA") else "qwen2_5_vl_text")
     with pytest.raises(UserError, match=said) as caught:
         Plan(host.model.config, spec)
     assert "os.path" not in sys.modules or "module" in str(caught.value) or spec[:2] != "os"

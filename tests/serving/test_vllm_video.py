@@ -17,7 +17,7 @@ ROW = next(index for index, row in enumerate(ROWS) if row.frames)
 @pytest.mark.parametrize("q", [0.5, 0.9])
 @pytest.mark.parametrize("spec", ["divprune", "uniform", "feature-norm", "gprune", "last"])
 def test_the_mask_marks_what_compress_keeps(spec: str, q: float) -> None:
-    host = tiny_host("Qwen2.5-VL", "qwen2_5_vl")
+    host = tiny_host("Qwen2.5-VL", "qwen2_5_vl_text")
     with tp.compress(host.model, spec, retention=round(1 - q, 9)) as trace, torch.no_grad():
         host.model(**host.inputs((ROW,)))
     kept = [one for one in trace.selections if one.layout.modality == "video"]
