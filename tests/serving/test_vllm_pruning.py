@@ -23,6 +23,8 @@ from tokenprune.serving import vllm_plugin
 from tokenprune.serving.vllm_pruning import Plan, ServerPruner, planned
 from tokenprune.testing.host import Host, tiny_host
 
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
 SIZES = ((20, 9), (12, 12), (30, 24))  # of two, one and four crops
 
 
@@ -126,6 +128,7 @@ def test_a_server_keeps_what_hugging_face_keeps(family: str, spec: str) -> None:
     assert plan is not None
     pruner = ServerPruner(plan, model)
     arguments = {**call, "pixel_values": [*call["pixel_values"]]}  # as vLLM gives it if ragged
+    _encoded(model, call)  # transformers adds hooks of its own at the first call
     before = _hooks(model)
     with pruner.watching() as seen:
         packed = _encoded(model, call)

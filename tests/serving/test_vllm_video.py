@@ -11,6 +11,8 @@ from tokenprune.errors import UserError
 from tokenprune.serving.vllm_video import video_pair
 from tokenprune.testing.host import ROWS, tiny_host
 
+pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
+
 ROW = next(index for index, row in enumerate(ROWS) if row.frames)
 
 
