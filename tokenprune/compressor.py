@@ -8,15 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor
 
-from tokenprune import allocators, budget
+from tokenprune import budget
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.deprecated import (
     CallableTuple,
@@ -25,8 +23,9 @@ from tokenprune.deprecated import (
     moved_names,
     rename_attributes,
 )
-from tokenprune.errors import ContractError, RetentionWarning, UserError, shown
-from tokenprune.grammar import Part, chained, shortest, value_text
+from tokenprune.errors import ContractError, RetentionWarning, UserError
+from tokenprune.fields import option_text, validated
+from tokenprune.grammar import Part, chained, shortest
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.ops.ranking import best_per_view
 from tokenprune.precision import autocasts, like_now, without_autocast
@@ -54,8 +53,6 @@ __all__ = [
 ]
 
 Separators = Literal["all", "rows", "none"]
-LARGEST = 2**31 - 1
-"""The largest absolute value of an option: PyTorch takes it in every dtype used here."""
 
 
 class Stage(StrEnum):
@@ -150,7 +147,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value = _validated(type(self), item.name, getattr(self, item.name))
+            value = validated(type(self), item.name, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
         budget.check_retention(self.retention)
 
@@ -261,7 +258,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
             for item in dataclasses.fields(self)
         }
         changed = {
-            name: _option_text(getattr(self, name))
+            name: option_text(getattr(self, name))
             for name, default in plain.items()
             if name != "retention" and getattr(self, name) != default
         }
@@ -574,53 +571,6 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
             f"({len(keep)}), got {len(chosen.sizes)} at stage {strategy.stage}."
         )
     return Selection(keep, chosen.features, chosen.sizes, merging=chosen.merging)
-
-
-@cache
-def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(cls, include_extras=True)
-    names = [item.name for item in dataclasses.fields(cls)]
-    plain = ConfigDict(arbitrary_types_allowed=True)
-    result = {}
-    for name in names:
-        try:
-            result[name] = TypeAdapter(hints[name], config=plain)
-        except PydanticUserError:  # a model or dataclass brings its own configuration
-            result[name] = TypeAdapter(hints[name])
-    return result
-
-
-def _validated(cls: type, name: str, value: Any) -> Any:
-    if name == "allocator" and isinstance(value, str):
-        return allocators.allocator(value)
-    try:
-        made = _adapters(cls)[name].validate_python(value)
-    except ValidationError as error:
-        if isinstance(value, str) and error.errors()[0]["type"] == "tuple_type":
-            return _validated(cls, name, tuple(value.split("/")))
-        said = "; ".join(item["msg"] for item in error.errors())
-    else:
-        # NaN fails the comparison too.  `check_retention` has a better message for the retention.
-        if name == "retention" or all(abs(number) <= LARGEST for number in _numbers(made)):
-            return made
-        said = f"a number must be between -{LARGEST} and {LARGEST}"
-    called = getattr(cls, "name", "") or cls.__name__
-    raise UserError(f"{called}: {name}={shown(value)} is not valid: {said}.") from None
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers in a field."""
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, tuple):
-        for one in value:
-            yield from _numbers(one)
-
-
-def _option_text(value: Any) -> str:
-    """``value`` as a spec gives it; an allocator by its name."""
-    named = {cls: name for name, cls in allocators.ALLOCATORS.items()}
-    return named.get(type(value)) or value_text(value)
 
 
 __getattr__ = moved_names(__name__)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from tokenprune.console import (
     FAILED,
@@ -18,6 +19,9 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
+
+if TYPE_CHECKING:
+    from tokenprune.experiments.serving_check.run import Checked
 
 __all__ = ["serving_check"]
 
@@ -78,32 +82,39 @@ def serving_check(
         )
         with progress() as bar:
             checked = run(request, bar)
-        size = checked.table["block_size"].iloc[0]
-        table = new_table(
-            "served",
-            title=f"{model} in Hugging Face and in vLLM",
-            caption=f"Images compressed: {checked.way} Blocks of the KV cache hold {size} tokens.",
-        )
-        for heading in (
-            "same token ids",
-            "largest difference of a first probability",
-            "same prompt length",
-            "prompt tokens",
-            "KV blocks",
-            "requests a second",
-            "malformed refused",
-        ):
-            table.add_column(heading, justify="right")
-        for row in checked.table.itertuples():
-            table.add_row(
-                row.served,
-                f"{row.same_ids} of {row.questions}",
-                f"{row.probability:.1e}",
-                f"{row.same_prompts} of {row.questions}",
-                f"{row.prompt:.1f}",
-                f"{row.blocks:.1f}",
-                f"{row.rate:.1f}",
-                f"{row.malformed} of {row.sent}",
-            )
-        Console().print(table)
+        Console().print(_table(model, checked))
     raise typer.Exit(OK if checked.passed else FAILED)
+
+
+_COLUMNS = (
+    "same token ids",
+    "largest difference of a first probability",
+    "same prompt length",
+    "prompt tokens",
+    "KV blocks",
+    "requests a second",
+    "malformed refused",
+)
+
+
+def _table(model: str, checked: Checked) -> Table:
+    size = checked.table["block_size"].iloc[0]
+    table = new_table(
+        "served",
+        title=f"{model} in Hugging Face and in vLLM",
+        caption=f"Images compressed: {checked.way}\nA block of the KV cache holds {size} tokens.",
+    )
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for row in checked.table.itertuples():
+        table.add_row(
+            row.served,
+            f"{row.same_ids} of {row.questions}",
+            f"{row.probability:.1e}",
+            f"{row.same_prompts} of {row.questions}",
+            f"{row.prompt:.1f}",
+            f"{row.blocks:.1f}",
+            f"{row.rate:.1f}",
+            f"{row.malformed} of {row.sent}",
+        )
+    return table

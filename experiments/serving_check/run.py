@@ -68,7 +68,7 @@ class Checked:
             ``same_ids``, ``probability`` (largest difference), ``same_prompts``, ``prompt`` (mean
             number of tokens), ``blocks`` (mean, of the KV cache), ``block_size``, ``rate``
             (requests a second), ``malformed`` (embeddings that the server refused) and ``sent``.
-        way: ``in the server``, or why the images are encoded separately.
+        way: ``in the server.``, or why the images are encoded separately.
     """
 
     table: pd.DataFrame
@@ -101,7 +101,7 @@ def run(request: CheckRequest, progress: ProgressCallback = silent) -> Checked:
     check_served(pipe.adapter, compressor)
     try:
         Plan(pipe.model.config, request.spec)
-        separate, way = False, "in the server"
+        separate, way = False, "in the server."
     except UserError as error:
         separate, way = True, str(error)
     asked = held_out(request.questions, request.seed)

@@ -1,7 +1,7 @@
-"""Compress images for an inference engine that knows nothing of tokenprune.
+"""Compress images for a server that knows nothing of tokenprune, such as vLLM.
 
-The engine receives features (M, D) of the visual tokens that stay, or whole prompts as embeddings.
-Nothing here imports an engine.
+The server receives features (M, D) of the visual tokens that stay, or whole prompts as embeddings.
+Nothing here imports a server.
 """
 
 from tokenprune.serving.clients import check_embeds

@@ -1,4 +1,4 @@
-"""Checks of what clients send, before it reaches an engine."""
+"""Checks of what clients send, before it reaches a server."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_embeds(
     embeds: Any, *, width: int, longest: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Raise `UserError` unless ``embeds`` are features that an engine can take.
+    """Raise `UserError` unless ``embeds`` are features that a server can take.
 
-    An engine may stop for all clients if one of them sends other tensors.
+    A server may stop for all clients if one of them sends other tensors.
 
     Args:
         embeds: One image as a tensor (M, D), or several: a list of such tensors, or (B, M, D).
         width: D, the width of the language model.
         longest: The most features of all images together.
-        dtype: The dtype of the engine.  A number that is infinite in it is refused.
+        dtype: The dtype of the server.  A number that is infinite in it is refused.
     """
     images = _images(embeds, width, longest)
     for index, one in enumerate(images):

@@ -1,4 +1,4 @@
-"""Features and prompts of compressed images, as an engine receives them."""
+"""Features and prompts of compressed images, as a server receives them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def image_embeds(
     for index, image in enumerate(images):
         if not is_one_picture(image):
             raise UserError(
-                f"entry {index} of the images is a list or a video, which an engine takes no "
+                f"entry {index} of the images is a list or a video, which a server takes no "
                 "features of; give single images, or embed the whole prompt with prompt_embeds."
             )
     encoded = pipeline.encode(images, compressor.needs, compressor, same_prompt=same_prompt)
@@ -73,7 +73,7 @@ def prompt_embeds(
 ) -> list[Tensor]:
     """Whole prompts as embeddings, in which the compressed images and videos are in their places.
 
-    An engine that takes prompts as embeddings needs no support for images or videos.
+    A server that takes prompts as embeddings needs no support for images or videos.
 
     Args:
         pipeline: The model with its processor.

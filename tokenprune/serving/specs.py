@@ -1,4 +1,4 @@
-"""Which methods an inference engine can serve, and how a server's configuration names one."""
+"""Which methods can be served, and how a server's configuration names one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def served(spec: str, **fields: Any) -> Compressor:
         **fields: Options and retention of a single method, as in `tokenprune.spec.parse`.
 
     Raises:
-        UserError: As `parse`; the text is a class of a module; or an engine cannot run the method
+        UserError: As `parse`; the text is a class of a module; or the method cannot be served
             (`check_served`).
     """
     if not isinstance(spec, str):
@@ -41,9 +41,9 @@ def served(spec: str, **fields: Any) -> Compressor:
 
 
 def check_served(adapter: Adapter, compressor: Compressor) -> None:
-    """Raise `UserError` unless an engine can serve the model under ``compressor``.
+    """Raise `UserError` unless the model can be served under ``compressor``.
 
-    An engine receives features and numbers them one after another.  So the method must act in front
+    A server receives features and numbers them one after another.  So the method must act in front
     of the language model, without its signals, and the position ids must be those of a shorter
     prompt.
 
@@ -56,7 +56,7 @@ def check_served(adapter: Adapter, compressor: Compressor) -> None:
     if facts.decoder.position_scheme == "multimodal-rotary":
         raise UserError(
             f"{facts.family} models keep the row and column of every token in its position ids, "
-            "which an engine derives from the size of the whole image; serve a model with plain "
+            "which a server derives from the size of the whole image; serve a model with plain "
             "position ids, such as LLaVA-OneVision, or run this one with tokenprune.compress."
         )
     check_compatible(facts, compressor)
@@ -75,7 +75,7 @@ def _refuse_class(piece: str) -> None:
 
 
 def _check_parts(compressor: Compressor) -> None:
-    """Raise `UserError` unless an engine can run every part of ``compressor``."""
+    """Raise `UserError` unless every part of ``compressor`` can be served."""
     for part in compressor.parts():
         reason = refused(part)
         if reason:
@@ -84,21 +84,21 @@ def _check_parts(compressor: Compressor) -> None:
 
 
 def refused(part: Compressor) -> str:
-    """The reason why an engine cannot run ``part``; empty if it can."""
+    """The reason why ``part`` cannot be served; empty if it can."""
     if part.stage is Stage.LLM:
         return (
-            "drops tokens between decoder layers, whose KV cache the engine manages, so it cannot "
+            "drops tokens between decoder layers, whose KV cache the server manages, so it cannot "
             "be served"
         )
     asking = [one.name for one in part.needs if one.in_llm or one.info.found_in == "text"]
     if asking:
         return (
-            f"needs signals of the prompt ({', '.join(sorted(asking))}), but an engine stores the "
+            f"needs signals of the prompt ({', '.join(sorted(asking))}), but a server stores the "
             "features of an image for any prompt, so it cannot be served"
         )
     if part.keeps_positions:
         return (
-            "keeps the position ids of the full prompt, but an engine numbers the tokens one after "
+            "keeps the position ids of the full prompt, but a server numbers the tokens one after "
             "another, so it cannot be served; leave out position_ids=original"
         )
     return ""

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import LlavaConfig, PixtralVisionConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models import interns1, llava, llava_next, llava_onevision
@@ -121,7 +122,7 @@ class _Pruned(_Ragged):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         plan = planned(vllm_config.model_config.hf_config)
-        self.pruner = None if plan is None else ServerPruner(plan, self)
+        self.pruner = None if plan is None else ServerPruner(plan, cast(nn.Module, self))
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if self.pruner is None or kwargs.get("pixel_values") is None:
@@ -139,7 +140,7 @@ _NAMES = WeightsMapper(orig_to_new_regex={TOWER: NAMED})
     info=_llava_info,
     dummy_inputs=llava.LlavaDummyInputsBuilder,
 )
-class Llava(_Pruned, llava.LlavaForConditionalGeneration):  # type: ignore[misc]
+class Llava(_Pruned, llava.LlavaForConditionalGeneration):
     """LLaVA-1.5."""
 
     hf_to_vllm_mapper = llava.LlavaForConditionalGeneration.hf_to_vllm_mapper | _NAMES
@@ -150,7 +151,7 @@ class Llava(_Pruned, llava.LlavaForConditionalGeneration):  # type: ignore[misc]
     info=LlavaNextInfo,
     dummy_inputs=llava.LlavaDummyInputsBuilder,
 )
-class LlavaNext(_Pruned, llava_next.LlavaNextForConditionalGeneration):  # type: ignore[misc]
+class LlavaNext(_Pruned, llava_next.LlavaNextForConditionalGeneration):
     """LLaVA-NeXT."""
 
     hf_to_vllm_mapper = llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | _NAMES
@@ -161,9 +162,7 @@ class LlavaNext(_Pruned, llava_next.LlavaNextForConditionalGeneration):  # type:
     info=LlavaOnevisionInfo,
     dummy_inputs=llava_onevision.LlavaOnevisionDummyInputsBuilder,
 )
-class LlavaOnevision(  # type: ignore[misc]
-    _Pruned, llava_onevision.LlavaOnevisionForConditionalGeneration
-):
+class LlavaOnevision(_Pruned, llava_onevision.LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision."""
 
     hf_to_vllm_mapper = (
@@ -176,7 +175,7 @@ class LlavaOnevision(  # type: ignore[misc]
     info=InternVLInfo,
     dummy_inputs=interns1.InternS1DummyInputsBuilder,
 )
-class InternVL(_Ragged, interns1.InternS1ForConditionalGeneration):  # type: ignore[misc]
+class InternVL(_Ragged, interns1.InternS1ForConditionalGeneration):
     """InternVL, for embeddings of clients."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
