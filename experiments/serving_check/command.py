@@ -86,15 +86,14 @@ def serving_check(
     raise typer.Exit(OK if checked.passed else FAILED)
 
 
-_COLUMNS = (
-    "same token ids",
-    "largest difference of a first probability",
-    "same prompt length",
-    "prompt tokens",
-    "KV blocks",
-    "requests a second",
-    "malformed refused",
-)
+_COLUMNS = ("same ids", "max |Δp|", "same length", "prompt", "KV blocks", "req/s", "refused")
+
+_CAPTION = """\
+same ids, same length: questions with the token ids and the prompt length of Hugging Face
+max |Δp|: largest difference of the probability of an answer's first token
+prompt, KV blocks: mean number of tokens, and of blocks of {size} tokens
+refused: malformed embeddings
+Images are compressed {way}"""
 
 
 def _table(model: str, checked: Checked) -> Table:
@@ -102,8 +101,9 @@ def _table(model: str, checked: Checked) -> Table:
     table = new_table(
         "served",
         title=f"{model} in Hugging Face and in vLLM",
-        caption=f"Images compressed: {checked.way}\nA block of the KV cache holds {size} tokens.",
+        caption=_CAPTION.format(size=size, way=checked.way),
     )
+    table.columns[0].no_wrap = True
     for heading in _COLUMNS:
         table.add_column(heading, justify="right")
     for row in checked.table.itertuples():

@@ -68,7 +68,7 @@ class Checked:
             ``same_ids``, ``probability`` (largest difference), ``same_prompts``, ``prompt`` (mean
             number of tokens), ``blocks`` (mean, of the KV cache), ``block_size``, ``rate``
             (requests a second), ``malformed`` (embeddings that the server refused) and ``sent``.
-        way: ``in the server.``, or why the images are encoded separately.
+        way: Where the images are compressed, and why there.
     """
 
     table: pd.DataFrame
@@ -103,7 +103,7 @@ def run(request: CheckRequest, progress: ProgressCallback = silent) -> Checked:
         Plan(pipe.model.config, request.spec)
         separate, way = False, "in the server."
     except UserError as error:
-        separate, way = True, str(error)
+        separate, way = True, f"in front of the server: {error}"
     asked = held_out(request.questions, request.seed)
     plain = _hugging_face(pipe, asked, None, request, progress)
     compressed = _hugging_face(pipe, asked, compressor, request, progress)
