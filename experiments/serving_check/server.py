@@ -216,7 +216,7 @@ def _wait(
 def _reason(log: Path) -> str:
     """The last error in a server's log, or its end."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    said = re.findall(r"(?:UserError|ValueError|RuntimeError): .+", text)
+    said = re.findall(r"(?:(?:User|Value|Runtime)Error: |Value error, ).+", text)
     return said[0] if said else text[-_LOG:]
 
 
