@@ -335,6 +335,7 @@ class Options(Area):
             "efficiency": ("--config", "testbed-next"),
             "convert": ("uniform@0.5", "--config", "testbed-next"),
             "benchmark": ("--quick", "--only", "growth"),
+            "export": (run, "--method", "uniform"),
         }
         self.run = run
         group: Any = typer.main.get_command(app)
@@ -431,6 +432,10 @@ class Options(Area):
                 *((name, path, "--prompt=What?")
                   for name in ("positional-bias", "complementarity", "crop-importance", "masks")
                   for path in (nowhere, "file", "empty", "empty/*", "x/**/*.png", "a.jsonl")),
+                *(("export", path, "--method=last") for path in (nowhere, "file", "empty", below)),
+                ("export", self.run, "--method", rng.choice(["nope", " ", "uniform@0.5"])),
+                ("serving-check", "testbed-next",
+                 rng.choice(["fastv@0.5", "nope", "uniform", "os:path@0.5", "uniform@2"])),
                 ("pairs", self.run, f"--kind={rng.choice(['../../x', 'nope', '/', ' '])}"),
                 ("pairs", self.run, "-m", rng.choice(["nope", "fastv:", "uniform@0.5"])),
                 ("validity", self.run, f"--published={rng.choice(['nope', 'llava-next-7b'])}"),
