@@ -73,5 +73,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = kind(**{item.name: given.pop(item.name) for item in fields(kind)})
         command(**given)
 
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
