@@ -42,6 +42,7 @@ class WordingOptions:
     benchmark: options.Benchmark = None
     root: options.Root = None
     split: options.Split = None
+    prompt: options.Prompt = None
     template: options.Template = None
     suffix: options.Suffix = None
     system: options.System = None
