@@ -44,7 +44,6 @@ _Score = Annotated[
 @grouped
 def crop_importance(
     paths: options.Images = None,
-    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     score: _Score = "saliency",
     layer: Annotated[
@@ -77,7 +76,6 @@ def crop_importance(
 
         request = CropImportanceRequest(
             paths=tuple(paths or ()),
-            prompt=prompt,
             model=model,
             score=score,
             layer=layer,
