@@ -48,6 +48,7 @@ LESS = {
     "efficiency": ("--retention 0.5",),
     "efficiency --measure": ("--repeats 1",),
     "positional-bias": ("--images 3",),
+    "validity --model": ("--questions 2",),
 }
 """Options that a command gets unless its line has them."""
 
