@@ -53,12 +53,16 @@ _COMMANDS = (
 )  # fmt: skip
 
 
-_FIRST = ("config", "model", "methods", "retention", "data", "questions", "images", "modality")
+_FIRST = (
+    "config", "model", "methods", "retention", "data", "questions", "benchmark", "root", "split",
+    "images", "modality", "prompt", "template", "suffix", "system",
+)  # fmt: skip
 
 
 _LAST = (
-    "out", "force", "seeds", "seed", "batch_size", "max_new_tokens", "device", "dtype",
-    "timeout_per_batch", "max_image_pixels", "plugin", "trust_remote_code",
+    "out", "force", "seeds", "seed", "batch_size", "max_new_tokens", "device", "device_map",
+    "dtype", "attn", "quantize", "revision", "timeout_per_batch", "max_image_pixels",
+    "plugin", "trust_remote_code",
 )  # fmt: skip
 
 

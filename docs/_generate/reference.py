@@ -17,6 +17,7 @@ GROUPS = {
         "engine.trace",
         "catalogue",
     ),
+    "Serving": ("serving",),
     "Costs": ("cost.ledger", "cost.arithmetic", "forecast"),
     "Writing a method": (
         *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),

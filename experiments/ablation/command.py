@@ -14,6 +14,13 @@ from rich.table import Table
 from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.experiments.common.option_groups import (
+    LOADING,
+    WORDING,
+    LoadingOptions,
+    WordingOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import ratios
 from tokenprune.units import percent
@@ -38,6 +45,7 @@ _Sweeps = Annotated[
 
 
 @app.command(cls=ManyValues)
+@grouped
 def ablation(
     sweeps: _Sweeps = None,
     paper: Annotated[
@@ -48,13 +56,13 @@ def ablation(
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
+    prompt: options.Prompt = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
     formats: options.Formats = None,
     width: options.Width = "page",
@@ -79,12 +87,12 @@ def ablation(
             model=model,
             questions=questions,
             data=data,
+            prompt=prompt,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
             figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,

@@ -26,7 +26,14 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.common.formatting import arrow, arrows
+from tokenprune.experiments.common.formatting import arrow, arrows, measure
+from tokenprune.experiments.common.option_groups import (
+    LOADING,
+    WORDING,
+    LoadingOptions,
+    WordingOptions,
+    grouped,
+)
 from tokenprune.experiments.common.published_models import published_model
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
@@ -63,9 +70,10 @@ _Methods = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines: image (or images, or video, a list of frames), "
-        "question, answer, and optionally kind and id. Paths are relative to the file.",
+        metavar="PATH",
+        help="File of questions (JSON lines, .csv, .tsv or .parquet): image (or images, or video, "
+        "a list of frames), question, and answer or answers; or a folder with such a file, with "
+        "images in subfolders named after their answers, or of the package datasets.",
     ),
 ]
 
@@ -105,6 +113,7 @@ _Match = Annotated[
 
 
 @app.command(cls=ManyValues)
+@grouped
 def compare(
     model: options.Model = "testbed-next",
     methods: _Methods = None,
@@ -112,29 +121,29 @@ def compare(
     retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: _Data = None,
+    prompt: options.Prompt = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     check: _Check = False,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: _Seeds = 1,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
     formats: options.Formats = None,
     width: options.Width = "page",
     no_title: options.NoTitle = False,
     max_new_tokens: options.MaxNewTokens = 8,
+    metric: options.Metric = None,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
-    method and for the references: the model without the image and with the thumbnail alone. Writes
-    every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, also of
+    the model without the image and with the thumbnail alone. Writes every answer, a summary and
+    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
@@ -148,16 +157,17 @@ def compare(
             retention=ratios(retention) if retention else RETENTION,
             questions=questions,
             data=data,
+            prompt=prompt,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
             batch_size=batch_size,
             seed=seed,
             seeds=seeds,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
             figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,
+            metric=metric,
             timeout_per_batch=timeout_per_batch,
             match=match,  # type: ignore[arg-type]  # checked with the rest
         )
@@ -208,7 +218,7 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
         _show_published(outcome.summary, request.model, console)
     if request.match:
         _show_match(outcome.folder, console)
-    for words in _spreads(outcome.summary):
+    for words in (*_realised(outcome.summary), *_spreads(outcome.summary)):
         typer.echo(words)
     for words in options.gaps(outcome):
         typer.echo(words)
@@ -235,6 +245,24 @@ def _show_match(folder: Path, console: Console) -> None:
         console.print(matched_table(found), "")
     for words in _misses(found):
         typer.echo(words)
+
+
+def _realised(summary: pd.DataFrame) -> Iterator[str]:
+    """A sentence for every method that keeps more or fewer tokens than requested.
+
+    A difference of one token, the mean over the questions, is rounding.
+    """
+    from tokenprune.experiments.common.summary import OVERALL
+
+    rows = summary[(summary["kind"] == OVERALL) & (summary["status"] == "ok")]
+    off = (rows["kept_patches"] - rows["retention"] * rows["patch_tokens"]).abs() > 1
+    for label, cells in rows[off].groupby("label", sort=False):
+        shares = (
+            f"{percent(row['kept_patches'] / row['patch_tokens'], 1)} where "
+            f"{percent(row['retention'], None)} was requested"
+            for row in _rows(cells.sort_values("retention", ascending=False))
+        )
+        yield f"{label} keeps another share of the patch tokens: {', '.join(shares)}."
 
 
 def _spreads(summary: pd.DataFrame) -> Iterator[str]:
@@ -265,7 +293,7 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
 
 def tables(summary: pd.DataFrame) -> Iterator[Table]:
     """The comparison as tables of at most 80 columns: overall, then by kind of question."""
-    from tokenprune.experiments.common.summary import OVERALL
+    from tokenprune.experiments.common.summary import OVERALL, aggregated
 
     # At R = 1 all methods are the uncompressed model, which has a separate row.
     rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
@@ -275,7 +303,8 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
 
     table = new_table(
         title="All questions",
-        caption=f"Accuracy in % with its 95 % confidence interval. {arrows(rows)} Same: "
+        caption=f"{measure(rows).capitalize()} in % with its 95 % confidence interval. "
+        f"{arrows(rows)} Same: "
         "answers in % that equal those of the uncompressed model. Tokens: layer average of visual "
         "tokens, with separators. FLOPs: prefill of the decoder, selection included."
         + _matching(rows),
@@ -304,10 +333,37 @@ def tables(summary: pd.DataFrame) -> Iterator[Table]:
             )
     yield table
 
+    if figures := aggregated(summary):
+        yield _aggregates_table(rows, figures)
     yield _divergence_table(summary[summary["kind"] == OVERALL])
     kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
     if kinds:
         yield _kinds_table(rows, kinds)
+
+
+def _aggregates_table(rows: pd.DataFrame, names: list[str]) -> Table:
+    """Figures of all questions together, such as F1, of every method."""
+    from tokenprune.experiments.common.summary import OVERALL
+
+    table = new_table(
+        title="Figures of the set",
+        caption=f"As the metric {', '.join(rows['metric'].dropna().unique())} defines them, in % "
+        "with their 95 % intervals (whole images resampled).",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method")
+    for value, name in enumerate(names, 1):
+        table.add_column(name.replace("_", " "), justify="right", value=value)
+    for retention, group in rows[rows["kind"] == OVERALL].groupby("keep", sort=False):
+        for position, row in enumerate(_rows(group)):
+            failed = ["FAILED", *[""] * (len(names) - 1)]
+            table.add_row(
+                "" if position else percent(float(str(retention)), None),
+                method_label(row["name"]),
+                *(failed if row["status"] != "ok" else (_between(row, one, 0) for one in names)),
+                end_section=position + 1 == len(group),
+            )
+    return table
 
 
 def _divergence_table(rows: pd.DataFrame) -> Table:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.formatting import measure
 from tokenprune.experiments.common.glyphs import wrapped
 from tokenprune.experiments.common.plots import (
     INK,
@@ -69,7 +70,7 @@ def accuracy(
         _panel(made, axes, table, summary, OVERALL, start=0)
         _retention_axis(axes, table)
         axes.set_xlabel(_retention_label(made, summary))
-        axes.set_ylabel("accuracy (%)")
+        axes.set_ylabel(f"{measure(summary)} (%)")
         _name_lines(made, axes, table, summary)
     return made.figure
 
@@ -89,7 +90,7 @@ def accuracy_by_cost(
         axes.set_xlim(1.03, max(0, table["place"].min() - 0.05))
         in_percent(axes.xaxis)
         axes.set_xlabel(_cost_label(made))
-        axes.set_ylabel("accuracy (%)")
+        axes.set_ylabel(f"{measure(summary)} (%)")
         _name_lines(made, axes, table, summary)
     return made.figure
 
@@ -114,7 +115,7 @@ def accuracy_by_kind(
         for axes in grid[len(kinds) :]:
             axes.set_axis_off()
         made.figure.supxlabel(_retention_label(made, summary, 0.85))
-        made.figure.supylabel("accuracy (%)")
+        made.figure.supylabel(f"{measure(summary)} (%)")
         made.legend(grid[0].get_legend_handles_labels(), blank=grid[len(kinds) :])
     return made.figure
 
@@ -156,7 +157,7 @@ def by_retention(
         axes.set_yticks(range(len(order)), names)
         axes.set_ylim(len(order) - 0.4, -0.6)
         in_percent(axes.xaxis)
-        axes.set_xlabel("accuracy (%)")
+        axes.set_xlabel(f"{measure(summary)} (%)")
         axes.grid(axis="both")
         made.legend(_points_first(axes))
     return made.figure
@@ -196,7 +197,7 @@ def by_cost(
         for axes in grid[len(steps) :]:
             axes.set_axis_off()
         grid[(rows - 1) * columns + (columns - 1) // 2].set_xlabel(_cost_label(made, 0.9))
-        grid[(rows - 1) // 2 * columns].set_ylabel("accuracy (%)")
+        grid[(rows - 1) // 2 * columns].set_ylabel(f"{measure(summary)} (%)")
         _key(made, made.figure.add_subplot(key), key_columns)
     return made.figure
 
@@ -256,7 +257,7 @@ def drawn(summary: pd.DataFrame, model: str, options: FigureOptions = FIGURES) -
         return {}
     # Matched methods share the position of the retention ratio of uniform whose cost they have.
     summary = summary.assign(retention=summary["asked_retention"])
-    title = f"Accuracy of {Path(model).name} with fewer visual tokens"
+    title = f"{measure(summary).capitalize()} of {Path(model).name} with fewer visual tokens"
     crowd = summary["label"][compressed].nunique() > CROWD
     matched = _match(summary)
     same = f"; all at the {_MATCHED[matched]} of uniform at that retention" if matched else ""

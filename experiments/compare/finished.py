@@ -32,6 +32,7 @@ from tokenprune.experiments.common.run_folder import (
     manifests,
 )
 from tokenprune.experiments.common.summary import summarise
+from tokenprune.experiments.compare.cut_short import warn_of_cut_answers
 from tokenprune.models import testbed
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.registry import strategies
@@ -130,7 +131,7 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
     if request.out is None and path.name != folder_name(experiment):
         return False
     now, then = asked_for(request, path)["request"], manifest["request"]
-    same = {"out": None, "figures": None}  # neither changes an answer
+    same = {"out": None, "figures": None, "metric": None}  # none changes an answer
     if now | same != then | same:
         return False
     if registered is not None and registered != strategies.names():
@@ -149,10 +150,13 @@ def _written(
     """
     folder = RunFolder.open(path, manifest["experiment"], found.details)
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
+    keys = (column.key for column in found.columns)
+    warn_of_cut_answers(found.journal, keys, request.max_new_tokens)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
-    wanted = json.loads(json.dumps(asdict(request.figures)))
-    if manifest["request"].get("figures") != wanted or not any((path / "plots").glob("*")):
+    wanted = json.loads(json.dumps(asdict(request.figures))), request.metric
+    drawn = manifest["request"].get("figures"), manifest["request"].get("metric")
+    if drawn != wanted or not any((path / "plots").glob("*")):
         from tokenprune.experiments.compare.figures import draw
 
         draw(folder, request.model, summary, request.figures)

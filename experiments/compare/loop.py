@@ -17,7 +17,7 @@ from tokenprune.experiments.common.failing import Failing, tried
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner
+from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner, limited
 from tokenprune.experiments.compare.shared_encodings import Encodings
 from tokenprune.experiments.compare.sharing import Job, JobPlan, separate
 from tokenprune.progress import ProgressCallback, silent
@@ -336,12 +336,21 @@ def divergence(full: Tensor, short: Tensor) -> float:
 
 
 def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Batches of questions, with questions about the same image next to each other."""
-    first: dict[str, int] = {}
+    """Batches of questions, with questions about the same image next to each other.
+
+    The answers to the questions of a batch have the same maximum length.
+    """
+    alike: dict[int | None, list[Question]] = {}
     for item in questions:
-        first.setdefault(item.image_id, len(first))
-    ordered = sorted(questions, key=lambda item: first[item.image_id])
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        alike.setdefault(item.max_new_tokens, []).append(item)
+    batches = []
+    for group in alike.values():
+        first: dict[str, int] = {}
+        for item in group:
+            first.setdefault(item.image_id, len(first))
+        ordered = sorted(group, key=lambda item: first[item.image_id])
+        batches += [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return batches
 
 
 def _jobs(plan: JobPlan, *arguments: Any) -> Iterator[Job]:
@@ -366,7 +375,8 @@ class _Entering:
         *,
         loyal: bool,
     ) -> None:
-        self.runner, self.journal, self.batch, self.timeout = runner, journal, batch, timeout
+        self.runner = limited(runner, batch)
+        self.journal, self.batch, self.timeout = journal, batch, timeout
         self.loyal, self.loyalty = loyal, _Loyalty()
 
     def enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from tokenprune.experiments.common.cells import Cell, CellRecord, Failure
 from tokenprune.experiments.common.files import WriteError
 from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.loading import options_of_answers
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.provenance import (
     DECISIVE,
@@ -44,6 +45,7 @@ from tokenprune.experiments.common.run_folder import (
 from tokenprune.experiments.common.setting import Setting, prepare, with_faults_noted
 from tokenprune.experiments.common.summary import summarise
 from tokenprune.experiments.compare import figures, loop
+from tokenprune.experiments.compare.cut_short import warn_of_cut_answers
 from tokenprune.experiments.compare.finished import FILES
 from tokenprune.experiments.compare.matching import matched_cells
 from tokenprune.experiments.compare.runner import ModelRunner
@@ -237,6 +239,7 @@ def _fill(
     wanted = len({cell.key for cell in columns}) * len(questions)
     progress(len(journal.answers), wanted, "tables and plots")
     answers = answers_frame(request.model, columns, questions, journal)
+    warn_of_cut_answers(journal, (cell.key for cell in columns), request.max_new_tokens)
     summary = summarise(answers, seed=request.seed)
     folder.write_tables(answers, summary)
     if (
@@ -299,6 +302,7 @@ def _experiment(
         "device": pipe.device.type,
         "dtype": str(pipe.model.dtype).removeprefix("torch."),
         "max_new_tokens": request.max_new_tokens,
+        **options_of_answers(request),
         **({} if request.match is None else {"match": _match(columns)}),
         **digests(files),
         "revision": getattr(pipe.model.config, "_commit_hash", None),

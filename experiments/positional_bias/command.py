@@ -23,6 +23,7 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
+from tokenprune.experiments.common.option_groups import LOADING, LoadingOptions, grouped
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios, split
 from tokenprune.units import percent
@@ -47,8 +48,8 @@ _Images = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines, as for compare; each image or video is used once. "
+        metavar="PATH",
+        help="File or folder of questions, as for compare; each image or video is used once. "
         "Answers may be left out.",
     ),
 ]
@@ -81,6 +82,7 @@ _Seed = Annotated[int, typer.Option(help="Draws the testbed's images and the boo
 
 
 @app.command("positional-bias", cls=ManyValues)
+@grouped
 def positional_bias(
     paths: options.Images = None,
     prompt: options.Prompt = None,
@@ -98,9 +100,7 @@ def positional_bias(
     conditions: _Conditions = None,
     batch_size: _BatchSize = None,
     seed: _Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
     formats: options.Formats = None,
     width: options.Width = "page",
@@ -132,9 +132,7 @@ def positional_bias(
             conditions=tuple(split(conditions)) if conditions else DEFAULT,  # type: ignore[arg-type]
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(loading),
             out=out,
             figures=options.figures(formats, width, no_title),
         )

@@ -20,6 +20,7 @@ from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.limits import check_lengths, check_number
+from tokenprune.experiments.common.loading import options_of_answers
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.own_images import own_questions
 from tokenprune.experiments.common.provenance import (
@@ -277,6 +278,7 @@ def _experiment(
         "seed": request.seed,
         "device": pipe.device.type,
         "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        **options_of_answers(request),
         **digests(files),
         **{package: versions[package] for package in DECISIVE},
     }

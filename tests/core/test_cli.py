@@ -93,6 +93,18 @@ def test_lists_can_be_written_in_every_usual_way(asked: list[CompareRequest], wo
     assert asked[0].seed == 4
 
 
+def test_groups_of_options_reach_the_request(asked: list[CompareRequest]) -> None:
+    words = "--attn eager --device-map auto --quantize 8bit --revision v1 --split val"
+    texts = ["--suffix", "Be brief.", "--template", "{question}!", "--system", "You see."]
+    assert invoke("compare", *words.split(), *texts).exit_code == 0
+    assert asked == [
+        CompareRequest(
+            attn="eager", device_map="auto", quantize="8bit", revision="v1", split="val",
+            suffix="Be brief.", template="{question}!", system="You see.",
+        )
+    ]  # fmt: skip
+
+
 def test_no_arguments_are_the_defaults(asked: list[CompareRequest]) -> None:
     assert invoke("compare").exit_code == 0
     assert asked == [CompareRequest()]

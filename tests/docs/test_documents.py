@@ -25,6 +25,7 @@ import tokenprune as tp
 from tokenprune import facts, pipeline
 from tokenprune.cli import app
 from tokenprune.experiments.demo.run import ServedPage
+from tokenprune.experiments.metrics import metrics
 from tokenprune.models import testbed
 from tokenprune.registry import strategies
 from tokenprune.testing import runner
@@ -81,6 +82,11 @@ class Mine(Norm):
     """Keep the longest features, too."""
 '''
 
+METRICS = """
+def first_word(prediction, question):
+    return float(prediction.split()[:1] == question.answer.split()[:1])
+"""
+
 pytestmark = [
     pytest.mark.skipif(not PAGES, reason="the documentation is not part of the package"),
     pytest.mark.filterwarnings(
@@ -117,7 +123,12 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {"question": "How many objects are there?", "answer": "two"}
     lines = [{"image": "photo.jpg", **asked}, {"image": "left.jpg", **asked}]
     (folder / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "textvqa" / "train_images").mkdir(parents=True)
+    shutil.copy(folder / "photo.jpg", folder / "textvqa" / "train_images" / "a.jpg")
+    item = {"question_id": 1, "image_id": "a", "question": "What?", "answers": ["two"] * 10}
+    (folder / "textvqa" / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [item]}))
     (folder / "my_module.py").write_text(MODULE)
+    (folder / "my_metrics.py").write_text(METRICS)
     line = "compare --questions 2 --methods uniform last --retention 0.5 --out"
     result = CliRunner().invoke(app, [*line.split(), str(folder / "runs" / "first")])
     assert result.exit_code == 0, result.output
@@ -133,10 +144,13 @@ def desk(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.syspath_prepend(str(folder))
     strategies.names()  # finds them all, once; a copy would take them along
     monkeypatch.setattr(strategies, "_classes", dict(strategies._classes))
+    metrics.names()
+    monkeypatch.setattr(metrics, "_classes", dict(metrics._classes))
     monkeypatch.setattr(runner, "CHECKS", runner.CHECKS[:3])
     monkeypatch.setattr(ServedPage, "wait", lambda _: None)
     yield folder
-    sys.modules.pop("my_module", None)
+    for name in ("my_module", "my_metrics"):
+        sys.modules.pop(name, None)
 
 
 def words(line: str) -> list[str]:

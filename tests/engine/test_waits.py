@@ -26,7 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 # Per selection 1, except for methods that need numbers that only the device has.
 MORE = {"holitom": 2, "pact": 2}  # segments of frames; number of rounds
-SPECS = [*tp.list_methods(), "fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"]
+SPECS = [
+    *tp.list_methods(),
+    *("fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"),
+    "globalcom2:richness=mean,total=exact",
+]
 
 
 def _steps(spec: str, retention: float = 0.4) -> list[Compressor]:

@@ -26,12 +26,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"layout", "signals", "tokens", "synthetic", "untouched", "drawing"},
             {"ops"},
             {"budget", "allocators"},
-            {"compressor", "staged", "encoder"},
+            {"fields", "compressor", "staged", "encoder"},
             {"plugins", "spec", "unwrap", "prompts"},
             {"facts", "parts", "inputs", "adapter", "native", "compatibility", "catalogue"},
             {"cost"},
             {"engine"},
             {"pipeline", "forecast"},
+            {"serving"},
             {"testing"},
             {"cli", "console", "tables", "__main__"},
         ),
@@ -166,7 +167,7 @@ def _experiment(inside: str, wanted: str) -> str:
     mine, theirs = inside.split("."), wanted.split(".")
     if theirs[:1] != ["experiments"] or len(theirs) < 2 or len(mine) < 2:
         return ""
-    if mine[1] == theirs[1] or theirs[1] == "common":
+    if mine[1] == theirs[1] or theirs[1] in ("common", "metrics", "datasets"):
         return ""
     if mine[1] == "common":
         return "common imports no experiment"
