@@ -58,6 +58,7 @@ INSTEAD = {
     " RUN": " runs/first",
     "tests/data/golden": str(ROOT / "tests" / "data" / "golden"),
     "experiments/results": str(ROOT / "experiments" / "results"),
+    "logs/ten": str(ROOT / "tests" / "data" / "lmms"),
 }
 """What stands in for what a machine may not have."""
 
