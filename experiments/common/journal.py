@@ -209,8 +209,8 @@ def _are_numbers(value: Any) -> bool:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("cell", "question", "answer", "error", "traceback"), _is_text),
-    **dict.fromkeys(("kl", *FIGURES), _is_number),
+    **dict.fromkeys(("cell", "question", "answer", "metric", "error", "traceback"), _is_text),
+    **dict.fromkeys(("kl", "score", *FIGURES), _is_number),
     **dict.fromkeys(WHOLE_FIGURES, _is_count),
     "visual_per_layer": _are_numbers,
 }

@@ -5,7 +5,7 @@ Tables are made from the journal, or from ``answers.parquet`` if it is up to dat
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +36,7 @@ __all__ = [
     "cells_of",
     "check_folder",
     "experiment_of",
+    "joined",
     "journaled",
     "manifest_of",
     "place_of",
@@ -132,6 +133,7 @@ class _Manifest(_Part):
     experiment: _Asked
     cells: list[_Cell] = []
     request: _Request | None = None
+    requests: list[_Request] = []
     model_folder: str | None = None
     status: str = "unknown"
     sessions: list[_Session] = []
@@ -212,25 +214,20 @@ def questions_of(
         moved: New path of the data file, or of the folder of the benchmark; if given, an
             unreadable one raises `UserError`.
     """
-    asked = manifest.get("request") or {}
     experiment = manifest["experiment"]
-    file, paths = moved or asked.get("data"), asked.get("paths") or []
-    if file is None and not paths and asked.get("benchmark") is None:
-        count, answered = experiment["questions"], len({name for _, name in journal.answers})
-        if count > max(_MANY, 2 * answered):
-            notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
+    requests = manifest.get("requests") or [manifest.get("request") or {}]
+    own = any(one.get(name) for one in requests for name in ("data", "paths", "benchmark"))
+    if not own and len({one.get("modality") for one in requests}) == 1:
+        requests = requests[-1:]  # the testbed's first questions, as many as were asked at most
+    found: list[Question] = []
+    for asked in requests:
+        count = experiment["questions"]
+        if len(requests) > 1:
+            count = asked.get("questions") or count
+        some = _asked(folder, asked, (count, experiment["seed"]), journal, notes, moved)
+        if some is None:
             return None
-        found = held_out(count, experiment["seed"], asked.get("modality") or "image")
-        wording = Wording(asked.get("template"), asked.get("suffix"))
-        found = [replace(item, question=wording.applied(item.question)) for item in found]
-    else:
-        try:
-            found = _own_questions(folder, manifest, moved)
-        except UserError as error:
-            if moved is not None:
-                raise
-            notes.append(f"No images: {error} Where it was moved, give its place with --data.")
-            return None
+        found = joined(found, some)
     try:
         same = fingerprint(found) == experiment["data"]
     except (OSError, UserError):
@@ -238,13 +235,17 @@ def questions_of(
     else:
         if not same:
             notes.append("The questions or images have changed since the run.")
-    metric = asked.get("metric")  # nothing that a run folder names is imported
+    metric = requests[-1].get("metric")  # nothing that a run folder names is imported
     return found if metric is None else [replace(item, metric=metric) for item in found]
 
 
-def _own_questions(folder: Path, manifest: Mapping[str, Any], moved: Path | None) -> list[Question]:
-    """The questions of a run that are not the testbed's.  Raises `UserError`."""
-    asked = manifest["request"]
+def _own_questions(
+    folder: Path, asked: Mapping[str, Any], drawn: int, moved: Path | None
+) -> list[Question]:
+    """The questions of a request that are not the testbed's; ``drawn`` is the seed of the sample.
+
+    Raises `UserError`.
+    """
     file, root, benchmark = asked.get("data"), asked.get("root"), asked.get("benchmark")
     data = place_of(folder, str(file)) if file else None
     if benchmark is not None:
@@ -260,11 +261,53 @@ def _own_questions(folder: Path, manifest: Mapping[str, Any], moved: Path | None
         split=asked.get("split"),
         count=asked.get("questions"),
         # Older runs asked the first questions of a file.
-        seed=manifest["experiment"]["seed"] if "suffix" in asked else None,
+        seed=drawn if "suffix" in asked else None,
         modality=asked.get("modality"),
         check_images=False,
         wording=Wording(asked.get("template"), asked.get("suffix")),
     )
+
+
+def joined(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
+    """The questions of both, each once: in the order of ``second`` if it has them all."""
+    names = {item.id for item in second}
+    if names.issuperset(item.id for item in first):
+        return list(second)
+    known = {item.id for item in first}
+    return [*first, *(item for item in second if item.id not in known)]
+
+
+def _asked(
+    folder: Path,
+    asked: Mapping[str, Any],
+    testbed: tuple[int, int],
+    journal: Journal,
+    notes: list[str],
+    moved: Path | None,
+) -> list[Question] | None:
+    """The questions of one request of a run; other arguments as for `questions_of`.
+
+    Args:
+        asked: The request, as the manifest stores it.
+        testbed: Number of the testbed's questions, and their seed.
+    """
+    file, paths = moved or asked.get("data"), asked.get("paths") or []
+    count, seed = testbed
+    if file is None and not paths and asked.get("benchmark") is None:
+        answered = len({name for _, name in journal.answers})
+        if count > max(_MANY, 2 * answered):
+            notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
+            return None
+        found = held_out(count, seed, asked.get("modality") or "image")
+        wording = Wording(asked.get("template"), asked.get("suffix"))
+        return [replace(item, question=wording.applied(item.question)) for item in found]
+    try:
+        return _own_questions(folder, asked, seed, moved)
+    except UserError as error:
+        if moved is not None:
+            raise
+        notes.append(f"No images: {error} Where it was moved, give its place with --data.")
+        return None
 
 
 def place_of(folder: Path, file: str) -> Path:

@@ -190,12 +190,14 @@ class CompareRequest(QuestionRequest):
         match: Bring every method to the cost of `uniform` at each retention ratio: ``tokens``,
             ``flops`` or ``prefill-ms`` (`matching.matched_cells`); None keeps the ratios.  Every
             call measures times again, so a run that matches them cannot be resumed.
+        measure: Measure time and memory of every method too (`compare.measuring`).
     """
 
     methods: Sequence[str] = METHODS
     retention: Sequence[float] = RETENTION
     seeds: int = 1
     match: MatchedCost | None = None
+    measure: bool = False
 
 
 def comparison(request: QuestionRequest, **changes: Any) -> CompareRequest:

@@ -28,7 +28,7 @@ from tokenprune.experiments.common.csv_files import read_csv
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import command
-from tokenprune.experiments.compare.command import tables
+from tokenprune.experiments.compare.tables import tables
 from tokenprune.spec import split
 
 

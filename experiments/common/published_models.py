@@ -1,0 +1,37 @@
+"""The models that figures are published for.  This module does not import pandas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = [
+    "MODELS",
+    "published_model",
+]
+
+
+_CHECKPOINTS = {
+    "llava-v1.6-vicuna-7b": "llava-next-7b",
+    "llava-1.5-7b": "llava-1.5-7b",
+    "llava-v1.5-7b": "llava-1.5-7b",
+    "llava-onevision-qwen2-7b-ov": "llava-onevision-7b",
+    "llava-onevision-qwen2-7b": "llava-onevision-7b",
+    "llava-onevision-qwen2-7b-si": "",  # another checkpoint, which no source speaks of
+}
+
+
+MODELS = ("llava-next-7b", "llava-1.5-7b", "llava-onevision-7b")
+"""The models that figures are published for."""
+
+
+def published_model(name: str) -> str | None:
+    """The model of `MODELS` that a checkpoint is; None if there are no figures of it.
+
+    Args:
+        name: One of `MODELS`, or a Hub id or a folder with the checkpoint's usual name.
+
+    >>> published_model("llava-hf/llava-v1.6-vicuna-7b-hf")
+    'llava-next-7b'
+    """
+    last = Path(name).name.lower().removesuffix("-hf")
+    return last if last in MODELS else _CHECKPOINTS.get(last) or None
