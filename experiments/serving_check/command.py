@@ -80,6 +80,7 @@ def serving_check(
             trust_remote_code=trust_remote_code,
             timeout=timeout,
         )
+        options.stoppable()  # so that the server stops too
         with progress() as bar:
             checked = run(request, bar)
         Console().print(_table(model, checked))
