@@ -52,7 +52,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _COMMANDS = (
     "list", "compare", "pairs", "table", "report", "choose", "merge", "published", "validity",
     "import-lmms", "masks", "demo", "positional-bias", "complementarity", "crop-importance",
-    "ablation", "efficiency", "convert", "audit", "benchmark",
+    "ablation", "efficiency", "convert", "export", "serving-check", "audit", "benchmark",
 )  # fmt: skip
 
 

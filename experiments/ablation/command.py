@@ -60,7 +60,6 @@ def ablation(
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
-    prompt: options.Prompt = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     batch_size: options.BatchSize = None,
@@ -91,7 +90,6 @@ def ablation(
             model=model,
             questions=questions,
             data=data,
-            prompt=prompt,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
             batch_size=batch_size,
             seed=seed,

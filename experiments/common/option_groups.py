@@ -93,6 +93,7 @@ class WordingOptions:
     benchmark: options.Benchmark = None
     root: options.Root = None
     split: options.Split = None
+    prompt: options.Prompt = None
     template: options.Template = None
     suffix: options.Suffix = None
     system: options.System = None
@@ -124,5 +125,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = kind(**{item.name: given.pop(item.name) for item in fields(kind)})
         command(**given)
 
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run

@@ -48,7 +48,6 @@ _Score = Annotated[
 @grouped
 def crop_importance(
     paths: options.Images = None,
-    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     score: _Score = "saliency",
     layer: Annotated[
@@ -81,7 +80,6 @@ def crop_importance(
         request = CropImportanceRequest(
             cluster=job.cluster,
             paths=tuple(paths or ()),
-            prompt=prompt,
             model=model,
             score=score,
             layer=layer,
