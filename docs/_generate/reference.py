@@ -17,7 +17,10 @@ GROUPS = {
         "engine.trace",
         "catalogue",
     ),
-    "Serving": ("serving",),
+    "Serving": (  # not the modules that only vLLM imports
+        *("serving.embeds", "serving.specs", "serving.clients", "serving.counting", "serving.keys"),
+        "serving.vllm_video",
+    ),
     "Costs": ("cost.ledger", "cost.arithmetic", "forecast"),
     "Writing a method": (
         *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),

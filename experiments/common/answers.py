@@ -97,7 +97,7 @@ def answers_frame(
             if failed or record is not None or (key, item.id) in journal.missing
         ]
         answers = [_plain(record.get("answer")) for _, record in shown]
-        scores = [marks.of(item, record.get("answer")) for item, record in shown]
+        scores = [marks.given(item, record) for item, record in shown]
         fulls = [_plain(full[item.id].get("answer")) for item, _ in shown]
         made = {
             "model": model,
@@ -107,6 +107,7 @@ def answers_frame(
             "agrees": list(map(_same, answers, fulls)),
             "easy": [easy[item.id] for item, _ in shown],
             "status": ["ok" if record else unanswered for _, record in shown],
+            "metric": [marks.name(item, record) for item, record in shown],
             "score": scores,
         }
         for name, column in columns.items():
@@ -141,7 +142,6 @@ def _asked(items: Sequence[Question], marks: "_Marks") -> dict[str, list[Any]]:
         "kind": [item.kind for item in items],
         "question": [item.question for item in items],
         "truth": [item.answer for item in items],
-        "metric": [marks.metrics[item.id].name for item in items],
         "truths": [_listed(item.answers[1:] and item.answers) for item in items],
         "choices": [_listed(item.choices) for item in items],
     }
@@ -183,6 +183,17 @@ class _Marks:
     def __init__(self, questions: Sequence[Question]) -> None:
         self.metrics = {item.id: metric_of(item) for item in questions}
         self._known: dict[tuple[str, str], float] = {}
+
+    def given(self, item: Question, record: Mapping[str, Any]) -> float | None:
+        """The score of a record: an imported one, unless the question names a metric, or `of`."""
+        if item.metric is None and "score" in record:
+            return float(record["score"])
+        return self.of(item, record.get("answer"))
+
+    def name(self, item: Question, record: Mapping[str, Any]) -> str:
+        """The metric of `given`."""
+        imported = item.metric is None and "score" in record
+        return str(record["metric"]) if imported else self.metrics[item.id].name
 
     def of(self, item: Question, answer: str | None) -> float | None:
         """The score of ``answer``; None if there is none, or if the true answer is unknown."""

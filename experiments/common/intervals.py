@@ -19,6 +19,7 @@ __all__ = [
     "paired_bootstrap",
     "permutation",
     "wilson",
+    "wilson_around",
 ]
 
 
@@ -185,8 +186,7 @@ def mean_score(scores: pd.Series, images: pd.Series, *, seed: int) -> Interval:
     Wilson's interval if each question has one score, 0 or 1.  Several scores per question, from
     several seeds, are not independent, and other scores are not Bernoulli trials; then whole images
     are resampled.  Where nothing can be resampled, because all scores or all images are equal, the
-    interval is Wilson's of the whole numbers of successes around the sum: among scores from 0 to 1,
-    those of 0 and 1 vary most.
+    interval is that of `wilson_around` the sum.
 
     Args:
         scores: From 0 to 1, indexed by question.
@@ -196,10 +196,17 @@ def mean_score(scores: pd.Series, images: pd.Series, *, seed: int) -> Interval:
     equal = scores.nunique() == 1 or (images.nunique() == 1 and not is_binary(scores))
     if equal or (scores.index.is_unique and is_binary(scores)):
         questions = scores.index.nunique()
-        total = scores.mean() * questions if equal else scores.sum()
-        low, high = (int(end(round(total, 9))) for end in (np.floor, np.ceil))
-        return Interval(wilson(low, questions).low, wilson(high, questions).high)
+        return wilson_around(scores.mean() * questions if equal else scores.sum(), questions)
     return paired_bootstrap(scores, images, seed=seed)
+
+
+def wilson_around(total: float, trials: int) -> Interval:
+    """Wilson's interval of the whole numbers of successes around ``total``.
+
+    It is wide enough for a sum of numbers from 0 to 1, which vary less than those of 0 and 1 do.
+    """
+    low, high = (int(end(round(total, 9))) for end in (np.floor, np.ceil))
+    return Interval(wilson(low, trials).low, wilson(high, trials).high)
 
 
 def is_binary(scores: ArrayLike) -> bool:

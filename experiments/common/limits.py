@@ -21,6 +21,7 @@ __all__ = [
 
 LIMITS: dict[str, tuple[int, int]] = {
     "batch_size": (1, 100_000),
+    "clients": (1, 1_000),
     "frames": (1, 100_000),
     "images": (1, 1_000_000),
     "layers": (1, 1_000),

@@ -19,6 +19,7 @@ from tokenprune.experiments.common.intervals import (
     paired_bootstrap,
     permutation,
     wilson,
+    wilson_around,
 )
 from tokenprune.experiments.common.names import OVERALL
 from tokenprune.experiments.metrics import metrics
@@ -335,5 +336,8 @@ def _aggregates(cell: pd.DataFrame, graded: pd.Series, seed: int) -> dict[Hashab
             whole = parts[1].sum()
             low, high = bootstrap_ratio(parts[0], parts[1], rows["image_id"], seed=seed)
             value = parts[0].sum() / whole if whole else np.nan
+            if low == high and 0 <= value <= 1:  # equal answers are no certainty
+                trials = max(1, round(whole))
+                low, high = wilson_around(value * trials, trials)
             figures |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return figures

@@ -66,12 +66,16 @@ def metric_names(questions: Iterable[Question]) -> list[str]:
 
 
 def check_metrics(questions: Iterable[Question]) -> None:
-    """Raise `UserError` unless every question with a true answer can be scored by its metric."""
+    """Raise `UserError` unless every question with a true answer can be scored by its metric.
+
+    The true answer itself is scored, so that a metric that fails is found before anything is asked.
+    """
     for item in questions:
         try:
             metric = metric_of(item)
             if item.answer:
                 metric.check(item)
+                scored(metric, item.answer, item)
         except UserError as error:
             raise UserError(f"the question {item.id!r} cannot be scored: {error}") from error
 

@@ -28,7 +28,7 @@ from tokenprune.experiments.common.csv_files import read_csv
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import command
-from tokenprune.experiments.compare.command import tables
+from tokenprune.experiments.compare.tables import tables
 from tokenprune.spec import split
 
 
@@ -487,9 +487,11 @@ def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.Mon
         "crop-importance": [],
         "demo": [],
         "efficiency": [],
+        "export": ["runs", "--method", "uniform"],
         "masks": [],
         "positional-bias": [],
         "report": ["runs"],
+        "serving-check": ["testbed-next", "uniform@0.5"],
     }
     for name, words in commands.items():
         folder = {"benchmark": "benchmarks", "convert": "efficiency"}.get(name, name)

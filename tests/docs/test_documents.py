@@ -48,6 +48,7 @@ LESS = {
     "efficiency": ("--retention 0.5",),
     "efficiency --measure": ("--repeats 1",),
     "positional-bias": ("--images 3",),
+    "validity --model": ("--questions 2",),
 }
 """Options that a command gets unless its line has them."""
 
@@ -57,6 +58,7 @@ INSTEAD = {
     " RUN": " runs/first",
     "tests/data/golden": str(ROOT / "tests" / "data" / "golden"),
     "experiments/results": str(ROOT / "experiments" / "results"),
+    "logs/ten": str(ROOT / "tests" / "data" / "lmms"),
 }
 """What stands in for what a machine may not have."""
 

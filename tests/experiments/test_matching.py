@@ -26,9 +26,9 @@ from tokenprune.experiments.common.questions import Question, held_out
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.common.summary import OVERALL, summarise
 from tokenprune.experiments.common.timing import Timing
-from tokenprune.experiments.compare.command import _misses, matched_table, tables
 from tokenprune.experiments.compare.matching import matched_cells, realised, representative
 from tokenprune.experiments.compare.run import run as compare
+from tokenprune.experiments.compare.tables import matched_table, misses, tables
 from tokenprune.experiments.efficiency.measured import measure
 from tokenprune.models.loading import adapter_at_random
 from tokenprune.pipeline import Pipeline
@@ -263,7 +263,7 @@ def test_measured_costs_of_matched_methods() -> None:
 
 def test_methods_that_miss_the_cost_are_named() -> None:
     found = realised(_matched_answers())
-    coarse, vague = _misses(found)
+    coarse, vague = misses(found)
     assert coarse.startswith("coarse does not have the cost of uniform at 0.5: it goes in steps")
     assert "101.1 is the nearest to 100.0" in coarse
     assert vague.startswith("vague does not have the cost of uniform at 0.5 on these questions")

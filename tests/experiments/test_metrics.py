@@ -345,6 +345,8 @@ def test_a_metric_that_fails_is_named(own: str) -> None:
         item = with_metric([question("x")], f"{own}:{name}")[0]
         with pytest.raises(UserError, match=words):
             scored(metric_of(item), "y", item)
+        with pytest.raises(UserError, match=f"'q' cannot be scored.*own_metrics:{name}"):
+            check_metrics([item])
 
 
 def test_a_data_file_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,8 @@ def test_the_paired_accuracy_of_mme() -> None:
     assert table.loc["overall", "paired_accuracy"] == 1 / 2, "one of the images a and b"
     assert table.loc["k", "paired_accuracy"] == 1 / 2
     assert np.isnan(table.loc["other", "paired_accuracy"])
+    certain = table.loc["overall", ["recall_low", "recall", "recall_high"]]
+    assert tuple(certain) == (wilson(7, 7).low, 1, 1), "equal answers are no certainty"
     assert aggregated(table.reset_index())[-1] == "paired_accuracy"
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tokenprune.cli import app
 from tokenprune.experiments.checks.cases import command, small_run
-from tokenprune.experiments.compare.command import _realised
+from tokenprune.experiments.compare.tables import realised_shares
 
 
 def _run(
@@ -63,7 +63,7 @@ def test_a_comparison_names_a_retention_that_differs_from_the_requested_one() ->
     ]
     names = ["kind", "status", "label", "retention", "kept_patches"]
     summary = pd.DataFrame(rows, columns=names).assign(patch_tokens=245.0)
-    assert list(_realised(summary)) == [
+    assert list(realised_shares(summary)) == [
         "globalcom2 keeps another share of the patch tokens: 48.7 % where 50 % was requested, "
         "29.4 % where 25 % was requested."
     ]

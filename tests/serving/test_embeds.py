@@ -29,7 +29,9 @@ BEDS = ("testbed-next", "testbed-onevision")
 
 @cache
 def _pipe(name: str) -> Pipeline:
-    return tp.load(name) if name in BEDS else tiny_pipeline(name)
+    """A testbed, perhaps in another dtype, or a tiny model."""
+    bed, _, dtype = name.partition(":")
+    return tp.load(bed, dtype=dtype or "auto") if bed in BEDS else tiny_pipeline(name)
 
 
 def _images(count: int, seed: int = 0) -> list[Image.Image]:
@@ -67,6 +69,7 @@ def _assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
 def _cases() -> list[tuple[str, str]]:
     each = {
         "testbed-next": SELECTED + MERGED + WITH_CLS,
+        "testbed-next:bfloat16": ("visionzip@0.25",),
         "testbed-onevision": SELECTED + MERGED,
         "LLaVA-1.5": (*SELECTED[:2], *MERGED[2:], *WITH_CLS),
         "InternVL": (SELECTED[0], "spatial-pool@0.25"),
@@ -78,7 +81,7 @@ def _cases() -> list[tuple[str, str]]:
 def test_features_are_those_in_front_of_the_decoder(name: str, spec: str) -> None:
     """A ragged batch: images of unlike sizes, texts in front of and after them, one without."""
     pipe, images = _pipe(name), _images(3)
-    word = "" if name in BEDS else "w7 "
+    word = "" if name.startswith(BEDS) else "w7 "
     texts = [f"{word}<image>\nw9", f"{word}<image>\nw9 w10 w11", f"{word}<image>\nw8 w5", "w9 w7"]
     shown = [[image] for image in images] + [[]]
     wanted = _entering(pipe, spec, lambda: pipe.prepare(shown, texts))
