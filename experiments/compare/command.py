@@ -110,6 +110,17 @@ _Match = Annotated[
 ]
 
 
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Run folder. An earlier run in it is resumed, or gets further methods, retention "
+        "ratios and questions; options that are not given are as in that run. [default: a folder "
+        "in runs/, named after the options]",
+    ),
+]
+
+
 _Measure = Annotated[
     bool,
     typer.Option(
@@ -137,7 +148,7 @@ def compare(
     seeds: _Seeds = 1,
     wording: WordingOptions = WORDING,
     loading: LoadingOptions = LOADING,
-    out: options.Out = None,
+    out: _Out = None,
     drawing: DrawingOptions = DRAWING,
     job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
@@ -150,8 +161,7 @@ def compare(
 
     Prints accuracy, agreement with and divergence from the uncompressed model, and cost, also of
     the model without the image and with the thumbnail alone. Writes every answer, a summary and
-    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run. An earlier run in
-    its folder is added to, with its options as defaults.
+    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
