@@ -15,8 +15,12 @@ from tokenprune.console import ManyValues, app, as_exit_status, new_table, progr
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
 from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
     LOADING,
     WORDING,
+    DrawingOptions,
+    JobOptions,
     LoadingOptions,
     WordingOptions,
     grouped,
@@ -56,7 +60,6 @@ def ablation(
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
-    prompt: options.Prompt = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     batch_size: options.BatchSize = None,
@@ -64,9 +67,8 @@ def ablation(
     wording: WordingOptions = WORDING,
     loading: LoadingOptions = LOADING,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Sweep options of methods.
@@ -82,24 +84,24 @@ def ablation(
         from tokenprune.experiments.ablation.run import PAPER, AblationRequest, run
 
         request = AblationRequest(
+            cluster=job.cluster,
             sweeps=tuple(dict.fromkeys([*(sweeps or ()), *(PAPER if paper else ())])),
             retention=ratios(retention or ["0.25"]),
             model=model,
             questions=questions,
             data=data,
-            prompt=prompt,
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
             batch_size=batch_size,
             seed=seed,
             **vars(wording),
             **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
-        with progress() as bar:
+        with progress(job.log_file) as bar:
             outcome = run(request, bar)
         for table in tables(outcome.tables["ablation"]) if "ablation" in outcome.tables else ():
             Console().print(table, "")

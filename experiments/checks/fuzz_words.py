@@ -295,15 +295,8 @@ def _layout(rng: random.Random) -> tuple[TokenLayout, str]:
 _NEGATIVE = {"layer"}  # counts from the end
 _ZERO = {"seed", "text_tokens", "layer", ("report", "questions")}  # 0 has a meaning
 _CHOICES = (
-    "dtype",
-    "match",
-    "modality",
-    "conditions",
-    "score",
-    "only",
-    "model",
-    "config",
-    "metric",
+    *("dtype", "match", "modality", "conditions", "score", "only", "model", "config", "metric"),
+    *("device_map", "attn", "quantize", "revision", "benchmark", "split", "template"),
 )
 _SIZES = ("image_size", "patches")
 

@@ -38,8 +38,10 @@ __all__ = [
     "Dtype",
     "Force",
     "Formats",
+    "GpusPerWorker",
     "ImageSize",
     "Images",
+    "LogFile",
     "MaxImagePixels",
     "MaxNewTokens",
     "Metric",
@@ -52,6 +54,7 @@ __all__ = [
     "Prompt",
     "Quantize",
     "Questions",
+    "Ray",
     "Revision",
     "Root",
     "Seed",
@@ -62,6 +65,7 @@ __all__ = [
     "TextTokens",
     "TrustRemoteCode",
     "Width",
+    "Workers",
     "closing",
     "figures",
     "gaps",
@@ -287,6 +291,42 @@ Out = Annotated[
         help="Run folder. The same command resumes an unfinished run in it. "
         "[default: a folder in runs/, named after the options]",
     ),
+]
+
+
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Compute on the workers of a Ray cluster: of this machine (without an address), of "
+        "the cluster that it belongs to (auto), or at an address. Needs the extra ray.",
+        autocompletion=complete_word("auto", "local"),
+    ),
+]
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --ray: number of workers, each with the model. [default: as many as fit]",
+    ),
+]
+
+
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="With --ray: GPUs of each worker, such as 0.5. [default: 1 where there are GPUs]",
+    ),
+]
+
+
+LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Append a line a minute, with the time, and warnings."),
 ]
 
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenprune.models.published import known_name
+
 __all__ = [
     "MODELS",
     "published_model",
 ]
 
 
-_CHECKPOINTS = {
+_NAMES = {
     "llava-v1.6-vicuna-7b": "llava-next-7b",
     "llava-1.5-7b": "llava-1.5-7b",
-    "llava-v1.5-7b": "llava-1.5-7b",
-    "llava-onevision-qwen2-7b-ov": "llava-onevision-7b",
     "llava-onevision-qwen2-7b": "llava-onevision-7b",
-    "llava-onevision-qwen2-7b-si": "",  # another checkpoint, which no source speaks of
 }
 
 
-MODELS = ("llava-next-7b", "llava-1.5-7b", "llava-onevision-7b")
-"""The models that figures are published for."""
+MODELS = tuple(_NAMES.values())
+"""The models that figures are published for, as papers call them."""
 
 
 def published_model(name: str) -> str | None:
@@ -33,5 +32,5 @@ def published_model(name: str) -> str | None:
     >>> published_model("llava-hf/llava-v1.6-vicuna-7b-hf")
     'llava-next-7b'
     """
-    last = Path(name).name.lower().removesuffix("-hf")
-    return last if last in MODELS else _CHECKPOINTS.get(last) or None
+    last = Path(name).name
+    return last.lower() if last.lower() in MODELS else _NAMES.get(known_name(last) or "")

@@ -17,6 +17,7 @@ __all__ = [
     "FIGURES",
     "METHODS",
     "RETENTION",
+    "Cluster",
     "CompareRequest",
     "FigureOptions",
     "Kernel",
@@ -41,6 +42,9 @@ TESTBED_QUESTIONS = 500
 
 MatchedCost = Literal["tokens", "flops", "prefill-ms"]
 """The cost that `compare --match` makes equal."""
+
+
+MOST_WORKERS, MOST_GPUS = 10_000, 64
 
 
 Kernel = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"]
@@ -87,6 +91,38 @@ FIGURES = FigureOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where the workers of a run are (`cluster.run`); each holds the model.
+
+    Attributes:
+        address: ``local`` for this machine, ``auto`` for the cluster that it belongs to, or the
+            address of a Ray cluster.
+        workers: Number of workers; None for as many as the cluster has room for.
+        gpus: GPUs of each worker, which may be a fraction; None for one where the cluster has GPUs,
+            otherwise none.
+
+    Raises:
+        UserError: A number out of range.
+    """
+
+    address: str = "local"
+    workers: int | None = None
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
+            raise UserError(
+                f"--workers must be at least 1 and at most {MOST_WORKERS}, got {self.workers}."
+            )
+        gpus = self.gpus or 0.0
+        if not 0 <= gpus <= MOST_GPUS or (gpus > 1 and gpus != int(gpus)):
+            raise UserError(
+                "--gpus-per-worker must be a share of a GPU, such as 0.5, or a whole number up to "
+                f"{MOST_GPUS}, got {self.gpus:g}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """The request of any experiment.
 
@@ -115,6 +151,7 @@ class ModelRequest(Request):
         system: System message in front of every question; None for that of the chat template.
         seed: Seed of the testbed's questions, of samples and of the bootstrap.
         figures: How figures are drawn.
+        cluster: Where the workers are; None computes in this process.
     """
 
     model: str = "testbed-next"
@@ -128,6 +165,7 @@ class ModelRequest(Request):
     system: str | None = None
     seed: int = 0
     figures: FigureOptions = FIGURES
+    cluster: Cluster | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,6 +351,7 @@ def asked_for(request: Any, folder: Path) -> dict[str, Any]:
         *(word.replace(f"{here}{os.sep}", "") for word in sys.argv[1:]),
     ]
     asked = {name: entry(value) for name, value in dataclasses.asdict(request).items()}
+    asked.pop("cluster", None)  # where answers are computed does not change them
     return {"command": words, "request": asked}
 
 

@@ -1,7 +1,7 @@
 """The start of every experiment on questions: a loaded model and the questions."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -64,6 +64,7 @@ def prepare(
     *,
     keep_faulty: bool = False,
     needs_answers: bool = True,
+    load: Callable[[ModelRequest, ProgressCallback], Pipeline] | None = None,
 ) -> Setting:
     """Check the request, read the questions and load the model.
 
@@ -72,6 +73,7 @@ def prepare(
         progress: Called before every step.
         keep_faulty: As in `own_images.own_questions`.
         needs_answers: Whether all true answers must be known; otherwise, all or none.
+        load: Makes the pipeline; None for `load_model`.
 
     Raises:
         UserError: As `compare`.
@@ -82,7 +84,7 @@ def prepare(
     )
     with_answers(questions)
     warn_about_testbed(request.model, own=request.own, shown={item.modality for item in questions})
-    return Setting(load_model(request, progress), questions)
+    return Setting((load or load_model)(request, progress), questions)
 
 
 def warn_about_testbed(model: str, *, own: bool, shown: Collection[str] = ()) -> None:

@@ -337,6 +337,7 @@ def _aggregates(cell: pd.DataFrame, graded: pd.Series, seed: int) -> dict[Hashab
             low, high = bootstrap_ratio(parts[0], parts[1], rows["image_id"], seed=seed)
             value = parts[0].sum() / whole if whole else np.nan
             if low == high and 0 <= value <= 1:  # equal answers are no certainty
-                low, high = wilson_around(value * round(whole), round(whole))
+                trials = max(1, round(whole))
+                low, high = wilson_around(value * trials, trials)
             figures |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return figures

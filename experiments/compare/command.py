@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +22,12 @@ from tokenprune.console import (
 )
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
     LOADING,
     WORDING,
+    DrawingOptions,
+    JobOptions,
     LoadingOptions,
     WordingOptions,
     grouped,
@@ -124,7 +129,6 @@ def compare(
     retention: Annotated[list[str] | None, options.retention("1 0.5 0.25 0.1")] = None,
     questions: options.Questions = None,
     data: _Data = None,
-    prompt: options.Prompt = None,
     max_image_pixels: options.MaxImagePixels = None,
     modality: options.Modality = None,
     check: _Check = False,
@@ -134,9 +138,8 @@ def compare(
     wording: WordingOptions = WORDING,
     loading: LoadingOptions = LOADING,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
     metric: options.Metric = None,
     timeout_per_batch: _Timeout = None,
@@ -160,7 +163,6 @@ def compare(
             model=model,
             questions=questions,
             data=data,
-            prompt=prompt,
             modality=modality,
             batch_size=batch_size,
             seed=seed,
@@ -168,21 +170,22 @@ def compare(
             **vars(wording),
             **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
             metric=metric,
             timeout_per_batch=timeout_per_batch,
             match=match,
             measure=measure,
         )
-        status = _run(_in_folder(request, ctx), check, again=max_image_pixels is None)
+        request = replace(_in_folder(request, ctx), cluster=job.cluster)
+        status = _run(request, check, job.log_file, again=max_image_pixels is None)
     raise typer.Exit(status)
 
 
-def _run(request: CompareRequest, check: bool, *, again: bool) -> int:
-    """Check the questions or run the comparison; ``again`` is as for `_compare`."""
+def _run(request: CompareRequest, check: bool, log: Path | None, *, again: bool) -> int:
+    """Check the questions or run the comparison; ``log`` and ``again`` are as for `_compare`."""
     # With another limit of pixels, other images may be refused.
-    return _check(request) if check else _compare(request, again=again)
+    return _check(request, log) if check else _compare(request, log, again=again)
 
 
 def _request(
@@ -207,12 +210,12 @@ def _in_folder(request: CompareRequest, ctx: typer.Context) -> CompareRequest:
     return as_in_run(request, given)
 
 
-def _check(request: CompareRequest) -> int:
+def _check(request: CompareRequest, log: Path | None) -> int:
     """Print what can be asked, and return the exit status."""
     from tokenprune.experiments.common.setting import check
 
     quiet()
-    with progress() as bar:
+    with progress(log) as bar:
         questions = check(request, bar)
     pictures = {picture.id for item in questions for picture in item.images}
     typer.echo(
@@ -222,17 +225,18 @@ def _check(request: CompareRequest) -> int:
     return OK
 
 
-def _compare(request: CompareRequest, *, again: bool = True) -> int:
+def _compare(request: CompareRequest, log: Path | None = None, *, again: bool = True) -> int:
     """Run the comparison, show it, and return the exit status.
 
     Args:
         request: What to compare.
+        log: As for `console.progress`.
         again: Whether a run that has all answers may be shown without loading the model.
     """
     from tokenprune.experiments.compare.finished import finished
 
     started = options.stoppable()
-    with progress() as bar:
+    with progress(log) as bar:
         outcome = finished(request, bar) if again else None
         if outcome is None:
             from tokenprune.experiments.compare.run import run

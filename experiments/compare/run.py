@@ -5,25 +5,32 @@ ratio).  So the vision encoder sees every image once, and after an interruption 
 answered the same questions.
 """
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor
+from tokenprune.errors import UserError
+from tokenprune.experiments.cluster.run import (
+    Hardware,
+    Pool,
+    description,
+    hardware,
+    on_one_worker,
+    workers,
+)
 from tokenprune.experiments.common.answers import answers_frame
 from tokenprune.experiments.common.cells import Cell, CellRecord, Failure
 from tokenprune.experiments.common.files import WriteError
 from tokenprune.experiments.common.grid import ALL, cells, expanded
-from tokenprune.experiments.common.journal import Journal
+from tokenprune.experiments.common.journal import Journal, Sheet, Tally
 from tokenprune.experiments.common.loading import options_of_answers
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.provenance import (
@@ -59,6 +66,7 @@ from tokenprune.experiments.compare.growing import Earlier, check_known, portion
 from tokenprune.experiments.compare.matching import matched_cells
 from tokenprune.experiments.compare.measuring import measure
 from tokenprune.experiments.compare.runner import ModelRunner
+from tokenprune.experiments.compare.shards import enter_all, server
 from tokenprune.experiments.compare.sharing import separate, together
 from tokenprune.models import testbed
 from tokenprune.pipeline import Pipeline
@@ -94,7 +102,12 @@ def run(
     Raises:
         UserError: Bad input, before the model answers a question.
     """
-    setting = setting or prepare(request, progress, keep_faulty=True)
+    if request.cluster is not None and request.measure:
+        raise UserError(
+            "--measure times the model in this process; leave --ray out, or give --measure without "
+            "--ray when the run is finished."
+        )
+    setting = setting or prepare(request, progress, keep_faulty=True, load=description)
     earlier = Earlier.read(None if name else request.out)
     if earlier is not None:
         setting = replace(setting, questions=earlier.questions(setting.questions))
@@ -110,6 +123,27 @@ def run(
     for cell in work.cells:
         if cell.compressor:
             check_compatible(setting.pipe.adapter.facts, cell.compressor)
+    if request.cluster is None:
+        work = replace(work, there=hardware(setting.pipe))
+        return _recorded(request, work, name, skipped, progress)
+    serve = server(
+        work.cells,
+        max_new_tokens=request.max_new_tokens,
+        batch_size=_batch_size(request),
+        timeout=request.timeout_per_batch,
+    )
+    with workers(request, serve, progress) as (pool, there):
+        return _recorded(request, replace(work, there=there, pool=pool), name, skipped, progress)
+
+
+def _recorded(
+    request: CompareRequest,
+    work: "_Work",
+    name: str,
+    skipped: Mapping[str, str],
+    progress: ProgressCallback,
+) -> Outcome:
+    """Fill the folder of the run, and record how that ended."""
     folder = _opened(request, work, name, skipped)
     try:
         outcome = _fill(folder, request, work, progress)
@@ -134,11 +168,15 @@ class _Work:
         setting: Model and questions.
         columns: The cells; of an earlier run, the record of one whose method is unknown here.
         earlier: The run that this adds to.
+        there: Where the model runs.
+        pool: The workers that have it; None if it runs here.
     """
 
     setting: Setting
     columns: Sequence[Cell | CellRecord]
     earlier: Earlier | None = None
+    there: Hardware = field(default_factory=Hardware)
+    pool: Pool[Any] | None = None
 
     @property
     def cells(self) -> list[Cell]:
@@ -163,16 +201,22 @@ def _columns(
     )
     if request.match is None:
         return cells(methods, request.retention, request.seeds), skipped
-    found, left_out = matched_cells(
-        setting.pipe,
-        [item for item in setting.questions if not item.fault],
-        methods,
-        request.retention,
-        request.match,
-        optional=set(methods) - set(request.methods),
-        progress=progress,
-    )
+    questions = [item for item in setting.questions if not item.fault]
+    asked = questions, methods, request.retention, request.match
+    optional = set(methods) - set(request.methods)
+    if request.cluster is None:
+        found, left_out = matched_cells(setting.pipe, *asked, optional=optional, progress=progress)
+    else:
+        serve = partial(_matched, optional=optional)
+        found, left_out = on_one_worker(request, serve, asked, progress)
     return found, skipped | left_out
+
+
+def _matched(
+    pipe: Pipeline, asked: tuple[Any, ...], *, optional: set[str]
+) -> tuple[list[Cell], dict[str, str]]:
+    """In a worker: the cells of equal cost."""
+    return matched_cells(pipe, *asked, optional=optional)
 
 
 def _opened(
@@ -188,7 +232,7 @@ def _opened(
     experiment = _experiment(request, work, surroundings["versions"], files)
     experiment |= {"name": name} if name else {}
     path = request.out or Path("runs") / folder_name(experiment)
-    details = _details(request, work.pipe, path) | {"files": files} | surroundings
+    details = _details(request, work.there, path) | {"files": files} | surroundings
     details["own_code"] = {label: sorted(some) for label, some in own.items() if some} | carried
     details["functions"] = functions_in(files["code"])
     details["cells"] = [asdict(_record(cell)) for cell in work.columns]
@@ -278,14 +322,30 @@ def draw(
     figures.draw(folder, model, summary, options)
 
 
-def _fill(
-    folder: RunFolder, request: CompareRequest, work: _Work, progress: ProgressCallback
-) -> Outcome:
-    """Compute missing answers, and write tables and plots of all answers."""
+def _batch_size(request: CompareRequest) -> int:
+    return request.batch_size or (50 if request.model in testbed.names() else 4)
+
+
+def _answered(
+    folder: RunFolder,
+    request: CompareRequest,
+    work: _Work,
+    wanted: int,
+    progress: ProgressCallback,
+) -> tuple[Journal, int, bool]:
+    """The journal after all questions were asked.
+
+    Returns:
+        The journal, the number of answers that it had before, and whether the user interrupted.
+    """
     columns, questions = work.columns, work.questions
-    embedded = request.model in testbed.names()
-    wanted = len({cell.key for cell in columns}) * len(questions)
     grown = len(folder.manifest.get("requests", ())) > 1 or (folder.path / BEFORE).exists()
+
+    def tell(done: int, _: int, doing: str) -> None:
+        progress(done, wanted, doing)
+
+    if work.pool is not None:
+        return _answered_elsewhere(folder.journal, request, work, tell, grown=grown)
     interrupted = False
     with Journal(folder.journal) as journal:
         before = len(journal.answers)
@@ -297,18 +357,47 @@ def _fill(
                     asked,
                     journal,
                     max_new_tokens=request.max_new_tokens,
-                    batch_size=request.batch_size or (50 if embedded else 4),
+                    batch_size=_batch_size(request),
                     timeout=request.timeout_per_batch,
-                    progress=lambda done, _, doing: progress(done, wanted, doing),
+                    progress=tell,
                 )
             if request.measure:
                 measure(work.pipe, work.cells, questions, folder.path, progress)
         except KeyboardInterrupt:
             interrupted = True
     if interrupted or not journal.whole:
-        journal = Journal(
-            folder.journal
-        )  # read from the file, as the interrupt may come at any point
+        # Read from the file, as the interrupt may come at any point.
+        journal = Journal(folder.journal)
+    return journal, before, interrupted
+
+
+def _answered_elsewhere(
+    path: Path, request: CompareRequest, work: _Work, tell: ProgressCallback, *, grown: bool
+) -> tuple[Journal, int, bool]:
+    """As `_answered`, by the workers."""
+    assert work.pool is not None
+    known = Journal(path) if grown else Sheet((), {})
+    some = list(portions(work.columns, work.questions, known, grown=grown))
+    keys = dict.fromkeys(cell.key for cell in work.columns)
+    interrupted = False
+    with Tally(path, keys, [item.id for item in work.questions]) as tally:
+        before = tally.done
+        try:
+            for cells_of, asked in some:
+                size = _batch_size(request)
+                enter_all(work.pool, cells_of, asked, tally, batch_size=size, progress=tell)
+        except KeyboardInterrupt:
+            interrupted = True
+    return Journal(path), before, interrupted
+
+
+def _fill(
+    folder: RunFolder, request: CompareRequest, work: _Work, progress: ProgressCallback
+) -> Outcome:
+    """Compute missing answers, and write tables and plots of all answers."""
+    columns, questions = work.columns, work.questions
+    wanted = len({cell.key for cell in columns}) * len(questions)
+    journal, before, interrupted = _answered(folder, request, work, wanted, progress)
     progress(len(journal.answers), wanted, "tables and plots")
     answers = answers_frame(request.model, columns, questions, journal)
     warn_of_cut_answers(journal, (cell.key for cell in columns), request.max_new_tokens)
@@ -385,8 +474,8 @@ def _experiment(
         "modality": sorted({item.modality for item in questions}),
         "data": fingerprint(questions),
         "seed": request.seed,
-        "device": pipe.device.type,
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "device": work.there.device,
+        "dtype": work.there.dtype,
         "max_new_tokens": request.max_new_tokens,
         **options_of_answers(request),
         **({} if request.match is None else {"match": _match(columns)}),
@@ -405,11 +494,9 @@ def _match(columns: Sequence[Cell | CellRecord]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(request: CompareRequest, pipe: Pipeline, folder: Path) -> dict[str, Any]:
+def _details(request: CompareRequest, there: Hardware, folder: Path) -> dict[str, Any]:
     """Further entries of the manifest."""
-    device = pipe.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    details = {**asked_for(request, folder), "device_name": name}
+    details = {**asked_for(request, folder), "device_name": there.name}
     if request.model not in testbed.names() and Path(request.model).is_dir():
         details["model_folder"] = stored_path(Path(request.model), folder)
     return details

@@ -33,7 +33,6 @@ __all__ = [
 @grouped
 def complementarity(
     paths: options.Images = None,
-    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
@@ -61,7 +60,6 @@ def complementarity(
 
         request = ComplementarityRequest(
             paths=tuple(paths or ()),
-            prompt=prompt,
             model=model,
             questions=questions,
             data=data,

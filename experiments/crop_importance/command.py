@@ -14,8 +14,12 @@ from tokenprune.console import ManyValues, app, as_exit_status, new_table, progr
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
 from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
     LOADING,
     WORDING,
+    DrawingOptions,
+    JobOptions,
     LoadingOptions,
     WordingOptions,
     grouped,
@@ -44,7 +48,6 @@ _Score = Annotated[
 @grouped
 def crop_importance(
     paths: options.Images = None,
-    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     score: _Score = "saliency",
     layer: Annotated[
@@ -59,9 +62,8 @@ def crop_importance(
     wording: WordingOptions = WORDING,
     loading: LoadingOptions = LOADING,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Drop the highest-scored, the lowest-scored or a random crop, by the thumbnail's mean score.
@@ -76,8 +78,8 @@ def crop_importance(
         from tokenprune.experiments.crop_importance.run import CropImportanceRequest, run
 
         request = CropImportanceRequest(
+            cluster=job.cluster,
             paths=tuple(paths or ()),
-            prompt=prompt,
             model=model,
             score=score,
             layer=layer,
@@ -89,12 +91,12 @@ def crop_importance(
             **vars(wording),
             **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
-        with progress() as bar:
+        with progress(job.log_file) as bar:
             outcome = run(request, bar)
         if len(found := outcome.tables.get("crop_importance", ())):
             Console().print(table(found), "")

@@ -80,8 +80,8 @@ def run(request: ImportRequest, progress: ProgressCallback = silent) -> Outcome:
     setting = _setting(logs)
     cells = _cells(logs)
     path = request.out or Path("runs") / _folder_name(logs, setting)
-    images = stored_path(request.images, path) if request.images else "images"
-    questions = _questions(logs, images, path)
+    stored = stored_path(request.images, path) if request.images else "images"
+    questions = _questions(logs, request.images or path / "images", stored)
     _note(logs, cells, questions, notes)
     experiment = _experiment(request, setting, cells, questions, logs)
     details = asked_for(request, path) | environment()
@@ -151,13 +151,13 @@ def _name(log: Log, sample: Sample) -> str:
     return f"{log.task}/{sample.number}"
 
 
-def _questions(logs: Sequence[Log], images: str, folder: Path) -> list[Question]:
+def _questions(logs: Sequence[Log], images: Path, stored: str) -> list[Question]:
     """The questions of all logs.
 
     Args:
         logs: The logs.
-        images: The folder of images, relative to ``folder``.
-        folder: The run folder.
+        images: The folder of images.
+        stored: The same as the run folder stores it.
 
     Raises:
         UserError: A document differs between logs.
@@ -175,8 +175,8 @@ def _questions(logs: Sequence[Log], images: str, folder: Path) -> list[Question]
                 )
             if name not in found or (sample.media and not known.media):
                 # A question without images is a cluster of its own.
-                media = [f"{images}/{one}.png" for one in sample.media or (sample.digest,)]
-                shown = tuple(Picture(one, folder / one) for one in media)
+                media = [f"{one}.png" for one in sample.media or (sample.digest,)]
+                shown = tuple(Picture(f"{stored}/{one}", images / one) for one in media)
                 texts = _plain(sample.prompt) or "-", _plain(sample.truth)
                 found[name] = Question(name, shown, *texts, kind=log.task)
                 first[name] = log, sample

@@ -23,7 +23,15 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.common.option_groups import LOADING, LoadingOptions, grouped
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    LOADING,
+    DrawingOptions,
+    JobOptions,
+    LoadingOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios, split
 from tokenprune.units import percent
@@ -102,9 +110,8 @@ def positional_bias(
     seed: _Seed = 0,
     loading: LoadingOptions = LOADING,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
 ) -> None:
     """Test whether methods select tokens by content or by location.
 
@@ -121,6 +128,7 @@ def positional_bias(
         from tokenprune.experiments.positional_bias.run import METHODS, PositionalBiasRequest
 
         request = PositionalBiasRequest(
+            cluster=job.cluster,
             paths=tuple(paths or ()),
             prompt=prompt,
             model=model,
@@ -134,19 +142,19 @@ def positional_bias(
             seed=seed,
             **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
         )
-        status = _run(request)
+        status = _run(request, job.log_file)
     raise typer.Exit(status)
 
 
-def _run(request: PositionalBiasRequest) -> int:
+def _run(request: PositionalBiasRequest, log: Path | None) -> int:
     """Run the analysis, show it, and return the exit status."""
     from tokenprune.experiments.positional_bias.run import run
 
     quiet()
     started = options.stoppable()
-    with progress() as bar:
+    with progress(log) as bar:
         outcome = run(request, bar)
     if outcome.status == "interrupted":
         return options.interrupted(outcome, "selections (an image by a method)")

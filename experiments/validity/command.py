@@ -61,6 +61,7 @@ _Model = Annotated[
     typer.Option(
         metavar="MODEL",
         help="Without RUN: testbed, Hub id or local folder. [default: testbed-next]",
+        callback=options.resolved,
     ),
 ]
 

@@ -21,6 +21,7 @@ from tokenprune.experiments.common.published_models import MODELS, published_mod
 from tokenprune.experiments.common.reading import answers_of, experiment_of
 from tokenprune.experiments.common.request import QuestionRequest, comparison
 from tokenprune.experiments.common.setting import prepare
+from tokenprune.experiments.common.summary import scores
 from tokenprune.experiments.compare import run as compare
 from tokenprune.experiments.validity.agreement import Stratum, interval, signs, tau_b
 from tokenprune.progress import ProgressCallback, silent
@@ -199,8 +200,7 @@ def _rights(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
         the mean over seeds.
     """
     asked = answers.get("asked_retention", answers["retention"]).fillna(answers["retention"])
-    right = answers["score"] if "score" in answers else answers["correct"]
-    table = answers.assign(asked=asked, right=right.astype("Float64"))
+    table = answers.assign(asked=asked, right=scores(answers))
     table = table[(table["label"] == table["method"]) & (table["asked"] < 1)]
     failed = table[table["status"] == "failed"].groupby(["method", "asked"]).size().index
     wide = table.pivot_table(

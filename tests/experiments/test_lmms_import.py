@@ -17,6 +17,7 @@ from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.outcome import Outcome
+from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.lmms.run import ImportRequest, run
 from tokenprune.experiments.lmms.samples import read_logs
 from tokenprune.experiments.report.pairs import PairsRequest, pairs
@@ -98,6 +99,19 @@ def test_pairs_and_report_read_the_folder(imported: Outcome) -> None:
     shown = report(ReportRequest(folder=imported.folder, questions=2))
     page = (shown.folder / shown.files[0]).read_text()
     assert lines()["none"][0]["input"] in page
+
+
+def test_with_the_images_the_report_has_nothing_to_say(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    asked = {item.question: item.images[0].open() for item in held_out(12, 0)}
+    for sample in lines()["none"]:
+        [name] = sample["token_counts"][0]["tokenprune"]["media"]
+        asked[sample["input"]].save(images / f"{name}.png")
+    outcome = run(ImportRequest(logs=[LOGS], images=images, out=tmp_path / "run"))
+    shown = report(ReportRequest(folder=outcome.folder, questions=2))
+    assert not shown.notes
+    assert "data:image" in (shown.folder / shown.files[0]).read_text()
 
 
 def test_a_second_import_adds_nothing(imported: Outcome) -> None:

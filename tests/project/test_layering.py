@@ -125,7 +125,9 @@ def _reason(module: str, target: str) -> str:
     _, _, wanted = target.partition(".")
     area, other = inside.partition(".")[0], wanted.partition(".")[0]
     if target.partition(".")[0] in TERMINAL:
-        allowed = area in ("cli", "console", "tables") or module.endswith((".command", ".__main__"))
+        allowed = area in ("cli", "console", "tables") or module.endswith(
+            (".command", ".tables", ".__main__")
+        )
         allowed = allowed or inside in ("experiments.common.options",)
         scripts = ("experiments.checks.", "experiments.training.")
         allowed = allowed or inside.startswith(scripts)
