@@ -179,6 +179,8 @@ def words(line: str) -> list[str]:
 def test_commands_run(desk: Path, page: str) -> None:
     if page.endswith("/demo.md") and not find_spec("gradio"):
         pytest.skip("needs the extra: pip install -e '.[demo]'")
+    if page.endswith("/serving-check.md") and not find_spec("vllm"):
+        pytest.skip("needs vLLM, as .ci/vllm installs it")
     for line in commands(page):
         called = testing_app if line.startswith("python") else app
         result = CliRunner().invoke(called, words(line))
