@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import sys
@@ -175,7 +176,7 @@ def filled(args: Sequence[str], alone: Mapping[str, str]) -> list[str]:
     ['--ray', 'local', '--seed', '1']
     """
     result: list[str] = []
-    for arg, after in zip(args, [*args[1:], "-"], strict=True):
+    for arg, after in itertools.pairwise([*args, "-"]):
         result.append(arg)
         if arg in alone and after.startswith("-"):
             result.append(alone[arg])

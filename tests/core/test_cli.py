@@ -28,7 +28,7 @@ from tokenprune.experiments.common.csv_files import read_csv
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import command
-from tokenprune.experiments.compare.tables import tables
+from tokenprune.experiments.compare.tables import _divergence_table, tables
 from tokenprune.spec import split
 
 
@@ -40,7 +40,7 @@ def invoke(*words: str) -> Result:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[CompareRequest]:
     """The requests that the command would run."""
     requests: list[CompareRequest] = []
-    monkeypatch.setattr(command, "_compare", lambda request, **_: requests.append(request) or 0)
+    monkeypatch.setattr(command, "_compare", lambda one, *_, **__: requests.append(one) or 0)
     return requests
 
 
@@ -443,7 +443,7 @@ def test_few_questions_do_not_break_labels(width: int) -> None:
         for index, label in enumerate(labels)
     )
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(command._divergence_table(rows))
+    console.print(_divergence_table(rows))
     text = console.export_text()
     assert all(label in text for label in labels)
     assert "Columns left out" in text, "instead"

@@ -164,10 +164,10 @@ def test_batches_do_not_mix_limits() -> None:
         replace(item, max_new_tokens=2 if index % 3 else None)
         for index, item in enumerate(held_out(12, 0))
     ]
-    batches = loop._batches(items, 4)
+    batches = loop.batches(items, 4)
     assert sorted(item.id for batch in batches for item in batch) == sorted(i.id for i in items)
     assert all(len({item.max_new_tokens for item in batch}) == 1 for batch in batches)
-    assert loop._batches([i for batch in batches[1:] for i in batch], 4) == batches[1:]
+    assert loop.batches([i for batch in batches[1:] for i in batch], 4) == batches[1:]
 
 
 def test_what_changes_answers_belongs_to_a_run(

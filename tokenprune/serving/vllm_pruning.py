@@ -258,5 +258,5 @@ def described(config: Any) -> Adapter:
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     return adapter_of(model)
