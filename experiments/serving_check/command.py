@@ -87,12 +87,12 @@ def serving_check(
     raise typer.Exit(OK if checked.passed else FAILED)
 
 
-_COLUMNS = ("same ids", "max |Δp|", "same length", "prompt", "KV blocks", "req/s", "refused")
+_COLUMNS = ("ids", "max |Δp|", "length", "prompt", "blocks", "req/s", "refused")
 
 _CAPTION = """\
-same ids, same length: questions with the token ids and the prompt length of Hugging Face
+ids, length: questions with the token ids and the prompt length of Hugging Face
 max |Δp|: largest difference of the probability of an answer's first token
-prompt, KV blocks: mean number of tokens, and of blocks of {size} tokens
+prompt, blocks: mean number of tokens, and of KV blocks of {size} tokens
 refused: malformed embeddings
 Images are compressed {way}"""
 
@@ -110,12 +110,12 @@ def _table(model: str, checked: Checked) -> Table:
     for row in checked.table.itertuples():
         table.add_row(
             row.served,
-            f"{row.same_ids} of {row.questions}",
+            f"{row.same_ids}/{row.questions}",
             f"{row.probability:.1e}",
-            f"{row.same_prompts} of {row.questions}",
+            f"{row.same_prompts}/{row.questions}",
             f"{row.prompt:.1f}",
             f"{row.blocks:.1f}",
             f"{row.rate:.1f}",
-            f"{row.malformed} of {row.sent}",
+            f"{row.malformed}/{row.sent}",
         )
     return table
