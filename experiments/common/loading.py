@@ -1,7 +1,7 @@
 """How an experiment loads its model: device, kernel, quantisation and revision."""
 
+import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -55,7 +55,7 @@ def check_loading(request: ModelRequest) -> None:
             f"{request.model} has no language model, so --{named[0].replace('_', '-')} does not "
             "apply to it; leave the option out."
         )
-    local = request.model in testbed.names() or Path(request.model).is_dir()
+    local = request.model in testbed.names() or os.path.isdir(request.model)
     if request.revision is not None and local:
         raise UserError(
             f"--revision is for models of the Hub, and {request.model} is on this machine; leave "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def benchmark_records(name: str, root: Path, split: str | None = None) -> Record
     split = found.splits[0] if split is None else split
     if split not in found.splits:
         raise unknown(f"split of {found.title}", split, found.splits)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # os.path: no error for a name that is too long
         raise UserError(f"the folder --root {str(root)!r} does not exist; give that of the files.")
     try:
         rows = list(found.read(root, split))

@@ -6,6 +6,7 @@ This module does not import lmms-eval.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,9 @@ def read_logs(folders: Iterable[Path], metrics: Mapping[str, str]) -> list[Log]:
     """
     found = []
     for folder in folders:
-        files = [(path, _NAME.fullmatch(path.name)) for path in folder.rglob("*.jsonl")]
+        # os.path: no error for a name that is too long.
+        inside = folder.rglob("*.jsonl") if os.path.isdir(folder) else ()
+        files = [(path, _NAME.fullmatch(path.name)) for path in inside]
         named = sorted((name[1], name[2], path) for path, name in files if name)
         if not named:
             raise UserError(

@@ -80,6 +80,10 @@ def test_bad_options_of_a_model(given: dict[str, Any], said: str) -> None:
         check_loading(CompareRequest(**given))
 
 
+def test_a_name_that_is_too_long_for_a_path_is_no_folder() -> None:
+    check_loading(CompareRequest(model="é" * 1200))
+
+
 def test_quantising_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--quantize 8bit needs bitsandbytes, .* pip install"):

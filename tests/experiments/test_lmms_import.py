@@ -211,3 +211,8 @@ def test_the_command_prints_a_table(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["import-lmms", str(LOGS), "--metric", "right"])
     assert refused.exit_code == 2
     assert "TASK=METRIC" in refused.output
+
+
+def test_a_name_that_is_too_long_for_a_path_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="holds no log of samples"):
+        read_logs([Path("é" * 1200)], {})
