@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tokenprune.errors import UserError, unknown
+from tokenprune.models.published import KNOWN, hub_id
 from tokenprune.models.weights import (
     FILES,
     bad_values,
@@ -70,7 +71,7 @@ class Source:
 
 
 def source_of(name: str, *, trusted: bool = False) -> Source:
-    """Where ``name`` is: an embedded testbed, a local folder or a Hub id.
+    """Where ``name`` is: an embedded testbed, a local folder or a Hub id (`published.hub_id`).
 
     Args:
         name: As for `tokenprune.load`.
@@ -94,8 +95,9 @@ def source_of(name: str, *, trusted: bool = False) -> Source:
         raise UserError(
             f"cannot load {name!r}: it is a file; give the folder that holds config.json."
         )
+    name = hub_id(name) or name
     if "/" not in name:
-        raise unknown("model", name, testbed.names())
+        raise unknown("model", name, [*testbed.names(), *KNOWN])
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(
             f"cannot load {name!r}: there is no such folder, and a Hub id is written owner/name."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from tokenprune.adapter import Adapter
 from tokenprune.errors import UserError, unknown
 from tokenprune.models import checkpoints
 from tokenprune.models.checkpoints import read_config
-from tokenprune.models.published import KNOWN
+from tokenprune.models.published import KNOWN, known_name
 from tokenprune.pipeline import Pipeline
 from tokenprune.registry import adapters
 
@@ -41,8 +40,9 @@ def load(
 
     Args:
         name: An embedded testbed (``testbed-next``), a Hub id such as
-            ``llava-hf/llava-v1.6-vicuna-7b-hf``, a local folder, or ``timm/`` and the name of a
-            vision transformer of timm, which has no language model (`load_timm`).
+            ``llava-hf/llava-v1.6-vicuna-7b-hf``, the name alone of a published model
+            (``llava-v1.6-vicuna-7b``, as in `published.HUB_IDS`), a local folder, or ``timm/`` and
+            the name of a vision transformer of timm, which has no language model (`load_timm`).
         device: Device of the weights; None means ``device_map`` if it is given, else the CPU.
         dtype: ``float32``, ``bfloat16``, ... or ``auto`` for that of the checkpoint.  The testbeds
             are stored in half precision; for them ``auto`` is float32.
@@ -85,20 +85,21 @@ def load(
     return pipe
 
 
-def without_weights(name: str) -> Pipeline:
+def without_weights(name: str, *, trust_remote_code: bool = False, **options: Any) -> Pipeline:
     """The pipeline of a model with config and processor, but without modules to run.
 
     Args:
-        name: As in `load`.
+        name, trust_remote_code: As in `load`.
+        **options: Those of `load` that locate files, such as ``revision``.
 
     Raises:
         UserError: There is no such model, or no adapter for its class.
     """
-    source = checkpoints.source_of(name)
-    config = checkpoints.config_of(source, {})
+    source = checkpoints.source_of(name, trusted=trust_remote_code)
+    config = checkpoints.config_of(source, options)
     _, family = host_of(config)
     model: Any = SimpleNamespace(config=config)
-    return Pipeline(family(model), checkpoints.read_processor(source, {}), source.folder)
+    return Pipeline(family(model), checkpoints.read_processor(source, options), source.folder)
 
 
 def _rehearse(pipe: Pipeline, name: str) -> None:
@@ -176,8 +177,8 @@ def published_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    short = re.sub(r"^(llava-hf|Qwen|OpenGVLab)/|(-ov)?(-hf|-Instruct)$", "", name)
-    if short not in KNOWN:
+    short = known_name(name)
+    if short is None:
         try:
             return read_config(name)
         except UserError as error:

@@ -18,10 +18,14 @@ Qwen2.5-1.5B and -7B (arXiv 2504.10479, table 1), with a vocabulary of 151674.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 __all__ = [
+    "HUB_IDS",
     "KNOWN",
+    "hub_id",
+    "known_name",
 ]
 
 
@@ -213,3 +217,38 @@ KNOWN: dict[str, dict[str, Any]] = {
     "InternVL3-2B": _internvl(_decoder("qwen2", 1536, 8960, 28, 12, 2, 151674)),
     "InternVL3-8B": _internvl(_decoder("qwen2", 3584, 18944, 28, 28, 4, 151674)),
 }
+
+
+HUB_IDS: dict[str, str] = {
+    **{
+        name: f"llava-hf/{name}{'-ov' if 'onevision' in name else ''}-hf"
+        for name in KNOWN
+        if "llava" in name
+    },
+    **{name: f"Qwen/{name}-Instruct" for name in KNOWN if name.startswith("Qwen")},
+    **{name: f"OpenGVLab/{name}-hf" for name in KNOWN if name.startswith("InternVL")},
+}
+"""Names in `KNOWN` to the Hub ids of the checkpoints that ``transformers`` reads."""
+
+
+def known_name(name: str) -> str | None:
+    """The name in `KNOWN` of a model, or None.
+
+    Args:
+        name: That name, also with the owner and the endings of its Hub id, and in any case.
+
+    >>> known_name("llava-hf/llava-onevision-qwen2-7b-ov-hf"), known_name("qwen2.5-vl-7b")
+    ('llava-onevision-qwen2-7b', 'Qwen2.5-VL-7B')
+    """
+    short = re.sub(r"^(llava-hf|qwen|opengvlab)/|(-ov)?(-hf|-instruct|-ov)$", "", name.lower())
+    short = short.replace("llava-v1.5-", "llava-1.5-")  # as the authors write it
+    return next((one for one in KNOWN if one.lower() == short), None)
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id of a published model that is called by its name alone, or None.
+
+    >>> hub_id("llava-v1.6-vicuna-7b"), hub_id("testbed-next")
+    ('llava-hf/llava-v1.6-vicuna-7b-hf', None)
+    """
+    return None if "/" in name else HUB_IDS.get(known_name(name) or "")

@@ -11,6 +11,7 @@ import torch
 from tokenprune.allocators import Allocator
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection
+from tokenprune.layout import TokenLayout
 from tokenprune.ops.diversity import max_min_diversity
 from tokenprune.ops.ranking import lengths
 from tokenprune.ops.spatial import patches_by_view
@@ -48,11 +49,17 @@ class DivPrune(Compressor):
     def needs(self) -> frozenset[Signal]:
         return frozenset() if self.allocator is None else self.allocator.needs
 
+    def patch_count(self, layout: TokenLayout) -> int | None:
+        return self._total(layout) if self.allocator is None else super().patch_count(layout)
+
+    def _total(self, layout: TokenLayout) -> int:
+        """How many tokens are selected without an allocator."""
+        return budget(len(layout.patches), self.retention, "half-even")
+
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
         if self.allocator is None:
-            count = budget(len(patches), self.retention, "half-even")
-            chosen = max_min_diversity(tokens.features, count, patches)
+            chosen = max_min_diversity(tokens.features, self._total(tokens.layout), patches)
             return Selection(chosen.sort().values, scores=lengths(tokens.features)[patches])
         norms = lengths(tokens.features)
         counts = self.allocator.counts(tokens, norms, self.retention).tolist()

@@ -86,14 +86,20 @@ class DyCoke(Compressor):
         shares = apportion(rest, compared), apportion(min(total - rest, sum(whole)), whole)
         return [one + other for one, other in zip(*shares, strict=True)]
 
+    def plan(self, layout: TokenLayout) -> tuple[list[int], list[int]]:
+        """For every view the one that it is compared with (`earlier`), and how many it keeps."""
+        if layout.modality == "video":
+            earlier = self.earlier(layout.views)
+            return earlier, self.counts(earlier, layout.view_sizes)
+        total = budget(len(layout.patches), self.retention)
+        return [-1] * layout.views, apportion(total, layout.view_sizes)
+
+    def patch_count(self, layout: TokenLayout) -> int:
+        return sum(self.plan(layout)[1])
+
     def select(self, tokens: VisualTokens) -> Selection:
         layout, views = tokens.layout.host, patches_by_view(tokens.layout.host)
-        if layout.modality == "video":
-            earlier = self.earlier(len(views))
-            counts = self.counts(earlier, layout.view_sizes)
-        else:
-            earlier = [-1] * len(views)
-            counts = apportion(budget(len(layout.patches), self.retention), layout.view_sizes)
+        earlier, counts = self.plan(layout)
         features = tokens.features.float()
         scores = features.new_zeros(len(tokens))
         for patches, before in zip(views, earlier, strict=True):

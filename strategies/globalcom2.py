@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.allocators import Allocator, ThumbnailCommand
+from tokenprune.allocators import Allocator, ThumbnailCommand, ThumbnailMean
 from tokenprune.compressor import Compressor, Selection, keep_best
-from tokenprune.layout import Kind
+from tokenprune.layout import Kind, TokenLayout
 from tokenprune.ops.ranking import normalise
 from tokenprune.ops.spatial import divided, pooled, project_thumbnail, summary_distance
 from tokenprune.registry import Card, register
@@ -58,7 +58,13 @@ class GlobalCom2(Compressor):
         region: About how many rows and columns of tokens a region has, in images of their own size.
             12 tokens of Qwen2.5-VL are the 336 pixels of a crop of LLaVA-NeXT.  0 stands for no
             regions: such an image then keeps its top ``R * N``.
-        allocator: Default: `ThumbnailCommand` with this `tau`, `score` and `layer`.
+        richness: How the scores of a region of the thumbnail become one number: ``sum`` as in the
+            official code, or ``mean`` for views whose regions differ in size (`ThumbnailMean`).
+        total: ``official`` keeps what the formula of ``r_j`` gives, which differs from ``R * N``
+            where a ratio is limited to 1 or crops differ in size.  ``exact`` keeps ``trunc(R * N)``
+            in all, known from the size of the image (`ThumbnailCommand`).
+        allocator: Default: `ThumbnailCommand`, or `ThumbnailMean`, with this `tau`, `score`,
+            `layer` and `total`.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -69,6 +75,8 @@ class GlobalCom2(Compressor):
     layer: int = -1
     normalisation: Literal["l2", "minmax", "none"] = "l2"
     region: Annotated[int, Field(ge=0)] = 12
+    richness: Literal["sum", "mean"] = "sum"
+    total: Literal["official", "exact"] = "official"
     allocator: Allocator | None = None
 
     card = Card(
@@ -87,6 +95,7 @@ class GlobalCom2(Compressor):
             "(each cut to R separately) are ours; the paper is about single images.",
             "Images of their own size (regions in place of crops, a pooled map in place of the "
             "thumbnail) are ours; the paper is about images with crops.",
+            "total=exact and richness=mean are ours.",
             "R = 1 keeps everything; the formula of r_j would still drop tokens of some crops.",
             "Scores are ranked in float32, whatever the model's dtype.",
         ),
@@ -100,7 +109,8 @@ class GlobalCom2(Compressor):
     @property
     def allocation(self) -> Allocator:
         """How many tokens each view keeps."""
-        return self.allocator or ThumbnailCommand(self.tau, self.saliency)
+        rule = ThumbnailCommand if self.richness == "sum" else ThumbnailMean
+        return self.allocator or rule(self.tau, self.saliency, self.total)
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -108,7 +118,7 @@ class GlobalCom2(Compressor):
 
     def ranking(self, tokens: VisualTokens) -> Tensor:
         """(N,) scores: ``s^L`` of the thumbnail, the weighted sum for crops, regions or frames."""
-        tokens = self._divided(tokens)
+        tokens = replace(tokens, layout=self._divided(tokens.layout))
         layout, local = tokens.layout, tokens[self.saliency].float()
         if layout.modality == "video":
             commanded, guide = layout.places[Kind.FRAME], summary_distance(layout, tokens.features)
@@ -124,15 +134,18 @@ class GlobalCom2(Compressor):
         ) + (1 - self.alpha) * normalise(local[commanded], view, layout.views, self.normalisation)
         return scores
 
-    def _divided(self, tokens: VisualTokens) -> VisualTokens:
-        """``tokens`` with regions as views, if the image has its own size."""
-        if not (tokens.layout.native and self.region) or tokens.layout.modality == "video":
-            return tokens
-        return replace(tokens, layout=divided(tokens.layout, self.region))
+    def _divided(self, layout: TokenLayout) -> TokenLayout:
+        """``layout`` with regions as views, if the image has its own size."""
+        if not (layout.native and self.region) or layout.modality == "video":
+            return layout
+        return divided(layout, self.region)
 
     def limit(self, tokens: VisualTokens) -> int:
-        return super().limit(self._divided(tokens))
+        return super().limit(replace(tokens, layout=self._divided(tokens.layout)))
+
+    def patch_count(self, layout: TokenLayout) -> int | None:
+        return super().patch_count(self._divided(layout))
 
     def select(self, tokens: VisualTokens) -> Selection:
-        tokens = self._divided(tokens)
+        tokens = replace(tokens, layout=self._divided(tokens.layout))
         return keep_best(self, tokens, self.ranking(tokens), self.allocation)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection
+from tokenprune.layout import TokenLayout
 from tokenprune.ops.similarity import parts, unit
 from tokenprune.ops.spatial import patches_by_plane
 from tokenprune.registry import Card, register
@@ -49,6 +50,9 @@ class GPrune(Compressor):
             "The visual span comes from the placeholders; officially it starts at position 46.",
         ),
     )
+
+    def patch_count(self, layout: TokenLayout) -> int:
+        return sum(budget(len(plane), self.retention) for plane in patches_by_plane(layout))
 
     def select(self, tokens: VisualTokens) -> Selection:
         kept, scores = [], []

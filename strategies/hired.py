@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.budget import budget
 from tokenprune.compressor import ScoringCompressor
-from tokenprune.layout import moved
+from tokenprune.layout import TokenLayout, moved
 from tokenprune.ops.spatial import region_sums, thumbnail_map
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -61,6 +61,10 @@ class MarkedPatches(Allocator):
         most = moved(torch.tensor(sizes[1:], device="cpu"), share.device)
         crops = (share * rest).long().minimum(most)
         return torch.cat([crops.new_full((1,), thumbnail), crops])
+
+    def patch_count(self, layout: TokenLayout, retention: float) -> int | None:
+        """That of one view; the crops' shares are rounded down, and marks decide them."""
+        return Proportional().patch_count(layout, retention) if layout.grid == (0, 0) else None
 
     def per_crop(self, marks: Tensor, grid: tuple[int, int]) -> Tensor:
         """(crops,) number of the thumbnail's marks (H, W) in the region of each crop."""

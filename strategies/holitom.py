@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.budget import apportion, budget
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.layout import moved
+from tokenprune.layout import TokenLayout, moved
 from tokenprune.ops.clustering import density_peaks, others
 from tokenprune.ops.diversity import static_segments
 from tokenprune.ops.ranking import top
@@ -82,6 +82,10 @@ class HoliTom(Compressor):
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.saliency})
+
+    def patch_count(self, layout: TokenLayout) -> int | None:
+        merges = layout.modality == "video" and layout.views > 1  # as many as are static
+        return None if merges else budget(len(layout.patches), self.retention)
 
     def groups(self, tokens: VisualTokens) -> list[tuple[Tensor, bool]]:
         """Patch indices (F, L) of the F frames that share L locations, and whether they are static.

@@ -4,6 +4,7 @@ There is no single official definition.  LLaVA-OneVision pools its video frames 
 unpadded canvas is pooled as one plane, after the projector, and the grid follows from R.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +38,18 @@ class SpatialPool(Compressor):
     location_aware = True
     card = Card(paper="Average pooling (baseline)")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        layout, members, cells, kept, count = tokens.layout.host, [], [], [], 0
+    def cells(self, layout: TokenLayout) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(M,) patches, rows, columns and cells of every plane, on the CPU."""
         for patches in patches_by_plane(layout):
             row, col, shape = _places(layout, patches)
-            cell = _cells(row, col, shape, budget(len(patches), self.retention))
+            yield patches, row, col, _cells(row, col, shape, budget(len(patches), self.retention))
+
+    def patch_count(self, layout: TokenLayout) -> int:
+        return sum(len(cell.unique()) for _, _, _, cell in self.cells(layout.host))
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        layout, members, cells, kept, count = tokens.layout.host, [], [], [], 0
+        for patches, row, col, cell in self.cells(layout):
             middle, sizes = central_members(cell, row, col)
             members.append(patches)
             kept.append(patches[middle])

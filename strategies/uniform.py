@@ -11,6 +11,7 @@ import torch
 
 from tokenprune.allocators import Proportional
 from tokenprune.compressor import Compressor, Selection, warn_about_empty_views
+from tokenprune.layout import TokenLayout
 from tokenprune.ops.spatial import dithered, evenly_spaced
 from tokenprune.registry import Card, register
 from tokenprune.tokens import VisualTokens
@@ -31,6 +32,9 @@ class Uniform(Compressor):
 
     location_aware = True
     card = Card(paper="Evenly spaced tokens (baseline)")
+
+    def patch_count(self, layout: TokenLayout) -> int:
+        return Proportional().patch_count(layout, self.retention)
 
     def select(self, tokens: VisualTokens) -> Selection:
         counts = Proportional().counts(tokens, torch.empty(0, device="cpu"), self.retention)

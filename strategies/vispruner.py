@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.compressor import Compressor, Selection
-from tokenprune.ops.similarity import fits, largest_products
+from tokenprune.ops.similarity import Nearest
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.registry import Card, register
 from tokenprune.signals import Signal
@@ -88,16 +88,12 @@ def thinned(order: Tensor, count: int, unit: Tensor) -> Tensor:
     """
     if not count:
         return order[:0]
-    vectors = unit[order]
-    cosines = vectors @ vectors.T if fits(len(order)) else None
+    nearest = Nearest(unit[order])
     rest = torch.arange(len(order), device=order.device)
     while len(rest) > count:
         first, second = rest[::2], rest[1::2]
         dropped = min(PER_ROUND, len(rest) - count, len(second))
-        if cosines is not None:
-            nearest = cosines[first[:, None], second].amax(1)
-        else:
-            nearest = largest_products(vectors[first], vectors[second])
-        left = first[nearest.argsort(descending=True, stable=True)[dropped:]]
+        cosine = nearest.largest(first, second)
+        left = first[cosine.argsort(descending=True, stable=True)[dropped:]]
         rest = torch.cat([left, second])
     return order[rest]

@@ -16,6 +16,8 @@ from broken_methods import (
     Anonymous,
     ComparesNeighbours,
     Counting,
+    CountsSeparators,
+    CountsTheBudget,
     DividesByNothing,
     Empty,
     Forgetful,
@@ -70,6 +72,7 @@ from tokenprune.attention import Projections
 from tokenprune.compressor import Compressor, Selection
 from tokenprune.cost import account
 from tokenprune.cost.account import Account
+from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine import cache, decoder, dropping, guard, session, tower, vision
 from tokenprune.engine.cache import PrunedLayer
 from tokenprune.engine.dropping import Memory
@@ -372,6 +375,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
         Unsorted, Repeated, SometimesRepeated, OffByOne, OutOfRange, Empty, Short, Misshapen
     ),
     "check_budget": _broken(Greedy, OneTooMany, SometimesTooMany, Stingy),
+    "check_count": _broken(CountsTheBudget, CountsSeparators),
     "check_keeps_what_stands_out": _broken(
         Inverted, InvertedInCrops, InvertedInVideos, InvertedWords
     ),
@@ -386,6 +390,13 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
     "check_deterministic": _broken(Counting, GlobalTorch, HidesItsDraws, HidesItsChoice),
     "check_rng_untouched": _broken(GlobalTorch, GlobalNumpy, GlobalPython),
     "check_full_retention_is_identity": _host(_wrapped(Compressor, "__call__", _thins_out)),
+    "check_count_in_model": (
+        *_broken(CountsTheBudget, CountsSeparators),
+        *_host(
+            _wrapped(EncoderCompressor, "patch_count", lambda original, *args: 1 + original(*args)),
+            strategy="downsample",
+        ),
+    ),
     "check_equals_reference": (
         *_host(
             _forgets_shift,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.compressor import Compressor, ScoringCompressor, Selection, Stage
-from tokenprune.layout import Kind
+from tokenprune.layout import Kind, TokenLayout
 from tokenprune.ops.ranking import top_per_view
 from tokenprune.registry import Card
 from tokenprune.signals import Signal
@@ -85,6 +85,28 @@ class InvertedWords(Inverted):
         patches = tokens.layout.patches
         order = patches[tokens[Signal("llm_text")][patches].mean(1).argsort()]
         return order[: max(1, int(len(patches) * self.retention))].sort().values
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountsTheBudget(ScoringCompressor):
+    """Says that it fills the budget, but drops tokens with a negative score from it."""
+
+    card = Card(paper="First channel (baseline)")
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features[:, 0].float()
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        keep = super().select(tokens).keep
+        positive = keep[self.score(tokens)[keep] > 0]
+        return Selection(positive if len(positive) else keep)
+
+
+class CountsSeparators(Sound):
+    """Counts the separators among the patch tokens."""
+
+    def patch_count(self, layout: TokenLayout) -> int:
+        return max(1, int(len(layout) * self.retention))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -11,12 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import tokenprune as tp
-from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Chain, Compressor
-from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import put
 from tokenprune.spec import create, parse
-from tokenprune.testing.host import Host
+from tokenprune.testing.host import Host, refusal
 
 
 class _Align(ModelHook):
@@ -56,13 +56,27 @@ METHODS = [
 
 def chosen_method(spec: str, host: Host) -> Compressor:
     """The method of a spec, or skip what the model does not offer."""
+    method = _method(spec)
+    if refusal(host, method):
+        pytest.skip(refusal(host, method))
+    return method
+
+
+def _method(spec: str) -> Compressor:
     if "@" in spec:
         return parse(spec)
     if " + " in spec:
         return Chain.of(*(parse(part, retention=0.6) for part in spec.split(" + ")))
-    method = parse(spec, retention=0.4) if ":" in spec else create(spec, retention=0.4)
-    try:
-        check_compatible(host.adapter.facts, method)
-    except UserError as error:
-        pytest.skip(str(error))
-    return method
+    return parse(spec, retention=0.4) if ":" in spec else create(spec, retention=0.4)
+
+
+def drawn(hosts: list[Host], *axis: Any) -> list[tuple[Any, ...]]:
+    """Every one of `METHODS` with the name of a model that offers it and a value of the axis.
+
+    They are drawn with a fixed seed; every model and every value occurs.
+    """
+    return [
+        (spec, *random.Random(spec).choice(list(itertools.product(names, axis))))
+        for spec in METHODS
+        if (names := [host.name for host in hosts if not refusal(host, _method(spec))])
+    ]

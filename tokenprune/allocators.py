@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ __all__ = [
     "Allocator",
     "Proportional",
     "ThumbnailCommand",
+    "ThumbnailMean",
     "ThumbnailPeak",
     "TopK",
     "allocator",
+    "shared",
 ]
 
 
@@ -55,6 +58,10 @@ class Allocator(ABC):
         """An upper bound for the sum of `counts`.  Override it to exceed R by design."""
         return rounded_up(layout, retention)
 
+    def patch_count(self, layout: TokenLayout, retention: float) -> int | None:
+        """The sum of `counts`; None if the layout alone does not decide it."""
+        return None
+
 
 @dataclass(frozen=True)
 class Proportional(Allocator):
@@ -63,9 +70,14 @@ class Proportional(Allocator):
     rounding: Rounding = "floor"
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
-        sizes = tokens.layout.view_sizes
-        counts = apportion(budget(sum(sizes), retention, self.rounding), sizes)
-        return torch.tensor(counts, device="cpu")
+        return torch.tensor(self.shares(tokens.layout, retention), device="cpu")
+
+    def shares(self, layout: TokenLayout, retention: float) -> list[int]:
+        """`counts`, which follow from the layout."""
+        return apportion(self.patch_count(layout, retention), layout.view_sizes)
+
+    def patch_count(self, layout: TokenLayout, retention: float) -> int:
+        return budget(len(layout.patches), retention, self.rounding)
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,12 @@ class TopK(Allocator):
 
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         layout = tokens.layout.to(scores.device)
-        total = budget(len(layout.patches), retention, self.rounding)
+        total = self.patch_count(layout, retention)
         order = scores[layout.patches].float().argsort(descending=True, stable=True)
         return tally(layout.view[layout.patches[order[:total]]], layout.views)
+
+    def patch_count(self, layout: TokenLayout, retention: float) -> int:
+        return budget(len(layout.patches), retention, self.rounding)
 
 
 @dataclass(frozen=True)
@@ -104,9 +119,17 @@ class ThumbnailCommand(Allocator):
     An image of its own size that is divided into regions (`divided`) is treated like the frames of
     a video, with ``S_j`` the sum of its scores at half the resolution (`pooled`) over region ``j``.
 
+    The sum of the counts differs from ``R * P``: the budget that a crop loses where ``r_j`` is
+    limited to 1 is not spent elsewhere, a large crop with a large ratio adds to the sum, and every
+    count is truncated.
+
     Args:
         tau: Temperature, larger than 0.  The paper's 10 suits sums of raw logits.
         signal: The thumbnail's scores.
+        total: ``official``, or ``exact``: the crops together keep what the thumbnail leaves of
+            ``trunc(R * P)``.  They divide it in proportion to ``R * (1 + sigma_j - mean sigma) *
+            N_j``.  What a full crop cannot take goes to the others (`shared`).  This is not in the
+            paper.
 
     Raises:
         UserError: ``tau`` is not a finite number larger than 0.
@@ -114,6 +137,7 @@ class ThumbnailCommand(Allocator):
 
     tau: float = 10.0
     signal: Signal = SALIENCY
+    total: Literal["official", "exact"] = "official"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tau) and self.tau > 0):
@@ -125,10 +149,14 @@ class ThumbnailCommand(Allocator):
 
     def ratios(self, tokens: VisualTokens, retention: float) -> Tensor:
         """(n,) float64 retention ratio of each crop, or of each frame of a video."""
+        return self._unlimited(tokens, retention).clamp(max=1.0)
+
+    def _unlimited(self, tokens: VisualTokens, retention: float) -> Tensor:
+        """`ratios` that may be larger than 1."""
         richness = self.richness(tokens)
         weight = ((richness - richness.max()) / self.tau).exp()
         sigma = weight / (weight.sum() + 1e-8)
-        return (retention * (1 + sigma - sigma.mean())).clamp(max=1.0)
+        return retention * (1 + sigma - sigma.mean())
 
     def richness(self, tokens: VisualTokens) -> Tensor:
         """(n,) float64 ``S_j`` of each crop or region, or of each frame of a video."""
@@ -150,6 +178,8 @@ class ThumbnailCommand(Allocator):
 
     def limit(self, layout: TokenLayout, retention: float) -> int:
         """More than R allows: the ``r_j`` average to R, but large crops may have larger ratios."""
+        if self.total == "exact":
+            return super().limit(layout, retention)
         crops = layout.view_sizes[1:] if layout.grid != (0, 0) else layout.view_sizes
         return rounded_up(layout, retention) + surplus(crops, retention)
 
@@ -157,9 +187,17 @@ class ThumbnailCommand(Allocator):
         """(regions,) sum of the scores (P,) in each region; ``region`` (P,) is in [0, regions)."""
         return group_sums(scores, region, regions)
 
+    def patch_count(self, layout: TokenLayout, retention: float) -> int | None:
+        if self.total == "exact" or not (layout.grid != (0, 0) or _without_thumbnail(layout)):
+            return budget(len(layout.patches), retention)
+        return None
+
     def counts(self, tokens: VisualTokens, scores: Tensor, retention: float) -> Tensor:
         sizes = tokens.layout.view_sizes
-        if tokens.layout.modality == "video" or (tokens.layout.native and len(sizes) > 1):
+        divides = tokens.layout.grid != (0, 0) or _without_thumbnail(tokens.layout)
+        if self.total == "exact" and divides:
+            return self._exact(tokens, retention)
+        if _without_thumbnail(tokens.layout):
             ratios = self.ratios(tokens, retention)
             there = moved(torch.tensor(sizes, device="cpu"), ratios.device)
             frames = (ratios * there + 1e-6).long()
@@ -172,6 +210,65 @@ class ThumbnailCommand(Allocator):
         there = moved(torch.tensor(sizes[1:], device="cpu"), ratios.device)
         crops = (ratios * there).long()
         return torch.cat([crops.new_full((1,), budget(sizes[0], retention)), crops])
+
+    def _exact(self, tokens: VisualTokens, retention: float) -> Tensor:
+        """`counts` whose sum is ``trunc(R * P)``."""
+        sizes = tokens.layout.view_sizes
+        fixed = [] if _without_thumbnail(tokens.layout) else [budget(sizes[0], retention)]
+        ratios = self._unlimited(tokens, retention)
+        there = moved(torch.tensor(sizes[len(fixed) :], device="cpu"), ratios.device)
+        total = max(budget(sum(sizes), retention) - sum(fixed), 0)
+        crops = shared(total, ratios * there, there)
+        thumbnail = torch.tensor(fixed, dtype=torch.int64, device="cpu")
+        return torch.cat([moved(thumbnail, crops.device), crops])
+
+
+def _without_thumbnail(layout: TokenLayout) -> bool:
+    """Whether the views are frames, or regions of an image of its own size."""
+    return layout.modality == "video" or (layout.native and layout.views > 1)
+
+
+def shared(total: int, weights: Tensor, most: Tensor) -> Tensor:
+    """``total`` divided in proportion to weights, where no entry gets more than it can take.
+
+    Entry ``j`` gets ``min(c * w_j, m_j)``, rounded by the largest-remainder method, with the ``c``
+    at which these quotas add up to ``total``.  As a function of ``c`` their sum is the least of the
+    lines that have the entries that are full first, in the order of ``m_j / w_j``, at ``m_j``.  So
+    ``c`` is the largest solution of one of these lines.  There is no synchronisation.
+
+    Args:
+        total: At most the sum of ``most``.
+        weights: (n,) float64, not negative; positive where ``most`` is.
+        most: (n,) int64.
+
+    Returns:
+        (n,) int64.  Of equal remainders, the earlier entry is served first.
+    """
+    order = (most / weights).nan_to_num(torch.inf).argsort(stable=True)
+    full = most[order].cumsum(0) - most[order]  # what earlier entries take
+    rest = weights[order].flip(0).cumsum(0).flip(0)  # weights of the others
+    slope = torch.where(rest > 0, (total - full) / rest, 0).max()
+    quotas = (slope * weights).minimum(most)
+    counts = (quotas + 1e-6).long()
+    # Rounded, so that remainders that tie also tie on another device.
+    remainders = ((quotas - counts) * 1e6).round()
+    rank = remainders.argsort(descending=True, stable=True).argsort()
+    return counts + (rank < total - counts.sum())
+
+
+@dataclass(frozen=True)
+class ThumbnailMean(ThumbnailCommand):
+    """`ThumbnailCommand` with the mean score of a region in place of the sum.
+
+    Where a grid divides the thumbnail into regions of unlike sizes, the sum prefers large regions.
+    The mean is multiplied by the mean size of the regions.  So `tau` keeps its scale, and regions
+    of one size have the ratios of `ThumbnailCommand`.  Not in the paper.
+    """
+
+    def summary(self, scores: Tensor, region: Tensor, regions: int) -> Tensor:
+        sizes = tally(region, regions)
+        typical = len(region) / (sizes > 0).sum().clamp(min=1)
+        return super().summary(scores, region, regions) / sizes.clamp(min=1) * typical
 
 
 @dataclass(frozen=True)
@@ -195,6 +292,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "proportional": Proportional,
     "topk": TopK,
     "globalcom2": ThumbnailCommand,
+    "mean": ThumbnailMean,
     "max": ThumbnailPeak,
 }
 

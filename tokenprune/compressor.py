@@ -8,15 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor
 
-from tokenprune import allocators, budget
+from tokenprune import budget
 from tokenprune.allocators import Allocator, Proportional
 from tokenprune.deprecated import (
     CallableTuple,
@@ -25,8 +23,9 @@ from tokenprune.deprecated import (
     moved_names,
     rename_attributes,
 )
-from tokenprune.errors import ContractError, RetentionWarning, UserError, shown
-from tokenprune.grammar import Part, chained, shortest, value_text
+from tokenprune.errors import ContractError, RetentionWarning, UserError
+from tokenprune.fields import option_text, validated
+from tokenprune.grammar import Part, chained, shortest
 from tokenprune.layout import TokenLayout, moved
 from tokenprune.ops.ranking import best_per_view
 from tokenprune.precision import autocasts, like_now, without_autocast
@@ -54,8 +53,6 @@ __all__ = [
 ]
 
 Separators = Literal["all", "rows", "none"]
-LARGEST = 2**31 - 1
-"""The largest absolute value of an option: PyTorch takes it in every dtype used here."""
 
 
 class Stage(StrEnum):
@@ -150,7 +147,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            value = _validated(type(self), item.name, getattr(self, item.name))
+            value = validated(type(self), item.name, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
         budget.check_retention(self.retention)
 
@@ -211,6 +208,37 @@ class Compressor(ABC, metaclass=RenamesOptions):
             return self.allocation.limit(tokens.layout, self.retention)
         return budget.rounded_up(tokens.layout, self.retention)
 
+    def count(self, layout: TokenLayout) -> int | None:
+        """The number of visual tokens, separators included, that stay of an image or video.
+
+        None if the layout alone does not decide it.  A server that reserves the place of an image
+        before it is encoded needs this number.
+
+        Args:
+            layout: Geometry of the packed sequence that the method receives.
+        """
+        host = layout.host
+        patches, separators = len(host.patches), len(host.separators)
+        if self.retention == 1 or not patches:
+            return patches + len(_separators(host, host.patches, self.separators))
+        kept = self.patch_count(host)
+        rows_decide = self.separators == "rows" and host.canvas_shape[0]
+        if kept is None or (rows_decide and separators):
+            return None
+        return kept + separators * (self.separators != "none")
+
+    def patch_count(self, layout: TokenLayout) -> int | None:
+        """The number of patch tokens that `select` keeps of an image or video at R < 1.
+
+        None if the layout alone does not decide it.  The default is the sum that the allocator
+        divides (`Allocator.patch_count`), if the method always keeps it (`fills_budget`).  A method
+        without an allocator overrides it if it knows the number.  ``check_count`` of
+        `tokenprune.testing` compares it with what `select` keeps.
+        """
+        if self.allocation is None or not self.fills_budget:
+            return None
+        return self.allocation.patch_count(layout, self.retention)
+
     @property
     def keeps_positions(self) -> bool:
         """Whether kept tokens keep their position ids, unless these are multimodal."""
@@ -230,7 +258,7 @@ class Compressor(ABC, metaclass=RenamesOptions):
             for item in dataclasses.fields(self)
         }
         changed = {
-            name: _option_text(getattr(self, name))
+            name: option_text(getattr(self, name))
             for name, default in plain.items()
             if name != "retention" and getattr(self, name) != default
         }
@@ -374,6 +402,10 @@ class Chain(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         raise UserError("a chain selects at several stages; run it with tokenprune.compress.")
+
+    def count(self, layout: TokenLayout) -> int | None:
+        """That of the only member; None with several, because later ones receive what is left."""
+        return self.members[0].count(layout) if len(self.members) == 1 else None
 
 
 def check_cuts(strategy: Compressor, cut: int) -> None:
@@ -539,53 +571,6 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
             f"({len(keep)}), got {len(chosen.sizes)} at stage {strategy.stage}."
         )
     return Selection(keep, chosen.features, chosen.sizes, merging=chosen.merging)
-
-
-@cache
-def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(cls, include_extras=True)
-    names = [item.name for item in dataclasses.fields(cls)]
-    plain = ConfigDict(arbitrary_types_allowed=True)
-    result = {}
-    for name in names:
-        try:
-            result[name] = TypeAdapter(hints[name], config=plain)
-        except PydanticUserError:  # a model or dataclass brings its own configuration
-            result[name] = TypeAdapter(hints[name])
-    return result
-
-
-def _validated(cls: type, name: str, value: Any) -> Any:
-    if name == "allocator" and isinstance(value, str):
-        return allocators.allocator(value)
-    try:
-        made = _adapters(cls)[name].validate_python(value)
-    except ValidationError as error:
-        if isinstance(value, str) and error.errors()[0]["type"] == "tuple_type":
-            return _validated(cls, name, tuple(value.split("/")))
-        said = "; ".join(item["msg"] for item in error.errors())
-    else:
-        # NaN fails the comparison too.  `check_retention` has a better message for the retention.
-        if name == "retention" or all(abs(number) <= LARGEST for number in _numbers(made)):
-            return made
-        said = f"a number must be between -{LARGEST} and {LARGEST}"
-    called = getattr(cls, "name", "") or cls.__name__
-    raise UserError(f"{called}: {name}={shown(value)} is not valid: {said}.") from None
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers in a field."""
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, tuple):
-        for one in value:
-            yield from _numbers(one)
-
-
-def _option_text(value: Any) -> str:
-    """``value`` as a spec gives it; an allocator by its name."""
-    named = {cls: name for name, cls in allocators.ALLOCATORS.items()}
-    return named.get(type(value)) or value_text(value)
 
 
 __getattr__ = moved_names(__name__)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -20,7 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from tokenprune import catalogue
 from tokenprune.errors import UserError
 from tokenprune.grammar import lines
-from tokenprune.progress import ProgressCallback, logged
+from tokenprune.progress import ProgressCallback, logged, silent
 from tokenprune.tables import FittedTable
 from tokenprune.texts import is_whole, printable
 
@@ -47,17 +51,23 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 _COMMANDS = (
-    "list", "compare", "pairs", "table", "report", "masks", "demo", "positional-bias",
-    "complementarity", "crop-importance", "ablation", "efficiency", "convert", "audit", "benchmark",
+    "list", "compare", "pairs", "table", "report", "choose", "merge", "published", "validity",
+    "import-lmms", "masks", "demo", "positional-bias", "complementarity", "crop-importance",
+    "ablation", "efficiency", "convert", "export", "serving-check", "audit", "benchmark",
 )  # fmt: skip
 
 
-_FIRST = ("config", "model", "methods", "retention", "data", "questions", "images", "modality")
+_FIRST = (
+    "config", "model", "methods", "retention", "data", "questions", "benchmark", "root", "split",
+    "images", "modality", "prompt", "template", "suffix", "system",
+)  # fmt: skip
 
 
 _LAST = (
-    "out", "force", "seeds", "seed", "batch_size", "max_new_tokens", "device", "dtype",
-    "timeout_per_batch", "max_image_pixels", "plugin", "trust_remote_code",
+    "out", "force", "seeds", "seed", "batch_size", "max_new_tokens", "device", "device_map",
+    "dtype", "attn", "quantize", "revision", "timeout_per_batch", "ray", "workers",
+    "gpus_per_worker", "log_file", "max_image_pixels",
+    "plugin", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -130,11 +140,19 @@ app = typer.Typer(
 _OPEN = "tokenprune.open"  # the list option that takes the next value, in the context of a command
 
 
+_ALONE = {"--ray": "local"}  # options that may stand without their value
+
+
 class ManyValues(TyperCommand):
-    """A command whose list options take several values: ``--retention 0.5 0.25``."""
+    """A command whose list options take several values: ``--retention 0.5 0.25``.
+
+    The value of ``--ray`` may be left out.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         lists = {name: option for option in self.params if option.multiple for name in option.opts}
+        known = {name for option in self.params for name in option.opts}
+        args = filled(args, {name: value for name, value in _ALONE.items() if name in known})
         for name, value in pairwise(args):
             # Typer would read the next option as the value.  Only a number may start with '-'.
             if name in lists and re.match(r"-[^\d.]", value) and not ctx.resilient_parsing:
@@ -149,6 +167,20 @@ class ManyValues(TyperCommand):
         if option is not None:
             return option.shell_complete(ctx, incomplete)
         return super().shell_complete(ctx, incomplete)
+
+
+def filled(args: Sequence[str], alone: Mapping[str, str]) -> list[str]:
+    """Give each option in ``alone`` that has no value the value there.
+
+    >>> filled(["--ray", "--seed", "1"], {"--ray": "local"})
+    ['--ray', 'local', '--seed', '1']
+    """
+    result: list[str] = []
+    for arg, after in itertools.pairwise([*args, "-"]):
+        result.append(arg)
+        if arg in alone and after.startswith("-"):
+            result.append(alone[arg])
+    return result
 
 
 def spread(args: Sequence[str], options: set[str]) -> list[str]:
@@ -221,28 +253,68 @@ def quiet() -> None:
 
 
 @contextmanager
-def progress() -> Iterator[ProgressCallback]:
+def progress(log: Path | None = None) -> Iterator[ProgressCallback]:
     """A progress bar on standard error, or one line a minute if that is no terminal.
 
     Warnings are printed above the bar.
+
+    Args:
+        log: File to which a line a minute is appended, with the time, and every warning.
+
+    Raises:
+        UserError: The file cannot be written.
     """
     console = Console(stderr=True)
+    if log is not None:
+        _append(log, f"started: {' '.join(sys.argv[1:])}")
 
     def write(line: str) -> None:
         console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
+
+    def note(line: str) -> None:
+        with suppress(UserError):  # a full disk ends no computation
+            _append(log, line)
+
+    def log_lines() -> AbstractContextManager[ProgressCallback]:
+        return nullcontext(silent) if log is None else logged(note)
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         # Notices of libraries to their users' programmers; ours reach Python users.
         if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
             write(f"warning: {message}")
+            note(f"warning: {message}")
 
     usual = warnings.showwarning
     warnings.showwarning = show
     try:
-        with _bar(console) if console.is_terminal else logged(write) as report:
-            yield report
+        with _bar(console) if console.is_terminal else logged(write) as report, log_lines() as tell:
+
+            def both(done: int, total: int, doing: str) -> None:
+                report(done, total, doing)
+                tell(done, total, doing)
+
+            yield both
+        note("ended")
+    except BaseException as error:
+        note(f"stopped: {type(error).__name__}: {error}".rstrip(": "))
+        raise
     finally:
         warnings.showwarning = usual
+
+
+def _append(log: Path | None, line: str) -> None:
+    """Append a line with the time to a file, if there is one.  Raises `UserError`."""
+    if log is None:
+        return
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{now} {printable(line)}\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write the log {str(log)!r} ({error.strerror}); give --log-file a file in a "
+            "folder that exists."
+        ) from error
 
 
 @contextmanager

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.allocators import Proportional
+from tokenprune.budget import budget
 from tokenprune.compressor import Compressor, Selection, Stage, warn_about_empty_views
 from tokenprune.errors import UserError
-from tokenprune.layout import listed
+from tokenprune.layout import TokenLayout, listed
 from tokenprune.ops.clustering import central_members
 from tokenprune.ops.ranking import top_per_view
 from tokenprune.tokens import VisualTokens
@@ -119,6 +120,23 @@ class EncoderCompressor(Compressor, ABC):
         The logarithm is proportional attention (ToMe, arXiv 2210.09461, equation 1).
         """
         return size.log()
+
+    def patch_count(self, layout: TokenLayout) -> int | None:
+        """For a method that resizes images, from the cells of `grid`; None for one that merges.
+
+        The vision encoder makes more patches of a video frame than the layout has tokens.
+        """
+        if self.reduces or layout.modality == "video":
+            return None
+        host = layout.host
+        rows, cols = self.grid(host.view_shape, budget(host.view_sizes[0], self.retention))
+        row, col, view = (values[host.patches] for values in (host.row, host.col, host.view))
+        # The coarse patch in which the centre of each patch lies.
+        row = (2 * row + 1) * rows // (2 * host.view_shape[0])
+        col = (2 * col + 1) * cols // (2 * host.view_shape[1])
+        cells = ((view * rows + row) * cols + col).unique() // (rows * cols)
+        there: list[int] = torch.bincount(cells, minlength=host.views).tolist()
+        return sum(map(min, Proportional().shares(host, self.retention), there))
 
     def select(self, tokens: VisualTokens) -> Selection:
         if tokens.clusters is None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tokenprune.errors import PictureWarning, UserError
 from tokenprune.texts import is_remote
 
-__all__ = ["MAX_PIXELS", "frames", "is_one_picture", "picture", "pixel_limit"]
+__all__ = ["MAX_PIXELS", "frames", "is_one_picture", "most_pixels", "picture", "pixel_limit"]
 
 MAX_PIXELS = 64_000_000
 """Number of pixels of the largest image that is decoded; `pixel_limit` changes it."""
@@ -44,6 +44,11 @@ _VIDEO = (
     "a list of images of one size, an array (frames, height, width, 3) or a tensor (frames, 3, "
     f"height, width), {_MOVING}, or a folder of images"
 )
+
+
+def most_pixels() -> int:
+    """Number of pixels of the largest image that is decoded now."""
+    return _limit.get()
 
 
 @contextmanager

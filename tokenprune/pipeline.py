@@ -64,6 +64,8 @@ class Pipeline:
 
     Attributes:
         model, processor, path: As given.
+        system: System message in front of every question; None for that of the chat template, or
+            none.
         adapter: The description of the model's family.
 
     Raises:
@@ -77,6 +79,7 @@ class Pipeline:
         self.model: Any = self.adapter.model if isinstance(model, Adapter) else model
         self.processor = processor
         self.path = path
+        self.system: str | None = None
         if processor is not None:
             self.adapter.bind(processor)
 
@@ -146,9 +149,9 @@ class Pipeline:
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
         """``question`` in the model's chat template, with placeholders for images and videos.
 
-        The placeholders stand where the question marks them (``<image>\\nWhat is this?``),
-        otherwise in front.  A text that has the template's turn markers is returned unchanged.  If
-        the model has no chat template, so is a text with marks.
+        The placeholders stand where the question marks them with ``<image>`` and ``<video>``
+        (``<image>\\nWhat is this?``), otherwise in front.  A text that has the template's turn
+        markers is returned unchanged.  If the model has no chat template, so is a text with marks.
 
         Args:
             question: A question or a finished prompt.
@@ -156,10 +159,13 @@ class Pipeline:
             videos: Number of videos.
 
         Raises:
-            UserError: The question marks another number of images or videos.
+            UserError: The question marks another number of images or videos, or the chat template
+                does not show the `system` message.
         """
         counts = dict(zip(self.adapter.modalities, (images, videos), strict=False))
-        return chat_prompt(question, self.processor, counts, self.placeholder_texts)
+        return chat_prompt(
+            question, self.processor, counts, self.placeholder_texts, system=self.system
+        )
 
     @property
     def placeholder_texts(self) -> dict[str, str]:

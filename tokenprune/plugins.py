@@ -1,4 +1,4 @@
-"""The user's code on the command line: ``module:Class`` and ``--plugin MODULE``.
+"""The user's code on the command line: ``module:Class``, ``module:function``, ``--plugin MODULE``.
 
 Importing a module executes it.  ``--plugin`` requests the import.  ``module:Class`` may also be a
 method with a misspelt option.  The source of the module is therefore read first, and executed only
@@ -23,7 +23,7 @@ from tokenprune.errors import UserError
 if TYPE_CHECKING:
     from tokenprune.compressor import Compressor
 
-__all__ = ["import_plugins", "own_class"]
+__all__ = ["import_plugins", "own_class", "own_object"]
 
 
 def import_plugins(modules: Iterable[str] | None) -> None:
@@ -65,6 +65,25 @@ def own_class(path: str) -> type[Compressor] | None:
     found = getattr(sys.modules[module], name, None)
     if not (isinstance(found, type) and issubclass(found, Compressor)):
         raise UserError(f"{name!r} of {module!r} is not a class derived from Compressor.")
+    return found
+
+
+def own_object(path: str) -> object:
+    """The object at ``package.module:name``, after the import of the module.
+
+    Raises:
+        UserError: ``path`` is not of this form, or there is no such module or name.
+    """
+    module, _, name = path.partition(":")
+    if not (name.isidentifier() and _is_dotted(module)):
+        raise UserError(f"cannot read {path!r}; give package.module:name.")
+    with _working_directory():
+        if module not in sys.modules and _spec(module) is None:
+            raise UserError(f"there is no module {module!r} for {path!r}; check its name.")
+        _import(module)
+    if not hasattr(sys.modules[module], name):
+        raise UserError(f"the module {module!r} has no {name!r}; check the name.")
+    found: object = getattr(sys.modules[module], name)
     return found
 
 

@@ -107,26 +107,37 @@ def _is_one_video(some: Any) -> bool:
 
 
 def chat_prompt(
-    question: str, processor: Any, counts: Mapping[str, int], tokens: Mapping[str, str]
+    question: str,
+    processor: Any,
+    counts: Mapping[str, int],
+    tokens: Mapping[str, str],
+    *,
+    system: str | None = None,
 ) -> str:
     """The prompt of ``question``, with one placeholder for each image and video.
 
     Args:
-        question: A question with or without marks, or a finished prompt.
+        question: A question with or without marks, or a finished prompt.  ``<image>`` and
+            ``<video>`` mark places in front of every model.
         processor: Processor of the model.  If it has no chat template, a question with marks is the
             prompt.
         counts: Modality to the number of images or videos of the question.
         tokens: Modality to the text of its placeholder, which is also its mark.
+        system: System message; None for that of the template, or none.
 
     Raises:
         UserError: The number of marks differs from the number of images or videos, or the chat
-            template does not show them.
+            template does not show them or the system message.
     """
+    for name, token in tokens.items():
+        question = question.replace(f"<{name}>", token)
     finished = _is_finished(processor, question)
     marked = any(token in question for token in tokens.values())
     if finished or marked:
         _check_counts(question, counts, tokens, finished)
     if not getattr(processor, "chat_template", None):
+        if system and not finished:
+            raise UserError("the model has no chat template to show a system message.")
         front = "".join(f"{token}\n" * counts[name] for name, token in tokens.items())
         return question if marked else front + question
     if finished:
@@ -136,11 +147,31 @@ def chat_prompt(
     else:
         content = [{"type": name} for name in tokens for _ in range(counts[name])]
         content.append({"type": "text", "text": question})
-    text = _render(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+    messages: list[Message] = [{"role": "user", "content": content}]
+    if system:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    text = _rendered_question(processor, messages, system)
     if any(text.count(token) != counts[name] for name, token in tokens.items()):
         raise UserError(
             f"the model's chat template does not show {_listed_counts(counts)} in the prompt "
             f"{question[:60]!r}; write the whole prompt, with the template's turn markers."
+        )
+    return text
+
+
+def _rendered_question(processor: Any, messages: list[Message], system: str | None) -> str:
+    """The prompt of ``messages``.  Raises `UserError` if it does not show ``system``."""
+    why = ""
+    try:
+        text = _render(processor, messages, add_generation_prompt=True)
+    except Exception as error:  # a template may refuse a system message
+        if not system:
+            raise
+        text, why = "", f" ({error})"
+    if system and system.strip() not in text:
+        raise UserError(
+            f"the model's chat template does not show a system message{why}; leave --system out, "
+            "or write the text into the questions."
         )
     return text
 

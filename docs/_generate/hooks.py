@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import commands
+import lmms
 import methods
 import reference
 import results
@@ -41,6 +42,7 @@ INSERTS: dict[str, Callable[[str], str]] = {
     "axes": signals.axes,
     "modules": reference.table,
     "output": commands.output_of,
+    **lmms.INSERTS,
     **results.INSERTS,
 }
 _INSERT = re.compile(r"^<!-- insert: (\S+) ?(.*?) -->$", re.MULTILINE)

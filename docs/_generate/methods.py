@@ -77,6 +77,8 @@ def _page(name: str, cls: type[Any]) -> str:
         "[signals](../signals.md)": _signals(name),
         "verified": _verified(card),
     }
+    if cls.stage is not tp.Stage.LLM:
+        facts["[count](../glossary.md#compression)"] = _count(name)
     text, options = _described(cls)
     parts = [
         f"# {name}",
@@ -127,6 +129,13 @@ def _signals(name: str) -> str:
     """The signals that the method needs with its default options."""
     needs = sorted({signal.name for signal in tp.create(name, retention=0.5).needs})
     return ", ".join(f"`{signal}`" for signal in needs) or "none"
+
+
+def _count(name: str) -> str:
+    """Whether the size of an image with crops decides how many tokens stay."""
+    layout = tp.TokenLayout.anyres((2, 2), (4, 4), (1, 7, 0, 8))
+    known = tp.create(name, retention=0.25).count(layout) is not None
+    return "follows from the size of the image" if known else "depends on the content"
 
 
 def _paper(card: Any) -> str:

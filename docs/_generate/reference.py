@@ -17,6 +17,10 @@ GROUPS = {
         "engine.trace",
         "catalogue",
     ),
+    "Serving": (  # not the modules that only vLLM imports
+        *("serving.embeds", "serving.specs", "serving.clients", "serving.counting", "serving.keys"),
+        "serving.vllm_video",
+    ),
     "Costs": ("cost.ledger", "cost.arithmetic", "forecast"),
     "Writing a method": (
         *("compressor", "encoder", "tokens", "layout", "signals", "budget", "allocators"),

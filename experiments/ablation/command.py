@@ -14,6 +14,17 @@ from rich.table import Table
 from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    LOADING,
+    WORDING,
+    DrawingOptions,
+    JobOptions,
+    LoadingOptions,
+    WordingOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import ratios
 from tokenprune.units import percent
@@ -38,6 +49,7 @@ _Sweeps = Annotated[
 
 
 @app.command(cls=ManyValues)
+@grouped
 def ablation(
     sweeps: _Sweeps = None,
     paper: Annotated[
@@ -52,13 +64,11 @@ def ablation(
     modality: options.Modality = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Sweep options of methods.
@@ -74,6 +84,7 @@ def ablation(
         from tokenprune.experiments.ablation.run import PAPER, AblationRequest, run
 
         request = AblationRequest(
+            cluster=job.cluster,
             sweeps=tuple(dict.fromkeys([*(sweeps or ()), *(PAPER if paper else ())])),
             retention=ratios(retention or ["0.25"]),
             model=model,
@@ -82,16 +93,15 @@ def ablation(
             modality=modality,  # type: ignore[arg-type]  # checked with the rest
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
-        with progress() as bar:
+        with progress(job.log_file) as bar:
             outcome = run(request, bar)
         for table in tables(outcome.tables["ablation"]) if "ablation" in outcome.tables else ():
             Console().print(table, "")

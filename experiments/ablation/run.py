@@ -13,6 +13,7 @@ from tokenprune.adapter import Adapter
 from tokenprune.compatibility import check_compatible
 from tokenprune.errors import UserError
 from tokenprune.experiments.ablation.figures import figure
+from tokenprune.experiments.cluster.run import description
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.answers import read_answers
 from tokenprune.experiments.common.cells import Cell
@@ -178,7 +179,7 @@ def run(request: AblationRequest, progress: ProgressCallback = silent) -> Outcom
         raise UserError("give at least one sweep, e.g. 'globalcom2:alpha=0,0.5,1', or --paper.")
     specs = list(dict.fromkeys(point.spec for sweep in read for point in sweep.points))
     asked = comparison(request, methods=specs, retention=request.retention)
-    setting = prepare(asked, progress)
+    setting = prepare(asked, progress, load=description)
     skipped = dict(_lacking(setting.pipe.adapter, read))
     asked = replace(asked, methods=[spec for spec in specs if spec not in skipped])
     outcome = compare.run(asked, progress, name="ablation", setting=setting)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenprune.experiments.checks.cases import Area, FuzzCase, Wrong
-from tokenprune.experiments.common.questions import Picture, Question, read_jsonl
+from tokenprune.experiments.common.questions import Picture, Question
 from tokenprune.experiments.common.summary import OVERALL
+from tokenprune.experiments.datasets.files import read_data
 
 __all__ = ["DataFiles", "ImageFiles", "damaged"]
 
@@ -98,7 +99,7 @@ class DataFiles(Area):
     ) -> FuzzCase:
         def run() -> None:
             self.path.write_bytes(content)
-            check(read_jsonl(self.path, **asked))
+            check(read_data(self.path, **asked))
 
         return FuzzCase(f"{content!r} {asked or ''}", expected, run)
 

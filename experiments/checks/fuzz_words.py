@@ -294,7 +294,10 @@ def _layout(rng: random.Random) -> tuple[TokenLayout, str]:
 
 _NEGATIVE = {"layer"}  # counts from the end
 _ZERO = {"seed", "text_tokens", "layer", ("report", "questions")}  # 0 has a meaning
-_CHOICES = ("dtype", "match", "modality", "conditions", "score", "only", "model", "config")
+_CHOICES = (
+    *("dtype", "match", "modality", "conditions", "score", "only", "model", "config", "metric"),
+    *("device_map", "attn", "quantize", "revision", "benchmark", "split", "template"),
+)
 _SIZES = ("image_size", "patches")
 
 
@@ -314,6 +317,8 @@ class Options(Area):
             "compare": (*questions, *methods),
             "report": (run,),
             "pairs": (run,),
+            "published": (),
+            "validity": questions,
             "masks": methods,
             "demo": (),
             "positional-bias": ("--images", "1", *methods),
@@ -323,6 +328,7 @@ class Options(Area):
             "efficiency": ("--config", "testbed-next"),
             "convert": ("uniform@0.5", "--config", "testbed-next"),
             "benchmark": ("--quick", "--only", "growth"),
+            "export": (run, "--method", "uniform"),
         }
         self.run = run
         group: Any = typer.main.get_command(app)
@@ -419,8 +425,14 @@ class Options(Area):
                 *((name, path, "--prompt=What?")
                   for name in ("positional-bias", "complementarity", "crop-importance", "masks")
                   for path in (nowhere, "file", "empty", "empty/*", "x/**/*.png", "a.jsonl")),
+                *(("export", path, "--method=last") for path in (nowhere, "file", "empty", below)),
+                ("export", self.run, "--method", rng.choice(["nope", " ", "uniform@0.5"])),
+                ("serving-check", "testbed-next",
+                 rng.choice(["fastv@0.5", "nope", "uniform", "os:path@0.5", "uniform@2"])),
                 ("pairs", self.run, f"--kind={rng.choice(['../../x', 'nope', '/', ' '])}"),
                 ("pairs", self.run, "-m", rng.choice(["nope", "fastv:", "uniform@0.5"])),
+                ("validity", self.run, f"--published={rng.choice(['nope', 'llava-next-7b'])}"),
+                ("published", f"--model={rng.choice(['nope', ' ', 'testbed-next'])}"),
                 ("table",), ("report",), ("pairs",), ("audit",), ("convert",), ("nope",),
                 ("list", rng.choice(["nope", " ", "../uniform", "unifrom"])),
                 ("audit", rng.choice(["nope", "..x:Y", "uniform:name=x", "json:loads"])),

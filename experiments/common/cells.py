@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ __all__ = [
     "CellRecord",
     "Failure",
     "Matched",
+    "ordered",
     "without_seed",
 ]
 
@@ -151,6 +152,16 @@ class CellRecord:
     def asked(self) -> float | None:
         """The requested retention ratio; not the cell's own if that was solved for."""
         return self.retention if self.matched is None else self.matched.asked
+
+
+def ordered(records: Iterable[CellRecord]) -> list[CellRecord]:
+    """The cells of several requests, each once, in the order that one request gives them."""
+    found = list(dict.fromkeys(records))
+    beside = [one for one in found if one.name or one.method == UNCOMPRESSED]
+    rest = [one for one in found if one not in beside]
+    labels = list(dict.fromkeys(one.label for one in rest))
+    rest.sort(key=lambda one: (labels.index(one.label), -(one.retention or 0)))
+    return [*beside, *rest]
 
 
 def without_seed(compressor: Compressor) -> Compressor:

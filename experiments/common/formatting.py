@@ -13,6 +13,7 @@ __all__ = [
     "arrow",
     "arrows",
     "difference",
+    "measure",
     "p_value",
 ]
 
@@ -40,10 +41,22 @@ def arrows(summary: pd.DataFrame) -> str:
     """
     matched = [] if "match" not in summary else list(summary["match"].dropna().unique())
     beside = f"at the same cost ({matched[0]})" if matched else "at the same retention"
+    test = "exact McNemar test" if measure(summary) == "accuracy" else "paired test"
     return (
-        f"↑ ↓ significantly better or worse than uniform {beside}, on the same questions (exact "
-        "McNemar test, p < 0.05; with several seeds, the 95 % interval of the difference)."
+        f"↑ ↓ significantly better or worse than uniform {beside}, on the same questions ({test}, "
+        "p < 0.05; with several seeds, the 95 % interval of the difference)."
     )
+
+
+def measure(summary: pd.DataFrame) -> str:
+    """What the accuracy of a summary is: ``accuracy``, or ``accuracy by`` metrics other than exact.
+
+    Args:
+        summary: As `summary.summarise` returns it.
+    """
+    named = [] if "metric" not in summary else list(summary["metric"].dropna().unique())
+    metrics = dict.fromkeys(name for names in named for name in names.split(", "))
+    return "accuracy" if set(metrics) <= {"exact"} else f"accuracy by {' and '.join(metrics)}"
 
 
 def arrow(row: Mapping[str, Any]) -> str:

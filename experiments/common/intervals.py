@@ -1,4 +1,4 @@
-"""Confidence intervals of proportions, and paired differences on the same questions."""
+"""Confidence intervals of mean scores, and paired differences on the same questions."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -13,16 +13,20 @@ __all__ = [
     "Interval",
     "bootstrap_ratio",
     "holm",
+    "is_binary",
     "mcnemar",
+    "mean_score",
     "paired_bootstrap",
-    "proportion",
+    "permutation",
     "wilson",
+    "wilson_around",
 ]
 
 
 _BLOCK = 2_000_000  # indices of clusters that are drawn at once, to bound the memory
 _MOST = 32_000_000  # indices that are cached for the next method, at two bytes each, seldom four
 _PART = 64_000
+_EQUAL = 1e-9  # sums of scores such as 1/3 differ by rounding
 
 
 class Interval(NamedTuple):
@@ -176,18 +180,76 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def proportion(right: pd.Series, images: pd.Series, *, seed: int) -> Interval:
-    """95 % interval of the share of ``right`` that is true.
+def mean_score(scores: pd.Series, images: pd.Series, *, seed: int) -> Interval:
+    """95 % interval of the mean of ``scores``.
 
-    Wilson's interval if each question has one answer.  Several answers per question, from several
-    seeds, are not independent; then whole images are resampled.
+    Wilson's interval if each question has one score, 0 or 1.  Several scores per question, from
+    several seeds, are not independent, and other scores are not Bernoulli trials; then whole images
+    are resampled.  Where nothing can be resampled, because all scores or all images are equal, the
+    interval is that of `wilson_around` the sum.
 
     Args:
-        right: Booleans, indexed by question.
+        scores: From 0 to 1, indexed by question.
         images: The image of each question.
         seed: Of the bootstrap.
     """
-    if right.index.is_unique or right.nunique() == 1:  # or there is nothing to resample
-        questions = right.index.nunique()
-        return wilson(questions if right.all() else int(right.sum()), questions)
-    return paired_bootstrap(right.astype(float), images, seed=seed)
+    equal = scores.nunique() == 1 or (images.nunique() == 1 and not is_binary(scores))
+    if equal or (scores.index.is_unique and is_binary(scores)):
+        questions = scores.index.nunique()
+        return wilson_around(scores.mean() * questions if equal else scores.sum(), questions)
+    return paired_bootstrap(scores, images, seed=seed)
+
+
+def wilson_around(total: float, trials: int) -> Interval:
+    """Wilson's interval of the whole numbers of successes around ``total``.
+
+    It is wide enough for a sum of numbers from 0 to 1, which vary less than those of 0 and 1 do.
+    """
+    low, high = (int(end(round(total, 9))) for end in (np.floor, np.ceil))
+    return Interval(wilson(low, trials).low, wilson(high, trials).high)
+
+
+def is_binary(scores: ArrayLike) -> bool:
+    """Whether every score is 0 or 1."""
+    return bool(np.isin(np.asarray(scores, dtype=float), (0.0, 1.0)).all())
+
+
+def permutation(
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    seed: int,
+    resamples: int = 9999,
+) -> float:
+    """Two-sided p-value of the paired permutation test of equal means, clusters as a whole.
+
+    Under the hypothesis that two methods are exchangeable, the difference of their scores on a
+    cluster is as likely with the other sign (E. J. G. Pitman, Significance tests which may be
+    applied to samples from any populations, 1937).  All signs are tried if there are at most
+    ``resamples`` of them; otherwise random ones, and the observed signs count as one more.
+
+    Args:
+        first, second: (n,) scores of two methods on the same n questions.
+        clusters: (n,) the cluster of each question, e.g. its image.
+        seed: Of the random signs.
+        resamples: Maximum number of signs.
+    """
+    codes, _ = pd.factorize(np.asarray(clusters))
+    gaps = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    sums = np.bincount(codes, gaps)
+    sums = sums[np.abs(sums) > _EQUAL]  # equal ones change nothing
+    if not len(sums):
+        return 1.0
+    least = abs(sums.sum()) - _EQUAL * len(sums)
+    if 2 ** min(len(sums), 60) <= resamples:
+        bits = np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1
+        return float((np.abs((1 - 2 * bits) @ sums) >= least).mean())
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // len(sums))
+    reached = 1
+    for start in range(0, resamples, block):
+        shape = (min(block, resamples - start), len(sums))
+        signs = 1.0 - 2.0 * generator.integers(2, size=shape, dtype=np.int8)
+        reached += int((np.abs(signs @ sums) >= least).sum())
+    return reached / (resamples + 1)

@@ -6,11 +6,13 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
+
+import numpy as np
 
 from tokenprune.cost.ledger import FIGURES, WHOLE_FIGURES
 from tokenprune.errors import UserError
@@ -19,6 +21,9 @@ from tokenprune.experiments.common.files import sync_folder, writing
 
 __all__ = [
     "Journal",
+    "Sheet",
+    "Tally",
+    "lines",
 ]
 
 
@@ -80,7 +85,7 @@ class Journal:
                 self.failures.pop(cell, None)
                 self.missing.pop(row, None)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> Self:
         with writing(self.path):
             there = self.path.exists()
             # Unbuffered: when `write` returns, everything that it wrote is in the file.
@@ -128,11 +133,13 @@ class Journal:
             self.missing[cell, question] = failure
 
     def _append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write lines.  Raises `WriteError`; lines that were written completely stay."""
+        self.append(lines(records))
+
+    def append(self, text: bytes) -> None:
+        """Write `lines` of answers.  Raises `WriteError`; lines that were written stay."""
         if self._file is None:
             raise RuntimeError("the journal is not open; write to it inside `with journal:`")
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        view = memoryview(text.encode("utf-8", "backslashreplace"))
+        view = memoryview(text)
         with writing(self.path):
             try:
                 while view:  # a full disk or a pipe may accept only a part
@@ -161,6 +168,89 @@ class Journal:
             file.truncate(start)
         elif tail:
             file.write(b"\n")
+
+
+class Sheet(Journal):
+    """A journal in memory, of answers that are entered elsewhere."""
+
+    def __init__(
+        self, answered: Iterable[tuple[str, str]], missing: Mapping[tuple[str, str], Failure]
+    ) -> None:
+        """Begin with the rows that are ``answered`` and those that are ``missing``."""
+        self.path = Path(os.devnull)
+        self.answers = {row: {} for row in answered}
+        self.missing = dict(missing)
+        self.failures, self.unreadable = {}, 0
+        self.added: dict[str, dict[str, dict[str, Any]]] = {}
+        """Cell key to the new answers: question id to record."""
+
+    def add(self, cell: str, records: Mapping[str, dict[str, Any]]) -> None:
+        new = {q: r for q, r in records.items() if (cell, q) not in self.answers}
+        self.added.setdefault(cell, {}).update(new)
+        super().add(cell, records)
+
+    def _append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Nothing: whoever asked for the answers enters them."""
+
+
+class Tally(Journal):
+    """A journal that remembers which rows it holds, a byte each, instead of the answers.
+
+    Attributes:
+        rows: Cell key to (Q,) bool, whether each question is answered.
+    """
+
+    def __init__(self, path: Path, keys: Iterable[str], questions: Iterable[str]) -> None:
+        """Read ``path``, if it exists; rows of other ``keys`` or ``questions`` are not counted."""
+        self._places = {name: place for place, name in enumerate(questions)}
+        self.rows = {key: np.zeros(len(self._places), dtype=bool) for key in keys}
+        super().__init__(path)
+
+    @property
+    def done(self) -> int:
+        """Number of answers."""
+        return sum(int(row.sum()) for row in self.rows.values())
+
+    def answered(self, questions: Sequence[str]) -> frozenset[tuple[str, str]]:
+        """The rows of some questions that are answered."""
+        here = [self._places[name] for name in questions]
+        return frozenset(
+            (key, questions[place])
+            for key, row in self.rows.items()
+            for place in row[here].nonzero()[0].tolist()
+        )
+
+    def enter(self, key: str, questions: Sequence[str], text: bytes) -> None:
+        """Append the answers of cell ``key`` to ``questions``, as `lines` wrote them."""
+        self.append(text)
+        self._mark(key, questions)
+
+    def _mark(self, key: str, questions: Iterable[str]) -> None:
+        self.rows[key][[self._places[name] for name in questions]] = True
+        self.failures.pop(key, None)
+        for name in questions if self.missing else ():
+            self.missing.pop((key, name), None)
+
+    def _read(self, lines: Iterable[bytes]) -> None:
+        for line in lines:
+            record = _entry(line, {})
+            if record is None:
+                self.unreadable += 1
+                continue
+            key, question = record["cell"], record.get("question", "")
+            if "error" not in record:
+                if key in self.rows and question in self._places:
+                    self._mark(key, [question])
+            elif question:
+                self.missing[key, question] = Failure(record["error"], record["traceback"])
+            else:
+                self.failures[key] = Failure(record["error"], record["traceback"])
+
+
+def lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """The lines of a journal that hold ``records``."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _entry(line: bytes, known: dict[Any, tuple[str, Any]]) -> dict[str, Any] | None:
@@ -209,8 +299,8 @@ def _are_numbers(value: Any) -> bool:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("cell", "question", "answer", "error", "traceback"), _is_text),
-    **dict.fromkeys(("kl", *FIGURES), _is_number),
+    **dict.fromkeys(("cell", "question", "answer", "metric", "error", "traceback"), _is_text),
+    **dict.fromkeys(("kl", "score", *FIGURES), _is_number),
     **dict.fromkeys(WHOLE_FIGURES, _is_count),
     "visual_per_layer": _are_numbers,
 }

@@ -1,5 +1,6 @@
 """Limits of the numbers and of the prompts of a request."""
 
+import io
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ from PIL import Image
 
 from tokenprune.compatibility import check_length
 from tokenprune.errors import UserError, shown
-from tokenprune.experiments.common.questions import Picture, Question
+from tokenprune.experiments.common.questions import Encoded, Picture, Question
 from tokenprune.pipeline import Pipeline
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
 
 LIMITS: dict[str, tuple[int, int]] = {
     "batch_size": (1, 100_000),
+    "clients": (1, 1_000),
     "frames": (1, 100_000),
     "images": (1, 1_000_000),
     "layers": (1, 1_000),
@@ -65,7 +67,7 @@ def check_lengths(pipe: Pipeline, questions: Iterable[Question], new: int = 0) -
     Args:
         pipe: The model and its processor.
         questions: Their prompts are checked, with all visual tokens.
-        new: Tokens of the answer.
+        new: Tokens of an answer, unless its question has its own limit.
     """
     for item in with_long_ones(pipe, questions, new):
         if item.fault:
@@ -91,7 +93,7 @@ def with_long_ones(pipe: Pipeline, questions: Iterable[Question], new: int = 0) 
             if key not in seen:
                 seen[key] = _visual(pipe, item, sizes) + _text(pipe, item)
             try:
-                check_length(pipe.adapter.facts, seen[key], new)
+                check_length(pipe.adapter.facts, seen[key], item.max_new_tokens or new)
             except UserError as error:
                 item = replace(item, fault=str(error))
         found.append(item)
@@ -125,6 +127,7 @@ def _size(picture: Picture) -> tuple[int, int]:
     """(height, width) after EXIF rotation, from the header of the file."""
     if isinstance(picture.source, Image.Image):
         return picture.source.height, picture.source.width
-    with Image.open(picture.source) as image:
+    source = picture.source
+    with Image.open(io.BytesIO(source.read()) if isinstance(source, Encoded) else source) as image:
         turned = image.getexif().get(_ORIENTATION, 1) >= 5
         return (image.width, image.height) if turned else (image.height, image.width)

@@ -21,24 +21,30 @@ from tokenprune.console import (
     complete_word,
 )
 from tokenprune.models import testbed
-from tokenprune.models.published import KNOWN
+from tokenprune.models.published import KNOWN, hub_id
 
 if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
     from tokenprune.experiments.common.request import FigureOptions
 
 __all__ = [
+    "Attn",
     "BatchSize",
+    "Benchmark",
     "Config",
     "Data",
     "Device",
+    "DeviceMap",
     "Dtype",
     "Force",
     "Formats",
+    "GpusPerWorker",
     "ImageSize",
     "Images",
+    "LogFile",
     "MaxImagePixels",
     "MaxNewTokens",
+    "Metric",
     "Modality",
     "Model",
     "NoTitle",
@@ -46,11 +52,20 @@ __all__ = [
     "Patches",
     "Plugin",
     "Prompt",
+    "Quantize",
     "Questions",
+    "Ray",
+    "Revision",
+    "Root",
     "Seed",
+    "Split",
+    "Suffix",
+    "System",
+    "Template",
     "TextTokens",
     "TrustRemoteCode",
     "Width",
+    "Workers",
     "closing",
     "figures",
     "gaps",
@@ -58,6 +73,7 @@ __all__ = [
     "interrupted",
     "methods",
     "missing",
+    "resolved",
     "retention",
     "stoppable",
     "written",
@@ -84,25 +100,97 @@ def retention(default: str) -> Any:
     return typer.Option("--retention", "-r", metavar="R...", help=text)
 
 
+def resolved(context: typer.Context, model: str | None) -> str | None:
+    """The Hub id of a published model that is called by its name alone, which is printed.
+
+    Every other name, and that of a folder, stays as it is.
+    """
+    found = None if model is None or context.resilient_parsing else hub_id(model)
+    if model is None or found is None or Path(model).is_dir():
+        return model
+    typer.echo(f"{model} is {found} on the Hugging Face Hub.", err=True)
+    return found
+
+
 Model = Annotated[
     str,
     typer.Option(
         metavar="MODEL",
-        help="Embedded testbed, Hugging Face Hub id or local folder.",
-        autocompletion=complete_word(*testbed.names()),
+        help="Embedded testbed, Hugging Face Hub id, local folder, or the name of a published "
+        "model, such as llava-v1.6-vicuna-7b.",
+        autocompletion=complete_word(*testbed.names(), *KNOWN),
+        callback=resolved,
     ),
 ]
 
 
 Questions = Annotated[
     int | None,
-    typer.Option(help="Number of questions. [default: 500 of the testbed, or all of --data]"),
+    typer.Option(
+        help="Number of questions; of your own data, a sample drawn with --seed. [default: 500 of "
+        "the testbed, or all]"
+    ),
 ]
 
 
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="File of questions in JSON lines, as for compare."),
+    typer.Option(metavar="PATH", help="File or folder of questions, as for compare."),
+]
+
+
+Benchmark = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The files of a benchmark in --root, with its metric and usual suffix: chartqa, "
+        "docvqa, gqa, mmbench, pope, scienceqa, textvqa or vqav2.",
+        autocompletion=complete_word(
+            "chartqa", "docvqa", "gqa", "mmbench", "pope", "scienceqa", "textvqa", "vqav2"
+        ),
+    ),
+]
+
+
+Root = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Folder with the files of --benchmark.")
+]
+
+
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Split of --benchmark, or of a folder with several. [default: the usual one]",
+    ),
+]
+
+
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Text of every prompt; {question} and {choices} mark places. [default: the question, "
+        "then its choices, one a line]",
+    ),
+]
+
+
+Suffix = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help='Last line of every prompt, such as "Answer with a single word." [default: that of '
+        "--benchmark, or none]",
+    ),
+]
+
+
+System = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="System message. [default: that of the model's chat template, or none]"
+    ),
 ]
 
 
@@ -121,7 +209,8 @@ Prompt = Annotated[
     typer.Option(
         "--prompt",
         metavar="TEXT",
-        help='The question about images that come without one. [default: "What is in the image?"]',
+        help='The question about images that come without one. [default: "What is in the image?" '
+        "about images that are not in --data]",
     ),
 ]
 
@@ -132,7 +221,10 @@ BatchSize = Annotated[
 ]
 
 
-Seed = Annotated[int, typer.Option(help="Seed of the testbed's questions and of the bootstrap.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the testbed's questions, of samples and of the bootstrap."),
+]
 
 
 Device = Annotated[
@@ -142,6 +234,43 @@ Device = Annotated[
         help="cpu, cuda, cuda:1, ... [default: cuda if available]",
         autocompletion=complete_word("cpu", "cuda"),
     ),
+]
+
+
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|balanced|...",
+        help="Distribute the layers over all devices, as accelerate does, in place of --device.",
+        autocompletion=complete_word("auto", "balanced", "balanced_low_0", "sequential"),
+    ),
+]
+
+
+Attn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="sdpa|eager|...",
+        help="Attention kernel: sdpa, eager, flash_attention_2 or flash_attention_3. [default: "
+        "that of transformers]",
+        autocompletion=complete_word("eager", "flash_attention_2", "flash_attention_3", "sdpa"),
+    ),
+]
+
+
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="4bit|8bit",
+        help="Quantise the linear layers of the language model with bitsandbytes.",
+        autocompletion=complete_word("4bit", "8bit"),
+    ),
+]
+
+
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the Hub."),
 ]
 
 
@@ -165,12 +294,63 @@ Out = Annotated[
 ]
 
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Compute on the workers of a Ray cluster: of this machine (without an address), of "
+        "the cluster that it belongs to (auto), or at an address. Needs the extra ray.",
+        autocompletion=complete_word("auto", "local"),
+    ),
+]
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --ray: number of workers, each with the model. [default: as many as fit]",
+    ),
+]
+
+
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="With --ray: GPUs of each worker, such as 0.5. [default: 1 where there are GPUs]",
+    ),
+]
+
+
+LogFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Append a line a minute, with the time, and warnings."),
+]
+
+
 Force = Annotated[
     bool, typer.Option("--force", help="Replace the earlier result of this command in --out.")
 ]
 
 
 MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")]
+
+
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME|MODULE:FUNCTION",
+        help="Score all answers by this metric: exact, vqa, anls, relaxed, choice, yes-no, iou, "
+        "contains, or your own, whose module is executed. [default: metric of the data file, "
+        "choice for questions with choices, otherwise exact]",
+        autocompletion=complete_word(
+            "anls", "choice", "contains", "exact", "iou", "relaxed", "vqa", "yes-no"
+        ),
+    ),
+]
 
 
 MaxImagePixels = Annotated[

@@ -17,8 +17,11 @@ from tokenprune.experiments.common.questions import (
     Picture,
     Question,
     check_text,
-    read_jsonl,
 )
+from tokenprune.experiments.datasets.benchmarks import benchmark_records
+from tokenprune.experiments.datasets.files import records_of
+from tokenprune.experiments.datasets.records import Asked, questions_of, sampled
+from tokenprune.experiments.datasets.wording import PLAIN, Wording
 from tokenprune.texts import is_remote
 
 __all__ = [
@@ -35,7 +38,7 @@ PROMPT = "What is in the image?"
 """The question about images that come without one."""
 
 
-_DATA = (".jsonl", ".json", ".ndjson")
+_DATA = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def own_questions(
@@ -43,41 +46,59 @@ def own_questions(
     data: Path | None,
     prompt: str | None = None,
     *,
+    benchmark: str | None = None,
+    root: Path | None = None,
+    split: str | None = None,
     count: int | None = None,
+    seed: int | None = None,
     modality: Modality | None = None,
     check_images: bool = True,
     keep_faulty: bool = False,
     needs_answers: bool = False,
+    wording: Wording = PLAIN,
 ) -> list[Question]:
-    """The questions of a data file, or one question about each of a user's images.
+    """The questions of a data set, or one question about each of a user's images.
 
     Args:
         paths: Image files, folders and patterns (`image_files`).  Their questions have no true
             answer.
-        data: A file of questions (`questions.read_jsonl`), instead of ``paths``.
+        data: A file or folder of questions (`files.records_of`), instead of ``paths``.
         prompt: The question about images that come without one; None for `PROMPT` with ``paths``.
+        benchmark, root: The name of a benchmark and the folder with its files
+            (`benchmarks.benchmark_records`), instead of ``data``.
+        split: The split of ``data`` or of the benchmark.
         count: The number of questions; None for all.
-        modality: As in `read_jsonl`; ``paths`` are single images.
-        check_images: Whether to decode the images; otherwise they may be missing.
-        keep_faulty: As in `read_jsonl`.
-        needs_answers: Whether every line of ``data`` must have a true answer.
+        seed: Seed of the sample of ``count`` questions; None for the first ones.
+        modality, check_images, keep_faulty: As in `records.Asked`; ``paths`` are single images.
+        needs_answers: Whether every question of ``data`` must have a true answer.
+        wording: What becomes of a question.
 
     Raises:
-        UserError: As `read_jsonl` and `image_files`, or ``paths`` and ``data`` are both given.
+        UserError: As `questions_of`, `records_of`, `benchmark_records` and `image_files`; several
+            of ``paths``, ``data`` and ``benchmark`` are given; or ``benchmark`` without ``root``.
     """
     check_prompt(prompt)
-    if paths and data is not None:
-        raise UserError("give either images or --data, not both.")
+    _check_sources(paths, data, benchmark, root, split)
+    asked = Asked(
+        count=count,
+        modality=modality,
+        seed=seed,
+        check_images=check_images,
+        keep_faulty=keep_faulty,
+        prompt=prompt,
+        needs_answers=needs_answers,
+        wording=wording,
+    )
+    if benchmark is not None and root is not None:
+        return questions_of(benchmark_records(benchmark, root, split), asked)
     if data is not None:
-        return read_jsonl(
-            data,
-            count,
-            modality,
-            check_images=check_images,
-            keep_faulty=keep_faulty,
-            prompt=prompt,
-            needs_answers=needs_answers,
-        )
+        return questions_of(records_of(data, split), asked)
+    return _about_images(paths, asked)
+
+
+def _about_images(paths: Sequence[str | Path], asked: Asked) -> list[Question]:
+    """One question about each image.  Raises `UserError`."""
+    modality, count = asked.modality, asked.count
     if modality not in (None, "image"):
         raise UserError(
             f"images of your own are single images, not of the modality {modality}; write videos "
@@ -89,13 +110,33 @@ def own_questions(
             f"there are {len(files)} images, fewer than the {count} asked for; leave the number "
             "out to use all."
         )
-    files = files[:count]
-    pictures = [Picture(name, file) for name, file in zip(_names(files), files, strict=True)]
-    faults = {picture.id: _fault(picture, keep_faulty) for picture in pictures if check_images}
-    return [
-        Question(one.id, (one,), prompt or PROMPT, "", fault=faults.get(one.id, ""))
-        for one in pictures
-    ]
+    named = [Picture(name, file) for name, file in zip(_names(files), files, strict=True)]
+    pictures = sampled(named, count, asked.seed, lambda one: one.id)
+    keep = asked.keep_faulty
+    faults = {picture.id: _fault(picture, keep) for picture in pictures if asked.check_images}
+    text = asked.wording.applied(asked.prompt or PROMPT)
+    return [Question(one.id, (one,), text, "", fault=faults.get(one.id, "")) for one in pictures]
+
+
+def _check_sources(
+    paths: Sequence[str | Path],
+    data: Path | None,
+    benchmark: str | None,
+    root: Path | None,
+    split: str | None,
+) -> None:
+    """Raise `UserError` unless one source of questions is given, with what belongs to it."""
+    if paths and data is not None:
+        raise UserError("give either images or --data, not both.")
+    if benchmark is not None and (paths or data is not None):
+        raise UserError("give --benchmark without images and --data.")
+    if (benchmark is None) != (root is None):
+        raise UserError(
+            "--benchmark and --root belong together: the name of a benchmark and the folder with "
+            "its files."
+        )
+    if split is not None and benchmark is None and data is None:
+        raise UserError("--split is for --data and --benchmark; give one of them.")
 
 
 def check_prompt(prompt: str | None) -> None:

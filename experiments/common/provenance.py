@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DECISIVE",
+    "ENGINE",
     "Files",
     "answer_files",
     "code_files",
@@ -32,8 +35,10 @@ __all__ = [
     "compiled",
     "digests",
     "environment",
+    "functions_in",
     "git_state",
     "model_files",
+    "split_code",
 ]
 
 
@@ -56,13 +61,14 @@ _NOT_DECISIVE = {
             *("answers", "bench", "cells", "conversion", "csv_files", "files", "glyphs"),
             "journal",
             *("patch_boxes", "plots", "prompt", "provenance", "reading", "run_folder"),
-            *("intervals", "summary"),
+            *("intervals", "summary", "times", "timing"),
         )
     ),
     *(
         f"tokenprune.experiments.{name}"
         for name in (
-            *("compare.figures", "compare.matching", "efficiency.figures", "efficiency.run"),
+            *("compare.figures", "compare.growing", "compare.matching", "compare.measuring"),
+            *("efficiency.figures", "efficiency.run"),
             *("positional_bias.figures", "positional_bias.estimates"),
         )
     ),
@@ -87,7 +93,8 @@ _RUN = ("manifest.json", "answers.jsonl")
 _PLAIN = (bool, int, float, str, tuple)  # constants that code without a file may use
 
 
-_ENGINE = "tokenprune.engine.session"  # loaded on first use, so no import statement leads to it
+ENGINE = "tokenprune.engine.session"
+"""A module that every answer needs; it is loaded on first use, so no import leads to it."""
 
 
 def answer_files(
@@ -105,7 +112,7 @@ def answer_files(
     Returns:
         The groups ``weights``, ``processor`` and ``code``.
     """
-    return {**model_files(model), "code": code_files(compressors, {*others, _ENGINE})}
+    return {**model_files(model), "code": code_files(compressors, {*others, ENGINE})}
 
 
 def digests(files: Mapping[str, Files]) -> dict[str, str | None]:
@@ -162,15 +169,88 @@ def code_files(compressors: Iterable[Compressor], others: Iterable[type | str] =
         compressors: The compressors.
         others: Further classes, and names of modules.
     """
-    found: dict[str, Path] = {}
+    core, own = split_code({"": list(compressors)}, others)
+    return dict(sorted({**core, **own[""]}.items()))
+
+
+def split_code(
+    methods: Mapping[str, Iterable[Compressor]], others: Iterable[type | str] = ()
+) -> tuple[Files, dict[str, Files]]:
+    """The `code_files` of all answers, and of each method those that it needs besides.
+
+    Args:
+        methods: Name to the compressors of a method.
+        others: Code that every answer depends on, as for `code_files`.
+
+    Returns:
+        The files of ``others``, and for each name its further files.
+    """
+    core: dict[str, Path] = {}
     seen = set(_NOT_DECISIVE)
-    compressors = list(compressors)
-    for name in code_roots(compressors, others):
-        _follow(name, found, seen)
-    files = {name: _digest(path) for name, path in sorted(found.items())}
-    kinds = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
-    typed = [kind for kind in kinds if _home(kind.__module__.partition(".")[0]) is None]
-    return files | compiled([kind for kind in typed if kind.__module__ in sys.modules])
+    for name in code_roots([], others):
+        _follow(name, core, seen)
+    found: dict[str, Files] = {}
+    known: dict[tuple[str, ...], Files] = {}
+    for label, some in methods.items():
+        compressors = list(some)
+        roots = tuple(code_roots(compressors))
+        if roots not in known:
+            paths: dict[str, Path] = {}
+            finished = set(seen)
+            for name in roots:
+                _follow(name, paths, finished)
+            known[roots] = _digests_of(paths)
+        kinds = {kind for one in compressors for part in one.parts() for kind in _kinds(part)}
+        typed = [kind for kind in kinds if _home(kind.__module__.partition(".")[0]) is None]
+        found[label] = known[roots] | compiled(
+            [kind for kind in typed if kind.__module__ in sys.modules]
+        )
+    return _digests_of(core), found
+
+
+def _digests_of(paths: Mapping[str, Path]) -> Files:
+    return {name: _digest(path) for name, path in sorted(paths.items())}
+
+
+def functions_in(files: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Name of a source file to the checksums of its functions, by qualified name.
+
+    The rest of the file, outside functions, has an empty name.  A difference of two files is named
+    with them; `code_files` decides whether there is one.
+
+    Args:
+        files: As `code_files` names them.
+    """
+    found = {}
+    for name in files:
+        home = _home(name.partition("/")[0].removesuffix(".py"))
+        path = home / name if home is not None else Path()
+        if path.suffix == ".py" and path.is_file():
+            found[name] = _checksums(path, path.stat().st_mtime_ns)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _checksums(path: Path, _modified: int) -> dict[str, str]:
+    source = path.read_bytes()
+    lines = source.splitlines()
+    found: dict[str, str] = {}
+    pending: list[tuple[str, ast.stmt]] = [("", one) for one in ast.parse(source).body]
+    rest = set(range(len(lines)))
+    while pending:
+        prefix, node = pending.pop()
+        if isinstance(node, ast.ClassDef):
+            pending += [(f"{prefix}{node.name}.", one) for one in node.body]
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)]) - 1
+            span = range(first, node.end_lineno or node.lineno)
+            rest -= set(span)
+            found[f"{prefix}{node.name}"] = _checksum(lines[at] for at in span)
+    return found | {"": _checksum(lines[at] for at in sorted(rest))}
+
+
+def _checksum(lines: Iterable[bytes]) -> str:
+    return f"{zlib.crc32(b''.join(line.rstrip() + b' ' for line in lines)):08x}"
 
 
 def code_roots(compressors: Iterable[Compressor], others: Iterable[type | str] = ()) -> list[str]:

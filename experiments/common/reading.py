@@ -5,7 +5,7 @@ Tables are made from the journal, or from ``answers.parquet`` if it is up to dat
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.answers import answers_frame, read_answers
+from tokenprune.experiments.common.answers import answers_frame, read_answers, rescored
 from tokenprune.experiments.common.cells import Cell, CellRecord, Matched, without_seed
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.journal import Journal
@@ -28,12 +28,15 @@ from tokenprune.experiments.common.questions import (
 )
 from tokenprune.experiments.common.references import references
 from tokenprune.experiments.common.run_folder import manifests
+from tokenprune.experiments.datasets.wording import Wording
+from tokenprune.experiments.metrics import with_metric
 
 __all__ = [
     "answers_of",
     "cells_of",
     "check_folder",
     "experiment_of",
+    "joined",
     "journaled",
     "manifest_of",
     "place_of",
@@ -80,10 +83,16 @@ class _Asked(_Experiment):
 class _Request(_Part):
     data: str | None = None
     paths: list[str] = []
+    benchmark: str | None = None
+    root: str | None = None
+    split: str | None = None
     prompt: str | None = None
+    template: str | None = None
+    suffix: str | None = None
     modality: Modality | None = None
     questions: Annotated[int, Field(ge=1)] | None = None
     seeds: Annotated[int, Field(ge=1)] = 1
+    metric: str | None = None
 
 
 class _Session(_Part):
@@ -124,6 +133,7 @@ class _Manifest(_Part):
     experiment: _Asked
     cells: list[_Cell] = []
     request: _Request | None = None
+    requests: list[_Request] = []
     model_folder: str | None = None
     status: str = "unknown"
     sessions: list[_Session] = []
@@ -201,32 +211,23 @@ def questions_of(
         manifest: Its manifest (`manifest_of`).
         journal: Its journal.
         notes: Receives a sentence for everything that is missing.
-        moved: New path of the data file; if given, an unreadable file raises `UserError`.
+        moved: New path of the data file, or of the folder of the benchmark; if given, an
+            unreadable one raises `UserError`.
     """
-    asked = manifest.get("request") or {}
     experiment = manifest["experiment"]
-    file, paths = moved or asked.get("data"), asked.get("paths") or []
-    if file is None and not paths:
-        count, answered = experiment["questions"], len({name for _, name in journal.answers})
-        if count > max(_MANY, 2 * answered):
-            notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
+    requests = manifest.get("requests") or [manifest.get("request") or {}]
+    own = any(one.get(name) for one in requests for name in ("data", "paths", "benchmark"))
+    if not own and len({one.get("modality") for one in requests}) == 1:
+        requests = requests[-1:]  # the testbed's first questions, as many as were asked at most
+    found: list[Question] = []
+    for asked in requests:
+        count = experiment["questions"]
+        if len(requests) > 1:
+            count = asked.get("questions") or count
+        some = _asked(folder, asked, (count, experiment["seed"]), journal, notes, moved)
+        if some is None:
             return None
-        found = held_out(count, experiment["seed"], asked.get("modality") or "image")
-    else:
-        try:
-            found = own_questions(
-                [] if file else [place_of(folder, path) for path in paths],
-                moved or (place_of(folder, str(file)) if file else None),
-                asked.get("prompt"),
-                count=asked.get("questions"),
-                modality=asked.get("modality"),
-                check_images=False,
-            )
-        except UserError as error:
-            if moved is not None:
-                raise
-            notes.append(f"No images: {error} Where it was moved, give its place with --data.")
-            return None
+        found = joined(found, some)
     try:
         same = fingerprint(found) == experiment["data"]
     except (OSError, UserError):
@@ -234,7 +235,79 @@ def questions_of(
     else:
         if not same:
             notes.append("The questions or images have changed since the run.")
-    return found
+    metric = requests[-1].get("metric")  # nothing that a run folder names is imported
+    return found if metric is None else [replace(item, metric=metric) for item in found]
+
+
+def _own_questions(
+    folder: Path, asked: Mapping[str, Any], drawn: int, moved: Path | None
+) -> list[Question]:
+    """The questions of a request that are not the testbed's; ``drawn`` is the seed of the sample.
+
+    Raises `UserError`.
+    """
+    file, root, benchmark = asked.get("data"), asked.get("root"), asked.get("benchmark")
+    data = place_of(folder, str(file)) if file else None
+    if benchmark is not None:
+        data, root = None, moved or place_of(folder, str(root))
+    elif moved is not None:
+        data = moved
+    return own_questions(
+        [] if data or benchmark else [place_of(folder, path) for path in asked.get("paths") or []],
+        data,
+        asked.get("prompt"),
+        benchmark=benchmark,
+        root=root,
+        split=asked.get("split"),
+        count=asked.get("questions"),
+        # Older runs asked the first questions of a file.
+        seed=drawn if "suffix" in asked else None,
+        modality=asked.get("modality"),
+        check_images=False,
+        wording=Wording(asked.get("template"), asked.get("suffix")),
+    )
+
+
+def joined(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
+    """The questions of both, each once: in the order of ``second`` if it has them all."""
+    names = {item.id for item in second}
+    if names.issuperset(item.id for item in first):
+        return list(second)
+    known = {item.id for item in first}
+    return [*first, *(item for item in second if item.id not in known)]
+
+
+def _asked(
+    folder: Path,
+    asked: Mapping[str, Any],
+    testbed: tuple[int, int],
+    journal: Journal,
+    notes: list[str],
+    moved: Path | None,
+) -> list[Question] | None:
+    """The questions of one request of a run; other arguments as for `questions_of`.
+
+    Args:
+        asked: The request, as the manifest stores it.
+        testbed: Number of the testbed's questions, and their seed.
+    """
+    file, paths = moved or asked.get("data"), asked.get("paths") or []
+    count, seed = testbed
+    if file is None and not paths and asked.get("benchmark") is None:
+        answered = len({name for _, name in journal.answers})
+        if count > max(_MANY, 2 * answered):
+            notes.append(f"The manifest asks for {count} questions; {answered} were answered.")
+            return None
+        found = held_out(count, seed, asked.get("modality") or "image")
+        wording = Wording(asked.get("template"), asked.get("suffix"))
+        return [replace(item, question=wording.applied(item.question)) for item in found]
+    try:
+        return _own_questions(folder, asked, seed, moved)
+    except UserError as error:
+        if moved is not None:
+            raise
+        notes.append(f"No images: {error} Where it was moved, give its place with --data.")
+        return None
 
 
 def place_of(folder: Path, file: str) -> Path:
@@ -290,15 +363,16 @@ def _columns(experiment: Mapping[str, Any], seeds: int) -> Iterator[Cell]:
         yield replace(cell, pooled=pooled)
 
 
-def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
+def answers_of(folder: Path, notes: list[str], metric: str | None = None) -> pd.DataFrame:
     """The answers of a run: ``answers.parquet``, or the journal if it has grown since.
 
     Args:
         folder: The run folder.
         notes: Receives a sentence if answers are missing from the result.
+        metric: Scores the answers instead of the metric of the run (`metrics.with_metric`).
 
     Raises:
-        UserError: No answers can be read.
+        UserError: No answers can be read, or the metric is unknown or cannot score them.
     """
     check_folder(folder)
     try:
@@ -309,10 +383,11 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
     size = file.stat().st_size if file.is_file() else None
     # If the journal is shorter than when the table was made, it has lost answers of the table.
     if table is not None and (size is None or table.attrs.get("journal", size) >= size):
-        return table
+        return rescored(table, metric)
     try:
         manifest, journal = manifest_of(folder), Journal(file)
-        return journaled(manifest, questions_of(folder, manifest, journal, []), journal)
+        questions = questions_of(folder, manifest, journal, [])
+        return journaled(manifest, questions and with_metric(questions, metric), journal)
     except UserError as error:
         if table is None:
             raise wrong or error from None
@@ -320,4 +395,4 @@ def answers_of(folder: Path, notes: list[str]) -> pd.DataFrame:
             f"answers.parquet of {folder} is older than the journal; the command that made the "
             "folder brings it up to date."
         )
-        return table
+        return rescored(table, metric)

@@ -5,6 +5,7 @@
 ``answers.parquet``  tidy: one row per model, method, parameters, retention and question
 ``summary.csv``      one row per method, retention and question kind (`summary.summarise`)
 ``plots/``
+``answers-before.jsonl``  entries of methods whose code has changed since; only in a run that grew
 
 Everything else in the folder can be made again from the journal.
 """
@@ -17,7 +18,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -37,13 +38,18 @@ from tokenprune.experiments.common.files import (
 )
 
 __all__ = [
+    "BEFORE",
     "IMAGE_FREE",
     "THUMBNAIL_ONLY",
     "UNCOMPRESSED",
+    "Growth",
     "RunFolder",
     "asked_for",
+    "core_code",
+    "disagreements",
     "folder_name",
     "manifests",
+    "named_files",
     "stored_path",
 ]
 
@@ -56,13 +62,39 @@ UNCOMPRESSED, THUMBNAIL_ONLY, IMAGE_FREE = "uncompressed", "thumbnail-only", "im
 _MANIFESTS = ("manifest.json", "manifest.backup.json")
 
 
+BEFORE = "answers-before.jsonl"
+
+
 _NAMED = 10  # number of files that an error names
 
 
 _SAID = 60  # characters of a value that an error quotes
 
 
+_FUNCTIONS = 3  # number of functions of a file that an error names
+
+
 _DIFFERENCES = 4  # number of differences between two experiments that an error names
+
+
+_GROWS = ("methods", "retention", "references", "questions", "modality", "data", "match", "code")
+"""What may differ between an experiment and the run that it is added to.
+
+The code that all answers depend on may not (`core_code`).
+"""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What an experiment adds to the run in its folder.
+
+    Attributes:
+        earlier: The experiment in the folder, to which the new one adds.
+        changed: Keys of the cells whose answers no longer count.
+    """
+
+    earlier: Mapping[str, Any]
+    changed: Collection[str] = ()
 
 
 @dataclass
@@ -81,16 +113,22 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: Path, experiment: Mapping[str, Any], details: Mapping[str, Any]
+        cls,
+        path: Path,
+        experiment: Mapping[str, Any],
+        details: Mapping[str, Any],
+        growth: Growth | None = None,
     ) -> "RunFolder":
         """Create the folder of ``experiment``, or open the one that holds it.
 
         No other process can open the folder until `close`.
 
         Args:
+            path: The folder.
             experiment: Everything that the answers depend on; JSON-serialisable.
             details: More entries of the manifest, e.g. versions and command line; ``files`` holds
                 what fingerprints are made of (`provenance.answer_files`).
+            growth: What ``experiment``, which includes the one in the folder, adds to it.
 
         Raises:
             UserError: The folder cannot be written, holds another experiment or files that are not
@@ -103,23 +141,19 @@ class RunFolder:
         try:
             manifest = _manifest(path)
             experiment = json.loads(json.dumps(experiment))  # as it is when read back
-            differences = list(
-                _differences(
-                    manifest.get("experiment", experiment),
-                    experiment,
-                    manifest.get("files"),
-                    details.get("files"),
-                )
-            )
+            there = {"experiment": experiment, **manifest}
+            if growth is not None and there["experiment"] != growth.earlier:
+                raise UserError(f"{path} has changed in the meantime; give the command again.")
+            here = {**details, "experiment": experiment}
+            differences = disagreements(there, here, growing=growth is not None)
             if differences:
-                more = len(differences) - _DIFFERENCES
-                if more > 0:
-                    differences[_DIFFERENCES:] = [f"and {more} more differences"]
                 raise UserError(
-                    f"{path} holds another experiment ({'; '.join(differences)}); choose another "
-                    "--out, or ask for the same again to resume it."
+                    f"{path} holds another experiment ({differences}); choose another --out, or "
+                    "ask for the same again to resume it."
                 )
             sweep(path, below=True)
+            if growth is not None and growth.changed:  # the old manifest still tells that they are
+                _set_aside(path, growth.changed)
             _end_killed(manifest, path)
             manifest |= {"status": "running", "experiment": experiment, **details}
             manifest.setdefault("sessions", []).append({"started": _now(), "status": "running"})
@@ -167,6 +201,65 @@ class RunFolder:
             self.write_manifest()
         finally:
             _unlock(self._lock)
+
+
+def disagreements(
+    there: Mapping[str, Any], here: Mapping[str, Any], *, growing: bool = False
+) -> str:
+    """What differs between the experiments of two manifests, in words; empty if nothing.
+
+    Args:
+        there, here: The manifests; ``files`` and ``functions`` name what differs in fingerprints.
+        growing: Whether the one adds to the other, so that `_GROWS` may differ.
+    """
+    old, new = there["experiment"], here["experiment"]
+    if growing:
+        old, new = ({k: v for k, v in one.items() if k not in _GROWS} for one in (old, new))
+        if core_code(there) != core_code(here):
+            old, new = old | {"code": "0" * 64}, new | {"code": "1" * 64}
+        there, here = _of_core(there), _of_core(here)
+    found = list(_differences(old, new, there, here))
+    more = len(found) - _DIFFERENCES
+    if more > 0:
+        found[_DIFFERENCES:] = [f"and {more} more differences"]
+    return "; ".join(found)
+
+
+def core_code(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of the code that all answers of a run depend on, without that of its methods."""
+    files: dict[str, str] = (manifest.get("files") or {}).get("code") or {}
+    own = manifest.get("own_code")
+    if own is None:  # an older run
+        methods = {name for name in files if name.startswith("tokenprune/strategies/")}
+    else:
+        methods = {name for named in own.values() for name in named}
+    return {name: digest for name, digest in files.items() if name not in methods}
+
+
+def _of_core(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    files = manifest.get("files") or {}
+    return {**manifest, "files": {**files, "code": core_code(manifest)}}
+
+
+def _set_aside(folder: Path, keys: Collection[str]) -> None:
+    """Move the entries of the cells ``keys`` from the journal to ``answers-before.jsonl``."""
+    journal = folder / "answers.jsonl"
+    if not journal.exists():
+        return
+    with (
+        journal.open("rb") as lines,
+        replace_file(journal) as temporary,
+        temporary.open("wb") as kept,
+        (folder / BEFORE).open("ab") as aside,
+    ):
+        for line in lines:
+            try:
+                old = json.loads(line)["cell"] in keys
+            except (ValueError, KeyError, TypeError, RecursionError):
+                old = False
+            (aside if old else kept).write(line)
+        aside.flush()
+        os.fsync(aside.fileno())  # before the journal is replaced
 
 
 def _lock(folder: Path) -> int | None:
@@ -258,6 +351,7 @@ def asked_for(request: Any, folder: Path) -> dict[str, Any]:
         *(word.replace(f"{here}{os.sep}", "") for word in sys.argv[1:]),
     ]
     asked = {name: entry(value) for name, value in dataclasses.asdict(request).items()}
+    asked.pop("cluster", None)  # where answers are computed does not change them
     return {"command": words, "request": asked}
 
 
@@ -282,28 +376,44 @@ def _followed(path: Path) -> str:
 
 
 def _differences(
-    there: Mapping[str, Any], here: Mapping[str, Any], *files: Mapping[str, Any] | None
+    there: Mapping[str, Any], here: Mapping[str, Any], *manifests: Mapping[str, Any]
 ) -> Iterator[str]:
-    """The fields that differ; of fingerprints, the ``files`` that differ."""
+    """The fields that differ; of fingerprints, the files and functions that differ."""
     for name in [*here, *(name for name in there if name not in here)]:
         old, new = there.get(name), here.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new)
         elif old != new:
             if isinstance(old, str) and isinstance(new, str) and len(old) == len(new) == 64:
-                named = [one.get(name) if isinstance(one, dict) else None for one in files]
-                yield f"other {name}{_differing_files(*named)}"
+                yield f"other {name}{_differing_files(name, *manifests)}"
             else:
                 yield f"{name}: {_say(old)} there, {_say(new)} here"
 
 
-def _differing_files(there: Any = None, here: Any = None) -> str:
-    """Name the files whose digests differ, the first few of them."""
-    if not isinstance(there, dict) or not isinstance(here, dict):
+def _differing_files(group: str, *manifests: Mapping[str, Any]) -> str:
+    """Name the files whose digests differ, the first few of them, and their functions."""
+    found: list[Any] = [(one.get("files") or {}).get(group) for one in manifests]
+    if len(found) != 2 or not all(isinstance(one, dict) for one in found):
         return ""
+    there, here = found
     names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return f": {named_files(names, *manifests)}" if names else ""
+
+
+def named_files(names: Sequence[str], *manifests: Mapping[str, Any]) -> str:
+    """The first few of the files ``names``, each with its functions that differ."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f": {', '.join(names[:_NAMED])}{more}" if names else ""
+    words = []
+    for name in names[:_NAMED]:
+        both: list[Any] = [(one.get("functions") or {}).get(name) for one in manifests]
+        if not all(isinstance(one, dict) for one in both):
+            words.append(name)
+            continue
+        old, new = both
+        parts = [one for one in sorted({*old, *new}) if one and old.get(one) != new.get(one)]
+        few = ", ".join(parts[:_FUNCTIONS]) + (", …" if len(parts) > _FUNCTIONS else "")
+        words.append(f"{name} ({few or 'outside functions'})")
+    return f"{', '.join(words)}{more}"
 
 
 def _say(value: Any) -> str:

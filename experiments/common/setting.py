@@ -1,13 +1,11 @@
 """The start of every experiment on questions: a loaded model and the questions."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
-
-import torch
 
 import tokenprune as tp
 from tokenprune.budget import check_retention
@@ -16,6 +14,7 @@ from tokenprune.experiments.common.deadline import check_time_limit
 from tokenprune.experiments.common.files import check_writable
 from tokenprune.experiments.common.grid import ALL, cells
 from tokenprune.experiments.common.limits import check_lengths, check_number, with_long_ones
+from tokenprune.experiments.common.loading import check_loading, load_arguments
 from tokenprune.experiments.common.own_images import with_answers
 from tokenprune.experiments.common.questions import (
     MODALITIES,
@@ -33,6 +32,7 @@ from tokenprune.experiments.common.request import (
 )
 from tokenprune.models import testbed
 from tokenprune.models.loading import without_weights
+from tokenprune.models.published import hub_id
 from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 
@@ -64,6 +64,7 @@ def prepare(
     *,
     keep_faulty: bool = False,
     needs_answers: bool = True,
+    load: Callable[[ModelRequest, ProgressCallback], Pipeline] | None = None,
 ) -> Setting:
     """Check the request, read the questions and load the model.
 
@@ -72,6 +73,7 @@ def prepare(
         progress: Called before every step.
         keep_faulty: As in `own_images.own_questions`.
         needs_answers: Whether all true answers must be known; otherwise, all or none.
+        load: Makes the pipeline; None for `load_model`.
 
     Raises:
         UserError: As `compare`.
@@ -81,9 +83,8 @@ def prepare(
         request, progress, keep_faulty=keep_faulty, needs_answers=needs_answers
     )
     with_answers(questions)
-    own = request.data is not None or bool(request.paths)
-    warn_about_testbed(request.model, own=own, shown={item.modality for item in questions})
-    return Setting(load_model(request, progress), questions)
+    warn_about_testbed(request.model, own=request.own, shown={item.modality for item in questions})
+    return Setting((load or load_model)(request, progress), questions)
 
 
 def warn_about_testbed(model: str, *, own: bool, shown: Collection[str] = ()) -> None:
@@ -122,22 +123,18 @@ def load_model(
     """The pipeline of the model of ``request``.
 
     Args:
-        request: The request, with model and device.
+        request: The request.
         progress: Called before the model is loaded.
         **options: Further arguments of `tokenprune.load`.
 
     Raises:
-        UserError: As `tokenprune.load`.
+        UserError: As `loading.check_loading` and `tokenprune.load`.
     """
-    progress(0, 0, f"loading {request.model}")
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return tp.load(
-        request.model,
-        device=device,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-        **options,
-    )
+    arguments = load_arguments(request)
+    progress(0, 0, f"loading {hub_id(request.model) or request.model}")
+    pipe = tp.load(request.model, **arguments, **options)
+    pipe.system = request.system
+    return pipe
 
 
 def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list[Question]:
@@ -152,7 +149,9 @@ def check(request: QuestionRequest, progress: ProgressCallback = silent) -> list
     """
     questions = checked_questions(request, progress)
     progress(0, 0, f"reading the processor of {request.model}")
-    pipe = without_weights(request.model)
+    places = {} if request.revision is None else {"revision": request.revision}
+    pipe = without_weights(request.model, trust_remote_code=request.trust_remote_code, **places)
+    pipe.system = request.system
     check_placeholders(questions, pipe)
     check_lengths(pipe, questions, request.max_new_tokens)
     return questions
@@ -193,6 +192,7 @@ def checked_questions(
     needs_answers: bool = True,
 ) -> list[Question]:
     """The questions of ``request``, after the checks that need no model."""
+    check_loading(request)
     for name in ("questions", "batch_size", "max_new_tokens", "seed"):
         check_number(name, getattr(request, name))
     if request.modality not in (None, *MODALITIES):

@@ -1,31 +1,37 @@
 """Accuracy per method and retention, and paired comparisons of methods."""
 
-from collections.abc import Hashable, Iterator, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tokenprune.cost.ledger import FIGURES
 from tokenprune.experiments.common.intervals import (
+    bootstrap_ratio,
     holm,
+    is_binary,
     mcnemar,
+    mean_score,
     paired_bootstrap,
-    proportion,
+    permutation,
     wilson,
+    wilson_around,
 )
+from tokenprune.experiments.common.names import OVERALL
+from tokenprune.experiments.metrics import metrics
 
 __all__ = [
     "OVERALL",
+    "aggregated",
     "compared",
     "pairs",
+    "scores",
     "summarise",
 ]
-
-
-OVERALL = "overall"
-"""The `kind` of a summary row over all questions."""
 
 
 _MATCH = ("match", "match_target")
@@ -37,10 +43,11 @@ _ENDS = {"difference": "", "low": "_low", "high": "_high", "p": "_p"}
 def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """One row per method, retention and question kind (and `OVERALL`), from ``answers.parquet``.
 
-    Accuracy and agreement have 95 % intervals (`proportion`), the mean divergence ``kl`` of the
-    answer token has that of a bootstrap.  ``vs_uncompressed`` and ``vs_uniform`` are differences of
-    accuracy from the uncompressed model and from `uniform` at the same retention ratio, or at the
-    same cost if costs are matched (`compared`).  Costs are means per question.
+    The accuracy is the mean score.  Accuracy and agreement have 95 % intervals (`mean_score`), the
+    mean divergence ``kl`` of the answer token has that of a bootstrap.  ``vs_uncompressed`` and
+    ``vs_uniform`` are differences of accuracy from the uncompressed model and from `uniform` at the
+    same retention ratio, or at the same cost if costs are matched (`compared`).  Costs are means
+    per question.
 
     ``easy_accuracy`` is the accuracy on questions that the model answers correctly without the
     image or from the thumbnail alone, ``hard_accuracy`` that on all others.  The two references
@@ -55,6 +62,9 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     scored.  If it failed on some questions only, ``missing`` is their number (of answers, with
     several seeds); figures are over the ``n`` others, and differences over the questions that both
     answered.
+
+    ``metric`` names the metrics.  Further columns are the figures of a set that they define
+    (`Metric.aggregates`), such as ``f1``, each with a bootstrap interval (`aggregated`).
     """
     missing = {name: pd.NA for name in ("kl", "easy") if name not in answers}
     answers = answers.assign(**missing).set_index("question_id")
@@ -72,17 +82,12 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
         # With matched costs, the uniform cell whose cost is the target.
         asked = cell["asked_retention"].iloc[0] if "asked_retention" in cell else retention
         references = {"vs_uncompressed": ("uncompressed", 1.0), "vs_uniform": ("uniform", asked)}
+        same = ("model", "method", "parameters", *_MATCH)
+        about: dict[Hashable, Any] = {name: cell[name].iloc[0] for name in same if name in cell}
+        about |= {"label": label, "retention": retention, "asked_retention": asked}
         failed = bool((cell["status"] == "failed").any())
         for kind in kinds:
-            same = ("model", "method", "parameters", *_MATCH)
-            row: dict[Hashable, Any] = {
-                **{name: cell[name].iloc[0] for name in same if name in cell},
-                "label": label,
-                "retention": retention,
-                "asked_retention": asked,
-                "kind": kind,
-                "status": "failed" if failed else "ok",
-            }
+            row = about | {"kind": kind, "status": "failed" if failed else "ok"}
             rows.append(row)
             if not failed:
                 part = parts[label, retention, kind]
@@ -91,7 +96,28 @@ def summarise(answers: pd.DataFrame, *, seed: int) -> pd.DataFrame:
                     other = parts.get((*which, kind))
                     if other is not None:
                         row |= _named(name, _compared(part, other, seed), _ENDS)
-    return pd.DataFrame(rows, columns=list(_columns()))
+    known = list(_columns())
+    return pd.DataFrame(rows, columns=[*known, *_beyond(rows, known)])
+
+
+def scores(answers: pd.DataFrame) -> pd.Series:
+    """The score of each answer, from 0 to 1; of older runs, whether it is correct."""
+    return answers["score" if "score" in answers else "correct"].astype("Float64")
+
+
+def aggregated(summary: pd.DataFrame) -> list[str]:
+    """The figures of a set in a summary beside the accuracy, such as ``f1``.
+
+    Args:
+        summary: As `summarise` returns it.
+    """
+    return [name for name in _beyond(summary.columns, list(_columns())) if f"{name}_low" in summary]
+
+
+def _beyond(found: Iterable[Any], known: Sequence[str]) -> list[str]:
+    """The columns that are not ``known``; ``found`` are rows or names."""
+    names = (name for one in found for name in (one if isinstance(one, dict) else [one]))
+    return [name for name in dict.fromkeys(names) if name not in known]
 
 
 def pairs(
@@ -132,12 +158,12 @@ def pairs(
 
 _COMPARED = (
     *("n", "first_accuracy", "second_accuracy"),
-    *("difference", "low", "high", "only_first", "only_second", "p"),
+    *("difference", "low", "high", "only_first", "only_second", "p", "test"),
 )
 
 
 def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Hashable, Any]:
-    """The difference of accuracies of two methods, on the questions that both answered.
+    """The difference of mean scores of two methods, on the questions that both answered.
 
     Args:
         first, second: Rows of ``answers.parquet``, of one method each.
@@ -146,8 +172,9 @@ def compared(first: pd.DataFrame, second: pd.DataFrame, *, seed: int) -> dict[Ha
     Returns:
         ``n`` questions, both accuracies, their ``difference`` with its 95 % bootstrap interval
         ``low`` to ``high`` (whole images resampled; if no question differs, Wilson's interval of 0
-        in n), how many questions ``only_first`` and ``only_second`` answered correctly, and the
-        p-value of McNemar's exact test; the last three only without several seeds.  Empty if either
+        in n), how many questions ``only_first`` and ``only_second`` answered better, and the
+        p-value of the ``test``: McNemar's exact one if all scores are 0 or 1, otherwise a
+        permutation of whole images; the last four only without several seeds.  Empty if either
         failed or no question is shared.
     """
     one, other = (_CellAnswers(answers.set_index("question_id")) for answers in (first, second))
@@ -170,8 +197,8 @@ class _CellAnswers:
 
     @cached_property
     def known(self) -> pd.Series:
-        """Whether each answer is correct, without failed questions, indexed by question."""
-        return self.answers["correct"].dropna().astype(float)
+        """The score of each answer, without failed questions, indexed by question."""
+        return scores(self.answers).dropna().astype(float)
 
     @cached_property
     def repeated(self) -> bool:
@@ -180,7 +207,7 @@ class _CellAnswers:
 
     @cached_property
     def right(self) -> pd.Series:
-        """The share of correct answers to each question."""
+        """The mean score of each question."""
         return self.known.groupby(level=0, sort=False).mean() if self.repeated else self.known
 
     @cached_property
@@ -212,10 +239,13 @@ def _compared(first: _CellAnswers, second: _CellAnswers, seed: int) -> dict[Hash
         "high": high,
     }
     if not (first.repeated or second.repeated):
+        binary = is_binary(mine) and is_binary(theirs)
+        images = first.images.reindex(shared)
         found |= {
             "only_first": int((mine > theirs).sum()),
             "only_second": int((mine < theirs).sum()),
-            "p": mcnemar(mine, theirs),
+            "p": mcnemar(mine, theirs) if binary else permutation(mine, theirs, images, seed=seed),
+            "test": "McNemar" if binary else "permutation",
         }
     return found
 
@@ -238,7 +268,7 @@ def _columns() -> Iterator[str]:
     yield from ("kl", "kl_low", "kl_high")
     for part in ("easy", "hard"):
         yield from (f"{part}_n", *(f"{part}_accuracy{end}" for end in ("", "_low", "_high")))
-    yield from ("seeds", "seed_spread")
+    yield from ("seeds", "seed_spread", "metric")
 
 
 def _only(cell: pd.DataFrame, kind: str) -> pd.DataFrame:
@@ -254,12 +284,13 @@ def _figures(part: _CellAnswers, seed: int) -> dict[Hashable, Any]:
     cell = cell[~lacking]
     easy, images = easy[~lacking], images[~lacking]
     figures["n"] = cell.index.nunique()
-    figures |= _share("accuracy", cell["correct"], images, seed)
+    graded = scores(cell)
+    figures |= _share("accuracy", graded, images, seed)
     figures |= _share("agreement", cell["agrees"], images, seed)
     for name, which in (("easy", easy.fillna(False)), ("hard", ~easy.fillna(True))):
         if easy.notna().any():
             figures[f"{name}_n"] = cell.index[which].nunique()
-        figures |= _share(f"{name}_accuracy", cell["correct"][which], images[which], seed)
+        figures |= _share(f"{name}_accuracy", graded[which], images[which], seed)
     known = cell["kl"].notna()
     if known.any():
         values = cell["kl"][known].astype(float)
@@ -270,15 +301,43 @@ def _figures(part: _CellAnswers, seed: int) -> dict[Hashable, Any]:
         figures |= {name: cell[name].mean() for name in FIGURES if name in cell}
         figures["seeds"] = cell["parameters"].nunique()
     if figures.get("seeds", 1) > 1:
-        each = cell["correct"].astype(float).groupby(cell["parameters"]).mean()
+        each = graded.astype(float).groupby(cell["parameters"]).mean()
         figures["seed_spread"] = each.std(ddof=1)
-    return figures
+    return figures | _aggregates(cell, graded, seed)
 
 
-def _share(name: str, right: pd.Series, images: pd.Series, seed: int) -> dict[Hashable, Any]:
-    known = right.notna()
+def _share(name: str, values: pd.Series, images: pd.Series, seed: int) -> dict[Hashable, Any]:
+    known = values.notna()
     if not known.any():
         return {}
-    right = right[known].astype(bool)
-    low, high = proportion(right, images[known], seed=seed)
-    return {name: right.mean(), f"{name}_low": low, f"{name}_high": high}
+    values = values[known].astype(float)
+    low, high = mean_score(values, images[known], seed=seed)
+    return {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
+
+
+def _aggregates(cell: pd.DataFrame, graded: pd.Series, seed: int) -> dict[Hashable, Any]:
+    """The metrics of a cell, and the figures that they define of a set."""
+    if "metric" not in cell:
+        return {}
+    cell = cell.assign(score=graded)[graded.notna()]
+    names = list(cell["metric"].dropna().unique())
+    figures: dict[Hashable, Any] = {"metric": ", ".join(names)} if names else {}
+    for metric in names:
+        if metric not in metrics.names():
+            if ":" not in metric:  # a function has no such figures
+                warnings.warn(
+                    f"the metric {metric!r} is not known here; its figures of a set are left out.",
+                    stacklevel=2,
+                )
+            continue
+        rows = cell[cell["metric"] == metric]
+        for name, (numerator, denominator) in metrics.get(metric)().aggregates(rows).items():
+            parts = [np.asarray(part, dtype=float) for part in (numerator, denominator)]
+            whole = parts[1].sum()
+            low, high = bootstrap_ratio(parts[0], parts[1], rows["image_id"], seed=seed)
+            value = parts[0].sum() / whole if whole else np.nan
+            if low == high and 0 <= value <= 1:  # equal answers are no certainty
+                trials = max(1, round(whole))
+                low, high = wilson_around(value * trials, trials)
+            figures |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return figures

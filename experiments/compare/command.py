@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from tokenprune.console import (
     FAILED,
@@ -20,16 +17,33 @@ from tokenprune.console import (
     app,
     as_exit_status,
     complete_word,
-    method_label,
-    new_table,
     progress,
     quiet,
 )
 from tokenprune.experiments.common import options
-from tokenprune.experiments.common.formatting import arrow, arrows
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    LOADING,
+    WORDING,
+    DrawingOptions,
+    JobOptions,
+    LoadingOptions,
+    WordingOptions,
+    grouped,
+)
+from tokenprune.experiments.common.published_models import published_model
+from tokenprune.experiments.compare.tables import (
+    beside_table,
+    matched_table,
+    misses,
+    realised_shares,
+    spreads,
+    tables,
+    times_table,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
-from tokenprune.units import flops_unit, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,14 +51,7 @@ if TYPE_CHECKING:
     from tokenprune.experiments.common.outcome import Outcome
     from tokenprune.experiments.common.request import CompareRequest
 
-__all__ = [
-    "compare",
-    "matched_table",
-    "tables",
-]
-
-
-_FAR = 0.02  # relative difference of a mean cost from the matched one that is not reported
+__all__ = ["compare"]
 
 
 _Methods = Annotated[
@@ -61,9 +68,10 @@ _Methods = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines: image (or images, or video, a list of frames), "
-        "question, answer, and optionally kind and id. Paths are relative to the file.",
+        metavar="PATH",
+        help="File of questions (JSON lines, .csv, .tsv or .parquet): image (or images, or video, "
+        "a list of frames), question, and answer or answers; or a folder with such a file, with "
+        "images in subfolders named after their answers, or of the package datasets.",
     ),
 ]
 
@@ -102,8 +110,30 @@ _Match = Annotated[
 ]
 
 
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Run folder. An earlier run in it is resumed, or gets further methods, retention "
+        "ratios and questions; options that are not given are as in that run. [default: a folder "
+        "in runs/, named after the options]",
+    ),
+]
+
+
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Also measure time and memory of every method on this device, for tokenprune choose.",
+    ),
+]
+
+
 @app.command(cls=ManyValues)
+@grouped
 def compare(
+    ctx: typer.Context,
     model: options.Model = "testbed-next",
     methods: _Methods = None,
     plugin: options.Plugin = None,
@@ -116,60 +146,86 @@ def compare(
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
     seeds: _Seeds = 1,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-    out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
+    out: _Out = None,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
+    metric: options.Metric = None,
     timeout_per_batch: _Timeout = None,
     match: _Match = None,
+    measure: _Measure = False,
 ) -> None:
     """Compare methods side by side on one model and one set of questions.
 
-    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, for every
-    method and for the references: the model without the image and with the thumbnail alone. Writes
-    every answer, a summary and plots to a folder. Ctrl-C keeps all answers; the same command
-    resumes the run.
+    Prints accuracy, agreement with and divergence from the uncompressed model, and cost, also of
+    the model without the image and with the thumbnail alone. Writes every answer, a summary and
+    plots to a folder. Ctrl-C keeps all answers; the same command resumes the run.
 
     Exit status: 0 done, 1 a method failed, 2 bad input, 130 interrupted.
     """
     with as_exit_status(), options.image_limit(max_image_pixels):
         import_plugins(plugin)
-        from tokenprune.experiments.common.request import METHODS, RETENTION, CompareRequest
-
-        request = CompareRequest(
+        request = _request(
+            methods,
+            retention,
             model=model,
-            methods=tuple(method_specs(methods)) if methods else METHODS,
-            retention=ratios(retention) if retention else RETENTION,
             questions=questions,
             data=data,
-            modality=modality,  # type: ignore[arg-type]  # checked with the rest
+            modality=modality,
             batch_size=batch_size,
             seed=seed,
             seeds=seeds,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
+            metric=metric,
             timeout_per_batch=timeout_per_batch,
-            match=match,  # type: ignore[arg-type]  # checked with the rest
+            match=match,
+            measure=measure,
         )
-        # With another limit, other images may be refused.
-        status = _check(request) if check else _compare(request, again=max_image_pixels is None)
+        request = replace(_in_folder(request, ctx), cluster=job.cluster)
+        status = _run(request, check, job.log_file, again=max_image_pixels is None)
     raise typer.Exit(status)
 
 
-def _check(request: CompareRequest) -> int:
+def _run(request: CompareRequest, check: bool, log: Path | None, *, again: bool) -> int:
+    """Check the questions or run the comparison; ``log`` and ``again`` are as for `_compare`."""
+    # With another limit of pixels, other images may be refused.
+    return _check(request, log) if check else _compare(request, log, again=again)
+
+
+def _request(
+    methods: list[str] | None, retention: list[str] | None, **others: Any
+) -> CompareRequest:
+    """The request with the methods and retention ratios that were given, and ``others``."""
+    from tokenprune.experiments.common.request import CompareRequest
+
+    if methods:
+        others["methods"] = tuple(method_specs(methods))
+    if retention:
+        others["retention"] = ratios(retention)
+    return CompareRequest(**others)
+
+
+def _in_folder(request: CompareRequest, ctx: typer.Context) -> CompareRequest:
+    """``request``, in which options that were not given are those of the run in its folder."""
+    from tokenprune.experiments.compare.finished import as_in_run
+
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, one in sources.items() if one is not None and one.name != "DEFAULT"}
+    return as_in_run(request, given)
+
+
+def _check(request: CompareRequest, log: Path | None) -> int:
     """Print what can be asked, and return the exit status."""
     from tokenprune.experiments.common.setting import check
 
     quiet()
-    with progress() as bar:
+    with progress(log) as bar:
         questions = check(request, bar)
     pictures = {picture.id for item in questions for picture in item.images}
     typer.echo(
@@ -179,17 +235,18 @@ def _check(request: CompareRequest) -> int:
     return OK
 
 
-def _compare(request: CompareRequest, *, again: bool = True) -> int:
+def _compare(request: CompareRequest, log: Path | None = None, *, again: bool = True) -> int:
     """Run the comparison, show it, and return the exit status.
 
     Args:
         request: What to compare.
+        log: As for `console.progress`.
         again: Whether a run that has all answers may be shown without loading the model.
     """
     from tokenprune.experiments.compare.finished import finished
 
     started = options.stoppable()
-    with progress() as bar:
+    with progress(log) as bar:
         outcome = finished(request, bar) if again else None
         if outcome is None:
             from tokenprune.experiments.compare.run import run
@@ -202,14 +259,27 @@ def _compare(request: CompareRequest, *, again: bool = True) -> int:
     console = Console()
     for table in tables(outcome.summary):
         console.print(table, "")
+    if published_model(request.model):
+        _show_published(outcome.summary, request.model, console)
     if request.match:
         _show_match(outcome.folder, console)
-    for words in _spreads(outcome.summary):
+    if "prefill_ms" in outcome.summary:
+        console.print(times_table(outcome.summary), "")
+    for words in (*realised_shares(outcome.summary), *spreads(outcome.summary)):
         typer.echo(words)
     for words in options.gaps(outcome):
         typer.echo(words)
     typer.echo(_closing_words(outcome, seconds))
     return FAILED if outcome.failures or outcome.missing else OK
+
+
+def _show_published(summary: pd.DataFrame, model: str, console: Console) -> None:
+    """What papers state about these methods on this model."""
+    from tokenprune.experiments.common.published import beside
+
+    found = beside(summary, model)
+    if found is not None:
+        console.print(beside_table(found), "")
 
 
 def _show_match(folder: Path, console: Console) -> None:
@@ -220,19 +290,8 @@ def _show_match(folder: Path, console: Console) -> None:
     found = realised(read_answers(folder))
     if len(found):
         console.print(matched_table(found), "")
-    for words in _misses(found):
+    for words in misses(found):
         typer.echo(words)
-
-
-def _spreads(summary: pd.DataFrame) -> Iterator[str]:
-    """A sentence for every method that ran with several seeds."""
-    from tokenprune.experiments.common.summary import OVERALL
-
-    for row in _rows(summary[(summary["kind"] == OVERALL) & (summary["seeds"] > 1)]):
-        yield (
-            f"{row['label']} at {row['retention']:g}: {row['seeds']:.0f} seeds, whose accuracies "
-            f"have a standard deviation of {100 * row['seed_spread']:.1f} points"
-        )
 
 
 def _closing_words(outcome: Outcome, seconds: float) -> str:
@@ -248,208 +307,3 @@ def _closing_words(outcome: Outcome, seconds: float) -> str:
         words += "\nWhy answers are missing is in manifest.json, tracebacks in answers.jsonl; the "
         words += "same command tries them again."
     return words
-
-
-def tables(summary: pd.DataFrame) -> Iterator[Table]:
-    """The comparison as tables of at most 80 columns: overall, then by kind of question."""
-    from tokenprune.experiments.common.summary import OVERALL
-
-    # At R = 1 all methods are the uncompressed model, which has a separate row.
-    rows = summary[(summary["retention"] < 1) | (summary["method"] == "uncompressed")]
-    rows = _by_requested(rows)
-    overall = rows[rows["kind"] == OVERALL]
-    unit, scale = flops_unit(overall["uncompressed_flops"].max())
-
-    table = new_table(
-        title="All questions",
-        caption=f"Accuracy in % with its 95 % confidence interval. {arrows(rows)} Same: "
-        "answers in % that equal those of the uncompressed model. Tokens: layer average of visual "
-        "tokens, with separators. FLOPs: prefill of the decoder, selection included."
-        + _matching(rows),
-    )
-    table.add_column("keep", justify="right")
-    table.add_column("method")
-    values = {"accuracy": None, "": None, "same": 2, "tokens": 3, unit: 1, "of all": 4}
-    for name, value in values.items():
-        table.add_column(name, justify="right", value=value)
-    for retention, group in overall.groupby("keep", sort=False):
-        for position, (_, row) in enumerate(group.iterrows()):
-            figures = ["FAILED", "", "", "", "", ""]
-            if row["status"] == "ok":
-                share = row["flops"] / row["uncompressed_flops"]
-                figures = [
-                    _accuracy(row, decimals=1),
-                    arrow(row),
-                    f"{100 * row['agreement']:.1f}",
-                    f"{row['layer_average']:.1f}",
-                    f"{row['flops'] / scale:.3g}",
-                    percent(share, 0),
-                ]
-            keep = "" if position else percent(float(str(retention)), None)
-            table.add_row(
-                keep, method_label(row["name"]), *figures, end_section=position + 1 == len(group)
-            )
-    yield table
-
-    yield _divergence_table(summary[summary["kind"] == OVERALL])
-    kinds = [kind for kind in summary["kind"].unique() if kind != OVERALL]
-    if kinds:
-        yield _kinds_table(rows, kinds)
-
-
-def _divergence_table(rows: pd.DataFrame) -> Table:
-    """Divergence from the uncompressed model, and accuracy on easy and hard questions."""
-    counts = rows[["easy_n", "hard_n"]].max().fillna(0).astype(int)
-    table = new_table(
-        title="Loyalty and difficulty",
-        caption="KL: divergence of the answer token from the uncompressed model's, in nats, and "
-        f"its 95 % interval. Easy: accuracy in % on the {counts['easy_n']} questions answered "
-        "correctly without the image or from the thumbnail alone; hard: on the other "
-        f"{counts['hard_n']}.",
-    )
-    table.add_column("keep", justify="right")
-    table.add_column("method")
-    for name, value in {"accuracy": 1, "KL": 4, "easy": 2, "hard": 3}.items():
-        table.add_column(name, justify="right", value=value)
-    beside = rows["retention"].isna() | (rows["method"] == "uncompressed")
-    ordered = _by_requested(rows[~beside & (rows["retention"] < 1)])
-    references = rows[beside].assign(name=rows["label"])
-    last = ""
-    for position, row in enumerate([*_rows(references), *_rows(ordered)]):
-        keep = "" if position < beside.sum() else percent(row["keep"], None)
-        figures = ["FAILED", "", "", ""]
-        if row["status"] == "ok":
-            decimals = 3 if row["kl_high"] < 10 else 1
-            figures = [_accuracy(row, decimals=0), _between(row, "kl", decimals, scale=1)]
-            # The answers of the references define which questions are easy.
-            parts = () if math.isnan(row["retention"]) else ("easy", "hard")
-            figures += [_between(row, f"{part}_accuracy", 0) for part in parts]
-        if keep != last:
-            table.add_section()
-        table.add_row("" if keep == last else keep, method_label(row["name"]), *figures)
-        last = keep
-    return table
-
-
-def _rows(table: pd.DataFrame) -> list[pd.Series]:
-    return [row for _, row in table.iterrows()]
-
-
-def _between(row: pd.Series, name: str, decimals: int, scale: float = 100) -> str:
-    """A figure and its interval; a dash if there is none."""
-    value, low, high = (scale * row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    if math.isnan(value):
-        return "-"
-    return f"{value:.{decimals}f} {low:.{decimals}f}–{high:.{decimals}f}"
-
-
-def _kinds_table(rows: pd.DataFrame, kinds: list[str]) -> Table:
-    table = new_table(title="Accuracy in % by kind of question", continued=True)
-    table.add_column("keep", justify="right")
-    table.add_column("method")
-    for kind in kinds:
-        table.add_column(escape(kind), justify="right", value=0)
-    for retention, group in rows[rows["kind"].isin(kinds)].groupby("keep", sort=False):
-        methods = list(group.groupby("label", sort=False))
-        for position, (label, cell) in enumerate(methods):
-            by_kind = cell.set_index("kind")
-            texts = [_accuracy(by_kind.loc[kind], decimals=0) for kind in kinds]
-            keep = "" if position else percent(float(str(retention)), None)
-            table.add_row(
-                keep, method_label(str(label)), *texts, end_section=position + 1 == len(methods)
-            )
-    return table
-
-
-def _matching(rows: pd.DataFrame) -> str:
-    kinds = rows["match"].dropna().unique() if "match" in rows else []
-    return "".join(
-        f" Matched: every method has the {kind} of uniform at that retention; the number after "
-        "its name is its own retention."
-        for kind in kinds
-    )
-
-
-def matched_table(found: pd.DataFrame) -> Table:
-    """How closely costs are matched; ``found`` is as `matching.realised` returns it."""
-    kind, measured = found["match"].iloc[0], found["ratio"].notna().any()
-    table = new_table(
-        title=f"Matched: {kind}",
-        caption="Wanted, got: on the prompt of median length, for which retentions were solved."
-        + (
-            " Of uniform's: the real cost of the method on the questions, divided by that of "
-            "uniform; mean, least and most."
-            if measured
-            else ""
-        ),
-    )
-    table.add_column("keep", justify="right")
-    table.add_column("method")
-    table.add_column("retention", justify="right")
-    for value, name in enumerate(["wanted", "got", *(["of uniform's"] if measured else [])]):
-        table.add_column(name, justify="right", value=value)
-    for asked, group in found.groupby("asked", sort=False):
-        for position, (_, row) in enumerate(group.iterrows()):
-            ratio = f"{row['ratio']:.3f} ({row['least']:.2f}–{row['most']:.2f})"
-            table.add_row(
-                "" if position else percent(float(str(asked)), None),
-                method_label(row["label"]),
-                f"{row['retention']:.4g}",
-                *(_cost(row[name], kind) for name in ("target", "cost")),
-                *([ratio] if measured else []),
-                end_section=position + 1 == len(group),
-            )
-    return table
-
-
-def _misses(found: pd.DataFrame) -> Iterator[str]:
-    """A sentence for every method whose cost is not that of uniform."""
-    for row in _rows(found):
-        name = f"{row['label']} does not have the cost of uniform at {row['asked']:g}"
-        if row["coarse"]:
-            yield (
-                f"{name}: it goes in steps, of which {_cost(row['cost'], row['match'])} is the "
-                f"nearest to {_cost(row['target'], row['match'])}."
-            )
-        elif abs(row["ratio"] - 1) > _FAR:
-            yield (
-                f"{name} on these questions, but {row['ratio']:.2f} times as much: content decides "
-                "how much it keeps."
-            )
-
-
-def _cost(cost: float, kind: str) -> str:
-    """A cost of `matching.KINDS` in words."""
-    if kind == "flops":
-        return percent(cost, 2)
-    return f"{cost:.1f}" if kind == "tokens" else f"{cost:.3g} ms"
-
-
-def _by_requested(rows: pd.DataFrame) -> pd.DataFrame:
-    """By requested retention (``keep``), most first; ``name`` adds a solved retention."""
-    rows = rows.assign(keep=rows.get("asked_retention", rows["retention"]), name=_names(rows))
-    return rows.sort_values("keep", ascending=False, kind="stable")
-
-
-def _names(rows: pd.DataFrame) -> list[str]:
-    """Labels, each with its retention ratio if that was solved for."""
-    if "asked_retention" not in rows:
-        return list(rows["label"])
-    return [
-        label if own == asked else f"{label}@{own:.3g}"
-        for label, own, asked in zip(
-            rows["label"], rows["retention"], rows["asked_retention"], strict=True
-        )
-    ]
-
-
-def _accuracy(row: pd.Series, decimals: int) -> str:
-    """Accuracy in percent and its interval."""
-    if row["status"] != "ok":
-        return "FAILED"
-    if math.isnan(row["accuracy"]):  # all its answers are missing
-        return "-"
-    value, low, high = (
-        f"{100 * row[name]:.{decimals}f}" for name in ("accuracy", "accuracy_low", "accuracy_high")
-    )
-    return f"{value} ({low}–{high})" if decimals else f"{value} {low}–{high}"

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tokenprune.experiments.common import plots
+from tokenprune.experiments.common.formatting import measure
 from tokenprune.experiments.common.glyphs import wrapped
 from tokenprune.experiments.common.plots import (
     INK,
@@ -29,6 +30,7 @@ __all__ = [
     "accuracy",
     "accuracy_by_cost",
     "accuracy_by_kind",
+    "accuracy_by_time",
     "by_cost",
     "by_kind",
     "by_retention",
@@ -40,6 +42,9 @@ CROWD = 8  # methods whose curves can still be distinguished
 
 
 _COST_AXIS = "prefill FLOPs of the language model, selection included (% of uncompressed)"
+
+
+_TIME_AXIS = "time to the first token, vision encoder and selection included (ms)"
 
 
 _MATCHED = {"tokens": "tokens per layer", "flops": "prefill FLOPs", "prefill-ms": "prefill time"}
@@ -69,7 +74,28 @@ def accuracy(
         _panel(made, axes, table, summary, OVERALL, start=0)
         _retention_axis(axes, table)
         axes.set_xlabel(_retention_label(made, summary))
-        axes.set_ylabel("accuracy (%)")
+        axes.set_ylabel(f"{measure(summary)} (%)")
+        _name_lines(made, axes, table, summary)
+    return made.figure
+
+
+def accuracy_by_time(
+    summary: pd.DataFrame,
+    title: str,
+    subtitle: str = "",
+    options: FigureOptions = FIGURES,
+) -> Figure:
+    """Accuracy against the measured time of the prefill in milliseconds (`compare --measure`)."""
+    table = _compressed(summary)
+    table = table[table["prefill_ms"].notna()]
+    table = table.assign(place=table["prefill_ms"])
+    full = _reference(summary, OVERALL)["prefill_ms"]
+    with canvas(options, title, subtitle) as made:
+        axes = made.subplots(made.size.height)[0, 0]
+        _panel(made, axes, table, summary, OVERALL, start=full)
+        axes.set_xlim(1.05 * max(full, table["place"].max()), 0)
+        axes.set_xlabel(wrapped(_TIME_AXIS, 0.62 * made.size.width, made.size.text))
+        axes.set_ylabel(f"{measure(summary)} (%)")
         _name_lines(made, axes, table, summary)
     return made.figure
 
@@ -89,7 +115,7 @@ def accuracy_by_cost(
         axes.set_xlim(1.03, max(0, table["place"].min() - 0.05))
         in_percent(axes.xaxis)
         axes.set_xlabel(_cost_label(made))
-        axes.set_ylabel("accuracy (%)")
+        axes.set_ylabel(f"{measure(summary)} (%)")
         _name_lines(made, axes, table, summary)
     return made.figure
 
@@ -114,7 +140,7 @@ def accuracy_by_kind(
         for axes in grid[len(kinds) :]:
             axes.set_axis_off()
         made.figure.supxlabel(_retention_label(made, summary, 0.85))
-        made.figure.supylabel("accuracy (%)")
+        made.figure.supylabel(f"{measure(summary)} (%)")
         made.legend(grid[0].get_legend_handles_labels(), blank=grid[len(kinds) :])
     return made.figure
 
@@ -156,7 +182,7 @@ def by_retention(
         axes.set_yticks(range(len(order)), names)
         axes.set_ylim(len(order) - 0.4, -0.6)
         in_percent(axes.xaxis)
-        axes.set_xlabel("accuracy (%)")
+        axes.set_xlabel(f"{measure(summary)} (%)")
         axes.grid(axis="both")
         made.legend(_points_first(axes))
     return made.figure
@@ -167,13 +193,19 @@ def by_cost(
     title: str,
     subtitle: str = "",
     options: FigureOptions = FIGURES,
+    *,
+    time: bool = False,
 ) -> Figure:
     """Accuracy against the prefill's FLOPs, a panel per retention: numbers, and their key below.
 
-    A line joins the methods that no other exceeds in accuracy at a lower or equal cost.
+    A line joins the methods that no other exceeds in accuracy at a lower or equal cost.  With
+    ``time``, the cost is the measured time of the prefill.
     """
     table = _points(summary)
-    table = table.assign(cost=table["flops"] / table["uncompressed_flops"])
+    if time:
+        table = table[table["prefill_ms"].notna()]
+    share = table["flops"] / table["uncompressed_flops"]
+    table = table.assign(cost=table["prefill_ms"] if time else share)
     order, steps = _ranked(table), list(pd.unique(table["retention"]))
     numbers = {label: str(place) for place, label in enumerate(order, 1)}
     with canvas(options, title, subtitle) as made:
@@ -189,14 +221,18 @@ def by_cost(
             axes.plot(group["cost"], group["accuracy"], "o", mec="white", mew=0.5, zorder=3)
             axes.margins(0.12)
             axes.invert_xaxis()
-            in_percent(axes.xaxis, 5)
+            if not time:
+                in_percent(axes.xaxis, 5)
             in_percent(axes.yaxis)
             axes.set_title(_step(step, summary))
             made.number_points(axes, group["cost"], group["accuracy"], group["label"].map(numbers))
         for axes in grid[len(steps) :]:
             axes.set_axis_off()
-        grid[(rows - 1) * columns + (columns - 1) // 2].set_xlabel(_cost_label(made, 0.9))
-        grid[(rows - 1) // 2 * columns].set_ylabel("accuracy (%)")
+        label = wrapped(_TIME_AXIS, 0.9 * made.size.width, made.size.text)
+        if not time:
+            label = _cost_label(made, 0.9)
+        grid[(rows - 1) * columns + (columns - 1) // 2].set_xlabel(label)
+        grid[(rows - 1) // 2 * columns].set_ylabel(f"{measure(summary)} (%)")
         _key(made, made.figure.add_subplot(key), key_columns)
     return made.figure
 
@@ -256,7 +292,7 @@ def drawn(summary: pd.DataFrame, model: str, options: FigureOptions = FIGURES) -
         return {}
     # Matched methods share the position of the retention ratio of uniform whose cost they have.
     summary = summary.assign(retention=summary["asked_retention"])
-    title = f"Accuracy of {Path(model).name} with fewer visual tokens"
+    title = f"{measure(summary).capitalize()} of {Path(model).name} with fewer visual tokens"
     crowd = summary["label"][compressed].nunique() > CROWD
     matched = _match(summary)
     same = f"; all at the {_MATCHED[matched]} of uniform at that retention" if matched else ""
@@ -275,6 +311,12 @@ def drawn(summary: pd.DataFrame, model: str, options: FigureOptions = FIGURES) -
             "accuracy": accuracy(summary, title, curves, options),
             "accuracy-by-cost": accuracy_by_cost(summary, title, curves, options),
         }
+    if "prefill_ms" in summary and summary["prefill_ms"][compressed].notna().any():
+        found["accuracy-by-time"] = (
+            by_cost(summary, title, front, options, time=True)
+            if crowd
+            else accuracy_by_time(summary, title, curves, options)
+        )
     per_kind = summary["n"][summary["kind"] != OVERALL].dropna()
     if len(per_kind):
         low, high = int(per_kind.min()), int(per_kind.max())

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from tokenprune.experiments.common.provenance import (
     environment,
 )
 from tokenprune.experiments.common.questions import Question, fingerprint
-from tokenprune.experiments.common.request import CompareRequest, questions_for
+from tokenprune.experiments.common.request import (
+    CompareRequest,
+    questions_for,
+)
 from tokenprune.experiments.common.run_folder import (
     RunFolder,
     asked_for,
@@ -32,18 +35,27 @@ from tokenprune.experiments.common.run_folder import (
     manifests,
 )
 from tokenprune.experiments.common.summary import summarise
+from tokenprune.experiments.common.times import TIMES, read_times, with_times
+from tokenprune.experiments.compare.cut_short import warn_of_cut_answers
 from tokenprune.models import testbed
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.registry import strategies
 
 __all__ = [
     "FILES",
+    "as_in_run",
     "finished",
+    "stored_request",
+    "stored_requests",
 ]
 
 
 FILES = ("answers.parquet", "summary.csv", "plots/")
 """The files of a comparison that a reader opens."""
+
+
+_NOT_TAKEN = {"out", "figures", "trust_remote_code", "measure"}
+"""Fields of a request that are never those of an earlier one."""
 
 
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -73,6 +85,70 @@ def finished(request: CompareRequest, progress: ProgressCallback = silent) -> Ou
             progress(0, 0, "tables and plots")
             return _written(request, path, manifest, found)
     return None
+
+
+def as_in_run(request: CompareRequest, given: Collection[str]) -> CompareRequest:
+    """``request``, with everything that was not ``given`` as in the run in its folder.
+
+    New methods run at all retention ratios of the run, and at new ratios all its methods run.
+
+    Args:
+        request: What to compare.
+        given: Names of the fields that the user gave.
+    """
+    manifest = next(manifests(request.out), {}) if request.out is not None else {}
+    stored = list(stored_requests(manifest))
+    if not stored or "name" in manifest["experiment"]:
+        return request
+    try:
+        earlier = [stored_request(Path(str(request.out)), one) for one in stored]
+    except (TypeError, UserError):  # a malformed manifest, which is refused later
+        return request
+    taken: dict[str, Any] = {item.name: getattr(earlier[-1], item.name) for item in fields(request)}
+    # With neither given, the request adds no cells.
+    for name in ("methods", "retention") if {"methods", "retention"} & set(given) else ():
+        values = [value for one in earlier for value in getattr(one, name)]
+        taken[name] = tuple(dict.fromkeys(values))
+    largest = max(earlier, key=lambda one: one.questions or float("inf"))
+    taken["questions"] = largest.questions
+    own = {*given, *_NOT_TAKEN}
+    if {"data", "benchmark"} & own:
+        own |= {"data", "benchmark", "root", "split", "questions"}
+    kept = {name: value for name, value in taken.items() if name not in own}
+    return replace(request, **kept)
+
+
+def stored_requests(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The requests of a run, as its manifest stores them; of an older run there is one."""
+    found = manifest.get("requests") or [manifest.get("request")]
+    yield from (one for one in found if isinstance(one, dict))
+
+
+def stored_request(folder: Path, stored: Mapping[str, Any]) -> CompareRequest:
+    """The request that the manifest of the run in ``folder`` stores.
+
+    Raises:
+        TypeError: It is damaged.
+        UserError: It is damaged.
+    """
+    found: dict[str, Any] = {}
+    for item in fields(CompareRequest):
+        value = stored.get(item.name)
+        if item.name not in stored or item.name in ("out", "figures"):
+            continue
+        if item.name == "metric" and ":" in str(value):
+            continue  # nothing that a run folder names is imported
+        if value is not None and "Path" in str(item.type):
+            value = _place(folder, value)
+        found[item.name] = tuple(value) if isinstance(value, list) else value
+    return CompareRequest(**found)
+
+
+def _place(folder: Path, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_place(folder, one) for one in value]
+    near = folder / value
+    return near if near.exists() else Path(value)
 
 
 @dataclass(frozen=True)
@@ -109,7 +185,7 @@ def _found(
     keys = {column.key for column in columns}
     if not all((key, item.id) in journal.answers for key in keys for item in questions):
         return None
-    kept = ("finished", "cells", "device_name", "model_folder")
+    kept = ("finished", "cells", "device_name", "model_folder", "requests", "own_code", "functions")
     same = {name: manifest[name] for name in kept if name in manifest}
     details = asked_for(request, path) | same | {"files": files} | surroundings
     return _Found(columns, questions, journal, details)
@@ -129,9 +205,18 @@ def _matches_request(request: CompareRequest, path: Path, manifest: Mapping[str,
     experiment, registered = manifest["experiment"], manifest["finished"]["registered"]
     if request.out is None and path.name != folder_name(experiment):
         return False
-    now, then = asked_for(request, path)["request"], manifest["request"]
-    same = {"out": None, "figures": None}  # neither changes an answer
-    if now | same != then | same:
+    if request.measure and not (path / TIMES).exists():
+        return False
+    # Requests of older runs lack fields that came later.
+    plain = asked_for(CompareRequest(), path)["request"]
+    now, then = asked_for(request, path)["request"], plain | manifest["request"]
+    same = {
+        "out": None,
+        "figures": None,
+        "measure": None,
+        "metric": None,
+    }  # none of them changes an answer
+    if json.loads(json.dumps(now | same)) != json.loads(json.dumps(then | same)):
         return False
     if registered is not None and registered != strategies.names():
         return False  # the meaning of `all` has changed
@@ -149,10 +234,13 @@ def _written(
     """
     folder = RunFolder.open(path, manifest["experiment"], found.details)
     answers = answers_frame(request.model, found.columns, found.questions, found.journal)
-    summary = summarise(answers, seed=request.seed)
+    keys = (column.key for column in found.columns)
+    warn_of_cut_answers(found.journal, keys, request.max_new_tokens)
+    summary = with_times(summarise(answers, seed=request.seed), read_times(path))
     folder.write_tables(answers, summary)
-    wanted = json.loads(json.dumps(asdict(request.figures)))
-    if manifest["request"].get("figures") != wanted or not any((path / "plots").glob("*")):
+    wanted = json.loads(json.dumps(asdict(request.figures))), request.metric
+    drawn = manifest["request"].get("figures"), manifest["request"].get("metric")
+    if drawn != wanted or not any((path / "plots").glob("*")):
         from tokenprune.experiments.compare.figures import draw
 
         draw(folder, request.model, summary, request.figures)

@@ -1,7 +1,7 @@
 """The loop over cells and batches."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +17,16 @@ from tokenprune.experiments.common.failing import Failing, tried
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.questions import Question
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner
+from tokenprune.experiments.compare.runner import FIRST_TOKEN, Runner, limited
 from tokenprune.experiments.compare.shared_encodings import Encodings
 from tokenprune.experiments.compare.sharing import Job, JobPlan, separate
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 
 __all__ = [
+    "batches",
     "run",
+    "without_faulty",
 ]
 
 
@@ -41,56 +43,64 @@ def run(
     plan: JobPlan = separate,
     timeout: float | None = None,
     progress: ProgressCallback = silent,
+    before: Sequence[Sequence[Question]] = (),
+    failing: Failing | None = None,
 ) -> None:
     """Add to ``journal`` every answer that it lacks.
 
     Each image or video is encoded once for all cells and questions, and once more for every method
     that acts inside the vision encoder; ``plan`` says what else is computed together.
-
-    A job that fails is run again cell by cell, and then question by question, so a question that a
-    cell cannot answer is entered as missing and affects no other answer.  A cell that answers
-    nothing (`Failing`) is entered as failed and not run again until the next run.  Answers of a
-    cell that changed shared encodings do not count, and the encodings are computed again.
+    A job that fails is run again by cell, then by question: a question that a cell cannot answer is
+    missing there alone.  A cell that answers nothing has failed (`Failing`).  Answers of a cell
+    that changed shared encodings do not count, and the encodings are computed again.
 
     Args:
         runner: Answers the questions.
-        cells: The cells to compare.
-        questions: The questions.
+        cells, questions: What to answer.
         journal: The journal, which must be open.
         batch_size: Questions per batch.
         plan: Makes the jobs, which compute several cells together.
         timeout: Seconds that encoding or answering one batch may take (`time_limit`).
         progress: Called before every step.
+        before: If other questions come first: first batches of images that these show again.
+        failing: Cells and questions that have failed; None for those of ``journal``.
     """
-    todo: dict[str, Cell] = {}
-    for cell in cells:
-        todo.setdefault(cell.key, cell)  # at R = 1 all methods are the uncompressed model
-    questions = _without_faulty(questions, todo, journal)
+    todo = _by_key(cells)
+    questions = without_faulty(questions, todo, journal)
     towers = {key: encoder_part(cell.compressor) for key, cell in todo.items()}
-    batches = _batches(questions, batch_size)
-    last_use = {item.image_id: i for i, batch in enumerate(batches) for item in batch}
+    ordered = batches(questions, batch_size)
+    last_use = {item.image_id: i for i, batch in enumerate(ordered) for item in batch}
     encodings = Encodings(runner, _signals(todo, towers))
-    failing, warned = Failing(journal, judged=UNCOMPRESSED in todo), set[tuple[str, str]]()
-    total = len(todo) * len(questions)
-    for index, batch in enumerate(batches):
+    failing = failing or Failing(journal, judged=UNCOMPRESSED in todo)
+    warned, total = set[tuple[str, str]](), len(todo) * len(questions)
+    for tower in dict.fromkeys(towers.values()) if before else ():
+        _encode_before(encodings, tower, before, last_use, timeout)
+    for index, batch in enumerate(ordered):
         lacking = [key for key in todo if any(failing.is_due(key, item) for item in batch)]
         for tower in dict.fromkeys(towers[key] for key in lacking):
             progress(len(journal.answers), total, _doing("vision encoder", journal))
             sharing = [key for key in lacking if towers[key] == tower]
             _encode(encodings, tower, batch, sharing, failing, timeout)
         entering = _Entering(runner, journal, batch, timeout, loyal=UNCOMPRESSED in todo)
-        # All cells, answered or not: the same jobs give bit-identical answers, whether the run was
-        # interrupted or not.
+        common = (timeout, warned, total, progress)
+        # All cells, answered or not: resumed or not, the same jobs give bit-identical answers.
         for tower in dict.fromkeys(towers.values()):
             left = [key for key in todo if towers[key] == tower and key not in failing.out]
             there = [item for item in batch if (tower, item) in encodings]
             if there and not set(left).isdisjoint(lacking):
-                common = (timeout, warned, total, progress)
                 desk = _Desk(entering, failing, encodings, tower, there, *common)
                 desk.serve_all(plan, [todo[key] for key in left])
         encodings.keep({image for image, last in last_use.items() if last > index})
     failing.settle()
     progress(len(journal.answers), total, "")
+
+
+def _by_key(cells: Iterable[Cell]) -> dict[str, Cell]:
+    """The first cell of every key; at R = 1 all methods are the uncompressed model."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        found.setdefault(cell.key, cell)
+    return found
 
 
 def _doing(step: str, journal: Journal) -> str:
@@ -109,7 +119,7 @@ def _signals(
     return signals
 
 
-def _without_faulty(
+def without_faulty(
     questions: Sequence[Question], keys: Iterable[str], journal: Journal
 ) -> list[Question]:
     """The questions that can be asked; the others are entered as missing in all cells ``keys``."""
@@ -145,6 +155,22 @@ def _encode(
             for key in keys:
                 if failing.is_due(key, question):
                     failing.add(key, question, failure, innocent=innocent)
+
+
+def _encode_before(
+    encodings: Encodings,
+    tower: EncoderCompressor | None,
+    before: Sequence[Sequence[Question]],
+    shown: Collection[str],
+    timeout: float | None,
+) -> None:
+    """Encode the images that are ``shown`` again in their first batches: rounding depends on it."""
+    for batch in before:
+        if isinstance(tried(partial(encodings.encode, tower, batch), timeout), Failure):
+            for item in batch:
+                if item.image_id in shown:
+                    tried(partial(encodings.encode, tower, [item]), timeout)
+        encodings.keep(set(shown))
 
 
 @dataclass
@@ -335,13 +361,23 @@ def divergence(full: Tensor, short: Tensor) -> float:
     return max(0.0, float(terms.masked_fill(full == -torch.inf, 0.0).double().sum()))
 
 
-def _batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Batches of questions, with questions about the same image next to each other."""
-    first: dict[str, int] = {}
+def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Batches of questions, with questions about the same image next to each other.
+
+    The answers to the questions of a batch have the same maximum length.  Consecutive batches,
+    joined, give the same batches again.
+    """
+    alike: dict[int | None, list[Question]] = {}
     for item in questions:
-        first.setdefault(item.image_id, len(first))
-    ordered = sorted(questions, key=lambda item: first[item.image_id])
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        alike.setdefault(item.max_new_tokens, []).append(item)
+    found = []
+    for group in alike.values():
+        first: dict[str, int] = {}
+        for item in group:
+            first.setdefault(item.image_id, len(first))
+        ordered = sorted(group, key=lambda item: first[item.image_id])
+        found += [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return found
 
 
 def _jobs(plan: JobPlan, *arguments: Any) -> Iterator[Job]:
@@ -366,7 +402,8 @@ class _Entering:
         *,
         loyal: bool,
     ) -> None:
-        self.runner, self.journal, self.batch, self.timeout = runner, journal, batch, timeout
+        self.runner = limited(runner, batch)
+        self.journal, self.batch, self.timeout = journal, batch, timeout
         self.loyal, self.loyalty = loyal, _Loyalty()
 
     def enter(self, key: str, records: dict[str, dict[str, Any]]) -> None:
@@ -402,6 +439,7 @@ def _warning_once(key: str, warned: set[tuple[str, str]]) -> Iterator[None]:
         known = (about, warning.category.__name__)
         if known not in warned:
             warned.add(known)
+            warning.message.about = about  # type: ignore[union-attr]  # for who shows it elsewhere
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )

@@ -1,7 +1,7 @@
 """Methods at equal cost: the retention ratio at which each costs as much as `uniform`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -26,6 +26,7 @@ from tokenprune.spec import has_retention
 
 __all__ = [
     "matched_cells",
+    "median_question",
     "realised",
     "representative",
 ]
@@ -46,6 +47,11 @@ def representative(pipe: Pipeline, questions: Sequence[Question]) -> Prompt:
     With very many questions, only evenly spaced ones are considered.
     """
     return _median(pipe, questions)[1]
+
+
+def median_question(pipe: Pipeline, questions: Sequence[Question]) -> Question:
+    """The question of the `representative` prompt."""
+    return _median(pipe, questions)[0]
 
 
 def _median(pipe: Pipeline, questions: Sequence[Question]) -> tuple[Question, Prompt]:
@@ -106,13 +112,13 @@ def matched_cells(
         questions: Where the `representative` prompt comes from.
         specs: Methods; those with their own retention ratio are refused.
         retention: Of `uniform`, which is added if it is not among the methods.
-        kind: ``tokens`` (layer average of visual tokens), ``flops`` (of the prefill, selection
-            included) or ``prefill-ms`` (measured here: selection and prefill of one prompt).
-        optional: Specs that are left out if they cannot cost so little.
+        kind: ``tokens`` (layer average), ``flops`` (of the prefill, selection included) or
+            ``prefill-ms`` (measured here: selection and prefill of one prompt).
+        optional: Specs that are left out if they cannot cost so little; with ``prefill-ms`` all.
         progress: Called before every step.
 
     Returns:
-        The cells, and why some of ``optional`` are not among them.
+        The cells, and why some methods are not among them.
 
     Raises:
         UserError: A method cannot be brought to the cost.
@@ -120,32 +126,53 @@ def matched_cells(
     ratios = sorted(set(retention), reverse=True)
     uniform = tp.create("uniform", retention=0.5)
     methods = [one for spec in specs if (one := _without_retention(spec)).label != uniform.label]
-    may_fail = {_without_retention(spec).label for spec in optional}
+    timed = kind == "prefill-ms"
+    may_fail = {one.label for one in (methods if timed else map(_without_retention, optional))}
     costs = _Costs(pipe, *_median(pipe, questions), kind)
     total = 1 + len(methods)
     progress(0, total, f"matching {uniform.label}")
     targets = costs.of(uniform, ratios)
-    cells, left_out = [Cell()], {}
+    cells, left_out = [Cell()], dict[str, str]()
     cells += [_matched(replace(uniform, retention=one), kind, one, targets[one]) for one in ratios]
     for index, method in enumerate(methods, start=1):
         progress(index, total, f"matching {method.label}")
-        solve_for = costs.solver(method)
-        for ratio, target in targets.items():
-            if ratio == 1:  # every method then is the uncompressed model
-                cells.append(_matched(replace(method, retention=1.0), kind, 1.0, target))
-                continue
-            try:
-                found = solve_for(target)
-            except UserError as error:
-                if method.label not in may_fail:
-                    words = "Leave the method out, or choose a larger retention."
-                    sentence = f"uniform at {ratio:g} sets the cost, but {error} {words}"
-                    raise UserError(sentence) from None
-                left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
-            else:
-                cells.append(_matched(found.method, kind, ratio, target, found.cost))
+        needed = method.label not in may_fail
+        found, why = _solved_for(method, kind, costs, targets, needed=needed)
+        cells += found
+        left_out |= why
     distinct = {repr(cell.compressor): cell for cell in cells}
     return list(distinct.values()), left_out
+
+
+def _solved_for(
+    method: Compressor,
+    kind: MatchedCost,
+    costs: "_Costs",
+    targets: Mapping[float, float],
+    *,
+    needed: bool,
+) -> tuple[list[Cell], dict[str, str]]:
+    """The cells of ``method`` that cost the targets, and why others cannot; see `matched_cells`."""
+    solve_for = tried(partial(costs.solver, method))
+    if isinstance(solve_for, Failure):  # the selection is timed, and it raised
+        return [], {method.label: solve_for.error}
+    cells, left_out = [], {}
+    for ratio, target in targets.items():
+        if ratio == 1:  # every method then is the uncompressed model
+            cells.append(_matched(replace(method, retention=1.0), kind, 1.0, target))
+            continue
+        try:
+            found = solve_for(target)
+        except UserError as error:
+            if needed:
+                raise UserError(
+                    f"uniform at {ratio:g} sets the cost, but {error} Leave the method out, or "
+                    "choose a larger retention."
+                ) from None
+            left_out[f"{method.label} at the cost of uniform at {ratio:g}"] = str(error)
+        else:
+            cells.append(_matched(found.method, kind, ratio, target, found.cost))
+    return cells, left_out
 
 
 def _matched(

@@ -1,8 +1,10 @@
 """Answers questions with a model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+from torch import Tensor
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
@@ -10,6 +12,7 @@ from tokenprune.encoder import EncoderCompressor
 from tokenprune.engine.prefix import Prefix
 from tokenprune.experiments.common.kept_bits import packed_rows
 from tokenprune.experiments.common.questions import Question
+from tokenprune.experiments.compare.cut_short import CUT_SHORT
 from tokenprune.pipeline import Pipeline
 from tokenprune.signals import Signal
 
@@ -17,6 +20,7 @@ __all__ = [
     "FIRST_TOKEN",
     "ModelRunner",
     "Runner",
+    "limited",
 ]
 
 
@@ -105,6 +109,7 @@ class ModelRunner:
                 return_dict_in_generate=True,
             )
         texts = self.pipe.decode(output.sequences, inputs)
+        cut = self._cut_short(output.sequences[:, inputs["input_ids"].shape[1] :])
         first = output.logits[0].float().log_softmax(-1)
         keeps = packed_rows(trace.selections, len(texts))
         return [
@@ -114,6 +119,31 @@ class ModelRunner:
                 **ledger.figures,
                 "visual_per_layer": list(ledger.visual_per_layer),
                 **({"kept": keep} if keep else {}),
+                **({CUT_SHORT: True} if index in cut else {}),
             }
-            for text, row, ledger, keep in zip(texts, first, trace.ledgers, keeps, strict=True)
+            for index, (text, row, ledger, keep) in enumerate(
+                zip(texts, first, trace.ledgers, keeps, strict=True)
+            )
         ]
+
+    def _cut_short(self, answers: Tensor) -> set[int]:
+        """The rows of ``answers`` (B, S), new token ids, that end at their maximum length."""
+        if answers.shape[1] < self.max_new_tokens:
+            return set()
+        settings = self.pipe.model.generation_config
+        ends = settings.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), settings.pad_token_id}
+        return {row for row, last in enumerate(answers[:, -1].tolist()) if last not in ends}
+
+
+def limited(runner: Runner, questions: Sequence[Question]) -> Runner:
+    """``runner`` with the maximum length of the answers to ``questions``, which all have the same.
+
+    Args:
+        runner: A runner; only that of a model has such a length.
+        questions: A batch.
+    """
+    limit = questions[0].max_new_tokens
+    if limit is None or not isinstance(runner, ModelRunner):
+        return runner
+    return replace(runner, max_new_tokens=limit)

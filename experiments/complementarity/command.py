@@ -12,6 +12,13 @@ from rich.table import Table
 from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.experiments.common.option_groups import (
+    LOADING,
+    WORDING,
+    LoadingOptions,
+    WordingOptions,
+    grouped,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,18 +30,17 @@ __all__ = [
 
 
 @app.command(cls=ManyValues)
+@grouped
 def complementarity(
     paths: options.Images = None,
-    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     questions: options.Questions = None,
     data: options.Data = None,
     max_image_pixels: options.MaxImagePixels = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
     formats: options.Formats = None,
     width: options.Width = "page",
@@ -54,15 +60,13 @@ def complementarity(
 
         request = ComplementarityRequest(
             paths=tuple(paths or ()),
-            prompt=prompt,
             model=model,
             questions=questions,
             data=data,
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
             figures=options.figures(formats, width, no_title),
             max_new_tokens=max_new_tokens,

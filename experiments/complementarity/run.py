@@ -25,7 +25,7 @@ from tokenprune.experiments.common.references import CROPS_ONLY, KeepViews
 from tokenprune.experiments.common.request import QuestionRequest, comparison
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
 from tokenprune.experiments.common.setting import prepare, with_crops
-from tokenprune.experiments.common.summary import OVERALL, compared
+from tokenprune.experiments.common.summary import OVERALL, compared, scores
 from tokenprune.experiments.compare import run as compare
 from tokenprune.experiments.complementarity.figures import SHOWN, figure
 from tokenprune.progress import ProgressCallback, silent
@@ -112,9 +112,10 @@ def relative(answers: pd.DataFrame, *, seed: int, measure: Measure = "accuracy")
             found = {} if part is None or whole is None else compared(part, whole, seed=seed)
             if part is None or whole is None or not found:
                 continue
+            part, whole = (one.assign(score=scores(one)) for one in (part, whole))
             both = part.merge(whole, on="question_id", suffixes=("", "_whole"))
-            both = both.dropna(subset=["correct", "correct_whole"])
-            right, reference = (both[name].astype(float) for name in ("correct", "correct_whole"))
+            both = both.dropna(subset=["score", "score_whole"])
+            right, reference = (both[name].astype(float) for name in ("score", "score_whole"))
             low, high = bootstrap_ratio(right, reference, both["image_id"], seed=seed)
             if (
                 low == high and label != UNCOMPRESSED

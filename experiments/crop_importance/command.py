@@ -13,6 +13,17 @@ from rich.table import Table
 from tokenprune.console import ManyValues, app, as_exit_status, new_table, progress, quiet
 from tokenprune.experiments.common import options
 from tokenprune.experiments.common.formatting import difference, p_value
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    LOADING,
+    WORDING,
+    DrawingOptions,
+    JobOptions,
+    LoadingOptions,
+    WordingOptions,
+    grouped,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,9 +45,9 @@ _Score = Annotated[
 
 
 @app.command("crop-importance", cls=ManyValues)
+@grouped
 def crop_importance(
     paths: options.Images = None,
-    prompt: options.Prompt = None,
     model: options.Model = "testbed-next",
     score: _Score = "saliency",
     layer: Annotated[
@@ -48,13 +59,11 @@ def crop_importance(
     max_image_pixels: options.MaxImagePixels = None,
     batch_size: options.BatchSize = None,
     seed: options.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    wording: WordingOptions = WORDING,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
     max_new_tokens: options.MaxNewTokens = 8,
 ) -> None:
     """Drop the highest-scored, the lowest-scored or a random crop, by the thumbnail's mean score.
@@ -69,8 +78,8 @@ def crop_importance(
         from tokenprune.experiments.crop_importance.run import CropImportanceRequest, run
 
         request = CropImportanceRequest(
+            cluster=job.cluster,
             paths=tuple(paths or ()),
-            prompt=prompt,
             model=model,
             score=score,
             layer=layer,
@@ -79,16 +88,15 @@ def crop_importance(
             data=data,
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(wording),
+            **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
             max_new_tokens=max_new_tokens,
         )
         quiet()
         started = options.stoppable()
-        with progress() as bar:
+        with progress(job.log_file) as bar:
             outcome = run(request, bar)
         if len(found := outcome.tables.get("crop_importance", ())):
             Console().print(table(found), "")

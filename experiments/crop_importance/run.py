@@ -7,8 +7,10 @@ their regions, since a thumbnail of 7 x 7 patches has no two equal halves.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from tokenprune.allocators import SALIENCY, ThumbnailCommand
 from tokenprune.compressor import Compressor, Selection, Separators
-from tokenprune.errors import unknown
+from tokenprune.errors import UserError, unknown
+from tokenprune.experiments.cluster.run import Died, description, workers
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.answers import (
     AGREEMENT_ONLY,
@@ -39,6 +42,7 @@ from tokenprune.experiments.common.summary import OVERALL, compared
 from tokenprune.experiments.compare import run as compare
 from tokenprune.experiments.crop_importance.figures import DROPPED, figure, uneven
 from tokenprune.layout import TokenLayout
+from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
@@ -58,6 +62,13 @@ __all__ = [
 
 HELD, SPARED = "object dropped", "object spared"
 """Questions about an object in the dropped crop, and about one elsewhere."""
+
+
+CHUNK = 16
+"""The number of images that a worker scores at once."""
+
+
+_Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 SCORES = ("saliency", "cls_logits", "cls_attention", "received", "head_attention")
@@ -96,7 +107,9 @@ def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> 
     if request.score not in SCORES:
         raise unknown("score", request.score, SCORES)
     asked = comparison(request, modality="image", seeds=request.seeds)
-    setting, left_out = with_crops(prepare(asked, progress, needs_answers=False), least=2)
+    setting, left_out = with_crops(
+        prepare(asked, progress, needs_answers=False, load=description), least=2
+    )
     droppers = _droppers(request)
     columns = [Cell(dropper, name=_label(dropper.which)) for dropper in droppers]
     name = f"crop-importance-{request.score}"
@@ -107,7 +120,7 @@ def run(request: CropImportanceRequest, progress: ProgressCallback = silent) -> 
     if outcome.status == "interrupted":
         return replace(outcome, notes=tuple(notes))
     progress(0, 0, "scoring the crops")
-    crops, objects = scored(setting, droppers)
+    crops, objects = _scored(request, setting, droppers, progress)
     answers, measure = measured(read_answers(outcome.folder))
     table = drops(answers, crops, objects, droppers, seed=request.seed, measure=measure)
     tables = {"crop_importance": table, "crops": crops, "objects": objects}
@@ -197,6 +210,28 @@ class DropCrop(Compressor):
 # --- what is measured -----------------------------------------------------------------------------
 
 
+def _scored(
+    request: CropImportanceRequest,
+    setting: Setting,
+    droppers: Sequence[DropCrop],
+    progress: ProgressCallback,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As `scored`, on the workers of ``request`` if it has any."""
+    if request.cluster is None:
+        return scored(setting, droppers)
+    by_image = list(_by_image(setting.questions).values())
+    chunks = [by_image[first : first + CHUNK] for first in range(0, len(by_image), CHUNK)]
+    found: dict[Any, Any] = {}
+    with workers(request, partial(_rows, droppers=tuple(droppers)), progress) as (pool, _):
+        tasks: dict[Any, Any] = dict(enumerate(chunks))
+        for index, rows in pool.results(deque(tasks), tasks.__getitem__):
+            if isinstance(rows, Died):
+                raise UserError(f"the workers that score crops die ({rows.why}).")
+            found[index] = rows
+            progress(len(found), len(chunks), "scoring the crops, 0 failed")
+    return _tables([found[index] for index in sorted(found)])
+
+
 def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The crops and the objects in them; every image is encoded once.
 
@@ -212,12 +247,27 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
         per question with a known `Question.place`: ``question_id``, ``image_id`` and the ``crop``
         it lies in, with ``rank`` and ``crops``, how many the image has.
     """
-    asked: dict[str, list[Question]] = {}
-    for item in setting.questions:
-        asked.setdefault(item.image_id, []).append(item)
-    rows, objects = [], []
-    for image_id, items in asked.items():
-        (tokens,) = setting.pipe.encode([items[0].images[0].open()], droppers[0].needs)
+    by_image = list(_by_image(setting.questions).values())
+    return _tables([_rows(setting.pipe, by_image, droppers=droppers)])
+
+
+def _by_image(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    """Image to the questions about it."""
+    found: dict[str, list[Question]] = {}
+    for item in questions:
+        found.setdefault(item.image_id, []).append(item)
+    return found
+
+
+def _rows(
+    pipe: Pipeline, by_image: Sequence[Sequence[Question]], *, droppers: Sequence[DropCrop]
+) -> _Rows:
+    """The rows of the tables of `scored`, for the questions about each of some images."""
+    rows: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for items in by_image:
+        image_id = items[0].image_id
+        (tokens,) = pipe.encode([items[0].images[0].open()], droppers[0].needs)
         scores = droppers[0].scores(tokens)
         ranks = (scores.argsort(descending=True, stable=True).argsort() + 1).tolist()
         sizes = region_sizes(tokens.layout).tolist()
@@ -241,6 +291,12 @@ def scored(setting: Setting, droppers: Sequence[DropCrop]) -> tuple[pd.DataFrame
             if place is not None:
                 where = {"crop": place, "rank": ranks[place], "crops": len(ranks)}
                 objects.append({"question_id": item.id, "image_id": image_id, **where})
+    return rows, objects
+
+
+def _tables(parts: Sequence[_Rows]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `scored`, of the rows of all parts."""
+    rows, objects = ([row for part in parts for row in part[which]] for which in (0, 1))
     names = ["question_id", "image_id", "crop", "rank", "crops"]
     return pd.DataFrame(rows), pd.DataFrame(objects, columns=names)
 

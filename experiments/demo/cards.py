@@ -8,8 +8,8 @@ from html import escape
 
 from PIL import Image
 
-from tokenprune.experiments.common.questions import normalise
 from tokenprune.experiments.demo.answers import Answer, Answers
+from tokenprune.experiments.metrics.exact import is_exact
 from tokenprune.spec import format
 from tokenprune.units import flops_unit, percent
 
@@ -51,7 +51,7 @@ def _card(one: Answer, plain: Answer, truth: str | None) -> str:
     flops = f"{ledger.flops / scale:.3g} {unit} ({percent(share, None)})"
     verdict = ""
     if truth is not None:
-        right = normalise(one.text) == normalise(truth)
+        right = is_exact(one.text, [truth])
         mark, word = ("✓", "right") if right else ("✗", "wrong")
         verdict = (
             f' <span class="tp-{word}" title="The true answer is {escape(truth)}.">{mark}</span>'

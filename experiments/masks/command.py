@@ -22,6 +22,7 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
+from tokenprune.experiments.common.option_groups import LOADING, LoadingOptions, grouped
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios
 from tokenprune.texts import printable
@@ -63,8 +64,8 @@ _Prompt = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines, as for compare; one figure each. Answers may be "
+        metavar="PATH",
+        help="File or folder of questions, as for compare; one figure each. Answers may be "
         "left out.",
     ),
 ]
@@ -80,7 +81,8 @@ _Model = Annotated[
     str | None,
     typer.Option(
         help="As for compare, or timm/NAME. [default: testbed-next, or testbed-onevision for "
-        "several images and videos]"
+        "several images and videos]",
+        callback=options.resolved,
     ),
 ]
 
@@ -121,6 +123,7 @@ _Out = Annotated[
 
 
 @app.command(cls=ManyValues)
+@grouped
 def masks(
     words: _Words = None,
     prompt: _Prompt = None,
@@ -136,9 +139,7 @@ def masks(
     cuts: _Cuts = False,
     pretrained: _Pretrained = None,
     seed: Annotated[int, typer.Option(help="Seed of the example.")] = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    loading: LoadingOptions = LOADING,
     max_new_tokens: options.MaxNewTokens = 8,
     out: _Out = None,
     force: options.Force = False,
@@ -168,9 +169,7 @@ def masks(
             cuts=cuts,
             pretrained=pretrained,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(loading),
             max_new_tokens=max_new_tokens,
             out=out,
             force=force,

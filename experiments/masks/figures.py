@@ -31,9 +31,9 @@ from tokenprune.experiments.common.patch_boxes import (
     lattices,
 )
 from tokenprune.experiments.common.plots import FAINT, INK, Canvas, canvas
-from tokenprune.experiments.common.questions import normalise
 from tokenprune.experiments.common.request import FIGURES, FigureOptions
 from tokenprune.experiments.masks.look import SALIENCY, Mask, MaskedPrompt, Medium
+from tokenprune.experiments.metrics.exact import is_exact
 from tokenprune.layout import TokenLayout
 from tokenprune.units import percent
 
@@ -357,7 +357,7 @@ def _answer(one: Mask, truth: str | None) -> tuple[str, ...]:
         return ()
     verdict = ""
     if truth is not None:
-        verdict = "  ✓" if normalise(one.answer) == normalise(truth) else "  ✗"
+        verdict = "  ✓" if is_exact(one.answer, [truth]) else "  ✗"
     return (f"“{one.answer}”{verdict}",)
 
 

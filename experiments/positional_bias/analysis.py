@@ -1,14 +1,13 @@
 """Run methods on rearranged images."""
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -19,28 +18,29 @@ from tokenprune.compatibility import check_compatible
 from tokenprune.compressor import Compressor, Stage
 from tokenprune.engine.rankings import noting
 from tokenprune.errors import RetentionWarning, UserError, unknown
+from tokenprune.experiments.cluster.run import Died, Pool
 from tokenprune.experiments.common.cells import Failure
 from tokenprune.experiments.common.failing import tried
 from tokenprune.experiments.common.grid import cells
 from tokenprune.experiments.common.own_images import PROMPT
-from tokenprune.experiments.common.patch_boxes import ViewSize
-from tokenprune.experiments.positional_bias.estimates import NORMAL, profiles, statistics
+from tokenprune.experiments.positional_bias.cases import (
+    Case,
+    fingerprinted,
+    moved_cases,
+    normal_case,
+)
+from tokenprune.experiments.positional_bias.cases import cases as encoded_cases
+from tokenprune.experiments.positional_bias.estimates import profiles, statistics
 from tokenprune.experiments.positional_bias.rearrange import (
     CONDITIONS,
-    CROPS,
     DEFAULT,
     EXCHANGED,
     LEVELS,
     Condition,
     Level,
-    NotPossible,
     Shown,
-    move_pixels,
-    move_tokens,
-    paired,
 )
 from tokenprune.experiments.positional_bias.rows import Parts, Rows, Skip, joined
-from tokenprune.layout import Kind, TokenLayout
 from tokenprune.pipeline import Pipeline
 from tokenprune.progress import ProgressCallback, silent
 from tokenprune.signals import Signal
@@ -48,10 +48,12 @@ from tokenprune.tokens import VisualTokens
 
 __all__ = [
     "Analysis",
+    "Asked",
     "check_method",
     "compressors_of",
     "positional_bias",
     "selector_bias",
+    "served",
 ]
 
 
@@ -84,67 +86,27 @@ class Analysis:
 
 
 @dataclass(frozen=True, eq=False)
-class _Case:
-    """An image in one condition, encoded.
-
-    Attributes:
-        content: (N,) as `rearrange.paired` returns it.
-        slot: (N,) crop or frame of each index of the sequence in the original image.
-    """
-
-    image: int
-    condition: str
-    level: str
-    tokens: VisualTokens
-    content: Tensor
-    slot: Tensor
-
-    @cached_property
-    def layout(self) -> TokenLayout:
-        """The layout, on the CPU."""
-        return self.tokens.layout.to("cpu")
-
-    @cached_property
-    def geometry(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Columns (P,) of the table of tokens that do not depend on the method."""
-        layout, index = self.layout, torch.arange(len(self.tokens))
-        canvas = layout.kind == Kind.CROP
-        (height, width), (rows, cols) = layout.view_shape, layout.canvas_shape
-        y = torch.where(
-            canvas,
-            (layout.canvas_row.float() + 0.5) / max(rows, 1),
-            (layout.row.float() + 0.5) / height,
-        )
-        x = torch.where(
-            canvas,
-            (layout.canvas_col.float() + 0.5) / max(cols, 1),
-            (layout.col.float() + 0.5) / width,
-        )
-        columns: dict[str, tuple[Tensor, Any]] = {
-            "token": (index, np.int32),
-            "position": ((index.double() + 0.5) / len(index), np.float64),
-            "kind": (layout.kind, np.int8),
-            "view": (layout.view, np.int16),
-            "slot": (self.slot.cpu(), np.int16),
-            "row": (layout.row, np.int16),
-            "col": (layout.col, np.int16),
-            "y": (y, np.float32),
-            "x": (x, np.float32),
-            "content": (self.content.cpu(), np.int32),
-        }
-        return {
-            name: values[layout.patches].numpy().astype(kind)
-            for name, (values, kind) in columns.items()
-        }
-
-
-@dataclass(frozen=True, eq=False)
 class _CaseSelection:
     """What a method keeps of a case, each (N,); scores are NaN where there are none."""
 
     kept: Tensor
     kept_first: Tensor
     score: Tensor
+
+
+_Key = tuple[str, float]  # label and retention of a method
+
+
+_Found = tuple[int, _Key, list[Rows] | Failure]  # number of the batch, method, its rows
+
+
+_Select = Callable[[Compressor, Sequence[Case]], Sequence[_CaseSelection]]
+
+
+_Compute = Callable[
+    [Mapping[_Key, Compressor], Iterable[Mapping[_Key, set[int]]], ProgressCallback],
+    Iterator[_Found],
+]
 
 
 def positional_bias(
@@ -159,6 +121,7 @@ def positional_bias(
     batch_size: int = 16,
     seed: int = 0,
     parts: Path | None = None,
+    pool: Pool[Any] | None = None,
     progress: ProgressCallback = silent,
 ) -> Analysis:
     """Run methods on images whose content is rearranged, and test what the selection follows.
@@ -182,27 +145,30 @@ def positional_bias(
         seed: Of the bootstrap.
         parts: Folder to which every finished batch is written at once; methods and images in it are
             not computed again.
+        pool: Workers that serve `served`; the pipeline then needs no weights.  None computes here.
         progress: Called before every step.
 
     Raises:
-        UserError: Bad input, found before anything is run.
+        UserError: Bad input, found before anything is run; or worker after worker dies.
     """
     compressors = compressors_of(methods, retention)
     for compressor in compressors:
         check_method(pipe, compressor)
     _check(pipe, images, conditions, levels, prompts, batch_size)
-    asked = list(prompts or [PROMPT] * len(images))
-    signals = frozenset[Signal]().union(*(compressor.needs for compressor in compressors))
-    outside = frozenset(signal for signal in signals if not signal.in_llm)
     known = Parts(parts)
-
-    def cases(index: int) -> Iterator[_Case]:
-        return _cases(pipe, index, images[index], outside, conditions, levels, known.skipped)
-
-    def select(compressor: Compressor, some: Sequence[_Case]) -> list[_CaseSelection]:
-        return _selections(pipe, compressor, some, [asked[case.image] for case in some])
-
-    return _analysed(compressors, len(images), cases, select, known, batch_size, seed, progress)
+    asked = Asked(
+        compressors=compressors,
+        images=dict(enumerate(images)),
+        prompts=dict(enumerate(prompts or [PROMPT] * len(images))),
+        conditions=conditions,
+        levels=levels,
+        batch_size=batch_size,
+    )
+    if pool is None:
+        compute: _Compute = partial(_here, *_computing(pipe, asked, known.skipped), batch_size)
+    else:
+        compute = partial(_elsewhere, pool, asked, known)
+    return _analysed(compressors, len(images), compute, known, batch_size, seed, progress)
 
 
 def selector_bias(
@@ -236,18 +202,117 @@ def selector_bias(
         raise UserError("positional bias needs at least one image.")
     known = Parts(None)
 
-    def cases(index: int) -> Iterator[_Case]:
-        tokens = _fingerprinted(index, encoded[index])
-        yield _normal(index, tokens)
-        yield from _moved(index, tokens, conditions, known.skipped)
+    def cases(index: int) -> Iterator[Case]:
+        tokens = fingerprinted(index, encoded[index])
+        yield normal_case(index, tokens)
+        yield from moved_cases(index, tokens, conditions, known.skipped)
 
-    return _analysed(compressors, len(encoded), cases, _selected, known, 16, seed, progress)
+    compute = partial(_here, cases, _selected, 16)
+    return _analysed(compressors, len(encoded), compute, known, 16, seed, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is asked of a pipeline: arguments of `positional_bias`, images and prompts by index.
+
+    Attributes:
+        lacking: Method to the images on which it is run.
+    """
+
+    compressors: Sequence[Compressor]
+    images: Mapping[int, Shown]
+    prompts: Mapping[int, str]
+    conditions: Sequence[Condition]
+    levels: Sequence[Level]
+    batch_size: int
+    lacking: Mapping[_Key, set[int]] = field(default_factory=dict)
+
+
+def _computing(
+    pipe: Pipeline, asked: Asked, skipped: set[Skip]
+) -> tuple[Callable[[int], Iterator[Case]], _Select]:
+    """The functions that encode an image, and that run a method on some."""
+    signals = frozenset[Signal]().union(*(one.needs for one in asked.compressors))
+    outside = frozenset(signal for signal in signals if not signal.in_llm)
+
+    def cases(index: int) -> Iterator[Case]:
+        shown = asked.images[index]
+        return encoded_cases(pipe, index, shown, outside, asked.conditions, asked.levels, skipped)
+
+    def select(compressor: Compressor, some: Sequence[Case]) -> list[_CaseSelection]:
+        return _selections(pipe, compressor, some, [asked.prompts[case.image] for case in some])
+
+    return cases, select
+
+
+def served(pipe: Pipeline, asked: Asked) -> tuple[list[_Found], set[Skip]]:
+    """In a worker: the rows of a batch of images, and the images that were skipped in it."""
+    skipped: set[Skip] = set()
+    compute = partial(_here, *_computing(pipe, asked, skipped), asked.batch_size)
+    keys = {(one.label, one.retention): one for one in asked.compressors}
+    return list(compute(keys, [asked.lacking], silent)), skipped
+
+
+def _here(
+    cases: Callable[[int], Iterator[Case]],
+    select: _Select,
+    batch_size: int,
+    keys: Mapping[_Key, Compressor],
+    batches: Iterable[Mapping[_Key, set[int]]],
+    tell: ProgressCallback,
+) -> Iterator[_Found]:
+    """The rows of every method in every batch of images that it lacks, or why it failed."""
+    for number, lacking in enumerate(batches):
+        tell(number, 0, "vision encoder")
+        needed = sorted(set().union(*lacking.values()))
+        batch = [case for index in needed for case in cases(index)]
+        for key in lacking:
+            tell(number, 0, f"{key[0]} at {key[1]:g}")
+            mine = [case for case in batch if case.image in lacking[key]]
+            found = tried(partial(_rows_of, keys[key], mine, select, batch_size))
+            if isinstance(found, Failure):
+                # The failed method may have modified tensors that other methods use.
+                batch = [case for index in needed for case in cases(index)]
+            yield number, key, found
+
+
+def _elsewhere(
+    pool: Pool[Any],
+    asked: Asked,
+    known: Parts,
+    keys: Mapping[_Key, Compressor],
+    batches: Iterable[Mapping[_Key, set[int]]],
+    tell: ProgressCallback,
+) -> Iterator[_Found]:
+    """As `_here`, on workers; batches come in the order in which they finish."""
+    waiting = {number: lacking for number, lacking in enumerate(batches) if any(lacking.values())}
+
+    def pack(number: int) -> Asked:
+        needed = set().union(*waiting[number].values())
+        return replace(
+            asked,
+            lacking=waiting[number],
+            images={index: asked.images[index] for index in needed},
+            prompts={index: asked.prompts[index] for index in needed},
+        )
+
+    for number, found in pool.results(deque(waiting), pack):
+        if isinstance(found, Died):
+            raise UserError(
+                f"every worker that was given batch {number + 1} of the images died ({found.why}); "
+                "the other batches are kept. Give the workers more memory or a smaller "
+                "--batch-size."
+            )
+        rows, skipped = found
+        known.skipped |= skipped
+        tell(number, 0, f"{pool.ready} workers")
+        yield from ((number, key, result) for _, key, result in rows)
 
 
 def _rows_of(
     compressor: Compressor,
-    cases: Sequence[_Case],
-    select: Callable[[Compressor, Sequence[_Case]], Sequence[_CaseSelection]],
+    cases: Sequence[Case],
+    select: _Select,
     batch_size: int,
 ) -> list[Rows]:
     """The rows of a method on all cases, in batches."""
@@ -261,40 +326,42 @@ def _rows_of(
 def _analysed(
     compressors: Sequence[Compressor],
     images: int,
-    cases: Callable[[int], Iterator[_Case]],
-    select: Callable[[Compressor, Sequence[_Case]], list[_CaseSelection]],
+    compute: _Compute,
     known: Parts,
     batch_size: int,
     seed: int,
     progress: ProgressCallback,
 ) -> Analysis:
     """Run the methods on all cases of all images; a method that fails is left out."""
-    failures: dict[tuple[str, float], Failure] = {}
+    failures: dict[_Key, tuple[int, Failure]] = {}  # with the batch in which it failed
     keys = {(one.label, one.retention): one for one in compressors}
     total, done = len(keys) * images, 0
-    for start in range(0, images, batch_size):
-        progress(done, total, f"vision encoder, {len(failures)} failed")
-        here = range(start, min(start + batch_size, images))
-        lacking = {key: set(here) - known.images(*key) for key in keys if key not in failures}
-        needed = sorted(set().union(*lacking.values()))
-        batch = [case for index in needed for case in cases(index)]
-        for key, compressor in keys.items():
-            progress(done, total, f"{key[0]} at {key[1]:g}, {len(failures)} failed")
-            done += len(here)
-            mine = [case for case in batch if case.image in lacking.get(key, ())]
-            found = tried(partial(_rows_of, compressor, mine, select, batch_size))
-            if isinstance(found, Failure):
-                failures[key] = found
-                # The failed method may have modified tensors that other methods use.
-                batch = [case for index in needed for case in cases(index)]
-            else:
-                known.add(found)
+
+    def batches() -> Iterator[Mapping[_Key, set[int]]]:
+        for start in range(0, images, batch_size):
+            here = set(range(start, min(start + batch_size, images)))
+            yield {key: here - known.images(*key) for key in keys if key not in failures}
+
+    def tell(number: int, _: int, doing: str) -> None:
+        progress(done, total, f"{doing}, {len(failures)} failed")
+
+    for number, key, found in compute(keys, batches(), tell):
+        done += min(batch_size, images - number * batch_size)
+        if not isinstance(found, Failure):
+            known.add(found)
+        elif key not in failures or number < failures[key][0]:
+            failures[key] = number, found
     progress(total, total, "statistics")
-    tokens = joined([one for key in keys if key not in failures for one in known.rows(*key)])
+    ordered = [
+        one
+        for key in keys
+        if key not in failures
+        for one in sorted(known.rows(*key), key=lambda rows: rows.shared["image"])
+    ]
+    tokens = joined(ordered)
     skipped = Counter(skip[1:] for skip in known.skipped)
-    return Analysis(
-        tokens, statistics(tokens, seed=seed), profiles(tokens), dict(skipped), failures
-    )
+    why = {key: why for key, (_, why) in sorted(failures.items(), key=lambda one: one[1][0])}
+    return Analysis(tokens, statistics(tokens, seed=seed), profiles(tokens), dict(skipped), why)
 
 
 def compressors_of(
@@ -367,91 +434,6 @@ def _check_names(conditions: Sequence[str], levels: Sequence[str]) -> None:
                 raise unknown(what, value, known)
 
 
-def _cases(
-    pipe: Pipeline,
-    index: int,
-    shown: Shown,
-    signals: frozenset[Signal],
-    conditions: Sequence[Condition],
-    levels: Sequence[Level],
-    skipped: set[Skip],
-) -> Iterator[_Case]:
-    """An encoded image in the normal condition and in all conditions that are possible."""
-    normal = _fingerprinted(index, _encoded(pipe, shown, signals))
-    yield _normal(index, normal)
-    if "selector" in levels:
-        yield from _moved(index, normal, conditions, skipped)
-    pixelwise = [one for one in _fitting(normal.layout, conditions) if one != EXCHANGED]
-    for condition in pixelwise if "pipeline" in levels else ():
-        try:
-            pixels = move_pixels(shown, condition, normal.layout, ViewSize.of(pipe.adapter).side)
-            moved = _encoded(pipe, pixels, signals)
-            if not _same_geometry(moved.layout, normal.layout):
-                raise NotPossible("another crop grid after rearranging")
-        except NotPossible as reason:
-            skipped.add((index, condition, "pipeline", str(reason)))
-        else:
-            content = paired(normal.layout, condition)
-            yield _Case(index, condition, "pipeline", moved, content, _slots(normal.layout))
-
-
-def _fingerprinted(index: int, tokens: VisualTokens) -> VisualTokens:
-    """With a fingerprint, which identifies its scores and seeds random methods."""
-    if tokens.fingerprint is not None:
-        return tokens
-    return replace(tokens, fingerprint=torch.tensor([index], dtype=torch.float32))
-
-
-def _normal(index: int, tokens: VisualTokens) -> _Case:
-    layout = tokens.layout
-    own = torch.arange(len(layout), device=layout.is_separator.device)
-    content = own.masked_fill(layout.is_separator, -1)
-    return _Case(index, NORMAL, NORMAL, tokens, content, _slots(layout))
-
-
-def _slots(layout: TokenLayout) -> Tensor:
-    """(N,) the crop or frame at each index, from 0; negative for all else."""
-    return layout.view - int(layout.modality != "video")
-
-
-def _moved(
-    index: int,
-    tokens: VisualTokens,
-    conditions: Sequence[Condition],
-    skipped: set[Skip],
-) -> Iterator[_Case]:
-    """An encoded image in all conditions that are possible, at the selector level."""
-    for condition in _fitting(tokens.layout, conditions):
-        try:
-            content = paired(tokens.layout, condition)
-        except NotPossible as reason:
-            skipped.add((index, condition, "selector", str(reason)))
-        else:
-            moved, slots = move_tokens(tokens, condition), _slots(tokens.layout)
-            yield _Case(index, condition, "selector", moved, content, slots)
-
-
-def _fitting(layout: TokenLayout, conditions: Sequence[Condition]) -> list[Condition]:
-    """The conditions that apply to an image, or to a video."""
-    others = CROPS if layout.modality == "video" else ("reversed-frames",)
-    return [condition for condition in conditions if condition not in others]
-
-
-def _encoded(pipe: Pipeline, shown: Shown, signals: frozenset[Signal]) -> VisualTokens:
-    if isinstance(shown, Image.Image):
-        return pipe.encode([shown], signals)[0]
-    return pipe.encode_videos([list(shown)], signals)[0]
-
-
-def _same_geometry(one: TokenLayout, other: TokenLayout) -> bool:
-    return (
-        len(one) == len(other)
-        and one.grid == other.grid
-        and one.canvas_shape == other.canvas_shape
-        and torch.equal(one.view, other.view)
-    )
-
-
 # --- selecting ------------------------------------------------------------------------------------
 
 
@@ -460,7 +442,7 @@ def _in_front(compressor: Compressor) -> bool:
     return compressor.stage is Stage.PRE_LLM and list(compressor.parts()) == [compressor]
 
 
-def _selected(compressor: Compressor, cases: Sequence[_Case]) -> list[_CaseSelection]:
+def _selected(compressor: Compressor, cases: Sequence[Case]) -> list[_CaseSelection]:
     """What a method in front of the language model keeps of each case."""
     noted, notes = noting(compressor)
     with warnings.catch_warnings():
@@ -469,7 +451,7 @@ def _selected(compressor: Compressor, cases: Sequence[_Case]) -> list[_CaseSelec
 
 
 def _selections(
-    pipe: Pipeline, compressor: Compressor, cases: Sequence[_Case], prompts: Sequence[str]
+    pipe: Pipeline, compressor: Compressor, cases: Sequence[Case], prompts: Sequence[str]
 ) -> list[_CaseSelection]:
     """What any method keeps of each case."""
     if _in_front(compressor):
@@ -486,7 +468,7 @@ def _selections(
 
 
 def _outcome(
-    case: _Case, keeps: Sequence[Tensor], notes: Sequence[tuple[VisualTokens, Tensor]]
+    case: Case, keeps: Sequence[Tensor], notes: Sequence[tuple[VisualTokens, Tensor]]
 ) -> _CaseSelection:
     size = len(case.tokens)
     first, last = (torch.zeros(size, dtype=torch.bool) for _ in range(2))
@@ -500,7 +482,7 @@ def _outcome(
     return _CaseSelection(last, first, score)
 
 
-def _rows(compressor: Compressor, case: _Case, outcome: _CaseSelection) -> Rows:
+def _rows(compressor: Compressor, case: Case, outcome: _CaseSelection) -> Rows:
     layout = case.layout
     patches = layout.patches.numpy()
     slots = layout.frames if layout.modality == "video" else layout.grid[0] * layout.grid[1]

@@ -23,6 +23,15 @@ from tokenprune.console import (
     quiet,
 )
 from tokenprune.experiments.common import options
+from tokenprune.experiments.common.option_groups import (
+    DRAWING,
+    JOB,
+    LOADING,
+    DrawingOptions,
+    JobOptions,
+    LoadingOptions,
+    grouped,
+)
 from tokenprune.plugins import import_plugins
 from tokenprune.spec import method_specs, ratios, split
 from tokenprune.units import percent
@@ -47,8 +56,8 @@ _Images = Annotated[
 _Data = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="File of questions in JSON lines, as for compare; each image or video is used once. "
+        metavar="PATH",
+        help="File or folder of questions, as for compare; each image or video is used once. "
         "Answers may be left out.",
     ),
 ]
@@ -81,6 +90,7 @@ _Seed = Annotated[int, typer.Option(help="Draws the testbed's images and the boo
 
 
 @app.command("positional-bias", cls=ManyValues)
+@grouped
 def positional_bias(
     paths: options.Images = None,
     prompt: options.Prompt = None,
@@ -98,13 +108,10 @@ def positional_bias(
     conditions: _Conditions = None,
     batch_size: _BatchSize = None,
     seed: _Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    loading: LoadingOptions = LOADING,
     out: options.Out = None,
-    formats: options.Formats = None,
-    width: options.Width = "page",
-    no_title: options.NoTitle = False,
+    drawing: DrawingOptions = DRAWING,
+    job: JobOptions = JOB,
 ) -> None:
     """Test whether methods select tokens by content or by location.
 
@@ -121,6 +128,7 @@ def positional_bias(
         from tokenprune.experiments.positional_bias.run import METHODS, PositionalBiasRequest
 
         request = PositionalBiasRequest(
+            cluster=job.cluster,
             paths=tuple(paths or ()),
             prompt=prompt,
             model=model,
@@ -132,23 +140,21 @@ def positional_bias(
             conditions=tuple(split(conditions)) if conditions else DEFAULT,  # type: ignore[arg-type]
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            **vars(loading),
             out=out,
-            figures=options.figures(formats, width, no_title),
+            figures=drawing.figures,
         )
-        status = _run(request)
+        status = _run(request, job.log_file)
     raise typer.Exit(status)
 
 
-def _run(request: PositionalBiasRequest) -> int:
+def _run(request: PositionalBiasRequest, log: Path | None) -> int:
     """Run the analysis, show it, and return the exit status."""
     from tokenprune.experiments.positional_bias.run import run
 
     quiet()
     started = options.stoppable()
-    with progress() as bar:
+    with progress(log) as bar:
         outcome = run(request, bar)
     if outcome.status == "interrupted":
         return options.interrupted(outcome, "selections (an image by a method)")

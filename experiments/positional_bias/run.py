@@ -9,17 +9,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenprune.compressor import Compressor
 from tokenprune.errors import UserError, unknown
+from tokenprune.experiments.cluster.run import Hardware, Pool, description, hardware, workers
 from tokenprune.experiments.common import plots
 from tokenprune.experiments.common.csv_files import write_tables
 from tokenprune.experiments.common.files import check_writable, replace_file
 from tokenprune.experiments.common.grid import ALL, cells, expanded
 from tokenprune.experiments.common.limits import check_lengths, check_number
+from tokenprune.experiments.common.loading import options_of_answers
 from tokenprune.experiments.common.outcome import Outcome
 from tokenprune.experiments.common.own_images import own_questions
 from tokenprune.experiments.common.provenance import (
@@ -38,13 +40,14 @@ from tokenprune.experiments.common.questions import (
 )
 from tokenprune.experiments.common.request import FigureOptions, ModelRequest
 from tokenprune.experiments.common.run_folder import RunFolder, asked_for
-from tokenprune.experiments.common.setting import load_model, warn_about_testbed
+from tokenprune.experiments.common.setting import warn_about_testbed
 from tokenprune.experiments.positional_bias import figures
 from tokenprune.experiments.positional_bias.analysis import (
     Analysis,
     check_method,
     compressors_of,
     positional_bias,
+    served,
 )
 from tokenprune.experiments.positional_bias.rearrange import CONDITIONS, DEFAULT, Condition, Shown
 from tokenprune.experiments.positional_bias.rows import Parts
@@ -121,7 +124,7 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
     questions, left_out = _questions(request)
     own = request.data is not None or bool(request.paths)
     warn_about_testbed(request.model, own=own)
-    pipe = load_model(request, progress)
+    pipe = description(request, progress)
     methods, unfit = expanded(request.methods, lambda one: check_method(pipe, one))
     compressors = compressors_of(methods, request.retention)
     for compressor in compressors:
@@ -129,11 +132,36 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
     if pipe.adapter.has_language_model:
         check_placeholders(questions, pipe)
     check_lengths(pipe, questions, new=1)
-    folder = _opened(request, compressors, questions, pipe)
+    asked = request, compressors, questions, pipe
+    if request.cluster is None:
+        outcome = _recorded(*asked, hardware(pipe), None, progress)
+    else:
+        with workers(request, served, progress) as (pool, there):
+            outcome = _recorded(*asked, there, pool, progress)
+    if outcome.status == "interrupted":
+        return replace(outcome, skipped=unfit)
+    if left_out:
+        many = "s" * (left_out != 1)
+        note = f"SKIPPED: {left_out} image{many} with several images in one prompt."
+        outcome = replace(outcome, notes=(*outcome.notes, note))
+    return replace(outcome, skipped=unfit)
+
+
+def _recorded(
+    request: PositionalBiasRequest,
+    compressors: Sequence[Compressor],
+    questions: Sequence[Question],
+    pipe: Pipeline,
+    there: Hardware,
+    pool: Pool[Any] | None,
+    progress: ProgressCallback,
+) -> Outcome:
+    """Fill the folder of the run, and record how that ended."""
+    folder = _opened(request, compressors, questions, pipe, there)
     status = "failed"
     failures: list[dict[str, Any]] = []
     try:
-        found = _analysed(request, compressors, questions, pipe, folder.path, progress)
+        found = _analysed(request, compressors, questions, pipe, pool, folder.path, progress)
         progress(0, 0, "tables and plots")
         _write(folder.path, found, questions, Path(request.model).name, request.figures)
         failures = [{"cell": _cell(*which), **asdict(why)} for which, why in found.failures.items()]
@@ -144,7 +172,7 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
         folder.close(status, failures)
     done, wanted = len(Parts(folder.path / PARTS)), len(questions) * len(compressors)
     if status == "interrupted":
-        return Outcome(folder.path, status, answered=done, wanted=wanted, skipped=unfit)
+        return Outcome(folder.path, status, answered=done, wanted=wanted)
     return Outcome(
         folder.path,
         status,
@@ -153,8 +181,7 @@ def run(request: PositionalBiasRequest, progress: ProgressCallback = silent) -> 
         answered=done,
         wanted=wanted,
         failures={_cell(*which): why for which, why in found.failures.items()},
-        skipped=unfit,
-        notes=tuple(_notes(found, left_out)),
+        notes=tuple(_notes(found)),
     )
 
 
@@ -167,11 +194,14 @@ def _opened(
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
     pipe: Pipeline,
+    there: Hardware,
 ) -> RunFolder:
     """The folder of the run, which holds nothing else."""
     surroundings = environment()
     files = answer_files(pipe.path, compressors, [type(pipe.adapter), __name__])
-    experiment = _experiment(request, compressors, questions, pipe, surroundings["versions"], files)
+    experiment = _experiment(
+        request, compressors, questions, there, surroundings["versions"], files
+    )
     path = request.out or Path("runs") / _folder_name(experiment)
     details = asked_for(request, path) | {"files": files} | surroundings
     return RunFolder.open(path, experiment, details)
@@ -182,6 +212,7 @@ def _analysed(
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
     pipe: Pipeline,
+    pool: Pool[Any] | None,
     folder: Path,
     progress: ProgressCallback,
 ) -> Analysis:
@@ -194,18 +225,15 @@ def _analysed(
         batch_size=request.batch_size or (50 if request.model in testbed.names() else 4),
         seed=request.seed,
         parts=folder / PARTS,
+        pool=pool,
         progress=progress,
     )
 
 
-def _notes(found: Analysis, left_out: int) -> Iterator[str]:
-    """Sentences about images that were skipped in a condition, or in all."""
-    skipped = dict(found.skipped)
-    if left_out:
-        skipped["all", "all", "several images in one prompt"] = left_out
-    for (condition, level, why), count in skipped.items():
-        where = "" if condition == "all" else f" {condition} ({level})"
-        yield f"SKIPPED{where}: {count} image{'s' * (count != 1)} with {why}."
+def _notes(found: Analysis) -> Iterator[str]:
+    """Sentences about images that were skipped in a condition."""
+    for (condition, level, why), count in found.skipped.items():
+        yield f"SKIPPED {condition} ({level}): {count} image{'s' * (count != 1)} with {why}."
 
 
 def _check_request(request: PositionalBiasRequest) -> None:
@@ -260,7 +288,7 @@ def _experiment(
     request: PositionalBiasRequest,
     compressors: Sequence[Compressor],
     questions: Sequence[Question],
-    pipe: Pipeline,
+    there: Hardware,
     versions: Mapping[str, str | None],
     files: Mapping[str, Files],
 ) -> dict[str, Any]:
@@ -275,8 +303,9 @@ def _experiment(
         "conditions": list(request.conditions),
         "data": fingerprint(questions),
         "seed": request.seed,
-        "device": pipe.device.type,
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "device": there.device,
+        "dtype": there.dtype,
+        **options_of_answers(request),
         **digests(files),
         **{package: versions[package] for package in DECISIVE},
     }

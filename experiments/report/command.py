@@ -90,6 +90,7 @@ def report(
     out: _Out = None,
     force: _Force = False,
     anonymous: _Anonymous = False,
+    metric: options.Metric = None,
 ) -> None:
     """Write an HTML page about a run: results, figures, and questions with what methods kept.
 
@@ -109,6 +110,7 @@ def report(
             out=out,
             force=force,
             anonymous=anonymous,
+            metric=metric,
         )
         with progress() as bar:
             outcome = run(request, bar)
@@ -133,13 +135,15 @@ def pairs(
     kind: Annotated[
         str, typer.Option(help="Only questions of this kind. [default: all questions]")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of permutations.")] = 0,
     out: _Csv = None,
+    metric: options.Metric = None,
 ) -> None:
     """Compare all pairs of methods of a run on the questions that both answered.
 
     Prints the difference of their accuracies with its 95 % bootstrap interval and the p-value of
     McNemar's exact test, raw and adjusted for the number of pairs (Holm), and writes them as CSV.
+    Scores between 0 and 1 are compared by a permutation test instead.
 
     Exit status: 0 done, 2 bad input.
     """
@@ -150,7 +154,10 @@ def pairs(
         labels = tuple(split(methods or ()))
         if methods and not labels:
             raise UserError("--methods needs at least one value.")
-        outcome = pairs(PairsRequest(folder=folder, methods=labels, kind=kind, seed=seed, out=out))
+        request = PairsRequest(
+            folder=folder, methods=labels, kind=kind, seed=seed, out=out, metric=metric
+        )
+        outcome = pairs(request)
         Console().print(pairs_table(outcome.tables["pairs"]))
         for note in outcome.notes:
             typer.echo(f"note: {note}", err=True)
@@ -161,10 +168,15 @@ def pairs(
 def pairs_table(found: pd.DataFrame) -> Table:
     """The pairs as a table of at most 80 columns; ``found`` is as `summary.pairs` returns it."""
     number = found["n"].max()
+    names = {
+        "McNemar": "McNemar's exact test",
+        "permutation": "permutation test (whole images together)",
+    }
+    tests = [names[name] for name in found["test"].dropna().unique()] or ["McNemar's exact test"]
     made = new_table(
         title=f"All pairs of methods on the same questions ({escape(found['kind'].iloc[0])})",
         caption=f"First minus second, in points of accuracy, on {number} questions, with its 95 % "
-        "interval (whole images resampled). p: McNemar's exact test; Holm: adjusted for the "
+        f"interval (whole images resampled). p: {' or '.join(tests)}; Holm: adjusted for the "
         f"{len(found)} pairs of this table; - with several seeds.",
     )
     made.add_column("keep", justify="right")
@@ -200,6 +212,7 @@ def table(
             "all that its interval does not exclude.",
         ),
     ] = False,
+    metric: options.Metric = None,
 ) -> None:
     """Print several comparisons side by side as one Markdown or LaTeX table.
 
@@ -214,9 +227,9 @@ def table(
 
         notes: list[str] = []
         if latex:
-            typer.echo(booktabs([read(folder, notes) for folder in folders]))
+            typer.echo(booktabs([read(folder, notes, metric) for folder in folders]))
         else:
-            typer.echo(markdown(side_by_side(folders, notes)))
+            typer.echo(markdown(side_by_side(folders, notes, metric)))
         for note in notes:
             typer.echo(f"note: {note}", err=True)
     raise typer.Exit(OK)

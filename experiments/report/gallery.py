@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,7 @@ def question_entry(
     ways: list[int | None] = []
     seen: dict[str, int] = {}
     right, same, keeps = "", "", []
+    partial: list[float | None] = []
     media = gallery.add(item)
     for column in columns:
         row = by_cell.get((column.label, column.retention))
@@ -74,6 +76,7 @@ def question_entry(
         ways.append(None if answer is None else seen.setdefault(normalise(answer), len(seen)))
         right += _flag(None if row is None else row["correct"])
         same += _flag(None if row is None else row["agrees"])
+        partial.append(None if row is None else _partial(row.get("score")))
         record = journal.answers.get((column.key or "", name), {})
         keeps.append(gallery.fitting(media, record.get("kept")))
     return {
@@ -81,10 +84,12 @@ def question_entry(
         "kind": first["kind"],
         "question": first["question"],
         "truth": first["truth"],
+        "truths": list(dict.fromkeys(json.loads(first.get("truths") or "[]"))),
         "media": media,
         "answers": said,
         "ways": ways,
         "right": right,
+        "partial": partial if any(score is not None for score in partial) else None,
         "same": same,
         "kept": keeps,
     }
@@ -92,6 +97,11 @@ def question_entry(
 
 def _flag(value: Any) -> str:
     return "-" if value is None or pd.isna(value) else "1" if value else "0"
+
+
+def _partial(score: Any) -> float | None:
+    """A score between 0 and 1; None for 0, 1 and no score, which a flag shows."""
+    return round(float(score), 3) if pd.notna(score) and 0 < score < 1 else None
 
 
 class Gallery:

@@ -35,13 +35,15 @@ class PairsRequest(Request):
         folder: The run folder.
         methods: Labels; all methods if empty.
         kind: Only questions of this kind; all questions if empty.
-        seed: Of the bootstrap.
+        seed: Of the bootstrap and of permutations.
+        metric: Scores the answers instead of the metric of the run (`metrics.with_metric`).
     """
 
     folder: Path
     methods: Sequence[str] = ()
     kind: str = ""
     seed: int = 0
+    metric: str | None = None
 
 
 def pairs(request: PairsRequest) -> Outcome:
@@ -56,7 +58,7 @@ def pairs(request: PairsRequest) -> Outcome:
     check_number("seed", request.seed)
     kind = request.kind or OVERALL
     notes: list[str] = []
-    answers = answers_of(request.folder, notes)
+    answers = answers_of(request.folder, notes, request.metric)
     name = "pairs.csv" if kind == OVERALL else f"pairs-{_file_part(kind)}.csv"
     path = request.out or request.folder / name
     check_file(path)

@@ -22,10 +22,10 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.answers import read_answers
+from tokenprune.experiments.common.answers import read_answers, rescored
 from tokenprune.experiments.common.cells import Cell, CellRecord
 from tokenprune.experiments.common.files import check_file, replace_file
-from tokenprune.experiments.common.formatting import arrows
+from tokenprune.experiments.common.formatting import arrows, measure
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.limits import check_number
 from tokenprune.experiments.common.outcome import Outcome
@@ -39,8 +39,9 @@ from tokenprune.experiments.common.reading import (
 )
 from tokenprune.experiments.common.request import Request
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.common.summary import summarise
+from tokenprune.experiments.common.summary import aggregated, summarise
 from tokenprune.experiments.compare.run import accuracy_so_far
+from tokenprune.experiments.metrics import check_metrics, with_metric
 from tokenprune.experiments.report.anonymous import anonymous
 from tokenprune.experiments.report.columns import Column, table_columns
 from tokenprune.experiments.report.gallery import Gallery, planner, question_entry
@@ -88,6 +89,7 @@ class ReportRequest(Request):
         anonymous: Whether to leave out names and paths (`anonymous`); questions, answers and
             pictures do not change.
         force: Whether to replace ``out`` if it exists; ``report.html`` is always replaced.
+        metric: Scores the answers instead of the metric of the run (`metrics.with_metric`).
     """
 
     folder: Path
@@ -96,6 +98,7 @@ class ReportRequest(Request):
     data: Path | None = None
     anonymous: bool = False
     force: bool = False
+    metric: str | None = None
 
 
 def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
@@ -132,6 +135,8 @@ def run(request: ReportRequest, progress: ProgressCallback = silent) -> Outcome:
         answered=len(journal.answers),
         failures=failures,
         results=results(found.summary),
+        measure=measure(found.summary),
+        aggregated=[name.replace("_", " ") for name in aggregated(found.summary)],
         arrows=arrows(found.summary),
         uniform=(found.summary["label"] == "uniform").any(),
         kinds=kinds(found.summary),
@@ -188,7 +193,10 @@ def _read(request: ReportRequest, progress: ProgressCallback) -> _Run:
         lines = "line" if journal.unreadable == 1 else "lines"
         notes.append(f"{journal.unreadable} {lines} of answers.jsonl cannot be read: left out.")
     questions = questions_of(request.folder, manifest, journal, notes, request.data)
-    answers = _answers(request.folder, manifest, questions, journal, notes)
+    if questions is not None and request.metric is not None:
+        questions = with_metric(questions, request.metric)
+        check_metrics(questions)
+    answers = _answers(request.folder, manifest, questions, journal, notes, request.metric)
     # Methods at R = 1 are the uncompressed model.
     answers = answers[~(answers["retention"] >= 1) | (answers["method"] == UNCOMPRESSED)]
     summary = summarise(answers, seed=manifest["experiment"]["seed"])
@@ -254,6 +262,7 @@ def _answers(
     questions: list[Question] | None,
     journal: Journal,
     notes: list[str],
+    metric: str | None,
 ) -> pd.DataFrame:
     """The table of answers, from the journal or, if that fails, from ``answers.parquet``."""
     try:
@@ -264,7 +273,7 @@ def _answers(
                 f"{str(folder)!r} has no answers.parquet, and it cannot be made: {error}"
             ) from error
         notes.append(f"Read from answers.parquet, because {error}")
-        return read_answers(folder)
+        return rescored(read_answers(folder), metric)
 
 
 def _chosen(answers: pd.DataFrame, columns: Sequence[Column], request: ReportRequest) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from tokenprune.errors import UserError
+from tokenprune.experiments.common.formatting import measure
 from tokenprune.experiments.common.reading import answers_of, experiment_of
 from tokenprune.experiments.common.summary import OVERALL, summarise
 
@@ -19,12 +20,15 @@ __all__ = [
 _MISSING = "–"
 
 
-def side_by_side(folders: Sequence[Path], notes: list[str]) -> pd.DataFrame:
+def side_by_side(
+    folders: Sequence[Path], notes: list[str], metric: str | None = None
+) -> pd.DataFrame:
     """One row per method, one column per run: accuracies and, in brackets, the decoder's FLOPs.
 
     Args:
         folders: Folders of runs.
         notes: Receives a sentence for each run whose table is older than its answers.
+        metric: As in `read`.
 
     Returns:
         Texts, indexed by method, highest retention first: accuracies in %, FLOPs in % of the
@@ -35,7 +39,7 @@ def side_by_side(folders: Sequence[Path], notes: list[str]) -> pd.DataFrame:
     """
     columns = {}
     for folder in folders:
-        name, summary = read(folder, notes)
+        name, summary = read(folder, notes, metric)
         steps = sorted(summary["retention"].unique(), reverse=True)
         steps = [step for step in steps if step < 1] or steps
         shares = {
@@ -74,20 +78,21 @@ def _spell(row: "pd.Series[float]", steps: Sequence[float], digits: int) -> str:
     return " / ".join(_MISSING if pd.isna(row[s]) else f"{row[s]:.{digits}f}" for s in steps)
 
 
-def read(folder: Path, notes: list[str]) -> tuple[str, pd.DataFrame]:
-    """Model and modality of a run, and the rows of its summary for all questions together.
+def read(folder: Path, notes: list[str], metric: str | None = None) -> tuple[str, pd.DataFrame]:
+    """Model, modality and metric (unless exact) of a run, and its summary of all questions.
 
     Matched methods have the retention of `uniform` whose cost they have.
 
     Args:
         folder: Folder of a run.
         notes: Receives a sentence if the run's table is older than its answers.
+        metric: Scores the answers instead of the metric of the run (`metrics.with_metric`).
 
     Raises:
         UserError: It is not a run folder, or no cell of its run is finished.
     """
     experiment = experiment_of(folder)
-    answers = answers_of(folder, notes).assign(kind=OVERALL)
+    answers = answers_of(folder, notes, metric).assign(kind=OVERALL)
     summary = summarise(answers, seed=0)
     done = summary[summary["status"] == "ok"]
     # With --match: the ratio of uniform, whose cost it has, not the solved one.
@@ -96,4 +101,5 @@ def read(folder: Path, notes: list[str]) -> tuple[str, pd.DataFrame]:
     if done.empty:
         raise UserError(f"no cell is finished in {str(folder)!r}; run the command again.")
     kinds = ", ".join(experiment["modality"])
-    return f"{Path(experiment['model']).name}, {kinds}", done
+    scored = measure(done).removeprefix("accuracy")
+    return f"{Path(experiment['model']).name}, {kinds}{scored}", done

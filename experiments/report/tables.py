@@ -13,7 +13,7 @@ import tokenprune as tp
 from tokenprune.experiments.common.formatting import arrow, difference
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.run_folder import UNCOMPRESSED
-from tokenprune.experiments.common.summary import OVERALL
+from tokenprune.experiments.common.summary import OVERALL, aggregated
 from tokenprune.experiments.report.columns import Column
 from tokenprune.grammar import names
 from tokenprune.registry import strategies
@@ -60,6 +60,7 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
         "seed": experiment["seed"],
         "device": f"{experiment['device']} ({manifest.get('device_name', 'unknown')})",
         "dtype": experiment["dtype"],
+        "metric": asked.get("metric"),
         "longest answer": f"{experiment['max_new_tokens']} tokens",
         "started": sessions[0].get("started"),
         "took": f"{manifest['seconds']:.0f} s" if "seconds" in manifest else None,
@@ -108,6 +109,10 @@ def results(summary: pd.DataFrame) -> list[dict[str, Any]]:
                 "n": _number(overall["n"], "{:.0f}"),
                 "accuracy": _percent(overall["accuracy"], 1),
                 "interval": _interval(overall, "accuracy"),
+                "aggregated": [
+                    {"value": _percent(overall[name], 1), "interval": _interval(overall, name)}
+                    for name in aggregated(summary)
+                ],
                 "same": _percent(overall["agreement"], 1),
                 "arrow": arrow(overall),
                 "beside": "" if label == UNCOMPRESSED else _beside(overall),

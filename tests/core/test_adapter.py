@@ -59,8 +59,14 @@ def test_the_example_of_the_readme(pipe: Any) -> None:
         assert len(image) == chosen.layout.views
 
 
-@pytest.mark.parametrize("name", tp.list_methods())
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+# Beams differ for the engine, not for a method: one for each stage and kind of signal.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in tp.list_methods()),
+        *((name, {"num_beams": 2}) for name in ("uniform", "globalcom2", "fastv")),
+    ],
+)
 def test_encoding_once_gives_what_pixels_give(
     pipe: Any, name: str, options: dict[str, Any]
 ) -> None:

@@ -28,7 +28,7 @@ from tokenprune.experiments.common.csv_files import read_csv
 from tokenprune.experiments.common.journal import Journal
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.compare import command
-from tokenprune.experiments.compare.command import tables
+from tokenprune.experiments.compare.tables import _divergence_table, tables
 from tokenprune.spec import split
 
 
@@ -40,7 +40,7 @@ def invoke(*words: str) -> Result:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[CompareRequest]:
     """The requests that the command would run."""
     requests: list[CompareRequest] = []
-    monkeypatch.setattr(command, "_compare", lambda request, **_: requests.append(request) or 0)
+    monkeypatch.setattr(command, "_compare", lambda one, *_, **__: requests.append(one) or 0)
     return requests
 
 
@@ -91,6 +91,18 @@ def test_lists_can_be_written_in_every_usual_way(asked: list[CompareRequest], wo
     assert asked[0].methods == ("globalcom2:alpha=0.3,tau=5", "fastv:layer=3")
     assert asked[0].retention == (0.5, 0.25)
     assert asked[0].seed == 4
+
+
+def test_groups_of_options_reach_the_request(asked: list[CompareRequest]) -> None:
+    words = "--attn eager --device-map auto --quantize 8bit --revision v1 --split val"
+    texts = ["--suffix", "Be brief.", "--template", "{question}!", "--system", "You see."]
+    assert invoke("compare", *words.split(), *texts).exit_code == 0
+    assert asked == [
+        CompareRequest(
+            attn="eager", device_map="auto", quantize="8bit", revision="v1", split="val",
+            suffix="Be brief.", template="{question}!", system="You see.",
+        )
+    ]  # fmt: skip
 
 
 def test_no_arguments_are_the_defaults(asked: list[CompareRequest]) -> None:
@@ -431,7 +443,7 @@ def test_few_questions_do_not_break_labels(width: int) -> None:
         for index, label in enumerate(labels)
     )
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(command._divergence_table(rows))
+    console.print(_divergence_table(rows))
     text = console.export_text()
     assert all(label in text for label in labels)
     assert "Columns left out" in text, "instead"
@@ -475,9 +487,11 @@ def test_an_interruption_has_status_130_in_every_command(monkeypatch: pytest.Mon
         "crop-importance": [],
         "demo": [],
         "efficiency": [],
+        "export": ["runs", "--method", "uniform"],
         "masks": [],
         "positional-bias": [],
         "report": ["runs"],
+        "serving-check": ["testbed-next", "uniform@0.5"],
     }
     for name, words in commands.items():
         folder = {"benchmark": "benchmarks", "convert": "efficiency"}.get(name, name)

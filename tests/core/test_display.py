@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,16 @@ def test_a_ledger_is_a_row_of_its_figures(trace: Trace) -> None:
     ledger = trace.ledgers[0]
     (row,) = ledger.to_frame().to_dict("records")
     assert row == {"requested": 0.25, "realised": ledger.realised, **ledger.figures}
+
+
+def test_a_ledger_names_a_retention_that_differs_from_the_requested_one(trace: Trace) -> None:
+    """By more than one token: at R = 0.25 of 245 tokens, 61.25, these are 60 and 63."""
+    ledger = replace(trace.ledgers[0], requested=0.25, patch_tokens=245, kept_patches=72)
+    assert "patch tokens: 72 of 245 (29.4 %, 25 % requested), " in repr(ledger)
+    for kept in (61, 62):
+        assert f"patch tokens: {kept} of 245, " in repr(replace(ledger, kept_patches=kept))
+    for kept in (60, 63):
+        assert "25 % requested" in repr(replace(ledger, kept_patches=kept))
 
 
 def test_reprs_are_one_short_line(trace: Trace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from families import full_hosts
 from PIL import Image
 from torch import Tensor, nn
-from two_devices import METHODS, chosen_method, place
+from two_devices import chosen_method, drawn, place
 
 import tokenprune as tp
 from tokenprune.engine.session import compress
@@ -26,6 +27,9 @@ pytestmark = [
 ]
 
 HERE = torch.device("cpu")
+HOSTS = full_hosts(["qwen2"])
+
+Offload = Callable[[Host, Path], None]
 
 
 def _on_disk(host: Host, folder: Path) -> None:
@@ -56,20 +60,22 @@ def _layer_by_layer(host: Host, folder: Path) -> None:
 Both = tuple[Host, Host]
 
 
-@pytest.fixture(scope="module", params=[_on_disk, _layer_by_layer])
-def both(
-    request: pytest.FixtureRequest, host_name: str, tmp_path_factory: pytest.TempPathFactory
-) -> Both:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Offload], Both]:
     """Two copies of a model, the second one offloaded."""
-    plain, offloaded = (Host.tiny(host_name, "qwen2") for _ in range(2))
-    offload: Callable[[Host, Path], None] = request.param
-    offload(offloaded, tmp_path_factory.mktemp("weights"))
-    weights = list(offloaded.model.parameters())
-    assert sum(weight.is_meta for weight in weights) > 0.7 * len(weights)
-    return plain, offloaded
+
+    @functools.cache
+    def made(name: str, offload: Offload) -> Both:
+        plain, offloaded = (Host.tiny(name, "qwen2") for _ in range(2))
+        offload(offloaded, tmp_path_factory.mktemp("weights"))
+        weights = list(offloaded.model.parameters())
+        assert sum(weight.is_meta for weight in weights) > 0.7 * len(weights)
+        return plain, offloaded
+
+    return made
 
 
-@pytest.fixture(scope="module", params=[host.name for host in full_hosts(["qwen2"])])
+@pytest.fixture(scope="module", params=[host.name for host in HOSTS])
 def host_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -82,13 +88,17 @@ def _results(host: Host, spec: str) -> list[Any]:
         return [logits, *kept, host.generate(host.inputs()), trace.ledgers]
 
 
-@pytest.mark.parametrize("spec", METHODS)
-def test_every_method_on_offloaded_weights_is_as_without(both: Both, spec: str) -> None:
-    wanted, got = (_results(host, spec) for host in both)
+@pytest.mark.parametrize(("spec", "name", "offload"), drawn(HOSTS, _on_disk, _layer_by_layer))
+def test_every_method_on_offloaded_weights_is_as_without(
+    both: Callable[[str, Offload], Both], spec: str, name: str, offload: Offload
+) -> None:
+    plain, offloaded = both(name, offload)
+    wanted, got = (_results(host, spec) for host in (plain, offloaded))
     for mine, theirs in zip(got, wanted, strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
-    here = [weight for weight in both[1].model.parameters() if not weight.is_meta]
-    assert len(here) < 0.3 * len(list(both[1].model.parameters())), "weights were left in memory"
+    weights = list(offloaded.model.parameters())
+    here = [weight for weight in weights if not weight.is_meta]
+    assert len(here) < 0.3 * len(weights), "weights were left in memory"
 
 
 @pytest.mark.parametrize("spec", ["tome", "downsample", "tome@0.6 + fastv@0.6"])

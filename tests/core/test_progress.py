@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import warnings
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from tokenprune.console import progress
+from tokenprune.errors import UserError
 from tokenprune.progress import logged, progress_line
 
 
@@ -62,3 +66,19 @@ def test_deprecation_notices_of_libraries_are_not_shown(capsys: pytest.CaptureFi
             warnings.warn("use something else in v6", category, stacklevel=1)
         warnings.warn("of the run", UserWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: of the run\n"
+
+
+def test_a_log_file_gets_lines_with_the_time_and_warnings(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    with progress(log) as report:
+        report(3, 9, "x, 1 failed")
+        warnings.warn("of the run", UserWarning, stacklevel=1)
+    with pytest.raises(KeyboardInterrupt), progress(log):
+        raise KeyboardInterrupt
+    lines = log.read_text().splitlines()
+    assert [re.sub("^.{25} ", "", line).split(":")[0] for line in lines] == [
+        *("started", "warning", "ended", "started", "stopped")
+    ]
+    assert all(datetime.fromisoformat(line[:25]).tzinfo for line in lines)
+    with pytest.raises(UserError, match="cannot write the log"), progress(tmp_path / "no" / "log"):
+        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -306,3 +307,26 @@ def test_inputs_that_are_not_lists_are_refused(pipe: Any, onevision: Any) -> Non
     with pytest.raises(UserError, match="None is not a video"):
         onevision.prepare(None, [ASKED], videos=[None])
     assert pipe.encode([]) == []
+
+
+def test_image_marks_the_place_on_every_model() -> None:
+    """Also where the placeholder of the model is another text."""
+    tokens = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    processor = SimpleNamespace()
+    text = chat_prompt("Left: <image> right: <image>", processor, {"image": 2, "video": 0}, tokens)
+    assert text == "Left: <|image_pad|> right: <|image_pad|>"
+    with pytest.raises(UserError, match=r"has 1 '<\|image_pad\|>' placeholders but 2 images"):
+        chat_prompt("Left: <image>", processor, {"image": 2, "video": 0}, tokens)
+
+
+def test_a_system_message_comes_first_or_is_refused(pipe: Any) -> None:
+    shown = talking(pipe, CHATML)
+    text = chat_prompt(ASKED, shown, ONE, TOKENS, system="Be brief.")
+    assert text.index("Be brief.") < text.index("<image>") < text.index(ASKED)
+    whole = asked(shown, text)
+    assert chat_prompt(whole, shown, ONE, TOKENS, system="Other") == whole
+    without = "{% for m in messages if m['role'] == 'user' %}<image>{{ m['content'][1]['text'] }}"
+    with pytest.raises(UserError, match="does not show a system message"):
+        chat_prompt(ASKED, talking(pipe, without + "{% endfor %}"), ONE, TOKENS, system="Be brief.")
+    with pytest.raises(UserError, match="no chat template"):
+        chat_prompt(ASKED, SimpleNamespace(), ONE, TOKENS, system="Be brief.")

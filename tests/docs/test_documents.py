@@ -25,6 +25,7 @@ import tokenprune as tp
 from tokenprune import facts, pipeline
 from tokenprune.cli import app
 from tokenprune.experiments.demo.run import ServedPage
+from tokenprune.experiments.metrics import metrics
 from tokenprune.models import testbed
 from tokenprune.registry import strategies
 from tokenprune.testing import runner
@@ -47,6 +48,7 @@ LESS = {
     "efficiency": ("--retention 0.5",),
     "efficiency --measure": ("--repeats 1",),
     "positional-bias": ("--images 3",),
+    "validity --model": ("--questions 2",),
 }
 """Options that a command gets unless its line has them."""
 
@@ -56,6 +58,7 @@ INSTEAD = {
     " RUN": " runs/first",
     "tests/data/golden": str(ROOT / "tests" / "data" / "golden"),
     "experiments/results": str(ROOT / "experiments" / "results"),
+    "logs/ten": str(ROOT / "tests" / "data" / "lmms"),
 }
 """What stands in for what a machine may not have."""
 
@@ -79,6 +82,11 @@ class Norm(tp.ScoringCompressor):
 class Mine(Norm):
     """Keep the longest features, too."""
 '''
+
+METRICS = """
+def first_word(prediction, question):
+    return float(prediction.split()[:1] == question.answer.split()[:1])
+"""
 
 pytestmark = [
     pytest.mark.skipif(not PAGES, reason="the documentation is not part of the package"),
@@ -116,7 +124,12 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {"question": "How many objects are there?", "answer": "two"}
     lines = [{"image": "photo.jpg", **asked}, {"image": "left.jpg", **asked}]
     (folder / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "textvqa" / "train_images").mkdir(parents=True)
+    shutil.copy(folder / "photo.jpg", folder / "textvqa" / "train_images" / "a.jpg")
+    item = {"question_id": 1, "image_id": "a", "question": "What?", "answers": ["two"] * 10}
+    (folder / "textvqa" / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": [item]}))
     (folder / "my_module.py").write_text(MODULE)
+    (folder / "my_metrics.py").write_text(METRICS)
     line = "compare --questions 2 --methods uniform last --retention 0.5 --out"
     result = CliRunner().invoke(app, [*line.split(), str(folder / "runs" / "first")])
     assert result.exit_code == 0, result.output
@@ -132,10 +145,13 @@ def desk(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.syspath_prepend(str(folder))
     strategies.names()  # finds them all, once; a copy would take them along
     monkeypatch.setattr(strategies, "_classes", dict(strategies._classes))
+    metrics.names()
+    monkeypatch.setattr(metrics, "_classes", dict(metrics._classes))
     monkeypatch.setattr(runner, "CHECKS", runner.CHECKS[:3])
     monkeypatch.setattr(ServedPage, "wait", lambda _: None)
     yield folder
-    sys.modules.pop("my_module", None)
+    for name in ("my_module", "my_metrics"):
+        sys.modules.pop(name, None)
 
 
 def words(line: str) -> list[str]:
@@ -163,6 +179,8 @@ def words(line: str) -> list[str]:
 def test_commands_run(desk: Path, page: str) -> None:
     if page.endswith("/demo.md") and not find_spec("gradio"):
         pytest.skip("needs the extra: pip install -e '.[demo]'")
+    if page.endswith("/serving-check.md") and not find_spec("vllm"):
+        pytest.skip("needs vLLM, as .ci/vllm installs it")
     for line in commands(page):
         called = testing_app if line.startswith("python") else app
         result = CliRunner().invoke(called, words(line))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import full_hosts
 from torch import Tensor
-from two_devices import METHODS, chosen_method, place
+from two_devices import chosen_method, drawn, place
 
 import tokenprune as tp
 from tokenprune.compressor import Compressor
@@ -21,7 +21,10 @@ from tokenprune.testing.host import Host
 pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarning")
 
 
-@pytest.fixture(params=[host.name for host in full_hosts(["qwen2"])])
+HOSTS = full_hosts(["qwen2"])
+
+
+@pytest.fixture(params=[host.name for host in HOSTS])
 def host(request: pytest.FixtureRequest) -> Host:
     return Host.tiny(request.param, "qwen2")
 
@@ -38,10 +41,10 @@ def _results(host: Host, method: Compressor) -> Iterator[Any]:
         yield trace.ledgers
 
 
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("spec", METHODS)
-def test_layers_on_two_devices(host: Host, spec: str, split: int) -> None:
+@pytest.mark.parametrize(("spec", "name", "split"), drawn(HOSTS, 1, 3))
+def test_layers_on_two_devices(spec: str, name: str, split: int) -> None:
     """Vision encoder and last layers on one device, the rest on another: the same result."""
+    host = Host.tiny(name, "qwen2")
     method = chosen_method(spec, host)
     wanted = list(_results(host, method))
     place(host.adapter.base.vision_tower, OTHER)

@@ -17,7 +17,7 @@ from tokenprune.errors import UserError
 from tokenprune.experiments.benchmarks.second_device import OTHER, SecondDevice, put
 from tokenprune.experiments.benchmarks.watching import _elsewhere, host_waits
 from tokenprune.layout import TokenLayout
-from tokenprune.ops import diversity, similarity
+from tokenprune.ops import clustering, diversity, similarity
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.host import Host
@@ -26,7 +26,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::tokenprune.errors.RetentionWarn
 
 # Per selection 1, except for methods that need numbers that only the device has.
 MORE = {"holitom": 2, "pact": 2}  # segments of frames; number of rounds
-SPECS = [*tp.list_methods(), "fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"]
+SPECS = [
+    *tp.list_methods(),
+    *("fastv:allocator=globalcom2", "sparsevlm:version=2.0", "dart:layer=1"),
+    "globalcom2:richness=mean,total=exact",
+]
 
 
 def _steps(spec: str, retention: float = 0.4) -> list[Compressor]:
@@ -59,6 +63,20 @@ def test_one_synchronisation_per_selection_from_many_tokens(
         tokens = replace(tokens, projector=torch.nn.Linear(6, 8))
         waits = host_waits(part, tokens)
         assert waits.total() <= MORE.get(spec, 1), dict(waits)
+        with SecondDevice():
+            elsewhere = part(_elsewhere(tokens)).keep.cpu()
+        assert torch.equal(elsewhere, part(tokens).keep)
+
+
+@pytest.mark.parametrize("spec", ["pact", "scope"])
+def test_the_table_of_a_device_is_bounded(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the table exceeds that bound too, the selection is that of the CPU."""
+    monkeypatch.setattr(similarity, "BLOCK", 600)
+    monkeypatch.setattr(similarity, "ELSEWHERE", 600)
+    monkeypatch.setattr(clustering, "WALK", 16)
+    for part in _steps(spec):
+        tokens = sample_tokens(part.needs, TokenLayout.single((8, 9)))
+        tokens = replace(tokens, projector=torch.nn.Linear(6, 8))
         with SecondDevice():
             elsewhere = part(_elsewhere(tokens)).keep.cpu()
         assert torch.equal(elsewhere, part(tokens).keep)

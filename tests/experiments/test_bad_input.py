@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import tokenprune as tp
 from tokenprune.cli import app
 from tokenprune.errors import UserError
-from tokenprune.experiments.common.questions import read_jsonl
 from tokenprune.experiments.common.run_folder import RunFolder
+from tokenprune.experiments.datasets.files import read_data
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_all_bad_lines_are_listed() -> None:
     lines = [line(), "nope", line(answer=None), line(image="gone.png"), "", line(kind="")]
     Path("data.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError) as caught:
-        read_jsonl(Path("data.jsonl"))
+        read_data(Path("data.jsonl"))
     first, *others = str(caught.value).splitlines()
     assert first.startswith("4 lines of data.jsonl cannot be used; each line is an object such as")
     assert [re.match(r"  line (\d)", one)[1] for one in others] == ["2", "3", "4", "6"]  # type: ignore[index]
@@ -76,7 +76,7 @@ def test_of_many_bad_lines_the_first_are_explained_and_all_are_numbered() -> Non
     lines = [line() if number in (20, 30) else "nope" for number in range(1, 41)]
     Path("data.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError) as caught:
-        read_jsonl(Path("data.jsonl"))
+        read_data(Path("data.jsonl"))
     said = str(caught.value).splitlines()
     assert said[0].startswith("38 lines of data.jsonl")
     assert [one.split(":")[0].strip() for one in said[1:9]] == [f"line {n}" for n in range(1, 9)]
@@ -86,7 +86,7 @@ def test_of_many_bad_lines_the_first_are_explained_and_all_are_numbered() -> Non
 
 def test_lines_after_the_last_question_that_is_asked_may_be_bad() -> None:
     Path("data.jsonl").write_text(f"{line()}\nnope\n")
-    assert len(read_jsonl(Path("data.jsonl"), 1)) == 1
+    assert len(read_data(Path("data.jsonl"), count=1)) == 1
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_an_unreachable_hub_is_noticed_at_once(
         (["convert", "fastv", "--flops", "50"], "for 50 % write 0.5"),
         (["convert", "fastv", "--equivalent", "25"], "for 25 % write 0.25"),
         (["compare", "-r", "25"], "for 25 % write 0.25"),
-        (["compare", "--data", "."], "cannot read the data file '.': Is a directory"),
+        (["compare", "--data", "."], "the question about all images is given with --prompt"),
         (["compare", "--out", "file"], "cannot write to the output folder 'file'"),
         (["masks", "--out", "file"], "cannot write to the output folder 'file'"),
         (["report", "file"], "'file' is a file; give the folder of a run"),

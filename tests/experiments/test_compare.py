@@ -170,9 +170,6 @@ def test_the_same_command_again_computes_nothing(finished: Outcome, folder: Path
     ("changes", "said"),
     [
         ({"seed": 1}, "seed: 0 there, 1 here"),
-        ({"methods": ("uniform",)}, "methods: uniform, fastv:layer=3 there, uniform here"),
-        ({"retention": (0.25, 0.5)}, "retention: 0.25 there, 0.5, 0.25 here"),
-        ({"questions": 11}, "questions: 10 there, 11 here"),
         ({"max_new_tokens": 4}, "max_new_tokens: 8 there, 4 here"),
     ],
 )

@@ -22,12 +22,14 @@ from tokenprune.experiments.common.request import (
 )
 from tokenprune.progress import ProgressCallback
 
+# They read runs or tables, or start a server, and ask no questions of a model themselves; the demo
+# serves a page.
+OTHERS = {"choose", "demo", "export", "lmms", "merge", "published", "serving_check", "validity"}
 NAMES = [
     found.name
     for found in pkgutil.iter_modules(experiments.__path__)
-    # The demo serves a page and has no outcome.
     if found.ispkg
-    and found.name != "demo"
+    and found.name not in OTHERS
     and importlib.util.find_spec(f"{experiments.__name__}.{found.name}.command")
 ]
 

@@ -217,6 +217,7 @@ def test_tables_say_what_is_missing_and_pairs_use_what_both_have(tmp_path: Path)
     for label, ids in right.items():
         here = (rows["label"] == label) & (rows["status"] == "ok")
         rows.loc[here, "correct"] = index[here].isin(ids)
+        rows.loc[here, "score"] = index[here].isin(ids).astype(float)
     table = summarise(rows, seed=0).set_index("label")
     assert list(table.loc["fastv", ["status", "n", "missing"]]) == ["ok", 11, 1]
     assert list(table.loc["uncompressed", ["status", "n", "missing"]]) == ["ok", 12, 0]

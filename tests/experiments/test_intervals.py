@@ -12,8 +12,8 @@ from tokenprune.cost.ledger import FIGURES
 from tokenprune.experiments.common.intervals import (
     holm,
     mcnemar,
+    mean_score,
     paired_bootstrap,
-    proportion,
     wilson,
 )
 from tokenprune.experiments.common.summary import OVERALL, compared, pairs, summarise
@@ -225,14 +225,14 @@ def test_several_seeds_are_one_row_with_their_spread() -> None:
 def test_answers_of_several_seeds_are_not_independent() -> None:
     right = pd.Series([True] * 30 + [False] * 20, index=range(50))
     images = pd.Series(range(50), index=range(50))
-    once = proportion(right, images, seed=0)
+    once = mean_score(right.astype(float), images, seed=0)
     assert once == wilson(30, 50)
     same = [pd.concat([part] * 8) for part in (right, images)]
-    again = proportion(*same, seed=0)
+    again = mean_score(*same, seed=0)
     assert again == pytest.approx(once, abs=0.02), "the same answers again tell nothing new"
     certain = pd.Series([True] * 20, index=[0, 1] * 10)
-    assert proportion(certain, images, seed=0) == wilson(2, 2)
-    assert proportion(~certain, images, seed=0) == wilson(0, 2)
+    assert mean_score(certain.astype(float), images, seed=0) == wilson(2, 2)
+    assert mean_score((~certain).astype(float), images, seed=0) == wilson(0, 2)
 
 
 def test_easy_and_hard_questions_and_divergence() -> None:

@@ -26,9 +26,9 @@ from tokenprune.experiments.common.questions import Question, held_out
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.common.summary import OVERALL, summarise
 from tokenprune.experiments.common.timing import Timing
-from tokenprune.experiments.compare.command import _misses, matched_table, tables
 from tokenprune.experiments.compare.matching import matched_cells, realised, representative
 from tokenprune.experiments.compare.run import run as compare
+from tokenprune.experiments.compare.tables import matched_table, misses, tables
 from tokenprune.experiments.efficiency.measured import measure
 from tokenprune.models.loading import adapter_at_random
 from tokenprune.pipeline import Pipeline
@@ -173,6 +173,30 @@ def test_times_can_be_matched(
     assert averages[0] - averages[1] == pytest.approx(10, abs=0.7)
 
 
+def test_times_that_cannot_be_matched_are_left_out_with_the_reason(
+    pipe: Pipeline, questions: Sequence[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastV's choice takes longer than all of uniform; SparseVLM's raises; the others go on."""
+    monkeypatch.setattr(Bench, "layer", Curve(0.0, 1e-3, 0.0))
+    monkeypatch.setattr(Bench, "outside", 0.0)
+    monkeypatch.setattr(Bench, "signals", lambda self, method: 0.0)
+
+    def run(self: Bench, method: Compressor) -> Measurement:
+        if method.name == "sparsevlm":
+            raise RuntimeError("no rows")
+        chose = Timing(60.0 if method.name == "fastv" else 0.0, 0.0)
+        ledger = self.prompt.forecast(method).ledger
+        return Measurement(Timing(0.0, 0.0), chose, Timing(0.0, 0.0), 0, ledger)
+
+    monkeypatch.setattr(Bench, "run", run)
+    methods = ["fastv", "sparsevlm", "globalcom2"]
+    found, left_out = matched_cells(pipe, questions, methods, [0.7], "prefill-ms")
+    assert [cell.method for cell in found] == ["uncompressed", "uniform", "globalcom2"]
+    assert list(left_out) == ["fastv at the cost of uniform at 0.7", "sparsevlm"]
+    assert "fastv cannot go down" in left_out["fastv at the cost of uniform at 0.7"]
+    assert "no rows" in left_out["sparsevlm"]
+
+
 def test_a_matched_run_says_what_was_matched(tmp_path: Path) -> None:
     request = CompareRequest(
         methods=("fastv",), retention=(0.7,), questions=4, match="tokens", out=tmp_path / "run"
@@ -239,7 +263,7 @@ def test_measured_costs_of_matched_methods() -> None:
 
 def test_methods_that_miss_the_cost_are_named() -> None:
     found = realised(_matched_answers())
-    coarse, vague = _misses(found)
+    coarse, vague = misses(found)
     assert coarse.startswith("coarse does not have the cost of uniform at 0.5: it goes in steps")
     assert "101.1 is the nearest to 100.0" in coarse
     assert vague.startswith("vague does not have the cost of uniform at 0.5 on these questions")

@@ -18,8 +18,8 @@ from tokenprune.experiments.common.questions import (
     fingerprint,
     held_out,
     normalise,
-    read_jsonl,
 )
+from tokenprune.experiments.datasets.files import read_data
 from tokenprune.prompts import chat_prompt
 
 
@@ -80,7 +80,7 @@ def test_reads_every_field_and_shares_pictures(folder: Path) -> None:
         line(image="./pictures/../pictures/red.png", answer=3),
         line(image=None, images=["pictures/blue.png", "pictures/red.png"], answer=0.5),
     )
-    first, second, third = read_jsonl(path)
+    first, second, third = read_data(path)
     assert (first.id, first.kind, first.answer) == ("a", "colour", "red")
     assert (second.id, second.kind, second.answer) == ("line-3", "other", "3")
     assert second.images[0] is first.images[0], "the same file is one picture, however spelt"
@@ -91,13 +91,13 @@ def test_reads_every_field_and_shares_pictures(folder: Path) -> None:
 
 def test_takes_the_first_questions_and_reads_no_further(folder: Path) -> None:
     path = write(folder, line(id="a"), line(id="b"), "not JSON")
-    assert [item.id for item in read_jsonl(path, 2)] == ["a", "b"]
+    assert [item.id for item in read_data(path, count=2)] == ["a", "b"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(folder: Path) -> None:
     path = folder / "my.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(line()).encode() + b"\r\n\r\n")
-    assert len(read_jsonl(path)) == 1
+    assert len(read_data(path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_a_bad_line_is_named(folder: Path, bad: Any, words: list[str]) -> None:
     whole = (folder / "pictures" / "red.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError) as caught:
-        read_jsonl(write(folder, line(id="first"), bad))
+        read_data(write(folder, line(id="first"), bad))
     for word in words:
         assert word in str(caught.value)
     assert len(str(caught.value)) < 600
 
 
 def test_texts_may_have_several_lines(folder: Path) -> None:
-    (item,) = read_jsonl(write(folder, line(question="One:\n\ttwo?\r\n", answer=10**300)))
+    (item,) = read_data(write(folder, line(question="One:\n\ttwo?\r\n", answer=10**300)))
     assert item.question == "One:\n\ttwo?\r\n"
     assert item.answer == "1" + 300 * "0"
 
@@ -177,7 +177,7 @@ def test_a_path_through_a_symbolic_link_is_what_the_system_opens(folder: Path) -
     path = write(
         folder, line(image="link/../a.png"), line(image="far/../a.png"), line(image="a.png")
     )
-    found = read_jsonl(path)
+    found = read_data(path)
     colours = [item.images[0].open().getpixel((0, 0)) for item in found]
     assert colours == [(0, 255, 0), (255, 0, 0), (255, 0, 0)]
     assert found[0].image_id != found[1].image_id == found[2].image_id
@@ -190,7 +190,7 @@ def test_names_with_spaces_do_not_run_together(folder: Path) -> None:
         (folder / name).write_bytes(red)
     both, one = line(image=None, images=["a", "b"]), line(image="a b")
     clip, odd = line(image=None, video=["a"]), line(image="video a")
-    names = [item.image_id for item in read_jsonl(write(folder, both, one, clip, odd))]
+    names = [item.image_id for item in read_data(write(folder, both, one, clip, odd))]
     assert len(set(names)) == 4
     assert names[0] == "a b", "plain names are joined by a space"
 
@@ -200,12 +200,12 @@ def test_images_and_videos(folder: Path) -> None:
     path = write(
         folder, line(), line(image=None, images=both), line(image=None, video=both, kind="motion")
     )
-    found = read_jsonl(path)
+    found = read_data(path)
     assert [item.modality for item in found] == ["image", "multi-image", "video"]
     assert found[1].image_id != found[2].image_id
-    assert [item.id for item in read_jsonl(path, modality="video")] == ["line-3"]
+    assert [item.id for item in read_data(path, modality="video")] == ["line-3"]
     with pytest.raises(UserError, match="no question of the modality video"):
-        read_jsonl(write(folder, line()), modality="video")
+        read_data(write(folder, line()), modality="video")
     check_placeholders(found, model("image", "video"))
     with pytest.raises(UserError, match="is about a video, but this model takes images only"):
         check_placeholders(found, model("image"))
@@ -217,19 +217,19 @@ def test_images_and_videos(folder: Path) -> None:
 
 def test_bad_files(folder: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*nothing\.jsonl.*No such file"):
-        read_jsonl(folder / "nothing.jsonl")
+        read_data(folder / "nothing.jsonl")
     os.mkfifo(folder / "pipe.jsonl")
-    for bad in (folder, folder / "pipe.jsonl", Path("/dev/zero"), Path("a\0"), Path("x" * 5000)):
+    for bad in (folder / "pipe.jsonl", Path("/dev/zero"), Path("a\0"), Path("x" * 5000)):
         with pytest.raises(UserError, match="cannot read"):
-            read_jsonl(bad)
+            read_data(bad)
     with pytest.raises(UserError, match="holds no question"):
-        read_jsonl(write(folder, "", "  "))
+        read_data(write(folder, "", "  "))
     with pytest.raises(UserError, match="holds 1 questions, fewer than the 2 asked for"):
-        read_jsonl(write(folder, line()), 2)
+        read_data(write(folder, line()), count=2)
     for coding in ("latin-1", "utf-16"):
         (folder / "other.jsonl").write_bytes('{"question": "Größe?"}'.encode(coding))
         with pytest.raises(UserError, match="line 1: this is not UTF-8"):
-            read_jsonl(folder / "other.jsonl")
+            read_data(folder / "other.jsonl")
 
 
 def test_images_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:
@@ -252,18 +252,18 @@ def test_placeholders_must_match_images() -> None:
 
 def test_the_fingerprint_is_of_content(folder: Path) -> None:
     path = write(folder, line())
-    before = fingerprint(read_jsonl(path))
+    before = fingerprint(read_data(path))
     moved = folder.rename(folder.with_name("elsewhere"))
-    assert fingerprint(read_jsonl(moved / "my.jsonl")) == before
+    assert fingerprint(read_data(moved / "my.jsonl")) == before
     Image.new("RGB", (8, 6), "green").save(moved / "pictures" / "red.png")
-    assert fingerprint(read_jsonl(moved / "my.jsonl")) != before
-    assert fingerprint(read_jsonl(write(moved, line(answer="blue")))) != before
+    assert fingerprint(read_data(moved / "my.jsonl")) != before
+    assert fingerprint(read_data(write(moved, line(answer="blue")))) != before
 
 
 def test_the_fingerprint_does_not_block_on_a_pipe(folder: Path) -> None:
     """A page about a run reads the images of a data file that may have changed since."""
     os.mkfifo(folder / "pipe.png")
-    found = read_jsonl(write(folder, line(image="pipe.png")), check_images=False)
+    found = read_data(write(folder, line(image="pipe.png")), check_images=False)
     with pytest.raises(OSError, match="not a regular file"):
         fingerprint(found)
 
@@ -276,3 +276,21 @@ def test_held_out_are_balanced_and_share_images() -> None:
     assert len({id(item.images[0]) for item in questions}) == 4
     assert fingerprint(questions) == fingerprint(held_out(20, seed=3))
     assert fingerprint(questions) != fingerprint(held_out(20, seed=4))
+
+
+def test_a_question_has_one_answer_or_several() -> None:
+    shown = held_out(1, 0)[0].images
+    assert Question("a", shown, "What?", "yes").answers == ("yes",)
+    assert Question("a", shown, "What?", "").answers == ()
+    several = Question("a", shown, "What?", "yes", answers=("yes", "yes", "no"))
+    assert replace(several, kind="other").answers == several.answers
+    with pytest.raises(ValueError, match="'no' is not the first"):
+        Question("a", shown, "What?", "no", answers=("yes", "no"))
+
+
+def test_answers_and_choices_are_in_the_fingerprint_and_the_metric_is_not() -> None:
+    item = held_out(1, 0)[0]
+    several = replace(item, answers=(item.answer, "other"))
+    offered = replace(item, choices=(item.answer, "other"))
+    assert len({fingerprint([one]) for one in (item, several, offered)}) == 3
+    assert fingerprint([replace(item, metric="contains")]) == fingerprint([item])

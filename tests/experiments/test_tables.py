@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tokenprune.cli import app
 from tokenprune.experiments.checks.cases import command, small_run
+from tokenprune.experiments.compare.tables import realised_shares
 
 
 def _run(
@@ -48,6 +49,24 @@ def _answers(label: str, retention: float, accuracy: float, flops: float) -> pd.
             "status": "failed" if failed else "ok",
         }
     )
+
+
+def test_a_comparison_names_a_retention_that_differs_from_the_requested_one() -> None:
+    rows = [
+        ("overall", "ok", "uniform", 0.25, 61.0),
+        ("overall", "ok", "globalcom2", 0.5, 119.4),
+        ("overall", "ok", "globalcom2", 0.25, 72.1),
+        ("digit", "ok", "globalcom2", 0.1, 72.1),
+        ("overall", "ok", "hired", 0.25, 60.3),
+        ("overall", "failed", "vidcom2", 0.25, math.nan),
+        ("overall", "ok", "thumbnail-only", math.nan, 49.0),
+    ]
+    names = ["kind", "status", "label", "retention", "kept_patches"]
+    summary = pd.DataFrame(rows, columns=names).assign(patch_tokens=245.0)
+    assert list(realised_shares(summary)) == [
+        "globalcom2 keeps another share of the patch tokens: 48.7 % where 50 % was requested, "
+        "29.4 % where 25 % was requested."
+    ]
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tokenprune.cli import app
 from tokenprune.errors import UserError
 from tokenprune.experiments.common.cells import Cell
 from tokenprune.experiments.common.intervals import wilson
-from tokenprune.experiments.common.questions import held_out, read_jsonl
+from tokenprune.experiments.common.questions import held_out
 from tokenprune.experiments.common.references import KeepViews, region_sizes
 from tokenprune.experiments.common.request import CompareRequest
 from tokenprune.experiments.common.setting import prepare, with_crops
@@ -34,6 +34,7 @@ from tokenprune.experiments.crop_importance.run import (
     DropCrop,
     crop_of,
 )
+from tokenprune.experiments.datasets.files import read_data
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.models.testbed import scenes
 from tokenprune.signals import Signal
@@ -156,11 +157,11 @@ def test_places_of_own_questions(tmp_path: Path) -> None:
     path = tmp_path / "my.jsonl"
     line = {"image": "a.png", "question": "Which digit?", "answer": "1"}
     path.write_text(json.dumps(line | {"place": [0.25, 1]}) + "\n" + json.dumps(line))
-    assert [item.place for item in read_jsonl(path)] == [(0.25, 1.0), None]
+    assert [item.place for item in read_data(path)] == [(0.25, 1.0), None]
     for wrong in ([0.5], [0.5, 1.5], "middle", [True, "x"], 3):
         path.write_text(json.dumps(line | {"place": wrong}))
         with pytest.raises(UserError, match=r"line 1: 'place' must be \[x, y\]"):
-            read_jsonl(path)
+            read_data(path)
 
 
 # --- complementarity ------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from tokenprune.ops import clustering, diversity, similarity
 from tokenprune.ops.clustering import density_peaks, least_cosine_cutoff
 from tokenprune.ops.diversity import cover_by_cosine, dpp_greedy, max_min_diversity
 from tokenprune.ops.merging import bipartite_matching, nearest_others
-from tokenprune.ops.similarity import most_similar, parts, products, unit
+from tokenprune.ops.similarity import Nearest, most_similar, parts, products, unit
+from tokenprune.strategies.vispruner import thinned
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -26,6 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and pools of a few rows, as if the tokens were many."""
     monkeypatch.setattr(similarity, "BLOCK", 600)
+    monkeypatch.setattr(similarity, "LISTED", 4)
     monkeypatch.setattr(diversity, "POOL", 20)
     monkeypatch.setattr(diversity, "TABLE", 25)
     monkeypatch.setattr(diversity, "CANDIDATES", 7)
@@ -250,6 +252,35 @@ def test_nearest_of_many() -> None:
     assert matching.target[0].tolist() == [best[e] for e in order[:8]]
 
 
+@pytest.mark.usefixtures("small")
+@KINDS
+def test_nearest_of_sets_that_shrink(kind: str) -> None:
+    rows, alike = unit(_drawn(kind, 60, seed=8)), _cosines(_drawn(kind, 60, seed=8))
+    nearest, left = Nearest(rows), torch.arange(60)
+    draw = torch.Generator().manual_seed(8)
+    for size in (60, 60, 41, 40, 18, 9, 4, 2):
+        left = left[torch.randperm(len(left), generator=draw)[:size]]
+        some, members = left[::2], left[1::2]
+        wanted = alike[some][:, members].amax(1)
+        got = nearest.largest(some, members)
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["random", "twins", "axes"])
+@pytest.mark.parametrize("count", [1, 6, 31, 59])
+def test_thinning_of_many(kind: str, count: int) -> None:
+    """By the loop of the official code, on the table of all pairs."""
+    rows = unit(_drawn(kind, 60, seed=4))
+    alike, order = (rows @ rows.T).tolist(), list(range(59, -1, -1))
+    got = thinned(torch.tensor(order), count, rows).tolist()
+    while len(order) > count:
+        first, second = order[::2], order[1::2]
+        first.sort(key=lambda i: -max(alike[i][j] for j in second))
+        order = first[min(8, len(order) - count, len(second)) :] + second
+    assert got == order
+
+
 @pytest.mark.parametrize("held", [0, 2, 99])
 def test_graph_of_many_tokens(held: int, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenprune.strategies import gprune
@@ -274,7 +305,7 @@ PEAKS = {"divprune": 24e6, "cdpruner:relevance=none": 24e6 + 4 * 600 * 6000}
     "spec",
     [
         *PEAKS,
-        *("scope", "gprune", "prumerge", "visionzip", "dart", "holitom"),
+        *("scope", "gprune", "prumerge", "vispruner", "visionzip", "dart", "holitom"),
         *("holitom-inner", "pact", "sparsevlm", "vidcom2"),
     ],
 )

@@ -65,11 +65,15 @@ def test_compare_runs_it_beside_ours(installed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     methods = ["--methods", "contrast:power=1", "uniform"]
     options = ["--retention", "0.25", "--questions", "2", "--out", str(out)]
+    options += ["--metric", "first-letter"]
     _run(installed, "compare", *methods, *options)
     answers = pd.read_parquet(out / "answers.parquet")
     assert set(answers["method"]) > {"uncompressed", "contrast", "uniform"}
     assert "power=1.0" in answers[answers["method"] == "contrast"].to_string()
     assert answers["answer"].notna().all()
+    assert set(answers["metric"]) == {"first-letter"}
+    right = answers["answer"].str[0] == answers["truth"].str[0]
+    assert answers["score"].eq(right.astype(float)).all()
 
 
 @pytest.mark.slow

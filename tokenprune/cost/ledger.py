@@ -96,6 +96,11 @@ class Ledger:
         return self.kept_patches / self.patch_tokens if self.patch_tokens else 1.0
 
     @property
+    def misses(self) -> bool:
+        """Whether `kept_patches` differs from the requested number by more than one token."""
+        return abs(self.kept_patches - self.requested * self.patch_tokens) > 1
+
+    @property
     def layer_average(self) -> float:
         """Number of visual tokens that a decoder layer processes on average."""
         return sum(self.visual_per_layer) / len(self.visual_per_layer)
@@ -137,8 +142,11 @@ class Ledger:
         """The main figures with their units."""
         unit, scale = flops_unit(self.uncompressed_flops)
         kv_unit, kv_scale = bytes_unit(self.kv_bytes)
+        patches = f"{self.kept_patches} of {self.patch_tokens}"
+        if self.misses:
+            patches += f" ({percent(self.realised, 1)}, {percent(self.requested, None)} requested)"
         return {
-            "patch tokens": f"{self.kept_patches} of {self.patch_tokens}",
+            "patch tokens": patches,
             "visual tokens per layer": f"{self.layer_average:.1f}",
             "prefill": (
                 f"{self.flops / scale:.3g} of {self.uncompressed_flops / scale:.3g} {unit} "

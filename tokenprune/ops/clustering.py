@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.ops.merging import group_means, tally
-from tokenprune.ops.similarity import fits, parts, products
+from tokenprune.ops.similarity import fits, parts, products, tabled
 
 __all__ = [
     "ROUNDS",
@@ -140,15 +140,15 @@ def _bisected(
 def least_cosine_cutoff(vectors: Tensor, count: int, least: float) -> tuple[Tensor, Tensor]:
     """`least_cutoff` of one minus the cosine (at least 0), with the `kernel_density`.
 
-    On a CPU, distances that exceed a block are made a block at a time, whenever they are needed.
-    On other devices they exist as a whole: the number of centres, and so the size of the blocks, is
-    known only there.
+    Distances that are too many for one table (`tabled`) are made a block at a time, whenever they
+    are needed.  Every block is then a synchronisation, because the number of centres, and so the
+    size of the blocks, is known only on the device.
 
     Args:
         vectors: (P, D) of unit length.
         count, least: As in `least_cutoff`.
     """
-    if fits(len(vectors)) or vectors.device.type != "cpu":
+    if tabled(vectors):
         far = (1 - vectors @ vectors.T).clamp(min=0)
         far = torch.maximum(far, far.T).fill_diagonal_(0)  # rounding is not symmetric
         return least_cutoff(far, kernel_density(far), count, least)
@@ -166,7 +166,8 @@ def least_cosine_cutoff(vectors: Tensor, count: int, least: float) -> tuple[Tens
             0, order[_walked(vectors[order], cutoff, count)], True
         )
 
-    return _bisected(disperse, torch.stack(largest).max(), count, least)
+    cutoff, found = _bisected(disperse, torch.stack(largest).max(), count, least)
+    return cutoff, found.cpu()
 
 
 def nearest_centres(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,14 +179,14 @@ def nearest_centres(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _walked(vectors: Tensor, cutoff: Tensor, count: int) -> Tensor:
-    """Indices that are `dispersed`, of unit vectors (P, D), the densest first; on a CPU.
+    """Indices that are `dispersed`, of unit vectors (P, D), the densest first.
 
     Blocks of points are compared with all centres before them, then with each other.  The walk ends
     after the block in which more than ``count`` centres are found.
     """
     centres: list[Tensor] = []
     for start in range(0, len(vectors), WALK):
-        index = torch.arange(start, min(start + WALK, len(vectors)))
+        index = torch.arange(start, min(start + WALK, len(vectors)), device=vectors.device)
         for earlier in centres:
             far = (1 - products(vectors[index], vectors[earlier])).clamp_(min=0)
             index = index[~_any(far <= cutoff)]

@@ -14,6 +14,7 @@ from tokenprune.ops.similarity import (
     fits,
     parts,
     products,
+    tabled,
     unit,
 )
 
@@ -407,10 +408,10 @@ def cover(similarity: Tensor, worth: Tensor, count: int) -> Tensor:
 def cover_by_cosine(vectors: Tensor, worth: Tensor, count: int) -> Tensor:
     """`cover` by the cosines of ``vectors`` (P, D) of unit length.
 
-    On a CPU, cosines that exceed a block are made for a `_Pool` of candidates at a time.  On other
-    devices all exist, because the comparison of the pool with the rest would be a synchronisation.
+    Cosines that are too many for one table (`tabled`) are made for a `_Pool` of candidates at a
+    time.  Every comparison of the pool with the rest is then a synchronisation.
     """
-    if fits(len(vectors)) or vectors.device.type != "cpu":
+    if tabled(vectors):
         return cover(vectors @ vectors.T, worth, count)
     some = parts(len(vectors), len(vectors))
     gain = torch.cat([(vectors @ vectors[part].T).clamp_(min=0).sum(0) for part in some]) * worth

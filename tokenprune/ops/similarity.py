@@ -10,21 +10,27 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
+    "ELSEWHERE",
     "FEWEST",
+    "LISTED",
     "ROUNDING",
+    "Nearest",
     "cosine_distances",
     "distance_of",
     "fits",
-    "largest_products",
     "most_similar",
     "parts",
     "products",
+    "tabled",
     "unit",
 ]
 
 
 BLOCK = 2**23
 """Entries of the largest block: 32 MiB in float32, all pairs of 2,896 tokens."""
+
+ELSEWHERE = 2**28
+"""Entries of the largest table on a device other than a CPU: all pairs of 16,384 tokens, 1 GiB."""
 
 ROUNDING = 2.0**-19
 """Cosine distances up to this value are set to 0.
@@ -36,10 +42,22 @@ index breaks the tie.
 FEWEST = 16
 """A product of fewer rows or columns may round differently."""
 
+LISTED = 32
+"""Neighbours that `Nearest` keeps of every vector."""
+
 
 def fits(rows: int) -> bool:
     """Whether the table of all pairs of ``rows`` fits a `BLOCK`."""
     return rows * rows <= BLOCK
+
+
+def tabled(vectors: Tensor) -> bool:
+    """Whether the table of all pairs of vectors (P, D) may exist as a whole on their device.
+
+    On a device that computes ahead of the host, blocks whose number depends on their content cost
+    a synchronisation each, so that larger tables are made there.
+    """
+    return len(vectors) ** 2 <= (BLOCK if vectors.device.type == "cpu" else ELSEWHERE)
 
 
 def parts(rows: int, columns: int) -> list[slice]:
@@ -63,12 +81,6 @@ def most_similar(vectors: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([(vectors[part] @ targets.T).argmax(1) for part in some])
 
 
-def largest_products(vectors: Tensor, targets: Tensor) -> Tensor:
-    """(P,) the largest product of each of ``vectors`` (P, D) with one of ``targets`` (T, D)."""
-    some = parts(len(vectors), len(targets))
-    return torch.cat([(vectors[part] @ targets.T).amax(1) for part in some])
-
-
 def products(left: Tensor, right: Tensor) -> Tensor:
     """(R, C) ``left @ right.T`` of left (R, D) and right (C, D).
 
@@ -81,6 +93,57 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 def _filled(rows: Tensor) -> Tensor:
     """``rows`` (P, D), repeated up to `FEWEST`."""
     return rows if len(rows) >= FEWEST else rows.repeat(FEWEST, 1)[:FEWEST]
+
+
+class Nearest:
+    """The largest product of vectors with the members of a set, for one set after the other.
+
+    No set may have a member that neither set of an earlier call had.  Every vector has a list of
+    the `LISTED` vectors with the largest products.  If some of them are members, no product is
+    computed again.  If none is, the vector is listed anew among the vectors of the call.  Such a
+    decision is a synchronisation; on other devices than the CPU, all products therefore form one
+    table where that is small enough (`tabled`).
+
+    Args:
+        vectors: (P, D).
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        self._vectors = vectors
+        self._table: Tensor | None = None
+        if vectors.device.type != "cpu" and tabled(vectors):
+            self._table = vectors @ vectors.T
+            return
+        everything = torch.arange(len(vectors), device=vectors.device)
+        self._listed = everything.new_zeros(len(vectors), min(LISTED, len(vectors)))
+        self._products = torch.empty_like(self._listed, dtype=vectors.dtype)
+        for part in parts(len(vectors), len(vectors)):
+            self._list(everything[part], everything)
+
+    def largest(self, rows: Tensor, members: Tensor) -> Tensor:
+        """(R,) the largest product of each of ``rows`` (R,) with one of ``members`` (M,).
+
+        Both are indices of vectors, without a common entry.
+        """
+        if self._table is not None:
+            return self._table[rows[:, None], members].amax(1)
+        member = torch.zeros_like(self._listed[:, 0], dtype=torch.bool).index_fill_(0, members, 1)
+        known = self._products[rows].masked_fill_(~member[self._listed[rows]], -torch.inf).amax(1)
+        lost = known.isneginf().nonzero()[:, 0]
+        left = torch.cat([rows, members])
+        for part in parts(len(lost), len(left)) if len(lost) else []:
+            some = lost[part]
+            known[some] = self._list(rows[some], left)[:, len(rows) :].amax(1)
+        return known
+
+    def _list(self, rows: Tensor, left: Tensor) -> Tensor:
+        """List ``rows`` (R,) anew among ``left`` (L,); their products (R, L)."""
+        found = products(self._vectors[rows], self._vectors[left])
+        best = found.topk(min(self._listed.shape[1], len(left)))
+        count = best.values.shape[1]
+        self._products[rows, :count] = best.values
+        self._listed[rows, :count] = left[best.indices]
+        return found
 
 
 def distance_of(cosine: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ from tokenprune.testing.reference import reference
 __all__ = [
     "check_batch_equals_single",
     "check_bfloat16",
+    "check_count_in_model",
     "check_eager_agrees",
     "check_equals_reference",
     "check_full_retention_is_identity",
@@ -91,6 +92,24 @@ def check_full_retention_is_identity(compressor: Compressor, host: Host) -> None
         plain = host.generate(inputs, **options)
         with compress(host.model, full):
             assert_same(host.generate(inputs, **options), plain, f"ids at R = 1 with {options}")
+
+
+def check_count_in_model(compressor: Compressor, host: Host) -> None:
+    """A number of kept tokens that follows from the layout is right in the model."""
+    part = next(compressor.parts())
+    with compress(host.model, compressor) as trace:
+        host.logits(host.inputs())
+    seen: set[tuple[int, int]] = set()
+    for record in trace.selections:  # of every image the first selection, by the first part
+        image = record.row, record.image
+        claimed = None if image in seen else part.count(record.layout)
+        seen.add(image)
+        if claimed not in (None, len(record.keep)):
+            raise AssertionError(
+                f"{part.label} keeps {len(record.keep)} of {len(record.layout)} visual tokens of "
+                f"{record.layout.modality} {record.image} of row {record.row}, but its count says "
+                f"{claimed}"
+            )
 
 
 def check_equals_reference(compressor: Compressor, host: Host) -> None:

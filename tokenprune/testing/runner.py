@@ -37,6 +37,7 @@ from tokenprune.testing.host import RETENTION, Host, hosts, refusal
 from tokenprune.testing.model_checks import (
     check_batch_equals_single,
     check_bfloat16,
+    check_count_in_model,
     check_eager_agrees,
     check_equals_reference,
     check_full_retention_is_identity,
@@ -63,6 +64,7 @@ __all__ = [
 
 MODEL_CHECKS: tuple[Check, ...] = (
     check_full_retention_is_identity,
+    check_count_in_model,
     check_equals_reference,
     check_prompt_logits,
     check_batch_equals_single,

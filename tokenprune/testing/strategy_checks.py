@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import pickle
 import warnings
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor
 
 from tokenprune.allocators import Proportional
-from tokenprune.compressor import Compressor, ScoringCompressor, Selection
+from tokenprune.compressor import (
+    Compressor,
+    ScoringCompressor,
+    Selection,
+    Separators,
+    Stage,
+)
 from tokenprune.errors import RetentionWarning, UserError
 from tokenprune.layout import Kind, TokenLayout
 from tokenprune.ops.spatial import patches_by_view
 from tokenprune.signals import Signal
+from tokenprune.spec import format as spec_of
 from tokenprune.spec import parse
 from tokenprune.synthetic import sample_tokens
 from tokenprune.testing.asserting import Check, assert_same, called, rng_state, seeded
@@ -33,6 +41,8 @@ __all__ = [
 
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.6, 0.75, 0.99)
+COUNTED = (0.03, 0.25, 0.4, 0.9, 1)
+SEPARATORS: tuple[Separators, ...] = ("all", "rows", "none")
 
 
 # -- synthetic tokens ----------------------------------------------------------------------------
@@ -193,6 +203,45 @@ def _check_count(method: Compressor, name: str, tokens: VisualTokens) -> None:
             f"{method.label}, layout {name!r}: keeps {kept} of {sum(sizes)} patch tokens at "
             f"R = {method.retention}, expected at least {max(least, 1):.1f} and at most {most:.1f}"
         )
+
+
+def check_count(compressor: Compressor) -> None:
+    """A number of kept tokens that follows from the layout is right, whatever the content.
+
+    `Compressor.count` may be None.  Methods inside the vision encoder are checked in a model
+    (``check_count_in_model``).
+    """
+    layouts = LAYOUTS | {
+        "1x3 of unlike crops": TokenLayout.anyres((1, 3), (5, 5), (0, 5, 2, 11)),
+        "2x3": TokenLayout.anyres((2, 3), (5, 5), (1, 9, 0, 15)),
+        "tiled": TokenLayout.tiled((2, 1), (3, 4)),
+        "own size": TokenLayout.single((9, 14), native=True),
+        "two frames": TokenLayout.video(2, (3, 3), newline=False),
+        "every third gone": _thinned(LAYOUTS["2x2"]),
+    }
+    for part in compressor.parts():
+        if part.stage is Stage.ENCODER:
+            continue
+        for name, layout in layouts.items():
+            for retention, separators in zip(COUNTED, itertools.cycle(SEPARATORS), strict=False):
+                method = replace(part, retention=retention, separators=separators)
+                _check_claim(method, name, layout)
+
+
+def _thinned(layout: TokenLayout) -> TokenLayout:
+    """``layout`` without every third entry, as an earlier method may leave it."""
+    return layout.take((torch.arange(len(layout)) % 3).nonzero().squeeze(1))
+
+
+def _check_claim(method: Compressor, name: str, layout: TokenLayout) -> None:
+    claimed = method.count(layout)
+    for seed in range(0 if claimed is None else 2):
+        kept = len(called(method, sample_tokens(method.needs, layout, seed=seed)).keep)
+        if kept != claimed:
+            raise AssertionError(
+                f"{spec_of(method)} keeps {kept} of {len(layout)} visual tokens of layout "
+                f"{name!r}, but its count says {claimed}; override patch_count, which may be None"
+            )
 
 
 def check_keeps_what_stands_out(compressor: Compressor) -> None:
@@ -393,6 +442,7 @@ STRATEGY_CHECKS: tuple[Check, ...] = (
     check_is_a_value,
     check_selection_form,
     check_budget,
+    check_count,
     check_keeps_what_stands_out,
     check_keeps_the_best_scores,
     check_scores_are_finite,

@@ -1,0 +1,1 @@
+"""``tokenprune choose``: the method for a budget."""

@@ -1,0 +1,1 @@
+"""A folder with which a method of a run is served."""

@@ -1,0 +1,1 @@
+"""Runs methods inside lmms-eval, and turns its logs into run folders."""

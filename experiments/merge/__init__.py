@@ -1,0 +1,1 @@
+"""``tokenprune merge``: several runs of the same questions as one."""

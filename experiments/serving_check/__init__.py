@@ -1,0 +1,1 @@
+"""Does a vLLM server give the answers of Hugging Face?"""

@@ -1,0 +1,1 @@
+"""Agreement of a run's ranking of methods with published ones."""
