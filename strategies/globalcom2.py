@@ -40,8 +40,8 @@ class GlobalCom2(Compressor):
 
     Args:
         alpha: Weight of the thumbnail's score.  Paper: 0.5.
-        tau: Temperature of the allocation.  The paper's 10 suits sums of raw logits.  With views of
-            49 tokens or softmaxed scores, the allocation is then nearly uniform.
+        tau: Temperature of the allocation.  The paper's 10 suits sums of raw logits.  With small
+            views or softmaxed scores, the allocation is then nearly uniform.
         score: The signal that ranks.
 
             - ``saliency``: ``cls_logits`` if the vision encoder has a CLS token, otherwise

@@ -3,7 +3,7 @@
 After figure 3 of the GlobalCom² paper (arXiv 2501.05179), which scores a crop by the attention that
 the thumbnail pays to its region.  Here the highest- and the lowest-scored crop of every image are
 dropped and compared with a random one, on the same questions.  Crops are ranked by the mean over
-their regions, since a thumbnail of 7 x 7 patches has no two equal halves.
+their regions, since regions may have different sizes.
 """
 
 import math

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tokenprune.experiments.training.geometry import Geometry
+from tokenprune.experiments.training.geometry import THINGS, Geometry
 from tokenprune.experiments.training.model import PER_VIEW, SIDE, WIDTH, build_processor
 from tokenprune.experiments.training.optim import Meter
 from tokenprune.models.testbed import scenes
@@ -123,6 +123,26 @@ def visible(geo: Geometry, patches: Tensor) -> Tensor:
     """
     shown = (patches[..., 0] > 0) | (patches[..., 2] > 0)
     return F.pad(shown.flatten(1), (0, 1))[:, geo.order]
+
+
+def openers(geo: Geometry, patches: Tensor, kept: Kept) -> Tensor:
+    """(b, K) bool: whether a kept token is the first of its object.
+
+    There are as many as objects are left, however many tokens show each of them.
+
+    Args:
+        geo: Geometry of the scenes.
+        patches: (b, v, 144, skills) true labels.
+        kept: The kept visual tokens.
+    """
+    shape, colour = patches[..., 0], patches[..., 1]
+    thing = (shape - 1) % len(THINGS)
+    named = (shape > 0) & (thing < len(scenes.SHAPES))  # no sign
+    name = torch.where(named, thing * len(scenes.COLOURS) + colour, -1)
+    packed = F.pad(name.flatten(1), (0, 1), value=-1)[:, geo.order]
+    left = packed.gather(1, kept.index).where(kept.valid, torch.tensor(-1))
+    is_one = left[:, None] == torch.arange(len(NAMES))[:, None]  # (b, names, K)
+    return (is_one & (is_one.cumsum(2) == 1)).any(1)
 
 
 def brief(shown: Tensor, rng: np.random.Generator) -> Kept:
@@ -266,7 +286,8 @@ def answer_logits(
         kept: The kept visual tokens.
         quiz: Questions about the scenes.
         compact: Whether kept tokens are renumbered without gaps or keep their position ids.
-        early: Receives the states (b, Q, L, d) of the questions after the layers `EARLY`.
+        early: Receives the states (b, Q, L, d) of the questions after the layers `EARLY`, and
+            those of the embeddings in front of them, (b, P, d), after layer `MARKED`.
     """
     b, questions, length = quiz.ids.shape
     device = visual.device
@@ -307,7 +328,8 @@ def packed_logits(
         valid: (b, P) bool, whether an embedding is seen.
         quiz: The questions; each attends to `start` and to itself.
         positions: (b, S) or (3, b, S) position ids of `start` and of all questions.
-        early: Receives the states (b, Q, L, d) of the questions after the layers `EARLY`.
+        early: Receives the states (b, Q, L, d) of the questions after the layers `EARLY`, and
+            those of the embeddings in front of them, (b, P, d), after layer `MARKED`.
     """
     _, questions, length = quiz.ids.shape
     prefix, device = start.shape[1], start.device
@@ -327,12 +349,17 @@ def packed_logits(
 
     if early is not None:
         early += [group(out.hidden_states[layer]) for layer in EARLY]
+        early.append(out.hidden_states[MARKED][:, :prefix])
     logits: Tensor = model.lm_head(group(out.last_hidden_state))
     return logits
 
 
 EARLY = (4, 5)
 """Layers after which the states tell facts: what an object is like, then what is asked of it."""
+
+
+MARKED = 3
+"""The layer after which the states of visual tokens tell `openers`."""
 
 
 def build_fact_head() -> nn.ModuleList:
@@ -349,7 +376,8 @@ def fact_loss(early: list[Tensor], heads: nn.ModuleList, quiz: Quiz, meter: Mete
     named = quiz.noun >= 0
     at = repeat(quiz.noun.clamp(min=0), "b q -> b q 1 d", d=early[0].shape[-1])
     first, last = (
-        head(states.gather(2, at)[:, :, 0][named]) for head, states in zip(heads, early, strict=True)
+        head(states.gather(2, at)[:, :, 0][named])
+        for head, states in zip(heads, early, strict=False)
     )
     *facts, _ = FACTS.values()
     loss = first.new_zeros(())
@@ -359,6 +387,27 @@ def fact_loss(early: list[Tensor], heads: nn.ModuleList, quiz: Quiz, meter: Mete
             loss = loss + F.cross_entropy(guess, truth)
         meter.add(name, (guess.argmax(-1) == truth)[truth >= 0])
     return loss
+
+
+def build_marker() -> nn.Module:
+    """A head that maps states (..., d) to the logit of being one of the `openers`."""
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 1))
+
+
+def marker_loss(
+    early: list[Tensor], marker: nn.Module, first: Tensor, valid: Tensor, meter: Meter
+) -> Tensor:
+    """Cross-entropy of the `openers` ``first`` (b, K) among the ``valid`` (b, K) visual tokens.
+
+    Objects that are marked once can be counted, whatever share of the tokens shows them.
+    """
+    logits = marker(early[-1][:, -first.shape[1] :])[..., 0]
+    losses = F.binary_cross_entropy_with_logits(logits, first.float(), reduction="none")
+    meter.add("opener", logits[first & valid] > 0)
+    meter.add("no opener", logits[~first & valid] <= 0)
+    # Openers are few, so that both are averaged apart.
+    parts = (losses[first & valid], losses[~first & valid])
+    return losses.new_zeros(()) + sum(part.mean() for part in parts if len(part))
 
 
 def quiz_loss(

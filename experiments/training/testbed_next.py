@@ -60,10 +60,13 @@ from tokenprune.experiments.training.quiz import (
     answer_logits,
     brief,
     build_fact_head,
+    build_marker,
     drop_tokens,
     fact_loss,
     image_weights,
     make_quiz,
+    marker_loss,
+    openers,
     quiz_loss,
     visible,
 )
@@ -159,11 +162,17 @@ def pack(patches: Tensor, newline: Tensor, geo: Geometry) -> Tensor:
 # --- stages 2 to 4 --------------------------------------------------------------------------------
 
 
+def heads(run: "TrainingRun") -> dict[str, nn.Module]:
+    """What tells facts and the first tokens of objects, in training alone."""
+    made = {"facts": build_fact_head(), "marker": build_marker()}
+    return {name: head.to(run.device) for name, head in made.items()}
+
+
 def train_language(run: "TrainingRun") -> None:
     model, steps = run.model, run.steps["language"]
     # Two look-ups in a row (words to object, object to answer) emerge slowly unless the first has
     # its own loss: the noun's state in a middle layer must predict all facts about its object.
-    modules = {**run.parts("language"), "facts": build_fact_head().to(run.device)}
+    modules = {**run.parts("language"), **heads(run)}
     optimisers = Optimisers(modules.values(), 1.5e-3, steps)
     meter = run.meter("language")
     recipe = Recipe(8, alike=0.3, related=True)
@@ -184,6 +193,9 @@ def train_language(run: "TrainingRun") -> None:
             logits, quiz, meter, intact=short or kept.intact, weights=image_weights(2.0)
         )
         loss = loss + 0.5 * fact_loss(early, modules["facts"], quiz, meter)
+        first = openers(geo, labels.patches, kept).to(run.device)
+        valid = kept.valid.to(run.device)
+        loss = loss + 0.5 * marker_loss(early, modules["marker"], first, valid, meter)
         optimisers.step(loss)
 
 
@@ -208,15 +220,16 @@ def train_projector(run: "TrainingRun") -> None:
 
 def train_joint(run: "TrainingRun") -> None:
     model, inner = run.model, run.model.model
-    modules = {**run.parts("joint"), "facts": build_fact_head().to(run.device)}
+    modules = {**run.parts("joint"), **heads(run)}
     optimisers = Optimisers(modules.values(), 1e-3, run.steps["joint"])
     meter = run.meter("joint")
     recipe = Recipe(8, alike=0.5, related=True)
     for rng in steps_of(run, "joint", modules, optimisers):
         batch = recipe.draw(rng)
         geo = geometry(batch[0].size)
-        shown = visible(geo, to_labels(batch, geo, torch.device("cpu")).patches)
-        kept = drop_tokens(geo, shown, rng, HARSH).to(run.device)
+        patches = to_labels(batch, geo, torch.device("cpu")).patches
+        kept = drop_tokens(geo, visible(geo, patches), rng, HARSH)
+        first, kept = openers(geo, patches, kept).to(run.device), kept.to(run.device)
         quiz = make_quiz(batch, rng, run.device)
         with torch.no_grad():
             patches, _ = encode(model, to_views(batch, geo, run.device))
@@ -225,6 +238,7 @@ def train_joint(run: "TrainingRun") -> None:
         logits = answer_logits(model, visual, kept, quiz, compact=rng.random() < 0.5, early=early)
         loss = quiz_loss(logits, quiz, meter, intact=kept.intact, weights=image_weights(3.0))
         loss = loss + 0.25 * fact_loss(early, modules["facts"], quiz, meter)
+        loss = loss + 0.25 * marker_loss(early, modules["marker"], first, kept.valid, meter)
         optimisers.step(loss)
 
 

@@ -481,7 +481,7 @@ def train_joint(run: "OnevisionRun") -> None:
 STAGES: dict[str, Callable[["OnevisionRun"], None]] = {"vision": train_vision, "joint": train_joint}
 
 
-STEPS = {"vision": 900, "joint": 2400}
+STEPS = {"vision": 400, "joint": 1500}
 
 
 class OnevisionRun(first.TrainingRun):
