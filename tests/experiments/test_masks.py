@@ -55,7 +55,7 @@ def onevision() -> Any:
 
 
 def test_masks_equal_the_selection_of_a_plain_run(following: Any) -> None:
-    image = picture(112, 80)
+    image = picture(120, 90)
     seen = look(following, [image], ASKED, ["globalcom2", "fastv"], [0.5, 0.25])
     assert [(one.label, one.retention) for one in seen.masks] == [
         ("uncompressed", 1.0),
@@ -81,43 +81,43 @@ def test_masks_equal_the_selection_of_a_plain_run(following: Any) -> None:
 
 
 def test_the_table_counts_by_view(following: Any) -> None:
-    seen = look(following, [picture(112, 112)], None, ["uniform"], 0.25)
+    seen = look(following, [picture(120, 120)], None, ["uniform"], 0.25)
     rows = seen.table()
     layout, keep = seen.media[0].layout, seen.masks[1].keeps[0]
     mine = rows[rows["method"] == "uniform"]
     for view in range(5):
         count = sum(int(layout.view[index]) == view for index in keep)
         row = mine[mine["view"] == view].iloc[0]
-        assert (row["kept"], row["tokens"], row["share"]) == (count, 49, count / 49)
+        assert (row["kept"], row["tokens"], row["share"]) == (count, 144, count / 144)
     assert mine["kind"].tolist() == ["thumbnail"] + ["crop"] * 4
     assert rows["answer"].isna().all()
 
 
 def test_every_patch_is_painted_at_its_location(following: Any) -> None:
-    """A wide image of one colour: thumbnail, then two crops of 7x7 patches, by hand."""
+    """A wide image of one colour: thumbnail, then two crops of 12x12 patches, by hand."""
     colour = (0.8, 0.2, 0.4)
-    image = Image.new("RGB", (112, 56), tuple(round(255 * part) for part in colour))
+    image = Image.new("RGB", (120, 60), tuple(round(255 * part) for part in colour))
     seen = look(following, [image], None, ["random"], 0.3)
     layout, keep = seen.media[0].layout, set(seen.masks[1].keeps[0].tolist())
     bits = np.isin(np.arange(len(layout)), list(keep))
     laid = sheet(seen.media[0], seen.view)
-    painted = _paint(laid, 140, lambda pixels, token: _show_kept(pixels, token, bits))
+    painted = _paint(laid, 240, lambda pixels, token: _show_kept(pixels, token, bits))
     assert {tile.view for tile in laid.tiles} == {0, 1, 2}
     checked = 0
     for tile in laid.tiles:
         x, y, wide, tall = tile.place
         assert (wide, tall) == (1, 1)
-        for row in range(7):
-            for col in range(7):
+        for row in range(12):
+            for col in range(12):
                 if tile.view == 0:
-                    token = row * 7 + col
-                else:  # rows of 14 patches and a separator
-                    token = 49 + row * 15 + 7 * (tile.view - 1) + col
-                there = painted[round(140 * y) + 20 * row + 10, round(140 * x) + 20 * col + 10]
+                    token = row * 12 + col
+                else:  # rows of 24 patches and a separator
+                    token = 144 + row * 25 + 12 * (tile.view - 1) + col
+                there = painted[round(240 * y) + 20 * row + 10, round(240 * x) + 20 * col + 10]
                 kept = np.allclose(there, colour, atol=0.01)
                 assert kept == (token in keep), (tile.view, row, col)
                 checked += 1
-    assert checked == 3 * 49
+    assert checked == 3 * 144
 
 
 def test_an_edge_is_drawn_inside_what_is_kept() -> None:
@@ -168,8 +168,8 @@ def test_heat_has_no_colour_where_there_is_no_score() -> None:
 
 
 def test_cuts_are_shown_one_by_one(following: Any) -> None:
-    shown = look(following, [picture(112, 56)], ASKED, ["pyramiddrop"], 0.25, cuts=True).masks[1:]
-    final = look(following, [picture(112, 56)], ASKED, ["pyramiddrop"], 0.25).masks[1]
+    shown = look(following, [picture(120, 60)], ASKED, ["pyramiddrop"], 0.25, cuts=True).masks[1:]
+    final = look(following, [picture(120, 60)], ASKED, ["pyramiddrop"], 0.25).masks[1]
     assert len(shown) > 1
     for early, late in pairwise(shown):
         assert set(late.keeps[0].tolist()) < set(early.keeps[0].tolist())
@@ -179,7 +179,7 @@ def test_cuts_are_shown_one_by_one(following: Any) -> None:
 
 def test_chains_and_merging_methods(following: Any) -> None:
     seen = look(
-        following, [picture(112, 112)], ASKED, ["globalcom2@0.5 + fastv@0.5", "prumerge"], 0.2
+        following, [picture(120, 120)], ASKED, ["globalcom2@0.5 + fastv@0.5", "prumerge"], 0.2
     )
     chain = seen.masks[1]
     assert chain.where == "before layer 2"

@@ -346,7 +346,7 @@ class Sleepy(Compressor):
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    prompt = dataclasses.replace(prompt_of("testbed-next", (56, 56), text=8), size=4)
+    prompt = dataclasses.replace(prompt_of("testbed-next", (60, 60), text=8), size=4)
     return Bench(adapter_at_random("testbed-next"), prompt, repeats=2)
 
 
@@ -393,7 +393,7 @@ def test_missing_layers_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of six layers, 1 s a token and layer: FastV's four short ones are not there."""
     monkeypatch.setattr(Bench, "layer", Curve(0.0, 1.0, 0.0))
     monkeypatch.setattr(Bench, "outside", 0.0)
-    prompt = prompt_of("testbed-next", (56, 56), text=8)
+    prompt = prompt_of("testbed-next", (60, 60), text=8)
     method = tp.create("uniform", retention=0.5)
     found = measure("testbed-next", prompt, [method], layers=2, repeats=1, device="cpu")
     row = found.table.iloc[1]
@@ -407,7 +407,7 @@ def test_missing_layers_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_methods_that_need_more_layers_are_refused() -> None:
-    prompt = prompt_of("testbed-next", (56, 56))
+    prompt = prompt_of("testbed-next", (60, 60))
     method = tp.create("fastv", layer=3, retention=0.5)
     found = measure("testbed-next", prompt, [method], layers=2, repeats=1, device="cpu")
     assert found.table["status"][0] == "ok"

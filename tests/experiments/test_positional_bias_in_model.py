@@ -33,8 +33,8 @@ def pictures() -> list[Image.Image]:
     """Six images of the testbed, one of them on a padded canvas."""
     questions = held_out(200, seed=0)[::5]
     images = [item.images[0].open() for item in questions]
-    padded = [image for image in images if image.size == (112, 80)]
-    return [image for image in images if image.size == (112, 112)][:5] + padded[:1]
+    padded = [image for image in images if image.size == (120, 90)]
+    return [image for image in images if image.size == (120, 120)][:5] + padded[:1]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_exchanged_crops_have_the_same_pixels(
 ) -> None:
     """Encoding exchanged pixels gives exchanged features; only the thumbnail differs."""
     (tokens,) = testbed.encode(pictures[:1])
-    turned = move_pixels(pictures[0], "reversed-crops", tokens.layout, 56)
+    turned = move_pixels(pictures[0], "reversed-crops", tokens.layout, 60)
     assert isinstance(turned, Image.Image)
     (again,) = testbed.encode([turned])
     moved = move_tokens(tokens, "reversed-crops")
@@ -116,12 +116,12 @@ def test_reversed_crops_are_a_permuted_prompt_of_the_plain_model(
     """FastV's choice from the attention that the model pays to a sequence permuted by hand."""
     (tokens,) = testbed.encode(pictures[:1])
     assert tokens.layout.grid == (2, 2)
-    order = list(range(49))
-    for line, column in itertools.product(range(14), range(15)):
-        top, left = 1 - line // 7, 1 - column // 7  # of the other crop
-        other = (7 * top + line % 7, 7 * left + column % 7)
-        y, x = other if column < 14 else (other[0], 14)
-        order.append(49 + 15 * y + x)
+    order = list(range(144))
+    for line, column in itertools.product(range(24), range(25)):
+        top, left = 1 - line // 12, 1 - column // 12  # of the other crop
+        other = (12 * top + line % 12, 12 * left + column % 12)
+        y, x = other if column < 24 else (other[0], 24)
+        order.append(144 + 25 * y + x)
     eager = tp.load("testbed-next", attn_implementation="eager").model
     inputs = testbed.assemble([[tokens]], ["What is in the image?"])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

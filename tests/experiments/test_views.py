@@ -126,7 +126,7 @@ def test_only_images_with_enough_crops() -> None:
     assert len(left.questions) == 60 - out
     for item in left.questions:
         width, height = item.images[0].open().size
-        assert (width, height) in ((112, 112), (112, 80)), "the others are cut into two or three"
+        assert (width, height) in ((120, 120), (120, 90)), "the others are cut into two or three"
     with pytest.raises(UserError, match="none of the images into 5 or more crops"):
         with_crops(setting, least=5)
     clips = replace(setting, questions=held_out(5, 0, "video"))
@@ -233,8 +233,8 @@ def test_complementarity_on_the_testbed(tmp_path: Path) -> None:
             frame.loc[(label, item.id), "kept_patches"]
             for label in ("uncompressed", "crops-only", "thumbnail-only")
         )
-        assert thumbnail == 49
-        assert crops == whole - 49
+        assert thumbnail == 144
+        assert crops == whole - 144
     drawn = bars(complementary_figure(table, "m"))
     assert list(drawn) == ["crops only", "thumbnail only", "no image"]
     chosen = table[table["shown"] == "crops only"]["relative"]
@@ -262,10 +262,10 @@ def test_crop_importance_on_the_testbed(tmp_path: Path) -> None:
         (seen,) = pipe.encode([item.images[0].open()], {signal})
         layout = seen.layout
         sums, sizes = [0.0] * (layout.views - 1), [0] * (layout.views - 1)
-        for index in range(49):  # a slow loop over the thumbnail
-            row, col = index // 7, index % 7
+        for index in range(144):  # a slow loop over the thumbnail
+            row, col = index // 12, index % 12
             rows, cols = layout.grid
-            cell = min(row // (7 // rows), rows - 1) * cols + min(col // (7 // cols), cols - 1)
+            cell = row // (12 // rows) * cols + col // (12 // cols)
             sums[cell] += float(seen[signal][index])
             sizes[cell] += 1
         scores = [total / size for total, size in zip(sums, sizes, strict=True)]
