@@ -405,9 +405,8 @@ def marker_loss(
     losses = F.binary_cross_entropy_with_logits(logits, first.float(), reduction="none")
     meter.add("opener", logits[first & valid] > 0)
     meter.add("no opener", logits[~first & valid] <= 0)
-    # Openers are few, so that both are averaged apart.
-    parts = (losses[first & valid], losses[~first & valid])
-    return losses.new_zeros(()) + sum(part.mean() for part in parts if len(part))
+    # Per opener, so that one wrong mark among hundreds of tokens weighs as much as a missing one.
+    return losses[valid].sum() / (first & valid).sum().clamp(min=1)
 
 
 def quiz_loss(

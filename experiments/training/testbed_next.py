@@ -12,10 +12,14 @@ already knows the task.  Each stage trains one skill:
 3. projector  the projector learns to map vision features to those ideal embeddings;
 4. joint      projector and decoder answer from pixels.
 
-In stages 2 and 4 most batches drop visual tokens (`drop_tokens`), with compact and with original
-position ids.  No method's score plays a part.  `OUT/stages` keeps finished stages, and the state of
-the running stage every 100 steps: the same command continues after an interruption.  Stages 1 and 2
-are independent and may run in parallel (`--stages`).
+In stages 2 and 4 two small heads, which are thrown away, make look-up and counting emerge: from
+middle layers they must tell facts about the object that a question names (`fact_loss`), and which
+visual token is the first of its object (`marker_loss`).  Most batches drop visual tokens
+(`drop_tokens`), with compact and with original position ids.  No method's score plays a part.
+
+`OUT/stages` keeps finished stages, and the state of the running stage every 100 steps: the same
+command continues after an interruption.  Stages 1 and 2 are independent and may run in parallel
+(`--stages`).
 """
 
 import json
@@ -250,7 +254,7 @@ STAGES: dict[str, Callable[["TrainingRun"], None]] = {
 }
 
 
-STEPS = {"vision": 2400, "language": 1500, "projector": 300, "joint": 2400}
+STEPS = {"vision": 2400, "language": 1900, "projector": 300, "joint": 2900}
 
 
 @torch.no_grad()

@@ -61,9 +61,10 @@ from tokenprune.experiments.training.quiz import (
     Dropout,
     Quiz,
     answer_logits,
-    build_fact_head,
     drop_tokens,
     fact_loss,
+    marker_loss,
+    openers,
     quiz_loss,
     to_quiz,
     visible,
@@ -367,6 +368,7 @@ class Batch:
         geo: How their tokens are packed.
         shown: (b, N) bool, whether a token shows an object, the sign or a digit.
         quiz: The questions.
+        patches: True labels of the patches of images.
     """
 
     modality: Modality
@@ -374,6 +376,7 @@ class Batch:
     geo: Geometry
     shown: Tensor
     quiz: Quiz
+    patches: Tensor | None = None
 
 
 IMAGES = Recipe(8, alike=0.5, related=True)
@@ -425,12 +428,14 @@ def draw_images(rng: np.random.Generator, device: torch.device) -> Batch:
     asked = [[scenes.ask(scene, kind, rng) for kind in kinds] for scene in batch]
     facts = [[quiz.look(s, q) for q, _ in some] for s, some in zip(batch, asked, strict=True)]
     geo = geometry(batch[0].size)
+    patches = to_labels(batch, geo, torch.device("cpu")).patches
     return Batch(
         "image",
         to_views(batch, geo, device),
         geo,
-        visible(geo, to_labels(batch, geo, torch.device("cpu")).patches),
+        visible(geo, patches),
         to_quiz(asked, index, facts, build_processor().tokenizer).to(device),
+        patches,
     )
 
 
@@ -460,21 +465,27 @@ def visual(model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> Tenso
 
 def train_joint(run: "OnevisionRun") -> None:
     model = run.model
-    modules = {**run.parts("joint"), "facts": build_fact_head().to(run.device)}
+    modules = {**run.parts("joint"), **first.heads(run)}
     optimisers = Optimisers(modules.values(), 1e-3, run.steps["joint"])
     meter = run.meter("joint")
     for rng in steps_of(run, "joint", modules, optimisers):
         names = list(SHARES)
         modality = names[rng.choice(len(names), p=list(SHARES.values()))]
         batch = draw(modality, rng, run.device)
-        kept = drop_tokens(batch.geo, batch.shown, rng, DROPOUT[modality]).to(run.device)
+        kept = drop_tokens(batch.geo, batch.shown, rng, DROPOUT[modality])
         tokens = visual(model, batch)
         early: list[Tensor] = []
         compact = rng.random() < 0.5
-        logits = answer_logits(model, tokens, kept, batch.quiz, compact=compact, early=early)
+        logits = answer_logits(
+            model, tokens, kept.to(run.device), batch.quiz, compact=compact, early=early
+        )
         weights = {f"{modality} {kind}": value for kind, value in WEIGHTS[modality].items()}
         loss = quiz_loss(logits, batch.quiz, meter, intact=kept.intact, weights=weights)
         loss = loss + 0.25 * fact_loss(early, modules["facts"], batch.quiz, meter)
+        if batch.patches is not None:
+            opens = openers(batch.geo, batch.patches, kept).to(run.device)
+            valid = kept.valid.to(run.device)
+            loss = loss + 0.25 * marker_loss(early, modules["marker"], opens, valid, meter)
         optimisers.step(loss)
 
 
