@@ -75,6 +75,7 @@ from tokenprune.experiments.training.quiz import (
     visible,
 )
 from tokenprune.models.testbed import scenes
+from tokenprune.models.testbed.drawing import check_photographs
 
 # --- stage 1: the vision encoder ------------------------------------------------------------------
 
@@ -395,6 +396,7 @@ def main(
         figures = evaluate(out, questions, test_seed, device)
         print(table(figures, questions))
         return
+    check_photographs()
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
     run = TrainingRun(out, device, seed, steps, start)
     wanted = stages.split(",")

@@ -72,6 +72,7 @@ from tokenprune.experiments.training.quiz import (
 from tokenprune.experiments.training.testbed_next import pack, skill_loss
 from tokenprune.models import testbed
 from tokenprune.models.testbed import scenes
+from tokenprune.models.testbed.drawing import check_photographs
 from tokenprune.models.testbed.scenes import MODALITIES, VIEW, Modality, Scene
 
 POOLED = math.ceil(SIDE / 2)  # tokens along a frame
@@ -534,6 +535,7 @@ def main(
     if evaluate_only:
         evaluate(out, questions, test_seed, device)
         return
+    check_photographs()
     started = time.monotonic()
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
     run = OnevisionRun(out, device, seed, steps)

@@ -65,6 +65,7 @@ from tokenprune.experiments.training.quiz import (
     quiz_loss,
 )
 from tokenprune.models import testbed
+from tokenprune.models.testbed.drawing import check_photographs
 from tokenprune.models.testbed.scenes import MODALITIES, Scene
 
 PATCH = 3
@@ -464,6 +465,7 @@ def main(
     if evaluate_only:
         print(table(evaluate_images(out, questions, test_seed, device), questions))
         return
+    check_photographs()
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
     run = QwenRun(out, device, seed, steps)
     wanted = stages.split(",")

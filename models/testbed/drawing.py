@@ -28,6 +28,7 @@ __all__ = [
     "Size",
     "Split",
     "background",
+    "check_photographs",
     "digits",
     "draw",
     "draw_sign",
@@ -111,6 +112,16 @@ _MORE = (
     "moon",
     "motorcycle_left",
 )
+
+
+def check_photographs() -> None:
+    """Raise unless the photographs behind training scenes are installed."""
+    if not _more_photographs():
+        raise ModuleNotFoundError(
+            "training scenes have photographs of scikit-image as backgrounds, which is not "
+            "installed; pip install 'tokenprune[training]'.",
+            name="skimage",
+        )
 
 
 @cache
