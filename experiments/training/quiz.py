@@ -371,16 +371,16 @@ def build_fact_head() -> nn.ModuleList:
     )
 
 
-def fact_loss(early: list[Tensor], heads: nn.ModuleList, quiz: Quiz, meter: Meter) -> Tensor:
+def fact_loss(early: list[Tensor], heads: nn.Module, quiz: Quiz, meter: Meter) -> Tensor:
     """Cross-entropy of the facts that `heads` tell at the word that names an object's shape."""
     named = quiz.noun >= 0
     at = repeat(quiz.noun.clamp(min=0), "b q -> b q 1 d", d=early[0].shape[-1])
     first, last = (
         head(states.gather(2, at)[:, :, 0][named])
-        for head, states in zip(heads, early, strict=False)
+        for head, states in zip(heads.children(), early, strict=False)
     )
     *facts, _ = FACTS.values()
-    loss = first.new_zeros(())
+    loss: Tensor = first.new_zeros(())
     guesses = (*first.split(facts, dim=-1), last)
     for name, guess, truth in zip(FACTS, guesses, quiz.facts[named].T, strict=True):
         if (truth >= 0).any():

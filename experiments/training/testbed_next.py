@@ -259,7 +259,7 @@ STEPS = {"vision": 2400, "language": 1900, "projector": 300, "joint": 2900}
 
 
 @torch.no_grad()
-def warm_start(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
+def warm_start(model: PreTrainedModel, folder: Path) -> None:
     """Copy the weights of the first version, with its embeddings resampled to the finer grid.
 
     Words that it does not know keep their random embeddings.
@@ -298,7 +298,8 @@ def resampled_patches(weight: Tensor, side: int) -> Tensor:
     basis = torch.eye(side * side).view(-1, 1, side, side)
     resize = F.interpolate(basis, size=(old, old), mode="bilinear", align_corners=False)
     matrix = resize.flatten(1)  # (side * side, old * old)
-    return (weight.flatten(2) @ matrix.T).unflatten(-1, (side, side))
+    new: Tensor = (weight.flatten(2) @ matrix.T).unflatten(-1, (side, side))
+    return new
 
 
 class TrainingRun:
