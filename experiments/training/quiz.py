@@ -190,6 +190,10 @@ PORTIONS = {
 }
 
 
+# Of each scene in a step that is about counting and reading a number.
+DRILL = {"count": 1, "number": 1}
+
+
 def make_quiz(
     batch: list[Scene],
     rng: np.random.Generator,
@@ -239,7 +243,7 @@ FACTS = {  # classes of each fact
     "present": 2,
     "right": 2,
     "bottom": 2,
-    "number": 10,
+    "its digit": 10,
     **dict.fromkeys(scenes.DIRECTIONS, len(NAMES)),
     "asked": len(NAMES),
 }
@@ -428,6 +432,6 @@ def quiz_loss(
 
 
 def image_weights(count: float) -> dict[str, float]:
-    """Weights of kinds: `count` for counting, 2 for relations, 0.5 for colour, which is easy."""
-    weights = {"colour": 0.5, "count": count, "relation": 2.0}
+    """Weights of kinds: `count` for counting, 2 for relations and numbers, 0.5 for colour."""
+    weights = {"colour": 0.5, "count": count, "relation": 2.0, "number": 2.0}
     return {kind: weights.get(kind, 1.0) for kind in KINDS}

@@ -59,8 +59,10 @@ from tokenprune.experiments.training.model import (
 )
 from tokenprune.experiments.training.optim import Meter, Optimisers
 from tokenprune.experiments.training.quiz import (
+    DRILL,
     GENTLE,
     HARSH,
+    PORTIONS,
     answer_logits,
     brief,
     build_fact_head,
@@ -223,25 +225,33 @@ def train_projector(run: "TrainingRun") -> None:
         optimisers.step(error)
 
 
+DRILLED = 0.4  # share of the steps of stage 4 that are about counting and numbers alone
+
+
 def train_joint(run: "TrainingRun") -> None:
     model, inner = run.model, run.model.model
     modules = {**run.parts("joint"), **heads(run)}
     optimisers = Optimisers(modules.values(), 1e-3, run.steps["joint"])
     meter = run.meter("joint")
-    recipe = Recipe(8, alike=0.5, related=True)
+    usual, drill = Recipe(8, alike=0.5, related=True), Recipe(16, alike=0.3)
     for rng in steps_of(run, "joint", modules, optimisers):
-        batch = recipe.draw(rng)
+        # Counting and reading a number emerge late.  A part of the steps is about them alone, and
+        # about more scenes, of which little else is left.
+        short = rng.random() < DRILLED
+        batch = (drill if short else usual).draw(rng)
         geo = geometry(batch[0].size)
         patches = to_labels(batch, geo, torch.device("cpu")).patches
-        kept = drop_tokens(geo, visible(geo, patches), rng, HARSH)
+        shown = visible(geo, patches)
+        kept = brief(shown, rng) if short else drop_tokens(geo, shown, rng, HARSH)
         first, kept = openers(geo, patches, kept).to(run.device), kept.to(run.device)
-        quiz = make_quiz(batch, rng, run.device)
+        quiz = make_quiz(batch, rng, run.device, DRILL if short else PORTIONS)
         with torch.no_grad():
             patches, _ = encode(model, to_views(batch, geo, run.device))
         visual = pack(inner.multi_modal_projector(patches), inner.image_newline, geo)
         early: list[Tensor] = []
         logits = answer_logits(model, visual, kept, quiz, compact=rng.random() < 0.5, early=early)
-        loss = quiz_loss(logits, quiz, meter, intact=kept.intact, weights=image_weights(3.0))
+        intact = short or kept.intact
+        loss = quiz_loss(logits, quiz, meter, intact=intact, weights=image_weights(3.0))
         loss = loss + 0.25 * fact_loss(early, modules["facts"], quiz, meter)
         loss = loss + 0.25 * marker_loss(early, modules["marker"], first, kept.valid, meter)
         optimisers.step(loss)

@@ -445,7 +445,7 @@ def known(items: list[scenes.Item], question: str, answer: str) -> tuple[int, ..
     facts = dict.fromkeys(quiz.FACTS, quiz.UNKNOWN)
     named = [item for item in items if item.name in question]
     if named:
-        facts |= {"present": 1, "number": named[0].digit}
+        facts |= {"present": 1, "its digit": named[0].digit}
         if "move" in question:
             facts["right"] = int(answer == "right")
     elif "both" not in question:

@@ -308,7 +308,7 @@ def test_the_fact_that_a_question_asks_for_is_its_answer() -> None:
         assert facts[places[way]] == facts[places["asked"]]
         asked, answer = scenes.ask(scene, "digit", rng)
         facts = quiz.look(scene, asked)
-        assert (facts[places["number"]], facts[places["asked"]]) == (int(answer), quiz.UNKNOWN)
+        assert (facts[places["its digit"]], facts[places["asked"]]) == (int(answer), quiz.UNKNOWN)
 
 
 def _batch(seed: int) -> tuple[list[scenes.Scene], Any, torch.Tensor]:
