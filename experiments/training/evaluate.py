@@ -109,9 +109,8 @@ def chat(processor: LlavaNextProcessor, question: str) -> str:
 def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, dict[str, float]]:
     """Accuracy by condition and kind, on `count` held-out questions of each kind.
 
-    Uses the saved processor and model.  With all tokens, the model answers with `generate` and must
-    stop after the word.  With fewer tokens and compact position ids, its answer is the most likely
-    next token.
+    Uses the saved processor and model, and answers with `generate`; the model must stop after its
+    answer.  Where tokens are dropped, position ids are compact.
     """
     model = LlavaNextForConditionalGeneration.from_pretrained(
         folder, trust_remote_code=False
@@ -143,21 +142,21 @@ def evaluate(folder: Path, count: int, seed: int, device: str) -> dict[str, dict
         for condition, choose in CONDITIONS.items():
             if condition != "full":
                 keep = choose(seen).to(device)
-                ids = next_ids(model, inputs.input_ids, inputs.attention_mask, features, keep)
+                ids = answer_ids(model, inputs.input_ids, inputs.attention_mask, features, keep)
             answers = processor.batch_decode(ids, skip_special_tokens=True)
             for question, answer in zip(group, answers, strict=True):
                 right[condition][question.kind].append(answer.strip() == question.answer)
     return {c: {k: float(np.mean(r)) for k, r in kinds.items()} for c, kinds in right.items()}
 
 
-def next_ids(
+def answer_ids(
     model: LlavaNextForConditionalGeneration,
     input_ids: Tensor,
     attention_mask: Tensor,
     features: Tensor,
     keep: Tensor,
 ) -> Tensor:
-    """Most likely next tokens (b, 1) after prompts (b, S) on one image.
+    """Generated tokens (b, S') after prompts (b, S) on one image.
 
     The prompts keep only the entries `keep` (K,) of the packed `features` (N, d), with compact
     position ids.
@@ -169,12 +168,11 @@ def next_ids(
     embeds = model.get_input_embeddings()(input_ids)
     embeds[visual] = features.repeat(len(embeds), 1)
     mask = rearrange(attention_mask[stay], "(b s) -> b s", b=len(embeds))
-    logits: Tensor = model(
+    ids: Tensor = model.generate(
         inputs_embeds=rearrange(embeds[stay], "(b s) d -> b s d", b=len(embeds)),
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-    ).logits
-    return logits[:, -1].argmax(-1, keepdim=True)
+    )
+    return ids
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

@@ -161,10 +161,8 @@ class Quiz:
         ids: (b, Q, L) tokens of question, cue, answer, eos and padding.
         target: (b, Q, L) the next token where it is learnt, else -100.
         kind: (b, Q) index into `KINDS`.
-        noun: (b, Q) index of the word that names a shape, -1 without one.
-        facts: (b, Q, 9) facts about the named object: present, right, bottom, its digit, the
-            object that lies right of, left of, above and below it, and the one of these four that
-            the question asks for; -100 where a fact is undefined.
+        noun: (b, Q) index of the word that names a shape or the sign, -1 without one.
+        facts: (b, Q, facts) classes of `FACTS` about what is named; -100 where undefined.
     """
 
     ids: Tensor
@@ -230,8 +228,8 @@ def to_quiz(
     cue = (ids == tokenizer.convert_tokens_to_ids("<assistant>")).int().argmax(1)
     learnt = (at >= cue[:, None]) & (at < length[:, None] - 1)
     target = torch.where(learnt, ids.roll(-1, dims=1), -100)
-    shapes = torch.tensor(tokenizer.convert_tokens_to_ids(list(scenes.SHAPES)))
-    named = torch.isin(ids, shapes)
+    nouns = torch.tensor(tokenizer.convert_tokens_to_ids(list(THINGS)))
+    named = torch.isin(ids, nouns)
     noun = torch.where(named.any(1), named.int().argmax(1), -1)
     kind = torch.tensor(kinds).repeat(len(asked))
     parts = (ids, target, kind, noun, torch.tensor(facts).flatten(0, 1))
@@ -239,30 +237,42 @@ def to_quiz(
 
 
 NAMES = tuple(f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES)
-FACTS = {  # classes of each fact
+# Classes of each fact: about an object, about a sign, and which neighbour a question asks for.
+FACTS = {
     "present": 2,
     "right": 2,
     "bottom": 2,
     "its digit": 10,
     **dict.fromkeys(scenes.DIRECTIONS, len(NAMES)),
+    **dict.fromkeys(("first of sign", "second of sign", "third of sign"), 11),  # 10 for none
     "asked": len(NAMES),
 }
 UNKNOWN = -100  # of a fact that is undefined
 
 
 def look(scene: Scene, question: str) -> tuple[int, ...]:
-    """`Quiz.facts` of one question, about the object that it names first."""
+    """`Quiz.facts` of one question, about the object that it names first or about the sign."""
+    facts = dict.fromkeys(FACTS, UNKNOWN)
     named = [item for item in scene.items if item.name in question]
-    if not named:
-        return 0, *[UNKNOWN] * (len(FACTS) - 1)
-    item = min(named, key=lambda item: question.index(item.name))
-    height, width = scene.size
-    beside = {way: other.name for one, way, other in scenes.relations(scene) if one is item}
-    neighbours = [NAMES.index(beside[w]) if w in beside else UNKNOWN for w in scenes.DIRECTIONS]
-    way = next((way for way in scenes.DIRECTIONS if f" {way} " in question), None)
-    asked = UNKNOWN if way is None else NAMES.index(beside[way])
-    place = int(item.x > width / 2), int(item.y > height / 2)
-    return 1, *place, int(item.digit), *neighbours, asked
+    if named:
+        item = min(named, key=lambda item: question.index(item.name))
+        height, width = scene.size
+        beside = {way: other.name for one, way, other in scenes.relations(scene) if one is item}
+        facts |= {way: NAMES.index(name) for way, name in beside.items()}
+        asked = [facts[way] for way in scenes.DIRECTIONS if f" {way} " in question]
+        facts |= {
+            "present": 1,
+            "right": int(item.x > width / 2),
+            "bottom": int(item.y > height / 2),
+            "its digit": item.digit,
+            "asked": asked[0] if asked else UNKNOWN,
+        }
+    elif "sign" in question and scene.sign is not None:
+        digits = (*scene.sign.digits, 10)[:3]
+        facts |= dict(zip(list(FACTS)[-4:-1], digits, strict=True))
+    else:
+        facts["present"] = 0
+    return tuple(facts.values())
 
 
 def block_mask(prefix: int, blocks: int, length: int, device: torch.device) -> Tensor:
