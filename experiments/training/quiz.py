@@ -244,7 +244,7 @@ FACTS = {
     "bottom": 2,
     "its digit": 10,
     **dict.fromkeys(scenes.DIRECTIONS, len(NAMES)),
-    **dict.fromkeys(("first of sign", "second of sign", "third of sign"), 11),  # 10 for none
+    **dict.fromkeys(("first of sign", "second of sign"), 10),
     "asked": len(NAMES),
 }
 UNKNOWN = -100  # of a fact that is undefined
@@ -268,8 +268,8 @@ def look(scene: Scene, question: str) -> tuple[int, ...]:
             "asked": asked[0] if asked else UNKNOWN,
         }
     elif "sign" in question and scene.sign is not None:
-        digits = (*scene.sign.digits, 10)[:3]
-        facts |= dict(zip(list(FACTS)[-4:-1], digits, strict=True))
+        first, second = scene.sign.digits
+        facts |= {"first of sign": first, "second of sign": second}
     else:
         facts["present"] = 0
     return tuple(facts.values())

@@ -81,7 +81,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Sign:
-    """A white sign with two or three digits, centred at (x, y) pixels."""
+    """A white sign with digits, centred at (x, y) pixels."""
 
     digits: tuple[int, ...]
     x: float

@@ -136,7 +136,7 @@ def _arrange(
     rng: np.random.Generator, size: Size, count: int, sign: bool
 ) -> tuple[list[tuple[int, int]], Sign | None]:
     """Centres of `count` objects, and a sign that touches none of them nor a border of crops."""
-    numbers = tuple(int(digit) for digit in rng.integers(10, size=rng.integers(2, 4)))
+    numbers = tuple(int(digit) for digit in rng.integers(10, size=2))
     high, wide = Sign(numbers, 0, 0).half
     offset_y, offset_x = (-side % VIEW // 2 for side in size)
     while True:

@@ -1,7 +1,7 @@
 """Scenes of coloured shapes with real handwritten digits on real photographs, and questions.
 
 A scene is a tinted crop of a photograph with two to five objects and a white sign.  Each object is
-a coloured shape with one handwritten digit, ten pixels high; the sign shows two or three such
+a coloured shape with one handwritten digit, ten pixels high; the sign shows two such
 digits.  Digits are legible in the crops of a model and too small in its thumbnail: "which digit is
 on the red square?" needs the crops.  Questions about number, side and direction need the whole
 picture.
