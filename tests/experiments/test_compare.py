@@ -64,7 +64,7 @@ def test_the_run_folder(finished: Outcome, folder: Path) -> None:
         assert row["layer_average"] == row["kept_patches"] + row["kept_separators"]
     pruned = frame[frame["retention"] < 1]
     assert (pruned["flops"] < pruned["uncompressed_flops"]).all()
-    assert (folder / "summary.csv").read_text().count("\n") == 1 + 5 * 6
+    assert (folder / "summary.csv").read_text().count("\n") == 1 + 5 * 9
 
 
 def test_every_number_of_the_ledger_is_in_the_tables(finished: Outcome, folder: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_references_see_no_image_and_the_thumbnail_alone(
         assert pipe.decode(ids, inputs) == [blind["answer"]]
         right = {item.answer} & {blind["answer"], low["answer"]}
         assert set(frame.xs(item.id, level=1)["easy"]) == {bool(right)}
-    assert finished.summary["retention"].isna().sum() == 2 * 6
+    assert finished.summary["retention"].isna().sum() == 2 * 9
 
 
 def test_several_seeds_are_one_method(tmp_path: Path) -> None:

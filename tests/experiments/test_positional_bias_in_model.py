@@ -173,7 +173,7 @@ def test_figures_show_the_table(result: Analysis) -> None:
     cols = norms["col"] + 7 * (norms["slot"] % 2)
     cell = norms["kept"][(rows == 3) & (cols == 9)]
     assert canvas.get_array()[3, 9] == pytest.approx(cell.mean())
-    assert canvas.get_array().shape == (14, 14)
+    assert canvas.get_array().shape == (24, 24)
     axes = made["slots-image-25"].axes[1]
     assert axes.get_title(loc="left") == "globalcom2"
     heights = [patch.get_height() for patch in axes.patches]  # type: ignore[attr-defined]
