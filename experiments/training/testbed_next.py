@@ -265,7 +265,7 @@ STAGES: dict[str, Callable[["TrainingRun"], None]] = {
 }
 
 
-STEPS = {"vision": 2400, "language": 1900, "projector": 300, "joint": 3600}
+STEPS = {"vision": 2400, "language": 1900, "projector": 300, "joint": 4100}
 
 
 @torch.no_grad()
