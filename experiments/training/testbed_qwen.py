@@ -413,7 +413,7 @@ STAGES: dict[str, Callable[["QwenRun"], None]] = {
     "joint": train_joint,
 }
 
-STEPS = {"language": 600, "vision": 1300, "projector": 200, "joint": 1000}
+STEPS = {"language": 600, "vision": 3000, "projector": 200, "joint": 1000}
 
 
 class QwenRun(first.TrainingRun):
