@@ -303,6 +303,8 @@ class Compressor(ABC, metaclass=RenamesOptions):
         extra = _separators(layout, keep, self.separators)
         if not len(extra):
             return chosen
+        if merged is None and sizes is None and chosen.merging is None:
+            return Selection(_united(keep, extra, len(layout)))
         keep, order = torch.cat([keep, extra]).sort()
         if merged is not None:
             device = merged.device
@@ -503,6 +505,12 @@ def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor
     return stays.nonzero().squeeze(1)
 
 
+def _united(keep: Tensor, extra: Tensor, size: int) -> Tensor:
+    """The sorted union of two sets of indices below ``size``.  It is faster than a sort."""
+    stays = torch.zeros(size, dtype=torch.bool, device=keep.device)
+    return stays.index_fill_(0, keep, True).index_fill_(0, extra, True).nonzero().squeeze(1)
+
+
 def _with(
     merging: Callable[[Tensor], Tensor] | None, extra: Tensor, order: Tensor
 ) -> Callable[[Tensor], Tensor] | None:
@@ -544,8 +552,10 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
         keep, finite = on_cpu(keep, chosen.scores.isfinite().all())
         if not finite:
             raise _not_finite(strategy, chosen.scores)
-    bad = (keep.diff() <= 0).any() | (keep[0] < 0) | (keep[-1] >= len(tokens))
-    if bad or tokens.layout.host.is_separator[keep].any():
+    # NumPy takes a fifth of the time of PyTorch on short vectors.
+    index, separator = keep.numpy(), tokens.layout.host.is_separator.numpy()
+    sound = index[0] >= 0 and index[-1] < len(separator) and (index[1:] > index[:-1]).all()
+    if not sound or separator[index].any():
         raise ContractError(
             f"{who} must return sorted, unique indices of patch tokens in [0, {len(tokens)}); "
             "separators are added by the core."

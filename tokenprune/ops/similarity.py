@@ -14,6 +14,7 @@ __all__ = [
     "FEWEST",
     "LISTED",
     "ROUNDING",
+    "TABLE",
     "Nearest",
     "cosine_distances",
     "distance_of",
@@ -44,6 +45,9 @@ FEWEST = 16
 
 LISTED = 32
 """Neighbours that `Nearest` keeps of every vector."""
+
+TABLE = 1024
+"""Vectors up to which `Nearest` makes a table of all products, which then is faster."""
 
 
 def fits(rows: int) -> bool:
@@ -100,9 +104,10 @@ class Nearest:
 
     No set may have a member that neither set of an earlier call had.  Every vector has a list of
     the `LISTED` vectors with the largest products.  If some of them are members, no product is
-    computed again.  If none is, the vector is listed anew among the vectors of the call.  Such a
-    decision is a synchronisation; on other devices than the CPU, all products therefore form one
-    table where that is small enough (`tabled`).
+    computed again.  If none is, the vector is listed anew among the vectors of the call.
+
+    The products of a few vectors (`TABLE`) form one table instead.  So do, where they may
+    (`tabled`), those on other devices than the CPU, as a look into a list is a synchronisation.
 
     Args:
         vectors: (P, D).
@@ -111,7 +116,7 @@ class Nearest:
     def __init__(self, vectors: Tensor) -> None:
         self._vectors = vectors
         self._table: Tensor | None = None
-        if vectors.device.type != "cpu" and tabled(vectors):
+        if len(vectors) <= TABLE or (vectors.device.type != "cpu" and tabled(vectors)):
             self._table = vectors @ vectors.T
             return
         everything = torch.arange(len(vectors), device=vectors.device)
