@@ -413,22 +413,30 @@ def cover_by_cosine(vectors: Tensor, worth: Tensor, count: int) -> Tensor:
     """
     if tabled(vectors):
         return cover(vectors @ vectors.T, worth, count)
-    some = parts(len(vectors), len(vectors))
-    gain = torch.cat([(vectors @ vectors[part].T).clamp_(min=0).sum(0) for part in some]) * worth
+    gain = torch.empty_like(worth)
+    # Everything is written in place.  Small tensors that stay between large ones that go would keep
+    # the memory of the large ones from being used again.
+    for part in parts(len(vectors), len(vectors)):
+        gain[part] = (vectors @ vectors[part].T).clamp_(min=0).sum(0)
+    gain *= worth
     covered = torch.zeros_like(worth)
+    cosine = vectors.new_empty(len(vectors), min(CANDIDATES, len(vectors)))
+    added = torch.empty_like(cosine)
     chosen: list[Tensor] = []
     while len(chosen) < count:
         pool = _Pool(gain, CANDIDATES)
-        cosine, weight = vectors @ vectors[pool.index].T, worth[pool.index]
+        torch.mm(vectors, vectors[pool.index].T, out=cosine)
+        weight = worth[pool.index]
         free = torch.zeros_like(weight).masked_fill_(gain[pool.index].isneginf(), -torch.inf)
         while len(chosen) < count:
-            value = (cosine - covered[:, None]).clamp_(min=0).sum(0) * weight + free
+            torch.sub(cosine, covered[:, None], out=added)
+            value = added.clamp_(min=0).sum(0) * weight + free
             gain[pool.index] = value
             place = value.argmax(0, keepdim=True)
             if not pool.leads(value[place], place):
                 break
             chosen.append(pool.index[place])
-            covered = torch.maximum(covered, cosine[:, place].squeeze(1))
+            torch.maximum(covered, cosine[:, place].squeeze(1), out=covered)
             free[place] = gain[chosen[-1]] = -torch.inf
     return torch.cat(chosen).sort().values if chosen else torch.arange(0)
 
