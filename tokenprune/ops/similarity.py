@@ -103,8 +103,9 @@ class Nearest:
     """The largest product of vectors with the members of a set, for one set after the other.
 
     Sets only shrink: all rows and members of a call are among those of the call before.  Every
-    vector has a list of the `LISTED` vectors with the largest products.  If some of them are members, no product is
-    computed again.  If none is, the vector is listed anew among the vectors of the call.
+    vector has a list of the `LISTED` vectors with the largest products.  If some of them are
+    members, no product is computed again.  If none is, the vector is listed anew among the vectors
+    of the call.
 
     The products of a few vectors (`TABLE`) form one table instead.  So do, where they may
     (`tabled`), those on other devices than the CPU, as a look into a list is a synchronisation.
