@@ -12,8 +12,9 @@ the model, which a method can reach through `VisualTokens.projector`, are not wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -84,10 +85,10 @@ def untouched(who: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         who: Name of the method, for the message.
         tensors: The tensors by name.
     """
-    before = {name: _mark(value) for name, value in tensors.items()}
+    before = _marks(tensors.values())
     yield
-    for name, value in tensors.items():
-        if not _same(_mark(value), before[name]):
+    for name, mark, now in zip(tensors, before, _marks(tensors.values()), strict=True):
+        if not _same(now, mark):
             raise _blame(who, name)
 
 
@@ -98,14 +99,12 @@ def watched(who: str, tokens: VisualTokens) -> Iterator[None]:
     for one in (layout, layout.host):
         _ = one.patches, one.is_separator, one.places  # computed now, so that they are watched
     before = _reached(tokens)
-    marks = [_mark(value) for *_, value in before]
+    values = [value for *_, value in before]
+    marks = _marks(values)
     yield
     after = _reached(tokens)
-    same = len(before) == len(after) and all(
-        old[-1] is new[-1] and _same(_mark(new[-1]), mark)
-        for old, new, mark in zip(before, after, marks, strict=True)
-    )
-    if not same:
+    same = len(before) == len(after) and all(map(is_, values, [value for *_, value in after]))
+    if not same or not all(map(_same, _marks(values), marks)):
         _compare(who, before, marks, after)
 
 
@@ -121,12 +120,13 @@ def _compare(
         if name not in known and "layout." not in name:
             raise _blame(who, name)
     for name, (value, mark) in known.items():
-        if name not in found or found[name] is not value or not _same(_mark(value), mark):
+        if name not in found or found[name] is not value or not _same(*_marks([value]), mark):
             raise _blame(who, name)
 
 
-def _mark(value: Tensor) -> int | Tensor:
-    return digest(value) if value.is_inference() else value._version
+def _marks(values: Iterable[Tensor]) -> list[int | Tensor]:
+    """What changes when the values do."""
+    return [digest(value) if value.is_inference() else value._version for value in values]
 
 
 def _same(one: int | Tensor, other: int | Tensor) -> bool:

@@ -177,14 +177,14 @@ def _nearest_others(
 
     A row does not count as its own neighbour.
     """
-    of_rows, right = [], vectors(others)
+    of_rows, right = torch.empty_like(rows, dtype=torch.float32), vectors(others)
     of_others = torch.full_like(others, -torch.inf, dtype=torch.float32)
-    for some in _split(rows):
+    for some, nearest in zip(_split(rows), _split(of_rows), strict=True):
         cosine = products(vectors(some), right)
         cosine.masked_fill_(some[:, None] == others, -torch.inf)
-        of_rows.append(cosine.amax(1))
-        of_others = torch.maximum(of_others, cosine.amax(0))
-    return distance_of(torch.cat(of_rows)), distance_of(of_others)
+        nearest.copy_(cosine.amax(1))
+        torch.maximum(of_others, cosine.amax(0), out=of_others)
+    return distance_of(of_rows), distance_of(of_others)
 
 
 def _isolation(table: Tensor) -> Tensor:
@@ -414,8 +414,6 @@ def cover_by_cosine(vectors: Tensor, worth: Tensor, count: int) -> Tensor:
     if tabled(vectors):
         return cover(vectors @ vectors.T, worth, count)
     gain = torch.empty_like(worth)
-    # Everything is written in place.  Small tensors that stay between large ones that go would keep
-    # the memory of the large ones from being used again.
     for part in parts(len(vectors), len(vectors)):
         gain[part] = (vectors @ vectors[part].T).clamp_(min=0).sum(0)
     gain *= worth

@@ -65,7 +65,11 @@ def tabled(vectors: Tensor) -> bool:
 
 
 def parts(rows: int, columns: int) -> list[slice]:
-    """``rows`` in slices of nearly equal size, each of which times ``columns`` fits a `BLOCK`."""
+    """``rows`` in slices of nearly equal size, each of which times ``columns`` fits a `BLOCK`.
+
+    What is made of a slice is written into a tensor that exists before.  Small tensors that stay
+    between large ones that go would keep the memory of the large ones from being used again.
+    """
     count = max(1, min(-(-rows * columns // BLOCK), rows // FEWEST))
     edges = [rows * part // count for part in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(edges)]
@@ -81,8 +85,10 @@ def most_similar(vectors: Tensor, targets: Tensor) -> Tensor:
 
     Ties go to the earlier target.
     """
-    some = parts(len(vectors), len(targets))
-    return torch.cat([(vectors[part] @ targets.T).argmax(1) for part in some])
+    index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for part in parts(len(vectors), len(targets)):
+        index[part] = (vectors[part] @ targets.T).argmax(1)
+    return index
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
