@@ -120,7 +120,7 @@ def _compare(
         if name not in known and "layout." not in name:
             raise _blame(who, name)
     for name, (value, mark) in known.items():
-        if name not in found or found[name] is not value or not _same(*_marks([value]), mark):
+        if name not in found or found[name] is not value or not _same(_marks([value])[0], mark):
             raise _blame(who, name)
 
 
