@@ -98,6 +98,9 @@ class FitPrune(Compressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
-        by_image, by_text = (tokens[signal][patches].float() for signal in (SELF, CROSS))
+        by_image, by_text = (
+            tokens[signal].index_select(0, patches).float() for signal in (SELF, CROSS)
+        )
         scores = by_image * by_text
-        return Selection(patches[top(scores, self.limit(tokens))], scores=scores)
+        best = top(scores, self.limit(tokens))
+        return Selection(patches.index_select(0, best), scores=scores)

@@ -69,13 +69,12 @@ class GPrune(Compressor):
         held = [self._flow(vectors, part) for part in some[:HELD]]
         information = features.float().norm(dim=-1)
         for _ in range(self.steps):
-            sums, degrees = torch.zeros_like(information), []
+            sums, degrees = torch.zeros_like(information), torch.empty_like(information)
             for place, part in enumerate(some):
-                flow, degree = held[place] if place < HELD else self._flow(vectors, part)
-                sums = sums + information[part] @ flow
-                degrees.append(degree)
+                flow, degrees[part] = held[place] if place < HELD else self._flow(vectors, part)
+                sums += information[part] @ flow
             information = sums
-        score: Tensor = information / torch.cat(degrees).clamp(min=1)
+        score: Tensor = information / degrees.clamp(min=1)
         return score
 
     def _flow(self, vectors: Tensor, part: slice) -> tuple[Tensor, Tensor]:

@@ -59,5 +59,6 @@ class PyramidDrop(StagedCompressor):
 
     def select(self, tokens: VisualTokens) -> Selection:
         patches = tokens.layout.patches
-        scores = self.ranking(tokens)[patches]
-        return Selection(patches[top(scores, self.limit(tokens))], scores=scores)
+        scores = self.ranking(tokens).index_select(0, patches).float()
+        best = top(scores, self.limit(tokens))
+        return Selection(patches.index_select(0, best), scores=scores)

@@ -11,6 +11,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from tokenprune.errors import ContractError, RetentionWarning, UserError
 from tokenprune.fields import option_text, validated
 from tokenprune.grammar import Part, chained, shortest
 from tokenprune.layout import TokenLayout, moved
-from tokenprune.ops.ranking import best_per_view
+from tokenprune.ops.ranking import all_finite, best_per_view
 from tokenprune.precision import autocasts, like_now, without_autocast
 from tokenprune.registry import Card
 from tokenprune.signals import Signal
@@ -303,6 +304,8 @@ class Compressor(ABC, metaclass=RenamesOptions):
         extra = _separators(layout, keep, self.separators)
         if not len(extra):
             return chosen
+        if merged is None and sizes is None and chosen.merging is None:
+            return Selection(_united(keep, extra, len(layout)))
         keep, order = torch.cat([keep, extra]).sort()
         if merged is not None:
             device = merged.device
@@ -466,7 +469,7 @@ def best(strategy: Compressor, tokens: VisualTokens, scores: Tensor, counts: Ten
     """
     of_patches = scores.index_select(0, tokens.layout.to(scores.device).patches)
     mask = best_per_view(tokens.layout, scores, counts)
-    kept, finite = on_cpu(mask, of_patches.isfinite().all())
+    kept, finite = on_cpu(mask, all_finite(of_patches))
     if not finite:
         raise _not_finite(strategy, of_patches)
     return kept.nonzero().squeeze(1)
@@ -501,6 +504,16 @@ def _separators(layout: TokenLayout, keep: Tensor, policy: Separators) -> Tensor
         rows[-1] = False  # thumbnail tokens have canvas row -1
         stays = stays & rows[layout.canvas_row]
     return stays.nonzero().squeeze(1)
+
+
+def _united(keep: Tensor, extra: Tensor, size: int) -> Tensor:
+    """The sorted union of two sets of indices below ``size``, all on the CPU.
+
+    It is faster than a sort.
+    """
+    stays = np.zeros(size, dtype=bool)
+    stays[keep.numpy()] = stays[extra.numpy()] = True
+    return torch.from_numpy(stays.nonzero()[0])
 
 
 def _with(
@@ -541,11 +554,13 @@ def _checked(strategy: Compressor, tokens: VisualTokens, chosen: Selection) -> S
     if chosen.scores is None:
         keep = keep.cpu()
     else:
-        keep, finite = on_cpu(keep, chosen.scores.isfinite().all())
+        keep, finite = on_cpu(keep, all_finite(chosen.scores))
         if not finite:
             raise _not_finite(strategy, chosen.scores)
-    bad = (keep.diff() <= 0).any() | (keep[0] < 0) | (keep[-1] >= len(tokens))
-    if bad or tokens.layout.host.is_separator[keep].any():
+    # NumPy takes a fifth of the time of PyTorch on short vectors.
+    index, separator = keep.numpy(), tokens.layout.host.is_separator.numpy()
+    sound = index[0] >= 0 and index[-1] < len(separator) and (index[1:] > index[:-1]).all()
+    if not sound or separator[index].any():
         raise ContractError(
             f"{who} must return sorted, unique indices of patch tokens in [0, {len(tokens)}); "
             "separators are added by the core."

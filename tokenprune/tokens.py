@@ -24,7 +24,7 @@ __all__ = [
 
 def on_cpu(values: Tensor, flag: Tensor) -> tuple[Tensor, bool]:
     """``values`` (M,) on the CPU, and ``flag`` () as a bool, with one synchronisation for both."""
-    if values.device != flag.device:
+    if values.device.type == "cpu" or values.device != flag.device:
         return values.cpu(), bool(flag)
     both = torch.cat([values, flag[None].to(values.dtype)]).cpu()
     return both[:-1], bool(both[-1])

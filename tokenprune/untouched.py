@@ -12,15 +12,17 @@ the model, which a method can reach through `VisualTokens.projector`, are not wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import ContractError
-from tokenprune.layout import TokenLayout
+from tokenprune.layout import Kind
+from tokenprune.signals import Signal
 from tokenprune.tokens import VisualTokens
 
 __all__ = ["digest", "shown", "untouched", "watched"]
@@ -30,23 +32,36 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 def shown(tokens: VisualTokens) -> dict[str, Tensor]:
     """Every tensor that a method can reach, by name."""
-    signals = {f"signals[{signal.name}, {signal.layer}]": v for signal, v in tokens.signals.items()}
-    text = {f"text[{signal.name}, {signal.layer}]": v for signal, v in tokens.text.items()}
-    entered = dict(zip(("inputs[0]", "inputs[1]"), tokens.inputs or (), strict=False))
-    own = {name: value for name, value in vars(tokens).items() if isinstance(value, Tensor)}
-    return own | signals | text | entered | _geometry(tokens.layout)
+    return {_text(*name): value for *name, value in _reached(tokens)}
 
 
-def _geometry(layout: TokenLayout) -> dict[str, Tensor]:
-    """The tensors of a layout, including its cached properties."""
-    found = {}
-    for name, value in vars(layout).items():
-        if isinstance(value, Tensor):
-            found[f"layout.{name}"] = value
-    found |= {f"layout.places[{kind.name}]": value for kind, value in layout.places.items()}
-    if layout.host is not layout:
-        found |= {f"host {name}": value for name, value in _geometry(layout.host).items()}
+def _reached(tokens: VisualTokens) -> list[tuple[Any, ...]]:
+    """Every tensor that a method can reach, after the parts of its name."""
+    found: list[tuple[Any, ...]] = [
+        ("", name, value) for name, value in vars(tokens).items() if isinstance(value, Tensor)
+    ]
+    found += [("signals", signal, value) for signal, value in tokens.signals.items()]
+    found += [("text", signal, value) for signal, value in tokens.text.items()]
+    found += [("inputs", place, value) for place, value in enumerate(tokens.inputs or ())]
+    layout = tokens.layout
+    for prefix, one in (("layout", layout), ("host layout", layout.host)):
+        if prefix == "layout" or one is not layout:
+            found += [
+                (prefix, n, value) for n, value in vars(one).items() if isinstance(value, Tensor)
+            ]
+            found += [(prefix, kind, value) for kind, value in one.places.items()]
     return found
+
+
+def _text(group: str, name: object) -> str:
+    """The name of a tensor in messages, of its parts."""
+    if isinstance(name, Signal):
+        return f"{group}[{name.name}, {name.layer}]"
+    if isinstance(name, Kind):
+        return f"{group}.places[{name.name}]"
+    if isinstance(name, int):
+        return f"{group}[{name}]"
+    return f"{group}.{name}" if group else str(name)
 
 
 def digest(values: Tensor) -> Tensor:
@@ -70,10 +85,10 @@ def untouched(who: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         who: Name of the method, for the message.
         tensors: The tensors by name.
     """
-    before = {name: _mark(value) for name, value in tensors.items()}
+    before = _marks(tensors.values())
     yield
-    for name, value in tensors.items():
-        if not _same(_mark(value), before[name]):
+    for name, mark, now in zip(tensors, before, _marks(tensors.values()), strict=True):
+        if not _same(now, mark):
             raise _blame(who, name)
 
 
@@ -83,18 +98,35 @@ def watched(who: str, tokens: VisualTokens) -> Iterator[None]:
     layout = tokens.layout
     for one in (layout, layout.host):
         _ = one.patches, one.is_separator, one.places  # computed now, so that they are watched
-    before = shown(tokens)
-    with untouched(who, before):
-        yield
-    after = shown(tokens)
-    for name in {**before, **after}:
-        known = name in before or "layout." in name  # a layout may compute further properties
-        if after.get(name) is not before.get(name, after.get(name)) or not known:
+    before = _reached(tokens)
+    values = [value for *_, value in before]
+    marks = _marks(values)
+    yield
+    after = _reached(tokens)
+    same = len(before) == len(after) and all(map(is_, values, [value for *_, value in after]))
+    if not same or not all(map(_same, _marks(values), marks)):
+        _compare(who, before, marks, after)
+
+
+def _compare(
+    who: str, before: list[tuple[Any, ...]], marks: list[int | Tensor], after: list[tuple[Any, ...]]
+) -> None:
+    """Raise `ContractError` unless all that is new are further properties of a layout."""
+    known = {
+        _text(*name): (value, mark) for (*name, value), mark in zip(before, marks, strict=True)
+    }
+    found = {_text(*name): value for *name, value in after}
+    for name in found:
+        if name not in known and "layout." not in name:
+            raise _blame(who, name)
+    for name, (value, mark) in known.items():
+        if name not in found or found[name] is not value or not _same(_marks([value])[0], mark):
             raise _blame(who, name)
 
 
-def _mark(value: Tensor) -> int | Tensor:
-    return digest(value) if value.is_inference() else value._version
+def _marks(values: Iterable[Tensor]) -> list[int | Tensor]:
+    """What changes when the values do."""
+    return [digest(value) if value.is_inference() else value._version for value in values]
 
 
 def _same(one: int | Tensor, other: int | Tensor) -> bool:

@@ -183,10 +183,14 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_memory_is_seen_from_outside() -> None:
-    """64 MiB of new tensors count; 256 MiB that exist before do not."""
-    given, size = torch.ones(2**26), 2**24
+    """256 MiB of new tensors count; 512 MiB that exist before do not.
+
+    Linux counts pages per CPU and adds them up late: on a machine with 96 CPUs the figure can be
+    72 MiB off.
+    """
+    given, size = torch.ones(2**27), 2**26
     taken = run_outside(lambda: given.sum() + torch.ones(size).sum(), warm=lambda: given[:9].sum())
-    assert 60 <= taken.bytes / 2**20 <= 90
+    assert 128 <= taken.bytes / 2**20 <= 384
     assert taken.timing.median > 0
 
 

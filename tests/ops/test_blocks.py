@@ -28,6 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and pools of a few rows, as if the tokens were many."""
     monkeypatch.setattr(similarity, "BLOCK", 600)
     monkeypatch.setattr(similarity, "LISTED", 4)
+    monkeypatch.setattr(similarity, "TABLE", 25)
     monkeypatch.setattr(diversity, "POOL", 20)
     monkeypatch.setattr(diversity, "TABLE", 25)
     monkeypatch.setattr(diversity, "CANDIDATES", 7)

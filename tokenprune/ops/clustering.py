@@ -153,29 +153,30 @@ def least_cosine_cutoff(vectors: Tensor, count: int, least: float) -> tuple[Tens
         far = torch.maximum(far, far.T).fill_diagonal_(0)  # rounding is not symmetric
         return least_cutoff(far, kernel_density(far), count, least)
     place = torch.arange(len(vectors), device=vectors.device)
-    density, largest = [], []
+    density, largest = vectors.new_empty(len(vectors)), vectors.new_zeros(())
     for part in parts(len(vectors), len(vectors)):
         far = (1 - vectors[part] @ vectors.T).clamp_(min=0)
         far.masked_fill_(place[part, None] == place, 0)
-        largest.append(far.max())
-        density.append(kernel_density(far))
-    order = torch.cat(density).argsort(descending=True, stable=True)
+        torch.maximum(largest, far.max(), out=largest)
+        density[part] = kernel_density(far)
+    order = density.argsort(descending=True, stable=True)
 
     def disperse(cutoff: Tensor) -> Tensor:
         return torch.zeros_like(order, dtype=torch.bool).index_fill_(
             0, order[_walked(vectors[order], cutoff, count)], True
         )
 
-    cutoff, found = _bisected(disperse, torch.stack(largest).max(), count, least)
+    cutoff, found = _bisected(disperse, largest, count, least)
     return cutoff, found.cpu()
 
 
 def nearest_centres(vectors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """(P,) cosine distance of unit vectors (P, D) to the nearest of (C, D), and (P,) its index."""
-    some = parts(len(vectors), len(centres))
-    found = [(1 - vectors[part] @ centres.T).min(1) for part in some]
-    nearest, index = zip(*found, strict=True)
-    return torch.cat(nearest), torch.cat(index)
+    nearest = vectors.new_empty(len(vectors))
+    index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for part in parts(len(vectors), len(centres)):
+        nearest[part], index[part] = (1 - vectors[part] @ centres.T).min(1)
+    return nearest, index
 
 
 def _walked(vectors: Tensor, cutoff: Tensor, count: int) -> Tensor:
@@ -252,20 +253,24 @@ def density_peaks(
     """
     apart, some = _Apart(vectors), parts(len(vectors), len(vectors))
     nearest = count if neighbours is None else min(neighbours, count)
-    spread, largest = [], []
+    spread, largest = vectors.new_empty(len(vectors), dtype=torch.float32), []
     for part in some:
         distance = apart(part)
-        spread.append(distance.topk(nearest, largest=False).values.square().mean(-1))
+        spread[part] = distance.topk(nearest, largest=False).values.square().mean(-1)
         largest.append(distance.max())
-    density = (-torch.cat(spread)).exp()
+    density = (-spread).exp()
     place = torch.arange(len(vectors), device=vectors.device)
     rank = torch.empty_like(place)
     rank[density.argsort(descending=True, stable=True)] = place
-    denser = [apart(part).masked_fill(rank >= rank[part, None], torch.inf).amin(1) for part in some]
+    denser = torch.empty_like(density)
+    for part in some:
+        denser[part] = apart(part).masked_fill(rank >= rank[part, None], torch.inf).amin(1)
     far = torch.where(rank == 0, torch.stack(largest).max(), torch.inf)
-    score = density * torch.minimum(torch.cat(denser), far)
+    score = density * torch.minimum(denser, far)
     centres = score.argsort(descending=True, stable=True)[:count]
-    cluster = torch.cat([apart(part, centres).argmin(1) for part in some])
+    cluster = torch.empty_like(place)
+    for part in some:
+        cluster[part] = apart(part, centres).argmin(1)
     cluster[centres] = place[:count]
     return centres, cluster
 

@@ -177,14 +177,14 @@ def _nearest_others(
 
     A row does not count as its own neighbour.
     """
-    of_rows, right = [], vectors(others)
+    of_rows, right = torch.empty_like(rows, dtype=torch.float32), vectors(others)
     of_others = torch.full_like(others, -torch.inf, dtype=torch.float32)
-    for some in _split(rows):
+    for some, nearest in zip(_split(rows), _split(of_rows), strict=True):
         cosine = products(vectors(some), right)
         cosine.masked_fill_(some[:, None] == others, -torch.inf)
-        of_rows.append(cosine.amax(1))
-        of_others = torch.maximum(of_others, cosine.amax(0))
-    return distance_of(torch.cat(of_rows)), distance_of(of_others)
+        nearest.copy_(cosine.amax(1))
+        torch.maximum(of_others, cosine.amax(0), out=of_others)
+    return distance_of(of_rows), distance_of(of_others)
 
 
 def _isolation(table: Tensor) -> Tensor:
@@ -413,22 +413,28 @@ def cover_by_cosine(vectors: Tensor, worth: Tensor, count: int) -> Tensor:
     """
     if tabled(vectors):
         return cover(vectors @ vectors.T, worth, count)
-    some = parts(len(vectors), len(vectors))
-    gain = torch.cat([(vectors @ vectors[part].T).clamp_(min=0).sum(0) for part in some]) * worth
+    gain = torch.empty_like(worth)
+    for part in parts(len(vectors), len(vectors)):
+        gain[part] = (vectors @ vectors[part].T).clamp_(min=0).sum(0)
+    gain *= worth
     covered = torch.zeros_like(worth)
+    cosine = vectors.new_empty(len(vectors), min(CANDIDATES, len(vectors)))
+    added = torch.empty_like(cosine)
     chosen: list[Tensor] = []
     while len(chosen) < count:
         pool = _Pool(gain, CANDIDATES)
-        cosine, weight = vectors @ vectors[pool.index].T, worth[pool.index]
+        torch.mm(vectors, vectors[pool.index].T, out=cosine)
+        weight = worth[pool.index]
         free = torch.zeros_like(weight).masked_fill_(gain[pool.index].isneginf(), -torch.inf)
         while len(chosen) < count:
-            value = (cosine - covered[:, None]).clamp_(min=0).sum(0) * weight + free
+            torch.sub(cosine, covered[:, None], out=added)
+            value = added.clamp_(min=0).sum(0) * weight + free
             gain[pool.index] = value
             place = value.argmax(0, keepdim=True)
             if not pool.leads(value[place], place):
                 break
             chosen.append(pool.index[place])
-            covered = torch.maximum(covered, cosine[:, place].squeeze(1))
+            torch.maximum(covered, cosine[:, place].squeeze(1), out=covered)
             free[place] = gain[chosen[-1]] = -torch.inf
     return torch.cat(chosen).sort().values if chosen else torch.arange(0)
 

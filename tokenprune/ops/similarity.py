@@ -14,6 +14,7 @@ __all__ = [
     "FEWEST",
     "LISTED",
     "ROUNDING",
+    "TABLE",
     "Nearest",
     "cosine_distances",
     "distance_of",
@@ -45,6 +46,9 @@ FEWEST = 16
 LISTED = 32
 """Neighbours that `Nearest` keeps of every vector."""
 
+TABLE = 1024
+"""Vectors up to which `Nearest` makes a table of all products, which then is faster."""
+
 
 def fits(rows: int) -> bool:
     """Whether the table of all pairs of ``rows`` fits a `BLOCK`."""
@@ -61,7 +65,11 @@ def tabled(vectors: Tensor) -> bool:
 
 
 def parts(rows: int, columns: int) -> list[slice]:
-    """``rows`` in slices of nearly equal size, each of which times ``columns`` fits a `BLOCK`."""
+    """``rows`` in slices of nearly equal size, each of which times ``columns`` fits a `BLOCK`.
+
+    What is made of a slice is written into a tensor that exists before.  Small tensors that stay
+    between large ones that go would keep the memory of the large ones from being used again.
+    """
     count = max(1, min(-(-rows * columns // BLOCK), rows // FEWEST))
     edges = [rows * part // count for part in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(edges)]
@@ -77,8 +85,10 @@ def most_similar(vectors: Tensor, targets: Tensor) -> Tensor:
 
     Ties go to the earlier target.
     """
-    some = parts(len(vectors), len(targets))
-    return torch.cat([(vectors[part] @ targets.T).argmax(1) for part in some])
+    index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for part in parts(len(vectors), len(targets)):
+        index[part] = (vectors[part] @ targets.T).argmax(1)
+    return index
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
@@ -98,11 +108,13 @@ def _filled(rows: Tensor) -> Tensor:
 class Nearest:
     """The largest product of vectors with the members of a set, for one set after the other.
 
-    No set may have a member that neither set of an earlier call had.  Every vector has a list of
-    the `LISTED` vectors with the largest products.  If some of them are members, no product is
-    computed again.  If none is, the vector is listed anew among the vectors of the call.  Such a
-    decision is a synchronisation; on other devices than the CPU, all products therefore form one
-    table where that is small enough (`tabled`).
+    Sets only shrink: all rows and members of a call are among those of the call before.  Every
+    vector has a list of the `LISTED` vectors with the largest products.  If some of them are
+    members, no product is computed again.  If none is, the vector is listed anew among the vectors
+    of the call.
+
+    The products of a few vectors (`TABLE`) form one table instead.  So do, where they may
+    (`tabled`), those on other devices than the CPU, as a look into a list is a synchronisation.
 
     Args:
         vectors: (P, D).
@@ -111,7 +123,7 @@ class Nearest:
     def __init__(self, vectors: Tensor) -> None:
         self._vectors = vectors
         self._table: Tensor | None = None
-        if vectors.device.type != "cpu" and tabled(vectors):
+        if len(vectors) <= TABLE or (vectors.device.type != "cpu" and tabled(vectors)):
             self._table = vectors @ vectors.T
             return
         everything = torch.arange(len(vectors), device=vectors.device)

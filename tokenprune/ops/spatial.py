@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.layout import Kind, TokenLayout, moved
 from tokenprune.ops.merging import group_sums, tally
-from tokenprune.ops.ranking import ROUNDING, rank_in_group, top_per_view
+from tokenprune.ops.ranking import ROUNDING, top_per_view
 from tokenprune.ops.similarity import parts
 
 __all__ = [
@@ -67,14 +68,15 @@ def evenly_spaced(layout: TokenLayout, counts: Tensor) -> Tensor:
     Returns:
         (M,) sorted indices into the N entries, on the CPU.
     """
-    layout, counts = layout.host, counts.cpu()
-    sizes = torch.tensor(layout.view_sizes, device="cpu")
-    view = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
-    slot = (2 * rank_in_group(view) + 1) * sizes[view] // (2 * counts[view])
+    # NumPy takes a fraction of the time of PyTorch on short vectors.
+    many, sizes = counts.cpu().numpy(), np.array(layout.view_sizes)
+    view = np.repeat(np.arange(len(sizes)), many)
+    rank = np.arange(len(view)) - (many.cumsum() - many)[view]
+    slot = (2 * rank + 1) * sizes[view] // (2 * many[view])
     # Patches of one view are not always adjacent in the sequence: crops share canvas rows.
-    order = layout.patches[layout.view[layout.patches].argsort(stable=True)]
-    first = sizes.cumsum(0) - sizes
-    return order[first[view] + slot].sort().values
+    patches = layout.host.patches.numpy()
+    order = patches[layout.host.view.numpy()[patches].argsort(kind="stable")]
+    return torch.from_numpy(np.sort(order[(sizes.cumsum() - sizes)[view] + slot]))
 
 
 def dithered(layout: TokenLayout, counts: Tensor) -> Tensor:
