@@ -323,7 +323,7 @@ class TrainingRun:
         self.out, self.device, self.seed, self.steps = out, torch.device(device), seed, steps
         self.model: Any = self.build(seed)
         if start is not None:
-            warm_start(self.model, start)
+            self.grow(start)
         nn.Module.to(self.model, self.device)
         self.ideal = Ideal(self.model.model.language_model.embed_tokens.weight).to(self.device)
         (out / "stages").mkdir(parents=True, exist_ok=True)
@@ -357,6 +357,10 @@ class TrainingRun:
             "projector": projector,
             "joint": {**language, **projector},
         }[stage]
+
+    def grow(self, start: Path) -> None:
+        """Start from the earlier version in the folder ``start``."""
+        warm_start(self.model, start)
 
     def do(self, stage: str) -> None:
         """Load the result of a stage, or train it and save its result."""

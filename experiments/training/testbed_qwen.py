@@ -1,9 +1,11 @@
 """Train `testbed-qwen`, the embedded Qwen2.5-VL of two million parameters.
 
-    python -m tokenprune.experiments.training.testbed_qwen --out runs/testbed-qwen
+    python -m tokenprune.experiments.training.testbed_qwen --start OLD --out runs/testbed-qwen
 
 Images enter at their native resolution: no thumbnail, no crops, one token for 6 x 6 pixels.  The
-decoder starts from the weights of `testbed-onevision`; the vision encoder starts at random.
+decoder starts from the weights of `testbed-onevision`.  The vision encoder starts from that of the
+earlier version of the model (8 x 8 pixels a token), or at random without `--start`; at random it
+needs three times the steps.
 
 1. language   the decoder learns 3-D position ids on *ideal* embeddings made of the true labels;
 2. vision     the vision encoder labels every token (shape, colour, digit, row, column);
@@ -185,6 +187,19 @@ def warm_start(model: Qwen2_5_VLForConditionalGeneration) -> None:
     unexpected = [name for name in missing if ".visual." not in name]
     if unexpected:
         raise RuntimeError(f"testbed-onevision lacks weights for {unexpected}")
+
+
+@torch.no_grad()
+def grow_encoder(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+    """Copy the vision encoder of the earlier version, for patches of `PATCH` pixels."""
+    source = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
+    old = source.model.visual.state_dict()
+    kernel = old["patch_embed.proj.weight"]  # (d, 3, 2 images, p, p)
+    flat = first.resampled_patches(kernel.flatten(1, 2), PATCH)
+    old["patch_embed.proj.weight"] = flat.unflatten(1, kernel.shape[1:3])
+    model.model.visual.load_state_dict(old)
 
 
 # --- scenes as tensors ----------------------------------------------------------------------------
@@ -413,7 +428,7 @@ STAGES: dict[str, Callable[["QwenRun"], None]] = {
     "joint": train_joint,
 }
 
-STEPS = {"language": 600, "vision": 3000, "projector": 200, "joint": 1000}
+STEPS = {"language": 600, "vision": 2500, "projector": 200, "joint": 1000}
 
 
 class QwenRun(first.TrainingRun):
@@ -423,6 +438,9 @@ class QwenRun(first.TrainingRun):
 
     def build(self, seed: int) -> Qwen2_5_VLForConditionalGeneration:
         return build_model(seed)
+
+    def grow(self, start: Path) -> None:
+        grow_encoder(self.model, start)
 
     def tick(self, step: int, steps: int) -> None:
         """Count a step, and print the figures of the last ones now and then."""
@@ -448,6 +466,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run, or the model with --evaluate.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves the default.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="Folder of the earlier version.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of new weights and training scenes.")] = 0,
     stages: Annotated[
         str, typer.Option(help="Stages to run, in order, separated by commas.")
@@ -467,7 +486,7 @@ def main(
         return
     check_photographs()
     steps = {name: max(1, round(n * scale)) for name, n in STEPS.items()}
-    run = QwenRun(out, device, seed, steps)
+    run = QwenRun(out, device, seed, steps, start)
     wanted = stages.split(",")
     for stage in wanted:
         run.do(stage)

@@ -392,3 +392,25 @@ def test_captions_name_what_a_view_shows() -> None:
             named = [name for name in quiz.NAMES if f"a {name}" in text]
             assert set(named) <= {item.name for item in scene.items}
             assert text.endswith(f"{scene.tint} background") or "background" not in text
+
+
+def test_testbed_qwen_grows_out_of_larger_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vision encoder is copied; a patch of 3 px is embedded as the same patch at 4 px."""
+    monkeypatch.setattr(qwen, "PATCH", 4)
+    old = qwen.build_model(1)
+    old.save_pretrained(tmp_path)
+    monkeypatch.setattr(qwen, "PATCH", 3)
+    new = qwen.QwenRun(tmp_path / "run", "cpu", 0, dict(qwen.STEPS), tmp_path).model
+    patch = torch.rand(1, 3, 2, 3, 3)
+    large = torch.nn.functional.interpolate(patch[0], size=(4, 4), mode="bilinear")[None]
+    seen = new.model.visual.patch_embed(patch.flatten(1))
+    wanted = old.model.visual.patch_embed(large.flatten(1))
+    assert torch.allclose(seen, wanted, atol=1e-5)
+    for (name, block), (_, before) in zip(
+        new.model.visual.blocks.named_parameters(),
+        old.model.visual.blocks.named_parameters(),
+        strict=True,
+    ):
+        assert torch.equal(block, before), name
