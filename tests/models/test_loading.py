@@ -261,7 +261,7 @@ def test_files_that_do_not_belong_together(folder: Path) -> None:
         ("config.json", ("vision_feature_layer",), 99, "vision_feature_layer"),
         ("config.json", ("vision_feature_layer",), 0, "vision_feature_layer"),
         ("generation_config.json", ("eos_token_id",), "x", r"token id in its generation_config"),
-        ("config.json", ("image_grid_pinpoints",), [[60, 60]], "placeholders"),
+        ("config.json", ("image_grid_pinpoints",), [[120, 120]], "placeholders"),
         ("config.json", ("architectures",), ["LlavaForEverything"], "no model class with an"),
         ("config.json", ("architectures",), {"a": 1}, "no model class with an"),
         ("config.json", ("architectures",), ["LlavaOnevisionModel"], "do not belong together"),
