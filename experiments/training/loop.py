@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,19 @@ from tokenprune.experiments.training.optim import Optimisers
 from tokenprune.models.testbed import scenes
 from tokenprune.models.testbed.scenes import Scene
 
-if TYPE_CHECKING:
-    from tokenprune.experiments.training.testbed_next import TrainingRun
-
 EVERY = 100  # steps between two states on disk
+
+
+class Run(Protocol):
+    """What `steps_of` needs of a training run."""
+
+    out: Path
+    device: torch.device
+    seed: int
+    steps: dict[str, int]
+    stages: ClassVar[dict[str, Callable[[Any], None]]]
+
+    def tick(self, step: int, steps: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Recipe:
 
 
 def steps_of(
-    run: TrainingRun,
+    run: Run,
     stage: str,
     modules: dict[str, nn.Module],
     optimisers: Optimisers,
