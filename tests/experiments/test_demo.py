@@ -139,7 +139,7 @@ def test_several_threads_get_their_own_answers(answerer: Answerer) -> None:
 
 
 def test_the_cards_say_what_was_found(answerer: Answerer) -> None:
-    methods = chosen(["uniform@0.02", "fastv"], 0.25)
+    methods = chosen(["uniform@0.005", "fastv"], 0.25)
     found = answerer.answers("testbed-next", Source(), "<b>how many?", methods)
     page = cards(found, truth=found.each[0].text.upper(), hint="a <hint>")
     for one in found.each:
@@ -151,7 +151,7 @@ def test_the_cards_say_what_was_found(answerer: Answerer) -> None:
         assert f"{100 * ledger.flops / ledger.uncompressed_flops:.3g} %" in card
         assert ("✓" in card) == (one.text == found.each[0].text)
         assert card.count("<img") == 1
-        assert card.count('class="tp-note"') == (spec == "uniform@0.02")
+        assert card.count('class="tp-note"') == (spec == "uniform@0.005")
     assert "a &lt;hint&gt;" in page
     assert "✓" not in cards(found)
 

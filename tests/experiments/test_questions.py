@@ -269,13 +269,13 @@ def test_the_fingerprint_does_not_block_on_a_pipe(folder: Path) -> None:
 
 
 def test_held_out_are_balanced_and_share_images() -> None:
-    questions = held_out(20, seed=3)
-    assert len({item.id for item in questions}) == 20
+    questions = held_out(32, seed=3)
+    assert len({item.id for item in questions}) == 32
     kinds = [item.kind for item in questions]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(set(kinds), 4)
     assert len({id(item.images[0]) for item in questions}) == 4
-    assert fingerprint(questions) == fingerprint(held_out(20, seed=3))
-    assert fingerprint(questions) != fingerprint(held_out(20, seed=4))
+    assert fingerprint(questions) == fingerprint(held_out(32, seed=3))
+    assert fingerprint(questions) != fingerprint(held_out(32, seed=4))
 
 
 def test_a_question_has_one_answer_or_several() -> None:
