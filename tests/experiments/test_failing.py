@@ -340,8 +340,8 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     from tokenprune.experiments.common.request import CompareRequest
     from tokenprune.experiments.compare import command
 
-    image = held_out(8, 0)[-1].images[0]
-    bad = [item.id for item in held_out(8, 0) if item.image_id == image.id]
+    image = held_out(12, 0)[-1].images[0]
+    bad = [item.id for item in held_out(12, 0) if item.image_id == image.id]
     uniform = type(tp.create("uniform", retention=0.5))
     original, seed = uniform.select, pipe.encode([image.open()])[0].seed
 
@@ -353,11 +353,11 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     monkeypatch.setattr(uniform, "select", picky)
     monkeypatch.setattr("warnings.warn", lambda *_, **__: None)
     request = CompareRequest(
-        methods=("uniform",), retention=(0.5,), questions=8, batch_size=4, out=tmp_path / "run"
+        methods=("uniform",), retention=(0.5,), questions=12, batch_size=4, out=tmp_path / "run"
     )
     assert command._compare(request) == 1
     said = capsys.readouterr().out
-    assert 0 < len(bad) < 8
+    assert 0 < len(bad) < 12
     assert f"Answers missing: {len(bad)}; questions: {len(bad)}." in said
     assert f"MISSING {bad[0]!r} in uniform at 0.5: RuntimeError: no way" in said
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -365,7 +365,7 @@ def test_what_is_missing_is_in_the_manifest_and_on_the_screen(
     assert list(manifest["missing"]) == bad
     assert "no way" in manifest["missing"][bad[0]]["uniform at 0.5"]
     table = pd.read_csv(tmp_path / "run" / "summary.csv").set_index(["label", "kind"])
-    assert list(table.loc[("uniform", "overall"), ["n", "missing"]]) == [8 - len(bad), len(bad)]
+    assert list(table.loc[("uniform", "overall"), ["n", "missing"]]) == [12 - len(bad), len(bad)]
     monkeypatch.undo()
     assert command._compare(request) == 0
     assert "MISSING" not in capsys.readouterr().out

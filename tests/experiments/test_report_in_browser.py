@@ -89,7 +89,7 @@ def test_the_page_opens_and_counts_the_kept_tokens(run: Path, opened: Callable[.
 
 
 @in_browser
-@pytest.mark.parametrize("show", ["kind=digit&show=wrong&method=uniform", "keep=0.1&show=differ"])
+@pytest.mark.parametrize("show", ["kind=number&show=wrong&method=uniform", "keep=0.1&show=differ"])
 def test_filters_of_the_address(run: Path, show: str, opened: Callable[..., Page]) -> None:
     report(ReportRequest(folder=run))
     data = data_of(run / "report.html")
@@ -99,7 +99,7 @@ def test_filters_of_the_address(run: Path, show: str, opened: Callable[..., Page
         full = journal["uncompressed", item["id"]]
         if "uniform" in show:
             keys = [repr(tp.create("uniform", retention=r)) for r in (0.5, 0.1)]
-            passes = item["kind"] == "digit" and any(
+            passes = item["kind"] == "number" and any(
                 journal[key, item["id"]] != item["truth"] for key in keys
             )
         else:
