@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from families import full_hosts
+from samples import drawn
 
 import tokenprune as tp
 from tokenprune.compatibility import check_compatible
@@ -55,9 +56,11 @@ def _engine(host: Host, method: Compressor, row: int) -> Ledger:
     return trace.ledger
 
 
-@pytest.mark.parametrize("row", range(len(PROMPTS)))
-@pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("method", METHODS, ids=lambda one: f"{one.label}@{one.retention:g}")
+@pytest.mark.parametrize(
+    ("method", "name", "row"),
+    drawn(0.5, METHODS, HOSTS, range(len(PROMPTS))),
+    ids=lambda one: f"{one.label}@{one.retention:g}" if isinstance(one, Compressor) else str(one),
+)
 def test_forecast_is_what_the_engine_does(
     method: Compressor, name: str, row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ def test_pairs_and_report_read_the_folder(imported: Outcome) -> None:
     assert found.loc[0, "n"] == 12
     shown = report(ReportRequest(folder=imported.folder, questions=2))
     page = (shown.folder / shown.files[0]).read_text()
-    assert lines()["none"][0]["input"] in page
+    assert 2 <= sum(line["input"] in page for line in lines()["none"]) < 12
 
 
 def test_with_the_images_the_report_has_nothing_to_say(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from families import full_hosts
+from samples import drawn
 
 import tokenprune as tp
 from tokenprune.compatibility import check_compatible
@@ -97,17 +98,22 @@ def test_strategy_in_models(name: str, check: Check) -> None:
 
 
 # Decoders differ for the engine, not for a method: one method per stage, one with signals.
-@pytest.mark.parametrize("check", MODEL_CHECKS, ids=_name)
-@pytest.mark.parametrize("decoder", [other for other in DECODERS if other != "llama"])
-@pytest.mark.parametrize("name", STAGES[:3])
+@pytest.mark.parametrize(
+    ("check", "name", "decoder"),
+    drawn(0.5, MODEL_CHECKS, STAGES[:3], [other for other in DECODERS if other != "llama"]),
+    ids=lambda one: getattr(one, "__name__", one),
+)
 def test_other_decoders(name: str, decoder: str, check: Check) -> None:
     run(check, create(name, retention=RETENTION), full_hosts([decoder]))
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=_name)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "check"),
+    drawn(0.5, VARIANTS, CHECKS),
+    ids=lambda one: getattr(one, "__name__", one),
+)
 def test_variant(variant: str, check: Check) -> None:
-    """In one of the models that can run it, drawn with a fixed seed for every check."""
+    """Half of the checks, each in one of the models that can run it, drawn with fixed seeds."""
     compressor = VARIANTS[variant]
     able = [host for host in full_hosts(["llama"]) if not refusal(host, compressor)]
     run(check, compressor, [random.Random(variant + _name(check)).choice(able)])
