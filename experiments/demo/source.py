@@ -44,11 +44,11 @@ _FILES = 16  # of one prompt
 
 
 SCENES: tuple[tuple[Modality, int], ...] = (
-    ("image", 29),
-    ("image", 7),
-    ("image", 3),
-    ("image", 34),
-    ("image", 24),
+    ("image", 4),
+    ("image", 14),
+    ("image", 23),
+    ("image", 26),
+    ("image", 37),
     ("multi-image", 10),
     ("video", 4),
     ("video", 6),
