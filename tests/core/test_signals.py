@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -243,7 +244,8 @@ CHAINS = {
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_ranking_by_values_obeys_the_contract(check: Check) -> None:
-    run(check, BY_VALUES, full_hosts(["llama"]))
+    able = full_hosts(["llama"])
+    run(check, BY_VALUES, [random.Random(check.__name__).choice(able)])
 
 
 @pytest.mark.parametrize("check", [check_equals_reference, check_batch_equals_single])

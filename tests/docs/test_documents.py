@@ -55,6 +55,7 @@ LESS = {
 INSTEAD = {
     "llava-hf/llava-v1.6-vicuna-7b-hf": "testbed-next",
     "cuda": "cpu",
+    "--methods all": "--methods uniform dart globalcom2",
     " RUN": " runs/first",
     "tests/data/golden": str(ROOT / "tests" / "data" / "golden"),
     "experiments/results": str(ROOT / "experiments" / "results"),

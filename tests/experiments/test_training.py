@@ -58,7 +58,7 @@ def test_training_batches_are_what_the_model_packs(pipe: Any, modality: scenes.M
         # Thumbnails are resized by different code, which rounds differently here and there.
         resized = 144 if modality == "image" else 0
         torch.testing.assert_close(mine[resized:], features[resized:], atol=2e-3, rtol=2e-3)
-        torch.testing.assert_close(mine[:resized], features[:resized], atol=0.1, rtol=0)
+        torch.testing.assert_close(mine[:resized], features[:resized], atol=0.2, rtol=0)
     geo = batch.geo
     newline = pipe.adapter.base.image_newline
     assert torch.equal((ours[0] == newline).all(-1), geo.order < 0)

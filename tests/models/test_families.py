@@ -12,6 +12,7 @@ import random
 import pytest
 import torch
 from families import FULL
+from samples import drawn
 
 import tokenprune as tp
 from tokenprune.engine.session import compress
@@ -29,9 +30,11 @@ WHOLE = ("uniform", "globalcom2", "fastv")
 SLOW = {"check_threads", "check_compiled", "check_beams_agree", "check_labels"}
 
 
-@pytest.mark.parametrize("check", MODEL_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", WHOLE)
-@pytest.mark.parametrize("family", HOSTS)
+@pytest.mark.parametrize(
+    ("check", "method", "family"),
+    drawn(0.5, MODEL_CHECKS, WHOLE, HOSTS),
+    ids=lambda one: getattr(one, "__name__", one),
+)
 def test_all_checks(family: str, method: str, check: Check) -> None:
     run(check, create(method, retention=RETENTION), [HOSTS[family]])
 

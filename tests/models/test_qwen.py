@@ -90,8 +90,8 @@ def test_every_method_runs_or_is_refused(family: str, spec: str) -> None:
         assert why.count(". ") <= 1
         assert "Methods that work here: " in why
         return
-    drawn = random.Random(f"{family} {spec}").sample(CHEAP, 2)
-    for check in dict.fromkeys([check_equals_reference, *drawn]):
+    other = random.Random(f"{family} {spec}").choice(CHEAP)
+    for check in dict.fromkeys([check_equals_reference, other]):
         run(check, method, [host])
 
 
