@@ -127,7 +127,7 @@ Model = Annotated[
 Questions = Annotated[
     int | None,
     typer.Option(
-        help="Number of questions; of your own data, a sample drawn with --seed. [default: 240 of "
+        help="Number of questions; of your own data, a sample drawn with --seed. [default: 200 of "
         "the testbed, or all]"
     ),
 ]

@@ -37,7 +37,7 @@ METHODS = ("uniform", "random", "fastv", "globalcom2")
 RETENTION = (1.0, 0.5, 0.25, 0.1)
 
 
-TESTBED_QUESTIONS = 240
+TESTBED_QUESTIONS = 200
 
 
 MatchedCost = Literal["tokens", "flops", "prefill-ms"]
@@ -173,7 +173,7 @@ class QuestionRequest(ModelRequest):
     """The request of an experiment that asks a model questions.
 
     Attributes:
-        questions: Number of questions; None for 240 of the testbed, or all of ``data``, of which
+        questions: Number of questions; None for 200 of the testbed, or all of ``data``, of which
             a smaller number is a random sample with ``seed``.
         modality: ``image``, ``multi-image`` or ``video``; None for ``image`` of the testbed, or all
             of ``data``.
