@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenprune.layout import Kind, TokenLayout
+from tokenprune.ops import ranking
 from tokenprune.ops.clustering import density_peaks
 from tokenprune.ops.diversity import dpp_greedy_map
 from tokenprune.ops.ranking import normalise, top_per_view
@@ -270,3 +272,32 @@ def test_dpp_greedy_map_breaks_ties_by_similarity_and_not_by_index() -> None:
     lonely = int(kernel.sum(1).argmin())
     assert int(dpp_greedy_map(kernel, 1)) == lonely
     assert int(dpp_greedy_map(kernel.flip(0, 1), 1)) == 8 - lonely
+
+
+def test_top_is_that_of_a_sort() -> None:
+    """Many ties; the reference sorts by score and index."""
+    draw = random.Random(0)
+    for _ in range(300):
+        scores = [draw.randint(-3, 3) for _ in range(draw.randint(1, 40))]
+        count = draw.randint(0, len(scores))
+        ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+        for dtype in (torch.float32, torch.bfloat16):
+            found = ranking.top(torch.tensor(scores, dtype=dtype), count)
+            assert found.tolist() == sorted(ranked[:count])
+
+
+def test_top_counts_a_nan_as_the_highest() -> None:
+    scores = torch.tensor([1.0, torch.nan, 2.0, torch.nan])
+    assert [ranking.top(scores, count).tolist() for count in (1, 2, 3)] == [[1], [1, 3], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 7, 39])
+def test_one_bad_score_is_found(dtype: torch.dtype, value: float, place: int) -> None:
+    scores = torch.linspace(-9, 9, 40, dtype=dtype)
+    assert ranking.all_finite(scores)
+    assert ranking.all_finite(scores[:0])
+    scores[place] = value
+    assert not ranking.all_finite(scores)
+    assert not ranking.all_finite(scores[place:][:1])
